@@ -1,0 +1,97 @@
+"""Arrays to Tensor messages and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.errors import InvalidArgumentError
+from deconvd.problem import TensorSpec
+from deconvd.v1 import deconvd_pb2 as pb
+
+__all__ = ["Array", "array_from_message", "message_from_array", "message_from_spec", "spec_from_message", "spec_of"]
+
+Array = npt.NDArray[Any]
+
+_ENUM_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
+    dtype: pb.ElementType.Value(f"ELEMENT_TYPE_{dtype.name.upper()}") for dtype in ELEMENT_TYPES
+}
+_DTYPE_BY_ENUM = {number: dtype for dtype, number in _ENUM_BY_DTYPE.items()}
+
+_MAX_DIMENSIONS = 8
+"""More than any operand has: what is beyond it is refused before a shape is made of it."""
+
+
+def spec_of(array: Array) -> TensorSpec:
+    """Return the shape and, in native byte order, the element type of an array."""
+    return TensorSpec(array.shape, array.dtype.newbyteorder("="))
+
+
+def message_from_array(array: Array) -> pb.Tensor:
+    """Return a message that carries the array's elements; its layout and byte order may be any."""
+    message = message_from_spec(spec_of(array))
+    message.raw = np.asarray(array, array.dtype.newbyteorder("<"), order="C").tobytes()
+    return message
+
+
+def message_from_spec(spec: TensorSpec) -> pb.Tensor:
+    """Return a message that describes a tensor and carries none of its elements.
+
+    Raises:
+        InvalidArgumentError: Its element type has no place in the schema.
+    """
+    return pb.Tensor(element_type=_ENUM_BY_DTYPE[spec.dtype], shape=spec.shape)
+
+
+def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
+    """Return the shape and element type that a message declares. Nothing is allocated for it.
+
+    Args:
+        name: Name of the argument, for errors.
+
+    Raises:
+        InvalidArgumentError: The element type is unknown, or the shape has too many dimensions or
+            a negative extent.
+    """
+    dtype = _DTYPE_BY_ENUM.get(message.element_type)
+    if dtype is None:
+        allowed = ", ".join(pb.ElementType.Name(number) for number in _DTYPE_BY_ENUM)
+        raise InvalidArgumentError(
+            f"{name} must have one of the element types {allowed}, got number {message.element_type}",
+            argument=name,
+        )
+    if len(message.shape) > _MAX_DIMENSIONS or any(extent < 0 for extent in message.shape):
+        raise InvalidArgumentError(
+            f"{name} must have at most {_MAX_DIMENSIONS} dimensions, none negative, "
+            f"got {len(message.shape)}, starting {list(message.shape[:_MAX_DIMENSIONS])}",
+            argument=name,
+        )
+    return TensorSpec(tuple(message.shape), dtype)
+
+
+def array_from_message(name: str, message: pb.Tensor) -> Array:
+    """Return the tensor that a message carries, as a read-only view of the message's bytes.
+
+    Args:
+        name: Name of the argument, for errors.
+
+    Raises:
+        InvalidArgumentError: The message declares no valid tensor, or its payload is missing, of
+            an unknown kind, or of another length than its shape asks for.
+    """
+    spec = spec_from_message(name, message)
+    if message.WhichOneof("payload") != "raw":
+        raise InvalidArgumentError(
+            f"{name} must carry its elements as raw bytes, got no payload that is known here",
+            argument=name,
+        )
+    if len(message.raw) != spec.nbytes:
+        raise InvalidArgumentError(
+            f"{name} must carry {spec.nbytes} bytes for {spec}, got {len(message.raw)}",
+            argument=name,
+        )
+    little_endian = np.frombuffer(message.raw, spec.dtype.newbyteorder("<"))
+    return little_endian.reshape(spec.shape).astype(spec.dtype, copy=False)

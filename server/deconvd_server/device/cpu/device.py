@@ -1,0 +1,151 @@
+"""The CPU device: cuts a problem into independent tasks and shares them among threads."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from deconvd.errors import ExhaustedError
+from deconvd.gradients import Gradients, Wanted
+from deconvd.options import Options
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array
+from deconvd_server.call import Call
+from deconvd_server.device.cpu.blocking import Blocking, ranges
+from deconvd_server.device.cpu.products import Products
+from deconvd_server.device.cpu.team import Team
+from deconvd_server.device.protocol import DeviceInfo
+
+__all__ = ["CpuDevice"]
+
+
+class CpuDevice:
+    """Computes on the processor. See `Device`.
+
+    Two runs give the same bits, whatever the options: tasks share no output and sums have a fixed
+    order.
+
+    Args:
+        threads_count: Threads that compute for one call; by default, one for each processor that
+            the process may use.
+    """
+
+    def __init__(self, threads_count: int | None = None) -> None:
+        self._team = Team(threads_count or len(os.sched_getaffinity(0)))
+        # The threads are ours: BLAS's own would only compete with them for the processors.
+        threadpool_limits(1, user_api="blas")
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What the processor is."""
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return DeviceInfo(
+            id="cpu",
+            name=platform.processor() or platform.machine(),
+            memory_bytes=memory_bytes,
+            threads_count=self._team.threads_count,
+            budget_bytes=memory_bytes,
+            calls_count=self._team.threads_count,
+        )
+
+    def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
+        """Return a bound on the memory that a call takes: operands, results, and those in wider types."""
+        tensors = (problem.x, problem.W, problem.y)
+        elements_count = sum(math.prod(spec.shape) for spec in tensors)
+        return sum(spec.nbytes for spec in tensors) + elements_count * np.dtype(np.float64).itemsize
+
+    def deconvolve(
+        self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
+    ) -> Array:
+        """Return y. `options` are for GPUs."""
+        with _out_of_memory_as_error(problem):
+            y = _zeros(problem.y)
+            if b is not None:
+                y += b[:, None, None]
+            if problem.has_products:
+                blocking = self._blocking(problem, tasks_per_part=problem.n)
+                products = Products(problem, blocking, call, x=x, W=W)
+                self._team.run(
+                    lambda *task: products.add_to_y(y, *task),
+                    product(range(problem.n), blocking.groups, blocking.channels),
+                )
+            return y
+
+    def gradients(
+        self,
+        problem: Problem,
+        x: Array | None,
+        W: Array | None,
+        gy: Array,
+        wanted: Wanted,
+        options: Options,
+        call: Call,
+    ) -> Gradients:
+        """Return the wanted gradients. `options` are for GPUs."""
+        with _out_of_memory_as_error(problem):
+            return Gradients(
+                gx=self._gx(problem, W, gy, call) if wanted.gx and W is not None else None,
+                gW=self._gW(problem, x, gy, call) if wanted.gW and x is not None else None,
+                gb=_gb(gy) if wanted.gb else None,
+            )
+
+    def _gx(self, problem: Problem, W: Array, gy: Array, call: Call) -> Array:
+        gx = _zeros(problem.x)
+        if problem.has_products:
+            blocking = self._blocking(problem)
+            products = Products(problem, blocking, call, W=W, gy=gy)
+            self._team.run(
+                lambda *task: products.set_gx(gx, *task),
+                product(range(problem.n), blocking.groups, blocking.images),
+            )
+        return gx
+
+    def _gW(self, problem: Problem, x: Array, gy: Array, call: Call) -> Array:
+        if not problem.has_products:
+            return _zeros(problem.W)
+        blocking = self._blocking(problem)
+        # Where channels do not make tasks enough, samples do: each part of them has a sum of its own.
+        tasks_count = len(blocking.groups) * len(blocking.channels) * len(blocking.taps)
+        parts_count = min(-(-self._team.threads_count // tasks_count), problem.n)
+        samples = ranges(problem.n, -(-problem.n // parts_count))
+        sums = np.zeros((len(samples), *problem.W.shape), problem.compute_type)
+        products = Products(problem, blocking, call, x=x, gy=gy)
+        self._team.run(
+            lambda part, *task: products.add_to_gW(sums[part], samples[part], *task),
+            product(range(len(samples)), blocking.groups, blocking.channels, blocking.taps),
+        )
+        return np.add.reduce(sums, axis=0).astype(problem.W.dtype, copy=False)
+
+    def _blocking(self, problem: Problem, *, tasks_per_part: int = 1) -> Blocking:
+        """Return a blocking that keeps all threads busy with so many tasks for each channel range."""
+        return Blocking.of(problem, parts_count=-(-self._team.threads_count // tasks_per_part))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._team.close()
+
+
+def _zeros(spec: TensorSpec) -> Array:
+    return np.zeros(spec.shape, spec.dtype)
+
+
+def _gb(gy: Array) -> Array:
+    # Sums over whole batches lose digits in float32, and a column of gy is soon read.
+    return gy.sum(axis=(0, 2, 3), dtype=np.float64).astype(gy.dtype)
+
+
+@contextmanager
+def _out_of_memory_as_error(problem: Problem) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise ExhaustedError(
+            f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
+        ) from None
