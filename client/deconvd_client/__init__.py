@@ -1,0 +1,37 @@
+"""The client: Chainer's deconvolution_2d, run by a deconvd server.
+
+import deconvd_client
+F = deconvd_client.connect("gpu-host:50051")
+y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
+"""
+
+from deconvd.errors import (
+    CallCancelledError,
+    DeadlineError,
+    DeconvdError,
+    ExhaustedError,
+    InternalError,
+    InvalidArgumentError,
+    UnavailableError,
+    UnimplementedError,
+)
+from deconvd.gradients import Gradients
+
+from deconvd_client.connection import Connection, connect
+from deconvd_client.server_info import DeviceDescription, ServerInfo
+
+__all__ = [
+    "CallCancelledError",
+    "Connection",
+    "DeadlineError",
+    "DeconvdError",
+    "DeviceDescription",
+    "ExhaustedError",
+    "Gradients",
+    "InternalError",
+    "InvalidArgumentError",
+    "ServerInfo",
+    "UnavailableError",
+    "UnimplementedError",
+    "connect",
+]

@@ -9,7 +9,7 @@ import numpy as np
 
 from deconvd.errors import InvalidArgumentError
 
-__all__ = ["BFLOAT16", "DType", "ELEMENT_TYPES", "compute_type", "element_type"]
+__all__ = ["BFLOAT16", "ELEMENT_TYPES", "DType", "compute_type", "element_type"]
 
 DType = np.dtype[Any]
 

@@ -106,9 +106,7 @@ class Geometry:
         """Return the output size that `outsize` of None stands for; it may be negative."""
         h, w = (
             s * (i - 1) + d * (k - 1) + 1 - 2 * p
-            for i, k, s, p, d in zip(
-                image, kernel, self.stride, self.pad, self.dilate, strict=True
-            )
+            for i, k, s, p, d in zip(image, kernel, self.stride, self.pad, self.dilate, strict=True)
         )
         return h, w
 

@@ -157,6 +157,4 @@ def _check_extents(name: str, spec: TensorSpec) -> None:
 
 def _check_same(name: str, given: TensorSpec, wanted: TensorSpec, what: str) -> None:
     if given != wanted:
-        raise InvalidArgumentError(
-            f"{name} must have {what}: {wanted}, got {given}", argument=name
-        )
+        raise InvalidArgumentError(f"{name} must have {what}: {wanted}, got {given}", argument=name)

@@ -12,17 +12,36 @@ from deconvd.errors import InvalidArgumentError
 from deconvd.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["Array", "array_from_message", "message_from_array", "message_from_spec", "spec_from_message", "spec_of"]
+__all__ = [
+    "Array",
+    "array_from_message",
+    "element_type_from_number",
+    "element_type_number",
+    "message_from_array",
+    "message_from_spec",
+    "spec_from_message",
+    "spec_of",
+]
 
 Array = npt.NDArray[Any]
 
-_ENUM_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
+_NUMBER_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
     dtype: pb.ElementType.Value(f"ELEMENT_TYPE_{dtype.name.upper()}") for dtype in ELEMENT_TYPES
 }
-_DTYPE_BY_ENUM = {number: dtype for dtype, number in _ENUM_BY_DTYPE.items()}
+_DTYPE_BY_NUMBER = {number: dtype for dtype, number in _NUMBER_BY_DTYPE.items()}
 
 _MAX_DIMENSIONS = 8
 """More than any operand has: what is beyond it is refused before a shape is made of it."""
+
+
+def element_type_number(dtype: DType) -> pb.ElementType.ValueType:
+    """Return the number that stands for one of `ELEMENT_TYPES` on the wire."""
+    return _NUMBER_BY_DTYPE[dtype]
+
+
+def element_type_from_number(number: int) -> DType | None:
+    """Return the element type that a number on the wire stands for; None if it stands for none."""
+    return _DTYPE_BY_NUMBER.get(number)
 
 
 def spec_of(array: Array) -> TensorSpec:
@@ -38,12 +57,8 @@ def message_from_array(array: Array) -> pb.Tensor:
 
 
 def message_from_spec(spec: TensorSpec) -> pb.Tensor:
-    """Return a message that describes a tensor and carries none of its elements.
-
-    Raises:
-        InvalidArgumentError: Its element type has no place in the schema.
-    """
-    return pb.Tensor(element_type=_ENUM_BY_DTYPE[spec.dtype], shape=spec.shape)
+    """Return a message that describes a tensor and carries none of its elements."""
+    return pb.Tensor(element_type=element_type_number(spec.dtype), shape=spec.shape)
 
 
 def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
@@ -56,9 +71,9 @@ def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
         InvalidArgumentError: The element type is unknown, or the shape has too many dimensions or
             a negative extent.
     """
-    dtype = _DTYPE_BY_ENUM.get(message.element_type)
+    dtype = element_type_from_number(message.element_type)
     if dtype is None:
-        allowed = ", ".join(pb.ElementType.Name(number) for number in _DTYPE_BY_ENUM)
+        allowed = ", ".join(pb.ElementType.Name(number) for number in _DTYPE_BY_NUMBER)
         raise InvalidArgumentError(
             f"{name} must have one of the element types {allowed}, got number {message.element_type}",
             argument=name,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from deconvd.problem import Problem
 from deconvd.tensor import Array
+
 from deconvd_server.device.cpu.blocking import ImageBlock
 
 __all__ = ["gather", "scatter"]

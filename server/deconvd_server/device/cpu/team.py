@@ -42,8 +42,7 @@ class Team:
                 raise
 
         helpers = [
-            self._helpers.submit(work)
-            for _ in range(min(self.threads_count, len(pending)) - 1)
+            self._helpers.submit(work) for _ in range(min(self.threads_count, len(pending)) - 1)
         ]
         try:
             work()

@@ -1,0 +1,171 @@
+"""The command `deconvd`: a deconvolution of files, and what a server says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import deconvd
+from deconvd.errors import DeconvdError
+from deconvd.options import UseCudnn
+
+from deconvd_client import arrays
+from deconvd_client.connection import connect
+from deconvd_client.server_info import ServerInfo
+
+__all__ = ["main"]
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class _IntOrPair(click.ParamType[int | tuple[int | None, ...]]):
+    """``2`` for both axes, or ``2,3`` for height and width; ``-`` for None where that is allowed."""
+
+    name = "INT|H,W"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | tuple[int | None, ...]:
+        """Return the int, or the pair."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]  # a default
+        try:
+            parts = tuple(None if part == "-" else int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is neither an integer nor two, as in 2,3", param, ctx)
+        return parts[0] if len(parts) == 1 and parts[0] is not None else parts
+
+
+_target = click.option(
+    "--target",
+    envvar="DECONVD_TARGET",
+    default="127.0.0.1:50051",
+    show_default=True,
+    help="The server: host:port or unix:path. In the environment: DECONVD_TARGET.",
+)
+_timeout = click.option(
+    "--timeout-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long a call may take.",
+)
+
+
+@click.group()
+@click.version_option(deconvd.__version__, prog_name="deconvd")
+def main() -> None:
+    """Run Chainer's deconvolution_2d on a deconvd server."""
+
+
+@main.command()
+@click.argument("x", type=_FILE)
+@click.argument("W", type=_FILE)
+@click.option("--bias", type=_FILE, help="The bias b, of c_O elements.")
+@click.option("--stride", type=_IntOrPair(), default=1, show_default=True)
+@click.option("--pad", type=_IntOrPair(), default=0, show_default=True)
+@click.option(
+    "--outsize", type=_IntOrPair(), help="Size of the output, as H,W; - for the natural one."
+)
+@click.option("--dilate", type=_IntOrPair(), default=1, show_default=True)
+@click.option("--groups", type=int, default=1, show_default=True)
+@click.option("--grad", type=_FILE, help="gy: write the gradients instead of y.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    required=True,
+    help="File to write: y as .npy; with --grad, gx, gW and gb as .npz.",
+)
+@click.option("--cudnn-deterministic", is_flag=True, help="Two runs give the same bits.")
+@click.option("--autotune", is_flag=True, help="Pick the fastest way by timing, once.")
+@click.option("--allow-tf32", is_flag=True, help="Let float32 be rounded to TF32 in products.")
+@click.option(
+    "--use-cudnn",
+    type=click.Choice([use.value for use in UseCudnn]),
+    default=UseCudnn.AUTO.value,
+    show_default=True,
+)
+@_target
+@_timeout
+def run(
+    x: Path,
+    w: Path,
+    bias: Path | None,
+    stride: int | Sequence[int],
+    pad: int | Sequence[int],
+    outsize: Sequence[int | None] | None,
+    dilate: int | Sequence[int],
+    groups: int,
+    grad: Path | None,
+    output: Path,
+    target: str,
+    timeout_s: float,
+    **options: bool | str,
+) -> None:
+    """Deconvolve X by W, two .npy files.
+
+    X has the shape (n, c_I, h_I, w_I) and W (c_I, c_O / groups, h_K, w_K). Files of bfloat16, which
+    numpy has no name for, are those of two-byte voids that ml_dtypes writes.
+    """
+    with _errors_told(), ExitStack() as stack:
+        F = stack.enter_context(connect(target, timeout_s=timeout_s))
+        for name, value in options.items():
+            stack.enter_context(F.using_config(name, value))
+        operands = (arrays.load(x), arrays.load(w), None if bias is None else arrays.load(bias))
+        if grad is None:
+            y = F.deconvolution_2d(*operands, stride, pad, outsize, dilate=dilate, groups=groups)
+            arrays.save(output, y)
+        else:
+            gradients = F.deconvolution_2d_grad(
+                *operands, arrays.load(grad), stride, pad, outsize, dilate=dilate, groups=groups
+            )
+            arrays.save_all(output, gradients._asdict())
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+@_target
+@_timeout
+def status(as_json: bool, target: str, timeout_s: float) -> None:
+    """Say what a server is, and whether it serves.
+
+    Exits with 0 if it does, with 1 if it does not or cannot be reached.
+    """
+    with _errors_told(), connect(target, timeout_s=timeout_s) as F:
+        health = F.health()
+        info = F.server_info() if health == "SERVING" else None
+        click.echo(_as_json(target, health, info) if as_json else _as_text(target, health, info))
+    if health != "SERVING":
+        raise SystemExit(1)
+
+
+def _as_json(target: str, health: str, info: ServerInfo | None) -> str:
+    fields = {} if info is None else asdict(info)
+    return json.dumps({"target": target, "health": health, **fields}, indent=2)
+
+
+def _as_text(target: str, health: str, info: ServerInfo | None) -> str:
+    lines = [f"{target}: {health}"]
+    if info is not None:
+        lines.append(f"  deconvd {info.version}, messages up to {info.max_message_bytes} bytes")
+        lines.append(f"  takes {', '.join(info.element_types)}")
+        for device in info.devices:
+            threads = f", {device.threads_count} threads" if device.threads_count else ""
+            memory = f"{device.memory_bytes / 2**30:.1f} GiB"
+            lines.append(f"  {device.id}: {device.name}, {memory}{threads}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """End the command with one line for an error that its user can do something about."""
+    try:
+        yield
+    except (DeconvdError, OSError) as error:
+        raise click.ClickException(str(error)) from None

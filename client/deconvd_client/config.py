@@ -1,0 +1,41 @@
+"""Options that hold for a block of code, as Chainer's using_config does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields, replace
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.options import Options
+
+__all__ = ["Config"]
+
+_NAMES = tuple(field.name for field in fields(Options))
+
+
+class Config:
+    """The options in force. Each thread, and each asyncio task, has its own."""
+
+    def __init__(self) -> None:
+        self._options: ContextVar[Options] = ContextVar("options", default=Options())
+
+    @property
+    def options(self) -> Options:
+        """The options in force here."""
+        return self._options.get()
+
+    @contextmanager
+    def using(self, name: str, value: object) -> Iterator[None]:
+        """Set an option for the block. See `Connection.using_config`."""
+        if name not in _NAMES:
+            raise InvalidArgumentError(
+                f"name must be one of {', '.join(_NAMES)}, got {name!r}", argument="name"
+            )
+        changed = replace(self.options, **{name: value})  # type: ignore[arg-type]  # Options checks it
+        token = self._options.set(changed)
+        try:
+            yield
+        finally:
+            self._options.reset(token)

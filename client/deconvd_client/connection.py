@@ -1,0 +1,241 @@
+"""A connection to a server, with Chainer's functions as its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import SupportsIndex
+
+import numpy as np
+from deconvd.errors import ExhaustedError, InvalidArgumentError
+from deconvd.geometry import Geometry, IntOrPair
+from deconvd.gradients import Gradients, Wanted
+from deconvd.messages import message_from_geometry, message_from_options
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import (
+    Array,
+    array_from_message,
+    message_from_array,
+    message_from_spec,
+    spec_of,
+)
+from deconvd.v1 import deconvd_pb2 as pb
+
+from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
+from deconvd_client.config import Config
+from deconvd_client.keywords import refuses_unknown_keywords
+from deconvd_client.server_info import ServerInfo
+from deconvd_client.stub import Stub
+
+__all__ = ["Connection", "connect"]
+
+_GRADIENTS = ("gx", "gW", "gb")
+
+
+def connect(
+    target: str, *, timeout_s: float = 60.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> Connection:
+    """Return a connection to a server. Nothing is sent before the first call.
+
+    Args:
+        target: ``host:port`` or ``unix:path``.
+        timeout_s: How long each call may take, its retries included.
+        max_message_bytes: The largest response to accept.
+
+    Raises:
+        InvalidArgumentError: An argument is out of its range.
+    """
+    return Connection(target, timeout_s=timeout_s, max_message_bytes=max_message_bytes)
+
+
+class Connection:
+    """A connection to a server. It may be shared by any number of threads, and closes as a context manager.
+
+    Every call raises, beside what its own description says: DeadlineError after `timeout_s`,
+    UnavailableError if the server cannot be reached (after a few tries), ExhaustedError if the
+    request or the result is over a limit that the message names, InternalError for a fault of the
+    server.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float, max_message_bytes: int) -> None:
+        self.target = target
+        channel = open_channel(target, max_message_bytes=max_message_bytes)
+        self._stub = Stub(channel, timeout_s=timeout_s)
+        self._config = Config()
+
+    @refuses_unknown_keywords
+    def deconvolution_2d(
+        self,
+        x: Array,
+        W: Array,
+        b: Array | None = None,
+        stride: IntOrPair = 1,
+        pad: IntOrPair = 0,
+        outsize: Sequence[SupportsIndex | None] | None = None,
+        *,
+        dilate: IntOrPair = 1,
+        groups: SupportsIndex = 1,
+    ) -> Array:
+        """Return the two-dimensional deconvolution (transposed convolution) of `x` by `W`, plus `b`.
+
+        As Chainer 7's ``chainer.functions.deconvolution_2d``, on arrays.
+
+        Args:
+            x: Images of shape ``(n, c_I, h_I, w_I)``: float16, bfloat16, float32 or float64.
+            W: Filter of shape ``(c_I, c_O / groups, h_K, w_K)``; its element type may differ.
+            b: Bias of shape ``(c_O,)`` and x's element type.
+            stride: Steps of the filter over the output, in pixels: an int, or a pair (h, w).
+            pad: Pixels cut from the output at both ends of each axis: an int, or a pair (h, w).
+            outsize: Size ``(h_O, w_O)`` of the output, less than a stride from the natural one, each an
+                int or None; None for ``stride (i - 1) + dilate (k - 1) + 1 - 2 pad`` along each axis.
+            dilate: Distance between the filter's taps, in pixels: an int, or a pair (h, w).
+            groups: Number of groups that the channels are split into.
+
+        Returns:
+            Images of shape ``(n, c_O, h_O, w_O)`` and x's element type.
+
+        Raises:
+            InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
+            TypeError: An unknown keyword.
+        """
+        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
+        problem = _problem(x, W, b, geometry)
+        _check_request_size(problem.x, problem.W)
+        response = self._stub.deconvolve(
+            pb.DeconvolveRequest(
+                x=message_from_array(x),
+                w=message_from_array(W),
+                b=None if b is None else message_from_array(b),
+                geometry=message_from_geometry(geometry),
+                options=message_from_options(self._config.options),
+            )
+        )
+        return array_from_message("y", response.y).copy()
+
+    @refuses_unknown_keywords
+    def deconvolution_2d_grad(
+        self,
+        x: Array,
+        W: Array,
+        b: Array | None,
+        gy: Array,
+        stride: IntOrPair = 1,
+        pad: IntOrPair = 0,
+        outsize: Sequence[SupportsIndex | None] | None = None,
+        *,
+        dilate: IntOrPair = 1,
+        groups: SupportsIndex = 1,
+        wanted: Collection[str] = _GRADIENTS,
+    ) -> Gradients:
+        """Return the gradients of a loss with respect to `x`, `W` and `b`.
+
+        Args:
+            x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
+            gy: Gradient with respect to its result, of that shape and element type.
+            wanted: Names of the gradients to compute, of gx, gW and gb. x is sent only for gW, and W
+                only for gx.
+
+        Returns:
+            ``(gx, gW, gb)``, of the shapes and element types of x, W and b. One that is not wanted
+            is None, and so is gb where b is.
+
+        Raises:
+            InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
+            TypeError: An unknown keyword.
+        """
+        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
+        problem = _problem(x, W, b, geometry)
+        problem.check_gy(spec_of(_checked("gy", gy)))
+        mask = _wanted(wanted, has_b=b is not None)
+        _check_request_size(problem.x, problem.W, problem.y)
+        response = self._stub.deconvolve_grad(
+            pb.DeconvolveGradRequest(
+                x=message_from_array(x) if mask.gW else message_from_spec(problem.x),
+                w=message_from_array(W) if mask.gx else message_from_spec(problem.W),
+                gy=message_from_array(gy),
+                geometry=message_from_geometry(geometry),
+                options=message_from_options(self._config.options),
+                wanted=pb.GradientMask(gx=mask.gx, gw=mask.gW, gb=mask.gb),
+            )
+        )
+        return Gradients(
+            gx=array_from_message("gx", response.gx).copy() if mask.gx else None,
+            gW=array_from_message("gW", response.gw).copy() if mask.gW else None,
+            gb=array_from_message("gb", response.gb).copy() if mask.gb else None,
+        )
+
+    def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
+        """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
+
+        Args:
+            name: ``cudnn_deterministic``, ``autotune``, ``use_cudnn`` or ``allow_tf32``.
+            value: True or False; for ``use_cudnn``, ``'auto'``, ``'always'`` or ``'never'``.
+
+        Raises:
+            InvalidArgumentError: There is no such option, or it cannot have that value.
+        """
+        return self._config.using(name, value)
+
+    def server_info(self) -> ServerInfo:
+        """Return what the server is, what it runs on and how much it takes."""
+        return ServerInfo.from_message(self._stub.get_server_info())
+
+    def health(self) -> str:
+        """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
+        return self._stub.health()
+
+    def close(self) -> None:
+        """Close the connection. Calls under way, and later ones, raise CallCancelledError."""
+        self._stub.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<deconvd_client.Connection to {self.target}>"
+
+
+def _problem(x: Array, W: Array, b: Array | None, geometry: Geometry) -> Problem:
+    problem = Problem(spec_of(_checked("x", x)), spec_of(_checked("W", W)), geometry)
+    if b is not None:
+        problem.check_b(spec_of(_checked("b", b)))
+    return problem
+
+
+def _checked(name: str, value: object) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise InvalidArgumentError(
+            f"{name} must be a numpy.ndarray, got {type(value).__name__}", argument=name
+        )
+    return value
+
+
+def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
+    if isinstance(names, str) or not set(names) <= set(_GRADIENTS):
+        raise InvalidArgumentError(
+            f"wanted must be a collection of names from {', '.join(_GRADIENTS)}, got {names!r}",
+            argument="wanted",
+        )
+    return Wanted(gx="gx" in names, gW="gW" in names, gb="gb" in names and has_b)
+
+
+def _check_request_size(*operands: TensorSpec) -> None:
+    size = sum(spec.nbytes for spec in operands) + _FRAMING_BYTES
+    if size > MAX_MESSAGE_BYTES:
+        raise ExhaustedError(
+            f"the request would have {size} bytes, and a message can have {MAX_MESSAGE_BYTES}: "
+            "send fewer samples at a time"
+        )
+
+
+_FRAMING_BYTES = 1024
+"""More than the fields of a request take beside its tensors' elements."""

@@ -1,0 +1,61 @@
+"""What a server says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deconvd.tensor import element_type_from_number
+from deconvd.v1 import deconvd_pb2 as pb
+
+__all__ = ["DeviceDescription", "ServerInfo"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDescription:
+    """Something that computes.
+
+    Attributes:
+        id: As in the server's ``--device``: ``cpu``, ``cuda:0``.
+        name: The maker's name for it.
+        memory_bytes: What it has in all.
+        threads_count: Threads that compute on it; 0 on a GPU.
+    """
+
+    id: str
+    name: str
+    memory_bytes: int
+    threads_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server is.
+
+    Attributes:
+        version: Of deconvd.
+        devices: What it computes on.
+        element_types: Names of the element types that it takes, of those that this client knows.
+        max_message_bytes: The largest request and the largest response.
+        features: Names of the optional parts of the contract that it has.
+    """
+
+    version: str
+    devices: tuple[DeviceDescription, ...]
+    element_types: tuple[str, ...]
+    max_message_bytes: int
+    features: tuple[str, ...]
+
+    @classmethod
+    def from_message(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
+        """Return what a response says."""
+        dtypes = (element_type_from_number(number) for number in message.element_types)
+        return cls(
+            version=message.version,
+            devices=tuple(
+                DeviceDescription(d.id, d.name, d.memory_bytes, d.threads_count)
+                for d in message.devices
+            ),
+            element_types=tuple(dtype.name for dtype in dtypes if dtype is not None),
+            max_message_bytes=message.limits.message_bytes,
+            features=tuple(message.features),
+        )

@@ -1,0 +1,85 @@
+"""The service's RPCs as functions: each has a deadline, and raises errors of deconvd.errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, TypeVar
+
+import grpc
+from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError
+from deconvd.status import error_from_rpc
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+__all__ = ["Stub"]
+
+_Request = TypeVar("_Request", bound=Message)
+_Response = TypeVar("_Response", bound=Message)
+
+_TOO_LARGE: Final = re.compile(r"Received message larger than max \((\d+) vs\. (\d+)\)")
+
+
+class Stub:
+    """The RPCs of one channel, each with the same timeout.
+
+    Every method raises a DeconvdError; see `deconvd.errors`.
+    """
+
+    def __init__(self, channel: grpc.Channel, *, timeout_s: float) -> None:
+        self._channel = channel
+        self._timeout_s = timeout_s
+        self._service = pb_grpc.DeconvolutionServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
+
+    def deconvolve(self, request: pb.DeconvolveRequest) -> pb.DeconvolveResponse:
+        """Call Deconvolve."""
+        return self._call(self._service.Deconvolve, request)
+
+    def deconvolve_grad(self, request: pb.DeconvolveGradRequest) -> pb.DeconvolveGradResponse:
+        """Call DeconvolveGrad."""
+        return self._call(self._service.DeconvolveGrad, request)
+
+    def get_server_info(self) -> pb.GetServerInfoResponse:
+        """Call GetServerInfo."""
+        return self._call(self._service.GetServerInfo, pb.GetServerInfoRequest())
+
+    def health(self) -> str:
+        """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
+        response = self._call(self._health.Check, health_pb2.HealthCheckRequest())
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+    def close(self) -> None:
+        """Close the channel. Calls under way end with CallCancelledError."""
+        self._channel.close()
+
+    def _call(
+        self,
+        rpc: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+    ) -> _Response:
+        try:
+            return rpc(request, timeout=self._timeout_s)
+        except grpc.RpcError as failure:
+            raise _with_advice(error_from_rpc(failure)) from None
+        except ValueError as error:  # grpcio's way to say that the channel was closed
+            raise CallCancelledError(f"the connection is closed: {error}") from None
+
+
+def _with_advice(error: DeconvdError) -> DeconvdError:
+    """Say which option to change, where gRPC's own message does not."""
+    text = str(error)
+    too_large = _TOO_LARGE.search(text)
+    if too_large is None:
+        return error
+    size, limit = too_large.groups()
+    if text.startswith("CLIENT"):
+        return ExhaustedError(
+            f"the response has {size} bytes, and this client takes {limit}: raise max_message_bytes "
+            "of connect(), or send fewer samples at a time"
+        )
+    return ExhaustedError(
+        f"the request has {size} bytes, and the server takes {limit}: start it with a larger "
+        "--max-message-bytes, or send fewer samples at a time"
+    )

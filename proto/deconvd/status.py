@@ -1,0 +1,100 @@
+"""Errors to gRPC statuses and back, each with google.rpc details.
+
+BadRequest    the argument at fault of an InvalidArgumentError
+RetryInfo     when to come back after an UnavailableError
+ErrorInfo     the class, in `reason`, so that it survives proxies that change the status
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2, message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from deconvd import errors
+from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
+
+__all__ = ["error_from_rpc", "status_from_error"]
+
+_DOMAIN: Final = "deconvd"
+_MAX_TEXT: Final = 2000
+"""Characters of a message that cross the wire: they travel in headers, whose size gRPC limits."""
+
+_CLASSES: dict[str, type[DeconvdError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, DeconvdError)
+}
+_CLASS_BY_STATUS = {cls.status: cls for cls in _CLASSES.values()}
+
+
+def status_from_error(error: DeconvdError) -> grpc.Status:
+    """Return the status to end a call with, for ``context.abort_with_status``."""
+    details: list[message.Message] = [
+        error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
+    ]
+    text = str(error)[:_MAX_TEXT]
+    if isinstance(error, InvalidArgumentError) and error.argument:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.argument, description=text
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, UnavailableError) and error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    code: int = grpc.StatusCode[error.status].value[0]
+    return rpc_status.to_status(
+        status_pb2.Status(code=code, message=text, details=[_packed(detail) for detail in details])
+    )
+
+
+def error_from_rpc(failure: grpc.RpcError) -> DeconvdError:
+    """Return the error that a failed call stands for.
+
+    One that a deconvd server raised comes back as it was. Of others, gRPC's own and those of
+    proxies, the status picks the class.
+    """
+    assert isinstance(failure, grpc.Call)  # every RpcError of a channel is one; its type hides it
+    details = _Details(failure)
+    text = failure.details() or f"the call failed with status {failure.code().name}"
+    cls = details.error_class or _CLASS_BY_STATUS.get(failure.code().name)
+    if cls is None:
+        return DeconvdError(f"{failure.code().name}: {text}")
+    if issubclass(cls, InvalidArgumentError):
+        return cls(text, argument=details.argument)
+    if issubclass(cls, UnavailableError):
+        return cls(text, retry_after_s=details.retry_after_s)
+    return cls(text)
+
+
+class _Details:
+    """What the google.rpc details of a failed call say."""
+
+    def __init__(self, failure: grpc.Call) -> None:
+        self.error_class: type[DeconvdError] | None = None
+        self.argument = ""
+        self.retry_after_s: float | None = None
+        status = rpc_status.from_call(failure)
+        for packed in status.details if status else ():
+            self._read(packed)
+
+    def _read(self, packed: any_pb2.Any) -> None:
+        info = error_details_pb2.ErrorInfo()
+        bad_request = error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
+        if packed.Unpack(info) and info.domain == _DOMAIN:
+            self.error_class = _CLASSES.get(info.reason)
+        elif packed.Unpack(bad_request) and bad_request.field_violations:
+            self.argument = bad_request.field_violations[0].field
+        elif packed.Unpack(retry):
+            self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+
+
+def _packed(detail: message.Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed

@@ -1,0 +1,94 @@
+"""Who may start now, who waits, and who is told to come back later."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deconvd.errors import ExhaustedError, UnavailableError
+
+from deconvd_server.call import Call
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Lets calls start in the order they came, while places and bytes last.
+
+    Args:
+        calls_count: How many calls may be under way at once.
+        budget_bytes: What they may take, all together.
+        waiting_count: How many more may wait; the next is refused at once.
+    """
+
+    RETRY_AFTER_S = 0.5
+    """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
+
+    def __init__(self, calls_count: int, budget_bytes: int, waiting_count: int) -> None:
+        self._free_places = calls_count
+        self._budget_bytes = budget_bytes
+        self._free_bytes = budget_bytes
+        self._waiting_count = waiting_count
+        self._line: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def admitted(self, footprint_bytes: int, call: Call) -> Iterator[None]:
+        """Hold a place and `footprint_bytes` for the block, after waiting for them.
+
+        Raises:
+            ExhaustedError: It would never fit.
+            UnavailableError: Too many calls wait already.
+            CallCancelledError, DeadlineError: The call ended while it waited.
+        """
+        self._enter(footprint_bytes, call)
+        try:
+            yield
+        finally:
+            self._leave(footprint_bytes)
+
+    @property
+    def free_bytes(self) -> int:
+        """What the calls under way leave of the budget."""
+        return self._free_bytes
+
+    def _enter(self, footprint_bytes: int, call: Call) -> None:
+        if footprint_bytes > self._budget_bytes:
+            raise ExhaustedError(
+                f"the call needs {footprint_bytes} bytes of the device's memory, of which calls "
+                f"may take {self._budget_bytes}: send fewer samples at a time"
+            )
+        call.on_cancel(self._wake)
+        ticket = object()
+        with self._changed:
+            if len(self._line) >= self._waiting_count:
+                raise UnavailableError(
+                    f"the server is full: {len(self._line)} calls wait already",
+                    retry_after_s=self.RETRY_AFTER_S,
+                )
+            self._line.append(ticket)
+            try:
+                while not self._may_start(ticket, footprint_bytes):
+                    self._changed.wait(call.remaining_s())
+                    call.check()
+                self._free_places -= 1
+                self._free_bytes -= footprint_bytes
+            finally:
+                self._line.remove(ticket)
+                self._changed.notify_all()
+
+    def _may_start(self, ticket: object, footprint_bytes: int) -> bool:
+        first = self._line[0] is ticket
+        return first and self._free_places > 0 and self._free_bytes >= footprint_bytes
+
+    def _leave(self, footprint_bytes: int) -> None:
+        with self._changed:
+            self._free_places += 1
+            self._free_bytes += footprint_bytes
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

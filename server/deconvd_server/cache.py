@@ -1,0 +1,253 @@
+"""A cache of resources that are costly to build and must be freed: plans, workspaces, resident tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+__all__ = ["Cache", "CacheStats", "Entry", "Resource", "State"]
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+_WAIT_S = 0.05
+"""How often one who waits for another's build looks whether its own call is still wanted."""
+
+
+class State(StrEnum):
+    """What has become of an entry."""
+
+    LIVE = "live"
+    RETIRED = "retired"
+    FREED = "freed"
+
+
+@dataclass(frozen=True, slots=True)
+class Resource(Generic[V]):
+    """What a build gives.
+
+    Attributes:
+        value: What users get.
+        size_bytes: What it counts for against the cache's limit.
+        free: Called once, after the last user; must not raise.
+    """
+
+    value: V
+    size_bytes: int
+    free: Callable[[], None] = lambda: None
+
+
+class Entry(Generic[V]):
+    """One resource, shared by its users, freed after the last of them.
+
+        LIVE --retire--> RETIRED --last release--> FREED
+
+    A retired entry keeps the users it has and takes no new ones. Not thread-safe: its cache calls
+    it under one lock.
+
+    Args:
+        free: Called with the resource once it is to be freed.
+    """
+
+    def __init__(self, resource: Resource[V], free: Callable[[Resource[V]], None]) -> None:
+        self.resource = resource
+        self.state = State.LIVE
+        self._free = free
+        self._users = 0
+
+    def acquire(self) -> None:
+        """Add a user."""
+        if self.state is not State.LIVE:
+            raise RuntimeError(f"cannot acquire a {self.state.value} entry")
+        self._users += 1
+
+    def release(self) -> None:
+        """Remove a user."""
+        if self._users == 0:
+            raise RuntimeError("released more often than acquired")
+        self._users -= 1
+        self._settle()
+
+    def retire(self) -> None:
+        """Take no new users. Retiring twice is harmless."""
+        if self.state is State.LIVE:
+            self.state = State.RETIRED
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.state is State.RETIRED and self._users == 0:
+            self.state = State.FREED
+            self._free(self.resource)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What a cache holds, and how often it could help.
+
+    Attributes:
+        count: Resources that are live.
+        size_bytes: What they count for, together.
+        hits_count: Leases of a resource that was there.
+        misses_count: Leases that had to build, or to wait for another's build.
+    """
+
+    count: int
+    size_bytes: int
+    hits_count: int
+    misses_count: int
+
+
+class Cache(Generic[K, V]):
+    """Resources by key, bounded in bytes: the least recently used are retired first.
+
+    A key is built once however many ask for it at the same time. There is no way to ask whether a
+    key is there, since the answer would be old when it is given. Thread-safe; resources are built
+    and freed outside its lock.
+
+    Args:
+        limit_bytes: What live resources may count for together. One that is larger than this alone
+            serves those who lease it now and is freed after them.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[K, Entry[V]] = OrderedDict()
+        self._builds: dict[K, Future[None]] = {}
+        self._garbage: list[Resource[V]] = []
+        self._size_bytes = 0
+        self._hits_count = 0
+        self._misses_count = 0
+        self._closed = False
+
+    @contextmanager
+    def lease(
+        self,
+        key: K,
+        build: Callable[[], Resource[V]],
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[V]:
+        """Lend the resource of `key` for the length of a with-block.
+
+        Args:
+            build: Makes it, if it is not there. What it raises is raised to all who wait for it,
+                and is not remembered.
+            check: Called now and then while another's build is waited for; what it raises ends
+                the wait.
+        """
+        entry = self._acquire(key, build, check)
+        try:
+            yield entry.resource.value
+        finally:
+            self._release(entry)
+
+    def drop(self, key: K) -> None:
+        """Retire the resource of `key`, if there is one."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._retire(key, entry)
+        self._sweep()
+
+    def close(self) -> None:
+        """Retire all, and keep nothing from now on."""
+        with self._lock:
+            self._closed = True
+            for key, entry in list(self._entries.items()):
+                self._retire(key, entry)
+        self._sweep()
+
+    @property
+    def stats(self) -> CacheStats:
+        """What it holds now."""
+        with self._lock:
+            return CacheStats(
+                len(self._entries), self._size_bytes, self._hits_count, self._misses_count
+            )
+
+    def _acquire(
+        self, key: K, build: Callable[[], Resource[V]], check: Callable[[], None]
+    ) -> Entry[V]:
+        missed = False
+        while True:
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is not None:
+                    return self._hit(key, entry, missed)
+                self._misses_count += not missed
+                missed = True
+                theirs = self._builds.get(key)
+                if theirs is None:
+                    mine = self._builds[key] = Future[None]()
+            if theirs is None:
+                return self._build(key, build, mine)
+            _wait(theirs, check)
+
+    def _hit(self, key: K, entry: Entry[V], missed: bool) -> Entry[V]:
+        self._entries.move_to_end(key)
+        self._hits_count += not missed
+        entry.acquire()
+        return entry
+
+    def _build(self, key: K, build: Callable[[], Resource[V]], mine: Future[None]) -> Entry[V]:
+        try:
+            resource = build()
+        except BaseException as error:
+            with self._lock:
+                del self._builds[key]
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            del self._builds[key]
+            entry = self._insert(key, resource)
+        mine.set_result(None)
+        self._sweep()
+        return entry
+
+    def _insert(self, key: K, resource: Resource[V]) -> Entry[V]:
+        entry = Entry(resource, self._garbage.append)
+        entry.acquire()
+        self._entries[key] = entry
+        self._size_bytes += resource.size_bytes
+        while self._entries and (self._closed or self._size_bytes > self._limit_bytes):
+            self._retire(*next(iter(self._entries.items())))
+        return entry
+
+    def _release(self, entry: Entry[V]) -> None:
+        with self._lock:
+            entry.release()
+        self._sweep()
+
+    def _retire(self, key: K, entry: Entry[V]) -> None:
+        del self._entries[key]
+        self._size_bytes -= entry.resource.size_bytes
+        entry.retire()
+
+    def _sweep(self) -> None:
+        """Free, outside the lock, what was given up under it."""
+        with self._lock:
+            garbage = self._garbage[:]
+            self._garbage.clear()
+        for resource in garbage:
+            resource.free()
+
+
+def _wait(build: Future[None], check: Callable[[], None]) -> None:
+    """Return when another's build is done.
+
+    Raises:
+        BaseException: What the build raised, or `check`.
+    """
+    while True:
+        check()
+        try:
+            return build.result(_WAIT_S)
+        except TimeoutError:
+            if build.done():
+                raise

@@ -1,0 +1,150 @@
+"""The daemon's life: it listens, becomes ready, serves, drains and stops.
+
+LISTENING --device ready--> SERVING --drain--> DRAINING --last call ended--> STOPPED
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from deconvd_server.device import Device
+from deconvd_server.engine import Engine
+from deconvd_server.listen import bind, release
+from deconvd_server.service import SERVICE_NAME, DeconvolutionService
+
+__all__ = ["Daemon", "Settings", "State"]
+
+_WAITING_CALLS_COUNT = 96
+_HANDLER_THREADS_COUNT = 128
+"""More than the calls that run and wait, so that health is answered whatever the load."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a daemon is told when it starts.
+
+    Attributes:
+        addresses: Where to listen; see `bind`.
+        max_message_bytes: The largest request and the largest response.
+        drain_timeout_s: How long calls under way may take to end once the daemon drains.
+    """
+
+    addresses: Sequence[str]
+    max_message_bytes: int
+    drain_timeout_s: float
+
+
+class State(Enum):
+    """Where a daemon is in its life."""
+
+    LISTENING = "listening"
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Daemon:
+    """A gRPC server with its service, health and reflection.
+
+    It listens once made: health then says NOT_SERVING and calls are answered UNAVAILABLE, until
+    `serve` has a device.
+
+    Raises:
+        InvalidArgumentError, AddressInUseError: It cannot listen on one of the addresses.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.state = State.LISTENING
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._service = DeconvolutionService(settings.max_message_bytes)
+        self._health = _Health()
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._server = self._grpc_server()
+        self.addresses = [bind(self._server, address) for address in settings.addresses]
+        self._server.start()
+
+    def serve(self, open_device: Callable[[], Device]) -> None:
+        """Open the device and serve calls with it; return once it can."""
+        engine = Engine(open_device(), waiting_count=_WAITING_CALLS_COUNT)
+        with self._lock:
+            self._service.engine = engine
+            if self.state is State.LISTENING:
+                self.state = State.SERVING
+                self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def drain(self) -> None:
+        """Take no more calls, let those under way end, and stop: for good once it returns.
+
+        Calls that outlast `drain_timeout_s` are cancelled.
+        """
+        with self._lock:
+            self.state = State.DRAINING
+        self._health.enter_graceful_shutdown()
+        stopped = self._server.stop(self._settings.drain_timeout_s)
+        # A watcher of health would keep the server from stopping for as long as it cares to watch.
+        self._health.end_watches()
+        stopped.wait()
+        for address in self.addresses:
+            release(address)
+        if self._service.engine is not None:
+            self._service.engine.close()
+        self.state = State.STOPPED
+
+    def cut_drain(self) -> None:
+        """Cancel the calls that `drain` waits for."""
+        _log.warning("the drain is cut short: calls under way are cancelled")
+        self._server.stop(None)
+
+    def _grpc_server(self) -> grpc.Server:
+        server = grpc.server(
+            ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler"),
+            options=[
+                ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+                ("grpc.max_send_message_length", self._settings.max_message_bytes),
+                # With it, a second server would share the port in silence.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        server.add_generic_rpc_handlers((self._service.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        return server
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in ("", SERVICE_NAME):
+            self._health.set(name, status)
+
+
+class _Health(health.HealthServicer):
+    """Standard health, whose watches can be ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[grpc.ServicerContext] = set()
+
+    def Watch(  # type: ignore[no-untyped-def]
+        self, request, context, send_response_callback=None
+    ):
+        """Stream a service's health to a watcher."""
+        self._watches.add(context)
+        context.add_callback(lambda: self._watches.discard(context))
+        return super().Watch(request, context, send_response_callback)
+
+    def end_watches(self) -> None:
+        """End every watch."""
+        for context in list(self._watches):
+            context.cancel()

@@ -1,0 +1,119 @@
+"""Addresses to listen on, and the care that a Unix socket's file needs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import grpc
+from deconvd.errors import InvalidArgumentError
+
+__all__ = ["AddressInUseError", "bind", "release"]
+
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>\d+)")
+_MAX_UNIX_PATH_BYTES = 107  # sun_path of sockaddr_un(7), less the final zero
+
+
+class AddressInUseError(OSError):
+    """Another process listens on the address, or its file is not a socket."""
+
+
+def bind(server: grpc.Server, address: str) -> str:
+    """Make `server` listen on an address, and return the address with the port that it got.
+
+    Args:
+        address: ``host:port``, where port 0 stands for any free one; ``unix:path`` or
+            ``unix:///path``. The file that a dead server left at the path is replaced.
+
+    Raises:
+        InvalidArgumentError: It is no such address.
+        AddressInUseError: Another process has it.
+    """
+    if address.startswith("unix:"):
+        path = _unix_path(address)
+        with _locked(path.parent):
+            _remove_dead_socket(path)
+            _add_port(server, f"unix:{path}", address)
+        return address
+    match = _HOST_PORT.fullmatch(address)
+    if match is None or int(match["port"]) > 65535:
+        raise InvalidArgumentError(
+            f"--listen must be host:port or unix:path, got {address!r}", argument="listen"
+        )
+    port = _add_port(server, address, address)
+    return f"{match['host']}:{port}"
+
+
+def release(address: str) -> None:
+    """Remove what `bind` left of an address, once its server has stopped."""
+    if address.startswith("unix:"):
+        path = _unix_path(address)
+        with suppress(AddressInUseError), _locked(path.parent):  # a successor may listen by now
+            _remove_dead_socket(path)
+
+
+def _unix_path(address: str) -> Path:
+    path = Path(address.removeprefix("unix:").removeprefix("//"))
+    if not path.name or len(os.fsencode(path)) > _MAX_UNIX_PATH_BYTES:
+        raise InvalidArgumentError(
+            f"--listen must name a Unix socket of 1 to {_MAX_UNIX_PATH_BYTES} bytes, got {address!r}",
+            argument="listen",
+        )
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(
+            f"--listen must name a Unix socket in a directory that exists, got {address!r}",
+            argument="listen",
+        )
+    return path
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other servers from sockets in `directory` for the block.
+
+    Of two that start at once on one socket, the second then finds the first alive. The lock is on
+    the directory itself, so no file is left behind.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_dead_socket(path: Path) -> None:
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise AddressInUseError(errno.EADDRINUSE, "the file is not a socket", str(path))
+    if _is_listening(path):
+        raise AddressInUseError(errno.EADDRINUSE, "a live server listens there", str(path))
+    path.unlink()
+
+
+def _is_listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            return False
+        return True
+
+
+def _add_port(server: grpc.Server, grpc_address: str, address: str) -> int:
+    try:
+        return server.add_insecure_port(grpc_address)
+    except RuntimeError as error:  # all that grpcio says; its log has the reason
+        raise AddressInUseError(
+            errno.EADDRINUSE,
+            "cannot listen there: the address is in use or not of this host",
+            address,
+        ) from error

@@ -1,0 +1,197 @@
+"""The gRPC boundary: decodes requests, calls the engine, encodes results, translates errors. It computes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import deconvd
+import grpc
+from deconvd.dtypes import ELEMENT_TYPES
+from deconvd.errors import (
+    DeconvdError,
+    ExhaustedError,
+    InternalError,
+    InvalidArgumentError,
+    UnavailableError,
+)
+from deconvd.gradients import Wanted
+from deconvd.messages import geometry_from_message, options_from_message
+from deconvd.problem import Problem
+from deconvd.status import status_from_error
+from deconvd.tensor import (
+    Array,
+    array_from_message,
+    element_type_number,
+    message_from_array,
+    spec_from_message,
+    spec_of,
+)
+from deconvd.v1 import deconvd_pb2 as pb
+from google.protobuf.message import DecodeError, Message
+
+from deconvd_server.call import Call
+from deconvd_server.engine import Engine
+
+__all__ = ["SERVICE_NAME", "DeconvolutionService"]
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DeconvolutionService"].full_name
+
+_Request = TypeVar("_Request", bound=Message)
+_Response = TypeVar("_Response", bound=Message)
+
+_log = logging.getLogger(__name__)
+
+
+class DeconvolutionService:
+    """Serves `deconvd.v1.DeconvolutionService`. Until it has an engine it answers UNAVAILABLE.
+
+    Args:
+        max_message_bytes: The largest request and the largest response.
+    """
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max_message_bytes = max_message_bytes
+        self.engine: Engine | None = None
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return what a gRPC server needs to serve this.
+
+        Requests are parsed here rather than by gRPC, which would answer garbage with INTERNAL.
+        """
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Deconvolve": _unary(pb.DeconvolveRequest, self.deconvolve),
+                "DeconvolveGrad": _unary(pb.DeconvolveGradRequest, self.deconvolve_grad),
+                "GetServerInfo": _unary(pb.GetServerInfoRequest, self.get_server_info),
+            },
+        )
+
+    def deconvolve(self, request: pb.DeconvolveRequest, call: Call) -> pb.DeconvolveResponse:
+        """Serve Deconvolve."""
+        x = array_from_message("x", request.x)
+        W = array_from_message("W", request.w)
+        b = array_from_message("b", request.b) if request.HasField("b") else None
+        problem = Problem(spec_of(x), spec_of(W), geometry_from_message(request.geometry))
+        if b is not None:
+            problem.check_b(spec_of(b))
+        self._check_result_size(problem.y.nbytes)
+        options = options_from_message(request.options)
+        y = self._ready_engine().deconvolve(problem, x, W, b, options, call)
+        return pb.DeconvolveResponse(y=message_from_array(y))
+
+    def deconvolve_grad(
+        self, request: pb.DeconvolveGradRequest, call: Call
+    ) -> pb.DeconvolveGradResponse:
+        """Serve DeconvolveGrad."""
+        wanted = Wanted(gx=request.wanted.gx, gW=request.wanted.gw, gb=request.wanted.gb)
+        problem = Problem(
+            spec_from_message("x", request.x),
+            spec_from_message("W", request.w),
+            geometry_from_message(request.geometry),
+        )
+        x = array_from_message("x", request.x) if wanted.gW else None
+        W = array_from_message("W", request.w) if wanted.gx else None
+        problem.check_gy(spec_from_message("gy", request.gy))
+        gy = array_from_message("gy", request.gy)
+        self._check_result_size(
+            wanted.gx * problem.x.nbytes
+            + wanted.gW * problem.W.nbytes
+            + wanted.gb * problem.b.nbytes
+        )
+        options = options_from_message(request.options)
+        gradients = self._ready_engine().gradients(problem, x, W, gy, wanted, options, call)
+        return pb.DeconvolveGradResponse(
+            gx=_optional_message(gradients.gx),
+            gw=_optional_message(gradients.gW),
+            gb=_optional_message(gradients.gb),
+        )
+
+    def get_server_info(
+        self, request: pb.GetServerInfoRequest, call: Call
+    ) -> pb.GetServerInfoResponse:
+        """Serve GetServerInfo."""
+        device = self._ready_engine().info
+        return pb.GetServerInfoResponse(
+            version=deconvd.__version__,
+            devices=[
+                pb.Device(
+                    id=device.id,
+                    name=device.name,
+                    memory_bytes=device.memory_bytes,
+                    threads_count=device.threads_count,
+                )
+            ],
+            element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
+            limits=pb.Limits(message_bytes=self._max_message_bytes),
+        )
+
+    def _ready_engine(self) -> Engine:
+        if self.engine is None:
+            raise UnavailableError("the server is starting: its device is not ready yet")
+        return self.engine
+
+    def _check_result_size(self, result_bytes: int) -> None:
+        """Refuse a result that could not be sent, before it is computed."""
+        if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
+            raise ExhaustedError(
+                f"the result would have {result_bytes} bytes, and the server sends messages of at "
+                f"most {self._max_message_bytes}: send fewer samples at a time, or start the server "
+                f"with a larger --max-message-bytes"
+            )
+
+
+_FRAMING_BYTES = 1024
+"""More than the fields of a response take beside its tensors' elements."""
+
+
+def _unary(
+    request_type: type[_Request], behaviour: Callable[[_Request, Call], _Response]
+) -> grpc.RpcMethodHandler[bytes, bytes]:
+    """Return a handler that parses the request, runs `behaviour`, and ends the call with what it raises."""
+
+    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+        with _errors_as_status(request_type, context):
+            request = _parsed(request_type, data)
+            return behaviour(request, _call_of(context)).SerializeToString()
+        raise AssertionError("unreachable: abort raises")
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+@contextmanager
+def _errors_as_status(request_type: type[Message], context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with the status of whatever error the block raises, and log which call failed."""
+    name = request_type.DESCRIPTOR.name.removesuffix("Request")
+    try:
+        yield
+    except DeconvdError as error:
+        _log.warning("%s from %s: %s: %s", name, context.peer(), error.status, error)
+        context.abort_with_status(status_from_error(error))
+    except Exception:
+        _log.exception("%s from %s: unforeseen error", name, context.peer())
+        unforeseen = InternalError("unforeseen error: see the server's log")
+        context.abort_with_status(status_from_error(unforeseen))
+
+
+def _parsed(request_type: type[_Request], data: bytes) -> _Request:
+    try:
+        return request_type.FromString(data)
+    except DecodeError:
+        raise InvalidArgumentError(
+            f"the request is not a valid {request_type.DESCRIPTOR.full_name} message"
+        ) from None
+
+
+def _call_of(context: grpc.ServicerContext) -> Call:
+    call = Call(timeout_s=context.time_remaining())
+    if not context.add_callback(call.cancel):
+        call.cancel()  # it ended before we could ask to be told
+    return call
+
+
+def _optional_message(array: Array | None) -> pb.Tensor | None:
+    return None if array is None else message_from_array(array)
