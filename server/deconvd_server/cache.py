@@ -1,4 +1,4 @@
-"""A cache of resources that are costly to build and must be freed: plans, workspaces, resident tensors."""
+"""A cache of resources that are costly to build and must be freed, such as plans."""
 
 from __future__ import annotations
 
@@ -249,5 +249,5 @@ def _wait(build: Future[None], check: Callable[[], None]) -> None:
         try:
             return build.result(_WAIT_S)
         except TimeoutError:
-            if build.done():
-                raise
+            if build.done():  # then the error may be the build's own
+                return build.result()
