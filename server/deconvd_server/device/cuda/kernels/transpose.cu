@@ -1,0 +1,65 @@
+// Transposes a batch of matrices: images to channels-last layout and back.
+
+// A tile is square, 64 elements (of 8 bytes: 32) on a side; a block's 256 threads move it in vectors of 16 bytes.
+constexpr int THREADS = 256;
+constexpr int WIDTH = 16 / sizeof(ELEMENT);
+constexpr int TILE = sizeof(ELEMENT) == 8 ? 32 : 64;
+constexpr int PITCH = TILE + (sizeof(ELEMENT) == 2 ? 2 : 1);  // an odd number of banks
+
+using Index = long long;
+
+__device__ void load_tile(ELEMENT (*tile)[PITCH], const ELEMENT *matrix, Index rows, Index columns, Index row,
+                          Index column)
+{
+    if (is_aligned(matrix) && columns % WIDTH == 0) {
+        for (int i = threadIdx.x; i < TILE * TILE / WIDTH; i += THREADS) {
+            const int r = i / (TILE / WIDTH), c = i % (TILE / WIDTH) * WIDTH;
+            if (row + r >= rows || column + c >= columns) continue;
+            const auto elements = *(const Vector<ELEMENT, WIDTH> *)(matrix + (row + r) * columns + column + c);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) tile[r][c + j] = elements.values[j];
+        }
+    } else {
+        for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
+            const int r = i / TILE, c = i % TILE;
+            if (row + r < rows && column + c < columns) tile[r][c] = matrix[(row + r) * columns + column + c];
+        }
+    }
+}
+
+// Stores the transpose of the tile at (row, column) of a matrix that is `columns` wide.
+__device__ void store_tile(const ELEMENT (*tile)[PITCH], ELEMENT *matrix, Index rows, Index columns, Index row,
+                           Index column)
+{
+    if (is_aligned(matrix) && columns % WIDTH == 0) {
+        for (int i = threadIdx.x; i < TILE * TILE / WIDTH; i += THREADS) {
+            const int r = i / (TILE / WIDTH), c = i % (TILE / WIDTH) * WIDTH;
+            if (row + r >= rows || column + c >= columns) continue;
+            Vector<ELEMENT, WIDTH> elements;
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) elements.values[j] = tile[c + j][r];
+            *(Vector<ELEMENT, WIDTH> *)(matrix + (row + r) * columns + column + c) = elements;
+        }
+    } else {
+        for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
+            const int r = i / TILE, c = i % TILE;
+            if (row + r < rows && column + c < columns) matrix[(row + r) * columns + column + c] = tile[c][r];
+        }
+    }
+}
+
+// Sets target, of shape (batch, columns, rows), to the transpose of source, of shape (batch, rows, columns).
+extern "C" __global__ void __launch_bounds__(THREADS)
+transpose(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
+{
+    __shared__ ELEMENT tile[TILE][PITCH];
+    const Index column_tiles = (columns + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;
+    for (Index i = blockIdx.x; i < batch * row_tiles * column_tiles; i += gridDim.x) {
+        const Index row = i / column_tiles % row_tiles * TILE, column = i % column_tiles * TILE;
+        const Index offset = i / column_tiles / row_tiles * rows * columns;
+        load_tile(tile, source + offset, rows, columns, row, column);
+        __syncthreads();
+        store_tile(tile, target + offset, columns, rows, column, row);
+        __syncthreads();
+    }
+}
