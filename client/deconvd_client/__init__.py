@@ -5,6 +5,7 @@ F = deconvd_client.connect("gpu-host:50051")
 y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
 """
 
+from deconvd import __version__
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -33,5 +34,6 @@ __all__ = [
     "ServerInfo",
     "UnavailableError",
     "UnimplementedError",
+    "__version__",
     "connect",
 ]

@@ -17,6 +17,7 @@ MAX_MESSAGE_BYTES: Final = 2**31 - 1
 
 _TARGET = re.compile(r"unix:.+|((dns|ipv4|ipv6):)?.*[^:]:\d+")
 
+# A server that stops ends calls that it has received, but not begun, with CANCELLED.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -26,7 +27,7 @@ _SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ]

@@ -169,3 +169,7 @@ def _errors_told() -> Iterator[None]:
         yield
     except (DeconvdError, OSError) as error:
         raise click.ClickException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

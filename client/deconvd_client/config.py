@@ -13,18 +13,19 @@ from deconvd.options import Options
 __all__ = ["Config"]
 
 _NAMES = tuple(field.name for field in fields(Options))
+_DEFAULT = Options()
 
 
 class Config:
     """The options in force. Each thread, and each asyncio task, has its own."""
 
     def __init__(self) -> None:
-        self._options: ContextVar[Options] = ContextVar("options", default=Options())
+        self._options: ContextVar[Options] = ContextVar("options")
 
     @property
     def options(self) -> Options:
         """The options in force here."""
-        return self._options.get()
+        return self._options.get(_DEFAULT)
 
     @contextmanager
     def using(self, name: str, value: object) -> Iterator[None]:

@@ -59,6 +59,10 @@ class Connection:
     """
 
     def __init__(self, target: str, *, timeout_s: float, max_message_bytes: int) -> None:
+        if not timeout_s > 0:
+            raise InvalidArgumentError(
+                f"timeout_s must be positive, got {timeout_s}", argument="timeout_s"
+            )
         self.target = target
         channel = open_channel(target, max_message_bytes=max_message_bytes)
         self._stub = Stub(channel, timeout_s=timeout_s)

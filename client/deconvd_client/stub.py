@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 import grpc
 from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError
@@ -11,14 +11,16 @@ from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 __all__ = ["Stub"]
 
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
 
-_TOO_LARGE: Final = re.compile(r"Received message larger than max \((\d+) vs\. (\d+)\)")
+_TOO_LARGE: Final = re.compile(
+    r"(CLIENT|SERVER): Received message larger than max \((\d+) vs\. (\d+)\)"
+)
 
 
 class Stub:
@@ -31,7 +33,13 @@ class Stub:
         self._channel = channel
         self._timeout_s = timeout_s
         self._service = pb_grpc.DeconvolutionServiceStub(channel)
-        self._health = health_pb2_grpc.HealthStub(channel)
+        self._check_health: grpc.UnaryUnaryMultiCallable[
+            health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        ] = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
 
     def deconvolve(self, request: pb.DeconvolveRequest) -> pb.DeconvolveResponse:
         """Call Deconvolve."""
@@ -47,7 +55,7 @@ class Stub:
 
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        response = self._call(self._health.Check, health_pb2.HealthCheckRequest())
+        response = self._call(self._check_health, health_pb2.HealthCheckRequest())
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
     def close(self) -> None:
@@ -62,19 +70,19 @@ class Stub:
         try:
             return rpc(request, timeout=self._timeout_s)
         except grpc.RpcError as failure:
-            raise _with_advice(error_from_rpc(failure)) from None
+            # every RpcError of a channel is its Call too, which the types do not say
+            raise _with_advice(error_from_rpc(cast("grpc.Call", failure))) from None
         except ValueError as error:  # grpcio's way to say that the channel was closed
             raise CallCancelledError(f"the connection is closed: {error}") from None
 
 
 def _with_advice(error: DeconvdError) -> DeconvdError:
     """Say which option to change, where gRPC's own message does not."""
-    text = str(error)
-    too_large = _TOO_LARGE.search(text)
+    too_large = _TOO_LARGE.search(str(error))
     if too_large is None:
         return error
-    size, limit = too_large.groups()
-    if text.startswith("CLIENT"):
+    receiver, size, limit = too_large.groups()
+    if receiver == "CLIENT":
         return ExhaustedError(
             f"the response has {size} bytes, and this client takes {limit}: raise max_message_bytes "
             "of connect(), or send fewer samples at a time"

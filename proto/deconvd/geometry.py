@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -172,11 +172,11 @@ def _outsize(value: Sequence[SupportsIndex | None] | None) -> OutputSize:
 
 
 def _two(name: str, value: object, allowed: str) -> tuple[object, object]:
-    try:
-        first, second = value  # type: ignore[misc]  # whether it unpacks is asked here
-    except (TypeError, ValueError):
-        raise _kind_error(name, value, allowed) from None
-    return first, second
+    if isinstance(value, Iterable):
+        elements = tuple(value)
+        if len(elements) == 2:
+            return elements[0], elements[1]
+    raise _kind_error(name, value, allowed)
 
 
 def _kind_error(name: str, value: object, allowed: str) -> InvalidArgumentError:

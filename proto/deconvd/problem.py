@@ -9,7 +9,7 @@ from deconvd.dtypes import DType, compute_type, element_type
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import MAX_EXTENT, Geometry, Pair
 
-__all__ = ["Problem", "TensorSpec"]
+__all__ = ["Problem", "TensorSpec", "check_extents"]
 
 _MAX_DIMENSIONS_SHOWN = 8
 _MAX_NBYTES = 2**62
@@ -50,7 +50,7 @@ class Problem:
 
     x: TensorSpec
     W: TensorSpec
-    geometry: Geometry = Geometry()
+    geometry: Geometry
     output: Pair = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Problem:
         _check_tensor("W", self.W, dimensions=4)
         self._check_channels()
         object.__setattr__(self, "output", self.geometry.output_size(self.image, self.kernel))
-        _check_extents("y", self.y)
+        check_extents("y", self.y)
 
     def _check_channels(self) -> None:
         if self.c_I != self.W.shape[0]:
@@ -142,10 +142,11 @@ def _check_tensor(name: str, spec: TensorSpec, *, dimensions: int) -> None:
             f"got {len(spec.shape)}: {spec}",
             argument=name,
         )
-    _check_extents(name, spec)
+    check_extents(name, spec)
 
 
-def _check_extents(name: str, spec: TensorSpec) -> None:
+def check_extents(name: str, spec: TensorSpec) -> None:
+    """Raise InvalidArgumentError if an array of such a shape cannot be, even without elements."""
     nominal = math.prod(max(extent, 1) for extent in spec.shape) * spec.dtype.itemsize
     if nominal > _MAX_NBYTES or not all(0 <= extent <= MAX_EXTENT for extent in spec.shape):
         raise InvalidArgumentError(

@@ -47,18 +47,16 @@ def status_from_error(error: DeconvdError) -> grpc.Status:
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     code: int = grpc.StatusCode[error.status].value[0]
-    return rpc_status.to_status(
-        status_pb2.Status(code=code, message=text, details=[_packed(detail) for detail in details])
-    )
+    packed = [_packed(detail) for detail in details]
+    return rpc_status.to_status(status_pb2.Status(code=code, message=text, details=packed))
 
 
-def error_from_rpc(failure: grpc.RpcError) -> DeconvdError:
-    """Return the error that a failed call stands for.
+def error_from_rpc(failure: grpc.Call) -> DeconvdError:
+    """Return the error that a failed call stands for: the `grpc.RpcError` that it raised.
 
     One that a deconvd server raised comes back as it was. Of others, gRPC's own and those of
     proxies, the status picks the class.
     """
-    assert isinstance(failure, grpc.Call)  # every RpcError of a channel is one; its type hides it
     details = _Details(failure)
     text = failure.details() or f"the call failed with status {failure.code().name}"
     cls = details.error_class or _CLASS_BY_STATUS.get(failure.code().name)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.problem import TensorSpec
+from deconvd.problem import TensorSpec, check_extents
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = [
@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 _NUMBER_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
     dtype: pb.ElementType.Value(f"ELEMENT_TYPE_{dtype.name.upper()}") for dtype in ELEMENT_TYPES
 }
-_DTYPE_BY_NUMBER = {number: dtype for dtype, number in _NUMBER_BY_DTYPE.items()}
+_DTYPE_BY_NUMBER: dict[int, DType] = {number: dtype for dtype, number in _NUMBER_BY_DTYPE.items()}
 
 _MAX_DIMENSIONS = 8
 """More than any operand has: what is beyond it is refused before a shape is made of it."""
@@ -68,23 +68,23 @@ def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
         name: Name of the argument, for errors.
 
     Raises:
-        InvalidArgumentError: The element type is unknown, or the shape has too many dimensions or
-            a negative extent.
+        InvalidArgumentError: The element type is unknown, or there can be no array of the shape.
     """
     dtype = element_type_from_number(message.element_type)
     if dtype is None:
-        allowed = ", ".join(pb.ElementType.Name(number) for number in _DTYPE_BY_NUMBER)
+        allowed = ", ".join(pb.ElementType.Name(n) for n in _NUMBER_BY_DTYPE.values())
         raise InvalidArgumentError(
             f"{name} must have one of the element types {allowed}, got number {message.element_type}",
             argument=name,
         )
-    if len(message.shape) > _MAX_DIMENSIONS or any(extent < 0 for extent in message.shape):
+    if len(message.shape) > _MAX_DIMENSIONS:
         raise InvalidArgumentError(
-            f"{name} must have at most {_MAX_DIMENSIONS} dimensions, none negative, "
-            f"got {len(message.shape)}, starting {list(message.shape[:_MAX_DIMENSIONS])}",
+            f"{name} must have at most {_MAX_DIMENSIONS} dimensions, got {len(message.shape)}",
             argument=name,
         )
-    return TensorSpec(tuple(message.shape), dtype)
+    spec = TensorSpec(tuple(message.shape), dtype)
+    check_extents(name, spec)
+    return spec
 
 
 def array_from_message(name: str, message: pb.Tensor) -> Array:

@@ -120,7 +120,7 @@ def _signals() -> SimpleQueue[int | None]:
     """Return a queue that SIGTERM and SIGINT are put into from now on."""
     signals: SimpleQueue[int | None] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.put(number))
+        signal.signal(number, lambda number, _frame: signals.put(number))
     return signals
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from deconvd_server.device import Device
 from deconvd_server.engine import Engine
+from deconvd_server.health import Health
 from deconvd_server.listen import bind, release
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
 
@@ -69,8 +70,8 @@ class Daemon:
         self._settings = settings
         self._lock = threading.Lock()
         self._service = DeconvolutionService(settings.max_message_bytes)
-        self._health = _Health()
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health = Health(SERVICE_NAME)
+        self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
         self._server = self._grpc_server()
         self.addresses = [bind(self._server, address) for address in settings.addresses]
         self._server.start()
@@ -82,7 +83,7 @@ class Daemon:
             self._service.engine = engine
             if self.state is State.LISTENING:
                 self.state = State.SERVING
-                self._set_health(health_pb2.HealthCheckResponse.SERVING)
+                self._health.set_serving(True)
 
     def drain(self) -> None:
         """Take no more calls, let those under way end, and stop: for good once it returns.
@@ -96,6 +97,7 @@ class Daemon:
         # A watcher of health would keep the server from stopping for as long as it cares to watch.
         self._health.end_watches()
         stopped.wait()
+        self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
         for address in self.addresses:
             release(address)
         if self._service.engine is not None:
@@ -109,7 +111,7 @@ class Daemon:
 
     def _grpc_server(self) -> grpc.Server:
         server = grpc.server(
-            ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler"),
+            self._handlers,
             options=[
                 ("grpc.max_receive_message_length", self._settings.max_message_bytes),
                 ("grpc.max_send_message_length", self._settings.max_message_bytes),
@@ -123,28 +125,3 @@ class Daemon:
             (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         return server
-
-    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
-        for name in ("", SERVICE_NAME):
-            self._health.set(name, status)
-
-
-class _Health(health.HealthServicer):
-    """Standard health, whose watches can be ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[grpc.ServicerContext] = set()
-
-    def Watch(  # type: ignore[no-untyped-def]
-        self, request, context, send_response_callback=None
-    ):
-        """Stream a service's health to a watcher."""
-        self._watches.add(context)
-        context.add_callback(lambda: self._watches.discard(context))
-        return super().Watch(request, context, send_response_callback)
-
-    def end_watches(self) -> None:
-        """End every watch."""
-        for context in list(self._watches):
-            context.cancel()

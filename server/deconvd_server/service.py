@@ -27,7 +27,6 @@ from deconvd.tensor import (
     element_type_number,
     message_from_array,
     spec_from_message,
-    spec_of,
 )
 from deconvd.v1 import deconvd_pb2 as pb
 from google.protobuf.message import DecodeError, Message
@@ -72,12 +71,13 @@ class DeconvolutionService:
 
     def deconvolve(self, request: pb.DeconvolveRequest, call: Call) -> pb.DeconvolveResponse:
         """Serve Deconvolve."""
+        problem = _problem(request.x, request.w, request.geometry)
         x = array_from_message("x", request.x)
         W = array_from_message("W", request.w)
-        b = array_from_message("b", request.b) if request.HasField("b") else None
-        problem = Problem(spec_of(x), spec_of(W), geometry_from_message(request.geometry))
-        if b is not None:
-            problem.check_b(spec_of(b))
+        b = None
+        if request.HasField("b"):
+            problem.check_b(spec_from_message("b", request.b))
+            b = array_from_message("b", request.b)
         self._check_result_size(problem.y.nbytes)
         options = options_from_message(request.options)
         y = self._ready_engine().deconvolve(problem, x, W, b, options, call)
@@ -88,11 +88,7 @@ class DeconvolutionService:
     ) -> pb.DeconvolveGradResponse:
         """Serve DeconvolveGrad."""
         wanted = Wanted(gx=request.wanted.gx, gW=request.wanted.gw, gb=request.wanted.gb)
-        problem = Problem(
-            spec_from_message("x", request.x),
-            spec_from_message("W", request.w),
-            geometry_from_message(request.geometry),
-        )
+        problem = _problem(request.x, request.w, request.geometry)
         x = array_from_message("x", request.x) if wanted.gW else None
         W = array_from_message("W", request.w) if wanted.gx else None
         problem.check_gy(spec_from_message("gy", request.gy))
@@ -111,7 +107,7 @@ class DeconvolutionService:
         )
 
     def get_server_info(
-        self, request: pb.GetServerInfoRequest, call: Call
+        self, _request: pb.GetServerInfoRequest, _call: Call
     ) -> pb.GetServerInfoResponse:
         """Serve GetServerInfo."""
         device = self._ready_engine().info
@@ -139,8 +135,8 @@ class DeconvolutionService:
         if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
             raise ExhaustedError(
                 f"the result would have {result_bytes} bytes, and the server sends messages of at "
-                f"most {self._max_message_bytes}: send fewer samples at a time, or start the server "
-                f"with a larger --max-message-bytes"
+                f"most {self._max_message_bytes}: send fewer samples at a time, or start it with a "
+                "larger --max-message-bytes"
             )
 
 
@@ -151,7 +147,7 @@ _FRAMING_BYTES = 1024
 def _unary(
     request_type: type[_Request], behaviour: Callable[[_Request, Call], _Response]
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
-    """Return a handler that parses the request, runs `behaviour`, and ends the call with what it raises."""
+    """Return a handler that parses the request and runs `behaviour` on it."""
 
     def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
         with _errors_as_status(request_type, context):
@@ -164,8 +160,9 @@ def _unary(
 
 @contextmanager
 def _errors_as_status(request_type: type[Message], context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with the status of whatever error the block raises, and log which call failed."""
+    """End the call with the status of whatever the block raises, and log which call failed."""
     name = request_type.DESCRIPTOR.name.removesuffix("Request")
+    _log.debug("%s from %s: begun", name, context.peer())
     try:
         yield
     except DeconvdError as error:
@@ -175,6 +172,12 @@ def _errors_as_status(request_type: type[Message], context: grpc.ServicerContext
         _log.exception("%s from %s: unforeseen error", name, context.peer())
         unforeseen = InternalError("unforeseen error: see the server's log")
         context.abort_with_status(status_from_error(unforeseen))
+
+
+def _problem(x: pb.Tensor, w: pb.Tensor, geometry: pb.Geometry) -> Problem:
+    return Problem(
+        spec_from_message("x", x), spec_from_message("W", w), geometry_from_message(geometry)
+    )
 
 
 def _parsed(request_type: type[_Request], data: bytes) -> _Request:

@@ -121,7 +121,8 @@ class CpuDevice:
             lambda part, *task: products.add_to_gW(sums[part], samples[part], *task),
             product(range(len(samples)), blocking.groups, blocking.channels, blocking.taps),
         )
-        return np.add.reduce(sums, axis=0).astype(problem.W.dtype, copy=False)
+        gW: Array = np.add.reduce(sums, axis=0)
+        return gW.astype(problem.W.dtype, copy=False)
 
     def _blocking(self, problem: Problem, *, tasks_per_part: int = 1) -> Blocking:
         """Return a blocking that keeps all threads busy with so many tasks for each channel range."""
@@ -138,7 +139,8 @@ def _zeros(spec: TensorSpec) -> Array:
 
 def _gb(gy: Array) -> Array:
     # Sums over whole batches lose digits in float32, and a column of gy is soon read.
-    return gy.sum(axis=(0, 2, 3), dtype=np.float64).astype(gy.dtype)
+    gb: Array = gy.sum(axis=(0, 2, 3), dtype=np.float64)
+    return gb.astype(gy.dtype)
 
 
 @contextmanager

@@ -1,0 +1,32 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import deconvd_client
+from tests.servers import ServerProcess, server_process
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server on the CPU, shared by the tests that leave it as it was."""
+    with server_process(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def F(server: ServerProcess) -> Iterator[deconvd_client.Connection]:
+    """A connection to the shared server."""
+    with deconvd_client.connect(server.target) as connection:
+        yield connection
+
+
+@pytest.fixture
+def socket_directory(tmp_path: Path) -> Path:
+    """A directory whose path is short enough for a Unix socket."""
+    assert len(str(tmp_path)) < 90
+    return tmp_path

@@ -1,0 +1,65 @@
+"""Real servers in processes of their own, for tests from the outside."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ServerProcess", "server_process"]
+
+_END_TIMEOUT_S = 30
+
+
+@dataclass
+class ServerProcess:
+    """A running ``deconvd-server``.
+
+    Attributes:
+        targets: What a client connects to, one for each address.
+        log: File that its standard error goes to.
+    """
+
+    process: subprocess.Popen[str]
+    targets: list[str]
+    log: Path
+
+    @property
+    def target(self) -> str:
+        """The first of its targets."""
+        return self.targets[0]
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send it a signal, wait for its end, and return its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(_END_TIMEOUT_S)
+
+
+@contextmanager
+def server_process(
+    directory: Path, *options: str, listen: tuple[str, ...] = ("unix",)
+) -> Iterator[ServerProcess]:
+    """Run ``deconvd-server --device cpu`` for the block, on a Unix socket in `directory` by default."""
+    addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]
+    log = directory / "server.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "deconvd_server", "--device", "cpu", *options]
+            + [word for address in addresses for word in ("--listen", address)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in addresses]
+        assert all(lines), log.read_text()
+        yield ServerProcess(process, [line.split(" on ")[1].strip() for line in lines], log)
+    finally:
+        process.kill()
+        process.wait()
+        process.communicate()

@@ -1,0 +1,148 @@
+"""The command `deconvd`, run as its users run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd_client import Connection
+from tests.servers import ServerProcess
+
+rng = np.random.default_rng(0)
+X = rng.standard_normal((2, 4, 5, 6)).astype(np.float32)
+W = rng.standard_normal((4, 3, 3, 2)).astype(np.float32)
+B = rng.standard_normal(6).astype(np.float32)
+ARGUMENTS = ["--stride", "2,3", "--pad", "1", "--outsize", "10,-", "--groups", "2"]
+KEYWORDS: dict[str, Any] = {"stride": (2, 3), "pad": 1, "outsize": (10, None), "groups": 2}
+
+
+def deconvd(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "deconvd_client.cli", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name, array in {"x": X, "W": W, "b": B}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    return tmp_path
+
+
+def test_run_writes_y(server: ServerProcess, F: Connection, files: Path) -> None:
+    command = ["run", "x.npy", "W.npy", "--bias", "b.npy", *ARGUMENTS, "-o", "y.npy"]
+
+    outcome = deconvd(*command, "--target", server.target, cwd=files)
+
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    np.testing.assert_array_equal(np.load(files / "y.npy"), F.deconvolution_2d(X, W, B, **KEYWORDS))
+
+
+@pytest.mark.parametrize("bias", [[], ["--bias", "b.npy"]])
+def test_run_with_grad_writes_the_gradients(
+    server: ServerProcess, F: Connection, files: Path, bias: list[str]
+) -> None:
+    gy = F.deconvolution_2d(X, W, B, **KEYWORDS)
+    np.save(files / "gy.npy", gy)
+    command = ["run", "x.npy", "W.npy", *bias, *ARGUMENTS, "--grad", "gy.npy", "-o", "g.npz"]
+
+    outcome = deconvd(*command, "--target", server.target, cwd=files)
+
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    expected = F.deconvolution_2d_grad(X, W, B if bias else None, gy, **KEYWORDS)
+    with np.load(files / "g.npz") as written:
+        assert set(written) == ({"gx", "gW", "gb"} if bias else {"gx", "gW"})
+        for name in written:
+            np.testing.assert_array_equal(written[name], expected._asdict()[name])
+
+
+def test_bfloat16_files_are_those_of_ml_dtypes(
+    server: ServerProcess, F: Connection, tmp_path: Path
+) -> None:
+    x, w = X.astype(ml_dtypes.bfloat16), W.astype(ml_dtypes.bfloat16)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "W.npy", w)
+
+    outcome = deconvd(
+        "run", "x.npy", "W.npy", "-o", "y.npy", "--target", server.target, cwd=tmp_path
+    )
+
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    written = np.load(tmp_path / "y.npy").view(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(written, F.deconvolution_2d(x, w))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.npy", "absent.npy"], "'absent.npy' does not exist"),
+        (["x.npy", "text.npy"], "text.npy is not an .npy file of numbers"),
+        (["x.npy", "b.npy"], "Error: W must have 4 dimensions, got 1"),
+        (["x.npy", "W.npy", "--stride", "two"], "'two' is neither an integer nor two"),
+        (["x.npy", "W.npy", "--stride", "1,2,3"], "stride must be an int or a pair of ints"),
+        (["x.npy", "W.npy", "--dilate", "0"], "Dilate should be positive, but 0 is supplied."),
+        (["x.npy", "W.npy", "--use-cudnn", "maybe"], "'maybe' is not one of"),
+        (["x.npy", "W.npy", "--target", "nowhere"], "target must be host:port or unix:path"),
+        (["x.npy", "W.npy", "--target", "unix:nobody"], "unix:"),
+    ],
+)
+def test_a_mistake_ends_run_with_one_clear_line_and_no_file(
+    server: ServerProcess, files: Path, arguments: list[str], message: str
+) -> None:
+    (files / "text.npy").write_text("not an array")
+    (files / "y.npy").write_text("an older result")
+    target = [] if "--target" in arguments else ["--target", server.target]
+
+    outcome = deconvd("run", *arguments, "-o", "y.npy", *target, cwd=files)
+
+    assert outcome.returncode in (1, 2)
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert (files / "y.npy").read_text() == "an older result"
+
+
+def test_status_tells_people_what_the_server_is(server: ServerProcess, tmp_path: Path) -> None:
+    outcome = deconvd("status", "--target", server.target, cwd=tmp_path)
+
+    assert outcome.returncode == 0
+    assert f"{server.target}: SERVING" in outcome.stdout
+    assert f"deconvd {deconvd_client.__version__}" in outcome.stdout
+    assert "cpu: " in outcome.stdout
+
+
+def test_status_tells_programs_the_same_as_json(server: ServerProcess, tmp_path: Path) -> None:
+    outcome = deconvd("status", "--json", "--target", server.target, cwd=tmp_path)
+
+    status = json.loads(outcome.stdout)
+    assert outcome.returncode == 0
+    assert status["health"] == "SERVING"
+    assert status["devices"][0]["id"] == "cpu"
+    assert status["max_message_bytes"] == 1 << 30
+
+
+def test_status_of_nobody_is_a_failure(tmp_path: Path) -> None:
+    outcome = deconvd("status", "--target", "unix:nobody-listens-here", cwd=tmp_path)
+
+    assert outcome.returncode == 1
+    assert "nobody-listens-here" in outcome.stderr
+
+
+def test_the_target_can_come_from_the_environment(
+    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DECONVD_TARGET", server.target)
+
+    assert deconvd("status", cwd=tmp_path).returncode == 0

@@ -1,0 +1,277 @@
+"""The gRPC boundary, asked with what no client of ours would send, and an engine that fails."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+import deconvd_client
+from deconvd import errors
+from deconvd.errors import DeconvdError
+from deconvd.geometry import Geometry
+from deconvd.messages import message_from_geometry
+from deconvd.tensor import message_from_array
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd_server.daemon import Daemon, Settings
+from deconvd_server.device.cpu import CpuDevice
+from tests.servers import ServerProcess
+
+X = np.ones((1, 2, 3, 3), np.float32)
+W = np.ones((2, 2, 2, 2), np.float32)
+METHODS = ("Deconvolve", "DeconvolveGrad", "GetServerInfo")
+
+
+class FailingDevice(CpuDevice):
+    """A device of which every deconvolution raises `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+    def deconvolve(self, *args: Any) -> Any:
+        raise self.error
+
+
+@contextmanager
+def served_by(device: CpuDevice) -> Iterator[deconvd_client.Connection]:
+    daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes=1 << 20, drain_timeout_s=10))
+    daemon.serve(lambda: device)
+    try:
+        with deconvd_client.connect(daemon.addresses[0], timeout_s=30) as connection:
+            yield connection
+    finally:
+        daemon.drain()
+
+
+@pytest.fixture
+def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.target) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> pb_grpc.DeconvolutionServiceStub:
+    return pb_grpc.DeconvolutionServiceStub(channel)
+
+
+@pytest.mark.parametrize("cls", DeconvdError.__subclasses__())
+def test_client_raises_what_the_device_raised(cls: type[DeconvdError]) -> None:
+    with (
+        served_by(FailingDevice(cls("the filter is wider than the image"))) as F,
+        pytest.raises(cls, match="the filter is wider than the image") as raised,
+    ):
+        F.deconvolution_2d(X, W)
+
+    assert type(raised.value) is cls
+
+
+def test_details_of_an_error_arrive_with_it() -> None:
+    with served_by(FailingDevice(errors.InvalidArgumentError("no", argument="stride"))) as F:
+        with pytest.raises(errors.InvalidArgumentError) as invalid:
+            F.deconvolution_2d(X, W)
+    with served_by(FailingDevice(errors.UnavailableError("later", retry_after_s=0.25))) as F:
+        with pytest.raises(errors.UnavailableError) as unavailable:
+            F.deconvolution_2d(X, W)
+
+    assert invalid.value.argument == "stride"
+    assert unavailable.value.retry_after_s == 0.25
+
+
+def test_the_text_of_an_unforeseen_error_stays_on_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        served_by(FailingDevice(ZeroDivisionError("the password is swordfish"))) as F,
+        caplog.at_level(logging.ERROR),
+        pytest.raises(errors.InternalError, match="see the server's log") as raised,
+    ):
+        F.deconvolution_2d(X, W)
+
+    assert "swordfish" not in str(raised.value)
+    assert "swordfish" in caplog.text
+    assert "Deconvolve from " in caplog.text
+
+
+def test_calls_are_unavailable_and_health_not_serving_until_the_device_is_ready() -> None:
+    daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes=1 << 20, drain_timeout_s=10))
+    try:
+        with deconvd_client.connect(daemon.addresses[0]) as F:
+            before = F.health()
+            with pytest.raises(errors.UnavailableError, match="device is not ready"):
+                F.deconvolution_2d(X, W)
+            daemon.serve(lambda: CpuDevice(1))
+            assert (before, F.health()) == ("NOT_SERVING", "SERVING")
+            assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
+    finally:
+        daemon.drain()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("garbage", [b"\xff", b"\x0a\x7f", bytes(range(256)) * 4])
+def test_garbage_is_an_invalid_argument(channel: grpc.Channel, method: str, garbage: bytes) -> None:
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+        f"/deconvd.v1.DeconvolutionService/{method}"
+    )
+    assert_refused(lambda: call(garbage), "not a valid deconvd.v1", argument="")
+
+
+def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+        "/deconvd.v1.DeconvolutionService/Convolve"
+    )
+    with pytest.raises(grpc.RpcError) as raised:
+        call(b"")
+    assert as_call(raised).code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def tensor(**changes: Any) -> pb.Tensor:
+    message = message_from_array(X)
+    for name, value in changes.items():
+        message.ClearField(cast(Any, name))
+        if value is not None:
+            message.MergeFrom(pb.Tensor(**{name: value}))
+    return message
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (pb.Tensor(), "x must have one of the element types .* got number 0"),
+        (tensor(element_type=99), "x must have one of the element types .* got number 99"),
+        (tensor(raw=None), "x must carry its elements as raw bytes"),
+        (tensor(raw=b"123"), "x must carry 72 bytes for float32 .* got 3"),
+        (tensor(raw=bytes(73)), "x must carry 72 bytes for float32 .* got 73"),
+        (tensor(shape=[1, 2, 3]), "x must have 4 dimensions, got 3"),
+        (tensor(shape=[1, 2, -3, -3]), "x must have extents from 0 to"),
+        (tensor(shape=[1] * 1000), "x must have at most 8 dimensions"),
+        (tensor(shape=[2**62] * 4), "x must have extents from 0 to"),
+        (tensor(shape=[2**29, 2, 2, 2]), r"x must carry 17179869184 bytes"),
+        (tensor(shape=[2**40, 0, 2**40, 2**40], raw=b""), "x must have extents from 0 to"),
+    ],
+)
+def test_a_tensor_that_is_none_is_refused(
+    stub: pb_grpc.DeconvolutionServiceStub, x: pb.Tensor, message: str
+) -> None:
+    request = pb.DeconvolveRequest(x=x, w=message_from_array(W))
+
+    assert_refused(lambda: stub.Deconvolve(request), message, argument="x")
+
+
+@pytest.mark.parametrize(
+    ("geometry", "argument"),
+    [
+        (pb.Geometry(stride=pb.Pair(h=0, w=1)), "stride"),
+        (pb.Geometry(stride=pb.Pair(h=1, w=2**62)), "stride"),
+        (pb.Geometry(pad=pb.Pair(h=-1)), "pad"),
+        (pb.Geometry(dilate=pb.Pair(h=1)), "dilate"),
+        (pb.Geometry(groups=0), "groups"),
+        (pb.Geometry(groups=-(2**63)), "groups"),
+        (pb.Geometry(outsize=pb.OutputSize(h=0)), "outsize"),
+        (pb.Geometry(outsize=pb.OutputSize(w=2**40)), "outsize"),
+    ],
+)
+def test_a_geometry_out_of_range_is_refused(
+    stub: pb_grpc.DeconvolutionServiceStub, geometry: pb.Geometry, argument: str
+) -> None:
+    request = pb.DeconvolveRequest(
+        x=message_from_array(X), w=message_from_array(W), geometry=geometry
+    )
+
+    assert_refused(lambda: stub.Deconvolve(request), "", argument=argument)
+
+
+def test_an_unknown_option_value_is_refused(stub: pb_grpc.DeconvolutionServiceStub) -> None:
+    request = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W))
+    request.options.MergeFromString(b"\x18\x63")  # use_cudnn = 99
+
+    assert_refused(
+        lambda: stub.Deconvolve(request),
+        "use_cudnn must be one of USE_CUDNN_UNSPECIFIED.* got number 99",
+        argument="use_cudnn",
+    )
+
+
+def test_gradients_must_be_wanted(stub: pb_grpc.DeconvolutionServiceStub) -> None:
+    request = pb.DeconvolveGradRequest(x=tensor(), w=message_from_array(W), gy=tensor())
+
+    assert_refused(
+        lambda: stub.DeconvolveGrad(request), "wanted must name at least one", argument="wanted"
+    )
+
+
+@pytest.mark.parametrize(("wanted", "missing"), [("gx", "W"), ("gw", "x")])
+def test_a_description_is_refused_where_elements_are_needed(
+    stub: pb_grpc.DeconvolutionServiceStub, wanted: str, missing: str
+) -> None:
+    described = pb.Tensor(element_type=pb.ELEMENT_TYPE_FLOAT32, shape=W.shape)
+    request = pb.DeconvolveGradRequest(
+        x=tensor(raw=None) if missing == "x" else tensor(),
+        w=described if missing == "W" else message_from_array(W),
+        gy=message_from_array(np.ones((1, 2, 4, 4), np.float32)),
+        wanted=pb.GradientMask(**{wanted: True}),
+    )
+
+    assert_refused(lambda: stub.DeconvolveGrad(request), f"{missing} must carry", argument=missing)
+
+
+def test_a_huge_declared_gradient_is_refused_before_it_is_made(
+    stub: pb_grpc.DeconvolutionServiceStub,
+) -> None:
+    shape = [1, 1, 2**16, 2**16]
+    request = pb.DeconvolveGradRequest(
+        x=message_from_array(np.ones((1, 1, 1, 1), np.float32)),
+        w=pb.Tensor(element_type=pb.ELEMENT_TYPE_FLOAT64, shape=shape),
+        gy=message_from_array(np.ones((1, 1, 2, 2), np.float32)),
+        geometry=message_from_geometry(Geometry(pad=(2**15 - 1, 2**15 - 1))),
+        wanted=pb.GradientMask(gw=True),
+    )
+
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.DeconvolveGrad(request)
+
+    assert as_call(raised).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "--max-message-bytes" in str(as_call(raised).details())
+
+
+def test_left_out_geometry_has_its_defaults(stub: pb_grpc.DeconvolutionServiceStub) -> None:
+    bare = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W))
+    whole = pb.DeconvolveRequest(geometry=message_from_geometry(Geometry()))
+    whole.MergeFrom(bare)
+
+    assert stub.Deconvolve(bare) == stub.Deconvolve(whole)
+
+
+def assert_refused(rpc: Callable[[], Any], message: str, *, argument: str) -> None:
+    """The call ends with INVALID_ARGUMENT, a matching message and the argument in BadRequest."""
+    with pytest.raises(grpc.RpcError) as raised:
+        rpc()
+    call = as_call(raised)
+    assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert re.search(message, str(call.details()))
+    violations = [
+        violation.field
+        for detail in rpc_status.from_call(call).details
+        if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR)
+        for violation in unpacked(detail).field_violations
+    ]
+    assert violations == ([argument] if argument else [])
+
+
+def unpacked(detail: Any) -> Any:
+    bad_request = error_details_pb2.BadRequest()
+    assert detail.Unpack(bad_request)
+    return bad_request
+
+
+def as_call(raised: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.Call:
+    return cast("grpc.Call", raised.value)
