@@ -72,7 +72,7 @@ def tolerance(case: GoldenCase, order: int) -> Tolerance:
         order: 0 for y, 1 for gradients, 2 for double backward.
     """
     x, W = case.arrays["x"].dtype, case.arrays["W"].dtype
-    if x == np.float16 or (W == np.float16 and order > 0):
+    if x == np.float16 or (np.float16 == W and order > 0):
         return Tolerance(5e-3, 5e-2)
     if x == W == np.float64:
         return Tolerance(1e-12, 1e-10)

@@ -179,7 +179,7 @@ def _health_watch(channel: grpc.Channel) -> Any:
 
 
 def _statuses_until_end(watch: Any) -> list[int]:
-    statuses = []
+    statuses: list[int] = []
     try:
         statuses.extend(response.status for response in watch)
     except grpc.RpcError:

@@ -137,7 +137,7 @@ def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
 def tensor(**changes: Any) -> pb.Tensor:
     message = message_from_array(X)
     for name, value in changes.items():
-        message.ClearField(cast(Any, name))
+        message.ClearField(cast("Any", name))
         if value is not None:
             message.MergeFrom(pb.Tensor(**{name: value}))
     return message

@@ -17,7 +17,6 @@ from deconvd.errors import (
     UnimplementedError,
 )
 from deconvd.gradients import Gradients
-
 from deconvd_client.connection import Connection, connect
 from deconvd_client.server_info import DeviceDescription, ServerInfo
 

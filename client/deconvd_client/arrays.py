@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
 from deconvd.dtypes import BFLOAT16
 from deconvd.errors import InvalidArgumentError
 from deconvd.tensor import Array

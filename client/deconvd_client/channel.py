@@ -7,6 +7,7 @@ import re
 from typing import Final
 
 import grpc
+
 from deconvd.errors import InvalidArgumentError
 from deconvd.v1 import deconvd_pb2 as pb
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 import deconvd
 from deconvd.errors import DeconvdError
 from deconvd.options import UseCudnn
-
 from deconvd_client import arrays
 from deconvd_client.connection import connect
 from deconvd_client.server_info import ServerInfo

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import SupportsIndex
 
 import numpy as np
+
 from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients, Wanted
@@ -21,7 +22,6 @@ from deconvd.tensor import (
     spec_of,
 )
 from deconvd.v1 import deconvd_pb2 as pb
-
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.keywords import refuses_unknown_keywords

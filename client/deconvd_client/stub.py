@@ -6,12 +6,13 @@ import re
 from typing import Final, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+
 from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2
 
 __all__ = ["Stub"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 import click
+
 import deconvd
 from deconvd.errors import DeconvdError
-
 from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device import Device
 from deconvd_server.device.cpu import CpuDevice

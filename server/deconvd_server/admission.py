@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deconvd.errors import ExhaustedError, UnavailableError
-
 from deconvd_server.call import Call
 
 __all__ = ["Admission"]

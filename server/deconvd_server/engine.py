@@ -6,7 +6,6 @@ from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd.tensor import Array
-
 from deconvd_server.admission import Admission
 from deconvd_server.call import Call
 from deconvd_server.device import Device, DeviceInfo

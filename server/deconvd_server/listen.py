@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
+
 from deconvd.errors import InvalidArgumentError
 
 __all__ = ["AddressInUseError", "bind", "release"]

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import deconvd
 import grpc
+from google.protobuf.message import DecodeError, Message
+
+import deconvd
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import (
     DeconvdError,
@@ -29,8 +31,6 @@ from deconvd.tensor import (
     spec_from_message,
 )
 from deconvd.v1 import deconvd_pb2 as pb
-from google.protobuf.message import DecodeError, Message
-
 from deconvd_server.call import Call
 from deconvd_server.engine import Engine
 

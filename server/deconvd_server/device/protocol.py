@@ -9,7 +9,6 @@ from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd.tensor import Array
-
 from deconvd_server.call import Call
 
 __all__ = ["Device", "DeviceInfo"]

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from deconvd.problem import Problem
 from deconvd.tensor import Array
-
 from deconvd_server.device.cpu.blocking import ImageBlock
 
 __all__ = ["gather", "scatter"]

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
+from threadpoolctl import threadpool_limits
+
 from deconvd.errors import ExhaustedError
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
-from threadpoolctl import threadpool_limits
-
 from deconvd_server.call import Call
 from deconvd_server.device.cpu.blocking import Blocking, ranges
 from deconvd_server.device.cpu.products import Products

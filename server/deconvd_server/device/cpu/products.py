@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from deconvd.problem import Problem
 from deconvd.tensor import Array
-
 from deconvd_server.call import Call
 from deconvd_server.device.cpu.blocking import Blocking, ImageBlock
 from deconvd_server.device.cpu.columns import gather, scatter
