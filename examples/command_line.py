@@ -1,0 +1,47 @@
+"""What the programs' command lines share: their options, and errors told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from deconvd_client import Connection, DeconvdError, connect
+
+__all__ = ["connected", "errors_told", "output_option", "target_option"]
+
+target_option = click.option(
+    "--target",
+    envvar="DECONVD_TARGET",
+    default="127.0.0.1:50051",
+    show_default=True,
+    help="The server: host:port or unix:path. In the environment: DECONVD_TARGET.",
+)
+output_option = click.option(
+    "--output",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for the pictures; made if it is not there.",
+)
+
+
+@contextmanager
+def connected(target: str) -> Iterator[Connection]:
+    """Yield a connection, once its server has told what it computes on."""
+    with connect(target) as F:
+        devices = ", ".join(f"{device.id}: {device.name}" for device in F.server_info().devices)
+        click.echo(f"Connected to {target} ({devices})")
+        yield F
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """End the program with one line for an error that its user can do something about."""
+    try:
+        yield
+    except (DeconvdError, OSError) as error:
+        raise click.ClickException(str(error)) from None

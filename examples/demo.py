@@ -1,0 +1,71 @@
+"""The demo: starts a server, enlarges a photograph and trains a decoder over it, and saves pictures.
+
+Run it with ``python -m examples.demo``. The picture in the README is a copy of its ``demo.png``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import click
+from PIL import Image
+
+from examples import enlarge_photograph, train_decoder
+from examples.command_line import connected, errors_told, output_option
+from examples.local_server import local_server
+from examples.pictures import Array, captioned, column, from_grey_levels, magnified, row, save
+
+__all__ = ["main"]
+
+_FACTOR: Final = 4
+_DETAIL: Final = (slice(28, 88), slice(152, 230))
+"""Rows and columns of the part of the photograph that the picture shows."""
+
+
+@click.command()
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="cpu|cuda[:N]|auto",
+    help="What the server computes on. auto: a GPU if there is one, else the processor.",
+)
+@output_option
+@train_decoder.steps_option
+def main(device: str, folder: Path, steps_count: int) -> None:
+    """Show deconvd at work, on a server process of the demo's own, over a Unix socket."""
+    with errors_told(), local_server(device) as target, connected(target) as F:
+        enlarged = enlarge_photograph.run(F, folder)[_FACTOR]
+        digits = train_decoder.run(F, folder, steps_count)
+        click.echo("\nBoth, before and after")
+        save(demo_picture(enlarged, digits), folder / "demo.png")
+    click.echo(f"\nThe pictures are in {folder.resolve()}")
+
+
+def demo_picture(enlarged: Array, digits: Image.Image) -> Image.Image:
+    """Return a detail of the photograph before and after, and the digits."""
+    rows, columns = _DETAIL
+    detail = from_grey_levels(enlarge_photograph.load_photograph()[rows, columns])
+    before = magnified(detail, _FACTOR)
+    after = from_grey_levels(enlarged[_scaled(rows), _scaled(columns)])
+    photograph = row(
+        [
+            captioned(before, "before (photo: danielbuechele, CC BY 2.0)"),
+            captioned(after, f"deconvolution_2d, stride={_FACTOR}"),
+        ]
+    )
+    return column(
+        [
+            photograph,
+            captioned(digits, "digits not trained on, and what the decoder makes of their codes"),
+        ]
+    )
+
+
+def _scaled(part: slice) -> slice:
+    return slice(_FACTOR * part.start, _FACTOR * part.stop)
+
+
+if __name__ == "__main__":
+    main()

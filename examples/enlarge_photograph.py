@@ -1,0 +1,163 @@
+"""Enlarges a photograph by deconvolution, and compares it with Pillow's bilinear enlargement.
+
+Run it with ``python -m examples.enlarge_photograph --target HOST:PORT``.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import click
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from deconvd_client import Connection
+from examples.command_line import connected, errors_told, output_option, target_option
+from examples.pictures import Array, from_grey_levels, save
+
+__all__ = [
+    "FACTORS",
+    "Difference",
+    "bilinear_kernel",
+    "difference",
+    "enlarge",
+    "enlarge_with_pillow",
+    "load_photograph",
+    "main",
+    "run",
+]
+
+FACTORS: Final = (2, 4)
+
+
+def load_photograph() -> Array:
+    """Return a photograph of a Chinese pavilion: uint8, of shape ``(427, 640, 3)``.
+
+    It is scikit-learn's "china.jpg", by danielbuechele, under the licence CC BY 2.0:
+    https://www.flickr.com/photos/danielbuechele/6061409035/
+    """
+    photograph: Array = load_sample_image("china.jpg")
+    return photograph
+
+
+def bilinear_kernel(factor: int) -> Array:
+    """Return the filter with which a deconvolution of stride `factor` interpolates linearly.
+
+    It is a pyramid as wide as two strides, of shape ``(k, k)`` with ``k = 2 s - s % 2``: the outer
+    product with itself of ``1 - |i - (k - 1) / 2| / s``, so that at each pixel of the output the
+    weights of the nearest pixels of the input add up to 1. From J. Long, E. Shelhamer, T. Darrell,
+    "Fully convolutional networks for semantic segmentation" (CVPR 2015), section 3.3 and its code.
+    """
+    size = 2 * factor - factor % 2
+    distance = np.abs(np.arange(size) - (size - 1) / 2)
+    ramp = (1 - distance / factor).astype(np.float32)
+    kernel: Array = np.outer(ramp, ramp)
+    return kernel
+
+
+def enlarge(F: Connection, image: Array, factor: int) -> Array:
+    """Return an image `factor` times as high and as wide, by a deconvolution on the server.
+
+    Args:
+        F: Connection to the server.
+        image: Of shape ``(h, w, c)``.
+        factor: How many times larger.
+
+    Returns:
+        Grey levels, float32, of shape ``(factor * h, factor * w, c)``.
+
+    Each channel is a group of its own. The image gets a rim of one pixel that repeats its edge, as
+    beyond the edge the deconvolution would see black; `pad` cuts off what became of the rim, and
+    half the kernel's excess over the stride, which puts the pixels' centres where they belong.
+    """
+    channels_count = image.shape[2]
+    rimmed = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge").astype(np.float32)
+    x = rimmed.transpose(2, 0, 1)[np.newaxis]
+    kernel = bilinear_kernel(factor)
+    W = np.repeat(kernel[np.newaxis, np.newaxis], channels_count, axis=0)
+    pad = factor + (len(kernel) - factor) // 2
+    y = F.deconvolution_2d(x, W, stride=factor, pad=pad, groups=channels_count)
+    enlarged: Array = y[0].transpose(1, 2, 0)
+    return enlarged
+
+
+class Difference(NamedTuple):
+    """How far two images are apart, in grey levels of 255."""
+
+    largest: float
+    mean: float
+
+
+def difference(image: Array, other: Array) -> Difference:
+    """Return how far two images of the same shape are apart."""
+    distance = np.abs(image.astype(np.float64) - other)
+    return Difference(float(distance.max()), float(distance.mean()))
+
+
+def enlarge_with_pillow(image: Array, factor: int) -> Array:
+    """Return what Pillow's bilinear resize makes of an image.
+
+    Args:
+        image: Of shape ``(h, w, c)``. If uint8, Pillow rounds to whole grey levels twice: it
+            enlarges one axis after the other. If float32, it does not round.
+        factor: How many times larger.
+
+    Returns:
+        An image of shape ``(factor * h, factor * w, c)`` and the same element type.
+
+    Pillow, too, repeats the edge in effect: it leaves out what lies beyond, and scales the other
+    weights up to a sum of 1.
+    """
+    height, width, channels_count = image.shape
+    size = (factor * width, factor * height)
+    channels = (Image.fromarray(image[:, :, c]) for c in range(channels_count))
+    resized = [channel.resize(size, Image.Resampling.BILINEAR) for channel in channels]
+    return np.stack([np.asarray(channel) for channel in resized], axis=2)
+
+
+def run(F: Connection, folder: Path) -> dict[int, Array]:
+    """Enlarge the photograph by each factor, say how it went, and save it before and after.
+
+    Returns:
+        The enlarged photographs by factor, as `enlarge` returns them.
+    """
+    photograph = load_photograph()
+    height, width = photograph.shape[:2]
+    click.echo(f"\nEnlarging a photograph of {width} x {height} pixels")
+    save(from_grey_levels(photograph), folder / "photograph.png")
+    return {factor: _run_once(F, photograph, factor, folder) for factor in FACTORS}
+
+
+def _run_once(F: Connection, photograph: Array, factor: int, folder: Path) -> Array:
+    start_s = time.perf_counter()
+    enlarged = enlarge(F, photograph, factor)
+    click.echo(f"  {factor} times larger, in {time.perf_counter() - start_s:.2f} s")
+    _report_difference(photograph, enlarged, factor)
+    save(from_grey_levels(enlarged), folder / f"photograph-{factor}x.png")
+    return enlarged
+
+
+def _report_difference(photograph: Array, enlarged: Array, factor: int) -> None:
+    rounded = difference(np.rint(enlarged), enlarge_with_pillow(photograph, factor))
+    exact = difference(enlarged, enlarge_with_pillow(photograph.astype(np.float32), factor))
+    click.echo(
+        f"    differs from Pillow's bilinear enlargement by at most {rounded.largest:.0f} grey level "
+        f"of 255 ({rounded.mean:.3f} on average),\n"
+        f"    and by at most {exact.largest:.2g} where Pillow computes without rounding"
+    )
+
+
+@click.command()
+@target_option
+@output_option
+def main(target: str, folder: Path) -> None:
+    """Enlarge a photograph two- and fourfold by deconvolution, and compare with Pillow."""
+    with errors_told(), connected(target) as F:
+        run(F, folder)
+
+
+if __name__ == "__main__":
+    main()
