@@ -1,0 +1,98 @@
+"""Geometry and options as messages: what is said arrives, and what is left unsaid has its default."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.geometry import Geometry
+from deconvd.messages import (
+    geometry_from_message,
+    message_from_geometry,
+    message_from_options,
+    options_from_message,
+)
+from deconvd.options import Options, UseCudnn
+from deconvd.problem import Problem
+from deconvd.v1 import deconvd_pb2 as pb
+from tests.strategies import problems
+
+
+@given(problems())
+def test_a_geometry_crosses_the_wire_whole(problem: Problem) -> None:
+    sent = message_from_geometry(problem.geometry).SerializeToString()
+
+    assert geometry_from_message(pb.Geometry.FromString(sent)) == problem.geometry
+
+
+def test_an_empty_message_is_the_default_geometry() -> None:
+    assert geometry_from_message(pb.Geometry()) == Geometry()
+
+
+@pytest.mark.parametrize("message", [pb.Geometry(stride=pb.Pair()), pb.Geometry(dilate=pb.Pair())])
+def test_a_pair_that_is_given_is_taken_as_given_though_empty(message: pb.Geometry) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"\(0, 0\)"):
+        geometry_from_message(message)
+
+
+def test_groups_given_as_0_are_refused_and_not_taken_for_left_out() -> None:
+    with pytest.raises(InvalidArgumentError, match="groups must be from 1"):
+        geometry_from_message(pb.Geometry(groups=0))
+
+
+@pytest.mark.parametrize(
+    ("message", "argument"),
+    [
+        (pb.Geometry(stride=pb.Pair(h=1, w=-(2**63))), "stride"),
+        (pb.Geometry(pad=pb.Pair(h=-1, w=0)), "pad"),
+        (pb.Geometry(dilate=pb.Pair(h=1, w=2**63 - 1)), "dilate"),
+        (pb.Geometry(outsize=pb.OutputSize(h=0)), "outsize"),
+    ],
+    ids=["stride", "pad", "dilate", "outsize"],
+)
+def test_a_value_out_of_range_is_refused(message: pb.Geometry, argument: str) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        geometry_from_message(message)
+
+    assert raised.value.argument == argument
+
+
+@pytest.mark.parametrize("use", UseCudnn)
+@pytest.mark.parametrize("switches", [*itertools.product([False, True], repeat=3)], ids=str)
+def test_options_cross_the_wire_whole(use: UseCudnn, switches: tuple[bool, bool, bool]) -> None:
+    deterministic, autotune, tf32 = switches
+    options = Options(deterministic, autotune, use, tf32)
+
+    sent = message_from_options(options).SerializeToString()
+
+    assert options_from_message(pb.Options.FromString(sent)) == options
+
+
+def test_an_empty_message_is_the_default_options() -> None:
+    assert options_from_message(pb.Options()) == Options()
+
+
+@pytest.mark.parametrize("number", [4, -1, 2**31 - 1])
+def test_a_use_of_cudnn_that_the_schema_has_not_is_refused(number: int) -> None:
+    # from the wire, since the message's own constructor knows the schema
+    field = pb.Options.DESCRIPTOR.fields_by_name["use_cudnn"].number
+    message = pb.Options.FromString(bytes([field << 3]) + _varint(number))
+
+    with pytest.raises(InvalidArgumentError) as raised:
+        options_from_message(message)
+
+    names = "UNSPECIFIED, USE_CUDNN_AUTO, USE_CUDNN_ALWAYS, USE_CUDNN_NEVER"
+    assert str(raised.value) == f"use_cudnn must be one of USE_CUDNN_{names}, got number {number}"
+    assert raised.value.argument == "use_cudnn"
+
+
+def _varint(number: int) -> bytes:
+    rest = number % 2**64
+    digits = bytearray()
+    while rest > 127:
+        digits.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([*digits, rest])
