@@ -7,6 +7,8 @@ ErrorInfo     the class, in `reason`, so that it survives proxies that change th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import grpc
@@ -20,8 +22,9 @@ from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
 __all__ = ["error_from_rpc", "status_from_error"]
 
 _DOMAIN: Final = "deconvd"
-_MAX_TEXT: Final = 2000
-"""Characters of a message that cross the wire: they travel in headers, whose size gRPC limits."""
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+_MAX_TEXT_BYTES: Final = 2000
+"""Bytes of a message that cross the wire: they travel in headers, of which gRPC takes 8 KiB."""
 
 _CLASSES: dict[str, type[DeconvdError]] = {
     name: value
@@ -36,7 +39,7 @@ def status_from_error(error: DeconvdError) -> grpc.Status:
     details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
     ]
-    text = str(error)[:_MAX_TEXT]
+    text = _shortened(str(error))
     if isinstance(error, InvalidArgumentError) and error.argument:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.argument, description=text
@@ -76,9 +79,9 @@ class _Details:
         self.error_class: type[DeconvdError] | None = None
         self.argument = ""
         self.retry_after_s: float | None = None
-        status = rpc_status.from_call(failure)
-        for packed in status.details if status else ():
-            self._read(packed)
+        with suppress(message.DecodeError):  # a stranger's; what was read before it counts
+            for packed in _details_of(failure):
+                self._read(packed)
 
     def _read(self, packed: any_pb2.Any) -> None:
         info = error_details_pb2.ErrorInfo()
@@ -90,6 +93,22 @@ class _Details:
             self.argument = bad_request.field_violations[0].field
         elif packed.Unpack(retry):
             self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+
+
+def _details_of(failure: grpc.Call) -> Sequence[any_pb2.Any]:
+    # not rpc_status.from_call, which refuses details once a proxy has changed the status
+    for key, value in failure.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            details: Sequence[any_pb2.Any] = status_pb2.Status.FromString(value).details
+            return details
+    return ()
+
+
+def _shortened(text: str) -> str:
+    """Cut a text to what headers have room for: gRPC writes some letters as ``%`` and two digits."""
+    is_plain = all(" " <= letter <= "~" and letter != "%" for letter in text)
+    limit = _MAX_TEXT_BYTES if is_plain else _MAX_TEXT_BYTES // 3
+    return text.encode(errors="replace")[:limit].decode(errors="ignore")
 
 
 def _packed(detail: message.Message) -> any_pb2.Any:
