@@ -45,7 +45,7 @@ class FailingDevice(CpuDevice):
 @contextmanager
 def served_by(device: CpuDevice) -> Iterator[deconvd_client.Connection]:
     daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes=1 << 20, drain_timeout_s=10))
-    daemon.serve(lambda: device)
+    daemon.serve(lambda: [device])
     try:
         with deconvd_client.connect(daemon.addresses[0], timeout_s=30) as connection:
             yield connection
@@ -109,7 +109,7 @@ def test_calls_are_unavailable_and_health_not_serving_until_the_device_is_ready(
             before = F.health()
             with pytest.raises(errors.UnavailableError, match="device is not ready"):
                 F.deconvolution_2d(X, W)
-            daemon.serve(lambda: CpuDevice(1))
+            daemon.serve(lambda: [CpuDevice(1)])
             assert (before, F.health()) == ("NOT_SERVING", "SERVING")
             assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
     finally:

@@ -18,9 +18,10 @@ from deconvd.errors import (
 )
 from deconvd.gradients import Gradients
 from deconvd_client.connection import Connection, connect
-from deconvd_client.server_info import DeviceDescription, ServerInfo
+from deconvd_client.server_info import CacheDescription, DeviceDescription, ServerInfo
 
 __all__ = [
+    "CacheDescription",
     "CallCancelledError",
     "Connection",
     "DeadlineError",

@@ -16,7 +16,7 @@ from deconvd.errors import DeconvdError
 from deconvd.options import UseCudnn
 from deconvd_client import arrays
 from deconvd_client.connection import connect
-from deconvd_client.server_info import ServerInfo
+from deconvd_client.server_info import DeviceDescription, ServerInfo
 
 __all__ = ["main"]
 
@@ -156,10 +156,27 @@ def _as_text(target: str, health: str, info: ServerInfo | None) -> str:
         lines.append(f"  deconvd {info.version}, messages up to {info.max_message_bytes} bytes")
         lines.append(f"  takes {', '.join(info.element_types)}")
         for device in info.devices:
-            threads = f", {device.threads_count} threads" if device.threads_count else ""
-            memory = f"{device.memory_bytes / 2**30:.1f} GiB"
-            lines.append(f"  {device.id}: {device.name}, {memory}{threads}")
+            lines += _device_lines(device)
     return "\n".join(lines)
+
+
+def _device_lines(device: DeviceDescription) -> list[str]:
+    threads = f", {device.threads_count} threads" if device.threads_count else ""
+    calls = f"{device.running_calls_count} running, {device.waiting_calls_count} waiting"
+    return [
+        f"  {device.id}: {device.name}, {_gibibytes(device.memory_bytes)}{threads}",
+        f"    calls: {calls}",
+        f"    memory: {_gibibytes(device.used_bytes)} of {_gibibytes(device.budget_bytes)} in use",
+        *(
+            f"    {cache.name}: {cache.count}, {cache.size_bytes} of {cache.limit_bytes} bytes, "
+            f"{cache.hits_count} hits, {cache.misses_count} misses"
+            for cache in device.caches
+        ),
+    ]
+
+
+def _gibibytes(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 @contextmanager

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from deconvd.tensor import element_type_from_number
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["DeviceDescription", "ServerInfo"]
+__all__ = ["CacheDescription", "DeviceDescription", "ServerInfo"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDescription:
+    """What a device keeps of one kind between calls.
+
+    Attributes:
+        name: What it keeps: ``plans``.
+        count: Entries.
+        size_bytes: What they take.
+        limit_bytes: What they may take.
+        hits_count: Times that an entry was there when it was asked for.
+        misses_count: Times that it had to be made.
+    """
+
+    name: str
+    count: int
+    size_bytes: int
+    limit_bytes: int
+    hits_count: int
+    misses_count: int
+
+    @classmethod
+    def from_message(cls, message: pb.Cache) -> CacheDescription:
+        """Return what a message says."""
+        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +45,32 @@ class DeviceDescription:
         name: The maker's name for it.
         memory_bytes: What it has in all.
         threads_count: Threads that compute on it; 0 on a GPU.
+        budget_bytes: What the calls under way may take of its memory, all together.
+        used_bytes: What they take now.
+        running_calls_count: How many calls run.
+        waiting_calls_count: How many wait for their turn.
+        caches: What it keeps between calls.
     """
 
     id: str
     name: str
     memory_bytes: int
     threads_count: int
+    budget_bytes: int
+    used_bytes: int
+    running_calls_count: int
+    waiting_calls_count: int
+    caches: tuple[CacheDescription, ...]
+
+    @classmethod
+    def from_message(cls, message: pb.Device) -> DeviceDescription:
+        """Return what a message says."""
+        plain = {
+            field.name: getattr(message, field.name)
+            for field in fields(cls)
+            if field.name != "caches"
+        }
+        return cls(**plain, caches=tuple(map(CacheDescription.from_message, message.caches)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +97,7 @@ class ServerInfo:
         dtypes = (element_type_from_number(number) for number in message.element_types)
         return cls(
             version=message.version,
-            devices=tuple(
-                DeviceDescription(d.id, d.name, d.memory_bytes, d.threads_count)
-                for d in message.devices
-            ),
+            devices=tuple(map(DeviceDescription.from_message, message.devices)),
             element_types=tuple(dtype.name for dtype in dtypes if dtype is not None),
             max_message_bytes=message.limits.message_bytes,
             features=tuple(message.features),

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
+from typing import NoReturn
 
 import click
 
 import deconvd
-from deconvd.errors import DeconvdError
+from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd_server.daemon import Daemon, Settings
-from deconvd_server.device import Device
-from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
+from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
 from deconvd_server.listen import AddressInUseError
 
-__all__ = ["main"]
+__all__ = ["EXIT_DEVICE_LOST", "main"]
+
+EXIT_DEVICE_LOST = 3
+"""The exit code that tells a supervisor to start the server anew."""
 
 _GIBIBYTE = 1 << 30
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
+_LAST_DRAIN_S = 5.0
+"""How long the calls of other devices may take to end once one device is lost."""
+
+_Ends = SimpleQueue[signal.Signals | DeviceLostError | None]
+"""Reasons to end, in the order they came; None once the daemon has stopped."""
 
 _log = logging.getLogger("deconvd_server")
+
+
+def _device_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    try:
+        check_name(name)
+    except InvalidArgumentError as error:
+        raise click.BadParameter(str(error)) from None
+    return name
 
 
 @click.command(context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True})
@@ -39,37 +58,48 @@ _log = logging.getLogger("deconvd_server")
 )
 @click.option(
     "--device",
-    "device_name",
-    envvar="DECONVD_DEVICE",
     default="auto",
-    metavar="cpu|cuda[:N]|auto",
-    help="What to compute on. auto: a GPU if there is one, else the processor.",
+    metavar="cpu|cuda[:N][,…]|auto",
+    callback=_device_name,
+    help="What to compute on. cuda: every GPU; cuda:0,cuda:1: some; auto: every GPU, or the "
+    "processor if there is none.",
 )
 @click.option(
     "--threads",
-    envvar="DECONVD_THREADS",
     type=click.IntRange(min=1),
     default=None,
     show_default="the processors it may use",
     help="Threads that compute on the processor.",
 )
 @click.option(
+    "--device-memory-bytes",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="nine tenths of a GPU's free memory; all of the processor's",
+    help="What calls may take of each device's memory, all together.",
+)
+@click.option(
+    "--plan-store",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    show_default="none",
+    help="Folder where GPU plans are kept, so that a restarted server is warm.",
+)
+@click.option(
     "--max-message-bytes",
-    envvar="DECONVD_MAX_MESSAGE_BYTES",
     type=click.IntRange(1024, _GRPC_MAX_MESSAGE_BYTES),
     default=_GIBIBYTE,
     help="The largest request and the largest response.",
 )
 @click.option(
     "--drain-timeout-s",
-    envvar="DECONVD_DRAIN_TIMEOUT_S",
     type=click.FloatRange(min=0),
     default=30.0,
-    help="How long calls under way may take to end after SIGTERM or SIGINT. A second signal cuts it short.",
+    help="How long calls under way may take to end after SIGTERM or SIGINT. A second signal cuts "
+    "it short.",
 )
 @click.option(
     "--log-level",
-    envvar="DECONVD_LOG_LEVEL",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     help="The least severe messages to log, on standard error.",
@@ -77,8 +107,10 @@ _log = logging.getLogger("deconvd_server")
 @click.version_option(deconvd.__version__, prog_name="deconvd-server")
 def main(
     addresses: tuple[str, ...],
-    device_name: str,
+    device: str,
     threads: int | None,
+    device_memory_bytes: int | None,
+    plan_store: Path | None,
     max_message_bytes: int,
     drain_timeout_s: float,
     log_level: str,
@@ -88,58 +120,65 @@ def main(
     Prints a line for each address once it can serve. Each option can be given in the environment
     too, as DECONVD_ and its name in capitals.
 
-    Exits with 0 after a drain, 1 if it cannot start, 2 if an option is wrong.
+    Exits with 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if a GPU is lost
+    and the server must be started anew.
     """
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    open_device = _device_opener(device_name, threads)
-    settings = Settings(addresses, max_message_bytes, drain_timeout_s)
-    signals = _signals()
+    ends = _ends()
+    devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     try:
-        daemon = Daemon(settings)
+        daemon = Daemon(Settings(addresses, max_message_bytes, drain_timeout_s))
     except (AddressInUseError, DeconvdError) as error:
         sys.exit(f"deconvd-server: {error}")
     try:
-        daemon.serve(open_device)
-    except DeconvdError as error:
+        daemon.serve(partial(open_devices, device, devices))
+    except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
         sys.exit(f"deconvd-server: {error}")
     for address in daemon.addresses:
         print(f"deconvd-server: listening on {address}", flush=True)
-    _drain_on_signal(daemon, signals)
+    _run(daemon, ends)
 
 
-def _device_opener(name: str, threads: int | None) -> Callable[[], Device]:
-    if name in ("cpu", "auto"):
-        return lambda: CpuDevice(threads)
-    raise click.BadParameter(f"{name!r} is not cpu, cuda, cuda:N or auto", param_hint="--device")
-
-
-def _signals() -> SimpleQueue[int | None]:
+def _ends() -> _Ends:
     """Return a queue that SIGTERM and SIGINT are put into from now on."""
-    signals: SimpleQueue[int | None] = SimpleQueue()
+    ends: _Ends = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: signals.put(number))
-    return signals
+        signal.signal(number, lambda number, _frame: ends.put(signal.Signals(number)))
+    return ends
 
 
-def _drain_on_signal(daemon: Daemon, signals: SimpleQueue[int | None]) -> None:
-    """Wait for a signal, then drain; cut the drain short at the next."""
-    number = signals.get()
-    _log.info("%s: draining", signal.Signals(number).name if number else "stop")
-    drainer = threading.Thread(target=_drain, args=(daemon, signals))
+def _run(daemon: Daemon, ends: _Ends) -> None:
+    """Wait for a reason to end, then drain; cut the drain short at the next."""
+    end = ends.get()
+    if isinstance(end, DeviceLostError):
+        _end_without_device(daemon, end)
+    _log.info("%s: draining", end.name if end else "stop")
+    drainer = threading.Thread(target=_drain, args=(daemon, ends))
     drainer.start()
-    while signals.get() is not None:
+    while ends.get() is not None:
         daemon.cut_drain()
     drainer.join()
 
 
-def _drain(daemon: Daemon, signals: SimpleQueue[int | None]) -> None:
+def _drain(daemon: Daemon, ends: _Ends) -> None:
     try:
         daemon.drain()
     finally:
-        signals.put(None)
+        ends.put(None)
+
+
+def _end_without_device(daemon: Daemon, loss: DeviceLostError) -> NoReturn:
+    """End the process: at once after the drain, since a lost card's libraries may hang at exit."""
+    _log.error("a device is lost: the server must be started anew: %s", loss)
+    daemon.fail()
+    drainer = threading.Thread(target=daemon.drain, daemon=True)
+    drainer.start()
+    drainer.join(_LAST_DRAIN_S)
+    logging.shutdown()
+    os._exit(EXIT_DEVICE_LOST)
 
 
 if __name__ == "__main__":

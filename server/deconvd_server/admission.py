@@ -6,11 +6,21 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "Load"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many calls run and wait, and what those that run take."""
+
+    running_count: int
+    waiting_count: int
+    used_bytes: int
 
 
 class Admission:
@@ -26,6 +36,7 @@ class Admission:
     """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
 
     def __init__(self, calls_count: int, budget_bytes: int, waiting_count: int) -> None:
+        self._calls_count = calls_count
         self._free_places = calls_count
         self._budget_bytes = budget_bytes
         self._free_bytes = budget_bytes
@@ -49,9 +60,14 @@ class Admission:
             self._leave(footprint_bytes)
 
     @property
-    def free_bytes(self) -> int:
-        """What the calls under way leave of the budget."""
-        return self._free_bytes
+    def load(self) -> Load:
+        """What runs and what waits now."""
+        with self._changed:
+            return Load(
+                running_count=self._calls_count - self._free_places,
+                waiting_count=len(self._line),
+                used_bytes=self._budget_bytes - self._free_bytes,
+            )
 
     def _enter(self, footprint_bytes: int, call: Call) -> None:
         if footprint_bytes > self._budget_bytes:

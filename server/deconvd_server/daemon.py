@@ -1,6 +1,6 @@
 """The daemon's life: it listens, becomes ready, serves, drains and stops.
 
-LISTENING --device ready--> SERVING --drain--> DRAINING --last call ended--> STOPPED
+LISTENING --devices ready--> SERVING --drain--> DRAINING --last call ended--> STOPPED
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from deconvd_server.device import Device
-from deconvd_server.engine import Engine
+from deconvd_server.engine import Engines
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
@@ -59,7 +59,7 @@ class Daemon:
     """A gRPC server with its service, health and reflection.
 
     It listens once made: health then says NOT_SERVING and calls are answered UNAVAILABLE, until
-    `serve` has a device.
+    `serve` has devices.
 
     Raises:
         InvalidArgumentError, AddressInUseError: It cannot listen on one of the addresses.
@@ -76,11 +76,11 @@ class Daemon:
         self.addresses = [bind(self._server, address) for address in settings.addresses]
         self._server.start()
 
-    def serve(self, open_device: Callable[[], Device]) -> None:
-        """Open the device and serve calls with it; return once it can."""
-        engine = Engine(open_device(), waiting_count=_WAITING_CALLS_COUNT)
+    def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
+        """Open the devices and serve calls with them; return once it can."""
+        engines = Engines(open_devices(), waiting_count=_WAITING_CALLS_COUNT)
         with self._lock:
-            self._service.engine = engine
+            self._service.engines = engines
             if self.state is State.LISTENING:
                 self.state = State.SERVING
                 self._health.set_serving(True)
@@ -100,9 +100,13 @@ class Daemon:
         self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
         for address in self.addresses:
             release(address)
-        if self._service.engine is not None:
-            self._service.engine.close()
+        if self._service.engines is not None:
+            self._service.engines.close()
         self.state = State.STOPPED
+
+    def fail(self) -> None:
+        """Say NOT_SERVING for good: a device is lost, and only a new process can get it back."""
+        self._health.enter_graceful_shutdown()
 
     def cut_drain(self) -> None:
         """Cancel the calls that `drain` waits for."""

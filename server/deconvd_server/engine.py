@@ -1,16 +1,18 @@
-"""The engine owns a device: it decides which calls run on it, and when."""
+"""The engines: each owns a device and decides which calls run on it, and when."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd.tensor import Array
-from deconvd_server.admission import Admission
+from deconvd_server.admission import Admission, Load
 from deconvd_server.call import Call
-from deconvd_server.device import Device, DeviceInfo
+from deconvd_server.device import CacheState, Device, DeviceInfo
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Engines"]
 
 
 class Engine:
@@ -46,6 +48,41 @@ class Engine:
         with self._admission.admitted(self._device.footprint_bytes(problem, wanted), call):
             return self._device.gradients(problem, x, W, gy, wanted, options, call)
 
+    @property
+    def load(self) -> Load:
+        """What runs and what waits now."""
+        return self._admission.load
+
+    @property
+    def caches(self) -> Sequence[CacheState]:
+        """What its device keeps between calls, now."""
+        return self._device.caches
+
     def close(self) -> None:
         """Close the device. No call may be running, and none may follow."""
         self._device.close()
+
+
+class Engines:
+    """The engines of a server, one for each of its devices: at least one.
+
+    Args:
+        waiting_count: How many calls may wait for their turn on each device.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, waiting_count: int) -> None:
+        self.all = tuple(Engine(device, waiting_count=waiting_count) for device in devices)
+
+    def least_loaded(self) -> Engine:
+        """Return the engine with the fewest calls, and of several the one with the most free memory."""
+        return min(self.all, key=_burden)
+
+    def close(self) -> None:
+        """Close every device. No call may be running, and none may follow."""
+        for engine in self.all:
+            engine.close()
+
+
+def _burden(engine: Engine) -> tuple[int, float]:
+    load = engine.load
+    return load.running_count + load.waiting_count, load.used_bytes / engine.info.budget_bytes

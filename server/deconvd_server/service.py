@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TypeVar
 
 import grpc
@@ -32,7 +33,7 @@ from deconvd.tensor import (
 )
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.call import Call
-from deconvd_server.engine import Engine
+from deconvd_server.engine import Engine, Engines
 
 __all__ = ["SERVICE_NAME", "DeconvolutionService"]
 
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class DeconvolutionService:
-    """Serves `deconvd.v1.DeconvolutionService`. Until it has an engine it answers UNAVAILABLE.
+    """Serves `deconvd.v1.DeconvolutionService`. Until it has engines it answers UNAVAILABLE.
 
     Args:
         max_message_bytes: The largest request and the largest response.
@@ -53,7 +54,7 @@ class DeconvolutionService:
 
     def __init__(self, max_message_bytes: int) -> None:
         self._max_message_bytes = max_message_bytes
-        self.engine: Engine | None = None
+        self.engines: Engines | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs to serve this.
@@ -80,7 +81,7 @@ class DeconvolutionService:
             b = array_from_message("b", request.b)
         self._check_result_size(problem.y.nbytes)
         options = options_from_message(request.options)
-        y = self._ready_engine().deconvolve(problem, x, W, b, options, call)
+        y = self._ready_engines().least_loaded().deconvolve(problem, x, W, b, options, call)
         return pb.DeconvolveResponse(y=message_from_array(y))
 
     def deconvolve_grad(
@@ -99,7 +100,8 @@ class DeconvolutionService:
             + wanted.gb * problem.b.nbytes
         )
         options = options_from_message(request.options)
-        gradients = self._ready_engine().gradients(problem, x, W, gy, wanted, options, call)
+        engine = self._ready_engines().least_loaded()
+        gradients = engine.gradients(problem, x, W, gy, wanted, options, call)
         return pb.DeconvolveGradResponse(
             gx=_optional_message(gradients.gx),
             gw=_optional_message(gradients.gW),
@@ -110,25 +112,17 @@ class DeconvolutionService:
         self, _request: pb.GetServerInfoRequest, _call: Call
     ) -> pb.GetServerInfoResponse:
         """Serve GetServerInfo."""
-        device = self._ready_engine().info
         return pb.GetServerInfoResponse(
             version=deconvd.__version__,
-            devices=[
-                pb.Device(
-                    id=device.id,
-                    name=device.name,
-                    memory_bytes=device.memory_bytes,
-                    threads_count=device.threads_count,
-                )
-            ],
+            devices=[_device_message(engine) for engine in self._ready_engines().all],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
         )
 
-    def _ready_engine(self) -> Engine:
-        if self.engine is None:
+    def _ready_engines(self) -> Engines:
+        if self.engines is None:
             raise UnavailableError("the server is starting: its device is not ready yet")
-        return self.engine
+        return self.engines
 
     def _check_result_size(self, result_bytes: int) -> None:
         """Refuse a result that could not be sent, before it is computed."""
@@ -194,6 +188,21 @@ def _call_of(context: grpc.ServicerContext) -> Call:
     if not context.add_callback(call.cancel):
         call.cancel()  # it ended before we could ask to be told
     return call
+
+
+def _device_message(engine: Engine) -> pb.Device:
+    info, load = engine.info, engine.load
+    return pb.Device(
+        id=info.id,
+        name=info.name,
+        memory_bytes=info.memory_bytes,
+        threads_count=info.threads_count,
+        budget_bytes=info.budget_bytes,
+        used_bytes=load.used_bytes,
+        running_calls_count=load.running_count,
+        waiting_calls_count=load.waiting_count,
+        caches=[pb.Cache(**asdict(cache)) for cache in engine.caches],
+    )
 
 
 def _optional_message(array: Array | None) -> pb.Tensor | None:

@@ -530,6 +530,11 @@ class Device(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     THREADS_COUNT_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    RUNNING_CALLS_COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_CALLS_COUNT_FIELD_NUMBER: _builtins.int
+    CACHES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """As in the server's --device: "cpu", "cuda:0"."""
     name: _builtins.str
@@ -538,6 +543,16 @@ class Device(_message.Message):
     """What it has in all."""
     threads_count: _builtins.int
     """Threads that compute on it; 0 on a GPU."""
+    budget_bytes: _builtins.int
+    """What the calls under way may take of its memory, all together."""
+    used_bytes: _builtins.int
+    """What they take now."""
+    running_calls_count: _builtins.int
+    waiting_calls_count: _builtins.int
+    @_builtins.property
+    def caches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cache]:
+        """What it keeps between calls."""
+
     def __init__(
         self,
         *,
@@ -545,14 +560,58 @@ class Device(_message.Message):
         name: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
         threads_count: _builtins.int = ...,
+        budget_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        running_calls_count: _builtins.int = ...,
+        waiting_calls_count: _builtins.int = ...,
+        caches: _abc.Iterable[Global___Cache] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "memory_bytes", b"memory_bytes", "name", b"name", "threads_count", b"threads_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "caches", b"caches", "id", b"id", "memory_bytes", b"memory_bytes", "name", b"name", "running_calls_count", b"running_calls_count", "threads_count", b"threads_count", "used_bytes", b"used_bytes", "waiting_calls_count", b"waiting_calls_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class Cache(_message.Message):
+    """What a device keeps of one kind between calls, so as not to make it again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    HITS_COUNT_FIELD_NUMBER: _builtins.int
+    MISSES_COUNT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    count: _builtins.int
+    """Entries."""
+    size_bytes: _builtins.int
+    limit_bytes: _builtins.int
+    hits_count: _builtins.int
+    """Times that an entry was there when it was asked for."""
+    misses_count: _builtins.int
+    """Times that it had to be made."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        count: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
+        hits_count: _builtins.int = ...,
+        misses_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "hits_count", b"hits_count", "limit_bytes", b"limit_bytes", "misses_count", b"misses_count", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cache: _TypeAlias = Cache  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):

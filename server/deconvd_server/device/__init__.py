@@ -1,5 +1,5 @@
 """What computes: one protocol, a package for each kind of device. Nothing here knows of gRPC."""
 
-from deconvd_server.device.protocol import Device, DeviceInfo
+from deconvd_server.device.protocol import CacheState, Device, DeviceInfo
 
-__all__ = ["Device", "DeviceInfo"]
+__all__ = ["CacheState", "Device", "DeviceInfo"]

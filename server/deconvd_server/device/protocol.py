@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 
-__all__ = ["Device", "DeviceInfo"]
+__all__ = ["CacheState", "Device", "DeviceInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,27 @@ class DeviceInfo:
     calls_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """What a device keeps of one kind between calls.
+
+    Attributes:
+        name: What it keeps: ``plans``.
+        count: Entries.
+        size_bytes: What they take.
+        limit_bytes: What they may take.
+        hits_count: Times that an entry was there when it was asked for.
+        misses_count: Times that it had to be made.
+    """
+
+    name: str
+    count: int
+    size_bytes: int
+    limit_bytes: int
+    hits_count: int
+    misses_count: int
+
+
 class Device(Protocol):
     """Computes deconvolutions of arrays in host memory. Its methods may be called from many threads.
 
@@ -48,6 +70,10 @@ class Device(Protocol):
     @property
     def info(self) -> DeviceInfo:
         """What the device is."""
+
+    @property
+    def caches(self) -> Sequence[CacheState]:
+        """What it keeps between calls, now."""
 
     def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
         """Return a bound on the device memory that a call takes, its operands and results included.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -21,7 +22,7 @@ from deconvd_server.call import Call
 from deconvd_server.device.cpu.blocking import Blocking, ranges
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
-from deconvd_server.device.protocol import DeviceInfo
+from deconvd_server.device.protocol import CacheState, DeviceInfo
 
 __all__ = ["CpuDevice"]
 
@@ -35,9 +36,14 @@ class CpuDevice:
     Args:
         threads_count: Threads that compute for one call; by default, one for each processor that
             the process may use.
+        memory_limit_bytes: What calls may take of its memory; by default, all of it.
     """
 
-    def __init__(self, threads_count: int | None = None) -> None:
+    def __init__(
+        self, threads_count: int | None = None, *, memory_limit_bytes: int | None = None
+    ) -> None:
+        self._memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._budget_bytes = memory_limit_bytes or self._memory_bytes
         self._team = Team(threads_count or len(os.sched_getaffinity(0)))
         # The threads are ours: BLAS's own would only compete with them for the processors.
         threadpool_limits(1, user_api="blas")
@@ -45,15 +51,19 @@ class CpuDevice:
     @property
     def info(self) -> DeviceInfo:
         """What the processor is."""
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return DeviceInfo(
             id="cpu",
-            name=platform.processor() or platform.machine(),
-            memory_bytes=memory_bytes,
+            name=_processor_name(),
+            memory_bytes=self._memory_bytes,
             threads_count=self._team.threads_count,
-            budget_bytes=memory_bytes,
+            budget_bytes=self._budget_bytes,
             calls_count=self._team.threads_count,
         )
+
+    @property
+    def caches(self) -> Sequence[CacheState]:
+        """Nothing: a processor has no plans to make."""
+        return ()
 
     def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
         """Return a bound on the memory that a call takes: operands, results, and those in wider types."""
@@ -131,6 +141,13 @@ class CpuDevice:
     def close(self) -> None:
         """End the threads."""
         self._team.close()
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _zeros(spec: TensorSpec) -> Array:

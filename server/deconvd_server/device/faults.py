@@ -1,0 +1,15 @@
+"""Faults of a device: it cannot be had, or is lost."""
+
+from __future__ import annotations
+
+from deconvd.errors import UnavailableError
+
+__all__ = ["DeviceLostError", "DeviceUnavailableError"]
+
+
+class DeviceUnavailableError(RuntimeError):
+    """The device cannot be used: the message says in one line what to install or change."""
+
+
+class DeviceLostError(UnavailableError):
+    """The device failed in a way that only a new process recovers from. Try again."""

@@ -1,0 +1,101 @@
+"""From the names that the user gives to open devices."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deconvd.errors import InvalidArgumentError
+from deconvd_server.device import cuda
+from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
+from deconvd_server.device.protocol import Device
+
+__all__ = ["DeviceSettings", "check_name", "open_devices"]
+
+_CARDS = re.compile(r"cuda(:\d+(,cuda:\d+)*)?")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """What devices are told when they are opened.
+
+    Attributes:
+        threads_count: Threads that compute on the processor; None for one for each processor.
+        memory_limit_bytes: What calls may take of each device's memory; None to let it decide.
+        plan_store: Folder where plans for cards are kept; None to forget them with the process.
+        on_lost: Called, from any thread, when a card must be reset, and so the process ended.
+    """
+
+    threads_count: int | None
+    memory_limit_bytes: int | None
+    plan_store: Path | None
+    on_lost: Callable[[DeviceLostError], None]
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidArgumentError unless `name` is one that `open_devices` takes."""
+    if name not in ("cpu", "auto") and not _CARDS.fullmatch(name):
+        raise InvalidArgumentError(
+            f"--device must be cpu, cuda, cuda:N, several as in cuda:0,cuda:1, or auto, got {name!r}",
+            argument="device",
+        )
+
+
+def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
+    """Return the devices of a name, open: at least one.
+
+    Args:
+        name: ``cpu``; ``cuda`` for all cards; ``cuda:N``, or several of them with commas; ``auto``
+            for all cards, or the processor where none can be used.
+
+    Raises:
+        InvalidArgumentError: It is no such name.
+        DeviceUnavailableError: A card that was asked for cannot be used.
+    """
+    check_name(name)
+    if name == "cpu":
+        return [_open_processor(settings)]
+    if name != "auto":
+        return _open_cards(name, settings)
+    try:
+        return _open_cards("cuda", settings)
+    except DeviceUnavailableError as error:
+        _log.info("computing on the processor, since no GPU can be used: %s", error)
+        return [_open_processor(settings)]
+
+
+def _open_processor(settings: DeviceSettings) -> Device:
+    return CpuDevice(settings.threads_count, memory_limit_bytes=settings.memory_limit_bytes)
+
+
+def _open_cards(name: str, settings: DeviceSettings) -> list[Device]:
+    return [
+        cuda.open_device(
+            ordinal,
+            memory_limit_bytes=settings.memory_limit_bytes,
+            plan_store=settings.plan_store,
+            on_lost=settings.on_lost,
+        )
+        for ordinal in _ordinals(name)
+    ]
+
+
+def _ordinals(name: str) -> list[int]:
+    count = cuda.devices_count()
+    if count == 0:
+        raise DeviceUnavailableError("no GPU: the driver sees none")
+    if name == "cuda":
+        return list(range(count))
+    ordinals = [int(card.removeprefix("cuda:")) for card in name.split(",")]
+    for ordinal in ordinals:
+        if ordinal >= count or ordinals.count(ordinal) > 1:
+            raise DeviceUnavailableError(
+                f"--device must name cards from cuda:0 to cuda:{count - 1}, each once, got {name}"
+            )
+    return ordinals
