@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import pytest
+
 from deconvd_server.cache import Cache, Entry, Resource, State
 
 

@@ -1,1 +1,43 @@
-"""NVIDIA GPUs as devices: cuDNN, and our own kernels where those are faster. Needs the `cuda13` extra."""
+"""NVIDIA GPUs as devices: cuDNN, and our own kernels where those are faster.
+
+Needs the `cuda13` extra; CUDA is loaded when a device is opened, not when this is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deconvd_server.device.cuda.faults import DeviceLostError, DeviceUnavailableError
+
+if TYPE_CHECKING:
+    from deconvd_server.device.cuda.device import CudaDevice
+
+__all__ = ["DeviceLostError", "DeviceUnavailableError", "devices_count", "open_device"]
+
+
+def open_device(
+    ordinal: int,
+    *,
+    memory_limit_bytes: int | None = None,
+    plan_store: Path | None = None,
+    on_lost: Callable[[DeviceLostError], None] = lambda _: None,
+) -> CudaDevice:
+    """Return a card as a device. Arguments and errors are those of `CudaDevice`."""
+    from deconvd_server.device.cuda.device import CudaDevice
+
+    return CudaDevice(
+        ordinal, memory_limit_bytes=memory_limit_bytes, plan_store=plan_store, on_lost=on_lost
+    )
+
+
+def devices_count() -> int:
+    """Return how many cards this process can see.
+
+    Raises:
+        DeviceUnavailableError: CuPy or the driver is missing.
+    """
+    from deconvd_server.device.cuda.runtime import cards_count
+
+    return cards_count()

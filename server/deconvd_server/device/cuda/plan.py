@@ -1,4 +1,4 @@
-"""What a way to compute one product on the card looks like, whoever provides it: cuDNN or our own kernels."""
+"""A way to compute one product on the card, whoever provides it: cuDNN or our own kernels."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Plan(Protocol):
         """Device memory that an execution scribbles on, apart from its operands."""
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
-        """Enqueue the operation on a stream, without waiting for it. May be captured into a CUDA graph.
+        """Enqueue the operation on a stream, without waiting for it.
 
-        Every element of `out` is written, and nothing is read from it.
+        It may be captured into a CUDA graph. Every element of `out` is written, and nothing is read from it.
 
         Args:
             a, b: Device pointers to the operands, NCHW and contiguous: x and W for y, gy and W for

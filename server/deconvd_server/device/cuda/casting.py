@@ -1,0 +1,95 @@
+"""Mixed element types: operands are cast to the compute type, the result to the type that it must have."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from deconvd.dtypes import DType
+from deconvd.problem import Problem, TensorSpec
+from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.memory import Region, Regions
+from deconvd_server.device.cuda.plan import Operation, Plan
+
+__all__ = ["CastPlan", "operands_of", "result_of", "uniform"]
+
+
+def uniform(problem: Problem) -> Problem:
+    """Return the problem with x and W of one type: their own if they share it, else the compute type."""
+    if problem.x.dtype == problem.W.dtype:
+        return problem
+    dtype = problem.compute_type
+    return Problem(
+        replace(problem.x, dtype=dtype), replace(problem.W, dtype=dtype), problem.geometry
+    )
+
+
+def operands_of(operation: Operation, problem: Problem) -> tuple[TensorSpec, TensorSpec]:
+    """Return what a plan's a and b are."""
+    return {
+        Operation.Y: (problem.x, problem.W),
+        Operation.GX: (problem.y, problem.W),
+        Operation.GW: (problem.x, problem.y),
+    }[operation]
+
+
+def result_of(operation: Operation, problem: Problem) -> TensorSpec:
+    """Return what a plan's out is."""
+    return {
+        Operation.Y: problem.y,
+        Operation.GX: problem.x,
+        Operation.GW: problem.W,
+    }[operation]
+
+
+class CastPlan:
+    """A plan for a problem of mixed types, made of one for the uniform problem. See `Plan`.
+
+    Args:
+        inner: A plan for `uniform(problem)`.
+    """
+
+    def __init__(self, operation: Operation, problem: Problem, inner: Plan) -> None:
+        self._inner = inner
+        self._type = problem.compute_type
+        self._operands = operands_of(operation, problem)
+        self._result = result_of(operation, problem)
+        regions = Regions()
+        self._regions = [self._region(regions, spec) for spec in (*self._operands, self._result)]
+        self._scratch = regions.add(inner.workspace_bytes)
+        self.workspace_bytes = regions.total_bytes
+
+    def _region(self, regions: Regions, spec: TensorSpec) -> Region | None:
+        """Return where a tensor's cast lies; None if it needs none."""
+        if spec.dtype == self._type:
+            return None
+        return regions.add(replace(spec, dtype=self._type).nbytes)
+
+    @property
+    def name(self) -> str:
+        """The inner plan's."""
+        return self._inner.name
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the inner plan is."""
+        return self._inner.deterministic
+
+    def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
+        """Enqueue the operation. See `Plan`."""
+        given = (a, b, out)
+        cast_a, cast_b, cast_out = (
+            pointer if region is None else workspace + region.offset
+            for pointer, region in zip(given, self._regions, strict=True)
+        )
+        self._cast(a, self._operands[0], cast_a, stream)
+        self._cast(b, self._operands[1], cast_b, stream)
+        self._inner.execute(cast_a, cast_b, cast_out, workspace + self._scratch.offset, stream)
+        if cast_out != out:
+            count = math.prod(self._result.shape)
+            kernels.cast(cast_out, self._type, out, self._result.dtype, count, stream)
+
+    def _cast(self, source: int, spec: TensorSpec, target: int, stream: int) -> None:
+        if target != source:
+            dtype: DType = spec.dtype
+            kernels.cast(source, dtype, target, self._type, math.prod(spec.shape), stream)

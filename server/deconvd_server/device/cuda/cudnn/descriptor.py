@@ -1,0 +1,134 @@
+"""A descriptor of cuDNN's graph API: attributes are set, then it is finalized, then it is used."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from deconvd_server.device.cuda.cudnn.enums import Attribute, Kind, Type
+from deconvd_server.device.cuda.cudnn.library import Cudnn
+
+__all__ = ["Descriptor", "Scope"]
+
+_C_TYPES: dict[Type, Any] = {
+    Type.INT64: ctypes.c_int64,
+    Type.FLOAT: ctypes.c_float,
+    Type.DOUBLE: ctypes.c_double,
+}
+"""Pointers aside, every other attribute is an enumeration: an int."""
+
+_POINTERS = (Type.HANDLE, Type.VOID_PTR, Type.BACKEND_DESCRIPTOR)
+
+
+class Descriptor:
+    """A descriptor, to be closed by whoever made it. Methods raise `CudnnError`.
+
+    It is not closed when it is collected: at the interpreter's end cuDNN may be gone already.
+    """
+
+    def __init__(self, cudnn: Cudnn, kind: Kind) -> None:
+        self._cudnn = cudnn
+        self._pointer = ctypes.c_void_p()
+        cudnn.call("cudnnBackendCreateDescriptor", ctypes.c_int(kind), ctypes.byref(self._pointer))
+
+    @property
+    def address(self) -> int:
+        """Its `cudnnBackendDescriptor_t`."""
+        return self._pointer.value or 0
+
+    def set(self, attribute: Attribute, kind: Type, *values: float) -> None:
+        """Set an attribute to numbers, addresses, or members of an enumeration."""
+        self._set(attribute, kind, len(values), _array(kind, values))
+
+    def set_text(self, attribute: Attribute, text: bytes) -> None:
+        """Set an attribute to characters."""
+        self._set(attribute, Type.CHAR, len(text), ctypes.create_string_buffer(text, len(text)))
+
+    def finalize(self) -> None:
+        """Check the attributes and do the work, which may take long."""
+        self._cudnn.call("cudnnBackendFinalize", self._pointer)
+
+    def get(self, attribute: Attribute, kind: Type, limit: int = 1) -> list[int]:
+        """Return at most `limit` numbers."""
+        values = _array(kind, (0,) * limit)
+        count = self._get(attribute, kind, limit, values)
+        return [int(value) for value in values[:count]]
+
+    def get_into(self, attribute: Attribute, others: Sequence[Descriptor]) -> int:
+        """Let other descriptors describe an attribute, and return how many of them do."""
+        pointers = _array(Type.BACKEND_DESCRIPTOR, [other.address for other in others])
+        return self._get(attribute, Type.BACKEND_DESCRIPTOR, len(others), pointers)
+
+    def get_text(self, attribute: Attribute) -> bytes:
+        """Return characters."""
+        size = self.count(attribute, Type.CHAR)
+        buffer = ctypes.create_string_buffer(size)
+        count = self._get(attribute, Type.CHAR, size, buffer)
+        return buffer.raw[:count]
+
+    def count(self, attribute: Attribute, kind: Type) -> int:
+        """Return how many elements an attribute has."""
+        return self._get(attribute, kind, 0, None)
+
+    def close(self) -> None:
+        """Free it. Closing twice is harmless."""
+        if self._pointer:
+            self._cudnn.call("cudnnBackendDestroyDescriptor", self._pointer)
+            self._pointer = ctypes.c_void_p()
+
+    def _set(self, attribute: Attribute, kind: Type, count: int, values: object) -> None:
+        self._cudnn.call(
+            "cudnnBackendSetAttribute",
+            self._pointer,
+            ctypes.c_int(attribute),
+            ctypes.c_int(kind),
+            ctypes.c_int64(count),
+            values,
+        )
+
+    def _get(self, attribute: Attribute, kind: Type, limit: int, values: object) -> int:
+        count = ctypes.c_int64()
+        self._cudnn.call(
+            "cudnnBackendGetAttribute",
+            self._pointer,
+            ctypes.c_int(attribute),
+            ctypes.c_int(kind),
+            ctypes.c_int64(limit),
+            ctypes.byref(count),
+            values,
+        )
+        return count.value
+
+
+class Scope:
+    """Descriptors that live as long as a with-block."""
+
+    def __init__(self, cudnn: Cudnn) -> None:
+        self._cudnn = cudnn
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Scope:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def new(self, kind: Kind) -> Descriptor:
+        """Return a new descriptor that is closed with the block."""
+        descriptor = Descriptor(self._cudnn, kind)
+        self._stack.callback(descriptor.close)
+        return descriptor
+
+
+def _array(kind: Type, values: Sequence[float]) -> Any:
+    # Any: ctypes' types have no common supertype that mypy could follow
+    element: Any = ctypes.c_void_p if kind in _POINTERS else _C_TYPES.get(kind, ctypes.c_int)
+    return (element * len(values))(*values)

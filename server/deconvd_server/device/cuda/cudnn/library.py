@@ -1,0 +1,120 @@
+"""The cuDNN library: found, loaded, its errors translated, its handles kept one to a stream."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass, field
+
+from deconvd_server.device.cuda.faults import DeviceUnavailableError
+
+__all__ = ["Cudnn", "CudnnError", "Handle"]
+
+_OLDEST_VERSION = 91000
+_INSTALL = "pip install 'deconvd[server,cuda13]'"
+_MESSAGE_BYTES = 1024
+
+
+class CudnnError(Exception):
+    """A call of cuDNN failed.
+
+    Attributes:
+        status: The `cudnnStatus_t`.
+    """
+
+    def __init__(self, function: str, status: int, detail: str) -> None:
+        super().__init__(f"{function} failed with status {status}: {detail}")
+        self.status = status
+
+    @property
+    def unsupported(self) -> bool:
+        """Whether cuDNN only says that it cannot do this, as `CUDNN_STATUS_NOT_SUPPORTED`."""
+        return self.status // 1000 == 3
+
+
+@dataclass(slots=True)
+class Handle:
+    """A cuDNN handle bound to a stream, and the lock of whoever uses it."""
+
+    pointer: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Cudnn:
+    """cuDNN on the current device of the threads that call it.
+
+    Raises:
+        DeviceUnavailableError: cuDNN is missing or too old.
+    """
+
+    def __init__(self) -> None:
+        self._library = _load()
+        self._handles: dict[int, Handle] = {}
+        self._lock = threading.Lock()
+        self.version = self._read_version()
+
+    def call(self, function: str, *arguments: object) -> None:
+        """Call a function that returns a status. The interpreter's lock is free meanwhile.
+
+        Raises:
+            CudnnError: The status is not success.
+        """
+        status = getattr(self._library, function)(*arguments)
+        if status != 0:
+            raise CudnnError(function, status, self._last_error())
+
+    def execute(self, handle: Handle, plan: int, pack: int) -> None:
+        """Enqueue a plan on the handle's stream, given the addresses of its descriptors."""
+        self.call(
+            "cudnnBackendExecute",
+            ctypes.c_void_p(handle.pointer),
+            ctypes.c_void_p(plan),
+            ctypes.c_void_p(pack),
+        )
+
+    def handle(self, stream: int) -> Handle:
+        """Return the handle that is bound to a stream, made at first need."""
+        with self._lock:
+            handle = self._handles.get(stream)
+            if handle is None:
+                handle = self._handles[stream] = self._new_handle(stream)
+            return handle
+
+    def forget(self, stream: int) -> None:
+        """Destroy the handle of a stream that is about to end. None may be using it."""
+        with self._lock:
+            handle = self._handles.pop(stream, None)
+        if handle is not None:
+            self.call("cudnnDestroy", ctypes.c_void_p(handle.pointer))
+
+    def _new_handle(self, stream: int) -> Handle:
+        pointer = ctypes.c_void_p()
+        self.call("cudnnCreate", ctypes.byref(pointer))
+        self.call("cudnnSetStream", pointer, ctypes.c_void_p(stream))
+        return Handle(pointer.value or 0)
+
+    def _read_version(self) -> int:
+        read = self._library.cudnnGetVersion
+        read.restype = ctypes.c_size_t
+        version = int(read())
+        if version < _OLDEST_VERSION:
+            raise DeviceUnavailableError(
+                f"cuDNN {version} is too old, {_OLDEST_VERSION} or newer is needed: {_INSTALL}"
+            )
+        return version
+
+    def _last_error(self) -> str:
+        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        self._library.cudnnGetLastErrorString(message, ctypes.c_size_t(_MESSAGE_BYTES))
+        return message.value.decode(errors="replace").strip()
+
+
+def _load() -> ctypes.CDLL:
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        found = load_nvidia_dynamic_lib("cudnn")
+        return ctypes.CDLL(found.abs_path or "libcudnn.so.9")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceUnavailableError(f"cuDNN 9 cannot be loaded ({reason}): {_INSTALL}") from None

@@ -1,0 +1,165 @@
+"""The engines that cuDNN proposes for an operation, and plans made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+from deconvd.options import Options
+from deconvd.problem import Problem
+from deconvd_server.device.cuda.cudnn.convolution import Layout, operation_graph
+from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, Scope
+from deconvd_server.device.cuda.cudnn.enums import Attribute, Behavior, Kind, Mode, Note, Type
+from deconvd_server.device.cuda.cudnn.library import Cudnn, CudnnError
+from deconvd_server.device.cuda.cudnn.plan import CudnnPlan
+from deconvd_server.device.cuda.plan import Operation
+
+__all__ = ["Layout", "Proposal", "Rules", "Search"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an engine must not do.
+
+    Attributes:
+        unwanted: Notes that rule an engine out.
+        may_compile: Whether it may compile kernels, which takes 0.25 to 8 s.
+    """
+
+    unwanted: frozenset[Note]
+    may_compile: bool
+
+    @classmethod
+    def of(cls, problem: Problem, options: Options) -> Rules:
+        """Return the rules that keep a result what `Options` and the reference promise."""
+        unwanted = {Note.DOWN_CONVERT_INPUTS, Note.REDUCED_PRECISION_REDUCTION}
+        if options.cudnn_deterministic:
+            unwanted.add(Note.NONDETERMINISTIC)
+        if problem.x.dtype == problem.compute_type and not options.allow_tf32:
+            unwanted.add(Note.TENSOR_CORE)  # on float32 that note means TF32
+        if problem.x.dtype.itemsize == 8:
+            unwanted.discard(Note.TENSOR_CORE)  # float64 loses nothing on tensor cores
+        return cls(frozenset(unwanted), may_compile=options.autotune)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """An engine with its settings, as heuristics propose it.
+
+    Attributes:
+        config: Its descriptor, alive as long as the search.
+        engine: Its number.
+        notes: What it does to numbers.
+        compiles: Whether it compiles kernels when its plan is made.
+    """
+
+    config: Descriptor
+    engine: int
+    notes: frozenset[Note]
+    compiles: bool
+
+
+class Search:
+    """A search for plans of one operation in one layout, for the length of a with-block.
+
+    Args:
+        stream: A stream whose handle may be used meanwhile.
+
+    Raises:
+        CudnnError: cuDNN does not take the operation at all.
+    """
+
+    def __init__(
+        self, cudnn: Cudnn, stream: int, operation: Operation, problem: Problem, layout: Layout
+    ) -> None:
+        self._cudnn = cudnn
+        self._stream = stream
+        self._layout = layout
+        with ExitStack() as stack:
+            self._scope = stack.enter_context(Scope(cudnn))
+            handle = cudnn.handle(stream)
+            with handle.lock:
+                self._graph = operation_graph(
+                    self._scope, handle.pointer, operation, problem, layout
+                )
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def proposals(self, rules: Rules, modes: Sequence[Mode]) -> Iterator[Proposal]:
+        """Yield what the heuristics of each mode propose and the rules allow, their best first."""
+        for mode in modes:
+            for config in self._configs(mode):
+                proposal = self._proposal(config)
+                if _allowed(proposal, rules):
+                    yield proposal
+
+    def build(self, proposal: Proposal) -> CudnnPlan:
+        """Return a plan of the proposed engine.
+
+        Raises:
+            CudnnError: The engine cannot do it after all.
+        """
+        return CudnnPlan(
+            self._cudnn,
+            self._stream,
+            self._blob(proposal),
+            name=f"cudnn {self._layout} engine {proposal.engine}",
+            deterministic=Note.NONDETERMINISTIC not in proposal.notes,
+        )
+
+    def _blob(self, proposal: Proposal) -> bytes:
+        handle = self._cudnn.handle(self._stream)
+        with Scope(self._cudnn) as scope, handle.lock:
+            plan = scope.new(Kind.EXECUTION_PLAN)
+            plan.set(Attribute.EXECUTION_PLAN_HANDLE, Type.HANDLE, handle.pointer)
+            plan.set(
+                Attribute.EXECUTION_PLAN_ENGINE_CONFIG,
+                Type.BACKEND_DESCRIPTOR,
+                proposal.config.address,
+            )
+            plan.finalize()
+            return plan.get_text(Attribute.EXECUTION_PLAN_JSON_REPRESENTATION)
+
+    def _configs(self, mode: Mode) -> list[Descriptor]:
+        heuristics = self._scope.new(Kind.ENGINEHEUR)
+        heuristics.set(
+            Attribute.ENGINEHEUR_OPERATION_GRAPH, Type.BACKEND_DESCRIPTOR, self._graph.address
+        )
+        heuristics.set(Attribute.ENGINEHEUR_MODE, Type.HEUR_MODE, mode)
+        try:
+            heuristics.finalize()
+            count = heuristics.count(Attribute.ENGINEHEUR_RESULTS, Type.BACKEND_DESCRIPTOR)
+        except CudnnError as error:
+            if error.unsupported:
+                return []
+            raise
+        configs = [self._scope.new(Kind.ENGINECFG) for _ in range(count)]
+        return configs[: heuristics.get_into(Attribute.ENGINEHEUR_RESULTS, configs)]
+
+    def _proposal(self, config: Descriptor) -> Proposal:
+        engine = self._scope.new(Kind.ENGINE)
+        config.get_into(Attribute.ENGINECFG_ENGINE, [engine])
+        notes = engine.get(Attribute.ENGINE_NUMERICAL_NOTE, Type.NUMERICAL_NOTE, len(Note))
+        behaviors = engine.get(Attribute.ENGINE_BEHAVIOR_NOTE, Type.BEHAVIOR_NOTE, 16)
+        return Proposal(
+            config,
+            engine.get(Attribute.ENGINE_GLOBAL_INDEX, Type.INT64)[0],
+            frozenset(Note(note) for note in notes),
+            Behavior.RUNTIME_COMPILATION in behaviors,
+        )
+
+
+def _allowed(proposal: Proposal, rules: Rules) -> bool:
+    return not proposal.notes & rules.unwanted and (rules.may_compile or not proposal.compiles)

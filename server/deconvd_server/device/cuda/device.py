@@ -1,0 +1,307 @@
+"""The CUDA device: takes a lane for each call, plans for its products, and runs them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, LifoQueue
+
+from deconvd.gradients import Gradients, Wanted
+from deconvd.options import Options
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array
+from deconvd_server.call import Call
+from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.cudnn import Cudnn
+from deconvd_server.device.cuda.empty import empty_gradients, empty_y
+from deconvd_server.device.cuda.faults import DeviceLostError, DeviceUnavailableError
+from deconvd_server.device.cuda.guard import guarded
+from deconvd_server.device.cuda.job import DeconvolveJob, Frame, GradientsJob, Job
+from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
+from deconvd_server.device.cuda.memory import DeviceMemory, MemoryStats
+from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plans import BookStats, PlanBook, PlanKey, PlanStore
+from deconvd_server.device.cuda.plans.candidates import Candidates
+from deconvd_server.device.cuda.plans.chooser import Chooser
+from deconvd_server.device.cuda.runtime import Pool, Stream, current_device, open_card, synchronize
+from deconvd_server.device.protocol import DeviceInfo
+
+__all__ = ["CudaDevice", "CudaStats", "Limits"]
+
+_SCHEMA = 1
+"""Counted up whenever our kernels change so that stored choices should be made anew."""
+
+_FREE_SHARE = 0.9
+"""The part of the card's free memory that calls may take, unless told: CUDA needs some itself."""
+
+_TAKE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a device may take.
+
+    Attributes:
+        lanes_count: Calls that are computed at once.
+        workspace_bytes: What a plan may take beside its operands and as much again; None for 1 GiB
+            or what the card allows.
+        plans_bytes: Host memory for plans.
+        tuning_s: How long plans are timed for one kind of request.
+    """
+
+    lanes_count: int = 4
+    workspace_bytes: int | None = None
+    plans_bytes: int = 256 << 20
+    tuning_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class CudaStats:
+    """What a device holds now.
+
+    Attributes:
+        memory: What calls take of the card's memory.
+        held_bytes: The card's memory that is held, in use or kept for the next call.
+        pinned_bytes: Pinned host memory.
+        plans: The plans.
+    """
+
+    memory: MemoryStats
+    held_bytes: int
+    pinned_bytes: int
+    plans: BookStats
+
+
+class CudaDevice:
+    """Computes on an NVIDIA card. See `Device`.
+
+    Args:
+        ordinal: The card's number, as nvidia-smi and CUDA_VISIBLE_DEVICES have it.
+        memory_limit_bytes: What calls may take of its memory; None for nine tenths of what is free.
+        plan_store: Folder where choices of plans are kept; None to forget them with the process.
+        on_lost: Called, from any thread, when the card must be reset and so the process ended.
+        limits: What else it may take.
+
+    Raises:
+        DeviceUnavailableError: The card, its driver or cuDNN is missing or too old.
+        OSError: The plan store cannot be made.
+    """
+
+    def __init__(
+        self,
+        ordinal: int,
+        *,
+        memory_limit_bytes: int | None = None,
+        plan_store: Path | None = None,
+        on_lost: Callable[[DeviceLostError], None] = lambda _: None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._card = open_card(ordinal)
+        self._id = f"cuda:{ordinal}"
+        self._on_lost = on_lost
+        self._limits = limits = limits or Limits()
+        limit_bytes = memory_limit_bytes or int(self._card.free_bytes * _FREE_SHARE)
+        self._budget_bytes = limit_bytes - limits.lanes_count * ARENA_BYTES
+        if self._budget_bytes <= 0:
+            raise DeviceUnavailableError(
+                f"{self._id}: {limit_bytes} bytes of memory are too few: "
+                f"its {limits.lanes_count} lanes take {ARENA_BYTES} each"
+            )
+        with current_device(ordinal):
+            self._cudnn = Cudnn()
+            self._pool = Pool(limit_bytes)
+            self.memory = DeviceMemory(self._budget_bytes, self._pool.take)
+            self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(limits.lanes_count)]
+            self._lanes: LifoQueue[Lane] = LifoQueue()
+            for arena in self._arenas:
+                self._lanes.put(Lane(self.memory, arena.ptr))
+            self._candidates = Candidates(self._cudnn)
+            self.plans = self._new_book(plan_store)
+            kernels.prepare(ordinal)
+
+    def _new_book(self, folder: Path | None) -> PlanBook:
+        origin: dict[str, str | int] = {
+            "deconvd": _SCHEMA,
+            "cudnn": self._cudnn.version,
+            "card": self._card.name,
+            "capability": self._card.capability,
+            "processors": self._card.processors_count,
+        }
+        return PlanBook(
+            self._candidates,
+            Chooser(self._candidates, self.memory, tuning_limit_s=self._limits.tuning_s),
+            limit_bytes=self._limits.plans_bytes,
+            store=None if folder is None else PlanStore(folder, origin),
+        )
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What the card is."""
+        return DeviceInfo(
+            id=self._id,
+            name=self._card.name,
+            memory_bytes=self._card.memory_bytes,
+            threads_count=0,
+            budget_bytes=self._budget_bytes,
+            calls_count=self._limits.lanes_count,
+        )
+
+    @property
+    def stats(self) -> CudaStats:
+        """What the device holds now."""
+        return CudaStats(
+            memory=self.memory.stats,
+            held_bytes=self._pool.held_bytes(),
+            pinned_bytes=self._limits.lanes_count * PINNED_BYTES,
+            plans=self.plans.stats,
+        )
+
+    def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
+        """Return a bound on the memory of the card that a call takes, trying plans included."""
+        if not problem.has_products:
+            return 0
+        operations = _operations(wanted)
+        workspaces = (self._workspace_bound(self.key(op, problem, Options())) for op in operations)
+        return _tensors_bytes(problem) + max(workspaces, default=0)
+
+    def deconvolve(
+        self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
+    ) -> Array:
+        """Return y."""
+        if not problem.has_products:
+            return empty_y(problem, b)
+        operands = (x, W) if b is None else (x, W, b)
+        with self._working(call) as lane, ExitStack() as stack:
+            plan = stack.enter_context(self._plan(Operation.Y, problem, options, lane, call))
+            job = DeconvolveJob(problem, plan, with_b=b is not None)
+            return lane.run(job, operands, call.check)[0]
+
+    def gradients(
+        self,
+        problem: Problem,
+        x: Array | None,
+        W: Array | None,
+        gy: Array,
+        wanted: Wanted,
+        options: Options,
+        call: Call,
+    ) -> Gradients:
+        """Return the wanted gradients."""
+        if not problem.has_products:
+            return empty_gradients(problem, gy, wanted)
+        operands = [gy]
+        operands += [x] if wanted.gW and x is not None else []
+        operands += [W] if wanted.gx and W is not None else []
+        with self._working(call) as lane, ExitStack() as stack:
+            job = self._gradients_job(problem, wanted, options, lane, call, stack)
+            return _gradients(wanted, lane.run(job, operands, call.check))
+
+    def _gradients_job(
+        self,
+        problem: Problem,
+        wanted: Wanted,
+        options: Options,
+        lane: Lane,
+        call: Call,
+        stack: ExitStack,
+    ) -> Job:
+        plans: dict[Operation, Plan] = {
+            operation: stack.enter_context(self._plan(operation, problem, options, lane, call))
+            for operation in _operations(wanted)
+        }
+        return GradientsJob(
+            problem, plans.get(Operation.GX), plans.get(Operation.GW), with_gb=wanted.gb
+        )
+
+    def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
+        """Return the key of an operation's plan on this device."""
+        tensors_bytes = _tensors_bytes(problem)
+        spare_bytes = max(self._budget_bytes - tensors_bytes, 0)
+        limit_bytes = min(self._workspace_limit_bytes() + tensors_bytes, spare_bytes)
+        return PlanKey.of(operation, problem, options, limit_bytes)
+
+    def _workspace_limit_bytes(self) -> int:
+        if self._limits.workspace_bytes is not None:
+            return self._limits.workspace_bytes
+        return min(1 << 30, self._budget_bytes // (2 * self._limits.lanes_count))
+
+    def _workspace_bound(self, key: PlanKey) -> int:
+        fallback_bytes = self._candidates.fallback(key).plan.workspace_bytes
+        return max(key.workspace_limit_bytes, fallback_bytes)
+
+    @contextmanager
+    def _plan(
+        self, operation: Operation, problem: Problem, options: Options, lane: Lane, call: Call
+    ) -> Iterator[Plan]:
+        key = self.key(operation, problem, options)
+        with self.plans.lease(key, lane.stream, call.check) as plan:
+            yield plan
+
+    @contextmanager
+    def _working(self, call: Call) -> Iterator[Lane]:
+        """Lend a lane, with the card as the thread's device; waits for one while the call lives."""
+        lane = self._take(call)
+        try:
+            with current_device(self._card.ordinal), guarded(self._id, self._on_lost):
+                yield lane
+        finally:
+            self._lanes.put(lane)
+
+    def _take(self, call: Call) -> Lane:
+        while True:
+            call.check()
+            try:
+                return self._lanes.get(timeout=_TAKE_S)
+            except Empty:
+                continue
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Let the calling thread use the card; errors are raised as this device raises them."""
+        with current_device(self._card.ordinal), guarded(self._id, self._on_lost):
+            yield
+
+    def wait(self) -> None:
+        """Wait until the card has done all work of this process."""
+        with current_device(self._card.ordinal):
+            synchronize()
+
+    def new_stream(self) -> Stream:
+        """Return a stream of the card."""
+        with current_device(self._card.ordinal):
+            return Stream()
+
+    def close(self) -> None:
+        """Free what the device holds. No call may be running, and none may follow."""
+        with current_device(self._card.ordinal):
+            while not self._lanes.empty():
+                lane = self._lanes.get()
+                lane.close()
+                self._cudnn.forget(lane.stream.pointer)
+            self.plans.close()
+            self._arenas.clear()
+            self._pool.trim()
+
+
+def _operations(wanted: Wanted | None) -> list[Operation]:
+    if wanted is None:
+        return [Operation.Y]
+    operations = [Operation.GX] if wanted.gx else []
+    return operations + ([Operation.GW] if wanted.gW else [])
+
+
+def _tensors_bytes(problem: Problem) -> int:
+    """Return what all operands and all gradients take together, aligned."""
+    specs: Sequence[TensorSpec] = (problem.x, problem.W, problem.y, problem.b)
+    return Frame(specs, specs, 0).total_bytes
+
+
+def _gradients(wanted: Wanted, results: list[Array]) -> Gradients:
+    found = iter(results)
+    return Gradients(
+        gx=next(found) if wanted.gx else None,
+        gW=next(found) if wanted.gW else None,
+        gb=next(found) if wanted.gb else None,
+    )

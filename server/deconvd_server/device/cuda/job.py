@@ -1,0 +1,125 @@
+"""What a call does on the card: where its tensors lie in one block, and what is enqueued for them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+from deconvd.problem import Problem, TensorSpec
+from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.memory import Region, Regions
+from deconvd_server.device.cuda.plan import Plan
+
+__all__ = ["DeconvolveJob", "Frame", "GradientsJob", "Job"]
+
+
+class Frame:
+    """Where a call's tensors lie in a block: operands first, then results, then a workspace."""
+
+    def __init__(
+        self,
+        operands: Sequence[TensorSpec],
+        results: Sequence[TensorSpec],
+        workspace_bytes: int,
+    ) -> None:
+        regions = Regions()
+        self.operands = [regions.add(spec.nbytes) for spec in operands]
+        self.operands_bytes = regions.total_bytes
+        self.results = [regions.add(spec.nbytes) for spec in results]
+        self.results_bytes = regions.total_bytes - self.operands_bytes
+        self.workspace: Region = regions.add(workspace_bytes)
+        self.total_bytes = regions.total_bytes
+
+
+class Job(Protocol):
+    """The work of one call, for whatever block it is given."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for jobs that enqueue the same for the same block."""
+
+    @property
+    def frame(self) -> Frame:
+        """Where its tensors lie."""
+
+    @property
+    def results(self) -> Sequence[TensorSpec]:
+        """What it computes."""
+
+    def enqueue(self, base: int, stream: int) -> None:
+        """Enqueue all work between upload and download on a stream.
+
+        Args:
+            base: Address of the block.
+        """
+
+
+class DeconvolveJob:
+    """y of x, W and perhaps b. See `Job`.
+
+    Args:
+        plan: For y; None if there are no products.
+    """
+
+    def __init__(self, problem: Problem, plan: Plan, *, with_b: bool) -> None:
+        self.key = (problem, plan, with_b)
+        self.results = (problem.y,)
+        self._problem = problem
+        self._plan = plan
+        self._with_b = with_b
+        operands = (problem.x, problem.W, *([problem.b] if with_b else []))
+        self.frame = Frame(operands, self.results, plan.workspace_bytes)
+
+    def enqueue(self, base: int, stream: int) -> None:
+        """Enqueue the products and the bias. See `Job`."""
+        x, W, *b = (base + region.offset for region in self.frame.operands)
+        y = base + self.frame.results[0].offset
+        self._plan.execute(x, W, y, base + self.frame.workspace.offset, stream)
+        if self._with_b:
+            kernels.add_bias(y, b[0], self._problem.y, stream)
+
+
+class GradientsJob:
+    """The wanted ones of gx, gW and gb. See `Job`.
+
+    The operands are gy, then x if gW is wanted, then W if gx is; the results are the wanted
+    gradients in the order gx, gW, gb.
+
+    Args:
+        gx_plan, gW_plan: None for one that is not wanted.
+    """
+
+    def __init__(
+        self, problem: Problem, gx_plan: Plan | None, gW_plan: Plan | None, *, with_gb: bool
+    ) -> None:
+        self.key = (problem, gx_plan, gW_plan, with_gb)
+        self._problem = problem
+        self._gx_plan, self._gW_plan, self._with_gb = gx_plan, gW_plan, with_gb
+        plans = [plan for plan in (gx_plan, gW_plan) if plan is not None]
+        operands = [problem.y]
+        operands += [problem.x] if gW_plan is not None else []
+        operands += [problem.W] if gx_plan is not None else []
+        self.results = _results(problem, gx_plan, gW_plan, with_gb=with_gb)
+        workspace_bytes = max((plan.workspace_bytes for plan in plans), default=0)
+        self.frame = Frame(operands, self.results, workspace_bytes)
+
+    def enqueue(self, base: int, stream: int) -> None:
+        """Enqueue the gradients, one behind the other. See `Job`."""
+        gy, *operands = (base + region.offset for region in self.frame.operands)
+        results = [base + region.offset for region in self.frame.results]
+        workspace = base + self.frame.workspace.offset
+        if self._gx_plan is not None:
+            self._gx_plan.execute(gy, operands[-1], results[0], workspace, stream)
+        if self._gW_plan is not None:
+            gW = results[0 if self._gx_plan is None else 1]
+            self._gW_plan.execute(operands[0], gy, gW, workspace, stream)
+        if self._with_gb:
+            kernels.sum_gb(gy, results[-1], self._problem.y, stream)
+
+
+def _results(
+    problem: Problem, gx_plan: Plan | None, gW_plan: Plan | None, *, with_gb: bool
+) -> list[TensorSpec]:
+    results = [problem.x] if gx_plan is not None else []
+    results += [problem.W] if gW_plan is not None else []
+    return results + ([problem.b] if with_gb else [])

@@ -1,0 +1,118 @@
+"""The card's memory as calls use it: one block a call, bounded, accounted for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from deconvd.errors import ExhaustedError
+
+__all__ = ["DeviceMemory", "MemoryStats", "Region", "Regions"]
+
+ALIGNMENT_BYTES = 256
+"""What the address of every operand, result and workspace is a multiple of."""
+
+
+class _Block(Protocol):
+    @property
+    def ptr(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """What calls take of the card's memory: now, at most so far, and at most ever."""
+
+    used_bytes: int
+    peak_bytes: int
+    limit_bytes: int
+
+
+class DeviceMemory:
+    """Blocks of the card's memory, lent for the length of a with-block. Thread-safe.
+
+    Args:
+        limit_bytes: What all blocks may take together.
+        allocate: Returns a block of so many bytes, given back once it is collected; raises
+            MemoryError if there is none.
+    """
+
+    def __init__(self, limit_bytes: int, allocate: Callable[[int], _Block]) -> None:
+        self._limit_bytes = limit_bytes
+        self._allocate = allocate
+        self._lock = threading.Lock()
+        self._used_bytes = 0
+        self._peak_bytes = 0
+
+    @contextmanager
+    def take(self, size_bytes: int) -> Iterator[int]:
+        """Lend a block and return its address.
+
+        The card must be done with the block at the end of the with-block.
+
+        Raises:
+            ExhaustedError: The limit does not allow it now, or the card has not the memory.
+        """
+        self._reserve(size_bytes)
+        try:
+            block = self._allocated(size_bytes)
+            try:
+                yield block.ptr
+            finally:
+                del block
+        finally:
+            with self._lock:
+                self._used_bytes -= size_bytes
+
+    @property
+    def stats(self) -> MemoryStats:
+        """What is taken now."""
+        with self._lock:
+            return MemoryStats(self._used_bytes, self._peak_bytes, self._limit_bytes)
+
+    def _reserve(self, size_bytes: int) -> None:
+        with self._lock:
+            free_bytes = self._limit_bytes - self._used_bytes
+            if size_bytes > free_bytes:
+                raise ExhaustedError(
+                    f"the call needs {size_bytes} bytes of the card's memory, {free_bytes} of "
+                    f"{self._limit_bytes} are free"
+                )
+            self._used_bytes += size_bytes
+            self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+
+    def _allocated(self, size_bytes: int) -> _Block:
+        try:
+            return self._allocate(size_bytes)
+        except MemoryError as error:
+            raise ExhaustedError(
+                f"the card has not the {size_bytes} bytes of memory that the call needs: {error}"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a block.
+
+    Attributes:
+        offset: Where it begins, in bytes from the block's start.
+        size_bytes: Its length.
+    """
+
+    offset: int
+    size_bytes: int
+
+
+class Regions:
+    """Regions of a block, one behind the other, each aligned."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+
+    def add(self, size_bytes: int) -> Region:
+        """Return a new region at the end."""
+        region = Region(self.total_bytes, size_bytes)
+        self.total_bytes += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return region

@@ -1,0 +1,123 @@
+"""The plans of one card by key: in memory, on disk, or chosen now."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from deconvd_server.cache import Cache, CacheStats, Resource
+from deconvd_server.device.cuda.cudnn import CudnnError
+from deconvd_server.device.cuda.plan import Plan
+from deconvd_server.device.cuda.plans.candidates import Candidate, Candidates
+from deconvd_server.device.cuda.plans.choice import Provider
+from deconvd_server.device.cuda.plans.chooser import Chooser
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.runtime import Stream
+
+__all__ = ["BookStats", "PlanBook"]
+
+log = logging.getLogger(__name__)
+
+_CUDNN_PLAN_BYTES = 80 << 10
+"""Host memory of a revived cuDNN plan, as measured."""
+
+_OWN_PLAN_BYTES = 4 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class BookStats:
+    """What the book holds, and where its plans came from.
+
+    Attributes:
+        cache: The plans in memory.
+        chosen_count: Plans that were chosen anew.
+        revived_count: Plans that came from the disk.
+    """
+
+    cache: CacheStats
+    chosen_count: int
+    revived_count: int
+
+
+class PlanBook:
+    """Lends the plan of a key; the first who asks waits until it is chosen. Thread-safe.
+
+    What was chosen is remembered whatever it is, so it is found out once that cuDNN has no engine.
+
+    Args:
+        limit_bytes: Host memory that plans may take.
+        store: Where choices are kept on disk; None to keep none.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        chooser: Chooser,
+        *,
+        limit_bytes: int,
+        store: PlanStore | None,
+    ) -> None:
+        self._candidates = candidates
+        self._chooser = chooser
+        self._store = store
+        self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
+        self._lock = threading.Lock()
+        self._chosen_count = 0
+        self._revived_count = 0
+
+    def lease(
+        self, key: PlanKey, stream: Stream, check: Callable[[], None]
+    ) -> AbstractContextManager[Plan]:
+        """Lend the plan of `key` for the length of a with-block.
+
+        Args:
+            stream: The caller's own; nothing is under way on it.
+            check: Called while another's choice is waited for; raises to end the wait.
+
+        Raises:
+            ExhaustedError: The card has not the memory to try plans.
+        """
+        return self._cache.lease(key, lambda: self._resource(key, stream), check)
+
+    @property
+    def stats(self) -> BookStats:
+        """What the book holds now."""
+        with self._lock:
+            return BookStats(self._cache.stats, self._chosen_count, self._revived_count)
+
+    def close(self) -> None:
+        """Free all plans."""
+        self._cache.close()
+
+    def _resource(self, key: PlanKey, stream: Stream) -> Resource[Plan]:
+        candidate = self._revived(key, stream) or self._chosen(key, stream)
+        own = candidate.choice.provider is Provider.OWN
+        size_bytes = _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES
+        # not closed with the cache's entry: graphs that it was captured into may refer to it still
+        return Resource(candidate.plan, size_bytes)
+
+    def _revived(self, key: PlanKey, stream: Stream) -> Candidate | None:
+        choice = self._store.load(key) if self._store is not None else None
+        if choice is None:
+            return None
+        try:
+            candidate = self._candidates.revived(key, choice, stream.pointer)
+        except (CudnnError, LookupError) as error:
+            log.warning("ignored the stored plan %s: %s", choice.name, error)
+            return None
+        with self._lock:
+            self._revived_count += 1
+        return candidate
+
+    def _chosen(self, key: PlanKey, stream: Stream) -> Candidate:
+        candidate = self._chooser.choose(key, stream)
+        log.info("chose %s for %s of %s", candidate.choice.name, key.operation, key.problem)
+        if self._store is not None:
+            self._store.save(key, candidate.choice)
+        with self._lock:
+            self._chosen_count += 1
+        return candidate

@@ -1,0 +1,145 @@
+"""The plans that could serve a request: cuDNN's in both layouts, and our own kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from deconvd.options import UseCudnn
+from deconvd.problem import Problem
+from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.casting import CastPlan, uniform
+from deconvd_server.device.cuda.channels_last import ChannelsLastPlan
+from deconvd_server.device.cuda.cudnn import Cudnn, CudnnError, CudnnPlan, Layout, Rules, Search
+from deconvd_server.device.cuda.cudnn.enums import Mode
+from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plans.choice import Choice, Provider
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.window import WindowPlan, enlarged
+
+__all__ = ["Candidate", "Candidates"]
+
+_LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that could be taken.
+
+    Attributes:
+        plan: For the request as it is, whatever its element types and sizes.
+        choice: How to get the plan again.
+        close: Frees it. Nobody may be executing it.
+    """
+
+    plan: Plan
+    choice: Choice
+    close: Callable[[], None] = lambda: None
+
+
+class Candidates:
+    """Makes the plans that could serve a request. Thread-safe."""
+
+    def __init__(self, cudnn: Cudnn) -> None:
+        self._cudnn = cudnn
+
+    def untuned(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        """Yield candidates in the order in which they are to be tried: the last one always works."""
+        if key.options.use_cudnn is UseCudnn.AUTO:
+            yield from self.own(key)
+        if key.options.use_cudnn is not UseCudnn.NEVER:
+            for provider in _layouts_by_promise(key):
+                yield from self.cudnn(key, stream, provider, (Mode.A,))
+            yield from self.cudnn(key, stream, Provider.CUDNN_NCHW, (Mode.FALLBACK,))
+        yield from self.own(key)
+        yield self.fallback(key)
+
+    def all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        """Yield every candidate that is worth timing."""
+        yield self.fallback(key)
+        yield from self.own(key)
+        if key.options.use_cudnn is not UseCudnn.NEVER:
+            for modes in ((Mode.A,), (Mode.B, Mode.FALLBACK)):
+                for provider in _LAYOUTS:
+                    yield from self.cudnn(key, stream, provider, modes)
+
+    def own(self, key: PlanKey) -> Iterator[Candidate]:
+        """Yield our own kernels, the most promising first."""
+        for plan in kernels.candidates(key.operation, uniform(key.problem), key.options):
+            yield self._own_candidate(key, plan)
+
+    def fallback(self, key: PlanKey) -> Candidate:
+        """Return the plan that takes any problem."""
+        plan = kernels.fallback(key.operation, uniform(key.problem), key.options)
+        return self._own_candidate(key, plan)
+
+    def cudnn(
+        self, key: PlanKey, stream: int, provider: Provider, modes: Sequence[Mode]
+    ) -> Iterator[Candidate]:
+        """Yield cuDNN's plans in one layout, its best first; none if it cannot do the operation."""
+        problem = enlarged(uniform(key.problem))
+        layout = _LAYOUTS[provider]
+        rules = Rules.of(problem, key.options)
+        try:
+            search = Search(self._cudnn, stream, key.operation, problem, layout)
+        except CudnnError:
+            return
+        with search:
+            proposals = list(search.proposals(rules, modes))
+            for proposal in sorted(proposals, key=lambda proposal: proposal.compiles):
+                try:
+                    plan = search.build(proposal)
+                except CudnnError:
+                    continue  # heuristics propose more than engines can do
+                yield self._cudnn_candidate(key, plan, provider)
+
+    def revived(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
+        """Return the candidate that was chosen once.
+
+        Raises:
+            CudnnError: cuDNN does not take its blob.
+            LookupError: We have no such kernel any more.
+        """
+        if choice.provider is Provider.OWN:
+            return self._own_by_name(key, choice.name)
+        plan = CudnnPlan(
+            self._cudnn,
+            stream,
+            choice.blob.encode(),
+            name=choice.name,
+            deterministic=choice.deterministic,
+        )
+        return self._cudnn_candidate(key, plan, choice.provider)
+
+    def _own_by_name(self, key: PlanKey, name: str) -> Candidate:
+        for candidate in (*self.own(key), self.fallback(key)):
+            if candidate.choice.name == name:
+                return candidate
+        raise LookupError(f"there is no kernel {name!r} for it")
+
+    def _own_candidate(self, key: PlanKey, plan: Plan) -> Candidate:
+        choice = Choice(Provider.OWN, plan.name, plan.deterministic)
+        return Candidate(_cast(key.operation, key.problem, plan), choice)
+
+    def _cudnn_candidate(self, key: PlanKey, plan: CudnnPlan, provider: Provider) -> Candidate:
+        choice = Choice(provider, plan.name, plan.deterministic, plan.blob.decode())
+        core = uniform(key.problem)
+        whole: Plan = plan
+        if provider is Provider.CUDNN_NHWC:
+            whole = ChannelsLastPlan(key.operation, enlarged(core), whole)
+        if enlarged(core).output != core.output:
+            whole = WindowPlan(key.operation, core, whole)
+        return Candidate(_cast(key.operation, key.problem, whole), choice, plan.close)
+
+
+def _cast(operation: Operation, problem: Problem, plan: Plan) -> Plan:
+    return plan if problem.x.dtype == problem.W.dtype else CastPlan(operation, problem, plan)
+
+
+def _layouts_by_promise(key: PlanKey) -> list[Provider]:
+    """Return the layouts to try, the likely faster first."""
+    half = uniform(key.problem).x.dtype.itemsize == 2
+    channels = (key.problem.c_I // key.problem.groups, key.problem.W.shape[1])
+    if half and not any(count % 8 for count in channels):
+        return [Provider.CUDNN_NHWC, Provider.CUDNN_NCHW]
+    return [Provider.CUDNN_NCHW, Provider.CUDNN_NHWC]

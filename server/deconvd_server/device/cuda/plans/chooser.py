@@ -1,0 +1,91 @@
+"""Takes one of the candidates: the first that runs, or the fastest."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from deconvd_server.device.cuda.memory import DeviceMemory
+from deconvd_server.device.cuda.plans.bench import Bench
+from deconvd_server.device.cuda.plans.candidates import Candidate, Candidates
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.runtime import Stream
+
+__all__ = ["Chooser"]
+
+log = logging.getLogger(__name__)
+
+_GIVE_UP_RATIO = 2.0
+"""A candidate that is so many times slower than the best so far is not timed twice."""
+
+
+class Chooser:
+    """Takes one of a request's candidates.
+
+    Args:
+        tuning_limit_s: How long new candidates are made and timed for one key.
+    """
+
+    def __init__(
+        self, candidates: Candidates, memory: DeviceMemory, *, tuning_limit_s: float
+    ) -> None:
+        self._candidates = candidates
+        self._memory = memory
+        self._tuning_limit_s = tuning_limit_s
+        # two that are timed at once on one card would both look slow
+        self._timing = threading.Lock()
+
+    def choose(self, key: PlanKey, stream: Stream) -> Candidate:
+        """Return the candidate that is to serve `key`.
+
+        Args:
+            stream: Work is tried there; none may be under way on it.
+
+        Raises:
+            ExhaustedError: The card has not the memory to try any.
+        """
+        if key.options.autotune:
+            with self._timing:
+                return self._fastest(key, stream)
+        return self._first(key, stream)
+
+    def _first(self, key: PlanKey, stream: Stream) -> Candidate:
+        candidates = self._candidates.untuned(key, stream.pointer)
+        for candidate in self._admitted(key, candidates):
+            with Bench.of(key, candidate.plan.workspace_bytes, self._memory, stream) as bench:
+                if bench.runs(candidate.plan):
+                    return candidate
+            candidate.close()
+        return self._candidates.fallback(key)
+
+    def _fastest(self, key: PlanKey, stream: Stream) -> Candidate:
+        best, best_ms = self._candidates.fallback(key), float("inf")
+        end_s = time.monotonic() + self._tuning_limit_s
+        room_bytes = max(key.workspace_limit_bytes, best.plan.workspace_bytes)
+        with Bench.of(key, room_bytes, self._memory, stream) as bench:
+            candidates = self._candidates.all(key, stream.pointer)
+            for candidate in self._admitted(key, candidates):
+                took_ms = bench.time_ms(candidate.plan, give_up_ms=_GIVE_UP_RATIO * best_ms)
+                log.debug("%s took %.4f ms", candidate.choice.name, took_ms)
+                if took_ms < best_ms:
+                    best, best_ms, candidate = candidate, took_ms, best
+                candidate.close()
+                if time.monotonic() > end_s:
+                    break
+        return replace(best, choice=replace(best.choice, tuned_ms=best_ms))
+
+    def _admitted(self, key: PlanKey, candidates: Iterator[Candidate]) -> Iterator[Candidate]:
+        """Yield the candidates that the request's options and limits allow, no plan twice."""
+        seen = set()
+        for candidate in candidates:
+            choice = candidate.choice
+            fits = candidate.plan.workspace_bytes <= key.workspace_limit_bytes
+            steady = choice.deterministic or not key.options.cudnn_deterministic
+            if fits and steady and choice not in seen:
+                seen.add(choice)
+                yield candidate
+            else:
+                candidate.close()

@@ -1,0 +1,225 @@
+"""What is used of the CUDA runtime, typed: all that is known of CuPy outside the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deconvd.errors import ExhaustedError
+from deconvd_server.device.cuda.faults import DeviceUnavailableError
+
+__all__ = [
+    "Bytes",
+    "CudaError",
+    "Event",
+    "Graph",
+    "PinnedBuffer",
+    "Pool",
+    "Stream",
+    "current_device",
+    "open_card",
+]
+
+_INSTALL = "pip install 'deconvd[server,cuda13]'"
+_OLDEST_CAPABILITY = 75
+
+try:
+    import cupy
+    from cupy.cuda import runtime as _cuda
+    from cupy_backends.cuda.api.runtime import CUDARuntimeError as CudaError
+except ImportError as error:
+    raise DeviceUnavailableError(f"CuPy cannot be loaded ({error}): {_INSTALL}") from None
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Card:
+    """What a card is. Making it starts CUDA on it.
+
+    Raises:
+        DeviceUnavailableError: There is no such card, no driver, or the card is too old.
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        count = cards_count()
+        if ordinal >= count:
+            raise DeviceUnavailableError(
+                f"there is no card cuda:{ordinal}: this host shows {count}, see nvidia-smi"
+            )
+        self.ordinal = ordinal
+        properties = _cuda.getDeviceProperties(ordinal)
+        self.name: str = properties["name"].decode()
+        self.capability: int = properties["major"] * 10 + properties["minor"]
+        self.processors_count: int = properties["multiProcessorCount"]
+        if self.capability < _OLDEST_CAPABILITY:
+            raise DeviceUnavailableError(
+                f"cuda:{ordinal}, {self.name}, is too old: CUDA 13 needs a Turing card or newer"
+            )
+        with current_device(ordinal):
+            self.free_bytes, self.memory_bytes = (int(size) for size in _cuda.memGetInfo())
+
+
+def open_card(ordinal: int) -> Card:
+    """Return what a card is, once CUDA has started on it. Raises as `Card`."""
+    try:
+        return Card(ordinal)
+    except CudaError as error:
+        raise DeviceUnavailableError(f"cuda:{ordinal} cannot be used: {error}") from None
+
+
+def cards_count() -> int:
+    try:
+        return int(_cuda.getDeviceCount())
+    except CudaError as error:
+        raise DeviceUnavailableError(
+            f"no NVIDIA card can be used ({error}): install NVIDIA's driver, version 580 or newer"
+        ) from None
+
+
+@contextmanager
+def current_device(ordinal: int) -> Iterator[None]:
+    """Let the calling thread use a card for the length of a with-block."""
+    with cupy.cuda.Device(ordinal):
+        yield
+
+
+class Event:
+    """A point in a stream that others can wait for."""
+
+    def __init__(self, *, timing: bool = False) -> None:
+        self._event = cupy.cuda.Event(disable_timing=not timing)
+
+    def record(self, stream: int) -> None:
+        """Put the event behind what has been enqueued on a stream."""
+        _cuda.eventRecord(self._event.ptr, stream)
+
+    def wait(self) -> None:
+        """Block until the card has got to the event; at once if it was never recorded."""
+        _cuda.eventSynchronize(self._event.ptr)
+
+    def ms_since(self, start: Event) -> float:
+        """Return the milliseconds between two events that were waited for."""
+        return float(_cuda.eventElapsedTime(start._event.ptr, self._event.ptr))
+
+
+class Graph:
+    """Captured work, launched as one."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def launch(self, stream: int) -> None:
+        """Enqueue the work on a stream."""
+        _cuda.graphLaunch(self._graph.graphExec, stream)
+
+
+class Stream:
+    """A queue of work on the card, independent of all others."""
+
+    def __init__(self) -> None:
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self.pointer: int = self._stream.ptr
+
+    def wait(self) -> None:
+        """Block until all that was enqueued is done.
+
+        Raises:
+            CudaError: Some of it failed.
+        """
+        _cuda.streamSynchronize(self.pointer)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Return what `work` enqueues on this stream as a graph, without doing it.
+
+        Raises:
+            CudaError: It does something that cannot be captured.
+        """
+        # relaxed: other threads allocate and wait meanwhile, which is no concern of this stream
+        self._stream.begin_capture(_cuda.streamCaptureModeRelaxed)
+        try:
+            work()
+        except BaseException:
+            self._abandon_capture()
+            raise
+        return Graph(self._stream.end_capture())
+
+    def _abandon_capture(self) -> None:
+        try:
+            self._stream.end_capture()
+        except CudaError:
+            return  # the capture was invalid already; either way the stream is out of it now
+
+
+def upload(target: int, source: Bytes, stream: int) -> None:
+    """Enqueue a copy of host memory to the card. If it is not pinned, wait until it has been read."""
+    _cuda.memcpyAsync(target, source.ctypes.data, source.nbytes, _cuda.memcpyHostToDevice, stream)
+
+
+def download(target: Bytes, source: int, stream: int) -> None:
+    """Enqueue a copy from the card to pinned host memory."""
+    _cuda.memcpyAsync(target.ctypes.data, source, target.nbytes, _cuda.memcpyDeviceToHost, stream)
+
+
+def copy(target: int, source: int, size_bytes: int, stream: int) -> None:
+    """Enqueue a copy within the card."""
+    _cuda.memcpyAsync(target, source, size_bytes, _cuda.memcpyDeviceToDevice, stream)
+
+
+class PinnedBuffer:
+    """Host memory that the card reads and writes by itself.
+
+    Raises:
+        ExhaustedError: The host has not the memory.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        try:
+            self._memory = cupy.cuda.PinnedMemory(size_bytes)
+        except CudaError as error:
+            raise ExhaustedError(f"no {size_bytes} bytes of pinned host memory: {error}") from None
+        pointer = cupy.cuda.PinnedMemoryPointer(self._memory, 0)
+        self.bytes: Bytes = np.frombuffer(pointer, np.uint8, size_bytes)
+
+
+class Pool:
+    """The card's memory, up to a limit; what is freed is kept for the next who asks.
+
+    A block may be used on any stream, so whoever gives one back has waited for its work.
+
+    Args:
+        limit_bytes: What blocks in use and blocks kept may take together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._pool = cupy.cuda.MemoryPool()
+        self._pool.set_limit(size=limit_bytes)
+
+    def take(self, size_bytes: int) -> Any:
+        """Return a block: its `ptr` is aligned to 512 bytes, and it is given back when collected.
+
+        Raises:
+            MemoryError: There is no such block.
+        """
+        with cupy.cuda.Stream.null:  # one arena for all streams
+            return self._pool.malloc(size_bytes)
+
+    def held_bytes(self) -> int:
+        """Return what blocks in use and blocks kept take of the card."""
+        return int(self._pool.total_bytes())
+
+    def trim(self) -> None:
+        """Give blocks kept back to the card."""
+        self._pool.free_all_blocks()
+
+
+def synchronize() -> None:
+    """Wait for the whole current card, and learn whether it still works.
+
+    Raises:
+        CudaError: Work failed.
+    """
+    _cuda.deviceSynchronize()

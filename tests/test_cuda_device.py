@@ -1,0 +1,375 @@
+"""The CUDA device on a card: right whatever is asked, the same again where that is promised."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.errors import CallCancelledError, ExhaustedError
+from deconvd.geometry import Geometry
+from deconvd.gradients import Gradients, Wanted
+from deconvd.options import Options, UseCudnn
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array, spec_of
+from deconvd_server.call import Call
+from deconvd_server.device.cpu import CpuDevice
+from tests import definition
+from tests.golden import GoldenCase, golden_cases, tolerance
+
+pytest.importorskip("cupy")
+pytestmark = pytest.mark.gpu
+
+CudaDevice = pytest.importorskip("deconvd_server.device.cuda.device").CudaDevice
+Limits = pytest.importorskip("deconvd_server.device.cuda.device").Limits
+
+ACCEPTED = [case for case in golden_cases() if not case.rejected]
+OPTIONS = [
+    Options(),
+    Options(cudnn_deterministic=True),
+    Options(use_cudnn=UseCudnn.ALWAYS),
+    Options(use_cudnn=UseCudnn.NEVER),
+]
+EVERY_OPTIONS = pytest.mark.parametrize(
+    "options", OPTIONS, ids=["default", "deterministic", "always", "never"]
+)
+SOAK_S = 60
+
+ERRORS = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-5, "float64": 1e-12}
+"""Largest error over largest element: some roundings of one element; TF32 would exceed float32's."""
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Iterator[CudaDevice]:
+    device = CudaDevice(0)
+    yield device
+    device.close()
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Iterator[CpuDevice]:
+    device = CpuDevice()
+    yield device
+    device.close()
+
+
+def golden_problem(case: GoldenCase) -> Problem:
+    geometry = Geometry.from_arguments(**case.params)
+    return Problem(spec_of(case.arrays["x"]), spec_of(case.arrays["W"]), geometry)
+
+
+@EVERY_OPTIONS
+@pytest.mark.parametrize("case", ACCEPTED, ids=str)
+def test_results_agree_with_chainer(cuda: CudaDevice, case: GoldenCase, options: Options) -> None:
+    a, problem = case.arrays, golden_problem(case)
+
+    y = cuda.deconvolve(problem, a["x"], a["W"], a.get("b"), options, Call())
+    found = cuda.gradients(problem, a["x"], a["W"], a["gy"], Wanted(), options, Call())
+
+    np.testing.assert_allclose(y, a["y"], **vars(tolerance(case, 0)))
+    expected = Gradients(
+        *(
+            definition.gradients(problem, a["x"], a["W"], a["gy"])
+            if case.gradients_fail
+            else (a["gx"], a["gW"], a.get("gb"))
+        )
+    )
+    for result, wide in zip(found, expected, strict=True):
+        if wide is not None:
+            np.testing.assert_allclose(result, wide, **vars(tolerance(case, 1)))
+
+
+def axis(random: np.random.Generator) -> tuple[int, ...]:
+    """Return image, kernel, stride, pad, dilate and outsize: a third of them smaller than natural."""
+    while True:
+        image, kernel = random.integers(1, 14), random.integers(1, 6)
+        stride, pad, dilate = random.integers(1, 5), random.integers(0, 4), random.integers(1, 4)
+        natural = stride * (image - 1) + dilate * (kernel - 1) + 1 - 2 * pad
+        outsize = natural + random.integers(-(stride - 1), stride)
+        if outsize >= 1:
+            return tuple(int(v) for v in (image, kernel, stride, pad, dilate, outsize))
+
+
+def random_problem(seed: int) -> Problem:
+    random = np.random.default_rng(seed)
+    h, w = axis(random), axis(random)
+    groups = int(random.choice([1, 1, 1, 2, 4]))
+    ins, outs = (int(random.choice([1, 2, 3, 8, 16, 24])) for _ in range(2))
+    x_type = ELEMENT_TYPES[seed % 4]
+    W_type = x_type if random.random() < 0.7 else ELEMENT_TYPES[random.integers(4)]
+    stride, pad, dilate, outsize = zip(h[2:], w[2:], strict=True)
+    return Problem(
+        TensorSpec((int(random.integers(1, 5)), groups * ins, h[0], w[0]), x_type),
+        TensorSpec((groups * ins, outs, h[1], w[1]), W_type),
+        Geometry(stride, pad, outsize, dilate, groups),
+    )
+
+
+def random_array(spec: TensorSpec, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(spec.shape).astype(spec.dtype)
+
+
+def assert_near(found: Array, expected: Array, problem: Problem) -> None:
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    narrowest = min((problem.x.dtype, problem.W.dtype, found.dtype), key=lambda t: t.itemsize)
+    if narrowest.itemsize == 2 and found.dtype.itemsize > 2:
+        narrowest = found.dtype  # products are exact in the compute type
+    wide = expected.astype(np.float64)
+    error = np.abs(found.astype(np.float64) - wide).max() / max(np.abs(wide).max(), 1e-3)
+    assert error < ERRORS[narrowest.name]
+
+
+@pytest.mark.parametrize("seed", range(320))
+def test_results_agree_with_the_cpu(cuda: CudaDevice, cpu: CpuDevice, seed: int) -> None:
+    problem, options = random_problem(seed), OPTIONS[seed // 4 % len(OPTIONS)]
+    x, W, gy = random_array(problem.x), random_array(problem.W, 1), random_array(problem.y, 2)
+    b = random_array(problem.b, 3) if seed % 3 else None
+
+    y = cuda.deconvolve(problem, x, W, b, options, Call())
+    found = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+
+    assert_near(y, cpu.deconvolve(problem, x, W, b, options, Call()), problem)
+    expected = cpu.gradients(problem, x, W, gy, Wanted(), options, Call())
+    for result, wanted in zip(found, expected, strict=True):
+        assert result is not None
+        assert wanted is not None
+        assert_near(result, wanted, problem)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize("channels", [(0, 3), (3, 0)])
+def test_empty_operands_give_what_the_cpu_gives(
+    cuda: CudaDevice, cpu: CpuDevice, n: int, channels: tuple[int, int]
+) -> None:
+    float32 = np.dtype(np.float32)
+    ins, outs = channels
+    x_spec, W_spec = TensorSpec((n, ins, 3, 4), float32), TensorSpec((ins, outs, 3, 3), float32)
+    problem = Problem(x_spec, W_spec, Geometry())
+    x, W, b, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.b, problem.y))
+
+    y = cuda.deconvolve(problem, x, W, b, Options(), Call())
+    found = cuda.gradients(problem, x, W, gy, Wanted(), Options(), Call())
+
+    assert cuda.footprint_bytes(problem, None) == 0
+    np.testing.assert_array_equal(y, cpu.deconvolve(problem, x, W, b, Options(), Call()))
+    for result, expected in zip(
+        found, cpu.gradients(problem, x, W, gy, Wanted(), Options(), Call()), strict=True
+    ):
+        np.testing.assert_array_equal(result, expected)
+
+
+def layer(dtype: DType, n: int = 8, ins: int = 64, outs: int = 32, image: int = 32) -> Problem:
+    return Problem(
+        TensorSpec((n, ins, image, image), dtype),
+        TensorSpec((ins, outs, 4, 4), dtype),
+        Geometry(stride=(2, 2), pad=(1, 1)),
+    )
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)
+def test_deterministic_runs_are_equal_bit_by_bit(
+    cuda: CudaDevice, dtype: DType, autotune: bool
+) -> None:
+    problem = layer(dtype)
+    options = Options(cudnn_deterministic=True, autotune=autotune)
+    x, W, gy = random_array(problem.x), random_array(problem.W, 1), random_array(problem.y, 2)
+
+    def run() -> tuple[bytes, ...]:
+        y = cuda.deconvolve(problem, x, W, None, options, Call())
+        gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+        return tuple(array.tobytes() for array in (y, *gradients) if array is not None)
+
+    assert len({run() for _ in range(5)}) == 1
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Wanted(True, False, False),
+        Wanted(False, True, False),
+        Wanted(False, False, True),
+        Wanted(True, False, True),
+    ],
+    ids=["gx", "gW", "gb", "gx and gb"],
+)
+def test_only_the_wanted_gradients_are_given(
+    cuda: CudaDevice, cpu: CpuDevice, wanted: Wanted
+) -> None:
+    problem = layer(np.dtype(np.float32), n=1)
+    x = random_array(problem.x) if wanted.gW else None
+    W = random_array(problem.W, 1) if wanted.gx else None
+    gy = random_array(problem.y, 2)
+
+    found = cuda.gradients(problem, x, W, gy, wanted, Options(), Call())
+
+    expected = cpu.gradients(problem, x, W, gy, wanted, Options(), Call())
+    for result, right in zip(found, expected, strict=True):
+        assert (result is None) == (right is None)
+        if result is not None and right is not None:
+            assert_near(result, right, problem)
+
+
+def test_a_large_call_of_strided_read_only_operands_is_right(
+    cuda: CudaDevice, cpu: CpuDevice
+) -> None:
+    problem = layer(np.dtype(np.float32), n=24, image=64)
+    x = np.asfortranarray(random_array(problem.x))[:, ::-1]
+    W = random_array(problem.W, 1)[::-1, :, :, ::-1]
+    x.flags.writeable = W.flags.writeable = False
+
+    y = cuda.deconvolve(problem, x, W, None, Options(), Call())
+
+    assert problem.x.nbytes > 16 << 20
+    assert_near(y, cpu.deconvolve(problem, x, W, None, Options(), Call()), problem)
+
+
+def test_a_kind_of_call_that_comes_again_gives_the_new_operands_results(
+    cuda: CudaDevice, cpu: CpuDevice
+) -> None:
+    problem = layer(np.dtype(np.float32), n=1, ins=4, outs=4, image=8)
+    W, b = random_array(problem.W, 1), random_array(problem.b, 2)
+    for seed in range(12):
+        x = random_array(problem.x, seed)
+        y = cuda.deconvolve(problem, x, W, b, Options(), Call())
+        assert_near(y, cpu.deconvolve(problem, x, W, b, Options(), Call()), problem)
+
+
+def test_tuned_plans_are_right_and_are_chosen_once(cuda: CudaDevice, cpu: CpuDevice) -> None:
+    problem = layer(np.dtype(np.float16), n=2)
+    x, W, gy = random_array(problem.x), random_array(problem.W, 1), random_array(problem.y, 2)
+    options = Options(autotune=True)
+    chosen = cuda.stats.plans.chosen_count
+    for _ in range(3):
+        y = cuda.deconvolve(problem, x, W, None, options, Call())
+        found = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+    assert cuda.stats.plans.chosen_count == chosen + 3
+    assert_near(y, cpu.deconvolve(problem, x, W, None, options, Call()), problem)
+    expected = cpu.gradients(problem, x, W, gy, Wanted(), options, Call())
+    for result, right in zip(found, expected, strict=True):
+        assert result is not None
+        assert right is not None
+        assert_near(result, right, problem)
+
+
+def test_a_restarted_device_chooses_nothing_that_it_knew(tmp_path: Path) -> None:
+    problems = [layer(dtype, n=1) for dtype in ELEMENT_TYPES]
+
+    def run() -> tuple[list[bytes], int, int]:
+        device = CudaDevice(0, plan_store=tmp_path)
+        results = []
+        for problem in problems:
+            x, W, gy = (random_array(s) for s in (problem.x, problem.W, problem.y))
+            options = Options(cudnn_deterministic=True)
+            results.append(device.deconvolve(problem, x, W, None, options, Call()).tobytes())
+            device.gradients(problem, x, W, gy, Wanted(), options, Call())
+        stats = device.stats.plans
+        device.close()
+        return results, stats.chosen_count, stats.revived_count
+
+    cold, warm = run(), run()
+
+    assert cold[1:] == (12, 0)
+    assert warm[1:] == (0, 12)
+    assert warm[0] == cold[0]
+
+
+def test_a_damaged_blob_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    problem = layer(np.dtype(np.float32), n=1)
+    x, W = random_array(problem.x), random_array(problem.W)
+    for expected in (1, 1, 0):
+        device = CudaDevice(0, plan_store=tmp_path)
+        device.deconvolve(problem, x, W, None, Options(), Call())
+        assert device.stats.plans.chosen_count == expected
+        device.close()
+        (path,) = tmp_path.glob("*.json")
+        if not caplog.records:
+            path.write_bytes(path.read_bytes().replace(b"checksum", b"chequesum"))
+            caplog.clear()
+
+
+def test_a_call_beyond_the_memory_fails_alone() -> None:
+    device = CudaDevice(0, memory_limit_bytes=160 << 20)
+    small, large = layer(np.dtype(np.float32), n=1), layer(np.dtype(np.float32), n=64, image=64)
+    steady = Options(cudnn_deterministic=True)
+    x, W = random_array(small.x), random_array(small.W)
+    before = device.deconvolve(small, x, W, None, steady, Call())
+
+    with pytest.raises(ExhaustedError, match="bytes"):
+        device.deconvolve(large, random_array(large.x), W, None, steady, Call())
+
+    assert device.footprint_bytes(large, None) > device.info.budget_bytes
+    np.testing.assert_array_equal(device.deconvolve(small, x, W, None, steady, Call()), before)
+    device.close()
+
+
+def test_a_call_that_has_ended_is_not_computed(cuda: CudaDevice) -> None:
+    problem, call = layer(np.dtype(np.float32), n=1), Call()
+    call.cancel()
+    with pytest.raises(CallCancelledError):
+        cuda.deconvolve(
+            problem, random_array(problem.x), random_array(problem.W), None, Options(), call
+        )
+
+
+def test_the_footprint_bounds_what_calls_take() -> None:
+    for seed in range(40):
+        device = CudaDevice(0, limits=Limits(lanes_count=1))
+        problem = replace_batch(random_problem(seed), 400)
+        x, W, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.y))
+        device.deconvolve(problem, x, W, None, Options(), Call())
+        assert device.stats.memory.peak_bytes <= device.footprint_bytes(problem, None)
+        device.gradients(problem, x, W, gy, Wanted(), Options(), Call())
+        assert device.stats.memory.peak_bytes <= max(
+            device.footprint_bytes(problem, Wanted()), device.footprint_bytes(problem, None)
+        )
+        device.close()
+
+
+def replace_batch(problem: Problem, n: int) -> Problem:
+    x = replace(problem.x, shape=(n, *problem.x.shape[1:]))
+    return Problem(x, problem.W, problem.geometry)
+
+
+@pytest.mark.timeout(SOAK_S + 120)
+def test_threads_with_mixed_shapes_get_right_results_and_memory_stays_flat(
+    cuda: CudaDevice, cpu: CpuDevice
+) -> None:
+    work = []
+    for seed in range(24):
+        problem = random_problem(seed) if seed % 4 else layer(np.dtype(np.float32), n=seed + 1)
+        x, W, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.y))
+        options = Options(cudnn_deterministic=True)
+        y = cuda.deconvolve(problem, x, W, None, options, Call())
+        gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+        work.append((problem, x, W, gy, y, gradients))
+    end_s, held, stop = time.monotonic() + SOAK_S, [], threading.Event()
+
+    def soak(thread: int) -> int:
+        random, calls_count = np.random.default_rng(thread), 0
+        while time.monotonic() < end_s and not stop.is_set():
+            problem, x, W, gy, y, gradients = work[random.integers(len(work))]
+            options = Options(cudnn_deterministic=True)
+            found = cuda.deconvolve(problem, x, W, None, options, Call())
+            np.testing.assert_array_equal(found, y)
+            found_gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+            for result, right in zip(found_gradients, gradients, strict=True):
+                np.testing.assert_array_equal(result, right)
+            calls_count += 2
+            if thread == 0:
+                held.append(cuda.stats.held_bytes)
+        return calls_count
+
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(soak, range(8)))
+
+    assert min(counts) > 0
+    assert cuda.stats.memory.used_bytes == 0
+    assert held[-1] <= 1.2 * max(held[: len(held) // 4])
