@@ -15,6 +15,9 @@ _COLUMN_ELEMENTS = 1 << 18
 _IMAGE_PIXELS = 1 << 10
 """Pixels of an image block: enough for the matrix product to run at full speed."""
 
+_LEAST_SHARE = 8
+"""The part of a block's room below which another thread costs more than it saves."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageBlock:
@@ -31,37 +34,48 @@ class ImageBlock:
 
 @dataclass(frozen=True, slots=True)
 class Blocking:
-    """Ranges of groups, of output channels in a group, of taps of the flattened filter, and of input pixels.
+    """Ranges of samples, groups, output channels in a group, taps of the flattened filter, and pixels.
 
     One of each makes a block. Its columns have about a million bytes, whatever the problem's size.
     """
 
+    samples: list[slice]
     groups: list[slice]
     channels: list[slice]
     taps: list[slice]
     images: list[ImageBlock]
 
     @classmethod
-    def of(cls, problem: Problem, *, parts_count: int = 1) -> Blocking:
-        """Return a blocking of `problem`.
+    def of(cls, problem: Problem, *, threads_count: int, sums_samples: bool = False) -> Blocking:
+        """Return a blocking of a problem that has products.
 
         Args:
-            parts_count: How many (groups, channels) ranges are wanted, if there are channels enough.
+            threads_count: How many threads are to be kept busy.
+            sums_samples: Whether a task sums over samples, so that they make no tasks themselves.
         """
         images = _image_blocks(problem)
-        pixels = math.prod(images[0].size) if images else 1
         taps, channels = math.prod(problem.kernel), problem.W.shape[1]
-        fit = _COLUMN_ELEMENTS // pixels
+        fit = _COLUMN_ELEMENTS // math.prod(images[0].size)
+        parts_count = threads_count if sums_samples else -(-threads_count // problem.n)
         return cls(
+            samples=ranges(problem.n, _samples_step(problem, fit, threads_count)),
             groups=ranges(
-                problem.groups, min(fit // max(taps * channels, 1), problem.groups // parts_count)
+                problem.groups, min(fit // (taps * channels), problem.groups // parts_count)
             ),
-            channels=ranges(
-                channels, min(fit // max(taps, 1), channels * problem.groups // parts_count)
-            ),
+            channels=ranges(channels, min(fit // taps, channels * problem.groups // parts_count)),
             taps=ranges(taps, fit),
             images=images,
         )
+
+
+def _samples_step(problem: Problem, fit: int, threads_count: int) -> int:
+    """Return how many samples to take at once: several where each is small, but some for each thread.
+
+    Args:
+        fit: For how many (channel, tap) pairs a block has room.
+    """
+    fitting = fit // (problem.c_O * math.prod(problem.kernel))
+    return max(min(fitting, -(-problem.n // threads_count)), fitting // _LEAST_SHARE)
 
 
 def ranges(length: int, step: int) -> list[slice]:

@@ -1,9 +1,9 @@
 """Columns: what each tap of the filter adds to the output image, for a block of the input image.
 
-Columns have the shape (groups, channels, taps, h, w): for each pixel of a block of the input image and each tap, one
-value of an output channel. A matrix product turns x and W into columns and `scatter` adds those to y (col2im); `gather`
-is its adjoint and takes columns from gy (im2col), whose products with W and x are gx and gW. On each axis, tap k links
-input pixel i to output pixel s i + d k - p.
+Columns have the shape (samples, groups, channels, taps, h, w): for each pixel of the block and each tap, one value of
+an output channel. A matrix product turns x and W into columns and `scatter` adds those to y (col2im); `gather` is its
+adjoint and takes columns from gy (im2col), whose products with W and x are gx and gW. On each axis, tap k links input
+pixel i to output pixel s i + d k - p.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ def scatter(problem: Problem, image: ImageBlock, taps: slice, columns: Array, y:
     """Add columns to the output pixels that they belong to.
 
     Args:
-        columns: Shape ``(groups, channels, taps, h, w)``.
-        y: Shape ``(groups, channels, h_O, w_O)``; modified.
+        columns: Shape ``(..., taps, h, w)``.
+        y: Shape ``(..., h_O, w_O)``; modified.
     """
     for tap, pixels, target in _links(problem, image, taps):
-        y[..., *target] += columns[:, :, tap, *pixels]
+        y[..., *target] += columns[..., tap, *pixels]
 
 
 def gather(problem: Problem, image: ImageBlock, taps: slice, gy: Array, columns: Array) -> None:
     """Set columns to the output pixels that they belong to, and to 0 outside the image.
 
     Args:
-        gy: Shape ``(groups, channels, h_O, w_O)``.
-        columns: Shape ``(groups, channels, taps, h, w)``; overwritten.
+        gy: Shape ``(..., h_O, w_O)``.
+        columns: Shape ``(..., taps, h, w)``; overwritten.
     """
     columns.fill(0)
     for tap, pixels, source in _links(problem, image, taps):
-        columns[:, :, tap, *pixels] = gy[..., *source]
+        columns[..., tap, *pixels] = gy[..., *source]
 
 
 _Index = tuple[slice, slice]

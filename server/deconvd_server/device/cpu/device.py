@@ -80,11 +80,11 @@ class CpuDevice:
             if b is not None:
                 y += b[:, None, None]
             if problem.has_products:
-                blocking = self._blocking(problem, tasks_per_part=problem.n)
+                blocking = Blocking.of(problem, threads_count=self._team.threads_count)
                 products = Products(problem, blocking, call, x=x, W=W)
                 self._team.run(
                     lambda *task: products.add_to_y(y, *task),
-                    product(range(problem.n), blocking.groups, blocking.channels),
+                    product(blocking.samples, blocking.groups, blocking.channels),
                 )
             return y
 
@@ -109,34 +109,30 @@ class CpuDevice:
     def _gx(self, problem: Problem, W: Array, gy: Array, call: Call) -> Array:
         gx = _zeros(problem.x)
         if problem.has_products:
-            blocking = self._blocking(problem)
+            blocking = Blocking.of(problem, threads_count=self._team.threads_count)
             products = Products(problem, blocking, call, W=W, gy=gy)
             self._team.run(
                 lambda *task: products.set_gx(gx, *task),
-                product(range(problem.n), blocking.groups, blocking.images),
+                product(blocking.samples, blocking.groups, blocking.images),
             )
         return gx
 
     def _gW(self, problem: Problem, x: Array, gy: Array, call: Call) -> Array:
         if not problem.has_products:
             return _zeros(problem.W)
-        blocking = self._blocking(problem)
-        # Where channels do not make tasks enough, samples do: each part of them has a sum of its own.
+        threads_count = self._team.threads_count
+        blocking = Blocking.of(problem, threads_count=threads_count, sums_samples=True)
+        # Where channels do not make tasks enough, samples do: each part of them has its own sum.
         tasks_count = len(blocking.groups) * len(blocking.channels) * len(blocking.taps)
-        parts_count = min(-(-self._team.threads_count // tasks_count), problem.n)
-        samples = ranges(problem.n, -(-problem.n // parts_count))
-        sums = np.zeros((len(samples), *problem.W.shape), problem.compute_type)
+        parts = _parts(blocking.samples, -(-threads_count // tasks_count))
+        sums = np.zeros((len(parts), *problem.W.shape), problem.compute_type)
         products = Products(problem, blocking, call, x=x, gy=gy)
         self._team.run(
-            lambda part, *task: products.add_to_gW(sums[part], samples[part], *task),
-            product(range(len(samples)), blocking.groups, blocking.channels, blocking.taps),
+            lambda part, *task: products.add_to_gW(sums[part], parts[part], *task),
+            product(range(len(parts)), blocking.groups, blocking.channels, blocking.taps),
         )
         gW: Array = np.add.reduce(sums, axis=0)
         return gW.astype(problem.W.dtype, copy=False)
-
-    def _blocking(self, problem: Problem, *, tasks_per_part: int = 1) -> Blocking:
-        """Return a blocking that keeps all threads busy with so many tasks for each channel range."""
-        return Blocking.of(problem, parts_count=-(-self._team.threads_count // tasks_per_part))
 
     def close(self) -> None:
         """End the threads."""
@@ -148,6 +144,11 @@ def _processor_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _parts(blocks: list[slice], parts_count: int) -> list[list[slice]]:
+    """Share blocks among so many parts, or fewer."""
+    return [blocks[part] for part in ranges(len(blocks), -(-len(blocks) // parts_count))]
 
 
 def _zeros(spec: TensorSpec) -> Array:

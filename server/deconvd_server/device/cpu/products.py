@@ -1,6 +1,6 @@
 """The matrix products of a deconvolution, one block of it at a time.
 
-With x, W, y split by group and columns as in `columns`, for each sample, group and block of the input image:
+With x, W, y split by group and columns as in `columns`, for each group and block of the input image:
 
     columns(y) = W^T x        gx = W columns(gy)        gW = sum of x columns(gy)^T over samples and blocks
 
@@ -10,6 +10,7 @@ Products are taken and summed in the problem's compute type and rounded once, wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,55 +54,56 @@ class Products:
         if gy is not None:
             self._gy = _by_group(problem, gy)
 
-    def add_to_y(self, y: Array, sample: int, groups: slice, channels: slice) -> None:
-        """Add the products of x and W to the output channels of one sample."""
-        target = _by_group(self._problem, y)[sample, groups, channels]
+    def add_to_y(self, y: Array, samples: slice, groups: slice, channels: slice) -> None:
+        """Add the products of x and W to some output channels of some samples."""
+        target = _by_group(self._problem, y)[samples, groups, channels]
         total = target.astype(self._type)
         for image in self._blocking.images:
-            pixels = self._pixels(sample, groups, image)
+            pixels = self._pixels(samples, groups, image)
             for taps in self._blocking.taps:
                 self._call.check()
                 W = _matrix(self._W[groups, :, channels, taps])
                 columns = np.matmul(W.swapaxes(1, 2), pixels)
-                shape = (*target.shape[:2], -1, *image.size)
+                shape = (*target.shape[:3], -1, *image.size)
                 scatter(self._problem, image, taps, columns.reshape(shape), total)
         target[...] = total
 
-    def set_gx(self, gx: Array, sample: int, groups: slice, image: ImageBlock) -> None:
-        """Set a block of the image of one sample's gx."""
-        target = _by_group(self._problem, gx)[sample, groups, :, image.h, image.w]
-        total = np.zeros((*target.shape[:2], math.prod(image.size)), self._type)
+    def set_gx(self, gx: Array, samples: slice, groups: slice, image: ImageBlock) -> None:
+        """Set a block of the image in some samples of gx."""
+        target = _by_group(self._problem, gx)[samples, groups, :, image.h, image.w]
+        total = np.zeros((*target.shape[:3], math.prod(image.size)), self._type)
         for channels in self._blocking.channels:
             for taps in self._blocking.taps:
-                columns = self._columns(sample, groups, channels, taps, image)
+                columns = self._columns(samples, groups, channels, taps, image)
                 total += np.matmul(_matrix(self._W[groups, :, channels, taps]), columns)
         target[...] = total.reshape(target.shape)
 
     def add_to_gW(
-        self, gW: Array, samples: slice, groups: slice, channels: slice, taps: slice
+        self, gW: Array, samples: Sequence[slice], groups: slice, channels: slice, taps: slice
     ) -> None:
         """Add the products of some samples' x and gy to a block of gW, which has the compute type."""
         target = _filter_by_group(self._problem, gW)[groups, :, channels, taps]
-        for sample in range(samples.start, samples.stop):
+        for several in samples:
             for image in self._blocking.images:
-                columns = self._columns(sample, groups, channels, taps, image)
-                pixels = self._pixels(sample, groups, image)
-                target += np.matmul(pixels, columns.swapaxes(1, 2)).reshape(target.shape)
+                columns = self._columns(several, groups, channels, taps, image)
+                pixels = self._pixels(several, groups, image)
+                product = np.matmul(pixels, columns.swapaxes(2, 3)).sum(axis=0)
+                target += product.reshape(target.shape)
 
-    def _pixels(self, sample: int, groups: slice, image: ImageBlock) -> Array:
-        """Return a block of x, of shape (groups, c_I / groups, pixels)."""
-        block = self._x[sample, groups, :, image.h, image.w].astype(self._type, copy=False)
-        return block.reshape(*block.shape[:2], -1)
+    def _pixels(self, samples: slice, groups: slice, image: ImageBlock) -> Array:
+        """Return a block of x, of shape (samples, groups, c_I / groups, pixels)."""
+        block = self._x[samples, groups, :, image.h, image.w].astype(self._type, copy=False)
+        return block.reshape(*block.shape[:3], -1)
 
     def _columns(
-        self, sample: int, groups: slice, channels: slice, taps: slice, image: ImageBlock
+        self, samples: slice, groups: slice, channels: slice, taps: slice, image: ImageBlock
     ) -> Array:
-        """Return columns of gy, of shape (groups, channels and taps, pixels)."""
+        """Return columns of gy, of shape (samples, groups, channels and taps, pixels)."""
         self._call.check()
-        gy = self._gy[sample, groups, channels]
-        columns = np.empty((*gy.shape[:2], taps.stop - taps.start, *image.size), self._type)
+        gy = self._gy[samples, groups, channels]
+        columns = np.empty((*gy.shape[:3], taps.stop - taps.start, *image.size), self._type)
         gather(self._problem, image, taps, gy, columns)
-        return columns.reshape(len(gy), -1, math.prod(image.size))
+        return columns.reshape(*gy.shape[:2], -1, math.prod(image.size))
 
 
 def _by_group(problem: Problem, images: Array) -> Array:

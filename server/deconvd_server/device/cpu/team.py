@@ -47,12 +47,12 @@ class Team:
         try:
             work()
         finally:
-            for helper in helpers:
-                helper.cancel()
-            wait(helpers)
-        for helper in helpers:
-            if not helper.cancelled():
-                helper.result()
+            # Of those that never began nothing is to come; waiting for them as well would be
+            # waiting for whatever keeps the helpers busy.
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
+            helper.result()
 
     def close(self) -> None:
         """End the helpers once they are idle."""
