@@ -14,6 +14,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
+from benchmarks.layers import LAYERS
+from benchmarks.reference import Operands, draw, expected, relative_error, tolerance
 from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
@@ -21,9 +24,6 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.kernels import candidates, fallback
 from deconvd_server.device.cuda.plan import Operation, Plan
-
-from benchmarks.layers import LAYERS
-from benchmarks.reference import Operands, draw, expected, relative_error, tolerance
 
 BYTES_PER_S = 4.25e12
 FLOPS_PER_S = {"float16": 790e12, BFLOAT16.name: 790e12, "float32": 50e12, "float64": 60e12}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from deconvd.dtypes import DType
 from deconvd.problem import Problem
 from deconvd_server.device.cuda.plan import Operation

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+
 from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
@@ -193,7 +194,7 @@ def test_every_plan_agrees_with_the_processor_and_with_itself(operation, dtype, 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)])
 def test_fallback_of_empty_operands_gives_zeros(shape):
     dtype = np.dtype(np.float32)
-    problem = Problem(TensorSpec(shape, dtype), TensorSpec((shape[1], 2, 3, 3), dtype))
+    problem = Problem(TensorSpec(shape, dtype), TensorSpec((shape[1], 2, 3, 3), dtype), Geometry())
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
 
     for operation in Operation:

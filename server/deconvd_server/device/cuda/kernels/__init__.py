@@ -6,10 +6,11 @@ Plans are made without touching a device; kernels are compiled for a device when
 from __future__ import annotations
 
 import cupy
+
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.options import Options
 from deconvd.problem import Problem
-
+from deconvd_server.device.cuda.kernels.depthwise import depthwise_plans
 from deconvd_server.device.cuda.kernels.elementwise import (
     add_bias,
     cast,
@@ -20,6 +21,7 @@ from deconvd_server.device.cuda.kernels.elementwise import (
 )
 from deconvd_server.device.cuda.kernels.fallback import fallback, fallback_kernels
 from deconvd_server.device.cuda.kernels.launch import compile_kernels
+from deconvd_server.device.cuda.kernels.tensor_cores import tensor_core_plans
 from deconvd_server.device.cuda.plan import Operation, Plan
 
 __all__ = [
@@ -39,7 +41,11 @@ def candidates(operation: Operation, problem: Problem, options: Options) -> list
 
     The problem has products, and its x and W share one element type.
     """
-    return [fallback(operation, problem, options)]
+    return [
+        *depthwise_plans(operation, problem),
+        *tensor_core_plans(operation, problem),
+        fallback(operation, problem, options),
+    ]
 
 
 def prepare(device: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from deconvd.dtypes import DType
 from deconvd.problem import TensorSpec
-
 from deconvd_server.device.cuda.kernels.launch import (
     Grid,
     Kernel,

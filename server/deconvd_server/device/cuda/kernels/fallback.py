@@ -14,10 +14,10 @@ import math
 from collections.abc import Generator, Iterator
 
 import numpy as np
+
 from deconvd.dtypes import DType
 from deconvd.options import Options
 from deconvd.problem import Problem
-
 from deconvd_server.device.cuda.kernels.blas import (
     BLAS_WORKSPACE_BYTES,
     ComputeMode,

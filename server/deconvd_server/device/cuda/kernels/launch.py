@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cupy
 from cupy.cuda import driver, runtime
+
 from deconvd.dtypes import BFLOAT16, DType
 
 __all__ = [
@@ -38,7 +39,7 @@ index = ctypes.c_longlong
 pointer = ctypes.c_void_p
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("element.cuh", "geometry.cuh")
+_HEADERS = ("element.cuh", "geometry.cuh", "tensor_cores.cuh")
 
 _NAMES: dict[str, str] = {
     "float16": "f16",

@@ -1,0 +1,325 @@
+// y or gx as a convolution of stride 1 on the tensor cores: an implicit matrix product of packed operands.
+//
+// The source is packed channels-last (packing.cu); every tap of the convolution shifts it by whole pixels. The product
+// has a row for each pixel of its domain and a column for each channel of the result and, for y, each of the
+// stride_h x stride_w output pixels that belong to an input pixel; these are put in their places at the end.
+//
+// Macros: ELEMENT (f16 or bf16), BLOCK_COLUMNS (16, 32, 64 or 128).
+
+constexpr int THREADS = 256;
+constexpr int ROWS = 128, COLUMNS = BLOCK_COLUMNS;
+constexpr int DEPTH_CHUNKS = 4, DEPTH = 8 * DEPTH_CHUNKS;
+constexpr int STAGES = 4;
+constexpr int WARP_ROWS = COLUMNS == 128 ? 64 : COLUMNS == 16 ? 16 : 32;
+constexpr int WARP_COLUMNS = COLUMNS >= 64 ? 32 : 16;
+constexpr int ROW_WARPS = ROWS / WARP_ROWS;
+constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
+constexpr int ROWS_PER_PASS = THREADS / DEPTH_CHUNKS;
+constexpr int A_PASSES = ROWS / ROWS_PER_PASS, B_PASSES = (COLUMNS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
+constexpr int PITCH = ROWS + 8;  // of the result's tile, in elements
+
+static_assert(ROW_WARPS * (COLUMNS / WARP_COLUMNS) * 32 == THREADS, "the warps cover the tile");
+
+using Index = long long;
+
+struct Convolution {
+    int samples, groups;
+    int source_h, source_w, channels;  // channels of a group, padded to a multiple of 8
+    int domain_h, domain_w;
+    int taps_h, taps_w, step_h, step_w, offset_h, offset_w;  // source pixel = domain pixel + offset + tap * step
+    int columns;  // of a group: channels of the result times stride_h times stride_w
+    int output_h, output_w, stride_h, stride_w, cut_h, cut_w;  // output pixel = domain pixel * stride + phase - cut
+};
+
+// Where the threads of a block get the source pixels of their rows, tap after tap.
+struct SourceRows {
+    const ELEMENT *samples[A_PASSES];
+    int h[A_PASSES], w[A_PASSES];
+
+    __device__ SourceRows(const ELEMENT *source, const Convolution &c, Index first_row)
+    {
+        const Index domain = (Index)c.domain_h * c.domain_w;
+        for (int i = 0; i < A_PASSES; ++i) {
+            const Index row = first_row + threadIdx.x / DEPTH_CHUNKS + i * ROWS_PER_PASS;
+            const Index sample = row / domain;
+            const int pixel = row % domain;
+            h[i] = sample < c.samples ? pixel / c.domain_w + c.offset_h : -(1 << 30);
+            w[i] = pixel % c.domain_w + c.offset_w;
+            samples[i] = source + (sample < c.samples ? sample : 0) * c.source_h * c.source_w * c.groups * c.channels;
+        }
+    }
+};
+
+// Counts through the depth of the product, tap by tap and channel by channel, for one chunk column of the tiles.
+struct DepthCounter {
+    int depth, tap_h, tap_w, channel;
+
+    __device__ DepthCounter(const Convolution &c)
+    {
+        depth = threadIdx.x % DEPTH_CHUNKS * 8;
+        tap_h = 0;
+        tap_w = 0;
+        channel = depth;
+        wrap(c);
+    }
+    __device__ void advance(const Convolution &c)
+    {
+        depth += DEPTH;
+        channel += DEPTH;
+        wrap(c);
+    }
+    __device__ void wrap(const Convolution &c)
+    {
+        while (channel >= c.channels) {
+            channel -= c.channels;
+            if (++tap_w == c.taps_w) {
+                tap_w = 0;
+                ++tap_h;
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ void load_stage(unsigned stage, const SourceRows &rows, const DepthCounter &at,
+                                           const ELEMENT *filter, int total_depth, int filter_rows,
+                                           const Convolution &c)
+{
+    const int chunk = threadIdx.x % DEPTH_CHUNKS, first = threadIdx.x / DEPTH_CHUNKS;
+    const bool in_depth = at.depth < total_depth;
+    const int shift_h = at.tap_h * c.step_h, shift_w = at.tap_w * c.step_w;
+#pragma unroll
+    for (int i = 0; i < A_PASSES; ++i) {
+        const int h = rows.h[i] + shift_h, w = rows.w[i] + shift_w;
+        const bool valid = in_depth && h >= 0 && h < c.source_h && w >= 0 && w < c.source_w;
+        const Index offset = ((Index)h * c.source_w + w) * c.groups * c.channels + at.channel;
+        copy_chunk(stage + chunk_place<DEPTH_CHUNKS>(first + i * ROWS_PER_PASS, chunk) * 16,
+                   rows.samples[i] + (valid ? offset : 0), valid);
+    }
+#pragma unroll
+    for (int i = 0; i < B_PASSES; ++i) {
+        const int row = first + i * ROWS_PER_PASS;
+        if (row >= COLUMNS) break;
+        const bool valid = in_depth && row < filter_rows;
+        copy_chunk(stage + A_BYTES + chunk_place<DEPTH_CHUNKS>(row, chunk) * 16,
+                   filter + (valid ? (Index)row * total_depth + at.depth : 0), valid);
+    }
+    commit_copies();
+}
+
+using Sums = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
+
+__device__ __forceinline__ void multiply_stage(Sums &sums, unsigned stage)
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_row = warp % ROW_WARPS * WARP_ROWS, first_column = warp / ROW_WARPS * WARP_COLUMNS;
+#pragma unroll
+    for (int step = 0; step < DEPTH / 16; ++step) {
+        unsigned a[WARP_ROWS / 16][4], b[WARP_COLUMNS / 16][4];
+#pragma unroll
+        for (int i = 0; i < WARP_ROWS / 16; ++i) {
+            const int row = first_row + i * 16 + lane % 16;
+            load_matrices(a[i], stage + chunk_place<DEPTH_CHUNKS>(row, step * 2 + lane / 16) * 16);
+        }
+#pragma unroll
+        for (int j = 0; j < WARP_COLUMNS / 16; ++j) {
+            const int row = first_column + j * 16 + lane % 8 + lane / 16 * 8;
+            load_matrices(b[j], stage + A_BYTES + chunk_place<DEPTH_CHUNKS>(row, step * 2 + lane / 8 % 2) * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < WARP_ROWS / 16; ++i)
+#pragma unroll
+            for (int j = 0; j < WARP_COLUMNS / 8; ++j)
+                multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], ELEMENT{});
+    }
+}
+
+// Puts the sums, rounded, into a tile in shared memory: a column of the product is a row of the tile.
+__device__ __forceinline__ void store_tile(ELEMENT *tile, const Sums &sums)
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_row = warp % ROW_WARPS * WARP_ROWS, first_column = warp / ROW_WARPS * WARP_COLUMNS;
+#pragma unroll
+    for (int i = 0; i < WARP_ROWS / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < WARP_COLUMNS / 8; ++j)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int row = first_row + i * 16 + lane / 4 + k / 2 * 8;
+                const int column = first_column + j * 8 + lane % 4 * 2 + k % 2;
+                narrow(tile[column * PITCH + row], sums[i][j][k]);
+            }
+}
+
+// Writes the tile where the domain is the output image itself: runs of pixels of one channel.
+template <int width>
+__device__ void write_runs(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
+                           int first_column)
+{
+    constexpr int runs = ROWS / width;
+    const int pixels = c.output_h * c.output_w, run = threadIdx.x % runs * width;
+    const Index row = first_row + run;
+    const Index sample = row / pixels;
+    if (sample >= c.samples) return;
+    const Index first_channel = (sample * c.groups + blockIdx.z) * c.columns + first_column;
+    ELEMENT *target = output + first_channel * pixels + row % pixels;
+    for (int column = threadIdx.x / runs; column < COLUMNS && first_column + column < c.columns;
+         column += THREADS / runs)
+        *(Vector<ELEMENT, width> *)(target + (Index)column * pixels) =
+            *(const Vector<ELEMENT, width> *)(tile + column * PITCH + run);
+}
+
+// A pixel of the domain, of all samples.
+struct OutputPixel {
+    Index sample;
+    int h, w;
+
+    __device__ OutputPixel(const Convolution &c, Index row)
+    {
+        const Index domain = (Index)c.domain_h * c.domain_w;
+        sample = row / domain;
+        h = row % domain / c.domain_w;
+        w = row % domain % c.domain_w;
+    }
+    __device__ void advance(const Convolution &c, int pixels)
+    {
+        w += pixels;
+        while (w >= c.domain_w) {
+            w -= c.domain_w;
+            if (++h == c.domain_h) {
+                h = 0;
+                ++sample;
+            }
+        }
+    }
+};
+
+// One pixel's place in the output, for a thread of write_phases.
+struct PhaseTarget {
+    ELEMENT *row;  // the first pixel of the row
+    int left;      // where the first phase lies in it: perhaps outside
+    bool continues_left, continues_right;  // whether the tile holds the neighbouring domain pixels of the row
+};
+
+// Writes two phases of a pixel, or one where the other lies outside.
+__device__ __forceinline__ void write_pair(const PhaseTarget &target, const Convolution &c, int w, ELEMENT first,
+                                           ELEMENT second, bool aligned)
+{
+    if (aligned && w >= 0 && w + 1 < c.output_w) {
+        *(Vector<ELEMENT, 2> *)(target.row + w) = {first, second};
+    } else {
+        if (w >= 0 && w < c.output_w) target.row[w] = first;
+        if (w + 1 >= 0 && w + 1 < c.output_w) target.row[w + 1] = second;
+    }
+}
+
+// The same for a stride of 2 and an odd cut: what lies aligned is the second phase and the next pixel's first.
+__device__ __forceinline__ void write_shifted_pair(const PhaseTarget &target, const Convolution &c, ELEMENT before,
+                                                   ELEMENT first, ELEMENT second)
+{
+    const int w = target.left + 1;
+    if (target.continues_right && w + 1 < c.output_w)
+        *(Vector<ELEMENT, 2> *)(target.row + w) = {first, second};
+    else if (w < c.output_w)
+        target.row[w] = first;
+    if (!target.continues_left && w >= 1 && w - 1 < c.output_w) target.row[w - 1] = before;
+}
+
+// Writes the tile with neighbouring threads at neighbouring domain pixels, two phases at a time where it can.
+__device__ void write_phases(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
+                             int first_column)
+{
+    const int row = threadIdx.x % ROWS;
+    const OutputPixel pixel(c, first_row + row);
+    if (pixel.sample >= c.samples) return;
+    const int group_channels = c.columns / c.stride_h / c.stride_w;
+    ELEMENT *sample = output + (pixel.sample * c.groups + blockIdx.z) * group_channels * c.output_h * c.output_w;
+    PhaseTarget target;
+    target.left = pixel.w * c.stride_w - c.cut_w;
+    target.continues_left = row > 0 && pixel.w > 0;
+    target.continues_right = row + 1 < ROWS && pixel.w + 1 < c.domain_w;
+    const bool even = c.stride_w % 2 == 0, words = even && c.output_w % 2 == 0 && (size_t)output % 4 == 0;
+    const int width = even ? 2 : 1;
+    for (int column = threadIdx.x / ROWS * width; column < COLUMNS; column += THREADS / ROWS * width) {
+        const unsigned at = first_column + column;
+        if (at >= c.columns) return;
+        const unsigned phase_w = at % (unsigned)c.stride_w, rest = at / (unsigned)c.stride_w;
+        const int h = pixel.h * c.stride_h - c.cut_h + rest % (unsigned)c.stride_h;
+        if (h < 0 || h >= c.output_h) continue;
+        target.row = sample + ((Index)(rest / (unsigned)c.stride_h) * c.output_h + h) * c.output_w;
+        const ELEMENT *values = tile + column * PITCH + row;
+        const int w = target.left + phase_w;
+        if (words && c.stride_w == 2 && c.cut_w % 2)
+            write_shifted_pair(target, c, values[0], values[PITCH], values[1]);
+        else if (even)
+            write_pair(target, c, w, values[0], values[PITCH], words && c.cut_w % 2 == 0);
+        else if (w >= 0 && w < c.output_w)
+            target.row[w] = values[0];
+    }
+}
+
+// Writes the tile with neighbouring threads at neighbouring phases: for large strides.
+__device__ void write_many_phases(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
+                                  int first_column)
+{
+    const int column = threadIdx.x % COLUMNS, at = first_column + column;
+    if (at >= c.columns) return;
+    const int phase_w = at % c.stride_w, phase_h = at / c.stride_w % c.stride_h, channel = at / c.stride_w / c.stride_h;
+    const int group_channels = c.columns / c.stride_h / c.stride_w;
+    constexpr int step = THREADS / COLUMNS;
+    OutputPixel pixel(c, first_row + threadIdx.x / COLUMNS);
+    for (int row = threadIdx.x / COLUMNS; row < ROWS && pixel.sample < c.samples; row += step, pixel.advance(c, step)) {
+        const int h = pixel.h * c.stride_h + phase_h - c.cut_h, w = pixel.w * c.stride_w + phase_w - c.cut_w;
+        if (h < 0 || h >= c.output_h || w < 0 || w >= c.output_w) continue;
+        const Index plane = (pixel.sample * c.groups + blockIdx.z) * group_channels + channel;
+        output[(plane * c.output_h + h) * c.output_w + w] = tile[column * PITCH + row];
+    }
+}
+
+__device__ void write_tile(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
+                           int first_column)
+{
+    if (c.stride_h * c.stride_w == 1) {
+        if (c.output_h * c.output_w % 8 == 0 && is_aligned(output))
+            write_runs<8>(output, tile, c, first_row, first_column);
+        else
+            write_runs<1>(output, tile, c, first_row, first_column);
+    } else if (c.stride_w < 8) {
+        write_phases(output, tile, c, first_row, first_column);
+    } else {
+        write_many_phases(output, tile, c, first_row, first_column);
+    }
+}
+
+// source: (n, source_h, source_w, groups, channels); filter: (groups, columns, taps_h taps_w channels).
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+convolve(const ELEMENT *source, const ELEMENT *filter, ELEMENT *output, Convolution c)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    const unsigned stages = shared_address(shared);
+    const Index first_row = (Index)blockIdx.x * ROWS;
+    const int first_column = blockIdx.y * COLUMNS;
+    const int total_depth = c.taps_h * c.taps_w * c.channels, steps = (total_depth + DEPTH - 1) / DEPTH;
+    const SourceRows rows(source + blockIdx.z * c.channels, c, first_row);
+    const ELEMENT *block_filter = filter + ((Index)blockIdx.z * c.columns + first_column) * total_depth;
+    DepthCounter at(c);
+    Sums sums = {};
+
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+        load_stage(stages + stage * STAGE_BYTES, rows, at, block_filter, total_depth, c.columns - first_column, c);
+        at.advance(c);
+    }
+    for (int step = 0; step < steps; ++step) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        load_stage(stages + (step + STAGES - 1) % STAGES * STAGE_BYTES, rows, at, block_filter, total_depth,
+                   c.columns - first_column, c);
+        at.advance(c);
+        multiply_stage(sums, stages + step % STAGES * STAGE_BYTES);
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    ELEMENT *tile = (ELEMENT *)shared;
+    store_tile(tile, sums);
+    __syncthreads();
+    write_tile(output, tile, c, first_row, first_column);
+}

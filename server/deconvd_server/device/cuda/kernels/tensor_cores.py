@@ -1,0 +1,219 @@
+"""Plans for half-precision problems on the tensor cores, straight from NCHW to NCHW.
+
+A deconvolution is a convolution of stride 1 whose channels are the output's phases (packing.py). That wastes work where
+the stride does not divide the filter, and little memory: few channels, filters as large as the stride and huge filters
+become products of a good shape.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+from deconvd.dtypes import BFLOAT16
+from deconvd.geometry import MAX_EXTENT
+from deconvd.problem import Problem
+from deconvd_server.device.cuda.kernels.launch import Kernel, element
+from deconvd_server.device.cuda.kernels.packing import Packing, padded
+from deconvd_server.device.cuda.kernels.steps import (
+    Launch,
+    Place,
+    Slot,
+    Step,
+    StepPlan,
+    Workspace,
+)
+from deconvd_server.device.cuda.plan import Operation
+
+__all__ = ["tensor_core_plans"]
+
+_STAGES = 4
+_DEPTH = 32
+_ROWS = 128
+_WIDTHS = (16, 32, 64, 128)
+"""Columns of a block's tile that the kernels are compiled for."""
+
+_MAX_GRID_YZ = 65535
+_MAX_WASTE = 2.5
+"""How many times the useful products may be taken: 1.8 for filters of 3 taps at stride 2."""
+
+_BLOCKS = 132 * 2
+"""Blocks that a large card runs at once: gW's sums are cut into parts until there are as many."""
+
+_PARTS_BYTES = 64 << 20
+"""A bound on gW's sums of all parts."""
+
+
+class _Convolution(ctypes.Structure):
+    """`Convolution` in convolve.cu."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            *("samples", "groups", "source_h", "source_w", "channels", "domain_h", "domain_w"),
+            *("taps_h", "taps_w", "step_h", "step_w", "offset_h", "offset_w", "columns"),
+            *("output_h", "output_w", "stride_h", "stride_w", "cut_h", "cut_w"),
+        )
+    ]
+
+
+class _Correlation(ctypes.Structure):
+    """`Correlation` in correlate.cu."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            *("samples", "groups", "image_h", "image_w", "rows", "inputs"),
+            *("gy_h", "gy_w", "channels"),
+            *("taps_h", "taps_w", "step_h", "step_w", "offset_h", "offset_w", "steps"),
+        )
+    ]
+
+
+def tensor_core_plans(operation: Operation, problem: Problem) -> list[StepPlan]:
+    """Return the plans for a problem that has products: one, or none where it is not suited."""
+    if not _is_suited(problem):
+        return []
+    make = {Operation.Y: _y_plan, Operation.GX: _gx_plan, Operation.GW: _gW_plan}[operation]
+    return [make(Packing(problem))]
+
+
+def _is_suited(problem: Problem) -> bool:
+    geometry, packing = problem.geometry, Packing(problem)
+    strides = math.prod(geometry.stride)
+    waste = math.prod(packing.taps) * strides / math.prod(problem.kernel)
+    columns = max(packing.columns, packing.inputs)
+    return (
+        problem.x.dtype.name in ("float16", BFLOAT16.name)
+        and (strides == 1 or geometry.dilate == (1, 1))
+        and (geometry.stride[1] <= 8 or geometry.stride[1] in (16, 32, 64))
+        and waste * padded(packing.inputs) / packing.inputs <= _MAX_WASTE * 2
+        and waste <= _MAX_WASTE
+        and problem.groups <= _MAX_GRID_YZ // -(-columns // 64)
+        and columns <= _MAX_GRID_YZ * 16
+        and _fits_integers(problem, packing)
+    )
+
+
+def _fits_integers(problem: Problem, packing: Packing) -> bool:
+    """Return whether the kernels' 32-bit pixel and depth counters are wide enough."""
+    pixels = max(math.prod(problem.image), math.prod(packing.packed_output))
+    depth = math.prod(packing.taps) * max(padded(packing.columns), padded(packing.inputs))
+    reach = max(packing.taps[i] * problem.geometry.dilate[i] for i in range(2))
+    return max(problem.n * pixels, depth, reach, math.prod(problem.output)) < MAX_EXTENT // 4
+
+
+def _y_plan(packing: Packing) -> StepPlan:
+    problem, workspace = packing.problem, Workspace()
+    itemsize = problem.x.dtype.itemsize
+    x = workspace.take(packing.x_elements * itemsize)
+    W = workspace.take(packing.filter_by_output_elements() * itemsize)
+    dilate = problem.geometry.dilate
+    convolution = _Convolution(
+        *(problem.n, problem.groups, *problem.image, padded(packing.inputs)),
+        *packing.packed_output,
+        *packing.taps,
+        *(-dilate[0], -dilate[1]),
+        *packing.first,
+        packing.columns,
+        *problem.output,
+        *problem.geometry.stride,
+        *packing.cut,
+    )
+    pixels = problem.n * math.prod(packing.packed_output)
+    convolve = _convolve(packing, pixels, packing.columns, (x, W), convolution)
+    steps = (packing.pack_x(x), *packing.pack_filter_by_output(W), convolve)
+    return StepPlan("tensor cores", workspace.size_bytes, steps)
+
+
+def _gx_plan(packing: Packing) -> StepPlan:
+    problem, workspace = packing.problem, Workspace()
+    itemsize = problem.x.dtype.itemsize
+    gy = workspace.take(packing.gy_elements * itemsize)
+    W = workspace.take(packing.filter_by_input_elements() * itemsize)
+    convolution = _Convolution(
+        *(problem.n, problem.groups, *packing.packed_output, padded(packing.columns)),
+        *problem.image,
+        *packing.taps,
+        *problem.geometry.dilate,
+        *(-packing.first[0], -packing.first[1]),
+        packing.inputs,
+        *problem.image,
+        *(1, 1, 0, 0),
+    )
+    pixels = problem.n * math.prod(problem.image)
+    convolve = _convolve(packing, pixels, packing.inputs, (gy, W), convolution)
+    steps = (packing.pack_gy(Slot.A, gy), *packing.pack_filter_by_input(W), convolve)
+    return StepPlan("tensor cores", workspace.size_bytes, steps)
+
+
+def _convolve(
+    packing: Packing,
+    pixels: int,
+    columns: int,
+    operands: tuple[Place, Place],
+    convolution: _Convolution,
+) -> Step:
+    width = _width(columns)
+    kernel = Kernel(
+        "convolve.cu",
+        "convolve",
+        (element(packing.problem.x.dtype), ("BLOCK_COLUMNS", str(width))),
+        shared_bytes=_STAGES * (_ROWS + width) * _DEPTH * 2,
+    )
+    grid = -(-pixels // _ROWS), -(-columns // width), packing.problem.groups
+    return Launch(kernel, grid, (*operands, Place(Slot.OUT)), (convolution,))
+
+
+def _gW_plan(packing: Packing) -> StepPlan:
+    problem, workspace = packing.problem, Workspace()
+    itemsize = problem.x.dtype.itemsize
+    x = workspace.take(packing.x_elements * itemsize)
+    gy = workspace.take(packing.gy_elements * itemsize)
+    columns = math.prod(packing.taps) * padded(packing.columns)
+    width = _width(columns)
+    rows = 64 if packing.inputs <= 64 else 128
+    tiles = -(-columns // width), -(-packing.inputs // rows) * problem.groups
+    parts_count, steps_count = _parts(packing, math.prod(tiles), columns)
+    sums = workspace.take(parts_count * problem.c_I * columns * 4)
+    correlation = _Correlation(
+        *(problem.n, problem.groups, *problem.image, padded(packing.inputs), packing.inputs),
+        *packing.packed_output,
+        padded(packing.columns),
+        *packing.taps,
+        *problem.geometry.dilate,
+        *(-packing.first[0], -packing.first[1]),
+        steps_count,
+    )
+    kernel = Kernel(
+        "correlate.cu",
+        "correlate",
+        (
+            element(problem.x.dtype),
+            ("BLOCK_ROWS", str(rows)),
+            ("BLOCK_COLUMNS", str(width)),
+        ),
+        shared_bytes=_STAGES * (rows + width) * _DEPTH * 2,
+    )
+    correlate = Launch(kernel, (*tiles, parts_count), (x, gy, sums), (correlation,))
+    steps = (
+        packing.pack_x(x),
+        packing.pack_gy(Slot.B, gy),
+        correlate,
+        packing.unpack_filter(sums, parts_count),
+    )
+    return StepPlan("tensor cores", workspace.size_bytes, steps)
+
+
+def _parts(packing: Packing, tiles_count: int, columns: int) -> tuple[int, int]:
+    """Return how many parts gW's sums are cut into, and how many stages of pixels each takes."""
+    problem = packing.problem
+    stages = -(-problem.n * math.prod(problem.image) // _DEPTH)
+    wanted = -(-_BLOCKS // tiles_count)
+    fit = max(_PARTS_BYTES // (problem.c_I * columns * 4), 1)
+    steps_count = -(-stages // min(wanted, fit, stages, _MAX_GRID_YZ))
+    return -(-stages // steps_count), steps_count
+
+
+def _width(columns: int) -> int:
+    return next((width for width in _WIDTHS if columns <= width), _WIDTHS[-1])
