@@ -78,21 +78,26 @@ class Admission:
         call.on_cancel(self._wake)
         ticket = object()
         with self._changed:
-            if len(self._line) >= self._waiting_count:
-                raise UnavailableError(
-                    f"the server is full: {len(self._line)} calls wait already",
-                    retry_after_s=self.RETRY_AFTER_S,
-                )
             self._line.append(ticket)
             try:
+                if not self._may_start(ticket, footprint_bytes):
+                    self._check_room_to_wait()
                 while not self._may_start(ticket, footprint_bytes):
-                    self._changed.wait(call.remaining_s())
+                    self._changed.wait(_wait_s(call))
                     call.check()
                 self._free_places -= 1
                 self._free_bytes -= footprint_bytes
             finally:
                 self._line.remove(ticket)
                 self._changed.notify_all()
+
+    def _check_room_to_wait(self) -> None:
+        others_count = len(self._line) - 1
+        if others_count >= self._waiting_count:
+            raise UnavailableError(
+                f"the server is full: {others_count} calls wait already",
+                retry_after_s=self.RETRY_AFTER_S,
+            )
 
     def _may_start(self, ticket: object, footprint_bytes: int) -> bool:
         first = self._line[0] is ticket
@@ -107,3 +112,9 @@ class Admission:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+def _wait_s(call: Call) -> float | None:
+    remaining_s = call.remaining_s()
+    # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
+    return None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)

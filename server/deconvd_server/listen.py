@@ -20,6 +20,7 @@ __all__ = ["AddressInUseError", "bind", "release"]
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>\d+)")
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of sockaddr_un(7), less the final zero
+_NOT_IN_GRPC_PATHS = frozenset("%?#")
 
 
 class AddressInUseError(OSError):
@@ -39,6 +40,8 @@ def bind(server: grpc.Server, address: str) -> str:
     """
     if address.startswith("unix:"):
         path = _unix_path(address)
+        if not path.parent.is_dir():
+            raise _unix_error("in a directory that exists", address)
         with _locked(path.parent):
             _remove_dead_socket(path)
             _add_port(server, f"unix:{path}", address)
@@ -56,23 +59,23 @@ def release(address: str) -> None:
     """Remove what `bind` left of an address, once its server has stopped."""
     if address.startswith("unix:"):
         path = _unix_path(address)
-        with suppress(AddressInUseError), _locked(path.parent):  # a successor may listen by now
+        # A successor may listen by now, and the directory may have gone with all that was in it.
+        with suppress(AddressInUseError, FileNotFoundError), _locked(path.parent):
             _remove_dead_socket(path)
 
 
 def _unix_path(address: str) -> Path:
     path = Path(address.removeprefix("unix:").removeprefix("//"))
     if not path.name or len(os.fsencode(path)) > _MAX_UNIX_PATH_BYTES:
-        raise InvalidArgumentError(
-            f"--listen must name a Unix socket of 1 to {_MAX_UNIX_PATH_BYTES} bytes, got {address!r}",
-            argument="listen",
-        )
-    if not path.parent.is_dir():
-        raise InvalidArgumentError(
-            f"--listen must name a Unix socket in a directory that exists, got {address!r}",
-            argument="listen",
-        )
+        raise _unix_error(f"of 1 to {_MAX_UNIX_PATH_BYTES} bytes", address)
+    if _NOT_IN_GRPC_PATHS.intersection(address):
+        raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)
     return path
+
+
+def _unix_error(allowed: str, address: str) -> InvalidArgumentError:
+    message = f"--listen must name a Unix socket {allowed}, got {address!r}"
+    return InvalidArgumentError(message, argument="listen")
 
 
 @contextmanager
