@@ -1,6 +1,9 @@
 """The cache: one build a key, bounded, freed exactly once after the last user."""
 
+from __future__ import annotations
+
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -8,38 +11,40 @@ import pytest
 
 from deconvd_server.cache import Cache, Entry, Resource, State
 
+StrCache = Cache[str, str]
+
 
 class Maker:
     """Builds resources and notes which were built and freed, in order."""
 
-    def __init__(self, size_bytes=1):
+    def __init__(self, size_bytes: int = 1) -> None:
         self.size_bytes = size_bytes
-        self.built = []
-        self.freed = []
+        self.built: list[str] = []
+        self.freed: list[str] = []
 
-    def of(self, key):
-        def build():
+    def of(self, key: str) -> Callable[[], Resource[str]]:
+        def build() -> Resource[str]:
             self.built.append(key)
             return Resource(key.upper(), self.size_bytes, lambda: self.freed.append(key))
 
         return build
 
 
-def use(cache, maker, key):
+def use(cache: Cache[str, str], maker: Maker, key: str) -> str:
     with cache.lease(key, maker.of(key)) as value:
         return value
 
 
-def test_a_second_lease_gives_what_the_first_built():
-    cache, maker = Cache(10), Maker()
+def test_a_second_lease_gives_what_the_first_built() -> None:
+    cache, maker = StrCache(10), Maker()
 
     assert use(cache, maker, "a") == use(cache, maker, "a") == "A"
     assert maker.built == ["a"]
     assert (cache.stats.hits_count, cache.stats.misses_count) == (1, 1)
 
 
-def test_the_least_recently_used_is_freed_first():
-    cache, maker = Cache(2), Maker()
+def test_the_least_recently_used_is_freed_first() -> None:
+    cache, maker = StrCache(2), Maker()
     for key in "aba":
         use(cache, maker, key)
 
@@ -49,8 +54,8 @@ def test_the_least_recently_used_is_freed_first():
     assert (cache.stats.count, cache.stats.size_bytes) == (2, 2)
 
 
-def test_a_resource_in_use_is_freed_after_its_last_user():
-    cache, maker = Cache(10), Maker()
+def test_a_resource_in_use_is_freed_after_its_last_user() -> None:
+    cache, maker = StrCache(10), Maker()
     with cache.lease("a", maker.of("a")):
         with cache.lease("a", maker.of("a")):
             cache.drop("a")
@@ -59,16 +64,16 @@ def test_a_resource_in_use_is_freed_after_its_last_user():
     assert maker.freed == ["a"]
 
 
-def test_a_dropped_key_is_built_anew_while_the_old_resource_is_in_use():
-    cache, maker = Cache(10), Maker()
+def test_a_dropped_key_is_built_anew_while_the_old_resource_is_in_use() -> None:
+    cache, maker = StrCache(10), Maker()
     with cache.lease("a", maker.of("a")):
         cache.drop("a")
         use(cache, maker, "a")
     assert (maker.built, maker.freed) == (["a", "a"], ["a"])
 
 
-def test_a_resource_above_the_limit_serves_its_user_and_is_freed():
-    cache, maker = Cache(3), Maker(size_bytes=4)
+def test_a_resource_above_the_limit_serves_its_user_and_is_freed() -> None:
+    cache, maker = StrCache(3), Maker(size_bytes=4)
 
     assert use(cache, maker, "a") == "A"
 
@@ -76,25 +81,25 @@ def test_a_resource_above_the_limit_serves_its_user_and_is_freed():
     assert cache.stats.size_bytes == 0
 
 
-def test_close_frees_all_and_what_is_built_later_is_not_kept():
-    cache, maker = Cache(10), Maker()
+def test_close_frees_all_and_what_is_built_later_is_not_kept() -> None:
+    cache, maker = StrCache(10), Maker()
     use(cache, maker, "a")
     cache.close()
     use(cache, maker, "b")
     assert maker.freed == ["a", "b"]
 
 
-def test_threads_that_miss_together_share_one_build():
-    cache, started, finish = Cache(10), threading.Event(), threading.Event()
+def test_threads_that_miss_together_share_one_build() -> None:
+    cache, started, finish = StrCache(10), threading.Event(), threading.Event()
     built = []
 
-    def build():
+    def build() -> Resource[str]:
         built.append(1)
         started.set()
         assert finish.wait(10)
         return Resource("value", 1)
 
-    def lease():
+    def lease() -> str:
         with cache.lease("a", build) as value:
             return value
 
@@ -106,15 +111,15 @@ def test_threads_that_miss_together_share_one_build():
     assert built == [1]
 
 
-def test_a_failed_build_is_raised_to_all_who_wait_and_is_tried_again():
-    cache, finish = Cache(10), threading.Event()
+def test_a_failed_build_is_raised_to_all_who_wait_and_is_tried_again() -> None:
+    cache, finish = StrCache(10), threading.Event()
     waiting = threading.Barrier(3)
 
-    def fail():
+    def fail() -> Resource[str]:
         assert finish.wait(10)
         raise TimeoutError("no such engine")
 
-    def lease():
+    def lease() -> None:
         waiting.wait(10)
         with cache.lease("a", fail):
             pass
@@ -129,18 +134,18 @@ def test_a_failed_build_is_raised_to_all_who_wait_and_is_tried_again():
     assert use(cache, Maker(), "a") == "A"
 
 
-def test_one_who_waits_gives_up_when_its_check_raises():
-    cache, started, finish = Cache(10), threading.Event(), threading.Event()
+def test_one_who_waits_gives_up_when_its_check_raises() -> None:
+    cache, started, finish = StrCache(10), threading.Event(), threading.Event()
 
-    def build():
+    def build() -> Resource[str]:
         started.set()
         assert finish.wait(10)
         return Resource("value", 1)
 
-    def check():
+    def check() -> None:
         raise InterruptedError("the caller has gone")
 
-    def lease():
+    def lease() -> str:
         with cache.lease("a", build) as value:
             return value
 
@@ -153,17 +158,19 @@ def test_one_who_waits_gives_up_when_its_check_raises():
         assert future.result(10) == "value"
 
 
-def test_many_threads_free_everything_exactly_once():
-    cache = Cache(3)
-    lock, built, freed = threading.Lock(), [], []
+def test_many_threads_free_everything_exactly_once() -> None:
+    cache: Cache[int, int] = Cache(3)
+    lock = threading.Lock()
+    built: list[int] = []
+    freed: list[int] = []
 
-    def build():
+    def build() -> Resource[int]:
         with lock:
             number = len(built)
             built.append(number)
         return Resource(number, 1, lambda: freed.append(number))
 
-    def work(seed):
+    def work(seed: int) -> None:
         random = Random(seed)
         for _ in range(300):
             with cache.lease(random.randrange(6), build) as number:
@@ -177,8 +184,8 @@ def test_many_threads_free_everything_exactly_once():
     assert sorted(freed) == built
 
 
-def test_an_entry_takes_no_users_once_retired_and_is_freed_once():
-    freed = []
+def test_an_entry_takes_no_users_once_retired_and_is_freed_once() -> None:
+    freed: list[Resource[str]] = []
     entry = Entry(Resource("value", 1), freed.append)
     entry.acquire()
     entry.retire()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -24,11 +24,13 @@ from deconvd_server.device.cpu import CpuDevice
 from tests import definition
 from tests.golden import GoldenCase, golden_cases, tolerance
 
-pytest.importorskip("cupy")
-pytestmark = pytest.mark.gpu
+if TYPE_CHECKING:
+    from deconvd_server.device.cuda.device import CudaDevice, Limits
+else:
+    pytest.importorskip("cupy")
+    from deconvd_server.device.cuda.device import CudaDevice, Limits
 
-CudaDevice = pytest.importorskip("deconvd_server.device.cuda.device").CudaDevice
-Limits = pytest.importorskip("deconvd_server.device.cuda.device").Limits
+pytestmark = pytest.mark.gpu
 
 ACCEPTED = [case for case in golden_cases() if not case.rejected]
 OPTIONS = [
@@ -83,6 +85,7 @@ def test_results_agree_with_chainer(cuda: CudaDevice, case: GoldenCase, options:
     )
     for result, wide in zip(found, expected, strict=True):
         if wide is not None:
+            assert result is not None
             np.testing.assert_allclose(result, wide, **vars(tolerance(case, 1)))
 
 
@@ -350,11 +353,12 @@ def test_threads_with_mixed_shapes_get_right_results_and_memory_stays_flat(
         y = cuda.deconvolve(problem, x, W, None, options, Call())
         gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
         work.append((problem, x, W, gy, y, gradients))
-    end_s, held, stop = time.monotonic() + SOAK_S, [], threading.Event()
+    end_s = time.monotonic() + SOAK_S
+    held: list[int] = []
 
     def soak(thread: int) -> int:
         random, calls_count = np.random.default_rng(thread), 0
-        while time.monotonic() < end_s and not stop.is_set():
+        while time.monotonic() < end_s:
             problem, x, W, gy, y, gradients = work[random.integers(len(work))]
             options = Options(cudnn_deterministic=True)
             found = cuda.deconvolve(problem, x, W, None, options, Call())

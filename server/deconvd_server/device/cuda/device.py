@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, LifoQueue
@@ -22,9 +24,11 @@ from deconvd_server.device.cuda.job import DeconvolveJob, Frame, GradientsJob, J
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
 from deconvd_server.device.cuda.memory import DeviceMemory, MemoryStats
 from deconvd_server.device.cuda.plan import Operation, Plan
-from deconvd_server.device.cuda.plans import BookStats, PlanBook, PlanKey, PlanStore
+from deconvd_server.device.cuda.plans.book import BookStats, PlanBook
 from deconvd_server.device.cuda.plans.candidates import Candidates
 from deconvd_server.device.cuda.plans.chooser import Chooser
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.runtime import Pool, Stream, current_device, open_card, synchronize
 from deconvd_server.device.protocol import DeviceInfo
 
@@ -37,6 +41,10 @@ _FREE_SHARE = 0.9
 """The part of the card's free memory that calls may take, unless told: CUDA needs some itself."""
 
 _TAKE_S = 0.02
+"""How often one who waits for a lane looks whether its call is still wanted."""
+
+_MAX_HELPERS = 8
+"""Threads that copy within the host: about as many as it takes to keep up with the card's bus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +122,11 @@ class CudaDevice:
             self._pool = Pool(limit_bytes)
             self.memory = DeviceMemory(self._budget_bytes, self._pool.take)
             self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(limits.lanes_count)]
+            self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
+            # the last lane given back comes first: it is the likeliest to know the kind of call
             self._lanes: LifoQueue[Lane] = LifoQueue()
             for arena in self._arenas:
-                self._lanes.put(Lane(self.memory, arena.ptr))
+                self._lanes.put(Lane(self.memory, arena.ptr, self._helpers))
             self._candidates = Candidates(self._cudnn)
             self.plans = self._new_book(plan_store)
             kernels.prepare(ordinal)
@@ -173,10 +183,14 @@ class CudaDevice:
         if not problem.has_products:
             return empty_y(problem, b)
         operands = (x, W) if b is None else (x, W, b)
-        with self._working(call) as lane, ExitStack() as stack:
-            plan = stack.enter_context(self._plan(Operation.Y, problem, options, lane, call))
-            job = DeconvolveJob(problem, plan, with_b=b is not None)
-            return lane.run(job, operands, call.check)[0]
+        with self._working(call) as lane:
+
+            def job() -> Job:
+                plan = self._plan(Operation.Y, problem, options, lane, call)
+                return DeconvolveJob(problem, plan, with_b=b is not None)
+
+            key = (problem, options, b is not None)
+            return lane.run(key, job, operands, call.check)[0]
 
     def gradients(
         self,
@@ -194,26 +208,19 @@ class CudaDevice:
         operands = [gy]
         operands += [x] if wanted.gW and x is not None else []
         operands += [W] if wanted.gx and W is not None else []
-        with self._working(call) as lane, ExitStack() as stack:
-            job = self._gradients_job(problem, wanted, options, lane, call, stack)
-            return _gradients(wanted, lane.run(job, operands, call.check))
+        with self._working(call) as lane:
 
-    def _gradients_job(
-        self,
-        problem: Problem,
-        wanted: Wanted,
-        options: Options,
-        lane: Lane,
-        call: Call,
-        stack: ExitStack,
-    ) -> Job:
-        plans: dict[Operation, Plan] = {
-            operation: stack.enter_context(self._plan(operation, problem, options, lane, call))
-            for operation in _operations(wanted)
-        }
-        return GradientsJob(
-            problem, plans.get(Operation.GX), plans.get(Operation.GW), with_gb=wanted.gb
-        )
+            def job() -> Job:
+                plans = {
+                    operation: self._plan(operation, problem, options, lane, call)
+                    for operation in _operations(wanted)
+                }
+                return GradientsJob(
+                    problem, plans.get(Operation.GX), plans.get(Operation.GW), with_gb=wanted.gb
+                )
+
+            key = (problem, options, wanted)
+            return _gradients(wanted, lane.run(key, job, operands, call.check))
 
     def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
         """Return the key of an operation's plan on this device."""
@@ -231,13 +238,10 @@ class CudaDevice:
         fallback_bytes = self._candidates.fallback(key).plan.workspace_bytes
         return max(key.workspace_limit_bytes, fallback_bytes)
 
-    @contextmanager
     def _plan(
         self, operation: Operation, problem: Problem, options: Options, lane: Lane, call: Call
-    ) -> Iterator[Plan]:
-        key = self.key(operation, problem, options)
-        with self.plans.lease(key, lane.stream, call.check) as plan:
-            yield plan
+    ) -> Plan:
+        return self.plans.get(self.key(operation, problem, options), lane.stream, call.check)
 
     @contextmanager
     def _working(self, call: Call) -> Iterator[Lane]:
@@ -280,9 +284,14 @@ class CudaDevice:
                 lane = self._lanes.get()
                 lane.close()
                 self._cudnn.forget(lane.stream.pointer)
+            self._helpers.shutdown()
             self.plans.close()
             self._arenas.clear()
             self._pool.trim()
+
+
+def _helpers_count() -> int:
+    return min(len(os.sched_getaffinity(0)), _MAX_HELPERS)
 
 
 def _operations(wanted: Wanted | None) -> list[Operation]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from deconvd.problem import Problem, TensorSpec
@@ -35,10 +35,6 @@ class Job(Protocol):
     """The work of one call, for whatever block it is given."""
 
     @property
-    def key(self) -> Hashable:
-        """Equal for jobs that enqueue the same for the same block."""
-
-    @property
     def frame(self) -> Frame:
         """Where its tensors lie."""
 
@@ -58,11 +54,10 @@ class DeconvolveJob:
     """y of x, W and perhaps b. See `Job`.
 
     Args:
-        plan: For y; None if there are no products.
+        plan: For y.
     """
 
     def __init__(self, problem: Problem, plan: Plan, *, with_b: bool) -> None:
-        self.key = (problem, plan, with_b)
         self.results = (problem.y,)
         self._problem = problem
         self._plan = plan
@@ -92,7 +87,6 @@ class GradientsJob:
     def __init__(
         self, problem: Problem, gx_plan: Plan | None, gW_plan: Plan | None, *, with_gb: bool
     ) -> None:
-        self.key = (problem, gx_plan, gW_plan, with_gb)
         self._problem = problem
         self._gx_plan, self._gW_plan, self._with_gb = gx_plan, gW_plan, with_gb
         plans = [plan for plan in (gx_plan, gW_plan) if plan is not None]

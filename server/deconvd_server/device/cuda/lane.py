@@ -1,19 +1,19 @@
-"""A lane of the card: one call at a time is uploaded, computed and downloaded on it, beside other lanes."""
+"""A lane of the card: one call at a time is uploaded, computed and downloaded, beside others."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from concurrent.futures import Executor
 
 import numpy as np
 
+from deconvd.dtypes import DType
 from deconvd.tensor import Array
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.job import Job
-from deconvd_server.device.cuda.memory import DeviceMemory
+from deconvd_server.device.cuda.memory import DeviceMemory, Region
 from deconvd_server.device.cuda.runtime import (
-    Bytes,
     CudaError,
     Graph,
     PinnedBuffer,
@@ -28,15 +28,26 @@ __all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]
 ARENA_BYTES = 8 << 20
 """What a small call's operands, results and workspace fit in: the memory that graphs are bound to."""
 
-_SLOTS_COUNT = 4
-_SLOT_BYTES = 4 << 20
+_SLOTS_COUNT = 8
+_SLOT_BYTES = 2 << 20
 
 PINNED_BYTES = ARENA_BYTES + _SLOTS_COUNT * _SLOT_BYTES
 """Pinned host memory of a lane."""
 
-_GRAPHS_COUNT = 64
+_KINDS_COUNT = 64
+"""Kinds of calls that a lane remembers: each may hold a graph."""
+
 _WARM_RUNS = 1
-"""Calls of a kind before one is captured: what comes once is not worth it."""
+"""Calls of a kind before it is captured: what comes once is not worth it."""
+
+
+class _Kind:
+    """Calls that do the same work on other numbers."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.runs_count = 0
+        self.graph: Graph | None = None
 
 
 class Lane:
@@ -46,22 +57,33 @@ class Lane:
     is captured as a graph when its kind comes again. A large one takes a block of its own.
 
     Args:
-        memory: Where blocks come from, and the arena.
+        memory: Where blocks come from.
         arena: Address of ARENA_BYTES on the card.
+        helpers: Who copies large arrays within the host.
     """
 
-    def __init__(self, memory: DeviceMemory, arena: int) -> None:
+    def __init__(self, memory: DeviceMemory, arena: int, helpers: Executor) -> None:
         self.stream = Stream()
         self._memory = memory
         self._arena = arena
         self._pinned = PinnedBuffer(ARENA_BYTES).bytes
-        self._staging = Staging(self.stream, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES)
-        self._graphs = _Graphs()
+        self._staging = Staging(
+            self.stream, helpers, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
+        )
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
 
-    def run(self, job: Job, operands: Sequence[Array], check: Callable[[], None]) -> list[Array]:
-        """Return a job's results.
+    def run(
+        self,
+        key: Hashable,
+        prepare: Callable[[], Job],
+        operands: Sequence[Array],
+        check: Callable[[], None],
+    ) -> list[Array]:
+        """Return the results of a call.
 
         Args:
+            key: Of the kind of call.
+            prepare: Returns the job of this kind of call, if the lane does not remember it.
             operands: In the order of the job's frame.
             check: Called between steps; what it raises ends the call.
 
@@ -69,29 +91,47 @@ class Lane:
             ExhaustedError: The card has not the memory now.
             CudaError, CudnnError: The card or cuDNN failed.
         """
+        kind = self._kind(key, prepare)
         check()
-        if job.frame.total_bytes <= ARENA_BYTES:
-            return self._run_small(job, operands)
-        return self._run_large(job, operands, check)
+        if kind.job.frame.total_bytes <= ARENA_BYTES:
+            return self._run_small(kind, operands)
+        return self._run_large(kind.job, operands, check)
 
-    def _run_small(self, job: Job, operands: Sequence[Array]) -> list[Array]:
-        for region, operand in zip(job.frame.operands, operands, strict=True):
-            _view(self._pinned, region.offset, operand)[...] = operand
+    def close(self) -> None:
+        """Forget all kinds of calls and their graphs. No call may be under way."""
+        self._kinds.clear()
+
+    def _kind(self, key: Hashable, prepare: Callable[[], Job]) -> _Kind:
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind(prepare())
+            if len(self._kinds) > _KINDS_COUNT:
+                self._kinds.popitem(last=False)
+        else:
+            self._kinds.move_to_end(key)
+        return kind
+
+    def _run_small(self, kind: _Kind, operands: Sequence[Array]) -> list[Array]:
+        frame = kind.job.frame
+        for region, operand in zip(frame.operands, operands, strict=True):
+            self._view(region, operand.shape, operand.dtype)[...] = operand
         try:
-            self._launch(job)
+            self._launch(kind)
         finally:
             self.stream.wait()
-        results = [np.empty(spec.shape, spec.dtype) for spec in job.results]
-        for region, result in zip(job.frame.results, results, strict=True):
-            result[...] = _view(self._pinned, region.offset, result)
-        return results
+        return [
+            self._view(region, spec.shape, spec.dtype).copy()
+            for region, spec in zip(frame.results, kind.job.results, strict=True)
+        ]
 
-    def _launch(self, job: Job) -> None:
-        graph = self._graphs.get(job.key, lambda: self._captured(job))
-        if graph is None:
-            self._enqueue_small(job)
+    def _launch(self, kind: _Kind) -> None:
+        kind.runs_count += 1
+        if kind.runs_count == _WARM_RUNS + 1:
+            kind.graph = self._captured(kind.job)
+        if kind.graph is None:
+            self._enqueue_small(kind.job)
         else:
-            graph.launch(self.stream.pointer)
+            kind.graph.launch(self.stream.pointer)
 
     def _captured(self, job: Job) -> Graph | None:
         try:
@@ -123,42 +163,6 @@ class Lane:
             finally:
                 self.stream.wait()
 
-    def close(self) -> None:
-        """Forget all graphs. No call may be under way."""
-        self._graphs.clear()
-
-
-class _Graphs:
-    """The graphs of kinds of calls that came before, the most recent ones."""
-
-    def __init__(self) -> None:
-        self._graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
-        self._runs: OrderedDict[Hashable, int] = OrderedDict()
-
-    def get(self, key: Hashable, capture: Callable[[], Graph | None]) -> Graph | None:
-        """Return the graph of a kind of call, captured now if the kind has come often enough."""
-        if key in self._graphs:
-            self._graphs.move_to_end(key)
-            return self._graphs[key]
-        runs = self._runs.pop(key, 0) + 1
-        if runs <= _WARM_RUNS:
-            self._runs[key] = runs
-            _shrink(self._runs)
-            return None
-        graph = self._graphs[key] = capture()
-        _shrink(self._graphs)
-        return graph
-
-    def clear(self) -> None:
-        self._graphs.clear()
-        self._runs.clear()
-
-
-def _shrink(kinds: OrderedDict[Hashable, Any]) -> None:
-    while len(kinds) > _GRAPHS_COUNT:
-        kinds.popitem(last=False)
-
-
-def _view(pinned: Bytes, offset: int, like: Array) -> Array:
-    """Return the part of a buffer at `offset` as an array of the shape and type of another."""
-    return np.ndarray(like.shape, like.dtype, pinned, offset)
+    def _view(self, region: Region, shape: tuple[int, ...], dtype: DType) -> Array:
+        """Return the pinned memory that mirrors a region of the arena, as an array."""
+        return np.ndarray(shape, dtype, self._pinned, region.offset)

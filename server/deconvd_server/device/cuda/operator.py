@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.options import Options
 from deconvd.problem import Problem
+from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.device import CudaDevice
+from deconvd_server.device.cuda.memory import Regions
 from deconvd_server.device.cuda.plan import Operation, Plan
-from deconvd_server.device.cuda.plans import PlanKey
-from deconvd_server.device.cuda.runtime import CudaError, Graph
+from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream
 
-__all__ = ["DeviceArray", "Operator"]
+__all__ = ["Operator"]
 
 _ALIGNMENT_BYTES = 16
+
 _GRAPHS_COUNT = 256
+"""Requests whose graphs are kept."""
 
 
-class DeviceArray(Protocol):
-    """An array on the card, such as cupy's: C-contiguous, NCHW."""
+class _Work:
+    """What a request enqueues: once on two streams that may run side by side, then as a graph.
 
-    @property
-    def data(self) -> object:
-        """Has the address as `ptr`."""
+    Args:
+        plans: Each with the addresses of its a, b and out.
+        extra: Enqueues what needs no plan on the stream that it is given.
+    """
 
+    def __init__(
+        self, plans: list[tuple[Plan, int, int, int]], extra: Callable[[int], None]
+    ) -> None:
+        self._plans = plans
+        self._extra = extra
+        regions = Regions()
+        self._regions = [regions.add(plan.workspace_bytes) for plan, *_ in plans]
+        self.workspace_bytes = regions.total_bytes
+        self.graph: Graph | None = None
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A plan's key and where its operands lie: what a captured graph serves."""
-
-    key: PlanKey
-    a: int
-    b: int
-    out: int
+    def enqueue(self, workspace: int, streams: list[int]) -> None:
+        """Enqueue everything: the first plan on the first stream, all else on the last."""
+        for number, (plan, a, b, out) in enumerate(self._plans):
+            stream = streams[min(number, len(streams) - 1)]
+            plan.execute(a, b, out, workspace + self._regions[number].offset, stream)
+        self._extra(streams[-1])
 
 
 class Operator:
     """Runs operations on the card's own arrays, from captured graphs where they come again.
 
-    Serves one thread and one stream. bfloat16 arrays may have any two-byte type.
+    Arrays are C-contiguous, NCHW, aligned to 16 bytes and have a cupy array's `data.ptr`; those of
+    bfloat16 may have any two-byte type. Serves one thread and one stream.
 
     Args:
         stream: The CUDA stream that everything is enqueued on.
@@ -53,91 +65,126 @@ class Operator:
         self._device = device
         self._stream = stream
         self._own_stream = device.new_stream()
-        self._leases = ExitStack()
-        self._plans: dict[PlanKey, Plan] = {}
+        self._side_stream = device.new_stream()
         self._workspace = ExitStack()
         self._workspace_pointer = 0
         self._workspace_bytes = 0
-        self._graphs: OrderedDict[_Request, Graph | None] = OrderedDict()
+        self._works: OrderedDict[Hashable, _Work] = OrderedDict()
 
     def run(
         self,
         operation: Operation,
         problem: Problem,
-        a: DeviceArray,
-        b: DeviceArray,
-        out: DeviceArray,
+        a: Any,
+        b: Any,
+        out: Any,
         options: Options,
     ) -> None:
         """Enqueue an operation. The first of its kind waits until a plan is chosen.
 
         Args:
-            a, b, out: As in `Plan.execute`, aligned to 16 bytes.
+            a, b, out: As in `Plan.execute`.
 
         Raises:
             InvalidArgumentError: The problem has no products, or an array is not aligned.
             ExhaustedError: The card has not the memory.
         """
-        pointers = [int(array.data.ptr) for array in (a, b, out)]  # type: ignore[attr-defined]
-        if not problem.has_products or any(p % _ALIGNMENT_BYTES for p in pointers):
-            raise InvalidArgumentError("arrays must have elements, and be aligned to 16 bytes")
-        request = _Request(self._device.key(operation, problem, options), *pointers)
-        with self._device.using():
-            self._run(request)
+        pointers = (a.data.ptr, b.data.ptr, out.data.ptr)
+
+        def work() -> _Work:
+            _check(problem, pointers)
+            plan = self._plan(operation, problem, options)
+            return _Work([(plan, *pointers)], lambda _: None)
+
+        self._run((operation, problem, options, pointers), work)
+
+    def run_gradients(
+        self,
+        problem: Problem,
+        x: Any,
+        W: Any,
+        gy: Any,
+        gx: Any,
+        gW: Any,
+        gb: Any | None,
+        options: Options,
+    ) -> None:
+        """Enqueue all gradients, gx beside gW; gb unless it is None. Otherwise as `run`."""
+        at = tuple(array.data.ptr for array in (x, W, gy, gx, gW))
+        at_gb = None if gb is None else gb.data.ptr
+
+        def sum_gb(stream: int) -> None:
+            if at_gb is not None:
+                kernels.sum_gb(at[2], at_gb, problem.y, stream)
+
+        def work() -> _Work:
+            _check(problem, at)
+            gx_plan = self._plan(Operation.GX, problem, options)
+            gW_plan = self._plan(Operation.GW, problem, options)
+            plans = [(gx_plan, at[2], at[1], at[3]), (gW_plan, at[0], at[2], at[4])]
+            return _Work(plans, sum_gb)
+
+        self._run((problem, options, at, at_gb), work)
 
     def plan_name(self, operation: Operation, problem: Problem, options: Options) -> str:
         """Return the name of the plan that serves an operation."""
         with self._device.using():
-            return self._plan(self._device.key(operation, problem, options)).name
+            return self._plan(operation, problem, options).name
 
     def close(self) -> None:
-        """Wait for the card and free plans, graphs and workspace."""
+        """Wait for the card, and free graphs and workspace."""
+        self._device.wait()
+        self._works.clear()
+        self._workspace.close()
+
+    def _run(self, key: Hashable, make: Callable[[], _Work]) -> None:
         with self._device.using():
-            self._own_stream.wait()
-            self._graphs.clear()
-            self._leases.close()
-            self._workspace.close()
+            work = self._works.get(key)
+            if work is None:
+                self._begin(key, make())
+            elif work.graph is None:
+                work.enqueue(self._workspace_pointer, [self._stream])
+            else:
+                work.graph.launch(self._stream)
 
-    def _run(self, request: _Request) -> None:
-        if request not in self._graphs:
-            plan = self._plan(request.key)
-            self._reserve(plan.workspace_bytes)
-            self._execute(request, self._stream)  # once without: kernels are loaded by this
-            self._graphs[request] = self._captured(request)
-            if len(self._graphs) > _GRAPHS_COUNT:
-                self._graphs.popitem(last=False)
-            return
-        graph = self._graphs[request]
-        if graph is None:
-            self._execute(request, self._stream)
-        else:
-            graph.launch(self._stream)
+    def _begin(self, key: Hashable, work: _Work) -> None:
+        """Enqueue new work, and capture it for the next time."""
+        self._reserve(work.workspace_bytes)
+        # once without a graph: what is loaded at first use cannot be captured
+        work.enqueue(self._workspace_pointer, [self._stream])
+        work.graph = self._captured(work)
+        self._works[key] = work
+        if len(self._works) > _GRAPHS_COUNT:
+            self._works.popitem(last=False)
 
-    def _execute(self, request: _Request, stream: int) -> None:
-        plan = self._plans[request.key]
-        plan.execute(request.a, request.b, request.out, self._workspace_pointer, stream)
-
-    def _captured(self, request: _Request) -> Graph | None:
-        own = self._own_stream
+    def _captured(self, work: _Work) -> Graph | None:
+        main, side = self._own_stream, self._side_stream
         try:
-            return own.capture(lambda: self._execute(request, own.pointer))
+            return main.capture(lambda: self._enqueue_forked(work, main, side))
         except (CudaError, CudnnError):
             return None
 
-    def _plan(self, key: PlanKey) -> Plan:
-        plan = self._plans.get(key)
-        if plan is None:
-            lease = self._device.plans.lease(key, self._own_stream, lambda: None)
-            plan = self._plans[key] = self._leases.enter_context(lease)
-        return plan
+    def _enqueue_forked(self, work: _Work, main: Stream, side: Stream) -> None:
+        main.fork(side)
+        work.enqueue(self._workspace_pointer, [main.pointer, side.pointer])
+        side.fork(main)
+
+    def _plan(self, operation: Operation, problem: Problem, options: Options) -> Plan:
+        key = self._device.key(operation, problem, options)
+        return self._device.plans.get(key, self._own_stream, lambda: None)
 
     def _reserve(self, size_bytes: int) -> None:
         """Have a workspace of at least so many bytes. Graphs that hold a smaller one are dropped."""
         if size_bytes > self._workspace_bytes:
             self._device.wait()
-            self._graphs.clear()
+            self._works.clear()
             self._workspace.close()
             self._workspace_pointer = self._workspace.enter_context(
                 self._device.memory.take(size_bytes)
             )
             self._workspace_bytes = size_bytes
+
+
+def _check(problem: Problem, pointers: tuple[int, ...]) -> None:
+    if not problem.has_products or any(pointer % _ALIGNMENT_BYTES for pointer in pointers):
+        raise InvalidArgumentError("arrays must have elements, and be aligned to 16 bytes")

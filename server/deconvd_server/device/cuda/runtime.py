@@ -93,6 +93,11 @@ class Event:
     def __init__(self, *, timing: bool = False) -> None:
         self._event = cupy.cuda.Event(disable_timing=not timing)
 
+    @property
+    def pointer(self) -> int:
+        """Its `cudaEvent_t`."""
+        return int(self._event.ptr)
+
     def record(self, stream: int) -> None:
         """Put the event behind what has been enqueued on a stream."""
         _cuda.eventRecord(self._event.ptr, stream)
@@ -131,6 +136,12 @@ class Stream:
             CudaError: Some of it failed.
         """
         _cuda.streamSynchronize(self.pointer)
+
+    def fork(self, other: Stream) -> None:
+        """Let another stream's next work begin when this stream's work so far is done."""
+        event = Event()
+        event.record(self.pointer)
+        _cuda.streamWaitEvent(other.pointer, event.pointer)
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Return what `work` enqueues on this stream as a graph, without doing it.

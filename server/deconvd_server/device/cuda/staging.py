@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, wait
 
 import numpy as np
 
@@ -17,32 +18,44 @@ from deconvd_server.device.cuda.runtime import (
     upload,
 )
 
-__all__ = ["Staging", "bytes_of"]
+__all__ = ["Staging"]
 
 
 class _Slot:
-    """A pinned buffer, and the event behind its last copy."""
+    """A pinned buffer; the event behind the card's last copy, and the host's last copy."""
 
     def __init__(self, buffer: Bytes) -> None:
         self.buffer = buffer
-        self.copied = Event()
+        self.card = Event()
+        self.host: Future[None] | None = None
+
+    def settle(self) -> None:
+        """Return when neither the host nor the card uses the buffer."""
+        if self.host is not None:
+            self.host.result()
+            self.host = None
+        self.card.wait()
 
 
 class Staging:
-    """A ring of pinned buffers: the host fills one while the card empties another.
+    """A ring of pinned buffers: the host fills or empties some while the card copies others.
 
+    One thread alone copies a tenth of what the card can take, so large arrays are copied by helpers.
     Serves one stream, and one thread at a time.
 
     Args:
+        helpers: Who copies within the host.
         slots_count: Buffers in the ring.
         slot_bytes: Size of each.
     """
 
-    def __init__(self, stream: Stream, *, slots_count: int, slot_bytes: int) -> None:
+    def __init__(
+        self, stream: Stream, helpers: Executor, *, slots_count: int, slot_bytes: int
+    ) -> None:
         self._stream = stream
-        self._memory = PinnedBuffer(slots_count * slot_bytes)
+        self._helpers = helpers
         self._slot_bytes = slot_bytes
-        parts = np.split(self._memory.bytes, slots_count)
+        parts = np.split(PinnedBuffer(slots_count * slot_bytes).bytes, slots_count)
         self._ring = deque(_Slot(part) for part in parts)
 
     def upload(self, source: Array, target: int, check: Callable[[], None]) -> None:
@@ -53,13 +66,20 @@ class Staging:
             target: Address on the card.
             check: Called before each part; what it raises ends the copy.
         """
-        for offset, part in self._parts(bytes_of(source)):
-            check()
-            slot = self._next()
-            staged = slot.buffer[: part.size]
-            np.copyto(staged, part)
-            upload(target + offset, staged, self._stream.pointer)
-            slot.copied.record(self._stream.pointer)
+        filling: deque[tuple[_Slot, Bytes, int]] = deque()
+        try:
+            for offset, part in self._parts(_bytes_of(source)):
+                if len(filling) == len(self._ring):
+                    self._send(*filling.popleft())
+                check()
+                slot = self._next()
+                staged = slot.buffer[: part.size]
+                slot.host = self._helpers.submit(np.copyto, staged, part)
+                filling.append((slot, staged, target + offset))
+            while filling:
+                self._send(*filling.popleft())
+        finally:
+            self._settle()
 
     def download(self, source: int, target: Array, check: Callable[[], None]) -> None:
         """Copy from the card to a C-contiguous array, and return when it is there.
@@ -68,35 +88,47 @@ class Staging:
             source: Address on the card.
             check: As for `upload`.
         """
-        under_way: deque[tuple[_Slot, Bytes]] = deque()
-        for offset, part in self._parts(bytes_of(target)):
-            if len(under_way) == len(self._ring):
-                check()
-                _land(*under_way.popleft())
-            slot = self._next()
-            download(slot.buffer[: part.size], source + offset, self._stream.pointer)
-            slot.copied.record(self._stream.pointer)
-            under_way.append((slot, part))
-        while under_way:
-            _land(*under_way.popleft())
+        arriving: deque[tuple[_Slot, Bytes]] = deque()
+        try:
+            for offset, part in self._parts(_bytes_of(target)):
+                if len(arriving) == len(self._ring) // 2:
+                    check()
+                    self._land(*arriving.popleft())
+                slot = self._next()
+                download(slot.buffer[: part.size], source + offset, self._stream.pointer)
+                slot.card.record(self._stream.pointer)
+                arriving.append((slot, part))
+            while arriving:
+                self._land(*arriving.popleft())
+        finally:
+            self._settle()
+
+    def _send(self, slot: _Slot, staged: Bytes, target: int) -> None:
+        if slot.host is not None:
+            slot.host.result()
+        upload(target, staged, self._stream.pointer)
+        slot.card.record(self._stream.pointer)
+
+    def _land(self, slot: _Slot, target: Bytes) -> None:
+        slot.card.wait()
+        slot.host = self._helpers.submit(np.copyto, target, slot.buffer[: target.size])
 
     def _next(self) -> _Slot:
-        """Return the slot that was used longest ago, once the card is done with it."""
+        """Return the slot that was used longest ago, once nobody uses it any more."""
         self._ring.rotate(-1)
         slot = self._ring[-1]
-        slot.copied.wait()
+        slot.settle()
         return slot
+
+    def _settle(self) -> None:
+        """Return when no helper touches a caller's array any more."""
+        wait([slot.host for slot in self._ring if slot.host is not None])
 
     def _parts(self, whole: Bytes) -> Iterator[tuple[int, Bytes]]:
         for offset in range(0, whole.size, self._slot_bytes):
             yield offset, whole[offset : offset + self._slot_bytes]
 
 
-def bytes_of(array: Array) -> Bytes:
+def _bytes_of(array: Array) -> Bytes:
     """Return an array's elements in order as bytes: a view of it, if it is C-contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _land(slot: _Slot, target: Bytes) -> None:
-    slot.copied.wait()
-    np.copyto(target, slot.buffer[: target.size])

@@ -11,7 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from deconvd.problem import Problem
-from deconvd_server.device.cuda.kernels.launch import Kernel, element, index, integer, pointer
+from deconvd_server.device.cuda.kernels.launch import (
+    Argument,
+    Kernel,
+    element,
+    index,
+    integer,
+    pointer,
+)
 from deconvd_server.device.cuda.memory import Region, Regions
 from deconvd_server.device.cuda.plan import Operation, Plan
 
@@ -77,12 +84,9 @@ class WindowPlan:
         stream: int,
     ) -> None:
         count = math.prod(target_shape)
-        arguments = (
-            pointer(source),
-            pointer(target),
-            index(count),
-            *(integer(extent) for extent in (*source_shape[2:], *target_shape[2:])),
-        )
+        extents = (*source_shape[2:], *target_shape[2:])
+        arguments: list[Argument] = [pointer(source), pointer(target), index(count)]
+        arguments += [integer(extent) for extent in extents]
         kernel = Kernel(_FILE, "window", (element(self._small.dtype),))
         blocks = min(-(-count // _THREADS), _MAX_BLOCKS)
         kernel.launch((blocks, 1, 1), arguments, stream)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from deconvd_server.cache import Cache, CacheStats, Resource
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Plan
 from deconvd_server.device.cuda.plans.candidates import Candidate, Candidates
-from deconvd_server.device.cuda.plans.choice import Provider
+from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
@@ -27,6 +27,10 @@ _CUDNN_PLAN_BYTES = 80 << 10
 
 _OWN_PLAN_BYTES = 4 << 10
 
+_CHOICES_COUNT = 1 << 14
+"""Choices that are remembered, of some 2 KB each: far more than plans, and of as long as possible,
+since timing might choose another plan the next time, and another plan gives other bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class BookStats:
@@ -35,7 +39,7 @@ class BookStats:
     Attributes:
         cache: The plans in memory.
         chosen_count: Plans that were chosen anew.
-        revived_count: Plans that came from the disk.
+        revived_count: Plans that had been chosen before, in this process or another.
     """
 
     cache: CacheStats
@@ -44,7 +48,7 @@ class BookStats:
 
 
 class PlanBook:
-    """Lends the plan of a key; the first who asks waits until it is chosen. Thread-safe.
+    """Knows the plan of each key; the first who asks waits until it is chosen. Thread-safe.
 
     What was chosen is remembered whatever it is, so it is found out once that cuDNN has no engine.
 
@@ -66,13 +70,14 @@ class PlanBook:
         self._store = store
         self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
         self._lock = threading.Lock()
+        self._choices: OrderedDict[PlanKey, Choice] = OrderedDict()
         self._chosen_count = 0
         self._revived_count = 0
 
-    def lease(
-        self, key: PlanKey, stream: Stream, check: Callable[[], None]
-    ) -> AbstractContextManager[Plan]:
-        """Lend the plan of `key` for the length of a with-block.
+    def get(self, key: PlanKey, stream: Stream, check: Callable[[], None]) -> Plan:
+        """Return the plan of `key`.
+
+        A plan stays usable for whoever has it, also after the book has forgotten it.
 
         Args:
             stream: The caller's own; nothing is under way on it.
@@ -81,7 +86,8 @@ class PlanBook:
         Raises:
             ExhaustedError: The card has not the memory to try plans.
         """
-        return self._cache.lease(key, lambda: self._resource(key, stream), check)
+        with self._cache.lease(key, lambda: self._resource(key, stream), check) as plan:
+            return plan
 
     @property
     def stats(self) -> BookStats:
@@ -101,7 +107,7 @@ class PlanBook:
         return Resource(candidate.plan, size_bytes)
 
     def _revived(self, key: PlanKey, stream: Stream) -> Candidate | None:
-        choice = self._store.load(key) if self._store is not None else None
+        choice = self._choice(key)
         if choice is None:
             return None
         try:
@@ -113,6 +119,14 @@ class PlanBook:
             self._revived_count += 1
         return candidate
 
+    def _choice(self, key: PlanKey) -> Choice | None:
+        """Return what was chosen before."""
+        with self._lock:
+            choice = self._choices.get(key)
+        if choice is None and self._store is not None:
+            return self._store.load(key)
+        return choice
+
     def _chosen(self, key: PlanKey, stream: Stream) -> Candidate:
         candidate = self._chooser.choose(key, stream)
         log.info("chose %s for %s of %s", candidate.choice.name, key.operation, key.problem)
@@ -120,4 +134,7 @@ class PlanBook:
             self._store.save(key, candidate.choice)
         with self._lock:
             self._chosen_count += 1
+            self._choices[key] = candidate.choice
+            if len(self._choices) > _CHOICES_COUNT:
+                self._choices.popitem(last=False)
         return candidate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from deconvd.options import UseCudnn
 from deconvd.problem import Problem
@@ -18,6 +19,8 @@ from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.window import WindowPlan, enlarged
 
 __all__ = ["Candidate", "Candidates"]
+
+_FEW = 2
 
 _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
 
@@ -43,21 +46,25 @@ class Candidates:
     def __init__(self, cudnn: Cudnn) -> None:
         self._cudnn = cudnn
 
-    def untuned(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        """Yield candidates in the order in which they are to be tried: the last one always works."""
-        if key.options.use_cudnn is UseCudnn.AUTO:
-            yield from self.own(key)
+    def promising(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        """Yield the few candidates that are tried where nothing is tuned: the likely best first.
+
+        The last one always works.
+        """
         if key.options.use_cudnn is not UseCudnn.NEVER:
-            for provider in _layouts_by_promise(key):
-                yield from self.cudnn(key, stream, provider, (Mode.A,))
-            yield from self.cudnn(key, stream, Provider.CUDNN_NCHW, (Mode.FALLBACK,))
-        yield from self.own(key)
+            yield from islice(self.cudnn(key, stream, Provider.CUDNN_NCHW, (Mode.A,)), _FEW)
+        if key.options.use_cudnn is not UseCudnn.ALWAYS:
+            yield from islice(self.own(key), _FEW)
+        if key.options.use_cudnn is not UseCudnn.NEVER:
+            modes = (Mode.FALLBACK,)
+            yield from islice(self.cudnn(key, stream, Provider.CUDNN_NCHW, modes), _FEW)
         yield self.fallback(key)
 
     def all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield every candidate that is worth timing."""
-        yield self.fallback(key)
-        yield from self.own(key)
+        if key.options.use_cudnn is not UseCudnn.ALWAYS:
+            yield self.fallback(key)
+            yield from self.own(key)
         if key.options.use_cudnn is not UseCudnn.NEVER:
             for modes in ((Mode.A,), (Mode.B, Mode.FALLBACK)):
                 for provider in _LAYOUTS:
@@ -134,12 +141,3 @@ class Candidates:
 
 def _cast(operation: Operation, problem: Problem, plan: Plan) -> Plan:
     return plan if problem.x.dtype == problem.W.dtype else CastPlan(operation, problem, plan)
-
-
-def _layouts_by_promise(key: PlanKey) -> list[Provider]:
-    """Return the layouts to try, the likely faster first."""
-    half = uniform(key.problem).x.dtype.itemsize == 2
-    channels = (key.problem.c_I // key.problem.groups, key.problem.W.shape[1])
-    if half and not any(count % 8 for count in channels):
-        return [Provider.CUDNN_NHWC, Provider.CUDNN_NCHW]
-    return [Provider.CUDNN_NCHW, Provider.CUDNN_NHWC]

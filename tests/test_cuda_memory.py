@@ -1,0 +1,111 @@
+"""Blocks of the card's memory, with an allocator that needs no card."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from deconvd.errors import ExhaustedError
+from deconvd_server.device.cuda.memory import ALIGNMENT_BYTES, DeviceMemory, Regions
+
+
+class Block:
+    def __init__(self, card: Card, size_bytes: int) -> None:
+        self.ptr = 4096
+        self._card, self._size_bytes = card, size_bytes
+        card.used_bytes += size_bytes
+
+    def __del__(self) -> None:
+        self._card.used_bytes -= self._size_bytes
+
+
+class Card:
+    """An allocator that fails beyond its capacity."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+
+    def allocate(self, size_bytes: int) -> Block:
+        if self.used_bytes + size_bytes > self.capacity_bytes:
+            raise MemoryError(f"out of memory allocating {size_bytes} bytes")
+        return Block(self, size_bytes)
+
+
+def test_a_block_is_given_back_at_the_end_of_its_block() -> None:
+    card = Card(100)
+    memory = DeviceMemory(100, card.allocate)
+    with memory.take(60) as pointer, memory.take(40):
+        assert pointer == 4096
+        assert memory.stats.used_bytes == card.used_bytes == 100
+    assert memory.stats.used_bytes == card.used_bytes == 0
+    assert memory.stats.peak_bytes == 100
+
+
+def test_what_exceeds_the_limit_is_refused_before_anything_is_allocated() -> None:
+    card = Card(1000)
+    memory = DeviceMemory(100, card.allocate)
+    with memory.take(60):
+        with pytest.raises(ExhaustedError, match=r"41 bytes.* 40 of 100 are free"), memory.take(41):
+            pass
+        assert card.used_bytes == 60
+        with memory.take(40):
+            pass
+
+
+def test_a_card_without_memory_fails_that_call_alone() -> None:
+    card = Card(50)
+    memory = DeviceMemory(100, card.allocate)
+    with pytest.raises(ExhaustedError, match="out of memory allocating 60"), memory.take(60):
+        pass
+    with memory.take(50):
+        assert memory.stats.used_bytes == 50
+
+
+def test_a_call_that_fails_gives_its_block_back() -> None:
+    card = Card(100)
+    memory = DeviceMemory(100, card.allocate)
+    with pytest.raises(KeyError), memory.take(60):
+        raise KeyError("the call failed")
+    assert memory.stats.used_bytes == card.used_bytes == 0
+
+
+def test_threads_never_take_more_than_the_limit() -> None:
+    lock, taken, most = threading.Lock(), 0, 0
+
+    class Counted:
+        ptr = 0
+
+    memory = DeviceMemory(100, lambda _: Counted())
+
+    def work(thread: int) -> int:
+        nonlocal taken, most
+        refused = 0
+        for i in range(300):
+            size_bytes = (thread * 31 + i * 17) % 60 + 1
+            try:
+                with memory.take(size_bytes):
+                    with lock:
+                        taken += size_bytes
+                        most = max(most, taken)
+                    with lock:
+                        taken -= size_bytes
+            except ExhaustedError:
+                refused += 1
+        return refused
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert most <= 100
+    assert memory.stats.used_bytes == 0
+
+
+def test_regions_are_aligned_and_do_not_overlap() -> None:
+    regions = Regions()
+    parts = [regions.add(size_bytes) for size_bytes in (1, 0, 256, 257, 1000)]
+    ends = [part.offset + part.size_bytes for part in parts]
+    assert all(part.offset % ALIGNMENT_BYTES == 0 for part in parts)
+    assert all(end <= part.offset for end, part in zip(ends, parts[1:], strict=False))
+    assert ends[-1] <= regions.total_bytes

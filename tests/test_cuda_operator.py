@@ -1,0 +1,153 @@
+"""Operations on the card's own arrays, and what becomes of a card that fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.errors import InvalidArgumentError
+from deconvd.geometry import Geometry
+from deconvd.gradients import Wanted
+from deconvd.options import Options, UseCudnn
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array
+from deconvd_server.call import Call
+from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.cuda.plan import Operation
+
+if TYPE_CHECKING:
+    from deconvd_server.device.cuda.device import CudaDevice
+    from deconvd_server.device.cuda.operator import Operator
+
+    cupy: Any
+else:
+    cupy = pytest.importorskip("cupy")
+    from deconvd_server.device.cuda.device import CudaDevice
+    from deconvd_server.device.cuda.operator import Operator
+
+pytestmark = pytest.mark.gpu
+
+ERRORS = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-5, "float64": 1e-12}
+STEADY = Options(cudnn_deterministic=True)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Iterator[CudaDevice]:
+    device = CudaDevice(0)
+    yield device
+    device.close()
+
+
+def problem_of(dtype: DType, image: int = 12) -> Problem:
+    return Problem(
+        TensorSpec((2, 16, image, image), dtype),
+        TensorSpec((16, 8, 4, 4), dtype),
+        Geometry(stride=(2, 2), pad=(1, 1)),
+    )
+
+
+def random_array(spec: TensorSpec, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal(spec.shape).astype(spec.dtype)
+
+
+def on_card(array: Array) -> Any:
+    return cupy.asarray(array.view(np.uint16) if array.dtype.itemsize == 2 else array)
+
+
+def assert_near(found: Any, expected: Array) -> None:
+    host = found.get().view(expected.dtype).astype(np.float64)
+    wide = expected.astype(np.float64)
+    assert np.abs(host - wide).max() / np.abs(wide).max() < ERRORS[expected.dtype.name]
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)
+def test_operations_that_come_again_use_what_the_arrays_hold_then(
+    cuda: CudaDevice, dtype: DType
+) -> None:
+    problem, cpu = problem_of(dtype), CpuDevice()
+    specs = (problem.x, problem.W, problem.y, problem.x, problem.W, problem.y, problem.b)
+    x, W, gy, gx, gW, y, gb = (on_card(np.zeros(s.shape, s.dtype)) for s in specs)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    operator = Operator(cuda, stream.ptr)
+    for seed in range(4):
+        host = [random_array(spec, seed + i) for i, spec in enumerate(specs[:3])]
+        for array, values in zip((x, W, gy), host, strict=True):
+            array.set(on_card(values).get())
+
+        operator.run(Operation.Y, problem, x, W, y, STEADY)
+        operator.run_gradients(problem, x, W, gy, gx, gW, gb, STEADY)
+        stream.synchronize()
+
+        assert_near(y, cpu.deconvolve(problem, host[0], host[1], None, STEADY, Call()))
+        expected = cpu.gradients(problem, host[0], host[1], host[2], Wanted(), STEADY, Call())
+        for found, right in zip((gx, gW, gb), expected, strict=True):
+            assert right is not None
+            assert_near(found, right)
+    operator.close()
+
+
+def test_an_array_that_is_not_aligned_is_refused(cuda: CudaDevice) -> None:
+    problem = problem_of(np.dtype(np.float32))
+    x, W, y = (
+        cupy.zeros(int(np.prod(spec.shape)) + 1, np.float32)[1:]
+        for spec in (problem.x, problem.W, problem.y)
+    )
+    with pytest.raises(InvalidArgumentError, match="aligned"):
+        Operator(cuda, 0).run(Operation.Y, problem, x, W, y, Options())
+
+
+def test_building_plans_stalls_no_other_call(cuda: CudaDevice) -> None:
+    problem = problem_of(np.dtype(np.float32))
+    x, W = random_array(problem.x, 0), random_array(problem.W, 1)
+    times_s: list[float] = []
+    done = threading.Event()
+
+    def call() -> None:
+        while not done.is_set():
+            start_s = time.perf_counter()
+            cuda.deconvolve(problem, x, W, None, STEADY, Call())
+            times_s.append(time.perf_counter() - start_s)
+
+    cuda.deconvolve(problem, x, W, None, STEADY, Call())
+    thread = threading.Thread(target=call)
+    thread.start()
+    for image in range(13, 43):
+        new = problem_of(np.dtype(np.float32), image)
+        options = Options(use_cudnn=UseCudnn.ALWAYS)
+        cuda.deconvolve(new, random_array(new.x, 0), W, None, options, Call())
+    done.set()
+    thread.join()
+
+    assert sorted(times_s)[int(len(times_s) * 0.99)] < 5e-3
+
+
+LOST = """
+import cupy
+from deconvd_server.device.cuda import DeviceLostError, open_device
+
+lost = []
+device = open_device(0, on_lost=lost.append)
+write = cupy.RawKernel('extern "C" __global__ void write(int *p) { *p = 1; }', 'write')
+try:
+    with device.using():
+        write((1,), (1,), (cupy.uint64(64),))
+        cupy.cuda.runtime.deviceSynchronize()
+except DeviceLostError as error:
+    print("lost:", error, lost == [error])
+import os
+os._exit(0)
+"""
+
+
+def test_a_card_that_must_be_reset_is_told_from_a_call_that_failed() -> None:
+    run = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60)
+    assert run.stdout.startswith("lost: cuda:0 must be reset")
+    assert run.stdout.rstrip().endswith("True")
