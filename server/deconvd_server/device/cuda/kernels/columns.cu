@@ -51,46 +51,74 @@ gather_columns(const ELEMENT *gy, ELEMENT *columns, Geometry g, Index first, Ind
     }
 }
 
-// Returns the sum of what the taps bring to output pixel (h, w); column_rows are one channel's taps.
-__device__ Compute<ELEMENT>::type sum_of_taps(const Compute<ELEMENT>::type *column_rows, const Geometry &g, int h,
-                                              int w, Index pixels)
-{
-    Compute<ELEMENT>::type sum = 0;
-    const int first_kw = first_tap(g.w, w);
-    for (int kh = first_tap(g.h, h); kh < g.h.kernel; kh += g.h.tap_step) {
-        const Index image_h = ((Index)h + g.h.pad - (Index)kh * g.h.dilate) / g.h.stride;
-        if ((Index)h + g.h.pad < (Index)kh * g.h.dilate) break;
-        if (image_h >= g.h.image) continue;
-        for (int kw = first_kw; kw < g.w.kernel; kw += g.w.tap_step) {
-            const Index image_w = ((Index)w + g.w.pad - (Index)kw * g.w.dilate) / g.w.stride;
-            if ((Index)w + g.w.pad < (Index)kw * g.w.dilate) break;
-            if (image_w >= g.w.image) continue;
-            sum += column_rows[((Index)kh * g.w.kernel + kw) * pixels + image_h * g.w.image + image_w];
+using Sum = Compute<ELEMENT>::type;
+
+struct Columns {
+    int first_sample, samples;
+    int first_channel, channels;  // of each group
+};
+
+// Where the columns of one channel and sample lie, and what its filter and images look like.
+struct Plane {
+    const Sum *columns;
+    Index pixels;  // from one tap's column to the next
+
+    // The sum of what the taps bring to output pixel (h, w), by ascending tap; from the given first taps on.
+    template <typename Integer>
+    __device__ __forceinline__ Sum sum(const Geometry &g, int h, int w, int first_kh, int first_kw) const
+    {
+        Sum total = 0;
+        const Integer reach_h = (Integer)h + g.h.pad, reach_w = (Integer)w + g.w.pad;
+        for (int kh = first_kh; kh < g.h.kernel; kh += g.h.tap_step) {
+            const Integer rest_h = reach_h - (Integer)kh * g.h.dilate;
+            if (rest_h < 0) break;
+            const Integer image_h = rest_h / g.h.stride;
+            if (image_h >= g.h.image) continue;
+            for (int kw = first_kw; kw < g.w.kernel; kw += g.w.tap_step) {
+                const Integer rest_w = reach_w - (Integer)kw * g.w.dilate;
+                if (rest_w < 0) break;
+                const Integer image_w = rest_w / g.w.stride;
+                if (image_w < g.w.image)
+                    total += columns[((Index)kh * g.w.kernel + kw) * pixels + image_h * g.w.image + image_w];
+            }
         }
+        return total;
     }
-    return sum;
-}
+};
 
 // Sets some channels of some samples of y to the sums of their columns, each in the order of its taps.
 //
-// columns has the shape (groups, channels, h_K w_K, samples h_I w_I), for the channels [first_channel,
-// first_channel + channels) of each group and the samples [first_sample, first_sample + samples).
-extern "C" __global__ void __launch_bounds__(THREADS)
-sum_columns(const Compute<ELEMENT>::type *columns, ELEMENT *y, Geometry g, int first_sample, int samples,
-            int first_channel, int channels)
+// columns has the shape (groups, channels, h_K w_K, samples h_I w_I). Threads are ordered by phase, then pixel: those
+// of a warp take output pixels a stride apart, whose columns lie beside each other.
+template <typename Integer> __device__ void sum_columns_by(const Sum *columns, ELEMENT *y, const Geometry &g, Columns c)
 {
     const Index output_pixels = (Index)g.h.output * g.w.output, image_pixels = (Index)g.h.image * g.w.image;
-    const Index taps = (Index)g.h.kernel * g.w.kernel, pixels = samples * image_pixels;
-    const int group_channels = g.output_channels / g.groups;
-    const Index rows = (Index)samples * g.groups * channels;
-    const Index offset = (Index)blockIdx.x * THREADS + threadIdx.x;
-    if (offset >= output_pixels) return;
-    const int h = offset / g.w.output, w = offset % g.w.output;
+    const Index taps = (Index)g.h.kernel * g.w.kernel, rows = (Index)c.samples * g.groups * c.channels;
+    const Integer steps = (g.w.output + g.w.stride - 1) / g.w.stride;  // pixels of one phase in a row
+    const Integer at = (Integer)blockIdx.x * THREADS + threadIdx.x;
+    const Integer h = at / (steps * g.w.stride), phase = at % (steps * g.w.stride) / steps;
+    const Integer w = at % steps * g.w.stride + phase;
+    if (h >= g.h.output || w >= g.w.output) return;
+    const int first_kh = first_tap(g.h, h), first_kw = first_tap(g.w, w), group_outputs = g.output_channels / g.groups;
     for (Index row = blockIdx.y; row < rows; row += gridDim.y) {
-        const Index channel = row % ((Index)g.groups * channels);
-        const int sample = row / ((Index)g.groups * channels);
-        const Index y_channel = channel / channels * group_channels + first_channel + channel % channels;
-        const auto sum = sum_of_taps(columns + channel * taps * pixels + sample * image_pixels, g, h, w, pixels);
-        narrow(y[((Index)(first_sample + sample) * g.output_channels + y_channel) * output_pixels + offset], sum);
+        const int channel = row % ((Index)g.groups * c.channels), sample = row / ((Index)g.groups * c.channels);
+        const Index y_channel = (Index)(channel / c.channels) * group_outputs + c.first_channel + channel % c.channels;
+        const Index pixels = c.samples * image_pixels;
+        const Plane plane = {columns + channel * taps * pixels + sample * image_pixels, pixels};
+        const Sum sum = plane.sum<Integer>(g, h, w, first_kh, first_kw);
+        narrow(y[((c.first_sample + sample) * (Index)g.output_channels + y_channel) * output_pixels + (Index)h * g.w.output + w], sum);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+sum_columns(const Sum *columns, ELEMENT *y, Geometry g, Columns c)
+{
+    sum_columns_by<int>(columns, y, g, c);
+}
+
+// For images and filters whose coordinates pass 32 bits.
+extern "C" __global__ void __launch_bounds__(THREADS)
+sum_wide_columns(const Sum *columns, ELEMENT *y, Geometry g, Columns c)
+{
+    sum_columns_by<Index>(columns, y, g, c);
 }

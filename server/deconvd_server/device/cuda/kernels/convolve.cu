@@ -4,14 +4,16 @@
 // has a row for each pixel of its domain and a column for each channel of the result and, for y, each of the
 // stride_h x stride_w output pixels that belong to an input pixel; these are put in their places at the end.
 //
-// Macros: ELEMENT (f16 or bf16), BLOCK_COLUMNS (16, 32, 64 or 128).
+// Where pixels are few and the product is deep, its depth is cut into parts, added up in order by add_parts.
+//
+// Macros: ELEMENT (f16 or bf16), BLOCK_COLUMNS (16, 32, 64 or 128), STRIDE_H and STRIDE_W (1 for gx).
 
-constexpr int THREADS = 256;
 constexpr int ROWS = 128, COLUMNS = BLOCK_COLUMNS;
+constexpr int THREADS = COLUMNS == 128 ? 128 : 256;  // fewer, larger warp tiles read less shared memory
 constexpr int DEPTH_CHUNKS = 4, DEPTH = 8 * DEPTH_CHUNKS;
 constexpr int STAGES = 4;
 constexpr int WARP_ROWS = COLUMNS == 128 ? 64 : COLUMNS == 16 ? 16 : 32;
-constexpr int WARP_COLUMNS = COLUMNS >= 64 ? 32 : 16;
+constexpr int WARP_COLUMNS = COLUMNS == 128 ? 64 : COLUMNS == 64 ? 32 : 16;
 constexpr int ROW_WARPS = ROWS / WARP_ROWS;
 constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
 constexpr int ROWS_PER_PASS = THREADS / DEPTH_CHUNKS;
@@ -28,7 +30,8 @@ struct Convolution {
     int domain_h, domain_w;
     int taps_h, taps_w, step_h, step_w, offset_h, offset_w;  // source pixel = domain pixel + offset + tap * step
     int columns;  // of a group: channels of the result times stride_h times stride_w
-    int output_h, output_w, stride_h, stride_w, cut_h, cut_w;  // output pixel = domain pixel * stride + phase - cut
+    int output_h, output_w, cut_h, cut_w;  // output pixel = domain pixel * stride + phase - cut
+    int parts;  // blocks that share the depth of a tile; add_parts adds up what they sum
 };
 
 // Where the threads of a block get the source pixels of their rows, tap after tap.
@@ -54,13 +57,12 @@ struct SourceRows {
 struct DepthCounter {
     int depth, tap_h, tap_w, channel;
 
-    __device__ DepthCounter(const Convolution &c)
+    __device__ DepthCounter(const Convolution &c, int first)
     {
-        depth = threadIdx.x % DEPTH_CHUNKS * 8;
-        tap_h = 0;
-        tap_w = 0;
-        channel = depth;
-        wrap(c);
+        depth = first + threadIdx.x % DEPTH_CHUNKS * 8;
+        tap_h = depth / c.channels / c.taps_w;
+        tap_w = depth / c.channels % c.taps_w;
+        channel = depth % c.channels;
     }
     __device__ void advance(const Convolution &c)
     {
@@ -81,17 +83,17 @@ struct DepthCounter {
 };
 
 __device__ __forceinline__ void load_stage(unsigned stage, const SourceRows &rows, const DepthCounter &at,
-                                           const ELEMENT *filter, int total_depth, int filter_rows,
+                                           int end, const ELEMENT *filter, int total_depth, int filter_rows,
                                            const Convolution &c)
 {
     const int chunk = threadIdx.x % DEPTH_CHUNKS, first = threadIdx.x / DEPTH_CHUNKS;
-    const bool in_depth = at.depth < total_depth;
-    const int shift_h = at.tap_h * c.step_h, shift_w = at.tap_w * c.step_w;
+    const bool in_depth = at.depth < end;
+    const int shift_h = at.tap_h * c.step_h, shift_w = at.tap_w * c.step_w, pitch = c.groups * c.channels;
 #pragma unroll
     for (int i = 0; i < A_PASSES; ++i) {
         const int h = rows.h[i] + shift_h, w = rows.w[i] + shift_w;
         const bool valid = in_depth && h >= 0 && h < c.source_h && w >= 0 && w < c.source_w;
-        const Index offset = ((Index)h * c.source_w + w) * c.groups * c.channels + at.channel;
+        const Index offset = (Index)(h * c.source_w + w) * pitch + at.channel;
         copy_chunk(stage + chunk_place<DEPTH_CHUNKS>(first + i * ROWS_PER_PASS, chunk) * 16,
                    rows.samples[i] + (valid ? offset : 0), valid);
     }
@@ -224,6 +226,32 @@ __device__ __forceinline__ void write_shifted_pair(const PhaseTarget &target, co
     if (!target.continues_left && w >= 1 && w - 1 < c.output_w) target.row[w - 1] = before;
 }
 
+// The same for a stride of 2 without a cut, where four domain pixels make an aligned vector of eight output pixels.
+__device__ void write_vectors(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
+                              int first_column)
+{
+    const int row = threadIdx.x % (ROWS / 4) * 4;
+    const OutputPixel pixel(c, first_row + row);
+    if (pixel.sample >= c.samples) return;
+    const int group_channels = c.columns / STRIDE_H / STRIDE_W;
+    ELEMENT *sample = output + (pixel.sample * c.groups + blockIdx.z) * group_channels * c.output_h * c.output_w;
+    for (int column = threadIdx.x / (ROWS / 4) * 2; column < COLUMNS; column += THREADS / (ROWS / 4) * 2) {
+        const unsigned at = first_column + column, rest = at / STRIDE_W;
+        if (at >= c.columns) return;
+        const int h = pixel.h * STRIDE_H - c.cut_h + rest % STRIDE_H, w = pixel.w * STRIDE_W;
+        if (h < 0 || h >= c.output_h || w >= c.output_w) continue;
+        const auto first = *(const Vector<ELEMENT, 4> *)(tile + column * PITCH + row);
+        const auto second = *(const Vector<ELEMENT, 4> *)(tile + (column + 1) * PITCH + row);
+        Vector<ELEMENT, 8> both;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            both.values[2 * j] = first.values[j];
+            both.values[2 * j + 1] = second.values[j];
+        }
+        *(Vector<ELEMENT, 8> *)(sample + ((Index)(rest / STRIDE_H) * c.output_h + h) * c.output_w + w) = both;
+    }
+}
+
 // Writes the tile with neighbouring threads at neighbouring domain pixels, two phases at a time where it can.
 __device__ void write_phases(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                              int first_column)
@@ -231,24 +259,25 @@ __device__ void write_phases(ELEMENT *output, const ELEMENT *tile, const Convolu
     const int row = threadIdx.x % ROWS;
     const OutputPixel pixel(c, first_row + row);
     if (pixel.sample >= c.samples) return;
-    const int group_channels = c.columns / c.stride_h / c.stride_w;
+    const int group_channels = c.columns / STRIDE_H / STRIDE_W;
     ELEMENT *sample = output + (pixel.sample * c.groups + blockIdx.z) * group_channels * c.output_h * c.output_w;
     PhaseTarget target;
-    target.left = pixel.w * c.stride_w - c.cut_w;
+    target.left = pixel.w * STRIDE_W - c.cut_w;
     target.continues_left = row > 0 && pixel.w > 0;
     target.continues_right = row + 1 < ROWS && pixel.w + 1 < c.domain_w;
-    const bool even = c.stride_w % 2 == 0, words = even && c.output_w % 2 == 0 && (size_t)output % 4 == 0;
-    const int width = even ? 2 : 1;
+    constexpr bool even = STRIDE_W % 2 == 0;
+    const bool words = even && c.output_w % 2 == 0 && (size_t)output % 4 == 0;
+    constexpr int width = even ? 2 : 1;
     for (int column = threadIdx.x / ROWS * width; column < COLUMNS; column += THREADS / ROWS * width) {
         const unsigned at = first_column + column;
         if (at >= c.columns) return;
-        const unsigned phase_w = at % (unsigned)c.stride_w, rest = at / (unsigned)c.stride_w;
-        const int h = pixel.h * c.stride_h - c.cut_h + rest % (unsigned)c.stride_h;
+        const unsigned phase_w = at % STRIDE_W, rest = at / STRIDE_W;
+        const int h = pixel.h * STRIDE_H - c.cut_h + rest % STRIDE_H;
         if (h < 0 || h >= c.output_h) continue;
-        target.row = sample + ((Index)(rest / (unsigned)c.stride_h) * c.output_h + h) * c.output_w;
+        target.row = sample + ((Index)(rest / STRIDE_H) * c.output_h + h) * c.output_w;
         const ELEMENT *values = tile + column * PITCH + row;
         const int w = target.left + phase_w;
-        if (words && c.stride_w == 2 && c.cut_w % 2)
+        if (words && STRIDE_W == 2 && c.cut_w % 2)
             write_shifted_pair(target, c, values[0], values[PITCH], values[1]);
         else if (even)
             write_pair(target, c, w, values[0], values[PITCH], words && c.cut_w % 2 == 0);
@@ -257,69 +286,138 @@ __device__ void write_phases(ELEMENT *output, const ELEMENT *tile, const Convolu
     }
 }
 
-// Writes the tile with neighbouring threads at neighbouring phases: for large strides.
+// Writes the tile for strides that are multiples of 8: threads write vectors of phases of one pixel.
+//
+// Four neighbours take the phases of one pixel, so that they fill a line of the cache.
 __device__ void write_many_phases(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                                   int first_column)
 {
-    const int column = threadIdx.x % COLUMNS, at = first_column + column;
-    if (at >= c.columns) return;
-    const int phase_w = at % c.stride_w, phase_h = at / c.stride_w % c.stride_h, channel = at / c.stride_w / c.stride_h;
-    const int group_channels = c.columns / c.stride_h / c.stride_w;
-    constexpr int step = THREADS / COLUMNS;
-    OutputPixel pixel(c, first_row + threadIdx.x / COLUMNS);
-    for (int row = threadIdx.x / COLUMNS; row < ROWS && pixel.sample < c.samples; row += step, pixel.advance(c, step)) {
-        const int h = pixel.h * c.stride_h + phase_h - c.cut_h, w = pixel.w * c.stride_w + phase_w - c.cut_w;
-        if (h < 0 || h >= c.output_h || w < 0 || w >= c.output_w) continue;
-        const Index plane = (pixel.sample * c.groups + blockIdx.z) * group_channels + channel;
-        output[(plane * c.output_h + h) * c.output_w + w] = tile[column * PITCH + row];
+    constexpr int lanes = COLUMNS >= 32 ? 4 : 2, step = THREADS / lanes;
+    const int group_channels = c.columns / STRIDE_H / STRIDE_W;
+    const bool aligned = c.cut_w % 8 == 0 && c.output_w % 8 == 0 && is_aligned(output);
+    for (int first = threadIdx.x % lanes * 8; first < COLUMNS; first += lanes * 8) {
+        const int at = first_column + first;
+        if (at >= c.columns) return;
+        const int phase_w = at % STRIDE_W, phase_h = at / STRIDE_W % STRIDE_H, channel = at / STRIDE_W / STRIDE_H;
+        OutputPixel pixel(c, first_row + threadIdx.x / lanes);
+        for (int row = threadIdx.x / lanes; row < ROWS && pixel.sample < c.samples; row += step, pixel.advance(c, step)) {
+            const int h = pixel.h * STRIDE_H + phase_h - c.cut_h, w = pixel.w * STRIDE_W + phase_w - c.cut_w;
+            if (h < 0 || h >= c.output_h) continue;
+            const Index plane = (pixel.sample * c.groups + blockIdx.z) * group_channels + channel;
+            ELEMENT *target = output + (plane * c.output_h + h) * c.output_w + w;
+            Vector<ELEMENT, 8> values;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) values.values[i] = tile[(first + i) * PITCH + row];
+            if (aligned) {
+                if (w >= 0 && w < c.output_w) *(Vector<ELEMENT, 8> *)target = values;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    if (w + i >= 0 && w + i < c.output_w) target[i] = values.values[i];
+            }
+        }
     }
 }
 
 __device__ void write_tile(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                            int first_column)
 {
-    if (c.stride_h * c.stride_w == 1) {
+    if (STRIDE_H * STRIDE_W == 1) {
         if (c.output_h * c.output_w % 8 == 0 && is_aligned(output))
             write_runs<8>(output, tile, c, first_row, first_column);
         else
             write_runs<1>(output, tile, c, first_row, first_column);
-    } else if (c.stride_w < 8) {
+    } else if (STRIDE_W == 2 && c.cut_w == 0 && c.domain_w % 4 == 0 && c.output_w % 8 == 0 && is_aligned(output)) {
+        write_vectors(output, tile, c, first_row, first_column);
+    } else if (STRIDE_W % 8) {
         write_phases(output, tile, c, first_row, first_column);
     } else {
         write_many_phases(output, tile, c, first_row, first_column);
     }
 }
 
-// source: (n, source_h, source_w, groups, channels); filter: (groups, columns, taps_h taps_w channels).
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-convolve(const ELEMENT *source, const ELEMENT *filter, ELEMENT *output, Convolution c)
+// Sums a part of the depth of one tile, of `steps` stages from `first` on.
+__device__ __forceinline__ void multiply(Sums &sums, unsigned stages, const ELEMENT *source, const ELEMENT *filter,
+                                         const Convolution &c, Index first_row, int first_column, int first, int steps)
 {
-    extern __shared__ __align__(128) unsigned char shared[];
-    const unsigned stages = shared_address(shared);
-    const Index first_row = (Index)blockIdx.x * ROWS;
-    const int first_column = blockIdx.y * COLUMNS;
-    const int total_depth = c.taps_h * c.taps_w * c.channels, steps = (total_depth + DEPTH - 1) / DEPTH;
-    const SourceRows rows(source + blockIdx.z * c.channels, c, first_row);
-    const ELEMENT *block_filter = filter + ((Index)blockIdx.z * c.columns + first_column) * total_depth;
-    DepthCounter at(c);
-    Sums sums = {};
-
-    for (int stage = 0; stage < STAGES - 1; ++stage) {
-        load_stage(stages + stage * STAGE_BYTES, rows, at, block_filter, total_depth, c.columns - first_column, c);
+    const int total_depth = c.taps_h * c.taps_w * c.channels, filter_rows = c.columns - first_column;
+    const SourceRows rows(source, c, first_row);
+    DepthCounter at(c, first);
+    const int end = min(total_depth, first + steps * DEPTH);
+    const auto load = [&](int number) {
+        load_stage(stages + number % STAGES * STAGE_BYTES, rows, at, end, filter, total_depth, filter_rows, c);
         at.advance(c);
-    }
+    };
+    for (int number = 0; number < STAGES - 1; ++number) load(number);
     for (int step = 0; step < steps; ++step) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        load_stage(stages + (step + STAGES - 1) % STAGES * STAGE_BYTES, rows, at, block_filter, total_depth,
-                   c.columns - first_column, c);
-        at.advance(c);
+        load(step + STAGES - 1);
         multiply_stage(sums, stages + step % STAGES * STAGE_BYTES);
     }
     wait_for_copies<0>();
     __syncthreads();
+}
+
+constexpr int MIN_BLOCKS = 2;
+
+// source: (n, source_h, source_w, groups, channels); filter: (groups, columns, taps_h taps_w channels).
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+convolve(const ELEMENT *source, const ELEMENT *filter, ELEMENT *output, Convolution c)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    const Index first_row = (Index)blockIdx.x * ROWS;
+    const int first_column = blockIdx.y * COLUMNS, depth = c.taps_h * c.taps_w * c.channels;
+    Sums sums = {};
+    multiply(sums, shared_address(shared), source + blockIdx.z * c.channels,
+             filter + ((Index)blockIdx.z * c.columns + first_column) * depth, c, first_row, first_column, 0,
+             (depth + DEPTH - 1) / DEPTH);
     ELEMENT *tile = (ELEMENT *)shared;
     store_tile(tile, sums);
     __syncthreads();
     write_tile(output, tile, c, first_row, first_column);
+}
+
+// Sets sums_of_parts, of shape (groups, parts, columns, pixels of the domain), for add_parts. Blocks along z: (groups, parts).
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+convolve_parts(const ELEMENT *source, const ELEMENT *filter, float *sums_of_parts, Convolution c)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    const Index first_row = (Index)blockIdx.x * ROWS, pixels = (Index)c.samples * c.domain_h * c.domain_w;
+    const int first_column = blockIdx.y * COLUMNS, depth = c.taps_h * c.taps_w * c.channels;
+    const int group = blockIdx.z / c.parts, part = blockIdx.z % c.parts;
+    const int stages = (depth + DEPTH - 1) / DEPTH, steps = (stages + c.parts - 1) / c.parts;
+    Sums sums = {};
+    multiply(sums, shared_address(shared), source + group * c.channels,
+             filter + ((Index)group * c.columns + first_column) * depth, c, first_row, first_column,
+             part * steps * DEPTH, steps);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const Index row = first_row + warp % ROW_WARPS * WARP_ROWS + lane / 4;
+    const int column = first_column + warp / ROW_WARPS * WARP_COLUMNS + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < WARP_ROWS / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < WARP_COLUMNS / 8; ++j)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const Index at_row = row + i * 16 + k / 2 * 8, at_column = column + j * 8 + k % 2;
+                if (at_row < pixels && at_column < c.columns)
+                    sums_of_parts[((Index)blockIdx.z * c.columns + at_column) * pixels + at_row] = sums[i][j][k];
+            }
+}
+
+// Adds up what convolve_parts has left, for results without a stride. Blocks: (pixels, columns, groups).
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_parts(const float *sums_of_parts, ELEMENT *output, Convolution c)
+{
+    const int image = c.output_h * c.output_w;
+    const Index pixels = (Index)c.samples * image, pixel = (Index)blockIdx.x * THREADS + threadIdx.x;
+    const int column = blockIdx.y;
+    if (pixel >= pixels) return;
+    const float *source = sums_of_parts + ((Index)blockIdx.z * c.parts * c.columns + column) * pixels + pixel;
+    float sum = 0;
+#pragma unroll 8
+    for (int part = 0; part < c.parts; ++part) sum += source[part * c.columns * pixels];
+    const Index channel = (Index)(pixel / image * c.groups + blockIdx.z) * c.columns + column;
+    narrow(output[channel * image + pixel % image], sum);
 }

@@ -10,12 +10,14 @@ sample's columns are too many, by channels; gx and gW by pixels.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Generator, Iterator
 
 import numpy as np
 
 from deconvd.dtypes import DType
+from deconvd.geometry import MAX_EXTENT
 from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd_server.device.cuda.kernels.blas import (
@@ -27,7 +29,6 @@ from deconvd_server.device.cuda.kernels.blas import (
 from deconvd_server.device.cuda.kernels.elementwise import cast_step
 from deconvd_server.device.cuda.kernels.geometry import KernelGeometry
 from deconvd_server.device.cuda.kernels.launch import (
-    Argument,
     Grid,
     Kernel,
     element,
@@ -75,6 +76,14 @@ def fallback_kernels(dtype: DType) -> list[Kernel]:
     """Return the kernels that plans for an element type launch."""
     names = ("pack", "unpack", "gather_columns", "sum_columns")
     return [_kernel(name, dtype) for name in names]
+
+
+class _Columns(ctypes.Structure):
+    """`Columns` in columns.cu."""
+
+    _fields_ = [
+        (name, ctypes.c_int) for name in ("first_sample", "samples", "first_channel", "channels")
+    ]
 
 
 class _Chunks:
@@ -145,11 +154,25 @@ class _Chunks:
             ),
             Matrices(columns, wide, pixels, rows * pixels),
         )
-        output_pixels = math.prod(problem.output)
-        grid = _grid(output_pixels, samples[1] * problem.groups * channels[1])
-        extents = (integer(value) for value in (*samples, *channels))
-        constants: tuple[Argument, ...] = (self._geometry, *extents)
-        yield Launch(_kernel("sum_columns", self._type), grid, (columns, _OUT), constants)
+        # a thread for each pixel of each phase: rows are filled up to whole steps of the stride
+        stride = problem.geometry.stride[1]
+        threads = problem.output[0] * -(-problem.output[1] // stride) * stride
+        grid = _grid(threads, samples[1] * problem.groups * channels[1])
+        chunk = _Columns(*samples, *channels)
+        yield Launch(self._sum_kernel(threads), grid, (columns, _OUT), (self._geometry, chunk))
+
+    def _sum_kernel(self, threads: int) -> Kernel:
+        """Return the kernel that sums columns: with 32-bit coordinates where they suffice."""
+        geometry = self._problem.geometry
+        reach = max(
+            self._problem.output[i]
+            + geometry.pad[i]
+            + self._problem.kernel[i] * geometry.dilate[i]
+            + geometry.stride[i]
+            for i in range(2)
+        )
+        narrow = max(reach, threads, math.prod(self._problem.image)) + _THREADS <= MAX_EXTENT
+        return _kernel("sum_columns" if narrow else "sum_wide_columns", self._type)
 
     def gx(self) -> Iterator[Step]:
         """Yield the steps for gx."""

@@ -1,5 +1,7 @@
 // Packs operands for the tensor cores: images channels-last, filters by output channel, channels padded with zeros.
 //
+// Macros: ELEMENT (of two bytes), STRIDE_H, STRIDE_W, CUT_W (less than STRIDE_W).
+//
 // With a stride, the output image is packed by stride_h x stride_w phases: pixel (q, phase) stands for output pixel
 // stride q + phase - pad. Phases lie beside each other like channels: packed channel (channel, phase_h, phase_w).
 
@@ -9,59 +11,140 @@ using Index = long long;
 
 struct PackedImage {
     int samples, groups, channels;  // channels of a group
-    int image_h, image_w, stride_h, stride_w, cut_h, cut_w;  // image pixel = packed pixel * stride + phase - cut
+    int image_h, image_w, cut_h;  // image pixel = packed pixel * stride + phase - cut: CUT_W along w
     int packed_h, packed_w, packed_channels;  // packed channels of a group: a multiple of 8
-    int rows;  // (channel, phase_h) pairs that a block takes at once: rows * stride_w is a multiple of 8, at most 64
 };
 
-constexpr int PIXELS = 32, MAX_CHANNELS = 64, PITCH = MAX_CHANNELS + 2;  // an odd number of banks
-
-// Loads a tile: packed pixels [first_w, first_w + PIXELS) of one packed row, packed channels from the given row on.
-__device__ void load_tile(ELEMENT (*tile)[PITCH], const ELEMENT *image, const PackedImage &p, int packed_row,
-                          int first_w, int first_row)
+// A row of the image that a row of packed channels, (channel, phase_h), comes from; null outside.
+__device__ __forceinline__ const ELEMENT *image_row(const ELEMENT *image, const PackedImage &p, int packed_row, int row)
 {
-    const int width = PIXELS * p.stride_w, left = first_w * p.stride_w - p.cut_w;
-    for (int i = threadIdx.x; i < p.rows * width; i += THREADS) {
-        const int row = i / width, pixel = i % width;
-        const int channel = (first_row + row) / p.stride_h, phase_h = (first_row + row) % p.stride_h;
-        const int h = packed_row * p.stride_h + phase_h - p.cut_h, w = left + pixel;
-        const bool inside = channel < p.channels && h >= 0 && h < p.image_h && w >= 0 && w < p.image_w;
-        tile[pixel / p.stride_w][row * p.stride_w + pixel % p.stride_w] =
-            inside ? image[((Index)channel * p.image_h + h) * p.image_w + w] : ELEMENT{};
+    const int channel = row / STRIDE_H, h = packed_row * STRIDE_H + row % STRIDE_H - p.cut_h;
+    const bool inside = channel < p.channels && h >= 0 && h < p.image_h;
+    return inside ? image + ((Index)channel * p.image_h + h) * p.image_w : nullptr;
+}
+
+#if STRIDE_W == 1 || STRIDE_W == 2 || STRIDE_W == 4 || STRIDE_W == 8
+
+constexpr int RUN = 8 * STRIDE_W;  // pixels of an image row that 8 packed pixels are made of
+
+// Loads pixels [first, first + RUN) of a row, zeros outside. Vectors lie where the row is aligned, CUT_W further on.
+__device__ __forceinline__ void load_run(ELEMENT (&run)[RUN], const ELEMENT *row, int first, int width, bool vectors)
+{
+    if (!row) {
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) run[i] = ELEMENT{};
+    } else if (vectors) {
+#pragma unroll
+        for (int at = CUT_W > 0 ? CUT_W - 8 : 0; at < RUN; at += 8) {
+            Vector<ELEMENT, 8> elements = {};
+            if (first + at >= 0 && first + at < width) elements = *(const Vector<ELEMENT, 8> *)(row + first + at);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (at + i >= 0 && at + i < RUN) run[at + i] = elements.values[i];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) run[i] = first + i >= 0 && first + i < width ? row[first + i] : ELEMENT{};
     }
 }
 
 // packed, of shape (n, packed_h, packed_w, groups, packed_channels), from image, of shape (n, groups channels, h, w).
 //
-// Blocks: (pixel tiles and packed rows, parts of the packed channels, samples and groups).
-extern "C" __global__ void __launch_bounds__(THREADS) pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p)
+// A thread takes 8 packed channels of 8 packed pixels of a row in registers; `lanes` neighbours take further channels.
+// Blocks: (runs of packed pixels of all rows of all planes (n, groups), parts of the packed channels).
+extern "C" __global__ void __launch_bounds__(THREADS)
+pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p, int lanes)
 {
-    __shared__ __align__(16) ELEMENT tile[PIXELS][PITCH];
-    const int pixel_tiles = (p.packed_w + PIXELS - 1) / PIXELS;
-    const int first_w = blockIdx.x % pixel_tiles * PIXELS, packed_row = blockIdx.x / pixel_tiles;
-    const int first_row = blockIdx.y * p.rows, first_channel = first_row * p.stride_w;
-    const int channels = min(p.rows * p.stride_w, p.packed_channels - first_channel);
-    for (Index plane = blockIdx.z; plane < (Index)p.samples * p.groups; plane += gridDim.z) {
-        load_tile(tile, image + plane * p.channels * p.image_h * p.image_w, p, packed_row, first_w, first_row);
-        __syncthreads();
-        const Index sample = plane / p.groups, group = plane % p.groups;
-        for (int i = threadIdx.x; i < PIXELS * channels / 8; i += THREADS) {
-            const int pixel = i / (channels / 8), channel = i % (channels / 8) * 8;
-            if (first_w + pixel >= p.packed_w) break;
-            Vector<ELEMENT, 8> elements;
+    const int runs = (p.packed_w + 7) / 8, lane = threadIdx.x % lanes;
+    const Index at = (Index)blockIdx.x * (THREADS / lanes) + threadIdx.x / lanes, plane = at / runs / p.packed_h;
+    const int packed_w = at % runs * 8, packed_row = at / runs % p.packed_h;
+    const int channel = (blockIdx.y * lanes + lane) * 8;
+    if (plane >= (Index)p.samples * p.groups || channel >= p.packed_channels) return;
+    const ELEMENT *source = image + plane * p.channels * p.image_h * p.image_w;
+    const bool vectors = p.image_w % 8 == 0 && is_aligned(image);
+
+    ELEMENT run[8 / STRIDE_W][RUN];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) elements.values[j] = tile[pixel][channel + j];
-            const Index at = (sample * p.packed_h + packed_row) * p.packed_w + first_w + pixel;
-            *(Vector<ELEMENT, 8> *)(packed + (at * p.groups + group) * p.packed_channels + first_channel + channel) =
-                elements;
-        }
-        __syncthreads();
+    for (int row = 0; row < 8 / STRIDE_W; ++row)
+        load_run(run[row], image_row(source, p, packed_row, channel / STRIDE_W + row), packed_w * STRIDE_W - CUT_W,
+                 p.image_w, vectors);
+    const Index pixel = (plane / p.groups * p.packed_h + packed_row) * p.packed_w + packed_w;
+    ELEMENT *target = packed + (pixel * p.groups + plane % p.groups) * p.packed_channels + channel;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (packed_w + i >= p.packed_w) break;
+        Vector<ELEMENT, 8> elements;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) elements.values[c] = run[c / STRIDE_W][i * STRIDE_W + c % STRIDE_W];
+        *(Vector<ELEMENT, 8> *)(target + (Index)i * p.groups * p.packed_channels) = elements;
     }
 }
 
+#else
+
+constexpr int PIXELS = 32;
+// (channel, phase_h) pairs that a block takes at once: a multiple of 8 packed channels, 64 where the stride allows.
+constexpr int ROWS = STRIDE_W <= 8 ? 8 * (8 / STRIDE_W) : STRIDE_W <= 64 ? 64 / STRIDE_W : 1;
+constexpr int CHANNELS = ROWS * STRIDE_W, PITCH = CHANNELS + 2;  // an odd number of banks, mostly
+
+static_assert(CHANNELS % 8 == 0, "a tile's channels are whole vectors");
+
+// Loads a tile: packed pixels [first_w, first_w + PIXELS) of one packed row, packed channels from the given row on.
+//
+// Vectors lie where the image is aligned: a cut lets the first and the last reach over the tile's ends.
+template <int width>
+__device__ void load_tile(ELEMENT (*tile)[PITCH], const ELEMENT *image, const PackedImage &p, int packed_row,
+                          int first_w, int first_row)
+{
+    constexpr int vectors = PIXELS * STRIDE_W / width + (width > 1);
+    const int first = first_w * STRIDE_W, left = (first - CUT_W + 8 * width) / width * width - 8 * width;
+    for (int i = threadIdx.x; i < ROWS * vectors; i += THREADS) {
+        const int row = i / vectors, w = left + i % vectors * width, pixel = w + CUT_W - first;
+        if (pixel >= PIXELS * STRIDE_W) continue;
+        const ELEMENT *source = image_row(image, p, packed_row, first_row + row);
+        Vector<ELEMENT, width> elements = {};
+        if (source && w >= 0 && w < p.image_w) elements = *(const Vector<ELEMENT, width> *)(source + w);
+#pragma unroll
+        for (int j = 0; j < width; ++j) {
+            const unsigned at = pixel + j;
+            if (at < PIXELS * STRIDE_W) tile[at / STRIDE_W][row * STRIDE_W + at % STRIDE_W] = elements.values[j];
+        }
+    }
+}
+
+// The same for other strides, through shared memory. Here `lanes` is not used.
+//
+// Blocks: (pixel tiles of all rows of all planes (n, groups), parts of the packed channels).
+extern "C" __global__ void __launch_bounds__(THREADS)
+pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p, int lanes)
+{
+    __shared__ __align__(16) ELEMENT tile[PIXELS][PITCH];
+    const int pixel_tiles = (p.packed_w + PIXELS - 1) / PIXELS;
+    const int first_w = blockIdx.x % pixel_tiles * PIXELS, packed_row = blockIdx.x / pixel_tiles % p.packed_h;
+    const Index plane = blockIdx.x / pixel_tiles / p.packed_h;
+    const int first_row = blockIdx.y * ROWS, first_channel = first_row * STRIDE_W;
+    const ELEMENT *source = image + plane * p.channels * p.image_h * p.image_w;
+    if (p.image_w % 8 == 0 && is_aligned(image))
+        load_tile<8>(tile, source, p, packed_row, first_w, first_row);
+    else
+        load_tile<1>(tile, source, p, packed_row, first_w, first_row);
+    __syncthreads();
+    const Index first_pixel = (plane / p.groups * p.packed_h + packed_row) * p.packed_w + first_w;
+    ELEMENT *target = packed + (first_pixel * p.groups + plane % p.groups) * p.packed_channels + first_channel;
+    for (int i = threadIdx.x; i < PIXELS * CHANNELS / 8; i += THREADS) {
+        const int pixel = i / (CHANNELS / 8), channel = i % (CHANNELS / 8) * 8;
+        if (first_w + pixel >= p.packed_w || first_channel + channel >= p.packed_channels) continue;
+        Vector<unsigned, 4> words;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words.values[j] = *(const unsigned *)&tile[pixel][channel + 2 * j];
+        *(Vector<unsigned, 4> *)(target + (Index)pixel * p.groups * p.packed_channels + channel) = words;
+    }
+}
+#endif
+
 struct PackedFilter {
     int groups, inputs, outputs;  // channels of a group
-    int kernel_h, kernel_w, stride_h, stride_w;
+    int kernel_h, kernel_w;
     int taps_h, taps_w;  // of the convolution: kernel / stride, rounded up
     int packed_channels;  // inputs, or outputs and phases, padded to a multiple of 8
 };
@@ -73,8 +156,8 @@ struct TapPlace {
     __device__ TapPlace(const PackedFilter &p, int tap_of_filter)
     {
         const int kh = tap_of_filter / p.kernel_w, kw = tap_of_filter % p.kernel_w;
-        tap = kh / p.stride_h * p.taps_w + kw / p.stride_w;
-        phase = kh % p.stride_h * p.stride_w + kw % p.stride_w;
+        tap = kh / STRIDE_H * p.taps_w + kw / STRIDE_W;
+        phase = kh % STRIDE_H * STRIDE_W + kw % STRIDE_W;
     }
 };
 
@@ -85,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_output(cons
                                                                             PackedFilter p)
 {
     __shared__ ELEMENT tile[32][33];
-    const int taps = p.kernel_h * p.kernel_w, phases = p.stride_h * p.stride_w;
+    const int taps = p.kernel_h * p.kernel_w, phases = STRIDE_H * STRIDE_W;
     const Index columns = (Index)p.outputs * taps, first_column = (Index)blockIdx.x * 32;
     const int first_input = blockIdx.y * 32, x = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < 32 && first_input + i < p.inputs; i += THREADS / 32)
@@ -105,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_output(cons
 extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_input(const ELEMENT *W, ELEMENT *packed,
                                                                            PackedFilter p)
 {
-    const int taps = p.kernel_h * p.kernel_w, phases = p.stride_h * p.stride_w;
+    const int taps = p.kernel_h * p.kernel_w, phases = STRIDE_H * STRIDE_W;
     const Index columns = (Index)p.outputs * taps, at = (Index)blockIdx.x * THREADS + threadIdx.x;
     if (at >= columns * p.groups * p.inputs) return;
     const Index input = at / columns, column = at % columns;
@@ -118,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_input(const
 extern "C" __global__ void __launch_bounds__(THREADS) unpack_filter(const float *sums, ELEMENT *gW, PackedFilter p,
                                                                     int parts)
 {
-    const int taps = p.kernel_h * p.kernel_w, phases = p.stride_h * p.stride_w;
+    const int taps = p.kernel_h * p.kernel_w, phases = STRIDE_H * STRIDE_W;
     const Index columns = (Index)p.outputs * taps, at = (Index)blockIdx.x * THREADS + threadIdx.x;
     if (at >= columns * p.groups * p.inputs) return;
     const Index input = at / columns, column = at % columns;

@@ -16,7 +16,6 @@ __all__ = ["Packing", "padded"]
 _PIXELS = 32
 _MAX_CHANNELS = 64
 _THREADS = 256
-_MAX_GRID_Z = 65535
 
 
 class _PackedImage(ctypes.Structure):
@@ -26,8 +25,8 @@ class _PackedImage(ctypes.Structure):
         (name, ctypes.c_int)
         for name in (
             *("samples", "groups", "channels"),
-            *("image_h", "image_w", "stride_h", "stride_w", "cut_h", "cut_w"),
-            *("packed_h", "packed_w", "packed_channels", "rows"),
+            *("image_h", "image_w", "cut_h"),
+            *("packed_h", "packed_w", "packed_channels"),
         )
     ]
 
@@ -38,7 +37,7 @@ class _PackedFilter(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int)
         for name in (
-            *("groups", "inputs", "outputs", "kernel_h", "kernel_w", "stride_h", "stride_w"),
+            *("groups", "inputs", "outputs", "kernel_h", "kernel_w"),
             *("taps_h", "taps_w", "packed_channels"),
         )
     ]
@@ -121,9 +120,8 @@ class Packing:
 
     def pack_x(self, target: Place) -> Step:
         """Return the step that packs x, the first operand."""
-        return self._pack(
-            self.inputs, self.problem.image, (1, 1), (0, 0), self.problem.image, Slot.A, target
-        )
+        row = 1, math.prod(self.problem.image)  # without a stride, rows need not be told apart
+        return self._pack(self.inputs, row, (1, 1), (0, 0), row, Slot.A, target)
 
     def pack_gy(self, slot: Slot, target: Place) -> Step:
         """Return the step that packs gy, by phases."""
@@ -144,16 +142,17 @@ class Packing:
     ) -> Step:
         groups, n = self.problem.groups, self.problem.n
         packed_channels = padded(channels * math.prod(stride))
-        rows = 8 * max(8 // stride[1], 1) if stride[1] <= 8 else max(_MAX_CHANNELS // stride[1], 1)
-        layout = _PackedImage(
-            n, groups, channels, *image, *stride, *cut, *packed, packed_channels, rows
-        )
-        grid = (
-            -(-packed[1] // _PIXELS) * packed[0],
-            -(-packed_channels // (rows * stride[1])),
-            min(n * groups, _MAX_GRID_Z),
-        )
-        return Launch(self._kernel("pack_image"), grid, (Place(slot), target), (layout,))
+        layout = _PackedImage(n, groups, channels, *image, cut[0], *packed, packed_channels)
+        rows = packed[0] * n * groups
+        lanes = _lanes(packed_channels)
+        if stride[1] in (1, 2, 4, 8):
+            blocks = -(-rows * -(-packed[1] // 8) // (_THREADS // lanes))
+            grid = blocks, -(-packed_channels // (8 * lanes)), 1
+        else:
+            parts = -(-packed_channels // _tile_channels(stride[1]))
+            grid = rows * -(-packed[1] // _PIXELS), parts, 1
+        kernel = self._kernel("pack_image", stride, cut[1])
+        return Launch(kernel, grid, (Place(slot), target), (layout, integer(lanes)))
 
     def filter_by_output_elements(self) -> int:
         """Return the elements of W packed for y."""
@@ -215,10 +214,24 @@ class Packing:
             self.inputs,
             self.outputs,
             *self.problem.kernel,
-            *self.problem.geometry.stride,
             *self.taps,
             packed_channels,
         )
 
-    def _kernel(self, name: str) -> Kernel:
-        return Kernel("packing.cu", name, (element(self.problem.x.dtype),))
+    def _kernel(self, name: str, stride: Pair | None = None, cut_w: int = 0) -> Kernel:
+        h, w = stride or self.problem.geometry.stride
+        values = {"STRIDE_H": h, "STRIDE_W": w, "CUT_W": cut_w}
+        macros = ((macro, str(value)) for macro, value in values.items())
+        return Kernel("packing.cu", name, (element(self.problem.x.dtype), *macros))
+
+
+def _lanes(packed_channels: int) -> int:
+    """Return how many neighbouring threads take neighbouring channels: a power of two, at most 8."""
+    return next(lanes for lanes in (8, 4, 2, 1) if packed_channels >= 8 * lanes)
+
+
+def _tile_channels(stride_w: int) -> int:
+    """Return how many packed channels a block takes where it packs through shared memory."""
+    if stride_w <= 8:
+        return 8 * (8 // stride_w) * stride_w
+    return max(_MAX_CHANNELS // stride_w, 1) * stride_w

@@ -11,7 +11,7 @@ import ctypes
 import math
 
 from deconvd.dtypes import BFLOAT16
-from deconvd.geometry import MAX_EXTENT
+from deconvd.geometry import MAX_EXTENT, Pair
 from deconvd.problem import Problem
 from deconvd_server.device.cuda.kernels.launch import Kernel, element
 from deconvd_server.device.cuda.kernels.packing import Packing, padded
@@ -40,6 +40,9 @@ _MAX_WASTE = 2.5
 _BLOCKS = 132 * 2
 """Blocks that a large card runs at once: gW's sums are cut into parts until there are as many."""
 
+_MIN_STAGES = 16
+"""Stages of depth that a part has at least: its beginning and its end take as long as some stages."""
+
 _PARTS_BYTES = 64 << 20
 """A bound on gW's sums of all parts."""
 
@@ -52,7 +55,7 @@ class _Convolution(ctypes.Structure):
         for name in (
             *("samples", "groups", "source_h", "source_w", "channels", "domain_h", "domain_w"),
             *("taps_h", "taps_w", "step_h", "step_w", "offset_h", "offset_w", "columns"),
-            *("output_h", "output_w", "stride_h", "stride_w", "cut_h", "cut_w"),
+            *("output_h", "output_w", "cut_h", "cut_w", "parts"),
         )
     ]
 
@@ -117,11 +120,12 @@ def _y_plan(packing: Packing) -> StepPlan:
         *packing.first,
         packing.columns,
         *problem.output,
-        *problem.geometry.stride,
         *packing.cut,
+        1,
     )
+    stride = problem.geometry.stride
     pixels = problem.n * math.prod(packing.packed_output)
-    convolve = _convolve(packing, pixels, packing.columns, (x, W), convolution)
+    convolve = _convolve(packing, pixels, stride, (x, W), convolution)
     steps = (packing.pack_x(x), *packing.pack_filter_by_output(W), convolve)
     return StepPlan("tensor cores", workspace.size_bytes, steps)
 
@@ -131,6 +135,7 @@ def _gx_plan(packing: Packing) -> StepPlan:
     itemsize = problem.x.dtype.itemsize
     gy = workspace.take(packing.gy_elements * itemsize)
     W = workspace.take(packing.filter_by_input_elements() * itemsize)
+    parts_count = _gx_parts(packing)
     convolution = _Convolution(
         *(problem.n, problem.groups, *packing.packed_output, padded(packing.columns)),
         *problem.image,
@@ -139,30 +144,67 @@ def _gx_plan(packing: Packing) -> StepPlan:
         *(-packing.first[0], -packing.first[1]),
         packing.inputs,
         *problem.image,
-        *(1, 1, 0, 0),
+        *(0, 0, parts_count),
     )
     pixels = problem.n * math.prod(problem.image)
-    convolve = _convolve(packing, pixels, packing.inputs, (gy, W), convolution)
-    steps = (packing.pack_gy(Slot.A, gy), *packing.pack_filter_by_input(W), convolve)
-    return StepPlan("tensor cores", workspace.size_bytes, steps)
+    pack = packing.pack_gy(Slot.A, gy), *packing.pack_filter_by_input(W)
+    if parts_count == 1:
+        convolve = _convolve(packing, pixels, (1, 1), (gy, W), convolution)
+        return StepPlan("tensor cores", workspace.size_bytes, (*pack, convolve))
+    sums = workspace.take(parts_count * pixels * problem.c_I * 4)
+    parts = _convolve_parts(packing, pixels, (gy, W, sums), convolution)
+    return StepPlan("tensor cores", workspace.size_bytes, (*pack, *parts))
+
+
+def _gx_parts(packing: Packing) -> int:
+    """Return how many parts the depth of gx's product is cut into: enough to fill a card."""
+    problem = packing.problem
+    tiles = -(-problem.n * math.prod(problem.image) // _ROWS) * problem.groups
+    tiles *= -(-packing.inputs // _width(packing.inputs))
+    stages = -(-math.prod(packing.taps) * padded(packing.columns) // _DEPTH)
+    return max(min(_BLOCKS // tiles, stages // _MIN_STAGES, _MAX_GRID_YZ // problem.groups), 1)
+
+
+def _convolve_parts(
+    packing: Packing, pixels: int, places: tuple[Place, Place, Place], convolution: _Convolution
+) -> tuple[Step, Step]:
+    """Return the steps that sum parts of the depth of gx's product, and add them up."""
+    columns, groups = packing.inputs, packing.problem.groups
+    width = _width(columns)
+    kernel = _convolve_kernel("convolve_parts", packing, width, (1, 1))
+    grid = -(-pixels // _ROWS), -(-columns // width), groups * convolution.parts
+    add = _convolve_kernel("add_parts", packing, width, (1, 1))
+    add_grid = -(-pixels // add.threads), columns, groups
+    return (
+        Launch(kernel, grid, places, (convolution,)),
+        Launch(add, add_grid, (places[2], Place(Slot.OUT)), (convolution,)),
+    )
 
 
 def _convolve(
     packing: Packing,
     pixels: int,
-    columns: int,
+    stride: Pair,
     operands: tuple[Place, Place],
     convolution: _Convolution,
 ) -> Step:
+    columns: int = convolution.columns
     width = _width(columns)
-    kernel = Kernel(
-        "convolve.cu",
-        "convolve",
-        (element(packing.problem.x.dtype), ("BLOCK_COLUMNS", str(width))),
-        shared_bytes=_STAGES * (_ROWS + width) * _DEPTH * 2,
-    )
+    kernel = _convolve_kernel("convolve", packing, width, stride)
     grid = -(-pixels // _ROWS), -(-columns // width), packing.problem.groups
     return Launch(kernel, grid, (*operands, Place(Slot.OUT)), (convolution,))
+
+
+def _convolve_kernel(name: str, packing: Packing, width: int, stride: Pair) -> Kernel:
+    values = {"BLOCK_COLUMNS": width, "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
+    macros = ((macro, str(value)) for macro, value in values.items())
+    return Kernel(
+        "convolve.cu",
+        name,
+        (element(packing.problem.x.dtype), *macros),
+        threads=128 if width == 128 else 256,
+        shared_bytes=_STAGES * (_ROWS + width) * _DEPTH * 2,
+    )
 
 
 def _gW_plan(packing: Packing) -> StepPlan:

@@ -48,9 +48,36 @@ __device__ void store_tile(const ELEMENT (*tile)[PITCH], ELEMENT *matrix, Index 
     }
 }
 
-// Sets target, of shape (batch, columns, rows), to the transpose of source, of shape (batch, rows, columns).
-extern "C" __global__ void __launch_bounds__(THREADS)
-transpose(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
+// Transposes squares of WIDTH x WIDTH elements in registers, loaded and stored as vectors.
+//
+// A warp takes up to 8 squares below each other, so that what it stores lies together too.
+__device__ void transpose_squares(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
+{
+    const Index row_squares = rows / WIDTH, column_squares = columns / WIDTH;
+    const int lanes = row_squares >= 8 ? 8 : row_squares >= 4 ? 4 : row_squares >= 2 ? 2 : 1;
+    const Index row_groups = (row_squares + lanes - 1) / lanes, count = batch * row_groups * column_squares;
+    const int lane = threadIdx.x % lanes;
+    for (Index i = (Index)blockIdx.x * (THREADS / lanes) + threadIdx.x / lanes; i < count;
+         i += (Index)gridDim.x * (THREADS / lanes)) {
+        const Index column = i % column_squares * WIDTH, group = i / column_squares;
+        const Index row = (group % row_groups * lanes + lane) * WIDTH, offset = group / row_groups * rows * columns;
+        if (row >= rows) continue;
+        Vector<ELEMENT, WIDTH> from[WIDTH];
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j)
+            from[j] = *(const Vector<ELEMENT, WIDTH> *)(source + offset + (row + j) * columns + column);
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+            Vector<ELEMENT, WIDTH> to;
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) to.values[k] = from[k].values[j];
+            *(Vector<ELEMENT, WIDTH> *)(target + offset + (column + j) * rows + row) = to;
+        }
+    }
+}
+
+// Transposes tiles through shared memory, for matrices and pointers of any kind.
+__device__ void transpose_tiles(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
 {
     __shared__ ELEMENT tile[TILE][PITCH];
     const Index column_tiles = (columns + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;
@@ -62,4 +89,14 @@ transpose(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index
         store_tile(tile, target + offset, columns, rows, column, row);
         __syncthreads();
     }
+}
+
+// Sets target, of shape (batch, columns, rows), to the transpose of source, of shape (batch, rows, columns).
+extern "C" __global__ void __launch_bounds__(THREADS)
+transpose(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
+{
+    if (rows % WIDTH == 0 && columns % WIDTH == 0 && is_aligned(source) && is_aligned(target))
+        transpose_squares(source, target, batch, rows, columns);
+    else
+        transpose_tiles(source, target, batch, rows, columns);
 }
