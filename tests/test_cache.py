@@ -152,10 +152,47 @@ def test_one_who_waits_gives_up_when_its_check_raises() -> None:
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(lease)
         assert started.wait(10)
-        with pytest.raises(InterruptedError), cache.lease("a", build, check):
+        with pytest.raises(InterruptedError), cache.lease("a", build, check=check):
             pass
         finish.set()
         assert future.result(10) == "value"
+
+
+def test_one_who_gives_up_its_own_build_leaves_it_to_others() -> None:
+    cache, finish = StrCache(10), threading.Event()
+    maker, checks = Maker(), iter([None, InterruptedError("the deadline has passed")])
+
+    def build() -> Resource[str]:
+        assert finish.wait(10)
+        return maker.of("a")()
+
+    def check() -> None:
+        error = next(checks)
+        if error is not None:
+            raise error
+
+    with ThreadPoolExecutor(1) as pool:
+        with (
+            pytest.raises(InterruptedError),
+            cache.lease("a", build, check=check, executor=pool),
+        ):
+            pass
+        finish.set()
+        with cache.lease("a", build, executor=pool) as value:
+            assert value == "A"
+    cache.close()
+    assert (maker.built, maker.freed) == (["a"], ["a"])
+
+
+def test_an_executor_that_was_shut_down_builds_nothing() -> None:
+    cache, pool = StrCache(10), ThreadPoolExecutor(1)
+    pool.shutdown()
+    with (
+        pytest.raises(RuntimeError, match="shutdown"),
+        cache.lease("a", Maker().of("a"), executor=pool),
+    ):
+        pass
+    assert use(cache, Maker(), "a") == "A"
 
 
 def test_many_threads_free_everything_exactly_once() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deconvd.dtypes import ELEMENT_TYPES, DType
-from deconvd.errors import CallCancelledError, ExhaustedError
+from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options, UseCudnn
@@ -193,6 +193,13 @@ def test_deterministic_runs_are_equal_bit_by_bit(
     assert len({run() for _ in range(5)}) == 1
 
 
+def test_status_tells_of_plans_and_buffers(cuda: CudaDevice) -> None:
+    caches = {cache.name: cache for cache in cuda.caches}
+    assert set(caches) == {"plans", "device buffers", "pinned buffers"}
+    for cache in caches.values():
+        assert 0 <= cache.size_bytes <= cache.limit_bytes
+
+
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -320,6 +327,18 @@ def test_a_call_that_has_ended_is_not_computed(cuda: CudaDevice) -> None:
         cuda.deconvolve(
             problem, random_array(problem.x), random_array(problem.W), None, Options(), call
         )
+
+
+def test_a_call_whose_time_is_up_does_not_wait_for_tuning(cuda: CudaDevice) -> None:
+    problem = layer(np.dtype(np.float16), n=3, image=33)
+    x, W = random_array(problem.x), random_array(problem.W)
+    options = Options(autotune=True)
+    start_s = time.monotonic()
+    with pytest.raises(DeadlineError):
+        cuda.deconvolve(problem, x, W, None, options, Call(timeout_s=0.1))
+    assert time.monotonic() - start_s < 0.5
+
+    cuda.deconvolve(problem, x, W, None, options, Call())
 
 
 def test_the_footprint_bounds_what_calls_take() -> None:

@@ -41,7 +41,7 @@ def test_a_block_is_given_back_at_the_end_of_its_block() -> None:
         assert pointer == 4096
         assert memory.stats.used_bytes == card.used_bytes == 100
     assert memory.stats.used_bytes == card.used_bytes == 0
-    assert memory.stats.peak_bytes == 100
+    assert (memory.stats.peak_bytes, memory.stats.taken_count) == (100, 2)
 
 
 def test_what_exceeds_the_limit_is_refused_before_anything_is_allocated() -> None:
@@ -51,6 +51,7 @@ def test_what_exceeds_the_limit_is_refused_before_anything_is_allocated() -> Non
         with pytest.raises(ExhaustedError, match=r"41 bytes.* 40 of 100 are free"), memory.take(41):
             pass
         assert card.used_bytes == 60
+        assert memory.stats.refused_count == 1
         with memory.take(40):
             pass
 

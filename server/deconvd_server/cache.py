@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -119,7 +119,7 @@ class Cache(Generic[K, V]):
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._entries: OrderedDict[K, Entry[V]] = OrderedDict()
-        self._builds: dict[K, Future[None]] = {}
+        self._builds: dict[K, Future[Entry[V]]] = {}
         self._garbage: list[Resource[V]] = []
         self._size_bytes = 0
         self._hits_count = 0
@@ -131,17 +131,19 @@ class Cache(Generic[K, V]):
         self,
         key: K,
         build: Callable[[], Resource[V]],
+        *,
         check: Callable[[], None] = lambda: None,
+        executor: Executor | None = None,
     ) -> Iterator[V]:
         """Lend the resource of `key` for the length of a with-block.
 
         Args:
             build: Makes it, if it is not there. What it raises is raised to all who wait for it,
                 and is not remembered.
-            check: Called now and then while another's build is waited for; what it raises ends
-                the wait.
+            check: Called now and then while a build is waited for; what it raises ends the wait.
+            executor: Where to build; by default in this thread, which then cannot give up.
         """
-        entry = self._acquire(key, build, check)
+        entry = self._acquire(key, build, check, executor)
         try:
             yield entry.resource.value
         finally:
@@ -172,43 +174,77 @@ class Cache(Generic[K, V]):
             )
 
     def _acquire(
-        self, key: K, build: Callable[[], Resource[V]], check: Callable[[], None]
+        self,
+        key: K,
+        build: Callable[[], Resource[V]],
+        check: Callable[[], None],
+        executor: Executor | None,
     ) -> Entry[V]:
         missed = False
         while True:
             with self._lock:
                 entry = self._entries.get(key)
                 if entry is not None:
-                    return self._hit(key, entry, missed)
+                    return self._hit(key, entry, missed=missed)
                 self._misses_count += not missed
                 missed = True
                 theirs = self._builds.get(key)
                 if theirs is None:
-                    mine = self._builds[key] = Future[None]()
+                    mine = self._builds[key] = Future[Entry[V]]()
             if theirs is None:
-                return self._build(key, build, mine)
+                self._start(key, build, mine, executor)
+                return self._taken(mine, check)
             _wait(theirs, check)
 
-    def _hit(self, key: K, entry: Entry[V], missed: bool) -> Entry[V]:
+    def _hit(self, key: K, entry: Entry[V], *, missed: bool) -> Entry[V]:
         self._entries.move_to_end(key)
         self._hits_count += not missed
         entry.acquire()
         return entry
 
-    def _build(self, key: K, build: Callable[[], Resource[V]], mine: Future[None]) -> Entry[V]:
+    def _start(
+        self,
+        key: K,
+        build: Callable[[], Resource[V]],
+        future: Future[Entry[V]],
+        executor: Executor | None,
+    ) -> None:
+        if executor is None:
+            self._build(key, build, future)
+            return
+        try:
+            executor.submit(self._build, key, build, future)
+        except RuntimeError as error:  # it was shut down
+            self._fail(key, future, error)
+
+    def _build(self, key: K, build: Callable[[], Resource[V]], future: Future[Entry[V]]) -> None:
         try:
             resource = build()
         except BaseException as error:
-            with self._lock:
-                del self._builds[key]
-            mine.set_exception(error)
-            raise
+            self._fail(key, future, error)
+            return
         with self._lock:
             del self._builds[key]
             entry = self._insert(key, resource)
-        mine.set_result(None)
+        future.set_result(entry)
         self._sweep()
-        return entry
+
+    def _fail(self, key: K, future: Future[Entry[V]], error: BaseException) -> None:
+        with self._lock:
+            del self._builds[key]
+        future.set_exception(error)
+
+    def _taken(self, future: Future[Entry[V]], check: Callable[[], None]) -> Entry[V]:
+        """Return the entry of one's own build, which has one as its user already."""
+        try:
+            return _wait(future, check)
+        except BaseException:
+            future.add_done_callback(self._give_up)
+            raise
+
+    def _give_up(self, future: Future[Entry[V]]) -> None:
+        if future.exception() is None:
+            self._release(future.result())
 
     def _insert(self, key: K, resource: Resource[V]) -> Entry[V]:
         entry = Entry(resource, self._garbage.append)
@@ -238,8 +274,8 @@ class Cache(Generic[K, V]):
             resource.free()
 
 
-def _wait(build: Future[None], check: Callable[[], None]) -> None:
-    """Return when another's build is done.
+def _wait(build: Future[Entry[V]], check: Callable[[], None]) -> Entry[V]:
+    """Return what a build gives, once it is done.
 
     Raises:
         BaseException: What the build raised, or `check`.

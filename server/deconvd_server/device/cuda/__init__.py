@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deconvd_server.device.cuda.faults import DeviceLostError, DeviceUnavailableError
+from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice

@@ -18,19 +18,20 @@ from deconvd_server.call import Call
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.empty import empty_gradients, empty_y
-from deconvd_server.device.cuda.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.cuda.guard import guarded
 from deconvd_server.device.cuda.job import DeconvolveJob, Frame, GradientsJob, Job
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
 from deconvd_server.device.cuda.memory import DeviceMemory, MemoryStats
 from deconvd_server.device.cuda.plan import Operation, Plan
 from deconvd_server.device.cuda.plans.book import BookStats, PlanBook
+from deconvd_server.device.cuda.plans.builders import Builders
 from deconvd_server.device.cuda.plans.candidates import Candidates
 from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.runtime import Pool, Stream, current_device, open_card, synchronize
-from deconvd_server.device.protocol import DeviceInfo
+from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
+from deconvd_server.device.protocol import CacheState, DeviceInfo
 
 __all__ = ["CudaDevice", "CudaStats", "Limits"]
 
@@ -142,6 +143,7 @@ class CudaDevice:
         return PlanBook(
             self._candidates,
             Chooser(self._candidates, self.memory, tuning_limit_s=self._limits.tuning_s),
+            Builders(self._card.ordinal, self._cudnn, self._limits.lanes_count),
             limit_bytes=self._limits.plans_bytes,
             store=None if folder is None else PlanStore(folder, origin),
         )
@@ -168,6 +170,37 @@ class CudaDevice:
             plans=self.plans.stats,
         )
 
+    @property
+    def caches(self) -> Sequence[CacheState]:
+        """Plans, and the device buffers that are kept for the next call."""
+        plans, memory = self.plans.stats.cache, self.memory.stats
+        return (
+            CacheState(
+                name="plans",
+                count=plans.count,
+                size_bytes=plans.size_bytes,
+                limit_bytes=self._limits.plans_bytes,
+                hits_count=plans.hits_count,
+                misses_count=plans.misses_count,
+            ),
+            CacheState(
+                name="device buffers",
+                count=memory.blocks_count,
+                size_bytes=self._pool.held_bytes(),
+                limit_bytes=self._pool.limit_bytes,
+                hits_count=max(memory.taken_count - self._pool.made_count, 0),
+                misses_count=self._pool.made_count,
+            ),
+            CacheState(
+                name="pinned buffers",
+                count=self._limits.lanes_count,
+                size_bytes=self._limits.lanes_count * PINNED_BYTES,
+                limit_bytes=self._limits.lanes_count * PINNED_BYTES,
+                hits_count=0,
+                misses_count=0,
+            ),
+        )
+
     def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
         """Return a bound on the memory of the card that a call takes, trying plans included."""
         if not problem.has_products:
@@ -186,7 +219,7 @@ class CudaDevice:
         with self._working(call) as lane:
 
             def job() -> Job:
-                plan = self._plan(Operation.Y, problem, options, lane, call)
+                plan = self._plan(Operation.Y, problem, options, call)
                 return DeconvolveJob(problem, plan, with_b=b is not None)
 
             key = (problem, options, b is not None)
@@ -212,7 +245,7 @@ class CudaDevice:
 
             def job() -> Job:
                 plans = {
-                    operation: self._plan(operation, problem, options, lane, call)
+                    operation: self._plan(operation, problem, options, call)
                     for operation in _operations(wanted)
                 }
                 return GradientsJob(
@@ -238,10 +271,8 @@ class CudaDevice:
         fallback_bytes = self._candidates.fallback(key).plan.workspace_bytes
         return max(key.workspace_limit_bytes, fallback_bytes)
 
-    def _plan(
-        self, operation: Operation, problem: Problem, options: Options, lane: Lane, call: Call
-    ) -> Plan:
-        return self.plans.get(self.key(operation, problem, options), lane.stream, call.check)
+    def _plan(self, operation: Operation, problem: Problem, options: Options, call: Call) -> Plan:
+        return self.plans.get(self.key(operation, problem, options), call.check)
 
     @contextmanager
     def _working(self, call: Call) -> Iterator[Lane]:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from deconvd.errors import DeconvdError, ExhaustedError, InternalError
 from deconvd_server.device.cuda.cudnn import CudnnError
-from deconvd_server.device.cuda.faults import DeviceLostError
 from deconvd_server.device.cuda.runtime import CudaError, synchronize
+from deconvd_server.device.faults import DeviceLostError
 
 __all__ = ["guarded"]
 

@@ -23,11 +23,23 @@ class _Block(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """What calls take of the card's memory: now, at most so far, and at most ever."""
+    """What calls take of the card's memory.
 
+    Attributes:
+        blocks_count: Blocks in use.
+        used_bytes: What they take together.
+        peak_bytes: What they took at most so far.
+        limit_bytes: What they may take.
+        taken_count: Blocks that were lent so far.
+        refused_count: Blocks that could not be lent.
+    """
+
+    blocks_count: int
     used_bytes: int
     peak_bytes: int
     limit_bytes: int
+    taken_count: int
+    refused_count: int
 
 
 class DeviceMemory:
@@ -45,6 +57,9 @@ class DeviceMemory:
         self._lock = threading.Lock()
         self._used_bytes = 0
         self._peak_bytes = 0
+        self._blocks_count = 0
+        self._taken_count = 0
+        self._refused_count = 0
 
     @contextmanager
     def take(self, size_bytes: int) -> Iterator[int]:
@@ -65,22 +80,33 @@ class DeviceMemory:
         finally:
             with self._lock:
                 self._used_bytes -= size_bytes
+                self._blocks_count -= 1
 
     @property
     def stats(self) -> MemoryStats:
         """What is taken now."""
         with self._lock:
-            return MemoryStats(self._used_bytes, self._peak_bytes, self._limit_bytes)
+            return MemoryStats(
+                self._blocks_count,
+                self._used_bytes,
+                self._peak_bytes,
+                self._limit_bytes,
+                self._taken_count,
+                self._refused_count,
+            )
 
     def _reserve(self, size_bytes: int) -> None:
         with self._lock:
             free_bytes = self._limit_bytes - self._used_bytes
             if size_bytes > free_bytes:
+                self._refused_count += 1
                 raise ExhaustedError(
                     f"the call needs {size_bytes} bytes of the card's memory, {free_bytes} of "
                     f"{self._limit_bytes} are free"
                 )
             self._used_bytes += size_bytes
+            self._blocks_count += 1
+            self._taken_count += 1
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
 
     def _allocated(self, size_bytes: int) -> _Block:

@@ -171,7 +171,7 @@ class Operator:
 
     def _plan(self, operation: Operation, problem: Problem, options: Options) -> Plan:
         key = self._device.key(operation, problem, options)
-        return self._device.plans.get(key, self._own_stream, lambda: None)
+        return self._device.plans.get(key, lambda: None)
 
     def _reserve(self, size_bytes: int) -> None:
         """Have a workspace of at least so many bytes. Graphs that hold a smaller one are dropped."""

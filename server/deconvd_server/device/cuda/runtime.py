@@ -10,18 +10,25 @@ import numpy as np
 import numpy.typing as npt
 
 from deconvd.errors import ExhaustedError
-from deconvd_server.device.cuda.faults import DeviceUnavailableError
+from deconvd_server.device.faults import DeviceUnavailableError
 
 __all__ = [
     "Bytes",
+    "Card",
     "CudaError",
     "Event",
     "Graph",
     "PinnedBuffer",
     "Pool",
     "Stream",
+    "cards_count",
+    "copy",
     "current_device",
+    "download",
     "open_card",
+    "synchronize",
+    "upload",
+    "use_device",
 ]
 
 _INSTALL = "pip install 'deconvd[server,cuda13]'"
@@ -72,6 +79,11 @@ def open_card(ordinal: int) -> Card:
 
 
 def cards_count() -> int:
+    """Return how many cards this process can see.
+
+    Raises:
+        DeviceUnavailableError: There is no driver, or it is too old.
+    """
     try:
         return int(_cuda.getDeviceCount())
     except CudaError as error:
@@ -85,6 +97,11 @@ def current_device(ordinal: int) -> Iterator[None]:
     """Let the calling thread use a card for the length of a with-block."""
     with cupy.cuda.Device(ordinal):
         yield
+
+
+def use_device(ordinal: int) -> None:
+    """Let the calling thread use a card from now on."""
+    cupy.cuda.Device(ordinal).use()
 
 
 class Event:
@@ -203,11 +220,16 @@ class Pool:
 
     Args:
         limit_bytes: What blocks in use and blocks kept may take together.
+
+    Attributes:
+        made_count: Blocks that no kept one could serve, for statistics: threads may lose one.
     """
 
     def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
         self._pool = cupy.cuda.MemoryPool()
         self._pool.set_limit(size=limit_bytes)
+        self.made_count = 0
 
     def take(self, size_bytes: int) -> Any:
         """Return a block: its `ptr` is aligned to 512 bytes, and it is given back when collected.
@@ -215,8 +237,11 @@ class Pool:
         Raises:
             MemoryError: There is no such block.
         """
+        held_bytes = self._pool.total_bytes()
         with cupy.cuda.Stream.null:  # one arena for all streams
-            return self._pool.malloc(size_bytes)
+            block = self._pool.malloc(size_bytes)
+        self.made_count += self._pool.total_bytes() > held_bytes
+        return block
 
     def held_bytes(self) -> int:
         """Return what blocks in use and blocks kept take of the card."""

@@ -6,7 +6,7 @@ import ctypes
 import threading
 from dataclasses import dataclass, field
 
-from deconvd_server.device.cuda.faults import DeviceUnavailableError
+from deconvd_server.device.faults import DeviceUnavailableError
 
 __all__ = ["Cudnn", "CudnnError", "Handle"]
 

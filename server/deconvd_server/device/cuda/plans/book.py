@@ -7,16 +7,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from deconvd_server.cache import Cache, CacheStats, Resource
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Plan
+from deconvd_server.device.cuda.plans.builders import Builders
 from deconvd_server.device.cuda.plans.candidates import Candidate, Candidates
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
-from deconvd_server.device.cuda.runtime import Stream
 
 __all__ = ["BookStats", "PlanBook"]
 
@@ -61,12 +62,14 @@ class PlanBook:
         self,
         candidates: Candidates,
         chooser: Chooser,
+        builders: Builders,
         *,
         limit_bytes: int,
         store: PlanStore | None,
     ) -> None:
         self._candidates = candidates
         self._chooser = chooser
+        self._builders = builders
         self._store = store
         self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
         self._lock = threading.Lock()
@@ -74,19 +77,20 @@ class PlanBook:
         self._chosen_count = 0
         self._revived_count = 0
 
-    def get(self, key: PlanKey, stream: Stream, check: Callable[[], None]) -> Plan:
+    def get(self, key: PlanKey, check: Callable[[], None]) -> Plan:
         """Return the plan of `key`.
 
         A plan stays usable for whoever has it, also after the book has forgotten it.
 
         Args:
-            stream: The caller's own; nothing is under way on it.
-            check: Called while another's choice is waited for; raises to end the wait.
+            check: Called while the choice is waited for; what it raises ends the wait alone.
 
         Raises:
             ExhaustedError: The card has not the memory to try plans.
         """
-        with self._cache.lease(key, lambda: self._resource(key, stream), check) as plan:
+        executor = self._builders.executor(tunes=key.options.autotune)
+        build = partial(self._resource, key)
+        with self._cache.lease(key, build, check=check, executor=executor) as plan:
             return plan
 
     @property
@@ -96,22 +100,23 @@ class PlanBook:
             return BookStats(self._cache.stats, self._chosen_count, self._revived_count)
 
     def close(self) -> None:
-        """Free all plans."""
+        """Forget all plans, and end the threads that choose them."""
+        self._builders.close()
         self._cache.close()
 
-    def _resource(self, key: PlanKey, stream: Stream) -> Resource[Plan]:
-        candidate = self._revived(key, stream) or self._chosen(key, stream)
+    def _resource(self, key: PlanKey) -> Resource[Plan]:
+        candidate = self._revived(key) or self._chosen(key)
         own = candidate.choice.provider is Provider.OWN
         size_bytes = _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES
         # not closed with the cache's entry: graphs that it was captured into may refer to it still
         return Resource(candidate.plan, size_bytes)
 
-    def _revived(self, key: PlanKey, stream: Stream) -> Candidate | None:
+    def _revived(self, key: PlanKey) -> Candidate | None:
         choice = self._choice(key)
         if choice is None:
             return None
         try:
-            candidate = self._candidates.revived(key, choice, stream.pointer)
+            candidate = self._candidates.revived(key, choice, self._builders.stream.pointer)
         except (CudnnError, LookupError) as error:
             log.warning("ignored the stored plan %s: %s", choice.name, error)
             return None
@@ -127,8 +132,8 @@ class PlanBook:
             return self._store.load(key)
         return choice
 
-    def _chosen(self, key: PlanKey, stream: Stream) -> Candidate:
-        candidate = self._chooser.choose(key, stream)
+    def _chosen(self, key: PlanKey) -> Candidate:
+        candidate = self._chooser.choose(key, self._builders.stream)
         log.info("chose %s for %s of %s", candidate.choice.name, key.operation, key.problem)
         if self._store is not None:
             self._store.save(key, candidate.choice)

@@ -52,13 +52,17 @@ class Candidates:
         The last one always works.
         """
         if key.options.use_cudnn is not UseCudnn.NEVER:
-            yield from islice(self.cudnn(key, stream, Provider.CUDNN_NCHW, (Mode.A,)), _FEW)
+            yield from self._promising_of_cudnn(key, stream)
         if key.options.use_cudnn is not UseCudnn.ALWAYS:
             yield from islice(self.own(key), _FEW)
-        if key.options.use_cudnn is not UseCudnn.NEVER:
-            modes = (Mode.FALLBACK,)
-            yield from islice(self.cudnn(key, stream, Provider.CUDNN_NCHW, modes), _FEW)
         yield self.fallback(key)
+
+    def _promising_of_cudnn(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        for mode in (Mode.A, Mode.FALLBACK):
+            few = list(islice(self.cudnn(key, stream, Provider.CUDNN_NCHW, (mode,)), _FEW))
+            yield from few
+            if few:
+                return
 
     def all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield every candidate that is worth timing."""

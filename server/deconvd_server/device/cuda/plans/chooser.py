@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,21 +39,18 @@ class Chooser:
         self._candidates = candidates
         self._memory = memory
         self._tuning_limit_s = tuning_limit_s
-        # two that are timed at once on one card would both look slow
-        self._timing = threading.Lock()
 
     def choose(self, key: PlanKey, stream: Stream) -> Candidate:
         """Return the candidate that is to serve `key`.
 
         Args:
-            stream: Work is tried there; none may be under way on it.
+            stream: Where plans are tried.
 
         Raises:
             ExhaustedError: The card has not the memory to try any.
         """
         if key.options.autotune:
-            with self._timing:
-                return self._fastest(key, stream, self._candidates.all(key, stream.pointer))
+            return self._fastest(key, stream, self._candidates.all(key, stream.pointer))
         candidates = self._candidates.promising(key, stream.pointer)
         if key.options.cudnn_deterministic or key.options.use_cudnn is UseCudnn.ALWAYS:
             return self._first(key, stream, candidates)
