@@ -248,11 +248,13 @@ def test_an_oversized_request_is_told_the_option_to_raise(socket_directory: Path
         assert F.deconvolution_2d(X, W).shape == (2, 2, 6, 7)
 
 
-def test_an_oversized_result_is_refused_before_it_is_computed(server: ServerProcess) -> None:
+def test_a_result_beyond_all_memory_is_refused_before_it_is_computed(
+    server: ServerProcess,
+) -> None:
     one = np.ones((1, 1, 2, 2), np.float32)
     with (
         deconvd_client.connect(server.target, timeout_s=10) as F,
-        pytest.raises(ExhaustedError, match=r"result would have \d+ bytes.*--max-message-bytes"),
+        pytest.raises(ExhaustedError, match=r"the call needs \d+ bytes of the host's memory"),
     ):
         F.deconvolution_2d(one, one, stride=2**20)
 
@@ -263,15 +265,6 @@ def test_an_oversized_response_is_told_the_option_to_raise(server: ServerProcess
         pytest.raises(ExhaustedError, match=r"response has \d+ bytes.*max_message_bytes"),
     ):
         F.deconvolution_2d(X, W)
-
-
-def test_a_message_beyond_grpcs_own_limit_is_refused_unsent() -> None:
-    x = np.lib.stride_tricks.as_strided(np.zeros(1), (1, 1, 2**14, 2**14), (0, 0, 0, 0))
-    with (
-        deconvd_client.connect("unix:nobody-listens-here") as F,
-        pytest.raises(ExhaustedError, match="the request would have 21474"),
-    ):
-        F.deconvolution_2d(x, np.zeros((1, 1, 1, 1)))
 
 
 def test_more_than_four_mebibytes_go_both_ways(F: Connection) -> None:

@@ -139,7 +139,7 @@ def _endless_call(F: deconvd_client.Connection, server: ServerProcess) -> Future
     caller = ThreadPoolExecutor(1)
     endless = caller.submit(F.deconvolution_2d, ENDLESS_X, ENDLESS_W)
     caller.shutdown(wait=False)
-    _wait_for_log(server, "Deconvolve from unix:: begun")
+    _wait_for_log(server, ": begun")
     return endless
 
 

@@ -243,6 +243,19 @@ def test_a_huge_declared_gradient_is_refused_before_it_is_made(
     assert "--max-message-bytes" in str(as_call(raised).details())
 
 
+def test_an_oversized_result_is_refused_before_it_is_computed(
+    stub: pb_grpc.DeconvolutionServiceStub,
+) -> None:
+    one = message_from_array(np.ones((1, 1, 2, 2), np.float32))
+    geometry = message_from_geometry(Geometry(stride=(2**20, 2**20)))
+
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Deconvolve(pb.DeconvolveRequest(x=one, w=one, geometry=geometry))
+
+    assert as_call(raised).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "--max-message-bytes" in str(as_call(raised).details())
+
+
 def test_left_out_geometry_has_its_defaults(stub: pb_grpc.DeconvolutionServiceStub) -> None:
     bare = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W))
     whole = pb.DeconvolveRequest(geometry=message_from_geometry(Geometry()))

@@ -1,4 +1,4 @@
-"""The gRPC channel to a server: its target, its options, and what is retried."""
+"""The gRPC channel to a server: its target and its options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Final
 import grpc
 
 from deconvd.errors import InvalidArgumentError
+from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.retries import service_config
 
 __all__ = ["MAX_MESSAGE_BYTES", "open_channel"]
 
@@ -18,21 +20,7 @@ MAX_MESSAGE_BYTES: Final = 2**31 - 1
 
 _TARGET = re.compile(r"unix:.+|((dns|ipv4|ipv6):)?.*[^:]:\d+")
 
-# A server that stops ends calls that it has received, but not begun, with CANCELLED.
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": pb.DESCRIPTOR.services_by_name["DeconvolutionService"].full_name}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-            },
-        }
-    ]
-}
+_SERVICE = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
 
 def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
@@ -49,13 +37,15 @@ def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
         raise InvalidArgumentError(
             f"target must be host:port or unix:path, got {target!r}", argument="target"
         )
+    unary = [method.name for method in _SERVICE.methods if not method.client_streaming]
     return grpc.insecure_channel(
         target,
         options=[
+            *TRANSPORT_OPTIONS,
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             # A request larger than this would not be retried; the buffer only holds references.
             ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
-            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            ("grpc.service_config", json.dumps(service_config(_SERVICE.full_name, unary))),
         ],
     )

@@ -9,19 +9,15 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from deconvd.errors import ExhaustedError, InvalidArgumentError
+from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients, Wanted
-from deconvd.messages import message_from_geometry, message_from_options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.problem import Problem
 from deconvd.tensor import (
     Array,
-    array_from_message,
-    message_from_array,
-    message_from_spec,
     spec_of,
 )
-from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client import calls
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.keywords import refuses_unknown_keywords
@@ -105,17 +101,7 @@ class Connection:
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         problem = _problem(x, W, b, geometry)
-        _check_request_size(problem.x, problem.W)
-        response = self._stub.deconvolve(
-            pb.DeconvolveRequest(
-                x=message_from_array(x),
-                w=message_from_array(W),
-                b=None if b is None else message_from_array(b),
-                geometry=message_from_geometry(geometry),
-                options=message_from_options(self._config.options),
-            )
-        )
-        return array_from_message("y", response.y).copy()
+        return calls.deconvolve(self._stub, problem, x, W, b, self._config.options)
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -152,22 +138,7 @@ class Connection:
         problem = _problem(x, W, b, geometry)
         problem.check_gy(spec_of(_checked("gy", gy)))
         mask = _wanted(wanted, has_b=b is not None)
-        _check_request_size(problem.x, problem.W, problem.y)
-        response = self._stub.deconvolve_grad(
-            pb.DeconvolveGradRequest(
-                x=message_from_array(x) if mask.gW else message_from_spec(problem.x),
-                w=message_from_array(W) if mask.gx else message_from_spec(problem.W),
-                gy=message_from_array(gy),
-                geometry=message_from_geometry(geometry),
-                options=message_from_options(self._config.options),
-                wanted=pb.GradientMask(gx=mask.gx, gw=mask.gW, gb=mask.gb),
-            )
-        )
-        return Gradients(
-            gx=array_from_message("gx", response.gx).copy() if mask.gx else None,
-            gW=array_from_message("gW", response.gw).copy() if mask.gW else None,
-            gb=array_from_message("gb", response.gb).copy() if mask.gb else None,
-        )
+        return calls.gradients(self._stub, problem, x, W, gy, mask, self._config.options)
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
@@ -230,16 +201,3 @@ def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
             argument="wanted",
         )
     return Wanted(gx="gx" in names, gW="gW" in names, gb="gb" in names and has_b)
-
-
-def _check_request_size(*operands: TensorSpec) -> None:
-    size = sum(spec.nbytes for spec in operands) + _FRAMING_BYTES
-    if size > MAX_MESSAGE_BYTES:
-        raise ExhaustedError(
-            f"the request would have {size} bytes, and a message can have {MAX_MESSAGE_BYTES}: "
-            "send fewer samples at a time"
-        )
-
-
-_FRAMING_BYTES = 1024
-"""More than the fields of a request take beside its tensors' elements."""

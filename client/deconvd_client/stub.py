@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import Final, TypeVar, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
+from deconvd.chunks import ChunkReader
+from deconvd.codec import Envelope, decode, encode
 from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd_client.retries import with_retries
 
 __all__ = ["Stub"]
 
+_T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
+
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
 _TOO_LARGE: Final = re.compile(
     r"(CLIENT|SERVER): Received message larger than max \((\d+) vs\. (\d+)\)"
@@ -33,7 +40,12 @@ class Stub:
     def __init__(self, channel: grpc.Channel, *, timeout_s: float) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
-        self._service = pb_grpc.DeconvolutionServiceStub(channel)
+        self._closed = False
+        self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse)
+        self._deconvolve_grad = self._unary("DeconvolveGrad", pb.DeconvolveGradResponse)
+        self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
+        self._deconvolve_stream = self._stream("DeconvolveStream")
+        self._deconvolve_grad_stream = self._stream("DeconvolveGradStream")
         self._check_health: grpc.UnaryUnaryMultiCallable[
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = channel.unary_unary(
@@ -42,39 +54,105 @@ class Stub:
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
 
-    def deconvolve(self, request: pb.DeconvolveRequest) -> pb.DeconvolveResponse:
+    def deconvolve(
+        self, request: Envelope[pb.DeconvolveRequest]
+    ) -> Envelope[pb.DeconvolveResponse]:
         """Call Deconvolve."""
-        return self._call(self._service.Deconvolve, request)
+        return self._deconvolve(request)
 
-    def deconvolve_grad(self, request: pb.DeconvolveGradRequest) -> pb.DeconvolveGradResponse:
+    def deconvolve_grad(
+        self, request: Envelope[pb.DeconvolveGradRequest]
+    ) -> Envelope[pb.DeconvolveGradResponse]:
         """Call DeconvolveGrad."""
-        return self._call(self._service.DeconvolveGrad, request)
+        return self._deconvolve_grad(request)
+
+    def deconvolve_stream(
+        self,
+        parts: Callable[[], Iterator[bytes]],
+        receive: Callable[[ChunkReader[pb.DeconvolveStreamResponse]], _T],
+    ) -> _T:
+        """Call DeconvolveStream and return what `receive` makes of the response.
+
+        Args:
+            parts: Yields the request's messages; called once for each attempt.
+            receive: Called once for each attempt.
+        """
+        return self._streamed(self._deconvolve_stream, parts, receive, pb.DeconvolveStreamResponse)
+
+    def deconvolve_grad_stream(
+        self,
+        parts: Callable[[], Iterator[bytes]],
+        receive: Callable[[ChunkReader[pb.DeconvolveGradStreamResponse]], _T],
+    ) -> _T:
+        """Call DeconvolveGradStream, in the manner of `deconvolve_stream`."""
+        return self._streamed(
+            self._deconvolve_grad_stream, parts, receive, pb.DeconvolveGradStreamResponse
+        )
 
     def get_server_info(self) -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
-        return self._call(self._service.GetServerInfo, pb.GetServerInfoRequest())
+        return self._get_server_info(Envelope(pb.GetServerInfoRequest(), {})).message
 
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        response = self._call(self._check_health, health_pb2.HealthCheckRequest())
+        with self._errors():
+            response = self._check_health(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
     def close(self) -> None:
         """Close the channel. Calls under way end with CallCancelledError."""
+        self._closed = True
         self._channel.close()
 
-    def _call(
+    def _unary(
+        self, method: str, response_type: type[_Response]
+    ) -> Callable[[Envelope[Any]], Envelope[_Response]]:
+        rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_path(method))
+
+        def call(request: Envelope[Any]) -> Envelope[_Response]:
+            with self._errors():
+                return decode(response_type, rpc(encode(request), timeout=self._timeout_s))
+            raise AssertionError("unreachable: errors are raised")
+
+        return call
+
+    def _stream(self, method: str) -> grpc.StreamStreamMultiCallable[bytes, bytes]:
+        return self._channel.stream_stream(_path(method))
+
+    def _streamed(
         self,
-        rpc: grpc.UnaryUnaryMultiCallable[_Request, _Response],
-        request: _Request,
-    ) -> _Response:
+        rpc: grpc.StreamStreamMultiCallable[bytes, bytes],
+        parts: Callable[[], Iterator[bytes]],
+        receive: Callable[[ChunkReader[_Response]], _T],
+        response_type: type[_Response],
+    ) -> _T:
+        def attempt(timeout_s: float) -> _T:
+            with self._errors():
+                responses = rpc(parts(), timeout=timeout_s)
+                try:
+                    return receive(ChunkReader(responses, response_type))
+                finally:
+                    responses.cancel()  # no effect on a call that has ended
+            raise AssertionError("unreachable: errors are raised")
+
+        return with_retries(attempt, timeout_s=self._timeout_s, is_closed=lambda: self._closed)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise gRPC's errors as ours."""
         try:
-            return rpc(request, timeout=self._timeout_s)
+            yield
         except grpc.RpcError as failure:
             # every RpcError of a channel is its Call too, which the types do not say
             raise _with_advice(error_from_rpc(cast("grpc.Call", failure))) from None
-        except ValueError as error:  # grpcio's way to say that the channel was closed
+        except ValueError as error:
+            if not self._closed:
+                raise
             raise CallCancelledError(f"the connection is closed: {error}") from None
+
+
+def _path(method: str) -> str:
+    return f"/{_SERVICE.full_name}/{method}"
 
 
 def _with_advice(error: DeconvdError) -> DeconvdError:
@@ -85,8 +163,8 @@ def _with_advice(error: DeconvdError) -> DeconvdError:
     receiver, size, limit = too_large.groups()
     if receiver == "CLIENT":
         return ExhaustedError(
-            f"the response has {size} bytes, and this client takes {limit}: raise max_message_bytes "
-            "of connect(), or send fewer samples at a time"
+            f"the response has {size} bytes, and this client takes {limit}: raise "
+            "max_message_bytes of connect(), or send fewer samples at a time"
         )
     return ExhaustedError(
         f"the request has {size} bytes, and the server takes {limit}: start it with a larger "

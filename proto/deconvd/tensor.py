@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deconvd.codec import Buffer
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
 from deconvd.problem import TensorSpec, check_extents
@@ -17,6 +18,7 @@ __all__ = [
     "array_from_message",
     "element_type_from_number",
     "element_type_number",
+    "elements_of",
     "message_from_array",
     "message_from_spec",
     "spec_from_message",
@@ -49,10 +51,16 @@ def spec_of(array: Array) -> TensorSpec:
     return TensorSpec(array.shape, array.dtype.newbyteorder("="))
 
 
+def elements_of(array: Array) -> memoryview:
+    """Return an array's elements as `Tensor.raw` has them: a view of the array if it has that layout."""
+    in_order = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+    return in_order.reshape(-1).view(np.uint8).data
+
+
 def message_from_array(array: Array) -> pb.Tensor:
     """Return a message that carries the array's elements; its layout and byte order may be any."""
     message = message_from_spec(spec_of(array))
-    message.raw = np.asarray(array, array.dtype.newbyteorder("<"), order="C").tobytes()
+    message.raw = bytes(elements_of(array))
     return message
 
 
@@ -87,26 +95,29 @@ def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
     return spec
 
 
-def array_from_message(name: str, message: pb.Tensor) -> Array:
+def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None) -> Array:
     """Return the tensor that a message carries, as a read-only view of the message's bytes.
 
     Args:
         name: Name of the argument, for errors.
+        raw: Its elements, where `deconvd.codec` has taken them out of the message.
 
     Raises:
         InvalidArgumentError: The message declares no valid tensor, or its payload is missing, of
             an unknown kind, or of another length than its shape asks for.
     """
     spec = spec_from_message(name, message)
-    if message.WhichOneof("payload") != "raw":
+    if raw is None and message.WhichOneof("payload") == "raw":
+        raw = message.raw
+    if raw is None:
         raise InvalidArgumentError(
             f"{name} must carry its elements as raw bytes, got no payload that is known here",
             argument=name,
         )
-    if len(message.raw) != spec.nbytes:
+    if len(raw) != spec.nbytes:
         raise InvalidArgumentError(
-            f"{name} must carry {spec.nbytes} bytes for {spec}, got {len(message.raw)}",
+            f"{name} must carry {spec.nbytes} bytes for {spec}, got {len(raw)}",
             argument=name,
         )
-    little_endian = np.frombuffer(message.raw, spec.dtype.newbyteorder("<"))
+    little_endian = np.frombuffer(raw, spec.dtype.newbyteorder("<"))
     return little_endian.reshape(spec.shape).astype(spec.dtype, copy=False)

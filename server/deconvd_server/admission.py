@@ -30,12 +30,21 @@ class Admission:
         calls_count: How many calls may be under way at once.
         budget_bytes: What they may take, all together.
         waiting_count: How many more may wait; the next is refused at once.
+        memory: What the bytes are of, for errors.
     """
 
     RETRY_AFTER_S = 0.5
     """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
 
-    def __init__(self, calls_count: int, budget_bytes: int, waiting_count: int) -> None:
+    def __init__(
+        self,
+        calls_count: int,
+        budget_bytes: int,
+        waiting_count: int,
+        *,
+        memory: str = "the device's memory",
+    ) -> None:
+        self._memory = memory
         self._calls_count = calls_count
         self._free_places = calls_count
         self._budget_bytes = budget_bytes
@@ -72,8 +81,8 @@ class Admission:
     def _enter(self, footprint_bytes: int, call: Call) -> None:
         if footprint_bytes > self._budget_bytes:
             raise ExhaustedError(
-                f"the call needs {footprint_bytes} bytes of the device's memory, of which calls "
-                f"may take {self._budget_bytes}: send fewer samples at a time"
+                f"the call needs {footprint_bytes} bytes of {self._memory}, of which calls may "
+                f"take {self._budget_bytes}: send fewer samples at a time"
             )
         call.on_cancel(self._wake)
         ticket = object()

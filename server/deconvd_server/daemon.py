@@ -6,6 +6,7 @@ LISTENING --devices ready--> SERVING --drain--> DRAINING --last call ended--> ST
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +17,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deconvd.transport import TRANSPORT_OPTIONS
+from deconvd_server.admission import Admission
 from deconvd_server.device import Device
 from deconvd_server.engine import Engines
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
+from deconvd_server.streaming import SLICES_IN_FLIGHT
 
 __all__ = ["Daemon", "Settings", "State"]
 
 _WAITING_CALLS_COUNT = 96
-_HANDLER_THREADS_COUNT = 128
-"""More than the calls that run and wait, so that health is answered whatever the load."""
+_STREAMS_COUNT = 16
+_WAITING_STREAMS_COUNT = 16
+_HANDLER_THREADS_COUNT = 192
+"""More than the calls and streams that run and wait, so that health is answered whatever the load."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +75,19 @@ class Daemon:
         self.state = State.LISTENING
         self._settings = settings
         self._lock = threading.Lock()
-        self._service = DeconvolutionService(settings.max_message_bytes)
+        self._slices = ThreadPoolExecutor(
+            _STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
+        )
+        self._service = DeconvolutionService(
+            settings.max_message_bytes,
+            streams=Admission(
+                _STREAMS_COUNT,
+                _stream_budget_bytes(),
+                _WAITING_STREAMS_COUNT,
+                memory="the host's memory for streams",
+            ),
+            executor=self._slices,
+        )
         self._health = Health(SERVICE_NAME)
         self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
         self._server = self._grpc_server()
@@ -97,6 +115,7 @@ class Daemon:
         # A watcher of health would keep the server from stopping for as long as it cares to watch.
         self._health.end_watches()
         stopped.wait()
+        self._slices.shutdown()
         self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
         for address in self.addresses:
             release(address)
@@ -119,6 +138,7 @@ class Daemon:
             options=[
                 ("grpc.max_receive_message_length", self._settings.max_message_bytes),
                 ("grpc.max_send_message_length", self._settings.max_message_bytes),
+                *TRANSPORT_OPTIONS,
                 # With it, a second server would share the port in silence.
                 ("grpc.so_reuseport", 0),
             ],
@@ -129,3 +149,8 @@ class Daemon:
             (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         return server
+
+
+def _stream_budget_bytes() -> int:
+    """Return what streams may hold of the host's memory: half of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,48 +1,41 @@
-"""The gRPC boundary: decodes requests, calls the engine, encodes results, translates errors. It computes nothing."""
+"""The gRPC boundary: takes operands out of requests, calls an engine, puts results into responses."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict
-from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 
 import deconvd
+from deconvd.chunks import ChunkReader
+from deconvd.codec import Buffer, Envelope
 from deconvd.dtypes import ELEMENT_TYPES
-from deconvd.errors import (
-    DeconvdError,
-    ExhaustedError,
-    InternalError,
-    InvalidArgumentError,
-    UnavailableError,
-)
-from deconvd.gradients import Wanted
-from deconvd.messages import geometry_from_message, options_from_message
-from deconvd.problem import Problem
-from deconvd.status import status_from_error
+from deconvd.errors import ExhaustedError, UnavailableError
+from deconvd.gradients import Gradients
 from deconvd.tensor import (
     Array,
     array_from_message,
     element_type_number,
-    message_from_array,
-    spec_from_message,
+    elements_of,
+    message_from_spec,
+    spec_of,
 )
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.admission import Admission
 from deconvd_server.call import Call
 from deconvd_server.engine import Engine, Engines
+from deconvd_server.requests import Deconvolution, Differentiation
+from deconvd_server.rpc import stream_handler, unary_handler
+from deconvd_server.streaming import SlicedProblem, deconvolve_slices, gradient_slices
 
 __all__ = ["SERVICE_NAME", "DeconvolutionService"]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DeconvolutionService"].full_name
 
-_Request = TypeVar("_Request", bound=Message)
-_Response = TypeVar("_Response", bound=Message)
-
-_log = logging.getLogger(__name__)
+_FRAMING_BYTES = 1024
+"""More than the fields of a response take beside its tensors' elements."""
 
 
 class DeconvolutionService:
@@ -50,74 +43,118 @@ class DeconvolutionService:
 
     Args:
         max_message_bytes: The largest request and the largest response.
+        streams: Who may stream: what streams hold of host memory.
+        executor: Computes the slices of streams; has a thread for each slice that streams may have
+            in flight.
     """
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, *, streams: Admission, executor: Executor) -> None:
         self._max_message_bytes = max_message_bytes
+        self._streams = streams
+        self._executor = executor
         self.engines: Engines | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Return what a gRPC server needs to serve this.
-
-        Requests are parsed here rather than by gRPC, which would answer garbage with INTERNAL.
-        """
+        """Return what a gRPC server needs to serve this."""
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Deconvolve": _unary(pb.DeconvolveRequest, self.deconvolve),
-                "DeconvolveGrad": _unary(pb.DeconvolveGradRequest, self.deconvolve_grad),
-                "GetServerInfo": _unary(pb.GetServerInfoRequest, self.get_server_info),
+                "Deconvolve": unary_handler(pb.DeconvolveRequest, self.deconvolve),
+                "DeconvolveGrad": unary_handler(pb.DeconvolveGradRequest, self.deconvolve_grad),
+                "DeconvolveStream": stream_handler(
+                    pb.DeconvolveStreamRequest, self.deconvolve_stream
+                ),
+                "DeconvolveGradStream": stream_handler(
+                    pb.DeconvolveGradStreamRequest, self.deconvolve_grad_stream
+                ),
+                "GetServerInfo": unary_handler(pb.GetServerInfoRequest, self.get_server_info),
             },
         )
 
-    def deconvolve(self, request: pb.DeconvolveRequest, call: Call) -> pb.DeconvolveResponse:
+    def deconvolve(
+        self, request: Envelope[pb.DeconvolveRequest], call: Call
+    ) -> Envelope[pb.DeconvolveResponse]:
         """Serve Deconvolve."""
-        problem = _problem(request.x, request.w, request.geometry)
-        x = array_from_message("x", request.x)
-        W = array_from_message("W", request.w)
+        asked = Deconvolution.from_message(request.message)
+        x = array_from_message("x", request.message.x, request.raw.get("x"))
+        W = array_from_message("W", request.message.w, request.raw.get("w"))
         b = None
-        if request.HasField("b"):
-            problem.check_b(spec_from_message("b", request.b))
-            b = array_from_message("b", request.b)
-        self._check_result_size(problem.y.nbytes)
-        options = options_from_message(request.options)
-        y = self._ready_engines().least_loaded().deconvolve(problem, x, W, b, options, call)
-        return pb.DeconvolveResponse(y=message_from_array(y))
+        if asked.with_b:
+            b = array_from_message("b", request.message.b, request.raw.get("b"))
+        self._check_result_size(asked.result_bytes)
+        engine = self._ready_engines().least_loaded()
+        y = engine.deconvolve(asked.problem, x, W, b, asked.options, call)
+        return Envelope(pb.DeconvolveResponse(y=_description(y)), {"y": elements_of(y)})
 
     def deconvolve_grad(
-        self, request: pb.DeconvolveGradRequest, call: Call
-    ) -> pb.DeconvolveGradResponse:
+        self, request: Envelope[pb.DeconvolveGradRequest], call: Call
+    ) -> Envelope[pb.DeconvolveGradResponse]:
         """Serve DeconvolveGrad."""
-        wanted = Wanted(gx=request.wanted.gx, gW=request.wanted.gw, gb=request.wanted.gb)
-        problem = _problem(request.x, request.w, request.geometry)
-        x = array_from_message("x", request.x) if wanted.gW else None
-        W = array_from_message("W", request.w) if wanted.gx else None
-        problem.check_gy(spec_from_message("gy", request.gy))
-        gy = array_from_message("gy", request.gy)
-        self._check_result_size(
-            wanted.gx * problem.x.nbytes
-            + wanted.gW * problem.W.nbytes
-            + wanted.gb * problem.b.nbytes
-        )
-        options = options_from_message(request.options)
+        message, raw = request.message, request.raw
+        asked = Differentiation.from_message(message)
+        x = array_from_message("x", message.x, raw.get("x")) if asked.wanted.gW else None
+        W = array_from_message("W", message.w, raw.get("w")) if asked.wanted.gx else None
+        gy = array_from_message("gy", message.gy, raw.get("gy"))
+        self._check_result_size(asked.result_bytes)
         engine = self._ready_engines().least_loaded()
-        gradients = engine.gradients(problem, x, W, gy, wanted, options, call)
-        return pb.DeconvolveGradResponse(
-            gx=_optional_message(gradients.gx),
-            gw=_optional_message(gradients.gW),
-            gb=_optional_message(gradients.gb),
-        )
+        gradients = engine.gradients(asked.problem, x, W, gy, asked.wanted, asked.options, call)
+        return _gradients_envelope(gradients)
+
+    def deconvolve_stream(
+        self, reader: ChunkReader[pb.DeconvolveStreamRequest], call: Call
+    ) -> Iterator[bytes]:
+        """Serve DeconvolveStream."""
+        header = reader.header().header
+        asked = Deconvolution.from_message(header.request)
+        sliced = SlicedProblem(asked.problem, header.slice_samples_count)
+        sliced.check_slice(self._max_message_bytes)
+        engine = self._ready_engines().least_loaded()
+        with self._streams.admitted(sliced.footprint_bytes(None), call):
+            y = pb.DeconvolveResponse(y=message_from_spec(asked.problem.y))
+            yield pb.DeconvolveStreamResponse(header=y).SerializeToString()
+            yield from deconvolve_slices(
+                sliced,
+                reader,
+                with_b=asked.with_b,
+                options=asked.options,
+                engine=engine,
+                executor=self._executor,
+                call=call,
+            )
+
+    def deconvolve_grad_stream(
+        self, reader: ChunkReader[pb.DeconvolveGradStreamRequest], call: Call
+    ) -> Iterator[bytes]:
+        """Serve DeconvolveGradStream."""
+        header = reader.header().header
+        asked = Differentiation.from_message(header.request)
+        sliced = SlicedProblem(asked.problem, header.slice_samples_count)
+        sliced.check_slice(self._max_message_bytes)
+        engine = self._ready_engines().least_loaded()
+        with self._streams.admitted(sliced.footprint_bytes(asked.wanted), call):
+            gradients = _gradients_description(asked)
+            yield pb.DeconvolveGradStreamResponse(header=gradients).SerializeToString()
+            yield from gradient_slices(
+                sliced,
+                reader,
+                wanted=asked.wanted,
+                options=asked.options,
+                engine=engine,
+                executor=self._executor,
+                call=call,
+            )
 
     def get_server_info(
-        self, _request: pb.GetServerInfoRequest, _call: Call
-    ) -> pb.GetServerInfoResponse:
+        self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
+    ) -> Envelope[pb.GetServerInfoResponse]:
         """Serve GetServerInfo."""
-        return pb.GetServerInfoResponse(
+        info = pb.GetServerInfoResponse(
             version=deconvd.__version__,
             devices=[_device_message(engine) for engine in self._ready_engines().all],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
         )
+        return Envelope(info, {})
 
     def _ready_engines(self) -> Engines:
         if self.engines is None:
@@ -134,60 +171,25 @@ class DeconvolutionService:
             )
 
 
-_FRAMING_BYTES = 1024
-"""More than the fields of a response take beside its tensors' elements."""
+def _description(array: Array) -> pb.Tensor:
+    return message_from_spec(spec_of(array))
 
 
-def _unary(
-    request_type: type[_Request], behaviour: Callable[[_Request, Call], _Response]
-) -> grpc.RpcMethodHandler[bytes, bytes]:
-    """Return a handler that parses the request and runs `behaviour` on it."""
-
-    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        with _errors_as_status(request_type, context):
-            request = _parsed(request_type, data)
-            return behaviour(request, _call_of(context)).SerializeToString()
-        raise AssertionError("unreachable: abort raises")
-
-    return grpc.unary_unary_rpc_method_handler(handle)
+def _gradients_envelope(gradients: Gradients) -> Envelope[pb.DeconvolveGradResponse]:
+    by_field = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
+    present = {field: array for field, array in by_field.items() if array is not None}
+    described = {field: _description(array) for field, array in present.items()}
+    raw: dict[str, Buffer] = {field: elements_of(array) for field, array in present.items()}
+    return Envelope(pb.DeconvolveGradResponse(**described), raw)
 
 
-@contextmanager
-def _errors_as_status(request_type: type[Message], context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with the status of whatever the block raises, and log which call failed."""
-    name = request_type.DESCRIPTOR.name.removesuffix("Request")
-    _log.debug("%s from %s: begun", name, context.peer())
-    try:
-        yield
-    except DeconvdError as error:
-        _log.warning("%s from %s: %s: %s", name, context.peer(), error.status, error)
-        context.abort_with_status(status_from_error(error))
-    except Exception:
-        _log.exception("%s from %s: unforeseen error", name, context.peer())
-        unforeseen = InternalError("unforeseen error: see the server's log")
-        context.abort_with_status(status_from_error(unforeseen))
-
-
-def _problem(x: pb.Tensor, w: pb.Tensor, geometry: pb.Geometry) -> Problem:
-    return Problem(
-        spec_from_message("x", x), spec_from_message("W", w), geometry_from_message(geometry)
+def _gradients_description(asked: Differentiation) -> pb.DeconvolveGradResponse:
+    problem, wanted = asked.problem, asked.wanted
+    return pb.DeconvolveGradResponse(
+        gx=message_from_spec(problem.x) if wanted.gx else None,
+        gw=message_from_spec(problem.W) if wanted.gW else None,
+        gb=message_from_spec(problem.b) if wanted.gb else None,
     )
-
-
-def _parsed(request_type: type[_Request], data: bytes) -> _Request:
-    try:
-        return request_type.FromString(data)
-    except DecodeError:
-        raise InvalidArgumentError(
-            f"the request is not a valid {request_type.DESCRIPTOR.full_name} message"
-        ) from None
-
-
-def _call_of(context: grpc.ServicerContext) -> Call:
-    call = Call(timeout_s=context.time_remaining())
-    if not context.add_callback(call.cancel):
-        call.cancel()  # it ended before we could ask to be told
-    return call
 
 
 def _device_message(engine: Engine) -> pb.Device:
@@ -203,7 +205,3 @@ def _device_message(engine: Engine) -> pb.Device:
         waiting_calls_count=load.waiting_count,
         caches=[pb.Cache(**asdict(cache)) for cache in engine.caches],
     )
-
-
-def _optional_message(array: Array | None) -> pb.Tensor | None:
-    return None if array is None else message_from_array(array)

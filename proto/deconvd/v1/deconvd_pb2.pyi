@@ -106,6 +106,7 @@ class Tensor(_message.Message):
 
     ELEMENT_TYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
     element_type: Global___ElementType.ValueType
     raw: _builtins.bytes
@@ -116,22 +117,66 @@ class Tensor(_message.Message):
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The extent of each dimension, outermost first: each from 0 to 2^31 - 1. No dimensions at all is a scalar."""
 
+    @_builtins.property
+    def shared(self) -> Global___SharedSlice:
+        """The elements lie in memory that the server lends to the client."""
+
     def __init__(
         self,
         *,
         element_type: Global___ElementType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
+        shared: Global___SharedSlice | None = ...,
         raw: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "raw", b"raw"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "raw", b"raw", "shared", b"shared"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_type", b"element_type", "payload", b"payload", "raw", b"raw", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_type", b"element_type", "payload", b"payload", "raw", b"raw", "shape", b"shape", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["raw"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["shared", "raw"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
+
+@_typing.final
+class SharedSlice(_message.Message):
+    """Elements in memory that the server lends to a client on its own host, laid out as in Tensor.raw; as many as the tensor's
+    shape and element type ask for.
+
+    The server makes all such memory; how a client borrows it, over a Unix socket beside that for calls, is written in
+    deconvd/shared_memory.py. A server MUST refuse a slice
+
+      with NOT_FOUND         whose region it does not lend, or no longer: it was given back, or its client has gone. The
+                             client SHOULD send the tensor by other means;
+      with INVALID_ARGUMENT  that does not lie wholly in its region, or whose offset is not a multiple of the element's size.
+
+    The client MUST NOT change what a call reads, nor use what it writes, before the call has ended. If it does, or if places
+    overlap, the results are arbitrary numbers; nobody else is harmed. A call that ended with CANCELLED, DEADLINE_EXCEEDED or
+    UNAVAILABLE MAY write into its places for a while yet. The server MUST keep memory mapped that a call uses.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    region: _builtins.bytes
+    """The region's name: a secret of 16 bytes, which the client was told when it borrowed the region."""
+    offset_bytes: _builtins.int
+    """From the begin of the region."""
+    def __init__(
+        self,
+        *,
+        region: _builtins.bytes = ...,
+        offset_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset_bytes", b"offset_bytes", "region", b"region"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedSlice: _TypeAlias = SharedSlice  # noqa: Y015
 
 @_typing.final
 class Pair(_message.Message):
@@ -291,6 +336,7 @@ class DeconvolveRequest(_message.Message):
     B_FIELD_NUMBER: _builtins.int
     GEOMETRY_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    Y_PLACE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def x(self) -> Global___Tensor:
         """(n, c_I, h_I, w_I)"""
@@ -307,6 +353,10 @@ class DeconvolveRequest(_message.Message):
     def geometry(self) -> Global___Geometry: ...
     @_builtins.property
     def options(self) -> Global___Options: ...
+    @_builtins.property
+    def y_place(self) -> Global___SharedSlice:
+        """Where to put y: the response then carries it as `shared` with this slice. Absent: it carries it as `raw`."""
+
     def __init__(
         self,
         *,
@@ -315,10 +365,11 @@ class DeconvolveRequest(_message.Message):
         b: Global___Tensor | None = ...,
         geometry: Global___Geometry | None = ...,
         options: Global___Options | None = ...,
+        y_place: Global___SharedSlice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "options", b"options", "w", b"w", "x", b"x"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "options", b"options", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "options", b"options", "w", b"w", "x", b"x"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "options", b"options", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -387,6 +438,9 @@ class DeconvolveGradRequest(_message.Message):
     GEOMETRY_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     WANTED_FIELD_NUMBER: _builtins.int
+    GX_PLACE_FIELD_NUMBER: _builtins.int
+    GW_PLACE_FIELD_NUMBER: _builtins.int
+    GB_PLACE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def x(self) -> Global___Tensor:
         """(n, c_I, h_I, w_I). May be a description unless gw is wanted."""
@@ -407,6 +461,14 @@ class DeconvolveGradRequest(_message.Message):
     def options(self) -> Global___Options: ...
     @_builtins.property
     def wanted(self) -> Global___GradientMask: ...
+    @_builtins.property
+    def gx_place(self) -> Global___SharedSlice:
+        """Where to put those that are wanted: as in DeconvolveRequest, each for itself."""
+
+    @_builtins.property
+    def gw_place(self) -> Global___SharedSlice: ...
+    @_builtins.property
+    def gb_place(self) -> Global___SharedSlice: ...
     def __init__(
         self,
         *,
@@ -416,10 +478,13 @@ class DeconvolveGradRequest(_message.Message):
         geometry: Global___Geometry | None = ...,
         options: Global___Options | None = ...,
         wanted: Global___GradientMask | None = ...,
+        gx_place: Global___SharedSlice | None = ...,
+        gw_place: Global___SharedSlice | None = ...,
+        gb_place: Global___SharedSlice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "gy", b"gy", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "gy", b"gy", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -462,6 +527,180 @@ class DeconvolveGradResponse(_message.Message):
 Global___DeconvolveGradResponse: _TypeAlias = DeconvolveGradResponse  # noqa: Y015
 
 @_typing.final
+class DeconvolveStreamRequest(_message.Message):
+    """A part of the request of DeconvolveStream: the header first, then chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next elements, as in Tensor.raw; not empty."""
+    @_builtins.property
+    def header(self) -> Global___DeconvolveStreamHeader: ...
+    def __init__(
+        self,
+        *,
+        header: Global___DeconvolveStreamHeader | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___DeconvolveStreamRequest: _TypeAlias = DeconvolveStreamRequest  # noqa: Y015
+
+@_typing.final
+class DeconvolveStreamHeader(_message.Message):
+    """Describes what follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    SLICE_SAMPLES_COUNT_FIELD_NUMBER: _builtins.int
+    slice_samples_count: _builtins.int
+    """Samples that are computed at a time, from 1; the last slice MAY have fewer. A slice of x and one of y MUST together
+    fit Limits.message_bytes, unless this is 1.
+    """
+    @_builtins.property
+    def request(self) -> Global___DeconvolveRequest:
+        """Its tensors are descriptions."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___DeconvolveRequest | None = ...,
+        slice_samples_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "slice_samples_count", b"slice_samples_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeconvolveStreamHeader: _TypeAlias = DeconvolveStreamHeader  # noqa: Y015
+
+@_typing.final
+class DeconvolveStreamResponse(_message.Message):
+    """A part of the response of DeconvolveStream: the header first, then chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next elements, as in Tensor.raw; not empty."""
+    @_builtins.property
+    def header(self) -> Global___DeconvolveResponse:
+        """Its tensor is a description."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___DeconvolveResponse | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___DeconvolveStreamResponse: _TypeAlias = DeconvolveStreamResponse  # noqa: Y015
+
+@_typing.final
+class DeconvolveGradStreamRequest(_message.Message):
+    """A part of the request of DeconvolveGradStream: the header first, then chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next elements, as in Tensor.raw; not empty."""
+    @_builtins.property
+    def header(self) -> Global___DeconvolveGradStreamHeader: ...
+    def __init__(
+        self,
+        *,
+        header: Global___DeconvolveGradStreamHeader | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___DeconvolveGradStreamRequest: _TypeAlias = DeconvolveGradStreamRequest  # noqa: Y015
+
+@_typing.final
+class DeconvolveGradStreamHeader(_message.Message):
+    """Describes what follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    SLICE_SAMPLES_COUNT_FIELD_NUMBER: _builtins.int
+    slice_samples_count: _builtins.int
+    """As in DeconvolveStreamHeader, for x, gy and gx together."""
+    @_builtins.property
+    def request(self) -> Global___DeconvolveGradRequest:
+        """Its tensors are descriptions."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___DeconvolveGradRequest | None = ...,
+        slice_samples_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "slice_samples_count", b"slice_samples_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeconvolveGradStreamHeader: _TypeAlias = DeconvolveGradStreamHeader  # noqa: Y015
+
+@_typing.final
+class DeconvolveGradStreamResponse(_message.Message):
+    """A part of the response of DeconvolveGradStream: the header first, then chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next elements, as in Tensor.raw; not empty."""
+    @_builtins.property
+    def header(self) -> Global___DeconvolveGradResponse:
+        """Its tensors are descriptions."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___DeconvolveGradResponse | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___DeconvolveGradStreamResponse: _TypeAlias = DeconvolveGradStreamResponse  # noqa: Y015
+
+@_typing.final
 class GetServerInfoRequest(_message.Message):
     """Empty."""
 
@@ -489,8 +728,13 @@ class GetServerInfoResponse(_message.Message):
     ELEMENT_TYPES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_SOCKET_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Of deconvd, as in PEP 440."""
+    shared_memory_socket: _builtins.str
+    """Path of the Unix socket where it lends memory, by its own name for the directory; empty if it lends none. A client that
+    reaches the server by a Unix socket SHOULD look beside that first: at its own path for it, followed by ".memory".
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -511,10 +755,11 @@ class GetServerInfoResponse(_message.Message):
         element_types: _abc.Iterable[Global___ElementType.ValueType] | None = ...,
         limits: Global___Limits | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
+        shared_memory_socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "element_types", b"element_types", "features", b"features", "limits", b"limits", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "element_types", b"element_types", "features", b"features", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,16 @@ class DeconvolutionServiceStub:
                 request_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradRequest.SerializeToString,
                 response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradResponse.FromString,
                 _registered_method=True)
+        self.DeconvolveStream = channel.stream_stream(
+                '/deconvd.v1.DeconvolutionService/DeconvolveStream',
+                request_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveStreamRequest.SerializeToString,
+                response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveStreamResponse.FromString,
+                _registered_method=True)
+        self.DeconvolveGradStream = channel.stream_stream(
+                '/deconvd.v1.DeconvolutionService/DeconvolveGradStream',
+                request_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamRequest.SerializeToString,
+                response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/deconvd.v1.DeconvolutionService/GetServerInfo',
                 request_serializer=deconvd_dot_v1_dot_deconvd__pb2.GetServerInfoRequest.SerializeToString,
@@ -70,6 +80,28 @@ class DeconvolutionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeconvolveStream(self, request_iterator, context):
+        """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+
+        The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
+        cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
+        x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
+        and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeconvolveGradStream(self, request_iterator, context):
+        """The same as DeconvolveGrad for tensors of any size.
+
+        After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
+        gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
         """Says what the server is, what it runs on and how much it takes.
         """
@@ -89,6 +121,16 @@ def add_DeconvolutionServiceServicer_to_server(servicer, server):
                     servicer.DeconvolveGrad,
                     request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradRequest.FromString,
                     response_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradResponse.SerializeToString,
+            ),
+            'DeconvolveStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.DeconvolveStream,
+                    request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveStreamRequest.FromString,
+                    response_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveStreamResponse.SerializeToString,
+            ),
+            'DeconvolveGradStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.DeconvolveGradStream,
+                    request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamRequest.FromString,
+                    response_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -151,6 +193,60 @@ class DeconvolutionService:
             '/deconvd.v1.DeconvolutionService/DeconvolveGrad',
             deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradRequest.SerializeToString,
             deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeconvolveStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/deconvd.v1.DeconvolutionService/DeconvolveStream',
+            deconvd_dot_v1_dot_deconvd__pb2.DeconvolveStreamRequest.SerializeToString,
+            deconvd_dot_v1_dot_deconvd__pb2.DeconvolveStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeconvolveGradStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/deconvd.v1.DeconvolutionService/DeconvolveGradStream',
+            deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamRequest.SerializeToString,
+            deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

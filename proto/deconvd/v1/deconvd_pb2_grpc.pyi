@@ -53,6 +53,20 @@ class DeconvolutionServiceStub:
     """Computes y, the deconvolution of x by W, plus b where it is given."""
     DeconvolveGrad: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.DeconvolveGradRequest, _deconvd_pb2.DeconvolveGradResponse]
     """Computes the gradients of a deconvolution with respect to its operands, from the gradient gy of its result."""
+    DeconvolveStream: _grpc.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveStreamRequest, _deconvd_pb2.DeconvolveStreamResponse]
+    """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+
+    The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
+    cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
+    x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
+    and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+    """
+    DeconvolveGradStream: _grpc.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveGradStreamRequest, _deconvd_pb2.DeconvolveGradStreamResponse]
+    """The same as DeconvolveGrad for tensors of any size.
+
+    After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
+    gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+    """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.GetServerInfoRequest, _deconvd_pb2.GetServerInfoResponse]
     """Says what the server is, what it runs on and how much it takes."""
 
@@ -65,6 +79,20 @@ class DeconvolutionServiceAsyncStub(DeconvolutionServiceStub):
     """Computes y, the deconvolution of x by W, plus b where it is given."""
     DeconvolveGrad: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.DeconvolveGradRequest, _deconvd_pb2.DeconvolveGradResponse]  # type: ignore[assignment]
     """Computes the gradients of a deconvolution with respect to its operands, from the gradient gy of its result."""
+    DeconvolveStream: _aio.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveStreamRequest, _deconvd_pb2.DeconvolveStreamResponse]  # type: ignore[assignment]
+    """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+
+    The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
+    cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
+    x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
+    and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+    """
+    DeconvolveGradStream: _aio.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveGradStreamRequest, _deconvd_pb2.DeconvolveGradStreamResponse]  # type: ignore[assignment]
+    """The same as DeconvolveGrad for tensors of any size.
+
+    After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
+    gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+    """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.GetServerInfoRequest, _deconvd_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Says what the server is, what it runs on and how much it takes."""
 
@@ -86,6 +114,32 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_deconvd_pb2.DeconvolveGradResponse, _abc.Awaitable[_deconvd_pb2.DeconvolveGradResponse]]:
         """Computes the gradients of a deconvolution with respect to its operands, from the gradient gy of its result."""
+
+    @_abc_1.abstractmethod
+    def DeconvolveStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_deconvd_pb2.DeconvolveStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.DeconvolveStreamResponse], _abc.AsyncIterator[_deconvd_pb2.DeconvolveStreamResponse]]:
+        """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+
+        The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
+        cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
+        x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
+        and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+        """
+
+    @_abc_1.abstractmethod
+    def DeconvolveGradStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_deconvd_pb2.DeconvolveGradStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.DeconvolveGradStreamResponse], _abc.AsyncIterator[_deconvd_pb2.DeconvolveGradStreamResponse]]:
+        """The same as DeconvolveGrad for tensors of any size.
+
+        After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
+        gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+        """
 
     @_abc_1.abstractmethod
     def GetServerInfo(

@@ -1,0 +1,150 @@
+"""Deconvolutions and gradients as calls of the service: small ones in one message, large ones in a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import numpy as np
+
+from deconvd.chunks import ChunkReader, chunks_of, slices
+from deconvd.codec import Buffer, Envelope
+from deconvd.gradients import Gradients, Wanted
+from deconvd.messages import message_from_geometry, message_from_options
+from deconvd.options import Options
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array, array_from_message, elements_of, message_from_spec
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.stub import Stub
+
+__all__ = ["deconvolve", "gradients"]
+
+_MAX_UNARY_BYTES: Final = 1 << 20
+"""Operands and results together: above it a stream is faster."""
+
+_SLICE_BYTES: Final = 8 << 20
+"""Operands and results of a slice: enough to keep a GPU busy, little enough to flow."""
+
+
+def deconvolve(
+    stub: Stub, problem: Problem, x: Array, W: Array, b: Array | None, options: Options
+) -> Array:
+    """Return y. Raises a DeconvdError, as `Stub` does."""
+    request = pb.DeconvolveRequest(
+        x=message_from_spec(problem.x),
+        w=message_from_spec(problem.W),
+        b=None if b is None else message_from_spec(problem.b),
+        geometry=message_from_geometry(problem.geometry),
+        options=message_from_options(options),
+    )
+    if _fits_a_message(problem.x, problem.W, problem.y):
+        raw: dict[str, Buffer] = {"x": elements_of(x), "w": elements_of(W)}
+        if b is not None:
+            raw["b"] = elements_of(b)
+        response = stub.deconvolve(Envelope(request, raw))
+        return _array("y", response.message.y, response.raw)
+    return _deconvolve_streamed(stub, request, problem, x, [W] if b is None else [W, b])
+
+
+def _deconvolve_streamed(
+    stub: Stub, request: pb.DeconvolveRequest, problem: Problem, x: Array, constants: list[Array]
+) -> Array:
+    step = _slice_samples_count(problem, problem.x, problem.y)
+    header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=step)
+
+    def parts() -> Iterator[bytes]:
+        yield pb.DeconvolveStreamRequest(header=header).SerializeToString()
+        for constant in constants:
+            yield from chunks_of(constant)
+        yield from _sliced([x], step)
+
+    def receive(reader: ChunkReader[pb.DeconvolveStreamResponse]) -> Array:
+        reader.header()
+        y = reader.read("y", problem.y)
+        reader.expect_end()
+        return y
+
+    return stub.deconvolve_stream(parts, receive)
+
+
+def gradients(
+    stub: Stub,
+    problem: Problem,
+    x: Array,
+    W: Array,
+    gy: Array,
+    wanted: Wanted,
+    options: Options,
+) -> Gradients:
+    """Return the wanted gradients. Raises a DeconvdError, as `Stub` does."""
+    request = pb.DeconvolveGradRequest(
+        x=message_from_spec(problem.x),
+        w=message_from_spec(problem.W),
+        gy=message_from_spec(problem.y),
+        geometry=message_from_geometry(problem.geometry),
+        options=message_from_options(options),
+        wanted=pb.GradientMask(gx=wanted.gx, gw=wanted.gW, gb=wanted.gb),
+    )
+    if not _fits_a_message(problem.x, problem.W, problem.y):
+        return _gradients_streamed(stub, request, problem, x, W, gy, wanted)
+    raw: dict[str, Buffer] = {"gy": elements_of(gy)}
+    if wanted.gW:
+        raw["x"] = elements_of(x)
+    if wanted.gx:
+        raw["w"] = elements_of(W)
+    response = stub.deconvolve_grad(Envelope(request, raw))
+    return Gradients(
+        gx=_array("gx", response.message.gx, response.raw) if wanted.gx else None,
+        gW=_array("gw", response.message.gw, response.raw) if wanted.gW else None,
+        gb=_array("gb", response.message.gb, response.raw) if wanted.gb else None,
+    )
+
+
+def _gradients_streamed(
+    stub: Stub,
+    request: pb.DeconvolveGradRequest,
+    problem: Problem,
+    x: Array,
+    W: Array,
+    gy: Array,
+    wanted: Wanted,
+) -> Gradients:
+    step = _slice_samples_count(problem, problem.x, problem.y)
+    header = pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=step)
+
+    def parts() -> Iterator[bytes]:
+        yield pb.DeconvolveGradStreamRequest(header=header).SerializeToString()
+        if wanted.gx:
+            yield from chunks_of(W)
+        yield from _sliced([x, gy] if wanted.gW else [gy], step)
+
+    def receive(reader: ChunkReader[pb.DeconvolveGradStreamResponse]) -> Gradients:
+        reader.header()
+        gx = reader.read("gx", problem.x) if wanted.gx else None
+        gW = reader.read("gW", problem.W) if wanted.gW else None
+        gb = reader.read("gb", problem.b) if wanted.gb else None
+        reader.expect_end()
+        return Gradients(gx, gW, gb)
+
+    return stub.deconvolve_grad_stream(parts, receive)
+
+
+def _fits_a_message(*tensors: TensorSpec) -> bool:
+    return sum(spec.nbytes for spec in tensors) <= _MAX_UNARY_BYTES
+
+
+def _slice_samples_count(problem: Problem, *tensors: TensorSpec) -> int:
+    sample_bytes = sum(spec.nbytes for spec in tensors) // max(problem.n, 1)
+    return max(_SLICE_BYTES // max(sample_bytes, 1), 1)
+
+
+def _sliced(arrays: list[Array], step: int) -> Iterator[bytes]:
+    """Yield the chunks of arrays that have samples in common, a slice of each in turn."""
+    for samples in slices(len(arrays[0]), step):
+        for array in arrays:
+            yield from chunks_of(array[samples])
+
+
+def _array(field: str, message: pb.Tensor, raw: Mapping[str, Buffer]) -> Array:
+    """Return a tensor of a response as an array of the caller's own."""
+    return np.array(array_from_message(field, message, raw.get(field)))

@@ -1,0 +1,115 @@
+"""Tensors of any size as the chunks of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError, Message
+
+from deconvd.codec import chunk_from_bytes, chunk_to_bytes
+from deconvd.errors import InvalidArgumentError
+from deconvd.problem import TensorSpec
+from deconvd.tensor import Array, elements_of
+
+__all__ = ["ChunkReader", "chunks_of", "slices"]
+
+_CHUNK_BYTES: Final = 1 << 20
+"""The size at which a gRPC stream is fastest: larger messages cost more than their bytes."""
+
+
+_PartT = TypeVar("_PartT", bound=Message)
+
+
+class ChunkReader(Generic[_PartT]):
+    """The elements that follow a stream's header, as arrays; chunks may end anywhere.
+
+    Args:
+        parts: The stream's messages, as bytes.
+        part_type: Their type.
+    """
+
+    def __init__(self, parts: Iterator[bytes], part_type: type[_PartT]) -> None:
+        self._parts = parts
+        self._part_type = part_type
+        self._rest = np.empty(0, np.uint8)
+
+    def header(self) -> _PartT:
+        """Return the stream's first message.
+
+        Raises:
+            InvalidArgumentError: It is none, or no header.
+        """
+        data = next(self._parts, None)
+        part = None if data is None else self._parsed(data)
+        if part is None or part.WhichOneof("part") != "header":
+            raise InvalidArgumentError("a stream must begin with a header")
+        return part
+
+    def read(self, name: str, spec: TensorSpec) -> Array:
+        """Return the next tensor. Its memory is touched only as its elements arrive.
+
+        Args:
+            name: Name of the argument, for errors.
+
+        Raises:
+            InvalidArgumentError: The stream ends before it is whole, or is no stream of chunks.
+        """
+        array = np.empty(spec.shape, spec.dtype.newbyteorder("<"))
+        self.read_into(name, array)
+        return array.astype(spec.dtype, copy=False)
+
+    def read_into(self, name: str, array: Array) -> None:
+        """Set the elements of a C-contiguous little-endian array, in the manner of `read`."""
+        target = array.reshape(-1).view(np.uint8)
+        filled = 0
+        while filled < len(target):
+            if not len(self._rest):
+                self._rest = self._next_chunk(name, missing_bytes=len(target) - filled)
+            taken = self._rest[: len(target) - filled]
+            target[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            self._rest = self._rest[len(taken) :]
+
+    def expect_end(self) -> None:
+        """Raise InvalidArgumentError if there is more."""
+        if len(self._rest) or next(self._parts, None) is not None:
+            raise InvalidArgumentError("a stream must end with its last tensor, and this has more")
+
+    def _next_chunk(self, name: str, *, missing_bytes: int) -> npt.NDArray[np.uint8]:
+        data = next(self._parts, None)
+        if data is None:
+            raise InvalidArgumentError(
+                f"the stream ends {missing_bytes} bytes before {name} is whole", argument=name
+            )
+        chunk = chunk_from_bytes(data)
+        return np.frombuffer(self._unusual_chunk(data) if chunk is None else chunk, np.uint8)
+
+    def _unusual_chunk(self, data: bytes) -> bytes:
+        part = self._parsed(data)
+        if part.WhichOneof("part") != "chunk":
+            raise InvalidArgumentError("a stream must have nothing but chunks after its header")
+        chunk: bytes = part.chunk  # type: ignore[attr-defined]  # the oneof says that it has one
+        return chunk
+
+    def _parsed(self, data: bytes) -> _PartT:
+        try:
+            return self._part_type.FromString(data)
+        except DecodeError:
+            name = self._part_type.DESCRIPTOR.full_name
+            raise InvalidArgumentError(f"a part of the stream is not a valid {name}") from None
+
+
+def chunks_of(array: Array) -> Iterator[bytes]:
+    """Yield the messages that carry an array's elements."""
+    elements = elements_of(array)
+    for start in range(0, len(elements), _CHUNK_BYTES):
+        yield chunk_to_bytes(elements[start : start + _CHUNK_BYTES])
+
+
+def slices(count: int, step: int) -> Iterator[slice]:
+    """Yield the slices of so many samples, `step` at a time."""
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))

@@ -1,0 +1,221 @@
+"""Messages to bytes and back without protobuf's copies of the large fields.
+
+Protobuf copies a ``bytes`` field when it is set, serialized, parsed and read. Here the small fields go through the
+generated classes and the large one is framed by hand: it is copied once, into the bytes that gRPC sends, and read where
+gRPC has put it. The bytes are those of the schema: any protobuf library reads what is written here, and what any writes
+is read here, fields in whatever order.
+
+A message that is large in another way than ours are (a tensor given in two pieces, say) goes through the generated
+classes as a whole: slower, and right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from deconvd.v1 import deconvd_pb2 as pb
+
+__all__ = ["Buffer", "Envelope", "chunk_from_bytes", "chunk_to_bytes", "decode", "encode"]
+
+M = TypeVar("M", bound=Message)
+
+Buffer = bytes | memoryview
+
+_SMALL_BYTES: Final = 16 << 10
+"""Up to this size the generated classes are faster than any framing in Python."""
+
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+"""Wire types: https://protobuf.dev/programming-guides/encoding."""
+
+_MAX_NUMBER: Final = 2**29 - 1
+
+_RAW_NUMBER: Final = pb.Tensor.RAW_FIELD_NUMBER
+_PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
+_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope(Generic[M]):
+    """A message, and apart from it the raw elements of its tensors.
+
+    Attributes:
+        message: Its tensors have no raw payload.
+        raw: The elements of each tensor that has some, by the name of its field.
+    """
+
+    message: M
+    raw: Mapping[str, Buffer]
+
+
+def encode(envelope: Envelope[M]) -> bytes:
+    """Return the bytes of a message: that of the envelope with its tensors' elements put in.
+
+    The tensors with elements must be set in the message; elements may be any C-contiguous buffer
+    of bytes.
+    """
+    if not envelope.raw:
+        return envelope.message.SerializeToString()
+    rest = type(envelope.message)()
+    rest.CopyFrom(envelope.message)
+    pieces: list[Buffer] = [b""]
+    for name, raw in envelope.raw.items():
+        rest.ClearField(name)
+        header = getattr(envelope.message, name).SerializeToString()
+        header += _prefix(_RAW_NUMBER, len(raw))
+        number = envelope.message.DESCRIPTOR.fields_by_name[name].number
+        pieces += [_prefix(number, len(header) + len(raw)), header, raw]
+    pieces[0] = rest.SerializeToString()
+    return b"".join(pieces)
+
+
+def decode(message_type: type[M], data: bytes) -> Envelope[M]:
+    """Return the message that bytes hold; elements are views of the bytes.
+
+    Raises:
+        DecodeError: They hold no such message.
+    """
+    if len(data) > _SMALL_BYTES:
+        try:
+            return _decode_large(message_type, memoryview(data))
+        except _UnusualError:
+            pass  # not wrong, as far as is known here: the generated class decides
+    return _taken_apart(message_type.FromString(data))
+
+
+def chunk_to_bytes(chunk: Buffer) -> bytes:
+    """Return the bytes of a stream's part that is a chunk, of whichever of the stream messages."""
+    return b"".join((_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
+
+
+def chunk_from_bytes(data: bytes) -> memoryview | None:
+    """Return a view of the chunk if a part's bytes hold that and nothing else, else None."""
+    view = memoryview(data)
+    try:
+        field = next(_fields(view), None)
+    except _UnusualError:
+        return None
+    if field is None or field.number != _CHUNK_NUMBER or field.value is None:
+        return None
+    return field.value if field.end == len(view) else None
+
+
+class _UnusualError(Exception):
+    """Bytes that are wrong, or not in the form that is read fast."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A field on the wire: its number, its place, and its value if it is length-delimited."""
+
+    number: int
+    start: int
+    end: int
+    value: memoryview | None
+
+
+def _decode_large(message_type: type[M], data: memoryview) -> Envelope[M]:
+    tensors = {
+        field.number: field.name
+        for field in message_type.DESCRIPTOR.fields
+        if field.message_type is pb.Tensor.DESCRIPTOR
+    }
+    small: list[Buffer] = []
+    raw: dict[str, Buffer] = {}
+    seen: set[int] = set()
+    for field in _fields(data):
+        if field.number not in tensors or field.value is None:
+            small.append(data[field.start : field.end])
+            continue
+        if field.number in seen:
+            raise _UnusualError("a tensor in pieces, which are to be merged")
+        seen.add(field.number)
+        header, elements = _tensor(field.value)
+        small += [_prefix(field.number, len(header)), header]
+        if elements is not None:
+            raw[tensors[field.number]] = elements
+    return Envelope(message_type.FromString(b"".join(small)), raw)
+
+
+def _tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
+    """Return the bytes of a tensor without its raw payload, and that payload."""
+    header: list[Buffer] = []
+    elements: memoryview | None = None
+    payloads_count = 0
+    for field in _fields(data):
+        payloads_count += field.number in _PAYLOAD_NUMBERS
+        if field.number == _RAW_NUMBER and field.value is not None:
+            elements = field.value
+        else:
+            header.append(data[field.start : field.end])
+    if payloads_count > 1:
+        raise _UnusualError("several payloads, of which the last counts")
+    return b"".join(header), elements
+
+
+def _taken_apart(message: M) -> Envelope[M]:
+    """Return an envelope of a message that the generated class has parsed."""
+    raw: dict[str, Buffer] = {}
+    for descriptor, value in message.ListFields():
+        if isinstance(value, pb.Tensor) and value.WhichOneof("payload") == "raw":
+            raw[descriptor.name] = value.raw
+            value.ClearField("raw")
+    return Envelope(message, raw)
+
+
+def _fields(data: memoryview) -> Iterator[_Field]:
+    """Yield the fields of a message in the order in which they stand.
+
+    Raises:
+        _UnusualError: The bytes are no message, or have groups.
+    """
+    at = 0
+    while at < len(data):
+        start = at
+        tag, at = _varint(data, at)
+        number, wire_type = tag >> 3, tag & 7
+        value = None
+        if wire_type == _LENGTH_DELIMITED:
+            length, at = _varint(data, at)
+            value = data[at : at + length]
+            at += length
+        elif wire_type == _VARINT:
+            _, at = _varint(data, at)
+        elif wire_type in (_FIXED32, _FIXED64):
+            at += 4 if wire_type == _FIXED32 else 8
+        else:
+            raise _UnusualError(f"wire type {wire_type}")
+        if at > len(data) or not 0 < number <= _MAX_NUMBER:
+            raise _UnusualError("a field that is cut off, or has no valid number")
+        yield _Field(number, start, at, value)
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the variable-length integer at an offset, and the offset behind it."""
+    value = 0
+    for shift in range(0, 64, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise _UnusualError("an integer that is cut off or too long")
+
+
+def _prefix(number: int, length: int) -> bytes:
+    """Return what stands before a length-delimited field."""
+    return _varint_bytes(number << 3 | _LENGTH_DELIMITED) + _varint_bytes(length)
+
+
+def _varint_bytes(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

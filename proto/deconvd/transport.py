@@ -1,0 +1,16 @@
+"""How both ends of a gRPC connection are tuned for tensors."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["TRANSPORT_OPTIONS"]
+
+TRANSPORT_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
+    ("grpc.optimization_target", "throughput"),
+    # The largest that HTTP/2 allows: a chunk is one frame.
+    ("grpc.http2.max_frame_size", (1 << 24) - 1),
+    # What may be under way before its receiver has asked for it.
+    ("grpc.http2.lookahead_bytes", 64 << 20),
+)
+"""Channel and server options, chosen by measurement: see benchmarks/results."""

@@ -1,0 +1,90 @@
+"""Functions as gRPC handlers: messages are decoded and encoded, errors become statuses, calls are tracked.
+
+Requests are parsed here rather than by gRPC, which would blame the server (INTERNAL) for garbage.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from deconvd.chunks import ChunkReader
+from deconvd.codec import Envelope, decode, encode
+from deconvd.errors import DeconvdError, InternalError, InvalidArgumentError
+from deconvd.status import status_from_error
+from deconvd_server.call import Call
+
+__all__ = ["stream_handler", "unary_handler"]
+
+_Request = TypeVar("_Request", bound=Message)
+_Response = TypeVar("_Response", bound=Message)
+
+_Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
+
+_log = logging.getLogger(__name__)
+
+
+def unary_handler(
+    request_type: type[_Request],
+    behaviour: Callable[[Envelope[_Request], Call], Envelope[_Response]],
+) -> _Handler:
+    """Return a handler that gives a request to `behaviour` and sends what it returns."""
+
+    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+        with _errors_as_status(request_type, context):
+            return encode(behaviour(_decoded(request_type, data), _call_of(context)))
+        raise AssertionError("unreachable: abort raises")
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def stream_handler(
+    part_type: type[_Request], behaviour: Callable[[ChunkReader[_Request], Call], Iterator[bytes]]
+) -> _Handler:
+    """Return a handler that gives a stream to `behaviour` and sends the messages that it yields."""
+
+    def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        with _errors_as_status(part_type, context):
+            yield from behaviour(ChunkReader(parts, part_type), _call_of(context))
+
+    return grpc.stream_stream_rpc_method_handler(handle)
+
+
+@contextmanager
+def _errors_as_status(request_type: type[Message], context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with the status of whatever the block raises, and log which call failed."""
+    name = request_type.DESCRIPTOR.name.removesuffix("Request")
+    _log.debug("%s from %s: begun", name, context.peer())
+    try:
+        yield
+    except DeconvdError as error:
+        _log.warning("%s from %s: %s: %s", name, context.peer(), error.status, error)
+        context.abort_with_status(status_from_error(error))
+    except Exception:
+        if not context.is_active():
+            _log.info("%s from %s: the caller has gone", name, context.peer())
+            return
+        _log.exception("%s from %s: unforeseen error", name, context.peer())
+        unforeseen = InternalError("unforeseen error: see the server's log")
+        context.abort_with_status(status_from_error(unforeseen))
+
+
+def _decoded(request_type: type[_Request], data: bytes) -> Envelope[_Request]:
+    try:
+        return decode(request_type, data)
+    except DecodeError:
+        raise InvalidArgumentError(
+            f"the request is not a valid {request_type.DESCRIPTOR.full_name} message"
+        ) from None
+
+
+def _call_of(context: grpc.ServicerContext) -> Call:
+    call = Call(timeout_s=context.time_remaining())
+    if not context.add_callback(call.cancel):
+        call.cancel()  # it ended before we could ask to be told
+    return call

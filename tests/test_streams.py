@@ -1,0 +1,344 @@
+"""Tensors in streams: the same numbers as in messages, of any size, in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import deconvd_client
+from deconvd.chunks import ChunkReader, chunks_of
+from deconvd.geometry import Geometry
+from deconvd.messages import message_from_geometry
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import message_from_spec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd_client import Connection
+from tests.servers import ServerProcess, server_process
+
+rng = np.random.default_rng(0)
+EPSILON = {np.dtype(t): e for t, e in [(np.float16, 2**-10), (ml_dtypes.bfloat16, 2**-7)]}
+EPSILON |= {np.dtype(np.float32): 2**-23, np.dtype(np.float64): 2**-52}
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+
+
+@pytest.fixture
+def stub(server: ServerProcess) -> Iterator[pb_grpc.DeconvolutionServiceStub]:
+    with grpc.insecure_channel(server.target) as channel:
+        yield pb_grpc.DeconvolutionServiceStub(channel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_large_tensor_has_the_same_result_as_its_samples(
+    F: Connection, n: int, dtype: Any
+) -> None:
+    x = rng.standard_normal((n, 3, 256, 300)).astype(dtype)
+    W = rng.standard_normal((3, 4, 3, 4)).astype(dtype)
+    b = rng.standard_normal(4).astype(dtype)
+
+    y = F.deconvolution_2d(x, W, b, (2, 1), (1, 0), (512, None))
+
+    assert y.nbytes > 1 << 20
+    assert y.dtype == dtype
+    rows = [F.deconvolution_2d(x[i : i + 1], W, b, (2, 1), (1, 0), (512, None)) for i in range(n)]
+    # one product may cover several samples or a part of one: float32 sums in another order
+    np.testing.assert_allclose(
+        y.astype(np.float64), np.concatenate(rows).astype(np.float64), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize(
+    "wanted", [["gx", "gW", "gb"], ["gx"], ["gW"], ["gb"], ["gW", "gb"]], ids="-".join
+)
+def test_gradients_in_a_stream_are_sums_over_its_slices(
+    F: Connection, wanted: list[str], dtype: Any
+) -> None:
+    x = rng.standard_normal((24, 2, 160, 160)).astype(dtype)
+    W = rng.standard_normal((2, 3, 2, 2)).astype(dtype)
+    b = np.zeros(3, dtype)
+    gy = rng.standard_normal((24, 3, 320, 320)).astype(dtype)
+
+    whole = F.deconvolution_2d_grad(x, W, b, gy, 2, wanted=wanted)
+    parts = [
+        F.deconvolution_2d_grad(x[i : i + 1], W, b, gy[i : i + 1], 2, wanted=wanted)
+        for i in range(24)
+    ]
+
+    gx = [part.gx for part in parts]
+    expected = {
+        "gx": None if "gx" not in wanted else np.concatenate([g for g in gx if g is not None]),
+        "gW": sum(np.asarray(p.gW, np.float64) for p in parts) if "gW" in wanted else None,
+        "gb": sum(np.asarray(p.gb, np.float64) for p in parts) if "gb" in wanted else None,
+    }
+    for name, result in whole._asdict().items():
+        if expected[name] is None:
+            assert result is None
+            continue
+        assert result.dtype == dtype
+        wide = np.asarray(expected[name], np.float64)
+        # sums of some 600,000 products of magnitude 1, each slice's rounded to the element type
+        error = EPSILON[np.dtype(dtype)] * 4 * max(np.abs(wide).max(), 800)
+        np.testing.assert_allclose(result.astype(np.float64), wide, atol=error, rtol=0)
+
+
+def test_strided_and_reversed_arrays_stream_as_they_are(F: Connection) -> None:
+    x = rng.standard_normal((6, 512, 256, 2)).astype(np.float32).transpose(0, 3, 1, 2)[::-1]
+    W = np.eye(2, dtype=np.float32)[:, :, None, None]
+
+    np.testing.assert_array_equal(F.deconvolution_2d(x, W), x)
+
+
+def test_a_stream_of_no_samples_is_empty(F: Connection) -> None:
+    # large W and no samples: a stream of W alone
+    W = np.ones((128, 128, 9, 9), np.float32)
+    x = np.ones((0, 128, 4, 4), np.float32)
+
+    gx, gW, gb = F.deconvolution_2d_grad(x, W, W[0, :, 0, 0], F.deconvolution_2d(x, W))
+
+    assert [g.shape for g in (gx, gW, gb) if g is not None] == [x.shape, W.shape, (128,)]
+    assert not np.any(gW)
+    assert not np.any(gb)
+
+
+@pytest.mark.timeout(300)
+def test_a_tensor_of_three_gibibytes_goes_there_and_back(tmp_path: Path) -> None:
+    one = np.ones((1, 1, 1, 1), np.float32)
+    x = np.empty((3, 1, 1 << 14, 1 << 14), np.float32)
+    x[:] = np.arange(1 << 14, dtype=np.float32)[:, None] * 4 + np.arange(3)[:, None, None, None]
+    with (
+        server_process(tmp_path) as server,
+        deconvd_client.connect(server.target, timeout_s=250) as F,
+    ):
+        y = F.deconvolution_2d(x, one)
+        peak_bytes = _peak_memory_bytes(server)
+
+    assert y.nbytes == 3 << 30
+    for left, right in zip(y, x, strict=True):
+        np.testing.assert_array_equal(left, right)
+    # a slice is a sample: three of x and of y in flight are 6 GiB, and there is more to a sample
+    assert peak_bytes < 9 << 30
+
+
+def _peak_memory_bytes(server: ServerProcess) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:
+    request = pb.DeconvolveRequest(
+        x=message_from_spec(problem.x),
+        w=message_from_spec(problem.W),
+        geometry=message_from_geometry(problem.geometry),
+    )
+    return pb.DeconvolveStreamRequest(
+        header=pb.DeconvolveStreamHeader(request=request, slice_samples_count=slice_samples_count)
+    )
+
+
+X = rng.standard_normal((4, 2, 3, 3)).astype(np.float32)
+W = rng.standard_normal((2, 2, 2, 2)).astype(np.float32)
+PROBLEM = Problem(spec_of(X), spec_of(W), Geometry())
+ELEMENTS = W.tobytes() + X.tobytes()
+
+
+@given(cuts=st.lists(st.integers(1, len(ELEMENTS) - 1), max_size=6, unique=True))
+def test_chunks_may_end_anywhere(cuts: list[int]) -> None:
+    bounds = [0, *sorted(cuts), len(ELEMENTS)]
+    parts = [
+        pb.DeconvolveStreamRequest(chunk=ELEMENTS[a:b]).SerializeToString()
+        for a, b in pairwise(bounds)
+    ]
+    reader = ChunkReader(iter(parts), pb.DeconvolveStreamRequest)
+
+    np.testing.assert_array_equal(reader.read("W", PROBLEM.W), W)
+    np.testing.assert_array_equal(reader.read("x", PROBLEM.x), X)
+    reader.expect_end()
+
+
+def test_the_stock_generated_client_streams(
+    stub: pb_grpc.DeconvolutionServiceStub, F: Connection
+) -> None:
+    parts = [header(PROBLEM, 3)] + [
+        pb.DeconvolveStreamRequest(chunk=ELEMENTS[i : i + 50]) for i in range(0, len(ELEMENTS), 50)
+    ]
+
+    first, *rest = stub.DeconvolveStream(iter(parts))
+
+    assert first.header.y.shape == [4, 2, 4, 4]
+    y = np.frombuffer(b"".join(part.chunk for part in rest), np.float32).reshape(4, 2, 4, 4)
+    np.testing.assert_allclose(y, F.deconvolution_2d(X, W), rtol=1e-6, atol=1e-6)
+
+
+def test_the_stock_generated_client_streams_gradients(
+    stub: pb_grpc.DeconvolutionServiceStub, F: Connection
+) -> None:
+    gy = F.deconvolution_2d(X, W)
+    request = pb.DeconvolveGradRequest(
+        x=message_from_spec(spec_of(X)),
+        w=message_from_spec(spec_of(W)),
+        gy=message_from_spec(spec_of(gy)),
+        wanted=pb.GradientMask(gx=True, gw=True, gb=True),
+    )
+    stream_header = pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=2)
+    elements = [W, X[:2], gy[:2], X[2:], gy[2:]]
+    parts = [pb.DeconvolveGradStreamRequest(header=stream_header)] + [
+        pb.DeconvolveGradStreamRequest(chunk=array.tobytes()) for array in elements
+    ]
+
+    first, *rest = stub.DeconvolveGradStream(iter(parts))
+
+    assert first.header.HasField("gw")
+    together = np.frombuffer(b"".join(part.chunk for part in rest), np.float32)
+    expected = F.deconvolution_2d_grad(X, W, np.zeros(2, np.float32), gy)
+    flat = np.concatenate([np.ravel(g) for g in expected if g is not None])
+    np.testing.assert_allclose(together, flat, rtol=1e-4, atol=1e-5)
+
+
+def test_y_flows_back_while_x_is_still_coming(stub: pb_grpc.DeconvolutionServiceStub) -> None:
+    y_came = threading.Event()
+    waited: list[bool] = []
+
+    def parts() -> Iterator[pb.DeconvolveStreamRequest]:
+        yield header(PROBLEM)
+        yield pb.DeconvolveStreamRequest(chunk=W.tobytes())
+        for sample in X[:3]:
+            yield pb.DeconvolveStreamRequest(chunk=sample.tobytes())
+        waited.append(y_came.wait(timeout=60))
+        yield pb.DeconvolveStreamRequest(chunk=X[3:].tobytes())
+
+    responses = stub.DeconvolveStream(parts())
+    next(responses)
+    first = next(responses)
+    y_came.set()
+    rest = list(responses)
+
+    assert waited == [True]
+    assert len(first.chunk) + sum(len(part.chunk) for part in rest) == PROBLEM.y.nbytes
+
+
+CHUNK = pb.DeconvolveStreamRequest(chunk=ELEMENTS)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "a stream must begin with a header"),
+        ([CHUNK], "a stream must begin with a header"),
+        ([pb.DeconvolveStreamRequest()], "a stream must begin with a header"),
+        ([header(PROBLEM, 0), CHUNK], "slice_samples_count must be at least 1, got 0"),
+        ([header(PROBLEM), CHUNK, header(PROBLEM)], "a stream must end with its last tensor"),
+        ([header(PROBLEM), header(PROBLEM)], "nothing but chunks after its header"),
+        (
+            [header(PROBLEM), pb.DeconvolveStreamRequest(chunk=ELEMENTS[:-7])],
+            "the stream ends 7 bytes before x is whole",
+        ),
+        ([header(PROBLEM), CHUNK, CHUNK], "a stream must end with its last tensor"),
+        (
+            [header(Problem(TensorSpec((1, 2, 3, 3), X.dtype), PROBLEM.W, Geometry())), CHUNK],
+            "a stream must end with its last tensor",
+        ),
+    ],
+)
+def test_a_stream_that_is_none_is_refused(
+    stub: pb_grpc.DeconvolutionServiceStub,
+    parts: list[pb.DeconvolveStreamRequest],
+    message: str,
+) -> None:
+    with pytest.raises(grpc.RpcError, match=message) as raised:
+        list(stub.DeconvolveStream(iter(parts)))
+
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_garbage_in_a_stream_is_refused(server: ServerProcess) -> None:
+    with grpc.insecure_channel(server.target) as channel:
+        rpc: Any = channel.stream_stream("/deconvd.v1.DeconvolutionService/DeconvolveStream")
+        with pytest.raises(grpc.RpcError, match="not a valid deconvd") as raised:
+            list(rpc(iter([header(PROBLEM).SerializeToString(), b"\xff\xff"])))
+
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_slice_beyond_the_limit_is_refused(socket_directory: Path) -> None:
+    huge = Problem(
+        TensorSpec((4, 1, 300, 300), X.dtype), TensorSpec((1, 1, 1, 1), X.dtype), Geometry()
+    )
+    with (
+        server_process(socket_directory, "--max-message-bytes", "1000000") as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = pb_grpc.DeconvolutionServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match="a slice of 4 samples has 2880000 bytes"):
+            list(stub.DeconvolveStream(iter([header(huge, 4)])))
+
+
+def test_a_slow_reader_does_not_make_the_servers_memory_grow(tmp_path: Path) -> None:
+    x = np.zeros((400, 1, 512, 512), np.float32)  # 400 MiB each way
+    one = np.ones((1, 1, 1, 1), np.float32)
+    problem = Problem(spec_of(x), spec_of(one), Geometry())
+    sent: list[int] = []
+
+    def parts() -> Iterator[bytes]:
+        yield header(problem).SerializeToString()
+        yield from chunks_of(one)
+        for chunk in chunks_of(x):
+            sent.append(len(chunk))
+            yield chunk
+
+    with server_process(tmp_path) as server, grpc.insecure_channel(server.target) as channel:
+        rpc: Any = channel.stream_stream("/deconvd.v1.DeconvolutionService/DeconvolveStream")
+        responses = rpc(parts())
+        next(responses)
+        _wait_until_stalled(sent)
+        peak_bytes = _peak_memory_bytes(server)
+        responses.cancel()
+
+    # windows of 64 MiB in either direction, of each end, and slices of 1 MiB
+    assert sum(sent) < 320 << 20
+    assert peak_bytes < 600 << 20
+
+
+def _wait_until_stalled(sent: list[int]) -> None:
+    pause = threading.Event()
+    before = -1
+    while len(sent) > before:
+        before = len(sent)
+        pause.wait(1.0)
+
+
+def test_a_server_that_goes_in_the_middle_is_said(socket_directory: Path) -> None:
+    x = np.zeros((400, 1, 512, 512), np.float32)
+    one = np.ones((1, 1, 1, 1), np.float32)
+    with (
+        server_process(socket_directory, "--log-level", "debug") as server,
+        deconvd_client.connect(server.target) as F,
+    ):
+        failures: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                F.deconvolution_2d(x, one)
+            except deconvd_client.DeconvdError as error:
+                failures.append(error)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        while "begun" not in server.log.read_text():
+            threading.Event().wait(0.01)
+        server.process.kill()
+        caller.join(timeout=60)
+
+    assert [type(failure) for failure in failures] == [deconvd_client.UnavailableError]
