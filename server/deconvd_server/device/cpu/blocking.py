@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deconvd.problem import Problem
 
-__all__ = ["Blocking", "ImageBlock", "ranges"]
+__all__ = ["Blocking", "ImageBlock", "ranges", "working_elements_count"]
 
 _COLUMN_ELEMENTS = 1 << 18
 """Elements of one block's columns: 1 MiB of float32, what a core's second-level cache holds."""
@@ -76,6 +76,19 @@ def _samples_step(problem: Problem, fit: int, threads_count: int) -> int:
     """
     fitting = fit // (problem.c_O * math.prod(problem.kernel))
     return max(min(fitting, -(-problem.n // threads_count)), fitting // _LEAST_SHARE)
+
+
+def working_elements_count(problem: Problem) -> int:
+    """Return a bound on what a task works on at once: columns and pixels of a block, and a copy of each.
+
+    It makes no blocking: a problem of which only a description was sent may have any number of blocks.
+    """
+    if not problem.has_products:
+        return 0
+    pixels = min(math.prod(problem.image), _IMAGE_PIXELS)
+    columns = problem.c_O * math.prod(problem.kernel) * pixels
+    samples = min(max(_COLUMN_ELEMENTS // columns, 1), problem.n)
+    return 2 * (min(samples * columns, _COLUMN_ELEMENTS) + samples * problem.c_I * pixels)
 
 
 def ranges(length: int, step: int) -> list[slice]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import TypeVarTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -19,12 +20,14 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.cpu.blocking import Blocking, ranges
+from deconvd_server.device.cpu.blocking import Blocking, ranges, working_elements_count
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 
 __all__ = ["CpuDevice"]
+
+T = TypeVarTuple("T")
 
 
 class CpuDevice:
@@ -66,23 +69,41 @@ class CpuDevice:
         return ()
 
     def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
-        """Return a bound on the memory that a call takes: operands, results, and those in wider types."""
+        """Return a bound on the memory that a call takes.
+
+        That is its operands and results, those in wider types, what each thread works on, and the
+        partial sums of gW.
+        """
         tensors = (problem.x, problem.W, problem.y)
         elements_count = sum(math.prod(spec.shape) for spec in tensors)
-        return sum(spec.nbytes for spec in tensors) + elements_count * np.dtype(np.float64).itemsize
+        working_count = self._team.threads_count * working_elements_count(problem)
+        if wanted is not None and wanted.gW:
+            working_count += self._gW_elements_count(problem)
+        return (
+            sum(spec.nbytes for spec in tensors)
+            + elements_count * np.dtype(np.float64).itemsize
+            + working_count * problem.compute_type.itemsize
+        )
+
+    def _gW_elements_count(self, problem: Problem) -> int:
+        """Return a bound on the elements of gW's partial sums, and of the products added to them."""
+        threads_count = self._team.threads_count
+        tasks_count = max(min(threads_count, problem.c_O), 1)  # of each part, at least
+        parts_count = min(-(-threads_count // tasks_count), problem.n)
+        return 2 * parts_count * math.prod(problem.W.shape)
 
     def deconvolve(
         self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
     ) -> Array:
         """Return y. `options` are for GPUs."""
-        with _out_of_memory_as_error(problem):
+        with _out_of_memory_as_error(problem), _out_of_range_as_infinite():
             y = _zeros(problem.y)
             if b is not None:
                 y += b[:, None, None]
             if problem.has_products:
                 blocking = Blocking.of(problem, threads_count=self._team.threads_count)
                 products = Products(problem, blocking, call, x=x, W=W)
-                self._team.run(
+                self._run(
                     lambda *task: products.add_to_y(y, *task),
                     product(blocking.samples, blocking.groups, blocking.channels),
                 )
@@ -99,7 +120,7 @@ class CpuDevice:
         call: Call,
     ) -> Gradients:
         """Return the wanted gradients. `options` are for GPUs."""
-        with _out_of_memory_as_error(problem):
+        with _out_of_memory_as_error(problem), _out_of_range_as_infinite():
             return Gradients(
                 gx=self._gx(problem, W, gy, call) if wanted.gx and W is not None else None,
                 gW=self._gW(problem, x, gy, call) if wanted.gW and x is not None else None,
@@ -111,7 +132,7 @@ class CpuDevice:
         if problem.has_products:
             blocking = Blocking.of(problem, threads_count=self._team.threads_count)
             products = Products(problem, blocking, call, W=W, gy=gy)
-            self._team.run(
+            self._run(
                 lambda *task: products.set_gx(gx, *task),
                 product(blocking.samples, blocking.groups, blocking.images),
             )
@@ -127,12 +148,19 @@ class CpuDevice:
         parts = _parts(blocking.samples, -(-threads_count // tasks_count))
         sums = np.zeros((len(parts), *problem.W.shape), problem.compute_type)
         products = Products(problem, blocking, call, x=x, gy=gy)
-        self._team.run(
+        self._run(
             lambda part, *task: products.add_to_gW(sums[part], parts[part], *task),
             product(range(len(parts)), blocking.groups, blocking.channels, blocking.taps),
         )
         gW: Array = np.add.reduce(sums, axis=0)
         return gW.astype(problem.W.dtype, copy=False)
+
+    def _run(self, task: Callable[[*T], None], arguments: Iterable[tuple[*T]]) -> None:
+        def quiet_task(*mine: *T) -> None:
+            with _out_of_range_as_infinite():  # NumPy asks each thread anew
+                task(*mine)
+
+        self._team.run(quiet_task, arguments)
 
     def close(self) -> None:
         """End the threads."""
@@ -159,6 +187,11 @@ def _gb(gy: Array) -> Array:
     # Sums over whole batches lose digits in float32, and a column of gy is soon read.
     gb: Array = gy.sum(axis=(0, 2, 3), dtype=np.float64)
     return gb.astype(gy.dtype)
+
+
+def _out_of_range_as_infinite() -> np.errstate:
+    """Take a number beyond an element type's range for the result it is, and not for a fault to warn of."""
+    return np.errstate(all="ignore")
 
 
 @contextmanager

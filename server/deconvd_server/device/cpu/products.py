@@ -85,10 +85,9 @@ class Products:
         target = _filter_by_group(self._problem, gW)[groups, :, channels, taps]
         for several in samples:
             for image in self._blocking.images:
-                columns = self._columns(several, groups, channels, taps, image)
-                pixels = self._pixels(several, groups, image)
-                product = np.matmul(pixels, columns.swapaxes(2, 3)).sum(axis=0)
-                target += product.reshape(target.shape)
+                columns = _side_by_side(self._columns(several, groups, channels, taps, image))
+                pixels = _side_by_side(self._pixels(several, groups, image))
+                target += np.matmul(pixels, columns.swapaxes(1, 2)).reshape(target.shape)
 
     def _pixels(self, samples: slice, groups: slice, image: ImageBlock) -> Array:
         """Return a block of x, of shape (samples, groups, c_I / groups, pixels)."""
@@ -104,6 +103,12 @@ class Products:
         columns = np.empty((*gy.shape[:3], taps.stop - taps.start, *image.size), self._type)
         gather(self._problem, image, taps, gy, columns)
         return columns.reshape(*gy.shape[:2], -1, math.prod(image.size))
+
+
+def _side_by_side(blocks: Array) -> Array:
+    """Return blocks (samples, groups, c, pixels) as (groups, c, all samples' pixels), which a product sums over."""
+    _, groups, c, _ = blocks.shape
+    return blocks.transpose(1, 2, 0, 3).reshape(groups, c, -1)
 
 
 def _by_group(problem: Problem, images: Array) -> Array:
