@@ -1,0 +1,134 @@
+"""How client and server agree on memory that both have: what crosses the side socket.
+
+The server listens on a Unix socket of type SOCK_SEQPACKET. Each packet from the client is one request, answered by one
+packet; a client sends the next request once it has the answer. All numbers are little-endian.
+
+    request   "dcm1", operation (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes)
+    reply     "dcm1", answer (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes), text (UTF-8)
+
+A reply to LEND with the answer DONE carries the descriptor of a memfd of that size, sealed against growing, shrinking
+and further seals, by SCM_RIGHTS. Whoever knows the region's name may name slices of it in calls: it is a secret of the
+client. Everything is lent until the client gives it back or closes the socket, be it by dying.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from deconvd.errors import InvalidArgumentError
+
+__all__ = [
+    "MAX_REPLY_BYTES",
+    "REGION_NAME_BYTES",
+    "Answer",
+    "Operation",
+    "Reply",
+    "Request",
+    "StaleRegionError",
+    "socket_beside",
+]
+
+REGION_NAME_BYTES: Final = 16
+MAX_REPLY_BYTES: Final = 1024
+
+_MAGIC: Final = b"dcm1"
+_FORMAT: Final = struct.Struct(f"<4sB3xQ{REGION_NAME_BYTES}s")
+_NO_REGION: Final = bytes(REGION_NAME_BYTES)
+
+
+class StaleRegionError(InvalidArgumentError):
+    """The shared memory that a tensor lies in is not, or no longer, lent by this server. Send it another way."""
+
+    status = "NOT_FOUND"
+
+
+class Operation(IntEnum):
+    """What a client asks for."""
+
+    LEND = 1
+    """A new region of the given size."""
+
+    RETURN = 2
+    """To take a region back: no later call may use it. The size is not looked at."""
+
+
+class Answer(IntEnum):
+    """What came of a request."""
+
+    DONE = 0
+    OVER_CLIENT_LIMIT = 1
+    """This client has as much as one client may have. It can give something back and ask again."""
+
+    OVER_SERVER_LIMIT = 2
+    """All clients together have as much as the server lends. Later there may be more."""
+
+    REFUSED = 3
+    """The server lends to other users only, or to no more clients; it closes the socket."""
+
+    MALFORMED = 4
+    """The request makes no sense; the server closes the socket."""
+
+    FAILED = 5
+    """The server could not get the memory from its system."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A packet from client to server."""
+
+    operation: Operation
+    size_bytes: int = 0
+    region: bytes = _NO_REGION
+
+    def pack(self) -> bytes:
+        """Return the packet."""
+        return _FORMAT.pack(_MAGIC, self.operation, self.size_bytes, self.region)
+
+    @classmethod
+    def parse(cls, packet: bytes) -> Request:
+        """Return the request in a packet. Raises ValueError if there is none."""
+        operation, size_bytes, region = _fields(packet, exact=True)
+        return cls(Operation(operation), size_bytes, region)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A packet from server to client."""
+
+    answer: Answer
+    size_bytes: int = 0
+    region: bytes = _NO_REGION
+    text: str = ""
+
+    def pack(self) -> bytes:
+        """Return the packet; a text that is too long for it is cut."""
+        packet = _FORMAT.pack(_MAGIC, self.answer, self.size_bytes, self.region)
+        return (packet + self.text.encode())[:MAX_REPLY_BYTES]
+
+    @classmethod
+    def parse(cls, packet: bytes) -> Reply:
+        """Return the reply in a packet. Raises ValueError if there is none."""
+        answer, size_bytes, region = _fields(packet, exact=False)
+        text = packet[_FORMAT.size :].decode(errors="replace")
+        return cls(Answer(answer), size_bytes, region, text)
+
+
+def socket_beside(unix_path: str) -> str:
+    """Return the path of the side socket of a server that listens for calls at `unix_path`.
+
+    Both sides derive it from their own name for the directory, which containers may mount at
+    different places.
+    """
+    return f"{unix_path}.memory"
+
+
+def _fields(packet: bytes, *, exact: bool) -> tuple[int, int, bytes]:
+    if len(packet) < _FORMAT.size or (exact and len(packet) != _FORMAT.size):
+        raise ValueError(f"a packet of {len(packet)} bytes, of which {_FORMAT.size} are expected")
+    magic, code, size_bytes, region = _FORMAT.unpack_from(packet)
+    if magic != _MAGIC:
+        raise ValueError("the packet is of another protocol")
+    return code, size_bytes, region

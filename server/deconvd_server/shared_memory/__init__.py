@@ -1,0 +1,7 @@
+"""Memory that clients on this host share with the server: the server makes it, lends it and takes it back."""
+
+from deconvd_server.shared_memory.lender import Lender
+from deconvd_server.shared_memory.loans import Limits
+from deconvd_server.shared_memory.place import memory_socket
+
+__all__ = ["Lender", "Limits", "memory_socket"]

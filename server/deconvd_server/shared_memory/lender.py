@@ -1,0 +1,341 @@
+"""Lends memory to clients on this host, over a Unix socket of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.problem import TensorSpec
+from deconvd.shared_memory import Answer, Operation, Reply, Request
+from deconvd.tensor import Array
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError
+from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
+from deconvd_server.shared_memory.place import Peer, SideSocket, peer_of
+
+__all__ = ["Lender"]
+
+_MAX_PACKET_BYTES: Final = 64  # more than a request has: what is longer is seen to be
+_PAUSE_S: Final = 1.0
+"""For how long no one is accepted after the system has run out of descriptors."""
+
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+
+_log = logging.getLogger(__name__)
+
+
+def _nothing_to_do(_address: int, _size_bytes: int) -> Unmap:
+    return lambda: None
+
+
+class Lender:
+    """Lends sealed memory to clients on this host, and finds the tensors that calls name in it.
+
+    It makes all memory itself, so a client cannot name any that is not its own. What a client has
+    is retired once its connection closes, however it dies, and unmapped once the last call that
+    uses it has ended. One thread talks to all clients, another maps memory for them.
+
+    Args:
+        path: Where to listen; see `memory_socket`. Nothing to do with it if it cannot: raises OSError.
+        limits: How much it lends.
+        on_map: Called with the address and the size of memory that was mapped, before anyone uses
+            it; returns what to call when no one does any more, before it is unmapped. Each may be
+            called in any thread. If it raises, the client is told that there is no memory.
+        users: Ids of the users that it lends to. By default its own and root.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits,
+        *,
+        on_map: OnMap = _nothing_to_do,
+        users: Collection[int] | None = None,
+    ) -> None:
+        own = {0, os.geteuid()}
+        self._users = frozenset(own if users is None else users)
+        self._limits = limits
+        self._on_map = on_map
+        self._loans = Loans(limits)
+        self._side = SideSocket(path, for_others=not self._users <= own)
+        self._selector = selectors.DefaultSelector()
+        self._clients: list[_Client] = []
+        self._todo: deque[Callable[[], None]] = deque()
+        self._is_closing = False
+        self._pause_s: float | None = None
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_sender.setblocking(False)
+        self._wake_receiver.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._woken)
+        self._listen()
+        self._mapper = ThreadPoolExecutor(1, "memory-mapper")
+        self._thread = threading.Thread(target=self._serve, name="memory-lender", daemon=True)
+        self._thread.start()
+
+    @property
+    def path(self) -> Path:
+        """Where it listens."""
+        return self._side.path
+
+    @property
+    def lent_bytes(self) -> int:
+        """What is lent, or retired and still in use, now."""
+        return self._loans.size_bytes
+
+    @contextmanager
+    def tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Iterator[Array]:
+        """Keep a tensor in lent memory mapped for the block, as a writable array.
+
+        The client may change its elements at any time. No view of it may outlive the block.
+
+        Args:
+            name: Name of the argument, for errors.
+            spec: What the array is to be; its elements are little-endian.
+
+        Raises:
+            StaleRegionError: The region is not lent.
+            InvalidArgumentError: The tensor does not lie in the region, or is not aligned.
+        """
+        with self._loans.use(shared.region, name) as memory:
+            _check_slice(name, shared.offset_bytes, spec, memory.size_bytes)
+            end = shared.offset_bytes + spec.nbytes
+            elements = memory.bytes[shared.offset_bytes : end]
+            yield elements.view(spec.dtype.newbyteorder("<")).reshape(spec.shape)
+
+    def withdraw(self) -> None:
+        """Take no more clients, and give up the path, so that a successor can have it."""
+        self._side.remove()
+        self._run(self._stop_listening)
+
+    def close(self) -> None:
+        """Withdraw, and take back all that is lent. What calls still use stays mapped until they end."""
+        self._side.remove()
+        self._run(self._begin_closing)
+        self._thread.join()
+        self._mapper.shutdown()
+        self._woken()  # what the mapper left to deliver
+
+    def wait_until_unused(self, timeout_s: float) -> bool:
+        """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
+        return self._loans.wait_until_none(timeout_s)
+
+    # What follows runs in the lender's thread, up to what says that it runs in the mapper's.
+
+    def _run(self, action: Callable[[], None]) -> None:
+        """Have the lender's thread run something soon. Any thread may call it."""
+        self._todo.append(action)
+        with suppress(OSError):  # it is full, so the thread wakes anyway; or the thread has ended
+            self._wake_sender.send(b"\0")
+
+    def _woken(self) -> None:
+        with suppress(OSError):
+            self._wake_receiver.recv(4096)
+        while self._todo:
+            self._todo.popleft()()
+
+    def _serve(self) -> None:
+        try:
+            while not self._is_closing:
+                events = self._selector.select(self._pause_s)
+                for key, _ in events:
+                    key.data()
+                if not events:
+                    self._listen()
+        except Exception:
+            _log.exception("no more shared memory is lent: unforeseen error")
+        finally:
+            self._end()
+
+    def _begin_closing(self) -> None:
+        self._is_closing = True
+
+    def _end(self) -> None:
+        self._stop_listening()
+        for client in tuple(self._clients):
+            self._drop(client)
+        self._selector.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+    def _listen(self) -> None:
+        self._selector.register(self._side.socket, selectors.EVENT_READ, self._accept)
+        self._pause_s = None
+
+    def _stop_listening(self) -> None:
+        self._pause()
+        self._side.socket.close()
+        self._pause_s = None
+
+    def _pause(self) -> None:
+        with suppress(KeyError, ValueError):  # it is paused or closed already
+            self._selector.unregister(self._side.socket)
+        self._pause_s = _PAUSE_S
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._side.socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            _log.warning("clients of shared memory cannot be accepted now: %s", error)
+            self._pause()
+            return
+        connection.setblocking(False)
+        client = _Client(connection, peer_of(connection))
+        if client.peer.user not in self._users:
+            self._refuse(client, "the server lends memory to other users")
+        elif not self._has_room():
+            self._refuse(client, f"the server has {len(self._clients)} clients, the most it takes")
+        else:
+            self._clients.append(client)
+            self._listen_to(client)
+
+    def _has_room(self) -> bool:
+        """Return whether one more client may come, at the cost of the oldest that asked for nothing."""
+        if len(self._clients) < self._limits.clients_count:
+            return True
+        idle = next((client for client in self._clients if client.is_idle), None)
+        if idle is None:
+            return False
+        _log.info("%s has borrowed no memory, and makes room for another", idle.peer)
+        self._drop(idle)
+        return True
+
+    def _refuse(self, client: _Client, why: str) -> None:
+        _log.warning("shared memory is refused to %s: %s", client.peer, why)
+        client.send(Reply(Answer.REFUSED, text=why))
+        client.close()
+
+    def _listen_to(self, client: _Client) -> None:
+        read = partial(self._read, client)
+        self._selector.register(client.connection, selectors.EVENT_READ, read)
+
+    def _read(self, client: _Client) -> None:
+        if not client.account.is_open:
+            return  # dropped by what came before it in the same round
+        try:
+            packet = client.connection.recv(_MAX_PACKET_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if not packet:
+            self._drop(client)
+            return
+        try:
+            request = Request.parse(packet)
+        except ValueError as error:
+            _log.warning("%s sent no request for shared memory: %s", client.peer, error)
+            client.send(Reply(Answer.MALFORMED, text=str(error)))
+            self._drop(client)
+            return
+        self._stop_reading(client)  # one request at a time
+        self._mapper.submit(self._perform, client, request)
+
+    def _stop_reading(self, client: _Client) -> None:
+        with suppress(KeyError):  # its request is being performed
+            self._selector.unregister(client.connection)
+
+    def _deliver(self, client: _Client, reply: Reply, memory: Memory | None) -> None:
+        descriptors = () if memory is None else (memory.descriptor,)
+        if client.account.is_open:
+            self._listen_to(client)
+            if not client.send(reply, descriptors):
+                self._drop(client)
+        if memory is not None:
+            client.is_idle = False
+            memory.close_descriptor()
+
+    def _drop(self, client: _Client) -> None:
+        self._stop_reading(client)
+        client.close()
+        self._clients.remove(client)
+        client.account.is_open = False
+        self._mapper.submit(self._loans.close, client.account)
+
+    # In the mapper's thread: it takes a while to map and unmap much memory.
+
+    def _perform(self, client: _Client, request: Request) -> None:
+        memory: Memory | None = None
+        if request.operation is Operation.LEND:
+            reply, memory = self._lend(client, request.size_bytes)
+        elif self._loans.take_back(client.account, request.region):
+            reply = Reply(Answer.DONE, region=request.region)
+        else:
+            reply = Reply(Answer.MALFORMED, text="this client has no region of that name")
+        self._run(partial(self._deliver, client, reply, memory))
+
+    def _lend(self, client: _Client, wanted_bytes: int) -> tuple[Reply, Memory | None]:
+        size_bytes = -(-max(wanted_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES
+        try:
+            self._loans.reserve(client.account, size_bytes)
+        except OverLimitError as error:
+            _log.info("%s borrows no more shared memory: %s", client.peer, error)
+            return Reply(error.answer, text=str(error)), None
+        try:
+            memory = Memory(size_bytes, self._on_map)
+        except Exception:
+            _log.exception("%d bytes of shared memory could not be made", size_bytes)
+            self._loans.cancel(client.account, size_bytes)
+            text = "the server could not get the memory: see its log"
+            return Reply(Answer.FAILED, text=text), None
+        return Reply(Answer.DONE, size_bytes, self._loans.lend(client.account, memory)), memory
+
+
+class _Client:
+    """One connection.
+
+    Attributes:
+        is_idle: Whether it has never borrowed.
+    """
+
+    def __init__(self, connection: socket.socket, peer: Peer) -> None:
+        self.connection = connection
+        self.peer = peer
+        self.account = Account()
+        self.is_idle = True
+
+    def send(self, reply: Reply, descriptors: tuple[int, ...] = ()) -> bool:
+        """Send a reply; return False if the client has gone, or reads nothing."""
+        try:
+            socket.send_fds(self.connection, [reply.pack()], descriptors)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the connection so that the client can read what it was sent last.
+
+        A packet left unread would be reported to it as an error, before anything else.
+        """
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
+            while self.connection.recv(_MAX_PACKET_BYTES):
+                pass
+        self.connection.close()
+
+
+def _check_slice(name: str, offset_bytes: int, spec: TensorSpec, size_bytes: int) -> None:
+    if not 0 <= offset_bytes <= size_bytes - spec.nbytes:
+        raise InvalidArgumentError(
+            f"{name} must lie in its region of {size_bytes} bytes, got {spec.nbytes} bytes at "
+            f"offset {offset_bytes}",
+            argument=name,
+        )
+    if offset_bytes % spec.dtype.itemsize:
+        raise InvalidArgumentError(
+            f"{name} must lie at a multiple of its elements' {spec.dtype.itemsize} bytes, got "
+            f"offset {offset_bytes}",
+            argument=name,
+        )

@@ -1,0 +1,220 @@
+"""Who has which memory, and how much each may have. No sockets here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from deconvd.shared_memory import REGION_NAME_BYTES, Answer, StaleRegionError
+from deconvd_server.cache import Entry, Resource
+from deconvd_server.shared_memory.memory import Memory
+
+__all__ = ["Account", "Limits", "Loans", "OverLimitError"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may be lent.
+
+    Attributes:
+        all_bytes: To all clients together.
+        client_bytes: To one client: one connection of its.
+        all_regions_count: Regions in all. Each holds a file descriptor.
+        client_regions_count: Regions of one client.
+        clients_count: Clients at once.
+    """
+
+    all_bytes: int
+    client_bytes: int
+    all_regions_count: int = 256
+    client_regions_count: int = 32
+    clients_count: int = 128
+
+
+class OverLimitError(Exception):
+    """A client may not have as much as it asked for."""
+
+    def __init__(self, answer: Answer, message: str) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Bytes and regions that were given out."""
+
+    size_bytes: int = 0
+    regions_count: int = 0
+
+    def add(self, size_bytes: int, regions_count: int) -> None:
+        self.size_bytes += size_bytes
+        self.regions_count += regions_count
+
+
+@dataclass(eq=False, slots=True)
+class Account:
+    """What one client has.
+
+    Attributes:
+        sum: What counts against its limits: what is being mapped for it too, and what it gave back
+            while calls still use it.
+        names: Secret names of the regions that it may use.
+        is_open: False once the client has gone.
+    """
+
+    sum: _Sum = field(default_factory=_Sum)
+    names: set[bytes] = field(default_factory=set)
+    is_open: bool = True
+
+
+class Loans:
+    """All that is lent. Thread-safe; memory is unmapped outside the lock, by whoever used it last.
+
+    A region is lent, then retired, when its client gives it back or goes, then unmapped, when the
+    last call that uses it has ended.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._changed = threading.Condition()
+        self._sum = _Sum()
+        # By digest, so that the time of a look-up says nothing of the names.
+        self._entries: dict[bytes, Entry[Memory]] = {}
+        self._garbage: list[Resource[Memory]] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """All that is mapped, or about to be."""
+        with self._changed:
+            return self._sum.size_bytes
+
+    def reserve(self, account: Account, size_bytes: int) -> None:
+        """Count memory that is about to be made for a client.
+
+        Raises:
+            OverLimitError: It would be too much.
+        """
+        with self._changed:
+            self._check(account, size_bytes)
+            self._count(account, size_bytes, 1)
+
+    def cancel(self, account: Account, size_bytes: int) -> None:
+        """Undo a `reserve` whose memory could not be made."""
+        with self._changed:
+            self._count(account, -size_bytes, -1)
+
+    def lend(self, account: Account, memory: Memory) -> bytes:
+        """Lend memory that was reserved; return its secret name."""
+        name = secrets.token_bytes(REGION_NAME_BYTES)
+        free = partial(self._free, account, memory)
+        with self._changed:
+            self._entries[_digest(name)] = Entry(
+                Resource(memory, memory.size_bytes, free), self._garbage.append
+            )
+            account.names.add(name)
+            if not account.is_open:
+                self._retire(account, name)
+        self._free_garbage()
+        return name
+
+    def take_back(self, account: Account, name: bytes) -> bool:
+        """Retire a region of a client; return False if it has none of that name."""
+        with self._changed:
+            is_known = name in account.names
+            if is_known:
+                self._retire(account, name)
+        self._free_garbage()
+        return is_known
+
+    def close(self, account: Account) -> None:
+        """Retire all that a client has, and what is being made for it. It has gone."""
+        with self._changed:
+            account.is_open = False
+            for name in tuple(account.names):
+                self._retire(account, name)
+        self._free_garbage()
+
+    @contextmanager
+    def use(self, name: bytes, argument: str) -> Iterator[Memory]:
+        """Keep a region mapped for the block.
+
+        Raises:
+            StaleRegionError: None of that name is lent.
+        """
+        with self._changed:
+            entry = self._entries.get(_digest(name))
+            if entry is None:
+                raise StaleRegionError(
+                    f"{argument} must lie in shared memory that this server lends, and the region "
+                    "that it names is unknown, was given back or has lost its client",
+                    argument=argument,
+                )
+            entry.acquire()
+        try:
+            yield entry.resource.value
+        finally:
+            with self._changed:
+                entry.release()
+            self._free_garbage()
+
+    def wait_until_none(self, timeout_s: float) -> bool:
+        """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._sum.regions_count == 0, timeout_s)
+
+    def _check(self, account: Account, size_bytes: int) -> None:
+        limits = self._limits
+        if (
+            account.sum.size_bytes + size_bytes > limits.client_bytes
+            or account.sum.regions_count >= limits.client_regions_count
+        ):
+            raise OverLimitError(
+                Answer.OVER_CLIENT_LIMIT,
+                f"{size_bytes} bytes beside the {account.sum.size_bytes} that this client has: the "
+                f"server lends a client {limits.client_bytes} bytes and "
+                f"{limits.client_regions_count} regions",
+            )
+        if (
+            self._sum.size_bytes + size_bytes > limits.all_bytes
+            or self._sum.regions_count >= limits.all_regions_count
+        ):
+            raise OverLimitError(
+                Answer.OVER_SERVER_LIMIT,
+                f"{size_bytes} bytes beside the {self._sum.size_bytes} that all clients have: the "
+                f"server lends {limits.all_bytes} bytes and {limits.all_regions_count} regions",
+            )
+
+    def _count(self, account: Account, size_bytes: int, regions_count: int) -> None:
+        account.sum.add(size_bytes, regions_count)
+        self._sum.add(size_bytes, regions_count)
+        self._changed.notify_all()
+
+    def _retire(self, account: Account, name: bytes) -> None:
+        account.names.remove(name)
+        self._entries.pop(_digest(name)).retire()
+
+    def _free_garbage(self) -> None:
+        with self._changed:
+            garbage, self._garbage[:] = self._garbage[:], []
+        for resource in garbage:
+            resource.free()
+
+    def _free(self, account: Account, memory: Memory) -> None:
+        try:
+            memory.unmap()
+        except Exception:
+            _log.exception("shared memory could not be unmapped in good order")
+        with self._changed:
+            self._count(account, -memory.size_bytes, -1)
+
+
+def _digest(name: bytes) -> bytes:
+    return hashlib.blake2b(name, digest_size=16).digest()

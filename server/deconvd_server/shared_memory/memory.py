@@ -1,0 +1,82 @@
+"""Memory that two processes can map, and that neither can shrink under the other."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Memory", "OnMap", "Unmap"]
+
+Unmap = Callable[[], None]
+OnMap = Callable[[int, int], Unmap]
+"""Told of memory that was mapped, by its address and its size in bytes; returns what to call before it is unmapped."""
+
+# Without it, a peer could cut the file and kill whoever touches what is gone with SIGBUS.
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MFD_NOEXEC_SEAL: Final = 8  # Linux 6.3; not yet in `os`
+
+
+class Memory:
+    """A sealed memfd, mapped here. It is all zeros at first, and takes pages only as they are touched.
+
+    Args:
+        size_bytes: A multiple of the page size.
+        on_map: Told of the mapping; what it raises, this raises.
+
+    Raises:
+        OSError: The system has none to give.
+
+    Attributes:
+        descriptor: The memfd, to be sent and then closed by `close_descriptor`; the mapping stays.
+        bytes: The mapping. It is unmapped once `unmap` was called and the last view of it has gone.
+    """
+
+    def __init__(self, size_bytes: int, on_map: OnMap) -> None:
+        self.size_bytes = size_bytes
+        self.descriptor = _sealed_file(size_bytes)
+        try:
+            mapping = mmap.mmap(self.descriptor, size_bytes)
+            with suppress(OSError):  # where the system gives such memory no huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+            self.bytes: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
+            self._undo = on_map(self.bytes.ctypes.data, size_bytes)
+        except BaseException:
+            self.close_descriptor()
+            raise
+
+    def close_descriptor(self) -> None:
+        """Close the memfd, once it was sent."""
+        os.close(self.descriptor)
+
+    def unmap(self) -> None:
+        """Let go of the mapping. To be called once, when no one uses it."""
+        try:
+            self._undo()
+        finally:
+            self.bytes = np.empty(0, np.uint8)
+
+
+def _sealed_file(size_bytes: int) -> int:
+    descriptor = _memory_file()
+    try:
+        os.ftruncate(descriptor, size_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _memory_file() -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("deconvd", flags | _MFD_NOEXEC_SEAL)
+    except OSError:  # an older kernel
+        return os.memfd_create("deconvd", flags)

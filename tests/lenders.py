@@ -1,0 +1,104 @@
+"""Lenders of shared memory, and processes that borrow from them, for tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deconvd_server.shared_memory import Lender, Limits
+
+__all__ = ["MIB", "Child", "Watch", "child", "lending"]
+
+MIB = 1 << 20
+_TIMEOUT_S = 30
+
+LIMITS = Limits(all_bytes=512 * MIB, client_bytes=256 * MIB)
+
+
+@contextmanager
+def lending(
+    path: Path,
+    limits: Limits = LIMITS,
+    *,
+    on_map: Callable[[int, int], Callable[[], None]] | None = None,
+    users: frozenset[int] | None = None,
+) -> Iterator[Lender]:
+    """Run a lender for the block, and see that it leaves nothing behind."""
+    lender = Lender(path, limits, on_map=on_map or Watch(), users=users)
+    try:
+        yield lender
+    finally:
+        lender.close()
+    assert lender.wait_until_unused(_TIMEOUT_S)
+    assert lender.lent_bytes == 0
+    assert not path.exists()
+
+
+class Watch:
+    """An `on_map` that knows what is mapped: size by address."""
+
+    def __init__(self) -> None:
+        self.mapped: dict[int, int] = {}
+
+    def __call__(self, address: int, size_bytes: int) -> Callable[[], None]:
+        assert address not in self.mapped
+        self.mapped[address] = size_bytes
+
+        def undo() -> None:
+            del self.mapped[address]
+
+        return undo
+
+
+class Child:
+    """A Python process that runs a script, to which `path` is a side socket's.
+
+    Args:
+        user: Whom it becomes once it has its modules; None for whoever this is.
+    """
+
+    def __init__(self, script: str, path: Path, user: int | None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", _PRELUDE + script, str(path), str(user or 0)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def hear(self) -> str:
+        """Return the next line that it prints, when it does; nothing once it has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def tell(self, line: str = "") -> None:
+        """Write a line that it waits for by `input`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+
+_PRELUDE = """
+import os, socket, sys
+import numpy as np
+from deconvd.shared_memory import Answer, Operation, Reply, Request
+from deconvd_client.shared_memory import Borrower
+path, user = sys.argv[1], int(sys.argv[2])
+if user:  # only now: it may not read our modules
+    os.setgid(user)
+    os.setuid(user)
+def say(*words): print(*words, flush=True)
+"""
+
+
+@contextmanager
+def child(script: str, path: Path, *, user: int | None = None) -> Iterator[Child]:
+    """Run a script for the block, and kill it then."""
+    running = Child(script, path, user)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()

@@ -1,0 +1,60 @@
+"""Packets on the side socket: what one side writes the other reads, and garbage is seen to be none."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+
+_REGIONS = st.binary(min_size=16, max_size=16)
+_SIZES = st.integers(0, 2**64 - 1)
+
+
+@given(st.builds(Request, st.sampled_from(Operation), _SIZES, _REGIONS))
+def test_a_request_is_read_as_it_was_written(request: Request) -> None:
+    assert Request.parse(request.pack()) == request
+
+
+@given(st.builds(Reply, st.sampled_from(Answer), _SIZES, _REGIONS, st.text(max_size=200)))
+def test_a_reply_is_read_as_it_was_written(reply: Reply) -> None:
+    assert Reply.parse(reply.pack()) == reply
+
+
+def test_the_format_is_what_the_specification_says() -> None:
+    packet = Request(Operation.LEND, 0x0102, bytes(range(16))).pack()
+
+    assert packet == b"dcm1\x01\0\0\0" + b"\x02\x01" + bytes(6) + bytes(range(16))
+
+
+def test_a_text_that_is_too_long_is_cut() -> None:
+    packet = Reply(Answer.FAILED, text="ü" * MAX_REPLY_BYTES).pack()
+
+    assert len(packet) == MAX_REPLY_BYTES
+    assert Reply.parse(packet).text.startswith("üüü")
+
+
+@given(st.binary(max_size=100))
+def test_garbage_is_no_request_and_no_reply(packet: bytes) -> None:
+    for kind in (Request, Reply):
+        with suppress(ValueError):
+            kind.parse(packet)
+            assert packet.startswith(b"dcm1")
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"",
+        Request(Operation.LEND, 1).pack()[:-1],
+        Request(Operation.LEND, 1).pack() + b"\0",
+        b"dcm2" + Request(Operation.LEND, 1).pack()[4:],
+        b"dcm1\x07" + Request(Operation.LEND, 1).pack()[5:],
+    ],
+)
+def test_what_is_not_quite_a_request_is_refused(packet: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Request.parse(packet)

@@ -1,0 +1,616 @@
+"""The lender: what it lends is sealed, counted and taken back, and no client can harm it or another."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import random
+import resource
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.problem import TensorSpec
+from deconvd.shared_memory import (
+    MAX_REPLY_BYTES,
+    Answer,
+    Operation,
+    Reply,
+    Request,
+    StaleRegionError,
+)
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.shared_memory import Lender, Limits, memory_socket
+from tests.lenders import MIB, Watch, child, lending
+
+FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
+TIMEOUT_S = 30
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+class Peer:
+    """A client that speaks the protocol by hand."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(TIMEOUT_S)
+        self.socket.connect(str(path))
+        self.descriptors: list[int] = []
+
+    def ask(self, request: Request) -> Reply:
+        return self.ask_raw(request.pack())
+
+    def ask_raw(self, packet: bytes) -> Reply:
+        self.socket.send(packet)
+        answer, descriptors, _, _ = socket.recv_fds(self.socket, MAX_REPLY_BYTES, 4)
+        self.descriptors += descriptors
+        return Reply.parse(answer)
+
+    def lend(self, size_bytes: int) -> Reply:
+        return self.ask(Request(Operation.LEND, size_bytes))
+
+    def borrowed(self, size_bytes: int) -> bytes:
+        reply = self.lend(size_bytes)
+        assert reply.answer is Answer.DONE
+        return reply.region
+
+    def is_dropped(self) -> bool:
+        """Wait for the end of the connection; False if there is something to read instead."""
+        return self.socket.recv(MAX_REPLY_BYTES) == b""
+
+    def close(self) -> None:
+        self.socket.close()
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = []
+
+
+Connect = Callable[..., Peer]
+
+
+@pytest.fixture
+def path(socket_directory: Path) -> Path:
+    return socket_directory / "memory"
+
+
+@pytest.fixture
+def lender(path: Path) -> Iterator[Lender]:
+    with lending(path) as lender:
+        yield lender
+
+
+@pytest.fixture
+def connect(path: Path) -> Iterator[Connect]:
+    with ExitStack() as peers:
+
+        def connect() -> Peer:
+            peer = Peer(path)
+            peers.callback(peer.close)
+            return peer
+
+        yield connect
+
+
+@contextmanager
+def used(lender: Lender, region: bytes, offset: int = 0) -> Iterator[np.ndarray]:
+    with lender.tensor("x", pb.SharedSlice(region=region, offset_bytes=offset), FLOATS) as array:
+        yield array
+
+
+def test_both_sides_see_the_same_memory(lender: Lender, connect: Connect) -> None:
+    client = connect()
+    region = client.borrowed(MIB)
+    with mmap.mmap(client.descriptors[0], MIB) as theirs:
+        theirs[64:192] = np.arange(32, dtype=np.float32).tobytes()
+
+        with used(lender, region, 64) as ours:
+            np.testing.assert_array_equal(ours, np.arange(32).reshape(4, 8))
+            ours[...] = 7
+
+        assert theirs[64:192] == np.full(32, 7, np.float32).tobytes()
+
+
+def test_memory_is_zero_at_first_and_counted_in_pages(lender: Lender, connect: Connect) -> None:
+    client = connect()
+    reply = client.lend(5000)
+
+    assert reply.size_bytes == 2 * mmap.PAGESIZE == lender.lent_bytes
+    assert os.pread(client.descriptors[0], 9000, 0) == bytes(2 * mmap.PAGESIZE)
+
+
+@pytest.mark.parametrize("size_bytes", [0, MIB // 2, 2 * MIB])
+def test_a_client_cannot_resize_what_it_has(
+    lender: Lender, connect: Connect, size_bytes: int
+) -> None:
+    client = connect()
+    client.borrowed(MIB)
+
+    with pytest.raises(PermissionError):
+        os.ftruncate(client.descriptors[0], size_bytes)
+
+
+def test_a_client_cannot_seal_against_the_server(lender: Lender, connect: Connect) -> None:
+    client = connect()
+    client.borrowed(MIB)
+
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(client.descriptors[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_a_hole_that_a_client_punches_reads_as_zeros(lender: Lender, connect: Connect) -> None:
+    client = connect()
+    region = client.borrowed(MIB)
+    keep_size_and_punch_hole = 3
+    with used(lender, region) as ours:
+        ours[...] = 7
+
+        punched = ctypes.CDLL(None).fallocate(
+            client.descriptors[0], keep_size_and_punch_hole, ctypes.c_long(0), ctypes.c_long(MIB)
+        )
+
+        assert punched == 0
+        assert ours.max() == 0
+        ours[...] = 8
+        assert os.pread(client.descriptors[0], 4, 0) == np.float32(8).tobytes()
+
+
+def test_names_are_secrets_of_their_own(lender: Lender, connect: Connect) -> None:
+    client = connect()
+    names = {client.borrowed(1) for _ in range(20)}
+
+    assert len(names) == 20
+    assert all(len(name) == 16 for name in names)
+
+
+class TestSlices:
+    """What a call may name."""
+
+    @pytest.mark.parametrize("offset", [-1, -128, MIB - 127, MIB, 2**62, -(2**63), 2**63 - 1])
+    def test_a_slice_beyond_its_region_is_refused(
+        self, lender: Lender, connect: Connect, offset: int
+    ) -> None:
+        region = connect().borrowed(MIB)
+
+        with pytest.raises(InvalidArgumentError, match=r"x must lie in its region") as raised:
+            with used(lender, region, offset):
+                pass
+        assert raised.value.argument == "x"
+        assert not isinstance(raised.value, StaleRegionError)
+
+    @pytest.mark.parametrize("offset", [1, 2, 3, 127])
+    def test_a_slice_that_is_not_aligned_is_refused(
+        self, lender: Lender, connect: Connect, offset: int
+    ) -> None:
+        region = connect().borrowed(MIB)
+
+        with pytest.raises(InvalidArgumentError, match=r"x must lie at a multiple of .* 4 bytes"):
+            with used(lender, region, offset):
+                pass
+
+    def test_the_first_and_the_last_bytes_can_be_used(
+        self, lender: Lender, connect: Connect
+    ) -> None:
+        region = connect().borrowed(MIB)
+
+        for offset in (0, MIB - FLOATS.nbytes):
+            with used(lender, region, offset) as array:
+                array[...] = 1
+
+    @pytest.mark.parametrize("shape", [(), (0, 3), (2, 0)])
+    def test_a_tensor_may_be_a_scalar_or_empty(
+        self, lender: Lender, connect: Connect, shape: tuple[int, ...]
+    ) -> None:
+        shared = pb.SharedSlice(region=connect().borrowed(MIB))
+
+        with lender.tensor("b", shared, TensorSpec(shape, np.dtype(np.float64))) as array:
+            assert array.shape == shape
+
+    @given(region=st.binary(max_size=40))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    def test_a_region_of_no_one_is_refused(self, lender: Lender, region: bytes) -> None:
+        with pytest.raises(
+            StaleRegionError, match="must lie in shared memory that this server lends"
+        ):
+            with used(lender, region):
+                pass
+
+    def test_a_region_that_was_given_back_is_refused(
+        self, lender: Lender, connect: Connect
+    ) -> None:
+        client = connect()
+        region = client.borrowed(MIB)
+
+        assert client.ask(Request(Operation.RETURN, region=region)).answer is Answer.DONE
+
+        with pytest.raises(StaleRegionError):
+            with used(lender, region):
+                pass
+        assert lender.wait_until_unused(TIMEOUT_S)
+
+    def test_another_client_cannot_give_it_back(self, lender: Lender, connect: Connect) -> None:
+        region = connect().borrowed(MIB)
+        thief = connect()
+
+        assert thief.ask(Request(Operation.RETURN, region=region)).answer is Answer.MALFORMED
+
+        with used(lender, region):
+            pass
+
+
+class TestLife:
+    """Memory is lent for as long as the connection is open, and mapped for as long as it is used."""
+
+    def test_a_region_in_use_outlives_its_client(self, path: Path, connect: Connect) -> None:
+        watch = Watch()
+        with lending(path, on_map=watch) as lender:
+            client = connect()
+            region = client.borrowed(MIB)
+            with used(lender, region) as array:
+                client.close()
+                other = connect()
+                other.borrowed(MIB)  # answered after the mapper has seen the first one off
+                array[...] = 3
+                assert list(watch.mapped.values()) == [MIB, MIB]
+                with pytest.raises(StaleRegionError):
+                    with used(lender, region):
+                        pass
+            assert list(watch.mapped.values()) == [MIB]
+            assert lender.lent_bytes == MIB
+        assert watch.mapped == {}
+
+    def test_closing_waits_for_no_call_and_unmaps_nothing_under_it(
+        self, path: Path, connect: Connect
+    ) -> None:
+        watch = Watch()
+        lender = Lender(path, Limits(MIB, MIB), on_map=watch)
+        region = connect().borrowed(MIB)
+        with used(lender, region) as array:
+            lender.close()
+            array[...] = 3
+            assert list(watch.mapped.values()) == [MIB]
+        assert watch.mapped == {}
+        assert lender.lent_bytes == 0
+
+    def test_a_closed_lender_has_neither_threads_nor_a_file(self, path: Path) -> None:
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        with lending(path):
+            assert threading.active_count() > before[0]
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+        assert os.listdir(path.parent) == []
+
+    def test_closing_twice_is_harmless(self, path: Path) -> None:
+        with lending(path) as lender:
+            lender.close()
+
+    def test_clients_see_the_end_of_the_lender(self, path: Path, connect: Connect) -> None:
+        with lending(path):
+            client = connect()
+            client.borrowed(MIB)
+        assert client.is_dropped()
+
+    def test_a_lender_that_withdrew_serves_those_it_has(
+        self, lender: Lender, connect: Connect, path: Path
+    ) -> None:
+        client = connect()
+        region = client.borrowed(MIB)
+
+        lender.withdraw()
+
+        assert not path.exists()
+        with used(lender, region):
+            pass
+        client.borrowed(MIB)
+
+    def test_a_successor_takes_the_path_and_keeps_it(self, path: Path, connect: Connect) -> None:
+        first = Lender(path, Limits(MIB, MIB))
+        with lending(path, Limits(2 * MIB, 2 * MIB)):
+            first.close()
+            connect().borrowed(2 * MIB)
+
+    def test_the_socket_of_a_dead_lender_is_replaced(self, path: Path, connect: Connect) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+            dead.bind(str(path))
+        with lending(path):
+            connect().borrowed(1)
+
+    def test_a_file_that_is_no_socket_is_left_alone(self, path: Path) -> None:
+        path.write_text("precious")
+
+        with pytest.raises(FileExistsError):
+            Lender(path, Limits(1, 1))
+
+        assert path.read_text() == "precious"
+        assert os.listdir(path.parent) == [path.name]
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_clients_killed_at_any_moment_leave_nothing_mapped(
+        self, path: Path, connect: Connect, seed: int
+    ) -> None:
+        script = """
+link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+link.connect(path)
+say("begun")
+while True:
+    link.send(Request(Operation.LEND, 1 << 20).pack())
+    packet, fds, _, _ = socket.recv_fds(link, 1024, 1)
+    if fds:
+        os.pwrite(fds[0], b"x" * 65536, 0)
+        os.close(fds[0])
+    else:
+        link.close()
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        link.connect(path)
+"""
+        watch = Watch()
+        with lending(path, Limits(40 * MIB, 8 * MIB), on_map=watch) as lender:
+            with child(script, path) as first, child(script, path) as second:
+                assert first.hear() == second.hear() == "begun"
+                witness = connect()
+                for _ in range(random.Random(seed).randrange(60)):
+                    witness.ask(Request(Operation.RETURN, region=witness.borrowed(4096)))
+                for victim in (first, second):
+                    victim.process.send_signal(signal.SIGKILL)
+                    victim.process.wait()
+            witness.close()
+            assert lender.wait_until_unused(TIMEOUT_S)
+            assert lender.lent_bytes == 0
+            assert watch.mapped == {}
+
+
+class TestLimits:
+    """Nobody gets more than is allowed."""
+
+    def test_a_client_gets_its_quota_and_no_more(self, path: Path, connect: Connect) -> None:
+        with lending(path, Limits(4 * MIB, 2 * MIB)):
+            greedy = connect()
+            first = greedy.borrowed(MIB)
+            greedy.borrowed(MIB)
+
+            reply = greedy.lend(1)
+            assert reply.answer is Answer.OVER_CLIENT_LIMIT
+            assert str(2 * MIB) in reply.text
+            assert greedy.lend(2**64 - 1).answer is Answer.OVER_CLIENT_LIMIT
+
+            greedy.ask(Request(Operation.RETURN, region=first))
+            greedy.borrowed(MIB)
+
+    def test_all_clients_together_get_no_more_than_all(self, path: Path, connect: Connect) -> None:
+        with lending(path, Limits(3 * MIB, 2 * MIB)):
+            connect().borrowed(2 * MIB)
+            second = connect()
+
+            reply = second.lend(2 * MIB)
+            assert reply.answer is Answer.OVER_SERVER_LIMIT
+            assert str(3 * MIB) in reply.text
+            second.borrowed(MIB)
+
+    def test_regions_are_counted_too(self, path: Path, connect: Connect) -> None:
+        limits = Limits(MIB, MIB, client_regions_count=2, all_regions_count=3)
+        with lending(path, limits):
+            first, second = connect(), connect()
+            first.borrowed(1)
+            first.borrowed(1)
+
+            assert first.lend(1).answer is Answer.OVER_CLIENT_LIMIT
+            second.borrowed(1)
+            assert second.lend(1).answer is Answer.OVER_SERVER_LIMIT
+
+    def test_what_calls_still_use_counts_until_they_end(self, path: Path, connect: Connect) -> None:
+        with lending(path, Limits(MIB, MIB)) as lender:
+            client = connect()
+            region = client.borrowed(MIB)
+            with used(lender, region):
+                client.ask(Request(Operation.RETURN, region=region))
+                assert client.lend(MIB).answer is Answer.OVER_CLIENT_LIMIT
+            client.borrowed(MIB)
+
+    def test_of_many_threads_no_two_get_the_same_bytes(self, path: Path, connect: Connect) -> None:
+        with lending(path, Limits(10 * MIB, MIB)):
+            clients = [connect() for _ in range(20)]
+            with ThreadPoolExecutor(20) as threads:
+                answers = [r.answer for r in threads.map(lambda client: client.lend(MIB), clients)]
+
+        assert answers.count(Answer.DONE) == 10
+        assert answers.count(Answer.OVER_SERVER_LIMIT) == 10
+
+    def test_memory_that_cannot_be_shown_to_a_device_is_not_lent(
+        self, path: Path, connect: Connect
+    ) -> None:
+        def fail(address: int, size_bytes: int) -> Callable[[], None]:
+            raise RuntimeError("secret text of a driver")
+
+        with lending(path, on_map=fail) as lender:
+            reply = connect().lend(MIB)
+
+            assert reply.answer is Answer.FAILED
+            assert "secret" not in reply.text
+            assert lender.lent_bytes == 0
+
+    def test_a_device_that_cannot_let_go_stops_nothing(self, path: Path, connect: Connect) -> None:
+        def undo() -> None:
+            raise RuntimeError("cannot")
+
+        with lending(path, on_map=lambda _address, _size: undo):
+            connect().borrowed(MIB)
+            connect().borrowed(MIB)
+
+
+class TestStrangers:
+    """Whoever comes to the side socket disturbs nobody else."""
+
+    @given(packet=st.binary(min_size=1, max_size=80))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    def test_garbage_ends_its_connection_alone(
+        self, lender: Lender, path: Path, packet: bytes
+    ) -> None:
+        stranger, friend = Peer(path), Peer(path)
+        try:
+            assert stranger.ask_raw(packet).answer is Answer.MALFORMED
+            assert stranger.is_dropped()
+            friend.borrowed(1)
+        finally:
+            stranger.close()
+            friend.close()
+
+    def test_descriptors_that_a_client_sends_are_not_kept(
+        self, lender: Lender, connect: Connect
+    ) -> None:
+        client = connect()
+        receiver, sender = os.pipe()
+        socket.send_fds(client.socket, [Request(Operation.LEND, 1).pack()], [sender])
+        os.close(sender)
+        socket.recv_fds(client.socket, 1024, 0)
+
+        assert os.read(receiver, 1) == b""  # no one holds the other end
+        os.close(receiver)
+
+    def test_a_client_that_never_speaks_makes_room(self, path: Path, connect: Connect) -> None:
+        with lending(path, Limits(MIB, MIB, clients_count=3)):
+            busy = connect()
+            busy.borrowed(1)
+            mute = [connect() for _ in range(10)]
+            newcomer = connect()
+
+            newcomer.borrowed(1)
+
+            assert all(client.is_dropped() for client in mute[:8])
+            busy.borrowed(1)
+
+    def test_clients_that_borrow_do_not(self, path: Path, connect: Connect) -> None:
+        with lending(path, Limits(MIB, MIB, clients_count=2)):
+            busy = [connect(), connect()]
+            for client in busy:
+                client.borrowed(1)
+            late = connect()
+
+            assert Reply.parse(late.socket.recv(1024)).answer is Answer.REFUSED
+            assert late.is_dropped()
+            busy[0].close()
+            second_try = connect()
+            while (
+                second_try.lend(1).answer is not Answer.DONE
+            ):  # the lender sees the end in its time
+                second_try = connect()
+
+    def test_a_client_that_never_listens_stops_nobody(
+        self, lender: Lender, connect: Connect
+    ) -> None:
+        deaf = connect()
+        deaf.socket.setblocking(False)
+        packet = Request(Operation.LEND, 2**63).pack()
+        with suppress(OSError):  # its own socket is full, or it was dropped
+            while True:
+                deaf.socket.send(packet)
+
+        connect().borrowed(1)
+
+    def test_a_request_may_wait_behind_another(self, lender: Lender, connect: Connect) -> None:
+        client = connect()
+        for size in (1, MIB):
+            client.socket.send(Request(Operation.LEND, size).pack())
+
+        sizes = []
+        for _ in range(2):
+            packet, descriptors, _, _ = socket.recv_fds(client.socket, 1024, 1)
+            client.descriptors += descriptors
+            sizes.append(Reply.parse(packet).size_bytes)
+        assert sizes == [mmap.PAGESIZE, MIB]
+
+    def test_want_of_descriptors_passes(self, path: Path, connect: Connect) -> None:
+        with lending(path):
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            client = connect()
+            client.borrowed(1)
+            waiting = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            waiting.settimeout(TIMEOUT_S)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                waiting.connect(str(path))
+                waiting.send(Request(Operation.LEND, 2**63).pack())
+                assert client.lend(1).answer is Answer.FAILED
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert Reply.parse(waiting.recv(1024)).answer is Answer.OVER_CLIENT_LIMIT
+            waiting.close()
+
+
+class TestUsers:
+    """Memory is lent to the users that it is meant for."""
+
+    ASK = """
+link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+try:
+    link.connect(path)
+    link.send(Request(Operation.LEND, 4096).pack())
+except OSError as error:
+    say(type(error).__name__)
+try:
+    say(Reply.parse(link.recv(1024)).answer.name)
+except OSError as error:
+    say(type(error).__name__)
+"""
+
+    @pytest.fixture
+    def open_directory(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="shm-", dir="/tmp") as name:
+            Path(name).chmod(0o755)
+            yield Path(name)
+
+    @needs_root
+    def test_another_user_cannot_even_connect(self, open_directory: Path) -> None:
+        with lending(open_directory / "memory"):
+            with child(self.ASK, open_directory / "memory", user=54321) as stranger:
+                assert stranger.hear() == "PermissionError"
+
+    @needs_root
+    @pytest.mark.parametrize(("user", "answer"), [(54321, "REFUSED"), (12345, "DONE"), (0, "DONE")])
+    def test_of_other_users_those_named_are_served(
+        self, open_directory: Path, user: int, answer: str
+    ) -> None:
+        with lending(open_directory / "memory", users=frozenset({0, 12345})):
+            with child(self.ASK, open_directory / "memory", user=user) as running:
+                lines = [running.hear(), running.hear()]
+        assert answer in lines
+
+    def test_those_not_named_are_refused(self, path: Path, connect: Connect) -> None:
+        with lending(path, users=frozenset({54321})):
+            assert Reply.parse(connect().socket.recv(1024)).answer is Answer.REFUSED
+
+    def test_only_the_owner_may_touch_the_socket(self, lender: Lender, path: Path) -> None:
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+class TestPlace:
+    """Where the side socket is."""
+
+    def test_it_is_beside_the_first_unix_socket(self) -> None:
+        addresses = ["0.0.0.0:50051", "unix:/run/a.sock", "unix:/run/b.sock"]
+
+        assert memory_socket(addresses) == Path("/run/a.sock.memory")
+
+    @pytest.mark.parametrize("addresses", [["0.0.0.0:1"], ["unix:/tmp/" + "a" * 100]])
+    def test_without_room_there_it_is_in_a_private_directory(
+        self, addresses: list[str], monkeypatch: pytest.MonkeyPatch, socket_directory: Path
+    ) -> None:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_directory))
+        path = memory_socket(addresses)
+
+        assert path.parent.parent == socket_directory
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        with lending(path):
+            pass
+        assert not path.parent.exists()
