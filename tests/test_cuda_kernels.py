@@ -1,6 +1,7 @@
 """Our kernels against the CPU device and numpy, on the card."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.cuda.plan import Operation
 
-cupy = pytest.importorskip("cupy")
-kernels = pytest.importorskip("deconvd_server.device.cuda.kernels")
-Operation = pytest.importorskip("deconvd_server.device.cuda.plan").Operation
+cupy: Any = pytest.importorskip("cupy")
+kernels: Any = pytest.importorskip("deconvd_server.device.cuda.kernels")
 
 pytestmark = pytest.mark.gpu
 
@@ -50,13 +51,14 @@ class OnCard:
 
     def get(self) -> Array:
         """Return what it holds, after checking that nothing was written around it."""
-        host = self._memory.get()
+        host: Array = self._memory.get()
         end = self._offset + self._inside().size
         assert (host[: self._offset] == 0xFF).all()
         assert (host[end:] == 0xFF).all()
-        return host[self._offset : end].copy().view(self._dtype).reshape(self._shape)
+        inside: Array = host[self._offset : end].copy().view(self._dtype)
+        return inside.reshape(self._shape)
 
-    def _inside(self):  # type: ignore[no-untyped-def]  # cupy has no types
+    def _inside(self) -> Any:
         count = int(np.prod(self._shape, dtype=np.int64)) * self._dtype.itemsize
         return self._memory[self._offset : self._offset + count]
 
@@ -70,14 +72,17 @@ def error(result: Array, reference: Array) -> float:
 @EVERY_DTYPE
 @EVERY_OFFSET
 @pytest.mark.parametrize("shape", [(3, 5, 7, 9), (2, 64, 16, 16), (1, 1, 1, 1), (4, 300, 2, 3)])
-def test_bias_is_added_to_its_channel_and_nowhere_else(shape, dtype, offset):
+def test_bias_is_added_to_its_channel_and_nowhere_else(
+    shape: tuple[int, ...], dtype: DType, offset: int
+) -> None:
     y, b = random_array(shape, dtype), random_array(shape[1:2], dtype)
     y_on_card, b_on_card = OnCard(y, offset), OnCard(b)
 
     kernels.add_bias(y_on_card.pointer, b_on_card.pointer, TensorSpec(shape, dtype), 0)
 
     wide = np.float64 if dtype == np.float64 else np.float32
-    expected = (y.astype(wide) + b.astype(wide)[:, None, None]).astype(dtype)
+    sums: Array = np.add(y.astype(wide), b.astype(wide)[:, None, None])
+    expected = sums.astype(dtype)
     np.testing.assert_array_equal(y_on_card.get(), expected)
 
 
@@ -86,7 +91,9 @@ def test_bias_is_added_to_its_channel_and_nowhere_else(shape, dtype, offset):
 @pytest.mark.parametrize(
     "shape", [(3, 5, 7, 9), (2, 3, 64, 64), (0, 4, 5, 5), (2, 300, 4, 4), (64, 1, 3, 3)]
 )
-def test_gb_is_the_sum_over_samples_and_pixels(shape, dtype, offset):
+def test_gb_is_the_sum_over_samples_and_pixels(
+    shape: tuple[int, ...], dtype: DType, offset: int
+) -> None:
     gy = random_array(shape, dtype)
     gy_on_card, gb = OnCard(gy, offset), OnCard.poisoned(shape[1:2], dtype)
 
@@ -100,7 +107,7 @@ def test_gb_is_the_sum_over_samples_and_pixels(shape, dtype, offset):
 @pytest.mark.parametrize("target", ELEMENT_TYPES, ids=str)
 @EVERY_OFFSET
 @pytest.mark.parametrize("count", [1, 1000, 100_003])
-def test_casts_round_to_the_nearest(source, target, offset, count):
+def test_casts_round_to_the_nearest(source: DType, target: DType, offset: int, count: int) -> None:
     array = random_array((count,), source)
     source_on_card, target_on_card = OnCard(array, offset), OnCard.poisoned((count,), target, 1)
 
@@ -112,8 +119,13 @@ def test_casts_round_to_the_nearest(source, target, offset, count):
 
 @EVERY_DTYPE
 @EVERY_OFFSET
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 64, 16, 16), (1, 130, 9, 15), (3, 8, 1, 1)])
-def test_transposes_move_every_element(shape, dtype, offset):
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 5, 7), (2, 64, 16, 16), (1, 130, 9, 15), (3, 8, 1, 1), (2, 3, 8, 16), (2, 2, 4, 6)],
+)
+def test_transposes_move_every_element(
+    shape: tuple[int, int, int, int], dtype: DType, offset: int
+) -> None:
     array = random_array(shape, dtype)
     n, c, h, w = shape
     first = OnCard(array, offset)
@@ -152,7 +164,7 @@ def random_problem(seed: int, dtype: DType) -> Problem:
             continue
 
 
-def reference(problem: Problem, operation: str, x: Array, W: Array, gy: Array) -> Array:
+def reference(problem: Problem, operation: Operation, x: Array, W: Array, gy: Array) -> Array:
     """Return the CPU device's result in float64."""
     x, W, gy = (array.astype(np.float64) for array in (x, W, gy))
     wide = Problem(TensorSpec(x.shape, x.dtype), TensorSpec(W.shape, W.dtype), problem.geometry)
@@ -165,7 +177,7 @@ def reference(problem: Problem, operation: str, x: Array, W: Array, gy: Array) -
     return result
 
 
-def run(plan, operation: str, x: Array, W: Array, gy: Array) -> Array:
+def run(plan: Any, operation: Operation, x: Array, W: Array, gy: Array) -> Array:
     a, b, like = {"y": (x, W, gy), "gx": (gy, W, x), "gW": (x, gy, W)}[operation]
     operands = OnCard(a), OnCard(b)
     out = OnCard.poisoned(like.shape, like.dtype)
@@ -176,23 +188,24 @@ def run(plan, operation: str, x: Array, W: Array, gy: Array) -> Array:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("operation", ["y", "gx", "gW"])
+@pytest.mark.parametrize("operation", Operation)
 @pytest.mark.parametrize("seed", range(60))
-def test_every_plan_agrees_with_the_processor_and_with_itself(operation, dtype, seed):
+def test_every_plan_agrees_with_the_processor_and_with_itself(
+    operation: Operation, dtype: DType, seed: int
+) -> None:
     problem = random_problem(seed, dtype)
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
     expected = reference(problem, operation, x, W, gy)
-    chosen = Operation(operation)
 
-    plans = kernels.candidates(chosen, problem, Options())
-    for plan in (*plans, kernels.fallback(chosen, problem, Options())):
+    plans = kernels.candidates(operation, problem, Options())
+    for plan in (*plans, kernels.fallback(operation, problem, Options())):
         result = run(plan, operation, x, W, gy)
         assert error(result, expected) < TOLERANCES[dtype.name], plan.name
         np.testing.assert_array_equal(result, run(plan, operation, x, W, gy), plan.name)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)])
-def test_fallback_of_empty_operands_gives_zeros(shape):
+def test_fallback_of_empty_operands_gives_zeros(shape: tuple[int, ...]) -> None:
     dtype = np.dtype(np.float32)
     problem = Problem(TensorSpec(shape, dtype), TensorSpec((shape[1], 2, 3, 3), dtype), Geometry())
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))

@@ -58,33 +58,24 @@ struct Columns {
     int first_channel, channels;  // of each group
 };
 
-// Where the columns of one channel and sample lie, and what its filter and images look like.
-struct Plane {
-    const Sum *columns;
-    Index pixels;  // from one tap's column to the next
-
-    // The sum of what the taps bring to output pixel (h, w), by ascending tap; from the given first taps on.
-    template <typename Integer>
-    __device__ __forceinline__ Sum sum(const Geometry &g, int h, int w, int first_kh, int first_kw) const
-    {
-        Sum total = 0;
-        const Integer reach_h = (Integer)h + g.h.pad, reach_w = (Integer)w + g.w.pad;
-        for (int kh = first_kh; kh < g.h.kernel; kh += g.h.tap_step) {
-            const Integer rest_h = reach_h - (Integer)kh * g.h.dilate;
-            if (rest_h < 0) break;
-            const Integer image_h = rest_h / g.h.stride;
-            if (image_h >= g.h.image) continue;
-            for (int kw = first_kw; kw < g.w.kernel; kw += g.w.tap_step) {
-                const Integer rest_w = reach_w - (Integer)kw * g.w.dilate;
-                if (rest_w < 0) break;
-                const Integer image_w = rest_w / g.w.stride;
-                if (image_w < g.w.image)
-                    total += columns[((Index)kh * g.w.kernel + kw) * pixels + image_h * g.w.image + image_w];
-            }
-        }
-        return total;
+// The sum of what the taps bring to an output pixel, by ascending tap.
+//
+// columns are those of one channel and sample; from one tap's to the next it is `pixels` elements. Pixels fall below the
+// image only after all others: with a larger tap, it is an earlier pixel that reaches the output.
+template <typename Integer>
+__device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const Geometry &g, FirstTap<Integer> h,
+                                           const FirstTap<Integer> &first_w, Index pixels)
+{
+    Sum total = 0;
+    for (; h.tap < g.h.kernel && h.pixel >= 0; h.tap += g.h.tap_step, h.pixel -= g.h.image_step) {
+        if (h.pixel >= g.h.image) continue;
+        FirstTap<Integer> w = first_w;
+        for (; w.tap < g.w.kernel && w.pixel >= 0; w.tap += g.w.tap_step, w.pixel -= g.w.image_step)
+            if (w.pixel < g.w.image)
+                total += columns[((Index)h.tap * g.w.kernel + w.tap) * pixels + (Index)h.pixel * g.w.image + w.pixel];
     }
-};
+    return total;
+}
 
 // Sets some channels of some samples of y to the sums of their columns, each in the order of its taps.
 //
@@ -93,20 +84,22 @@ struct Plane {
 template <typename Integer> __device__ void sum_columns_by(const Sum *columns, ELEMENT *y, const Geometry &g, Columns c)
 {
     const Index output_pixels = (Index)g.h.output * g.w.output, image_pixels = (Index)g.h.image * g.w.image;
-    const Index taps = (Index)g.h.kernel * g.w.kernel, rows = (Index)c.samples * g.groups * c.channels;
+    const Index taps = (Index)g.h.kernel * g.w.kernel, pixels = c.samples * image_pixels;
+    const unsigned channels = g.groups * c.channels, group_outputs = g.output_channels / g.groups;
     const Integer steps = (g.w.output + g.w.stride - 1) / g.w.stride;  // pixels of one phase in a row
     const Integer at = (Integer)blockIdx.x * THREADS + threadIdx.x;
     const Integer h = at / (steps * g.w.stride), phase = at % (steps * g.w.stride) / steps;
     const Integer w = at % steps * g.w.stride + phase;
     if (h >= g.h.output || w >= g.w.output) return;
-    const int first_kh = first_tap(g.h, h), first_kw = first_tap(g.w, w), group_outputs = g.output_channels / g.groups;
-    for (Index row = blockIdx.y; row < rows; row += gridDim.y) {
-        const int channel = row % ((Index)g.groups * c.channels), sample = row / ((Index)g.groups * c.channels);
-        const Index y_channel = (Index)(channel / c.channels) * group_outputs + c.first_channel + channel % c.channels;
-        const Index pixels = c.samples * image_pixels;
-        const Plane plane = {columns + channel * taps * pixels + sample * image_pixels, pixels};
-        const Sum sum = plane.sum<Integer>(g, h, w, first_kh, first_kw);
-        narrow(y[((c.first_sample + sample) * (Index)g.output_channels + y_channel) * output_pixels + (Index)h * g.w.output + w], sum);
+    const FirstTap<Integer> first_h(g.h, h), first_w(g.w, w);
+    for (unsigned row = blockIdx.y; row < (unsigned)c.samples * channels; row += gridDim.y) {
+        const unsigned sample = row / channels, channel = row % channels;
+        const unsigned group = channel / (unsigned)c.channels;
+        const Index y_channel = (Index)group * group_outputs + c.first_channel + (channel - group * c.channels);
+        const Sum sum =
+            sum_of_taps(columns + channel * taps * pixels + sample * image_pixels, g, first_h, first_w, pixels);
+        const Index plane = (Index)(c.first_sample + sample) * g.output_channels + y_channel;
+        narrow(y[plane * output_pixels + (Index)h * g.w.output + w], sum);
     }
 }
 

@@ -195,38 +195,7 @@ struct OutputPixel {
     }
 };
 
-// One pixel's place in the output, for a thread of write_phases.
-struct PhaseTarget {
-    ELEMENT *row;  // the first pixel of the row
-    int left;      // where the first phase lies in it: perhaps outside
-    bool continues_left, continues_right;  // whether the tile holds the neighbouring domain pixels of the row
-};
-
-// Writes two phases of a pixel, or one where the other lies outside.
-__device__ __forceinline__ void write_pair(const PhaseTarget &target, const Convolution &c, int w, ELEMENT first,
-                                           ELEMENT second, bool aligned)
-{
-    if (aligned && w >= 0 && w + 1 < c.output_w) {
-        *(Vector<ELEMENT, 2> *)(target.row + w) = {first, second};
-    } else {
-        if (w >= 0 && w < c.output_w) target.row[w] = first;
-        if (w + 1 >= 0 && w + 1 < c.output_w) target.row[w + 1] = second;
-    }
-}
-
-// The same for a stride of 2 and an odd cut: what lies aligned is the second phase and the next pixel's first.
-__device__ __forceinline__ void write_shifted_pair(const PhaseTarget &target, const Convolution &c, ELEMENT before,
-                                                   ELEMENT first, ELEMENT second)
-{
-    const int w = target.left + 1;
-    if (target.continues_right && w + 1 < c.output_w)
-        *(Vector<ELEMENT, 2> *)(target.row + w) = {first, second};
-    else if (w < c.output_w)
-        target.row[w] = first;
-    if (!target.continues_left && w >= 1 && w - 1 < c.output_w) target.row[w - 1] = before;
-}
-
-// The same for a stride of 2 without a cut, where four domain pixels make an aligned vector of eight output pixels.
+// Writes the tile for a stride of 2 without a cut, where four domain pixels make an aligned vector of output pixels.
 __device__ void write_vectors(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                               int first_column)
 {
@@ -252,7 +221,58 @@ __device__ void write_vectors(ELEMENT *output, const ELEMENT *tile, const Convol
     }
 }
 
-// Writes the tile with neighbouring threads at neighbouring domain pixels, two phases at a time where it can.
+// What a thread of write_pairs writes of each channel: two neighbouring output pixels at once, or one, or each apart.
+//
+// With an odd cut, what lies aligned is the second phase of a domain pixel and the first of the next.
+struct PairPlan {
+    bool pair, first, second;
+    int low, high;  // places of the pair's elements in the tile, from the first phase's on
+    int left, offset;  // places of the first phase and, from there, of the pair in the output row
+
+    __device__ PairPlan(const Convolution &c, const OutputPixel &pixel, int row, bool words)
+    {
+        const bool shifted = c.cut_w % 2;
+        left = pixel.w * 2 - c.cut_w;
+        low = shifted ? PITCH : 0;
+        high = shifted ? 1 : PITCH;
+        offset = shifted;
+        const bool has_neighbour = !shifted || (row + 1 < ROWS && pixel.w + 1 < c.domain_w);
+        const bool has_previous = shifted && row > 0 && pixel.w > 0;  // whose pair takes the first phase along
+        pair = words && has_neighbour && left + offset >= 0 && left + offset + 1 < c.output_w;
+        first = left >= 0 && left < c.output_w && !(shifted ? words && has_previous : pair);
+        second = left + 1 < c.output_w && !pair;
+    }
+};
+
+// Writes the tile for a stride of 2 along w, with neighbouring threads at neighbouring domain pixels.
+__device__ void write_pairs(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
+                            int first_column)
+{
+    constexpr int columns = STRIDE_H * 2, step = THREADS / ROWS;  // columns of a channel, channels from turn to turn
+    const int row = threadIdx.x % ROWS, group_channels = c.columns / columns;
+    const OutputPixel pixel(c, first_row + row);
+    if (pixel.sample >= c.samples) return;
+    const PairPlan plan(c, pixel, row, c.output_w % 2 == 0 && (size_t)output % 4 == 0);
+    const int first_channel = first_column / columns, end = min(COLUMNS / columns, group_channels - first_channel);
+    const Index plane = (pixel.sample * c.groups + blockIdx.z) * group_channels + first_channel;
+    const int image = c.output_h * c.output_w;
+#pragma unroll
+    for (int phase = 0; phase < STRIDE_H; ++phase) {
+        const int h = pixel.h * STRIDE_H + phase - c.cut_h;
+        if (h < 0 || h >= c.output_h) continue;
+        ELEMENT *target = output + plane * image + h * c.output_w + plan.left;
+#pragma unroll 4
+        for (int channel = threadIdx.x / ROWS; channel < end; channel += step) {
+            const ELEMENT *values = tile + (channel * columns + phase * 2) * PITCH + row;
+            ELEMENT *pixels = target + (Index)channel * image;
+            if (plan.pair) *(Vector<ELEMENT, 2> *)(pixels + plan.offset) = {values[plan.low], values[plan.high]};
+            if (plan.first) pixels[0] = values[0];
+            if (plan.second) pixels[1] = values[PITCH];
+        }
+    }
+}
+
+// Writes the tile for any stride, with neighbouring threads at neighbouring domain pixels.
 __device__ void write_phases(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                              int first_column)
 {
@@ -260,29 +280,13 @@ __device__ void write_phases(ELEMENT *output, const ELEMENT *tile, const Convolu
     const OutputPixel pixel(c, first_row + row);
     if (pixel.sample >= c.samples) return;
     const int group_channels = c.columns / STRIDE_H / STRIDE_W;
-    ELEMENT *sample = output + (pixel.sample * c.groups + blockIdx.z) * group_channels * c.output_h * c.output_w;
-    PhaseTarget target;
-    target.left = pixel.w * STRIDE_W - c.cut_w;
-    target.continues_left = row > 0 && pixel.w > 0;
-    target.continues_right = row + 1 < ROWS && pixel.w + 1 < c.domain_w;
-    constexpr bool even = STRIDE_W % 2 == 0;
-    const bool words = even && c.output_w % 2 == 0 && (size_t)output % 4 == 0;
-    constexpr int width = even ? 2 : 1;
-    for (int column = threadIdx.x / ROWS * width; column < COLUMNS; column += THREADS / ROWS * width) {
-        const unsigned at = first_column + column;
+    const Index first_plane = (pixel.sample * c.groups + blockIdx.z) * group_channels;
+    for (int column = threadIdx.x / ROWS; column < COLUMNS; column += THREADS / ROWS) {
+        const unsigned at = first_column + column, phase_w = at % STRIDE_W, rest = at / STRIDE_W;
         if (at >= c.columns) return;
-        const unsigned phase_w = at % STRIDE_W, rest = at / STRIDE_W;
-        const int h = pixel.h * STRIDE_H - c.cut_h + rest % STRIDE_H;
-        if (h < 0 || h >= c.output_h) continue;
-        target.row = sample + ((Index)(rest / STRIDE_H) * c.output_h + h) * c.output_w;
-        const ELEMENT *values = tile + column * PITCH + row;
-        const int w = target.left + phase_w;
-        if (words && STRIDE_W == 2 && c.cut_w % 2)
-            write_shifted_pair(target, c, values[0], values[PITCH], values[1]);
-        else if (even)
-            write_pair(target, c, w, values[0], values[PITCH], words && c.cut_w % 2 == 0);
-        else if (w >= 0 && w < c.output_w)
-            target.row[w] = values[0];
+        const int h = pixel.h * STRIDE_H + rest % STRIDE_H - c.cut_h, w = pixel.w * STRIDE_W + phase_w - c.cut_w;
+        if (h >= 0 && h < c.output_h && w >= 0 && w < c.output_w)
+            output[((first_plane + rest / STRIDE_H) * c.output_h + h) * c.output_w + w] = tile[column * PITCH + row];
     }
 }
 
@@ -322,18 +326,19 @@ __device__ void write_many_phases(ELEMENT *output, const ELEMENT *tile, const Co
 __device__ void write_tile(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                            int first_column)
 {
-    if (STRIDE_H * STRIDE_W == 1) {
-        if (c.output_h * c.output_w % 8 == 0 && is_aligned(output))
-            write_runs<8>(output, tile, c, first_row, first_column);
-        else
-            write_runs<1>(output, tile, c, first_row, first_column);
-    } else if (STRIDE_W == 2 && c.cut_w == 0 && c.domain_w % 4 == 0 && c.output_w % 8 == 0 && is_aligned(output)) {
+    const bool aligned = is_aligned(output);
+    if (STRIDE_H * STRIDE_W == 1 && c.output_h * c.output_w % 8 == 0 && aligned)
+        write_runs<8>(output, tile, c, first_row, first_column);
+    else if (STRIDE_H * STRIDE_W == 1)
+        write_runs<1>(output, tile, c, first_row, first_column);
+    else if (STRIDE_W == 2 && c.cut_w == 0 && c.domain_w % 4 == 0 && c.output_w % 8 == 0 && aligned)
         write_vectors(output, tile, c, first_row, first_column);
-    } else if (STRIDE_W % 8) {
-        write_phases(output, tile, c, first_row, first_column);
-    } else {
+    else if (STRIDE_W == 2 && 16 % (STRIDE_H * 2) == 0)
+        write_pairs(output, tile, c, first_row, first_column);
+    else if (STRIDE_W % 8 == 0)
         write_many_phases(output, tile, c, first_row, first_column);
-    }
+    else
+        write_phases(output, tile, c, first_row, first_column);
 }
 
 // Sums a part of the depth of one tile, of `steps` stages from `first` on.

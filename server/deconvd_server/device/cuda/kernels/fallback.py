@@ -52,6 +52,9 @@ _COLUMNS_BYTES = 64 << 20
 """A chunk's columns: about what the second-level cache of a large card holds, and enough to fill it with work."""
 
 _THREADS = 256
+_BLOCKS = 132 * 32
+"""Blocks that keep a large card busy."""
+
 _MAX_GRID_Y = 65535
 
 _A, _B, _OUT = Place(Slot.A), Place(Slot.B), Place(Slot.OUT)
@@ -157,7 +160,9 @@ class _Chunks:
         # a thread for each pixel of each phase: rows are filled up to whole steps of the stride
         stride = problem.geometry.stride[1]
         threads = problem.output[0] * -(-problem.output[1] // stride) * stride
-        grid = _grid(threads, samples[1] * problem.groups * channels[1])
+        blocks, rows, _ = _grid(threads, samples[1] * problem.groups * channels[1])
+        # threads that take several rows find their taps only once
+        grid = blocks, min(rows, -(-_BLOCKS // blocks)), 1
         chunk = _Columns(*samples, *channels)
         yield Launch(self._sum_kernel(threads), grid, (columns, _OUT), (self._geometry, chunk))
 

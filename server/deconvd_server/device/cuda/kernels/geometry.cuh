@@ -3,7 +3,8 @@
 struct Axis {
     int image, kernel, output;  // extents of x, W and y along it
     int stride, pad, dilate;
-    int tap_step;  // taps this far apart reach an output pixel from whole input pixels: stride / gcd(stride, dilate)
+    // Taps `tap_step` apart reach an output pixel from whole input pixels, which are `image_step` apart.
+    int tap_step, image_step;  // stride and dilate, over their greatest common divisor
 };
 
 struct Geometry {
@@ -11,12 +12,16 @@ struct Geometry {
     Axis h, w;
 };
 
-// Returns the first tap that reaches an output pixel from a whole input pixel, or tap_step if none does.
-__device__ __forceinline__ int first_tap(const Axis &axis, int output)
-{
-    const long long reach = (long long)output + axis.pad;
-    if (axis.dilate == 1) return reach % axis.stride;
-    for (int tap = 0; tap < axis.tap_step; ++tap)
-        if ((reach - (long long)axis.dilate * tap) % axis.stride == 0) return tap;
-    return axis.kernel;
-}
+// The first tap that reaches an output pixel from a whole input pixel, and that pixel; it may lie outside the image.
+template <typename Integer> struct FirstTap {
+    Integer tap, pixel;
+
+    __device__ __forceinline__ FirstTap(const Axis &axis, Integer output)
+    {
+        const Integer reach = output + axis.pad;
+        tap = axis.dilate == 1 ? reach % axis.stride : 0;
+        while (tap < axis.kernel && (reach - tap * axis.dilate) % axis.stride != 0)
+            if (++tap == axis.tap_step) tap = axis.kernel;  // there is none
+        pixel = tap < axis.kernel ? (reach - tap * axis.dilate) / axis.stride : -1;
+    }
+};

@@ -13,7 +13,16 @@ __all__ = ["KernelGeometry"]
 class _Axis(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int)
-        for name in ("image", "kernel", "output", "stride", "pad", "dilate", "tap_step")
+        for name in (
+            "image",
+            "kernel",
+            "output",
+            "stride",
+            "pad",
+            "dilate",
+            "tap_step",
+            "image_step",
+        )
     ]
 
 
@@ -47,4 +56,5 @@ def _axis(problem: Problem, axis: int) -> _Axis:
         pad=geometry.pad[axis],
         dilate=dilate,
         tap_step=stride // math.gcd(stride, dilate),
+        image_step=dilate // math.gcd(stride, dilate),
     )

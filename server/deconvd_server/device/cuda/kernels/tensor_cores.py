@@ -251,7 +251,9 @@ def _parts(packing: Packing, tiles_count: int, columns: int) -> tuple[int, int]:
     """Return how many parts gW's sums are cut into, and how many stages of pixels each takes."""
     problem = packing.problem
     stages = -(-problem.n * math.prod(problem.image) // _DEPTH)
-    wanted = -(-_BLOCKS // tiles_count)
+    wanted = max(
+        _BLOCKS // tiles_count, 1
+    )  # rounded down: a block too many takes as long as a full round
     fit = max(_PARTS_BYTES // (problem.c_I * columns * 4), 1)
     steps_count = -(-stages // min(wanted, fit, stages, _MAX_GRID_YZ))
     return -(-stages // steps_count), steps_count

@@ -76,6 +76,42 @@ __device__ void transpose_squares(const ELEMENT *source, ELEMENT *target, Index 
     }
 }
 
+// Transposes matrices of few rows: a thread takes one vector of each, and stores their columns end to end.
+template <int ROWS> __device__ void spread_rows(const ELEMENT *source, ELEMENT *target, Index batch, Index columns)
+{
+    const Index vectors = columns / WIDTH;
+    for (Index i = (Index)blockIdx.x * THREADS + threadIdx.x; i < batch * vectors; i += (Index)gridDim.x * THREADS) {
+        const Index matrix = i / vectors, column = i % vectors * WIDTH;
+        Vector<ELEMENT, WIDTH> from[ROWS], to[ROWS];
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row)
+            from[row] = *(const Vector<ELEMENT, WIDTH> *)(source + (matrix * ROWS + row) * columns + column);
+#pragma unroll
+        for (int j = 0; j < ROWS * WIDTH; ++j) to[j / WIDTH].values[j % WIDTH] = from[j % ROWS].values[j / ROWS];
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row)
+            *(Vector<ELEMENT, WIDTH> *)(target + (matrix * columns + column) * ROWS + row * WIDTH) = to[row];
+    }
+}
+
+// The inverse: transposes matrices of few columns.
+template <int COLUMNS> __device__ void gather_rows(const ELEMENT *source, ELEMENT *target, Index batch, Index rows)
+{
+    const Index vectors = rows / WIDTH;
+    for (Index i = (Index)blockIdx.x * THREADS + threadIdx.x; i < batch * vectors; i += (Index)gridDim.x * THREADS) {
+        const Index matrix = i / vectors, row = i % vectors * WIDTH;
+        Vector<ELEMENT, WIDTH> from[COLUMNS], to[COLUMNS];
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column)
+            from[column] = *(const Vector<ELEMENT, WIDTH> *)(source + (matrix * rows + row) * COLUMNS + column * WIDTH);
+#pragma unroll
+        for (int j = 0; j < COLUMNS * WIDTH; ++j) to[j % COLUMNS].values[j / COLUMNS] = from[j / WIDTH].values[j % WIDTH];
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column)
+            *(Vector<ELEMENT, WIDTH> *)(target + (matrix * COLUMNS + column) * rows + row) = to[column];
+    }
+}
+
 // Transposes tiles through shared memory, for matrices and pointers of any kind.
 __device__ void transpose_tiles(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
 {
@@ -95,7 +131,21 @@ __device__ void transpose_tiles(const ELEMENT *source, ELEMENT *target, Index ba
 extern "C" __global__ void __launch_bounds__(THREADS)
 transpose(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
 {
-    if (rows % WIDTH == 0 && columns % WIDTH == 0 && is_aligned(source) && is_aligned(target))
+    const bool aligned = is_aligned(source) && is_aligned(target);
+    const bool whole_rows = aligned && columns % WIDTH == 0, whole_columns = aligned && rows % WIDTH == 0;
+    if (whole_rows && rows == 2)
+        spread_rows<2>(source, target, batch, columns);
+    else if (whole_rows && rows == 3)
+        spread_rows<3>(source, target, batch, columns);
+    else if (whole_rows && rows == 4)
+        spread_rows<4>(source, target, batch, columns);
+    else if (whole_columns && columns == 2)
+        gather_rows<2>(source, target, batch, rows);
+    else if (whole_columns && columns == 3)
+        gather_rows<3>(source, target, batch, rows);
+    else if (whole_columns && columns == 4)
+        gather_rows<4>(source, target, batch, rows);
+    else if (whole_rows && whole_columns)
         transpose_squares(source, target, batch, rows, columns);
     else
         transpose_tiles(source, target, batch, rows, columns);
