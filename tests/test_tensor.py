@@ -135,7 +135,7 @@ def test_a_tensor_without_elements_is_refused_where_they_are_needed() -> None:
 
 def test_a_payload_of_a_later_version_is_refused_as_unknown() -> None:
     described = message_from_spec(TensorSpec((1,), np.dtype(np.float32))).SerializeToString()
-    later = pb.Tensor.FromString(described + bytes([3 << 3 | 2, 1]) + b"h")  # field 3, one byte
+    later = pb.Tensor.FromString(described + bytes([14 << 3 | 2, 1]) + b"h")  # field 14, one byte
 
     with pytest.raises(InvalidArgumentError, match="no payload that is known here"):
         array_from_message("x", later)
