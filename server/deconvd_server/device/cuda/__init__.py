@@ -5,6 +5,7 @@ Needs the `cuda13` extra; CUDA is loaded when a device is opened, not when this 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,12 @@ def open_device(
     plan_store: Path | None = None,
     on_lost: Callable[[DeviceLostError], None] = lambda _: None,
 ) -> CudaDevice:
-    """Return a card as a device. Arguments and errors are those of `CudaDevice`."""
+    """Return a card as a device. Arguments and errors are those of `CudaDevice`.
+
+    Our own kernels, once compiled, are kept in the plan store too, unless CUPY_CACHE_DIR says where.
+    """
+    if plan_store is not None:
+        os.environ.setdefault("CUPY_CACHE_DIR", str(plan_store / "kernels"))
     from deconvd_server.device.cuda.device import CudaDevice
 
     return CudaDevice(

@@ -10,33 +10,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, LifoQueue
 
+import deconvd
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.empty import empty_gradients, empty_y
 from deconvd_server.device.cuda.guard import guarded
-from deconvd_server.device.cuda.job import DeconvolveJob, Frame, GradientsJob, Job
+from deconvd_server.device.cuda.job import DeconvolveJob, GradientsJob, Job
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
-from deconvd_server.device.cuda.memory import DeviceMemory, MemoryStats
+from deconvd_server.device.cuda.memory import DeviceMemory
 from deconvd_server.device.cuda.plan import Operation, Plan
-from deconvd_server.device.cuda.plans.book import BookStats, PlanBook
+from deconvd_server.device.cuda.plans.book import PlanBook
 from deconvd_server.device.cuda.plans.builders import Builders
 from deconvd_server.device.cuda.plans.candidates import Candidates
 from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.results import ResultMemory
 from deconvd_server.device.cuda.runtime import Pool, Stream, current_device, open_card, synchronize
+from deconvd_server.device.cuda.sizing import Sizing, operations_of
+from deconvd_server.device.cuda.stats import CudaStats
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 
-__all__ = ["CudaDevice", "CudaStats", "Limits"]
-
-_SCHEMA = 1
-"""Counted up whenever our kernels change so that stored choices should be made anew."""
+__all__ = ["CudaDevice", "Limits"]
 
 _FREE_SHARE = 0.9
 """The part of the card's free memory that calls may take, unless told: CUDA needs some itself."""
@@ -58,29 +59,14 @@ class Limits:
             or what the card allows.
         plans_bytes: Host memory for plans.
         tuning_s: How long plans are timed for one kind of request.
+        results_bytes: Host memory that is kept for later results.
     """
 
     lanes_count: int = 4
     workspace_bytes: int | None = None
     plans_bytes: int = 256 << 20
     tuning_s: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class CudaStats:
-    """What a device holds now.
-
-    Attributes:
-        memory: What calls take of the card's memory.
-        held_bytes: The card's memory that is held, in use or kept for the next call.
-        pinned_bytes: Pinned host memory.
-        plans: The plans.
-    """
-
-    memory: MemoryStats
-    held_bytes: int
-    pinned_bytes: int
-    plans: BookStats
+    results_bytes: int = 1 << 30
 
 
 class CudaDevice:
@@ -124,17 +110,24 @@ class CudaDevice:
             self.memory = DeviceMemory(self._budget_bytes, self._pool.take)
             self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(limits.lanes_count)]
             self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
+            self._results = ResultMemory(limits.results_bytes)
             # the last lane given back comes first: it is the likeliest to know the kind of call
             self._lanes: LifoQueue[Lane] = LifoQueue()
             for arena in self._arenas:
-                self._lanes.put(Lane(self.memory, arena.ptr, self._helpers))
+                self._lanes.put(Lane(self.memory, arena.ptr, self._helpers, self._results))
             self._candidates = Candidates(self._cudnn)
+            self._sizing = Sizing(
+                self._budget_bytes,
+                limits.lanes_count,
+                limits.workspace_bytes,
+                self._fallback_bytes,
+            )
             self.plans = self._new_book(plan_store)
             kernels.prepare(ordinal)
 
     def _new_book(self, folder: Path | None) -> PlanBook:
         origin: dict[str, str | int] = {
-            "deconvd": _SCHEMA,
+            "deconvd": deconvd.__version__,
             "cudnn": self._cudnn.version,
             "card": self._card.name,
             "capability": self._card.capability,
@@ -163,51 +156,26 @@ class CudaDevice:
     @property
     def stats(self) -> CudaStats:
         """What the device holds now."""
+        lanes_count = self._limits.lanes_count
         return CudaStats(
+            plans=self.plans.stats,
+            plans_limit_bytes=self._limits.plans_bytes,
             memory=self.memory.stats,
             held_bytes=self._pool.held_bytes(),
-            pinned_bytes=self._limits.lanes_count * PINNED_BYTES,
-            plans=self.plans.stats,
+            held_limit_bytes=self._pool.limit_bytes,
+            made_count=self._pool.made_count,
+            pinned_count=lanes_count,
+            pinned_bytes=lanes_count * PINNED_BYTES,
         )
 
     @property
     def caches(self) -> Sequence[CacheState]:
-        """Plans, and the device buffers that are kept for the next call."""
-        plans, memory = self.plans.stats.cache, self.memory.stats
-        return (
-            CacheState(
-                name="plans",
-                count=plans.count,
-                size_bytes=plans.size_bytes,
-                limit_bytes=self._limits.plans_bytes,
-                hits_count=plans.hits_count,
-                misses_count=plans.misses_count,
-            ),
-            CacheState(
-                name="device buffers",
-                count=memory.blocks_count,
-                size_bytes=self._pool.held_bytes(),
-                limit_bytes=self._pool.limit_bytes,
-                hits_count=max(memory.taken_count - self._pool.made_count, 0),
-                misses_count=self._pool.made_count,
-            ),
-            CacheState(
-                name="pinned buffers",
-                count=self._limits.lanes_count,
-                size_bytes=self._limits.lanes_count * PINNED_BYTES,
-                limit_bytes=self._limits.lanes_count * PINNED_BYTES,
-                hits_count=0,
-                misses_count=0,
-            ),
-        )
+        """Plans, and the buffers that are kept for the next call."""
+        return self.stats.caches
 
     def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
         """Return a bound on the memory of the card that a call takes, trying plans included."""
-        if not problem.has_products:
-            return 0
-        operations = _operations(wanted)
-        workspaces = (self._workspace_bound(self.key(op, problem, Options())) for op in operations)
-        return _tensors_bytes(problem) + max(workspaces, default=0)
+        return self._sizing.footprint_bytes(problem, wanted)
 
     def deconvolve(
         self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
@@ -246,7 +214,7 @@ class CudaDevice:
             def job() -> Job:
                 plans = {
                     operation: self._plan(operation, problem, options, call)
-                    for operation in _operations(wanted)
+                    for operation in operations_of(wanted)
                 }
                 return GradientsJob(
                     problem, plans.get(Operation.GX), plans.get(Operation.GW), with_gb=wanted.gb
@@ -257,19 +225,12 @@ class CudaDevice:
 
     def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
         """Return the key of an operation's plan on this device."""
-        tensors_bytes = _tensors_bytes(problem)
-        spare_bytes = max(self._budget_bytes - tensors_bytes, 0)
-        limit_bytes = min(self._workspace_limit_bytes() + tensors_bytes, spare_bytes)
+        limit_bytes = self._sizing.workspace_limit_bytes(problem)
         return PlanKey.of(operation, problem, options, limit_bytes)
 
-    def _workspace_limit_bytes(self) -> int:
-        if self._limits.workspace_bytes is not None:
-            return self._limits.workspace_bytes
-        return min(1 << 30, self._budget_bytes // (2 * self._limits.lanes_count))
-
-    def _workspace_bound(self, key: PlanKey) -> int:
-        fallback_bytes = self._candidates.fallback(key).plan.workspace_bytes
-        return max(key.workspace_limit_bytes, fallback_bytes)
+    def _fallback_bytes(self, operation: Operation, problem: Problem) -> int:
+        key = self.key(operation, problem, Options())
+        return self._candidates.fallback(key).plan.workspace_bytes
 
     def _plan(self, operation: Operation, problem: Problem, options: Options, call: Call) -> Plan:
         return self.plans.get(self.key(operation, problem, options), call.check)
@@ -316,6 +277,7 @@ class CudaDevice:
                 lane.close()
                 self._cudnn.forget(lane.stream.pointer)
             self._helpers.shutdown()
+            self._results.clear()
             self.plans.close()
             self._arenas.clear()
             self._pool.trim()
@@ -323,19 +285,6 @@ class CudaDevice:
 
 def _helpers_count() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_HELPERS)
-
-
-def _operations(wanted: Wanted | None) -> list[Operation]:
-    if wanted is None:
-        return [Operation.Y]
-    operations = [Operation.GX] if wanted.gx else []
-    return operations + ([Operation.GW] if wanted.gW else [])
-
-
-def _tensors_bytes(problem: Problem) -> int:
-    """Return what all operands and all gradients take together, aligned."""
-    specs: Sequence[TensorSpec] = (problem.x, problem.W, problem.y, problem.b)
-    return Frame(specs, specs, 0).total_bytes
 
 
 def _gradients(wanted: Wanted, results: list[Array]) -> Gradients:

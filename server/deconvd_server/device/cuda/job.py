@@ -1,4 +1,4 @@
-"""What a call does on the card: where its tensors lie in one block, and what is enqueued for them."""
+"""What a call does on the card between its upload and its download."""
 
 from __future__ import annotations
 
@@ -7,28 +7,10 @@ from typing import Protocol
 
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.memory import Region, Regions
+from deconvd_server.device.cuda.frame import Frame
 from deconvd_server.device.cuda.plan import Plan
 
-__all__ = ["DeconvolveJob", "Frame", "GradientsJob", "Job"]
-
-
-class Frame:
-    """Where a call's tensors lie in a block: operands first, then results, then a workspace."""
-
-    def __init__(
-        self,
-        operands: Sequence[TensorSpec],
-        results: Sequence[TensorSpec],
-        workspace_bytes: int,
-    ) -> None:
-        regions = Regions()
-        self.operands = [regions.add(spec.nbytes) for spec in operands]
-        self.operands_bytes = regions.total_bytes
-        self.results = [regions.add(spec.nbytes) for spec in results]
-        self.results_bytes = regions.total_bytes - self.operands_bytes
-        self.workspace: Region = regions.add(workspace_bytes)
-        self.total_bytes = regions.total_bytes
+__all__ = ["DeconvolveJob", "GradientsJob", "Job"]
 
 
 class Job(Protocol):

@@ -13,6 +13,7 @@ from deconvd.tensor import Array
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.job import Job
 from deconvd_server.device.cuda.memory import DeviceMemory, Region
+from deconvd_server.device.cuda.results import ResultMemory
 from deconvd_server.device.cuda.runtime import (
     CudaError,
     Graph,
@@ -29,7 +30,8 @@ ARENA_BYTES = 8 << 20
 """What a small call's operands, results and workspace fit in: the memory that graphs are bound to."""
 
 _SLOTS_COUNT = 8
-_SLOT_BYTES = 2 << 20
+_SLOT_BYTES = 4 << 20
+"""Of the sizes that were measured, this keeps the card's bus busiest with large arrays."""
 
 PINNED_BYTES = ARENA_BYTES + _SLOTS_COUNT * _SLOT_BYTES
 """Pinned host memory of a lane."""
@@ -60,12 +62,16 @@ class Lane:
         memory: Where blocks come from.
         arena: Address of ARENA_BYTES on the card.
         helpers: Who copies large arrays within the host.
+        results: Where large results lie.
     """
 
-    def __init__(self, memory: DeviceMemory, arena: int, helpers: Executor) -> None:
+    def __init__(
+        self, memory: DeviceMemory, arena: int, helpers: Executor, results: ResultMemory
+    ) -> None:
         self.stream = Stream()
         self._memory = memory
         self._arena = arena
+        self._results = results
         self._pinned = PinnedBuffer(ARENA_BYTES).bytes
         self._staging = Staging(
             self.stream, helpers, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
@@ -156,7 +162,7 @@ class Lane:
                     self._staging.upload(operand, base + region.offset, check)
                 check()
                 job.enqueue(base, self.stream.pointer)
-                results = [np.empty(spec.shape, spec.dtype) for spec in job.results]
+                results = [self._results.empty(spec) for spec in job.results]
                 for region, result in zip(job.frame.results, results, strict=True):
                     self._staging.download(base + region.offset, result, check)
                 return results

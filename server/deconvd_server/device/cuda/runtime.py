@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 _INSTALL = "pip install 'deconvd[server,cuda13]'"
-_OLDEST_CAPABILITY = 75
+_OLDEST_CAPABILITY = 80
+"""Our kernels copy to shared memory asynchronously, and multiply bfloat16 matrices."""
 
 try:
     import cupy
@@ -64,7 +65,7 @@ class Card:
         self.processors_count: int = properties["multiProcessorCount"]
         if self.capability < _OLDEST_CAPABILITY:
             raise DeviceUnavailableError(
-                f"cuda:{ordinal}, {self.name}, is too old: CUDA 13 needs a Turing card or newer"
+                f"cuda:{ordinal}, {self.name}, is too old: an Ampere card or a newer one is needed"
             )
         with current_device(ordinal):
             self.free_bytes, self.memory_bytes = (int(size) for size in _cuda.memGetInfo())

@@ -1,0 +1,77 @@
+"""How much of the card's memory a call may take, known before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from deconvd.gradients import Wanted
+from deconvd.problem import Problem, TensorSpec
+from deconvd_server.device.cuda.frame import Frame
+from deconvd_server.device.cuda.plan import Operation
+
+__all__ = ["Sizing", "operations_of"]
+
+_WORKSPACE_BYTES = 1 << 30
+"""What plans may take where the card has plenty: cuDNN's fastest rarely want more."""
+
+_REMEMBERED_COUNT = 4096
+
+
+class Sizing:
+    """Bounds on what calls take of one card's memory.
+
+    Args:
+        budget_bytes: What all calls may take together.
+        calls_count: How many calls run at once.
+        workspace_bytes: What a plan may take beside its operands and as much again; None for 1 GiB
+            or what the budget allows.
+        fallback_bytes: Returns the workspace of the plan that takes any problem.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        calls_count: int,
+        workspace_bytes: int | None,
+        fallback_bytes: Callable[[Operation, Problem], int],
+    ) -> None:
+        self._budget_bytes = budget_bytes
+        self._workspace_bytes = workspace_bytes or _share(budget_bytes, calls_count)
+        self._fallback_bytes = fallback_bytes
+        # every request is asked for its footprint, and most have come before
+        self.footprint_bytes = lru_cache(_REMEMBERED_COUNT)(self._footprint_bytes)
+
+    def workspace_limit_bytes(self, problem: Problem) -> int:
+        """Return what a plan may take beside its operands, unless it is the only one there is."""
+        tensors_bytes = _tensors_bytes(problem)
+        spare_bytes = max(self._budget_bytes - tensors_bytes, 0)
+        return min(self._workspace_bytes + tensors_bytes, spare_bytes)
+
+    def _footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
+        """Return a bound on what a call takes, trying plans included."""
+        if not problem.has_products:
+            return 0
+        workspaces = [self._fallback_bytes(op, problem) for op in operations_of(wanted)]
+        limit_bytes = self.workspace_limit_bytes(problem)
+        return _tensors_bytes(problem) + max([limit_bytes, *workspaces])
+
+
+def operations_of(wanted: Wanted | None) -> list[Operation]:
+    """Return the operations that a call is made of; None stands for y."""
+    if wanted is None:
+        return [Operation.Y]
+    operations = [Operation.GX] if wanted.gx else []
+    return operations + ([Operation.GW] if wanted.gW else [])
+
+
+def _share(budget_bytes: int, calls_count: int) -> int:
+    """Return a call's share of the budget: a power of two, so that a restart finds its plans."""
+    share_bytes = max(budget_bytes // (2 * calls_count), 1)
+    return min(_WORKSPACE_BYTES, 1 << (share_bytes.bit_length() - 1))
+
+
+def _tensors_bytes(problem: Problem) -> int:
+    """Return what all operands and all gradients take together, aligned."""
+    specs: Sequence[TensorSpec] = (problem.x, problem.W, problem.y, problem.b)
+    return Frame(specs, specs, 0).total_bytes

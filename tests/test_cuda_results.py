@@ -1,0 +1,72 @@
+"""Memory of results: new arrays for the caller, old pages for the machine. No card is needed."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.problem import TensorSpec
+from deconvd_server.device.cuda.results import ResultMemory
+
+LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)
+def test_an_array_is_contiguous_writable_and_of_the_asked_kind(dtype: DType) -> None:
+    for shape in ((2, 3, 512, 512), (2, 3)):
+        array = ResultMemory(1 << 30).empty(TensorSpec(shape, dtype))
+        array[...] = 1
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+
+
+def test_memory_is_used_again_once_the_array_is_dropped() -> None:
+    memory = ResultMemory(1 << 30)
+    array = memory.empty(LARGE)
+    address = array.ctypes.data
+    del array
+
+    assert memory.idle_bytes == LARGE.nbytes
+    assert memory.empty(LARGE).ctypes.data == address
+
+
+def test_memory_is_not_used_again_while_a_view_of_it_lives() -> None:
+    memory = ResultMemory(1 << 30)
+    array = memory.empty(LARGE)
+    array[...] = 7
+    view = array.reshape(-1)[5:].view(np.uint8).data
+    del array
+    gc.collect()
+
+    memory.empty(LARGE)[...] = 8
+
+    assert memory.idle_bytes == LARGE.nbytes  # of the second array alone
+    assert (np.frombuffer(view, np.float32) == 7).all()
+
+
+def test_no_more_than_the_limit_is_kept() -> None:
+    memory = ResultMemory(2 * LARGE.nbytes)
+    arrays = [memory.empty(LARGE) for _ in range(5)]
+    assert memory.idle_bytes == 0
+    arrays.clear()
+    assert memory.idle_bytes == 2 * LARGE.nbytes
+    memory.clear()
+    assert memory.idle_bytes == 0
+
+
+def test_threads_never_share_memory() -> None:
+    memory = ResultMemory(1 << 30)
+
+    def work(thread: int) -> None:
+        for _ in range(100):
+            array = memory.empty(LARGE)
+            array[0, 0, 0] = thread
+            assert (array[0, 0, 0] == thread).all()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
