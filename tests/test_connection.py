@@ -313,3 +313,16 @@ def test_a_wrong_target_is_refused(target: Any) -> None:
 def test_a_timeout_must_be_positive(timeout_s: float) -> None:
     with pytest.raises(InvalidArgumentError, match="timeout_s must be positive"):
         deconvd_client.connect("gpu-host:50051", timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("n", [2, 40])
+def test_the_ledger_says_where_the_time_went(F: Connection, n: int) -> None:
+    x = np.ones((n, 3, 100, 100), np.float32)
+
+    F.deconvolution_2d(x, W)
+
+    ledger = F.last_ledger
+    assert set(ledger) == {"queue_us", "compute_us", "server_us"}
+    assert 0 < ledger["compute_us"]
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: F.last_ledger).result() == {}

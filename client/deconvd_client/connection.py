@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import SupportsIndex
@@ -159,6 +159,16 @@ class Connection:
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
         return self._stub.health()
+
+    @property
+    def last_ledger(self) -> Mapping[str, int]:
+        """Where the time of this thread's last call went on the server, in microseconds.
+
+        ``queue_us``, ``upload_us``, ``compute_us``, ``download_us``, and ``server_us`` for all of it
+        from the request's arrival on; only those that the server's device tells apart. The stages
+        of a large call overlap.
+        """
+        return self._stub.last_ledger
 
     def close(self) -> None:
         """Close the connection. Calls under way, and later ones, raise CallCancelledError."""

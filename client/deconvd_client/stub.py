@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from deconvd.chunks import ChunkReader
 from deconvd.codec import Envelope, decode, encode
 from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError
+from deconvd.ledger import ledger_from_metadata
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.retries import with_retries
@@ -41,6 +43,7 @@ class Stub:
         self._channel = channel
         self._timeout_s = timeout_s
         self._closed = False
+        self._ended = threading.local()
         self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse)
         self._deconvolve_grad = self._unary("DeconvolveGrad", pb.DeconvolveGradResponse)
         self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
@@ -111,7 +114,9 @@ class Stub:
 
         def call(request: Envelope[Any]) -> Envelope[_Response]:
             with self._errors():
-                return decode(response_type, rpc(encode(request), timeout=self._timeout_s))
+                response, ended = rpc.with_call(encode(request), timeout=self._timeout_s)
+                self._note(ended)
+                return decode(response_type, response)
             raise AssertionError("unreachable: errors are raised")
 
         return call
@@ -130,12 +135,23 @@ class Stub:
             with self._errors():
                 responses = rpc(parts(), timeout=timeout_s)
                 try:
-                    return receive(ChunkReader(responses, response_type))
+                    received = receive(ChunkReader(responses, response_type))
+                    self._note(responses)
+                    return received
                 finally:
                     responses.cancel()  # no effect on a call that has ended
             raise AssertionError("unreachable: errors are raised")
 
         return with_retries(attempt, timeout_s=self._timeout_s, is_closed=lambda: self._closed)
+
+    @property
+    def last_ledger(self) -> dict[str, int]:
+        """The ledger of the calling thread's last call that was answered."""
+        ledger: dict[str, int] = getattr(self._ended, "ledger", {})
+        return ledger
+
+    def _note(self, ended: grpc.Call) -> None:
+        self._ended.ledger = ledger_from_metadata(ended.trailing_metadata())
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
+from deconvd_server.ledger import Stage
 
 __all__ = ["Admission", "Load"]
 
@@ -62,7 +63,8 @@ class Admission:
             UnavailableError: Too many calls wait already.
             CallCancelledError, DeadlineError: The call ended while it waited.
         """
-        self._enter(footprint_bytes, call)
+        with call.ledger.timing(Stage.QUEUE):
+            self._enter(footprint_bytes, call)
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from deconvd.errors import CallCancelledError, DeadlineError
+from deconvd_server.ledger import Ledger
 
 __all__ = ["Call"]
 
@@ -16,11 +17,15 @@ class Call:
 
     Whoever works for a call asks `check` between steps, so that no work is done for nobody.
 
+    Attributes:
+        ledger: Where its time goes.
+
     Args:
         timeout_s: Seconds until the deadline; None for no deadline.
     """
 
     def __init__(self, timeout_s: float | None = None) -> None:
+        self.ledger = Ledger()
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._cancelled = False

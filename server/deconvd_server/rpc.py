@@ -18,6 +18,7 @@ from deconvd.codec import Envelope, decode, encode
 from deconvd.errors import DeconvdError, InternalError, InvalidArgumentError
 from deconvd.status import status_from_error
 from deconvd_server.call import Call
+from deconvd_server.ledger import Stage
 
 __all__ = ["stream_handler", "unary_handler"]
 
@@ -36,8 +37,8 @@ def unary_handler(
     """Return a handler that gives a request to `behaviour` and sends what it returns."""
 
     def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        with _errors_as_status(request_type, context):
-            return encode(behaviour(_decoded(request_type, data), _call_of(context)))
+        with _errors_as_status(request_type, context), _accounted(context) as call:
+            return encode(behaviour(_decoded(request_type, data), call))
         raise AssertionError("unreachable: abort raises")
 
     return grpc.unary_unary_rpc_method_handler(handle)
@@ -49,8 +50,8 @@ def stream_handler(
     """Return a handler that gives a stream to `behaviour` and sends the messages that it yields."""
 
     def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _errors_as_status(part_type, context):
-            yield from behaviour(ChunkReader(parts, part_type), _call_of(context))
+        with _errors_as_status(part_type, context), _accounted(context) as call:
+            yield from behaviour(ChunkReader(parts, part_type), call)
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
@@ -83,8 +84,12 @@ def _decoded(request_type: type[_Request], data: bytes) -> Envelope[_Request]:
         ) from None
 
 
-def _call_of(context: grpc.ServicerContext) -> Call:
+@contextmanager
+def _accounted(context: grpc.ServicerContext) -> Iterator[Call]:
+    """Give the block its call, and the caller the call's ledger."""
     call = Call(timeout_s=context.time_remaining())
     if not context.add_callback(call.cancel):
         call.cancel()  # it ended before we could ask to be told
-    return call
+    with call.ledger.timing(Stage.SERVER):
+        yield call
+    context.set_trailing_metadata(call.ledger.as_metadata())

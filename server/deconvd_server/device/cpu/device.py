@@ -24,6 +24,7 @@ from deconvd_server.device.cpu.blocking import Blocking, ranges, working_element
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
 from deconvd_server.device.protocol import CacheState, DeviceInfo
+from deconvd_server.ledger import Stage
 
 __all__ = ["CpuDevice"]
 
@@ -96,7 +97,7 @@ class CpuDevice:
         self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
     ) -> Array:
         """Return y. `options` are for GPUs."""
-        with _out_of_memory_as_error(problem), _out_of_range_as_infinite():
+        with self._computing(problem, call):
             y = _zeros(problem.y)
             if b is not None:
                 y += b[:, None, None]
@@ -120,7 +121,7 @@ class CpuDevice:
         call: Call,
     ) -> Gradients:
         """Return the wanted gradients. `options` are for GPUs."""
-        with _out_of_memory_as_error(problem), _out_of_range_as_infinite():
+        with self._computing(problem, call):
             return Gradients(
                 gx=self._gx(problem, W, gy, call) if wanted.gx and W is not None else None,
                 gW=self._gW(problem, x, gy, call) if wanted.gW and x is not None else None,
@@ -154,6 +155,15 @@ class CpuDevice:
         )
         gW: Array = np.add.reduce(sums, axis=0)
         return gW.astype(problem.W.dtype, copy=False)
+
+    @contextmanager
+    def _computing(self, problem: Problem, call: Call) -> Iterator[None]:
+        with (
+            call.ledger.timing(Stage.COMPUTE),
+            _out_of_memory_as_error(problem),
+            _out_of_range_as_infinite(),
+        ):
+            yield
 
     def _run(self, task: Callable[[*T], None], arguments: Iterable[tuple[*T]]) -> None:
         def quiet_task(*mine: *T) -> None:

@@ -1,0 +1,5 @@
+"""Memory that a server on this host lends: arrays that lie in it need not be sent."""
+
+from deconvd_client.shared_memory.borrower import Borrower, SharedCall, SharedResult
+
+__all__ = ["Borrower", "SharedCall", "SharedResult"]

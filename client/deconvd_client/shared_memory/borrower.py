@@ -1,0 +1,302 @@
+"""Borrows memory from a server on this host, keeps arrays in it, and says where they lie."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from deconvd.copying import copy_into
+from deconvd.dtypes import element_type
+from deconvd.errors import (
+    ExhaustedError,
+    InvalidArgumentError,
+    UnavailableError,
+    UnimplementedError,
+)
+from deconvd.problem import TensorSpec, check_extents
+from deconvd.shared_memory import StaleRegionError
+from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.shared_memory.link import Link, LinkLostError, NotLentError
+from deconvd_client.shared_memory.region import Block, Region, State
+
+__all__ = ["Borrower", "SharedCall", "SharedResult"]
+
+_SMALL_BYTES: Final = 32 << 10
+"""What is smaller is quicker sent than found in shared memory."""
+
+_FIRST_REGION_BYTES: Final = 64 << 20
+_LARGEST_STEP_BYTES: Final = 1 << 30
+"""Regions double what there is, up to this size, and have room for what they are borrowed for."""
+
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+_RETRY_S: Final = 5.0
+"""How long a server without a side socket is left in peace."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedResult:
+    """Memory for one result of a call.
+
+    Attributes:
+        place: Where it is, for the server.
+        array: The memory. It is the result's once the call has ended well, and lives as long as any
+            view of it.
+    """
+
+    place: pb.SharedSlice
+    array: Array
+
+
+class SharedCall:
+    """What one call has in shared memory, from before its request until after its response."""
+
+    def __init__(self, borrower: Borrower) -> None:
+        self._borrower = borrower
+        self._kept: list[Array] = []
+        self._blocks: list[Block] = []
+
+    def tensor(self, array: Array) -> pb.Tensor | None:
+        """Return a message that says where in shared memory an array lies, after copying it there if need be.
+
+        None if it is better sent: it is small, or there is no room for it.
+        """
+        if array.nbytes < _SMALL_BYTES:
+            return None
+        place = self._borrower.locate(array) or self._copied(array)
+        if place is None:
+            return None
+        message = message_from_spec(spec_of(array))
+        message.shared.CopyFrom(place)
+        self._kept.append(array)
+        return message
+
+    def result(self, spec: TensorSpec) -> SharedResult | None:
+        """Return memory for a result; None if it is better sent: it is small, or there is no room."""
+        block = None if spec.nbytes < _SMALL_BYTES else self._borrower.take(spec.nbytes)
+        if block is None:
+            return None
+        self._blocks.append(block)
+        return SharedResult(block.message, block.array(spec))
+
+    @property
+    def regions(self) -> set[Region]:
+        """The regions that the server may write to."""
+        return {block.region for block in self._blocks}
+
+    def _copied(self, array: Array) -> pb.SharedSlice | None:
+        block = self._borrower.take(array.nbytes)
+        if block is None:
+            return None
+        copy = block.array(spec_of(array))
+        copy_into(copy, array)
+        self._kept.append(copy)
+        return block.message
+
+
+class Borrower:
+    """Arrays in memory that a server on this host lends. Thread-safe.
+
+    It connects at the first need. Where the server lends nothing, or no more, its methods return
+    None and the caller sends what it has in messages. When the server goes, what it lent is of no
+    more use to calls, but arrays that lie in it stay as they are; the next need connects anew. A
+    forked child begins with nothing: arrays of its parent are to be read there, not written.
+
+    Args:
+        socket_path: The server's side socket. Nothing happens to it yet.
+    """
+
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
+        self._is_closed = False
+        self._link: Link | None = None
+        self._begin()
+        _borrowers.add(self)
+
+    def empty(self, shape: SupportsIndex | Sequence[SupportsIndex], dtype: npt.DTypeLike) -> Array:
+        """Return a new array with any elements: in shared memory if there is room, else outside.
+
+        Raises:
+            InvalidArgumentError: There can be no such array, or none that a call could take.
+        """
+        extents = (shape,) if isinstance(shape, SupportsIndex) else shape
+        spec = TensorSpec(
+            tuple(extent.__index__() for extent in extents), element_type("dtype", np.dtype(dtype))
+        )
+        check_extents("shape", spec)
+        block = self.take(spec.nbytes) if spec.nbytes else None
+        return np.empty(spec.shape, spec.dtype) if block is None else block.array(spec)
+
+    def locate(self, array: Array) -> pb.SharedSlice | None:
+        """Return where an array lies; None unless it lies in borrowed memory as a message's elements do."""
+        is_plain = array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
+        if not is_plain or not array.nbytes:
+            return None
+        address: int = array.__array_interface__["data"][0]
+        for region in self._regions:
+            if region.holds(address, array.nbytes):
+                return pb.SharedSlice(region=region.name, offset_bytes=address - region.address)
+        return None
+
+    @contextmanager
+    def call(self) -> Iterator[SharedCall]:
+        """Use shared memory for the call that the block makes.
+
+        If it is not known how the call ended, the server may still write its results: their memory
+        is then not used again. The block must let the errors of deconvd.errors pass.
+        """
+        with self._lock:
+            self._look_after_link()
+        call = SharedCall(self)
+        try:
+            yield call
+        except StaleRegionError as error:
+            self._disown(str(error))
+            raise
+        except BaseException as error:
+            if not _has_ended(error):
+                with self._lock:
+                    for region in call.regions:
+                        region.close()
+            raise
+
+    def take(self, size_bytes: int) -> Block | None:
+        """Return a new block of memory, of any size but 0; None if there is no room for it."""
+        with self._lock:
+            try:
+                link = self._opened_link()
+                if link is None:
+                    return None
+                self._tidy(link)
+                return self._fitting(size_bytes) or self._borrowed(link, size_bytes)
+            except LinkLostError as error:
+                self._lose(str(error))
+                return None
+
+    @property
+    def borrowed_bytes(self) -> int:
+        """What is borrowed now."""
+        return sum(region.size_bytes for region in self._regions)
+
+    @property
+    def taken_bytes(self) -> int:
+        """What arrays take of it now."""
+        with self._lock:
+            for region in self._regions:
+                region.collect()
+            return sum(region.taken_bytes for region in self._regions)
+
+    def close(self) -> None:
+        """Give all back, for good. Arrays that lie in it stay as they are."""
+        with self._lock:
+            self._is_closed = True
+            self._forget_link()
+
+    def begin_anew_in_child(self) -> None:
+        """Leave what was borrowed to the parent. Called in a forked child, where locks may be held by no one."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._next_try_s = 0.0
+        self._is_missed = False
+        self._forget_link()
+
+    def _forget_link(self) -> None:
+        self._regions: tuple[Region, ...] = ()  # replaced whole: `locate` reads it without the lock
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    # What follows is called under the lock.
+
+    def _look_after_link(self) -> None:
+        if self._link is not None and not self._link.is_open:
+            self._lose("the server has closed the socket")
+
+    def _opened_link(self) -> Link | None:
+        self._look_after_link()
+        if self._link is None and not self._is_closed and time.monotonic() >= self._next_try_s:
+            self._next_try_s = time.monotonic() + _RETRY_S
+            self._link = Link(self.socket_path)
+            self._next_try_s = 0.0
+        return self._link
+
+    def _lose(self, why: str) -> None:
+        """Do without the link until it can be opened again; say so once."""
+        if not self._is_missed:
+            _log.warning("no shared memory with the server, tensors are sent instead: %s", why)
+        self._is_missed = True
+        self._forget_link()
+
+    def _disown(self, why: str) -> None:
+        """Take note that the server of calls knows nothing of what was borrowed."""
+        with self._lock:
+            self._look_after_link()
+            if self._link is not None:  # then the lender lives, and is another one
+                self._is_closed = True
+                self._lose(why)
+
+    def _tidy(self, link: Link) -> None:
+        for region in self._regions:
+            region.collect()
+            if region.is_empty and region.state is State.CLOSED:
+                self._give_back(link, region)
+
+    def _give_back(self, link: Link, region: Region) -> None:
+        self._regions = tuple(other for other in self._regions if other is not region)
+        link.give_back(region)
+
+    def _fitting(self, size_bytes: int) -> Block | None:
+        for region in self._regions:
+            block = region.take(size_bytes)
+            if block is not None:
+                return block
+        return None
+
+    def _borrowed(self, link: Link, size_bytes: int) -> Block | None:
+        needed_bytes = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        step_bytes = min(max(self.borrowed_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
+        for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
+            try:
+                region = link.borrow(region_bytes)
+            except NotLentError as error:
+                _log.info("the server lends no more memory: %s", error)
+                for unused in self._regions:
+                    if unused.is_empty:
+                        self._give_back(link, unused)
+                continue
+            self._is_missed = False
+            self._regions += (region,)
+            return region.take(size_bytes)
+        return None
+
+
+def _has_ended(error: BaseException) -> bool:
+    """Return whether only a server that has done with a call can have answered so."""
+    if isinstance(error, UnavailableError):
+        return error.retry_after_s is not None
+    return isinstance(error, (InvalidArgumentError, ExhaustedError, UnimplementedError))
+
+
+_borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
+
+
+def _begin_anew_in_child() -> None:
+    for borrower in _borrowers:
+        borrower.begin_anew_in_child()
+
+
+os.register_at_fork(after_in_child=_begin_anew_in_child)

@@ -1,0 +1,114 @@
+"""The client's end of the side socket."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import select
+import socket
+from contextlib import suppress
+from typing import Final
+
+from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd_client.shared_memory.region import Region
+
+__all__ = ["Link", "LinkLostError", "NotLentError"]
+
+_TIMEOUT_S: Final = 10.0
+"""More than a server takes to make memory and to show it to its devices."""
+
+
+class LinkLostError(Exception):
+    """The server closed the socket, is not there, or speaks another language."""
+
+
+class NotLentError(Exception):
+    """The server lends no more, for now."""
+
+
+class Link:
+    """A connection to the server's side socket. What was borrowed by it is lent for as long as it is open.
+
+    Raises:
+        LinkLostError: There is no such socket, or no one listens.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_TIMEOUT_S)
+        try:
+            self._socket.connect(path)
+        except OSError as error:
+            self._socket.close()
+            raise LinkLostError(f"cannot connect to {path}: {error.strerror or error}") from None
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server has not closed it."""
+        # What could be read is its end, or an answer to nothing, from whoever this is.
+        return not self._poll.poll(0)
+
+    def borrow(self, size_bytes: int) -> Region:
+        """Return new memory of at least `size_bytes`.
+
+        Raises:
+            NotLentError: It would be over a limit.
+            LinkLostError: The link is of no more use.
+        """
+        reply, descriptor = self._asked(Request(Operation.LEND, size_bytes))
+        try:
+            if reply.answer is not Answer.DONE:
+                raise NotLentError(reply.text)
+            return Region(reply.region, _mapped(descriptor, reply.size_bytes, size_bytes))
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def give_back(self, region: Region) -> None:
+        """Tell the server that no later call will use a region. Raises LinkLostError."""
+        self._asked(Request(Operation.RETURN, region=region.name))
+
+    def close(self) -> None:
+        """Give all back."""
+        self._socket.close()
+
+    def _asked(self, request: Request) -> tuple[Reply, int | None]:
+        descriptors: list[int] = []
+        try:
+            with suppress(BrokenPipeError):  # it may have said why before it went
+                self._socket.send(request.pack())
+            packet, descriptors, _flags, _address = socket.recv_fds(
+                self._socket, MAX_REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
+            if not packet:
+                raise LinkLostError("the server has closed the socket")
+            reply = Reply.parse(packet)
+        except (OSError, ValueError) as error:
+            _close_all(descriptors)
+            raise LinkLostError(f"the server does not answer: {error}") from None
+        if reply.answer in (Answer.REFUSED, Answer.MALFORMED):
+            _close_all(descriptors)
+            raise LinkLostError(f"the server refuses: {reply.text}")
+        return reply, descriptors[0] if descriptors else None
+
+
+def _mapped(descriptor: int | None, size_bytes: int, wanted_bytes: int) -> mmap.mmap:
+    """Map lent memory, once it is sure that nobody can cut it and so kill this process with SIGBUS."""
+    try:
+        if descriptor is None:
+            raise ValueError("it came without a descriptor")
+        if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ValueError("it is not sealed")
+        if not wanted_bytes <= size_bytes == os.fstat(descriptor).st_size:
+            raise ValueError("it has another size")
+        return mmap.mmap(descriptor, size_bytes)
+    except (OSError, ValueError) as error:
+        raise LinkLostError(f"the server lent memory that is of no use: {error}") from None
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

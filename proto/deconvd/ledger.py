@@ -1,0 +1,20 @@
+"""The ledger of a call: where its time went on the server, as a line of gRPC's trailing metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+__all__ = ["METADATA_KEY", "ledger_from_metadata"]
+
+METADATA_KEY: Final = "deconvd-ledger"
+"""Its value is ``name=integer`` pairs, separated by ``;``; each name ends in its unit."""
+
+
+def ledger_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, int]:
+    """Return the ledger in trailing metadata, by name; empty if there is none."""
+    for key, value in metadata:
+        if key == METADATA_KEY and isinstance(value, str):
+            pairs = (pair.partition("=") for pair in value.split(";"))
+            return {name: int(number) for name, _, number in pairs if number.isdigit()}
+    return {}
