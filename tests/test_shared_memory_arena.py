@@ -1,0 +1,112 @@
+"""The arena: blocks that never overlap, and room that comes back, against a model that knows each byte."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+)
+
+from deconvd_client.shared_memory.arena import Arena
+
+_PAGE = 4096
+_SIZE = 64 * _PAGE
+
+
+class _Bytes(RuleBasedStateMachine):
+    """Each line of 64 bytes is free or not; the arena must agree."""
+
+    blocks = Bundle("blocks")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = Arena(_SIZE)
+        self.is_taken = np.zeros(_SIZE // 64, bool)
+
+    @rule(
+        target=blocks,
+        size=st.one_of(st.integers(1, 300), st.integers(1, _SIZE + 1), st.just(16 * _PAGE)),
+    )
+    def take(self, size: int) -> object:
+        offset = self.arena.take(size)
+        if offset is None:
+            assert not self.fits(size)
+            return multiple()
+        first, count = offset // 64, -(-size // 64)
+        if size >= 16 * _PAGE:
+            assert offset % _PAGE == 0
+            count = -(-size // _PAGE) * (_PAGE // 64)
+        assert offset % 64 == 0
+        assert first + count <= len(self.is_taken)
+        assert not self.is_taken[first : first + count].any()
+        self.is_taken[first : first + count] = True
+        return offset, first, count
+
+    @rule(block=consumes(blocks))
+    def give(self, block: tuple[int, int, int]) -> None:
+        offset, first, count = block
+        self.arena.give(offset)
+        self.is_taken[first : first + count] = False
+
+    @rule(offset=st.integers(0, _SIZE))
+    def give_what_is_none(self, offset: int) -> None:
+        if offset % 64:
+            with pytest.raises(KeyError):
+                self.arena.give(offset)
+
+    @invariant()
+    def bytes_agree(self) -> None:
+        assert self.arena.taken_bytes == self.is_taken.sum() * 64
+        assert self.arena.is_empty == (not self.is_taken.any())
+
+    def fits(self, size: int) -> bool:
+        grain = _PAGE // 64 if size >= 16 * _PAGE else 1
+        count = -(-size // (64 * grain)) * grain
+        starts = range(0, len(self.is_taken) - count + 1, grain)
+        return any(not self.is_taken[start : start + count].any() for start in starts)
+
+
+TestArenaAgainstBytes = _Bytes.TestCase
+TestArenaAgainstBytes.settings = settings(
+    max_examples=100, stateful_step_count=60, deadline=None, derandomize=True
+)
+
+
+def test_all_of_an_arena_can_be_taken_again_after_any_use() -> None:
+    arena = Arena(_SIZE)
+    offsets = [arena.take(1000) for _ in range(100)]
+
+    for offset in offsets[::2] + offsets[1::2]:
+        assert offset is not None
+        arena.give(offset)
+
+    assert arena.take(_SIZE) == 0
+
+
+def test_the_tightest_gap_is_taken() -> None:
+    arena = Arena(_SIZE)
+    wide, _, tight, _ = (arena.take(size) for size in (640, 64, 128, 64))
+    assert wide is not None
+    assert tight is not None
+    arena.give(wide)
+    arena.give(tight)
+
+    assert arena.take(128) == tight
+
+
+def test_what_was_given_cannot_be_given_again() -> None:
+    arena = Arena(_SIZE)
+    offset = arena.take(64)
+    assert offset is not None
+    arena.give(offset)
+
+    with pytest.raises(KeyError):
+        arena.give(offset)
