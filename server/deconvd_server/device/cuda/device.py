@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, LifoQueue
 
@@ -24,6 +25,7 @@ from deconvd_server.device.cuda.job import DeconvolveJob, GradientsJob, Job
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
 from deconvd_server.device.cuda.memory import DeviceMemory
 from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plans.bench import open_bench
 from deconvd_server.device.cuda.plans.book import PlanBook
 from deconvd_server.device.cuda.plans.builders import Builders
 from deconvd_server.device.cuda.plans.candidates import Candidates
@@ -96,34 +98,44 @@ class CudaDevice:
         self._card = open_card(ordinal)
         self._id = f"cuda:{ordinal}"
         self._on_lost = on_lost
-        self._limits = limits = limits or Limits()
+        self._limits = limits or Limits()
         limit_bytes = memory_limit_bytes or int(self._card.free_bytes * _FREE_SHARE)
-        self._budget_bytes = limit_bytes - limits.lanes_count * ARENA_BYTES
-        if self._budget_bytes <= 0:
-            raise DeviceUnavailableError(
-                f"{self._id}: {limit_bytes} bytes of memory are too few: "
-                f"its {limits.lanes_count} lanes take {ARENA_BYTES} each"
-            )
+        self._budget_bytes = self._budget(limit_bytes)
         with current_device(ordinal):
             self._cudnn = Cudnn()
             self._pool = Pool(limit_bytes)
             self.memory = DeviceMemory(self._budget_bytes, self._pool.take)
-            self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(limits.lanes_count)]
-            self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
-            self._results = ResultMemory(limits.results_bytes)
-            # the last lane given back comes first: it is the likeliest to know the kind of call
-            self._lanes: LifoQueue[Lane] = LifoQueue()
-            for arena in self._arenas:
-                self._lanes.put(Lane(self.memory, arena.ptr, self._helpers, self._results))
+            self._open_lanes()
             self._candidates = Candidates(self._cudnn)
-            self._sizing = Sizing(
-                self._budget_bytes,
-                limits.lanes_count,
-                limits.workspace_bytes,
-                self._fallback_bytes,
-            )
             self.plans = self._new_book(plan_store)
             kernels.prepare(ordinal)
+        self._sizing = Sizing(
+            self._budget_bytes,
+            self._limits.lanes_count,
+            self._limits.workspace_bytes,
+            self._fallback_bytes,
+        )
+
+    def _budget(self, limit_bytes: int) -> int:
+        """Return what is left for calls beside the lanes' arenas."""
+        lanes_count = self._limits.lanes_count
+        budget_bytes = limit_bytes - lanes_count * ARENA_BYTES
+        if budget_bytes <= 0:
+            raise DeviceUnavailableError(
+                f"{self._id}: {limit_bytes} bytes of memory are too few: "
+                f"its {lanes_count} lanes take {ARENA_BYTES} each"
+            )
+        return budget_bytes
+
+    def _open_lanes(self) -> None:
+        lanes_count = self._limits.lanes_count
+        self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
+        self._results = ResultMemory(self._limits.results_bytes)
+        self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(lanes_count)]
+        # the last lane given back comes first: it is the likeliest to know the kind of call
+        self._lanes: LifoQueue[Lane] = LifoQueue()
+        for arena in self._arenas:
+            self._lanes.put(Lane(self.memory, arena.ptr, self._helpers, self._results))
 
     def _new_book(self, folder: Path | None) -> PlanBook:
         origin: dict[str, str | int] = {
@@ -135,7 +147,11 @@ class CudaDevice:
         }
         return PlanBook(
             self._candidates,
-            Chooser(self._candidates, self.memory, tuning_limit_s=self._limits.tuning_s),
+            Chooser(
+                self._candidates,
+                partial(open_bench, self.memory),
+                tuning_limit_s=self._limits.tuning_s,
+            ),
             Builders(self._card.ordinal, self._cudnn, self._limits.lanes_count),
             limit_bytes=self._limits.plans_bytes,
             store=None if folder is None else PlanStore(folder, origin),

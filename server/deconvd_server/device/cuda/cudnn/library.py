@@ -73,12 +73,15 @@ class Cudnn:
         )
 
     def handle(self, stream: int) -> Handle:
-        """Return the handle that is bound to a stream, made at first need."""
-        with self._lock:
-            handle = self._handles.get(stream)
-            if handle is None:
+        """Return the handle that is bound to a stream, made at first need.
+
+        A stream belongs to one thread at a time, so two never make its handle at once.
+        """
+        handle = self._handles.get(stream)
+        if handle is None:  # making one takes long, so nobody waits for it who has one
+            with self._lock:
                 handle = self._handles[stream] = self._new_handle(stream)
-            return handle
+        return handle
 
     def forget(self, stream: int) -> None:
         """Destroy the handle of a stream that is about to end. None may be using it."""

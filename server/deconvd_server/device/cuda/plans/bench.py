@@ -16,7 +16,7 @@ from deconvd_server.device.cuda.plan import Plan
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.runtime import CudaError, Event, Stream, copy, upload
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "open_bench"]
 
 _NOISE_BYTES = 1 << 20
 _BATCH_MS = 0.5
@@ -46,30 +46,6 @@ class Bench:
     out: int
     workspace: int
     stream: Stream
-
-    @classmethod
-    @contextmanager
-    def of(
-        cls, key: PlanKey, workspace_bytes: int, memory: DeviceMemory, stream: Stream
-    ) -> Iterator[Bench]:
-        """Lend a bench for the length of a with-block.
-
-        Raises:
-            ExhaustedError: The card has not the memory.
-        """
-        specs = (*operands_of(key.operation, key.problem), result_of(key.operation, key.problem))
-        regions = Regions()
-        parts = [regions.add(spec.nbytes) for spec in specs]
-        parts.append(regions.add(workspace_bytes))
-        with memory.take(regions.total_bytes) as base:
-            a, b, out, workspace = (base + part.offset for part in parts)
-            bench = cls(a, b, out, workspace, stream)
-            for part, spec in zip(parts[:2], specs[:2], strict=True):
-                _fill(base + part.offset, part.size_bytes, spec.dtype, stream)
-            try:
-                yield bench
-            finally:
-                stream.wait()
 
     def runs(self, plan: Plan) -> bool:
         """Return whether a plan can be executed."""
@@ -118,6 +94,32 @@ class Bench:
         end.record(self.stream.pointer)
         end.wait()
         return end.ms_since(start)
+
+
+@contextmanager
+def open_bench(
+    memory: DeviceMemory, key: PlanKey, workspace_bytes: int, stream: Stream
+) -> Iterator[Bench]:
+    """Lend a bench for a key for the length of a with-block.
+
+    Args:
+        stream: What plans are tried on; nobody else uses it meanwhile.
+
+    Raises:
+        ExhaustedError: The card has not the memory.
+    """
+    specs = (*operands_of(key.operation, key.problem), result_of(key.operation, key.problem))
+    regions = Regions()
+    parts = [regions.add(spec.nbytes) for spec in specs]
+    parts.append(regions.add(workspace_bytes))
+    with memory.take(regions.total_bytes) as base:
+        a, b, out, workspace = (base + part.offset for part in parts)
+        for part, spec in zip(parts[:2], specs[:2], strict=True):
+            _fill(base + part.offset, part.size_bytes, spec.dtype, stream)
+        try:
+            yield Bench(a, b, out, workspace, stream)
+        finally:
+            stream.wait()
 
 
 def _fill(target: int, size_bytes: int, dtype: DType, stream: Stream) -> None:

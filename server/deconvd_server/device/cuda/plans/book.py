@@ -8,16 +8,20 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from deconvd_server.cache import Cache, CacheStats, Resource
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Plan
-from deconvd_server.device.cuda.plans.builders import Builders
-from deconvd_server.device.cuda.plans.candidates import Candidate, Candidates
+from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
+
+if TYPE_CHECKING:  # the rest needs CUDA, keeping book does not
+    from deconvd_server.device.cuda.plans.builders import Builders
+    from deconvd_server.device.cuda.plans.candidates import Candidates
 
 __all__ = ["BookStats", "PlanBook"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from deconvd.options import UseCudnn
@@ -14,30 +14,16 @@ from deconvd_server.device.cuda.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.cudnn import Cudnn, CudnnError, CudnnPlan, Layout, Rules, Search
 from deconvd_server.device.cuda.cudnn.enums import Mode
 from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.window import WindowPlan, enlarged
 
-__all__ = ["Candidate", "Candidates"]
+__all__ = ["Candidates"]
 
 _FEW = 2
 
 _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A plan that could be taken.
-
-    Attributes:
-        plan: For the request as it is, whatever its element types and sizes.
-        choice: How to get the plan again.
-        close: Frees it. Nobody may be executing it.
-    """
-
-    plan: Plan
-    choice: Choice
-    close: Callable[[], None] = lambda: None
 
 
 class Candidates:
@@ -76,8 +62,10 @@ class Candidates:
 
     def own(self, key: PlanKey) -> Iterator[Candidate]:
         """Yield our own kernels, the most promising first."""
+        names = Counter[str]()
         for plan in kernels.candidates(key.operation, uniform(key.problem), key.options):
-            yield self._own_candidate(key, plan)
+            names[plan.name] += 1
+            yield self._own_candidate(key, plan, number=names[plan.name])
 
     def fallback(self, key: PlanKey) -> Candidate:
         """Return the plan that takes any problem."""
@@ -128,8 +116,10 @@ class Candidates:
                 return candidate
         raise LookupError(f"there is no kernel {name!r} for it")
 
-    def _own_candidate(self, key: PlanKey, plan: Plan) -> Candidate:
-        choice = Choice(Provider.OWN, plan.name, plan.deterministic)
+    def _own_candidate(self, key: PlanKey, plan: Plan, *, number: int = 1) -> Candidate:
+        # a choice must tell variants of one name apart
+        name = plan.name if number == 1 else f"{plan.name} {number}"
+        choice = Choice(Provider.OWN, name, plan.deterministic)
         return Candidate(_cast(key.operation, key.problem, plan), choice)
 
     def _cudnn_candidate(self, key: PlanKey, plan: CudnnPlan, provider: Provider) -> Candidate:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from deconvd.options import UseCudnn
-from deconvd_server.device.cuda.memory import DeviceMemory
-from deconvd_server.device.cuda.plans.bench import Bench
-from deconvd_server.device.cuda.plans.candidates import Candidate, Candidates
+from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.key import PlanKey
-from deconvd_server.device.cuda.runtime import Stream
+
+if TYPE_CHECKING:  # the rest needs CUDA, choosing does not
+    from deconvd_server.device.cuda.plans.bench import Bench
+    from deconvd_server.device.cuda.plans.candidates import Candidates
+    from deconvd_server.device.cuda.runtime import Stream
 
 __all__ = ["Chooser"]
 
@@ -30,14 +34,19 @@ class Chooser:
     a restarted server gives the same bits, and where cuDNN is to be used whenever it can be.
 
     Args:
+        open_bench: Lends a bench for a key, with a workspace of so many bytes, on a stream.
         tuning_limit_s: How long new candidates are made and timed for one key.
     """
 
     def __init__(
-        self, candidates: Candidates, memory: DeviceMemory, *, tuning_limit_s: float
+        self,
+        candidates: Candidates,
+        open_bench: Callable[[PlanKey, int, Stream], AbstractContextManager[Bench]],
+        *,
+        tuning_limit_s: float,
     ) -> None:
         self._candidates = candidates
-        self._memory = memory
+        self._open_bench = open_bench
         self._tuning_limit_s = tuning_limit_s
 
     def choose(self, key: PlanKey, stream: Stream) -> Candidate:
@@ -58,7 +67,7 @@ class Chooser:
 
     def _first(self, key: PlanKey, stream: Stream, candidates: Iterator[Candidate]) -> Candidate:
         for candidate in self._admitted(key, candidates):
-            with Bench.of(key, candidate.plan.workspace_bytes, self._memory, stream) as bench:
+            with self._open_bench(key, candidate.plan.workspace_bytes, stream) as bench:
                 if bench.runs(candidate.plan):
                     return candidate
             candidate.close()
@@ -68,8 +77,9 @@ class Chooser:
         end_s = time.monotonic() + self._tuning_limit_s
         made = self._made(key, candidates, end_s)
         room_bytes = max(candidate.plan.workspace_bytes for candidate in made)
-        best, best_ms = made[0], float("inf")
-        with Bench.of(key, room_bytes, self._memory, stream) as bench:
+        best: Candidate | None = None
+        best_ms = float("inf")
+        with self._open_bench(key, room_bytes, stream) as bench:
             for candidate in made:
                 if time.monotonic() > end_s:
                     break
@@ -80,6 +90,8 @@ class Chooser:
         for candidate in made:
             if candidate is not best:
                 candidate.close()
+        if best is None:
+            return self._candidates.fallback(key)
         return replace(best, choice=replace(best.choice, tuned_ms=best_ms))
 
     def _made(self, key: PlanKey, candidates: Iterator[Candidate], end_s: float) -> list[Candidate]:

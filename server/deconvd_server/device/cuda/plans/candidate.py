@@ -1,0 +1,26 @@
+"""A plan among others of which one is to be taken. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deconvd_server.device.cuda.plan import Plan
+from deconvd_server.device.cuda.plans.choice import Choice
+
+__all__ = ["Candidate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that could be taken.
+
+    Attributes:
+        plan: For the request as it is, whatever its element types and sizes.
+        choice: How to get the plan again.
+        close: Frees it. Nobody may be executing it.
+    """
+
+    plan: Plan
+    choice: Choice
+    close: Callable[[], None] = lambda: None

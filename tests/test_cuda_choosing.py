@@ -1,0 +1,240 @@
+"""Which plan is taken, and how it is remembered, with candidates that need no card."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deconvd.geometry import Geometry
+from deconvd.options import Options, UseCudnn
+from deconvd.problem import Problem, TensorSpec
+from deconvd_server.device.cuda.cudnn import CudnnError
+from deconvd_server.device.cuda.cudnn.enums import Note
+from deconvd_server.device.cuda.cudnn.search import Rules
+from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plans.book import PlanBook
+from deconvd_server.device.cuda.plans.candidate import Candidate
+from deconvd_server.device.cuda.plans.choice import Choice, Provider
+from deconvd_server.device.cuda.plans.chooser import Chooser
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.store import PlanStore
+
+FAILS = float("inf")
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    """A plan that takes so long; infinity for one that cannot be executed."""
+
+    name: str
+    ms: float
+    workspace_bytes: int = 0
+    deterministic: bool = True
+
+    def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
+        raise AssertionError("no test executes it")
+
+
+class FakeCandidates:
+    """Offers plans, and notes which were closed. The fallback takes 9 ms."""
+
+    def __init__(self, *plans: FakePlan) -> None:
+        self.plans = plans
+        self.closed: list[str] = []
+        self.damaged = False
+
+    def promising(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        yield from map(self._candidate, self.plans)
+        yield self.fallback(key)
+
+    all = promising
+
+    def fallback(self, key: PlanKey) -> Candidate:
+        return self._candidate(FakePlan("fallback", 9.0))
+
+    def revived(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
+        if self.damaged:
+            raise CudnnError("cudnnBackendFinalize", 2000, "no plan")
+        return self._candidate(FakePlan(choice.name, 0.0))
+
+    def _candidate(self, plan: FakePlan) -> Candidate:
+        choice = Choice(Provider.CUDNN_NCHW, plan.name, plan.deterministic)
+        return Candidate(plan, choice, lambda: self.closed.append(plan.name))
+
+
+class FakeBench:
+    def runs(self, plan: FakePlan) -> bool:
+        return plan.ms < FAILS
+
+    def time_ms(self, plan: FakePlan, *, give_up_ms: float) -> float:
+        return plan.ms
+
+
+class FakeBuilders:
+    """A thread without a card."""
+
+    class stream:
+        pointer = 0
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1)
+
+    def executor(self, *, tunes: bool) -> Executor:
+        return self._executor
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+@contextmanager
+def open_bench(key: PlanKey, workspace_bytes: int, stream: Any) -> Iterator[Any]:
+    yield FakeBench()
+
+
+def chooser_of(candidates: Any) -> Chooser:
+    return Chooser(candidates, open_bench, tuning_limit_s=5)
+
+
+def key_of(options: Options, dtype: type = np.float32) -> PlanKey:
+    x = TensorSpec((1, 4, 8, 8), np.dtype(dtype))
+    problem = Problem(x, TensorSpec((4, 2, 4, 4), np.dtype(dtype)), Geometry())
+    return PlanKey.of(Operation.Y, problem, options, 100)
+
+
+def chosen(candidates: FakeCandidates, options: Options) -> Candidate:
+    return chooser_of(candidates).choose(key_of(options), FakeBuilders.stream)  # type: ignore[arg-type]
+
+
+TUNED = Options(autotune=True)
+STEADY = Options(cudnn_deterministic=True)
+
+
+@pytest.mark.parametrize("options", [Options(), TUNED], ids=["default", "autotune"])
+def test_the_fastest_is_taken_and_the_others_are_closed(options: Options) -> None:
+    candidates = FakeCandidates(FakePlan("a", 3.0), FakePlan("b", 1.0), FakePlan("c", 2.0))
+
+    best = chosen(candidates, options)
+
+    assert (best.choice.name, best.choice.tuned_ms) == ("b", 1.0)
+    assert sorted(candidates.closed) == ["a", "c", "fallback"]
+
+
+@pytest.mark.parametrize(
+    "options", [STEADY, Options(use_cudnn=UseCudnn.ALWAYS)], ids=["deterministic", "always"]
+)
+def test_the_first_that_runs_is_taken_where_timing_must_not_decide(options: Options) -> None:
+    candidates = FakeCandidates(FakePlan("a", FAILS), FakePlan("b", 3.0), FakePlan("c", 1.0))
+
+    best = chosen(candidates, options)
+
+    assert (best.choice.name, best.choice.tuned_ms) == ("b", None)
+    assert candidates.closed == ["a"]
+
+
+@pytest.mark.parametrize("options", [STEADY, replace(STEADY, autotune=True)])
+def test_plans_whose_runs_differ_are_not_taken_for_deterministic_results(options: Options) -> None:
+    candidates = FakeCandidates(FakePlan("atomic", 1.0, deterministic=False), FakePlan("b", 2.0))
+    assert chosen(candidates, options).choice.name == "b"
+
+
+def test_plans_that_want_too_large_a_workspace_are_not_taken() -> None:
+    candidates = FakeCandidates(FakePlan("greedy", 1.0, workspace_bytes=101), FakePlan("b", 2.0))
+    assert chosen(candidates, TUNED).choice.name == "b"
+
+
+@pytest.mark.parametrize("options", [Options(), TUNED, STEADY])
+def test_the_fallback_is_taken_where_nothing_else_runs(options: Options) -> None:
+    candidates = FakeCandidates(FakePlan("a", FAILS), FakePlan("b", 1.0, workspace_bytes=101))
+    assert chosen(candidates, options).choice.name == "fallback"
+
+
+def book_of(
+    candidates: Any, store: PlanStore | None = None, limit_bytes: int = 1 << 20
+) -> PlanBook:
+    builders: Any = FakeBuilders()
+    return PlanBook(
+        candidates, chooser_of(candidates), builders, limit_bytes=limit_bytes, store=store
+    )
+
+
+def get(book: PlanBook, options: Options = TUNED) -> str:
+    return book.get(key_of(options), lambda: None).name
+
+
+def counts(book: PlanBook) -> tuple[int, int]:
+    return book.stats.chosen_count, book.stats.revived_count
+
+
+def test_a_plan_is_chosen_once() -> None:
+    book = book_of(FakeCandidates(FakePlan("a", 1.0)))
+    assert [get(book) for _ in range(3)] == ["a"] * 3
+    assert counts(book) == (1, 0)
+    book.close()
+
+
+def test_a_plan_that_was_forgotten_comes_back_the_same() -> None:
+    candidates = FakeCandidates(FakePlan("a", 1.0))
+    book = book_of(candidates, limit_bytes=0)
+    get(book)
+    candidates.plans = (FakePlan("faster by chance", 0.5),)
+
+    assert get(book) == "a"
+    assert counts(book) == (1, 1)
+    book.close()
+
+
+def test_the_next_process_takes_what_this_one_chose(tmp_path: Path) -> None:
+    candidates = FakeCandidates(FakePlan("a", 1.0))
+    for expected in ((1, 0), (0, 1)):
+        book = book_of(candidates, PlanStore(tmp_path, {"cudnn": 91900}))
+        assert get(book) == "a"
+        assert counts(book) == expected
+        book.close()
+
+
+def test_a_stored_plan_that_cudnn_does_not_take_is_chosen_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    candidates = FakeCandidates(FakePlan("a", 1.0))
+    store = PlanStore(tmp_path, {"cudnn": 91900})
+    store.save(key_of(TUNED), Choice(Provider.CUDNN_NCHW, "old", True))
+    candidates.damaged = True
+    book = book_of(candidates, store)
+
+    with caplog.at_level(logging.WARNING):
+        assert get(book) == "a"
+
+    assert "ignored the stored plan old" in caplog.text
+    loaded = store.load(key_of(TUNED))
+    assert loaded is not None
+    assert loaded.name == "a"
+    book.close()
+
+
+def notes(options: Options, dtype: type) -> frozenset[Note]:
+    return Rules.of(key_of(options, dtype).problem, options).unwanted
+
+
+def test_tf32_and_narrower_sums_are_kept_out_of_results_that_promise_more() -> None:
+    assert Note.TENSOR_CORE in notes(Options(), np.float32)
+    assert Note.TENSOR_CORE not in notes(Options(allow_tf32=True), np.float32)
+    assert Note.TENSOR_CORE not in notes(Options(), np.float16)
+    assert Note.TENSOR_CORE not in notes(Options(), np.float64)
+    for dtype in (np.float16, np.float32, np.float64):
+        always = {Note.DOWN_CONVERT_INPUTS, Note.REDUCED_PRECISION_REDUCTION}
+        assert always <= notes(Options(allow_tf32=True), dtype)
+        assert Note.NONDETERMINISTIC in notes(STEADY, dtype)
+        assert Note.NONDETERMINISTIC not in notes(Options(), dtype)
+
+
+def test_only_tuning_may_compile() -> None:
+    assert not Rules.of(key_of(Options()).problem, Options()).may_compile
+    assert Rules.of(key_of(TUNED).problem, TUNED).may_compile
