@@ -256,6 +256,21 @@ def test_when_the_head_of_the_line_gives_up_those_behind_it_move_up() -> None:
     small.end()
 
 
+def test_when_the_deadline_of_the_head_passes_those_behind_it_move_up() -> None:
+    admission = Admission(9, 100, 2)
+    first, large = started(admission, 60), Caller(admission, 80, timeout_s=0.2)
+    large.waits()
+    small = Caller(admission, 30)
+
+    small.start()
+
+    with pytest.raises(DeadlineError):
+        large.end()
+    first.end()
+    small.end()
+    assert admission.load == IDLE
+
+
 def test_cancelling_a_call_that_has_started_frees_nothing_before_it_leaves() -> None:
     admission = Admission(1, 100, 0)
     caller = started(admission, 60)

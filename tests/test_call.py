@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd_server.call import Call
+
+
+@pytest.fixture
+def eager_switching() -> Iterator[None]:
+    """Let Python switch between threads as often as it can, so that races show."""
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval_s)
 
 
 def test_a_call_without_a_deadline_goes_on() -> None:
@@ -91,8 +102,10 @@ def test_who_is_told_may_ask_again() -> None:
     assert told == ["again"]
 
 
-def test_of_askers_who_race_with_the_end_each_is_told_once() -> None:
-    threads_count, rounds_count = 4, 200
+def test_of_askers_who_race_with_the_end_each_is_told_once(
+    eager_switching: None,
+) -> None:
+    threads_count, rounds_count = 4, 300
     start = threading.Barrier(threads_count)
 
     def ask(call: Call, told: list[int], thread: int) -> None:

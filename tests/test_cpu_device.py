@@ -487,6 +487,7 @@ HUNGRY = {
     "one output channel": problem_of((8, 512, 2, 2), (512, 1, 40, 40)),
     "one pixel, many samples": problem_of((128, 512, 1, 1), (512, 16, 4, 4)),
     "many groups": problem_of((2, 256, 40, 40), (256, 1, 5, 5), Geometry(groups=256)),
+    "columns of 2 MB": problem_of((1, 1, 32, 32), (1, 16, 4, 4), types=(F64, F64)),
     "mixed": problem_of((2, 64, 64, 64), (64, 16, 3, 3), types=(np.dtype(np.float16), F64)),
 }
 

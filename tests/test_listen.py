@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import threading
@@ -237,6 +238,28 @@ def test_of_servers_that_race_for_a_socket_one_gets_it_and_answers(
 
     assert sorted(got_it) == [False, False, False, True]
     assert answers(f"unix:{path}")
+
+
+def test_a_server_waits_while_another_looks_at_the_same_directory(
+    make_server: MakeServer, socket_directory: Path
+) -> None:
+    server, inode = make_server(), socket_directory.stat().st_ino
+    other = os.open(socket_directory, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def waits() -> bool:
+        locks = Path("/proc/locks").read_text().splitlines()
+        return any("->" in lock and f":{inode} " in lock for lock in locks)
+
+    with ThreadPoolExecutor(1) as pool:
+        bound = pool.submit(bind, server, f"unix:{socket_directory}/deconvd.sock")
+        while not waits():
+            assert not bound.done()
+        assert os.listdir(socket_directory) == []
+        os.close(other)
+        bound.result(30)
+
+    assert os.listdir(socket_directory) == ["deconvd.sock"]
 
 
 def test_release_removes_the_socket_of_a_stopped_server(

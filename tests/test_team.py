@@ -87,6 +87,33 @@ def test_an_error_is_raised_and_no_further_task_is_begun() -> None:
     assert begun == [0, 1, 2]
 
 
+def test_after_an_error_the_helpers_begin_no_further_task_either(pair: Team) -> None:
+    caller, both_begun, dropped = (
+        threading.current_thread(),
+        threading.Barrier(2),
+        threading.Event(),
+    )
+
+    class Argument:
+        """Tells when the team has let go of it."""
+
+        def __del__(self) -> None:
+            dropped.set()
+
+    seen = list[bool]()
+
+    def task(_: object) -> None:
+        both_begun.wait(TIMEOUT_S)
+        if threading.current_thread() is caller:
+            raise KeyError
+        seen.append(dropped.wait(5))
+
+    with pytest.raises(KeyError):
+        pair.run(task, ((rest,) for rest in ("first", "second", Argument())))
+
+    assert seen == [True]  # the third task was dropped while the helper was at the second
+
+
 def test_an_error_in_a_helper_is_raised_to_the_caller(pair: Team) -> None:
     caller, both_begun = threading.current_thread(), threading.Barrier(2)
 
