@@ -30,3 +30,20 @@ def socket_directory(tmp_path: Path) -> Path:
     """A directory whose path is short enough for a Unix socket."""
     assert len(str(tmp_path)) < 90
     return tmp_path
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server on each kind of device in turn, for tests of what both must compute."""
+    directory = tmp_path_factory.mktemp("server")
+    with server_process(directory, device=request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def device_F(device_server: ServerProcess) -> Iterator[deconvd_client.Connection]:
+    """A connection to a server on each kind of device in turn."""
+    with deconvd_client.connect(device_server.target) as connection:
+        yield connection

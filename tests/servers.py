@@ -41,14 +41,14 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    directory: Path, *options: str, listen: tuple[str, ...] = ("unix",)
+    directory: Path, *options: str, device: str = "cpu", listen: tuple[str, ...] = ("unix",)
 ) -> Iterator[ServerProcess]:
-    """Run ``deconvd-server --device cpu`` for the block, on a Unix socket in `directory` by default."""
+    """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default."""
     addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]
     log = directory / "server.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "deconvd_server", "--device", "cpu", *options]
+            [sys.executable, "-W", "error", "-m", "deconvd_server", "--device", device, *options]
             + [word for address in addresses for word in ("--listen", address)],
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -29,40 +29,40 @@ def test_the_data_has_the_cases_that_it_claims() -> None:
 
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=str)
-def test_y_agrees_with_chainer(F: Connection, case: GoldenCase) -> None:
+def test_y_agrees_with_chainer(device_F: Connection, case: GoldenCase) -> None:
     a = case.arrays
 
-    y = F.deconvolution_2d(a["x"], a["W"], a.get("b"), **case.params)
+    y = device_F.deconvolution_2d(a["x"], a["W"], a.get("b"), **case.params)
 
     assert_close(case, 0, {"y": y})
 
 
 @pytest.mark.parametrize("case", REJECTED, ids=str)
-def test_what_chainer_refuses_is_refused(F: Connection, case: GoldenCase) -> None:
+def test_what_chainer_refuses_is_refused(device_F: Connection, case: GoldenCase) -> None:
     a = case.arrays
 
     with pytest.raises(InvalidArgumentError):
-        F.deconvolution_2d(a["x"], a["W"], a.get("b"), **case.params)
+        device_F.deconvolution_2d(a["x"], a["W"], a.get("b"), **case.params)
 
 
 @pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
-def test_gradients_agree_with_chainer(F: Connection, case: GoldenCase) -> None:
+def test_gradients_agree_with_chainer(device_F: Connection, case: GoldenCase) -> None:
     a = case.arrays
 
-    gx, gW, gb = F.deconvolution_2d_grad(a["x"], a["W"], a.get("b"), a["gy"], **case.params)
+    gx, gW, gb = device_F.deconvolution_2d_grad(a["x"], a["W"], a.get("b"), a["gy"], **case.params)
 
     assert_close(case, 1, {"gx": gx, "gW": gW, **({} if gb is None else {"gb": gb})})
 
 
 @pytest.mark.parametrize("case", NOT_DIFFERENTIATED, ids=str)
 def test_gradients_that_chainer_fails_at_agree_with_the_definition(
-    F: Connection, case: GoldenCase
+    device_F: Connection, case: GoldenCase
 ) -> None:
     a = case.arrays
     geometry = Geometry.from_arguments(**case.params)
     problem = Problem(spec_of(a["x"]), spec_of(a["W"]), geometry)
 
-    gx, gW, gb = F.deconvolution_2d_grad(a["x"], a["W"], a.get("b"), a["gy"], **case.params)
+    gx, gW, gb = device_F.deconvolution_2d_grad(a["x"], a["W"], a.get("b"), a["gy"], **case.params)
 
     expected = definition.gradients(problem, a["x"], a["W"], a["gy"])
     for result, wide in zip((gx, gW, gb), expected, strict=True):
@@ -71,14 +71,14 @@ def test_gradients_that_chainer_fails_at_agree_with_the_definition(
 
 
 @pytest.mark.parametrize("case", TWICE_DIFFERENTIATED, ids=str)
-def test_double_backward_is_made_of_the_same_calls(F: Connection, case: GoldenCase) -> None:
+def test_double_backward_is_made_of_the_same_calls(device_F: Connection, case: GoldenCase) -> None:
     a, params = case.arrays, case.params
     x, W, gy, ggx, ggW = (a[name] for name in ("x", "W", "gy", "ggx", "ggW"))
 
-    d2x = F.deconvolution_2d_grad(x, ggW, None, gy, **params, wanted=["gx"]).gx
-    d2W = F.deconvolution_2d_grad(ggx, W, None, gy, **params, wanted=["gW"]).gW
-    d2gy = F.deconvolution_2d(ggx, W, a.get("ggb"), **params)
-    d2gy = d2gy + F.deconvolution_2d(x, ggW, **params)
+    d2x = device_F.deconvolution_2d_grad(x, ggW, None, gy, **params, wanted=["gx"]).gx
+    d2W = device_F.deconvolution_2d_grad(ggx, W, None, gy, **params, wanted=["gW"]).gW
+    d2gy = device_F.deconvolution_2d(ggx, W, a.get("ggb"), **params)
+    d2gy = d2gy + device_F.deconvolution_2d(x, ggW, **params)
 
     assert_close(case, 2, {"d2x": d2x, "d2W": d2W, "d2gy": d2gy})
 

@@ -41,17 +41,19 @@ def stub(server: ServerProcess) -> Iterator[pb_grpc.DeconvolutionServiceStub]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_large_tensor_has_the_same_result_as_its_samples(
-    F: Connection, n: int, dtype: Any
+    device_F: Connection, n: int, dtype: Any
 ) -> None:
     x = rng.standard_normal((n, 3, 256, 300)).astype(dtype)
     W = rng.standard_normal((3, 4, 3, 4)).astype(dtype)
     b = rng.standard_normal(4).astype(dtype)
 
-    y = F.deconvolution_2d(x, W, b, (2, 1), (1, 0), (512, None))
+    y = device_F.deconvolution_2d(x, W, b, (2, 1), (1, 0), (512, None))
 
     assert y.nbytes > 1 << 20
     assert y.dtype == dtype
-    rows = [F.deconvolution_2d(x[i : i + 1], W, b, (2, 1), (1, 0), (512, None)) for i in range(n)]
+    rows = [
+        device_F.deconvolution_2d(x[i : i + 1], W, b, (2, 1), (1, 0), (512, None)) for i in range(n)
+    ]
     # one product may cover several samples or a part of one: float32 sums in another order
     np.testing.assert_allclose(
         y.astype(np.float64), np.concatenate(rows).astype(np.float64), rtol=1e-5, atol=1e-5
@@ -63,16 +65,16 @@ def test_a_large_tensor_has_the_same_result_as_its_samples(
     "wanted", [["gx", "gW", "gb"], ["gx"], ["gW"], ["gb"], ["gW", "gb"]], ids="-".join
 )
 def test_gradients_in_a_stream_are_sums_over_its_slices(
-    F: Connection, wanted: list[str], dtype: Any
+    device_F: Connection, wanted: list[str], dtype: Any
 ) -> None:
     x = rng.standard_normal((24, 2, 160, 160)).astype(dtype)
     W = rng.standard_normal((2, 3, 2, 2)).astype(dtype)
     b = np.zeros(3, dtype)
     gy = rng.standard_normal((24, 3, 320, 320)).astype(dtype)
 
-    whole = F.deconvolution_2d_grad(x, W, b, gy, 2, wanted=wanted)
+    whole = device_F.deconvolution_2d_grad(x, W, b, gy, 2, wanted=wanted)
     parts = [
-        F.deconvolution_2d_grad(x[i : i + 1], W, b, gy[i : i + 1], 2, wanted=wanted)
+        device_F.deconvolution_2d_grad(x[i : i + 1], W, b, gy[i : i + 1], 2, wanted=wanted)
         for i in range(24)
     ]
 
@@ -93,19 +95,21 @@ def test_gradients_in_a_stream_are_sums_over_its_slices(
         np.testing.assert_allclose(result.astype(np.float64), wide, atol=error, rtol=0)
 
 
-def test_strided_and_reversed_arrays_stream_as_they_are(F: Connection) -> None:
+def test_strided_and_reversed_arrays_stream_as_they_are(device_F: Connection) -> None:
     x = rng.standard_normal((6, 512, 256, 2)).astype(np.float32).transpose(0, 3, 1, 2)[::-1]
     W = np.eye(2, dtype=np.float32)[:, :, None, None]
 
-    np.testing.assert_array_equal(F.deconvolution_2d(x, W), x)
+    np.testing.assert_array_equal(device_F.deconvolution_2d(x, W), x)
 
 
-def test_a_stream_of_no_samples_is_empty(F: Connection) -> None:
+def test_a_stream_of_no_samples_is_empty(device_F: Connection) -> None:
     # large W and no samples: a stream of W alone
     W = np.ones((128, 128, 9, 9), np.float32)
     x = np.ones((0, 128, 4, 4), np.float32)
 
-    gx, gW, gb = F.deconvolution_2d_grad(x, W, W[0, :, 0, 0], F.deconvolution_2d(x, W))
+    gx, gW, gb = device_F.deconvolution_2d_grad(
+        x, W, W[0, :, 0, 0], device_F.deconvolution_2d(x, W)
+    )
 
     assert [g.shape for g in (gx, gW, gb) if g is not None] == [x.shape, W.shape, (128,)]
     assert not np.any(gW)

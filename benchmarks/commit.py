@@ -1,0 +1,14 @@
+"""Which commit is measured."""
+
+from __future__ import annotations
+
+import subprocess
+
+__all__ = ["commit"]
+
+
+def commit() -> str:
+    """Return the commit's hash, with ``-dirty`` behind it where files have changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,195 @@
+"""How fast whole calls are: ``python -m benchmarks.service --device cuda --json FILE``.
+
+A server runs in one process and its clients in others, over a Unix socket. One client's latency is split by stage, as
+the call's own ledger tells it, beside the floor: the upload of x and W from pinned memory, the kernel, and the download
+of y, each timed alone on the card. Then 1 to 16 clients call at once, for throughput. All figures are medians.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+import numpy as np
+
+import deconvd_client
+from benchmarks.commit import commit
+from benchmarks.floor import card_name, floor_ms
+from benchmarks.layers import LAYERS, Layer
+from deconvd.dtypes import DType
+from deconvd.tensor import Array
+from deconvd_client import Connection
+from examples.local_server import local_server
+
+_LAYERS = (
+    "generator 128-64 32",
+    "generator 64-3 64",
+    "unet 128-64 256 k2 s2",
+    "tiny 8-4 8 k4 s2",
+)
+_CLIENTS_COUNTS = (1, 2, 4, 8, 16)
+_WARM_UPS = 3
+_LATENCY_S = 2.0
+_THROUGHPUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer and element type; its fields are those of the JSON file.
+
+    Attributes:
+        megabytes: x, W and y together.
+        ms: Latency of a call, one client.
+        stages_ms: Parts of it, as the server's ledger has them, and `rest` for all that is none of
+            them: moving tensors. Where stages overlap, as in a stream, there may be no rest.
+        floor_ms: Upload, kernel and download; None without a card.
+        calls_per_s: By the number of clients.
+    """
+
+    layer: str
+    dtype: str
+    megabytes: float
+    ms: float
+    stages_ms: Mapping[str, float]
+    floor_ms: float | None
+    calls_per_s: Mapping[int, float]
+
+    def __str__(self) -> str:
+        stages = "  ".join(f"{name} {ms:.2f}" for name, ms in self.stages_ms.items())
+        floor = "" if self.floor_ms is None else f"{self.ms / self.floor_ms:7.1f} floors"
+        rates = "  ".join(f"{clients}: {rate:.0f}" for clients, rate in self.calls_per_s.items())
+        return (
+            f"{self.layer:24} {self.dtype:8} {self.megabytes:7.1f} MB {self.ms:9.2f} ms{floor}\n"
+            f"    ms: {stages}\n    calls/s by clients: {rates}"
+        )
+
+
+@click.command()
+@click.option("--device", default="cpu", show_default=True, help="As of deconvd-server.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option("--layer", "layers", type=click.Choice(_LAYERS), multiple=True, default=_LAYERS)
+@click.option(
+    "--type", "dtypes", multiple=True, default=("float32", "float16"), help="Element types."
+)
+def main(device: str, json_file: Path | None, layers: Sequence[str], dtypes: Sequence[str]) -> None:
+    """Time whole calls of a server on a device, from other processes."""
+    rows: list[Row] = []
+    with local_server(device) as target:
+        for row in _rows(target, device, layers, [np.dtype(dtype) for dtype in dtypes]):
+            rows.append(row)
+            print(row, flush=True)
+    if json_file is not None:
+        about = {
+            "card": card_name(device),
+            "host": platform.processor() or platform.machine(),
+            "commit": commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1)
+        json_file.write_text(text + "\n")
+
+
+def _rows(target: str, device: str, names: Sequence[str], dtypes: Sequence[DType]) -> Iterator[Row]:
+    for layer in LAYERS:
+        for dtype in dtypes if layer.name in names else ():
+            yield _row(target, device, layer, dtype)
+
+
+def _row(target: str, device: str, layer: Layer, dtype: DType) -> Row:
+    ms, stages_ms = _latency(target, layer, dtype)
+    return Row(
+        layer=layer.name,
+        dtype=dtype.name,
+        megabytes=layer.nbytes(dtype) / 1e6,
+        ms=ms,
+        stages_ms=stages_ms,
+        floor_ms=floor_ms(device, layer.problem(dtype)),
+        calls_per_s={count: _throughput(target, layer, dtype, count) for count in _CLIENTS_COUNTS},
+    )
+
+
+def _latency(target: str, layer: Layer, dtype: DType) -> tuple[float, dict[str, float]]:
+    """Return the median latency of a call, and of each of its stages, in milliseconds."""
+    x, W = _operands(layer, dtype)
+    times: list[float] = []
+    ledgers: list[dict[str, float]] = []
+    with deconvd_client.connect(target) as F:
+        _warm_up(F, layer, x, W)
+        began_s = time.perf_counter()
+        while len(times) < 5 or time.perf_counter() - began_s < _LATENCY_S:
+            start_s = time.perf_counter()
+            _call(F, layer, x, W)
+            times.append((time.perf_counter() - start_s) * 1e3)
+            ledgers.append(_stages_ms(F.last_ledger, times[-1]))
+    names = ledgers[0].keys()
+    medians = {name: statistics.median(ledger[name] for ledger in ledgers) for name in names}
+    return statistics.median(times), medians
+
+
+def _stages_ms(ledger: Mapping[str, int], total_ms: float) -> dict[str, float]:
+    stages = {
+        name.removesuffix("_us"): value / 1e3
+        for name, value in ledger.items()
+        if name != "server_us"  # it spans the others
+    }
+    return stages | {"rest": max(total_ms - sum(stages.values()), 0.0)}
+
+
+def _throughput(target: str, layer: Layer, dtype: DType, clients_count: int) -> float:
+    """Return how many calls a second so many client processes get done together."""
+    context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+    ready = context.Barrier(clients_count)
+    with context.Pool(clients_count, _keep_barrier, (ready,)) as pool:
+        tasks = [(target, layer, dtype)] * clients_count
+        return sum(pool.starmap(_client_rate, tasks, chunksize=1))
+
+
+_barrier: list[object] = []
+
+
+def _keep_barrier(ready: object) -> None:
+    _barrier.append(ready)
+
+
+def _client_rate(target: str, layer: Layer, dtype: DType) -> float:
+    x, W = _operands(layer, dtype)
+    with deconvd_client.connect(target, timeout_s=300) as F:
+        _warm_up(F, layer, x, W)
+        _barrier[0].wait()  # type: ignore[attr-defined]  # multiprocessing has no type for it
+        start_s = time.perf_counter()
+        count = 0
+        while time.perf_counter() - start_s < _THROUGHPUT_S:
+            _call(F, layer, x, W)
+            count += 1
+        return count / (time.perf_counter() - start_s)
+
+
+def _operands(layer: Layer, dtype: DType) -> tuple[Array, Array]:
+    generator = np.random.default_rng(0)
+    problem = layer.problem(dtype)
+    x, W = (generator.standard_normal(s.shape, np.float32) for s in (problem.x, problem.W))
+    return x.astype(dtype), W.astype(dtype)
+
+
+def _warm_up(F: Connection, layer: Layer, x: Array, W: Array) -> None:
+    for _ in range(_WARM_UPS):
+        _call(F, layer, x, W)
+
+
+def _call(F: Connection, layer: Layer, x: Array, W: Array) -> Array:
+    with F.using_config("autotune", True):
+        return F.deconvolution_2d(
+            x, W, None, layer.stride, layer.pad, dilate=layer.dilate, groups=layer.groups
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How fast tensors move: a round trip by each of our transports, and by others in the same run."""

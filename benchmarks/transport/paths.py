@@ -1,0 +1,158 @@
+"""The ways of a tensor there and back: each a context manager that gives a function from array to array."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import grpc
+import numpy as np
+import pyarrow
+import pyarrow.flight
+
+import deconvd_client
+from benchmarks.transport.servers import LENGTH, METHOD
+from deconvd.tensor import Array, message_from_array
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+
+__all__ = ["PATHS", "RoundTrip"]
+
+RoundTrip = Callable[[Array], Array]
+
+_BATCH_BYTES = 1 << 20
+_UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_ONE = np.ones((1, 1, 1, 1), np.float32)
+_TCP = "127.0.0.1:0"
+
+
+@contextmanager
+def _server(kind: str, address: str) -> Iterator[str]:
+    """Run one of the servers in a process of its own, and give what a client connects to."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "benchmarks.transport.servers", kind]
+        process = subprocess.Popen(
+            [*command, address.format(directory=directory)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@contextmanager
+def memcpy() -> Iterator[RoundTrip]:
+    """A copy in memory, one way."""
+    copies: dict[int, Array] = {}
+
+    def copy(x: Array) -> Array:
+        y = copies.setdefault(x.nbytes, np.ones_like(x))
+        np.copyto(y, x)
+        return y
+
+    yield copy
+
+
+@contextmanager
+def deconvd(address: str) -> Iterator[RoundTrip]:
+    """Our client and our daemon."""
+    with _server("deconvd", address) as target, deconvd_client.connect(target) as F:
+        yield lambda x: F.deconvolution_2d(x, _ONE)
+
+
+@contextmanager
+def raw_tcp() -> Iterator[RoundTrip]:
+    """A bare TCP socket."""
+    with _server("raw_tcp", _TCP) as target:
+        host, _, port = target.rpartition(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            yield partial(_exchange, connection)
+
+
+def _exchange(connection: socket.socket, x: Array) -> Array:
+    connection.sendall(LENGTH.pack(x.nbytes))
+    connection.sendall(x.data.cast("B"))
+    y = np.empty_like(x)
+    target, received = y.data.cast("B"), 0
+    while received < x.nbytes:
+        received += connection.recv_into(target[received:])
+    return y
+
+
+@contextmanager
+def bare_grpc() -> Iterator[RoundTrip]:
+    """Unary gRPC of raw bytes, with default options."""
+    with _server("bare_grpc", _TCP) as target, grpc.insecure_channel(target, _UNLIMITED) as channel:
+        rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(METHOD)
+        yield lambda x: np.frombuffer(rpc(x.tobytes()), x.dtype).reshape(x.shape)
+
+
+@contextmanager
+def stock_grpc() -> Iterator[RoundTrip]:
+    """Unary gRPC of our schema, with the generated classes and default options."""
+    with (
+        _server("stock_grpc", _TCP) as target,
+        grpc.insecure_channel(target, _UNLIMITED) as channel,
+    ):
+        stub = pb_grpc.DeconvolutionServiceStub(channel)
+
+        def call(x: Array) -> Array:
+            request = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(_ONE))
+            return np.frombuffer(stub.Deconvolve(request).y.raw, x.dtype).reshape(x.shape)
+
+        yield call
+
+
+@contextmanager
+def flight(address: str) -> Iterator[RoundTrip]:
+    """Arrow Flight's DoExchange, in batches of a mebibyte."""
+    with _server("flight", address) as target:
+        scheme = "grpc+unix://" if target.startswith("unix:") else "grpc+tcp://"
+        with pyarrow.flight.FlightClient(scheme + target.removeprefix("unix:")) as client:
+            yield partial(_fly, client)
+
+
+def _fly(client: Any, x: Array) -> Array:
+    schema = pyarrow.schema([("bytes", pyarrow.uint8())])
+    descriptor = pyarrow.flight.FlightDescriptor.for_command(b"echo")
+    writer, reader = client.do_exchange(descriptor)
+    flat = x.reshape(-1).view(np.uint8)
+    y = np.empty_like(flat)
+    with writer:
+        writer.begin(schema)
+        filled = 0
+        for start in range(0, len(flat), _BATCH_BYTES):
+            batch = pyarrow.array(flat[start : start + _BATCH_BYTES])
+            writer.write_batch(pyarrow.record_batch([batch], schema))
+            filled = _land(reader, y, filled)
+        writer.done_writing()
+        while filled < len(y):
+            filled = _land(reader, y, filled)
+    return y.view(x.dtype).reshape(x.shape)
+
+
+def _land(reader: Any, y: Array, filled: int) -> int:
+    batch = reader.read_chunk().data.column(0).to_numpy()
+    y[filled : filled + len(batch)] = batch
+    return filled + len(batch)
+
+
+PATHS: dict[str, Callable[[], AbstractContextManager[RoundTrip]]] = {
+    "memcpy": memcpy,
+    "unix": partial(deconvd, "unix:{directory}/socket"),
+    "tcp": partial(deconvd, _TCP),
+    "raw_tcp": raw_tcp,
+    "bare_grpc": bare_grpc,
+    "stock_grpc": stock_grpc,
+    "flight_unix": partial(flight, "unix:{directory}/socket"),
+    "flight_tcp": partial(flight, _TCP),
+}

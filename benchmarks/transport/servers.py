@@ -1,0 +1,148 @@
+"""Servers that send back what they get, each run in a process of its own: `python -m ... KIND ADDRESS`."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pyarrow.flight
+
+from deconvd.gradients import Gradients
+from deconvd.problem import Problem
+from deconvd.tensor import Array
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd_server.daemon import Daemon, Settings
+from deconvd_server.device import CacheState, DeviceInfo
+
+__all__ = ["LENGTH", "MAX_MESSAGE_BYTES", "METHOD", "SERVERS"]
+
+LENGTH = struct.Struct("<Q")
+"""What stands before the bytes on a bare socket."""
+
+METHOD = "/benchmark.Echo/Echo"
+"""The bare gRPC method: bytes to the same bytes."""
+
+MAX_MESSAGE_BYTES = 2**31 - 1
+
+
+class EchoDevice:
+    """A device whose y is x, so that only the transport takes time: for 1x1 filters of one."""
+
+    info = DeviceInfo("echo", "echo", 1 << 40, 0, 1 << 40, 4)
+    caches: tuple[CacheState, ...] = ()
+
+    def footprint_bytes(self, *_: Any) -> int:
+        """Nothing is taken."""
+        return 0
+
+    def deconvolve(self, problem: Problem, x: Array, *_: Any) -> Array:
+        """Return x."""
+        assert problem.y == problem.x
+        return x
+
+    def gradients(self, *_: Any) -> Gradients:
+        """Return nothing: no benchmark asks for gradients."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def serve_deconvd(address: str) -> None:
+    """Serve with our own daemon."""
+    daemon = Daemon(Settings([address], MAX_MESSAGE_BYTES, drain_timeout_s=1))
+    daemon.serve(lambda: [EchoDevice()])
+    _ready(daemon.addresses[0])
+
+
+def serve_raw_tcp(address: str) -> None:
+    """Serve on a bare TCP socket: whole messages, one connection."""
+    host, _, port = address.rpartition(":")
+    with socket.create_server((host, int(port))) as listener:
+        print(f"{host}:{listener.getsockname()[1]}", flush=True)
+        connection, _ = listener.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        buffer = memoryview(bytearray())
+        while header := connection.recv(LENGTH.size, socket.MSG_WAITALL):
+            (length,) = LENGTH.unpack(header)
+            if len(buffer) != length:
+                buffer = memoryview(bytearray(length))
+            received = 0
+            while received < length:
+                received += connection.recv_into(buffer[received:])
+            connection.sendall(buffer)
+
+
+def serve_bare_grpc(address: str) -> None:
+    """Serve unary gRPC of raw bytes, without protobuf."""
+    handler = grpc.method_handlers_generic_handler(
+        "benchmark.Echo", {"Echo": grpc.unary_unary_rpc_method_handler(lambda data, _: data)}
+    )
+    _serve_grpc(address, lambda server: server.add_generic_rpc_handlers((handler,)))
+
+
+class _StockServicer(pb_grpc.DeconvolutionServiceServicer):
+    def Deconvolve(self, request: pb.DeconvolveRequest, context: Any) -> pb.DeconvolveResponse:
+        return pb.DeconvolveResponse(y=request.x)
+
+
+def serve_stock_grpc(address: str) -> None:
+    """Serve our schema with the generated classes alone."""
+    _serve_grpc(
+        address,
+        lambda server: pb_grpc.add_DeconvolutionServiceServicer_to_server(
+            _StockServicer(),  # type: ignore[abstract]  # it has what is measured
+            server,
+        ),
+    )
+
+
+def _serve_grpc(address: str, add_handlers: Callable[[grpc.Server], None]) -> None:
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    server = grpc.server(ThreadPoolExecutor(4), options=options)
+    add_handlers(server)
+    port = server.add_insecure_port(address)
+    server.start()
+    _ready(address if address.startswith("unix:") else f"127.0.0.1:{port}")
+
+
+class _FlightServer(pyarrow.flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has no types
+    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        began = False
+        for chunk in reader:
+            if not began:
+                writer.begin(chunk.data.schema)
+                began = True
+            writer.write_batch(chunk.data)
+
+
+def serve_flight(address: str) -> None:
+    """Serve Arrow Flight's DoExchange, batch by batch."""
+    scheme = "grpc+unix://" if address.startswith("unix:") else "grpc+tcp://"
+    with _FlightServer(scheme + address.removeprefix("unix:")) as server:
+        _ready(address if address.startswith("unix:") else f"127.0.0.1:{server.port}")
+
+
+def _ready(address: str) -> None:
+    print(address, flush=True)
+    while True:
+        time.sleep(3600)
+
+
+def _names() -> Iterator[tuple[str, Callable[[str], None]]]:
+    for name, value in globals().items():
+        if name.startswith("serve_"):
+            yield name.removeprefix("serve_"), value
+
+
+SERVERS = dict(_names())
+
+if __name__ == "__main__":
+    SERVERS[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,128 @@
+"""The server on a card, from the outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deconvd_client
+from tests.servers import ServerProcess, server_process
+
+pytestmark = pytest.mark.gpu
+
+X = np.ones((4, 8, 16, 16), np.float32)
+W = np.ones((8, 4, 4, 4), np.float32)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with server_process(tmp_path_factory.mktemp("server"), device="cuda") as running:
+        yield running
+
+
+def test_status_shows_cards_memory_and_caches(server: ServerProcess) -> None:
+    with deconvd_client.connect(server.target) as F:
+        F.deconvolution_2d(X, W)
+        (card, *_) = F.server_info().devices
+
+    assert card.id == "cuda:0"
+    assert "NVIDIA" in card.name
+    assert 0 < card.budget_bytes < card.memory_bytes
+    caches = {cache.name: cache for cache in card.caches}
+    assert caches["plans"].count > 0
+    assert all(cache.limit_bytes > 0 for cache in card.caches)
+
+
+def test_what_can_never_fit_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    limit = ("--device-memory-bytes", str(256 << 20))
+    with (
+        server_process(tmp_path, *limit, device="cuda") as server,
+        deconvd_client.connect(server.target) as F,
+    ):
+        with pytest.raises(deconvd_client.ExhaustedError, match="of the device's memory"):
+            F.deconvolution_2d(np.ones((1, 1, 8192, 8192), np.float32), W[:1, :1])
+        assert F.deconvolution_2d(X, W).shape == (4, 4, 19, 19)
+
+
+def test_a_restarted_server_knows_its_plans(tmp_path: Path) -> None:
+    options = ("--plan-store", str(tmp_path / "plans"))
+    built = []
+    for _ in range(2):
+        with (
+            server_process(tmp_path, *options, device="cuda") as server,
+            deconvd_client.connect(server.target) as F,
+            F.using_config("autotune", True),
+        ):
+            y = F.deconvolution_2d(X, W)
+            built.append(y)
+            assert server.end() == 0
+
+    assert any((tmp_path / "plans").rglob("*"))
+    np.testing.assert_array_equal(*built)
+
+
+_LOSING_SERVER = """
+import sys, threading, cupy
+import deconvd_server.daemon as daemon
+from deconvd_server.__main__ import main
+
+class LosingDaemon(daemon.Daemon):
+    def serve(self, open_devices):
+        super().serve(open_devices)
+        # an illegal address breaks the process's hold on the card for good
+        kernel = cupy.RawKernel('extern "C" __global__ void k(int *p) { *p = 1; }', "k")
+        kernel((1,), (1,), (cupy.int64(16),))
+
+import deconvd_server.__main__ as command
+command.Daemon = LosingDaemon
+main()
+"""
+
+
+def test_a_lost_card_ends_the_process_with_its_own_exit_code(tmp_path: Path) -> None:
+    target = f"unix:{tmp_path}/deconvd.sock"
+    with subprocess.Popen(
+        [sys.executable, "-c", _LOSING_SERVER, "--device", "cuda", "--listen", target],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "listening" in process.stdout.readline()
+        with (
+            deconvd_client.connect(target, timeout_s=30) as F,
+            pytest.raises(deconvd_client.DeconvdError),
+        ):
+            F.deconvolution_2d(X, W)
+        exit_code = process.wait(60)
+        assert process.stderr is not None
+        log = process.stderr.read()
+
+    assert exit_code == 3
+    assert "a device is lost" in log
+
+
+def test_a_card_that_is_not_there_is_said_in_one_line() -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-m", "deconvd_server", "--device", "cuda:99", "--listen", "127.0.0.1:0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert outcome.returncode == 1
+    assert "cuda:99" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_the_ledger_tells_the_stages_apart(server: ServerProcess) -> None:
+    with deconvd_client.connect(server.target) as F:
+        for x in (X, np.ones((64, 8, 128, 128), np.float32)):
+            F.deconvolution_2d(x, W)
+            assert {"queue_us", "upload_us", "compute_us", "download_us"} <= set(F.last_ledger)
