@@ -1,5 +1,6 @@
 """Our kernels against the CPU device and numpy, on the card."""
 
+import importlib
 import random
 from typing import Any
 
@@ -19,6 +20,7 @@ from deconvd_server.device.cuda.plan import Operation
 
 cupy: Any = pytest.importorskip("cupy")
 kernels: Any = pytest.importorskip("deconvd_server.device.cuda.kernels")
+fallback: Any = importlib.import_module("deconvd_server.device.cuda.kernels.fallback")
 
 pytestmark = pytest.mark.gpu
 
@@ -202,6 +204,28 @@ def test_every_plan_agrees_with_the_processor_and_with_itself(
         result = run(plan, operation, x, W, gy)
         assert error(result, expected) < TOLERANCES[dtype.name], plan.name
         np.testing.assert_array_equal(result, run(plan, operation, x, W, gy), plan.name)
+
+
+@pytest.mark.parametrize("dtype", [ELEMENT_TYPES[0], ELEMENT_TYPES[2]], ids=str)
+@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("columns_bytes", [1, 3000, 20_000])
+@pytest.mark.parametrize("seed", range(15))
+def test_fallback_is_right_however_small_its_chunks_are(
+    operation: Operation,
+    dtype: DType,
+    columns_bytes: int,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fallback, "_COLUMNS_BYTES", columns_bytes)
+    problem = random_problem(seed, dtype)
+    x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
+
+    plan = kernels.fallback(operation, problem, Options())
+    result = run(plan, operation, x, W, gy)
+
+    assert error(result, reference(problem, operation, x, W, gy)) < TOLERANCES[dtype.name]
+    np.testing.assert_array_equal(result, run(plan, operation, x, W, gy))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)])

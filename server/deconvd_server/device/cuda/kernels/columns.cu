@@ -56,35 +56,40 @@ using Sum = Compute<ELEMENT>::type;
 struct Columns {
     int first_sample, samples;
     int first_channel, channels;  // of each group
+    int first_pixel, pixels;      // of each sample
+    int begins, ends;             // whether no sums come before these, and whether none follow
 };
 
 // The sum of what the taps bring to an output pixel, by ascending tap.
 //
-// columns are those of one channel and sample; from one tap's to the next it is `pixels` elements. Pixels fall below the
+// columns are those of one channel and sample; from one tap's to the next it is `step` elements. Pixels fall below the
 // image only after all others: with a larger tap, it is an earlier pixel that reaches the output.
 template <typename Integer>
-__device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const Geometry &g, FirstTap<Integer> h,
-                                           const FirstTap<Integer> &first_w, Index pixels)
+__device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const Geometry &g, const Columns &c, FirstTap<Integer> h,
+                                           const FirstTap<Integer> &first_w, Index step, Sum total)
 {
-    Sum total = 0;
     for (; h.tap < g.h.kernel && h.pixel >= 0; h.tap += g.h.tap_step, h.pixel -= g.h.image_step) {
         if (h.pixel >= g.h.image) continue;
         FirstTap<Integer> w = first_w;
-        for (; w.tap < g.w.kernel && w.pixel >= 0; w.tap += g.w.tap_step, w.pixel -= g.w.image_step)
-            if (w.pixel < g.w.image)
-                total += columns[((Index)h.tap * g.w.kernel + w.tap) * pixels + (Index)h.pixel * g.w.image + w.pixel];
+        for (; w.tap < g.w.kernel && w.pixel >= 0; w.tap += g.w.tap_step, w.pixel -= g.w.image_step) {
+            const Integer pixel = h.pixel * g.w.image + w.pixel - c.first_pixel;
+            if (w.pixel < g.w.image && pixel >= 0 && pixel < c.pixels)
+                total += columns[((Index)h.tap * g.w.kernel + w.tap) * step + pixel];
+        }
     }
     return total;
 }
 
 // Sets some channels of some samples of y to the sums of their columns, each in the order of its taps.
 //
-// columns has the shape (groups, channels, h_K w_K, samples h_I w_I). Threads are ordered by phase, then pixel: those
-// of a warp take output pixels a stride apart, whose columns lie beside each other.
-template <typename Integer> __device__ void sum_columns_by(const Sum *columns, ELEMENT *y, const Geometry &g, Columns c)
+// columns has the shape (groups, channels, h_K w_K, samples pixels). Where they are some pixels' only, totals keeps the
+// sums so far, of shape (samples, groups channels, h_O w_O). Threads are ordered by phase, then pixel: those of a warp
+// take output pixels a stride apart, whose columns lie beside each other.
+template <typename Integer>
+__device__ void sum_columns_by(const Sum *columns, Sum *totals, ELEMENT *y, const Geometry &g, const Columns &c)
 {
-    const Index output_pixels = (Index)g.h.output * g.w.output, image_pixels = (Index)g.h.image * g.w.image;
-    const Index taps = (Index)g.h.kernel * g.w.kernel, pixels = c.samples * image_pixels;
+    const Index output_pixels = (Index)g.h.output * g.w.output;
+    const Index taps = (Index)g.h.kernel * g.w.kernel, tap_step = (Index)c.samples * c.pixels;
     const unsigned channels = g.groups * c.channels, group_outputs = g.output_channels / g.groups;
     const Integer steps = (g.w.output + g.w.stride - 1) / g.w.stride;  // pixels of one phase in a row
     const Integer at = (Integer)blockIdx.x * THREADS + threadIdx.x;
@@ -96,22 +101,39 @@ template <typename Integer> __device__ void sum_columns_by(const Sum *columns, E
         const unsigned sample = row / channels, channel = row % channels;
         const unsigned group = channel / (unsigned)c.channels;
         const Index y_channel = (Index)group * group_outputs + c.first_channel + (channel - group * c.channels);
+        const Sum *first = columns + channel * taps * tap_step + (Index)sample * c.pixels;
+        const Index pixel = (Index)h * g.w.output + w, total = row * output_pixels + pixel;
         const Sum sum =
-            sum_of_taps(columns + channel * taps * pixels + sample * image_pixels, g, first_h, first_w, pixels);
+            sum_of_taps(first, g, c, first_h, first_w, tap_step, c.begins ? Sum(0) : totals[total]);
         const Index plane = (Index)(c.first_sample + sample) * g.output_channels + y_channel;
-        narrow(y[plane * output_pixels + (Index)h * g.w.output + w], sum);
+        if (c.ends)
+            narrow(y[plane * output_pixels + pixel], sum);
+        else
+            totals[total] = sum;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-sum_columns(const Sum *columns, ELEMENT *y, Geometry g, Columns c)
+sum_columns(const Sum *columns, Sum *totals, ELEMENT *y, Geometry g, Columns c)
 {
-    sum_columns_by<int>(columns, y, g, c);
+    sum_columns_by<int>(columns, totals, y, g, c);
 }
 
 // For images and filters whose coordinates pass 32 bits.
 extern "C" __global__ void __launch_bounds__(THREADS)
-sum_wide_columns(const Sum *columns, ELEMENT *y, Geometry g, Columns c)
+sum_wide_columns(const Sum *columns, Sum *totals, ELEMENT *y, Geometry g, Columns c)
 {
-    sum_columns_by<Index>(columns, y, g, c);
+    sum_columns_by<Index>(columns, totals, y, g, c);
+}
+
+// Sets results to the sums of `parts` arrays of `count` elements, in order.
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_parts(const Sum *arrays, ELEMENT *results, Index count, int parts)
+{
+    const Index at = (Index)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= count) return;
+    Sum sum = 0;
+#pragma unroll 8
+    for (int part = 0; part < parts; ++part) sum += arrays[part * count + at];
+    narrow(results[at], sum);
 }

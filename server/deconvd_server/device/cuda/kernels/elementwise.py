@@ -16,12 +16,10 @@ from deconvd_server.device.cuda.kernels.launch import (
     integer,
     pointer,
 )
-from deconvd_server.device.cuda.kernels.steps import Launch, Place
 
 __all__ = [
     "add_bias",
     "cast",
-    "cast_step",
     "elementwise_kernels",
     "sum_gb",
     "transpose_to_nchw",
@@ -65,14 +63,6 @@ def cast(
         itemsize = max(source_type.itemsize, target_type.itemsize)
         arguments = (pointer(source), pointer(target), index(count))
         _cast_kernel(source_type, target_type).launch(_grid(count, itemsize), arguments, stream)
-
-
-def cast_step(
-    source: Place, source_type: DType, target: Place, target_type: DType, count: int
-) -> Launch:
-    """Return `cast` as a step of a plan."""
-    grid = _grid(count, max(source_type.itemsize, target_type.itemsize))
-    return Launch(_cast_kernel(source_type, target_type), grid, (source, target), (index(count),))
 
 
 def sum_gb(gy: int, gb: int, spec: TensorSpec, stream: int) -> None:

@@ -4,8 +4,8 @@ With the pixels of all samples in one row, and x packed to (c_I, pixels):
 
     columns = W^T x, summed to y        gx = W columns(gy)        gW = x columns(gy)^T
 
-for each group, where columns has a row for each output channel and tap (columns.cu). y is cut by samples and, where one
-sample's columns are too many, by channels; gx and gW by pixels.
+for each group, where columns has a row for each output channel and tap (columns.cu). y is cut by samples, where one
+sample's columns are too many by channels, and where one channel's are, by pixels; gx and gW by pixels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from deconvd_server.device.cuda.kernels.blas import (
     Gemm,
     Matrices,
 )
-from deconvd_server.device.cuda.kernels.elementwise import cast_step
 from deconvd_server.device.cuda.kernels.geometry import KernelGeometry
 from deconvd_server.device.cuda.kernels.launch import (
     Grid,
@@ -57,14 +56,17 @@ _BLOCKS = 132 * 32
 
 _MAX_GRID_Y = 65535
 
+_FEW_GROUPS = 16
+_MAX_PARTS = 32
+
 _A, _B, _OUT = Place(Slot.A), Place(Slot.B), Place(Slot.OUT)
 
 
 def fallback(operation: Operation, problem: Problem, options: Options) -> StepPlan:
     """Return the plan for any problem whose x and W have one element type.
 
-    Its workspace is bounded: some hundred megabytes, or what one sample (for y: one channel of each
-    group of it) or one pixel's columns (for gx and gW) take.
+    Its workspace is bounded: some hundred megabytes, or what the columns of one pixel and, for y, the
+    output image of one channel of each group take.
     """
     if not problem.has_products:
         result = {Operation.Y: problem.y, Operation.GX: problem.x, Operation.GW: problem.W}
@@ -77,7 +79,7 @@ def fallback(operation: Operation, problem: Problem, options: Options) -> StepPl
 
 def fallback_kernels(dtype: DType) -> list[Kernel]:
     """Return the kernels that plans for an element type launch."""
-    names = ("pack", "unpack", "gather_columns", "sum_columns")
+    names = ("pack", "unpack", "gather_columns", "sum_columns", "add_parts")
     return [_kernel(name, dtype) for name in names]
 
 
@@ -85,7 +87,11 @@ class _Columns(ctypes.Structure):
     """`Columns` in columns.cu."""
 
     _fields_ = [
-        (name, ctypes.c_int) for name in ("first_sample", "samples", "first_channel", "channels")
+        (name, ctypes.c_int)
+        for name in (
+            *("first_sample", "samples", "first_channel", "channels", "first_pixel", "pixels"),
+            *("begins", "ends"),
+        )
     ]
 
 
@@ -110,45 +116,47 @@ class _Chunks:
 
     def y(self) -> Iterator[Step]:
         """Yield the steps for y."""
-        problem, wide = self._problem, self._wide
-        samples, channels = self._y_chunk()
-        largest = problem.groups * channels * self._taps * samples * self._image_pixels
-        columns = self.workspace.take(largest * wide.itemsize)
-        packed = self._packed(samples * self._image_pixels)
+        problem = self._problem
+        samples, channels, pixels = self._y_chunk()
+        chunk_elements = problem.groups * channels * self._taps * samples * pixels
+        columns = self.workspace.take(chunk_elements * self._wide.itemsize)
+        packed = self._packed(samples * pixels)
+        whole = pixels == self._image_pixels
+        planes = 0 if whole else problem.groups * channels  # whose sums so far must be kept
+        totals = self.workspace.take(planes * math.prod(problem.output) * self._wide.itemsize)
         for first in range(0, problem.n, samples):
-            count = min(samples, problem.n - first)
-            x, leading = yield from self._pixels_of_x(
-                first * self._image_pixels, count * self._image_pixels, packed
-            )
             for channel in range(0, self._outputs, channels):
-                yield from self._y_steps(
-                    columns,
-                    x,
-                    leading,
-                    (first, count),
-                    (channel, min(channels, self._outputs - channel)),
-                )
+                for pixel in range(0, self._image_pixels, pixels):
+                    chunk = _Columns(
+                        *(first, min(samples, problem.n - first)),
+                        *(channel, min(channels, self._outputs - channel)),
+                        *(pixel, min(pixels, self._image_pixels - pixel)),
+                        *(pixel == 0, pixel + pixels >= self._image_pixels),
+                    )
+                    yield from self._y_steps(chunk, columns, totals, packed)
 
-    def _y_chunk(self) -> tuple[int, int]:
-        """Return how many samples, and how many channels of each group, are taken at once."""
-        wide = self._wide
-        channel = self._problem.groups * self._taps * self._image_pixels * wide.itemsize
-        samples = max(_COLUMNS_BYTES // (channel * self._outputs), 1)
-        channels = self._outputs if samples > 1 else max(_COLUMNS_BYTES // channel, 1)
-        return min(samples, self._problem.n), min(channels, self._outputs)
+    def _y_chunk(self) -> tuple[int, int, int]:
+        """Return how many samples, channels of each group, and pixels of each sample are taken at once.
+
+        They are all but one of: several samples, some channels of one, some pixels of one channel.
+        """
+        pixel_bytes = self._problem.groups * self._taps * self._wide.itemsize
+        channel_bytes = pixel_bytes * self._image_pixels
+        samples = _between(1, _COLUMNS_BYTES // (channel_bytes * self._outputs), self._problem.n)
+        channels = _between(1, _COLUMNS_BYTES // (channel_bytes * samples), self._outputs)
+        fits = channel_bytes * samples * channels <= _COLUMNS_BYTES
+        pixels = self._image_pixels if fits else max(_COLUMNS_BYTES // pixel_bytes, 1)
+        return samples, channels, pixels
 
     def _y_steps(
-        self,
-        columns: Place,
-        x: Place,
-        leading: int,
-        samples: tuple[int, int],
-        channels: tuple[int, int],
+        self, chunk: _Columns, columns: Place, totals: Place, packed: Place
     ) -> Iterator[Step]:
-        """Yield the steps for some samples and channels, each given as the first and how many."""
+        """Yield the steps that compute the columns of a chunk and add them up."""
         problem, wide = self._problem, self._wide
-        pixels, rows = samples[1] * self._image_pixels, channels[1] * self._taps
-        W = _B.plus(channels[0] * self._taps * self._type.itemsize)
+        pixels, rows = chunk.samples * chunk.pixels, chunk.channels * self._taps
+        first = chunk.first_sample * self._image_pixels + chunk.first_pixel
+        x, leading = yield from self._pixels_of_x(first, pixels, packed)
+        W = _B.plus(chunk.first_channel * self._taps * self._type.itemsize)
         yield self._gemm(
             (pixels, rows, self._inputs),
             Matrices(x, self._type, leading, self._inputs * leading),
@@ -160,11 +168,11 @@ class _Chunks:
         # a thread for each pixel of each phase: rows are filled up to whole steps of the stride
         stride = problem.geometry.stride[1]
         threads = problem.output[0] * -(-problem.output[1] // stride) * stride
-        blocks, rows, _ = _grid(threads, samples[1] * problem.groups * channels[1])
-        # threads that take several rows find their taps only once
-        grid = blocks, min(rows, -(-_BLOCKS // blocks)), 1
-        chunk = _Columns(*samples, *channels)
-        yield Launch(self._sum_kernel(threads), grid, (columns, _OUT), (self._geometry, chunk))
+        blocks, planes, _ = _grid(threads, chunk.samples * problem.groups * chunk.channels)
+        # threads that take several planes find their taps only once
+        grid = blocks, min(planes, -(-_BLOCKS // blocks)), 1
+        places = columns, totals, _OUT
+        yield Launch(self._sum_kernel(threads), grid, places, (self._geometry, chunk))
 
     def _sum_kernel(self, threads: int) -> Kernel:
         """Return the kernel that sums columns: with 32-bit coordinates where they suffice."""
@@ -176,7 +184,7 @@ class _Chunks:
             + geometry.stride[i]
             for i in range(2)
         )
-        narrow = max(reach, threads, math.prod(self._problem.image)) + _THREADS <= MAX_EXTENT
+        narrow = max(reach, threads, 2 * self._image_pixels) + _THREADS <= MAX_EXTENT
         return _kernel("sum_columns" if narrow else "sum_wide_columns", self._type)
 
     def gx(self) -> Iterator[Step]:
@@ -205,25 +213,78 @@ class _Chunks:
         columns = self._columns(chunk)
         packed = self._packed(chunk)
         ranges = list(self._pixel_ranges(chunk))
-        wide = self._wide
-        # Sums over chunks are kept in the compute type and rounded once.
-        apart = len(ranges) > 1 and wide != self._type
+        parts = self._parts(ranges)
         count = math.prod(self._problem.W.shape)
-        total = self.workspace.take(count * wide.itemsize) if apart else _OUT
-        total_type = wide if apart else self._type
-        for first, pixels in ranges:
+        sums_bytes = count * self._wide.itemsize
+        # each part has sums of its own, unless there are so many that the memory would grow with them
+        places_count = sum(parts) if sum(parts) * sums_bytes <= _COLUMNS_BYTES else 1
+        whole = places_count == 1 and self._wide == self._type
+        sums = _OUT if whole else self.workspace.take(places_count * sums_bytes)
+        for number, (first, pixels) in enumerate(ranges):
             x, leading = yield from self._pixels_of_x(first, pixels, packed)
             yield self._gather(columns, first, pixels, operand=_B)
-            rows = self._W_leading
+            shared = places_count == 1
+            yield from self._gW_products(
+                (columns, x, leading),
+                pixels,
+                sums if shared else sums.plus(sum(parts[:number]) * sums_bytes),
+                parts[number],
+                accumulate=shared and number > 0,
+            )
+        if not whole:
+            constants = (index(count), integer(places_count))
+            kernel = _kernel("add_parts", self._type)
+            yield Launch(kernel, _grid(count, 1), (sums, _OUT), constants)
+
+    def _parts(self, ranges: list[tuple[int, int]]) -> list[int]:
+        """Return for each range of pixels into how many parts its sums are cut.
+
+        cuBLAS cuts a deep product by itself, but not a batch of them: a few groups' small ones would
+        leave most of the card idle.
+        """
+        count = math.prod(self._problem.W.shape)
+        fit = _COLUMNS_BYTES // (len(ranges) * count * self._wide.itemsize)
+        few = 1 < self._problem.groups <= _FEW_GROUPS
+        most = min(_MAX_PARTS, fit) if few else 1
+        return [_divisor(pixels, most) for _, pixels in ranges]
+
+    def _gW_products(
+        self,
+        operands: tuple[Place, Place, int],
+        pixels: int,
+        sums: Place,
+        parts_count: int,
+        *,
+        accumulate: bool,
+    ) -> Iterator[Step]:
+        """Yield the products for a range of pixels: of all groups at once, or of the parts of each.
+
+        Args:
+            operands: Columns, x, and the elements from one channel of x to the next.
+        """
+        columns, x, leading = operands
+        count, rows = math.prod(self._problem.W.shape), self._W_leading
+        if parts_count == 1:
             yield self._gemm(
                 (rows, self._inputs, pixels),
                 Matrices(columns, self._type, pixels, rows * pixels, transposed=True),
                 Matrices(x, self._type, leading, self._inputs * leading),
-                Matrices(total, total_type, rows, self._inputs * rows),
-                accumulate=first > 0,
+                Matrices(sums, self._wide, rows, self._inputs * rows),
+                accumulate=accumulate,
             )
-        if apart:
-            yield cast_step(total, wide, _OUT, self._type, count)
+            return
+        part, itemsize = pixels // parts_count, self._type.itemsize
+        for group in range(self._problem.groups):
+            a = columns.plus(group * rows * pixels * itemsize)
+            b = x.plus(group * self._inputs * leading * itemsize)
+            out = sums.plus(group * self._inputs * rows * self._wide.itemsize)
+            yield self._gemm(
+                (rows, self._inputs, part),
+                Matrices(a, self._type, pixels, part, transposed=True),
+                Matrices(b, self._type, leading, part),
+                Matrices(out, self._wide, rows, count),
+                batch=parts_count,
+            )
 
     @property
     def _W_leading(self) -> int:
@@ -282,9 +343,11 @@ class _Chunks:
         b: Matrices,
         out: Matrices,
         *,
+        batch: int | None = None,
         accumulate: bool = False,
     ) -> Step:
-        return Gemm(*extents, self._problem.groups, a, b, out, self._mode, accumulate, self._blas)
+        batch = batch or self._problem.groups
+        return Gemm(*extents, batch, a, b, out, self._mode, accumulate, self._blas)
 
 
 def _kernel(name: str, dtype: DType) -> Kernel:
@@ -293,6 +356,15 @@ def _kernel(name: str, dtype: DType) -> Kernel:
 
 def _grid(pixels: int, rows: int) -> Grid:
     return -(-pixels // _THREADS), min(rows, _MAX_GRID_Y), 1
+
+
+def _between(least: int, value: int, most: int) -> int:
+    return max(least, min(value, most))
+
+
+def _divisor(count: int, most: int) -> int:
+    """Return the largest power of two that divides `count` and is at most `most`; at least 1."""
+    return min(count & -count, 1 << max(most, 1).bit_length() - 1)
 
 
 def _mode(dtype: DType, options: Options) -> ComputeMode:
