@@ -280,8 +280,13 @@ class CudaDevice:
         with current_device(self._card.ordinal):
             synchronize()
 
+    def forget(self, stream: int) -> None:
+        """Free what is bound to a stream that is about to end: a later one may get its address."""
+        with current_device(self._card.ordinal):
+            self._cudnn.forget(stream)
+
     def new_stream(self) -> Stream:
-        """Return a stream of the card."""
+        """Return a stream of the card; whoever has it ends by `forget`."""
         with current_device(self._card.ordinal):
             return Stream()
 

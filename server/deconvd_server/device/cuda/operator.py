@@ -132,10 +132,12 @@ class Operator:
             return self._plan(operation, problem, options).name
 
     def close(self) -> None:
-        """Wait for the card, and free graphs and workspace."""
+        """Wait for the card, and free graphs and workspace. The stream must still be there."""
         self._device.wait()
         self._works.clear()
         self._workspace.close()
+        for stream in (self._stream, self._own_stream.pointer, self._side_stream.pointer):
+            self._device.forget(stream)
 
     def _run(self, key: Hashable, make: Callable[[], _Work]) -> None:
         with self._device.using():
