@@ -383,6 +383,7 @@ convolve(const ELEMENT *source, const ELEMENT *filter, ELEMENT *output, Convolut
     write_tile(output, tile, c, first_row, first_column);
 }
 
+#if STRIDE_H * STRIDE_W == 1
 // Sets sums_of_parts, of shape (groups, parts, columns, pixels of the domain), for add_parts. Blocks along z: (groups, parts).
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 convolve_parts(const ELEMENT *source, const ELEMENT *filter, float *sums_of_parts, Convolution c)
@@ -426,3 +427,4 @@ add_parts(const float *sums_of_parts, ELEMENT *output, Convolution c)
     const Index channel = (Index)(pixel / image * c.groups + blockIdx.z) * c.columns + column;
     narrow(output[channel * image + pixel % image], sum);
 }
+#endif

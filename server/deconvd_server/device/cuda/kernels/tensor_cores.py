@@ -34,8 +34,14 @@ _WIDTHS = (16, 32, 64, 128)
 """Columns of a block's tile that the kernels are compiled for."""
 
 _MAX_GRID_YZ = 65535
-_MAX_WASTE = 2.5
-"""How many times the useful products may be taken: 1.8 for filters of 3 taps at stride 2."""
+_STRIDES = {*range(1, 9), 16, 32, 64}
+"""Strides that kernels are compiled for: a stranger's requests must not make us compile without end."""
+
+_MAX_TAP_WASTE = 2.5
+"""How many times the filter's taps may be multiplied: 1.8 for 3 taps at stride 2."""
+
+_MAX_WASTE = 5.0
+"""The same with padded channels."""
 
 _BLOCKS = 132 * 2
 """Blocks that a large card runs at once: gW's sums are cut into parts until there are as many."""
@@ -82,20 +88,29 @@ def tensor_core_plans(operation: Operation, problem: Problem) -> list[StepPlan]:
 
 
 def _is_suited(problem: Problem) -> bool:
-    geometry, packing = problem.geometry, Packing(problem)
-    strides = math.prod(geometry.stride)
-    waste = math.prod(packing.taps) * strides / math.prod(problem.kernel)
-    columns = max(packing.columns, packing.inputs)
+    packing, geometry = Packing(problem), problem.geometry
     return (
         problem.x.dtype.name in ("float16", BFLOAT16.name)
-        and (strides == 1 or geometry.dilate == (1, 1))
-        and (geometry.stride[1] <= 8 or geometry.stride[1] in (16, 32, 64))
-        and waste * padded(packing.inputs) / packing.inputs <= _MAX_WASTE * 2
-        and waste <= _MAX_WASTE
-        and problem.groups <= _MAX_GRID_YZ // -(-columns // 64)
-        and columns <= _MAX_GRID_YZ * 16
+        and (geometry.stride == (1, 1) or geometry.dilate == (1, 1))
+        and set(geometry.stride) <= _STRIDES
+        and _wastes_little(problem, packing)
+        and _fits_grids(problem, packing)
         and _fits_integers(problem, packing)
     )
+
+
+def _wastes_little(problem: Problem, packing: Packing) -> bool:
+    """Return whether most of what is multiplied is neither padding of the filter nor of the channels."""
+    taps_count = math.prod(packing.taps) * math.prod(problem.geometry.stride)
+    in_taps = taps_count / math.prod(problem.kernel)
+    in_channels = padded(packing.inputs) / packing.inputs
+    return in_taps <= _MAX_TAP_WASTE and in_taps * in_channels <= _MAX_WASTE
+
+
+def _fits_grids(problem: Problem, packing: Packing) -> bool:
+    """Return whether the blocks can be counted along the grids' short axes."""
+    columns = max(packing.columns, packing.inputs)
+    return problem.groups * -(-columns // 64) <= _MAX_GRID_YZ and packing.inputs <= _MAX_GRID_YZ
 
 
 def _fits_integers(problem: Problem, packing: Packing) -> bool:
