@@ -89,6 +89,7 @@ path, user = sys.argv[1], int(sys.argv[2])
 if user:  # only now: it may not read our modules
     os.setgid(user)
     os.setuid(user)
+def find(): return path
 def say(*words): print(*words, flush=True)
 """
 

@@ -53,7 +53,7 @@ def lender(path: Path) -> Iterator[Lender]:
 
 @pytest.fixture
 def borrower(path: Path) -> Iterator[Borrower]:
-    borrower = Borrower(str(path))
+    borrower = Borrower(lambda: str(path))
     yield borrower
     borrower.close()
 
@@ -133,11 +133,14 @@ class TestEmpty:
     def test_without_a_server_it_is_an_ordinary_array(
         self, borrower: Borrower, caplog: pytest.LogCaptureFixture
     ) -> None:
+        caplog.set_level(logging.INFO)
+
         arrays = [borrower.empty((2, 3), np.float32) for _ in range(3)]
 
         assert all(array.shape == (2, 3) and array.dtype == FLOAT32 for array in arrays)
         assert [borrower.locate(array) for array in arrays] == [None] * 3
         assert len(caplog.records) == 1
+        assert caplog.records[0].levelno == logging.INFO
         assert "tensors are sent instead" in caplog.text
 
 
@@ -175,7 +178,7 @@ class TestLocate:
     def test_one_borrower_does_not_know_anothers(
         self, lender: Lender, borrower: Borrower, path: Path
     ) -> None:
-        other = Borrower(str(path))
+        other = Borrower(lambda: str(path))
         assert borrower.locate(other.empty(100, np.float32)) is None
         other.close()
 
@@ -280,7 +283,7 @@ class TestLife:
 
     def test_arrays_outlive_the_borrower_and_the_lender(self, path: Path) -> None:
         with lending(path) as lender:
-            borrower = Borrower(str(path))
+            borrower = Borrower(lambda: str(path))
             x = borrower.empty(MIB, np.float32)
             x[...] = 3
             borrower.close()
@@ -294,7 +297,7 @@ class TestLife:
     def test_a_closed_borrower_leaves_no_descriptors(self, lender: Lender, path: Path) -> None:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
-            borrower = Borrower(str(path))
+            borrower = Borrower(lambda: str(path))
             borrower.empty(3, np.float32)
             borrower.close()
             assert lender.wait_until_unused(TIMEOUT_S)
@@ -470,9 +473,24 @@ class TestServerGone:
     def test_a_refusal_is_said_as_it_is(
         self, path: Path, borrower: Borrower, caplog: pytest.LogCaptureFixture
     ) -> None:
+        caplog.set_level(logging.INFO)
         with lending(path, users=frozenset({54321})):
             assert borrower.take(MIB) is None
         assert "the server lends memory to other users" in caplog.text
+
+    def test_a_server_that_says_it_lends_nothing_is_not_asked_again(self) -> None:
+        answers = iter([""])
+        borrower = Borrower(lambda: next(answers))
+
+        assert [borrower.take(MIB) for _ in range(3)] == [None] * 3
+
+    def test_a_server_that_does_not_say_where_it_lends_disturbs_no_call(self) -> None:
+        def fail() -> str:
+            raise UnavailableError("not yet")
+
+        borrower = Borrower(fail)
+
+        assert [borrower.take(MIB) for _ in range(3)] == [None] * 3
 
 
 class TestThreads:
@@ -516,7 +534,7 @@ class TestProcesses:
         self, lender: Lender, path: Path
     ) -> None:
         script = """
-borrower = Borrower(path)
+borrower = Borrower(find)
 x = borrower.empty((1000, 1000), np.float32)
 x[...] = np.arange(x.size).reshape(x.shape)
 with borrower.call() as call:
@@ -546,7 +564,7 @@ input()
         self, lender: Lender, borrower: Borrower, path: Path, seed: int
     ) -> None:
         script = """
-borrower = Borrower(path)
+borrower = Borrower(find)
 x = borrower.empty(1 << 20, np.float32)
 say(borrower.locate(x).SerializeToString().hex())
 while True:
@@ -579,7 +597,7 @@ while True:
         script = """
 import threading
 from concurrent.futures import ThreadPoolExecutor
-borrower = Borrower(path)
+borrower = Borrower(find)
 x = borrower.empty(1000, np.float32)
 x[...] = 3
 stop = threading.Event()
@@ -619,7 +637,7 @@ os.kill(os.getpid(), 9)
 
 def test_nothing_is_connected_before_the_first_need(path: Path) -> None:
     threads = threading.active_count()
-    borrower = Borrower(str(path))
+    borrower = Borrower(lambda: str(path))
 
     with borrower.call() as call:
         assert call.tensor(np.empty(3)) is None

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, SupportsIndex
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from deconvd.copying import copy_into
 from deconvd.dtypes import element_type
 from deconvd.errors import (
+    DeconvdError,
     ExhaustedError,
     InvalidArgumentError,
     UnavailableError,
@@ -68,12 +69,17 @@ class SharedCall:
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
 
+    @staticmethod
+    def is_large(tensor: Array | TensorSpec) -> bool:
+        """Return whether shared memory pays for a tensor."""
+        return tensor.nbytes >= _SMALL_BYTES
+
     def tensor(self, array: Array) -> pb.Tensor | None:
         """Return a message that says where in shared memory an array lies, after copying it there if need be.
 
         None if it is better sent: it is small, or there is no room for it.
         """
-        if array.nbytes < _SMALL_BYTES:
+        if not self.is_large(array):
             return None
         place = self._borrower.locate(array) or self._copied(array)
         if place is None:
@@ -85,7 +91,7 @@ class SharedCall:
 
     def result(self, spec: TensorSpec) -> SharedResult | None:
         """Return memory for a result; None if it is better sent: it is small, or there is no room."""
-        block = None if spec.nbytes < _SMALL_BYTES else self._borrower.take(spec.nbytes)
+        block = self._borrower.take(spec.nbytes) if self.is_large(spec) else None
         if block is None:
             return None
         self._blocks.append(block)
@@ -115,11 +121,13 @@ class Borrower:
     forked child begins with nothing: arrays of its parent are to be read there, not written.
 
     Args:
-        socket_path: The server's side socket. Nothing happens to it yet.
+        find_socket: Returns the path of the server's side socket, empty if it has none. Called at
+            the first need, and again after an error of deconvd.errors.
     """
 
-    def __init__(self, socket_path: str) -> None:
-        self.socket_path = socket_path
+    def __init__(self, find_socket: Callable[[], str]) -> None:
+        self._find_socket = find_socket
+        self._socket_path: str | None = None
         self._is_closed = False
         self._link: Link | None = None
         self._begin()
@@ -212,6 +220,7 @@ class Borrower:
         self._lock = threading.Lock()
         self._next_try_s = 0.0
         self._is_missed = False
+        self._has_borrowed = False
         self._forget_link()
 
     def _forget_link(self) -> None:
@@ -230,14 +239,27 @@ class Borrower:
         self._look_after_link()
         if self._link is None and not self._is_closed and time.monotonic() >= self._next_try_s:
             self._next_try_s = time.monotonic() + _RETRY_S
-            self._link = Link(self.socket_path)
+            self._link = Link(self._found_socket())
             self._next_try_s = 0.0
         return self._link
+
+    def _found_socket(self) -> str:
+        if self._socket_path is None:
+            try:
+                self._socket_path = self._find_socket()
+            except DeconvdError as error:
+                raise LinkLostError(f"the server does not say where it lends: {error}") from None
+        if not self._socket_path:
+            self._is_closed = True
+            raise LinkLostError("the server lends no memory")
+        return self._socket_path
 
     def _lose(self, why: str) -> None:
         """Do without the link until it can be opened again; say so once."""
         if not self._is_missed:
-            _log.warning("no shared memory with the server, tensors are sent instead: %s", why)
+            # on another host it is no loss
+            level = logging.WARNING if self._has_borrowed else logging.INFO
+            _log.log(level, "no shared memory with the server, tensors are sent instead: %s", why)
         self._is_missed = True
         self._forget_link()
 
@@ -279,6 +301,7 @@ class Borrower:
                         self._give_back(link, unused)
                 continue
             self._is_missed = False
+            self._has_borrowed = True
             self._regions += (region,)
             return region.take(size_bytes)
         return None
