@@ -27,10 +27,7 @@ def main() -> None:
     if not arguments.device.startswith("cuda"):
         print("operators are timed on cards alone: --device cuda")
         return
-    rows = _rows(arguments)
-    print("\n".join(mean_lines(rows)))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(_report(arguments.device, rows), indent=1))
+    print("\n".join(mean_lines(_rows(arguments))))
 
 
 def _arguments() -> argparse.Namespace:
@@ -44,7 +41,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _rows(arguments: argparse.Namespace) -> list[Row]:
-    """Time the rows and print each as soon as it is known."""
+    """Time the rows; print each, and write those so far to the file, as soon as it is known."""
     from benchmarks.operator_timing import timed_rows  # needs a card, and PyTorch
 
     layers = [layer for layer in LAYERS if arguments.layers in layer.name]
@@ -55,6 +52,8 @@ def _rows(arguments: argparse.Namespace) -> list[Row]:
     for row in timed_rows(ordinal, layers, kinds, tuning_s=arguments.tuning_s):
         rows.append(row)
         print(row, flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(_report(arguments.device, rows), indent=1))
     return rows
 
 

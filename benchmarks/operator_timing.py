@@ -71,8 +71,8 @@ class Ours:
 
     def gradients(self, tensors: Tensors) -> None:
         """Compute gx, gW and gb."""
-        operands = (tensors.arrays[name] for name in ("x", "W", "gy", "gx", "gW", "gb"))
-        self._operator.run_gradients(self._problem, *operands, self._options)
+        x, W, gy, gx, gW, gb = (tensors.arrays[name] for name in ("x", "W", "gy", "gx", "gW", "gb"))
+        self._operator.run_gradients(self._problem, x, W, gy, gx, gW, gb, self._options)
 
     def plans(self, op: str) -> list[str]:
         """Return the names of the plans that serve an operation."""
