@@ -323,6 +323,6 @@ def test_the_ledger_says_where_the_time_went(F: Connection, n: int) -> None:
 
     ledger = F.last_ledger
     assert set(ledger) == {"queue_us", "compute_us", "server_us"}
-    assert 0 < ledger["compute_us"]
+    assert ledger["compute_us"] > 0
     with ThreadPoolExecutor(1) as other:
         assert other.submit(lambda: F.last_ledger).result() == {}

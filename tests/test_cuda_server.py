@@ -63,7 +63,8 @@ def test_a_restarted_server_knows_its_plans(tmp_path: Path) -> None:
             assert server.end() == 0
 
     assert any((tmp_path / "plans").rglob("*"))
-    np.testing.assert_array_equal(*built)
+    cold, warm = built
+    np.testing.assert_array_equal(cold, warm)
 
 
 _LOSING_SERVER = """

@@ -21,6 +21,7 @@ from deconvd_client import calls
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.keywords import refuses_unknown_keywords
+from deconvd_client.nearest import Nearest, Transport
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.stub import Stub
 
@@ -30,7 +31,11 @@ _GRADIENTS = ("gx", "gW", "gb")
 
 
 def connect(
-    target: str, *, timeout_s: float = 60.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+    target: str,
+    *,
+    timeout_s: float = 60.0,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    transport: str = Transport.AUTO,
 ) -> Connection:
     """Return a connection to a server. Nothing is sent before the first call.
 
@@ -38,11 +43,15 @@ def connect(
         target: ``host:port`` or ``unix:path``.
         timeout_s: How long each call may take, its retries included.
         max_message_bytes: The largest response to accept.
+        transport: ``auto`` for the nearest way that works, such as a Unix socket if the server is on
+            this host; ``target`` for the target and no other way.
 
     Raises:
         InvalidArgumentError: An argument is out of its range.
     """
-    return Connection(target, timeout_s=timeout_s, max_message_bytes=max_message_bytes)
+    return Connection(
+        target, timeout_s=timeout_s, max_message_bytes=max_message_bytes, transport=transport
+    )
 
 
 class Connection:
@@ -54,14 +63,20 @@ class Connection:
     server.
     """
 
-    def __init__(self, target: str, *, timeout_s: float, max_message_bytes: int) -> None:
+    def __init__(
+        self, target: str, *, timeout_s: float, max_message_bytes: int, transport: str
+    ) -> None:
         if not timeout_s > 0:
             raise InvalidArgumentError(
                 f"timeout_s must be positive, got {timeout_s}", argument="timeout_s"
             )
         self.target = target
-        channel = open_channel(target, max_message_bytes=max_message_bytes)
-        self._stub = Stub(channel, timeout_s=timeout_s)
+
+        def open_stub(target: str) -> Stub:
+            channel = open_channel(target, max_message_bytes=max_message_bytes)
+            return Stub(channel, timeout_s=timeout_s)
+
+        self._nearest = Nearest(open_stub, target, _transport(transport))
         self._config = Config()
 
     @refuses_unknown_keywords
@@ -101,7 +116,8 @@ class Connection:
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         problem = _problem(x, W, b, geometry)
-        return calls.deconvolve(self._stub, problem, x, W, b, self._config.options)
+        options = self._config.options
+        return self._nearest.call(lambda stub: calls.deconvolve(stub, problem, x, W, b, options))
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -138,7 +154,10 @@ class Connection:
         problem = _problem(x, W, b, geometry)
         problem.check_gy(spec_of(_checked("gy", gy)))
         mask = _wanted(wanted, has_b=b is not None)
-        return calls.gradients(self._stub, problem, x, W, gy, mask, self._config.options)
+        options = self._config.options
+        return self._nearest.call(
+            lambda stub: calls.gradients(stub, problem, x, W, gy, mask, options)
+        )
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
@@ -154,11 +173,11 @@ class Connection:
 
     def server_info(self) -> ServerInfo:
         """Return what the server is, what it runs on and how much it takes."""
-        return ServerInfo.from_message(self._stub.get_server_info())
+        return ServerInfo.from_message(self._nearest.far.get_server_info())
 
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        return self._stub.health()
+        return self._nearest.far.health()
 
     @property
     def last_ledger(self) -> Mapping[str, int]:
@@ -168,11 +187,11 @@ class Connection:
         from the request's arrival on; only those that the server's device tells apart. The stages
         of a large call overlap.
         """
-        return self._stub.last_ledger
+        return self._nearest.last_ledger
 
     def close(self) -> None:
         """Close the connection. Calls under way, and later ones, raise CallCancelledError."""
-        self._stub.close()
+        self._nearest.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -187,6 +206,15 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<deconvd_client.Connection to {self.target}>"
+
+
+def _transport(name: str) -> Transport:
+    try:
+        return Transport(name)
+    except ValueError:
+        raise InvalidArgumentError(
+            f"transport must be one of {', '.join(Transport)}, got {name!r}", argument="transport"
+        ) from None
 
 
 def _problem(x: Array, W: Array, b: Array | None, geometry: Geometry) -> Problem:

@@ -108,7 +108,7 @@ def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None)
     """
     spec = spec_from_message(name, message)
     if raw is None and message.WhichOneof("payload") == "raw":
-        raw = message.raw
+        raw = message.raw  # a copy: it is read once
     if raw is None:
         raise InvalidArgumentError(
             f"{name} must carry its elements as raw bytes, got no payload that is known here",

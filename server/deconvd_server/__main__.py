@@ -19,7 +19,6 @@ from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
-from deconvd_server.listen import AddressInUseError
 
 __all__ = ["EXIT_DEVICE_LOST", "main"]
 
@@ -130,7 +129,7 @@ def main(
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     try:
         daemon = Daemon(Settings(addresses, max_message_bytes, drain_timeout_s))
-    except (AddressInUseError, DeconvdError) as error:
+    except (OSError, DeconvdError) as error:
         sys.exit(f"deconvd-server: {error}")
     try:
         daemon.serve(partial(open_devices, device, devices))

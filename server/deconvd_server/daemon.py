@@ -22,7 +22,7 @@ from deconvd_server.admission import Admission
 from deconvd_server.device import Device
 from deconvd_server.engine import Engines
 from deconvd_server.health import Health
-from deconvd_server.listen import bind, release
+from deconvd_server.listen import bind, release, unix_sockets
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
 from deconvd_server.streaming import SLICES_IN_FLIGHT
 
@@ -92,6 +92,7 @@ class Daemon:
         self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
         self._server = self._grpc_server()
         self.addresses = [bind(self._server, address) for address in settings.addresses]
+        self._service.unix_sockets = unix_sockets(self.addresses)
         self._server.start()
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:

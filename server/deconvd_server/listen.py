@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import grpc
 
 from deconvd.errors import InvalidArgumentError
 
-__all__ = ["AddressInUseError", "bind", "release"]
+__all__ = ["AddressInUseError", "bind", "release", "unix_sockets"]
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>\d+)")
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of sockaddr_un(7), less the final zero
@@ -62,6 +62,11 @@ def release(address: str) -> None:
         # A successor may listen by now, and the directory may have gone with all that was in it.
         with suppress(AddressInUseError, FileNotFoundError), _locked(path.parent):
             _remove_dead_socket(path)
+
+
+def unix_sockets(addresses: Iterable[str]) -> list[str]:
+    """Return the absolute paths of those addresses that are Unix sockets."""
+    return [str(_unix_path(a).absolute()) for a in addresses if a.startswith("unix:")]
 
 
 def _unix_path(address: str) -> Path:

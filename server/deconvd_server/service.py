@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 
@@ -41,6 +42,10 @@ _FRAMING_BYTES = 1024
 class DeconvolutionService:
     """Serves `deconvd.v1.DeconvolutionService`. Until it has engines it answers UNAVAILABLE.
 
+    Attributes:
+        engines: What computes; None until the devices are ready.
+        unix_sockets: Absolute paths of the sockets that it is served on.
+
     Args:
         max_message_bytes: The largest request and the largest response.
         streams: Who may stream: what streams hold of host memory.
@@ -52,7 +57,9 @@ class DeconvolutionService:
         self._max_message_bytes = max_message_bytes
         self._streams = streams
         self._executor = executor
+        self._instance_id = secrets.token_hex(16)
         self.engines: Engines | None = None
+        self.unix_sockets: Sequence[str] = ()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs to serve this."""
@@ -153,6 +160,8 @@ class DeconvolutionService:
             devices=[_device_message(engine) for engine in self._ready_engines().all],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
+            instance_id=self._instance_id,
+            unix_sockets=self.unix_sockets,
         )
         return Envelope(info, {})
 

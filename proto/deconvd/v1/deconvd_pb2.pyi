@@ -729,12 +729,16 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_SOCKET_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    UNIX_SOCKETS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Of deconvd, as in PEP 440."""
     shared_memory_socket: _builtins.str
     """Path of the Unix socket where it lends memory, by its own name for the directory; empty if it lends none. A client that
     reaches the server by a Unix socket SHOULD look beside that first: at its own path for it, followed by ".memory".
     """
+    instance_id: _builtins.str
+    """Random, and new whenever the server starts: two targets that tell the same are one server."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -747,6 +751,12 @@ class GetServerInfoResponse(_message.Message):
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of optional parts of the contract that it has. A client MUST ignore unknown ones."""
 
+    @_builtins.property
+    def unix_sockets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Absolute paths of the Unix sockets that it listens on. A client on the same host SHOULD use one, after it has seen that
+        the same instance answers there.
+        """
+
     def __init__(
         self,
         *,
@@ -756,10 +766,12 @@ class GetServerInfoResponse(_message.Message):
         limits: Global___Limits | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         shared_memory_socket: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
+        unix_sockets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "element_types", b"element_types", "features", b"features", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

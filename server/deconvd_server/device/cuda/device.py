@@ -207,7 +207,7 @@ class CudaDevice:
                 return DeconvolveJob(problem, plan, with_b=b is not None)
 
             key = (problem, options, b is not None)
-            return lane.run(key, job, operands, call.check)[0]
+            return lane.run(key, job, operands, call)[0]
 
     def gradients(
         self,
@@ -237,7 +237,7 @@ class CudaDevice:
                 )
 
             key = (problem, options, wanted)
-            return _gradients(wanted, lane.run(key, job, operands, call.check))
+            return _gradients(wanted, lane.run(key, job, operands, call))
 
     def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
         """Return the key of an operation's plan on this device."""

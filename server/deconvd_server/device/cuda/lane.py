@@ -10,8 +10,10 @@ import numpy as np
 
 from deconvd.dtypes import DType
 from deconvd.tensor import Array
+from deconvd_server.call import Call
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.job import Job
+from deconvd_server.device.cuda.marks import Marks
 from deconvd_server.device.cuda.memory import DeviceMemory, Region
 from deconvd_server.device.cuda.results import ResultMemory
 from deconvd_server.device.cuda.runtime import (
@@ -23,6 +25,7 @@ from deconvd_server.device.cuda.runtime import (
     upload,
 )
 from deconvd_server.device.cuda.staging import Staging
+from deconvd_server.ledger import Ledger, Stage
 
 __all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]
 
@@ -76,6 +79,7 @@ class Lane:
         self._staging = Staging(
             self.stream, helpers, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
         )
+        self._marks = Marks(self.stream)
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
 
     def run(
@@ -83,7 +87,7 @@ class Lane:
         key: Hashable,
         prepare: Callable[[], Job],
         operands: Sequence[Array],
-        check: Callable[[], None],
+        call: Call,
     ) -> list[Array]:
         """Return the results of a call.
 
@@ -91,17 +95,18 @@ class Lane:
             key: Of the kind of call.
             prepare: Returns the job of this kind of call, if the lane does not remember it.
             operands: In the order of the job's frame.
-            check: Called between steps; what it raises ends the call.
+            call: Whose it is: asked between steps whether it is still wanted, and told the times.
 
         Raises:
             ExhaustedError: The card has not the memory now.
             CudaError, CudnnError: The card or cuDNN failed.
+            CallCancelledError, DeadlineError: The call has ended.
         """
         kind = self._kind(key, prepare)
-        check()
+        call.check()
         if kind.job.frame.total_bytes <= ARENA_BYTES:
-            return self._run_small(kind, operands)
-        return self._run_large(kind.job, operands, check)
+            return self._run_small(kind, operands, call.ledger)
+        return self._run_large(kind.job, operands, call)
 
     def close(self) -> None:
         """Forget all kinds of calls and their graphs. No call may be under way."""
@@ -117,18 +122,21 @@ class Lane:
             self._kinds.move_to_end(key)
         return kind
 
-    def _run_small(self, kind: _Kind, operands: Sequence[Array]) -> list[Array]:
+    def _run_small(self, kind: _Kind, operands: Sequence[Array], ledger: Ledger) -> list[Array]:
         frame = kind.job.frame
-        for region, operand in zip(frame.operands, operands, strict=True):
-            self._view(region, operand.shape, operand.dtype)[...] = operand
-        try:
-            self._launch(kind)
-        finally:
-            self.stream.wait()
-        return [
-            self._view(region, spec.shape, spec.dtype).copy()
-            for region, spec in zip(frame.results, kind.job.results, strict=True)
-        ]
+        with ledger.timing(Stage.UPLOAD):
+            for region, operand in zip(frame.operands, operands, strict=True):
+                self._view(region, operand.shape, operand.dtype)[...] = operand
+        with ledger.timing(Stage.COMPUTE):  # and the card's own copies, which are part of the graph
+            try:
+                self._launch(kind)
+            finally:
+                self.stream.wait()
+        with ledger.timing(Stage.DOWNLOAD):
+            return [
+                self._view(region, spec.shape, spec.dtype).copy()
+                for region, spec in zip(frame.results, kind.job.results, strict=True)
+            ]
 
     def _launch(self, kind: _Kind) -> None:
         kind.runs_count += 1
@@ -153,21 +161,25 @@ class Lane:
         results = self._pinned[frame.operands_bytes : end]
         download(results, self._arena + frame.operands_bytes, stream)
 
-    def _run_large(
-        self, job: Job, operands: Sequence[Array], check: Callable[[], None]
-    ) -> list[Array]:
-        with self._memory.take(job.frame.total_bytes) as base:
+    def _run_large(self, job: Job, operands: Sequence[Array], call: Call) -> list[Array]:
+        frame = job.frame
+        with self._memory.take(frame.total_bytes) as base:
             try:
-                for region, operand in zip(job.frame.operands, operands, strict=True):
-                    self._staging.upload(operand, base + region.offset, check)
-                check()
+                self._marks.begin()
+                for region, operand in zip(frame.operands, operands, strict=True):
+                    self._staging.upload(operand, base + region.offset, call.check)
+                call.check()
+                self._marks.end(Stage.UPLOAD)
                 job.enqueue(base, self.stream.pointer)
+                self._marks.end(Stage.COMPUTE)
                 results = [self._results.empty(spec) for spec in job.results]
-                for region, result in zip(job.frame.results, results, strict=True):
-                    self._staging.download(base + region.offset, result, check)
-                return results
+                for region, result in zip(frame.results, results, strict=True):
+                    self._staging.download(base + region.offset, result, call.check)
+                self._marks.end(Stage.DOWNLOAD)
             finally:
                 self.stream.wait()
+            self._marks.account(call.ledger)
+            return results
 
     def _view(self, region: Region, shape: tuple[int, ...], dtype: DType) -> Array:
         """Return the pinned memory that mirrors a region of the arena, as an array."""

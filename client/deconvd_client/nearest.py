@@ -1,0 +1,116 @@
+"""The nearest way to a server: a Unix socket, where client and server are on one host.
+
+    FAR --found--> NEAR --lost--> FAR for good
+
+What is lost once is not looked for again: a server that comes and goes is better served steadily.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from deconvd.errors import DeconvdError, UnavailableError
+from deconvd_client.stub import Stub
+
+__all__ = ["Nearest", "Transport"]
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+
+class Transport(StrEnum):
+    """Which way calls go: the nearest that works, or the target as it is given."""
+
+    AUTO = "auto"
+    TARGET = "target"
+
+
+class Nearest:
+    """Runs calls by the nearest way to a server that works.
+
+    Args:
+        open_stub: Returns a stub for a target; nothing is sent yet.
+        target: Where the server can be reached in any case.
+        transport: Whether to look for a nearer way.
+    """
+
+    def __init__(self, open_stub: Callable[[str], Stub], target: str, transport: Transport) -> None:
+        self._open_stub = open_stub
+        self._lock = threading.Lock()
+        self._far = open_stub(target)
+        self._is_final = transport is Transport.TARGET or target.startswith("unix:")
+        self._near: Stub | None = None
+
+    def call(self, work: Callable[[Stub], _T]) -> _T:
+        """Return what `work` returns for the nearest stub; if that has no server, for the far one.
+
+        Raises:
+            DeconvdError: What `work` raised, or the server when it was asked for nearer ways.
+        """
+        near = self._found()
+        if near is None:
+            return work(self._far)
+        try:
+            return work(near)
+        except UnavailableError as error:
+            self._lose(near, error)
+        return work(self._far)
+
+    @property
+    def far(self) -> Stub:
+        """The stub of the target as it was given."""
+        return self._far
+
+    @property
+    def last_ledger(self) -> dict[str, int]:
+        """See `Stub.last_ledger`."""
+        near = self._near
+        return (near and near.last_ledger) or self._far.last_ledger
+
+    def close(self) -> None:
+        """Close both ways."""
+        with self._lock:
+            self._is_final = True
+            if self._near is not None:
+                self._near.close()
+            self._far.close()
+
+    def _found(self) -> Stub | None:
+        """Return the near stub, if there is one; look for it until the server has answered."""
+        if not self._is_final:
+            with self._lock:
+                if not self._is_final:
+                    self._look()
+        return self._near
+
+    def _look(self) -> None:
+        info = self._far.get_server_info()
+        self._is_final = True
+        for path in info.unix_sockets:
+            if self._near is None and Path(path).is_socket():
+                self._near = self._verified(f"unix:{path}", info.instance_id)
+
+    def _verified(self, target: str, instance_id: str) -> Stub | None:
+        """Return a stub of a target if the same server answers there."""
+        stub = self._open_stub(target)
+        try:
+            if stub.get_server_info().instance_id == instance_id:
+                _log.debug("calls go by %s", target)
+                return stub
+        except DeconvdError as error:
+            _log.debug("not by %s: %s", target, error)
+        stub.close()
+        return None
+
+    def _lose(self, near: Stub, error: UnavailableError) -> None:
+        with self._lock:
+            if self._near is near:
+                _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
+                self._near = None
+                near.close()

@@ -1,0 +1,33 @@
+"""Marks in a stream between the stages of a call: what each took is known once the stream has been waited for."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from deconvd_server.device.cuda.runtime import Event, Stream
+from deconvd_server.ledger import Ledger, Stage
+
+__all__ = ["Marks"]
+
+_STAGES = (Stage.UPLOAD, Stage.COMPUTE, Stage.DOWNLOAD)
+
+
+class Marks:
+    """Events on a stream: one before the first stage of a call, one behind each. They cost no wait."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._events = [Event(timing=True) for _ in range(len(_STAGES) + 1)]
+
+    def begin(self) -> None:
+        """Mark where the first stage begins."""
+        self._events[0].record(self._stream.pointer)
+
+    def end(self, stage: Stage) -> None:
+        """Mark where a stage ends, and the next begins."""
+        self._events[_STAGES.index(stage) + 1].record(self._stream.pointer)
+
+    def account(self, ledger: Ledger) -> None:
+        """Count what each stage took. All must be marked, and the stream have been waited for."""
+        for stage, (before, after) in zip(_STAGES, pairwise(self._events), strict=True):
+            ledger.add(stage, after.ms_since(before) / 1e3)
