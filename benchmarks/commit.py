@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 __all__ = ["commit"]
 
 
 def commit() -> str:
-    """Return the commit's hash, with ``-dirty`` behind it where files have changed since."""
+    """Return the commit's hash, with ``-dirty`` behind it where files have changed since.
+
+    Where the tree is no checkout, DECONVD_COMMIT in the environment says it.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() or os.environ.get("DECONVD_COMMIT", "unknown")

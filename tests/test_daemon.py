@@ -223,7 +223,10 @@ def test_a_live_servers_socket_and_port_are_not(socket_directory: Path) -> None:
     [
         (["--listen", "nonsense"], "--listen must be host:port or unix:path, got 'nonsense'"),
         (["--listen", "unix:/nowhere/deconvd.sock"], "in a directory that exists"),
-        (["--device", "tpu"], "--device must be cpu, cuda, cuda:N, several as in cuda:0,cuda:1, or auto, got 'tpu'"),
+        (
+            ["--device", "tpu"],
+            "--device must be cpu, cuda, cuda:N, several as in cuda:0,cuda:1, or auto, got 'tpu'",
+        ),
         (["--device", "cuda:x"], "got 'cuda:x'"),
         (["--max-message-bytes", "0"], "0 is not in the range"),
         (["--threads", "0"], "0 is not in the range"),

@@ -51,14 +51,19 @@ class Candidates:
                 return
 
     def all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        """Yield every candidate that is worth timing."""
+        """Yield every candidate that is worth timing: the likely best first, as time may run out."""
         if key.options.use_cudnn is not UseCudnn.ALWAYS:
-            yield self.fallback(key)
             yield from self.own(key)
         if key.options.use_cudnn is not UseCudnn.NEVER:
-            for modes in ((Mode.A,), (Mode.B, Mode.FALLBACK)):
-                for provider in _LAYOUTS:
-                    yield from self.cudnn(key, stream, provider, modes)
+            yield from self._of_cudnn(key, stream, (Mode.A,))
+        if key.options.use_cudnn is not UseCudnn.ALWAYS:
+            yield self.fallback(key)
+        if key.options.use_cudnn is not UseCudnn.NEVER:
+            yield from self._of_cudnn(key, stream, (Mode.B, Mode.FALLBACK))
+
+    def _of_cudnn(self, key: PlanKey, stream: int, modes: Sequence[Mode]) -> Iterator[Candidate]:
+        for provider in _LAYOUTS:
+            yield from self.cudnn(key, stream, provider, modes)
 
     def own(self, key: PlanKey) -> Iterator[Candidate]:
         """Yield our own kernels, the most promising first."""
