@@ -1,0 +1,273 @@
+"""The tensors of a call on the server, and corners of memory's life that take a peer of our own to reach."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.problem import TensorSpec
+from deconvd.shared_memory import Answer, Operation, Reply, Request, StaleRegionError
+from deconvd.tensor import message_from_array, message_from_spec
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.shared_memory import Borrower
+from deconvd_client.shared_memory.link import Link, LinkLostError
+from deconvd_client.shared_memory.region import Region
+from deconvd_server.shared_memory import CallTensors, Lender, Limits
+from deconvd_server.shared_memory.loans import Account, Loans
+from deconvd_server.shared_memory.memory import Memory
+from tests.lenders import MIB, Watch, lending
+
+SPEC = TensorSpec((4, 8), np.dtype(np.float32))
+TIMEOUT_S = 30
+
+
+@pytest.fixture
+def path(socket_directory: Path) -> Path:
+    return socket_directory / "memory"
+
+
+@pytest.fixture
+def lender(path: Path) -> Iterator[Lender]:
+    with lending(path) as lender:
+        yield lender
+
+
+@pytest.fixture
+def borrower(path: Path) -> Iterator[Borrower]:
+    borrower = Borrower(lambda: str(path))
+    yield borrower
+    borrower.close()
+
+
+def shared(place: pb.SharedSlice | None) -> pb.Tensor:
+    assert place is not None
+    message = message_from_spec(SPEC)
+    message.shared.CopyFrom(place)
+    return message
+
+
+def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
+    lender: Lender, borrower: Borrower
+) -> None:
+    theirs = borrower.empty(SPEC.shape, SPEC.dtype)
+    theirs[...] = 3
+    with CallTensors(lender) as tensors:
+        x = tensors.operand("x", shared(borrower.locate(theirs)), None)
+
+        assert (x == 3).all()
+        assert not x.flags.writeable
+
+
+def test_an_operand_may_come_in_the_message_too(lender: Lender) -> None:
+    array = np.arange(6, dtype=np.float32)
+    with CallTensors(lender) as tensors:
+        x = tensors.operand("x", message_from_array(array), None)
+        np.testing.assert_array_equal(x, array)
+
+
+def test_of_the_results_those_with_a_place_have_one(lender: Lender, borrower: Borrower) -> None:
+    theirs = borrower.empty(SPEC.shape, SPEC.dtype)
+    request = pb.DeconvolveGradRequest(gw_place=borrower.locate(theirs))
+    with CallTensors(lender) as tensors:
+        places = tensors.places(request, {"gx": SPEC, "gw": SPEC})
+        places["gw"][...] = 5
+
+    assert list(places) == ["gw"]
+    assert (theirs == 5).all()
+
+
+def test_what_a_call_uses_is_free_after_it(path: Path) -> None:
+    watch = Watch()
+    with lending(path, on_map=watch) as lender:
+        borrower = Borrower(lambda: str(path))
+        place = borrower.locate(borrower.empty(SPEC.shape, SPEC.dtype))
+        with CallTensors(lender) as tensors:
+            tensors.operand("x", shared(place), None)
+            borrower.close()
+            assert len(watch.mapped) == 1
+        assert lender.wait_until_unused(TIMEOUT_S)
+        assert watch.mapped == {}
+
+
+def test_without_a_lender_no_memory_is_known() -> None:
+    place = pb.SharedSlice(region=bytes(16))
+    with CallTensors(None) as tensors:
+        with pytest.raises(StaleRegionError) as raised:
+            tensors.operand("x", shared(place), None)
+        assert raised.value.argument == "x"
+        with pytest.raises(StaleRegionError):
+            tensors.places(pb.DeconvolveRequest(y_place=place), {"y": SPEC})
+
+
+def test_a_wrong_place_is_named(lender: Lender, borrower: Borrower) -> None:
+    place = borrower.locate(borrower.empty(SPEC.shape, SPEC.dtype))
+    assert place is not None
+    place.offset_bytes = 2
+    with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError) as raised:
+        tensors.places(pb.DeconvolveRequest(y_place=place), {"y": SPEC})
+    assert raised.value.argument == "y_place"
+
+
+def test_memory_that_is_ready_after_its_client_has_gone_is_freed_at_once() -> None:
+    watch = Watch()
+    loans, account = Loans(Limits(MIB, MIB)), Account()
+    loans.reserve(account, MIB)
+    memory = Memory(MIB, watch)
+    loans.close(account)
+
+    name = loans.lend(account, memory)
+    memory.close_descriptor()
+
+    assert watch.mapped == {}
+    assert loans.size_bytes == 0
+    with pytest.raises(StaleRegionError), loans.use(name, "x"):
+        pass
+
+
+def test_a_lender_that_closes_while_it_maps_keeps_no_descriptor(path: Path) -> None:
+    is_mapping, may_go_on = threading.Event(), threading.Event()
+
+    def on_map(address: int, size_bytes: int) -> Callable[[], None]:
+        is_mapping.set()
+        assert may_go_on.wait(TIMEOUT_S)
+        return lambda: None
+
+    before = len(os.listdir("/proc/self/fd"))
+    lender = Lender(path, Limits(MIB, MIB), on_map=on_map)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.settimeout(TIMEOUT_S)
+        client.connect(str(path))
+        client.send(Request(Operation.LEND, 1).pack())
+        assert is_mapping.wait(TIMEOUT_S)
+        closer = threading.Thread(target=lender.close)
+        closer.start()
+        assert client.recv(1) == b""  # the lender's thread is at its end
+        may_go_on.set()
+        closer.join(TIMEOUT_S)
+
+    assert lender.wait_until_unused(TIMEOUT_S)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Borrower) -> None:
+    x, other = np.full(MIB, 3, np.float32), np.full(MIB, 4, np.float32)
+    with borrower.call() as call:
+        messages = [call.tensor(array) for array in (x, other)]
+        later = borrower.empty(MIB, np.float32)
+        later[...] = 5
+        found = []
+        with CallTensors(lender) as tensors:
+            for message in messages:
+                assert message is not None
+                found.append(float(tensors.operand("x", message, None).mean()))
+    assert found == [3, 4]
+
+
+def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
+    lender: Lender, borrower: Borrower
+) -> None:
+    with borrower.call() as call:
+        x = borrower.empty(MIB, np.float32)
+        x[...] = 3
+        message = call.tensor(x)
+        del x
+        borrower.empty(MIB, np.float32)[...] = 5
+        assert message is not None
+        with CallTensors(lender) as tensors:
+            assert tensors.operand("x", message, None).mean() == 3
+
+
+def test_a_region_holds_what_lies_wholly_in_it() -> None:
+    region = Region(bytes(16), mmap.mmap(-1, 8192))
+    begin, end = region.address, region.address + 8192
+
+    assert region.holds(begin, 8192)
+    assert region.holds(end - 4, 4)
+    assert not region.holds(begin - 4, 4)
+    assert not region.holds(end - 4, 8)
+    assert not region.holds(end, 4)
+    assert not region.holds(begin, 8196)
+
+
+class TestFalseLenders:
+    """What a client takes from the other end of the socket."""
+
+    @pytest.fixture
+    def listener(self, path: Path) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.settimeout(TIMEOUT_S)
+            listener.bind(str(path))
+            listener.listen()
+            yield listener
+
+    def serve(
+        self, listener: socket.socket, packet: bytes, descriptors: list[int]
+    ) -> threading.Thread:
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(64)
+                socket.send_fds(connection, [packet], descriptors)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        return thread
+
+    @pytest.mark.parametrize(
+        ("packet", "file_bytes", "complaint"),
+        [
+            (Reply(Answer.DONE, MIB, bytes(16)).pack(), MIB, "it is not sealed"),
+            (Reply(Answer.DONE, MIB, bytes(16)).pack(), None, "it came without a descriptor"),
+            (b"HTTP/1.1 400 Bad Request", None, "does not answer"),
+            (Reply(Answer.MALFORMED, text="what?").pack(), None, "the server refuses: what?"),
+        ],
+    )
+    def test_memory_that_is_of_no_use_is_refused(
+        self,
+        listener: socket.socket,
+        path: Path,
+        packet: bytes,
+        file_bytes: int | None,
+        complaint: str,
+    ) -> None:
+        descriptors = []
+        if file_bytes is not None:
+            descriptors.append(os.memfd_create("unsealed"))
+            os.ftruncate(descriptors[0], file_bytes)
+        before = len(os.listdir("/proc/self/fd"))
+        thread = self.serve(listener, packet, descriptors)
+        link = Link(str(path))
+
+        with pytest.raises(LinkLostError, match=complaint):
+            link.borrow(MIB)
+
+        link.close()
+        thread.join()
+        assert len(os.listdir("/proc/self/fd")) == before
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def test_sealed_memory_of_another_size_is_refused(
+        self, listener: socket.socket, path: Path
+    ) -> None:
+        memory = Memory(4096, Watch())
+        thread = self.serve(
+            listener, Reply(Answer.DONE, MIB, bytes(16)).pack(), [memory.descriptor]
+        )
+        link = Link(str(path))
+
+        with pytest.raises(LinkLostError, match="it has another size"):
+            link.borrow(MIB)
+
+        link.close()
+        thread.join()
+        memory.close_descriptor()
+        memory.unmap()
