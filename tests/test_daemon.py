@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import socket
 import subprocess
@@ -71,6 +73,22 @@ def test_a_signal_ends_it_with_exit_code_0_and_no_socket(
 
     assert exit_code == 0
     assert not (socket_directory / "deconvd.sock").exists()
+
+
+def test_a_signal_that_another_thread_is_handed_ends_it_too(socket_directory: Path) -> None:
+    # a system call that signals one thread, as the kernel may do with any signal
+    tgkill = {"x86_64": 234, "aarch64": 131}[os.uname().machine]
+    with (
+        server_process(socket_directory) as server,
+        deconvd_client.connect(server.target) as F,
+    ):
+        F.deconvolution_2d(X, W)
+        pid = server.process.pid
+        others = {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()} - {pid}
+        assert ctypes.CDLL(None).syscall(tgkill, pid, max(others), int(signal.SIGTERM)) == 0
+        exit_code = server.process.wait(30)
+
+    assert exit_code == 0
 
 
 def test_a_drain_loses_no_accepted_call(socket_directory: Path) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NoReturn
 
 import click
@@ -19,6 +17,7 @@ from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
+from deconvd_server.ends import Drained, Ends
 
 __all__ = ["EXIT_DEVICE_LOST", "main"]
 
@@ -29,9 +28,6 @@ _GIBIBYTE = 1 << 30
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
 _LAST_DRAIN_S = 5.0
 """How long the calls of other devices may take to end once one device is lost."""
-
-_Ends = SimpleQueue[signal.Signals | DeviceLostError | None]
-"""Reasons to end, in the order they came; None once the daemon has stopped."""
 
 _log = logging.getLogger("deconvd_server")
 
@@ -125,7 +121,7 @@ def main(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    ends = _ends()
+    ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     try:
         daemon = Daemon(Settings(addresses, max_message_bytes, drain_timeout_s))
@@ -141,32 +137,24 @@ def main(
     _run(daemon, ends)
 
 
-def _ends() -> _Ends:
-    """Return a queue that SIGTERM and SIGINT are put into from now on."""
-    ends: _Ends = SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: ends.put(signal.Signals(number)))
-    return ends
-
-
-def _run(daemon: Daemon, ends: _Ends) -> None:
+def _run(daemon: Daemon, ends: Ends) -> None:
     """Wait for a reason to end, then drain; cut the drain short at the next."""
-    end = ends.get()
+    end = ends.take()
     if isinstance(end, DeviceLostError):
         _end_without_device(daemon, end)
-    _log.info("%s: draining", end.name if end else "stop")
+    _log.info("%s: draining", getattr(end, "name", "stop"))
     drainer = threading.Thread(target=_drain, args=(daemon, ends))
     drainer.start()
-    while ends.get() is not None:
+    while not isinstance(ends.take(), Drained):
         daemon.cut_drain()
     drainer.join()
 
 
-def _drain(daemon: Daemon, ends: _Ends) -> None:
+def _drain(daemon: Daemon, ends: Ends) -> None:
     try:
         daemon.drain()
     finally:
-        ends.put(None)
+        ends.put(Drained())
 
 
 def _end_without_device(daemon: Daemon, loss: DeviceLostError) -> NoReturn:

@@ -1,0 +1,47 @@
+"""Reasons to end the process, in the order they come: signals, the loss of a device, the end of the drain."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from queue import SimpleQueue
+
+from deconvd_server.device.faults import DeviceLostError
+
+__all__ = ["Drained", "End", "Ends"]
+
+
+class Drained:
+    """The daemon has drained."""
+
+
+End = signal.Signals | DeviceLostError | Drained
+
+_OTHER = 0
+"""The byte that stands for an end that is no signal."""
+
+
+class Ends:
+    """The reasons to end that have come and not been taken. To be made in the main thread, once.
+
+    The kernel may hand a signal to any thread. Python then notes it, but a main thread that waits
+    for a lock sleeps on; so it waits for a socket here, into which Python's own C handler writes.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._others: SimpleQueue[DeviceLostError | Drained] = SimpleQueue()
+        signal.set_wakeup_fd(self._writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: None)
+
+    def put(self, end: DeviceLostError | Drained) -> None:
+        """Add an end. May be called from any thread."""
+        self._others.put(end)
+        self._writer.send(bytes([_OTHER]))
+
+    def take(self) -> End:
+        """Wait for an end, and return it."""
+        (number,) = self._reader.recv(1)
+        return self._others.get() if number == _OTHER else signal.Signals(number)
