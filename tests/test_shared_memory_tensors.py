@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer, Operation, Reply, Request, StaleRegionError
-from deconvd.tensor import message_from_array, message_from_spec
+from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.shared_memory import Borrower
+from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import Region
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
@@ -183,6 +184,22 @@ def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
         assert message is not None
         with CallTensors(lender) as tensors:
             assert tensors.operand("x", message, None).mean() == 3
+
+
+def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_way(
+    lender: Lender, borrower: Borrower
+) -> None:
+    def rpc(request: Envelope[pb.DeconvolveRequest]) -> Envelope[pb.DeconvolveResponse]:
+        assert request.message.x.WhichOneof("payload") == "shared"
+        raise StaleRegionError("x must lie in shared memory that this server lends", argument="x")
+
+    x = np.zeros((1, 1, 100, 100), np.float32)
+    request = pb.DeconvolveRequest(x=message_from_spec(spec_of(x)))
+
+    results = call_with_shared_memory(borrower, rpc, request, {"x": x}, {"y": SPEC})
+
+    assert results is None
+    assert request.x.WhichOneof("payload") is None
 
 
 def test_a_region_holds_what_lies_wholly_in_it() -> None:
