@@ -99,8 +99,8 @@ def open_bench(key: PlanKey, workspace_bytes: int, stream: Any) -> Iterator[Any]
     yield FakeBench()
 
 
-def chooser_of(candidates: Any) -> Chooser:
-    return Chooser(candidates, open_bench, tuning_limit_s=5)
+def chooser_of(candidates: Any, tuning_limit_s: float = 5) -> Chooser:
+    return Chooser(candidates, open_bench, tuning_limit_s=tuning_limit_s)
 
 
 def key_of(options: Options, dtype: type = np.float32) -> PlanKey:
@@ -154,6 +154,19 @@ def test_plans_that_want_too_large_a_workspace_are_not_taken() -> None:
 def test_the_fallback_is_taken_where_nothing_else_runs(options: Options) -> None:
     candidates = FakeCandidates(FakePlan("a", FAILS), FakePlan("b", 1.0, workspace_bytes=101))
     assert chosen(candidates, options).choice.name == "fallback"
+
+
+def test_one_candidate_is_timed_however_long_they_took_to_make() -> None:
+    candidates = FakeCandidates(FakePlan("a", FAILS), FakePlan("b", 1.0))
+    chooser = chooser_of(candidates, tuning_limit_s=0)
+
+    best = chooser.choose(key_of(TUNED), FakeBuilders.stream)  # type: ignore[arg-type]
+
+    # a is all that there was time to make, and does not run
+    assert best.choice.name == "fallback"
+
+    runs = chooser_of(FakeCandidates(FakePlan("b", 1.0)), tuning_limit_s=0)
+    assert runs.choose(key_of(TUNED), FakeBuilders.stream).choice.name == "b"  # type: ignore[arg-type]
 
 
 def book_of(

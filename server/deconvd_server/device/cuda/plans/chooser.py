@@ -74,14 +74,16 @@ class Chooser:
         return self._candidates.fallback(key)
 
     def _fastest(self, key: PlanKey, stream: Stream, candidates: Iterator[Candidate]) -> Candidate:
-        end_s = time.monotonic() + self._tuning_limit_s
-        made = self._made(key, candidates, end_s)
+        start_s = time.monotonic()
+        end_s = start_s + self._tuning_limit_s
+        # making them must leave time for timing them
+        made = self._made(key, candidates, start_s + self._tuning_limit_s / 2)
         room_bytes = max(candidate.plan.workspace_bytes for candidate in made)
         best: Candidate | None = None
         best_ms = float("inf")
         with self._open_bench(key, room_bytes, stream) as bench:
             for candidate in made:
-                if time.monotonic() > end_s:
+                if best is not None and time.monotonic() > end_s:
                     break
                 took_ms = bench.time_ms(candidate.plan, give_up_ms=_GIVE_UP_RATIO * best_ms)
                 log.debug("%s took %.4f ms", candidate.choice.name, took_ms)
