@@ -240,7 +240,9 @@ def _until_served(F: Connection) -> Any:
 def test_an_oversized_request_is_told_the_option_to_raise(socket_directory: Path) -> None:
     x = np.zeros((1, 3, 100, 100), np.float32)
     with (
-        server_process(socket_directory, "--max-message-bytes", "100000") as server,
+        server_process(
+            socket_directory, "--max-message-bytes", "100000", "--shared-memory-bytes", "0"
+        ) as server,
         deconvd_client.connect(server.target) as F,
     ):
         with pytest.raises(ExhaustedError, match=r"request has 12\d+ bytes.*--max-message-bytes"):

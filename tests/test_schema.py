@@ -67,7 +67,7 @@ def test_a_planted_break_is_found(copy: Path, landed: str, planted: str) -> None
 
 
 def test_a_new_field_breaks_nothing(copy: Path) -> None:
-    _edit(copy / _SCHEMA, "Tensor b = 3;", "Tensor b = 3;\n  Tensor c = 6;")
+    _edit(copy / _SCHEMA, "Tensor b = 3;", "Tensor b = 3;\n  Tensor c = 600;")
 
     ended = node(BUF, "breaking", copy, "--against", _LANDED)
 

@@ -24,11 +24,11 @@ from deconvd.errors import (
     ExhaustedError,
     InternalError,
     InvalidArgumentError,
+    StaleRegionError,
     UnavailableError,
     UnimplementedError,
 )
 from deconvd.problem import TensorSpec
-from deconvd.shared_memory import StaleRegionError
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory import Borrower, SharedCall

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import InvalidArgumentError, StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import (
     MAX_REPLY_BYTES,
@@ -30,7 +30,6 @@ from deconvd.shared_memory import (
     Operation,
     Reply,
     Request,
-    StaleRegionError,
 )
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.shared_memory import Lender, Limits, memory_socket

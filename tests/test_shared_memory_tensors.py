@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from deconvd.codec import Envelope
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import InvalidArgumentError, StaleRegionError
 from deconvd.problem import TensorSpec
-from deconvd.shared_memory import Answer, Operation, Reply, Request, StaleRegionError
+from deconvd.shared_memory import Answer, Operation, Reply, Request
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory

@@ -33,6 +33,13 @@ DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 
 @pytest.fixture
+def device_F(device_server: ServerProcess) -> Iterator[Connection]:
+    """A connection that does not use shared memory, which would leave nothing to stream."""
+    with deconvd_client.connect(device_server.target, transport="target") as connection:
+        yield connection
+
+
+@pytest.fixture
 def stub(server: ServerProcess) -> Iterator[pb_grpc.DeconvolutionServiceStub]:
     with grpc.insecure_channel(server.target) as channel:
         yield pb_grpc.DeconvolutionServiceStub(channel)
@@ -125,7 +132,7 @@ def test_a_tensor_of_three_gibibytes_goes_there_and_back(tmp_path: Path) -> None
     x[:] = np.arange(1 << 14, dtype=np.float32)[:, None] * 4 + np.arange(3)[:, None, None, None]
     with (
         server_process(tmp_path) as server,
-        deconvd_client.connect(server.target, timeout_s=250) as F,
+        deconvd_client.connect(server.target, timeout_s=250, transport="target") as F,
     ):
         y = F.deconvolution_2d(x, one)
         peak_bytes = _peak_memory_bytes(server)
@@ -330,7 +337,7 @@ def test_a_server_that_goes_in_the_middle_is_said(socket_directory: Path) -> Non
     one = np.ones((1, 1, 1, 1), np.float32)
     with (
         server_process(socket_directory, "--log-level", "debug") as server,
-        deconvd_client.connect(server.target) as F,
+        deconvd_client.connect(server.target, transport="target") as F,
     ):
         failures: list[BaseException] = []
 

@@ -57,7 +57,9 @@ class EchoDevice:
 
 def serve_deconvd(address: str) -> None:
     """Serve with our own daemon."""
-    daemon = Daemon(Settings([address], MAX_MESSAGE_BYTES, drain_timeout_s=1))
+    daemon = Daemon(
+        Settings([address], MAX_MESSAGE_BYTES, drain_timeout_s=1, shared_memory_bytes=4 << 30)
+    )
     daemon.serve(lambda: [EchoDevice()])
     _ready(daemon.addresses[0])
 

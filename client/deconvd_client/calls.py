@@ -15,6 +15,7 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_from_message, elements_of, message_from_spec
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.stub import Stub
 
 __all__ = ["deconvolve", "gradients"]
@@ -27,7 +28,13 @@ _SLICE_BYTES: Final = 8 << 20
 
 
 def deconvolve(
-    stub: Stub, problem: Problem, x: Array, W: Array, b: Array | None, options: Options
+    stub: Stub,
+    memory: Borrower,
+    problem: Problem,
+    x: Array,
+    W: Array,
+    b: Array | None,
+    options: Options,
 ) -> Array:
     """Return y. Raises a DeconvdError, as `Stub` does."""
     request = pb.DeconvolveRequest(
@@ -37,10 +44,14 @@ def deconvolve(
         geometry=message_from_geometry(problem.geometry),
         options=message_from_options(options),
     )
+    operands = {"x": x, "w": W}
+    if b is not None:
+        operands["b"] = b
+    shared = call_with_shared_memory(memory, stub.deconvolve, request, operands, {"y": problem.y})
+    if shared is not None:
+        return shared["y"]
     if _fits_a_message(problem.x, problem.W, problem.y):
-        raw: dict[str, Buffer] = {"x": elements_of(x), "w": elements_of(W)}
-        if b is not None:
-            raw["b"] = elements_of(b)
+        raw: dict[str, Buffer] = {field: elements_of(array) for field, array in operands.items()}
         response = stub.deconvolve(Envelope(request, raw))
         return _array("y", response.message.y, response.raw)
     return _deconvolve_streamed(stub, request, problem, x, [W] if b is None else [W, b])
@@ -69,6 +80,7 @@ def _deconvolve_streamed(
 
 def gradients(
     stub: Stub,
+    memory: Borrower,
     problem: Problem,
     x: Array,
     W: Array,
@@ -85,13 +97,18 @@ def gradients(
         options=message_from_options(options),
         wanted=pb.GradientMask(gx=wanted.gx, gw=wanted.gW, gb=wanted.gb),
     )
+    operands = {"gy": gy}
+    results = {"gb": problem.b} if wanted.gb else {}
+    if wanted.gW:
+        operands["x"], results["gw"] = x, problem.W
+    if wanted.gx:
+        operands["w"], results["gx"] = W, problem.x
+    shared = call_with_shared_memory(memory, stub.deconvolve_grad, request, operands, results)
+    if shared is not None:
+        return Gradients(gx=shared.get("gx"), gW=shared.get("gw"), gb=shared.get("gb"))
     if not _fits_a_message(problem.x, problem.W, problem.y):
         return _gradients_streamed(stub, request, problem, x, W, gy, wanted)
-    raw: dict[str, Buffer] = {"gy": elements_of(gy)}
-    if wanted.gW:
-        raw["x"] = elements_of(x)
-    if wanted.gx:
-        raw["w"] = elements_of(W)
+    raw: dict[str, Buffer] = {field: elements_of(array) for field, array in operands.items()}
     response = stub.deconvolve_grad(Envelope(request, raw))
     return Gradients(
         gx=_array("gx", response.message.gx, response.raw) if wanted.gx else None,

@@ -8,11 +8,13 @@ from types import TracebackType
 from typing import SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients, Wanted
 from deconvd.problem import Problem
+from deconvd.shared_memory import socket_beside
 from deconvd.tensor import (
     Array,
     spec_of,
@@ -23,6 +25,7 @@ from deconvd_client.config import Config
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.nearest import Nearest, Transport
 from deconvd_client.server_info import ServerInfo
+from deconvd_client.shared_memory import Borrower
 from deconvd_client.stub import Stub
 
 __all__ = ["Connection", "connect"]
@@ -77,6 +80,8 @@ class Connection:
             return Stub(channel, timeout_s=timeout_s)
 
         self._nearest = Nearest(open_stub, target, _transport(transport))
+        is_pinned = _transport(transport) is Transport.TARGET
+        self._memory = Borrower((lambda: "") if is_pinned else self._find_memory)
         self._config = Config()
 
     @refuses_unknown_keywords
@@ -117,7 +122,9 @@ class Connection:
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         problem = _problem(x, W, b, geometry)
         options = self._config.options
-        return self._nearest.call(lambda stub: calls.deconvolve(stub, problem, x, W, b, options))
+        return self._nearest.call(
+            lambda stub: calls.deconvolve(stub, self._memory, problem, x, W, b, options)
+        )
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -156,8 +163,19 @@ class Connection:
         mask = _wanted(wanted, has_b=b is not None)
         options = self._config.options
         return self._nearest.call(
-            lambda stub: calls.gradients(stub, problem, x, W, gy, mask, options)
+            lambda stub: calls.gradients(stub, self._memory, problem, x, W, gy, mask, options)
         )
+
+    def empty(self, shape: SupportsIndex | Sequence[SupportsIndex], dtype: npt.DTypeLike) -> Array:
+        """Return a new array with any elements: on the server's host, one that need not be sent.
+
+        It lies in memory that is shared with the server, if that has room, and is otherwise like
+        any other array.
+
+        Raises:
+            InvalidArgumentError: No operand can have that shape or element type.
+        """
+        return self._memory.empty(shape, dtype)
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
@@ -192,6 +210,13 @@ class Connection:
     def close(self) -> None:
         """Close the connection. Calls under way, and later ones, raise CallCancelledError."""
         self._nearest.close()
+        self._memory.close()
+
+    def _find_memory(self) -> str:
+        """Return where the server lends memory."""
+        if self.target.startswith("unix:"):
+            return socket_beside(self.target.removeprefix("unix:").removeprefix("//"))
+        return self._nearest.far.get_server_info().shared_memory_socket
 
     def __enter__(self) -> Connection:
         return self

@@ -15,6 +15,7 @@ __all__ = [
     "ExhaustedError",
     "InternalError",
     "InvalidArgumentError",
+    "StaleRegionError",
     "UnavailableError",
     "UnimplementedError",
 ]
@@ -39,6 +40,12 @@ class InvalidArgumentError(DeconvdError, ValueError):
     def __init__(self, message: str, *, argument: str = "") -> None:
         super().__init__(message)
         self.argument = argument
+
+
+class StaleRegionError(InvalidArgumentError):
+    """The shared memory that a tensor lies in is not, or no longer, lent by this server. Send it."""
+
+    status = "NOT_FOUND"
 
 
 class ExhaustedError(DeconvdError, MemoryError):

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from deconvd.errors import InvalidArgumentError
-
 __all__ = [
     "MAX_REPLY_BYTES",
     "REGION_NAME_BYTES",
@@ -27,7 +25,6 @@ __all__ = [
     "Operation",
     "Reply",
     "Request",
-    "StaleRegionError",
     "socket_beside",
 ]
 
@@ -37,12 +34,6 @@ MAX_REPLY_BYTES: Final = 1024
 _MAGIC: Final = b"dcm1"
 _FORMAT: Final = struct.Struct(f"<4sB3xQ{REGION_NAME_BYTES}s")
 _NO_REGION: Final = bytes(REGION_NAME_BYTES)
-
-
-class StaleRegionError(InvalidArgumentError):
-    """The shared memory that a tensor lies in is not, or no longer, lent by this server. Send it another way."""
-
-    status = "NOT_FOUND"
 
 
 class Operation(IntEnum):

@@ -31,7 +31,8 @@ _CLASSES: dict[str, type[DeconvdError]] = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, DeconvdError)
 }
-_CLASS_BY_STATUS = {cls.status: cls for cls in _CLASSES.values()}
+# Finer classes than these are known by their name alone: a stranger's NOT_FOUND says nothing of regions.
+_CLASS_BY_STATUS = {cls.status: cls for cls in DeconvdError.__subclasses__()}
 
 
 def status_from_error(error: DeconvdError) -> grpc.Status:

@@ -87,6 +87,13 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
     help="The largest request and the largest response.",
 )
 @click.option(
+    "--shared-memory-bytes",
+    type=click.IntRange(min=0),
+    default=None,
+    show_default="a quarter of the host's memory",
+    help="What clients on this host may borrow, all together, to pass tensors in; 0 for nothing.",
+)
+@click.option(
     "--drain-timeout-s",
     type=click.FloatRange(min=0),
     default=30.0,
@@ -107,6 +114,7 @@ def main(
     device_memory_bytes: int | None,
     plan_store: Path | None,
     max_message_bytes: int,
+    shared_memory_bytes: int | None,
     drain_timeout_s: float,
     log_level: str,
 ) -> None:
@@ -123,8 +131,12 @@ def main(
     )
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
+    if shared_memory_bytes is None:
+        shared_memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     try:
-        daemon = Daemon(Settings(addresses, max_message_bytes, drain_timeout_s))
+        daemon = Daemon(
+            Settings(addresses, max_message_bytes, drain_timeout_s, shared_memory_bytes)
+        )
     except (OSError, DeconvdError) as error:
         sys.exit(f"deconvd-server: {error}")
     try:

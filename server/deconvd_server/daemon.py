@@ -24,6 +24,7 @@ from deconvd_server.engine import Engines
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release, unix_sockets
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
+from deconvd_server.shared_memory import Lender, Limits, memory_socket
 from deconvd_server.streaming import SLICES_IN_FLIGHT
 
 __all__ = ["Daemon", "Settings", "State"]
@@ -45,11 +46,13 @@ class Settings:
         addresses: Where to listen; see `bind`.
         max_message_bytes: The largest request and the largest response.
         drain_timeout_s: How long calls under way may take to end once the daemon drains.
+        shared_memory_bytes: How much memory to lend to clients on this host; 0 for none.
     """
 
     addresses: Sequence[str]
     max_message_bytes: int
     drain_timeout_s: float
+    shared_memory_bytes: int = 0
 
 
 class State(Enum):
@@ -98,6 +101,7 @@ class Daemon:
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
         """Open the devices and serve calls with them; return once it can."""
         engines = Engines(open_devices(), waiting_count=_WAITING_CALLS_COUNT)
+        self._service.lender = self._lend()
         with self._lock:
             self._service.engines = engines
             if self.state is State.LISTENING:
@@ -112,6 +116,8 @@ class Daemon:
         with self._lock:
             self.state = State.DRAINING
         self._health.enter_graceful_shutdown()
+        if self._service.lender is not None:
+            self._service.lender.withdraw()  # while its path is ours, like the socket beside it
         stopped = self._server.stop(self._settings.drain_timeout_s)
         # A watcher of health would keep the server from stopping for as long as it cares to watch.
         self._health.end_watches()
@@ -120,6 +126,8 @@ class Daemon:
         self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
         for address in self.addresses:
             release(address)
+        if self._service.lender is not None:
+            self._service.lender.close()
         if self._service.engines is not None:
             self._service.engines.close()
         self.state = State.STOPPED
@@ -132,6 +140,16 @@ class Daemon:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
         self._server.stop(None)
+
+    def _lend(self) -> Lender | None:
+        limit_bytes = self._settings.shared_memory_bytes
+        if not limit_bytes:
+            return None
+        try:
+            return Lender(memory_socket(self.addresses), Limits(limit_bytes, limit_bytes // 2))
+        except OSError as error:
+            _log.warning("no memory is lent to clients on this host: %s", error)
+            return None
 
     def _grpc_server(self) -> grpc.Server:
         server = grpc.server(

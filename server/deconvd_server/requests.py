@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deconvd.gradients import Wanted
 from deconvd.messages import geometry_from_message, options_from_message
 from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 
@@ -35,9 +35,9 @@ class Deconvolution:
         return cls(problem, message.HasField("b"), options_from_message(message.options))
 
     @property
-    def result_bytes(self) -> int:
-        """Size of the result."""
-        return self.problem.y.nbytes
+    def results(self) -> dict[str, TensorSpec]:
+        """What its result will be, by the name of its field."""
+        return {"y": self.problem.y}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,12 @@ class Differentiation:
         return cls(problem, wanted, options_from_message(message.options))
 
     @property
-    def result_bytes(self) -> int:
-        """Size of the results together."""
-        gx, gW, gb = self.problem.x.nbytes, self.problem.W.nbytes, self.problem.b.nbytes
-        return self.wanted.gx * gx + self.wanted.gW * gW + self.wanted.gb * gb
+    def results(self) -> dict[str, TensorSpec]:
+        """What its results will be, by the names of their fields."""
+        problem, wanted = self.problem, self.wanted
+        all_of_them = {"gx": problem.x, "gw": problem.W, "gb": problem.b}
+        is_wanted = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
+        return {field: spec for field, spec in all_of_them.items() if is_wanted[field]}
 
 
 def _problem(message: pb.DeconvolveRequest | pb.DeconvolveGradRequest) -> Problem:

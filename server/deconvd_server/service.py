@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 
@@ -12,12 +12,12 @@ import grpc
 import deconvd
 from deconvd.chunks import ChunkReader
 from deconvd.codec import Buffer, Envelope
+from deconvd.copying import copy_into
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import ExhaustedError, UnavailableError
-from deconvd.gradients import Gradients
+from deconvd.problem import TensorSpec
 from deconvd.tensor import (
     Array,
-    array_from_message,
     element_type_number,
     elements_of,
     message_from_spec,
@@ -29,6 +29,7 @@ from deconvd_server.call import Call
 from deconvd_server.engine import Engine, Engines
 from deconvd_server.requests import Deconvolution, Differentiation
 from deconvd_server.rpc import stream_handler, unary_handler
+from deconvd_server.shared_memory import CallTensors, Lender
 from deconvd_server.streaming import SlicedProblem, deconvolve_slices, gradient_slices
 
 __all__ = ["SERVICE_NAME", "DeconvolutionService"]
@@ -45,6 +46,7 @@ class DeconvolutionService:
     Attributes:
         engines: What computes; None until the devices are ready.
         unix_sockets: Absolute paths of the sockets that it is served on.
+        lender: Lends memory to clients on this host; None if no one does.
 
     Args:
         max_message_bytes: The largest request and the largest response.
@@ -60,6 +62,7 @@ class DeconvolutionService:
         self._instance_id = secrets.token_hex(16)
         self.engines: Engines | None = None
         self.unix_sockets: Sequence[str] = ()
+        self.lender: Lender | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs to serve this."""
@@ -82,16 +85,18 @@ class DeconvolutionService:
         self, request: Envelope[pb.DeconvolveRequest], call: Call
     ) -> Envelope[pb.DeconvolveResponse]:
         """Serve Deconvolve."""
-        asked = Deconvolution.from_message(request.message)
-        x = array_from_message("x", request.message.x, request.raw.get("x"))
-        W = array_from_message("W", request.message.w, request.raw.get("w"))
-        b = None
-        if asked.with_b:
-            b = array_from_message("b", request.message.b, request.raw.get("b"))
-        self._check_result_size(asked.result_bytes)
-        engine = self._ready_engines().least_loaded()
-        y = engine.deconvolve(asked.problem, x, W, b, asked.options, call)
-        return Envelope(pb.DeconvolveResponse(y=_description(y)), {"y": elements_of(y)})
+        message, raw = request.message, request.raw
+        asked = Deconvolution.from_message(message)
+        with CallTensors(self.lender) as tensors:
+            x = tensors.operand("x", message.x, raw.get("x"))
+            W = tensors.operand("W", message.w, raw.get("w"))
+            b = tensors.operand("b", message.b, raw.get("b")) if asked.with_b else None
+            places = tensors.places(message, asked.results)
+            self._check_result_size(asked.results, places)
+            engine = self._ready_engines().least_loaded()
+            y = engine.deconvolve(asked.problem, x, W, b, asked.options, call)
+            described, sent = _delivered(message, {"y": y}, places, call)
+        return Envelope(pb.DeconvolveResponse(**described), sent)
 
     def deconvolve_grad(
         self, request: Envelope[pb.DeconvolveGradRequest], call: Call
@@ -99,13 +104,17 @@ class DeconvolutionService:
         """Serve DeconvolveGrad."""
         message, raw = request.message, request.raw
         asked = Differentiation.from_message(message)
-        x = array_from_message("x", message.x, raw.get("x")) if asked.wanted.gW else None
-        W = array_from_message("W", message.w, raw.get("w")) if asked.wanted.gx else None
-        gy = array_from_message("gy", message.gy, raw.get("gy"))
-        self._check_result_size(asked.result_bytes)
-        engine = self._ready_engines().least_loaded()
-        gradients = engine.gradients(asked.problem, x, W, gy, asked.wanted, asked.options, call)
-        return _gradients_envelope(gradients)
+        with CallTensors(self.lender) as tensors:
+            x = tensors.operand("x", message.x, raw.get("x")) if asked.wanted.gW else None
+            W = tensors.operand("W", message.w, raw.get("w")) if asked.wanted.gx else None
+            gy = tensors.operand("gy", message.gy, raw.get("gy"))
+            places = tensors.places(message, asked.results)
+            self._check_result_size(asked.results, places)
+            engine = self._ready_engines().least_loaded()
+            gradients = engine.gradients(asked.problem, x, W, gy, asked.wanted, asked.options, call)
+            results = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
+            described, sent = _delivered(message, results, places, call)
+        return Envelope(pb.DeconvolveGradResponse(**described), sent)
 
     def deconvolve_stream(
         self, reader: ChunkReader[pb.DeconvolveStreamRequest], call: Call
@@ -162,6 +171,7 @@ class DeconvolutionService:
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             instance_id=self._instance_id,
             unix_sockets=self.unix_sockets,
+            shared_memory_socket="" if self.lender is None else str(self.lender.path),
         )
         return Envelope(info, {})
 
@@ -170,8 +180,11 @@ class DeconvolutionService:
             raise UnavailableError("the server is starting: its device is not ready yet")
         return self.engines
 
-    def _check_result_size(self, result_bytes: int) -> None:
-        """Refuse a result that could not be sent, before it is computed."""
+    def _check_result_size(
+        self, results: Mapping[str, TensorSpec], places: Mapping[str, Array]
+    ) -> None:
+        """Refuse results that could not be sent, before they are computed."""
+        result_bytes = sum(spec.nbytes for field, spec in results.items() if field not in places)
         if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
             raise ExhaustedError(
                 f"the result would have {result_bytes} bytes, and the server sends messages of at "
@@ -184,12 +197,26 @@ def _description(array: Array) -> pb.Tensor:
     return message_from_spec(spec_of(array))
 
 
-def _gradients_envelope(gradients: Gradients) -> Envelope[pb.DeconvolveGradResponse]:
-    by_field = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
-    present = {field: array for field, array in by_field.items() if array is not None}
-    described = {field: _description(array) for field, array in present.items()}
-    raw: dict[str, Buffer] = {field: elements_of(array) for field, array in present.items()}
-    return Envelope(pb.DeconvolveGradResponse(**described), raw)
+def _delivered(
+    request: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
+    results: Mapping[str, Array | None],
+    places: Mapping[str, Array],
+    call: Call,
+) -> tuple[dict[str, pb.Tensor], dict[str, Buffer]]:
+    """Put results into their places; return their messages, and the elements of those without one."""
+    call.check()  # its client may use the places for something else by now
+    described: dict[str, pb.Tensor] = {}
+    sent: dict[str, Buffer] = {}
+    for field, array in results.items():
+        if array is None:
+            continue
+        described[field] = _description(array)
+        if field in places:
+            copy_into(places[field], array)
+            described[field].shared.CopyFrom(getattr(request, f"{field}_place"))
+        else:
+            sent[field] = elements_of(array)
+    return described, sent
 
 
 def _gradients_description(asked: Differentiation) -> pb.DeconvolveGradResponse:

@@ -21,11 +21,11 @@ from deconvd.errors import (
     DeconvdError,
     ExhaustedError,
     InvalidArgumentError,
+    StaleRegionError,
     UnavailableError,
     UnimplementedError,
 )
 from deconvd.problem import TensorSpec, check_extents
-from deconvd.shared_memory import StaleRegionError
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory.link import Link, LinkLostError, NotLentError

@@ -8,8 +8,8 @@ from typing import TypeVar
 import numpy as np
 
 from deconvd.codec import Buffer, Envelope
+from deconvd.errors import StaleRegionError
 from deconvd.problem import TensorSpec
-from deconvd.shared_memory import StaleRegionError
 from deconvd.tensor import Array, array_from_message, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory.borrower import Borrower, SharedCall, SharedResult

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from deconvd.shared_memory import REGION_NAME_BYTES, Answer, StaleRegionError
+from deconvd.errors import StaleRegionError
+from deconvd.shared_memory import REGION_NAME_BYTES, Answer
 from deconvd_server.cache import Entry, Resource
 from deconvd_server.shared_memory.memory import Memory
 

@@ -9,8 +9,8 @@ from types import TracebackType
 from google.protobuf.message import Message
 
 from deconvd.codec import Buffer
+from deconvd.errors import StaleRegionError
 from deconvd.problem import TensorSpec
-from deconvd.shared_memory import StaleRegionError
 from deconvd.tensor import Array, array_from_message, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.shared_memory.lender import Lender
