@@ -13,7 +13,7 @@ import numpy.typing as npt
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients, Wanted
-from deconvd.problem import Problem
+from deconvd.problem import Problem, problem_of
 from deconvd.shared_memory import socket_beside
 from deconvd.tensor import (
     Array,
@@ -243,7 +243,7 @@ def _transport(name: str) -> Transport:
 
 
 def _problem(x: Array, W: Array, b: Array | None, geometry: Geometry) -> Problem:
-    problem = Problem(spec_of(_checked("x", x)), spec_of(_checked("W", W)), geometry)
+    problem = problem_of(spec_of(_checked("x", x)), spec_of(_checked("W", W)), geometry)
     if b is not None:
         problem.check_b(spec_of(_checked("b", b)))
     return problem

@@ -57,8 +57,8 @@ def encode(envelope: Envelope[M]) -> bytes:
     The tensors with elements must be set in the message; elements may be any C-contiguous buffer
     of bytes.
     """
-    if not envelope.raw:
-        return envelope.message.SerializeToString()
+    if sum(map(len, envelope.raw.values())) <= _SMALL_BYTES:
+        return _put_together(envelope).SerializeToString()
     rest = type(envelope.message)()
     rest.CopyFrom(envelope.message)
     pieces: list[Buffer] = [b""]
@@ -154,6 +154,17 @@ def _tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
     if payloads_count > 1:
         raise _UnusualError("several payloads, of which the last counts")
     return b"".join(header), elements
+
+
+def _put_together(envelope: Envelope[M]) -> M:
+    """Return the message that an envelope stands for; it is the envelope's own until it is changed."""
+    message = envelope.message
+    if envelope.raw:
+        message = type(message)()
+        message.CopyFrom(envelope.message)
+        for name, raw in envelope.raw.items():
+            getattr(message, name).raw = bytes(raw)
+    return message
 
 
 def _taken_apart(message: M) -> Envelope[M]:

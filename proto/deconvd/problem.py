@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from deconvd.dtypes import DType, compute_type, element_type
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import MAX_EXTENT, Geometry, Pair
 
-__all__ = ["Problem", "TensorSpec", "check_extents"]
+__all__ = ["Problem", "TensorSpec", "check_extents", "problem_of"]
 
 _MAX_DIMENSIONS_SHOWN = 8
 _MAX_NBYTES = 2**62
@@ -132,6 +133,16 @@ class Problem:
         """Raise InvalidArgumentError unless `gy` can be the gradient of this problem's result."""
         _check_tensor("gy", gy, dimensions=4)
         _check_same("gy", gy, self.y, "the shape and element type of the output")
+
+
+@lru_cache(maxsize=1024)
+def problem_of(x: TensorSpec, W: TensorSpec, geometry: Geometry) -> Problem:
+    """Return the problem of these operands: remembered, since most calls are made again and again.
+
+    Raises:
+        InvalidArgumentError: As `Problem` does.
+    """
+    return Problem(x, W, geometry)
 
 
 def _check_tensor(name: str, spec: TensorSpec, *, dimensions: int) -> None:

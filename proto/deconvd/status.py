@@ -32,7 +32,8 @@ _CLASSES: dict[str, type[DeconvdError]] = {
     if isinstance(value, type) and issubclass(value, DeconvdError)
 }
 # Finer classes than these are known by their name alone: a stranger's NOT_FOUND says nothing of regions.
-_CLASS_BY_STATUS = {cls.status: cls for cls in (DeconvdError, *DeconvdError.__subclasses__())}
+_CLASS_BY_STATUS: dict[str, type[DeconvdError]] = {DeconvdError.status: DeconvdError}
+_CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
 
 
 def status_from_error(error: DeconvdError) -> grpc.Status:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deconvd.gradients import Wanted
 from deconvd.messages import geometry_from_message, options_from_message
 from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 
@@ -71,7 +71,7 @@ class Differentiation:
 
 
 def _problem(message: pb.DeconvolveRequest | pb.DeconvolveGradRequest) -> Problem:
-    return Problem(
+    return problem_of(
         spec_from_message("x", message.x),
         spec_from_message("W", message.w),
         geometry_from_message(message.geometry),
