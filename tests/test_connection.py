@@ -237,19 +237,6 @@ def _until_served(F: Connection) -> Any:
                 raise
 
 
-def test_an_oversized_request_is_told_the_option_to_raise(socket_directory: Path) -> None:
-    x = np.zeros((1, 3, 100, 100), np.float32)
-    with (
-        server_process(
-            socket_directory, "--max-message-bytes", "100000", "--shared-memory-bytes", "0"
-        ) as server,
-        deconvd_client.connect(server.target) as F,
-    ):
-        with pytest.raises(ExhaustedError, match=r"request has 12\d+ bytes.*--max-message-bytes"):
-            F.deconvolution_2d(x, W)
-        assert F.deconvolution_2d(X, W).shape == (2, 2, 6, 7)
-
-
 def test_a_result_beyond_all_memory_is_refused_before_it_is_computed(
     server: ServerProcess,
 ) -> None:

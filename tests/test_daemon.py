@@ -42,7 +42,7 @@ def test_every_address_is_served_and_printed(socket_directory: Path) -> None:
 def test_options_come_from_the_environment_too(socket_directory: Path) -> None:
     environment = {
         "DECONVD_LISTEN": f"unix:{socket_directory}/a.sock unix:{socket_directory}/b.sock",
-        "DECONVD_MAX_MESSAGE_BYTES": "4096",
+        "DECONVD_MAX_MESSAGE_BYTES": "4194304",
         "DECONVD_THREADS": "3",
         "DECONVD_DEVICE": "cpu",
     }
@@ -60,7 +60,7 @@ def test_options_come_from_the_environment_too(socket_directory: Path) -> None:
         process.terminate()
 
     assert all("listening on unix:" in line for line in lines)
-    assert info.max_message_bytes == 4096
+    assert info.max_message_bytes == 4194304
     assert info.devices[0].threads_count == 3
 
 

@@ -43,8 +43,10 @@ class FailingDevice(CpuDevice):
 
 
 @contextmanager
-def served_by(device: CpuDevice) -> Iterator[deconvd_client.Connection]:
-    daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes=1 << 20, drain_timeout_s=10))
+def served_by(
+    device: CpuDevice, max_message_bytes: int = 2 << 20
+) -> Iterator[deconvd_client.Connection]:
+    daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes, drain_timeout_s=10))
     daemon.serve(lambda: [device])
     try:
         with deconvd_client.connect(daemon.addresses[0], timeout_s=30) as connection:
@@ -73,6 +75,52 @@ def test_client_raises_what_the_device_raised(cls: type[DeconvdError]) -> None:
         F.deconvolution_2d(X, W)
 
     assert type(raised.value) is cls
+
+
+class FlakyDevice(CpuDevice):
+    """A device that is unavailable for the first calls."""
+
+    def __init__(self, failures_count: int) -> None:
+        super().__init__(1)
+        self.failures_count = failures_count
+        self.calls_count = 0
+
+    def deconvolve(self, *args: Any) -> Any:
+        self.calls_count += 1
+        if self.calls_count <= self.failures_count:
+            raise errors.UnavailableError("the device is busy")
+        return super().deconvolve(*args)
+
+
+@pytest.mark.parametrize("x", [X, np.ones((60, 2, 128, 128), np.float32)], ids=["small", "stream"])
+def test_a_call_that_finds_the_server_unavailable_is_tried_again(x: Any) -> None:
+    device = FlakyDevice(failures_count=2)
+
+    with served_by(device) as F:
+        y = F.deconvolution_2d(x, W)
+
+    assert y.shape == (len(x), 2, x.shape[2] + 1, x.shape[3] + 1)
+    assert device.calls_count > 2
+
+
+def test_a_server_that_stays_unavailable_is_given_up() -> None:
+    device = FlakyDevice(failures_count=100)
+
+    with served_by(device) as F, pytest.raises(errors.UnavailableError, match="busy"):
+        F.deconvolution_2d(X, W)
+
+    assert device.calls_count == 5
+
+
+def test_an_oversized_request_is_told_the_option_to_raise() -> None:
+    large = np.zeros((1, 2, 100, 160), np.float32)
+
+    with served_by(CpuDevice(1), max_message_bytes=100_000) as F:
+        with pytest.raises(
+            errors.ExhaustedError, match=r"request has 12\d+ bytes.*--max-message-bytes"
+        ):
+            F.deconvolution_2d(large, W)
+        assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
 
 
 def test_details_of_an_error_arrive_with_it() -> None:

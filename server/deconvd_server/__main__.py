@@ -26,6 +26,9 @@ EXIT_DEVICE_LOST = 3
 
 _GIBIBYTE = 1 << 30
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
+_LEAST_MESSAGE_BYTES = 2 << 20
+"""A chunk of a stream, and a small call's operands, must fit."""
+
 _LAST_DRAIN_S = 5.0
 """How long the calls of other devices may take to end once one device is lost."""
 
@@ -82,7 +85,7 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
 )
 @click.option(
     "--max-message-bytes",
-    type=click.IntRange(1024, _GRPC_MAX_MESSAGE_BYTES),
+    type=click.IntRange(_LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
     default=_GIBIBYTE,
     help="The largest request and the largest response.",
 )

@@ -27,6 +27,9 @@ __all__ = ["SLICES_IN_FLIGHT", "SlicedProblem", "deconvolve_slices", "gradient_s
 
 _T = TypeVar("_T")
 
+_SLICE_BYTES = 64 << 20
+"""What every server takes, so that clients need not ask first."""
+
 SLICES_IN_FLIGHT = 2
 """One is computed while the next arrives, and the one before leaves."""
 
@@ -68,8 +71,13 @@ class SlicedProblem:
         sums_bytes = 2 * wide_bytes if wanted and wanted.gW else 0
         return whole.W.nbytes + sums_bytes + (SLICES_IN_FLIGHT + 1) * slice_bytes
 
-    def check_slice(self, limit_bytes: int) -> None:
-        """Raise ExhaustedError if a slice of several samples is larger than `limit_bytes`."""
+    def check_slice(self, message_bytes: int) -> None:
+        """Raise ExhaustedError if a slice of several samples is larger than the contract allows.
+
+        Args:
+            message_bytes: The largest message.
+        """
+        limit_bytes = max(message_bytes, _SLICE_BYTES)
         first = next(self.slices(), self.problem)
         slice_bytes = first.x.nbytes + first.y.nbytes
         if self.slice_samples_count > 1 and slice_bytes > limit_bytes:

@@ -563,8 +563,8 @@ class DeconvolveStreamHeader(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     SLICE_SAMPLES_COUNT_FIELD_NUMBER: _builtins.int
     slice_samples_count: _builtins.int
-    """Samples that are computed at a time, from 1; the last slice MAY have fewer. A slice of x and one of y MUST together
-    fit Limits.message_bytes, unless this is 1.
+    """Samples that are computed at a time, from 1; the last slice MAY have fewer. A slice of x and one of y together MUST NOT
+    have more than 64 MiB, or Limits.message_bytes where that is more, unless this is 1.
     """
     @_builtins.property
     def request(self) -> Global___DeconvolveRequest:
