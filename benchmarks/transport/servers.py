@@ -20,6 +20,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device import CacheState, DeviceInfo
+from deconvd_server.malloc import keep_freed_memory
 
 __all__ = ["LENGTH", "MAX_MESSAGE_BYTES", "METHOD", "SERVERS"]
 
@@ -56,7 +57,8 @@ class EchoDevice:
 
 
 def serve_deconvd(address: str) -> None:
-    """Serve with our own daemon."""
+    """Serve with our own daemon, in a process that is set as the command sets it."""
+    keep_freed_memory()
     daemon = Daemon(
         Settings([address], MAX_MESSAGE_BYTES, drain_timeout_s=1, shared_memory_bytes=4 << 30)
     )

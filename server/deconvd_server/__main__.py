@@ -18,6 +18,7 @@ from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
 from deconvd_server.ends import Drained, Ends
+from deconvd_server.malloc import keep_freed_memory
 
 __all__ = ["EXIT_DEVICE_LOST", "main"]
 
@@ -132,6 +133,7 @@ def main(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    keep_freed_memory()
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     if shared_memory_bytes is None:
