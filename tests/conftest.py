@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 import deconvd_client
+from deconvd_client.shared_memory import Borrower
+from deconvd_server.shared_memory import Lender
+from tests.lenders import lending
 from tests.servers import ServerProcess, server_process
 
 
@@ -47,3 +50,24 @@ def device_F(device_server: ServerProcess) -> Iterator[deconvd_client.Connection
     """A connection to a server on each kind of device in turn."""
     with deconvd_client.connect(device_server.target) as connection:
         yield connection
+
+
+@pytest.fixture
+def path(socket_directory: Path) -> Path:
+    """Where memory is lent."""
+    return socket_directory / "memory"
+
+
+@pytest.fixture
+def lender(path: Path) -> Iterator[Lender]:
+    """A lender of shared memory that must get everything back."""
+    with lending(path) as lender:
+        yield lender
+
+
+@pytest.fixture
+def borrower(path: Path) -> Iterator[Borrower]:
+    """A client of the lender."""
+    borrower = Borrower(lambda: str(path))
+    yield borrower
+    borrower.close()

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,24 +37,6 @@ from tests.lenders import MIB, child, lending
 FLOAT32 = np.dtype(np.float32)
 LARGE = TensorSpec((4, MIB), FLOAT32)
 TIMEOUT_S = 30
-
-
-@pytest.fixture
-def path(socket_directory: Path) -> Path:
-    return socket_directory / "memory"
-
-
-@pytest.fixture
-def lender(path: Path) -> Iterator[Lender]:
-    with lending(path) as lender:
-        yield lender
-
-
-@pytest.fixture
-def borrower(path: Path) -> Iterator[Borrower]:
-    borrower = Borrower(lambda: str(path))
-    yield borrower
-    borrower.close()
 
 
 def seen_by(lender: Lender, borrower: Borrower, array: Array) -> Array:

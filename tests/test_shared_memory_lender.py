@@ -82,17 +82,6 @@ Connect = Callable[..., Peer]
 
 
 @pytest.fixture
-def path(socket_directory: Path) -> Path:
-    return socket_directory / "memory"
-
-
-@pytest.fixture
-def lender(path: Path) -> Iterator[Lender]:
-    with lending(path) as lender:
-        yield lender
-
-
-@pytest.fixture
 def connect(path: Path) -> Iterator[Connect]:
     with ExitStack() as peers:
 

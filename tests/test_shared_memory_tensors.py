@@ -30,24 +30,6 @@ SPEC = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
 
 
-@pytest.fixture
-def path(socket_directory: Path) -> Path:
-    return socket_directory / "memory"
-
-
-@pytest.fixture
-def lender(path: Path) -> Iterator[Lender]:
-    with lending(path) as lender:
-        yield lender
-
-
-@pytest.fixture
-def borrower(path: Path) -> Iterator[Borrower]:
-    borrower = Borrower(lambda: str(path))
-    yield borrower
-    borrower.close()
-
-
 def shared(place: pb.SharedSlice | None) -> pb.Tensor:
     assert place is not None
     message = message_from_spec(SPEC)

@@ -6,6 +6,7 @@ y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
 """
 
 from deconvd import __version__
+from deconvd.cache_state import CacheState
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -18,10 +19,10 @@ from deconvd.errors import (
 )
 from deconvd.gradients import Gradients
 from deconvd_client.connection import Connection, connect
-from deconvd_client.server_info import CacheDescription, DeviceDescription, ServerInfo
+from deconvd_client.server_info import DeviceDescription, ServerInfo
 
 __all__ = [
-    "CacheDescription",
+    "CacheState",
     "CallCancelledError",
     "Connection",
     "DeadlineError",

@@ -4,36 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from deconvd.cache_state import CacheState
 from deconvd.tensor import element_type_from_number
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["CacheDescription", "DeviceDescription", "ServerInfo"]
-
-
-@dataclass(frozen=True, slots=True)
-class CacheDescription:
-    """What a device keeps of one kind between calls.
-
-    Attributes:
-        name: What it keeps: ``plans``.
-        count: Entries.
-        size_bytes: What they take.
-        limit_bytes: What they may take.
-        hits_count: Times that an entry was there when it was asked for.
-        misses_count: Times that it had to be made.
-    """
-
-    name: str
-    count: int
-    size_bytes: int
-    limit_bytes: int
-    hits_count: int
-    misses_count: int
-
-    @classmethod
-    def from_message(cls, message: pb.Cache) -> CacheDescription:
-        """Return what a message says."""
-        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+__all__ = ["DeviceDescription", "ServerInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +35,7 @@ class DeviceDescription:
     used_bytes: int
     running_calls_count: int
     waiting_calls_count: int
-    caches: tuple[CacheDescription, ...]
+    caches: tuple[CacheState, ...]
 
     @classmethod
     def from_message(cls, message: pb.Device) -> DeviceDescription:
@@ -70,7 +45,7 @@ class DeviceDescription:
             for field in fields(cls)
             if field.name != "caches"
         }
-        return cls(**plain, caches=tuple(map(CacheDescription.from_message, message.caches)))
+        return cls(**plain, caches=tuple(map(CacheState.from_message, message.caches)))
 
 
 @dataclass(frozen=True, slots=True)

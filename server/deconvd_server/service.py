@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict
+from contextlib import contextmanager
 
 import grpc
 
@@ -15,6 +15,8 @@ from deconvd.codec import Buffer, Envelope
 from deconvd.copying import copy_into
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import ExhaustedError, UnavailableError
+from deconvd.gradients import Wanted
+from deconvd.options import Options
 from deconvd.problem import TensorSpec
 from deconvd.tensor import (
     Array,
@@ -30,7 +32,7 @@ from deconvd_server.engine import Engine, Engines
 from deconvd_server.requests import Deconvolution, Differentiation
 from deconvd_server.rpc import stream_handler, unary_handler
 from deconvd_server.shared_memory import CallTensors, Lender
-from deconvd_server.streaming import SlicedProblem, deconvolve_slices, gradient_slices
+from deconvd_server.streaming import SlicedProblem, Slices
 
 __all__ = ["SERVICE_NAME", "DeconvolutionService"]
 
@@ -122,21 +124,11 @@ class DeconvolutionService:
         """Serve DeconvolveStream."""
         header = reader.header().header
         asked = Deconvolution.from_message(header.request)
+        described = pb.DeconvolveResponse(y=message_from_spec(asked.problem.y))
         sliced = SlicedProblem(asked.problem, header.slice_samples_count)
-        sliced.check_slice(self._max_message_bytes)
-        engine = self._ready_engines().least_loaded()
-        with self._streams.admitted(sliced.footprint_bytes(None), call):
-            y = pb.DeconvolveResponse(y=message_from_spec(asked.problem.y))
-            yield pb.DeconvolveStreamResponse(header=y).SerializeToString()
-            yield from deconvolve_slices(
-                sliced,
-                reader,
-                with_b=asked.with_b,
-                options=asked.options,
-                engine=engine,
-                executor=self._executor,
-                call=call,
-            )
+        with self._admitted(sliced, None, asked.options, call) as slices:
+            yield pb.DeconvolveStreamResponse(header=described).SerializeToString()
+            yield from slices.y(reader, with_b=asked.with_b)
 
     def deconvolve_grad_stream(
         self, reader: ChunkReader[pb.DeconvolveGradStreamRequest], call: Call
@@ -144,21 +136,22 @@ class DeconvolutionService:
         """Serve DeconvolveGradStream."""
         header = reader.header().header
         asked = Differentiation.from_message(header.request)
+        results = {field: message_from_spec(spec) for field, spec in asked.results.items()}
+        described = pb.DeconvolveGradResponse(**results)
         sliced = SlicedProblem(asked.problem, header.slice_samples_count)
+        with self._admitted(sliced, asked.wanted, asked.options, call) as slices:
+            yield pb.DeconvolveGradStreamResponse(header=described).SerializeToString()
+            yield from slices.gradients(reader, asked.wanted)
+
+    @contextmanager
+    def _admitted(
+        self, sliced: SlicedProblem, wanted: Wanted | None, options: Options, call: Call
+    ) -> Iterator[Slices]:
+        """Give the block a place among the streams, and an engine for its slices."""
         sliced.check_slice(self._max_message_bytes)
         engine = self._ready_engines().least_loaded()
-        with self._streams.admitted(sliced.footprint_bytes(asked.wanted), call):
-            gradients = _gradients_description(asked)
-            yield pb.DeconvolveGradStreamResponse(header=gradients).SerializeToString()
-            yield from gradient_slices(
-                sliced,
-                reader,
-                wanted=asked.wanted,
-                options=asked.options,
-                engine=engine,
-                executor=self._executor,
-                call=call,
-            )
+        with self._streams.admitted(sliced.footprint_bytes(wanted), call):
+            yield Slices(sliced, options, engine, self._executor, call)
 
     def get_server_info(
         self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
@@ -219,15 +212,6 @@ def _delivered(
     return described, sent
 
 
-def _gradients_description(asked: Differentiation) -> pb.DeconvolveGradResponse:
-    problem, wanted = asked.problem, asked.wanted
-    return pb.DeconvolveGradResponse(
-        gx=message_from_spec(problem.x) if wanted.gx else None,
-        gw=message_from_spec(problem.W) if wanted.gW else None,
-        gb=message_from_spec(problem.b) if wanted.gb else None,
-    )
-
-
 def _device_message(engine: Engine) -> pb.Device:
     info, load = engine.info, engine.load
     return pb.Device(
@@ -239,5 +223,5 @@ def _device_message(engine: Engine) -> pb.Device:
         used_bytes=load.used_bytes,
         running_calls_count=load.running_count,
         waiting_calls_count=load.waiting_count,
-        caches=[pb.Cache(**asdict(cache)) for cache in engine.caches],
+        caches=[cache.as_message() for cache in engine.caches],
     )

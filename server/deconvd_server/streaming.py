@@ -23,7 +23,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.call import Call
 from deconvd_server.engine import Engine
 
-__all__ = ["SLICES_IN_FLIGHT", "SlicedProblem", "deconvolve_slices", "gradient_slices"]
+__all__ = ["SLICES_IN_FLIGHT", "SlicedProblem", "Slices"]
 
 _T = TypeVar("_T")
 
@@ -87,57 +87,66 @@ class SlicedProblem:
             )
 
 
-def deconvolve_slices(
-    sliced: SlicedProblem,
-    reader: ChunkReader[pb.DeconvolveStreamRequest],
-    *,
-    with_b: bool,
-    options: Options,
-    engine: Engine,
-    executor: Executor,
-    call: Call,
-) -> Iterator[bytes]:
-    """Yield the chunks of y while those of x arrive. Raises as `Engine.deconvolve` and `reader` do."""
-    W = reader.read("W", sliced.problem.W)
-    b = reader.read("b", sliced.problem.b) if with_b else None
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The slices of one call, computed as they arrive.
 
-    def begun() -> Iterator[Future[Array]]:
-        for problem in sliced.slices():
-            x = reader.read("x", problem.x)
-            yield executor.submit(engine.deconvolve, problem, x, W, b, options, call)
-        reader.expect_end()
+    Attributes:
+        executor: Has a thread for each slice in flight.
+    """
 
-    for y in _in_flight(begun(), call):
-        yield from chunks_of(y)
+    sliced: SlicedProblem
+    options: Options
+    engine: Engine
+    executor: Executor
+    call: Call
 
+    def y(
+        self, reader: ChunkReader[pb.DeconvolveStreamRequest], *, with_b: bool
+    ) -> Iterator[bytes]:
+        """Yield the chunks of y while those of x arrive.
 
-def gradient_slices(
-    sliced: SlicedProblem,
-    reader: ChunkReader[pb.DeconvolveGradStreamRequest],
-    *,
-    wanted: Wanted,
-    options: Options,
-    engine: Engine,
-    executor: Executor,
-    call: Call,
-) -> Iterator[bytes]:
-    """Yield the chunks of gx while those of x and gy arrive, then those of gW and gb."""
-    W = reader.read("W", sliced.problem.W) if wanted.gx else None
-    sums = _Sums(sliced.problem, wanted)
+        Raises as `reader` and `Engine.deconvolve` do.
+        """
+        whole = self.sliced.problem
+        W = reader.read("W", whole.W)
+        b = reader.read("b", whole.b) if with_b else None
 
-    def begun() -> Iterator[Future[Gradients]]:
-        for problem in sliced.slices():
-            x = reader.read("x", problem.x) if wanted.gW else None
-            gy = reader.read("gy", problem.y)
-            yield executor.submit(engine.gradients, problem, x, W, gy, wanted, options, call)
-        reader.expect_end()
+        def begun() -> Iterator[Future[Array]]:
+            for problem in self.sliced.slices():
+                x = reader.read("x", problem.x)
+                arguments = (problem, x, W, b, self.options, self.call)
+                yield self.executor.submit(self.engine.deconvolve, *arguments)
+            reader.expect_end()
 
-    for gradients in _in_flight(begun(), call):
-        sums.add(gradients)
-        if gradients.gx is not None:
-            yield from chunks_of(gradients.gx)
-    for total in sums.totals():
-        yield from chunks_of(total)
+        for y in _in_flight(begun(), self.call):
+            yield from chunks_of(y)
+
+    def gradients(
+        self, reader: ChunkReader[pb.DeconvolveGradStreamRequest], wanted: Wanted
+    ) -> Iterator[bytes]:
+        """Yield the chunks of gx while those of x and gy arrive, then those of gW and gb.
+
+        Raises as `reader` and `Engine.gradients` do.
+        """
+        whole = self.sliced.problem
+        W = reader.read("W", whole.W) if wanted.gx else None
+        sums = _Sums(whole, wanted)
+
+        def begun() -> Iterator[Future[Gradients]]:
+            for problem in self.sliced.slices():
+                x = reader.read("x", problem.x) if wanted.gW else None
+                gy = reader.read("gy", problem.y)
+                arguments = (problem, x, W, gy, wanted, self.options, self.call)
+                yield self.executor.submit(self.engine.gradients, *arguments)
+            reader.expect_end()
+
+        for gradients in _in_flight(begun(), self.call):
+            sums.add(gradients)
+            if gradients.gx is not None:
+                yield from chunks_of(gradients.gx)
+        for total in sums.totals():
+            yield from chunks_of(total)
 
 
 class _Sums:

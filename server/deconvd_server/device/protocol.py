@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from deconvd.cache_state import CacheState
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem
@@ -34,27 +35,6 @@ class DeviceInfo:
     threads_count: int
     budget_bytes: int
     calls_count: int
-
-
-@dataclass(frozen=True, slots=True)
-class CacheState:
-    """What a device keeps of one kind between calls.
-
-    Attributes:
-        name: What it keeps: ``plans``.
-        count: Entries.
-        size_bytes: What they take.
-        limit_bytes: What they may take.
-        hits_count: Times that an entry was there when it was asked for.
-        misses_count: Times that it had to be made.
-    """
-
-    name: str
-    count: int
-    size_bytes: int
-    limit_bytes: int
-    hits_count: int
-    misses_count: int
 
 
 class Device(Protocol):
