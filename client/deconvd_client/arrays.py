@@ -43,7 +43,8 @@ def save(path: Path, array: Array) -> None:
 def save_all(path: Path, by_name: Mapping[str, Array | None]) -> None:
     """Write those arrays that are not None to an .npz file, in the manner of `save`."""
     present = {name: array for name, array in by_name.items() if array is not None}
-    _replace(path, lambda file: np.savez(file, **present))
+    # numpy 1.26 takes every keyword for an array, and later ones have one that is none
+    _replace(path, lambda file: np.savez(file, **present))  # type: ignore[arg-type]
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
