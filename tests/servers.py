@@ -5,12 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ServerProcess", "server_process"]
+from deconvd.tensor import Array
+from deconvd_client import Connection, UnavailableError
+
+__all__ = ["ServerProcess", "call_until_served", "server_process"]
 
 _END_TIMEOUT_S = 30
 
@@ -63,3 +67,14 @@ def server_process(
         process.kill()
         process.wait()
         process.communicate()
+
+
+def call_until_served(F: Connection, x: Array, W: Array) -> Array:
+    """Call until the server is there: its start takes longer than the retries of one call."""
+    deadline_s = time.monotonic() + _END_TIMEOUT_S
+    while True:
+        try:
+            return F.deconvolution_2d(x, W)
+        except UnavailableError:
+            if time.monotonic() > deadline_s:
+                raise

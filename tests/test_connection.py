@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from deconvd_client import (
     InvalidArgumentError,
     UnavailableError,
 )
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, call_until_served, server_process
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((2, 3, 4, 5)).astype(np.float32)
@@ -221,20 +220,9 @@ def test_a_call_waits_out_the_start_of_its_server(socket_directory: Path) -> Non
         deconvd_client.connect(f"unix:{socket_directory}/deconvd.sock") as F,
         ThreadPoolExecutor(1) as caller,
     ):
-        early = caller.submit(_until_served, F)
+        early = caller.submit(call_until_served, F, X, W)
         with server_process(socket_directory):
             assert early.result(timeout=60).shape == (2, 2, 6, 7)
-
-
-def _until_served(F: Connection) -> Any:
-    """Call until the retries of one call reach the server: its start takes longer than they do."""
-    deadline_s = time.monotonic() + 60
-    while True:
-        try:
-            return F.deconvolution_2d(X, W)
-        except UnavailableError:
-            if time.monotonic() > deadline_s:
-                raise
 
 
 def test_a_result_beyond_all_memory_is_refused_before_it_is_computed(

@@ -42,6 +42,10 @@ def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
         target,
         options=[
             *TRANSPORT_OPTIONS,
+            # By default a second, then ever more, up to two minutes: longer than any retry.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             # A request larger than this would not be retried; the buffer only holds references.
