@@ -286,7 +286,7 @@ def test_a_wrong_target_is_refused(target: Any) -> None:
         deconvd_client.connect(target)
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
 def test_a_timeout_must_be_positive(timeout_s: float) -> None:
     with pytest.raises(InvalidArgumentError, match="timeout_s must be positive"):
         deconvd_client.connect("gpu-host:50051", timeout_s=timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -46,8 +47,8 @@ def connect(
         target: ``host:port`` or ``unix:path``.
         timeout_s: How long each call may take, its retries included.
         max_message_bytes: The largest response to accept.
-        transport: ``auto`` for the nearest way that works, such as a Unix socket if the server is on
-            this host; ``target`` for the target and no other way.
+        transport: ``auto`` for the nearest way that works: on the server's host that is shared
+            memory, and its Unix socket; ``target`` for messages to the target and no other way.
 
     Raises:
         InvalidArgumentError: An argument is out of its range.
@@ -69,9 +70,9 @@ class Connection:
     def __init__(
         self, target: str, *, timeout_s: float, max_message_bytes: int, transport: str
     ) -> None:
-        if not timeout_s > 0:
+        if not 0 < timeout_s < math.inf:
             raise InvalidArgumentError(
-                f"timeout_s must be positive, got {timeout_s}", argument="timeout_s"
+                f"timeout_s must be positive and finite, got {timeout_s}", argument="timeout_s"
             )
         self.target = target
 
