@@ -20,8 +20,8 @@ from deconvd_client.stub import Stub
 
 __all__ = ["deconvolve", "gradients"]
 
-_MAX_UNARY_BYTES: Final = 1 << 20
-"""Operands and results together: above it a stream is faster."""
+_MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
+"""Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
 
 _SLICE_BYTES: Final = 8 << 20
 """Operands and results of a slice: enough to keep a GPU busy, little enough to flow."""

@@ -27,8 +27,8 @@ EXIT_DEVICE_LOST = 3
 
 _GIBIBYTE = 1 << 30
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
-_LEAST_MESSAGE_BYTES = 2 << 20
-"""A chunk of a stream, and a small call's operands, must fit."""
+_LEAST_MESSAGE_BYTES = 4 << 20
+"""What clients send in one message, gRPC's own default, must fit."""
 
 _LAST_DRAIN_S = 5.0
 """How long the calls of other devices may take to end once one device is lost."""
