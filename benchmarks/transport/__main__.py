@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import numpy as np
 
+from benchmarks.commit import commit
 from benchmarks.transport.paths import PATHS, RoundTrip
 from deconvd.tensor import Array
 
@@ -26,7 +30,12 @@ def main(sizes: Sequence[int], names: Sequence[str], json_file: Path | None) -> 
     """Time round trips of so many bytes there and the same back, by each path in turn."""
     rows = [row for name in names or PATHS for row in _rows(name, sizes)]
     if json_file is not None:
-        json_file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        about = {
+            "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+            "commit": commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        json_file.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     _print_table(rows, sizes)
 
 
