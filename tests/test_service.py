@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any, cast
 
 import grpc
@@ -121,6 +124,47 @@ def test_an_oversized_request_is_told_the_option_to_raise() -> None:
         ):
             F.deconvolution_2d(large, W)
         assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
+
+
+class BlockedDevice(CpuDevice):
+    """A device whose calls wait until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.let_go = threading.Event()
+
+    def deconvolve(self, *args: Any) -> Any:
+        assert self.let_go.wait(60)
+        return super().deconvolve(*args)
+
+
+def test_health_is_answered_while_every_place_is_taken_on_every_device() -> None:
+    devices = [BlockedDevice() for _ in range(3)]
+    daemon = Daemon(Settings(["127.0.0.1:0"], 1 << 20, drain_timeout_s=60))
+    daemon.serve(lambda: devices)
+    request = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W))
+    with (
+        grpc.insecure_channel(daemon.addresses[0]) as channel,
+        deconvd_client.connect(daemon.addresses[0], timeout_s=30) as F,
+    ):
+        rpc = pb_grpc.DeconvolutionServiceStub(channel).Deconvolve
+        calls = [rpc.future(request) for _ in range(300)]
+        ended = SimpleQueue[Any]()
+        for call in calls:
+            call.add_done_callback(ended.put)
+        for _ in range(300 - 3 * (2 + 32)):
+            assert ended.get(timeout=60).code() is grpc.StatusCode.UNAVAILABLE
+        loads = [(d.running_calls_count, d.waiting_calls_count) for d in F.server_info().devices]
+        health = F.health()
+        for device in devices:
+            device.let_go.set()
+        codes = Counter(call.code() for call in calls)
+    daemon.drain()
+
+    # 2 run and 32 wait on each device: whoever comes after them is refused, and they are served
+    assert loads == [(2, 32)] * 3
+    assert health == "SERVING"
+    assert codes[grpc.StatusCode.OK] == 3 * (2 + 32)
 
 
 def test_details_of_an_error_arrive_with_it() -> None:

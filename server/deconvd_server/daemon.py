@@ -32,8 +32,10 @@ __all__ = ["Daemon", "Settings", "State"]
 _WAITING_CALLS_COUNT = 96
 _STREAMS_COUNT = 16
 _WAITING_STREAMS_COUNT = 16
-_HANDLER_THREADS_COUNT = 192
-"""More than the calls and streams that run and wait, so that health is answered whatever the load."""
+_HANDLER_THREADS_COUNT = 1024
+"""More than the calls and streams that run and wait, so that health is answered whatever the load:
+those that run are one for each processor, or a few for each card. Threads are made as they are needed.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +102,8 @@ class Daemon:
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
         """Open the devices and serve calls with them; return once it can."""
-        engines = Engines(open_devices(), waiting_count=_WAITING_CALLS_COUNT)
+        devices = open_devices()
+        engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
         self._service.lender = self._lend()
         with self._lock:
             self._service.engines = engines
@@ -122,8 +125,8 @@ class Daemon:
         # A watcher of health would keep the server from stopping for as long as it cares to watch.
         self._health.end_watches()
         stopped.wait()
-        self._slices.shutdown()
         self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
+        self._slices.shutdown()
         for address in self.addresses:
             release(address)
         if self._service.lender is not None:

@@ -10,6 +10,7 @@ input and output channels; h_I, w_I, h_K, w_K, h_O, w_O the sizes of the input i
 Statuses, for every RPC:
 
   INVALID_ARGUMENT    The request can never succeed. A google.rpc.BadRequest detail names each field at fault.
+  NOT_FOUND           Memory that the request names is not lent, or no longer (see SharedSlice). Send what lay there.
   RESOURCE_EXHAUSTED  The message, the result or the memory it needs is over a limit (see Limits). Send less.
   UNAVAILABLE         The server is starting, draining or full. Try again; google.rpc.RetryInfo MAY say when.
   DEADLINE_EXCEEDED   The caller's deadline passed. The server has stopped, or will soon stop, the work.
