@@ -10,7 +10,9 @@ input and output channels; h_I, w_I, h_K, w_K, h_O, w_O the sizes of the input i
 Statuses, for every RPC:
 
   INVALID_ARGUMENT    The request can never succeed. A google.rpc.BadRequest detail names each field at fault.
-  NOT_FOUND           Memory that the request names is not lent, or no longer (see SharedSlice). Send what lay there.
+  NOT_FOUND           Memory, a tensor or a session that the request names is not there, or no longer (see SharedSlice,
+                      Resident, Digest and HoldSession). A google.rpc.ResourceInfo detail names the field. Send what
+                      lay there.
   RESOURCE_EXHAUSTED  The message, the result or the memory it needs is over a limit (see Limits). Send less.
   UNAVAILABLE         The server is starting, draining or full. Try again; google.rpc.RetryInfo MAY say when.
   DEADLINE_EXCEEDED   The caller's deadline passed. The server has stopped, or will soon stop, the work.
@@ -108,6 +110,8 @@ class Tensor(_message.Message):
     ELEMENT_TYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
     element_type: Global___ElementType.ValueType
     raw: _builtins.bytes
@@ -122,19 +126,29 @@ class Tensor(_message.Message):
     def shared(self) -> Global___SharedSlice:
         """The elements lie in memory that the server lends to the client."""
 
+    @_builtins.property
+    def resident(self) -> Global___Resident:
+        """The server keeps the tensor. Its element type and shape MUST be those that it was kept with."""
+
+    @_builtins.property
+    def digest(self) -> Global___Digest:
+        """The server may have the elements; see there."""
+
     def __init__(
         self,
         *,
         element_type: Global___ElementType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         shared: Global___SharedSlice | None = ...,
+        resident: Global___Resident | None = ...,
+        digest: Global___Digest | None = ...,
         raw: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "raw", b"raw", "shared", b"shared"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "payload", b"payload", "raw", b"raw", "resident", b"resident", "shared", b"shared"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_type", b"element_type", "payload", b"payload", "raw", b"raw", "shape", b"shape", "shared", b"shared"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "element_type", b"element_type", "payload", b"payload", "raw", b"raw", "resident", b"resident", "shape", b"shape", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["shared", "raw"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["shared", "resident", "digest", "raw"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -178,6 +192,63 @@ class SharedSlice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SharedSlice: _TypeAlias = SharedSlice  # noqa: Y015
+
+@_typing.final
+class Resident(_message.Message):
+    """A tensor that the server keeps for a session. It can be used by every session of the same tenant, and is never changed.
+
+    A server that does not have it MUST answer NOT_FOUND: it was dropped, its session has ended, the server was started anew or
+    ran short of memory, or another server was meant. Who cannot tell, for want of the right tenant, gets the same answer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    handle: _builtins.bytes
+    """A secret of 16 bytes, which the client was told when the tensor was kept."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resident: _TypeAlias = Resident  # noqa: Y015
+
+@_typing.final
+class Digest(_message.Message):
+    """Elements by what they are: whoever has sent them before, in any session of the same tenant, need not send them again.
+
+    In a unary call the server answers NOT_FOUND if it does not have them. In a stream it asks for them (see Missing). Either
+    way they are sent at most once: what is sent for a digest is kept for the tenant, until it is displaced by what was used
+    more recently or the tenant's last session ends. A server MUST compare what it is sent with the digest.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLAKE3_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    blake3: _builtins.bytes
+    """BLAKE3 of the elements as they are in Tensor.raw: 32 bytes."""
+    size_bytes: _builtins.int
+    """Their number of bytes."""
+    def __init__(
+        self,
+        *,
+        blake3: _builtins.bytes = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blake3", b"blake3", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Digest: _TypeAlias = Digest  # noqa: Y015
 
 @_typing.final
 class Pair(_message.Message):
@@ -338,6 +409,13 @@ class DeconvolveRequest(_message.Message):
     GEOMETRY_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     Y_PLACE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    KEEP_Y_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """The session in which residents and digests are looked up and tensors kept. MAY be left out where there are none."""
+    keep_y: _builtins.bool
+    """Keep y for the session rather than send it: the response carries it as `resident`."""
     @_builtins.property
     def x(self) -> Global___Tensor:
         """(n, c_I, h_I, w_I)"""
@@ -358,6 +436,10 @@ class DeconvolveRequest(_message.Message):
     def y_place(self) -> Global___SharedSlice:
         """Where to put y: the response then carries it as `shared` with this slice. Absent: it carries it as `raw`."""
 
+    @_builtins.property
+    def keep(self) -> Global___OperandsToKeep:
+        """Which operands to keep for the session."""
+
     def __init__(
         self,
         *,
@@ -367,14 +449,78 @@ class DeconvolveRequest(_message.Message):
         geometry: Global___Geometry | None = ...,
         options: Global___Options | None = ...,
         y_place: Global___SharedSlice | None = ...,
+        session: _builtins.bytes = ...,
+        keep: Global___OperandsToKeep | None = ...,
+        keep_y: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "options", b"options", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "options", b"options", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "options", b"options", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "keep_y", b"keep_y", "options", b"options", "session", b"session", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeconvolveRequest: _TypeAlias = DeconvolveRequest  # noqa: Y015
+
+@_typing.final
+class OperandsToKeep(_message.Message):
+    """Which operands a call is to keep beyond its end; the response says under which handles. One that is resident already, and one
+    that is left out or a description, stays as it is and gets no handle.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    X_FIELD_NUMBER: _builtins.int
+    W_FIELD_NUMBER: _builtins.int
+    B_FIELD_NUMBER: _builtins.int
+    x: _builtins.bool
+    w: _builtins.bool
+    b: _builtins.bool
+    def __init__(
+        self,
+        *,
+        x: _builtins.bool = ...,
+        w: _builtins.bool = ...,
+        b: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "w", b"w", "x", b"x"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperandsToKeep: _TypeAlias = OperandsToKeep  # noqa: Y015
+
+@_typing.final
+class KeptOperands(_message.Message):
+    """The handles of operands that a call has kept. In a stream they come with the header, and are good once the call has ended
+    with OK.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    X_FIELD_NUMBER: _builtins.int
+    W_FIELD_NUMBER: _builtins.int
+    B_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def x(self) -> Global___Resident: ...
+    @_builtins.property
+    def w(self) -> Global___Resident: ...
+    @_builtins.property
+    def b(self) -> Global___Resident: ...
+    def __init__(
+        self,
+        *,
+        x: Global___Resident | None = ...,
+        w: Global___Resident | None = ...,
+        b: Global___Resident | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "w", b"w", "x", b"x"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "w", b"w", "x", b"x"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeptOperands: _TypeAlias = KeptOperands  # noqa: Y015
 
 @_typing.final
 class DeconvolveResponse(_message.Message):
@@ -383,18 +529,24 @@ class DeconvolveResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     Y_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def y(self) -> Global___Tensor:
         """(n, c_O, h_O, w_O), of x's element type."""
+
+    @_builtins.property
+    def kept(self) -> Global___KeptOperands:
+        """Those that DeconvolveRequest.keep asked for."""
 
     def __init__(
         self,
         *,
         y: Global___Tensor | None = ...,
+        kept: Global___KeptOperands | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["y", b"y"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "y", b"y"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["y", b"y"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "y", b"y"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,6 +594,10 @@ class DeconvolveGradRequest(_message.Message):
     GX_PLACE_FIELD_NUMBER: _builtins.int
     GW_PLACE_FIELD_NUMBER: _builtins.int
     GB_PLACE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """As in DeconvolveRequest."""
     @_builtins.property
     def x(self) -> Global___Tensor:
         """(n, c_I, h_I, w_I). May be a description unless gw is wanted."""
@@ -470,6 +626,10 @@ class DeconvolveGradRequest(_message.Message):
     def gw_place(self) -> Global___SharedSlice: ...
     @_builtins.property
     def gb_place(self) -> Global___SharedSlice: ...
+    @_builtins.property
+    def keep(self) -> Global___GradientMask:
+        """Of those wanted, the ones to keep for the session rather than send."""
+
     def __init__(
         self,
         *,
@@ -482,10 +642,12 @@ class DeconvolveGradRequest(_message.Message):
         gx_place: Global___SharedSlice | None = ...,
         gw_place: Global___SharedSlice | None = ...,
         gb_place: Global___SharedSlice | None = ...,
+        session: _builtins.bytes = ...,
+        keep: Global___GradientMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "session", b"session", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,7 +696,10 @@ class DeconvolveStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
+    MISSING_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    missing_chunk: _builtins.bytes
+    """The next elements of what the server found missing; not empty."""
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw; not empty."""
     @_builtins.property
@@ -543,13 +708,14 @@ class DeconvolveStreamRequest(_message.Message):
         self,
         *,
         header: Global___DeconvolveStreamHeader | None = ...,
+        missing_chunk: _builtins.bytes = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "missing_chunk", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -569,7 +735,7 @@ class DeconvolveStreamHeader(_message.Message):
     """
     @_builtins.property
     def request(self) -> Global___DeconvolveRequest:
-        """Its tensors are descriptions."""
+        """Its tensors are descriptions, whose elements follow, or resident, or digests."""
 
     def __init__(
         self,
@@ -591,25 +757,31 @@ class DeconvolveStreamResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MISSING_FIELD_NUMBER: _builtins.int
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw; not empty."""
     @_builtins.property
+    def missing(self) -> Global___Missing:
+        """Comes before the header, if at all."""
+
+    @_builtins.property
     def header(self) -> Global___DeconvolveResponse:
-        """Its tensor is a description."""
+        """Its tensor is a description, or resident: then no elements follow."""
 
     def __init__(
         self,
         *,
+        missing: Global___Missing | None = ...,
         header: Global___DeconvolveResponse | None = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["missing", "header", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -622,7 +794,10 @@ class DeconvolveGradStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
+    MISSING_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    missing_chunk: _builtins.bytes
+    """The next elements of what the server found missing; not empty."""
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw; not empty."""
     @_builtins.property
@@ -631,13 +806,14 @@ class DeconvolveGradStreamRequest(_message.Message):
         self,
         *,
         header: Global___DeconvolveGradStreamHeader | None = ...,
+        missing_chunk: _builtins.bytes = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "missing_chunk", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -655,7 +831,7 @@ class DeconvolveGradStreamHeader(_message.Message):
     """As in DeconvolveStreamHeader, for x, gy and gx together."""
     @_builtins.property
     def request(self) -> Global___DeconvolveGradRequest:
-        """Its tensors are descriptions."""
+        """As in DeconvolveStreamHeader."""
 
     def __init__(
         self,
@@ -677,18 +853,139 @@ class DeconvolveGradStreamResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MISSING_FIELD_NUMBER: _builtins.int
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw; not empty."""
     @_builtins.property
+    def missing(self) -> Global___Missing:
+        """Comes before the header, if at all."""
+
+    @_builtins.property
     def header(self) -> Global___DeconvolveGradResponse:
-        """Its tensors are descriptions."""
+        """Its tensors are descriptions, or resident: their elements do not follow."""
 
     def __init__(
         self,
         *,
+        missing: Global___Missing | None = ...,
         header: Global___DeconvolveGradResponse | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["missing", "header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___DeconvolveGradStreamResponse: _TypeAlias = DeconvolveGradStreamResponse  # noqa: Y015
+
+@_typing.final
+class Missing(_message.Message):
+    """What the server lacks of the tensors that a stream's header gave by digest.
+
+    A stream's first response is this if anything is missing, and the header if not; the server sends it as soon as it has the
+    request's header. The client MAY send chunks in the meantime, but no more than 64 MiB of elements. Once it has this it MUST
+    send the elements of these tensors as missing chunks, in this order and without gaps, before any other chunk.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of fields of the request: "w", "b"."""
+
+    def __init__(
+        self,
+        *,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Missing: _TypeAlias = Missing  # noqa: Y015
+
+@_typing.final
+class HoldSessionRequest(_message.Message):
+    """The client's side of a session: the first message opens or resumes one; fields of later ones are ignored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    TENANT_KEY_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """The name of a session to resume; empty to open one."""
+    tenant_key: _builtins.bytes
+    """A secret, of up to 64 bytes. All who tell the same are one tenant: they have one quota, can use each other's residents and
+    find what another of them sent by its digest. Empty: the session is a tenant of its own.
+    """
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        tenant_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "tenant_key", b"tenant_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldSessionRequest: _TypeAlias = HoldSessionRequest  # noqa: Y015
+
+@_typing.final
+class HoldSessionResponse(_message.Message):
+    """The server's side of a session; there is one message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """Its name: a secret of 16 bytes."""
+    lease_s: _builtins.float
+    """How long, in seconds, the session outlives the client's last sign of life."""
+    quota_bytes: _builtins.int
+    """What the tenant may keep, in all its sessions together."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        lease_s: _builtins.float = ...,
+        quota_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "quota_bytes", b"quota_bytes", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldSessionResponse: _TypeAlias = HoldSessionResponse  # noqa: Y015
+
+@_typing.final
+class PutTensorRequest(_message.Message):
+    """A part of the request of PutTensor: the header first, then chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next elements, as in Tensor.raw; not empty."""
+    @_builtins.property
+    def header(self) -> Global___PutTensorHeader: ...
+    def __init__(
+        self,
+        *,
+        header: Global___PutTensorHeader | None = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
@@ -699,7 +996,162 @@ class DeconvolveGradStreamResponse(_message.Message):
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
-Global___DeconvolveGradStreamResponse: _TypeAlias = DeconvolveGradStreamResponse  # noqa: Y015
+Global___PutTensorRequest: _TypeAlias = PutTensorRequest  # noqa: Y015
+
+@_typing.final
+class PutTensorHeader(_message.Message):
+    """Describes what follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """For which it is kept."""
+    @_builtins.property
+    def tensor(self) -> Global___Tensor:
+        """A description, or shared: then no elements follow."""
+
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        tensor: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutTensorHeader: _TypeAlias = PutTensorHeader  # noqa: Y015
+
+@_typing.final
+class PutTensorResponse(_message.Message):
+    """How the tensor is called from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def resident(self) -> Global___Resident: ...
+    def __init__(
+        self,
+        *,
+        resident: Global___Resident | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resident", b"resident"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resident", b"resident"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutTensorResponse: _TypeAlias = PutTensorResponse  # noqa: Y015
+
+@_typing.final
+class GetTensorRequest(_message.Message):
+    """Asks for a tensor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """Of the tensor's tenant."""
+    @_builtins.property
+    def resident(self) -> Global___Resident: ...
+    @_builtins.property
+    def place(self) -> Global___SharedSlice:
+        """Where to put the elements; absent: they are sent."""
+
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        resident: Global___Resident | None = ...,
+        place: Global___SharedSlice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "resident", b"resident"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "resident", b"resident", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTensorRequest: _TypeAlias = GetTensorRequest  # noqa: Y015
+
+@_typing.final
+class GetTensorResponse(_message.Message):
+    """A part of the response of GetTensor: the header first, then chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next elements, as in Tensor.raw; not empty."""
+    @_builtins.property
+    def header(self) -> Global___Tensor:
+        """A description, or shared: then no elements follow."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___Tensor | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___GetTensorResponse: _TypeAlias = GetTensorResponse  # noqa: Y015
+
+@_typing.final
+class DropTensorsRequest(_message.Message):
+    """Names what is to be dropped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    RESIDENTS_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """For which they are kept."""
+    @_builtins.property
+    def residents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resident]: ...
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        residents: _abc.Iterable[Global___Resident] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["residents", b"residents", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropTensorsRequest: _TypeAlias = DropTensorsRequest  # noqa: Y015
+
+@_typing.final
+class DropTensorsResponse(_message.Message):
+    """Empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropTensorsResponse: _TypeAlias = DropTensorsResponse  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):

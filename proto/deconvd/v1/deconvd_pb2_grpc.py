@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class DeconvolutionServiceStub:
-    """Runs deconvolutions. No call has a side effect that a caller could see, so each MAY be retried whatever its status.
+    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
+    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
     """
 
     def __init__(self, channel):
@@ -55,6 +56,26 @@ class DeconvolutionServiceStub:
                 request_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamRequest.SerializeToString,
                 response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamResponse.FromString,
                 _registered_method=True)
+        self.HoldSession = channel.stream_stream(
+                '/deconvd.v1.DeconvolutionService/HoldSession',
+                request_serializer=deconvd_dot_v1_dot_deconvd__pb2.HoldSessionRequest.SerializeToString,
+                response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.HoldSessionResponse.FromString,
+                _registered_method=True)
+        self.PutTensor = channel.stream_unary(
+                '/deconvd.v1.DeconvolutionService/PutTensor',
+                request_serializer=deconvd_dot_v1_dot_deconvd__pb2.PutTensorRequest.SerializeToString,
+                response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.PutTensorResponse.FromString,
+                _registered_method=True)
+        self.GetTensor = channel.unary_stream(
+                '/deconvd.v1.DeconvolutionService/GetTensor',
+                request_serializer=deconvd_dot_v1_dot_deconvd__pb2.GetTensorRequest.SerializeToString,
+                response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.GetTensorResponse.FromString,
+                _registered_method=True)
+        self.DropTensors = channel.unary_unary(
+                '/deconvd.v1.DeconvolutionService/DropTensors',
+                request_serializer=deconvd_dot_v1_dot_deconvd__pb2.DropTensorsRequest.SerializeToString,
+                response_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DropTensorsResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/deconvd.v1.DeconvolutionService/GetServerInfo',
                 request_serializer=deconvd_dot_v1_dot_deconvd__pb2.GetServerInfoRequest.SerializeToString,
@@ -63,7 +84,8 @@ class DeconvolutionServiceStub:
 
 
 class DeconvolutionServiceServicer:
-    """Runs deconvolutions. No call has a side effect that a caller could see, so each MAY be retried whatever its status.
+    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
+    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
     """
 
     def Deconvolve(self, request, context):
@@ -102,6 +124,46 @@ class DeconvolutionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldSession(self, request_iterator, context):
+        """Holds a session: what belongs to it is kept for as long as this call lasts.
+
+        Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
+        its name. After that any message of the client's is a sign of life; it MUST send one at least every
+        HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+
+        - when the client closes its side of the stream: at once;
+        - when the stream breaks: after a few seconds, unless the session is resumed before;
+        - when the lease passes without a sign of life.
+
+        Its tensors are dropped then; what calls still use, after them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutTensor(self, request_iterator, context):
+        """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
+        where they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTensor(self, request, context):
+        """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
+        place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropTensors(self, request, context):
+        """Drops tensors. Those that are not there are passed over; what calls still use is freed after them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
         """Says what the server is, what it runs on and how much it takes.
         """
@@ -132,6 +194,26 @@ def add_DeconvolutionServiceServicer_to_server(servicer, server):
                     request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamRequest.FromString,
                     response_serializer=deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamResponse.SerializeToString,
             ),
+            'HoldSession': grpc.stream_stream_rpc_method_handler(
+                    servicer.HoldSession,
+                    request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.HoldSessionRequest.FromString,
+                    response_serializer=deconvd_dot_v1_dot_deconvd__pb2.HoldSessionResponse.SerializeToString,
+            ),
+            'PutTensor': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutTensor,
+                    request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.PutTensorRequest.FromString,
+                    response_serializer=deconvd_dot_v1_dot_deconvd__pb2.PutTensorResponse.SerializeToString,
+            ),
+            'GetTensor': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTensor,
+                    request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.GetTensorRequest.FromString,
+                    response_serializer=deconvd_dot_v1_dot_deconvd__pb2.GetTensorResponse.SerializeToString,
+            ),
+            'DropTensors': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropTensors,
+                    request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.DropTensorsRequest.FromString,
+                    response_serializer=deconvd_dot_v1_dot_deconvd__pb2.DropTensorsResponse.SerializeToString,
+            ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
                     request_deserializer=deconvd_dot_v1_dot_deconvd__pb2.GetServerInfoRequest.FromString,
@@ -146,7 +228,8 @@ def add_DeconvolutionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DeconvolutionService:
-    """Runs deconvolutions. No call has a side effect that a caller could see, so each MAY be retried whatever its status.
+    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
+    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
     """
 
     @staticmethod
@@ -247,6 +330,114 @@ class DeconvolutionService:
             '/deconvd.v1.DeconvolutionService/DeconvolveGradStream',
             deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamRequest.SerializeToString,
             deconvd_dot_v1_dot_deconvd__pb2.DeconvolveGradStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/deconvd.v1.DeconvolutionService/HoldSession',
+            deconvd_dot_v1_dot_deconvd__pb2.HoldSessionRequest.SerializeToString,
+            deconvd_dot_v1_dot_deconvd__pb2.HoldSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutTensor(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/deconvd.v1.DeconvolutionService/PutTensor',
+            deconvd_dot_v1_dot_deconvd__pb2.PutTensorRequest.SerializeToString,
+            deconvd_dot_v1_dot_deconvd__pb2.PutTensorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTensor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/deconvd.v1.DeconvolutionService/GetTensor',
+            deconvd_dot_v1_dot_deconvd__pb2.GetTensorRequest.SerializeToString,
+            deconvd_dot_v1_dot_deconvd__pb2.GetTensorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropTensors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deconvd.v1.DeconvolutionService/DropTensors',
+            deconvd_dot_v1_dot_deconvd__pb2.DropTensorsRequest.SerializeToString,
+            deconvd_dot_v1_dot_deconvd__pb2.DropTensorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

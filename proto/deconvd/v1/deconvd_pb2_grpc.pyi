@@ -10,7 +10,9 @@ input and output channels; h_I, w_I, h_K, w_K, h_O, w_O the sizes of the input i
 Statuses, for every RPC:
 
   INVALID_ARGUMENT    The request can never succeed. A google.rpc.BadRequest detail names each field at fault.
-  NOT_FOUND           Memory that the request names is not lent, or no longer (see SharedSlice). Send what lay there.
+  NOT_FOUND           Memory, a tensor or a session that the request names is not there, or no longer (see SharedSlice,
+                      Resident, Digest and HoldSession). A google.rpc.ResourceInfo detail names the field. Send what
+                      lay there.
   RESOURCE_EXHAUSTED  The message, the result or the memory it needs is over a limit (see Limits). Send less.
   UNAVAILABLE         The server is starting, draining or full. Try again; google.rpc.RetryInfo MAY say when.
   DEADLINE_EXCEEDED   The caller's deadline passed. The server has stopped, or will soon stop, the work.
@@ -44,7 +46,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DeconvolutionServiceStub:
-    """Runs deconvolutions. No call has a side effect that a caller could see, so each MAY be retried whatever its status."""
+    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
+    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -68,12 +72,37 @@ class DeconvolutionServiceStub:
     After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
     gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
     """
+    HoldSession: _grpc.StreamStreamMultiCallable[_deconvd_pb2.HoldSessionRequest, _deconvd_pb2.HoldSessionResponse]
+    """Holds a session: what belongs to it is kept for as long as this call lasts.
+
+    Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
+    its name. After that any message of the client's is a sign of life; it MUST send one at least every
+    HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+
+      - when the client closes its side of the stream: at once;
+      - when the stream breaks: after a few seconds, unless the session is resumed before;
+      - when the lease passes without a sign of life.
+
+    Its tensors are dropped then; what calls still use, after them.
+    """
+    PutTensor: _grpc.StreamUnaryMultiCallable[_deconvd_pb2.PutTensorRequest, _deconvd_pb2.PutTensorResponse]
+    """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
+    where they are.
+    """
+    GetTensor: _grpc.UnaryStreamMultiCallable[_deconvd_pb2.GetTensorRequest, _deconvd_pb2.GetTensorResponse]
+    """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
+    place.
+    """
+    DropTensors: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.DropTensorsRequest, _deconvd_pb2.DropTensorsResponse]
+    """Drops tensors. Those that are not there are passed over; what calls still use is freed after them."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.GetServerInfoRequest, _deconvd_pb2.GetServerInfoResponse]
     """Says what the server is, what it runs on and how much it takes."""
 
 @_typing.type_check_only
 class DeconvolutionServiceAsyncStub(DeconvolutionServiceStub):
-    """Runs deconvolutions. No call has a side effect that a caller could see, so each MAY be retried whatever its status."""
+    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
+    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Deconvolve: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.DeconvolveRequest, _deconvd_pb2.DeconvolveResponse]  # type: ignore[assignment]
@@ -94,11 +123,36 @@ class DeconvolutionServiceAsyncStub(DeconvolutionServiceStub):
     After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
     gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
     """
+    HoldSession: _aio.StreamStreamMultiCallable[_deconvd_pb2.HoldSessionRequest, _deconvd_pb2.HoldSessionResponse]  # type: ignore[assignment]
+    """Holds a session: what belongs to it is kept for as long as this call lasts.
+
+    Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
+    its name. After that any message of the client's is a sign of life; it MUST send one at least every
+    HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+
+      - when the client closes its side of the stream: at once;
+      - when the stream breaks: after a few seconds, unless the session is resumed before;
+      - when the lease passes without a sign of life.
+
+    Its tensors are dropped then; what calls still use, after them.
+    """
+    PutTensor: _aio.StreamUnaryMultiCallable[_deconvd_pb2.PutTensorRequest, _deconvd_pb2.PutTensorResponse]  # type: ignore[assignment]
+    """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
+    where they are.
+    """
+    GetTensor: _aio.UnaryStreamMultiCallable[_deconvd_pb2.GetTensorRequest, _deconvd_pb2.GetTensorResponse]  # type: ignore[assignment]
+    """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
+    place.
+    """
+    DropTensors: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.DropTensorsRequest, _deconvd_pb2.DropTensorsResponse]  # type: ignore[assignment]
+    """Drops tensors. Those that are not there are passed over; what calls still use is freed after them."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.GetServerInfoRequest, _deconvd_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Says what the server is, what it runs on and how much it takes."""
 
 class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs deconvolutions. No call has a side effect that a caller could see, so each MAY be retried whatever its status."""
+    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
+    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """
 
     @_abc_1.abstractmethod
     def Deconvolve(
@@ -141,6 +195,53 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
         gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
         """
+
+    @_abc_1.abstractmethod
+    def HoldSession(
+        self,
+        request_iterator: _MaybeAsyncIterator[_deconvd_pb2.HoldSessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.HoldSessionResponse], _abc.AsyncIterator[_deconvd_pb2.HoldSessionResponse]]:
+        """Holds a session: what belongs to it is kept for as long as this call lasts.
+
+        Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
+        its name. After that any message of the client's is a sign of life; it MUST send one at least every
+        HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+
+          - when the client closes its side of the stream: at once;
+          - when the stream breaks: after a few seconds, unless the session is resumed before;
+          - when the lease passes without a sign of life.
+
+        Its tensors are dropped then; what calls still use, after them.
+        """
+
+    @_abc_1.abstractmethod
+    def PutTensor(
+        self,
+        request_iterator: _MaybeAsyncIterator[_deconvd_pb2.PutTensorRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_deconvd_pb2.PutTensorResponse, _abc.Awaitable[_deconvd_pb2.PutTensorResponse]]:
+        """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
+        where they are.
+        """
+
+    @_abc_1.abstractmethod
+    def GetTensor(
+        self,
+        request: _deconvd_pb2.GetTensorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.GetTensorResponse], _abc.AsyncIterator[_deconvd_pb2.GetTensorResponse]]:
+        """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
+        place.
+        """
+
+    @_abc_1.abstractmethod
+    def DropTensors(
+        self,
+        request: _deconvd_pb2.DropTensorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deconvd_pb2.DropTensorsResponse, _abc.Awaitable[_deconvd_pb2.DropTensorsResponse]]:
+        """Drops tensors. Those that are not there are passed over; what calls still use is freed after them."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(
