@@ -2,7 +2,8 @@
 
 A server runs in one process and its clients in others, over a Unix socket. One client's latency is split by stage, as
 the call's own ledger tells it, beside the floor: the upload of x and W from pinned memory, the kernel, and the download
-of y, each timed alone on the card. Then 1 to 16 clients call at once, for throughput. All figures are medians.
+of y, each timed alone on the card; and beside a stock service, see `benchmarks.stock`, by one client too. Then 1 to 16
+clients call at once, for throughput. All figures are medians.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ import deconvd_client
 from benchmarks.commit import commit
 from benchmarks.floor import card_name, floor_ms
 from benchmarks.layers import LAYERS, Layer
+from benchmarks.stock import StockCall, stock_operator, stock_service
 from deconvd.dtypes import DType
 from deconvd.tensor import Array
 from deconvd_client import Connection
@@ -37,6 +39,7 @@ _LAYERS = (
 )
 _CLIENTS_COUNTS = (1, 2, 4, 8, 16)
 _WARM_UPS = 3
+_LEAST_CALLS = 5
 _LATENCY_S = 2.0
 _THROUGHPUT_S = 2.0
 
@@ -51,6 +54,8 @@ class Row:
         stages_ms: Parts of it, as the server's ledger has them, and `rest` for all that is none of
             them: moving tensors. Where stages overlap, as in a stream, there may be no rest.
         floor_ms: Upload, kernel and download; None without a card.
+        stock_ms: Latency of the stock service.
+        stock_ratio: How many times as long that is as `ms`.
         calls_per_s: By the number of clients.
     """
 
@@ -60,6 +65,8 @@ class Row:
     ms: float
     stages_ms: Mapping[str, float]
     floor_ms: float | None
+    stock_ms: float
+    stock_ratio: float
     calls_per_s: Mapping[int, float]
 
     def __str__(self) -> str:
@@ -68,6 +75,7 @@ class Row:
         rates = "  ".join(f"{clients}: {rate:.0f}" for clients, rate in self.calls_per_s.items())
         return (
             f"{self.layer:24} {self.dtype:8} {self.megabytes:7.1f} MB {self.ms:9.2f} ms{floor}\n"
+            f"    stock service: {self.stock_ms:.2f} ms, {self.stock_ratio:.1f} times as long\n"
             f"    ms: {stages}\n    calls/s by clients: {rates}"
         )
 
@@ -82,13 +90,14 @@ class Row:
 def main(device: str, json_file: Path | None, layers: Sequence[str], dtypes: Sequence[str]) -> None:
     """Time whole calls of a server on a device, from other processes."""
     rows: list[Row] = []
-    with local_server(device) as target:
-        for row in _rows(target, device, layers, [np.dtype(dtype) for dtype in dtypes]):
+    with local_server(device) as target, stock_service(device) as stock:
+        for row in _rows(target, stock, device, layers, [np.dtype(dtype) for dtype in dtypes]):
             rows.append(row)
             print(row, flush=True)
     if json_file is not None:
         about = {
             "card": card_name(device),
+            "stock_operator": stock_operator(device),
             "host": platform.processor() or platform.machine(),
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -97,14 +106,17 @@ def main(device: str, json_file: Path | None, layers: Sequence[str], dtypes: Seq
         json_file.write_text(text + "\n")
 
 
-def _rows(target: str, device: str, names: Sequence[str], dtypes: Sequence[DType]) -> Iterator[Row]:
+def _rows(
+    target: str, stock: StockCall, device: str, names: Sequence[str], dtypes: Sequence[DType]
+) -> Iterator[Row]:
     for layer in LAYERS:
         for dtype in dtypes if layer.name in names else ():
-            yield _row(target, device, layer, dtype)
+            yield _row(target, stock, device, layer, dtype)
 
 
-def _row(target: str, device: str, layer: Layer, dtype: DType) -> Row:
+def _row(target: str, stock: StockCall, device: str, layer: Layer, dtype: DType) -> Row:
     ms, stages_ms = _latency(target, layer, dtype)
+    stock_ms = _stock_latency_ms(stock, layer, dtype)
     return Row(
         layer=layer.name,
         dtype=dtype.name,
@@ -112,6 +124,8 @@ def _row(target: str, device: str, layer: Layer, dtype: DType) -> Row:
         ms=ms,
         stages_ms=stages_ms,
         floor_ms=floor_ms(device, layer.problem(dtype)),
+        stock_ms=stock_ms,
+        stock_ratio=stock_ms / ms,
         calls_per_s={count: _throughput(target, layer, dtype, count) for count in _CLIENTS_COUNTS},
     )
 
@@ -123,15 +137,29 @@ def _latency(target: str, layer: Layer, dtype: DType) -> tuple[float, dict[str, 
     ledgers: list[dict[str, float]] = []
     with deconvd_client.connect(target) as F:
         _warm_up(F, layer, x, W)
-        began_s = time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - began_s < _LATENCY_S:
-            start_s = time.perf_counter()
-            _call(F, layer, x, W)
-            times.append((time.perf_counter() - start_s) * 1e3)
-            ledgers.append(_stages_ms(F.last_ledger, times[-1]))
+        for ms in _times_ms(lambda: _call(F, layer, x, W)):
+            times.append(ms)
+            ledgers.append(_stages_ms(F.last_ledger, ms))
     names = ledgers[0].keys()
     medians = {name: statistics.median(ledger[name] for ledger in ledgers) for name in names}
     return statistics.median(times), medians
+
+
+def _stock_latency_ms(stock: StockCall, layer: Layer, dtype: DType) -> float:
+    x, W = _operands(layer, dtype)
+    for _ in range(_WARM_UPS):
+        stock(layer, x, W)
+    return statistics.median(_times_ms(lambda: stock(layer, x, W)))
+
+
+def _times_ms(call: Callable[[], object]) -> Iterator[float]:
+    """Make calls, one after the other, and yield what each took."""
+    count, began_s = 0, time.perf_counter()
+    while count < _LEAST_CALLS or time.perf_counter() - began_s < _LATENCY_S:
+        start_s = time.perf_counter()
+        call()
+        yield (time.perf_counter() - start_s) * 1e3
+        count += 1
 
 
 def _stages_ms(ledger: Mapping[str, int], total_ms: float) -> dict[str, float]:
