@@ -98,7 +98,7 @@ class DeconvolutionService:
             engine = self._ready_engines().least_loaded()
             y = engine.deconvolve(asked.problem, x, W, b, asked.options, call)
             described, sent = _delivered(message, {"y": y}, places, call)
-        return Envelope(pb.DeconvolveResponse(**described), sent)
+        return Envelope(pb.DeconvolveResponse(y=described["y"]), sent)
 
     def deconvolve_grad(
         self, request: Envelope[pb.DeconvolveGradRequest], call: Call
