@@ -1,11 +1,17 @@
-"""What benchmarks compare us with must compute the same."""
+"""Benchmarks: what they compare us with computes the same, and what they measure can be drawn."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
 import numpy as np
+from click.testing import CliRunner
 
 from benchmarks.layers import LAYERS
 from benchmarks.stock import stock_service
+from benchmarks.transport_plot import main as plot
 from deconvd_client import Connection
 
 
@@ -21,3 +27,19 @@ def test_the_stock_service_computes_what_ours_does(F: Connection) -> None:
     expected = F.deconvolution_2d(x, W, None, layer.stride, layer.pad, dilate=layer.dilate)
     # sums of 1,000 products of magnitude 1, in another order where slices are cut in another way
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plot_has_a_line_for_every_path_that_was_measured(tmp_path: Path) -> None:
+    results = Path(__file__).parents[1] / "benchmarks/results/transport-2-cores.json"
+    drawn = tmp_path / "plot.svg"
+
+    ended = CliRunner().invoke(plot, [str(results), "-o", str(drawn)], catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    texts = {element.text for element in ElementTree.parse(drawn).iter() if element.text}
+    assert {"deconvd, F.empty", "deconvd, TCP", "one copy in memory", "256 MiB"} <= texts
+    paths = {row["path"] for row in json.loads(results.read_text())["rows"]}
+    legend = [
+        text for text in texts if text.startswith(("deconvd", "plain", "Arrow", "bare", "one"))
+    ]
+    assert len(legend) == len(paths)
