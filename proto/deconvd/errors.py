@@ -15,6 +15,9 @@ __all__ = [
     "ExhaustedError",
     "InternalError",
     "InvalidArgumentError",
+    "LostSessionError",
+    "LostTensorError",
+    "NotFoundError",
     "StaleRegionError",
     "UnavailableError",
     "UnimplementedError",
@@ -42,10 +45,38 @@ class InvalidArgumentError(DeconvdError, ValueError):
         self.argument = argument
 
 
-class StaleRegionError(InvalidArgumentError):
-    """The shared memory that a tensor lies in is not, or no longer, lent by this server. Send it."""
+class NotFoundError(DeconvdError, LookupError):
+    """What the call names is not on the server, or no longer. Send it.
+
+    Attributes:
+        argument: Name of the argument that named it, as in `deconvolution_2d`; empty if it is not known.
+    """
 
     status = "NOT_FOUND"
+    resource: ClassVar[str] = ""
+    """What kind of thing it is, for clients in other languages."""
+
+    def __init__(self, message: str, *, argument: str = "") -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+class StaleRegionError(NotFoundError):
+    """The shared memory that a tensor lies in is not, or no longer, lent by this server."""
+
+    resource = "shared memory"
+
+
+class LostTensorError(NotFoundError):
+    """The server does not keep the tensor, or no longer: it was dropped, or the server started anew."""
+
+    resource = "tensor"
+
+
+class LostSessionError(NotFoundError):
+    """The session has ended, with all that was kept for it."""
+
+    resource = "session"
 
 
 class ExhaustedError(DeconvdError, MemoryError):

@@ -1,6 +1,7 @@
 """Errors to gRPC statuses and back, each with google.rpc details.
 
 BadRequest    the argument at fault of an InvalidArgumentError
+ResourceInfo  the argument of a NotFoundError, and what it names
 RetryInfo     when to come back after an UnavailableError
 ErrorInfo     the class, in `reason`, so that it survives proxies that change the status
 """
@@ -17,7 +18,12 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from deconvd import errors
-from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
+from deconvd.errors import (
+    DeconvdError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 
 __all__ = ["error_from_rpc", "status_from_error"]
 
@@ -31,7 +37,7 @@ _CLASSES: dict[str, type[DeconvdError]] = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, DeconvdError)
 }
-# Finer classes than these are known by their name alone: a stranger's NOT_FOUND says nothing of regions.
+# Finer classes than these are known by their name alone: a stranger's NOT_FOUND says nothing of tensors.
 _CLASS_BY_STATUS: dict[str, type[DeconvdError]] = {DeconvdError.status: DeconvdError}
 _CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
 
@@ -47,6 +53,12 @@ def status_from_error(error: DeconvdError) -> grpc.Status:
             field=error.argument, description=text
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, NotFoundError):
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_type=error.resource, resource_name=error.argument, description=text
+            )
+        )
     if isinstance(error, UnavailableError) and error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
@@ -67,7 +79,7 @@ def error_from_rpc(failure: grpc.Call) -> DeconvdError:
     cls = details.error_class or _CLASS_BY_STATUS.get(failure.code().name)
     if cls is None:
         return DeconvdError(f"{failure.code().name}: {text}")
-    if issubclass(cls, InvalidArgumentError):
+    if issubclass(cls, (InvalidArgumentError, NotFoundError)):
         return cls(text, argument=details.argument)
     if issubclass(cls, UnavailableError):
         return cls(text, retry_after_s=details.retry_after_s)
@@ -88,11 +100,14 @@ class _Details:
     def _read(self, packed: any_pb2.Any) -> None:
         info = error_details_pb2.ErrorInfo()
         bad_request = error_details_pb2.BadRequest()
+        resource = error_details_pb2.ResourceInfo()
         retry = error_details_pb2.RetryInfo()
         if packed.Unpack(info) and info.domain == _DOMAIN:
             self.error_class = _CLASSES.get(info.reason)
         elif packed.Unpack(bad_request) and bad_request.field_violations:
             self.argument = bad_request.field_violations[0].field
+        elif packed.Unpack(resource):
+            self.argument = resource.resource_name
         elif packed.Unpack(retry):
             self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
 

@@ -21,6 +21,7 @@ from deconvd.errors import (
     DeconvdError,
     ExhaustedError,
     InvalidArgumentError,
+    NotFoundError,
     StaleRegionError,
     UnavailableError,
     UnimplementedError,
@@ -311,7 +312,8 @@ def _has_ended(error: BaseException) -> bool:
     """Return whether only a server that has done with a call can have answered so."""
     if isinstance(error, UnavailableError):
         return error.retry_after_s is not None
-    return isinstance(error, (InvalidArgumentError, ExhaustedError, UnimplementedError))
+    refusals = (InvalidArgumentError, NotFoundError, ExhaustedError, UnimplementedError)
+    return isinstance(error, refusals)
 
 
 _borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
