@@ -72,7 +72,7 @@ def test_the_client_raises_the_class_and_message_that_the_server_raised(
 
 
 def test_no_two_classes_share_a_status_but_finer_ones_with_theirs() -> None:
-    coarse = [DeconvdError, *DeconvdError.__subclasses__()]
+    coarse: list[type[DeconvdError]] = [DeconvdError, *DeconvdError.__subclasses__()]
 
     assert len({cls.status for cls in coarse}) == len(coarse)
     for cls in CLASSES:
