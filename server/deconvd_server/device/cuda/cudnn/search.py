@@ -21,18 +21,18 @@ __all__ = ["Layout", "Proposal", "Rules", "Search"]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What an engine must not do.
+    """Which engines are wanted.
 
     Attributes:
         unwanted: Notes that rule an engine out.
-        may_compile: Whether it may compile kernels, which takes 0.25 to 8 s.
+        compiling: Whether it must compile kernels, which takes 0.25 to 8 s, or must not.
     """
 
     unwanted: frozenset[Note]
-    may_compile: bool
+    compiling: bool
 
     @classmethod
-    def of(cls, problem: Problem, options: Options) -> Rules:
+    def of(cls, problem: Problem, options: Options, *, compiling: bool) -> Rules:
         """Return the rules that keep a result what `Options` and the reference promise."""
         unwanted = {Note.DOWN_CONVERT_INPUTS, Note.REDUCED_PRECISION_REDUCTION}
         if options.cudnn_deterministic:
@@ -41,7 +41,7 @@ class Rules:
             unwanted.add(Note.TENSOR_CORE)  # on float32 that note means TF32
         if problem.x.dtype.itemsize == 8:
             unwanted.discard(Note.TENSOR_CORE)  # float64 loses nothing on tensor cores
-        return cls(frozenset(unwanted), may_compile=options.autotune)
+        return cls(frozenset(unwanted), compiling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,4 +162,4 @@ class Search:
 
 
 def _allowed(proposal: Proposal, rules: Rules) -> bool:
-    return not proposal.notes & rules.unwanted and (rules.may_compile or not proposal.compiles)
+    return not proposal.notes & rules.unwanted and proposal.compiles == rules.compiling

@@ -45,25 +45,33 @@ class Candidates:
 
     def _promising_of_cudnn(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         for mode in (Mode.A, Mode.FALLBACK):
-            few = list(islice(self.cudnn(key, stream, Provider.CUDNN_NCHW, (mode,)), _FEW))
+            ready = self.cudnn(key, stream, Provider.CUDNN_NCHW, (mode,), compiling=False)
+            few = list(islice(ready, _FEW))
             yield from few
             if few:
                 return
 
     def all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        """Yield every candidate that is worth timing: the likely best first, as time may run out."""
+        """Yield every candidate that is worth timing: the likely best first, as time may run out.
+
+        The fallback comes before any that compiles, as a single one of those may take all the time.
+        """
         if key.options.use_cudnn is not UseCudnn.ALWAYS:
             yield from self.own(key)
         if key.options.use_cudnn is not UseCudnn.NEVER:
-            yield from self._of_cudnn(key, stream, (Mode.A,))
+            yield from self._of_cudnn(key, stream, (Mode.A,), compiling=False)
         if key.options.use_cudnn is not UseCudnn.ALWAYS:
             yield self.fallback(key)
         if key.options.use_cudnn is not UseCudnn.NEVER:
-            yield from self._of_cudnn(key, stream, (Mode.B, Mode.FALLBACK))
+            yield from self._of_cudnn(key, stream, (Mode.A,), compiling=True)
+            for compiling in (False, True):
+                yield from self._of_cudnn(key, stream, (Mode.B, Mode.FALLBACK), compiling=compiling)
 
-    def _of_cudnn(self, key: PlanKey, stream: int, modes: Sequence[Mode]) -> Iterator[Candidate]:
+    def _of_cudnn(
+        self, key: PlanKey, stream: int, modes: Sequence[Mode], *, compiling: bool
+    ) -> Iterator[Candidate]:
         for provider in _LAYOUTS:
-            yield from self.cudnn(key, stream, provider, modes)
+            yield from self.cudnn(key, stream, provider, modes, compiling=compiling)
 
     def own(self, key: PlanKey) -> Iterator[Candidate]:
         """Yield our own kernels, the most promising first."""
@@ -78,19 +86,28 @@ class Candidates:
         return self._own_candidate(key, plan)
 
     def cudnn(
-        self, key: PlanKey, stream: int, provider: Provider, modes: Sequence[Mode]
+        self,
+        key: PlanKey,
+        stream: int,
+        provider: Provider,
+        modes: Sequence[Mode],
+        *,
+        compiling: bool,
     ) -> Iterator[Candidate]:
-        """Yield cuDNN's plans in one layout, its best first; none if it cannot do the operation."""
+        """Yield cuDNN's plans in one layout, its best first; none if it cannot do the operation.
+
+        Args:
+            compiling: Whether those that compile at run time are wanted, or the others.
+        """
         problem = enlarged(uniform(key.problem))
         layout = _LAYOUTS[provider]
-        rules = Rules.of(problem, key.options)
+        rules = Rules.of(problem, key.options, compiling=compiling)
         try:
             search = Search(self._cudnn, stream, key.operation, problem, layout)
         except CudnnError:
             return
         with search:
-            proposals = list(search.proposals(rules, modes))
-            for proposal in sorted(proposals, key=lambda proposal: proposal.compiles):
+            for proposal in search.proposals(rules, modes):
                 try:
                     plan = search.build(proposal)
                 except CudnnError:
