@@ -233,7 +233,7 @@ def test_a_stored_plan_that_cudnn_does_not_take_is_chosen_anew(
 
 
 def notes(options: Options, dtype: type) -> frozenset[Note]:
-    return Rules.of(key_of(options, dtype).problem, options).unwanted
+    return Rules.of(key_of(options, dtype).problem, options, compiling=False).unwanted
 
 
 def test_tf32_and_narrower_sums_are_kept_out_of_results_that_promise_more() -> None:
@@ -248,6 +248,25 @@ def test_tf32_and_narrower_sums_are_kept_out_of_results_that_promise_more() -> N
         assert Note.NONDETERMINISTIC not in notes(Options(), dtype)
 
 
+@pytest.mark.gpu
 def test_only_tuning_may_compile() -> None:
-    assert not Rules.of(key_of(Options()).problem, Options()).may_compile
-    assert Rules.of(key_of(TUNED).problem, TUNED).may_compile
+    from deconvd_server.device.cuda.cudnn import Cudnn
+    from deconvd_server.device.cuda.plans.candidates import Candidates
+    from deconvd_server.device.cuda.runtime import current_device
+
+    class Asked(Candidates):
+        """Notes which engines it is asked for, and gives none."""
+
+        compiling: set[bool]
+
+        def cudnn(self, *_: object, compiling: bool) -> Iterator[Candidate]:
+            self.compiling.add(compiling)
+            return iter(())
+
+    asked = Asked(Cudnn())
+    asked.compiling = set()
+    with current_device(0):
+        list(asked.promising(key_of(Options()), 0))
+        assert asked.compiling == {False}
+        list(asked.all(key_of(TUNED), 0))
+        assert asked.compiling == {False, True}
