@@ -24,6 +24,8 @@ from deconvd.tensor import message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import Connection
+from deconvd_server.streaming import SlicedProblem
+from tests.processes import peak_memory_bytes
 from tests.servers import ServerProcess, server_process
 
 rng = np.random.default_rng(0)
@@ -125,29 +127,13 @@ def test_a_stream_of_no_samples_is_empty(device_F: Connection) -> None:
     assert not np.any(gb)
 
 
-@pytest.mark.timeout(300)
-def test_a_tensor_of_three_gibibytes_goes_there_and_back(tmp_path: Path) -> None:
-    one = np.ones((1, 1, 1, 1), np.float32)
-    x = np.empty((3, 1, 1 << 14, 1 << 14), np.float32)
-    x[:] = np.arange(1 << 14, dtype=np.float32)[:, None] * 4 + np.arange(3)[:, None, None, None]
-    with (
-        server_process(tmp_path) as server,
-        deconvd_client.connect(server.target, timeout_s=250, transport="target") as F,
-    ):
-        y = F.deconvolution_2d(x, one)
-        peak_bytes = _peak_memory_bytes(server)
+@pytest.mark.parametrize(("slice_samples_count", "held"), [(1, 3), (2, 4), (3, 6), (4, 4), (9, 4)])
+def test_a_stream_counts_the_slices_that_it_can_hold(slice_samples_count: int, held: int) -> None:
+    sliced = SlicedProblem(PROBLEM, slice_samples_count)
 
-    assert y.nbytes == 3 << 30
-    for left, right in zip(y, x, strict=True):
-        np.testing.assert_array_equal(left, right)
-    # a slice is a sample: three of x and of y in flight are 6 GiB, and there is more to a sample
-    assert peak_bytes < 9 << 30
-
-
-def _peak_memory_bytes(server: ServerProcess) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) << 10
+    # three slices in flight, or as many as there are
+    samples_bytes = held * (PROBLEM.x.nbytes + PROBLEM.y.nbytes) // PROBLEM.n
+    assert sliced.footprint_bytes(None) == PROBLEM.W.nbytes + samples_bytes
 
 
 def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:
@@ -315,7 +301,7 @@ def test_a_slow_reader_does_not_make_the_servers_memory_grow(tmp_path: Path) -> 
         responses = rpc(parts())
         next(responses)
         _wait_until_stalled(sent)
-        peak_bytes = _peak_memory_bytes(server)
+        peak_bytes = peak_memory_bytes(server.process.pid)
         responses.cancel()
 
     # windows of 64 MiB in either direction, of each end, and slices of 1 MiB

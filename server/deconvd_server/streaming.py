@@ -69,7 +69,9 @@ class SlicedProblem:
         slice_bytes = first.x.nbytes * (2 if wanted and wanted.gx else 1) + first.y.nbytes
         wide_bytes = whole.W.nbytes * whole.compute_type.itemsize // whole.W.dtype.itemsize
         sums_bytes = 2 * wide_bytes if wanted and wanted.gW else 0
-        return whole.W.nbytes + sums_bytes + (SLICES_IN_FLIGHT + 1) * slice_bytes
+        slices_count = -(-whole.n // self.slice_samples_count)
+        held_count = min(slices_count, SLICES_IN_FLIGHT + 1)
+        return whole.W.nbytes + sums_bytes + held_count * slice_bytes
 
     def check_slice(self, message_bytes: int) -> None:
         """Raise ExhaustedError if a slice of several samples is larger than the contract allows.

@@ -1,0 +1,78 @@
+"""What a process takes of its host, as the kernel counts it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Held", "Peak", "held_by", "memory_bytes", "peak_memory_bytes", "watched_memory"]
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_SAMPLE_S = 0.02
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds at one moment."""
+
+    memory_bytes: int
+    descriptors_count: int
+    threads_count: int
+
+
+def held_by(pid: int) -> Held:
+    """Return what a process holds now."""
+    return Held(
+        memory_bytes(pid),
+        descriptors_count=len(os.listdir(f"/proc/{pid}/fd")),
+        threads_count=len(os.listdir(f"/proc/{pid}/task")),
+    )
+
+
+def memory_bytes(pid: int) -> int:
+    """Return what a process holds of the host's memory, memory that it shares included."""
+    resident_pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(resident_pages) * _PAGE_BYTES
+
+
+def peak_memory_bytes(pid: int) -> int:
+    """Return the most that a process has ever held."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+@dataclass
+class Peak:
+    """What this process held at first, and the most since, to a few hundredths of a second."""
+
+    first_bytes: int
+    most_bytes: int
+
+    @property
+    def grown_bytes(self) -> int:
+        """How much more that was than at first."""
+        return self.most_bytes - self.first_bytes
+
+
+@contextmanager
+def watched_memory() -> Iterator[Peak]:
+    """Watch what this process holds for the block."""
+    peak = Peak(memory_bytes(os.getpid()), 0)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_SAMPLE_S):
+            peak.most_bytes = max(peak.most_bytes, memory_bytes(os.getpid()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
