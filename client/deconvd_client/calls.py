@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -26,6 +27,9 @@ _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 _SLICE_BYTES: Final = 8 << 20
 """Operands and results of a slice: enough to keep a GPU busy, little enough to flow."""
 
+_REMEMBERED_COUNT: Final = 1024
+"""Kinds of calls whose descriptions are kept: most calls are made again and again."""
+
 
 def deconvolve(
     stub: Stub,
@@ -37,13 +41,7 @@ def deconvolve(
     options: Options,
 ) -> Array:
     """Return y. Raises a DeconvdError, as `Stub` does."""
-    request = pb.DeconvolveRequest(
-        x=message_from_spec(problem.x),
-        w=message_from_spec(problem.W),
-        b=None if b is None else message_from_spec(problem.b),
-        geometry=message_from_geometry(problem.geometry),
-        options=message_from_options(options),
-    )
+    request = _request(problem, options, with_b=b is not None)
     operands = {"x": x, "w": W}
     if b is not None:
         operands["b"] = b
@@ -89,14 +87,7 @@ def gradients(
     options: Options,
 ) -> Gradients:
     """Return the wanted gradients. Raises a DeconvdError, as `Stub` does."""
-    request = pb.DeconvolveGradRequest(
-        x=message_from_spec(problem.x),
-        w=message_from_spec(problem.W),
-        gy=message_from_spec(problem.y),
-        geometry=message_from_geometry(problem.geometry),
-        options=message_from_options(options),
-        wanted=pb.GradientMask(gx=wanted.gx, gw=wanted.gW, gb=wanted.gb),
-    )
+    request = _grad_request(problem, options, wanted)
     operands = {"gy": gy}
     results = {"gb": problem.b} if wanted.gb else {}
     if wanted.gW:
@@ -144,6 +135,31 @@ def _gradients_streamed(
         return Gradients(gx, gW, gb)
 
     return stub.deconvolve_grad_stream(parts, receive)
+
+
+@lru_cache(_REMEMBERED_COUNT)
+def _request(problem: Problem, options: Options, *, with_b: bool) -> pb.DeconvolveRequest:
+    """Return what describes a call of Deconvolve. It is not to be changed: it serves every such call."""
+    return pb.DeconvolveRequest(
+        x=message_from_spec(problem.x),
+        w=message_from_spec(problem.W),
+        b=message_from_spec(problem.b) if with_b else None,
+        geometry=message_from_geometry(problem.geometry),
+        options=message_from_options(options),
+    )
+
+
+@lru_cache(_REMEMBERED_COUNT)
+def _grad_request(problem: Problem, options: Options, wanted: Wanted) -> pb.DeconvolveGradRequest:
+    """Return what describes a call of DeconvolveGrad, in the manner of `_request`."""
+    return pb.DeconvolveGradRequest(
+        x=message_from_spec(problem.x),
+        w=message_from_spec(problem.W),
+        gy=message_from_spec(problem.y),
+        geometry=message_from_geometry(problem.geometry),
+        options=message_from_options(options),
+        wanted=pb.GradientMask(gx=wanted.gx, gw=wanted.gW, gb=wanted.gb),
+    )
 
 
 def _fits_a_message(*tensors: TensorSpec) -> bool:

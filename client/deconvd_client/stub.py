@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
 
 import grpc
@@ -98,8 +97,10 @@ class Stub:
 
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        with self._errors():
+        try:
             response = self._check_health(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
+        except (grpc.RpcError, ValueError) as error:
+            raise self._translated(error) from None
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
     def close(self) -> None:
@@ -113,11 +114,13 @@ class Stub:
         rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_path(method))
 
         def call(request: Envelope[Any]) -> Envelope[_Response]:
-            with self._errors():
-                response, ended = rpc.with_call(encode(request), timeout=self._timeout_s)
-                self._note(ended)
-                return decode(response_type, response)
-            raise AssertionError("unreachable: errors are raised")
+            data = encode(request)
+            try:
+                response, ended = rpc.with_call(data, timeout=self._timeout_s)
+            except (grpc.RpcError, ValueError) as error:
+                raise self._translated(error) from None
+            self._note(ended)
+            return decode(response_type, response)
 
         return call
 
@@ -132,7 +135,7 @@ class Stub:
         response_type: type[_Response],
     ) -> _T:
         def attempt(timeout_s: float) -> _T:
-            with self._errors():
+            try:
                 responses = rpc(parts(), timeout=timeout_s)
                 try:
                     received = receive(ChunkReader(responses, response_type))
@@ -140,31 +143,27 @@ class Stub:
                     return received
                 finally:
                     responses.cancel()  # no effect on a call that has ended
-            raise AssertionError("unreachable: errors are raised")
+            except (grpc.RpcError, ValueError) as error:
+                raise self._translated(error) from None
 
         return with_retries(attempt, timeout_s=self._timeout_s, is_closed=lambda: self._closed)
 
     @property
     def last_ledger(self) -> dict[str, int]:
         """The ledger of the calling thread's last call that was answered."""
-        ledger: dict[str, int] = getattr(self._ended, "ledger", {})
-        return ledger
+        return ledger_from_metadata(getattr(self._ended, "metadata", ()))
 
     def _note(self, ended: grpc.Call) -> None:
-        self._ended.ledger = ledger_from_metadata(ended.trailing_metadata())
+        self._ended.metadata = ended.trailing_metadata()
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Raise gRPC's errors as ours."""
-        try:
-            yield
-        except grpc.RpcError as failure:
+    def _translated(self, error: grpc.RpcError | ValueError) -> Exception:
+        """Return the error of ours that an error of gRPC's stands for, and any other as it is."""
+        if isinstance(error, grpc.RpcError):
             # every RpcError of a channel is its Call too, which the types do not say
-            raise _with_advice(error_from_rpc(cast("grpc.Call", failure))) from None
-        except ValueError as error:
-            if not self._closed:
-                raise
-            raise CallCancelledError(f"the connection is closed: {error}") from None
+            return _with_advice(error_from_rpc(cast("grpc.Call", error)))
+        if self._closed:
+            return CallCancelledError(f"the connection is closed: {error}")
+        return error
 
 
 def _path(method: str) -> str:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, Generic, TypeVar
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from deconvd.v1 import deconvd_pb2 as pb
@@ -118,11 +120,7 @@ class _Field:
 
 
 def _decode_large(message_type: type[M], data: memoryview) -> Envelope[M]:
-    tensors = {
-        field.number: field.name
-        for field in message_type.DESCRIPTOR.fields
-        if field.message_type is pb.Tensor.DESCRIPTOR
-    }
+    tensors = _tensor_fields(message_type.DESCRIPTOR)
     small: list[Buffer] = []
     raw: dict[str, Buffer] = {}
     seen: set[int] = set()
@@ -170,11 +168,22 @@ def _put_together(envelope: Envelope[M]) -> M:
 def _taken_apart(message: M) -> Envelope[M]:
     """Return an envelope of a message that the generated class has parsed."""
     raw: dict[str, Buffer] = {}
-    for descriptor, value in message.ListFields():
-        if isinstance(value, pb.Tensor) and value.WhichOneof("payload") == "raw":
-            raw[descriptor.name] = value.raw
-            value.ClearField("raw")
+    for name in _tensor_fields(message.DESCRIPTOR).values():
+        tensor = getattr(message, name)
+        if tensor.HasField("raw"):
+            raw[name] = tensor.raw
+            tensor.ClearField("raw")
     return Envelope(message, raw)
+
+
+@cache
+def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
+    """Return the names of a message's fields that are tensors, by their numbers."""
+    return {
+        field.number: field.name
+        for field in message_type.fields
+        if field.message_type is pb.Tensor.DESCRIPTOR
+    }
 
 
 def _fields(data: memoryview) -> Iterator[_Field]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import SupportsIndex
 
 from deconvd.errors import InvalidArgumentError
@@ -77,12 +78,12 @@ class Geometry:
         dilate_pair = _pair("dilate", dilate)
         if min(dilate_pair) < 1:
             raise _dilate_error(dilate)  # Chainer's message echoes the argument as it was given
-        return cls(
-            stride=_pair("stride", stride),
-            pad=_pair("pad", pad),
-            outsize=_outsize(outsize),
-            dilate=dilate_pair,
-            groups=_integer("groups", groups, "an int"),
+        return _geometry(
+            _pair("stride", stride),
+            _pair("pad", pad),
+            _outsize(outsize),
+            dilate_pair,
+            _integer("groups", groups, "an int"),
         )
 
     def output_size(self, image: Pair, kernel: Pair) -> Pair:
@@ -128,6 +129,10 @@ class Geometry:
                 argument="outsize",
             )
         return given
+
+
+_geometry = lru_cache(maxsize=1024)(Geometry)
+"""Most calls are made again and again, so their geometry is remembered."""
 
 
 def _dilate_error(dilate: object) -> InvalidArgumentError:

@@ -44,6 +44,7 @@ class Problem:
         W: Shape ``(c_I, c_O / groups, h_K, w_K)``; its element type may differ from x's.
         geometry: How the filter moves.
         output: Size ``(h_O, w_O)`` of the output image, in pixels.
+        y: The result: shape ``(n, c_O, h_O, w_O)``, of x's element type. gy has the same.
 
     Raises:
         InvalidArgumentError: The operands are no such tensors, or do not fit together.
@@ -52,14 +53,18 @@ class Problem:
     x: TensorSpec
     W: TensorSpec
     geometry: Geometry
-    output: Pair = field(init=False)
+    output: Pair = field(init=False, compare=False)
+    y: TensorSpec = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_tensor("x", self.x, dimensions=4)
         _check_tensor("W", self.W, dimensions=4)
         self._check_channels()
-        object.__setattr__(self, "output", self.geometry.output_size(self.image, self.kernel))
-        check_extents("y", self.y)
+        output = self.geometry.output_size(self.image, self.kernel)
+        y = TensorSpec((self.n, self.c_O, *output), self.x.dtype)
+        check_extents("y", y)
+        object.__setattr__(self, "output", output)
+        object.__setattr__(self, "y", y)
 
     def _check_channels(self) -> None:
         if self.c_I != self.W.shape[0]:
@@ -108,11 +113,6 @@ class Problem:
     def has_products(self) -> bool:
         """Whether any product of x and W is in y at all: no operand is empty."""
         return self.x.nbytes > 0 and self.W.nbytes > 0
-
-    @property
-    def y(self) -> TensorSpec:
-        """The result: shape ``(n, c_O, h_O, w_O)``, of x's element type. gy has the same."""
-        return TensorSpec((self.n, self.c_O, *self.output), self.x.dtype)
 
     @property
     def b(self) -> TensorSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -78,19 +79,24 @@ def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
     Raises:
         InvalidArgumentError: The element type is unknown, or there can be no array of the shape.
     """
-    dtype = element_type_from_number(message.element_type)
-    if dtype is None:
-        allowed = ", ".join(pb.ElementType.Name(n) for n in _NUMBER_BY_DTYPE.values())
-        raise InvalidArgumentError(
-            f"{name} must have one of the element types {allowed}, got number {message.element_type}",
-            argument=name,
-        )
     if len(message.shape) > _MAX_DIMENSIONS:
         raise InvalidArgumentError(
             f"{name} must have at most {_MAX_DIMENSIONS} dimensions, got {len(message.shape)}",
             argument=name,
         )
-    spec = TensorSpec(tuple(message.shape), dtype)
+    return _spec(name, message.element_type, tuple(message.shape))
+
+
+@lru_cache(maxsize=1024)
+def _spec(name: str, element_type: int, shape: tuple[int, ...]) -> TensorSpec:
+    dtype = element_type_from_number(element_type)
+    if dtype is None:
+        allowed = ", ".join(pb.ElementType.Name(n) for n in _NUMBER_BY_DTYPE.values())
+        raise InvalidArgumentError(
+            f"{name} must have one of the element types {allowed}, got number {element_type}",
+            argument=name,
+        )
+    spec = TensorSpec(shape, dtype)
     check_extents(name, spec)
     return spec
 

@@ -86,6 +86,10 @@ class Admission:
                 f"the call needs {footprint_bytes} bytes of {self._memory}, of which calls may "
                 f"take {self._budget_bytes}: send fewer samples at a time"
             )
+        with self._changed:
+            if not self._line and self._has_room(footprint_bytes):
+                self._take(footprint_bytes)
+                return
         call.on_cancel(self._wake)
         ticket = object()
         with self._changed:
@@ -96,8 +100,7 @@ class Admission:
                 while not self._may_start(ticket, footprint_bytes):
                     self._changed.wait(_wait_s(call))
                     call.check()
-                self._free_places -= 1
-                self._free_bytes -= footprint_bytes
+                self._take(footprint_bytes)
             finally:
                 self._line.remove(ticket)
                 self._changed.notify_all()
@@ -111,8 +114,14 @@ class Admission:
             )
 
     def _may_start(self, ticket: object, footprint_bytes: int) -> bool:
-        first = self._line[0] is ticket
-        return first and self._free_places > 0 and self._free_bytes >= footprint_bytes
+        return self._line[0] is ticket and self._has_room(footprint_bytes)
+
+    def _has_room(self, footprint_bytes: int) -> bool:
+        return self._free_places > 0 and self._free_bytes >= footprint_bytes
+
+    def _take(self, footprint_bytes: int) -> None:
+        self._free_places -= 1
+        self._free_bytes -= footprint_bytes
 
     def _leave(self, footprint_bytes: int) -> None:
         with self._changed:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
+from types import TracebackType
 
 from deconvd.ledger import METADATA_KEY
 
-__all__ = ["Ledger", "Stage"]
+__all__ = ["Ledger", "Stage", "Timing"]
 
 
 class Stage(StrEnum):
@@ -34,28 +32,47 @@ class Stage(StrEnum):
 
 
 class Ledger:
-    """Microseconds by stage. Thread-safe."""
+    """Microseconds by stage, of a call that begins with it. Thread-safe."""
 
     def __init__(self) -> None:
+        self._begin_s = time.perf_counter()
         self._lock = threading.Lock()
-        self._microseconds: Counter[Stage] = Counter()
+        self._microseconds: dict[Stage, int] = {}
 
     def add(self, stage: Stage, duration_s: float) -> None:
         """Count a time towards a stage."""
         with self._lock:
-            self._microseconds[stage] += round(duration_s * 1e6)
+            before = self._microseconds.get(stage, 0)
+            self._microseconds[stage] = before + round(duration_s * 1e6)
 
-    @contextmanager
-    def timing(self, stage: Stage) -> Iterator[None]:
-        """Count the time that the block takes towards a stage."""
-        start_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(stage, time.perf_counter() - start_s)
+    def timing(self, stage: Stage) -> Timing:
+        """Count the time that a ``with`` block takes towards a stage."""
+        return Timing(self, stage)
 
     def as_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what is counted as gRPC metadata."""
+        """Return what is counted, and the time until now as all of it, as gRPC metadata."""
+        self.add(Stage.SERVER, time.perf_counter() - self._begin_s)
         with self._lock:
             entries = sorted(self._microseconds.items())
         return ((METADATA_KEY, ";".join(f"{stage}={value}" for stage, value in entries)),)
+
+
+class Timing:
+    """A block whose time counts towards a stage. See `Ledger.timing`."""
+
+    __slots__ = ("_ledger", "_stage", "_start_s")
+
+    def __init__(self, ledger: Ledger, stage: Stage) -> None:
+        self._ledger = ledger
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ledger.add(self._stage, time.perf_counter() - self._start_s)

@@ -1,8 +1,16 @@
-"""What requests ask for, checked: nothing here touches a tensor's elements, or allocates for one."""
+"""What requests ask for, checked: nothing here touches a tensor's elements, or allocates for one.
+
+Most requests are made again and again, with other elements: what they ask for is remembered by their other bytes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Final, TypeVar
+
+from google.protobuf.message import Message
 
 from deconvd.gradients import Wanted
 from deconvd.messages import geometry_from_message, options_from_message
@@ -13,6 +21,32 @@ from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = ["Deconvolution", "Differentiation"]
 
+_T = TypeVar("_T")
+_Request = TypeVar("_Request", bound=Message)
+
+_REMEMBERED_COUNT: Final = 1024
+_REMEMBERED_BYTES: Final = 1024
+"""More than any request has beside elements: what is longer is read anew each time."""
+
+
+def _remembered(
+    message_type: type[_Request],
+) -> Callable[[Callable[[_Request], _T]], Callable[[_Request], _T]]:
+    """Make a function of a message remember what it returned for an equal one."""
+
+    def decorate(read: Callable[[_Request], _T]) -> Callable[[_Request], _T]:
+        @lru_cache(_REMEMBERED_COUNT)
+        def read_bytes(data: bytes) -> _T:
+            return read(message_type.FromString(data))
+
+        def wrapper(message: _Request) -> _T:
+            is_usual = message.ByteSize() <= _REMEMBERED_BYTES
+            return read_bytes(message.SerializeToString()) if is_usual else read(message)
+
+        return wraps(read)(wrapper)
+
+    return decorate
+
 
 @dataclass(frozen=True, slots=True)
 class Deconvolution:
@@ -22,17 +56,19 @@ class Deconvolution:
     with_b: bool
     options: Options
 
-    @classmethod
-    def from_message(cls, message: pb.DeconvolveRequest) -> Deconvolution:
+    @staticmethod
+    @_remembered(pb.DeconvolveRequest)
+    def from_message(message: pb.DeconvolveRequest) -> Deconvolution:
         """Return what a message asks for.
 
         Raises:
             InvalidArgumentError: It asks for what cannot be.
         """
         problem = _problem(message)
-        if message.HasField("b"):
+        with_b = message.HasField("b")
+        if with_b:
             problem.check_b(spec_from_message("b", message.b))
-        return cls(problem, message.HasField("b"), options_from_message(message.options))
+        return Deconvolution(problem, with_b, options_from_message(message.options))
 
     @property
     def results(self) -> dict[str, TensorSpec]:
@@ -48,8 +84,9 @@ class Differentiation:
     wanted: Wanted
     options: Options
 
-    @classmethod
-    def from_message(cls, message: pb.DeconvolveGradRequest) -> Differentiation:
+    @staticmethod
+    @_remembered(pb.DeconvolveGradRequest)
+    def from_message(message: pb.DeconvolveGradRequest) -> Differentiation:
         """Return what a message asks for.
 
         Raises:
@@ -59,7 +96,7 @@ class Differentiation:
         wanted = Wanted(gx=mask.gx, gW=mask.gw, gb=mask.gb)
         problem = _problem(message)
         problem.check_gy(spec_from_message("gy", message.gy))
-        return cls(problem, wanted, options_from_message(message.options))
+        return Differentiation(problem, wanted, options_from_message(message.options))
 
     @property
     def results(self) -> dict[str, TensorSpec]:

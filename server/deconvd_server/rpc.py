@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 import grpc
@@ -18,7 +17,6 @@ from deconvd.codec import Envelope, decode, encode
 from deconvd.errors import DeconvdError, InternalError, InvalidArgumentError
 from deconvd.status import status_from_error
 from deconvd_server.call import Call
-from deconvd_server.ledger import Stage
 
 __all__ = ["stream_handler", "unary_handler"]
 
@@ -35,11 +33,17 @@ def unary_handler(
     behaviour: Callable[[Envelope[_Request], Call], Envelope[_Response]],
 ) -> _Handler:
     """Return a handler that gives a request to `behaviour` and sends what it returns."""
+    name = _name(request_type)
 
     def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        with _errors_as_status(request_type, context), _accounted(context) as call:
-            return encode(behaviour(_decoded(request_type, data), call))
-        raise AssertionError("unreachable: abort raises")
+        call = _begun(name, context)
+        try:
+            response = encode(behaviour(_decoded(request_type, data), call))
+        except Exception as error:
+            _end_with(error, name, context)
+            return b""  # which nobody gets
+        context.set_trailing_metadata(call.ledger.as_metadata())
+        return response
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -48,31 +52,45 @@ def stream_handler(
     part_type: type[_Request], behaviour: Callable[[ChunkReader[_Request], Call], Iterator[bytes]]
 ) -> _Handler:
     """Return a handler that gives a stream to `behaviour` and sends the messages that it yields."""
+    name = _name(part_type)
 
     def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _errors_as_status(part_type, context), _accounted(context) as call:
+        call = _begun(name, context)
+        try:
             yield from behaviour(ChunkReader(parts, part_type), call)
+        except Exception as error:
+            _end_with(error, name, context)
+            return
+        context.set_trailing_metadata(call.ledger.as_metadata())
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
 
-@contextmanager
-def _errors_as_status(request_type: type[Message], context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with the status of whatever the block raises, and log which call failed."""
-    name = request_type.DESCRIPTOR.name.removesuffix("Request")
-    _log.debug("%s from %s: begun", name, context.peer())
-    try:
-        yield
-    except DeconvdError as error:
+def _name(request_type: type[Message]) -> str:
+    return request_type.DESCRIPTOR.name.removesuffix("Request")
+
+
+def _begun(name: str, context: grpc.ServicerContext) -> Call:
+    """Return the call of a context, which ends with it."""
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s from %s: begun", name, context.peer())
+    call = Call(timeout_s=context.time_remaining())
+    if not context.add_callback(call.cancel):
+        call.cancel()  # it ended before we could ask to be told
+    return call
+
+
+def _end_with(error: Exception, name: str, context: grpc.ServicerContext) -> None:
+    """End the call with the status of an error, which raises; return if its caller has gone anyway."""
+    if isinstance(error, DeconvdError):
         _log.warning("%s from %s: %s: %s", name, context.peer(), error.status, error)
         context.abort_with_status(status_from_error(error))
-    except Exception:
-        if not context.is_active():
-            _log.info("%s from %s: the caller has gone", name, context.peer())
-            return
-        _log.exception("%s from %s: unforeseen error", name, context.peer())
-        unforeseen = InternalError("unforeseen error: see the server's log")
-        context.abort_with_status(status_from_error(unforeseen))
+    if not context.is_active():
+        _log.info("%s from %s: the caller has gone", name, context.peer())
+        return
+    _log.error("%s from %s: unforeseen error", name, context.peer(), exc_info=error)
+    unforeseen = InternalError("unforeseen error: see the server's log")
+    context.abort_with_status(status_from_error(unforeseen))
 
 
 def _decoded(request_type: type[_Request], data: bytes) -> Envelope[_Request]:
@@ -82,14 +100,3 @@ def _decoded(request_type: type[_Request], data: bytes) -> Envelope[_Request]:
         raise InvalidArgumentError(
             f"the request is not a valid {request_type.DESCRIPTOR.full_name} message"
         ) from None
-
-
-@contextmanager
-def _accounted(context: grpc.ServicerContext) -> Iterator[Call]:
-    """Give the block its call, and the caller the call's ledger."""
-    call = Call(timeout_s=context.time_remaining())
-    if not context.add_callback(call.cancel):
-        call.cancel()  # it ended before we could ask to be told
-    with call.ledger.timing(Stage.SERVER):
-        yield call
-    context.set_trailing_metadata(call.ledger.as_metadata())

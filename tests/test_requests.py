@@ -1,0 +1,80 @@
+"""What requests ask for: the same however often it is asked, and whether or not it can be remembered."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.geometry import Geometry
+from deconvd.gradients import Wanted
+from deconvd.messages import message_from_geometry
+from deconvd.options import Options
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import message_from_spec
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.requests import Deconvolution, Differentiation
+from tests.strategies import problems
+
+F32 = np.dtype(np.float32)
+PROBLEM = Problem(TensorSpec((2, 3, 4, 5), F32), TensorSpec((3, 2, 3, 3), F32), Geometry())
+UNKNOWN_FIELD = b"\xfa\x7f\x80\x40" + bytes(8 << 10)  # number 2047, of 8 KiB
+
+
+def request(problem: Problem, *, with_b: bool = False) -> pb.DeconvolveRequest:
+    return pb.DeconvolveRequest(
+        x=message_from_spec(problem.x),
+        w=message_from_spec(problem.W),
+        b=message_from_spec(problem.b) if with_b else None,
+        geometry=message_from_geometry(problem.geometry),
+    )
+
+
+def grad_request(problem: Problem, **wanted: bool) -> pb.DeconvolveGradRequest:
+    plain = request(problem)
+    return pb.DeconvolveGradRequest(
+        x=plain.x,
+        w=plain.w,
+        gy=message_from_spec(problem.y),
+        geometry=plain.geometry,
+        wanted=pb.GradientMask(**wanted),
+    )
+
+
+@given(problems(), st.booleans())
+def test_a_request_asks_for_the_same_every_time(problem: Problem, with_b: bool) -> None:
+    asked = Deconvolution(problem, with_b, Options())
+
+    for _ in range(2):
+        assert Deconvolution.from_message(request(problem, with_b=with_b)) == asked
+
+
+@given(problems(), st.sampled_from([{"gx": True}, {"gw": True, "gb": True}]))
+def test_a_request_for_gradients_does_too(problem: Problem, wanted: dict[str, bool]) -> None:
+    mask = Wanted(wanted.get("gx", False), wanted.get("gw", False), wanted.get("gb", False))
+    asked = Differentiation(problem, mask, Options())
+
+    for _ in range(2):
+        assert Differentiation.from_message(grad_request(problem, **wanted)) == asked
+
+
+def test_a_long_message_is_read_as_a_short_one_is_and_not_kept() -> None:
+    short = request(PROBLEM)
+    long = pb.DeconvolveRequest.FromString(short.SerializeToString() + UNKNOWN_FIELD)
+
+    asked = Deconvolution.from_message(short)
+
+    assert Deconvolution.from_message(request(PROBLEM)) is asked
+    assert Deconvolution.from_message(long) == asked
+    assert Deconvolution.from_message(long) is not Deconvolution.from_message(long)
+
+
+def test_what_cannot_be_is_refused_every_time() -> None:
+    wrong = request(PROBLEM)
+    wrong.geometry.stride.h = 0
+
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError, match="stride must be"):
+            Deconvolution.from_message(wrong)
