@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deconvd import codec
 from deconvd.codec import Envelope, chunk_from_bytes, chunk_to_bytes, decode, encode
 from deconvd.v1 import deconvd_pb2 as pb
+from tests.wire import UNKNOWN_FIELDS, varint
 
 LARGE = bytes(range(256)) * 65  # 16,640 bytes: past the size from which messages are framed by hand
 MESSAGES: list[type[Message]] = [
@@ -90,15 +91,6 @@ def singly(message: Message, name: str) -> bytes:
     return alone.SerializeToString()
 
 
-UNKNOWN_FIELDS = {
-    "a varint": b"\xa0\x06\x96\x01",
-    "a fixed32": b"\xa5\x06abcd",
-    "a fixed64": b"\xa1\x06abcdefgh",
-    "bytes": b"\xa2\x06\x03abc",
-    "a group": b"\xa3\x06\x08\x01\xa4\x06",
-}
-
-
 @pytest.mark.parametrize("unknown", UNKNOWN_FIELDS.values(), ids=UNKNOWN_FIELDS)
 @pytest.mark.parametrize("inside", [False, True])
 def test_unknown_fields_do_no_harm_and_are_kept(unknown: bytes, inside: bool) -> None:
@@ -112,10 +104,6 @@ def test_unknown_fields_do_no_harm_and_are_kept(unknown: bytes, inside: bool) ->
 
     assert whole(envelope) == expected
     assert whole(envelope).SerializeToString() == expected.SerializeToString()
-
-
-def varint(value: int) -> bytes:
-    return pb.Tensor(element_type=value).SerializeToString()[1:]  # type: ignore[arg-type]
 
 
 def test_a_tensor_in_pieces_is_merged_as_protobuf_does() -> None:

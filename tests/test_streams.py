@@ -167,45 +167,6 @@ def test_chunks_may_end_anywhere(cuts: list[int]) -> None:
     reader.expect_end()
 
 
-def test_the_stock_generated_client_streams(
-    stub: pb_grpc.DeconvolutionServiceStub, F: Connection
-) -> None:
-    parts = [header(PROBLEM, 3)] + [
-        pb.DeconvolveStreamRequest(chunk=ELEMENTS[i : i + 50]) for i in range(0, len(ELEMENTS), 50)
-    ]
-
-    first, *rest = stub.DeconvolveStream(iter(parts))
-
-    assert first.header.y.shape == [4, 2, 4, 4]
-    y = np.frombuffer(b"".join(part.chunk for part in rest), np.float32).reshape(4, 2, 4, 4)
-    np.testing.assert_allclose(y, F.deconvolution_2d(X, W), rtol=1e-6, atol=1e-6)
-
-
-def test_the_stock_generated_client_streams_gradients(
-    stub: pb_grpc.DeconvolutionServiceStub, F: Connection
-) -> None:
-    gy = F.deconvolution_2d(X, W)
-    request = pb.DeconvolveGradRequest(
-        x=message_from_spec(spec_of(X)),
-        w=message_from_spec(spec_of(W)),
-        gy=message_from_spec(spec_of(gy)),
-        wanted=pb.GradientMask(gx=True, gw=True, gb=True),
-    )
-    stream_header = pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=2)
-    elements = [W, X[:2], gy[:2], X[2:], gy[2:]]
-    parts = [pb.DeconvolveGradStreamRequest(header=stream_header)] + [
-        pb.DeconvolveGradStreamRequest(chunk=array.tobytes()) for array in elements
-    ]
-
-    first, *rest = stub.DeconvolveGradStream(iter(parts))
-
-    assert first.header.HasField("gw")
-    together = np.frombuffer(b"".join(part.chunk for part in rest), np.float32)
-    expected = F.deconvolution_2d_grad(X, W, np.zeros(2, np.float32), gy)
-    flat = np.concatenate([np.ravel(g) for g in expected if g is not None])
-    np.testing.assert_allclose(together, flat, rtol=1e-4, atol=1e-5)
-
-
 def test_y_flows_back_while_x_is_still_coming(stub: pb_grpc.DeconvolutionServiceStub) -> None:
     y_came = threading.Event()
     waited: list[bool] = []
