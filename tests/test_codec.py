@@ -10,7 +10,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deconvd import codec
-from deconvd.codec import Envelope, chunk_from_bytes, chunk_to_bytes, decode, encode
+from deconvd.codec import (
+    Envelope,
+    chunk_from_bytes,
+    chunk_to_bytes,
+    decode,
+    encode,
+    missing_chunk_to_bytes,
+)
 from deconvd.v1 import deconvd_pb2 as pb
 from tests.wire import UNKNOWN_FIELDS, varint
 
@@ -176,6 +183,14 @@ def test_a_chunk_is_a_part_of_each_stream(chunk: bytes) -> None:
         assert part.FromString(written).chunk == chunk
         assert part(chunk=chunk).SerializeToString() == written
     assert bytes(chunk_from_bytes(written) or b"") == chunk
+
+
+def test_a_chunk_of_what_was_missing_is_no_other_chunk() -> None:
+    written = missing_chunk_to_bytes(b"1234")
+
+    for part in (pb.DeconvolveStreamRequest, pb.DeconvolveGradStreamRequest):
+        assert part.FromString(written).missing_chunk == b"1234"
+    assert chunk_from_bytes(written) is None
 
 
 @given(st.binary(max_size=40))

@@ -14,10 +14,12 @@ import pytest
 
 from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError, StaleRegionError
-from deconvd.problem import TensorSpec
+from deconvd.geometry import Geometry
+from deconvd.problem import Problem, TensorSpec
 from deconvd.shared_memory import Answer, Operation, Reply, Request
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.asked import Asked
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import Region
@@ -176,11 +178,14 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
         raise StaleRegionError("x must lie in shared memory that this server lends", argument="x")
 
     x = np.zeros((1, 1, 100, 100), np.float32)
-    request = pb.DeconvolveRequest(x=message_from_spec(spec_of(x)))
+    problem = Problem(spec_of(x), spec_of(x), Geometry())
+    request = pb.DeconvolveRequest(x=message_from_spec(problem.x))
 
-    results = call_with_shared_memory(borrower, rpc, request, {"x": x}, {"y": SPEC})
+    answered = call_with_shared_memory(
+        borrower, rpc, Asked(request, problem, {"x": x}, {"y": problem.y})
+    )
 
-    assert results is None
+    assert answered is None
     assert request.x.WhichOneof("payload") is None
 
 

@@ -21,6 +21,7 @@ from deconvd.tensor import (
     spec_of,
 )
 from deconvd_client import calls
+from deconvd_client.asked import Asked, deconvolution, differentiation
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.keywords import refuses_unknown_keywords
@@ -122,10 +123,14 @@ class Connection:
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         problem = _problem(x, W, b, geometry)
-        options = self._config.options
-        return self._nearest.call(
-            lambda stub: calls.deconvolve(stub, self._memory, problem, x, W, b, options)
+        asked = Asked(
+            deconvolution(problem, self._config.options, with_b=b is not None),
+            problem,
+            {"w": W, "x": x} if b is None else {"w": W, "b": b, "x": x},
+            {"y": problem.y},
         )
+        answered = self._nearest.call(lambda stub: calls.deconvolve(stub, self._memory, asked))
+        return answered.arrays["y"]
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -162,10 +167,18 @@ class Connection:
         problem = _problem(x, W, b, geometry)
         problem.check_gy(spec_of(_checked("gy", gy)))
         mask = _wanted(wanted, has_b=b is not None)
-        options = self._config.options
-        return self._nearest.call(
-            lambda stub: calls.gradients(stub, self._memory, problem, x, W, gy, mask, options)
-        )
+        operands = {"w": W} if mask.gx else {}
+        results = {"gx": problem.x} if mask.gx else {}
+        if mask.gW:
+            operands["x"], results["gw"] = x, problem.W
+        if mask.gb:
+            results["gb"] = problem.b
+        operands["gy"] = gy
+        request = differentiation(problem, self._config.options, mask)
+        asked = Asked(request, problem, operands, results)
+        answered = self._nearest.call(lambda stub: calls.differentiate(stub, self._memory, asked))
+        arrays = answered.arrays
+        return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def empty(self, shape: SupportsIndex | Sequence[SupportsIndex], dtype: npt.DTypeLike) -> Array:
         """Return a new array with any elements: on the server's host, one that need not be sent.

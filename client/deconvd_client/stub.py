@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -19,17 +19,28 @@ from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.retries import with_retries
 
-__all__ = ["Stub"]
+__all__ = ["Attempt", "Stub"]
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
+_Returned = TypeVar("_Returned", covariant=True)
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
 _TOO_LARGE: Final = re.compile(
     r"(CLIENT|SERVER): Received message larger than max \((\d+) vs\. (\d+)\)"
 )
+
+
+class Attempt(Protocol[_Response, _Returned]):
+    """One attempt at a call in a stream."""
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield the request's messages; another thread takes them."""
+
+    def receive(self, reader: ChunkReader[_Response]) -> _Returned:
+        """Return what is made of the response."""
 
 
 class Stub:
@@ -69,27 +80,20 @@ class Stub:
         return self._deconvolve_grad(request)
 
     def deconvolve_stream(
-        self,
-        parts: Callable[[], Iterator[bytes]],
-        receive: Callable[[ChunkReader[pb.DeconvolveStreamResponse]], _T],
+        self, begin: Callable[[], Attempt[pb.DeconvolveStreamResponse, _T]]
     ) -> _T:
-        """Call DeconvolveStream and return what `receive` makes of the response.
+        """Call DeconvolveStream and return what is made of the response.
 
         Args:
-            parts: Yields the request's messages; called once for each attempt.
-            receive: Called once for each attempt.
+            begin: Called once for each attempt.
         """
-        return self._streamed(self._deconvolve_stream, parts, receive, pb.DeconvolveStreamResponse)
+        return self._streamed(self._deconvolve_stream, begin, pb.DeconvolveStreamResponse)
 
     def deconvolve_grad_stream(
-        self,
-        parts: Callable[[], Iterator[bytes]],
-        receive: Callable[[ChunkReader[pb.DeconvolveGradStreamResponse]], _T],
+        self, begin: Callable[[], Attempt[pb.DeconvolveGradStreamResponse, _T]]
     ) -> _T:
         """Call DeconvolveGradStream, in the manner of `deconvolve_stream`."""
-        return self._streamed(
-            self._deconvolve_grad_stream, parts, receive, pb.DeconvolveGradStreamResponse
-        )
+        return self._streamed(self._deconvolve_grad_stream, begin, pb.DeconvolveGradStreamResponse)
 
     def get_server_info(self) -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
@@ -130,15 +134,15 @@ class Stub:
     def _streamed(
         self,
         rpc: grpc.StreamStreamMultiCallable[bytes, bytes],
-        parts: Callable[[], Iterator[bytes]],
-        receive: Callable[[ChunkReader[_Response]], _T],
+        begin: Callable[[], Attempt[_Response, _T]],
         response_type: type[_Response],
     ) -> _T:
         def attempt(timeout_s: float) -> _T:
+            exchange = begin()
             try:
-                responses = rpc(parts(), timeout=timeout_s)
+                responses = rpc(exchange.parts(), timeout=timeout_s)
                 try:
-                    received = receive(ChunkReader(responses, response_type))
+                    received = exchange.receive(ChunkReader(responses, response_type))
                     self._note(responses)
                     return received
                 finally:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
-from deconvd.codec import chunk_from_bytes, chunk_to_bytes
+from deconvd.codec import Buffer, chunk_from_bytes, chunk_to_bytes, missing_chunk_to_bytes
 from deconvd.errors import InvalidArgumentError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
 
-__all__ = ["ChunkReader", "chunks_of", "slices"]
+__all__ = ["ChunkReader", "chunks_of", "missing_chunks_of", "slices"]
 
 _CHUNK_BYTES: Final = 1 << 20
 """The size at which a gRPC stream is fastest: larger messages cost more than their bytes."""
@@ -35,6 +35,7 @@ class ChunkReader(Generic[_PartT]):
         self._parts = parts
         self._part_type = part_type
         self._rest = np.empty(0, np.uint8)
+        self._peeked: _PartT | None = None
 
     def header(self) -> _PartT:
         """Return the stream's first message.
@@ -42,11 +43,31 @@ class ChunkReader(Generic[_PartT]):
         Raises:
             InvalidArgumentError: It is none, or no header.
         """
-        data = next(self._parts, None)
-        part = None if data is None else self._parsed(data)
+        part = self._peek()
+        self._peeked = None
         if part is None or part.WhichOneof("part") != "header":
             raise InvalidArgumentError("a stream must begin with a header")
         return part
+
+    def missing(self) -> Sequence[str]:
+        """Return the fields that a response's first message says are missing; none if it is a header.
+
+        Raises:
+            InvalidArgumentError: It is no message of such a stream.
+        """
+        part = self._peek()
+        if part is None or part.WhichOneof("part") != "missing":
+            return ()
+        self._peeked = None
+        fields: Sequence[str] = part.missing.fields  # type: ignore[attr-defined]  # as above
+        return fields
+
+    def _peek(self) -> _PartT | None:
+        """Return the stream's first message, and again until `_peeked` is set to None."""
+        if self._peeked is None:
+            data = next(self._parts, None)
+            self._peeked = None if data is None else self._parsed(data)
+        return self._peeked
 
     def read(self, name: str, spec: TensorSpec) -> Array:
         """Return the next tensor. Its memory is touched only as its elements arrive.
@@ -104,9 +125,18 @@ class ChunkReader(Generic[_PartT]):
 
 def chunks_of(array: Array) -> Iterator[bytes]:
     """Yield the messages that carry an array's elements."""
+    return _cut(array, chunk_to_bytes)
+
+
+def missing_chunks_of(array: Array) -> Iterator[bytes]:
+    """Yield the messages that carry the elements of an array that the server has found missing."""
+    return _cut(array, missing_chunk_to_bytes)
+
+
+def _cut(array: Array, to_bytes: Callable[[Buffer], bytes]) -> Iterator[bytes]:
     elements = elements_of(array)
     for start in range(0, len(elements), _CHUNK_BYTES):
-        yield chunk_to_bytes(elements[start : start + _CHUNK_BYTES])
+        yield to_bytes(elements[start : start + _CHUNK_BYTES])
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

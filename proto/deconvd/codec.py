@@ -21,7 +21,15 @@ from google.protobuf.message import Message
 
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["Buffer", "Envelope", "chunk_from_bytes", "chunk_to_bytes", "decode", "encode"]
+__all__ = [
+    "Buffer",
+    "Envelope",
+    "chunk_from_bytes",
+    "chunk_to_bytes",
+    "decode",
+    "encode",
+    "missing_chunk_to_bytes",
+]
 
 M = TypeVar("M", bound=Message)
 
@@ -38,6 +46,7 @@ _MAX_NUMBER: Final = 2**29 - 1
 _RAW_NUMBER: Final = pb.Tensor.RAW_FIELD_NUMBER
 _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
 _CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
+_MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,11 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
 def chunk_to_bytes(chunk: Buffer) -> bytes:
     """Return the bytes of a stream's part that is a chunk, of whichever of the stream messages."""
     return b"".join((_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
+
+
+def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
+    """Return the bytes of a part that is a chunk of what was missing, in the manner of `chunk_to_bytes`."""
+    return b"".join((_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
 
 
 def chunk_from_bytes(data: bytes) -> memoryview | None:

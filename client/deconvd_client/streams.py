@@ -1,0 +1,107 @@
+"""Calls in streams: what is sent chunk by chunk, and what comes back meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Generic
+
+from deconvd.chunks import ChunkReader, chunks_of, missing_chunks_of, slices
+from deconvd.errors import InvalidArgumentError
+from deconvd.problem import Problem
+from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
+
+__all__ = ["Exchange", "slice_samples_count"]
+
+_SLICE_BYTES: Final = 8 << 20
+"""Operands and results of a slice: enough to keep a GPU busy, little enough to flow."""
+
+_UNANSWERED_BYTES: Final = 64 << 20
+"""What may be sent before the server has said what it lacks."""
+
+_CONSTANTS: Final = ("w", "b")
+"""Operands that all samples have in common: they go whole, before the slices of the others."""
+
+
+def slice_samples_count(problem: Problem) -> int:
+    """Return how many samples a slice has."""
+    sample_bytes = (problem.x.nbytes + problem.y.nbytes) // max(problem.n, 1)
+    return max(_SLICE_BYTES // max(sample_bytes, 1), 1)
+
+
+class Exchange(Generic[RequestT, ResponseT]):
+    """One attempt at a call in a stream. gRPC takes the parts in a thread of its own.
+
+    Args:
+        asked: The call.
+        opening: The stream's first message.
+        step: Samples of a slice.
+    """
+
+    def __init__(self, asked: Asked[RequestT], opening: bytes, step: int) -> None:
+        self._asked: Asked[RequestT] = asked
+        self._opening = opening
+        self._step = step
+        self._is_answered = threading.Event()
+        self._missing: Sequence[str] = ()
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield the request's messages."""
+        yield self._opening
+        yield from self._beside_offer() if self._asked.offered else self._chunks()
+
+    def receive(self, reader: ChunkReader[Any]) -> Answered[ResponseT]:
+        """Return what the response's messages say.
+
+        Raises:
+            InvalidArgumentError: They are not those of such a response.
+        """
+        try:
+            if self._asked.offered:
+                self._missing = self._known(reader.missing())
+                self._is_answered.set()
+            header: ResponseT = reader.header().header
+            arrays = {
+                field: reader.read(argument_of(field), spec)
+                for field, spec in self._asked.results.items()
+            }
+            reader.expect_end()
+            return Answered(header, arrays)
+        finally:
+            self._is_answered.set()  # or `parts` would wait for ever
+
+    def _known(self, fields: Sequence[str]) -> Sequence[str]:
+        unknown = set(fields) - self._asked.offered.keys()
+        if unknown:
+            raise InvalidArgumentError(f"the server misses what it was not offered: {unknown}")
+        return fields
+
+    def _beside_offer(self) -> Iterator[bytes]:
+        """Yield the chunks, and what the server lacks as soon as it has said so."""
+        unanswered_bytes = 0
+        chunks = self._chunks()
+        for chunk in chunks:
+            unanswered_bytes += len(chunk)
+            if self._is_answered.is_set() or unanswered_bytes > _UNANSWERED_BYTES:
+                yield from self._missing_chunks()
+                yield chunk
+                break
+            yield chunk
+        else:
+            yield from self._missing_chunks()
+        yield from chunks
+
+    def _missing_chunks(self) -> Iterator[bytes]:
+        self._is_answered.wait()
+        for field in self._missing:
+            yield from missing_chunks_of(self._asked.offered[field])
+
+    def _chunks(self) -> Iterator[bytes]:
+        operands = self._asked.operands
+        for field in _CONSTANTS:
+            if field in operands:
+                yield from chunks_of(operands[field])
+        sliced = [array for field, array in operands.items() if field not in _CONSTANTS]
+        for samples in slices(self._asked.problem.n, self._step) if sliced else ():
+            for array in sliced:
+                yield from chunks_of(array[samples])
