@@ -282,6 +282,80 @@ def test_cancelling_a_call_that_has_started_frees_nothing_before_it_leaves() -> 
     assert admission.load == IDLE
 
 
+def test_what_is_held_is_not_lent_to_calls() -> None:
+    admission = Admission(9, 100, 1)
+    admission.hold(40)
+    first, second = started(admission, 30), waiting(admission, 60)
+    assert admission.load == Load(1, 1, used_bytes=30, held_bytes=40)
+
+    first.end()
+    second.start()
+
+    second.end()
+    admission.release(40)
+    assert admission.load == IDLE
+
+
+def test_what_is_released_lets_a_call_start() -> None:
+    admission = Admission(9, 100, 1)
+    admission.hold(40)
+    first, second = started(admission, 30), waiting(admission, 50)
+
+    admission.release(40)
+    second.start()
+
+    first.end()
+    second.end()
+    assert admission.load == IDLE
+
+
+def test_no_more_is_held_than_is_free() -> None:
+    admission = Admission(9, 100, 0)
+    admission.hold(50)
+
+    with admission.admitted(30, Call()):
+        with pytest.raises(ExhaustedError, match=r"21 bytes .* 20 of 100 are free"):
+            admission.hold(21)
+        admission.hold(20)
+
+    assert admission.load == Load(0, 0, 0, held_bytes=70)
+
+
+def test_a_call_that_waits_keeps_its_room() -> None:
+    admission = Admission(9, 100, 1)
+    first, second = started(admission, 40), waiting(admission, 90)
+
+    with pytest.raises(ExhaustedError, match="10 of 100 are free"):
+        admission.hold(11)
+    admission.hold(10)
+
+    first.end()
+    second.start()
+    second.end()
+
+
+def test_a_call_that_what_is_held_leaves_no_room_is_refused_at_once() -> None:
+    missing: list[int] = []
+    admission = Admission(9, 100, 1, make_room=missing.append)
+    admission.hold(70)
+
+    with pytest.raises(UnavailableError, match="hold 70 now") as raised:
+        with admission.admitted(31, Call()):
+            pass
+
+    assert raised.value.retry_after_s is not None
+    assert missing == [1]
+    assert admission.load == Load(0, 0, 0, held_bytes=70)
+
+
+def test_room_that_is_made_is_used() -> None:
+    admission = Admission(9, 100, 1, make_room=lambda size_bytes: admission.release(size_bytes))
+    admission.hold(70)
+
+    with admission.admitted(50, Call()):
+        assert admission.load == Load(1, 0, used_bytes=50, held_bytes=50)
+
+
 def test_many_callers_never_take_more_than_there_is() -> None:
     admission, lock = Admission(3, 100, 1000), threading.Lock()
     running = list[int]()
@@ -310,6 +384,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         super().__init__()
         self.admission = Admission(self.PLACES, self.BUDGET_BYTES, self.WAITING)
         self.running, self.line = list[Caller](), list[Caller]()
+        self.held_bytes = 0
 
     @rule(footprint_bytes=st.integers(0, 11))
     def come(self, footprint_bytes: int) -> None:
@@ -317,7 +392,9 @@ class AdmissionMachine(RuleBasedStateMachine):
         caller.waits()
         if footprint_bytes > self.BUDGET_BYTES:
             self._refused(caller, ExhaustedError)
-        elif len(self.line) == self.WAITING:
+        elif (
+            footprint_bytes > self.BUDGET_BYTES - self.held_bytes or len(self.line) == self.WAITING
+        ):
             self._refused(caller, UnavailableError)
         else:
             self.line.append(caller)
@@ -326,6 +403,23 @@ class AdmissionMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         self._drawn(data, self.running).end()
+
+    @rule(size_bytes=st.integers(0, 10))
+    def hold(self, size_bytes: int) -> None:
+        room = self.BUDGET_BYTES - self.held_bytes - size_bytes
+        if self._used_bytes() <= room and all(c.footprint_bytes <= room for c in self.line):
+            self.admission.hold(size_bytes)
+            self.held_bytes += size_bytes
+        else:
+            with pytest.raises(ExhaustedError):
+                self.admission.hold(size_bytes)
+
+    @precondition(lambda self: self.held_bytes)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        size_bytes = data.draw(st.integers(1, self.held_bytes))
+        self.admission.release(size_bytes)
+        self.held_bytes -= size_bytes
 
     @precondition(lambda self: self.line)
     @rule(data=st.data())
@@ -339,16 +433,20 @@ class AdmissionMachine(RuleBasedStateMachine):
         while self.line and self._fits(self.line[0]):
             self.line[0].start()
             self.running.append(self.line.pop(0))
-        assert self.admission.load == Load(len(self.running), len(self.line), self._used_bytes())
+        assert self.admission.load == Load(
+            len(self.running), len(self.line), self._used_bytes(), self.held_bytes
+        )
         assert not any(caller.has_started() for caller in self.line)
 
     def teardown(self) -> None:
         for caller in [*self.running, *self.line]:
             caller.end()
+        self.admission.release(self.held_bytes)
         assert self.admission.load == IDLE
 
     def _fits(self, caller: Caller) -> bool:
-        bytes_fit = self._used_bytes() + caller.footprint_bytes <= self.BUDGET_BYTES
+        taken_bytes = self._used_bytes() + self.held_bytes
+        bytes_fit = taken_bytes + caller.footprint_bytes <= self.BUDGET_BYTES
         return len(self.running) < self.PLACES and bytes_fit
 
     def _used_bytes(self) -> int:

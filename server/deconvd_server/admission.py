@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,21 +17,28 @@ __all__ = ["Admission", "Load"]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How many calls run and wait, and what those that run take."""
+    """How many calls run and wait, what those that run take, and what is held beside them."""
 
     running_count: int
     waiting_count: int
     used_bytes: int
+    held_bytes: int = 0
 
 
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
+
+    Some of the bytes may be held for longer than a call. A call waits for others to end, but never
+    for what is held: it is refused if it cannot fit beside that, and while it waits no more is held
+    than leaves it room.
 
     Args:
         calls_count: How many calls may be under way at once.
         budget_bytes: What they may take, all together.
         waiting_count: How many more may wait; the next is refused at once.
         memory: What the bytes are of, for errors.
+        make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
+            bytes that it lacks: may `release` some.
     """
 
     RETRY_AFTER_S = 0.5
@@ -44,14 +51,17 @@ class Admission:
         waiting_count: int,
         *,
         memory: str = "the device's memory",
+        make_room: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._memory = memory
+        self._make_room = make_room
         self._calls_count = calls_count
         self._free_places = calls_count
         self._budget_bytes = budget_bytes
         self._free_bytes = budget_bytes
+        self._held_bytes = 0
         self._waiting_count = waiting_count
-        self._line: deque[object] = deque()
+        self._line: deque[_Ticket] = deque()
         self._changed = threading.Condition()
 
     @contextmanager
@@ -60,7 +70,7 @@ class Admission:
 
         Raises:
             ExhaustedError: It would never fit.
-            UnavailableError: Too many calls wait already.
+            UnavailableError: Too many calls wait already, or what is held leaves no room for it.
             CallCancelledError, DeadlineError: The call ended while it waited.
         """
         with call.ledger.timing(Stage.QUEUE):
@@ -70,15 +80,47 @@ class Admission:
         finally:
             self._leave(footprint_bytes)
 
+    def hold(self, size_bytes: int) -> None:
+        """Take bytes until they are released, at once or not at all.
+
+        Raises:
+            ExhaustedError: So many are not free now, or a call that waits would not fit beside them.
+        """
+        with self._changed:
+            spare_bytes = self._beside_held_bytes - max(
+                (ticket.footprint_bytes for ticket in self._line), default=0
+            )
+            free_bytes = max(min(self._free_bytes, spare_bytes), 0)
+            if size_bytes > free_bytes:
+                raise ExhaustedError(
+                    f"{size_bytes} bytes of {self._memory} cannot be held: beside calls and what is "
+                    f"held already, {free_bytes} of {self._budget_bytes} are free"
+                )
+            self._free_bytes -= size_bytes
+            self._held_bytes += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        """Give back bytes that were held."""
+        with self._changed:
+            self._free_bytes += size_bytes
+            self._held_bytes -= size_bytes
+            self._changed.notify_all()
+
     @property
     def load(self) -> Load:
-        """What runs and what waits now."""
+        """What runs, what waits and what is held now."""
         with self._changed:
             return Load(
                 running_count=self._calls_count - self._free_places,
                 waiting_count=len(self._line),
-                used_bytes=self._budget_bytes - self._free_bytes,
+                used_bytes=self._beside_held_bytes - self._free_bytes,
+                held_bytes=self._held_bytes,
             )
+
+    @property
+    def _beside_held_bytes(self) -> int:
+        """What calls may take, all together, as long as what is held stays."""
+        return self._budget_bytes - self._held_bytes
 
     def _enter(self, footprint_bytes: int, call: Call) -> None:
         if footprint_bytes > self._budget_bytes:
@@ -90,20 +132,32 @@ class Admission:
             if not self._line and self._has_room(footprint_bytes):
                 self._take(footprint_bytes)
                 return
+            missing_bytes = footprint_bytes - self._beside_held_bytes
+        if missing_bytes > 0:
+            self._make_room(missing_bytes)
         call.on_cancel(self._wake)
-        ticket = object()
+        ticket = _Ticket(footprint_bytes)
         with self._changed:
+            self._check_room_beside_held(footprint_bytes)
             self._line.append(ticket)
             try:
-                if not self._may_start(ticket, footprint_bytes):
+                if not self._may_start(ticket):
                     self._check_room_to_wait()
-                while not self._may_start(ticket, footprint_bytes):
+                while not self._may_start(ticket):
                     self._changed.wait(_wait_s(call))
                     call.check()
                 self._take(footprint_bytes)
             finally:
                 self._line.remove(ticket)
                 self._changed.notify_all()
+
+    def _check_room_beside_held(self, footprint_bytes: int) -> None:
+        if footprint_bytes > self._beside_held_bytes:
+            raise UnavailableError(
+                f"the call needs {footprint_bytes} bytes of {self._memory}, of which tensors that "
+                f"stay hold {self._held_bytes} now, and calls may take {self._budget_bytes} less that",
+                retry_after_s=self.RETRY_AFTER_S,
+            )
 
     def _check_room_to_wait(self) -> None:
         others_count = len(self._line) - 1
@@ -113,8 +167,8 @@ class Admission:
                 retry_after_s=self.RETRY_AFTER_S,
             )
 
-    def _may_start(self, ticket: object, footprint_bytes: int) -> bool:
-        return self._line[0] is ticket and self._has_room(footprint_bytes)
+    def _may_start(self, ticket: _Ticket) -> bool:
+        return self._line[0] is ticket and self._has_room(ticket.footprint_bytes)
 
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
@@ -132,6 +186,13 @@ class Admission:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ticket:
+    """A call in the line."""
+
+    footprint_bytes: int
 
 
 def _wait_s(call: Call) -> float | None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.admission import Admission, Load
 from deconvd_server.call import Call
-from deconvd_server.device import CacheState, Device, DeviceInfo
+from deconvd_server.device import (
+    CacheState,
+    Device,
+    DeviceInfo,
+    DeviceTensor,
+    GradientPlaces,
+    Operand,
+    Place,
+    resident_bytes,
+)
 
 __all__ = ["Engine", "Engines"]
 
@@ -18,39 +27,93 @@ __all__ = ["Engine", "Engines"]
 class Engine:
     """Runs calls on a device it owns, no more at once than the device can use.
 
+    Calls and the tensors that it makes share the device's budget. A call waits for other calls, but
+    not for tensors: what of their memory a call lacks, `on_shortage` may free.
+
     Args:
         waiting_count: How many calls may wait for their turn; the next is refused.
+
+    Attributes:
+        on_shortage: Called, in the thread of a call that does not fit beside the tensors there are,
+            with the bytes that it lacks: may `free` some. By default it does nothing, and the call
+            is refused with UnavailableError.
     """
 
     def __init__(self, device: Device, *, waiting_count: int) -> None:
         self._device = device
         self.info: DeviceInfo = device.info
-        self._admission = Admission(self.info.calls_count, self.info.budget_bytes, waiting_count)
+        self.on_shortage: Callable[[int], None] = lambda _: None
+        self._admission = Admission(
+            self.info.calls_count,
+            self.info.budget_bytes,
+            waiting_count,
+            make_room=lambda size_bytes: self.on_shortage(size_bytes),
+        )
 
     def deconvolve(
-        self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
-    ) -> Array:
+        self,
+        problem: Problem,
+        x: Operand,
+        W: Operand,
+        b: Operand | None,
+        options: Options,
+        call: Call,
+        out: Place | None = None,
+    ) -> Array | Place:
         """Return y. Raises as `Admission.admitted` and `Device.deconvolve` do."""
-        with self._admission.admitted(self._device.footprint_bytes(problem, None), call):
-            return self._device.deconvolve(problem, x, W, b, options, call)
+        present_bytes = resident_bytes(x, W, b, out)
+        footprint_bytes = self._device.footprint_bytes(problem, None, present_bytes)
+        with self._admission.admitted(footprint_bytes, call):
+            return self._device.deconvolve(problem, x, W, b, options, call, out)
 
     def gradients(
         self,
         problem: Problem,
-        x: Array | None,
-        W: Array | None,
-        gy: Array,
+        x: Operand | None,
+        W: Operand | None,
+        gy: Operand,
         wanted: Wanted,
         options: Options,
         call: Call,
+        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
     ) -> Gradients:
         """Return the wanted gradients. Raises as `Admission.admitted` and `Device.gradients` do."""
-        with self._admission.admitted(self._device.footprint_bytes(problem, wanted), call):
-            return self._device.gradients(problem, x, W, gy, wanted, options, call)
+        present_bytes = resident_bytes(x, W, gy, *out)
+        footprint_bytes = self._device.footprint_bytes(problem, wanted, present_bytes)
+        with self._admission.admitted(footprint_bytes, call):
+            return self._device.gradients(problem, x, W, gy, wanted, options, call, out)
+
+    def empty(self, spec: TensorSpec) -> DeviceTensor:
+        """Return a new tensor in the device's memory, with any elements; end it by `free`.
+
+        Raises:
+            ExhaustedError: The budget has no room for it now: `free` others, or wait for calls.
+        """
+        self._admission.hold(spec.nbytes)
+        try:
+            return self._device.empty(spec)
+        except BaseException:
+            self._admission.release(spec.nbytes)
+            raise
+
+    def free(self, tensor: DeviceTensor) -> None:
+        """Free a tensor that `empty` made, once: see `DeviceTensor`."""
+        self._device.free(tensor)
+        self._admission.release(tensor.spec.nbytes)
+
+    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
+        """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do."""
+        with self._admission.admitted(0, call):
+            self._device.write(tensor, array, call)
+
+    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
+        """Return a tensor's elements, in `out` if given. Raises as `write` does."""
+        with self._admission.admitted(0, call):
+            return self._device.read(tensor, call, out)
 
     @property
     def load(self) -> Load:
-        """What runs and what waits now."""
+        """What runs, what waits and what tensors hold now."""
         return self._admission.load
 
     @property
@@ -85,4 +148,5 @@ class Engines:
 
 def _burden(engine: Engine) -> tuple[int, float]:
     load = engine.load
-    return load.running_count + load.waiting_count, load.used_bytes / engine.info.budget_bytes
+    used_bytes = load.used_bytes + load.held_bytes
+    return load.running_count + load.waiting_count, used_bytes / engine.info.budget_bytes

@@ -12,7 +12,6 @@ import grpc
 import deconvd
 from deconvd.chunks import ChunkReader
 from deconvd.codec import Buffer, Envelope
-from deconvd.copying import copy_into
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd.gradients import Wanted
@@ -28,6 +27,7 @@ from deconvd.tensor import (
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.call import Call
+from deconvd_server.device import GradientPlaces
 from deconvd_server.engine import Engine, Engines
 from deconvd_server.requests import Deconvolution, Differentiation
 from deconvd_server.rpc import stream_handler, unary_handler
@@ -96,8 +96,9 @@ class DeconvolutionService:
             places = tensors.places(message, asked.results)
             self._check_result_size(asked.results, places)
             engine = self._ready_engines().least_loaded()
-            y = engine.deconvolve(asked.problem, x, W, b, asked.options, call)
-            described, sent = _delivered(message, {"y": y}, places, call)
+            out = places.get("y")
+            y = engine.deconvolve(asked.problem, x, W, b, asked.options, call, out)
+            described, sent = _delivered(message, {"y": y}, places)
         return Envelope(pb.DeconvolveResponse(y=described["y"]), sent)
 
     def deconvolve_grad(
@@ -113,9 +114,12 @@ class DeconvolutionService:
             places = tensors.places(message, asked.results)
             self._check_result_size(asked.results, places)
             engine = self._ready_engines().least_loaded()
-            gradients = engine.gradients(asked.problem, x, W, gy, asked.wanted, asked.options, call)
+            out = GradientPlaces(places.get("gx"), places.get("gw"), places.get("gb"))
+            gradients = engine.gradients(
+                asked.problem, x, W, gy, asked.wanted, asked.options, call, out
+            )
             results = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
-            described, sent = _delivered(message, results, places, call)
+            described, sent = _delivered(message, results, places)
         return Envelope(pb.DeconvolveGradResponse(**described), sent)
 
     def deconvolve_stream(
@@ -194,10 +198,8 @@ def _delivered(
     request: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
     results: Mapping[str, Array | None],
     places: Mapping[str, Array],
-    call: Call,
 ) -> tuple[dict[str, pb.Tensor], dict[str, Buffer]]:
-    """Put results into their places; return their messages, and the elements of those without one."""
-    call.check()  # its client may use the places for something else by now
+    """Return the messages of results, and the elements of those that are not in their places."""
     described: dict[str, pb.Tensor] = {}
     sent: dict[str, Buffer] = {}
     for field, array in results.items():
@@ -205,7 +207,6 @@ def _delivered(
             continue
         described[field] = _description(array)
         if field in places:
-            copy_into(places[field], array)
             described[field].shared.CopyFrom(getattr(request, f"{field}_place"))
         else:
             sent[field] = elements_of(array)

@@ -117,12 +117,14 @@ class Slices:
         def begun() -> Iterator[Future[Array]]:
             for problem in self.sliced.slices():
                 x = reader.read("x", problem.x)
-                arguments = (problem, x, W, b, self.options, self.call)
-                yield self.executor.submit(self.engine.deconvolve, *arguments)
+                yield self.executor.submit(self._y_of, problem, x, W, b)
             reader.expect_end()
 
         for y in _in_flight(begun(), self.call):
             yield from chunks_of(y)
+
+    def _y_of(self, problem: Problem, x: Array, W: Array, b: Array | None) -> Array:
+        return self.engine.deconvolve(problem, x, W, b, self.options, self.call)
 
     def gradients(
         self, reader: ChunkReader[pb.DeconvolveGradStreamRequest], wanted: Wanted

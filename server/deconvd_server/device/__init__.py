@@ -1,5 +1,23 @@
 """What computes: one protocol, a package for each kind of device. Nothing here knows of gRPC."""
 
-from deconvd_server.device.protocol import CacheState, Device, DeviceInfo
+from deconvd_server.device.protocol import (
+    CacheState,
+    Device,
+    DeviceInfo,
+    DeviceTensor,
+    GradientPlaces,
+    Operand,
+    Place,
+    resident_bytes,
+)
 
-__all__ = ["CacheState", "Device", "DeviceInfo"]
+__all__ = [
+    "CacheState",
+    "Device",
+    "DeviceInfo",
+    "DeviceTensor",
+    "GradientPlaces",
+    "Operand",
+    "Place",
+    "resident_bytes",
+]

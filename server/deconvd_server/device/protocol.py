@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
 
 from deconvd.cache_state import CacheState
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 
-__all__ = ["CacheState", "Device", "DeviceInfo"]
+__all__ = [
+    "CacheState",
+    "Device",
+    "DeviceInfo",
+    "DeviceTensor",
+    "GradientPlaces",
+    "Operand",
+    "Place",
+    "resident_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +36,8 @@ class DeviceInfo:
         name: The maker's name for it.
         memory_bytes: What it has in all.
         threads_count: Threads that compute on it; 0 on a GPU.
-        budget_bytes: What the calls under way may take of its memory, all together.
+        budget_bytes: What the calls under way and the tensors that it holds may take of its memory,
+            all together.
         calls_count: How many calls it computes at once; more would only wait inside it.
     """
 
@@ -37,14 +49,66 @@ class DeviceInfo:
     calls_count: int
 
 
-class Device(Protocol):
-    """Computes deconvolutions of arrays in host memory. Its methods may be called from many threads.
+class DeviceTensor(Protocol):
+    """A tensor in a device's own memory: C-contiguous, in native byte order. Made by `Device.empty`.
 
-    The arrays have the shapes and element types of the problem, native byte order and any strides;
-    they may be read-only and are never modified. Results are new C-contiguous arrays.
+    It is of use to calls of that device alone: others raise ValueError, as all do for a tensor that
+    is freed already. Whoever has it sees to it that no call reads it while another writes it, and
+    that none is under way with it, or a view of it, when it is freed.
+    """
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its shape and element type."""
+
+    @property
+    def device_id(self) -> str:
+        """The `DeviceInfo.id` of its device."""
+
+    def samples(self, start: int, stop: int) -> DeviceTensor:
+        """Return a view of ``tensor[start:stop]``; bounds as ``0 <= start <= stop <= shape[0]``.
+
+        A view is never freed itself, and is of no use once the tensor is.
+        """
+
+
+Operand: TypeAlias = Array | DeviceTensor
+"""What a device reads: an array in host memory, or a tensor in its own."""
+
+Place = TypeVar("Place", bound=Operand)
+"""Where a device puts a result."""
+
+
+class GradientPlaces(NamedTuple):
+    """Where to put gradients; None for one that is not wanted, or is to be a new array."""
+
+    gx: Operand | None = None
+    gW: Operand | None = None
+    gb: Operand | None = None
+
+
+def resident_bytes(*tensors: Operand | None) -> int:
+    """Return what those of the tensors that lie in a device's memory take there."""
+    return sum(
+        tensor.spec.nbytes
+        for tensor in tensors
+        if tensor is not None and not isinstance(tensor, np.ndarray)
+    )
+
+
+class Device(Protocol):
+    """Computes deconvolutions. Its methods may be called from many threads.
+
+    Operands and places have the shapes and element types of the problem, and any mix of them may
+    lie in the device's memory. Those that are arrays may have any strides. Operands are in native
+    byte order and may be read-only; they are never modified. Places overlap neither each other nor
+    an operand; while a call is under way, and if it fails, their elements are arbitrary.
+
+    A result without a place is a new C-contiguous array in native byte order.
 
     Every method raises CallCancelledError or DeadlineError soon after the call has ended, and
-    ExhaustedError if memory runs out; the device stays usable.
+    ExhaustedError if memory runs out; the device stays usable. No method touches an operand or a
+    place once it has returned or raised.
     """
 
     @property
@@ -55,34 +119,61 @@ class Device(Protocol):
     def caches(self) -> Sequence[CacheState]:
         """What it keeps between calls, now."""
 
-    def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
-        """Return a bound on the device memory that a call takes, its operands and results included.
+    def footprint_bytes(
+        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
+    ) -> int:
+        """Return a bound on the device memory that a call takes, beside what lies there already.
 
         Args:
             wanted: The gradients that the call is for; None if it is for y.
+            resident_bytes: What its operands and places that are tensors of the device take.
         """
 
     def deconvolve(
-        self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
-    ) -> Array:
-        """Return y."""
+        self,
+        problem: Problem,
+        x: Operand,
+        W: Operand,
+        b: Operand | None,
+        options: Options,
+        call: Call,
+        out: Place | None = None,
+    ) -> Array | Place:
+        """Return y: `out`, if that says where to put it."""
 
     def gradients(
         self,
         problem: Problem,
-        x: Array | None,
-        W: Array | None,
-        gy: Array,
+        x: Operand | None,
+        W: Operand | None,
+        gy: Operand,
         wanted: Wanted,
         options: Options,
         call: Call,
+        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
     ) -> Gradients:
-        """Return the wanted gradients.
+        """Return the wanted gradients: of those that have a place the place, but None for a tensor.
 
         Args:
             x: May be None unless gW is wanted.
             W: May be None unless gx is wanted.
         """
+
+    def empty(self, spec: TensorSpec) -> DeviceTensor:
+        """Return a new tensor with any elements, to be freed once by `free`.
+
+        It takes `spec.nbytes` of the budget, which is for the caller to know and to count: see
+        `Engine`.
+        """
+
+    def free(self, tensor: DeviceTensor) -> None:
+        """Give the memory of a tensor back, once; a view is never freed."""
+
+    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
+        """Copy an array, of the tensor's shape and type and in native byte order, into the tensor."""
+
+    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
+        """Return a tensor's elements: in `out`, an array of its shape and type, or a new one."""
 
     def close(self) -> None:
         """Free what the device holds. No call may be running, and none may follow."""

@@ -14,6 +14,7 @@ from typing import TypeVarTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
@@ -23,7 +24,22 @@ from deconvd_server.call import Call
 from deconvd_server.device.cpu.blocking import Blocking, ranges, working_elements_count
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
-from deconvd_server.device.protocol import CacheState, DeviceInfo
+from deconvd_server.device.cpu.tensor import (
+    DEVICE_ID,
+    HostTensor,
+    array_of,
+    landed,
+    own,
+    place_for,
+)
+from deconvd_server.device.protocol import (
+    CacheState,
+    DeviceInfo,
+    DeviceTensor,
+    GradientPlaces,
+    Operand,
+    Place,
+)
 from deconvd_server.ledger import Stage
 
 __all__ = ["CpuDevice"]
@@ -56,7 +72,7 @@ class CpuDevice:
     def info(self) -> DeviceInfo:
         """What the processor is."""
         return DeviceInfo(
-            id="cpu",
+            id=DEVICE_ID,
             name=_processor_name(),
             memory_bytes=self._memory_bytes,
             threads_count=self._team.threads_count,
@@ -69,8 +85,10 @@ class CpuDevice:
         """Nothing: a processor has no plans to make."""
         return ()
 
-    def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
-        """Return a bound on the memory that a call takes.
+    def footprint_bytes(
+        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
+    ) -> int:
+        """Return a bound on the memory that a call takes beside what lies there already.
 
         That is its operands and results, those in wider types, what each thread works on, and the
         partial sums of gW.
@@ -80,9 +98,10 @@ class CpuDevice:
         working_count = self._team.threads_count * working_elements_count(problem)
         if wanted is not None and wanted.gW:
             working_count += self._gW_elements_count(problem)
+        tensors_bytes = sum(spec.nbytes for spec in tensors)
+        wide_bytes = elements_count * np.dtype(np.float64).itemsize
         return (
-            sum(spec.nbytes for spec in tensors)
-            + elements_count * np.dtype(np.float64).itemsize
+            max(tensors_bytes + wide_bytes - resident_bytes, tensors_bytes)
             + working_count * problem.compute_type.itemsize
         )
 
@@ -94,42 +113,55 @@ class CpuDevice:
         return 2 * parts_count * math.prod(problem.W.shape)
 
     def deconvolve(
-        self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
-    ) -> Array:
+        self,
+        problem: Problem,
+        x: Operand,
+        W: Operand,
+        b: Operand | None,
+        options: Options,
+        call: Call,
+        out: Place | None = None,
+    ) -> Array | Place:
         """Return y. `options` are for GPUs."""
         with self._computing(problem, call):
-            y = _zeros(problem.y)
+            y = place_for(problem.y, out)
             if b is not None:
-                y += b[:, None, None]
+                y += array_of(b)[:, None, None]
             if problem.has_products:
                 blocking = Blocking.of(problem, threads_count=self._team.threads_count)
-                products = Products(problem, blocking, call, x=x, W=W)
+                products = Products(problem, blocking, call, x=array_of(x), W=array_of(W))
                 self._run(
                     lambda *task: products.add_to_y(y, *task),
                     product(blocking.samples, blocking.groups, blocking.channels),
                 )
-            return y
+            return landed(y, out)
 
     def gradients(
         self,
         problem: Problem,
-        x: Array | None,
-        W: Array | None,
-        gy: Array,
+        x: Operand | None,
+        W: Operand | None,
+        gy: Operand,
         wanted: Wanted,
         options: Options,
         call: Call,
+        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
     ) -> Gradients:
         """Return the wanted gradients. `options` are for GPUs."""
+        gx = gW = gb = None
+        gy = array_of(gy)
         with self._computing(problem, call):
-            return Gradients(
-                gx=self._gx(problem, W, gy, call) if wanted.gx and W is not None else None,
-                gW=self._gW(problem, x, gy, call) if wanted.gW and x is not None else None,
-                gb=_gb(gy) if wanted.gb else None,
-            )
+            if wanted.gx and W is not None:
+                gx = place_for(problem.x, out.gx)
+                self._set_gx(gx, problem, array_of(W), gy, call)
+            if wanted.gW and x is not None:
+                gW = self._gW(problem, array_of(x), gy, call)
+            if wanted.gb:
+                gb = _gb(gy)
+            return Gradients(*map(_landed_array, (gx, gW, gb), out))
 
-    def _gx(self, problem: Problem, W: Array, gy: Array, call: Call) -> Array:
-        gx = _zeros(problem.x)
+    def _set_gx(self, gx: Array, problem: Problem, W: Array, gy: Array, call: Call) -> None:
+        """Set gx, which is all zeros."""
         if problem.has_products:
             blocking = Blocking.of(problem, threads_count=self._team.threads_count)
             products = Products(problem, blocking, call, W=W, gy=gy)
@@ -137,11 +169,10 @@ class CpuDevice:
                 lambda *task: products.set_gx(gx, *task),
                 product(blocking.samples, blocking.groups, blocking.images),
             )
-        return gx
 
     def _gW(self, problem: Problem, x: Array, gy: Array, call: Call) -> Array:
         if not problem.has_products:
-            return _zeros(problem.W)
+            return np.zeros(problem.W.shape, problem.W.dtype)
         threads_count = self._team.threads_count
         blocking = Blocking.of(problem, threads_count=threads_count, sums_samples=True)
         # Where channels do not make tasks enough, samples do: each part of them has its own sum.
@@ -172,6 +203,29 @@ class CpuDevice:
 
         self._team.run(quiet_task, arguments)
 
+    def empty(self, spec: TensorSpec) -> HostTensor:
+        """Return a new tensor. See `Device`."""
+        try:
+            return HostTensor(np.empty(spec.shape, spec.dtype))
+        except MemoryError:
+            raise ExhaustedError(f"the server has not the memory for {spec}") from None
+
+    def free(self, tensor: DeviceTensor) -> None:
+        """Give the memory of a tensor back. See `Device`."""
+        own(tensor).free()
+
+    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
+        """Copy an array into a tensor. See `Device`."""
+        call.check()
+        copy_into(own(tensor).array, array)
+
+    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
+        """Return a tensor's elements. See `Device`."""
+        call.check()
+        array = np.empty(tensor.spec.shape, tensor.spec.dtype) if out is None else out
+        copy_into(array, own(tensor).array)
+        return array
+
     def close(self) -> None:
         """End the threads."""
         self._team.close()
@@ -189,8 +243,10 @@ def _parts(blocks: list[slice], parts_count: int) -> list[list[slice]]:
     return [blocks[part] for part in ranges(len(blocks), -(-len(blocks) // parts_count))]
 
 
-def _zeros(spec: TensorSpec) -> Array:
-    return np.zeros(spec.shape, spec.dtype)
+def _landed_array(result: Array | None, out: Operand | None) -> Array | None:
+    """Return a gradient, in its place if it has one; None if that is no array."""
+    found = None if result is None else landed(result, out)
+    return found if isinstance(found, np.ndarray) else None
 
 
 def _gb(gy: Array) -> Array:

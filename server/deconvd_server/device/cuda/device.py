@@ -6,15 +6,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, LifoQueue
 
+import numpy as np
+
 import deconvd
+from deconvd.copying import copy_into
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda import kernels
@@ -36,8 +39,16 @@ from deconvd_server.device.cuda.results import ResultMemory
 from deconvd_server.device.cuda.runtime import Pool, Stream, current_device, open_card, synchronize
 from deconvd_server.device.cuda.sizing import Sizing, operations_of
 from deconvd_server.device.cuda.stats import CudaStats
+from deconvd_server.device.cuda.tensor import CudaTensor, own
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
-from deconvd_server.device.protocol import CacheState, DeviceInfo
+from deconvd_server.device.protocol import (
+    CacheState,
+    DeviceInfo,
+    DeviceTensor,
+    GradientPlaces,
+    Operand,
+    Place,
+)
 
 __all__ = ["CudaDevice", "Limits"]
 
@@ -104,7 +115,7 @@ class CudaDevice:
         with current_device(ordinal):
             self._cudnn = Cudnn()
             self._pool = Pool(limit_bytes)
-            self.memory = DeviceMemory(self._budget_bytes, self._pool.take)
+            self.memory = DeviceMemory(self._budget_bytes, self._pool.take, self._pool.take_to_stay)
             self._open_lanes()
             self._candidates = Candidates(self._cudnn)
             self.plans = self._new_book(plan_store)
@@ -135,7 +146,7 @@ class CudaDevice:
         # the last lane given back comes first: it is the likeliest to know the kind of call
         self._lanes: LifoQueue[Lane] = LifoQueue()
         for arena in self._arenas:
-            self._lanes.put(Lane(self.memory, arena.ptr, self._helpers, self._results))
+            self._lanes.put(Lane(self._id, self.memory, arena.ptr, self._helpers))
 
     def _new_book(self, folder: Path | None) -> PlanBook:
         origin: dict[str, str | int] = {
@@ -189,17 +200,28 @@ class CudaDevice:
         """Plans, and the buffers that are kept for the next call."""
         return self.stats.caches
 
-    def footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
+    def footprint_bytes(
+        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
+    ) -> int:
         """Return a bound on the memory of the card that a call takes, trying plans included."""
-        return self._sizing.footprint_bytes(problem, wanted)
+        return self._sizing.footprint_bytes(problem, wanted, resident_bytes)
 
     def deconvolve(
-        self, problem: Problem, x: Array, W: Array, b: Array | None, options: Options, call: Call
-    ) -> Array:
+        self,
+        problem: Problem,
+        x: Operand,
+        W: Operand,
+        b: Operand | None,
+        options: Options,
+        call: Call,
+        out: Place | None = None,
+    ) -> Array | Place:
         """Return y."""
         if not problem.has_products:
-            return empty_y(problem, b)
+            y = empty_y(problem, None if b is None else self._fetched(b, call))
+            return self._landed(y, out, call)
         operands = (x, W) if b is None else (x, W, b)
+        place: Array | Place = self._results.empty(problem.y) if out is None else out
         with self._working(call) as lane:
 
             def job() -> Job:
@@ -207,24 +229,37 @@ class CudaDevice:
                 return DeconvolveJob(problem, plan, with_b=b is not None)
 
             key = (problem, options, b is not None)
-            return lane.run(key, job, operands, call)[0]
+            lane.run(key, job, operands, [place], call)
+        return place
 
     def gradients(
         self,
         problem: Problem,
-        x: Array | None,
-        W: Array | None,
-        gy: Array,
+        x: Operand | None,
+        W: Operand | None,
+        gy: Operand,
         wanted: Wanted,
         options: Options,
         call: Call,
+        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
     ) -> Gradients:
         """Return the wanted gradients."""
         if not problem.has_products:
-            return empty_gradients(problem, gy, wanted)
+            found = empty_gradients(problem, self._fetched(gy, call), wanted)
+            landed = (
+                None if gradient is None else self._landed(gradient, place, call)
+                for gradient, place in zip(found, out, strict=True)
+            )
+            return Gradients(*map(_array_or_none, landed))
         operands = [gy]
         operands += [x] if wanted.gW and x is not None else []
         operands += [W] if wanted.gx and W is not None else []
+        places = [
+            (self._results.empty(spec) if place is None else place) if is_wanted else None
+            for spec, place, is_wanted in zip(
+                (problem.x, problem.W, problem.b), out, astuple(wanted), strict=True
+            )
+        ]
         with self._working(call) as lane:
 
             def job() -> Job:
@@ -237,7 +272,45 @@ class CudaDevice:
                 )
 
             key = (problem, options, wanted)
-            return _gradients(wanted, lane.run(key, job, operands, call))
+            lane.run(key, job, operands, [place for place in places if place is not None], call)
+        return Gradients(*map(_array_or_none, places))
+
+    def _fetched(self, operand: Operand, call: Call) -> Array:
+        """Return an operand's elements as an array."""
+        return operand if isinstance(operand, np.ndarray) else self.read(operand, call)
+
+    def _landed(self, result: Array, out: Place | None, call: Call) -> Array | Place:
+        """Return a result that was made on the host, in `out` if that says where it is to be."""
+        if out is None:
+            return result
+        if isinstance(out, np.ndarray):
+            copy_into(out, result)
+        else:
+            self.write(out, result, call)
+        return out
+
+    def empty(self, spec: TensorSpec) -> CudaTensor:
+        """Return a new tensor. See `Device`."""
+        with self.using():
+            lease = self.memory.take_to_stay(max(spec.nbytes, 1))
+        return CudaTensor(spec, self._id, lease)
+
+    def free(self, tensor: DeviceTensor) -> None:
+        """Give the memory of a tensor back. See `Device`."""
+        with self.using():
+            own(tensor, self._id).free()
+
+    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
+        """Copy an array into a tensor. See `Device`."""
+        with self._working(call) as lane:
+            lane.upload(array, own(tensor, self._id), call)
+
+    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
+        """Return a tensor's elements. See `Device`."""
+        array = self._results.empty(tensor.spec) if out is None else out
+        with self._working(call) as lane:
+            lane.download(own(tensor, self._id), array, call)
+        return array
 
     def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
         """Return the key of an operation's plan on this device."""
@@ -308,10 +381,5 @@ def _helpers_count() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_HELPERS)
 
 
-def _gradients(wanted: Wanted, results: list[Array]) -> Gradients:
-    found = iter(results)
-    return Gradients(
-        gx=next(found) if wanted.gx else None,
-        gW=next(found) if wanted.gW else None,
-        gb=next(found) if wanted.gb else None,
-    )
+def _array_or_none(place: Operand | None) -> Array | None:
+    return place if isinstance(place, np.ndarray) else None

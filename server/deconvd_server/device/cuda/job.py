@@ -7,28 +7,34 @@ from typing import Protocol
 
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.frame import Frame
 from deconvd_server.device.cuda.plan import Plan
 
 __all__ = ["DeconvolveJob", "GradientsJob", "Job"]
 
 
 class Job(Protocol):
-    """The work of one call, for whatever block it is given."""
+    """The work of one call, wherever its tensors lie."""
 
     @property
-    def frame(self) -> Frame:
-        """Where its tensors lie."""
+    def operands(self) -> Sequence[TensorSpec]:
+        """What it computes from."""
 
     @property
     def results(self) -> Sequence[TensorSpec]:
         """What it computes."""
 
-    def enqueue(self, base: int, stream: int) -> None:
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that it scribbles on."""
+
+    def enqueue(
+        self, operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
+    ) -> None:
         """Enqueue all work between upload and download on a stream.
 
         Args:
-            base: Address of the block.
+            operands, results: Addresses, aligned as plans want it.
+            workspace: Address of `workspace_bytes`, aligned to 256 bytes.
         """
 
 
@@ -40,20 +46,20 @@ class DeconvolveJob:
     """
 
     def __init__(self, problem: Problem, plan: Plan, *, with_b: bool) -> None:
+        self.operands = (problem.x, problem.W, *([problem.b] if with_b else []))
         self.results = (problem.y,)
-        self._problem = problem
+        self.workspace_bytes = plan.workspace_bytes
         self._plan = plan
-        self._with_b = with_b
-        operands = (problem.x, problem.W, *([problem.b] if with_b else []))
-        self.frame = Frame(operands, self.results, plan.workspace_bytes)
 
-    def enqueue(self, base: int, stream: int) -> None:
+    def enqueue(
+        self, operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
+    ) -> None:
         """Enqueue the products and the bias. See `Job`."""
-        x, W, *b = (base + region.offset for region in self.frame.operands)
-        y = base + self.frame.results[0].offset
-        self._plan.execute(x, W, y, base + self.frame.workspace.offset, stream)
-        if self._with_b:
-            kernels.add_bias(y, b[0], self._problem.y, stream)
+        x, W, *b = operands
+        (y,) = results
+        self._plan.execute(x, W, y, workspace, stream)
+        if b:
+            kernels.add_bias(y, b[0], self.results[0], stream)
 
 
 class GradientsJob:
@@ -69,28 +75,27 @@ class GradientsJob:
     def __init__(
         self, problem: Problem, gx_plan: Plan | None, gW_plan: Plan | None, *, with_gb: bool
     ) -> None:
-        self._problem = problem
         self._gx_plan, self._gW_plan, self._with_gb = gx_plan, gW_plan, with_gb
         plans = [plan for plan in (gx_plan, gW_plan) if plan is not None]
         operands = [problem.y]
         operands += [problem.x] if gW_plan is not None else []
         operands += [problem.W] if gx_plan is not None else []
-        self.results = _results(problem, gx_plan, gW_plan, with_gb=with_gb)
-        workspace_bytes = max((plan.workspace_bytes for plan in plans), default=0)
-        self.frame = Frame(operands, self.results, workspace_bytes)
+        self.operands = tuple(operands)
+        self.results = tuple(_results(problem, gx_plan, gW_plan, with_gb=with_gb))
+        self.workspace_bytes = max((plan.workspace_bytes for plan in plans), default=0)
 
-    def enqueue(self, base: int, stream: int) -> None:
+    def enqueue(
+        self, operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
+    ) -> None:
         """Enqueue the gradients, one behind the other. See `Job`."""
-        gy, *operands = (base + region.offset for region in self.frame.operands)
-        results = [base + region.offset for region in self.frame.results]
-        workspace = base + self.frame.workspace.offset
+        gy, *others = operands
         if self._gx_plan is not None:
-            self._gx_plan.execute(gy, operands[-1], results[0], workspace, stream)
+            self._gx_plan.execute(gy, others[-1], results[0], workspace, stream)
         if self._gW_plan is not None:
             gW = results[0 if self._gx_plan is None else 1]
-            self._gW_plan.execute(operands[0], gy, gW, workspace, stream)
+            self._gW_plan.execute(others[0], gy, gW, workspace, stream)
         if self._with_gb:
-            kernels.sum_gb(gy, results[-1], self._problem.y, stream)
+            kernels.sum_gb(gy, results[-1], self.operands[0], stream)
 
 
 def _results(

@@ -1,4 +1,4 @@
-"""The card's memory as calls use it: one block a call, bounded, accounted for."""
+"""The card's memory as calls and tensors use it: one block each, bounded, accounted for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from deconvd.errors import ExhaustedError
 
-__all__ = ["DeviceMemory", "MemoryStats", "Region", "Regions"]
+__all__ = ["DeviceMemory", "Lease", "MemoryStats", "Region", "Regions"]
 
 ALIGNMENT_BYTES = 256
 """What the address of every operand, result and workspace is a multiple of."""
@@ -23,7 +24,7 @@ class _Block(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """What calls take of the card's memory.
+    """What calls and tensors take of the card's memory.
 
     Attributes:
         blocks_count: Blocks in use.
@@ -42,18 +43,47 @@ class MemoryStats:
     refused_count: int
 
 
+class Lease:
+    """A block that is lent until it is freed."""
+
+    def __init__(self, block: _Block, on_free: Callable[[], None]) -> None:
+        self._block: _Block | None = block
+        self._on_free = on_free
+
+    @property
+    def pointer(self) -> int:
+        """Its address."""
+        if self._block is None:
+            raise ValueError("the memory is freed")
+        return self._block.ptr
+
+    def free(self) -> None:
+        """Give the block back, once. The card must be done with it."""
+        if self._block is None:
+            raise ValueError("the memory is freed already")
+        self._block = None
+        self._on_free()
+
+
 class DeviceMemory:
-    """Blocks of the card's memory, lent for the length of a with-block. Thread-safe.
+    """Blocks of the card's memory, lent to calls and to tensors. Thread-safe.
 
     Args:
         limit_bytes: What all blocks may take together.
         allocate: Returns a block of so many bytes, given back once it is collected; raises
             MemoryError if there is none.
+        allocate_to_stay: The same, for blocks that stay for long; by default `allocate`.
     """
 
-    def __init__(self, limit_bytes: int, allocate: Callable[[int], _Block]) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        allocate: Callable[[int], _Block],
+        allocate_to_stay: Callable[[int], _Block] | None = None,
+    ) -> None:
         self._limit_bytes = limit_bytes
         self._allocate = allocate
+        self._allocate_to_stay = allocate_to_stay or allocate
         self._lock = threading.Lock()
         self._used_bytes = 0
         self._peak_bytes = 0
@@ -63,24 +93,22 @@ class DeviceMemory:
 
     @contextmanager
     def take(self, size_bytes: int) -> Iterator[int]:
-        """Lend a block and return its address.
+        """Lend a block for the length of a with-block, and return its address.
 
         The card must be done with the block at the end of the with-block.
 
         Raises:
             ExhaustedError: The limit does not allow it now, or the card has not the memory.
         """
-        self._reserve(size_bytes)
+        lease = self._leased(size_bytes, self._allocate)
         try:
-            block = self._allocated(size_bytes)
-            try:
-                yield block.ptr
-            finally:
-                del block
+            yield lease.pointer
         finally:
-            with self._lock:
-                self._used_bytes -= size_bytes
-                self._blocks_count -= 1
+            lease.free()
+
+    def take_to_stay(self, size_bytes: int) -> Lease:
+        """Lend a block until it is freed. Raises as `take` does."""
+        return self._leased(size_bytes, self._allocate_to_stay)
 
     @property
     def stats(self) -> MemoryStats:
@@ -95,13 +123,26 @@ class DeviceMemory:
                 self._refused_count,
             )
 
+    def _leased(self, size_bytes: int, allocate: Callable[[int], _Block]) -> Lease:
+        self._reserve(size_bytes)
+        try:
+            return Lease(allocate(size_bytes), partial(self._give_back, size_bytes))
+        except MemoryError as error:
+            self._give_back(size_bytes)
+            raise ExhaustedError(
+                f"the card has not the {size_bytes} bytes of memory that are needed: {error}"
+            ) from None
+        except BaseException:
+            self._give_back(size_bytes)
+            raise
+
     def _reserve(self, size_bytes: int) -> None:
         with self._lock:
             free_bytes = self._limit_bytes - self._used_bytes
             if size_bytes > free_bytes:
                 self._refused_count += 1
                 raise ExhaustedError(
-                    f"the call needs {size_bytes} bytes of the card's memory, {free_bytes} of "
+                    f"{size_bytes} bytes of the card's memory are needed, {free_bytes} of "
                     f"{self._limit_bytes} are free"
                 )
             self._used_bytes += size_bytes
@@ -109,13 +150,10 @@ class DeviceMemory:
             self._taken_count += 1
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
 
-    def _allocated(self, size_bytes: int) -> _Block:
-        try:
-            return self._allocate(size_bytes)
-        except MemoryError as error:
-            raise ExhaustedError(
-                f"the card has not the {size_bytes} bytes of memory that the call needs: {error}"
-            ) from None
+    def _give_back(self, size_bytes: int) -> None:
+        with self._lock:
+            self._used_bytes -= size_bytes
+            self._blocks_count -= 1
 
 
 @dataclass(frozen=True, slots=True)

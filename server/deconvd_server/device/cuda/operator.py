@@ -14,12 +14,10 @@ from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.device import CudaDevice
 from deconvd_server.device.cuda.memory import Regions
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES, Operation, Plan
 from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream
 
 __all__ = ["Operator"]
-
-_ALIGNMENT_BYTES = 16
 
 _GRAPHS_COUNT = 256
 """Requests whose graphs are kept."""
@@ -188,5 +186,5 @@ class Operator:
 
 
 def _check(problem: Problem, pointers: tuple[int, ...]) -> None:
-    if not problem.has_products or any(pointer % _ALIGNMENT_BYTES for pointer in pointers):
+    if not problem.has_products or any(pointer % OPERAND_ALIGNMENT_BYTES for pointer in pointers):
         raise InvalidArgumentError("arrays must have elements, and be aligned to 16 bytes")

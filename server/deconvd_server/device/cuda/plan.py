@@ -5,7 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Protocol
 
-__all__ = ["Operation", "Plan"]
+__all__ = ["OPERAND_ALIGNMENT_BYTES", "Operation", "Plan"]
+
+OPERAND_ALIGNMENT_BYTES = 16
+"""What plans count on of the addresses of operands and results: kernels move so many bytes at a time."""
 
 
 class Operation(StrEnum):
@@ -45,9 +48,9 @@ class Plan(Protocol):
         It may be captured into a CUDA graph. Every element of `out` is written, and nothing is read from it.
 
         Args:
-            a, b: Device pointers to the operands, NCHW and contiguous: x and W for y, gy and W for
-                gx, x and gy for gW.
-            out: Device pointer to the result, NCHW and contiguous.
+            a, b: Device pointers to the operands, NCHW, contiguous and aligned to
+                `OPERAND_ALIGNMENT_BYTES`: x and W for y, gy and W for gx, x and gy for gW.
+            out: Device pointer to the result, likewise.
             workspace: Device pointer to `workspace_bytes` of memory, aligned to 256 bytes.
             stream: The CUDA stream.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -217,18 +218,23 @@ class PinnedBuffer:
 class Pool:
     """The card's memory, up to a limit; what is freed is kept for the next who asks.
 
-    A block may be used on any stream, so whoever gives one back has waited for its work.
+    A block may be used on any stream, so whoever gives one back has waited for its work. Blocks
+    that stay for long come from a pool of their own: small ones would split, and so hold, the large
+    blocks that calls use again and again.
 
     Args:
         limit_bytes: What blocks in use and blocks kept may take together.
 
     Attributes:
-        made_count: Blocks that no kept one could serve, for statistics: threads may lose one.
+        made_count: Blocks for calls that no kept one could serve, for statistics: threads may lose
+            one.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self._lock = threading.Lock()
         self._pool = cupy.cuda.MemoryPool()
+        self._pool_to_stay = cupy.cuda.MemoryPool()
         self._pool.set_limit(size=limit_bytes)
         self.made_count = 0
 
@@ -239,18 +245,44 @@ class Pool:
             MemoryError: There is no such block.
         """
         held_bytes = self._pool.total_bytes()
-        with cupy.cuda.Stream.null:  # one arena for all streams
-            block = self._pool.malloc(size_bytes)
+        try:
+            block = _malloc(self._pool, size_bytes)
+        except MemoryError:
+            with self._lock:
+                self._pool_to_stay.free_all_blocks()
+                self._share_limit()
+            block = _malloc(self._pool, size_bytes)
         self.made_count += self._pool.total_bytes() > held_bytes
         return block
 
+    def take_to_stay(self, size_bytes: int) -> Any:
+        """Return a block that will stay for long. Otherwise as `take`."""
+        with self._lock:
+            if self.held_bytes() + size_bytes > self.limit_bytes:
+                self.trim()
+            try:
+                return _malloc(self._pool_to_stay, size_bytes)
+            finally:
+                self._share_limit()
+
     def held_bytes(self) -> int:
         """Return what blocks in use and blocks kept take of the card."""
-        return int(self._pool.total_bytes())
+        return int(self._pool.total_bytes() + self._pool_to_stay.total_bytes())
 
     def trim(self) -> None:
         """Give blocks kept back to the card."""
         self._pool.free_all_blocks()
+        self._pool_to_stay.free_all_blocks()
+
+    def _share_limit(self) -> None:
+        """Leave calls what is not held by blocks that stay."""
+        rest_bytes = self.limit_bytes - self._pool_to_stay.total_bytes()
+        self._pool.set_limit(size=max(rest_bytes, 1))  # 0 would be no limit
+
+
+def _malloc(pool: Any, size_bytes: int) -> Any:
+    with cupy.cuda.Stream.null:  # one arena for all streams
+        return pool.malloc(size_bytes)
 
 
 def synchronize() -> None:

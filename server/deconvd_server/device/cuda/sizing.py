@@ -40,7 +40,7 @@ class Sizing:
         self._workspace_bytes = workspace_bytes or _share(budget_bytes, calls_count)
         self._fallback_bytes = fallback_bytes
         # every request is asked for its footprint, and most have come before
-        self.footprint_bytes = lru_cache(_REMEMBERED_COUNT)(self._footprint_bytes)
+        self._parts = lru_cache(_REMEMBERED_COUNT)(self._counted)
 
     def workspace_limit_bytes(self, problem: Problem) -> int:
         """Return what a plan may take beside its operands, unless it is the only one there is."""
@@ -48,13 +48,25 @@ class Sizing:
         spare_bytes = max(self._budget_bytes - tensors_bytes, 0)
         return min(self._workspace_bytes + tensors_bytes, spare_bytes)
 
-    def _footprint_bytes(self, problem: Problem, wanted: Wanted | None) -> int:
-        """Return a bound on what a call takes, trying plans included."""
+    def footprint_bytes(
+        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
+    ) -> int:
+        """Return a bound on what a call takes, trying plans included.
+
+        Args:
+            resident_bytes: What those of its tensors take that lie on the card already. Plans are
+                tried on others all the same: on one set of operands and results.
+        """
+        tensors_bytes, workspace_bytes = self._parts(problem, wanted)
+        return max(tensors_bytes - resident_bytes, tensors_bytes // 2) + workspace_bytes
+
+    def _counted(self, problem: Problem, wanted: Wanted | None) -> tuple[int, int]:
+        """Return what a call's tensors take, and what its plans."""
         if not problem.has_products:
-            return 0
+            return 0, 0
         workspaces = [self._fallback_bytes(op, problem) for op in operations_of(wanted)]
         limit_bytes = self.workspace_limit_bytes(problem)
-        return _tensors_bytes(problem) + max([limit_bytes, *workspaces])
+        return _tensors_bytes(problem), max([limit_bytes, *workspaces])
 
 
 def operations_of(wanted: Wanted | None) -> list[Operation]:

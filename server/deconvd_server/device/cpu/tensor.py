@@ -1,0 +1,78 @@
+"""Tensors that stay in host memory between calls."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deconvd.copying import copy_into
+from deconvd.problem import TensorSpec
+from deconvd.tensor import Array, spec_of
+from deconvd_server.device.protocol import DeviceTensor, Operand, Place
+
+__all__ = ["DEVICE_ID", "HostTensor", "array_of", "landed", "own", "place_for"]
+
+DEVICE_ID = "cpu"
+
+
+class HostTensor:
+    """A tensor in host memory. See `DeviceTensor`.
+
+    Args:
+        whole: The tensor that it is a view of; None if it is none.
+    """
+
+    device_id = DEVICE_ID
+
+    def __init__(self, array: Array, whole: HostTensor | None = None) -> None:
+        self.spec = spec_of(array)
+        self._array: Array | None = array
+        self._whole = whole or self
+
+    @property
+    def array(self) -> Array:
+        """Its elements: C-contiguous, in native byte order."""
+        if self._array is None or self._whole._array is None:
+            raise ValueError("the tensor is freed")
+        return self._array
+
+    def samples(self, start: int, stop: int) -> HostTensor:
+        """Return a view of some samples. See `DeviceTensor`."""
+        return HostTensor(self.array[start:stop], self._whole)
+
+    def free(self) -> None:
+        """Give the memory back, once."""
+        if self._array is None:
+            raise ValueError("the tensor is freed already")
+        self._array = None
+
+
+def array_of(operand: Operand) -> Array:
+    """Return the elements of an operand or a place."""
+    return operand if isinstance(operand, np.ndarray) else own(operand).array
+
+
+def own(tensor: DeviceTensor) -> HostTensor:
+    """Return a tensor that is ours. Raises ValueError if it is another device's."""
+    if not isinstance(tensor, HostTensor):
+        raise ValueError(f"a tensor of {tensor.device_id} is of no use to {DEVICE_ID}")
+    return tensor
+
+
+def place_for(spec: TensorSpec, out: Operand | None) -> Array:
+    """Return zeros to put a result into: in `out` if it is laid out as a new array would be."""
+    if out is not None:
+        place = array_of(out)
+        if place.flags.c_contiguous and place.dtype.isnative:
+            place.fill(0)
+            return place
+    return np.zeros(spec.shape, spec.dtype)
+
+
+def landed(result: Array, out: Place | None) -> Array | Place:
+    """Return a result, in `out` if that says where it is to be."""
+    if out is None:
+        return result
+    place = array_of(out)
+    if place is not result:
+        copy_into(place, result)
+    return out

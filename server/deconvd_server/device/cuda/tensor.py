@@ -1,0 +1,50 @@
+"""Tensors that stay on a card between calls."""
+
+from __future__ import annotations
+
+from deconvd.problem import TensorSpec
+from deconvd_server.device.cuda.memory import Lease
+from deconvd_server.device.protocol import DeviceTensor
+
+__all__ = ["CudaTensor", "own"]
+
+
+class CudaTensor:
+    """A tensor on a card. See `DeviceTensor`.
+
+    Args:
+        lease: The memory that it lies in.
+        offset_bytes: Where in it.
+    """
+
+    def __init__(
+        self, spec: TensorSpec, device_id: str, lease: Lease, offset_bytes: int = 0
+    ) -> None:
+        self.spec = spec
+        self.device_id = device_id
+        self._lease = lease
+        self._offset_bytes = offset_bytes
+
+    @property
+    def pointer(self) -> int:
+        """Its address on the card: of a tensor, though not of a view, a multiple of 256."""
+        return self._lease.pointer + self._offset_bytes
+
+    def samples(self, start: int, stop: int) -> CudaTensor:
+        """Return a view of some samples. See `DeviceTensor`."""
+        shape = self.spec.shape
+        sample = TensorSpec(shape[1:], self.spec.dtype)
+        offset_bytes = self._offset_bytes + start * sample.nbytes
+        spec = TensorSpec((stop - start, *shape[1:]), self.spec.dtype)
+        return CudaTensor(spec, self.device_id, self._lease, offset_bytes)
+
+    def free(self) -> None:
+        """Give the memory back, once."""
+        self._lease.free()
+
+
+def own(tensor: DeviceTensor, device_id: str) -> CudaTensor:
+    """Return a tensor of a card. Raises ValueError if it is another device's."""
+    if not isinstance(tensor, CudaTensor) or tensor.device_id != device_id:
+        raise ValueError(f"a tensor of {tensor.device_id} is of no use to {device_id}")
+    return tensor
