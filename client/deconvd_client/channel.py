@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Final
 
@@ -10,8 +9,6 @@ import grpc
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.transport import TRANSPORT_OPTIONS
-from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.retries import service_config
 
 __all__ = ["MAX_MESSAGE_BYTES", "open_channel"]
 
@@ -19,8 +16,6 @@ MAX_MESSAGE_BYTES: Final = 2**31 - 1
 """The largest message that gRPC can carry."""
 
 _TARGET = re.compile(r"unix:.+|((dns|ipv4|ipv6):)?.*[^:]:\d+")
-
-_SERVICE = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
 
 def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
@@ -37,7 +32,6 @@ def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
         raise InvalidArgumentError(
             f"target must be host:port or unix:path, got {target!r}", argument="target"
         )
-    unary = [method.name for method in _SERVICE.methods if not method.client_streaming]
     return grpc.insecure_channel(
         target,
         options=[
@@ -48,8 +42,7 @@ def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            # A request larger than this would not be retried; the buffer only holds references.
-            ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
-            ("grpc.service_config", json.dumps(service_config(_SERVICE.full_name, unary))),
+            # The client tries again itself, streams too; only to be ready for it costs gRPC time.
+            ("grpc.enable_retries", 0),
         ],
     )

@@ -119,12 +119,16 @@ class Stub:
 
         def call(request: Envelope[Any]) -> Envelope[_Response]:
             data = encode(request)
-            try:
-                response, ended = rpc.with_call(data, timeout=self._timeout_s)
-            except (grpc.RpcError, ValueError) as error:
-                raise self._translated(error) from None
-            self._note(ended)
-            return decode(response_type, response)
+
+            def attempt(timeout_s: float) -> bytes:
+                try:
+                    response, ended = rpc.with_call(data, timeout=timeout_s)
+                except (grpc.RpcError, ValueError) as error:
+                    raise self._translated(error) from None
+                self._note(ended)
+                return response
+
+            return decode(response_type, self._with_retries(attempt))
 
         return call
 
@@ -150,6 +154,9 @@ class Stub:
             except (grpc.RpcError, ValueError) as error:
                 raise self._translated(error) from None
 
+        return self._with_retries(attempt)
+
+    def _with_retries(self, attempt: Callable[[float], _T]) -> _T:
         return with_retries(attempt, timeout_s=self._timeout_s, is_closed=lambda: self._closed)
 
     @property
