@@ -336,7 +336,7 @@ def test_a_call_that_waits_keeps_its_room() -> None:
 
 def test_a_call_that_what_is_held_leaves_no_room_is_refused_at_once() -> None:
     missing: list[int] = []
-    admission = Admission(9, 100, 1, make_room=missing.append)
+    admission = Admission(9, 100, 1, make_room=lambda size_bytes, _: missing.append(size_bytes))
     admission.hold(70)
 
     with pytest.raises(UnavailableError, match="hold 70 now") as raised:
@@ -349,7 +349,7 @@ def test_a_call_that_what_is_held_leaves_no_room_is_refused_at_once() -> None:
 
 
 def test_room_that_is_made_is_used() -> None:
-    admission = Admission(9, 100, 1, make_room=lambda size_bytes: admission.release(size_bytes))
+    admission = Admission(9, 100, 1, make_room=lambda size_bytes, _: admission.release(size_bytes))
     admission.hold(70)
 
     with admission.admitted(50, Call()):

@@ -350,7 +350,7 @@ def test_a_call_that_tensors_leave_no_room_may_have_some_freed(engine: Engine) -
     x, W, b, _ = operands(hungry)
     missing: list[int] = []
 
-    def evict(size_bytes: int) -> None:
+    def evict(size_bytes: int, _call: Call) -> None:
         missing.append(size_bytes)
         for _ in range(-(-size_bytes // MIB.nbytes)):
             engine.free(held.pop())

@@ -38,7 +38,7 @@ class Admission:
         waiting_count: How many more may wait; the next is refused at once.
         memory: What the bytes are of, for errors.
         make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
-            bytes that it lacks: may `release` some.
+            bytes that it lacks and the call: may `release` some.
     """
 
     RETRY_AFTER_S = 0.5
@@ -51,7 +51,7 @@ class Admission:
         waiting_count: int,
         *,
         memory: str = "the device's memory",
-        make_room: Callable[[int], None] = lambda _: None,
+        make_room: Callable[[int, Call], None] = lambda *_: None,
     ) -> None:
         self._memory = memory
         self._make_room = make_room
@@ -134,7 +134,7 @@ class Admission:
                 return
             missing_bytes = footprint_bytes - self._beside_held_bytes
         if missing_bytes > 0:
-            self._make_room(missing_bytes)
+            self._make_room(missing_bytes, call)
         call.on_cancel(self._wake)
         ticket = _Ticket(footprint_bytes)
         with self._changed:

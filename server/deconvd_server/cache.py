@@ -61,6 +61,11 @@ class Entry(Generic[V]):
         self._free = free
         self._users = 0
 
+    @property
+    def users_count(self) -> int:
+        """How many use it now."""
+        return self._users
+
     def acquire(self) -> None:
         """Add a user."""
         if self.state is not State.LIVE:

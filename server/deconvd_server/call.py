@@ -19,6 +19,7 @@ class Call:
 
     Attributes:
         ledger: Where its time goes.
+        tenant: On whose behalf it is, if it belongs to a session; None if not.
 
     Args:
         timeout_s: Seconds until the deadline; None for no deadline.
@@ -26,6 +27,7 @@ class Call:
 
     def __init__(self, timeout_s: float | None = None) -> None:
         self.ledger = Ledger()
+        self.tenant: object = None
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._cancelled = False

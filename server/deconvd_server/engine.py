@@ -35,19 +35,19 @@ class Engine:
 
     Attributes:
         on_shortage: Called, in the thread of a call that does not fit beside the tensors there are,
-            with the bytes that it lacks: may `free` some. By default it does nothing, and the call
+            with the bytes that it lacks and the call: may `free` some. By default it does nothing, and the call
             is refused with UnavailableError.
     """
 
     def __init__(self, device: Device, *, waiting_count: int) -> None:
         self._device = device
         self.info: DeviceInfo = device.info
-        self.on_shortage: Callable[[int], None] = lambda _: None
+        self.on_shortage: Callable[[int, Call], None] = lambda *_: None
         self._admission = Admission(
             self.info.calls_count,
             self.info.budget_bytes,
             waiting_count,
-            make_room=lambda size_bytes: self.on_shortage(size_bytes),
+            make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
         )
 
     def deconvolve(
@@ -110,6 +110,14 @@ class Engine:
         """Return a tensor's elements, in `out` if given. Raises as `write` does."""
         with self._admission.admitted(0, call):
             return self._device.read(tensor, call, out)
+
+    def host_memory(self, spec: TensorSpec) -> Array:
+        """Return a new array in memory of the host's that the device reads and writes fastest.
+
+        Raises:
+            ExhaustedError: The host has not the memory.
+        """
+        return self._device.host_memory(spec)
 
     @property
     def load(self) -> Load:

@@ -39,6 +39,7 @@ class DeviceInfo:
         budget_bytes: What the calls under way and the tensors that it holds may take of its memory,
             all together.
         calls_count: How many calls it computes at once; more would only wait inside it.
+        has_own_memory: Whether its memory is apart from the host's.
     """
 
     id: str
@@ -47,6 +48,7 @@ class DeviceInfo:
     threads_count: int
     budget_bytes: int
     calls_count: int
+    has_own_memory: bool = False
 
 
 class DeviceTensor(Protocol):
@@ -174,6 +176,9 @@ class Device(Protocol):
 
     def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
         """Return a tensor's elements: in `out`, an array of its shape and type, or a new one."""
+
+    def host_memory(self, spec: TensorSpec) -> Array:
+        """Return a new array in memory of the host's that it reads and writes fastest."""
 
     def close(self) -> None:
         """Free what the device holds. No call may be running, and none may follow."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from deconvd.errors import StaleRegionError
-from deconvd.shared_memory import REGION_NAME_BYTES, Answer
+from deconvd.shared_memory import Answer
 from deconvd_server.cache import Entry, Resource
+from deconvd_server.secret_names import Named, new_name
 from deconvd_server.shared_memory.memory import Memory
 
 __all__ = ["Account", "Limits", "Loans", "OverLimitError"]
@@ -87,8 +86,7 @@ class Loans:
         self._limits = limits
         self._changed = threading.Condition()
         self._sum = _Sum()
-        # By digest, so that the time of a look-up says nothing of the names.
-        self._entries: dict[bytes, Entry[Memory]] = {}
+        self._entries: Named[Entry[Memory]] = Named()
         self._garbage: list[Resource[Memory]] = []
 
     @property
@@ -114,12 +112,11 @@ class Loans:
 
     def lend(self, account: Account, memory: Memory) -> bytes:
         """Lend memory that was reserved; return its secret name."""
-        name = secrets.token_bytes(REGION_NAME_BYTES)
+        name = new_name()
         free = partial(self._free, account, memory)
         with self._changed:
-            self._entries[_digest(name)] = Entry(
-                Resource(memory, memory.size_bytes, free), self._garbage.append
-            )
+            resource = Resource(memory, memory.size_bytes, free)
+            self._entries.put(name, Entry(resource, self._garbage.append))
             account.names.add(name)
             if not account.is_open:
                 self._retire(account, name)
@@ -151,7 +148,7 @@ class Loans:
             StaleRegionError: None of that name is lent.
         """
         with self._changed:
-            entry = self._entries.get(_digest(name))
+            entry = self._entries.get(name)
             if entry is None:
                 raise StaleRegionError(
                     f"{argument} must lie in shared memory that this server lends, and the region "
@@ -200,7 +197,7 @@ class Loans:
 
     def _retire(self, account: Account, name: bytes) -> None:
         account.names.remove(name)
-        self._entries.pop(_digest(name)).retire()
+        self._entries.pop(name).retire()
 
     def _free_garbage(self) -> None:
         with self._changed:
@@ -215,7 +212,3 @@ class Loans:
             _log.exception("shared memory could not be unmapped in good order")
         with self._changed:
             self._count(account, -memory.size_bytes, -1)
-
-
-def _digest(name: bytes) -> bytes:
-    return hashlib.blake2b(name, digest_size=16).digest()

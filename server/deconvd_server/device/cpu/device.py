@@ -226,6 +226,10 @@ class CpuDevice:
         copy_into(array, own(tensor).array)
         return array
 
+    def host_memory(self, spec: TensorSpec) -> Array:
+        """Return a new array."""
+        return np.empty(spec.shape, spec.dtype)
+
     def close(self) -> None:
         """End the threads."""
         self._team.close()

@@ -36,7 +36,14 @@ from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.results import ResultMemory
-from deconvd_server.device.cuda.runtime import Pool, Stream, current_device, open_card, synchronize
+from deconvd_server.device.cuda.runtime import (
+    PinnedBuffer,
+    Pool,
+    Stream,
+    current_device,
+    open_card,
+    synchronize,
+)
 from deconvd_server.device.cuda.sizing import Sizing, operations_of
 from deconvd_server.device.cuda.stats import CudaStats
 from deconvd_server.device.cuda.tensor import CudaTensor, own
@@ -178,6 +185,7 @@ class CudaDevice:
             threads_count=0,
             budget_bytes=self._budget_bytes,
             calls_count=self._limits.lanes_count,
+            has_own_memory=True,
         )
 
     @property
@@ -311,6 +319,12 @@ class CudaDevice:
         with self._working(call) as lane:
             lane.download(own(tensor, self._id), array, call)
         return array
+
+    def host_memory(self, spec: TensorSpec) -> Array:
+        """Return a new array in pinned memory. See `Device`."""
+        with self.using():
+            pinned = PinnedBuffer(max(spec.nbytes, 1)).bytes
+        return pinned[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
 
     def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
         """Return the key of an operation's plan on this device."""

@@ -1,0 +1,8 @@
+"""Tensors that stay on the server for the clients that sent them, and the sessions that they stay for."""
+
+from deconvd_server.residents.keeper import Keeper
+from deconvd_server.residents.kept import Kept
+from deconvd_server.residents.sessions import Reaper, SessionLimits, Sessions
+from deconvd_server.residents.tenant import Session
+
+__all__ = ["Keeper", "Kept", "Reaper", "Session", "SessionLimits", "Sessions"]

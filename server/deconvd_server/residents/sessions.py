@@ -1,0 +1,236 @@
+"""Sessions: who holds one, and when it ends. No streams here, and no tensors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deconvd.errors import InvalidArgumentError, LostSessionError, UnavailableError
+from deconvd_server.residents.tenant import Session, SessionState, Tenant
+from deconvd_server.secret_names import NAME_BYTES, Named, new_name
+
+__all__ = ["Reaper", "SessionLimits", "Sessions"]
+
+_MAX_TENANT_KEY_BYTES = 64
+_MAX_GRACE_S = 5.0
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """How many sessions there may be, and what each gets.
+
+    Attributes:
+        sessions_count: Each takes a thread while its stream lasts.
+        lease_s: How long one outlives its client's last sign of life.
+        tenant_bytes: What a tenant may keep, in all its sessions together.
+    """
+
+    sessions_count: int
+    lease_s: float
+    tenant_bytes: int
+
+    @property
+    def grace_s(self) -> float:
+        """How long a session outlives its stream."""
+        return min(self.lease_s, _MAX_GRACE_S)
+
+
+class Sessions:
+    """All sessions. Thread-safe.
+
+    Args:
+        on_end: Called, outside the lock, with each session that has ended and whether it was its
+            tenant's last.
+        clock: Returns seconds.
+    """
+
+    def __init__(
+        self,
+        limits: SessionLimits,
+        on_end: Callable[[Session, bool], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._on_end = on_end
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._sessions: Named[Session] = Named()
+        self._tenants: Named[Tenant] = Named()
+        self._is_draining = False
+
+    def open(self, tenant_key: bytes, hang_up: Callable[[], None]) -> Session:
+        """Return a new session.
+
+        Args:
+            tenant_key: What all who tell it are one tenant by; empty for a tenant of its own.
+            hang_up: Ends the stream that holds the session.
+
+        Raises:
+            InvalidArgumentError: The key is too long.
+            UnavailableError: There are too many sessions, or the server drains.
+        """
+        if len(tenant_key) > _MAX_TENANT_KEY_BYTES:
+            raise InvalidArgumentError(
+                f"tenant_key must have at most {_MAX_TENANT_KEY_BYTES} bytes, got {len(tenant_key)}",
+                argument="tenant_key",
+            )
+        with self._lock:
+            self._check_room()
+            session = Session(new_name(), self._tenant(tenant_key), hang_up, self._lease_end_s())
+            session.tenant.sessions_count += 1
+            self._sessions.put(session.name, session)
+        return session
+
+    def resume(self, name: bytes, hang_up: Callable[[], None]) -> Session:
+        """Return a session, now held by another stream; the one that held it is hung up.
+
+        Raises:
+            InvalidArgumentError, LostSessionError: As `get`.
+            UnavailableError: The server drains.
+        """
+        _check_name(name)
+        with self._lock:
+            self._check_not_draining()
+            session = self._found(name)
+            superseded, session.hang_up = session.hang_up, hang_up
+            session.state = SessionState.OPEN
+            session.deadline_s = self._lease_end_s()
+        superseded()
+        return session
+
+    def get(self, name: bytes) -> Session:
+        """Return the session of a name.
+
+        Raises:
+            InvalidArgumentError: It is no name.
+            LostSessionError: There is none, or no longer.
+        """
+        _check_name(name)
+        with self._lock:
+            return self._found(name)
+
+    def sign_of_life(self, session: Session) -> None:
+        """Note that the client of a session is there."""
+        with self._lock:
+            if session.state is SessionState.OPEN:
+                session.deadline_s = self._lease_end_s()
+
+    def lose(self, session: Session, hang_up: Callable[[], None]) -> None:
+        """Note that a stream broke: the session may be resumed for a while, if that stream held it.
+
+        Args:
+            hang_up: The stream's, as given to `open` or `resume`.
+        """
+        with self._lock:
+            if session.state is SessionState.OPEN and session.hang_up is hang_up:
+                session.state = SessionState.BROKEN
+                session.deadline_s = self._clock() + self._limits.grace_s
+
+    def end(self, session: Session, hang_up: Callable[[], None]) -> None:
+        """End a session whose client closed the stream that held it."""
+        with self._lock:
+            is_its_end = session.state is SessionState.OPEN and session.hang_up is hang_up
+            is_last = is_its_end and self._end(session)
+        if is_its_end:
+            self._on_end(session, is_last)
+
+    def expire(self) -> None:
+        """End the sessions whose time has come."""
+        with self._lock:
+            now_s = self._clock()
+            due = [s for s in self._sessions.values() if s.deadline_s <= now_s]
+            ended = [(session, self._end(session)) for session in due]
+        for session, is_last in ended:
+            session.hang_up()
+            self._on_end(session, is_last)
+
+    def drain(self) -> None:
+        """Hang up all streams, and let no session begin or be resumed. Those there are live on for a while."""
+        with self._lock:
+            self._is_draining = True
+            sessions = self._sessions.values()
+        for session in sessions:
+            session.hang_up()
+
+    @property
+    def count(self) -> int:
+        """Sessions that have not ended."""
+        with self._lock:
+            return len(self._sessions)
+
+    def _check_room(self) -> None:
+        self._check_not_draining()
+        if len(self._sessions) >= self._limits.sessions_count:
+            raise UnavailableError(
+                f"the server holds {len(self._sessions)} sessions, as many as it may: close some, "
+                "or send tensors without keeping them",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    def _check_not_draining(self) -> None:
+        if self._is_draining:
+            raise UnavailableError("the server is draining: it takes no sessions")
+
+    def _found(self, name: bytes) -> Session:
+        session = self._sessions.get(name)
+        if session is None:
+            raise LostSessionError(
+                "session must be one that this server holds, and the one named is unknown or has ended",
+                argument="session",
+            )
+        return session
+
+    def _tenant(self, key: bytes) -> Tenant:
+        tenant = self._tenants.get(key) if key else None
+        if tenant is None:
+            tenant = Tenant(self._limits.tenant_bytes, key)
+            if key:
+                self._tenants.put(key, tenant)
+        return tenant
+
+    def _end(self, session: Session) -> bool:
+        """Note that a session has ended; return whether it was its tenant's last."""
+        session.state = SessionState.ENDED
+        self._sessions.pop(session.name)
+        tenant = session.tenant
+        tenant.sessions_count -= 1
+        if not tenant.sessions_count and tenant.key:
+            self._tenants.pop(tenant.key)
+        return not tenant.sessions_count
+
+    def _lease_end_s(self) -> float:
+        return self._clock() + self._limits.lease_s
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) != NAME_BYTES:
+        raise InvalidArgumentError(
+            f"session must be a name of {NAME_BYTES} bytes, got {len(name)}", argument="session"
+        )
+
+
+class Reaper:
+    """A thread that ends sessions when their time has come.
+
+    Args:
+        grace_s: The least time that a session has ahead when something happens to it.
+    """
+
+    def __init__(self, sessions: Sessions, grace_s: float) -> None:
+        self._sessions = sessions
+        self._period_s = grace_s / 2
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="session-reaper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period_s):
+            self._sessions.expire()
