@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import deconvd_client
 from deconvd.chunks import ChunkReader, chunks_of
+from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.messages import message_from_geometry
 from deconvd.problem import Problem, TensorSpec
@@ -165,6 +166,47 @@ def test_chunks_may_end_anywhere(cuts: list[int]) -> None:
     np.testing.assert_array_equal(reader.read("W", PROBLEM.W), W)
     np.testing.assert_array_equal(reader.read("x", PROBLEM.x), X)
     reader.expect_end()
+
+
+def missing_parts(*parts: tuple[str, bytes]) -> Iterator[bytes]:
+    """Yield the parts of a stream, each given by its kind and its elements."""
+    for kind, elements in parts:
+        part = pb.DeconvolveStreamRequest()
+        setattr(part, kind, elements)
+        yield part.SerializeToString()
+
+
+@given(cut=st.integers(1, W.nbytes - 1), early=st.integers(0, X.nbytes))
+def test_what_was_missing_comes_before_or_amid_what_follows(cut: int, early: int) -> None:
+    elements = X.tobytes()
+    parts = missing_parts(
+        ("chunk", elements[:early]),
+        ("missing_chunk", W.tobytes()[:cut]),
+        ("missing_chunk", W.tobytes()[cut:]),
+        ("chunk", elements[early:]),
+    )
+    reader = ChunkReader(parts, pb.DeconvolveStreamRequest)
+
+    np.testing.assert_array_equal(reader.read_missing({"W": PROBLEM.W})["W"], W)
+    np.testing.assert_array_equal(reader.read("x", PROBLEM.x), X)
+    reader.expect_end()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([("missing_chunk", bytes(W.nbytes + 1))], "no more missing chunks than were missing"),
+        ([("missing_chunk", bytes(3))], "the stream ends 29 bytes before W is whole"),
+        ([("chunk", bytes((64 << 20) + 1))], "at most 67108864 bytes of chunks before W"),
+    ],
+    ids=["more", "less", "early"],
+)
+def test_missing_chunks_that_are_none_are_refused(
+    parts: list[tuple[str, bytes]], message: str
+) -> None:
+    reader = ChunkReader(missing_parts(*parts), pb.DeconvolveStreamRequest)
+    with pytest.raises(InvalidArgumentError, match=message):
+        reader.read_missing({"W": PROBLEM.W})
 
 
 def test_y_flows_back_while_x_is_still_coming(stub: pb_grpc.DeconvolutionServiceStub) -> None:

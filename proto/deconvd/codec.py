@@ -28,6 +28,7 @@ __all__ = [
     "chunk_to_bytes",
     "decode",
     "encode",
+    "missing_chunk_from_bytes",
     "missing_chunk_to_bytes",
 ]
 
@@ -109,12 +110,21 @@ def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
 
 def chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the chunk if a part's bytes hold that and nothing else, else None."""
+    return _only_field(data, _CHUNK_NUMBER)
+
+
+def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
+    """Return a view of a chunk of what was missing, in the manner of `chunk_from_bytes`."""
+    return _only_field(data, _MISSING_CHUNK_NUMBER)
+
+
+def _only_field(data: bytes, number: int) -> memoryview | None:
     view = memoryview(data)
     try:
         field = next(_fields(view), None)
     except _UnusualError:
         return None
-    if field is None or field.number != _CHUNK_NUMBER or field.value is None:
+    if field is None or field.number != number or field.value is None:
         return None
     return field.value if field.end == len(view) else None
 
