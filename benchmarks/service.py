@@ -1,9 +1,9 @@
 """How fast whole calls are: ``python -m benchmarks.service --device cuda --json FILE``.
 
-A server runs in one process and its clients in others, over a Unix socket. One client's latency is split by stage, as
-the call's own ledger tells it, beside the floor: the upload of x and W from pinned memory, the kernel, and the download
-of y, each timed alone on the card; and beside a stock service, see `benchmarks.stock`, by one client too. Then 1 to 16
-clients call at once, for throughput. All figures are medians.
+A server runs in one process and its clients in others, over a Unix socket. One client's latency, with plain arrays and
+with x and W from `F.empty`, is split by stage, as the call's own ledger tells it. Beside it stand the floor (the upload
+of x and W from pinned memory, the kernel, and the download of y, each timed alone on the card) and a stock service, see
+`benchmarks.stock`, by one client too. Then 1 to 16 clients call at once, for throughput. All figures are medians.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Row:
         ms: Latency of a call, one client.
         stages_ms: Parts of it, as the server's ledger has them, and `rest` for all that is none of
             them: moving tensors. Where stages overlap, as in a stream, there may be no rest.
+        empty_ms, empty_stages_ms: The same for x and W that lie in shared memory already.
         floor_ms: Upload, kernel and download; None without a card.
         stock_ms: Latency of the stock service.
         stock_ratio: How many times as long that is as `ms`.
@@ -64,20 +65,27 @@ class Row:
     megabytes: float
     ms: float
     stages_ms: Mapping[str, float]
+    empty_ms: float
+    empty_stages_ms: Mapping[str, float]
     floor_ms: float | None
     stock_ms: float
     stock_ratio: float
     calls_per_s: Mapping[int, float]
 
     def __str__(self) -> str:
-        stages = "  ".join(f"{name} {ms:.2f}" for name, ms in self.stages_ms.items())
-        floor = "" if self.floor_ms is None else f"{self.ms / self.floor_ms:7.1f} floors"
         rates = "  ".join(f"{clients}: {rate:.0f}" for clients, rate in self.calls_per_s.items())
         return (
-            f"{self.layer:24} {self.dtype:8} {self.megabytes:7.1f} MB {self.ms:9.2f} ms{floor}\n"
+            f"{self.layer:24} {self.dtype:8} {self.megabytes:7.1f} MB\n"
+            f"    plain arrays: {self._shown(self.ms, self.stages_ms)}\n"
+            f"    from F.empty: {self._shown(self.empty_ms, self.empty_stages_ms)}\n"
             f"    stock service: {self.stock_ms:.2f} ms, {self.stock_ratio:.1f} times as long\n"
-            f"    ms: {stages}\n    calls/s by clients: {rates}"
+            f"    calls/s by clients: {rates}"
         )
+
+    def _shown(self, ms: float, stages_ms: Mapping[str, float]) -> str:
+        floor = "" if self.floor_ms is None else f", {ms / self.floor_ms:.2f} floors"
+        stages = "  ".join(f"{name} {stage_ms:.2f}" for name, stage_ms in stages_ms.items())
+        return f"{ms:.2f} ms{floor}: {stages}"
 
 
 @click.command()
@@ -115,7 +123,8 @@ def _rows(
 
 
 def _row(target: str, stock: StockCall, device: str, layer: Layer, dtype: DType) -> Row:
-    ms, stages_ms = _latency(target, layer, dtype)
+    ms, stages_ms = _latency(target, layer, dtype, from_empty=False)
+    empty_ms, empty_stages_ms = _latency(target, layer, dtype, from_empty=True)
     stock_ms = _stock_latency_ms(stock, layer, dtype)
     return Row(
         layer=layer.name,
@@ -123,6 +132,8 @@ def _row(target: str, stock: StockCall, device: str, layer: Layer, dtype: DType)
         megabytes=layer.nbytes(dtype) / 1e6,
         ms=ms,
         stages_ms=stages_ms,
+        empty_ms=empty_ms,
+        empty_stages_ms=empty_stages_ms,
         floor_ms=floor_ms(device, layer.problem(dtype)),
         stock_ms=stock_ms,
         stock_ratio=stock_ms / ms,
@@ -130,12 +141,20 @@ def _row(target: str, stock: StockCall, device: str, layer: Layer, dtype: DType)
     )
 
 
-def _latency(target: str, layer: Layer, dtype: DType) -> tuple[float, dict[str, float]]:
-    """Return the median latency of a call, and of each of its stages, in milliseconds."""
+def _latency(
+    target: str, layer: Layer, dtype: DType, *, from_empty: bool
+) -> tuple[float, dict[str, float]]:
+    """Return the median latency of a call, and of each of its stages, in milliseconds.
+
+    Args:
+        from_empty: Whether x and W are arrays that `F.empty` has made.
+    """
     x, W = _operands(layer, dtype)
     times: list[float] = []
     ledgers: list[dict[str, float]] = []
     with deconvd_client.connect(target) as F:
+        if from_empty:
+            x, W = _emptied(F, x), _emptied(F, W)
         _warm_up(F, layer, x, W)
         for ms in _times_ms(lambda: _call(F, layer, x, W)):
             times.append(ms)
@@ -205,6 +224,12 @@ def _operands(layer: Layer, dtype: DType) -> tuple[Array, Array]:
     problem = layer.problem(dtype)
     x, W = (generator.standard_normal(s.shape, np.float32) for s in (problem.x, problem.W))
     return x.astype(dtype), W.astype(dtype)
+
+
+def _emptied(F: Connection, array: Array) -> Array:
+    copy = F.empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def _warm_up(F: Connection, layer: Layer, x: Array, W: Array) -> None:

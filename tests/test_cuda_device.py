@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
+from deconvd_server.device import GradientPlaces
 from deconvd_server.device.cpu import CpuDevice
 from tests import definition
 from tests.golden import GoldenCase, golden_cases, tolerance
@@ -239,6 +241,49 @@ def test_a_large_call_of_strided_read_only_operands_is_right(
 
     assert problem.x.nbytes > 16 << 20
     assert_near(y, cpu.deconvolve(problem, x, W, None, Options(), Call()), problem)
+
+
+@pytest.fixture
+def registered(cuda: CudaDevice) -> Iterator[Array]:
+    """Memory that is shared with clients, as the card knows it."""
+    memory = np.frombuffer(mmap.mmap(-1, 96 << 20), np.uint8)
+    undo = cuda.register(memory.ctypes.data, memory.nbytes)
+    yield memory
+    undo()
+
+
+@pytest.mark.parametrize("n", [1, 2, 24], ids=["mirrored", "small", "large"])
+@pytest.mark.parametrize("where", range(8))
+def test_registered_arrays_give_the_same_bits(
+    cuda: CudaDevice, registered: Array, n: int, where: int
+) -> None:
+    """Any of x, W and y lies in registered memory, at no multiple of 16 bytes; calls repeat until they are captured."""
+    problem = layer(np.dtype(np.float32), n=n, ins=32, outs=32, image=16 if n == 1 else 64)
+    options = Options(cudnn_deterministic=True)
+    specs = (problem.x, problem.W, problem.y)
+    arrays, begin = [random_array(spec, seed) for seed, spec in enumerate(specs)], 4
+    expected = cuda.deconvolve(problem, arrays[0], arrays[1], None, options, Call())
+    for bit, spec in enumerate(specs):
+        if where >> bit & 1:
+            place = registered[begin : begin + spec.nbytes].view(spec.dtype).reshape(spec.shape)
+            begin += spec.nbytes + 4
+            place[...] = arrays[bit]
+            arrays[bit] = place
+    x, W, y = arrays
+
+    for _ in range(4):
+        y[...] = np.nan
+        cuda.deconvolve(problem, x, W, None, options, Call(), y)
+        np.testing.assert_array_equal(y, expected)
+
+    gx_place = np.empty(problem.x.shape, problem.x.dtype)
+    found = cuda.gradients(problem, x, W, y, Wanted(), options, Call(), GradientPlaces(gx=gx_place))
+    x, W, gy = (np.array(array) for array in (x, W, y))
+    right = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+    for array, expected_array in zip(found, right, strict=True):
+        assert array is not None
+        assert expected_array is not None
+        np.testing.assert_array_equal(array, expected_array)
 
 
 def test_a_kind_of_call_that_comes_again_gives_the_new_operands_results(

@@ -104,7 +104,7 @@ class Daemon:
         """Open the devices and serve calls with them; return once it can."""
         devices = open_devices()
         engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
-        self._service.lender = self._lend()
+        self._service.lender = self._lend(engines)
         with self._lock:
             self._service.engines = engines
             if self.state is State.LISTENING:
@@ -144,12 +144,16 @@ class Daemon:
         _log.warning("the drain is cut short: calls under way are cancelled")
         self._server.stop(None)
 
-    def _lend(self) -> Lender | None:
+    def _lend(self, engines: Engines) -> Lender | None:
         limit_bytes = self._settings.shared_memory_bytes
         if not limit_bytes:
             return None
         try:
-            return Lender(memory_socket(self.addresses), Limits(limit_bytes, limit_bytes // 2))
+            return Lender(
+                memory_socket(self.addresses),
+                Limits(limit_bytes, limit_bytes // 2),
+                on_map=engines.register,
+            )
         except OSError as error:
             _log.warning("no memory is lent to clients on this host: %s", error)
             return None

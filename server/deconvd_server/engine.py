@@ -119,6 +119,10 @@ class Engine:
         """
         return self._device.host_memory(spec)
 
+    def register(self, address: int, size_bytes: int) -> Callable[[], None]:
+        """Prepare for calls with arrays in some host memory. See `Device.register`."""
+        return self._device.register(address, size_bytes)
+
     @property
     def load(self) -> Load:
         """What runs, what waits and what tensors hold now."""
@@ -147,6 +151,16 @@ class Engines:
     def least_loaded(self) -> Engine:
         """Return the engine with the fewest calls, and of several the one with the most free memory."""
         return min(self.all, key=_burden)
+
+    def register(self, address: int, size_bytes: int) -> Callable[[], None]:
+        """Prepare every device for calls with arrays in some host memory. See `Device.register`."""
+        undo = [engine.register(address, size_bytes) for engine in self.all]
+
+        def undo_all() -> None:
+            for one in undo:
+                one()
+
+        return undo_all
 
     def close(self) -> None:
         """Close every device. No call may be running, and none may follow."""

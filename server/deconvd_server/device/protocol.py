@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -179,6 +179,14 @@ class Device(Protocol):
 
     def host_memory(self, spec: TensorSpec) -> Array:
         """Return a new array in memory of the host's that it reads and writes fastest."""
+
+    def register(self, address: int, size_bytes: int) -> Callable[[], None]:
+        """Prepare for calls with arrays in some host memory, which nobody uses yet.
+
+        Returns:
+            What undoes it: called once, when no call uses the memory any more, before it is unmapped
+            and before the device is closed.
+        """
 
     def close(self) -> None:
         """Free what the device holds. No call may be running, and none may follow."""

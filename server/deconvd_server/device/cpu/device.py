@@ -230,6 +230,10 @@ class CpuDevice:
         """Return a new array."""
         return np.empty(spec.shape, spec.dtype)
 
+    def register(self, address: int, size_bytes: int) -> Callable[[], None]:
+        """Do nothing: to a processor, host memory is all alike."""
+        return lambda: None
+
     def close(self) -> None:
         """End the threads."""
         self._team.close()

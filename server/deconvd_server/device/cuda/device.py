@@ -24,6 +24,7 @@ from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.empty import empty_gradients, empty_y
 from deconvd_server.device.cuda.guard import guarded
+from deconvd_server.device.cuda.host_memory import HostMemory
 from deconvd_server.device.cuda.job import DeconvolveJob, GradientsJob, Job
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
 from deconvd_server.device.cuda.memory import DeviceMemory
@@ -42,7 +43,9 @@ from deconvd_server.device.cuda.runtime import (
     Stream,
     current_device,
     open_card,
+    register_host,
     synchronize,
+    unregister_host,
 )
 from deconvd_server.device.cuda.sizing import Sizing, operations_of
 from deconvd_server.device.cuda.stats import CudaStats
@@ -67,6 +70,9 @@ _TAKE_S = 0.02
 
 _MAX_HELPERS = 8
 """Threads that copy within the host: about as many as it takes to keep up with the card's bus."""
+
+_HOST_MEMORY = HostMemory(register_host, unregister_host)
+"""What any card of this process has registered: it is for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +159,7 @@ class CudaDevice:
         # the last lane given back comes first: it is the likeliest to know the kind of call
         self._lanes: LifoQueue[Lane] = LifoQueue()
         for arena in self._arenas:
-            self._lanes.put(Lane(self._id, self.memory, arena.ptr, self._helpers))
+            self._lanes.put(Lane(self._id, self.memory, arena.ptr, self._helpers, _HOST_MEMORY))
 
     def _new_book(self, folder: Path | None) -> PlanBook:
         origin: dict[str, str | int] = {
@@ -325,6 +331,17 @@ class CudaDevice:
         with self.using():
             pinned = PinnedBuffer(max(spec.nbytes, 1)).bytes
         return pinned[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
+
+    def register(self, address: int, size_bytes: int) -> Callable[[], None]:
+        """Let the card read and write host memory by itself. See `Device`."""
+        with current_device(self._card.ordinal):
+            undo = _HOST_MEMORY.register(address, size_bytes)
+
+        def unregister() -> None:
+            with current_device(self._card.ordinal):
+                undo()
+
+        return unregister
 
     def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
         """Return the key of an operation's plan on this device."""

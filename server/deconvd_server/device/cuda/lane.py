@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
 
 from deconvd.copying import copy_into
-from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.cuda.cudnn import CudnnError
-from deconvd_server.device.cuda.frame import Frame
+from deconvd_server.device.cuda.host_memory import HostMemory
 from deconvd_server.device.cuda.job import Job
+from deconvd_server.device.cuda.kind import Kind
 from deconvd_server.device.cuda.marks import Marks
 from deconvd_server.device.cuda.memory import DeviceMemory, Region
-from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
-from deconvd_server.device.cuda.runtime import (
-    CudaError,
-    Graph,
-    PinnedBuffer,
-    Stream,
-    copy,
-    download,
-    upload,
-)
-from deconvd_server.device.cuda.staging import Staging
+from deconvd_server.device.cuda.runtime import PinnedBuffer, Stream, download, upload
+from deconvd_server.device.cuda.staging import Staging, bytes_of
 from deconvd_server.device.cuda.tensor import CudaTensor, own
 from deconvd_server.device.protocol import Operand
 from deconvd_server.ledger import Ledger, Stage
@@ -47,89 +37,45 @@ PINNED_BYTES = ARENA_BYTES + _SLOTS_COUNT * _SLOT_BYTES
 _KINDS_COUNT = 64
 """Kinds of calls that a lane remembers: each may hold a graph."""
 
-_WARM_RUNS = 1
-"""Calls of a kind before it is captured: what comes once is not worth it."""
-
-
-class _Kind:
-    """Calls that do the same work on other numbers, with the same tensors on the card.
-
-    Args:
-        operands_at, results_at: Addresses of those that lie on the card already; None for others.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        operands_at: Sequence[int | None],
-        results_at: Sequence[int | None],
-    ) -> None:
-        self.job = job
-        self._operands_at, self._results_at = operands_at, results_at
-        self.frame = Frame(
-            [*map(_spec_to_place, job.operands, operands_at)],
-            [*map(_spec_to_place, job.results, results_at)],
-            job.workspace_bytes,
-        )
-        self.runs_count = 0
-        self.graph: Graph | None = None
-
-    def enqueue(self, base: int, stream: int) -> None:
-        """Enqueue all work between upload and download on a stream.
-
-        Args:
-            base: Address of a block for the frame.
-        """
-        frame, job = self.frame, self.job
-        operands = _addresses(base, frame.operands, self._operands_at)
-        results = _addresses(base, frame.results, self._results_at)
-        for address, at, spec in zip(operands, self._operands_at, job.operands, strict=True):
-            if at is not None and at != address:
-                copy(address, at, spec.nbytes, stream)
-        job.enqueue(operands, results, base + frame.workspace.offset, stream)
-        for address, at, spec in zip(results, self._results_at, job.results, strict=True):
-            if at is not None and at != address:
-                copy(at, address, spec.nbytes, stream)
-
-
-def _spec_to_place(spec: TensorSpec, at: int | None) -> TensorSpec | None:
-    """Return what needs room in a frame: None for a tensor that plans can use where it lies."""
-    return None if at is not None and at % OPERAND_ALIGNMENT_BYTES == 0 else spec
-
-
-def _addresses(base: int, regions: Sequence[Region | None], at: Sequence[int | None]) -> list[int]:
-    """Return where tensors are during the call: in their regions of the block, or else where they lie."""
-    return [
-        base + region.offset if region is not None else lies_at or 0
-        for region, lies_at in zip(regions, at, strict=True)
-    ]
+_DIRECT_BYTES = 256 << 10
+"""From this size on, a copy of its own by the card costs less than one to pinned memory and back."""
 
 
 class Lane:
     """A stream with its buffers. Serves one call at a time; its thread has the card as its device.
 
     A small call lies in an arena that is always at the same place, so all it does, copies included,
-    is captured as a graph when its kind comes again. A large one takes a block of its own. Tensors
-    that lie on the card are used where they are, and do not count.
+    is captured as a graph when its kind comes again; if the card reaches large arrays of it in host
+    memory, it copies those by themselves, and the graph is of the rest. A large call takes a block
+    of its own. Tensors that lie on the card are used where they are, and do not count.
 
     Args:
         device_id: Whose tensors calls may use.
         memory: Where blocks come from.
         arena: Address of ARENA_BYTES on the card.
         helpers: Who copies large arrays within the host.
+        host_memory: What the card reaches.
     """
 
-    def __init__(self, device_id: str, memory: DeviceMemory, arena: int, helpers: Executor) -> None:
+    def __init__(
+        self,
+        device_id: str,
+        memory: DeviceMemory,
+        arena: int,
+        helpers: Executor,
+        host_memory: HostMemory,
+    ) -> None:
         self.stream = Stream()
         self._device_id = device_id
         self._memory = memory
         self._arena = arena
+        self._host_memory = host_memory
         self._pinned = PinnedBuffer(ARENA_BYTES).bytes
         self._staging = Staging(
-            self.stream, helpers, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
+            self.stream, helpers, host_memory, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
         )
         self._marks = Marks(self.stream)
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
 
     def run(
         self,
@@ -154,12 +100,16 @@ class Lane:
             CallCancelledError, DeadlineError: The call has ended.
         """
         operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, places))
-        kind = self._kind(key, prepare, operands_at, results_at)
+        is_mirrored = not any(map(self._is_direct, (*operands, *places)))
+        whole_key = (key, is_mirrored, *operands_at, *results_at)
+        kind = self._kind(whole_key, lambda: Kind(prepare(), operands_at, results_at))
         call.check()
-        if kind.frame.total_bytes <= ARENA_BYTES:
-            self._run_small(kind, operands, places, call.ledger)
-        else:
+        if kind.frame.total_bytes > ARENA_BYTES:
             self._run_large(kind, operands, places, call)
+        elif is_mirrored:
+            self._run_mirrored(kind, operands, places, call.ledger)
+        else:
+            self._run_direct(kind, operands, places, call.ledger)
 
     def upload(self, array: Array, tensor: CudaTensor, call: Call) -> None:
         """Copy an array into a tensor."""
@@ -187,57 +137,41 @@ class Lane:
             return None
         return own(tensor, self._device_id).pointer
 
-    def _kind(
-        self,
-        key: Hashable,
-        prepare: Callable[[], Job],
-        operands_at: Sequence[int | None],
-        results_at: Sequence[int | None],
-    ) -> _Kind:
-        whole_key = (key, *operands_at, *results_at)
-        kind = self._kinds.get(whole_key)
+    def _is_direct(self, tensor: Operand) -> bool:
+        """Return whether the card is to copy an array by itself, be the call small or large."""
+        return (
+            isinstance(tensor, np.ndarray)
+            and tensor.nbytes >= _DIRECT_BYTES
+            and self._host_memory.holds(tensor)
+        )
+
+    def _kind(self, key: Hashable, make: Callable[[], Kind]) -> Kind:
+        kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[whole_key] = _Kind(prepare(), operands_at, results_at)
+            kind = self._kinds[key] = make()
             if len(self._kinds) > _KINDS_COUNT:
                 self._kinds.popitem(last=False)
         else:
-            self._kinds.move_to_end(whole_key)
+            self._kinds.move_to_end(key)
         return kind
 
-    def _run_small(
-        self, kind: _Kind, operands: Sequence[Operand], places: Sequence[Operand], ledger: Ledger
+    def _run_mirrored(
+        self, kind: Kind, operands: Sequence[Operand], places: Sequence[Operand], ledger: Ledger
     ) -> None:
-        frame, job = kind.frame, kind.job
+        """Run a small call: its arrays go through pinned memory that mirrors the arena."""
         with ledger.timing(Stage.UPLOAD):
-            for region, spec, operand in zip(frame.operands, job.operands, operands, strict=True):
-                if region is not None and isinstance(operand, np.ndarray):
-                    self._view(region, spec)[...] = operand
+            for region, operand in _moved(kind.frame.operands, operands):
+                self._mirror(region, operand)[...] = operand
         with ledger.timing(Stage.COMPUTE):  # and the card's own copies, which are part of the graph
             try:
-                self._launch(kind)
+                kind.launch(self.stream, lambda: self._enqueue_mirrored(kind))
             finally:
                 self.stream.wait()
         with ledger.timing(Stage.DOWNLOAD):
-            for region, spec, place in zip(frame.results, job.results, places, strict=True):
-                if region is not None and isinstance(place, np.ndarray):
-                    place[...] = self._view(region, spec)
+            for region, place in _moved(kind.frame.results, places):
+                place[...] = self._mirror(region, place)
 
-    def _launch(self, kind: _Kind) -> None:
-        kind.runs_count += 1
-        if kind.runs_count == _WARM_RUNS + 1:
-            kind.graph = self._captured(kind)
-        if kind.graph is None:
-            self._enqueue_small(kind)
-        else:
-            kind.graph.launch(self.stream.pointer)
-
-    def _captured(self, kind: _Kind) -> Graph | None:
-        try:
-            return self.stream.capture(lambda: self._enqueue_small(kind))
-        except (CudaError, CudnnError):
-            return None  # some of cuDNN's engines do what no graph can hold
-
-    def _enqueue_small(self, kind: _Kind) -> None:
+    def _enqueue_mirrored(self, kind: Kind) -> None:
         stream, frame = self.stream.pointer, kind.frame
         if frame.operands_bytes:
             upload(self._arena, self._pinned[: frame.operands_bytes], stream)
@@ -247,23 +181,50 @@ class Lane:
             results = self._pinned[frame.operands_bytes : end]
             download(results, self._arena + frame.operands_bytes, stream)
 
+    def _run_direct(
+        self, kind: Kind, operands: Sequence[Operand], places: Sequence[Operand], ledger: Ledger
+    ) -> None:
+        """Run a small call of which the card reaches some arrays; the others are mirrored one by one."""
+        stream, mirrored = self.stream.pointer, []
+        try:
+            self._marks.begin()
+            for region, operand in _moved(kind.frame.operands, operands):
+                source = operand
+                if not self._is_direct(operand):
+                    source = self._mirror(region, operand)
+                    source[...] = operand
+                upload(self._arena + region.offset, bytes_of(source), stream)
+            self._marks.end(Stage.UPLOAD)
+            kind.launch(self.stream, lambda: kind.enqueue(self._arena, stream))
+            self._marks.end(Stage.COMPUTE)
+            for region, place in _moved(kind.frame.results, places):
+                target = place
+                if not self._is_direct(place):
+                    target = self._mirror(region, place)
+                    mirrored.append((target, place))
+                download(bytes_of(target), self._arena + region.offset, stream)
+            self._marks.end(Stage.DOWNLOAD)
+        finally:
+            self.stream.wait()
+        for target, place in mirrored:
+            place[...] = target
+        self._marks.account(ledger)
+
     def _run_large(
-        self, kind: _Kind, operands: Sequence[Operand], places: Sequence[Operand], call: Call
+        self, kind: Kind, operands: Sequence[Operand], places: Sequence[Operand], call: Call
     ) -> None:
         frame = kind.frame
         with self._memory.take(frame.total_bytes) as base:
             try:
                 self._marks.begin()
-                for region, operand in zip(frame.operands, operands, strict=True):
-                    if region is not None and isinstance(operand, np.ndarray):
-                        self._staging.upload(operand, base + region.offset, call.check)
+                for region, operand in _moved(frame.operands, operands):
+                    self._staging.upload(operand, base + region.offset, call.check)
                 call.check()
                 self._marks.end(Stage.UPLOAD)
                 kind.enqueue(base, self.stream.pointer)
                 self._marks.end(Stage.COMPUTE)
-                for region, place in zip(frame.results, places, strict=True):
-                    if region is not None and isinstance(place, np.ndarray):
-                        self._fetch(base + region.offset, place, call)
+                for region, place in _moved(frame.results, places):
+                    self._fetch(base + region.offset, place, call)
                 self._marks.end(Stage.DOWNLOAD)
             finally:
                 self.stream.wait()
@@ -277,6 +238,16 @@ class Lane:
         if landing is not target:
             copy_into(target, landing)
 
-    def _view(self, region: Region, spec: TensorSpec) -> Array:
-        """Return the pinned memory that mirrors a region of the arena, as an array."""
-        return np.ndarray(spec.shape, spec.dtype, self._pinned, region.offset)
+    def _mirror(self, region: Region, array: Array) -> Array:
+        """Return the pinned memory that mirrors a region of the arena, as an array like another."""
+        dtype = array.dtype.newbyteorder("=")
+        return np.ndarray(array.shape, dtype, self._pinned, region.offset)
+
+
+def _moved(
+    regions: Sequence[Region | None], tensors: Sequence[Operand]
+) -> Iterator[tuple[Region, Array]]:
+    """Yield the arrays that are to be copied to the card or from it, each with its region there."""
+    for region, tensor in zip(regions, tensors, strict=True):
+        if region is not None and isinstance(tensor, np.ndarray):
+            yield region, tensor

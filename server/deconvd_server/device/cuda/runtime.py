@@ -27,7 +27,9 @@ __all__ = [
     "current_device",
     "download",
     "open_card",
+    "register_host",
     "synchronize",
+    "unregister_host",
     "upload",
     "use_device",
 ]
@@ -35,6 +37,8 @@ __all__ = [
 _INSTALL = "pip install 'deconvd[server,cuda13]'"
 _OLDEST_CAPABILITY = 80
 """Our kernels copy to shared memory asynchronously, and multiply bfloat16 matrices."""
+
+_HOST_REGISTER_PORTABLE = 1  # of cuda_runtime_api.h; CuPy has no name for it
 
 try:
     import cupy
@@ -197,6 +201,16 @@ def download(target: Bytes, source: int, stream: int) -> None:
 def copy(target: int, source: int, size_bytes: int, stream: int) -> None:
     """Enqueue a copy within the card."""
     _cuda.memcpyAsync(target, source, size_bytes, _cuda.memcpyDeviceToDevice, stream)
+
+
+def register_host(address: int, size_bytes: int) -> None:
+    """Let all cards read and write host memory by themselves, wherever they are. Raises CudaError."""
+    _cuda.hostRegister(address, size_bytes, _HOST_REGISTER_PORTABLE)
+
+
+def unregister_host(address: int) -> None:
+    """Undo `register_host`. No copy may be under way. Raises CudaError."""
+    _cuda.hostUnregister(address)
 
 
 class PinnedBuffer:

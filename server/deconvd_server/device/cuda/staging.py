@@ -1,4 +1,4 @@
-"""Copies between a caller's arrays and the card, through a fixed ring of pinned host buffers."""
+"""Copies between arrays and the card: by itself where it reaches them, else through a ring of pinned buffers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import Executor, Future, wait
 import numpy as np
 
 from deconvd.tensor import Array
+from deconvd_server.device.cuda.host_memory import HostMemory
 from deconvd_server.device.cuda.runtime import (
     Bytes,
     Event,
@@ -18,7 +19,7 @@ from deconvd_server.device.cuda.runtime import (
     upload,
 )
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "bytes_of"]
 
 
 class _Slot:
@@ -45,30 +46,41 @@ class Staging:
 
     Args:
         helpers: Who copies within the host.
+        host_memory: What the card reaches by itself.
         slots_count: Buffers in the ring.
         slot_bytes: Size of each.
     """
 
     def __init__(
-        self, stream: Stream, helpers: Executor, *, slots_count: int, slot_bytes: int
+        self,
+        stream: Stream,
+        helpers: Executor,
+        host_memory: HostMemory,
+        *,
+        slots_count: int,
+        slot_bytes: int,
     ) -> None:
         self._stream = stream
         self._helpers = helpers
+        self._host_memory = host_memory
         self._slot_bytes = slot_bytes
         parts = np.split(PinnedBuffer(slots_count * slot_bytes).bytes, slots_count)
         self._ring = deque(_Slot(part) for part in parts)
 
     def upload(self, source: Array, target: int, check: Callable[[], None]) -> None:
-        """Enqueue a copy of an array to the card; the array has been read when this returns.
+        """Enqueue a copy of an array to the card, to be read until the stream has been waited for.
 
         Args:
             source: Of any strides.
             target: Address on the card.
             check: Called before each part; what it raises ends the copy.
         """
+        if self._host_memory.holds(source):
+            upload(target, bytes_of(source), self._stream.pointer)
+            return
         filling: deque[tuple[_Slot, Bytes, int]] = deque()
         try:
-            for offset, part in self._parts(_bytes_of(source)):
+            for offset, part in self._parts(bytes_of(source)):
                 if len(filling) == len(self._ring):
                     self._send(*filling.popleft())
                 check()
@@ -82,15 +94,18 @@ class Staging:
             self._settle()
 
     def download(self, source: int, target: Array, check: Callable[[], None]) -> None:
-        """Copy from the card to a C-contiguous array, and return when it is there.
+        """Copy from the card to a C-contiguous array, which is there once the stream has been waited for.
 
         Args:
             source: Address on the card.
             check: As for `upload`.
         """
+        if self._host_memory.holds(target):
+            download(bytes_of(target), source, self._stream.pointer)
+            return
         arriving: deque[tuple[_Slot, Bytes]] = deque()
         try:
-            for offset, part in self._parts(_bytes_of(target)):
+            for offset, part in self._parts(bytes_of(target)):
                 if len(arriving) == len(self._ring) // 2:
                     check()
                     self._land(*arriving.popleft())
@@ -129,6 +144,6 @@ class Staging:
             yield offset, whole[offset : offset + self._slot_bytes]
 
 
-def _bytes_of(array: Array) -> Bytes:
+def bytes_of(array: Array) -> Bytes:
     """Return an array's elements in order as bytes: a view of it, if it is C-contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

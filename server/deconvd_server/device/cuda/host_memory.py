@@ -1,0 +1,84 @@
+"""Host memory that cards read and write by themselves, known by its addresses. Needs no CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+
+import numpy as np
+
+from deconvd.tensor import Array
+
+__all__ = ["HostMemory"]
+
+_log = logging.getLogger(__name__)
+
+
+class HostMemory:
+    """What is registered with CUDA, once for all cards however many of them ask for it. Thread-safe.
+
+    Args:
+        register: Registers memory for all cards, given its address and its size in bytes; raises
+            RuntimeError if it cannot.
+        unregister: Undoes that, given the address.
+    """
+
+    def __init__(
+        self, register: Callable[[int, int], None], unregister: Callable[[int], None]
+    ) -> None:
+        self._register = register
+        self._unregister = unregister
+        self._lock = threading.Lock()
+        self._users_count: dict[int, int] = {}
+        self._ranges: list[tuple[int, int]] = []  # begin and end, in order; replaced whole
+        self._is_missed = False
+
+    def register(self, address: int, size_bytes: int) -> Callable[[], None]:
+        """Register memory that nobody uses yet; return what undoes it, to be called once.
+
+        If CUDA does not take it, it is told once in the log, and the memory is like any other.
+        """
+        with self._lock:
+            if address not in self._users_count:
+                _touch(address, size_bytes)
+                try:
+                    self._register(address, size_bytes)
+                except RuntimeError as error:
+                    self._miss(error)
+                    return lambda: None
+                self._users_count[address] = 0
+                self._ranges = sorted([*self._ranges, (address, address + size_bytes)])
+            self._users_count[address] += 1
+        return lambda: self._leave(address)
+
+    def holds(self, array: Array) -> bool:
+        """Return whether cards reach an array: it lies here, C-contiguous and in native byte order."""
+        ranges = self._ranges
+        if not ranges or not (array.flags.c_contiguous and array.dtype.isnative):
+            return False
+        begin: int = array.__array_interface__["data"][0]
+        found = bisect_right(ranges, begin, key=lambda stretch: stretch[0])
+        return found > 0 and begin + array.nbytes <= ranges[found - 1][1]
+
+    def _leave(self, address: int) -> None:
+        with self._lock:
+            self._users_count[address] -= 1
+            if not self._users_count[address]:
+                del self._users_count[address]
+                self._ranges = [stretch for stretch in self._ranges if stretch[0] != address]
+                self._unregister(address)
+
+    def _miss(self, error: RuntimeError) -> None:
+        if not self._is_missed:
+            _log.warning("CUDA does not take shared memory, so it is copied on the way: %s", error)
+        self._is_missed = True
+
+
+def _touch(address: int, size_bytes: int) -> None:
+    """Have the system give memory its pages: CUDA would, but hold up all its other callers meanwhile."""
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
+    memory[:: mmap.PAGESIZE] = 0

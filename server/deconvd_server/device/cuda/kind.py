@@ -1,0 +1,86 @@
+"""Calls of one kind: where their tensors lie on the card, and the graph that they are captured as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from deconvd.problem import TensorSpec
+from deconvd_server.device.cuda.cudnn import CudnnError
+from deconvd_server.device.cuda.frame import Frame
+from deconvd_server.device.cuda.job import Job
+from deconvd_server.device.cuda.memory import Region
+from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
+from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream, copy
+
+__all__ = ["Kind"]
+
+_WARM_RUNS = 1
+"""Calls of a kind before it is captured: what comes once is not worth it."""
+
+
+class Kind:
+    """Calls that do the same work on other numbers, with the same tensors on the card.
+
+    Args:
+        operands_at, results_at: Addresses of those that lie on the card already; None for others.
+    """
+
+    def __init__(
+        self, job: Job, operands_at: Sequence[int | None], results_at: Sequence[int | None]
+    ) -> None:
+        self.job = job
+        self._operands_at, self._results_at = operands_at, results_at
+        self.frame = Frame(
+            [*map(_spec_to_place, job.operands, operands_at)],
+            [*map(_spec_to_place, job.results, results_at)],
+            job.workspace_bytes,
+        )
+        self._runs_count = 0
+        self._graph: Graph | None = None
+
+    def enqueue(self, base: int, stream: int) -> None:
+        """Enqueue all work between upload and download on a stream.
+
+        Args:
+            base: Address of a block for the frame.
+        """
+        frame, job = self.frame, self.job
+        operands = _addresses(base, frame.operands, self._operands_at)
+        results = _addresses(base, frame.results, self._results_at)
+        for address, at, spec in zip(operands, self._operands_at, job.operands, strict=True):
+            if at is not None and at != address:
+                copy(address, at, spec.nbytes, stream)
+        job.enqueue(operands, results, base + frame.workspace.offset, stream)
+        for address, at, spec in zip(results, self._results_at, job.results, strict=True):
+            if at is not None and at != address:
+                copy(at, address, spec.nbytes, stream)
+
+    def launch(self, stream: Stream, work: Callable[[], None]) -> None:
+        """Do what `work` enqueues on a stream: as a graph, once it comes again. It is always the same."""
+        self._runs_count += 1
+        if self._runs_count == _WARM_RUNS + 1:
+            self._graph = _captured(stream, work)
+        if self._graph is None:
+            work()
+        else:
+            self._graph.launch(stream.pointer)
+
+
+def _captured(stream: Stream, work: Callable[[], None]) -> Graph | None:
+    try:
+        return stream.capture(work)
+    except (CudaError, CudnnError):
+        return None  # some of cuDNN's engines do what no graph can hold
+
+
+def _spec_to_place(spec: TensorSpec, at: int | None) -> TensorSpec | None:
+    """Return what needs room in a frame: None for a tensor that plans can use where it lies."""
+    return None if at is not None and at % OPERAND_ALIGNMENT_BYTES == 0 else spec
+
+
+def _addresses(base: int, regions: Sequence[Region | None], at: Sequence[int | None]) -> list[int]:
+    """Return where tensors are during the call: in their regions of the block, or else where they lie."""
+    return [
+        base + region.offset if region is not None else lies_at or 0
+        for region, lies_at in zip(regions, at, strict=True)
+    ]

@@ -1,0 +1,107 @@
+"""Which arrays lie in registered memory, with a CUDA that only takes notes."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+
+import numpy as np
+import pytest
+
+from deconvd.tensor import Array
+from deconvd_server.device.cuda.host_memory import HostMemory
+
+PAGES = 8
+SIZE_BYTES = PAGES * mmap.PAGESIZE
+
+
+class Notes:
+    """What is registered now, by address; memory at an address in `refused` is not taken."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+        self.refused: set[int] = set()
+        self.host = HostMemory(self.register, self.registered.__delitem__)
+
+    def register(self, address: int, size_bytes: int) -> None:
+        if address in self.refused:
+            raise RuntimeError("out of luck")
+        assert address not in self.registered
+        self.registered[address] = size_bytes
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+@pytest.fixture
+def memory() -> Array:
+    return np.frombuffer(mmap.mmap(-1, SIZE_BYTES), np.uint8)
+
+
+def address(array: Array) -> int:
+    return array.ctypes.data
+
+
+def test_arrays_in_registered_memory_are_known_until_it_is_left(
+    notes: Notes, memory: Array
+) -> None:
+    floats = memory.view(np.float32)
+    assert not notes.host.holds(floats)
+
+    undo = notes.host.register(address(memory), SIZE_BYTES)
+
+    assert notes.registered == {address(memory): SIZE_BYTES}
+    assert notes.host.holds(floats)
+    assert notes.host.holds(floats[:1])
+    assert notes.host.holds(floats[-1:])
+    assert notes.host.holds(floats[3:7].reshape(2, 2))
+
+    undo()
+    assert not notes.host.holds(floats)
+    assert notes.registered == {}
+
+
+def test_what_is_not_as_the_card_has_it_is_not_held(notes: Notes, memory: Array) -> None:
+    notes.host.register(address(memory), SIZE_BYTES)
+    floats = memory.view(np.float32).reshape(4, -1)
+    assert not notes.host.holds(floats[:, 1:])
+    assert not notes.host.holds(floats.T)
+    assert not notes.host.holds(floats.view(floats.dtype.newbyteorder()))
+
+
+def test_arrays_beside_registered_memory_are_not_held(notes: Notes, memory: Array) -> None:
+    page = mmap.PAGESIZE
+    for first in (1, 5):
+        notes.host.register(address(memory) + first * page, 2 * page)
+    held = [notes.host.holds(memory[n * page : (n + 1) * page]) for n in range(PAGES)]
+    assert held == [False, True, True, False, False, True, True, False]
+    assert not notes.host.holds(memory[page : 3 * page + 1])
+    assert not notes.host.holds(memory[page - 1 : page + 1])
+    assert not notes.host.holds(memory)
+
+
+def test_memory_that_several_cards_ask_for_is_registered_once(notes: Notes, memory: Array) -> None:
+    first = notes.host.register(address(memory), SIZE_BYTES)
+    second = notes.host.register(address(memory), SIZE_BYTES)
+
+    first()
+    assert notes.host.holds(memory)
+    second()
+
+    assert not notes.host.holds(memory)
+    assert notes.registered == {}
+
+
+def test_memory_that_is_refused_is_like_any_other_and_told_of_once(
+    notes: Notes, memory: Array, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes.refused.add(address(memory))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            undo = notes.host.register(address(memory), SIZE_BYTES)
+            assert not notes.host.holds(memory)
+            undo()
+    (record,) = caplog.records
+    assert "out of luck" in record.getMessage()
