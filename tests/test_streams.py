@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,8 @@ def test_chunks_may_end_anywhere(cuts: list[int]) -> None:
 
 
 def missing_parts(*parts: tuple[str, bytes]) -> Iterator[bytes]:
-    """Yield the parts of a stream, each given by its kind and its elements."""
-    for kind, elements in parts:
+    """Yield the parts of a stream, each given by its kind and its elements, without empty ones."""
+    for kind, elements in filter(itemgetter(1), parts):
         part = pb.DeconvolveStreamRequest()
         setattr(part, kind, elements)
         yield part.SerializeToString()
@@ -196,7 +197,7 @@ def test_what_was_missing_comes_before_or_amid_what_follows(cut: int, early: int
     ("parts", "message"),
     [
         ([("missing_chunk", bytes(W.nbytes + 1))], "no more missing chunks than were missing"),
-        ([("missing_chunk", bytes(3))], "the stream ends 29 bytes before W is whole"),
+        ([("missing_chunk", bytes(3))], "the stream ends 61 bytes before W is whole"),
         ([("chunk", bytes((64 << 20) + 1))], "at most 67108864 bytes of chunks before W"),
     ],
     ids=["more", "less", "early"],
