@@ -108,6 +108,20 @@ def test_gradients_in_a_stream_are_sums_over_its_slices(
         np.testing.assert_allclose(result.astype(np.float64), wide, atol=error, rtol=0)
 
 
+def test_a_results_memory_is_used_again_once_it_was_dropped_and_not_before(
+    device_F: Connection,
+) -> None:
+    one = np.ones((1, 1, 1, 1), np.float32)
+    xs = [np.full((3, 1, 1024, 1024), i, np.float32) for i in range(4)]
+
+    dropped = device_F.deconvolution_2d(xs[0], one).ctypes.data
+    held = [device_F.deconvolution_2d(x, one) for x in xs]
+
+    assert held[0].ctypes.data == dropped
+    for x, y in zip(xs, held, strict=True):
+        np.testing.assert_array_equal(y, x)
+
+
 def test_strided_and_reversed_arrays_stream_as_they_are(device_F: Connection) -> None:
     x = rng.standard_normal((6, 512, 256, 2)).astype(np.float32).transpose(0, 3, 1, 2)[::-1]
     W = np.eye(2, dtype=np.float32)[:, :, None, None]

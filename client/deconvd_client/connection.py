@@ -25,6 +25,7 @@ from deconvd_client.asked import Asked, deconvolution, differentiation
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.keywords import refuses_unknown_keywords
+from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
@@ -76,6 +77,7 @@ class Connection:
                 f"timeout_s must be positive and finite, got {timeout_s}", argument="timeout_s"
             )
         self.target = target
+        learn_large_blocks()
 
         def open_stub(target: str) -> Stub:
             channel = open_channel(target, max_message_bytes=max_message_bytes)

@@ -15,6 +15,7 @@ from deconvd.chunks import ChunkReader
 from deconvd.codec import Envelope, decode, encode
 from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError
 from deconvd.ledger import ledger_from_metadata
+from deconvd.result_memory import ResultMemory
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.retries import with_retries
@@ -27,6 +28,9 @@ _Response = TypeVar("_Response", bound=Message)
 _Returned = TypeVar("_Returned", covariant=True)
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
+
+_KEPT_BYTES: Final = 256 << 20
+"""Memory of dropped results that is kept for the next ones: fresh memory costs more than a copy into it."""
 
 _TOO_LARGE: Final = re.compile(
     r"(CLIENT|SERVER): Received message larger than max \((\d+) vs\. (\d+)\)"
@@ -54,6 +58,7 @@ class Stub:
         self._timeout_s = timeout_s
         self._closed = False
         self._ended = threading.local()
+        self._results = ResultMemory(_KEPT_BYTES)
         self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse)
         self._deconvolve_grad = self._unary("DeconvolveGrad", pb.DeconvolveGradResponse)
         self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
@@ -111,6 +116,7 @@ class Stub:
         """Close the channel. Calls under way end with CallCancelledError."""
         self._closed = True
         self._channel.close()
+        self._results.clear()
 
     def _unary(
         self, method: str, response_type: type[_Response]
@@ -146,7 +152,8 @@ class Stub:
             try:
                 responses = rpc(exchange.parts(), timeout=timeout_s)
                 try:
-                    received = exchange.receive(ChunkReader(responses, response_type))
+                    reader = ChunkReader(responses, response_type, self._results.empty)
+                    received = exchange.receive(reader)
                     self._note(responses)
                     return received
                 finally:

@@ -36,17 +36,29 @@ _FROM_BYTES: Final = {"chunk": chunk_from_bytes, "missing_chunk": missing_chunk_
 _PartT = TypeVar("_PartT", bound=Message)
 
 
+def _new_array(spec: TensorSpec) -> Array:
+    """Return an array with any elements."""
+    return np.empty(spec.shape, spec.dtype)
+
+
 class ChunkReader(Generic[_PartT]):
     """The elements that follow a stream's header, as arrays; chunks may end anywhere.
 
     Args:
         parts: The stream's messages, as bytes.
         part_type: Their type.
+        empty: Returns new memory for a tensor.
     """
 
-    def __init__(self, parts: Iterator[bytes], part_type: type[_PartT]) -> None:
+    def __init__(
+        self,
+        parts: Iterator[bytes],
+        part_type: type[_PartT],
+        empty: Callable[[TensorSpec], Array] = _new_array,
+    ) -> None:
         self._parts = parts
         self._part_type = part_type
+        self._empty = empty
         self._rest = np.empty(0, np.uint8)
         self._peeked: _PartT | None = None
         self._early: deque[npt.NDArray[np.uint8]] = deque()
@@ -92,7 +104,7 @@ class ChunkReader(Generic[_PartT]):
         Raises:
             InvalidArgumentError: The stream ends before it is whole, or is no stream of chunks.
         """
-        array = np.empty(spec.shape, spec.dtype.newbyteorder("<"))
+        array = self._empty(TensorSpec(spec.shape, spec.dtype.newbyteorder("<")))
         self.read_into(name, array)
         return array.astype(spec.dtype, copy=False)
 

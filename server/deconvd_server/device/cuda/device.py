@@ -18,6 +18,7 @@ from deconvd.copying import copy_into
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
+from deconvd.result_memory import ResultMemory
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda import kernels
@@ -36,7 +37,6 @@ from deconvd_server.device.cuda.plans.candidates import Candidates
 from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
-from deconvd_server.device.cuda.results import ResultMemory
 from deconvd_server.device.cuda.runtime import (
     PinnedBuffer,
     Pool,

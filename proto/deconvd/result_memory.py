@@ -1,4 +1,4 @@
-"""Host memory for results, used again once the caller has dropped its array. Needs no CUDA.
+"""Host memory for results, used again once the caller has dropped its array.
 
 Fresh memory costs a page fault for every few KiB that are first written: more than the copy itself.
 """
@@ -40,7 +40,7 @@ class ResultMemory:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        # filled by finalizers, which may run at any moment in any thread: no lock is safe in them
+        # filled by finalizers, which may run at any moment in any thread: they must wait for no lock
         self._returned: deque[Array] = deque()
         self._idle: OrderedDict[int, Array] = OrderedDict()
         self._idle_bytes = 0
@@ -51,13 +51,13 @@ class ResultMemory:
         Raises:
             MemoryError: There is no memory for it.
         """
-        if spec.nbytes < _SMALLEST_BYTES:
+        if not _SMALLEST_BYTES <= spec.nbytes <= self._limit_bytes:
             return np.empty(spec.shape, spec.dtype)
         buffer = self._taken(spec.nbytes)
         if buffer is None:
             buffer = np.empty(spec.nbytes, np.uint8)
         loan = _Loan(buffer)
-        weakref.finalize(loan, self._returned.append, buffer).atexit = False
+        weakref.finalize(loan, self._give_back, buffer).atexit = False
         return np.asarray(loan).view(spec.dtype).reshape(spec.shape)
 
     @property
@@ -83,6 +83,14 @@ class ResultMemory:
                     self._idle_bytes -= size_bytes
                     return self._idle.pop(key)
         return None
+
+    def _give_back(self, buffer: Array) -> None:
+        self._returned.append(buffer)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
 
     def _collect(self) -> None:
         """Keep what has come back, and drop what came back longest ago beyond the limit."""

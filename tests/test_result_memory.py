@@ -1,8 +1,9 @@
-"""Memory of results: new arrays for the caller, old pages for the machine. No card is needed."""
+"""Memory of results: new arrays for the caller, old pages for the machine."""
 
 from __future__ import annotations
 
 import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.problem import TensorSpec
-from deconvd_server.device.cuda.results import ResultMemory
+from deconvd.result_memory import ResultMemory
 
 LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
 
@@ -57,6 +58,27 @@ def test_no_more_than_the_limit_is_kept() -> None:
     assert memory.idle_bytes == 2 * LARGE.nbytes
     memory.clear()
     assert memory.idle_bytes == 0
+
+
+def test_what_is_over_the_limit_is_never_kept() -> None:
+    memory = ResultMemory(LARGE.nbytes - 1)
+    array = memory.empty(LARGE)
+
+    buffer = weakref.ref(array)
+    del array
+
+    assert buffer() is None
+    assert memory.idle_bytes == 0
+
+
+def test_an_array_may_be_dropped_while_the_memory_is_locked() -> None:
+    memory = ResultMemory(1 << 30)
+    array = memory.empty(LARGE)
+
+    with memory._lock:
+        del array
+
+    assert memory.idle_bytes == LARGE.nbytes
 
 
 def test_threads_never_share_memory() -> None:
