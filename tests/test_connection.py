@@ -62,7 +62,7 @@ def test_unknown_keywords_are_named_in_order(F: Connection) -> None:
 @pytest.mark.parametrize(
     ("x", "w", "kwargs", "message"),
     [
-        (X.tolist(), W, {}, "x must be a numpy.ndarray, got list"),
+        (X.tolist(), W, {}, "x must be a numpy.ndarray or a RemoteTensor, got list"),
         (
             X.astype(int),
             W,

@@ -14,11 +14,16 @@ from deconvd.errors import (
     ExhaustedError,
     InternalError,
     InvalidArgumentError,
+    LostTensorError,
+    NotFoundError,
     UnavailableError,
     UnimplementedError,
 )
 from deconvd.gradients import Gradients
 from deconvd_client.connection import Connection, connect
+from deconvd_client.pullback import Pullback
+from deconvd_client.remote import Remote
+from deconvd_client.residents import RemoteGradients, RemoteTensor
 from deconvd_client.server_info import DeviceDescription, ServerInfo
 
 __all__ = [
@@ -32,6 +37,12 @@ __all__ = [
     "Gradients",
     "InternalError",
     "InvalidArgumentError",
+    "LostTensorError",
+    "NotFoundError",
+    "Pullback",
+    "Remote",
+    "RemoteGradients",
+    "RemoteTensor",
     "ServerInfo",
     "UnavailableError",
     "UnimplementedError",

@@ -51,8 +51,9 @@ class Asked(Generic[RequestT]):
         problem: What is computed.
         operands: Those to be sent, by the names of their fields, in the order of streams.
         results: What is to be returned, likewise.
-        offered: Operands that the request names by their digests, and that are sent if the server
-            lacks them: it must then be asked in a stream.
+        offered: Operands that the request names by their digests. In a stream they are sent if the
+            server lacks them.
+        is_sure: Whether the server is known to have them.
     """
 
     request: RequestT
@@ -60,6 +61,7 @@ class Asked(Generic[RequestT]):
     operands: Mapping[str, Array]
     results: Mapping[str, TensorSpec]
     offered: Mapping[str, Array] = field(default_factory=dict)
+    is_sure: bool = True
 
 
 @dataclass(frozen=True, slots=True)

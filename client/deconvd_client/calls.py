@@ -56,7 +56,7 @@ def _answered(
     shared = call_with_shared_memory(memory, in_message, asked)
     if shared is not None:
         return shared
-    if asked.offered or not _fits_a_message(asked):
+    if not asked.is_sure or not _fits_a_message(asked):
         return streamed()
     raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
     response = in_message(Envelope(asked.request, raw))

@@ -6,34 +6,33 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import SupportsIndex
+from typing import Final, SupportsIndex
 
-import numpy as np
 import numpy.typing as npt
 
+from deconvd.dtypes import element_type
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
-from deconvd.gradients import Gradients, Wanted
-from deconvd.problem import Problem, problem_of
+from deconvd.gradients import Gradients
+from deconvd.problem import check_extents
 from deconvd.shared_memory import socket_beside
-from deconvd.tensor import (
-    Array,
-    spec_of,
-)
-from deconvd_client import calls
-from deconvd_client.asked import Asked, deconvolution, differentiation
+from deconvd.tensor import Array, spec_of
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
+from deconvd_client.operations import GRADIENTS, Operations, checked_array
+from deconvd_client.pullback import Pullback
+from deconvd_client.remote import Remote
+from deconvd_client.residents import RemoteTensor, Residents
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.stub import Stub
 
 __all__ = ["Connection", "connect"]
 
-_GRADIENTS = ("gx", "gW", "gb")
+_MAX_KEY_BYTES: Final = 64
 
 
 def connect(
@@ -42,6 +41,7 @@ def connect(
     timeout_s: float = 60.0,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     transport: str = Transport.AUTO,
+    tenant_key: str | bytes = b"",
 ) -> Connection:
     """Return a connection to a server. Nothing is sent before the first call.
 
@@ -51,12 +51,19 @@ def connect(
         max_message_bytes: The largest response to accept.
         transport: ``auto`` for the nearest way that works: on the server's host that is shared
             memory, and its Unix socket; ``target`` for messages to the target and no other way.
+        tenant_key: A secret of up to 64 bytes. Connections that tell the same share a quota for
+            what the server keeps, and what one has sent another need not send; empty for a
+            connection by itself.
 
     Raises:
         InvalidArgumentError: An argument is out of its range.
     """
     return Connection(
-        target, timeout_s=timeout_s, max_message_bytes=max_message_bytes, transport=transport
+        target,
+        timeout_s=timeout_s,
+        max_message_bytes=max_message_bytes,
+        transport=transport,
+        tenant_key=tenant_key,
     )
 
 
@@ -70,7 +77,13 @@ class Connection:
     """
 
     def __init__(
-        self, target: str, *, timeout_s: float, max_message_bytes: int, transport: str
+        self,
+        target: str,
+        *,
+        timeout_s: float,
+        max_message_bytes: int,
+        transport: str,
+        tenant_key: str | bytes,
     ) -> None:
         if not 0 < timeout_s < math.inf:
             raise InvalidArgumentError(
@@ -87,13 +100,16 @@ class Connection:
         is_pinned = _transport(transport) is Transport.TARGET
         self._memory = Borrower((lambda: "") if is_pinned else self._find_memory)
         self._config = Config()
+        self._residents = Residents(self._nearest, self._memory, _tenant_key(tenant_key))
+        self._operations = Operations(self._residents, self._config)
+        self._remote = Remote(self._operations, self._residents)
 
     @refuses_unknown_keywords
     def deconvolution_2d(
         self,
-        x: Array,
-        W: Array,
-        b: Array | None = None,
+        x: Array | RemoteTensor,
+        W: Array | RemoteTensor,
+        b: Array | RemoteTensor | None = None,
         stride: IntOrPair = 1,
         pad: IntOrPair = 0,
         outsize: Sequence[SupportsIndex | None] | None = None,
@@ -103,7 +119,7 @@ class Connection:
     ) -> Array:
         """Return the two-dimensional deconvolution (transposed convolution) of `x` by `W`, plus `b`.
 
-        As Chainer 7's ``chainer.functions.deconvolution_2d``, on arrays.
+        As Chainer 7's ``chainer.functions.deconvolution_2d``, on arrays and RemoteTensors.
 
         Args:
             x: Images of shape ``(n, c_I, h_I, w_I)``: float16, bfloat16, float32 or float64.
@@ -124,30 +140,23 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        problem = _problem(x, W, b, geometry)
-        asked = Asked(
-            deconvolution(problem, self._config.options, with_b=b is not None),
-            problem,
-            {"w": W, "x": x} if b is None else {"w": W, "b": b, "x": x},
-            {"y": problem.y},
-        )
-        answered = self._nearest.call(lambda stub: calls.deconvolve(stub, self._memory, asked))
-        return answered.arrays["y"]
+        call = self._operations.deconvolution(x, W, b, geometry)
+        return self._residents.arrays(call)["y"]
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
         self,
-        x: Array,
-        W: Array,
-        b: Array | None,
-        gy: Array,
+        x: Array | RemoteTensor,
+        W: Array | RemoteTensor,
+        b: Array | RemoteTensor | None,
+        gy: Array | RemoteTensor,
         stride: IntOrPair = 1,
         pad: IntOrPair = 0,
         outsize: Sequence[SupportsIndex | None] | None = None,
         *,
         dilate: IntOrPair = 1,
         groups: SupportsIndex = 1,
-        wanted: Collection[str] = _GRADIENTS,
+        wanted: Collection[str] = GRADIENTS,
     ) -> Gradients:
         """Return the gradients of a loss with respect to `x`, `W` and `b`.
 
@@ -166,21 +175,64 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        problem = _problem(x, W, b, geometry)
-        problem.check_gy(spec_of(_checked("gy", gy)))
-        mask = _wanted(wanted, has_b=b is not None)
-        operands = {"w": W} if mask.gx else {}
-        results = {"gx": problem.x} if mask.gx else {}
-        if mask.gW:
-            operands["x"], results["gw"] = x, problem.W
-        if mask.gb:
-            results["gb"] = problem.b
-        operands["gy"] = gy
-        request = differentiation(problem, self._config.options, mask)
-        asked = Asked(request, problem, operands, results)
-        answered = self._nearest.call(lambda stub: calls.differentiate(stub, self._memory, asked))
-        arrays = answered.arrays
+        call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
+        arrays = self._residents.arrays(call)
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
+
+    @refuses_unknown_keywords
+    def vjp(
+        self,
+        x: Array | RemoteTensor,
+        W: Array | RemoteTensor,
+        b: Array | RemoteTensor | None = None,
+        stride: IntOrPair = 1,
+        pad: IntOrPair = 0,
+        outsize: Sequence[SupportsIndex | None] | None = None,
+        *,
+        dilate: IntOrPair = 1,
+        groups: SupportsIndex = 1,
+    ) -> tuple[Array, Pullback]:
+        """Return the deconvolution, and the function from its gradient to those of `x`, `W` and `b`.
+
+        The server keeps x and W meanwhile, so that gradients take gy alone; arrays that they are
+        made of are referred to, to be sent again at need.
+
+        Args:
+            x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
+
+        Raises:
+            InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
+            ExhaustedError: The server has no room to keep x and W.
+            TypeError: An unknown keyword.
+        """
+        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
+        images, filters = self._operations.lasting("x", x), self._operations.lasting("W", W)
+        call = self._operations.deconvolution(images, filters, b, geometry)
+        y = self._residents.arrays(call)["y"]
+        pullback = Pullback(
+            self._operations, self._residents, call.problem, images, filters, has_b=b is not None
+        )
+        return y, pullback
+
+    def put(self, array: Array) -> RemoteTensor:
+        """Have the server keep an array, and return what stands for it in calls.
+
+        It means what the array holds now. The array is referred to, and sent again if the server
+        loses the tensor and the array still holds the same.
+
+        Raises:
+            InvalidArgumentError: It is no array, or no operand can have its shape or element type.
+            ExhaustedError: The server has no room for it.
+        """
+        spec = spec_of(checked_array("array", array))
+        element_type("array", spec.dtype)
+        check_extents("array", spec)
+        return RemoteTensor(self._residents, self._residents.put(array))
+
+    @property
+    def remote(self) -> Remote:
+        """The same functions, with results that stay on the server."""
+        return self._remote
 
     def empty(self, shape: SupportsIndex | Sequence[SupportsIndex], dtype: npt.DTypeLike) -> Array:
         """Return a new array with any elements: on the server's host, one that need not be sent.
@@ -225,6 +277,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection. Calls under way, and later ones, raise CallCancelledError."""
+        self._residents.close()
         self._nearest.close()
         self._memory.close()
 
@@ -249,6 +302,16 @@ class Connection:
         return f"<deconvd_client.Connection to {self.target}>"
 
 
+def _tenant_key(key: str | bytes) -> bytes:
+    secret = key.encode() if isinstance(key, str) else key
+    if not isinstance(secret, bytes) or len(secret) > _MAX_KEY_BYTES:
+        raise InvalidArgumentError(
+            f"tenant_key must be a str or bytes of at most {_MAX_KEY_BYTES} bytes",
+            argument="tenant_key",
+        )
+    return secret
+
+
 def _transport(name: str) -> Transport:
     try:
         return Transport(name)
@@ -256,27 +319,3 @@ def _transport(name: str) -> Transport:
         raise InvalidArgumentError(
             f"transport must be one of {', '.join(Transport)}, got {name!r}", argument="transport"
         ) from None
-
-
-def _problem(x: Array, W: Array, b: Array | None, geometry: Geometry) -> Problem:
-    problem = problem_of(spec_of(_checked("x", x)), spec_of(_checked("W", W)), geometry)
-    if b is not None:
-        problem.check_b(spec_of(_checked("b", b)))
-    return problem
-
-
-def _checked(name: str, value: object) -> Array:
-    if not isinstance(value, np.ndarray):
-        raise InvalidArgumentError(
-            f"{name} must be a numpy.ndarray, got {type(value).__name__}", argument=name
-        )
-    return value
-
-
-def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
-    if isinstance(names, str) or not set(names) <= set(_GRADIENTS):
-        raise InvalidArgumentError(
-            f"wanted must be a collection of names from {', '.join(_GRADIENTS)}, got {names!r}",
-            argument="wanted",
-        )
-    return Wanted(gx="gx" in names, gW="gW" in names, gb="gb" in names and has_b)

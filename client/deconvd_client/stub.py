@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import grpc
@@ -13,14 +15,20 @@ from grpc_health.v1 import health_pb2
 
 from deconvd.chunks import ChunkReader
 from deconvd.codec import Envelope, decode, encode
-from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError
+from deconvd.errors import (
+    CallCancelledError,
+    DeadlineError,
+    DeconvdError,
+    ExhaustedError,
+    InternalError,
+)
 from deconvd.ledger import ledger_from_metadata
 from deconvd.result_memory import ResultMemory
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.retries import with_retries
 
-__all__ = ["Attempt", "Stub"]
+__all__ = ["Attempt", "Hold", "Stub"]
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
@@ -47,6 +55,39 @@ class Attempt(Protocol[_Response, _Returned]):
         """Return what is made of the response."""
 
 
+class Hold:
+    """A call of HoldSession under way.
+
+    Attributes:
+        opened: What the server answered.
+    """
+
+    def __init__(
+        self, call: grpc.Call, signs: SimpleQueue[bytes | None], opened: pb.HoldSessionResponse
+    ) -> None:
+        self._call = call
+        self._signs = signs
+        self.opened = opened
+
+    def give_sign(self) -> None:
+        """Give a sign of life."""
+        self._signs.put(pb.HoldSessionRequest().SerializeToString())
+
+    def close(self) -> None:
+        """End the session."""
+        self._signs.put(None)
+
+    def cancel(self) -> None:
+        """Break the call off; it does no harm if it has ended."""
+        self._signs.put(None)
+        self._call.cancel()
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in another thread once it has ended; at once if it has already."""
+        if not self._call.add_callback(callback):
+            callback()
+
+
 class Stub:
     """The RPCs of one channel, each with the same timeout.
 
@@ -64,6 +105,14 @@ class Stub:
         self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
         self._deconvolve_stream = self._stream("DeconvolveStream")
         self._deconvolve_grad_stream = self._stream("DeconvolveGradStream")
+        self._drop_tensors = self._unary("DropTensors", pb.DropTensorsResponse)
+        self._hold_session = self._stream("HoldSession")
+        self._put_tensor: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(
+            _path("PutTensor")
+        )
+        self._get_tensor: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+            _path("GetTensor")
+        )
         self._check_health: grpc.UnaryUnaryMultiCallable[
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = channel.unary_unary(
@@ -100,6 +149,53 @@ class Stub:
         """Call DeconvolveGradStream, in the manner of `deconvolve_stream`."""
         return self._streamed(self._deconvolve_grad_stream, begin, pb.DeconvolveGradStreamResponse)
 
+    def put_tensor(self, parts: Callable[[], Iterator[bytes]]) -> pb.PutTensorResponse:
+        """Call PutTensor.
+
+        Args:
+            parts: Yields the request's messages; called once for each attempt.
+        """
+
+        def attempt(timeout_s: float) -> pb.PutTensorResponse:
+            return pb.PutTensorResponse.FromString(self._put_tensor(parts(), timeout=timeout_s))
+
+        return self._retried(attempt)
+
+    def get_tensor(
+        self,
+        request: pb.GetTensorRequest,
+        receive: Callable[[ChunkReader[pb.GetTensorResponse]], _T],
+    ) -> _T:
+        """Call GetTensor and return what `receive`, called once for each attempt, makes of the response."""
+
+        def attempt(timeout_s: float) -> _T:
+            responses = self._get_tensor(request.SerializeToString(), timeout=timeout_s)
+            try:
+                return receive(ChunkReader(responses, pb.GetTensorResponse, self._results.empty))
+            finally:
+                responses.cancel()
+
+        return self._retried(attempt)
+
+    def drop_tensors(self, request: pb.DropTensorsRequest) -> None:
+        """Call DropTensors."""
+        self._drop_tensors(Envelope(request, {}))
+
+    def hold_session(self, opening: pb.HoldSessionRequest) -> Hold:
+        """Call HoldSession, and return once the server has answered the first message."""
+
+        def attempt(timeout_s: float) -> Hold:
+            signs: SimpleQueue[bytes | None] = SimpleQueue()
+            signs.put(opening.SerializeToString())
+            call = self._hold_session(iter(signs.get, None))
+            try:
+                return Hold(call, signs, _answer_of(call, timeout_s))
+            except BaseException:
+                signs.put(None)  # or gRPC's thread would wait for more
+                raise
+
+        return self._retried(attempt)
+
     def get_server_info(self) -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
         return self._get_server_info(Envelope(pb.GetServerInfoRequest(), {})).message
@@ -127,14 +223,11 @@ class Stub:
             data = encode(request)
 
             def attempt(timeout_s: float) -> bytes:
-                try:
-                    response, ended = rpc.with_call(data, timeout=timeout_s)
-                except (grpc.RpcError, ValueError) as error:
-                    raise self._translated(error) from None
+                response, ended = rpc.with_call(data, timeout=timeout_s)
                 self._note(ended)
                 return response
 
-            return decode(response_type, self._with_retries(attempt))
+            return decode(response_type, self._retried(attempt))
 
         return call
 
@@ -149,22 +242,25 @@ class Stub:
     ) -> _T:
         def attempt(timeout_s: float) -> _T:
             exchange = begin()
+            responses = rpc(exchange.parts(), timeout=timeout_s)
             try:
-                responses = rpc(exchange.parts(), timeout=timeout_s)
-                try:
-                    reader = ChunkReader(responses, response_type, self._results.empty)
-                    received = exchange.receive(reader)
-                    self._note(responses)
-                    return received
-                finally:
-                    responses.cancel()  # no effect on a call that has ended
+                reader = ChunkReader(responses, response_type, self._results.empty)
+                received = exchange.receive(reader)
+                self._note(responses)
+                return received
+            finally:
+                responses.cancel()  # no effect on a call that has ended
+
+        return self._retried(attempt)
+
+    def _retried(self, attempt: Callable[[float], _T]) -> _T:
+        def translated(timeout_s: float) -> _T:
+            try:
+                return attempt(timeout_s)
             except (grpc.RpcError, ValueError) as error:
                 raise self._translated(error) from None
 
-        return self._with_retries(attempt)
-
-    def _with_retries(self, attempt: Callable[[float], _T]) -> _T:
-        return with_retries(attempt, timeout_s=self._timeout_s, is_closed=lambda: self._closed)
+        return with_retries(translated, timeout_s=self._timeout_s, is_closed=lambda: self._closed)
 
     @property
     def last_ledger(self) -> dict[str, int]:
@@ -186,6 +282,25 @@ class Stub:
 
 def _path(method: str) -> str:
     return f"/{_SERVICE.full_name}/{method}"
+
+
+def _answer_of(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
+    """Return the first response of a call that has no deadline."""
+    deadline_s = time.monotonic() + timeout_s
+    impatience = threading.Timer(timeout_s, call.cancel)
+    impatience.daemon = True
+    impatience.start()
+    try:
+        answer = next(call, None)
+    except grpc.RpcError:
+        if time.monotonic() >= deadline_s:
+            raise DeadlineError("the server did not open a session in time") from None
+        raise
+    finally:
+        impatience.cancel()
+    if answer is None:
+        raise InternalError("the server ended a session without a word")
+    return pb.HoldSessionResponse.FromString(answer)
 
 
 def _with_advice(error: DeconvdError) -> DeconvdError:

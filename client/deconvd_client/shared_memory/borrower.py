@@ -195,6 +195,16 @@ class Borrower:
                 return None
 
     @property
+    def is_lent(self) -> bool:
+        """Whether the server lends memory, as far as is known now."""
+        with self._lock:
+            try:
+                return self._opened_link() is not None
+            except LinkLostError as error:
+                self._lose(str(error))
+                return False
+
+    @property
     def borrowed_bytes(self) -> int:
         """What is borrowed now."""
         return sum(region.size_bytes for region in self._regions)

@@ -1,0 +1,136 @@
+"""What callers give, checked and made into calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+import numpy as np
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.geometry import Geometry
+from deconvd.gradients import Wanted
+from deconvd.problem import Problem, TensorSpec, problem_of
+from deconvd.tensor import Array, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client import calls
+from deconvd_client.asked import deconvolution, differentiation
+from deconvd_client.config import Config
+from deconvd_client.residents import Call, Kept, RemoteTensor, Residents, Source
+
+__all__ = ["GRADIENTS", "Operand", "Operations", "checked_array"]
+
+GRADIENTS: Final = ("gx", "gW", "gb")
+
+Operand = Array | Kept
+
+
+class Operations:
+    """Makes calls of a connection's arguments; every method raises InvalidArgumentError.
+
+    Args:
+        residents: Whose RemoteTensors are taken.
+        config: Says how to compute.
+    """
+
+    def __init__(self, residents: Residents, config: Config) -> None:
+        self._residents = residents
+        self._config = config
+
+    def operand(self, name: str, value: object) -> Operand:
+        """Return an argument as what calls take: the array, or what the server keeps."""
+        if isinstance(value, RemoteTensor):
+            return value.kept_for(self._residents, name)
+        if isinstance(value, Kept):  # of a pullback to be
+            return value
+        return checked_array(name, value)
+
+    def lasting(self, name: str, value: object) -> Kept:
+        """Return an argument as what the server is to keep beyond a call."""
+        operand = self.operand(name, value)
+        if isinstance(operand, Kept):
+            return operand.shared()
+        return Kept(spec_of(operand), source=Source(operand))
+
+    def deconvolution(
+        self, x: object, W: object, b: object, geometry: Geometry, *, stay: bool = False
+    ) -> Call[pb.DeconvolveRequest, pb.DeconvolveResponse]:
+        """Return the call that computes y."""
+        images, filters = self.operand("x", x), self.operand("W", W)
+        problem = problem_of(spec_of_operand(images), spec_of_operand(filters), geometry)
+        operands = {"w": filters}
+        if b is not None:
+            operands["b"] = self.operand("b", b)
+            problem.check_b(spec_of_operand(operands["b"]))
+        operands["x"] = images
+        request = deconvolution(problem, self._config.options, with_b=b is not None)
+        return Call(request, problem, operands, {"y": problem.y}, stay, calls.deconvolve)
+
+    def differentiation(
+        self,
+        x: object,
+        W: object,
+        b: object,
+        gy: object,
+        geometry: Geometry,
+        wanted: Collection[str],
+        *,
+        stay: bool = False,
+    ) -> Call[pb.DeconvolveGradRequest, pb.DeconvolveGradResponse]:
+        """Return the call that computes gradients; of b only the shape and the type count."""
+        images, filters = self.operand("x", x), self.operand("W", W)
+        problem = problem_of(spec_of_operand(images), spec_of_operand(filters), geometry)
+        if b is not None:
+            problem.check_b(spec_of_operand(self.operand("b", b)))
+        return self.way_back(problem, images, filters, gy, wanted, has_b=b is not None, stay=stay)
+
+    def way_back(
+        self,
+        problem: Problem,
+        x: Operand,
+        W: Operand,
+        gy: object,
+        wanted: Collection[str],
+        *,
+        has_b: bool,
+        stay: bool = False,
+    ) -> Call[pb.DeconvolveGradRequest, pb.DeconvolveGradResponse]:
+        """Return the call that computes gradients of a problem whose operands are known to fit."""
+        gradient = self.operand("gy", gy)
+        problem.check_gy(spec_of_operand(gradient))
+        mask = _wanted(wanted, has_b=has_b)
+        operands: dict[str, Operand] = {}
+        results: dict[str, TensorSpec] = {}
+        if mask.gx:
+            operands["w"], results["gx"] = W, problem.x
+        if mask.gW:
+            operands["x"], results["gw"] = x, problem.W
+        if mask.gb:
+            results["gb"] = problem.b
+        operands["gy"] = gradient
+        request = differentiation(problem, self._config.options, mask)
+        return Call(request, problem, operands, results, stay, calls.differentiate)
+
+
+def checked_array(name: str, value: object) -> Array:
+    """Return an argument that is an array. Raises InvalidArgumentError if it is none."""
+    if not isinstance(value, np.ndarray):
+        raise InvalidArgumentError(
+            f"{name} must be a numpy.ndarray or a RemoteTensor, got {type(value).__name__}",
+            argument=name,
+        )
+    return value
+
+
+def spec_of_operand(operand: Operand) -> TensorSpec:
+    """Return the shape and element type of an operand."""
+    return operand.spec if isinstance(operand, Kept) else spec_of(operand)
+
+
+def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
+    if isinstance(names, str) or not set(names) <= set(GRADIENTS):
+        raise InvalidArgumentError(
+            f"wanted must be a collection of names from {', '.join(GRADIENTS)}, got {names!r}",
+            argument="wanted",
+        )
+    return Wanted(gx="gx" in names, gW="gW" in names, gb="gb" in names and has_b)

@@ -1,0 +1,82 @@
+"""The way back through one deconvolution, whose operands stay on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import TracebackType
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.gradients import Gradients
+from deconvd.problem import Problem
+from deconvd.tensor import Array
+from deconvd_client.operations import GRADIENTS, Operations
+from deconvd_client.residents import Kept, RemoteTensor, Residents
+
+__all__ = ["Pullback"]
+
+
+class Pullback:
+    """Computes gradients of one deconvolution from that of its result, any number of times.
+
+    The server keeps x and W for it until this is closed, as a context manager or by `close`, or
+    collected, or the connection is closed. If it has lost them they are sent again, where the
+    arrays still hold the same.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        residents: Residents,
+        problem: Problem,
+        x: Kept,
+        W: Kept,
+        *,
+        has_b: bool,
+    ) -> None:
+        self._operations = operations
+        self._residents = residents
+        self._problem = problem
+        self._x = x
+        self._W = W
+        self._has_b = has_b
+
+    def __call__(
+        self, gy: Array | RemoteTensor, *, wanted: Collection[str] = GRADIENTS
+    ) -> Gradients:
+        """Return the gradients of a loss with respect to x, W and b.
+
+        Args:
+            gy: Its gradient with respect to the result, of that shape and element type.
+            wanted: Names of the gradients to compute, of gx, gW and gb.
+
+        Raises:
+            InvalidArgumentError: An argument is of the wrong kind or shape, or this is closed.
+            LostTensorError: The server keeps x or W no more, and it cannot be sent again.
+        """
+        if self._x.is_closed:
+            raise InvalidArgumentError("the pullback is closed")
+        call = self._operations.way_back(
+            self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
+        )
+        arrays = self._residents.arrays(call)
+        return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
+
+    def close(self) -> None:
+        """Have the server drop x and W. Closing twice is harmless."""
+        self._x.close()
+        self._W.close()
+
+    def __enter__(self) -> Pullback:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self._x.is_closed else ""
+        return f"<deconvd_client.Pullback, x {self._x.spec}, W {self._W.spec}{closed}>"

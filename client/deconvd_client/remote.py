@@ -1,0 +1,67 @@
+"""Chainer's functions with results that stay on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import SupportsIndex
+
+from deconvd.geometry import Geometry, IntOrPair
+from deconvd.tensor import Array
+from deconvd_client.keywords import refuses_unknown_keywords
+from deconvd_client.operations import GRADIENTS, Operations
+from deconvd_client.residents import RemoteGradients, RemoteTensor, Residents
+
+__all__ = ["Remote"]
+
+
+class Remote:
+    """The functions of a connection, with the same arguments; their results are RemoteTensors.
+
+    So a chain of calls moves nothing. They raise what the connection's own raise.
+    """
+
+    def __init__(self, operations: Operations, residents: Residents) -> None:
+        self._operations = operations
+        self._residents = residents
+
+    @refuses_unknown_keywords
+    def deconvolution_2d(
+        self,
+        x: Array | RemoteTensor,
+        W: Array | RemoteTensor,
+        b: Array | RemoteTensor | None = None,
+        stride: IntOrPair = 1,
+        pad: IntOrPair = 0,
+        outsize: Sequence[SupportsIndex | None] | None = None,
+        *,
+        dilate: IntOrPair = 1,
+        groups: SupportsIndex = 1,
+    ) -> RemoteTensor:
+        """Return what `Connection.deconvolution_2d` does, and leave it on the server."""
+        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
+        call = self._operations.deconvolution(x, W, b, geometry, stay=True)
+        return RemoteTensor(self._residents, self._residents.kept(call)["y"])
+
+    @refuses_unknown_keywords
+    def deconvolution_2d_grad(
+        self,
+        x: Array | RemoteTensor,
+        W: Array | RemoteTensor,
+        b: Array | RemoteTensor | None,
+        gy: Array | RemoteTensor,
+        stride: IntOrPair = 1,
+        pad: IntOrPair = 0,
+        outsize: Sequence[SupportsIndex | None] | None = None,
+        *,
+        dilate: IntOrPair = 1,
+        groups: SupportsIndex = 1,
+        wanted: Collection[str] = GRADIENTS,
+    ) -> RemoteGradients:
+        """Return what `Connection.deconvolution_2d_grad` does, and leave it on the server."""
+        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
+        call = self._operations.differentiation(x, W, b, gy, geometry, wanted, stay=True)
+        kept = {
+            field: RemoteTensor(self._residents, result)
+            for field, result in self._residents.kept(call).items()
+        }
+        return RemoteGradients(gx=kept.get("gx"), gW=kept.get("gw"), gb=kept.get("gb"))

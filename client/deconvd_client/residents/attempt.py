@@ -1,0 +1,185 @@
+"""One attempt at a call whose tensors may stay on the server: how each of them goes, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Generic
+
+from deconvd.digest import digest_of
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array, elements_of, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
+from deconvd_client.residents.contents import Contents
+from deconvd_client.residents.kept import Kept
+from deconvd_client.residents.session import Handle
+from deconvd_client.residents.source import Source
+from deconvd_client.shared_memory import Borrower
+from deconvd_client.stub import Stub
+
+__all__ = ["Attempt", "Call", "Means"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[RequestT, ResponseT]):
+    """A call some of whose tensors may stay on the server.
+
+    Attributes:
+        request: Describes it; it is not to be changed.
+        problem: What is computed.
+        operands: By the names of their fields, in the order of streams.
+        results: What they will be, by the names of their fields.
+        stay: Whether the results stay on the server.
+        send: Makes it.
+    """
+
+    request: RequestT
+    problem: Problem
+    operands: Mapping[str, Array | Kept]
+    results: Mapping[str, TensorSpec]
+    stay: bool
+    send: Callable[[Stub, Borrower, Asked[RequestT]], Answered[ResponseT]]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What an attempt needs of its connection.
+
+    Attributes:
+        session: The name of the session.
+        contents: Digests that the server has.
+        put: Has the server keep a tensor that it has lost.
+        handle: Makes a handle of a tensor that the server has kept.
+    """
+
+    session: bytes
+    contents: Contents
+    put: Callable[[Kept, Source], Handle]
+    handle: Callable[[pb.Resident], Handle]
+
+
+class Attempt(Generic[RequestT, ResponseT]):
+    """Makes a call once.
+
+    Args:
+        send_all: Send what the server does not keep rather than have it kept or named by a digest:
+            for a last attempt, which cannot fail for want of that.
+
+    Raises:
+        LostTensorError: The server keeps an operand no more, and it cannot be sent again.
+    """
+
+    def __init__(
+        self, call: Call[RequestT, ResponseT], means: Means, *, send_all: bool = False
+    ) -> None:
+        self._call: Call[RequestT, ResponseT] = call
+        self._means = means
+        self._send_all = send_all
+        self._sent: dict[str, Array] = {}
+        self._offered: dict[str, Array] = {}
+        self._named: dict[str, tuple[TensorSpec, pb.Digest]] = {}
+        self._handles: dict[str, tuple[Kept, Handle]] = {}
+        self._unsent: dict[str, tuple[Kept, Source]] = {}
+        self._request: RequestT = type(call.request)()
+        self._request.CopyFrom(call.request)
+        self._request.session = means.session
+        if call.stay:
+            _keep_results(self._request)
+        for field, operand in call.operands.items():
+            if isinstance(operand, Kept):
+                self._locate(field, operand)
+            else:
+                self._name(field, operand)
+
+    @property
+    def asked(self) -> Asked[RequestT]:
+        """The call, as it is made this time."""
+        knows, session = self._means.contents.knows, self._means.session
+        return Asked(
+            self._request,
+            self._call.problem,
+            self._sent,
+            {} if self._call.stay else self._call.results,
+            self._offered,
+            is_sure=all(knows(session, *content) for content in self._named.values()),
+        )
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the server needs room to keep something."""
+        return self._call.stay or bool(self._unsent)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Take the digests of what is sent to be kept while the block runs."""
+        with ExitStack() as stack:
+            for _, source in self._unsent.values():
+                stack.enter_context(source.beside())
+            yield
+
+    def settle(self, response: ResponseT) -> None:
+        """Take note of what the server has now."""
+        for content in self._named.values():
+            self._means.contents.learn(self._means.session, *content)
+        for field, (kept, _) in self._unsent.items():
+            assert isinstance(response, pb.DeconvolveResponse)  # no other keeps operands
+            kept.adopt(self._means.handle(getattr(response.kept, field)))
+
+    def results(self, response: ResponseT) -> dict[str, Kept]:
+        """Return what stands for the results that stay."""
+        return {
+            field: Kept(spec, handle=self._means.handle(getattr(response, field).resident))
+            for field, spec in self._call.results.items()
+        }
+
+    def forget(self, argument: str) -> bool:
+        """Take note that the server lacks an operand; return whether there is another way for it.
+
+        Args:
+            argument: Its name; empty if the server does not say.
+        """
+        fields = [*self._handles, *self._named]
+        lost = [f for f in fields if argument in ("", argument_of(f))]
+        for field in lost:
+            if field in self._handles:
+                kept, handle = self._handles[field]
+                kept.lose(handle)
+            else:
+                self._means.contents.forget(self._means.session, *self._named[field])
+        return bool(lost)
+
+    def _locate(self, field: str, kept: Kept) -> None:
+        """Name a tensor by its handle, or send it so that the server keeps it."""
+        handle = kept.handle_in(self._means.session)
+        if handle is None:
+            source = kept.source_unchanged(argument_of(field))
+            if kept.is_unsent and isinstance(self._request, pb.DeconvolveRequest):
+                setattr(self._request.keep, field, True)
+                self._unsent[field] = kept, source
+                self._name(field, source.array, source)
+                return
+            if self._send_all:
+                self._sent[field] = source.array
+                return
+            handle = self._means.put(kept, source)
+        getattr(self._request, field).resident.CopyFrom(handle.resident)
+        self._handles[field] = kept, handle
+
+    def _name(self, field: str, array: Array, source: Source | None = None) -> None:
+        """Name an array by its digest where that pays, else send it."""
+        if self._send_all or not self._means.contents.is_worth(field, array):
+            self._sent[field] = array
+            return
+        digest = digest_of(elements_of(array)) if source is None else source.digest
+        getattr(self._request, field).digest.CopyFrom(digest)
+        self._named[field] = spec_of(array), digest
+        self._offered[field] = array
+
+
+def _keep_results(request: pb.DeconvolveRequest | pb.DeconvolveGradRequest) -> None:
+    if isinstance(request, pb.DeconvolveRequest):
+        request.keep_y = True
+    else:
+        request.keep.CopyFrom(request.wanted)

@@ -1,0 +1,94 @@
+"""What a caller has of a tensor on the server."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import NamedTuple
+
+from deconvd.dtypes import DType
+from deconvd.errors import InvalidArgumentError
+from deconvd.tensor import Array
+from deconvd_client.residents.kept import Kept
+from deconvd_client.residents.residents import Residents
+
+__all__ = ["RemoteGradients", "RemoteTensor"]
+
+
+class RemoteTensor:
+    """A tensor that the server keeps, accepted by its connection's functions wherever an array is.
+
+    It is never changed. It is dropped when this is closed, as a context manager or by `close`, or
+    collected, or when the connection is closed; calls under way may still use it.
+
+    If the server has lost it (it was started anew, or ran short of memory), it is sent again where
+    it was made of an array that still holds the same; else its use raises LostTensorError.
+    """
+
+    def __init__(self, home: Residents, kept: Kept) -> None:
+        self._home = home
+        self._kept = kept
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The extent of each dimension."""
+        return self._kept.spec.shape
+
+    @property
+    def dtype(self) -> DType:
+        """The element type, in native byte order."""
+        return self._kept.spec.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its elements, in bytes."""
+        return self._kept.spec.nbytes
+
+    def numpy(self) -> Array:
+        """Return its elements, fetched from the server, as an array of the caller's own.
+
+        Raises:
+            InvalidArgumentError: It is closed.
+            LostTensorError: The server keeps it no more, and there is no array to take them from.
+        """
+        self._kept.check_open("the tensor")
+        return self._home.get(self._kept)
+
+    def close(self) -> None:
+        """Have the server drop it. Closing twice is harmless."""
+        self._kept.close()
+
+    def kept_for(self, home: Residents, argument: str) -> Kept:
+        """Return what calls of a connection need of it.
+
+        Raises:
+            InvalidArgumentError: It is closed, or another connection's.
+        """
+        if home is not self._home:
+            raise InvalidArgumentError(
+                f"{argument} must not be a RemoteTensor of another connection", argument=argument
+            )
+        self._kept.check_open(argument)
+        return self._kept
+
+    def __enter__(self) -> RemoteTensor:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self._kept.is_closed else ""
+        return f"<deconvd_client.RemoteTensor, {self._kept.spec}{closed}>"
+
+
+class RemoteGradients(NamedTuple):
+    """Gradients with respect to x, W and b that stay on the server; None for one that was not wanted."""
+
+    gx: RemoteTensor | None
+    gW: RemoteTensor | None
+    gb: RemoteTensor | None

@@ -1,0 +1,160 @@
+"""Tensors that stay on the server, and calls that use them: made again where it has lost some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import numpy as np
+
+from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError
+from deconvd.tensor import Array, spec_of
+from deconvd_client.asked import Answered, Asked, RequestT, ResponseT
+from deconvd_client.nearest import Nearest
+from deconvd_client.residents.attempt import Attempt, Call, Means
+from deconvd_client.residents.contents import Contents
+from deconvd_client.residents.kept import Kept
+from deconvd_client.residents.session import Handle, Session
+from deconvd_client.residents.source import Source
+from deconvd_client.residents.transfers import Transfers
+from deconvd_client.shared_memory import Borrower
+
+__all__ = ["Residents"]
+
+_T = TypeVar("_T")
+
+_SESSIONS_COUNT: Final = 3
+"""How many sessions one call may lose: more is no accident."""
+
+
+class Residents:
+    """What the server keeps for a connection. Thread-safe.
+
+    Args:
+        nearest: The ways to the server.
+        memory: Memory that it may lend.
+        tenant_key: As in HoldSessionRequest.
+    """
+
+    def __init__(self, nearest: Nearest, memory: Borrower, tenant_key: bytes) -> None:
+        self._nearest = nearest
+        self._memory = memory
+        self._session = Session(nearest, tenant_key)
+        self._contents = Contents(self._session, memory)
+        self._transfers = Transfers(nearest, memory)
+
+    def put(self, array: Array) -> Kept:
+        """Have the server keep an array; it is referred to, to be sent again at need."""
+        source = Source(array)
+        kept = Kept(spec_of(array), source=source)
+        self._in_session(lambda session: self._put(session, kept, source))
+        return kept
+
+    def get(self, kept: Kept) -> Array:
+        """Return the elements of a tensor that the server keeps.
+
+        Raises:
+            LostTensorError: It keeps it no more, and there is no array to take them from.
+        """
+        return self._in_session(lambda session: self._got(session, kept))
+
+    def arrays(self, call: Call[RequestT, ResponseT]) -> dict[str, Array]:
+        """Make a call and return its results, by the names of their fields.
+
+        Raises:
+            LostTensorError: The server keeps an operand no more, and it cannot be sent again.
+        """
+        operands = {f: o for f, o in call.operands.items() if not isinstance(o, Kept)}
+        is_worth = self._contents.is_worth
+        if len(operands) < len(call.operands) or any(is_worth(*item) for item in operands.items()):
+            return self._made(call)[1].arrays
+        return self._sent(call, Asked(call.request, call.problem, operands, call.results)).arrays
+
+    def kept(self, call: Call[RequestT, ResponseT]) -> dict[str, Kept]:
+        """Make a call whose results stay on the server, and return what stands for them.
+
+        Raises:
+            LostTensorError: As for `arrays`.
+        """
+        attempt, answered = self._made(call)
+        return attempt.results(answered.response)
+
+    def close(self) -> None:
+        """End the session: the server drops all that it keeps for it."""
+        self._session.close()
+
+    def _made(
+        self, call: Call[RequestT, ResponseT]
+    ) -> tuple[Attempt[RequestT, ResponseT], Answered[ResponseT]]:
+        """Make a call, and return the attempt that was answered."""
+
+        def made(session: bytes) -> tuple[Attempt[RequestT, ResponseT], Answered[ResponseT]]:
+            means = self._means(session)
+            for _ in call.operands:
+                attempt = Attempt(call, means)
+                try:
+                    return attempt, self._answered(call, attempt)
+                except LostTensorError as error:
+                    if not attempt.forget(error.argument):
+                        raise
+            last = Attempt(call, means, send_all=True)
+            return last, self._answered(call, last)
+
+        return self._in_session(made)
+
+    def _answered(
+        self, call: Call[RequestT, ResponseT], attempt: Attempt[RequestT, ResponseT]
+    ) -> Answered[ResponseT]:
+        with attempt.beside():
+            if attempt.keeps:
+                answered = self._with_room(lambda: self._sent(call, attempt.asked))
+            else:
+                answered = self._sent(call, attempt.asked)
+        attempt.settle(answered.response)
+        return answered
+
+    def _sent(self, call: Call[RequestT, ResponseT], asked: Asked[RequestT]) -> Answered[ResponseT]:
+        return self._nearest.call(lambda stub: call.send(stub, self._memory, asked))
+
+    def _means(self, session: bytes) -> Means:
+        return Means(
+            session,
+            self._contents,
+            put=lambda kept, source: self._put(session, kept, source),
+            handle=lambda resident: self._session.handle(session, resident),
+        )
+
+    def _put(self, session: bytes, kept: Kept, source: Source) -> Handle:
+        with source.beside():
+            resident = self._with_room(lambda: self._transfers.put(session, source.array))
+        handle = self._session.handle(session, resident)
+        kept.adopt(handle)
+        return handle
+
+    def _got(self, session: bytes, kept: Kept) -> Array:
+        handle = kept.handle_in(session)
+        if handle is not None:
+            try:
+                return self._transfers.get(session, handle.resident, kept.spec)
+            except LostTensorError:
+                kept.lose(handle)
+        return np.array(kept.source_unchanged("the tensor").array)
+
+    def _in_session(self, work: Callable[[bytes], _T]) -> _T:
+        """Return what `work` returns for the session, in a new one if the server does not know it."""
+        for _ in range(_SESSIONS_COUNT - 1):
+            session = self._session.open().name
+            try:
+                return work(session)
+            except LostSessionError:
+                self._session.lose(session)
+                self._contents.pause()
+        return work(self._session.open().name)
+
+    def _with_room(self, work: Callable[[], _T]) -> _T:
+        """Return what `work` returns, once what nobody uses is dropped if the server has no room."""
+        try:
+            return work()
+        except ExhaustedError:
+            self._session.flush()
+        return work()

@@ -1,0 +1,120 @@
+"""The session of a connection: what the server keeps for it is kept for as long as this is in use."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from concurrent.futures import Future
+from typing import Final
+
+from deconvd.errors import CallCancelledError
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.nearest import Nearest
+from deconvd_client.residents.keeper import Asking, Drop, Flush, Keeper, Mailbox, Opened
+
+__all__ = ["Handle", "Session"]
+
+_END_TIMEOUT_S: Final = 3.0
+"""More than the thread takes to end, unless it waits for a server that does not answer."""
+
+
+class Handle:
+    """A tensor that the server keeps, until the last that refers to this has gone.
+
+    Attributes:
+        session: The name of the session that it is kept for.
+        resident: The tensor.
+    """
+
+    __slots__ = ("_mailbox", "resident", "session")
+
+    def __init__(self, session: bytes, resident: pb.Resident, mailbox: Mailbox) -> None:
+        self.session = session
+        self.resident = resident
+        self._mailbox = mailbox
+
+    def __del__(self) -> None:
+        # Whatever thread this is, and whatever locks it holds: no more than this may happen here.
+        self._mailbox.put(Drop(self.session, self.resident))
+
+
+class Session:
+    """Opened at the first need, and anew when the server knows it no more. Thread-safe.
+
+    A forked child begins with none: what its parent keeps is the parent's.
+
+    Args:
+        nearest: The ways to the server.
+        tenant_key: As in HoldSessionRequest.
+    """
+
+    def __init__(self, nearest: Nearest, tenant_key: bytes) -> None:
+        self._nearest = nearest
+        self._tenant_key = tenant_key
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        self._begin()
+        _sessions.add(self)
+
+    def open(self) -> Opened:
+        """Return the session, after opening it if need be. Raises a DeconvdError."""
+        opened = self._keeper.opened
+        if opened is not None:
+            return opened
+        answer: Future[Opened] = Future()
+        self._wish(Asking(answer))
+        return answer.result()
+
+    def lose(self, name: bytes) -> None:
+        """Take note that the server does not know the session of that name."""
+        self._keeper.lose(name)
+
+    def handle(self, session: bytes, resident: pb.Resident) -> Handle:
+        """Return the handle of a tensor that the server keeps from now on."""
+        return Handle(session, resident, self._keeper.mailbox)
+
+    def flush(self) -> None:
+        """Return once the server has been told of all that is to be dropped."""
+        answer: Future[None] = Future()
+        self._wish(Flush(answer))
+        answer.result()
+
+    def close(self) -> None:
+        """End it, for good."""
+        with self._lock:
+            self._is_closed = True
+            self._keeper.end()
+        if self._thread is not None:
+            self._thread.join(_END_TIMEOUT_S)
+
+    def begin_anew_in_child(self) -> None:
+        """Leave the session to the parent. Called in a forked child, which has none of its threads."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._keeper = Keeper(self._nearest, self._tenant_key)
+        self._thread = None
+
+    def _wish(self, wish: Asking | Flush) -> None:
+        with self._lock:  # so that no wish comes after the end
+            if self._is_closed:
+                raise CallCancelledError("the connection is closed")
+            if self._thread is None:
+                self._thread = self._keeper.start()
+            self._keeper.mailbox.put(wish)
+
+    def __del__(self) -> None:
+        self._keeper.end()
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _begin_anew_in_child() -> None:
+    for session in _sessions:
+        session.begin_anew_in_child()
+
+
+os.register_at_fork(after_in_child=_begin_anew_in_child)

@@ -1,0 +1,75 @@
+"""Tensors to the server and back by themselves: through shared memory where that works, else in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deconvd.chunks import ChunkReader, chunks_of
+from deconvd.errors import StaleRegionError
+from deconvd.problem import TensorSpec
+from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.nearest import Nearest
+from deconvd_client.shared_memory import Borrower
+
+__all__ = ["Transfers"]
+
+
+class Transfers:
+    """Puts tensors on the server and gets them from there. Its methods raise as `Stub` does.
+
+    Args:
+        nearest: The ways to the server.
+        memory: Memory that it may lend.
+    """
+
+    def __init__(self, nearest: Nearest, memory: Borrower) -> None:
+        self._nearest = nearest
+        self._memory = memory
+
+    def put(self, session: bytes, array: Array) -> pb.Resident:
+        """Have the server keep a tensor for a session, and return how it is called."""
+        try:
+            with self._memory.call() as call:
+                shared = call.tensor(array)
+                if shared is not None:
+                    return self._sent(session, shared, None)
+        except StaleRegionError:
+            pass  # it is sent in chunks
+        return self._sent(session, message_from_spec(spec_of(array)), array)
+
+    def get(self, session: bytes, resident: pb.Resident, spec: TensorSpec) -> Array:
+        """Return a tensor that the server keeps."""
+        request = pb.GetTensorRequest(session=session, resident=resident)
+        try:
+            with self._memory.call() as call:
+                result = call.result(spec)
+                if result is not None:
+                    placed = pb.GetTensorRequest(place=result.place)
+                    placed.MergeFrom(request)
+                    self._received(placed, None)
+                    return result.array
+        except StaleRegionError:
+            pass  # it comes in chunks
+        array = self._received(request, spec)
+        assert array is not None
+        return array
+
+    def _sent(self, session: bytes, tensor: pb.Tensor, array: Array | None) -> pb.Resident:
+        header = pb.PutTensorHeader(session=session, tensor=tensor)
+
+        def parts() -> Iterator[bytes]:
+            yield pb.PutTensorRequest(header=header).SerializeToString()
+            if array is not None:
+                yield from chunks_of(array)
+
+        return self._nearest.call(lambda stub: stub.put_tensor(parts)).resident
+
+    def _received(self, request: pb.GetTensorRequest, spec: TensorSpec | None) -> Array | None:
+        def receive(reader: ChunkReader[pb.GetTensorResponse]) -> Array | None:
+            reader.header()
+            array = None if spec is None else reader.read("resident", spec)
+            reader.expect_end()
+            return array
+
+        return self._nearest.call(lambda stub: stub.get_tensor(request, receive))
