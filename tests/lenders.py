@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deconvd.tensor import Array
 from deconvd_server.shared_memory import Lender, Limits
 
-__all__ = ["MIB", "Child", "Watch", "child", "lending"]
+__all__ = ["MIB", "Child", "Watch", "child", "lending", "lies_in_shared_memory"]
 
 MIB = 1 << 20
 _TIMEOUT_S = 30
@@ -51,6 +52,17 @@ class Watch:
             del self.mapped[address]
 
         return undo
+
+
+def lies_in_shared_memory(array: Array) -> bool:
+    """Return whether an array lies in memory that a server lends."""
+    address = array.__array_interface__["data"][0]
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            if begin <= address < end:
+                return "/memfd:deconvd" in line
+    return False
 
 
 class Child:

@@ -51,6 +51,19 @@ def test_run_writes_y(server: ServerProcess, F: Connection, files: Path) -> None
     np.testing.assert_array_equal(np.load(files / "y.npy"), F.deconvolution_2d(X, W, B, **KEYWORDS))
 
 
+def test_run_goes_the_way_that_is_asked_for_or_says_why_not(
+    server: ServerProcess, files: Path
+) -> None:
+    command = ["run", "x.npy", "W.npy", "-o", "y.npy", "--groups", "2", "--target", server.target]
+
+    by_unix = deconvd(*command, "--transport", "unix", cwd=files)
+    by_tcp = deconvd(*command, "--transport", "tcp", cwd=files)
+
+    assert (by_unix.returncode, by_unix.stderr) == (0, "")
+    assert by_tcp.returncode == 1
+    assert "Error: transport tcp must have a target of the form host:port" in by_tcp.stderr
+
+
 @pytest.mark.parametrize("bias", [[], ["--bias", "b.npy"]])
 def test_run_with_grad_writes_the_gradients(
     server: ServerProcess, F: Connection, files: Path, bias: list[str]

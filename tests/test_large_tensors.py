@@ -35,7 +35,7 @@ def test_a_tensor_over_two_gibibytes_flows_through(tmp_path: Path) -> None:
     assert x.nbytes > 2 << 30
     with (
         server_process(tmp_path) as server,
-        deconvd_client.connect(server.target, timeout_s=250, transport="target") as F,
+        deconvd_client.connect(server.target, timeout_s=250, transport="unix") as F,
     ):
         with watched_memory() as client:
             y = F.deconvolution_2d(x, TWICE)
@@ -51,7 +51,7 @@ def test_gradients_over_two_gibibytes_flow_through(tmp_path: Path) -> None:
     x, gy, b = windows(0), windows(1), np.zeros(16, np.float32)
     with (
         server_process(tmp_path) as server,
-        deconvd_client.connect(server.target, timeout_s=250, transport="target") as F,
+        deconvd_client.connect(server.target, timeout_s=250, transport="unix") as F,
     ):
         with watched_memory() as client:
             gx, gW, gb = F.deconvolution_2d_grad(x, TWICE, b, gy)
@@ -76,7 +76,7 @@ def test_a_single_sample_may_have_more_than_two_gibibytes(tmp_path: Path) -> Non
     assert x.nbytes > 2 << 30
     with (
         server_process(tmp_path) as server,
-        deconvd_client.connect(server.target, timeout_s=250, transport="target") as F,
+        deconvd_client.connect(server.target, timeout_s=250, transport="unix") as F,
     ):
         y = F.deconvolution_2d(x, TWICE)
         peak_bytes = peak_memory_bytes(server.process.pid)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd_client import InvalidArgumentError
+from deconvd_client import ExhaustedError, InvalidArgumentError, UnavailableError
+from tests.lenders import lies_in_shared_memory
 from tests.servers import ServerProcess, call_until_served, server_process
 
 X = np.ones((1, 2, 3, 3), np.float32)
 W = np.ones((2, 2, 2, 2), np.float32)
+LARGE = np.ones((4, 2, 64, 64), np.float32)
 
 
 @pytest.fixture
@@ -34,12 +36,118 @@ def test_calls_to_a_server_on_this_host_go_by_its_unix_socket(server: ServerProc
     assert "Deconvolve from ipv4:" not in server.log.read_text()
 
 
-def test_a_pinned_transport_stays_with_its_target(server: ServerProcess) -> None:
-    with deconvd_client.connect(server.target, transport="target") as F:
+def test_tcp_stays_tcp_where_there_are_nearer_ways(server: ServerProcess) -> None:
+    with deconvd_client.connect(server.target, transport="tcp") as F:
         F.deconvolution_2d(X, W)
+        assert not lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
 
     assert "Deconvolve from ipv4:" in server.log.read_text()
     assert "from unix:" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["found", "named"])
+def test_unix_stays_a_unix_socket_where_memory_is_lent(server: ServerProcess, index: int) -> None:
+    with deconvd_client.connect(server.targets[index], transport="unix") as F:
+        F.deconvolution_2d(X, W)
+        assert not lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+        assert not lies_in_shared_memory(F.empty(LARGE.shape, LARGE.dtype))
+
+    assert "Deconvolve from unix:" in server.log.read_text()
+    assert "Deconvolve from ipv4:" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["tcp", "unix"])
+def test_shared_memory_has_all_large_tensors(server: ServerProcess, index: int) -> None:
+    with deconvd_client.connect(server.targets[index], transport="shared_memory") as F:
+        y = F.deconvolution_2d(LARGE, W)
+        gradients = F.deconvolution_2d_grad(LARGE, W, None, y)
+        assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
+
+    assert lies_in_shared_memory(y)
+    assert gradients.gx is not None
+    assert lies_in_shared_memory(gradients.gx)
+
+
+def test_a_unix_socket_that_the_server_does_not_have_is_said_and_looked_for_again(
+    socket_directory: Path,
+) -> None:
+    with server_process(socket_directory, listen=("127.0.0.1:0",)) as running:
+        target = running.target
+        with deconvd_client.connect(target, transport="unix", timeout_s=20) as F:
+            with pytest.raises(
+                UnavailableError, match=r"no call can go by a Unix socket: .* at none"
+            ):
+                F.deconvolution_2d(X, W)
+            running.end()
+            with server_process(socket_directory, listen=(target, "unix")):
+                assert call_until_served(F, X, W).shape == (1, 2, 4, 4)
+
+
+def test_a_unix_socket_of_another_host_is_said(
+    server: ServerProcess, socket_directory: Path
+) -> None:
+    (socket_directory / "deconvd.sock").unlink()  # as seen from elsewhere
+    with (
+        deconvd_client.connect(server.target, transport="unix") as F,
+        pytest.raises(UnavailableError, match="are on another host or in a container"),
+    ):
+        F.deconvolution_2d(X, W)
+
+
+def test_a_unix_socket_of_another_server_is_said(
+    server: ServerProcess, socket_directory: Path
+) -> None:
+    socket = socket_directory / "deconvd.sock"
+    socket.unlink()
+    elsewhere = socket_directory / "other"
+    elsewhere.mkdir()
+    with server_process(elsewhere, listen=(f"unix:{socket}",)):
+        with deconvd_client.connect(server.target, transport="unix") as F:
+            with pytest.raises(UnavailableError, match="another server, or none, answers at"):
+                F.deconvolution_2d(X, W)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
+def test_memory_that_is_not_lent_is_said_and_nothing_large_is_sent(
+    socket_directory: Path, listen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    none = ("--shared-memory-bytes", "0")
+    with (
+        caplog.at_level(logging.INFO),
+        server_process(socket_directory, *none, listen=(listen,)) as running,
+        deconvd_client.connect(running.target, transport="shared_memory") as F,
+    ):
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="no tensor can go by shared memory: "):
+                F.deconvolution_2d(LARGE, W)
+        assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
+
+    assert not caplog.records
+
+
+def test_memory_over_the_quota_is_said_and_nothing_large_is_sent(socket_directory: Path) -> None:
+    little = ("--shared-memory-bytes", str(1 << 20))
+    with (
+        server_process(socket_directory, *little) as running,
+        deconvd_client.connect(running.target, transport="shared_memory") as F,
+        pytest.raises(ExhaustedError, match=r"no tensor can go by shared memory: .* lends no more"),
+    ):
+        F.deconvolution_2d(np.ones((2, 2, 512, 512), np.float32), W)
+
+
+def test_a_successors_memory_is_found_wherever_it_lends(tmp_path: Path) -> None:
+    with server_process(tmp_path, listen=("127.0.0.1:0",)) as gone:
+        target = gone.target
+        F = deconvd_client.connect(target, transport="shared_memory", timeout_s=20)
+        assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+        gone.end(signal.SIGKILL)
+    with F, server_process(tmp_path, listen=(target,)):
+        assert lies_in_shared_memory(call_until_served(F, LARGE, W))
+
+
+def test_tcp_to_a_unix_socket_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="transport tcp must have a target of the form"):
+        deconvd_client.connect("unix:deconvd.sock", transport="tcp")
 
 
 def test_a_socket_where_another_server_answers_is_left_alone(
@@ -76,7 +184,9 @@ def test_a_socket_that_goes_is_left_for_the_target_with_one_line(
 
 
 def test_an_unknown_transport_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="transport must be one of auto, target"):
+    with pytest.raises(
+        InvalidArgumentError, match="transport must be one of auto, shared_memory, unix, tcp"
+    ):
         deconvd_client.connect("gpu-host:50051", transport="pigeon")
 
 
@@ -84,7 +194,7 @@ def test_a_target_without_a_server_is_said_and_looked_at_again(socket_directory:
     with server_process(socket_directory, listen=("127.0.0.1:0",)) as gone:
         target = gone.target
     with deconvd_client.connect(target, timeout_s=20) as F:
-        with pytest.raises(deconvd_client.UnavailableError):
+        with pytest.raises(UnavailableError):
             F.deconvolution_2d(X, W)
         with server_process(socket_directory, listen=(target, "unix")):
             assert call_until_served(F, X, W).shape == (1, 2, 4, 4)

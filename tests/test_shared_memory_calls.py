@@ -20,6 +20,7 @@ from deconvd.tensor import Array, message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client.shared_memory import Borrower
+from tests.lenders import lies_in_shared_memory
 from tests.servers import ServerProcess, server_process
 
 MIB = 1 << 20
@@ -38,16 +39,6 @@ def operands(seed: int = 0, n: int = 4) -> tuple[Array, Array, Array]:
     random = np.random.default_rng(seed)
     x = random.random((n, 8, 64, 64), np.float32)
     return x, random.random((8, 6, 4, 4), np.float32), random.random(6, np.float32)
-
-
-def lies_in_shared_memory(array: Array) -> bool:
-    address = array.__array_interface__["data"][0]
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
-            if begin <= address < end:
-                return "/memfd:deconvd" in line
-    return False
 
 
 def test_results_are_views_of_shared_memory_and_right(

@@ -39,7 +39,7 @@ DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 @pytest.fixture
 def device_F(device_server: ServerProcess) -> Iterator[Connection]:
     """A connection that does not use shared memory, which would leave nothing to stream."""
-    with deconvd_client.connect(device_server.target, transport="target") as connection:
+    with deconvd_client.connect(device_server.target, transport="unix") as connection:
         yield connection
 
 
@@ -340,7 +340,7 @@ def test_a_server_that_goes_in_the_middle_is_said(socket_directory: Path) -> Non
     one = np.ones((1, 1, 1, 1), np.float32)
     with (
         server_process(socket_directory, "--log-level", "debug") as server,
-        deconvd_client.connect(server.target, transport="target") as F,
+        deconvd_client.connect(server.target, transport="unix") as F,
     ):
         failures: list[BaseException] = []
 

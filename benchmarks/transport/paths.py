@@ -64,10 +64,11 @@ def memcpy() -> Iterator[RoundTrip]:
 
 @contextmanager
 def deconvd(address: str) -> Iterator[RoundTrip]:
-    """Our client and our daemon, by the address and no nearer way."""
+    """Our client and our daemon, by messages to the address."""
+    transport = "unix" if address.startswith("unix:") else "tcp"
     with (
         _server("deconvd", address) as target,
-        deconvd_client.connect(target, transport="target") as F,
+        deconvd_client.connect(target, transport=transport) as F,
     ):
         yield lambda x: F.deconvolution_2d(x, _ONE)
 
@@ -75,7 +76,10 @@ def deconvd(address: str) -> Iterator[RoundTrip]:
 @contextmanager
 def shared_memory(*, with_empty: bool) -> Iterator[RoundTrip]:
     """Our client and our daemon by shared memory; x lies there already where `with_empty`."""
-    with _server("deconvd", _UNIX) as target, deconvd_client.connect(target) as F:
+    with (
+        _server("deconvd", _UNIX) as target,
+        deconvd_client.connect(target, transport="shared_memory") as F,
+    ):
         inside: dict[int, Array] = {}
 
         def call(x: Array) -> Array:

@@ -16,6 +16,7 @@ from deconvd.errors import DeconvdError
 from deconvd.options import UseCudnn
 from deconvd_client import arrays
 from deconvd_client.connection import connect
+from deconvd_client.nearest import Transport
 from deconvd_client.server_info import DeviceDescription, ServerInfo
 
 __all__ = ["main"]
@@ -55,6 +56,13 @@ _timeout = click.option(
     show_default=True,
     help="How long a call may take.",
 )
+_transport = click.option(
+    "--transport",
+    type=click.Choice([way.value for way in Transport]),
+    default=Transport.AUTO.value,
+    show_default=True,
+    help="How tensors go: auto is the nearest way that works; any other is that way or an error.",
+)
 
 
 @click.group()
@@ -92,6 +100,7 @@ def main() -> None:
     show_default=True,
 )
 @_target
+@_transport
 @_timeout
 def run(
     x: Path,
@@ -105,6 +114,7 @@ def run(
     grad: Path | None,
     output: Path,
     target: str,
+    transport: str,
     timeout_s: float,
     **options: bool | str,
 ) -> None:
@@ -114,7 +124,7 @@ def run(
     numpy has no name for, are those of two-byte voids that ml_dtypes writes.
     """
     with _errors_told(), ExitStack() as stack:
-        F = stack.enter_context(connect(target, timeout_s=timeout_s))
+        F = stack.enter_context(connect(target, timeout_s=timeout_s, transport=transport))
         for name, value in options.items():
             stack.enter_context(F.using_config(name, value))
         operands = (arrays.load(x), arrays.load(w), None if bias is None else arrays.load(bias))

@@ -50,7 +50,9 @@ def connect(
         timeout_s: How long each call may take, its retries included.
         max_message_bytes: The largest response to accept.
         transport: ``auto`` for the nearest way that works: on the server's host that is shared
-            memory, and its Unix socket; ``target`` for messages to the target and no other way.
+            memory, and its Unix socket. Or one way that calls are to go, or fail with
+            UnavailableError or ExhaustedError: ``shared_memory`` for all tensors from 32 KiB on,
+            ``unix`` or ``tcp`` for messages.
         tenant_key: A secret of up to 64 bytes. Connections that tell the same share a quota for
             what the server keeps, and what one has sent another need not send; empty for a
             connection by itself.
@@ -96,9 +98,12 @@ class Connection:
             channel = open_channel(target, max_message_bytes=max_message_bytes)
             return Stub(channel, timeout_s=timeout_s)
 
-        self._nearest = Nearest(open_stub, target, _transport(transport))
-        is_pinned = _transport(transport) is Transport.TARGET
-        self._memory = Borrower((lambda: "") if is_pinned else self._find_memory)
+        way = _transport(transport)
+        self._nearest = Nearest(open_stub, target, way)
+        is_only_way = way is Transport.SHARED_MEMORY
+        self._memory = Borrower(self._find_memory, is_only_way=is_only_way)
+        if way in (Transport.UNIX, Transport.TCP):
+            self._memory.close()
         self._config = Config()
         self._residents = Residents(self._nearest, self._memory, _tenant_key(tenant_key))
         self._operations = Operations(self._residents, self._config)

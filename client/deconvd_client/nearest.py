@@ -14,7 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
-from deconvd.errors import DeconvdError, UnavailableError
+from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
+from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.stub import Stub
 
 __all__ = ["Nearest", "Transport"]
@@ -25,10 +26,19 @@ _log = logging.getLogger(__name__)
 
 
 class Transport(StrEnum):
-    """Which way calls go: the nearest that works, or the target as it is given."""
+    """Which way tensors go."""
 
     AUTO = "auto"
-    TARGET = "target"
+    """The nearest that works."""
+
+    SHARED_MEMORY = "shared_memory"
+    """Those that are not small in memory that the server lends; messages go the nearest way."""
+
+    UNIX = "unix"
+    """In messages to a Unix socket of the server's."""
+
+    TCP = "tcp"
+    """In messages to the target, which is no Unix socket."""
 
 
 class Nearest:
@@ -37,14 +47,25 @@ class Nearest:
     Args:
         open_stub: Returns a stub for a target; nothing is sent yet.
         target: Where the server can be reached in any case.
-        transport: Whether to look for a nearer way.
+        transport: Whether to look for a nearer way, and whether there must be one.
+
+    Raises:
+        InvalidArgumentError: `transport` is no way to such a target.
     """
 
     def __init__(self, open_stub: Callable[[str], Stub], target: str, transport: Transport) -> None:
+        self._far = open_stub(target)
+        is_unix = target.startswith("unix:")
+        if is_unix and transport is Transport.TCP:
+            self._far.close()
+            raise InvalidArgumentError(
+                f"transport tcp must have a target of the form host:port, got {target}",
+                argument="transport",
+            )
         self._open_stub = open_stub
         self._lock = threading.Lock()
-        self._far = open_stub(target)
-        self._is_final = transport is Transport.TARGET or target.startswith("unix:")
+        self._must_be_near = transport is Transport.UNIX and not is_unix
+        self._is_final = is_unix or transport is Transport.TCP
         self._near: Stub | None = None
 
     def call(self, work: Callable[[Stub], _T]) -> _T:
@@ -52,6 +73,7 @@ class Nearest:
 
         Raises:
             DeconvdError: What `work` raised, or the server when it was asked for nearer ways.
+            UnavailableError: There must be a nearer way, and there is none.
         """
         near = self._found()
         if near is None:
@@ -59,6 +81,8 @@ class Nearest:
         try:
             return work(near)
         except UnavailableError as error:
+            if self._must_be_near:
+                raise
             self._lose(near, error)
         return work(self._far)
 
@@ -82,19 +106,26 @@ class Nearest:
             self._far.close()
 
     def _found(self) -> Stub | None:
-        """Return the near stub, if there is one; look for it until the server has answered."""
-        if not self._is_final:
-            with self._lock:
+        """Return the near stub, if there is one; look for it until the server has answered.
+
+        While one thread looks others go the far way, unless there must be a near one.
+        """
+        if not self._is_final and self._lock.acquire(blocking=self._must_be_near):
+            try:
                 if not self._is_final:
                     self._look()
+            finally:
+                self._lock.release()
         return self._near
 
     def _look(self) -> None:
         info = self._far.get_server_info()
+        here = [path for path in info.unix_sockets if Path(path).is_socket()]
+        stubs = (self._verified(f"unix:{path}", info.instance_id) for path in here)
+        self._near = next(filter(None, stubs), None)
+        if self._near is None and self._must_be_near:
+            raise UnavailableError(f"no call can go by a Unix socket: {_why_not(info, here)}")
         self._is_final = True
-        for path in info.unix_sockets:
-            if self._near is None and Path(path).is_socket():
-                self._near = self._verified(f"unix:{path}", info.instance_id)
 
     def _verified(self, target: str, instance_id: str) -> Stub | None:
         """Return a stub of a target if the same server answers there."""
@@ -114,3 +145,13 @@ class Nearest:
                 _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
                 self._near = None
                 near.close()
+
+
+def _why_not(info: pb.GetServerInfoResponse, here: list[str]) -> str:
+    if not info.unix_sockets:
+        return "the server listens at none"
+    if not here:
+        return (
+            f"the server's, {', '.join(info.unix_sockets)}, are on another host or in a container"
+        )
+    return f"another server, or none, answers at {', '.join(here)}"

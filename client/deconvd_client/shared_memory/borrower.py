@@ -123,13 +123,16 @@ class Borrower:
 
     Args:
         find_socket: Returns the path of the server's side socket, empty if it has none. Called at
-            the first need, and again after an error of deconvd.errors.
+            the first need, and again once no one listens there or after an error of deconvd.errors.
+        is_only_way: Whether tensors must not be sent instead.
     """
 
-    def __init__(self, find_socket: Callable[[], str]) -> None:
+    def __init__(self, find_socket: Callable[[], str], *, is_only_way: bool = False) -> None:
         self._find_socket = find_socket
+        self._is_only_way = is_only_way
         self._socket_path: str | None = None
         self._is_closed = False
+        self._refusal: DeconvdError | None = None
         self._link: Link | None = None
         self._begin()
         _borrowers.add(self)
@@ -183,6 +186,7 @@ class Borrower:
 
     def take(self, size_bytes: int) -> Block | None:
         """Return a new block of memory, of any size but 0; None if there is no room for it."""
+        self._ask()
         with self._lock:
             try:
                 link = self._opened_link()
@@ -193,6 +197,16 @@ class Borrower:
             except LinkLostError as error:
                 self._lose(str(error))
                 return None
+
+    def allow_other_ways(self) -> None:
+        """Return if what has no room here may be sent instead.
+
+        Raises:
+            UnavailableError, ExhaustedError: It may not; says why there is no room.
+        """
+        if self._is_only_way:
+            why = self._refusal or UnavailableError("the connection is closed")
+            raise type(why)(f"no tensor can go by shared memory: {why}")
 
     @property
     def is_lent(self) -> bool:
@@ -229,6 +243,7 @@ class Borrower:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._next_try_s = 0.0
         self._is_missed = False
         self._has_borrowed = False
@@ -240,6 +255,29 @@ class Borrower:
             self._link.close()
             self._link = None
 
+    def _ask(self) -> None:
+        """Ask the server where it lends, if that is not known. It may be long in answering: no lock is held.
+
+        While one thread asks, others do without, unless they must not.
+        """
+        with self._lock:
+            self._look_after_link()
+        if self._is_due and self._asking.acquire(blocking=self._is_only_way):
+            try:
+                if self._is_due:
+                    self._socket_path = self._find_socket()
+            except DeconvdError as error:
+                with self._lock:
+                    self._next_try_s = time.monotonic() + _RETRY_S
+                    self._lose(f"the server does not say where it lends: {error}")
+            finally:
+                self._asking.release()
+
+    @property
+    def _is_due(self) -> bool:
+        is_known = self._is_closed or self._socket_path is not None
+        return not is_known and time.monotonic() >= self._next_try_s
+
     # What follows is called under the lock.
 
     def _look_after_link(self) -> None:
@@ -247,27 +285,20 @@ class Borrower:
             self._lose("the server has closed the socket")
 
     def _opened_link(self) -> Link | None:
-        self._look_after_link()
-        if self._link is None and not self._is_closed and time.monotonic() >= self._next_try_s:
+        if self._link is None and self._socket_path is not None and not self._is_closed:
             self._next_try_s = time.monotonic() + _RETRY_S
-            self._link = Link(self._found_socket())
+            if not self._socket_path:
+                self._is_closed = True
+                raise LinkLostError("the server lends none")
+            self._link = Link(self._socket_path)
             self._next_try_s = 0.0
         return self._link
 
-    def _found_socket(self) -> str:
-        if self._socket_path is None:
-            try:
-                self._socket_path = self._find_socket()
-            except DeconvdError as error:
-                raise LinkLostError(f"the server does not say where it lends: {error}") from None
-        if not self._socket_path:
-            self._is_closed = True
-            raise LinkLostError("the server lends no memory")
-        return self._socket_path
-
     def _lose(self, why: str) -> None:
         """Do without the link until it can be opened again; say so once."""
-        if not self._is_missed:
+        self._refusal = UnavailableError(why)
+        self._socket_path = None  # a successor's may be elsewhere
+        if not self._is_missed and not self._is_only_way:
             # on another host it is no loss
             level = logging.WARNING if self._has_borrowed else logging.INFO
             _log.log(level, "no shared memory with the server, tensors are sent instead: %s", why)
@@ -307,6 +338,7 @@ class Borrower:
                 region = link.borrow(region_bytes)
             except NotLentError as error:
                 _log.info("the server lends no more memory: %s", error)
+                self._refusal = ExhaustedError(f"the server lends no more: {error}")
                 for unused in self._regions:
                     if unused.is_empty:
                         self._give_back(link, unused)

@@ -24,27 +24,41 @@ def call_with_shared_memory(
 
     None if it is to be made in another way: none of its tensors is large, or there is no room for
     one that is, or the server does not know the memory.
+
+    Raises:
+        UnavailableError, ExhaustedError: There is no other way, as `Borrower.allow_other_ways` says.
     """
     tensors: list[Array | TensorSpec] = [*asked.operands.values(), *asked.results.values()]
     if asked.offered or not any(map(SharedCall.is_large, tensors)):
         return None
+    try:
+        answered = _answered(borrower, rpc, asked)
+    except StaleRegionError:
+        answered = None
+    if answered is None:
+        borrower.allow_other_ways()
+    return answered
+
+
+def _answered(
+    borrower: Borrower,
+    rpc: Callable[[Envelope[RequestT]], Envelope[ResponseT]],
+    asked: Asked[RequestT],
+) -> Answered[ResponseT] | None:
     request = type(asked.request)()
     request.CopyFrom(asked.request)
-    try:
-        with borrower.call() as call:
-            places = _want(call, request, asked.results)
-            if places is None:
-                return None
-            raw = _put(call, request, asked.operands)
-            if raw is None:
-                return None
-            response = rpc(Envelope(request, raw))
-            return Answered(
-                response.message,
-                {field: _received(response, field, places.get(field)) for field in asked.results},
-            )
-    except StaleRegionError:
-        return None
+    with borrower.call() as call:
+        places = _want(call, request, asked.results)
+        if places is None:
+            return None
+        raw = _put(call, request, asked.operands)
+        if raw is None:
+            return None
+        response = rpc(Envelope(request, raw))
+        return Answered(
+            response.message,
+            {field: _received(response, field, places.get(field)) for field in asked.results},
+        )
 
 
 def _want(
