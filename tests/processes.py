@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Held", "Peak", "held_by", "memory_bytes", "peak_memory_bytes", "watched_memory"]
+__all__ = [
+    "Held",
+    "Peak",
+    "held_by",
+    "memory_bytes",
+    "peak_memory_bytes",
+    "wait_until",
+    "watched_memory",
+]
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SAMPLE_S = 0.02
+_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -76,3 +86,11 @@ def watched_memory() -> Iterator[Peak]:
     finally:
         ended.set()
         watcher.join()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come true soon."""
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come true"
+        time.sleep(_SAMPLE_S)

@@ -15,6 +15,11 @@ __all__ = ["MAX_MESSAGE_BYTES", "open_channel"]
 MAX_MESSAGE_BYTES: Final = 2**31 - 1
 """The largest message that gRPC can carry."""
 
+_UNTAKEN_S: Final = 20
+"""How long data may wait for the other end to take it before a TCP connection is given up."""
+
+_DAY_S: Final = 24 * 60 * 60
+
 _TARGET = re.compile(r"unix:.+|((dns|ipv4|ipv6):)?.*[^:]:\d+")
 
 
@@ -42,6 +47,10 @@ def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            # Not for pings: with these gRPC sets TCP_USER_TIMEOUT. Else a dead connection is used for as
+            # long as the kernel hopes, a quarter of an hour.
+            ("grpc.keepalive_time_ms", _DAY_S * 1000),
+            ("grpc.keepalive_timeout_ms", _UNTAKEN_S * 1000),
             # The client tries again itself, streams too; only to be ready for it costs gRPC time.
             ("grpc.enable_retries", 0),
         ],

@@ -37,6 +37,9 @@ _Returned = TypeVar("_Returned", covariant=True)
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
+_CLOSE_S: Final = 1.0
+"""How long closing may take where the other end takes nothing any more."""
+
 _KEPT_BYTES: Final = 256 << 20
 """Memory of dropped results that is kept for the next ones: fresh memory costs more than a copy into it."""
 
@@ -211,7 +214,10 @@ class Stub:
     def close(self) -> None:
         """Close the channel. Calls under way end with CallCancelledError."""
         self._closed = True
-        self._channel.close()
+        # gRPC ends the calls at once, but then waits for what is being written, if need be for ever
+        closer = threading.Thread(target=self._channel.close, daemon=True)
+        closer.start()
+        closer.join(_CLOSE_S)
         self._results.clear()
 
     def _unary(

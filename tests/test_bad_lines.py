@@ -1,0 +1,190 @@
+"""TCP that is slow, split in odd places, held up, cut or lossy: results are right, or the error says what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd.tensor import Array
+from deconvd_client import Connection, DeadlineError, UnavailableError
+from tests.lines import Fault, Line, Way, bad_line, deaf_server
+from tests.processes import held_by, wait_until
+from tests.servers import ServerProcess, server_process
+
+rng = np.random.default_rng(0)
+SMALL = rng.integers(-3, 4, (2, 2, 100, 100)).astype(np.float32)  # goes in one message
+LARGE = rng.integers(-3, 4, (16, 2, 256, 256)).astype(np.float32)  # in a stream
+SIZES = pytest.mark.parametrize("x", [SMALL, LARGE], ids=["message", "stream"])
+WAYS = pytest.mark.parametrize("way", Way, ids=lambda way: way.name.lower())
+TWICE = 2 * np.eye(2, dtype=np.float32)[:, :, None, None]
+CLEAN = Line()
+STREAMS_COUNT = 32
+"""As many as the server lets run and wait."""
+
+
+@pytest.fixture(scope="module")
+def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    directory = tmp_path_factory.mktemp("server")
+    with server_process(directory, listen=("127.0.0.1:0",)) as server:
+        yield server
+
+
+def connected(target: str, timeout_s: float = 60.0) -> Connection:
+    return deconvd_client.connect(target, timeout_s=timeout_s, transport="target")
+
+
+def assert_right(F: Connection, x: Array) -> None:
+    np.testing.assert_array_equal(F.deconvolution_2d(x, TWICE), 2 * x)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        Line(pieces=(1, 7, 4093, 13, 65521, 9)),  # where frames and messages are cut, too
+        Line(pieces=(100_000,), pause_s=0.005),  # 20 MB/s
+        Line(fault=Fault.HANG, after_bytes=50_000, hang_s=0.5),
+        Line(fault=Fault.HANG, after_bytes=50_000, hang_s=0.5, way=Way.DOWN),
+    ],
+    ids=["split", "slow", "hung-up", "hung-down"],
+)
+@SIZES
+def test_a_slow_and_uneven_line_changes_nothing(
+    tcp_server: ServerProcess, line: Line, x: Array
+) -> None:
+    with bad_line(tcp_server.target, line) as proxy, connected(proxy.target) as F:
+        assert_right(F, x)
+        gx, gW, gb = F.deconvolution_2d_grad(x, TWICE, np.zeros(2, np.float32), x)
+
+    flat = x.astype(np.float64).transpose(1, 0, 2, 3).reshape(2, -1)
+    np.testing.assert_array_equal(gx, 2 * x)
+    np.testing.assert_array_equal(gW, (flat @ flat.T)[:, :, None, None])
+    np.testing.assert_array_equal(gb, flat.sum(axis=1))
+
+
+@pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
+@WAYS
+@SIZES
+@pytest.mark.parametrize("part", [0.0, 1e-4, 0.5, 0.9999], ids=lambda part: f"at-{part}")
+def test_a_call_that_is_cut_is_made_again(
+    tcp_server: ServerProcess, x: Array, way: Way, fault: Fault, part: float
+) -> None:
+    cut = Line(fault=fault, way=way, after_bytes=round(part * x.nbytes))
+    with bad_line(tcp_server.target, cut, CLEAN) as proxy, connected(proxy.target) as F:
+        assert_right(F, x)
+
+    assert proxy.faults_count == 1
+
+
+@SIZES
+def test_a_line_that_is_always_cut_is_said_to_be_unavailable(
+    tcp_server: ServerProcess, x: Array
+) -> None:
+    cut = Line(fault=Fault.RESET, after_bytes=x.nbytes // 2)
+    with bad_line(tcp_server.target, cut) as proxy, connected(proxy.target) as F:
+        with pytest.raises(UnavailableError):
+            F.deconvolution_2d(x, TWICE)
+
+    assert proxy.faults_count == 5
+
+
+@WAYS
+@SIZES
+def test_a_line_that_hangs_ends_a_call_at_its_deadline(
+    tcp_server: ServerProcess, x: Array, way: Way
+) -> None:
+    hung = Line(fault=Fault.HANG, way=way, after_bytes=x.nbytes // 2)
+    with bad_line(tcp_server.target, hung) as proxy, connected(proxy.target, timeout_s=1.0) as F:
+        with pytest.raises(DeadlineError):
+            F.deconvolution_2d(x, TWICE)
+
+    assert proxy.faults_count == 1
+
+
+def test_a_connection_is_closed_although_its_server_takes_nothing() -> None:
+    with deaf_server() as target, connected(target, timeout_s=1.0) as F:
+        with pytest.raises(DeadlineError):
+            F.deconvolution_2d(LARGE, TWICE)
+
+
+def test_a_connection_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deconvd_client.channel, "_UNTAKEN_S", 1)
+    with deaf_server() as target, connected(target) as F:
+        with pytest.raises(UnavailableError):
+            F.deconvolution_2d(LARGE, TWICE)
+
+
+@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
+def test_cut_calls_leave_nothing_on_the_server(tcp_server: ServerProcess, fault: Fault) -> None:
+    pid = tcp_server.process.pid
+    with connected(tcp_server.target) as F:
+        assert_right(F, LARGE)
+        before = held_by(pid)
+        cuts = [
+            Line(fault=fault, way=way, after_bytes=part * LARGE.nbytes // 7)
+            for way in Way
+            for part in range(1, 6)
+        ]
+        with bad_line(tcp_server.target, *cuts) as proxy:
+            while proxy.faults_count <= STREAMS_COUNT:
+                with connected(proxy.target, timeout_s=0.15) as hasty:
+                    with suppress(UnavailableError, DeadlineError):
+                        hasty.deconvolution_2d(LARGE, TWICE)
+
+        wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
+        (device,) = F.server_info().devices
+        assert (device.running_calls_count, device.waiting_calls_count) == (0, 0)
+        assert device.used_bytes == 0
+        assert_right(F, LARGE)
+
+
+LOSSY_NAMESPACE = """
+set -e
+ip link set lo mtu 1500 up
+tc qdisc add dev lo root tbf rate 400mbit burst 64k latency 400ms
+nft add table inet lossy
+nft add chain inet lossy input '{ type filter hook input priority 0; }'
+nft add rule inet lossy input numgen random mod 100 '<' 2 drop
+exec "$@"
+"""
+
+CALLS = """
+import sys
+from pathlib import Path
+from tests.servers import server_process
+from tests.test_bad_lines import LARGE, SMALL, assert_right, connected
+with server_process(Path(sys.argv[1]), listen=("127.0.0.1:0",)) as server:
+    for x in (SMALL, LARGE, SMALL):
+        with connected(server.target) as F:
+            assert_right(F, x)
+"""
+
+
+def in_lossy_namespace(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command on a network of its own that drops every fiftieth packet."""
+    return subprocess.run(
+        ["unshare", "--net", "sh", "-c", LOSSY_NAMESPACE, "sh", *command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_a_network_that_loses_packets_changes_nothing(tmp_path: Path) -> None:
+    try:
+        possible = in_lossy_namespace("true")
+    except FileNotFoundError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    if possible.returncode:
+        pytest.skip(f"no lossy network may be made here: {possible.stderr.strip()}")
+
+    ended = in_lossy_namespace(sys.executable, "-W", "error", "-c", CALLS, str(tmp_path))
+
+    assert ended.returncode == 0, ended.stderr
