@@ -37,7 +37,7 @@ def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProce
 
 
 def connected(target: str, timeout_s: float = 60.0) -> Connection:
-    return deconvd_client.connect(target, timeout_s=timeout_s, transport="target")
+    return deconvd_client.connect(target, timeout_s=timeout_s, transport="tcp")
 
 
 def assert_right(F: Connection, x: Array) -> None:
