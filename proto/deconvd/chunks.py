@@ -22,12 +22,12 @@ from deconvd.errors import InvalidArgumentError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
 
-__all__ = ["ChunkReader", "chunks_of", "missing_chunks_of", "slices"]
+__all__ = ["EARLY_BYTES", "ChunkReader", "chunks_of", "missing_chunks_of", "slices"]
 
 _CHUNK_BYTES: Final = 1 << 20
 """The size at which a gRPC stream is fastest: larger messages cost more than their bytes."""
 
-_EARLY_BYTES: Final = 64 << 20
+EARLY_BYTES: Final = 64 << 20
 """Elements that may come before those that were said to be missing."""
 
 _FROM_BYTES: Final = {"chunk": chunk_from_bytes, "missing_chunk": missing_chunk_from_bytes}
@@ -148,14 +148,14 @@ class ChunkReader(Generic[_PartT]):
 
     def _next_missing_chunk(self, name: str, missing_bytes: int) -> npt.NDArray[np.uint8]:
         early_bytes = sum(map(len, self._early))
-        while early_bytes <= _EARLY_BYTES:
+        while early_bytes <= EARLY_BYTES:
             kind, chunk = self._next_part(name, missing_bytes)
             if kind == "missing_chunk":
                 return chunk
             self._early.append(chunk)
             early_bytes += len(chunk)
         raise InvalidArgumentError(
-            f"a stream must have at most {_EARLY_BYTES} bytes of chunks before {name}, which is "
+            f"a stream must have at most {EARLY_BYTES} bytes of chunks before {name}, which is "
             "missing",
             argument=name,
         )

@@ -19,6 +19,7 @@ from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.malloc import keep_freed_memory
+from deconvd_server.residents import ResidentLimits
 
 __all__ = ["EXIT_DEVICE_LOST", "main"]
 
@@ -98,6 +99,33 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
     help="What clients on this host may borrow, all together, to pass tensors in; 0 for nothing.",
 )
 @click.option(
+    "--resident-memory-bytes",
+    type=click.IntRange(min=0),
+    default=None,
+    show_default="a quarter of what calls may take",
+    help="What tensors that clients keep here may take of each device's memory; 0 for nothing.",
+)
+@click.option(
+    "--spill-memory-bytes",
+    type=click.IntRange(min=0),
+    default=None,
+    show_default="an eighth of the host's memory",
+    help="What they may take of the host's memory when a GPU has no room for them.",
+)
+@click.option(
+    "--tenant-bytes",
+    type=click.IntRange(min=0),
+    default=None,
+    show_default="all that may be kept",
+    help="What one tenant may keep: those who tell the same secret, or else one connection.",
+)
+@click.option(
+    "--session-lease-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    help="How long tensors are kept for a client that gives no sign of life.",
+)
+@click.option(
     "--drain-timeout-s",
     type=click.FloatRange(min=0),
     default=30.0,
@@ -119,6 +147,10 @@ def main(
     plan_store: Path | None,
     max_message_bytes: int,
     shared_memory_bytes: int | None,
+    resident_memory_bytes: int | None,
+    spill_memory_bytes: int | None,
+    tenant_bytes: int | None,
+    session_lease_s: float,
     drain_timeout_s: float,
     log_level: str,
 ) -> None:
@@ -136,11 +168,17 @@ def main(
     keep_freed_memory()
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if shared_memory_bytes is None:
-        shared_memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        shared_memory_bytes = host_bytes // 4
+    if spill_memory_bytes is None:
+        spill_memory_bytes = host_bytes // 8
+    residents = ResidentLimits(
+        resident_memory_bytes, spill_memory_bytes, tenant_bytes, lease_s=session_lease_s
+    )
     try:
         daemon = Daemon(
-            Settings(addresses, max_message_bytes, drain_timeout_s, shared_memory_bytes)
+            Settings(addresses, max_message_bytes, drain_timeout_s, shared_memory_bytes, residents)
         )
     except (OSError, DeconvdError) as error:
         sys.exit(f"deconvd-server: {error}")

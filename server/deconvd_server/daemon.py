@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import grpc
@@ -23,6 +23,7 @@ from deconvd_server.device import Device
 from deconvd_server.engine import Engines
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release, unix_sockets
+from deconvd_server.residents import ResidentLimits, Residents
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
 from deconvd_server.shared_memory import Lender, Limits, memory_socket
 from deconvd_server.streaming import SLICES_IN_FLIGHT
@@ -49,12 +50,14 @@ class Settings:
         max_message_bytes: The largest request and the largest response.
         drain_timeout_s: How long calls under way may take to end once the daemon drains.
         shared_memory_bytes: How much memory to lend to clients on this host; 0 for none.
+        residents: How much may stay between calls, and for how long.
     """
 
     addresses: Sequence[str]
     max_message_bytes: int
     drain_timeout_s: float
     shared_memory_bytes: int = 0
+    residents: ResidentLimits = field(default_factory=ResidentLimits)
 
 
 class State(Enum):
@@ -105,8 +108,9 @@ class Daemon:
         devices = open_devices()
         engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
         self._service.lender = self._lend(engines)
+        residents = Residents(engines, self._settings.residents)
         with self._lock:
-            self._service.engines = engines
+            self._service.residents = residents
             if self.state is State.LISTENING:
                 self.state = State.SERVING
                 self._health.set_serving(True)
@@ -121,6 +125,8 @@ class Daemon:
         self._health.enter_graceful_shutdown()
         if self._service.lender is not None:
             self._service.lender.withdraw()  # while its path is ours, like the socket beside it
+        if self._service.residents is not None:
+            self._service.residents.drain()
         stopped = self._server.stop(self._settings.drain_timeout_s)
         # A watcher of health would keep the server from stopping for as long as it cares to watch.
         self._health.end_watches()
@@ -131,8 +137,9 @@ class Daemon:
             release(address)
         if self._service.lender is not None:
             self._service.lender.close()
-        if self._service.engines is not None:
-            self._service.engines.close()
+        if self._service.residents is not None:
+            self._service.residents.close()
+            self._service.residents.engines.close()
         self.state = State.STOPPED
 
     def fail(self) -> None:

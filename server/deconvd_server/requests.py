@@ -5,13 +5,14 @@ Most requests are made again and again, with other elements: what they ask for i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
+from deconvd.errors import InvalidArgumentError
 from deconvd.gradients import Wanted
 from deconvd.messages import geometry_from_message, options_from_message
 from deconvd.options import Options
@@ -50,11 +51,16 @@ def _remembered(
 
 @dataclass(frozen=True, slots=True)
 class Deconvolution:
-    """What a DeconvolveRequest asks for."""
+    """What a DeconvolveRequest asks for.
+
+    Attributes:
+        keep: The fields of the operands and results that are to be kept.
+    """
 
     problem: Problem
     with_b: bool
     options: Options
+    keep: frozenset[str]
 
     @staticmethod
     @_remembered(pb.DeconvolveRequest)
@@ -68,7 +74,18 @@ class Deconvolution:
         with_b = message.HasField("b")
         if with_b:
             problem.check_b(spec_from_message("b", message.b))
-        return Deconvolution(problem, with_b, options_from_message(message.options))
+        keep = {field for field in ("x", "w", "b") if getattr(message.keep, field)}
+        keep |= {"y"} if message.keep_y else set()
+        _check_places(message, keep)
+        return Deconvolution(
+            problem, with_b, options_from_message(message.options), frozenset(keep)
+        )
+
+    @property
+    def operands(self) -> dict[str, TensorSpec]:
+        """What it is computed from, by the names of the fields, in the order in which they stream."""
+        problem = self.problem
+        return {"w": problem.W, **({"b": problem.b} if self.with_b else {}), "x": problem.x}
 
     @property
     def results(self) -> dict[str, TensorSpec]:
@@ -78,11 +95,16 @@ class Deconvolution:
 
 @dataclass(frozen=True, slots=True)
 class Differentiation:
-    """What a DeconvolveGradRequest asks for."""
+    """What a DeconvolveGradRequest asks for.
+
+    Attributes:
+        keep: The fields of the results that are to be kept.
+    """
 
     problem: Problem
     wanted: Wanted
     options: Options
+    keep: frozenset[str]
 
     @staticmethod
     @_remembered(pb.DeconvolveGradRequest)
@@ -96,7 +118,21 @@ class Differentiation:
         wanted = Wanted(gx=mask.gx, gW=mask.gw, gb=mask.gb)
         problem = _problem(message)
         problem.check_gy(spec_from_message("gy", message.gy))
-        return Differentiation(problem, wanted, options_from_message(message.options))
+        keep = frozenset(
+            field
+            for field in ("gx", "gw", "gb")
+            if getattr(mask, field) and getattr(message.keep, field)
+        )
+        _check_places(message, keep)
+        return Differentiation(problem, wanted, options_from_message(message.options), keep)
+
+    @property
+    def operands(self) -> dict[str, TensorSpec]:
+        """What it is computed from, by the names of the fields, in the order in which they stream."""
+        problem, wanted = self.problem, self.wanted
+        w = {"w": problem.W} if wanted.gx else {}
+        x = {"x": problem.x} if wanted.gW else {}
+        return {**w, **x, "gy": problem.y}
 
     @property
     def results(self) -> dict[str, TensorSpec]:
@@ -105,6 +141,17 @@ class Differentiation:
         all_of_them = {"gx": problem.x, "gw": problem.W, "gb": problem.b}
         is_wanted = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
         return {field: spec for field, spec in all_of_them.items() if is_wanted[field]}
+
+
+def _check_places(
+    message: pb.DeconvolveRequest | pb.DeconvolveGradRequest, keep: Iterable[str]
+) -> None:
+    for field in keep:
+        place = f"{field}_place"
+        if place in message.DESCRIPTOR.fields_by_name and message.HasField(place):  # type: ignore[arg-type]
+            raise InvalidArgumentError(
+                f"{place} must be left out where {field} is to be kept", argument=place
+            )
 
 
 def _problem(message: pb.DeconvolveRequest | pb.DeconvolveGradRequest) -> Problem:

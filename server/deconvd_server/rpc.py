@@ -18,7 +18,13 @@ from deconvd.errors import DeconvdError, InternalError, InvalidArgumentError
 from deconvd.status import status_from_error
 from deconvd_server.call import Call
 
-__all__ = ["stream_handler", "unary_handler"]
+__all__ = [
+    "held_handler",
+    "sink_handler",
+    "source_handler",
+    "stream_handler",
+    "unary_handler",
+]
 
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
@@ -52,18 +58,75 @@ def stream_handler(
     part_type: type[_Request], behaviour: Callable[[ChunkReader[_Request], Call], Iterator[bytes]]
 ) -> _Handler:
     """Return a handler that gives a stream to `behaviour` and sends the messages that it yields."""
-    name = _name(part_type)
 
     def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        call = _begun(name, context)
-        try:
-            yield from behaviour(ChunkReader(parts, part_type), call)
-        except Exception as error:
-            _end_with(error, name, context)
-            return
-        context.set_trailing_metadata(call.ledger.as_metadata())
+        return _streamed(
+            lambda call: behaviour(ChunkReader(parts, part_type), call), _name(part_type), context
+        )
 
     return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def source_handler(
+    request_type: type[_Request],
+    behaviour: Callable[[Envelope[_Request], Call], Iterator[bytes]],
+) -> _Handler:
+    """Return a handler that gives a request to `behaviour` and sends the messages that it yields."""
+
+    def handle(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        return _streamed(
+            lambda call: behaviour(_decoded(request_type, data), call), _name(request_type), context
+        )
+
+    return grpc.unary_stream_rpc_method_handler(handle)
+
+
+def sink_handler(
+    part_type: type[_Request], behaviour: Callable[[ChunkReader[_Request], Call], Message]
+) -> _Handler:
+    """Return a handler that gives a stream to `behaviour` and sends the message that it returns."""
+
+    def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        def respond(call: Call) -> Iterator[bytes]:
+            yield behaviour(ChunkReader(parts, part_type), call).SerializeToString()
+
+        responses = list(_streamed(respond, _name(part_type), context))
+        return responses[0] if responses else b""  # which nobody gets
+
+    return grpc.stream_unary_rpc_method_handler(handle)
+
+
+def held_handler(
+    part_type: type[_Request],
+    behaviour: Callable[[Iterator[_Request], Call, Callable[[], None]], Iterator[bytes]],
+) -> _Handler:
+    """Return a handler for a stream that is open for long.
+
+    It gives `behaviour` the messages that come, and what ends the stream, and sends those that it
+    yields.
+    """
+
+    def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        messages = (_decoded(part_type, data).message for data in parts)
+
+        def hang_up() -> None:
+            context.cancel()
+
+        return _streamed(lambda call: behaviour(messages, call, hang_up), _name(part_type), context)
+
+    return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _streamed(
+    behaviour: Callable[[Call], Iterator[bytes]], name: str, context: grpc.ServicerContext
+) -> Iterator[bytes]:
+    call = _begun(name, context)
+    try:
+        yield from behaviour(call)
+    except Exception as error:
+        _end_with(error, name, context)
+        return
+    context.set_trailing_metadata(call.ledger.as_metadata())
 
 
 def _name(request_type: type[Message]) -> str:

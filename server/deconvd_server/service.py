@@ -8,35 +8,35 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 import grpc
+import numpy as np
 
 import deconvd
-from deconvd.chunks import ChunkReader
+from deconvd.chunks import EARLY_BYTES, ChunkReader
 from deconvd.codec import Buffer, Envelope
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd.gradients import Wanted
-from deconvd.options import Options
 from deconvd.problem import TensorSpec
-from deconvd.tensor import (
-    Array,
-    element_type_number,
-    elements_of,
-    message_from_spec,
-    spec_of,
-)
+from deconvd.tensor import element_type_number, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
+from deconvd_server.arrivals import Arrivals
 from deconvd_server.call import Call
-from deconvd_server.device import GradientPlaces
-from deconvd_server.engine import Engine, Engines
+from deconvd_server.device import GradientPlaces, Operand
+from deconvd_server.engine import Engine
+from deconvd_server.exchange import Exchange
 from deconvd_server.requests import Deconvolution, Differentiation
+from deconvd_server.resident_calls import ResidentCalls
+from deconvd_server.residents import Residents
 from deconvd_server.rpc import stream_handler, unary_handler
-from deconvd_server.shared_memory import CallTensors, Lender
+from deconvd_server.shared_memory import Lender
 from deconvd_server.streaming import SlicedProblem, Slices
 
 __all__ = ["SERVICE_NAME", "DeconvolutionService"]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DeconvolutionService"].full_name
+
+_FEATURES = ("resident_tensors",)
 
 _FRAMING_BYTES = 1024
 """More than the fields of a response take beside its tensors' elements."""
@@ -46,7 +46,7 @@ class DeconvolutionService:
     """Serves `deconvd.v1.DeconvolutionService`. Until it has engines it answers UNAVAILABLE.
 
     Attributes:
-        engines: What computes; None until the devices are ready.
+        residents: What computes, and what stays there; None until the devices are ready.
         unix_sockets: Absolute paths of the sockets that it is served on.
         lender: Lends memory to clients on this host; None if no one does.
 
@@ -62,12 +62,13 @@ class DeconvolutionService:
         self._streams = streams
         self._executor = executor
         self._instance_id = secrets.token_hex(16)
-        self.engines: Engines | None = None
+        self.residents: Residents | None = None
         self.unix_sockets: Sequence[str] = ()
         self.lender: Lender | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs to serve this."""
+        resident_calls = ResidentCalls(self._ready, lambda: self.lender, self._streams)
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
@@ -79,6 +80,7 @@ class DeconvolutionService:
                 "DeconvolveGradStream": stream_handler(
                     pb.DeconvolveGradStreamRequest, self.deconvolve_grad_stream
                 ),
+                **resident_calls.handlers(),
                 "GetServerInfo": unary_handler(pb.GetServerInfoRequest, self.get_server_info),
             },
         )
@@ -87,40 +89,41 @@ class DeconvolutionService:
         self, request: Envelope[pb.DeconvolveRequest], call: Call
     ) -> Envelope[pb.DeconvolveResponse]:
         """Serve Deconvolve."""
-        message, raw = request.message, request.raw
-        asked = Deconvolution.from_message(message)
-        with CallTensors(self.lender) as tensors:
-            x = tensors.operand("x", message.x, raw.get("x"))
-            W = tensors.operand("W", message.w, raw.get("w"))
-            b = tensors.operand("b", message.b, raw.get("b")) if asked.with_b else None
-            places = tensors.places(message, asked.results)
-            self._check_result_size(asked.results, places)
-            engine = self._ready_engines().least_loaded()
-            out = places.get("y")
+        asked = Deconvolution.from_message(request.message)
+        with self._exchange(request.message, asked, call) as exchange:
+            exchange.take(request.raw)
+            self._check_result_size(asked, exchange)
+            engine = exchange.settle(self._ready().engines)
+            x, W = exchange.operand("x"), exchange.operand("w")
+            b = exchange.operand("b") if asked.with_b else None
+            out = exchange.place("y")
             y = engine.deconvolve(asked.problem, x, W, b, asked.options, call, out)
-            described, sent = _delivered(message, {"y": y}, places)
-        return Envelope(pb.DeconvolveResponse(y=described["y"]), sent)
+            exchange.commit()
+            response = pb.DeconvolveResponse(
+                y=exchange.described("y"), kept=exchange.kept_operands()
+            )
+            return Envelope(response, _sent(exchange, {"y": y}))
 
     def deconvolve_grad(
         self, request: Envelope[pb.DeconvolveGradRequest], call: Call
     ) -> Envelope[pb.DeconvolveGradResponse]:
         """Serve DeconvolveGrad."""
-        message, raw = request.message, request.raw
-        asked = Differentiation.from_message(message)
-        with CallTensors(self.lender) as tensors:
-            x = tensors.operand("x", message.x, raw.get("x")) if asked.wanted.gW else None
-            W = tensors.operand("W", message.w, raw.get("w")) if asked.wanted.gx else None
-            gy = tensors.operand("gy", message.gy, raw.get("gy"))
-            places = tensors.places(message, asked.results)
-            self._check_result_size(asked.results, places)
-            engine = self._ready_engines().least_loaded()
-            out = GradientPlaces(places.get("gx"), places.get("gw"), places.get("gb"))
+        asked = Differentiation.from_message(request.message)
+        with self._exchange(request.message, asked, call) as exchange:
+            exchange.take(request.raw)
+            self._check_result_size(asked, exchange)
+            engine = exchange.settle(self._ready().engines)
+            x = exchange.operand("x") if asked.wanted.gW else None
+            W = exchange.operand("w") if asked.wanted.gx else None
+            gy = exchange.operand("gy")
+            out = GradientPlaces(*map(exchange.place, ("gx", "gw", "gb")))
             gradients = engine.gradients(
                 asked.problem, x, W, gy, asked.wanted, asked.options, call, out
             )
+            exchange.commit()
             results = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
-            described, sent = _delivered(message, results, places)
-        return Envelope(pb.DeconvolveGradResponse(**described), sent)
+            described = {field: exchange.described(field) for field in asked.results}
+            return Envelope(pb.DeconvolveGradResponse(**described), _sent(exchange, results))
 
     def deconvolve_stream(
         self, reader: ChunkReader[pb.DeconvolveStreamRequest], call: Call
@@ -128,11 +131,26 @@ class DeconvolutionService:
         """Serve DeconvolveStream."""
         header = reader.header().header
         asked = Deconvolution.from_message(header.request)
-        described = pb.DeconvolveResponse(y=message_from_spec(asked.problem.y))
         sliced = SlicedProblem(asked.problem, header.slice_samples_count)
-        with self._admitted(sliced, None, asked.options, call) as slices:
-            yield pb.DeconvolveStreamResponse(header=described).SerializeToString()
-            yield from slices.y(reader, with_b=asked.with_b)
+        with self._exchange(header.request, asked, call) as exchange:
+            missing = exchange.find()
+            with self._admitted(sliced, None, missing, call):
+                engine = exchange.settle(self._ready().engines)
+                operands = Arrivals(exchange, reader, engine, call)
+                if missing:
+                    said = pb.DeconvolveStreamResponse(missing=pb.Missing(fields=missing))
+                    yield said.SerializeToString()
+                    operands.take_missing(missing)
+                operands.prepare()
+                described = pb.DeconvolveResponse(
+                    y=exchange.described("y"), kept=exchange.kept_operands()
+                )
+                yield pb.DeconvolveStreamResponse(header=described).SerializeToString()
+                slices = Slices(
+                    sliced, asked.options, engine, operands, exchange, self._executor, call
+                )
+                yield from slices.y(with_b=asked.with_b)
+            exchange.commit()
 
     def deconvolve_grad_stream(
         self, reader: ChunkReader[pb.DeconvolveGradStreamRequest], call: Call
@@ -140,48 +158,80 @@ class DeconvolutionService:
         """Serve DeconvolveGradStream."""
         header = reader.header().header
         asked = Differentiation.from_message(header.request)
-        results = {field: message_from_spec(spec) for field, spec in asked.results.items()}
-        described = pb.DeconvolveGradResponse(**results)
         sliced = SlicedProblem(asked.problem, header.slice_samples_count)
-        with self._admitted(sliced, asked.wanted, asked.options, call) as slices:
-            yield pb.DeconvolveGradStreamResponse(header=described).SerializeToString()
-            yield from slices.gradients(reader, asked.wanted)
+        with self._exchange(header.request, asked, call) as exchange:
+            missing = exchange.find()
+            with self._admitted(sliced, asked.wanted, missing, call):
+                engine = exchange.settle(self._ready().engines)
+                operands = Arrivals(exchange, reader, engine, call)
+                if missing:
+                    said = pb.DeconvolveGradStreamResponse(missing=pb.Missing(fields=missing))
+                    yield said.SerializeToString()
+                    operands.take_missing(missing)
+                operands.prepare()
+                described = {field: exchange.described(field) for field in asked.results}
+                yield pb.DeconvolveGradStreamResponse(
+                    header=pb.DeconvolveGradResponse(**described)
+                ).SerializeToString()
+                slices = Slices(
+                    sliced, asked.options, engine, operands, exchange, self._executor, call
+                )
+                yield from slices.gradients(asked.wanted)
+            exchange.commit()
+
+    def _exchange(
+        self,
+        message: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
+        asked: Deconvolution | Differentiation,
+        call: Call,
+    ) -> Exchange:
+        return Exchange(message, asked, self.lender, self._ready(), call)
 
     @contextmanager
     def _admitted(
-        self, sliced: SlicedProblem, wanted: Wanted | None, options: Options, call: Call
-    ) -> Iterator[Slices]:
-        """Give the block a place among the streams, and an engine for its slices."""
+        self,
+        sliced: SlicedProblem,
+        wanted: Wanted | None,
+        missing: Mapping[str, TensorSpec],
+        call: Call,
+    ) -> Iterator[None]:
+        """Give the block a place among the streams."""
         sliced.check_slice(self._max_message_bytes)
-        engine = self._ready_engines().least_loaded()
-        with self._streams.admitted(sliced.footprint_bytes(wanted), call):
-            yield Slices(sliced, options, engine, self._executor, call)
+        footprint_bytes = sliced.footprint_bytes(wanted)
+        if missing:
+            footprint_bytes += EARLY_BYTES + sum(spec.nbytes for spec in missing.values())
+        with self._streams.admitted(footprint_bytes, call):
+            yield
 
     def get_server_info(
         self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
     ) -> Envelope[pb.GetServerInfoResponse]:
         """Serve GetServerInfo."""
+        residents = self._ready()
         info = pb.GetServerInfoResponse(
             version=deconvd.__version__,
-            devices=[_device_message(engine) for engine in self._ready_engines().all],
+            devices=[_device_message(engine, residents) for engine in residents.engines.all],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
+            features=_FEATURES,
             instance_id=self._instance_id,
             unix_sockets=self.unix_sockets,
             shared_memory_socket="" if self.lender is None else str(self.lender.path),
         )
         return Envelope(info, {})
 
-    def _ready_engines(self) -> Engines:
-        if self.engines is None:
+    def _ready(self) -> Residents:
+        if self.residents is None:
             raise UnavailableError("the server is starting: its device is not ready yet")
-        return self.engines
+        return self.residents
 
     def _check_result_size(
-        self, results: Mapping[str, TensorSpec], places: Mapping[str, Array]
+        self, asked: Deconvolution | Differentiation, exchange: Exchange
     ) -> None:
         """Refuse results that could not be sent, before they are computed."""
-        result_bytes = sum(spec.nbytes for field, spec in results.items() if field not in places)
+        result_bytes = sum(
+            spec.nbytes for field, spec in asked.results.items() if exchange.is_sent(field)
+        )
         if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
             raise ExhaustedError(
                 f"the result would have {result_bytes} bytes, and the server sends messages of at "
@@ -190,31 +240,18 @@ class DeconvolutionService:
             )
 
 
-def _description(array: Array) -> pb.Tensor:
-    return message_from_spec(spec_of(array))
+def _sent(exchange: Exchange, results: Mapping[str, Operand | None]) -> dict[str, Buffer]:
+    """Return the elements of those results that the response carries, by the names of their fields."""
+    return {
+        field: elements_of(result)
+        for field, result in results.items()
+        if isinstance(result, np.ndarray) and exchange.is_sent(field)
+    }
 
 
-def _delivered(
-    request: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
-    results: Mapping[str, Array | None],
-    places: Mapping[str, Array],
-) -> tuple[dict[str, pb.Tensor], dict[str, Buffer]]:
-    """Return the messages of results, and the elements of those that are not in their places."""
-    described: dict[str, pb.Tensor] = {}
-    sent: dict[str, Buffer] = {}
-    for field, array in results.items():
-        if array is None:
-            continue
-        described[field] = _description(array)
-        if field in places:
-            described[field].shared.CopyFrom(getattr(request, f"{field}_place"))
-        else:
-            sent[field] = elements_of(array)
-    return described, sent
-
-
-def _device_message(engine: Engine) -> pb.Device:
+def _device_message(engine: Engine, residents: Residents) -> pb.Device:
     info, load = engine.info, engine.load
+    caches = [*engine.caches, *residents.keeper.states(engine)]
     return pb.Device(
         id=info.id,
         name=info.name,
@@ -224,5 +261,5 @@ def _device_message(engine: Engine) -> pb.Device:
         used_bytes=load.used_bytes,
         running_calls_count=load.running_count,
         waiting_calls_count=load.waiting_count,
-        caches=[cache.as_message() for cache in engine.caches],
+        caches=[cache.as_message() for cache in caches],
     )

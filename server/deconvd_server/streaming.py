@@ -13,15 +13,17 @@ from typing import TypeVar
 
 import numpy as np
 
-from deconvd.chunks import ChunkReader, chunks_of, slices
+from deconvd.chunks import chunks_of, slices
 from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
-from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.arrivals import Arrivals
 from deconvd_server.call import Call
+from deconvd_server.device import DeviceTensor, GradientPlaces, Operand
 from deconvd_server.engine import Engine
+from deconvd_server.exchange import Exchange
 
 __all__ = ["SLICES_IN_FLIGHT", "SlicedProblem", "Slices"]
 
@@ -55,17 +57,21 @@ class SlicedProblem:
                 argument="slice_samples_count",
             )
 
-    def slices(self) -> Iterator[Problem]:
-        """Yield the problem of each slice."""
+    def slices(self) -> Iterator[tuple[slice, Problem]]:
+        """Yield each slice of samples, and its problem."""
         x = self.problem.x
         for part in slices(self.problem.n, self.slice_samples_count):
             shape = (part.stop - part.start, *x.shape[1:])
-            yield replace(self.problem, x=TensorSpec(shape, x.dtype))
+            yield part, replace(self.problem, x=TensorSpec(shape, x.dtype))
+
+    def _largest(self) -> Problem:
+        """Return the problem of the first slice; that of all if there is none."""
+        return next((problem for _, problem in self.slices()), self.problem)
 
     def footprint_bytes(self, wanted: Wanted | None) -> int:
         """Return what a stream of it holds of host memory: W, its gradient, and slices in flight."""
         whole = self.problem
-        first = next(self.slices(), whole)
+        first = self._largest()
         slice_bytes = first.x.nbytes * (2 if wanted and wanted.gx else 1) + first.y.nbytes
         wide_bytes = whole.W.nbytes * whole.compute_type.itemsize // whole.W.dtype.itemsize
         sums_bytes = 2 * wide_bytes if wanted and wanted.gW else 0
@@ -80,7 +86,7 @@ class SlicedProblem:
             message_bytes: The largest message.
         """
         limit_bytes = max(message_bytes, _SLICE_BYTES)
-        first = next(self.slices(), self.problem)
+        first = self._largest()
         slice_bytes = first.x.nbytes + first.y.nbytes
         if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
             raise ExhaustedError(
@@ -94,71 +100,85 @@ class Slices:
     """The slices of one call, computed as they arrive.
 
     Attributes:
+        operands: What they are computed from.
+        exchange: Where results go that are kept.
         executor: Has a thread for each slice in flight.
     """
 
     sliced: SlicedProblem
     options: Options
     engine: Engine
+    operands: Arrivals
+    exchange: Exchange
     executor: Executor
     call: Call
 
-    def y(
-        self, reader: ChunkReader[pb.DeconvolveStreamRequest], *, with_b: bool
-    ) -> Iterator[bytes]:
-        """Yield the chunks of y while those of x arrive.
+    def y(self, *, with_b: bool) -> Iterator[bytes]:
+        """Yield the chunks of y, unless it is kept, while those of x arrive.
 
-        Raises as `reader` and `Engine.deconvolve` do.
+        Raises as `Arrivals` and `Engine.deconvolve` do.
         """
-        whole = self.sliced.problem
-        W = reader.read("W", whole.W)
-        b = reader.read("b", whole.b) if with_b else None
+        W = self.operands.whole("w")
+        b = self.operands.whole("b") if with_b else None
+        kept_y = self.exchange.tensor_of("y")
 
-        def begun() -> Iterator[Future[Array]]:
-            for problem in self.sliced.slices():
-                x = reader.read("x", problem.x)
-                yield self.executor.submit(self._y_of, problem, x, W, b)
-            reader.expect_end()
+        def begun() -> Iterator[Future[Operand]]:
+            for part, problem in self.sliced.slices():
+                x = self.operands.samples("x", part)
+                yield self.executor.submit(self._y_of, problem, x, W, b, _view(kept_y, part))
+            self.operands.expect_end()
 
         for y in _in_flight(begun(), self.call):
-            yield from chunks_of(y)
+            if isinstance(y, np.ndarray):
+                yield from chunks_of(y)
 
-    def _y_of(self, problem: Problem, x: Array, W: Array, b: Array | None) -> Array:
-        return self.engine.deconvolve(problem, x, W, b, self.options, self.call)
+    def _y_of(
+        self, problem: Problem, x: Operand, W: Operand, b: Operand | None, out: Operand | None
+    ) -> Operand:
+        return self.engine.deconvolve(problem, x, W, b, self.options, self.call, out)
 
-    def gradients(
-        self, reader: ChunkReader[pb.DeconvolveGradStreamRequest], wanted: Wanted
-    ) -> Iterator[bytes]:
-        """Yield the chunks of gx while those of x and gy arrive, then those of gW and gb.
+    def gradients(self, wanted: Wanted) -> Iterator[bytes]:
+        """Yield the chunks of gx while those of x and gy arrive, then those of gW and gb; not of what is kept.
 
-        Raises as `reader` and `Engine.gradients` do.
+        Raises as `Arrivals` and `Engine.gradients` do.
         """
-        whole = self.sliced.problem
-        W = reader.read("W", whole.W) if wanted.gx else None
-        sums = _Sums(whole, wanted)
+        W = self.operands.whole("w") if wanted.gx else None
+        kept_gx = self.exchange.tensor_of("gx")
+        sums = _Sums(self.sliced.problem, wanted)
 
         def begun() -> Iterator[Future[Gradients]]:
-            for problem in self.sliced.slices():
-                x = reader.read("x", problem.x) if wanted.gW else None
-                gy = reader.read("gy", problem.y)
-                arguments = (problem, x, W, gy, wanted, self.options, self.call)
+            for part, problem in self.sliced.slices():
+                x = self.operands.samples("x", part) if wanted.gW else None
+                gy = self.operands.samples("gy", part)
+                out = GradientPlaces(gx=_view(kept_gx, part))
+                arguments = (problem, x, W, gy, wanted, self.options, self.call, out)
                 yield self.executor.submit(self.engine.gradients, *arguments)
-            reader.expect_end()
+            self.operands.expect_end()
 
         for gradients in _in_flight(begun(), self.call):
             sums.add(gradients)
             if gradients.gx is not None:
                 yield from chunks_of(gradients.gx)
-        for total in sums.totals():
-            yield from chunks_of(total)
+        for field, total in sums.totals().items():
+            kept = self.exchange.tensor_of(field)
+            if kept is None:
+                yield from chunks_of(total)
+            else:
+                self.engine.write(kept, total, self.call)
+
+
+def _view(tensor: DeviceTensor | None, part: slice) -> DeviceTensor | None:
+    """Return some samples of a tensor, if there is one."""
+    return None if tensor is None else tensor.samples(part.start, part.stop)
 
 
 class _Sums:
     """gW and gb of the slices so far, in the compute type."""
 
     def __init__(self, problem: Problem, wanted: Wanted) -> None:
-        self._specs = [problem.W] * wanted.gW + [problem.b] * wanted.gb
-        self._totals = [np.zeros(spec.shape, problem.compute_type) for spec in self._specs]
+        self._specs = {"gw": problem.W} if wanted.gW else {}
+        self._specs |= {"gb": problem.b} if wanted.gb else {}
+        self._totals = [np.zeros(spec.shape, problem.compute_type) for spec in self._specs.values()]
 
     def add(self, gradients: Gradients) -> None:
         """Add those of one slice."""
@@ -166,11 +186,12 @@ class _Sums:
         for total, gradient in zip(self._totals, present, strict=True):
             total += gradient
 
-    def totals(self) -> list[Array]:
-        """Return those that are wanted, in their own types."""
-        return [
-            total.astype(spec.dtype) for total, spec in zip(self._totals, self._specs, strict=True)
-        ]
+    def totals(self) -> dict[str, Array]:
+        """Return those that are wanted, in their own types, by the names of their fields."""
+        return {
+            field: total.astype(spec.dtype)
+            for (field, spec), total in zip(self._specs.items(), self._totals, strict=True)
+        }
 
 
 def _in_flight(begun: Iterator[Future[_T]], call: Call) -> Iterator[_T]:

@@ -2,7 +2,17 @@
 
 from deconvd_server.residents.keeper import Keeper
 from deconvd_server.residents.kept import Kept
+from deconvd_server.residents.residents import ResidentLimits, Residents
 from deconvd_server.residents.sessions import Reaper, SessionLimits, Sessions
 from deconvd_server.residents.tenant import Session
 
-__all__ = ["Keeper", "Kept", "Reaper", "Session", "SessionLimits", "Sessions"]
+__all__ = [
+    "Keeper",
+    "Kept",
+    "Reaper",
+    "ResidentLimits",
+    "Residents",
+    "Session",
+    "SessionLimits",
+    "Sessions",
+]

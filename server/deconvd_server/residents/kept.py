@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 
+import numpy as np
+
 from deconvd.cache_state import CacheState
 from deconvd.problem import TensorSpec
 from deconvd_server.cache import Entry, Resource, State
-from deconvd_server.device import Operand
+from deconvd_server.device import DeviceTensor, Operand
 from deconvd_server.engine import Engine
 from deconvd_server.residents.tenant import Session, Tenant
 
@@ -56,6 +58,13 @@ class Kept:
         self.is_moving = False
         self.names: dict[bytes, Session] = {}
         self.content_key: Hashable | None = None
+
+    @property
+    def device_tensor(self) -> DeviceTensor:
+        """Its elements, which lie on a device: as they do from its making until its maker releases it."""
+        if isinstance(self.operand, np.ndarray):
+            raise RuntimeError("the tensor lies in host memory")
+        return self.operand
 
     @property
     def is_live(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -139,13 +140,11 @@ class Sessions:
 
     def expire(self) -> None:
         """End the sessions whose time has come."""
-        with self._lock:
-            now_s = self._clock()
-            due = [s for s in self._sessions.values() if s.deadline_s <= now_s]
-            ended = [(session, self._end(session)) for session in due]
-        for session, is_last in ended:
-            session.hang_up()
-            self._on_end(session, is_last)
+        self._end_until(self._clock())
+
+    def close(self) -> None:
+        """End all sessions."""
+        self._end_until(math.inf)
 
     def drain(self) -> None:
         """Hang up all streams, and let no session begin or be resumed. Those there are live on for a while."""
@@ -154,6 +153,14 @@ class Sessions:
             sessions = self._sessions.values()
         for session in sessions:
             session.hang_up()
+
+    def _end_until(self, deadline_s: float) -> None:
+        with self._lock:
+            due = [s for s in self._sessions.values() if s.deadline_s <= deadline_s]
+            ended = [(session, self._end(session)) for session in due]
+        for session, is_last in ended:
+            session.hang_up()
+            self._on_end(session, is_last)
 
     @property
     def count(self) -> int:

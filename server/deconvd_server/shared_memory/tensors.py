@@ -41,7 +41,7 @@ class CallTensors:
         """
         if message.WhichOneof("payload") != "shared":
             return array_from_message(name, message, raw)
-        array = self._mapped(name, message.shared, spec_from_message(name, message))
+        array = self.place(name, message.shared, spec_from_message(name, message))
         array.flags.writeable = False
         return array
 
@@ -57,7 +57,7 @@ class CallTensors:
         """
         names = {field: f"{field}_place" for field in results}
         return {
-            field: self._mapped(name, getattr(request, name), results[field])
+            field: self.place(name, getattr(request, name), results[field])
             for field, name in names.items()
             if request.HasField(name)
         }
@@ -73,7 +73,15 @@ class CallTensors:
     ) -> None:
         self._used.close()
 
-    def _mapped(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Array:
+    def place(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Array:
+        """Return a slice of memory as a writable array.
+
+        Args:
+            name: What it is for, for errors.
+
+        Raises:
+            InvalidArgumentError: As `Lender.tensor` does.
+        """
         if self._lender is None:
             raise StaleRegionError(
                 f"{name} must be sent in messages: this server lends no memory", argument=name

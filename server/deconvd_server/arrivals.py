@@ -1,0 +1,92 @@
+"""The operands of a stream: those that are here already, and those that arrive behind its header."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from deconvd.chunks import ChunkReader
+from deconvd.problem import TensorSpec
+from deconvd_server.call import Call
+from deconvd_server.device import DeviceTensor, Operand
+from deconvd_server.engine import Engine
+from deconvd_server.exchange import Exchange, argument_of
+
+__all__ = ["Arrivals"]
+
+
+class Arrivals:
+    """The operands of a stream, to be asked for in the order in which they stream.
+
+    What arrives and is to be kept is put onto the engine's device as it comes.
+
+    Args:
+        exchange: What is here already. It has settled on `engine`.
+        reader: What arrives.
+    """
+
+    def __init__(
+        self, exchange: Exchange, reader: ChunkReader[Any], engine: Engine, call: Call
+    ) -> None:
+        self._exchange = exchange
+        self._specs = exchange.operands
+        self._reader = reader
+        self._engine = engine
+        self._call = call
+        self._present: dict[str, Operand] = {}
+        self._kept: dict[str, DeviceTensor] = {}
+
+    def take_missing(self, missing: Mapping[str, TensorSpec]) -> None:
+        """Wait for what the client was told is missing.
+
+        Raises as `ChunkReader.read_missing` and `Exchange.take_missing` do.
+        """
+        specs = {argument_of(field): spec for field, spec in missing.items()}
+        arrays = self._reader.read_missing(specs)
+        self._exchange.take_missing(dict(zip(missing, arrays.values(), strict=True)))
+
+    def prepare(self) -> None:
+        """Find the places of what is here and of what is to be kept, before anything is computed.
+
+        Raises as `Exchange.operand` and `Exchange.tensor_for` do.
+        """
+        for field in self._specs:
+            if self._exchange.has(field):
+                self._present[field] = self._exchange.operand(field)
+                continue
+            tensor = self._exchange.tensor_for(field)
+            if tensor is not None:
+                self._kept[field] = tensor
+
+    def whole(self, field: str) -> Operand:
+        """Return an operand. Raises as `ChunkReader.read` and `Engine.write` do."""
+        present = self._present.get(field)
+        return self._arrived(field, None) if present is None else present
+
+    def samples(self, field: str, part: slice) -> Operand:
+        """Return the next samples of an operand. Raises as `whole` does."""
+        present = self._present.get(field)
+        if present is None:
+            return self._arrived(field, part)
+        if isinstance(present, np.ndarray):
+            return present[part]
+        return present.samples(part.start, part.stop)
+
+    def expect_end(self) -> None:
+        """Raise InvalidArgumentError if more arrives."""
+        self._reader.expect_end()
+
+    def _arrived(self, field: str, part: slice | None) -> Operand:
+        spec = self._specs[field]
+        if part is not None:
+            spec = TensorSpec((part.stop - part.start, *spec.shape[1:]), spec.dtype)
+        array = self._reader.read(argument_of(field), spec)
+        kept = self._kept.get(field)
+        if kept is None:
+            return array
+        if part is not None:
+            kept = kept.samples(part.start, part.stop)
+        self._engine.write(kept, array, self._call)
+        return kept

@@ -1,0 +1,212 @@
+"""The calls about tensors that stay: HoldSession, PutTensor, GetTensor, DropTensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import grpc
+
+from deconvd.chunks import ChunkReader, chunks_of, slices
+from deconvd.codec import Envelope
+from deconvd.errors import InvalidArgumentError
+from deconvd.problem import TensorSpec
+from deconvd.tensor import message_from_spec, spec_from_message
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.admission import Admission
+from deconvd_server.call import Call
+from deconvd_server.device import DeviceTensor
+from deconvd_server.engine import Engine
+from deconvd_server.residents import Kept, Residents, Session
+from deconvd_server.rpc import held_handler, sink_handler, source_handler, unary_handler
+from deconvd_server.secret_names import new_name
+from deconvd_server.shared_memory import CallTensors, Lender
+
+__all__ = ["ResidentCalls"]
+
+_PIECE_BYTES = 16 << 20
+"""What is held of a tensor in host memory while it arrives or leaves, unless one sample has more."""
+
+_BREAK_S = 0.2
+"""How long after a stream's last message gRPC may take to say that it broke rather than was closed."""
+
+
+class ResidentCalls:
+    """Serves the calls about sessions and the tensors that stay for them.
+
+    Args:
+        residents: Returns those of the server; raises UnavailableError until it has some.
+        lender: Returns who lends memory to clients on this host; None if no one does.
+        streams: Who may stream.
+    """
+
+    def __init__(
+        self,
+        residents: Callable[[], Residents],
+        lender: Callable[[], Lender | None],
+        streams: Admission,
+    ) -> None:
+        self._residents = residents
+        self._lender = lender
+        self._streams = streams
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
+        """Return the handlers of these calls, by their names."""
+        return {
+            "HoldSession": held_handler(pb.HoldSessionRequest, self.hold_session),
+            "PutTensor": sink_handler(pb.PutTensorRequest, self.put_tensor),
+            "GetTensor": source_handler(pb.GetTensorRequest, self.get_tensor),
+            "DropTensors": unary_handler(pb.DropTensorsRequest, self.drop_tensors),
+        }
+
+    def hold_session(
+        self,
+        signs: Iterator[pb.HoldSessionRequest],
+        call: Call,
+        hang_up: Callable[[], None],
+    ) -> Iterator[bytes]:
+        """Serve HoldSession.
+
+        Args:
+            signs: The client's messages; they end when it closes its side, and may when the stream
+                breaks.
+            hang_up: Ends the call, from any thread.
+        """
+        residents = self._residents()
+        sessions = residents.sessions
+        first = next(signs, None)
+        if first is None:
+            raise InvalidArgumentError("a session must begin with a message, got none")
+        broke = threading.Event()
+        session = (
+            sessions.resume(first.session, hang_up)
+            if first.session
+            else sessions.open(first.tenant_key, hang_up)
+        )
+        call.on_cancel(partial(sessions.lose, session, hang_up))
+        call.on_cancel(broke.set)
+        yield pb.HoldSessionResponse(
+            session=session.name, lease_s=residents.lease_s, quota_bytes=residents.tenant_bytes
+        ).SerializeToString()
+        for _ in signs:
+            sessions.sign_of_life(session)
+        if not broke.wait(_BREAK_S):
+            sessions.end(session, hang_up)
+
+    def put_tensor(
+        self, reader: ChunkReader[pb.PutTensorRequest], call: Call
+    ) -> pb.PutTensorResponse:
+        """Serve PutTensor."""
+        residents = self._residents()
+        header = reader.header().header
+        session = self._session(header.session, residents, call)
+        spec = spec_from_message("tensor", header.tensor)
+        engine = residents.engines.least_loaded()
+        kept = residents.keeper.make(session, spec, engine, call)
+        try:
+            self._fill(kept, header.tensor, reader, engine, call)
+            name = new_name()
+            residents.keeper.name(kept, session, name)
+        finally:
+            residents.keeper.release(kept)
+        return pb.PutTensorResponse(resident=pb.Resident(handle=name))
+
+    def _fill(
+        self,
+        kept: Kept,
+        message: pb.Tensor,
+        reader: ChunkReader[pb.PutTensorRequest],
+        engine: Engine,
+        call: Call,
+    ) -> None:
+        """Set a tensor's elements, from wherever its message says that they are."""
+        payload = message.WhichOneof("payload")
+        payload = message.WhichOneof("payload")
+        if payload == "shared":
+            with CallTensors(self._lender()) as shared:
+                array = shared.operand("tensor", message, None)
+                engine.write(kept.device_tensor, array, call)
+        elif payload is None:
+            with self._streams.admitted(_piece_bytes(kept.spec), call):
+                for view in _views(kept.device_tensor):
+                    engine.write(view, reader.read("tensor", view.spec), call)
+        else:
+            raise InvalidArgumentError(
+                "tensor must have its elements behind a stream's header, or in shared memory, got "
+                f"them as {payload}",
+                argument="tensor",
+            )
+        reader.expect_end()
+
+    def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: Call) -> Iterator[bytes]:
+        """Serve GetTensor."""
+        message, residents = request.message, self._residents()
+        keeper = residents.keeper
+        session = self._session(message.session, residents, call)
+        kept = keeper.by_name(session, message.resident.handle, "resident", call)
+        try:
+            if message.HasField("place"):
+                yield self._put_into_place(kept, message.place, residents, call)
+            else:
+                yield from self._sent(kept, residents, call)
+        finally:
+            keeper.release(kept)
+
+    def _put_into_place(
+        self, kept: Kept, place: pb.SharedSlice, residents: Residents, call: Call
+    ) -> bytes:
+        """Copy a tensor into shared memory; return the message that says so."""
+        with CallTensors(self._lender()) as shared:
+            residents.keeper.array(kept, call, shared.place("place", place, kept.spec))
+        header = message_from_spec(kept.spec)
+        header.shared.CopyFrom(place)
+        return pb.GetTensorResponse(header=header).SerializeToString()
+
+    def _sent(self, kept: Kept, residents: Residents, call: Call) -> Iterator[bytes]:
+        """Yield the messages that carry a tensor."""
+        yield pb.GetTensorResponse(header=message_from_spec(kept.spec)).SerializeToString()
+        engine = kept.shelf.engine
+        if engine is None:
+            yield from chunks_of(residents.keeper.array(kept, call))
+            return
+        with self._streams.admitted(_piece_bytes(kept.spec), call):
+            for view in _views(kept.device_tensor):
+                yield from chunks_of(engine.read(view, call))
+
+    def drop_tensors(
+        self, request: Envelope[pb.DropTensorsRequest], call: Call
+    ) -> Envelope[pb.DropTensorsResponse]:
+        """Serve DropTensors."""
+        message, residents = request.message, self._residents()
+        session = self._session(message.session, residents, call)
+        residents.keeper.drop(session, [resident.handle for resident in message.residents])
+        return Envelope(pb.DropTensorsResponse(), {})
+
+    @staticmethod
+    def _session(name: bytes, residents: Residents, call: Call) -> Session:
+        session = residents.sessions.get(name)
+        call.tenant = session.tenant
+        return session
+
+
+def _piece_samples_count(spec: TensorSpec) -> int:
+    """Return how many samples of a tensor have about _PIECE_BYTES together: at least one."""
+    sample_bytes = spec.nbytes // max(spec.shape[0], 1)
+    return max(_PIECE_BYTES // max(sample_bytes, 1), 1)
+
+
+def _piece_bytes(spec: TensorSpec) -> int:
+    """Return what the largest of a tensor's `_views` takes."""
+    if not spec.shape or not spec.shape[0]:
+        return spec.nbytes
+    return min(_piece_samples_count(spec), spec.shape[0]) * (spec.nbytes // spec.shape[0])
+
+
+def _views(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
+    """Yield the tensor in pieces that are small enough to be held in host memory, if that can be."""
+    if not tensor.spec.shape:
+        yield tensor
+        return
+    for part in slices(tensor.spec.shape[0], _piece_samples_count(tensor.spec)):
+        yield tensor.samples(part.start, part.stop)

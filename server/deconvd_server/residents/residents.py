@@ -1,0 +1,71 @@
+"""All that has to do with tensors that stay: sessions, what is kept for them, and the thread that ends them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deconvd_server.engine import Engine, Engines
+from deconvd_server.residents.keeper import Keeper
+from deconvd_server.residents.sessions import Reaper, SessionLimits, Sessions
+
+__all__ = ["ResidentLimits", "Residents"]
+
+_SHARE = 4
+"""Unless told, tensors may take one part in so many of what calls may take of a device's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentLimits:
+    """How much may stay, and for how long.
+
+    Attributes:
+        device_bytes: On each device; None for a quarter of what calls may take.
+        host_bytes: In host memory, of what devices with memory of their own have no room for.
+        tenant_bytes: For one tenant; None for as much as for all.
+        sessions_count: Sessions at once.
+        lease_s: How long a session outlives its client's last sign of life.
+    """
+
+    device_bytes: int | None = None
+    host_bytes: int = 0
+    tenant_bytes: int | None = None
+    sessions_count: int = 256
+    lease_s: float = 30.0
+
+    def bytes_on(self, engine: Engine) -> int:
+        """Return what may stay on an engine's device."""
+        budget_bytes = engine.info.budget_bytes
+        if self.device_bytes is None:
+            return budget_bytes // _SHARE
+        return min(self.device_bytes, budget_bytes)
+
+
+class Residents:
+    """The sessions of a server, and the tensors that stay for them.
+
+    Attributes:
+        engines: Whose devices they stay on.
+        sessions: Those who hold them.
+        keeper: What is kept.
+        tenant_bytes: What a tenant may keep.
+        lease_s: How long a session outlives its client's last sign of life.
+    """
+
+    def __init__(self, engines: Engines, limits: ResidentLimits) -> None:
+        self.engines = engines
+        self.keeper = Keeper(engines.all, limits.bytes_on, limits.host_bytes)
+        all_bytes = sum(map(limits.bytes_on, engines.all)) + limits.host_bytes
+        self.tenant_bytes = all_bytes if limits.tenant_bytes is None else limits.tenant_bytes
+        self.lease_s = limits.lease_s
+        session_limits = SessionLimits(limits.sessions_count, limits.lease_s, self.tenant_bytes)
+        self.sessions = Sessions(session_limits, self.keeper.end)
+        self._reaper = Reaper(self.sessions, session_limits.grace_s)
+
+    def drain(self) -> None:
+        """Let no session begin, and hang up the streams that hold them, which would not end by themselves."""
+        self.sessions.drain()
+
+    def close(self) -> None:
+        """End all sessions, and with them all that is kept. No call may be under way."""
+        self._reaper.close()
+        self.sessions.close()

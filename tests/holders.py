@@ -1,0 +1,108 @@
+"""Clients that keep tensors on a server with nothing but the generated stubs, for tests from the outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import grpc
+import numpy as np
+
+from deconvd.digest import digest_of
+from deconvd.tensor import Array, element_type_from_number, elements_of, message_from_spec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+
+__all__ = ["Holder", "array_of", "by_digest", "by_handle", "holder", "raw"]
+
+
+def raw(array: Array) -> pb.Tensor:
+    """Return the message of an array with its elements."""
+    message = message_from_spec(spec_of(array))
+    message.raw = bytes(elements_of(array))
+    return message
+
+
+def by_handle(array: Array, handle: bytes) -> pb.Tensor:
+    """Return the message of an array that is kept under a handle."""
+    message = message_from_spec(spec_of(array))
+    message.resident.handle = handle
+    return message
+
+
+def by_digest(array: Array) -> pb.Tensor:
+    """Return the message of an array by what it is."""
+    message = message_from_spec(spec_of(array))
+    message.digest.CopyFrom(digest_of(elements_of(array)))
+    return message
+
+
+def array_of(message: pb.Tensor, elements: bytes | None = None) -> Array:
+    """Return the array of a message, whose elements may have come apart from it."""
+    dtype = element_type_from_number(message.element_type)
+    flat = np.frombuffer(message.raw if elements is None else elements, dtype)
+    return flat.reshape(message.shape)
+
+
+class Holder:
+    """A client that holds a session."""
+
+    def __init__(self, channel: grpc.Channel, tenant_key: bytes = b"", resume: bytes = b"") -> None:
+        self.channel = channel
+        self.stub = pb_grpc.DeconvolutionServiceStub(channel)
+        self._signs: SimpleQueue[pb.HoldSessionRequest | None] = SimpleQueue()
+        self._signs.put(pb.HoldSessionRequest(session=resume, tenant_key=tenant_key))
+        self.stream = self.stub.HoldSession(iter(self._signs.get, None))
+        self.opened: pb.HoldSessionResponse = next(self.stream)
+        self.session: bytes = self.opened.session
+
+    def sign(self) -> None:
+        """Give a sign of life."""
+        self._signs.put(pb.HoldSessionRequest())
+
+    def close(self) -> None:
+        """End the session, and wait until it has ended."""
+        self._signs.put(None)
+        assert list(self.stream) == []
+
+    def break_off(self) -> None:
+        """Let the stream break."""
+        self.stream.cancel()
+
+    def put(self, array: Array, chunk_bytes: int = 1 << 20) -> bytes:
+        """Keep an array, and return its handle."""
+        header = pb.PutTensorHeader(session=self.session, tensor=message_from_spec(spec_of(array)))
+        elements = bytes(elements_of(array))
+        parts = [pb.PutTensorRequest(header=header)] + [
+            pb.PutTensorRequest(chunk=elements[start : start + chunk_bytes])
+            for start in range(0, len(elements), chunk_bytes)
+        ]
+        return self.stub.PutTensor(iter(parts)).resident.handle
+
+    def get(self, handle: bytes) -> Array:
+        """Return what is kept under a handle."""
+        request = pb.GetTensorRequest(session=self.session, resident=pb.Resident(handle=handle))
+        first, *chunks = self.stub.GetTensor(request)
+        return array_of(first.header, b"".join(part.chunk for part in chunks))
+
+    def drop(self, *handles: bytes) -> None:
+        """Drop what is kept under handles."""
+        residents = [pb.Resident(handle=handle) for handle in handles]
+        self.stub.DropTensors(pb.DropTensorsRequest(session=self.session, residents=residents))
+
+    def kept_bytes(self) -> int:
+        """Return what the server keeps on its device, for whomever."""
+        (device,) = self.stub.GetServerInfo(pb.GetServerInfoRequest()).devices
+        return next(cache.size_bytes for cache in device.caches if cache.name == "resident tensors")
+
+
+@contextmanager
+def holder(target: str, tenant_key: bytes = b"", resume: bytes = b"") -> Iterator[Holder]:
+    """Run a client for the block; its stream breaks at the end, if it is not closed before."""
+    with grpc.insecure_channel(target) as channel:
+        held = Holder(channel, tenant_key, resume)
+        try:
+            yield held
+        finally:
+            held.break_off()
