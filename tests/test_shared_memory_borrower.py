@@ -473,6 +473,27 @@ class TestServerGone:
 
         assert [borrower.take(MIB) for _ in range(3)] == [None] * 3
 
+    def test_a_server_that_is_long_in_answering_holds_up_no_other_thread(self, path: Path) -> None:
+        is_asked, may_answer = threading.Event(), threading.Event()
+
+        def find_socket() -> str:
+            is_asked.set()
+            may_answer.wait(TIMEOUT_S)
+            return str(path)
+
+        borrower = Borrower(find_socket)
+        with lending(path), ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(borrower.empty, 1000, FLOAT32)
+            assert is_asked.wait(TIMEOUT_S)
+            meanwhile = borrower.empty(1000, FLOAT32)
+            may_answer.set()
+
+            assert borrower.locate(asking.result(TIMEOUT_S)) is not None
+            assert borrower.locate(meanwhile) is None
+            assert borrower.locate(borrower.empty(1000, FLOAT32)) is not None
+            del asking
+            borrower.close()
+
 
 class TestThreads:
     """Any number of threads may borrow at once."""

@@ -14,9 +14,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,8 +33,10 @@ from deconvd.shared_memory import (
     Request,
 )
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.shared_memory import Lender, Limits, memory_socket
 from tests.lenders import MIB, Watch, child, lending
+from tests.servers import ServerProcess, server_process
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
@@ -574,6 +577,29 @@ except OSError as error:
                 lines = [running.hear(), running.hear()]
         assert answer in lines
 
+    @needs_root
+    @pytest.mark.parametrize("listen", ["unix", "127.0.0.1:0"])
+    @pytest.mark.parametrize(("user", "answer"), [(54321, "REFUSED"), (12345, "DONE")])
+    def test_a_server_can_be_told_whom_it_serves(
+        self,
+        open_directory: Path,
+        listen: str,
+        user: int,
+        answer: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(open_directory))
+        users = ("--shared-memory-users", "11111,12345")
+        with (
+            server_process(open_directory, *users, listen=(listen,)) as server,
+            grpc.insecure_channel(server.target) as channel,
+        ):
+            stub = pb_grpc.DeconvolutionServiceStub(channel)
+            socket = stub.GetServerInfo(pb.GetServerInfoRequest()).shared_memory_socket
+            with child(self.ASK, Path(socket), user=user) as running:
+                lines = [running.hear(), running.hear()]
+        assert answer in lines
+
     def test_those_not_named_are_refused(self, path: Path, connect: Connect) -> None:
         with lending(path, users=frozenset({54321})):
             assert Reply.parse(connect().socket.recv(1024)).answer is Answer.REFUSED
@@ -602,3 +628,29 @@ class TestPlace:
         with lending(path):
             pass
         assert not path.parent.exists()
+
+    def test_what_a_killed_server_left_is_removed_by_the_next_and_nothing_else(
+        self, monkeypatch: pytest.MonkeyPatch, socket_directory: Path
+    ) -> None:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_directory))
+        unborn = socket_directory / "deconvd-memory-unborn"
+        unborn.mkdir()
+
+        def serving(name: str) -> AbstractContextManager[ServerProcess]:
+            (socket_directory / name).mkdir()
+            return server_process(socket_directory / name, listen=("127.0.0.1:0",))
+
+        def private() -> set[Path]:
+            return set(socket_directory.glob("deconvd-memory-*")) - {unborn}
+
+        with serving("living"):
+            of_the_living = private()
+            with serving("killed") as killed:
+                of_the_killed = private() - of_the_living
+                killed.end(signal.SIGKILL)
+                assert private() == of_the_living | of_the_killed
+            with serving("next"):
+                assert len(private() - of_the_living) == 1
+                assert not private() & of_the_killed
+                assert of_the_living <= private()
+        assert unborn.exists()

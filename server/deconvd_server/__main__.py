@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 from functools import partial
@@ -31,6 +32,8 @@ _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
 _LEAST_MESSAGE_BYTES = 4 << 20
 """What clients send in one message, gRPC's own default, must fit."""
 
+_USER_ID = re.compile(r"\d{1,10}")
+
 _LAST_DRAIN_S = 5.0
 """How long the calls of other devices may take to end once one device is lost."""
 
@@ -43,6 +46,15 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
     except InvalidArgumentError as error:
         raise click.BadParameter(str(error)) from None
     return name
+
+
+def _user_ids(
+    _context: click.Context, _parameter: click.Parameter, ids: str | None
+) -> tuple[int, ...]:
+    given = [] if not ids else ids.split(",")
+    if not all(_USER_ID.fullmatch(one) for one in given):
+        raise click.BadParameter(f"{ids!r} is not made of numbers, as in 1000,1001")
+    return tuple(map(int, given))
 
 
 @click.command(context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True})
@@ -99,6 +111,14 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
     help="What clients on this host may borrow, all together, to pass tensors in; 0 for nothing.",
 )
 @click.option(
+    "--shared-memory-users",
+    default=None,
+    metavar="ID[,…]",
+    callback=_user_ids,
+    show_default="none",
+    help="Numbers of the users who may borrow it, beside the server's own and root.",
+)
+@click.option(
     "--resident-memory-bytes",
     type=click.IntRange(min=0),
     default=None,
@@ -147,6 +167,7 @@ def main(
     plan_store: Path | None,
     max_message_bytes: int,
     shared_memory_bytes: int | None,
+    shared_memory_users: tuple[int, ...],
     resident_memory_bytes: int | None,
     spill_memory_bytes: int | None,
     tenant_bytes: int | None,
@@ -178,7 +199,14 @@ def main(
     )
     try:
         daemon = Daemon(
-            Settings(addresses, max_message_bytes, drain_timeout_s, shared_memory_bytes, residents)
+            Settings(
+                addresses,
+                max_message_bytes,
+                drain_timeout_s,
+                shared_memory_bytes,
+                shared_memory_users,
+                residents,
+            )
         )
     except (OSError, DeconvdError) as error:
         sys.exit(f"deconvd-server: {error}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
@@ -50,6 +50,7 @@ class Settings:
         max_message_bytes: The largest request and the largest response.
         drain_timeout_s: How long calls under way may take to end once the daemon drains.
         shared_memory_bytes: How much memory to lend to clients on this host; 0 for none.
+        shared_memory_users: Ids of the users to lend it to, beside the server's own and root.
         residents: How much may stay between calls, and for how long.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     max_message_bytes: int
     drain_timeout_s: float
     shared_memory_bytes: int = 0
+    shared_memory_users: Collection[int] = ()
     residents: ResidentLimits = field(default_factory=ResidentLimits)
 
 
@@ -160,6 +162,7 @@ class Daemon:
                 memory_socket(self.addresses),
                 Limits(limit_bytes, limit_bytes // 2),
                 on_map=engines.register,
+                users={0, os.geteuid(), *self._settings.shared_memory_users},
             )
         except OSError as error:
             _log.warning("no memory is lent to clients on this host: %s", error)

@@ -20,14 +20,22 @@ __all__ = ["Peer", "SideSocket", "memory_socket", "peer_of"]
 
 _MAX_PATH_BYTES: Final = 107  # sun_path of sockaddr_un(7), less the final zero
 _BACKLOG: Final = 64
+_PROBE_TIMEOUT_S: Final = 1.0
 _PEER: Final = struct.Struct("3i")  # struct ucred of unix(7)
+
+
+_PRIVATE: Final = "deconvd-memory-"
+"""How the names of private directories begin."""
+
+_NAME: Final = "memory"
 
 
 def memory_socket(addresses: Iterable[str]) -> Path:
     """Return where a server that listens on `addresses` should have its side socket.
 
-    It is beside the first Unix socket that leaves room for it; else in a new private directory,
-    which `SideSocket.remove` removes with it.
+    It is beside the first Unix socket that leaves room for it; else in a new directory of its own,
+    which `SideSocket.remove` removes with it. What servers that were killed left of theirs is
+    removed here.
     """
     for address in addresses:
         if address.startswith("unix:"):
@@ -35,11 +43,28 @@ def memory_socket(addresses: Iterable[str]) -> Path:
             if len(os.fsencode(path)) <= _MAX_PATH_BYTES:
                 return Path(path).absolute()
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    directory = runtime if runtime and os.access(runtime, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=directory)) / "memory"
+    directory = runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir()
+    for left in Path(directory).glob(f"{_PRIVATE}*/{_NAME}"):
+        _remove_if_dead(left)
+    return Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=directory)) / _NAME
 
 
-_PRIVATE: Final = "deconvd-memory-"
+def _remove_if_dead(path: Path) -> None:
+    """Remove a socket on which no one listens, and its directory, if they are this user's."""
+    with suppress(OSError):  # it is another's, or gone meanwhile
+        if path.parent.lstat().st_uid == os.geteuid() and _is_dead(path):
+            path.unlink()
+            path.parent.rmdir()
+
+
+def _is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 class SideSocket:
@@ -61,6 +86,8 @@ class SideSocket:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         draft = path.with_name(f".{secrets.token_hex(4)}")
         try:
+            if for_others and _is_private(path):
+                path.parent.chmod(0o711)
             self._listen(draft, 0o666 if for_others else 0o600)
             _check_replaceable(path)
             draft.rename(path)  # at once, and with the right mode
@@ -74,7 +101,7 @@ class SideSocket:
         with suppress(FileNotFoundError):
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
-        if self.path.parent.name.startswith(_PRIVATE):
+        if _is_private(self.path):
             with suppress(OSError):
                 self.path.parent.rmdir()
 
@@ -84,6 +111,10 @@ class SideSocket:
         draft.chmod(mode)
         self._inode = draft.stat().st_ino
         self.socket.listen(_BACKLOG)
+
+
+def _is_private(path: Path) -> bool:
+    return path.parent.name.startswith(_PRIVATE)
 
 
 def _check_replaceable(path: Path) -> None:
