@@ -54,8 +54,11 @@ class Residents:
     def __init__(self, engines: Engines, limits: ResidentLimits) -> None:
         self.engines = engines
         self.keeper = Keeper(engines.all, limits.bytes_on, limits.host_bytes)
-        all_bytes = sum(map(limits.bytes_on, engines.all)) + limits.host_bytes
-        self.tenant_bytes = all_bytes if limits.tenant_bytes is None else limits.tenant_bytes
+        all_bytes = sum(map(limits.bytes_on, engines.all))
+        if all_bytes and any(engine.info.has_own_memory for engine in engines.all):
+            all_bytes += limits.host_bytes
+        wanted_bytes = all_bytes if limits.tenant_bytes is None else limits.tenant_bytes
+        self.tenant_bytes = min(wanted_bytes, all_bytes)
         self.lease_s = limits.lease_s
         session_limits = SessionLimits(limits.sessions_count, limits.lease_s, self.tenant_bytes)
         self.sessions = Sessions(session_limits, self.keeper.end)
