@@ -136,8 +136,8 @@ def _user_ids(
     "--tenant-bytes",
     type=click.IntRange(min=0),
     default=None,
-    show_default="all that may be kept",
-    help="What one tenant may keep: those who tell the same secret, or else one connection.",
+    show_default="no quota: the least recently used gives way",
+    help="The quota of a tenant: those who tell the same secret, or else one connection.",
 )
 @click.option(
     "--session-lease-s",

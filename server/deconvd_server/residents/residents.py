@@ -13,6 +13,9 @@ __all__ = ["ResidentLimits", "Residents"]
 _SHARE = 4
 """Unless told, tensors may take one part in so many of what calls may take of a device's memory."""
 
+_NO_QUOTA_BYTES = 2**62
+"""More than there is."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResidentLimits:
@@ -21,7 +24,7 @@ class ResidentLimits:
     Attributes:
         device_bytes: On each device; None for a quarter of what calls may take.
         host_bytes: In host memory, of what devices with memory of their own have no room for.
-        tenant_bytes: For one tenant; None for as much as for all.
+        tenant_bytes: The quota of a tenant; None for none: what it keeps then makes room for itself.
         sessions_count: Sessions at once.
         lease_s: How long a session outlives its client's last sign of life.
     """
@@ -57,10 +60,10 @@ class Residents:
         all_bytes = sum(map(limits.bytes_on, engines.all))
         if all_bytes and any(engine.info.has_own_memory for engine in engines.all):
             all_bytes += limits.host_bytes
-        wanted_bytes = all_bytes if limits.tenant_bytes is None else limits.tenant_bytes
-        self.tenant_bytes = min(wanted_bytes, all_bytes)
+        quota_bytes = _NO_QUOTA_BYTES if limits.tenant_bytes is None else limits.tenant_bytes
+        self.tenant_bytes = min(quota_bytes, all_bytes)
         self.lease_s = limits.lease_s
-        session_limits = SessionLimits(limits.sessions_count, limits.lease_s, self.tenant_bytes)
+        session_limits = SessionLimits(limits.sessions_count, limits.lease_s, quota_bytes)
         self.sessions = Sessions(session_limits, self.keeper.end)
         self._reaper = Reaper(self.sessions, session_limits.grace_s)
 
