@@ -105,7 +105,7 @@ class Exchange:
         for field in self._asked.operands:
             tensor = getattr(self._request, field)
             argument = argument_of(field)
-            if not self._find(field, argument, tensor):
+            if field in raw or not self._find(field, argument, tensor):
                 self._arrays[field] = self._shared.operand(argument, tensor, raw.get(field))
         self._places = self._shared.places(self._request, self._asked.results)
 
@@ -165,9 +165,11 @@ class Exchange:
         Raises:
             ExhaustedError, UnavailableError, LostSessionError: What is to be kept cannot be.
         """
-        self._engine = self._nearest() or engines.least_loaded()
-        for field in self._asked.keep.intersection(self._asked.results):
-            self._make(field, self._asked.results[field])
+        nearest = self._nearest() if self._used else None
+        self._engine = nearest or engines.least_loaded()
+        for field in self._asked.keep:
+            if field in self._asked.results:
+                self._make(field, self._asked.results[field])
         return self._engine
 
     def operand(self, field: str) -> Operand:
@@ -228,6 +230,8 @@ class Exchange:
 
     def kept_operands(self) -> pb.KeptOperands | None:
         """Return the names of the operands that are kept; None if none is."""
+        if not self._names:
+            return None
         residents = {
             field: pb.Resident(handle=name)
             for field, name in self._names.items()

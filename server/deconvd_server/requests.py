@@ -1,13 +1,14 @@
 """What requests ask for, checked: nothing here touches a tensor's elements, or allocates for one.
 
-Most requests are made again and again, with other elements: what they ask for is remembered by their other bytes.
+Most requests are made again and again, with other elements: what they ask for is remembered by their other bytes, and
+not to be changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Final, TypeVar
 
 from google.protobuf.message import Message
@@ -49,7 +50,7 @@ def _remembered(
     return decorate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Deconvolution:
     """What a DeconvolveRequest asks for.
 
@@ -81,19 +82,19 @@ class Deconvolution:
             problem, with_b, options_from_message(message.options), frozenset(keep)
         )
 
-    @property
+    @cached_property
     def operands(self) -> dict[str, TensorSpec]:
         """What it is computed from, by the names of the fields, in the order in which they stream."""
         problem = self.problem
         return {"w": problem.W, **({"b": problem.b} if self.with_b else {}), "x": problem.x}
 
-    @property
+    @cached_property
     def results(self) -> dict[str, TensorSpec]:
         """What its result will be, by the name of its field."""
         return {"y": self.problem.y}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Differentiation:
     """What a DeconvolveGradRequest asks for.
 
@@ -126,7 +127,7 @@ class Differentiation:
         _check_places(message, keep)
         return Differentiation(problem, wanted, options_from_message(message.options), keep)
 
-    @property
+    @cached_property
     def operands(self) -> dict[str, TensorSpec]:
         """What it is computed from, by the names of the fields, in the order in which they stream."""
         problem, wanted = self.problem, self.wanted
@@ -134,7 +135,7 @@ class Differentiation:
         x = {"x": problem.x} if wanted.gW else {}
         return {**w, **x, "gy": problem.y}
 
-    @property
+    @cached_property
     def results(self) -> dict[str, TensorSpec]:
         """What its results will be, by the names of their fields."""
         problem, wanted = self.problem, self.wanted
