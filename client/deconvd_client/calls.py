@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from deconvd.codec import Buffer, Envelope
+from deconvd.direct import MAX_PACKET_BYTES
 from deconvd.tensor import elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
@@ -17,6 +19,9 @@ __all__ = ["deconvolve", "differentiate"]
 
 _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 """Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
+
+_MAX_BRIEF_BYTES: Final = MAX_PACKET_BYTES - (16 << 10)
+"""Operands and results together: what has room in the packets of a direct call, beside all else."""
 
 
 def deconvolve(
@@ -50,20 +55,23 @@ def differentiate(
 def _answered(
     memory: Borrower,
     asked: Asked[RequestT],
-    in_message: Callable[[Envelope[RequestT]], Envelope[ResponseT]],
+    in_message: Callable[..., Envelope[ResponseT]],
     streamed: Callable[[], Answered[ResponseT]],
 ) -> Answered[ResponseT]:
-    shared = call_with_shared_memory(memory, in_message, asked)
+    # what is not in shared memory then is small
+    shared = call_with_shared_memory(memory, partial(in_message, is_brief=True), asked)
     if shared is not None:
         return shared
-    if not asked.is_sure or not _fits_a_message(asked):
+    tensors_bytes = _tensors_bytes(asked)
+    if not asked.is_sure or tensors_bytes > _MAX_UNARY_BYTES:
         return streamed()
     raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
-    response = in_message(Envelope(asked.request, raw))
+    is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
+    response = in_message(Envelope(asked.request, raw), is_brief=is_brief)
     return Answered(response.message, {field: received(response, field) for field in asked.results})
 
 
-def _fits_a_message(asked: Asked[RequestT]) -> bool:
+def _tensors_bytes(asked: Asked[RequestT]) -> int:
+    """Return what the tensors have that a call would carry, to and fro."""
     operands_bytes = sum(array.nbytes for array in asked.operands.values())
-    results_bytes = sum(spec.nbytes for spec in asked.results.values())
-    return operands_bytes + results_bytes <= _MAX_UNARY_BYTES
+    return operands_bytes + sum(spec.nbytes for spec in asked.results.values())

@@ -43,7 +43,8 @@ def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
             *TRANSPORT_OPTIONS,
             # By default a second, then ever more, up to two minutes: longer than any retry.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # Also how long an attempt may take: several round trips to the other side of the world.
+            ("grpc.min_reconnect_backoff_ms", 2000),
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

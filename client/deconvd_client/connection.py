@@ -10,6 +10,7 @@ from typing import Final, SupportsIndex
 
 import numpy.typing as npt
 
+from deconvd.direct import MAX_PACKET_BYTES, calls_beside
 from deconvd.dtypes import element_type
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
@@ -17,8 +18,10 @@ from deconvd.gradients import Gradients
 from deconvd.problem import check_extents
 from deconvd.shared_memory import socket_beside
 from deconvd.tensor import Array, spec_of
+from deconvd.transport import unix_path
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
+from deconvd_client.direct import DirectLines
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
@@ -96,7 +99,10 @@ class Connection:
 
         def open_stub(target: str) -> Stub:
             channel = open_channel(target, max_message_bytes=max_message_bytes)
-            return Stub(channel, timeout_s=timeout_s)
+            path = unix_path(target)
+            is_direct = path and max_message_bytes >= MAX_PACKET_BYTES
+            direct = DirectLines(calls_beside(path)) if is_direct else None
+            return Stub(channel, timeout_s=timeout_s, direct=direct)
 
         way = _transport(transport)
         self._nearest = Nearest(open_stub, target, way)
@@ -288,8 +294,9 @@ class Connection:
 
     def _find_memory(self) -> str:
         """Return where the server lends memory."""
-        if self.target.startswith("unix:"):
-            return socket_beside(self.target.removeprefix("unix:").removeprefix("//"))
+        path = unix_path(self.target)
+        if path:
+            return socket_beside(path)
         return self._nearest.far.get_server_info().shared_memory_socket
 
     def __enter__(self) -> Connection:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2
 
 from deconvd.chunks import ChunkReader
 from deconvd.codec import Envelope, decode, encode
+from deconvd.direct import Method
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -22,10 +23,11 @@ from deconvd.errors import (
     ExhaustedError,
     InternalError,
 )
-from deconvd.ledger import ledger_from_metadata
+from deconvd.ledger import METADATA_KEY, ledger_from_metadata
 from deconvd.result_memory import ResultMemory
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.direct import DirectLines
 from deconvd_client.retries import with_retries
 
 __all__ = ["Attempt", "Hold", "Stub"]
@@ -95,16 +97,24 @@ class Stub:
     """The RPCs of one channel, each with the same timeout.
 
     Every method raises a DeconvdError; see `deconvd.errors`.
+
+    Args:
+        direct: Takes brief calls, where it can; None if nothing does.
     """
 
-    def __init__(self, channel: grpc.Channel, *, timeout_s: float) -> None:
+    def __init__(
+        self, channel: grpc.Channel, *, timeout_s: float, direct: DirectLines | None = None
+    ) -> None:
         self._channel = channel
+        self._direct = direct
         self._timeout_s = timeout_s
         self._closed = False
         self._ended = threading.local()
         self._results = ResultMemory(_KEPT_BYTES)
-        self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse)
-        self._deconvolve_grad = self._unary("DeconvolveGrad", pb.DeconvolveGradResponse)
+        self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse, Method.DECONVOLVE)
+        self._deconvolve_grad = self._unary(
+            "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DECONVOLVE_GRAD
+        )
         self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
         self._deconvolve_stream = self._stream("DeconvolveStream")
         self._deconvolve_grad_stream = self._stream("DeconvolveGradStream")
@@ -125,16 +135,20 @@ class Stub:
         )
 
     def deconvolve(
-        self, request: Envelope[pb.DeconvolveRequest]
+        self, request: Envelope[pb.DeconvolveRequest], *, is_brief: bool = False
     ) -> Envelope[pb.DeconvolveResponse]:
-        """Call Deconvolve."""
-        return self._deconvolve(request)
+        """Call Deconvolve.
+
+        Args:
+            is_brief: Whether request and response are small enough for a direct call.
+        """
+        return self._deconvolve(request, is_brief=is_brief)
 
     def deconvolve_grad(
-        self, request: Envelope[pb.DeconvolveGradRequest]
+        self, request: Envelope[pb.DeconvolveGradRequest], *, is_brief: bool = False
     ) -> Envelope[pb.DeconvolveGradResponse]:
-        """Call DeconvolveGrad."""
-        return self._deconvolve_grad(request)
+        """Call DeconvolveGrad, in the manner of `deconvolve`."""
+        return self._deconvolve_grad(request, is_brief=is_brief)
 
     def deconvolve_stream(
         self, begin: Callable[[], Attempt[pb.DeconvolveStreamResponse, _T]]
@@ -214,6 +228,8 @@ class Stub:
     def close(self) -> None:
         """Close the channel. Calls under way end with CallCancelledError."""
         self._closed = True
+        if self._direct is not None:
+            self._direct.close()
         # gRPC ends the calls at once, but then waits for what is being written, if need be for ever
         closer = threading.Thread(target=self._channel.close, daemon=True)
         closer.start()
@@ -221,14 +237,20 @@ class Stub:
         self._results.clear()
 
     def _unary(
-        self, method: str, response_type: type[_Response]
-    ) -> Callable[[Envelope[Any]], Envelope[_Response]]:
+        self, method: str, response_type: type[_Response], number: Method | None = None
+    ) -> Callable[..., Envelope[_Response]]:
         rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_path(method))
+        direct = None if number is None else self._direct
 
-        def call(request: Envelope[Any]) -> Envelope[_Response]:
+        def call(request: Envelope[Any], *, is_brief: bool = False) -> Envelope[_Response]:
             data = encode(request)
 
             def attempt(timeout_s: float) -> bytes:
+                if is_brief and direct is not None and number is not None:
+                    reply = direct.call(number, data, timeout_s)
+                    if reply is not None:
+                        self._ended.metadata = ((METADATA_KEY, reply.ledger),)
+                        return reply.message
                 response, ended = rpc.with_call(data, timeout=timeout_s)
                 self._note(ended)
                 return response
@@ -281,7 +303,7 @@ class Stub:
         if isinstance(error, grpc.RpcError):
             # every RpcError of a channel is its Call too, which the types do not say
             return _with_advice(error_from_rpc(cast("grpc.Call", error)))
-        if self._closed:
+        if self._closed and not isinstance(error, DeconvdError):
             return CallCancelledError(f"the connection is closed: {error}")
         return error
 

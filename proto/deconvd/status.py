@@ -8,7 +8,7 @@ ErrorInfo     the class, in `reason`, so that it survives proxies that change th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -25,13 +25,14 @@ from deconvd.errors import (
     UnavailableError,
 )
 
-__all__ = ["error_from_rpc", "status_from_error"]
+__all__ = ["error_from_rpc", "error_from_status", "status_from_error", "told_as_status"]
 
 _DOMAIN: Final = "deconvd"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 _MAX_TEXT_BYTES: Final = 2000
 """Bytes of a message that cross the wire: they travel in headers, of which gRPC takes 8 KiB."""
 
+_NAME_BY_CODE: Final = {int(code.value[0]): code.name for code in grpc.StatusCode}
 _CLASSES: dict[str, type[DeconvdError]] = {
     name: value
     for name, value in vars(errors).items()
@@ -44,6 +45,11 @@ _CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
 
 def status_from_error(error: DeconvdError) -> grpc.Status:
     """Return the status to end a call with, for ``context.abort_with_status``."""
+    return rpc_status.to_status(told_as_status(error))
+
+
+def told_as_status(error: DeconvdError) -> status_pb2.Status:
+    """Return what a caller is told of an error."""
     details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
     ]
@@ -65,7 +71,7 @@ def status_from_error(error: DeconvdError) -> grpc.Status:
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     code: int = grpc.StatusCode[error.status].value[0]
     packed = [_packed(detail) for detail in details]
-    return rpc_status.to_status(status_pb2.Status(code=code, message=text, details=packed))
+    return status_pb2.Status(code=code, message=text, details=packed)
 
 
 def error_from_rpc(failure: grpc.Call) -> DeconvdError:
@@ -74,11 +80,20 @@ def error_from_rpc(failure: grpc.Call) -> DeconvdError:
     One that a deconvd server raised comes back as it was. Of others, gRPC's own and those of
     proxies, the status picks the class.
     """
-    details = _Details(failure)
-    text = failure.details() or f"the call failed with status {failure.code().name}"
-    cls = details.error_class or _CLASS_BY_STATUS.get(failure.code().name)
+    return _error(failure.code().name, failure.details() or "", _details_of(failure))
+
+
+def error_from_status(status: status_pb2.Status) -> DeconvdError:
+    """Return the error that a status tells of, as `told_as_status` has made it."""
+    return _error(_NAME_BY_CODE.get(status.code, "UNKNOWN"), status.message, status.details)
+
+
+def _error(status: str, text: str, packed: Iterable[any_pb2.Any]) -> DeconvdError:
+    details = _Details(packed)
+    text = text or f"the call failed with status {status}"
+    cls = details.error_class or _CLASS_BY_STATUS.get(status)
     if cls is None:
-        return DeconvdError(f"{failure.code().name}: {text}")
+        return DeconvdError(f"{status}: {text}")
     if issubclass(cls, (InvalidArgumentError, NotFoundError)):
         return cls(text, argument=details.argument)
     if issubclass(cls, UnavailableError):
@@ -89,12 +104,12 @@ def error_from_rpc(failure: grpc.Call) -> DeconvdError:
 class _Details:
     """What the google.rpc details of a failed call say."""
 
-    def __init__(self, failure: grpc.Call) -> None:
+    def __init__(self, details: Iterable[any_pb2.Any]) -> None:
         self.error_class: type[DeconvdError] | None = None
         self.argument = ""
         self.retry_after_s: float | None = None
         with suppress(message.DecodeError):  # a stranger's; what was read before it counts
-            for packed in _details_of(failure):
+            for packed in details:
                 self._read(packed)
 
     def _read(self, packed: any_pb2.Any) -> None:
@@ -112,13 +127,12 @@ class _Details:
             self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
 
 
-def _details_of(failure: grpc.Call) -> Sequence[any_pb2.Any]:
+def _details_of(failure: grpc.Call) -> Iterator[any_pb2.Any]:
     # not rpc_status.from_call, which refuses details once a proxy has changed the status
     for key, value in failure.trailing_metadata() or ():
         if key == _DETAILS_KEY:
-            details: Sequence[any_pb2.Any] = status_pb2.Status.FromString(value).details
-            return details
-    return ()
+            yield from status_pb2.Status.FromString(value).details
+            return
 
 
 def _shortened(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["TRANSPORT_OPTIONS"]
+__all__ = ["TRANSPORT_OPTIONS", "unix_path"]
 
 TRANSPORT_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.optimization_target", "throughput"),
@@ -14,3 +14,8 @@ TRANSPORT_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.http2.lookahead_bytes", 64 << 20),
 )
 """Channel and server options, chosen by measurement: see benchmarks/results."""
+
+
+def unix_path(address: str) -> str:
+    """Return the path of an address of the form ``unix:path`` or ``unix:///path``; empty if it is another."""
+    return address.removeprefix("unix:").removeprefix("//") if address.startswith("unix:") else ""

@@ -8,18 +8,22 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deconvd.direct import calls_beside
 from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd_server.admission import Admission
 from deconvd_server.device import Device
+from deconvd_server.direct import DirectServer
 from deconvd_server.engine import Engines
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release, unix_sockets
@@ -50,7 +54,8 @@ class Settings:
         max_message_bytes: The largest request and the largest response.
         drain_timeout_s: How long calls under way may take to end once the daemon drains.
         shared_memory_bytes: How much memory to lend to clients on this host; 0 for none.
-        shared_memory_users: Ids of the users to lend it to, beside the server's own and root.
+        shared_memory_users: Ids of the users to lend it to, and whose calls are taken without gRPC, beside
+            the server's own and root.
         residents: How much may stay between calls, and for how long.
     """
 
@@ -98,6 +103,7 @@ class Daemon:
             ),
             executor=self._slices,
         )
+        self._direct: DirectServer | None = None
         self._health = Health(SERVICE_NAME)
         self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
         self._server = self._grpc_server()
@@ -110,6 +116,7 @@ class Daemon:
         devices = open_devices()
         engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
         self._service.lender = self._lend(engines)
+        self._direct = self._serve_directly()
         residents = Residents(engines, self._settings.residents)
         with self._lock:
             self._service.residents = residents
@@ -125,14 +132,20 @@ class Daemon:
         with self._lock:
             self.state = State.DRAINING
         self._health.enter_graceful_shutdown()
+        # while their paths are ours, like the socket beside them
         if self._service.lender is not None:
-            self._service.lender.withdraw()  # while its path is ours, like the socket beside it
+            self._service.lender.withdraw()
+        if self._direct is not None:
+            self._direct.withdraw()
         if self._service.residents is not None:
             self._service.residents.drain()
+        deadline_s = time.monotonic() + self._settings.drain_timeout_s
         stopped = self._server.stop(self._settings.drain_timeout_s)
         # A watcher of health would keep the server from stopping for as long as it cares to watch.
         self._health.end_watches()
         stopped.wait()
+        if self._direct is not None:
+            self._direct.close(max(deadline_s - time.monotonic(), 0))
         self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
         self._slices.shutdown()
         for address in self.addresses:
@@ -152,6 +165,8 @@ class Daemon:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
         self._server.stop(None)
+        if self._direct is not None:
+            self._direct.cancel()
 
     def _lend(self, engines: Engines) -> Lender | None:
         limit_bytes = self._settings.shared_memory_bytes
@@ -162,10 +177,25 @@ class Daemon:
                 memory_socket(self.addresses),
                 Limits(limit_bytes, limit_bytes // 2),
                 on_map=engines.register,
-                users={0, os.geteuid(), *self._settings.shared_memory_users},
+                users=self._users,
             )
         except OSError as error:
             _log.warning("no memory is lent to clients on this host: %s", error)
+            return None
+
+    @property
+    def _users(self) -> set[int]:
+        """Whose processes on this host are served in other ways than by gRPC."""
+        return {0, os.geteuid(), *self._settings.shared_memory_users}
+
+    def _serve_directly(self) -> DirectServer | None:
+        if not self._service.unix_sockets:
+            return None
+        path = Path(calls_beside(self._service.unix_sockets[0]))
+        try:
+            return DirectServer(path, self._service.direct_behaviours(), self._users)
+        except OSError as error:
+            _log.warning("clients on this host make all calls by gRPC: %s", error)
             return None
 
     def _grpc_server(self) -> grpc.Server:

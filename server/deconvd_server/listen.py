@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 
 from deconvd.errors import InvalidArgumentError
+from deconvd.transport import unix_path
 
 __all__ = ["AddressInUseError", "bind", "release", "unix_sockets"]
 
@@ -70,7 +71,7 @@ def unix_sockets(addresses: Iterable[str]) -> list[str]:
 
 
 def _unix_path(address: str) -> Path:
-    path = Path(address.removeprefix("unix:").removeprefix("//"))
+    path = Path(unix_path(address))
     if not path.name or len(os.fsencode(path)) > _MAX_UNIX_PATH_BYTES:
         raise _unix_error(f"of 1 to {_MAX_UNIX_PATH_BYTES} bytes", address)
     if _NOT_IN_GRPC_PATHS.intersection(address):

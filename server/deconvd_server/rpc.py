@@ -19,10 +19,12 @@ from deconvd.status import status_from_error
 from deconvd_server.call import Call
 
 __all__ = [
+    "decoded",
     "held_handler",
     "sink_handler",
     "source_handler",
     "stream_handler",
+    "told",
     "unary_handler",
 ]
 
@@ -44,7 +46,7 @@ def unary_handler(
     def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
         call = _begun(name, context)
         try:
-            response = encode(behaviour(_decoded(request_type, data), call))
+            response = encode(behaviour(decoded(request_type, data), call))
         except Exception as error:
             _end_with(error, name, context)
             return b""  # which nobody gets
@@ -75,7 +77,7 @@ def source_handler(
 
     def handle(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         return _streamed(
-            lambda call: behaviour(_decoded(request_type, data), call), _name(request_type), context
+            lambda call: behaviour(decoded(request_type, data), call), _name(request_type), context
         )
 
     return grpc.unary_stream_rpc_method_handler(handle)
@@ -107,7 +109,7 @@ def held_handler(
     """
 
     def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        messages = (_decoded(part_type, data).message for data in parts)
+        messages = (decoded(part_type, data).message for data in parts)
 
         def hang_up() -> None:
             context.cancel()
@@ -145,18 +147,27 @@ def _begun(name: str, context: grpc.ServicerContext) -> Call:
 
 def _end_with(error: Exception, name: str, context: grpc.ServicerContext) -> None:
     """End the call with the status of an error, which raises; return if its caller has gone anyway."""
-    if isinstance(error, DeconvdError):
-        _log.warning("%s from %s: %s: %s", name, context.peer(), error.status, error)
-        context.abort_with_status(status_from_error(error))
-    if not context.is_active():
+    if not isinstance(error, DeconvdError) and not context.is_active():
         _log.info("%s from %s: the caller has gone", name, context.peer())
         return
-    _log.error("%s from %s: unforeseen error", name, context.peer(), exc_info=error)
-    unforeseen = InternalError("unforeseen error: see the server's log")
-    context.abort_with_status(status_from_error(unforeseen))
+    context.abort_with_status(status_from_error(told(error, name, context.peer())))
 
 
-def _decoded(request_type: type[_Request], data: bytes) -> Envelope[_Request]:
+def told(error: Exception, name: str, peer: str) -> DeconvdError:
+    """Return what a caller is told of an error, which is logged.
+
+    Args:
+        name: Of the method.
+    """
+    if isinstance(error, DeconvdError):
+        _log.warning("%s from %s: %s: %s", name, peer, error.status, error)
+        return error
+    _log.error("%s from %s: unforeseen error", name, peer, exc_info=error)
+    return InternalError("unforeseen error: see the server's log")
+
+
+def decoded(request_type: type[_Request], data: bytes) -> Envelope[_Request]:
+    """Return the message that bytes hold. Raises InvalidArgumentError if they hold none."""
     try:
         return decode(request_type, data)
     except DecodeError:

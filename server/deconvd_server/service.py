@@ -13,6 +13,7 @@ import numpy as np
 import deconvd
 from deconvd.chunks import EARLY_BYTES, ChunkReader
 from deconvd.codec import Buffer, Envelope
+from deconvd.direct import Method
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd.gradients import Wanted
@@ -23,6 +24,7 @@ from deconvd_server.admission import Admission
 from deconvd_server.arrivals import Arrivals
 from deconvd_server.call import Call
 from deconvd_server.device import GradientPlaces, Operand
+from deconvd_server.direct import Behaviour
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import Exchange
 from deconvd_server.requests import Deconvolution, Differentiation
@@ -84,6 +86,13 @@ class DeconvolutionService:
                 "GetServerInfo": unary_handler(pb.GetServerInfoRequest, self.get_server_info),
             },
         )
+
+    def direct_behaviours(self) -> dict[Method, Behaviour]:
+        """Return what a server of direct calls needs to serve this."""
+        return {
+            Method.DECONVOLVE: Behaviour(pb.DeconvolveRequest, self.deconvolve),
+            Method.DECONVOLVE_GRAD: Behaviour(pb.DeconvolveGradRequest, self.deconvolve_grad),
+        }
 
     def deconvolve(
         self, request: Envelope[pb.DeconvolveRequest], call: Call

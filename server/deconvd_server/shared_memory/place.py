@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from deconvd.shared_memory import socket_beside
+from deconvd.transport import unix_path
 
 __all__ = ["Peer", "SideSocket", "memory_socket", "peer_of"]
 
@@ -38,8 +39,8 @@ def memory_socket(addresses: Iterable[str]) -> Path:
     removed here.
     """
     for address in addresses:
-        if address.startswith("unix:"):
-            path = socket_beside(address.removeprefix("unix:").removeprefix("//"))
+        if own_path := unix_path(address):
+            path = socket_beside(own_path)
             if len(os.fsencode(path)) <= _MAX_PATH_BYTES:
                 return Path(path).absolute()
     runtime = os.environ.get("XDG_RUNTIME_DIR")
