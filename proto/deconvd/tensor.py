@@ -125,5 +125,5 @@ def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None)
             f"{name} must carry {spec.nbytes} bytes for {spec}, got {len(raw)}",
             argument=name,
         )
-    little_endian = np.frombuffer(raw, spec.dtype.newbyteorder("<"))
-    return little_endian.reshape(spec.shape).astype(spec.dtype, copy=False)
+    little_endian: Array = np.ndarray(spec.shape, spec.dtype.newbyteorder("<"), raw)
+    return little_endian.astype(spec.dtype, copy=False)

@@ -150,7 +150,7 @@ class Engines:
 
     def least_loaded(self) -> Engine:
         """Return the engine with the fewest calls, and of several the one with the most free memory."""
-        return min(self.all, key=_burden)
+        return self.all[0] if len(self.all) == 1 else min(self.all, key=_burden)
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Prepare every device for calls with arrays in some host memory. See `Device.register`."""
