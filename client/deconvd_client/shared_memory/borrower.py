@@ -210,7 +210,10 @@ class Borrower:
 
     @property
     def is_lent(self) -> bool:
-        """Whether the server lends memory, as far as is known now."""
+        """Whether the server lends memory, as far as is known now; True if it must."""
+        if self._is_only_way:
+            return True
+        self._ask()
         with self._lock:
             try:
                 return self._opened_link() is not None
