@@ -19,6 +19,7 @@ from deconvd_server.call import Call
 from deconvd_server.device import Device, DeviceTensor, GradientPlaces, Operand
 from deconvd_server.device import cuda as cuda_device
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.protocol import never
 from deconvd_server.engine import Engine
 
 FLOAT32 = np.dtype(np.float32)
@@ -127,6 +128,9 @@ def test_a_tensor_is_freed_once_and_then_of_no_use(device: Device) -> None:
 
 class _Foreign:
     spec, device_id = SMALL.W, "cuda:99"
+
+    def __init__(self) -> None:
+        self.may_grow: Callable[[int], bool] = never
 
     def samples(self, start: int, stop: int) -> DeviceTensor:
         raise AssertionError("nobody asks for a view")

@@ -275,6 +275,45 @@ def test_what_has_no_room_moves_to_the_host_and_comes_back_when_used() -> None:
         assert len(session.names) == 6
 
 
+def test_what_a_device_keeps_with_a_tensor_counts_and_goes_with_it() -> None:
+    with house(host_bytes=32 * KIB, quota_bytes=60 * KIB) as built:
+        session = built.open()
+        kept = built.make(session, array(1))
+        built.keeper.name(kept, session, b"a")
+        may_grow = kept.device_tensor.may_grow
+
+        assert may_grow(24 * KIB)
+        assert not may_grow(24 * KIB)  # the quota has no room for so much
+        assert may_grow(8 * KIB)
+        assert may_grow(-8 * KIB)
+        assert built.held_bytes() == session.tenant.used_bytes == 40 * KIB
+        built.keeper.release(kept)
+
+        built.engine.on_shortage(1, Call())  # it moves to the host, without what it has grown by
+        assert built.held_bytes() == 0
+        assert session.tenant.used_bytes == 16 * KIB
+        np.testing.assert_array_equal(built.get(session, b"a"), array(1))
+
+        back = built.keeper.by_name(session, b"a", "x", Call())
+        operand = built.keeper.operand(back, built.engine, Call())
+        assert not isinstance(operand, np.ndarray)
+        assert operand.may_grow(8 * KIB)
+        built.keeper.drop(session, [b"a"])
+        assert built.held_bytes() == 24 * KIB
+        built.keeper.release(back)
+        assert built.held_bytes() == session.tenant.used_bytes == 0
+
+
+def test_no_tensor_grows_where_there_is_no_room() -> None:
+    with house() as built:
+        session = built.open()
+        built.put(session, b"a", array(1, 40 * KIB))
+        kept = built.make(session, array(2))
+        assert not kept.device_tensor.may_grow(16 * KIB)
+        assert built.held_bytes() == 56 * KIB
+        built.keeper.release(kept)
+
+
 def test_what_cannot_come_back_is_used_from_the_host() -> None:
     with house(host_bytes=16 * KIB, device_bytes=16 * KIB) as built:
         session = built.open()

@@ -89,17 +89,25 @@ class Engine:
         Raises:
             ExhaustedError: The budget has no room for it now: `free` others, or wait for calls.
         """
-        self._admission.hold(spec.nbytes)
+        self.hold(spec.nbytes)
         try:
             return self._device.empty(spec)
         except BaseException:
-            self._admission.release(spec.nbytes)
+            self.release(spec.nbytes)
             raise
 
     def free(self, tensor: DeviceTensor) -> None:
         """Free a tensor that `empty` made, once: see `DeviceTensor`."""
         self._device.free(tensor)
-        self._admission.release(tensor.spec.nbytes)
+        self.release(tensor.spec.nbytes)
+
+    def hold(self, size_bytes: int) -> None:
+        """Count memory that the device keeps with a tensor, until it is released. Raises as `empty`."""
+        self._admission.hold(size_bytes)
+
+    def release(self, size_bytes: int) -> None:
+        """Count memory that was held as free."""
+        self._admission.release(size_bytes)
 
     def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
         """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do."""

@@ -23,6 +23,7 @@ __all__ = [
     "GradientPlaces",
     "Operand",
     "Place",
+    "never",
     "resident_bytes",
 ]
 
@@ -51,13 +52,26 @@ class DeviceInfo:
     has_own_memory: bool = False
 
 
+def never(_size_bytes: int) -> bool:
+    """Let no tensor grow."""
+    return False
+
+
 class DeviceTensor(Protocol):
     """A tensor in a device's own memory: C-contiguous, in native byte order. Made by `Device.empty`.
 
     It is of use to calls of that device alone: others raise ValueError, as all do for a tensor that
     is freed already. Whoever has it sees to it that no call reads it while another writes it, and
     that none is under way with it, or a view of it, when it is freed.
+
+    Attributes:
+        may_grow: Asked, with a number of bytes, whether the device may keep so much more with the
+            tensor: what it has made of it, so as not to make it again, and frees with it. The
+            answer True counts them; what comes to nothing is given back as a negative number. At
+            first it is never allowed.
     """
+
+    may_grow: Callable[[int], bool]
 
     @property
     def spec(self) -> TensorSpec:

@@ -178,7 +178,7 @@ class Keeper:
         tenant = session.tenant
         # what content alone stands for can be sent again: it makes room, the oldest first
         idle = (kept for kept in tuple(tenant.contents.values()) if kept.is_idle)
-        while tenant.used_bytes + size_bytes > tenant.quota_bytes:
+        while not tenant.has_quota_for(size_bytes):
             kept = next((kept for kept in idle if not kept.names), None)
             if kept is None or size_bytes > tenant.quota_bytes:
                 raise ExhaustedError(

@@ -36,6 +36,7 @@ class Kept:
         operand: Its elements there.
         life: Its users are the calls that need it where it is, and who moves it. It is retired when
             nothing stands for it any more, or to make room.
+        grown_bytes: What the device keeps with it beside its elements.
         is_moving: Whether it is on its way from one shelf to another: it gets no users meanwhile.
         names: The names that stand for it, each with the session that it was given to.
         content_key: What stands for it among its tenant's contents; None if nothing does.
@@ -55,6 +56,7 @@ class Kept:
         self.operand = operand
         self.size_bytes = counted_bytes(spec)
         self.life = Entry(Resource(self, self.size_bytes), lambda _: on_unused(self))
+        self.grown_bytes = 0
         self.is_moving = False
         self.names: dict[bytes, Session] = {}
         self.content_key: Hashable | None = None
@@ -65,6 +67,11 @@ class Kept:
         if isinstance(self.operand, np.ndarray):
             raise RuntimeError("the tensor lies in host memory")
         return self.operand
+
+    @property
+    def held_bytes(self) -> int:
+        """What it counts for where it lies."""
+        return self.size_bytes + self.grown_bytes
 
     @property
     def is_live(self) -> bool:
@@ -119,7 +126,7 @@ class Shelf:
             kept = next(displaceable, None)
             if kept is None:
                 return False
-            lacking_bytes -= kept.size_bytes
+            lacking_bytes -= kept.held_bytes
         return True
 
     def take(self, tenant: Tenant, size_bytes: int) -> None:
@@ -134,7 +141,7 @@ class Shelf:
     def leave(self, kept: Kept) -> None:
         """Let a tensor lie here no more. Its room is free once it has `left`."""
         del self._by_use[kept]
-        self.leave_unused(kept.tenant, kept.size_bytes)
+        self.leave_unused(kept.tenant, kept.held_bytes)
 
     def leave_unused(self, tenant: Tenant, size_bytes: int) -> None:
         """Give up room that was taken for what has not come."""

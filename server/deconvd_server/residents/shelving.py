@@ -77,6 +77,7 @@ class Shelving:
         shelf = self._shelves[engine.info.id]
         operand = self._taken(shelf, tenant, spec, call)
         kept = Kept(tenant, spec, shelf, operand, self._discard)
+        operand.may_grow = partial(self._may_grow, kept)
         with self._changed:
             kept.life.acquire()
             shelf.put(kept)
@@ -119,9 +120,9 @@ class Shelving:
         with self._changed:
             garbage, self._garbage = self._garbage, []
         for kept in garbage:
-            self._free(kept.shelf, kept.operand)
+            self._free(kept.shelf, kept.operand, kept.grown_bytes)
             with self._changed:
-                kept.shelf.left(kept.size_bytes)
+                kept.shelf.left(kept.held_bytes)
                 self._changed.notify_all()
 
     def states(self, engine: Engine) -> list[CacheState]:
@@ -136,14 +137,15 @@ class Shelving:
     def _discard(self, kept: Kept) -> None:
         """Take, under the lock, a tensor that was dropped and that nobody uses any more."""
         kept.shelf.leave(kept)
-        kept.tenant.used_bytes -= kept.size_bytes
+        kept.tenant.used_bytes -= kept.held_bytes
         self._garbage.append(kept)
 
-    def _free(self, shelf: Shelf, operand: Operand) -> None:
+    def _free(self, shelf: Shelf, operand: Operand, grown_bytes: int = 0) -> None:
         if isinstance(operand, np.ndarray):
             return  # the memory goes with the last reference
         try:
             _engine(shelf).free(operand)
+            _engine(shelf).release(grown_bytes)
         except Exception:
             _log.exception("the memory of a kept tensor could not be freed in good order")
 
@@ -201,9 +203,33 @@ class Shelving:
                 victim = next(chain(shelf.displaceable(call.tenant), movable), None)
                 if victim is None:
                     return
+                grown_bytes = victim.grown_bytes
                 self._begin_displacing(victim, call.tenant)
             self._end_displacing(victim)
-            size_bytes -= victim.spec.nbytes
+            size_bytes -= victim.spec.nbytes + grown_bytes
+
+    def _may_grow(self, kept: Kept, size_bytes: int) -> bool:
+        """Count so many bytes more with a tensor, if there is room for them as it is.
+
+        The device asks in the midst of a call that uses the tensor: it stays where it is meanwhile.
+        """
+        engine, tenant = _engine(kept.shelf), kept.tenant
+        if size_bytes > 0:
+            try:
+                engine.hold(size_bytes)
+            except ExhaustedError:
+                return False
+        else:
+            engine.release(-size_bytes)
+        with self._changed:
+            has_room = kept.shelf.fits(size_bytes) and tenant.has_quota_for(size_bytes)
+            if size_bytes <= 0 or has_room:
+                kept.shelf.take(tenant, size_bytes)
+                tenant.used_bytes += size_bytes
+                kept.grown_bytes += size_bytes
+                return True
+        engine.release(size_bytes)
+        return False
 
     # Moves
 
@@ -255,10 +281,11 @@ class Shelving:
                 self._moved(kept)
                 kept.life.release()
             return
+        grown_bytes = kept.grown_bytes
         self._reshelve(kept, below, array)
-        self._free(above, operand)
+        self._free(above, operand, grown_bytes)
         with self._changed:
-            above.left(kept.size_bytes)
+            above.left(kept.size_bytes + grown_bytes)
             kept.life.release()
             self._moved(kept)
 
@@ -273,6 +300,7 @@ class Shelving:
             except BaseException:
                 self._give_up(shelf, kept, operand)
                 raise
+            operand.may_grow = partial(self._may_grow, kept)
             self._reshelve(kept, shelf, operand)
             with self._changed:
                 self._host.left(kept.size_bytes)
@@ -294,6 +322,8 @@ class Shelving:
         """Let a tensor lie elsewhere. Its old memory is still to be freed, and to be counted as such."""
         with self._changed:
             kept.shelf.leave(kept)
+            kept.tenant.used_bytes -= kept.grown_bytes
+            kept.grown_bytes = 0
             kept.shelf, kept.operand = shelf, operand
             shelf.put(kept)
 

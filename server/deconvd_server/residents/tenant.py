@@ -31,6 +31,10 @@ class Tenant:
     used_bytes: int = 0
     contents: dict[Hashable, Kept] = field(default_factory=dict)
 
+    def has_quota_for(self, size_bytes: int) -> bool:
+        """Return whether it may keep so much more."""
+        return self.used_bytes + size_bytes <= self.quota_bytes
+
 
 class SessionState(StrEnum):
     """What has become of a session."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from deconvd.copying import copy_into
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, spec_of
-from deconvd_server.device.protocol import DeviceTensor, Operand, Place
+from deconvd_server.device.protocol import DeviceTensor, Operand, Place, never
 
 __all__ = ["DEVICE_ID", "HostTensor", "array_of", "landed", "own", "place_for"]
 
@@ -25,6 +27,7 @@ class HostTensor:
 
     def __init__(self, array: Array, whole: HostTensor | None = None) -> None:
         self.spec = spec_of(array)
+        self.may_grow: Callable[[int], bool] = never
         self._array: Array | None = array
         self._whole = whole or self
 

@@ -9,7 +9,7 @@ from deconvd.dtypes import DType
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import Operation, Plan, Preparation, preparation_of
 
 __all__ = ["CastPlan", "operands_of", "result_of", "uniform"]
 
@@ -47,15 +47,23 @@ class CastPlan:
 
     Args:
         inner: A plan for `uniform(problem)`.
+        b_is_ready: Whether b comes as `inner` wants it.
     """
 
-    def __init__(self, operation: Operation, problem: Problem, inner: Plan) -> None:
+    def __init__(
+        self, operation: Operation, problem: Problem, inner: Plan, *, b_is_ready: bool = False
+    ) -> None:
+        self._operation, self._problem = operation, problem
         self._inner = inner
         self._type = problem.compute_type
         self._operands = operands_of(operation, problem)
         self._result = result_of(operation, problem)
         regions = Regions()
-        self._regions = [self._region(regions, spec) for spec in (*self._operands, self._result)]
+        specs = (*self._operands, self._result)
+        self._regions = [
+            None if is_ready else self._region(regions, spec)
+            for spec, is_ready in zip(specs, (False, b_is_ready, False), strict=True)
+        ]
         self._scratch = regions.add(inner.workspace_bytes)
         self.workspace_bytes = regions.total_bytes
 
@@ -74,6 +82,24 @@ class CastPlan:
     def deterministic(self) -> bool:
         """Whether the inner plan is."""
         return self._inner.deterministic
+
+    def preparation(self) -> Preparation | None:
+        """Return how W is cast, or what the inner plan makes of a W that need not be. See `Preparable`."""
+        if self._operation is Operation.GW:
+            return None
+        W = self._operands[1]
+        if self._regions[1] is not None:
+            size_bytes = self._regions[1].size_bytes
+            plan = CastPlan(self._operation, self._problem, self._inner, b_is_ready=True)
+            return Preparation(("cast", self._type), size_bytes, self._cast_W, plan)
+        inner = preparation_of(self._inner) if W.dtype == self._type else None
+        if inner is None:
+            return None
+        plan = CastPlan(self._operation, self._problem, inner.plan, b_is_ready=True)
+        return replace(inner, plan=plan)
+
+    def _cast_W(self, W: int, form: int, stream: int) -> None:
+        self._cast(W, self._operands[1], form, stream)
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the operation. See `Plan`."""

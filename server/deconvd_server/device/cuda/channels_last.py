@@ -6,7 +6,7 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.casting import operands_of, result_of
 from deconvd_server.device.cuda.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import Operation, Plan, Preparation
 
 __all__ = ["ChannelsLastPlan"]
 
@@ -16,13 +16,20 @@ class ChannelsLastPlan:
 
     Args:
         inner: A plan for the same problem, with all three tensors in NHWC order.
+        b_is_last: Whether b comes channels last.
     """
 
-    def __init__(self, operation: Operation, problem: Problem, inner: Plan) -> None:
+    def __init__(
+        self, operation: Operation, problem: Problem, inner: Plan, *, b_is_last: bool = False
+    ) -> None:
+        self._operation, self._problem = operation, problem
         self._inner = inner
         self._specs = (*operands_of(operation, problem), result_of(operation, problem))
         regions = Regions()
-        self._regions = [_region(regions, spec) for spec in self._specs]
+        self._regions = [
+            None if is_last else _region(regions, spec)
+            for spec, is_last in zip(self._specs, (False, b_is_last, False), strict=True)
+        ]
         self._scratch = regions.add(inner.workspace_bytes)
         self.workspace_bytes = regions.total_bytes
 
@@ -35,6 +42,19 @@ class ChannelsLastPlan:
     def deterministic(self) -> bool:
         """Whether the inner plan is."""
         return self._inner.deterministic
+
+    def preparation(self) -> Preparation | None:
+        """Return how W is transposed. See `Preparable`."""
+        if self._operation is Operation.GW or self._regions[1] is None:
+            return None
+        spec = self._specs[1]
+
+        def transpose(W: int, form: int, stream: int) -> None:
+            n, c, h, w = spec.shape
+            kernels.transpose_to_nhwc(W, form, n, c, h, w, spec.dtype, stream)
+
+        plan = ChannelsLastPlan(self._operation, self._problem, self._inner, b_is_last=True)
+        return Preparation("channels last", spec.nbytes, transpose, plan)
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the operation. See `Plan`."""

@@ -37,6 +37,7 @@ from deconvd_server.device.cuda.plans.candidates import Candidates
 from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.prepared import Prepared, prepared
 from deconvd_server.device.cuda.runtime import (
     PinnedBuffer,
     Pool,
@@ -234,15 +235,16 @@ class CudaDevice:
         if not problem.has_products:
             y = empty_y(problem, None if b is None else self._fetched(b, call))
             return self._landed(y, out, call)
-        operands = (x, W) if b is None else (x, W, b)
         place: Array | Place = self._results.empty(problem.y) if out is None else out
         with self._working(call) as lane:
+            ready = self._prepared(Operation.Y, problem, W, options, call, lane)
 
             def job() -> Job:
-                plan = self._plan(Operation.Y, problem, options, call)
+                plan = ready.plan or self._plan(Operation.Y, problem, options, call)
                 return DeconvolveJob(problem, plan, with_b=b is not None)
 
-            key = (problem, options, b is not None)
+            key = (problem, options, b is not None, ready.key)
+            operands = (x, ready.W) if b is None else (x, ready.W, b)
             lane.run(key, job, operands, [place], call)
         return place
 
@@ -267,7 +269,6 @@ class CudaDevice:
             return Gradients(*map(_array_or_none, landed))
         operands = [gy]
         operands += [x] if wanted.gW and x is not None else []
-        operands += [W] if wanted.gx and W is not None else []
         places = [
             (self._results.empty(spec) if place is None else place) if is_wanted else None
             for spec, place, is_wanted in zip(
@@ -275,19 +276,43 @@ class CudaDevice:
             )
         ]
         with self._working(call) as lane:
+            ready = None
+            if wanted.gx and W is not None:
+                ready = self._prepared(Operation.GX, problem, W, options, call, lane)
+                operands.append(ready.W)
 
             def job() -> Job:
                 plans = {
                     operation: self._plan(operation, problem, options, call)
                     for operation in operations_of(wanted)
                 }
+                if ready is not None and ready.plan is not None:
+                    plans[Operation.GX] = ready.plan
                 return GradientsJob(
                     problem, plans.get(Operation.GX), plans.get(Operation.GW), with_gb=wanted.gb
                 )
 
-            key = (problem, options, wanted)
+            key = (problem, options, wanted, ready and ready.key)
             lane.run(key, job, operands, [place for place in places if place is not None], call)
         return Gradients(*map(_array_or_none, places))
+
+    def _prepared(
+        self,
+        operation: Operation,
+        problem: Problem,
+        W: Operand,
+        options: Options,
+        call: Call,
+        lane: Lane,
+    ) -> Prepared:
+        """Return W as an operation is to have it. See `prepared`."""
+        return prepared(
+            W,
+            (operation, problem, options),
+            lambda: self._plan(operation, problem, options, call),
+            self.memory,
+            lane.stream,
+        )
 
     def _fetched(self, operand: Operand, call: Call) -> Array:
         """Return an operand's elements as an array."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-__all__ = ["OPERAND_ALIGNMENT_BYTES", "Operation", "Plan"]
+__all__ = [
+    "OPERAND_ALIGNMENT_BYTES",
+    "Operation",
+    "Plan",
+    "Preparable",
+    "Preparation",
+    "preparation_of",
+]
 
 OPERAND_ALIGNMENT_BYTES = 16
 """What plans count on of the addresses of operands and results: kernels move so many bytes at a time."""
@@ -54,3 +63,34 @@ class Plan(Protocol):
             workspace: Device pointer to `workspace_bytes` of memory, aligned to 256 bytes.
             stream: The CUDA stream.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a plan makes of its operand b, W, before all else: worth keeping with a W that stays.
+
+    Attributes:
+        key: Tells the form from other forms of the same W, by whatever plan.
+        size_bytes: What the form takes.
+        make: Enqueues its making, given device pointers to b and to memory for the form, which is
+            aligned to 256 bytes, and a stream.
+        plan: A plan for the same, of which b is the form.
+    """
+
+    key: Hashable
+    size_bytes: int
+    make: Callable[[int, int, int], None]
+    plan: Plan
+
+
+@runtime_checkable
+class Preparable(Protocol):
+    """A plan that may make something of its operand b first."""
+
+    def preparation(self) -> Preparation | None:
+        """Return what that is; None if it takes b as it is, or b is no W."""
+
+
+def preparation_of(plan: Plan) -> Preparation | None:
+    """Return what a plan makes of its operand b before all else; None if nothing that can be kept."""
+    return plan.preparation() if isinstance(plan, Preparable) else None

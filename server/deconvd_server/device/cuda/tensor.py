@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 from deconvd.problem import TensorSpec
+from deconvd_server.device.cuda.forms import Forms
 from deconvd_server.device.cuda.memory import Lease
-from deconvd_server.device.protocol import DeviceTensor
+from deconvd_server.device.cuda.plan import Preparation
+from deconvd_server.device.protocol import DeviceTensor, never
 
 __all__ = ["CudaTensor", "own"]
 
@@ -15,6 +19,10 @@ class CudaTensor:
     Args:
         lease: The memory that it lies in.
         offset_bytes: Where in it.
+
+    Attributes:
+        forms: What plans have made of it; None for a view.
+        preparations: What the plans of its calls would make of it, by kinds of calls.
     """
 
     def __init__(
@@ -22,6 +30,9 @@ class CudaTensor:
     ) -> None:
         self.spec = spec
         self.device_id = device_id
+        self.may_grow: Callable[[int], bool] = never
+        self.forms: Forms | None = Forms()
+        self.preparations: dict[Hashable, Preparation | None] = {}
         self._lease = lease
         self._offset_bytes = offset_bytes
 
@@ -36,11 +47,15 @@ class CudaTensor:
         sample = TensorSpec(shape[1:], self.spec.dtype)
         offset_bytes = self._offset_bytes + start * sample.nbytes
         spec = TensorSpec((stop - start, *shape[1:]), self.spec.dtype)
-        return CudaTensor(spec, self.device_id, self._lease, offset_bytes)
+        view = CudaTensor(spec, self.device_id, self._lease, offset_bytes)
+        view.forms = None
+        return view
 
     def free(self) -> None:
-        """Give the memory back, once."""
+        """Give the memory back, once, and that of its forms."""
         self._lease.free()
+        if self.forms is not None:
+            self.forms.free()
 
 
 def own(tensor: DeviceTensor, device_id: str) -> CudaTensor:

@@ -20,7 +20,7 @@ from deconvd_server.device.cuda.kernels.launch import (
     pointer,
 )
 from deconvd_server.device.cuda.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import Operation, Plan, Preparation, preparation_of
 
 __all__ = ["WindowPlan", "enlarged"]
 
@@ -44,7 +44,7 @@ class WindowPlan:
     """
 
     def __init__(self, operation: Operation, problem: Problem, inner: Plan) -> None:
-        self._operation = operation
+        self._operation, self._problem = operation, problem
         self._inner = inner
         self._small, self._large = problem.y, enlarged(problem).y
         regions = Regions()
@@ -61,6 +61,13 @@ class WindowPlan:
     def deterministic(self) -> bool:
         """Whether the inner plan is."""
         return self._inner.deterministic
+
+    def preparation(self) -> Preparation | None:
+        """Return what the inner plan makes of W, which has no window. See `Preparable`."""
+        inner = None if self._operation is Operation.GW else preparation_of(self._inner)
+        if inner is None:
+            return None
+        return replace(inner, plan=WindowPlan(self._operation, self._problem, inner.plan))
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the operation. See `Plan`."""

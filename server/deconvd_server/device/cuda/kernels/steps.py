@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from cupy.cuda import runtime
 
 from deconvd_server.device.cuda.kernels.launch import Argument, Grid, Kernel, pointer
+from deconvd_server.device.cuda.plan import Preparation
 
 __all__ = ["Clear", "Launch", "Operands", "Place", "Slot", "Step", "StepPlan", "Workspace"]
 
@@ -78,11 +80,20 @@ class Clear:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A `Plan` that enqueues its steps in order. None of our steps lets two runs differ."""
+    """A `Plan` that enqueues its steps in order. None of our steps lets two runs differ.
+
+    Attributes:
+        prepare: Returns how b is prepared; see `Preparable`.
+    """
 
     name: str
     workspace_bytes: int
     steps: tuple[Step, ...]
+    prepare: Callable[[], Preparation | None] = lambda: None
+
+    def preparation(self) -> Preparation | None:
+        """Return what is made of b before all else. See `Preparable`."""
+        return self.prepare()
 
     @property
     def deterministic(self) -> bool:

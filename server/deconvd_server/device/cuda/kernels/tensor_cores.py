@@ -23,7 +23,7 @@ from deconvd_server.device.cuda.kernels.steps import (
     StepPlan,
     Workspace,
 )
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Operation, Preparation
 
 __all__ = ["tensor_core_plans"]
 
@@ -121,11 +121,12 @@ def _fits_integers(problem: Problem, packing: Packing) -> bool:
     return max(problem.n * pixels, depth, reach, math.prod(problem.output)) < MAX_EXTENT // 4
 
 
-def _y_plan(packing: Packing) -> StepPlan:
+def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     problem, workspace = packing.problem, Workspace()
     itemsize = problem.x.dtype.itemsize
     x = workspace.take(packing.x_elements * itemsize)
-    W = workspace.take(packing.filter_by_output_elements() * itemsize)
+    W_bytes = packing.filter_by_output_elements() * itemsize
+    W = Place(Slot.B) if W_is_packed else workspace.take(W_bytes)
     dilate = problem.geometry.dilate
     convolution = _Convolution(
         *(problem.n, problem.groups, *problem.image, padded(packing.inputs)),
@@ -141,15 +142,44 @@ def _y_plan(packing: Packing) -> StepPlan:
     stride = problem.geometry.stride
     pixels = problem.n * math.prod(packing.packed_output)
     convolve = _convolve(packing, pixels, stride, (x, W), convolution)
+    if W_is_packed:
+        return StepPlan("tensor cores", workspace.size_bytes, (packing.pack_x(x), convolve))
+
+    def prepare() -> Preparation:
+        pack = packing.pack_filter_by_output(Place(Slot.OUT))
+        plan = _y_plan(packing, W_is_packed=True)
+        return _preparation("by output", packing, W_bytes, pack, plan)
+
     steps = (packing.pack_x(x), *packing.pack_filter_by_output(W), convolve)
-    return StepPlan("tensor cores", workspace.size_bytes, steps)
+    return StepPlan("tensor cores", workspace.size_bytes, steps, prepare)
 
 
-def _gx_plan(packing: Packing) -> StepPlan:
+def _preparation(
+    order: str, packing: Packing, size_bytes: int, pack: list[Step], plan: StepPlan
+) -> Preparation:
+    """Return how W is packed.
+
+    Args:
+        order: Which order the packed W has.
+        pack: The steps that pack it from the place of b to that of the result.
+        plan: For W so packed.
+    """
+    # no more than the packing of a given W depends on
+    key = ("tensor cores", order, packing.problem.groups, packing.problem.geometry.stride)
+
+    def make(W: int, form: int, stream: int) -> None:
+        for step in pack:
+            step.enqueue((0, W, form, 0), stream)
+
+    return Preparation(key, size_bytes, make, plan)
+
+
+def _gx_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     problem, workspace = packing.problem, Workspace()
     itemsize = problem.x.dtype.itemsize
     gy = workspace.take(packing.gy_elements * itemsize)
-    W = workspace.take(packing.filter_by_input_elements() * itemsize)
+    W_bytes = packing.filter_by_input_elements() * itemsize
+    W = Place(Slot.B) if W_is_packed else workspace.take(W_bytes)
     parts_count = _gx_parts(packing)
     convolution = _Convolution(
         *(problem.n, problem.groups, *packing.packed_output, padded(packing.columns)),
@@ -162,13 +192,23 @@ def _gx_plan(packing: Packing) -> StepPlan:
         *(0, 0, parts_count),
     )
     pixels = problem.n * math.prod(problem.image)
-    pack = packing.pack_gy(Slot.A, gy), *packing.pack_filter_by_input(W)
+    products: tuple[Step, ...]
     if parts_count == 1:
-        convolve = _convolve(packing, pixels, (1, 1), (gy, W), convolution)
-        return StepPlan("tensor cores", workspace.size_bytes, (*pack, convolve))
-    sums = workspace.take(parts_count * pixels * problem.c_I * 4)
-    parts = _convolve_parts(packing, pixels, (gy, W, sums), convolution)
-    return StepPlan("tensor cores", workspace.size_bytes, (*pack, *parts))
+        products = (_convolve(packing, pixels, (1, 1), (gy, W), convolution),)
+    else:
+        sums = workspace.take(parts_count * pixels * problem.c_I * 4)
+        products = _convolve_parts(packing, pixels, (gy, W, sums), convolution)
+    pack_gy = packing.pack_gy(Slot.A, gy)
+    if W_is_packed:
+        return StepPlan("tensor cores", workspace.size_bytes, (pack_gy, *products))
+
+    def prepare() -> Preparation:
+        pack = packing.pack_filter_by_input(Place(Slot.OUT))
+        plan = _gx_plan(packing, W_is_packed=True)
+        return _preparation("by input", packing, W_bytes, pack, plan)
+
+    steps = (pack_gy, *packing.pack_filter_by_input(W), *products)
+    return StepPlan("tensor cores", workspace.size_bytes, steps, prepare)
 
 
 def _gx_parts(packing: Packing) -> int:
