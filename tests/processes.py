@@ -14,6 +14,7 @@ __all__ = [
     "Held",
     "Peak",
     "held_by",
+    "lent_bytes",
     "memory_bytes",
     "peak_memory_bytes",
     "wait_until",
@@ -47,6 +48,13 @@ def memory_bytes(pid: int) -> int:
     """Return what a process holds of the host's memory, memory that it shares included."""
     resident_pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     return int(resident_pages) * _PAGE_BYTES
+
+
+def lent_bytes(pid: int) -> int:
+    """Return how much a server has mapped of the memory that it lends."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    ranges = [line.split("-", 1) for line in maps if "/memfd:deconvd" in line]
+    return sum(int(end.split()[0], 16) - int(begin, 16) for begin, end in ranges)
 
 
 def peak_memory_bytes(pid: int) -> int:

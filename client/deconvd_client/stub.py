@@ -301,6 +301,9 @@ class Stub:
     def _translated(self, error: grpc.RpcError | ValueError) -> Exception:
         """Return the error of ours that an error of gRPC's stands for, and any other as it is."""
         if isinstance(error, grpc.RpcError):
+            # A stream's is the call itself, which frames hold that the error would hold: the caller's
+            # arrays would stay until the garbage collector finds them.
+            error.__traceback__ = None
             # every RpcError of a channel is its Call too, which the types do not say
             return _with_advice(error_from_rpc(cast("grpc.Call", error)))
         if self._closed and not isinstance(error, DeconvdError):

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from deconvd.chunks import ChunkReader
 from deconvd.codec import Envelope, decode, encode
-from deconvd.errors import DeconvdError, InternalError, InvalidArgumentError
+from deconvd.errors import CallCancelledError, DeconvdError, InternalError, InvalidArgumentError
 from deconvd.status import status_from_error
 from deconvd_server.call import Call
 
@@ -63,7 +63,9 @@ def stream_handler(
 
     def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         return _streamed(
-            lambda call: behaviour(ChunkReader(parts, part_type), call), _name(part_type), context
+            lambda call: behaviour(ChunkReader(_heard(parts), part_type), call),
+            _name(part_type),
+            context,
         )
 
     return grpc.stream_stream_rpc_method_handler(handle)
@@ -90,7 +92,7 @@ def sink_handler(
 
     def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         def respond(call: Call) -> Iterator[bytes]:
-            yield behaviour(ChunkReader(parts, part_type), call).SerializeToString()
+            yield behaviour(ChunkReader(_heard(parts), part_type), call).SerializeToString()
 
         responses = list(_streamed(respond, _name(part_type), context))
         return responses[0] if responses else b""  # which nobody gets
@@ -109,7 +111,7 @@ def held_handler(
     """
 
     def handle(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        messages = (decoded(part_type, data).message for data in parts)
+        messages = (decoded(part_type, data).message for data in _heard(parts))
 
         def hang_up() -> None:
             context.cancel()
@@ -117,6 +119,18 @@ def held_handler(
         return _streamed(lambda call: behaviour(messages, call, hang_up), _name(part_type), context)
 
     return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _heard(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield a stream's messages; raise CallCancelledError once its caller has gone.
+
+    gRPC keeps the error that it raises then, and the error keeps all frames that it passes through:
+    with them what a call holds would stay until the garbage collector finds it.
+    """
+    try:
+        yield from parts
+    except Exception:
+        raise CallCancelledError("the caller gave the call up") from None
 
 
 def _streamed(

@@ -7,7 +7,7 @@ order, in the compute type.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -200,10 +200,10 @@ def _in_flight(begun: Iterator[Future[_T]], call: Call) -> Iterator[_T]:
     If anything fails, what is under way ends by itself, since the call has: its memory is held
     until then.
     """
+    # An error holds this frame, which must hold no future that holds the error: no name for one.
     under_way: list[Future[_T]] = []
     try:
-        for future in begun:
-            under_way.append(future)
+        while _add_next(begun, under_way):
             if len(under_way) == SLICES_IN_FLIGHT:
                 yield under_way.pop(0).result()
         while under_way:
@@ -211,5 +211,13 @@ def _in_flight(begun: Iterator[Future[_T]], call: Call) -> Iterator[_T]:
     finally:
         if under_way:
             call.cancel()
-            for future in under_way:
-                future.exception()
+            wait(under_way)
+            under_way.clear()
+
+
+def _add_next(begun: Iterator[Future[_T]], under_way: list[Future[_T]]) -> bool:
+    """Begin the next piece of work; return False if there is none."""
+    future = next(begun, None)
+    if future is not None:
+        under_way.append(future)
+    return future is not None

@@ -51,8 +51,11 @@ class Team:
             # waiting for whatever keeps the helpers busy.
             begun = [helper for helper in helpers if not helper.cancel()]
             wait(begun)
-        for helper in begun:
-            helper.result()
+        # An error holds this frame. It must not hold the error, or the call's arrays would stay until
+        # the garbage collector finds the two.
+        helpers.clear()
+        while begun:
+            begun.pop().result()
 
     def close(self) -> None:
         """End the helpers once they are idle."""
