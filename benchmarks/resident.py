@@ -6,7 +6,8 @@ networks", ICLR 2016). A step computes each layer's y, then each layer's gradien
 between the layers is a ReLU, computed here. Three steps differ in what may stay:
 
 - `step`: W and b are changed after each step, as in training; x and W stay from y to gradients (`F.vjp`).
-- `step, W unchanged`: the same with W and b as they were, as when gradients are summed over several batches.
+- `step, W unchanged`: the same with W and b as they were, as when gradients are summed over several batches; W stays
+  from step to step (`F.put`).
 - `layers alone`: no ReLU, so that nothing but the first x, the last gy, W, the last y and gW need to move (`F.remote`).
 
 Bytes are counted by a proxy between client and server, in a step of its own; they are all that TCP carries, HTTP/2's
@@ -84,6 +85,7 @@ class Model:
     def __init__(self, layers: tuple[Layer, ...]) -> None:
         random = np.random.default_rng(0)
         self.layers = layers
+        self._there: dict[Connection, list[RemoteTensor]] = {}
         problems = [layer.problem(_FLOAT32) for layer in layers]
         self.x = random.standard_normal(problems[0].x.shape, np.float32)
         self.Ws: list[Array] = [
@@ -95,6 +97,12 @@ class Model:
         """Change each W and b, as an optimizer does."""
         for parameter in [*self.Ws, *self.bs]:
             parameter *= 0.999
+
+    def Ws_there(self, F: Connection) -> list[RemoteTensor]:
+        """Return what stands for W at a connection; it is put there once."""
+        if F not in self._there:
+            self._there[F] = [F.put(W) for W in self.Ws]
+        return self._there[F]
 
     def geometry(self, i: int) -> tuple[int, int]:
         """Return the stride and the pad of a layer."""
@@ -118,8 +126,19 @@ def plain_step(F: Connection, model: Model) -> list[Gradients]:
 
 def resident_step(F: Connection, model: Model) -> list[Gradients]:
     """Let x and W stay from y to the gradients."""
+    return _resident_step(F, model, model.Ws)
+
+
+def resident_step_with_W_there(F: Connection, model: Model) -> list[Gradients]:
+    """Let W stay from step to step too."""
+    return _resident_step(F, model, model.Ws_there(F))
+
+
+def _resident_step(
+    F: Connection, model: Model, Ws: Sequence[Array | RemoteTensor]
+) -> list[Gradients]:
     pullbacks, ys, x = [], [], model.x
-    for i, (W, b) in enumerate(zip(model.Ws, model.bs, strict=True)):
+    for i, (W, b) in enumerate(zip(Ws, model.bs, strict=True)):
         y, pullback = F.vjp(x, W, b, *model.geometry(i))
         pullbacks.append(pullback)
         ys.append(y)
@@ -180,7 +199,7 @@ Step = Callable[[Connection, Model], list[Gradients]]
 
 _STEPS: dict[str, tuple[Step, Step, bool]] = {
     "step": (plain_step, resident_step, True),
-    "step, W unchanged": (plain_step, resident_step, False),
+    "step, W unchanged": (plain_step, resident_step_with_W_there, False),
     "layers alone": (plain_layers, resident_layers, True),
 }
 """Without and with residency, and whether W changes after each step."""

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
 
@@ -198,8 +199,12 @@ class Stub:
         """Call DropTensors."""
         self._drop_tensors(Envelope(request, {}))
 
-    def hold_session(self, opening: pb.HoldSessionRequest) -> Hold:
-        """Call HoldSession, and return once the server has answered the first message."""
+    def hold_session(self, opening: pb.HoldSessionRequest, timeout_s: float | None) -> Hold:
+        """Call HoldSession, and return once the server has answered the first message.
+
+        Args:
+            timeout_s: For one try; None to try as often and as long as for other calls.
+        """
 
         def attempt(timeout_s: float) -> Hold:
             signs: SimpleQueue[bytes | None] = SimpleQueue()
@@ -211,7 +216,9 @@ class Stub:
                 signs.put(None)  # or gRPC's thread would wait for more
                 raise
 
-        return self._retried(attempt)
+        if timeout_s is None:
+            return self._retried(attempt)
+        return self._translating(attempt, min(timeout_s, self._timeout_s))
 
     def get_server_info(self) -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
@@ -282,13 +289,17 @@ class Stub:
         return self._retried(attempt)
 
     def _retried(self, attempt: Callable[[float], _T]) -> _T:
-        def translated(timeout_s: float) -> _T:
-            try:
-                return attempt(timeout_s)
-            except (grpc.RpcError, ValueError) as error:
-                raise self._translated(error) from None
+        return with_retries(
+            partial(self._translating, attempt),
+            timeout_s=self._timeout_s,
+            is_closed=lambda: self._closed,
+        )
 
-        return with_retries(translated, timeout_s=self._timeout_s, is_closed=lambda: self._closed)
+    def _translating(self, attempt: Callable[[float], _T], timeout_s: float) -> _T:
+        try:
+            return attempt(timeout_s)
+        except (grpc.RpcError, ValueError) as error:
+            raise self._translated(error) from None
 
     @property
     def last_ledger(self) -> dict[str, int]:

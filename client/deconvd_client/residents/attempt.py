@@ -51,13 +51,13 @@ class Means:
         session: The name of the session.
         contents: Digests that the server has.
         put: Has the server keep a tensor that it has lost.
-        handle: Makes a handle of a tensor that the server has kept.
+        handle: Makes a handle of a tensor that the server has kept, and its size in bytes.
     """
 
     session: bytes
     contents: Contents
     put: Callable[[Kept, Source], Handle]
-    handle: Callable[[pb.Resident], Handle]
+    handle: Callable[[pb.Resident, int], Handle]
 
 
 class Attempt(Generic[RequestT, ResponseT]):
@@ -125,14 +125,16 @@ class Attempt(Generic[RequestT, ResponseT]):
             self._means.contents.learn(self._means.session, *content)
         for field, (kept, _) in self._unsent.items():
             assert isinstance(response, pb.DeconvolveResponse)  # no other keeps operands
-            kept.adopt(self._means.handle(getattr(response.kept, field)))
+            resident = getattr(response.kept, field)
+            kept.adopt(self._means.handle(resident, kept.spec.nbytes))
 
     def results(self, response: ResponseT) -> dict[str, Kept]:
         """Return what stands for the results that stay."""
-        return {
-            field: Kept(spec, handle=self._means.handle(getattr(response, field).resident))
-            for field, spec in self._call.results.items()
-        }
+        kept: dict[str, Kept] = {}
+        for field, spec in self._call.results.items():
+            resident = getattr(response, field).resident
+            kept[field] = Kept(spec, handle=self._means.handle(resident, spec.nbytes))
+        return kept
 
     def forget(self, argument: str) -> bool:
         """Take note that the server lacks an operand; return whether there is another way for it.

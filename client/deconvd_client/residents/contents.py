@@ -24,6 +24,9 @@ _LEAST_BYTES: Final = 64 << 10
 """What is smaller is sent about as fast as its digest is computed and looked up."""
 
 _KNOWN_COUNT: Final = 4096
+_OPEN_TIMEOUT_S: Final = 2.0
+"""A call that can do without a session does not wait for one longer, and not for a server that is not there."""
+
 _PAUSE_S: Final = 2.0
 """How long nothing is offered once a session was lost, or could not be opened."""
 
@@ -79,7 +82,7 @@ class Contents:
         if self._is_off or time.monotonic() < self._not_before_s:
             return None
         try:
-            return self._session.open()
+            return self._session.open(_OPEN_TIMEOUT_S)
         except UnimplementedError:
             self._is_off = True
         except DeconvdError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -21,7 +22,15 @@ __all__ = ["Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
 _SIGNS_PER_LEASE: Final = 3
 _RESUME_PAUSE_S: Final = 0.1
 _RESUME_LONGEST_PAUSE_S: Final = 1.0
+_RESUME_TIMEOUT_S: Final = 5.0
 _DROPS_PER_CALL: Final = 4096
+_DROP_DELAY_S: Final = 0.05
+"""For how long drops are gathered, so that they do not disturb the calls among which tensors come and go."""
+
+_DROP_BYTES: Final = 32 << 20
+"""What is not kept waiting, since it may soon be needed."""
+
+_DROP_RETRY_S: Final = 1.0
 _END_TIMEOUT_S: Final = 1.0
 """How long a server has to take note of the end of a session."""
 
@@ -47,13 +56,19 @@ class Drop:
 
     session: bytes
     resident: pb.Resident
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Wish: say which session is open, after opening one if need be."""
+    """Wish: say which session is open, after opening one if need be.
+
+    Attributes:
+        timeout_s: How long that may take: for one try, not several; None for as long as calls may.
+    """
 
     answer: Future[Opened]
+    timeout_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +123,8 @@ class Keeper:
         self._lost_s = 0.0  # when a broken session is given up
         self._pause_s = 0.0
         self._drops: list[pb.Resident] = []
+        self._drops_due_s = math.inf
+        self._drops_bytes = 0
 
     def start(self) -> threading.Thread:
         """Start the thread. It does not keep the process alive."""
@@ -138,7 +155,7 @@ class Keeper:
                 self._let_go()
             elif time.monotonic() >= self._due_s:
                 self._renew(self.opened)
-            if self.mailbox.empty():
+            if time.monotonic() >= self._drops_due_s:
                 self._drop()
         self._finish()
 
@@ -146,18 +163,18 @@ class Keeper:
         """Wait for a wish, or for the time to do something without one."""
         if self.opened is None:
             return self.mailbox.get()
+        due_s = min(self._due_s, self._drops_due_s)
         try:
-            return self.mailbox.get(timeout=max(self._due_s - time.monotonic(), 0))
+            return self.mailbox.get(timeout=max(due_s - time.monotonic(), 0))
         except Empty:
             return None
 
     def _fulfil(self, wish: Wish) -> None:
         match wish:
-            case Drop(session, resident):
-                if self.opened is not None and self.opened.name == session:
-                    self._drops.append(resident)
-            case Asking(answer):
-                self._answer(answer)
+            case Drop():
+                self._gather(wish)
+            case Asking(answer, timeout_s):
+                self._answer(answer, timeout_s)
             case Flush(answer):
                 self._drop()
                 answer.set_result(None)
@@ -169,20 +186,21 @@ class Keeper:
                     self._due_s = time.monotonic()
                     self._lost_s = self._due_s + self._lease_s
 
-    def _answer(self, answer: Future[Opened]) -> None:
+    def _answer(self, answer: Future[Opened], timeout_s: float | None) -> None:
         try:
             if self.opened is None:
                 self._let_go()
-                self._open(b"")
+                self._open(b"", timeout_s)
             assert self.opened is not None
             answer.set_result(self.opened)
         except Exception as error:  # whatever it is, it is the asker's
             answer.set_exception(error)
 
-    def _open(self, name: bytes) -> None:
+    def _open(self, name: bytes, timeout_s: float | None) -> None:
         """Open a session, or resume that of a name."""
         opening = pb.HoldSessionRequest(session=name, tenant_key=self._tenant_key)
-        self._hold = hold = self._nearest.call(lambda stub: stub.hold_session(opening))
+        hold = self._nearest.call(lambda stub: stub.hold_session(opening, timeout_s))
+        self._hold = hold
         self._lease_s = hold.opened.lease_s
         self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
         self.opened = Opened(hold.opened.session, hold.opened.quota_bytes)
@@ -196,7 +214,7 @@ class Keeper:
             self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
             return
         try:
-            self._open(opened.name)
+            self._open(opened.name, _RESUME_TIMEOUT_S)
         except NotFoundError as error:
             self._give_up(error)
         except DeconvdError as error:
@@ -213,9 +231,19 @@ class Keeper:
     def _let_go(self) -> None:
         """Leave a session that is no more."""
         self._drops.clear()
+        self._drops_due_s, self._drops_bytes = math.inf, 0
         if self._hold is not None:
             self._hold.cancel()
             self._hold = None
+
+    def _gather(self, drop: Drop) -> None:
+        if self.opened is None or self.opened.name != drop.session:
+            return
+        self._drops.append(drop.resident)
+        self._drops_bytes += drop.size_bytes
+        now_s = time.monotonic()
+        delay_s = _DROP_DELAY_S if self._drops_bytes < _DROP_BYTES else 0.0
+        self._drops_due_s = min(self._drops_due_s, now_s + delay_s)
 
     def _drop(self) -> None:
         """Drop what is to be dropped; what cannot be now stays for later."""
@@ -229,8 +257,10 @@ class Keeper:
                 self.lose(opened.name)
             except DeconvdError as error:
                 _log.debug("%d tensors could not be dropped yet: %s", len(batch), error)
+                self._drops_due_s = time.monotonic() + _DROP_RETRY_S
                 return
             del self._drops[: len(batch)]
+        self._drops_due_s, self._drops_bytes = math.inf, 0
 
     def _finish(self) -> None:
         hold, self._hold = self._hold, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -121,13 +122,13 @@ class Residents:
             session,
             self._contents,
             put=lambda kept, source: self._put(session, kept, source),
-            handle=lambda resident: self._session.handle(session, resident),
+            handle=partial(self._session.handle, session),
         )
 
     def _put(self, session: bytes, kept: Kept, source: Source) -> Handle:
         with source.beside():
             resident = self._with_room(lambda: self._transfers.put(session, source.array))
-        handle = self._session.handle(session, resident)
+        handle = self._session.handle(session, resident, kept.spec.nbytes)
         kept.adopt(handle)
         return handle
 

@@ -27,16 +27,19 @@ class Handle:
         resident: The tensor.
     """
 
-    __slots__ = ("_mailbox", "resident", "session")
+    __slots__ = ("_mailbox", "_size_bytes", "resident", "session")
 
-    def __init__(self, session: bytes, resident: pb.Resident, mailbox: Mailbox) -> None:
+    def __init__(
+        self, session: bytes, resident: pb.Resident, size_bytes: int, mailbox: Mailbox
+    ) -> None:
         self.session = session
         self.resident = resident
+        self._size_bytes = size_bytes
         self._mailbox = mailbox
 
     def __del__(self) -> None:
         # Whatever thread this is, and whatever locks it holds: no more than this may happen here.
-        self._mailbox.put(Drop(self.session, self.resident))
+        self._mailbox.put(Drop(self.session, self.resident, self._size_bytes))
 
 
 class Session:
@@ -57,22 +60,26 @@ class Session:
         self._begin()
         _sessions.add(self)
 
-    def open(self) -> Opened:
-        """Return the session, after opening it if need be. Raises a DeconvdError."""
+    def open(self, timeout_s: float | None = None) -> Opened:
+        """Return the session, after opening it if need be. Raises a DeconvdError.
+
+        Args:
+            timeout_s: How long to try, once; None to try as often and as long as for any call.
+        """
         opened = self._keeper.opened
         if opened is not None:
             return opened
         answer: Future[Opened] = Future()
-        self._wish(Asking(answer))
+        self._wish(Asking(answer, timeout_s))
         return answer.result()
 
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know the session of that name."""
         self._keeper.lose(name)
 
-    def handle(self, session: bytes, resident: pb.Resident) -> Handle:
+    def handle(self, session: bytes, resident: pb.Resident, size_bytes: int) -> Handle:
         """Return the handle of a tensor that the server keeps from now on."""
-        return Handle(session, resident, self._keeper.mailbox)
+        return Handle(session, resident, size_bytes, self._keeper.mailbox)
 
     def flush(self) -> None:
         """Return once the server has been told of all that is to be dropped."""
