@@ -92,9 +92,16 @@ class Holder:
         self.stub.DropTensors(pb.DropTensorsRequest(session=self.session, residents=residents))
 
     def kept_bytes(self) -> int:
-        """Return what the server keeps on its device, for whomever."""
+        """Return what all that is kept takes of the server's device, whoever keeps it."""
+        return self._kept().size_bytes
+
+    def kept_count(self) -> int:
+        """Return how many tensors are kept on the server's device."""
+        return self._kept().count
+
+    def _kept(self) -> pb.Cache:
         (device,) = self.stub.GetServerInfo(pb.GetServerInfoRequest()).devices
-        return next(cache.size_bytes for cache in device.caches if cache.name == "resident tensors")
+        return next(cache for cache in device.caches if cache.name == "resident tensors")
 
 
 @contextmanager
