@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd_client import ExhaustedError, InvalidArgumentError, UnavailableError
+from deconvd_client import (
+    CallCancelledError,
+    ExhaustedError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from tests.lenders import lies_in_shared_memory
 from tests.servers import ServerProcess, call_until_served, server_process
 
@@ -97,11 +104,11 @@ def test_a_unix_socket_of_another_host_is_said(
 def test_a_unix_socket_of_another_server_is_said(
     server: ServerProcess, socket_directory: Path
 ) -> None:
-    socket = socket_directory / "deconvd.sock"
-    socket.unlink()
+    path = socket_directory / "deconvd.sock"
+    path.unlink()
     elsewhere = socket_directory / "other"
     elsewhere.mkdir()
-    with server_process(elsewhere, listen=(f"unix:{socket}",)):
+    with server_process(elsewhere, listen=(f"unix:{path}",)):
         with deconvd_client.connect(server.target, transport="unix") as F:
             with pytest.raises(UnavailableError, match="another server, or none, answers at"):
                 F.deconvolution_2d(X, W)
@@ -153,12 +160,12 @@ def test_tcp_to_a_unix_socket_is_refused() -> None:
 def test_a_socket_where_another_server_answers_is_left_alone(
     server: ServerProcess, socket_directory: Path
 ) -> None:
-    socket = socket_directory / "deconvd.sock"
-    socket.unlink()
+    path = socket_directory / "deconvd.sock"
+    path.unlink()
     elsewhere = socket_directory / "other"
     elsewhere.mkdir()
     options = ("--log-level", "debug")
-    with server_process(elsewhere, *options, listen=(f"unix:{socket}",)) as other:
+    with server_process(elsewhere, *options, listen=(f"unix:{path}",)) as other:
         with deconvd_client.connect(server.target) as F:
             F.deconvolution_2d(X, W)
 
@@ -199,3 +206,18 @@ def test_a_target_without_a_server_is_said_and_looked_at_again(socket_directory:
         with server_process(socket_directory, listen=(target, "unix")):
             assert call_until_served(F, X, W).shape == (1, 2, 4, 4)
             assert F._nearest._near is not None
+
+
+@pytest.mark.parametrize("transport", ["auto", "unix"])
+def test_closing_waits_for_no_server_that_says_nothing(transport: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(2) as pool:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        F = deconvd_client.connect(target, transport=transport, timeout_s=90)
+        calling = pool.submit(F.deconvolution_2d, X, W)
+        connection, _ = silent.accept()
+
+        pool.submit(F.close).result(timeout=30)
+
+        with pytest.raises(CallCancelledError):
+            calling.result(timeout=30)
+        connection.close()

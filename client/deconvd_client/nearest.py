@@ -99,11 +99,11 @@ class Nearest:
 
     def close(self) -> None:
         """Close both ways."""
+        self._far.close()  # first, since whoever looks for a nearer way asks there under the lock
         with self._lock:
             self._is_final = True
             if self._near is not None:
                 self._near.close()
-            self._far.close()
 
     def _found(self) -> Stub | None:
         """Return the near stub, if there is one; look for it until the server has answered.
