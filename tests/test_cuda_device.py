@@ -274,7 +274,10 @@ def test_registered_arrays_give_the_same_bits(
     for _ in range(4):
         y[...] = np.nan
         cuda.deconvolve(problem, x, W, None, options, Call(), y)
-        np.testing.assert_array_equal(y, expected)
+        if n == 24 and where & 5 == 5:  # in parts, for which another plan may be chosen
+            assert_near(y, expected, problem)
+        else:
+            np.testing.assert_array_equal(y, expected)
 
     gx_place = np.empty(problem.x.shape, problem.x.dtype)
     found = cuda.gradients(problem, x, W, y, Wanted(), options, Call(), GradientPlaces(gx=gx_place))
@@ -284,6 +287,30 @@ def test_registered_arrays_give_the_same_bits(
         assert array is not None
         assert expected_array is not None
         np.testing.assert_array_equal(array, expected_array)
+
+
+@pytest.mark.parametrize("W_is_resident", [False, True])
+@pytest.mark.parametrize(("n", "count"), [(24, 6), (25, 5), (23, 1)])
+def test_a_large_call_of_registered_arrays_is_computed_in_parts_of_its_samples(
+    cuda: CudaDevice, registered: Array, n: int, count: int, W_is_resident: bool
+) -> None:
+    problem = layer(np.dtype(np.float32), n=n, ins=32, outs=32, image=64)
+    options = Options(cudnn_deterministic=True)
+    x = registered[: problem.x.nbytes].view(np.float32).reshape(problem.x.shape)
+    y = registered[-problem.y.nbytes :].view(np.float32).reshape(problem.y.shape)
+    x[...], y[...] = random_array(problem.x), np.nan
+    W, b = random_array(problem.W, 1), random_array(problem.b, 2)
+    W_tensor = cuda.empty(problem.W)
+    cuda.write(W_tensor, W, Call())
+
+    for _ in range(3):
+        cuda.deconvolve(problem, x, W_tensor if W_is_resident else W, b, options, Call(), y)
+
+    part = replace_batch(problem, n // count)
+    for one in np.split(np.arange(n), count):
+        alone = cuda.deconvolve(part, x[one].copy(), W, b, options, Call())
+        np.testing.assert_array_equal(y[one], alone)
+    cuda.free(W_tensor)
 
 
 def test_a_kind_of_call_that_comes_again_gives_the_new_operands_results(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import Empty, LifoQueue
@@ -237,15 +237,20 @@ class CudaDevice:
             return self._landed(y, out, call)
         place: Array | Place = self._results.empty(problem.y) if out is None else out
         with self._working(call) as lane:
-            ready = self._prepared(Operation.Y, problem, W, options, call, lane)
+            parts_count = lane.pipeline.parts_count(x, place)
+            part = _part(problem, parts_count)
+            ready = self._prepared(Operation.Y, part, W, options, call, lane)
 
             def job() -> Job:
-                plan = ready.plan or self._plan(Operation.Y, problem, options, call)
-                return DeconvolveJob(problem, plan, with_b=b is not None)
+                plan = ready.plan or self._plan(Operation.Y, part, options, call)
+                return DeconvolveJob(part, plan, with_b=b is not None)
 
-            key = (problem, options, b is not None, ready.key)
+            key = (part, options, b is not None, ready.key)
             operands = (x, ready.W) if b is None else (x, ready.W, b)
-            lane.run(key, job, operands, [place], call)
+            if parts_count > 1 and isinstance(place, np.ndarray):
+                lane.run_in_parts(key, job, parts_count, operands, place, call)
+            else:
+                lane.run(key, job, operands, [place], call)
         return place
 
     def gradients(
@@ -435,6 +440,12 @@ class CudaDevice:
 
 def _helpers_count() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_HELPERS)
+
+
+def _part(problem: Problem, count: int) -> Problem:
+    """Return the problem of one of equal parts of a problem's samples."""
+    n, *sample = problem.x.shape
+    return replace(problem, x=TensorSpec((n // count, *sample), problem.x.dtype))
 
 
 def _array_or_none(place: Operand | None) -> Array | None:

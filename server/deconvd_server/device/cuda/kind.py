@@ -12,7 +12,7 @@ from deconvd_server.device.cuda.memory import Region
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
 from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream, copy
 
-__all__ = ["Kind"]
+__all__ = ["Kind", "addresses", "spec_to_place"]
 
 _WARM_RUNS = 1
 """Calls of a kind before it is captured: what comes once is not worth it."""
@@ -31,8 +31,8 @@ class Kind:
         self.job = job
         self._operands_at, self._results_at = operands_at, results_at
         self.frame = Frame(
-            [*map(_spec_to_place, job.operands, operands_at)],
-            [*map(_spec_to_place, job.results, results_at)],
+            [*map(spec_to_place, job.operands, operands_at)],
+            [*map(spec_to_place, job.results, results_at)],
             job.workspace_bytes,
         )
         self._runs_count = 0
@@ -45,8 +45,8 @@ class Kind:
             base: Address of a block for the frame.
         """
         frame, job = self.frame, self.job
-        operands = _addresses(base, frame.operands, self._operands_at)
-        results = _addresses(base, frame.results, self._results_at)
+        operands = addresses(base, frame.operands, self._operands_at)
+        results = addresses(base, frame.results, self._results_at)
         for address, at, spec in zip(operands, self._operands_at, job.operands, strict=True):
             if at is not None and at != address:
                 copy(address, at, spec.nbytes, stream)
@@ -73,12 +73,12 @@ def _captured(stream: Stream, work: Callable[[], None]) -> Graph | None:
         return None  # some of cuDNN's engines do what no graph can hold
 
 
-def _spec_to_place(spec: TensorSpec, at: int | None) -> TensorSpec | None:
+def spec_to_place(spec: TensorSpec, at: int | None) -> TensorSpec | None:
     """Return what needs room in a frame: None for a tensor that plans can use where it lies."""
     return None if at is not None and at % OPERAND_ALIGNMENT_BYTES == 0 else spec
 
 
-def _addresses(base: int, regions: Sequence[Region | None], at: Sequence[int | None]) -> list[int]:
+def addresses(base: int, regions: Sequence[Region | None], at: Sequence[int | None]) -> list[int]:
     """Return where tensors are during the call: in their regions of the block, or else where they lie."""
     return [
         base + region.offset if region is not None else lies_at or 0

@@ -16,6 +16,7 @@ from deconvd_server.device.cuda.job import Job
 from deconvd_server.device.cuda.kind import Kind
 from deconvd_server.device.cuda.marks import Marks
 from deconvd_server.device.cuda.memory import DeviceMemory, Region
+from deconvd_server.device.cuda.pipeline import Pipeline
 from deconvd_server.device.cuda.runtime import PinnedBuffer, Stream, download, upload
 from deconvd_server.device.cuda.staging import Staging, bytes_of
 from deconvd_server.device.cuda.tensor import CudaTensor, own
@@ -47,7 +48,9 @@ class Lane:
     A small call lies in an arena that is always at the same place, so all it does, copies included,
     is captured as a graph when its kind comes again; if the card reaches large arrays of it in host
     memory, it copies those by themselves, and the graph is of the rest. A large call takes a block
-    of its own. Tensors that lie on the card are used where they are, and do not count.
+    of its own; if the card reaches x and y, it may be computed in parts of its samples, so that copies
+    both ways and work overlap. Tensors that lie on the card are used where they are, and do not
+    count.
 
     Args:
         device_id: Whose tensors calls may use.
@@ -75,6 +78,7 @@ class Lane:
             self.stream, helpers, host_memory, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
         )
         self._marks = Marks(self.stream)
+        self.pipeline = Pipeline(self.stream, memory, self._staging, host_memory)
         self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
 
     def run(
@@ -110,6 +114,30 @@ class Lane:
             self._run_mirrored(kind, operands, places, call.ledger)
         else:
             self._run_direct(kind, operands, places, call.ledger)
+
+    def run_in_parts(
+        self,
+        key: Hashable,
+        prepare: Callable[[], Job],
+        count: int,
+        operands: Sequence[Operand],
+        y: Array,
+        call: Call,
+    ) -> None:
+        """Compute y in parts of its samples.
+
+        Args:
+            key, prepare: As for `run`, for a part.
+            count: As `Pipeline.parts_count` returns it.
+            operands: x, then those that are not divided.
+
+        Raises as `run` does.
+        """
+        at = [*map(self._pointer, operands)]
+        kind = self._kind((key, *at), lambda: Kind(prepare(), at, [None]))
+        x, *others = operands
+        assert isinstance(x, np.ndarray)
+        self.pipeline.run(kind.job, count, x, [*zip(others, at[1:], strict=True)], y, call)
 
     def upload(self, array: Array, tensor: CudaTensor, call: Call) -> None:
         """Copy an array into a tensor."""

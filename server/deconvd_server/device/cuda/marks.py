@@ -13,21 +13,24 @@ _STAGES = (Stage.UPLOAD, Stage.COMPUTE, Stage.DOWNLOAD)
 
 
 class Marks:
-    """Events on a stream: one before the first stage of a call, one behind each. They cost no wait."""
+    """Events on a stream: one before the first stage of a call, one behind each. They cost no wait.
+
+    Where stages overlap, on streams of their own, each counts from the end of the one before it.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._events = [Event(timing=True) for _ in range(len(_STAGES) + 1)]
 
-    def begin(self) -> None:
-        """Mark where the first stage begins."""
-        self._events[0].record(self._stream.pointer)
+    def begin(self, stream: Stream | None = None) -> None:
+        """Mark where the first stage begins, on another stream if that is given."""
+        self._events[0].record((stream or self._stream).pointer)
 
-    def end(self, stage: Stage) -> None:
-        """Mark where a stage ends, and the next begins."""
-        self._events[_STAGES.index(stage) + 1].record(self._stream.pointer)
+    def end(self, stage: Stage, stream: Stream | None = None) -> None:
+        """Mark where a stage ends, and the next begins, on another stream if that is given."""
+        self._events[_STAGES.index(stage) + 1].record((stream or self._stream).pointer)
 
     def account(self, ledger: Ledger) -> None:
-        """Count what each stage took. All must be marked, and the stream have been waited for."""
+        """Count what each stage took. All must be marked, and the streams have been waited for."""
         for stage, (before, after) in zip(_STAGES, pairwise(self._events), strict=True):
             ledger.add(stage, after.ms_since(before) / 1e3)
