@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from deconvd.dtypes import ELEMENT_TYPES, DType
-from deconvd.errors import CallCancelledError, ExhaustedError, UnavailableError
+from deconvd.errors import (
+    CallCancelledError,
+    ExhaustedError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
@@ -20,7 +25,7 @@ from deconvd_server.device import Device, DeviceTensor, GradientPlaces, Operand
 from deconvd_server.device import cuda as cuda_device
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.protocol import never
-from deconvd_server.engine import Engine
+from deconvd_server.engine import Engine, Engines
 
 FLOAT32 = np.dtype(np.float32)
 STEADY = Options(cudnn_deterministic=True)
@@ -332,6 +337,20 @@ def test_what_is_written_by_the_engine_is_read_by_it(engine: Engine) -> None:
     engine.write(tensor, array, Call())
     np.testing.assert_array_equal(engine.read(tensor, Call()), array)
     engine.free(tensor)
+
+
+def test_a_call_goes_where_its_tensors_are() -> None:
+    engines = Engines([CpuDevice(1)], waiting_count=1)
+    (engine,) = engines.all
+    tensor, array = engine.empty(MIB), np.zeros(3, np.float32)
+
+    assert engines.having(array, array) is None
+    assert engines.having(array, tensor) is engine
+    with pytest.raises(InvalidArgumentError, match="must be on one, got cpu, cuda:99"):
+        engines.having(_Foreign(), tensor)
+
+    engine.free(tensor)
+    engines.close()
 
 
 def test_a_call_that_tensors_leave_no_room_is_refused_at_once(engine: Engine) -> None:

@@ -646,3 +646,12 @@ def test_nothing_is_connected_before_the_first_need(path: Path) -> None:
 
     assert threading.active_count() == threads
     borrower.close()
+
+
+def test_a_borrower_knows_whether_memory_is_lent_before_it_borrows(
+    lender: Lender, borrower: Borrower, path: Path
+) -> None:
+    assert borrower.is_lent
+    assert borrower.borrowed_bytes == 0
+    assert not Borrower(lambda: "").is_lent
+    assert not Borrower(lambda: f"{path}.elsewhere").is_lent

@@ -22,7 +22,8 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Asked
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
-from deconvd_client.shared_memory.region import Region
+from deconvd_client.shared_memory.region import HostRegion
+from deconvd_server.device.cpu.tensor import array_of
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
 from deconvd_server.shared_memory.loans import Account, Loans
 from deconvd_server.shared_memory.memory import Memory
@@ -45,7 +46,7 @@ def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
     theirs = borrower.empty(SPEC.shape, SPEC.dtype)
     theirs[...] = 3
     with CallTensors(lender) as tensors:
-        x = tensors.operand("x", shared(borrower.locate(theirs)), None)
+        x = array_of(tensors.operand("x", shared(borrower.locate(theirs)), None))
 
         assert (x == 3).all()
         assert not x.flags.writeable
@@ -63,7 +64,7 @@ def test_of_the_results_those_with_a_place_have_one(lender: Lender, borrower: Bo
     request = pb.DeconvolveGradRequest(gw_place=borrower.locate(theirs))
     with CallTensors(lender) as tensors:
         places = tensors.places(request, {"gx": SPEC, "gw": SPEC})
-        places["gw"][...] = 5
+        array_of(places["gw"])[...] = 5
 
     assert list(places) == ["gw"]
     assert (theirs == 5).all()
@@ -103,7 +104,8 @@ def test_a_wrong_place_is_named(lender: Lender, borrower: Borrower) -> None:
 
 def test_memory_that_is_ready_after_its_client_has_gone_is_freed_at_once() -> None:
     watch = Watch()
-    loans, account = Loans(Limits(MIB, MIB)), Account()
+    loans: Loans[Memory] = Loans(Limits(MIB, MIB))
+    account = Account()
     loans.reserve(account, MIB)
     memory = Memory(MIB, watch)
     loans.close(account)
@@ -152,7 +154,7 @@ def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Bo
         with CallTensors(lender) as tensors:
             for message in messages:
                 assert message is not None
-                found.append(float(tensors.operand("x", message, None).mean()))
+                found.append(array_of(tensors.operand("x", message, None)).mean())
     assert found == [3, 4]
 
 
@@ -167,7 +169,7 @@ def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
         borrower.empty(MIB, np.float32)[...] = 5
         assert message is not None
         with CallTensors(lender) as tensors:
-            assert tensors.operand("x", message, None).mean() == 3
+            assert array_of(tensors.operand("x", message, None)).mean() == 3
 
 
 def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_way(
@@ -190,7 +192,7 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
 
 
 def test_a_region_holds_what_lies_wholly_in_it() -> None:
-    region = Region(bytes(16), mmap.mmap(-1, 8192))
+    region = HostRegion(bytes(16), mmap.mmap(-1, 8192))
     begin, end = region.address, region.address + 8192
 
     assert region.holds(begin, 8192)

@@ -68,7 +68,7 @@ class EchoDevice:
         """No benchmark asks for tensors that stay."""
         raise AssertionError("no tensor stays")
 
-    free = write = read = host_memory = empty
+    lend = free = write = read = host_memory = empty
 
     def register(self, *_: Any) -> Callable[[], None]:
         """Do nothing: all memory is alike."""

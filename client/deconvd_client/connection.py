@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Final, SupportsIndex
+from typing import TYPE_CHECKING, Final, SupportsIndex
 
 import numpy.typing as npt
 
@@ -19,19 +20,24 @@ from deconvd.problem import check_extents
 from deconvd.shared_memory import socket_beside
 from deconvd.tensor import Array, spec_of
 from deconvd.transport import unix_path
+from deconvd_client.asked import RequestT, ResponseT
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.direct import DirectLines
 from deconvd_client.keywords import refuses_unknown_keywords
+from deconvd_client.kinds import is_from_cupy
 from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
 from deconvd_client.operations import GRADIENTS, Operations, checked_array
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
-from deconvd_client.residents import RemoteTensor, Residents
+from deconvd_client.residents import Call, RemoteTensor, Residents
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.stub import Stub
+
+if TYPE_CHECKING:
+    from deconvd_client.cards import Cards
 
 __all__ = ["Connection", "connect"]
 
@@ -111,8 +117,12 @@ class Connection:
         if way in (Transport.UNIX, Transport.TCP):
             self._memory.close()
         self._config = Config()
+        self._way = way
+        self._cards: Cards | None = None
+        self._lock = threading.Lock()
         self._residents = Residents(self._nearest, self._memory, _tenant_key(tenant_key))
         self._operations = Operations(self._residents, self._config)
+        self._any_operations = Operations(self._residents, self._config, takes_cupy=True)
         self._remote = Remote(self._operations, self._residents)
 
     @refuses_unknown_keywords
@@ -130,7 +140,9 @@ class Connection:
     ) -> Array:
         """Return the two-dimensional deconvolution (transposed convolution) of `x` by `W`, plus `b`.
 
-        As Chainer 7's ``chainer.functions.deconvolution_2d``, on arrays and RemoteTensors.
+        As Chainer 7's ``chainer.functions.deconvolution_2d``, on arrays of numpy and cupy, and on
+        RemoteTensors. If the server computes on the card that a cupy x lies on, then nothing leaves
+        that card. What was enqueued on the current stream is waited for.
 
         Args:
             x: Images of shape ``(n, c_I, h_I, w_I)``: float16, bfloat16, float32 or float64.
@@ -144,15 +156,15 @@ class Connection:
             groups: Number of groups that the channels are split into.
 
         Returns:
-            Images of shape ``(n, c_O, h_O, w_O)`` and x's element type.
+            Images of shape ``(n, c_O, h_O, w_O)`` and x's element type; a cupy array where x is one.
 
         Raises:
             InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._operations.deconvolution(x, W, b, geometry)
-        return self._residents.arrays(call)["y"]
+        call = self._any_operations.deconvolution(x, W, b, geometry)
+        return self._arrays(call, like=x)["y"]
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -179,15 +191,15 @@ class Connection:
 
         Returns:
             ``(gx, gW, gb)``, of the shapes and element types of x, W and b. One that is not wanted
-            is None, and so is gb where b is.
+            is None, and so is gb where b is. They are cupy arrays where x is one.
 
         Raises:
             InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
-        arrays = self._residents.arrays(call)
+        call = self._any_operations.differentiation(x, W, b, gy, geometry, wanted)
+        arrays = self._arrays(call, like=x)
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     @refuses_unknown_keywords
@@ -291,6 +303,24 @@ class Connection:
         self._residents.close()
         self._nearest.close()
         self._memory.close()
+        if self._cards is not None:
+            self._cards.close()
+
+    def _arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
+        """Make a call that may have cupy arrays; results are of the kind of `like`."""
+        if not any(map(is_from_cupy, (like, *call.operands.values()))):
+            return self._residents.arrays(call)
+        return self._opened_cards().arrays(call, like)
+
+    def _opened_cards(self) -> Cards:
+        from deconvd_client.cards import Cards
+
+        with self._lock:
+            if self._cards is None:
+                self._cards = Cards(self._nearest, self._residents, self._find_memory)
+                if self._way in (Transport.UNIX, Transport.TCP):
+                    self._cards.close()
+            return self._cards
 
     def _find_memory(self) -> str:
         """Return where the server lends memory."""

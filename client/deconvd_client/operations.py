@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import calls
 from deconvd_client.asked import deconvolution, differentiation
 from deconvd_client.config import Config
+from deconvd_client.kinds import is_from_cupy
 from deconvd_client.residents import Call, Kept, RemoteTensor, Residents, Source
 
 __all__ = ["GRADIENTS", "Operand", "Operations", "checked_array"]
@@ -31,11 +32,13 @@ class Operations:
     Args:
         residents: Whose RemoteTensors are taken.
         config: Says how to compute.
+        takes_cupy: Whether cupy arrays are taken as they are: whoever makes the calls knows them.
     """
 
-    def __init__(self, residents: Residents, config: Config) -> None:
+    def __init__(self, residents: Residents, config: Config, *, takes_cupy: bool = False) -> None:
         self._residents = residents
         self._config = config
+        self._takes_cupy = takes_cupy
 
     def operand(self, name: str, value: object) -> Operand:
         """Return an argument as what calls take: the array, or what the server keeps."""
@@ -43,6 +46,8 @@ class Operations:
             return value.kept_for(self._residents, name)
         if isinstance(value, Kept):  # of a pullback to be
             return value
+        if self._takes_cupy and is_from_cupy(value):
+            return cast("Array", value)
         return checked_array(name, value)
 
     def lasting(self, name: str, value: object) -> Kept:

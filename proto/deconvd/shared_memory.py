@@ -7,8 +7,13 @@ packet; a client sends the next request once it has the answer. All numbers are 
     reply     "dcm1", answer (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes), text (UTF-8)
 
 A reply to LEND with the answer DONE carries the descriptor of a memfd of that size, sealed against growing, shrinking
-and further seals, by SCM_RIGHTS. Whoever knows the region's name may name slices of it in calls: it is a secret of the
-client. Everything is lent until the client gives it back or closes the socket, be it by dying.
+and further seals, by SCM_RIGHTS. A reply to LEND_ON_CARD with the answer DONE has in its text the cudaIpcMemHandle_t of
+memory on that card, in hexadecimal digits: all zeros at first, and the server's own allocation, so no one else's memory
+can be reached by it. Whoever knows a region's name may name slices of it in calls: it is a secret of the client.
+
+Everything is lent until the client gives it back or closes the socket, be it by dying. CUDA has memory freed only once
+no other process has it open. So a client MUST close what it opened before it gives the region back; and memory on cards
+that a client has when it closes the socket is kept until its process ends.
 """
 
 from __future__ import annotations
@@ -45,6 +50,9 @@ class Operation(IntEnum):
     RETURN = 2
     """To take a region back: no later call may use it. The size is not looked at."""
 
+    LEND_ON_CARD = 3
+    """A new region of the given size on the card whose UUID stands in place of a region."""
+
 
 class Answer(IntEnum):
     """What came of a request."""
@@ -64,6 +72,9 @@ class Answer(IntEnum):
 
     FAILED = 5
     """The server could not get the memory from its system."""
+
+    NO_SUCH_CARD = 6
+    """The server lends no memory of that card to this client, and never will."""
 
 
 @dataclass(frozen=True, slots=True)

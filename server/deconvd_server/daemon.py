@@ -29,7 +29,7 @@ from deconvd_server.health import Health
 from deconvd_server.listen import bind, release, unix_sockets
 from deconvd_server.residents import ResidentLimits, Residents
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
-from deconvd_server.shared_memory import Lender, Limits, memory_socket
+from deconvd_server.shared_memory import Cards, Lender, Limits, memory_socket
 from deconvd_server.streaming import SLICES_IN_FLIGHT
 
 __all__ = ["Daemon", "Settings", "State"]
@@ -178,6 +178,7 @@ class Daemon:
                 Limits(limit_bytes, limit_bytes // 2),
                 on_map=engines.register,
                 users=self._users,
+                cards=_cards(engines),
             )
         except OSError as error:
             _log.warning("no memory is lent to clients on this host: %s", error)
@@ -215,6 +216,13 @@ class Daemon:
             (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         return server
+
+
+def _cards(engines: Engines) -> Cards | None:
+    """Return who lends memory of cards, up to half of what there is; None if there is no card."""
+    by_card = {engine.info.card: engine for engine in engines.all if engine.info.card}
+    budget_bytes = sum(engine.info.budget_bytes for engine in by_card.values())
+    return Cards(by_card, Limits(budget_bytes // 2, budget_bytes // 4)) if by_card else None
 
 
 def _stream_budget_bytes() -> int:

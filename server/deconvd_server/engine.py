@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from deconvd.errors import InvalidArgumentError
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -16,6 +19,7 @@ from deconvd_server.device import (
     DeviceInfo,
     DeviceTensor,
     GradientPlaces,
+    LentMemory,
     Operand,
     Place,
     resident_bytes,
@@ -127,6 +131,25 @@ class Engine:
         """
         return self._device.host_memory(spec)
 
+    def lend(self, size_bytes: int) -> LentMemory:
+        """Return new memory of the card that another process may open; end it by `take_back`.
+
+        Raises:
+            ExhaustedError: The budget has no room for it now.
+            UnimplementedError: The device is no card.
+        """
+        self._admission.hold(size_bytes)
+        try:
+            return self._device.lend(size_bytes)
+        except BaseException:
+            self._admission.release(size_bytes)
+            raise
+
+    def take_back(self, lent: LentMemory) -> None:
+        """Free memory that `lend` made, once: see `LentMemory.free`."""
+        lent.free()
+        self._admission.release(lent.size_bytes)
+
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Prepare for calls with arrays in some host memory. See `Device.register`."""
         return self._device.register(address, size_bytes)
@@ -159,6 +182,19 @@ class Engines:
     def least_loaded(self) -> Engine:
         """Return the engine with the fewest calls, and of several the one with the most free memory."""
         return self.all[0] if len(self.all) == 1 else min(self.all, key=_burden)
+
+    def having(self, *tensors: Operand) -> Engine | None:
+        """Return the engine on whose device tensors lie; None if all are arrays.
+
+        Raises:
+            InvalidArgumentError: They lie on several devices.
+        """
+        ids = {tensor.device_id for tensor in tensors if not isinstance(tensor, np.ndarray)}
+        if len(ids) > 1:
+            raise InvalidArgumentError(
+                f"tensors that are on devices must be on one, got {', '.join(sorted(ids))}"
+            )
+        return next((engine for engine in self.all if engine.info.id in ids), None)
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Prepare every device for calls with arrays in some host memory. See `Device.register`."""

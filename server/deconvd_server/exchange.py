@@ -6,6 +6,8 @@ from collections.abc import Hashable, Mapping
 from types import TracebackType
 from typing import Final
 
+import numpy as np
+
 from deconvd.codec import Buffer
 from deconvd.digest import DIGEST_BYTES, digest_of
 from deconvd.errors import (
@@ -66,11 +68,11 @@ class Exchange:
         self._call = call
         self._known_session: Session | None = None
         self._engine: Engine | None = None
-        self._arrays: dict[str, Array] = {}
+        self._given: dict[str, Operand] = {}
         self._kept: dict[str, Kept] = {}
         self._used: list[Kept] = []
         self._names: dict[str, bytes] = {}
-        self._places: dict[str, Array] = {}
+        self._places: dict[str, Operand] = {}
 
     def __enter__(self) -> Exchange:
         return self
@@ -106,7 +108,7 @@ class Exchange:
             tensor = getattr(self._request, field)
             argument = argument_of(field)
             if field in raw or not self._find(field, argument, tensor):
-                self._arrays[field] = self._shared.operand(argument, tensor, raw.get(field))
+                self._given[field] = self._shared.operand(argument, tensor, raw.get(field))
         self._places = self._shared.places(self._request, self._asked.results)
 
     def find(self) -> dict[str, TensorSpec]:
@@ -149,7 +151,7 @@ class Exchange:
                     f"{argument} must be what its digest says, and its elements have another",
                     argument=argument,
                 )
-            self._arrays[field] = array
+            self._given[field] = array
             try:
                 kept = self._kept_copy(array)
             except (ExhaustedError, UnavailableError):
@@ -160,13 +162,18 @@ class Exchange:
     # On an engine
 
     def settle(self, engines: Engines) -> Engine:
-        """Return the engine to work on: where most of the bytes are, or else the least loaded.
+        """Return the engine to work on.
+
+        That is the one on whose card the client has tensors, else where most of the bytes are that
+        are kept, or else the least loaded.
 
         Raises:
+            InvalidArgumentError: The client has tensors on several cards.
             ExhaustedError, UnavailableError, LostSessionError: What is to be kept cannot be.
         """
         nearest = self._nearest() if self._used else None
-        self._engine = nearest or engines.least_loaded()
+        on_card = engines.having(*self._given.values(), *self._places.values())
+        self._engine = on_card or nearest or engines.least_loaded()
         for field in self._asked.keep:
             if field in self._asked.results:
                 self._make(field, self._asked.results[field])
@@ -176,17 +183,19 @@ class Exchange:
         """Return an operand that was taken or found, where the engine can use it; kept if it is to be."""
         kept = self._kept.get(field)
         if kept is None:
-            array = self._arrays[field]
+            given = self._given[field]
             if field not in self._asked.keep:
-                return array
-            kept = self._kept[field] = self._kept_copy(array)
+                return given
+            if not isinstance(given, np.ndarray):
+                given = self._settled.read(given, self._call)
+            kept = self._kept[field] = self._kept_copy(given)
         if field in self._asked.keep and not self._is_resident(field):
             self._names[field] = new_name()
         return self._keeper.operand(kept, self._settled, self._call)
 
     def has(self, field: str) -> bool:
         """Return whether an operand was taken or found."""
-        return field in self._kept or field in self._arrays
+        return field in self._kept or field in self._given
 
     def tensor_for(self, field: str) -> DeviceTensor | None:
         """Return a tensor on the engine's device for an operand that has yet to come; None if it is not kept."""

@@ -125,7 +125,7 @@ class ResidentCalls:
         payload = message.WhichOneof("payload")
         if payload == "shared":
             with CallTensors(self._lender()) as shared:
-                array = shared.operand("tensor", message, None)
+                array = shared.place("tensor", message.shared, kept.spec)
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
             with self._streams.admitted(_piece_bytes(kept.spec), call):

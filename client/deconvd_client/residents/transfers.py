@@ -10,7 +10,7 @@ from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.nearest import Nearest
-from deconvd_client.shared_memory import Borrower, SharedCall
+from deconvd_client.shared_memory import Borrower
 
 __all__ = ["Transfers"]
 
@@ -36,7 +36,7 @@ class Transfers:
                     return self._sent(session, shared, None)
         except StaleRegionError:
             pass  # it is sent in chunks
-        if SharedCall.is_large(array):
+        if self._memory.is_large(array):
             self._memory.allow_other_ways()
         return self._sent(session, message_from_spec(spec_of(array)), array)
 
@@ -53,7 +53,7 @@ class Transfers:
                     return result.array
         except StaleRegionError:
             pass  # it comes in chunks
-        if SharedCall.is_large(spec):
+        if self._memory.is_large(spec):
             self._memory.allow_other_ways()
         array = self._received(request, spec)
         assert array is not None

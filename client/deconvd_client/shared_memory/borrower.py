@@ -8,14 +8,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from deconvd.copying import copy_into
 from deconvd.dtypes import element_type
 from deconvd.errors import (
     DeconvdError,
@@ -29,13 +28,11 @@ from deconvd.errors import (
 from deconvd.problem import TensorSpec, check_extents
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.shared_memory.link import Link, LinkLostError, NotLentError
+from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError, NotLentError
+from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.region import Block, Region, State
 
 __all__ = ["Borrower", "SharedCall", "SharedResult"]
-
-_SMALL_BYTES: Final = 32 << 10
-"""What is smaller is quicker sent than found in shared memory."""
 
 _FIRST_REGION_BYTES: Final = 64 << 20
 _LARGEST_STEP_BYTES: Final = 1 << 30
@@ -70,10 +67,9 @@ class SharedCall:
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
 
-    @staticmethod
-    def is_large(tensor: Array | TensorSpec) -> bool:
+    def is_large(self, tensor: Array | TensorSpec) -> bool:
         """Return whether shared memory pays for a tensor."""
-        return tensor.nbytes >= _SMALL_BYTES
+        return self._borrower.is_large(tensor)
 
     def tensor(self, array: Array) -> pb.Tensor | None:
         """Return a message that says where in shared memory an array lies, after copying it there if need be.
@@ -98,6 +94,10 @@ class SharedCall:
         self._blocks.append(block)
         return SharedResult(block.message, block.array(spec))
 
+    def settle(self) -> None:
+        """Return when the server may read and write what was put into shared memory."""
+        self._borrower.place.settle()
+
     @property
     def regions(self) -> set[Region]:
         """The regions that the server may write to."""
@@ -108,7 +108,7 @@ class SharedCall:
         if block is None:
             return None
         copy = block.array(spec_of(array))
-        copy_into(copy, array)
+        self._borrower.place.copy(copy, array)
         self._kept.append(copy)
         return block.message
 
@@ -125,9 +125,13 @@ class Borrower:
         find_socket: Returns the path of the server's side socket, empty if it has none. Called at
             the first need, and again once no one listens there or after an error of deconvd.errors.
         is_only_way: Whether tensors must not be sent instead.
+        place: Where the memory is, and so the arrays.
     """
 
-    def __init__(self, find_socket: Callable[[], str], *, is_only_way: bool = False) -> None:
+    def __init__(
+        self, find_socket: Callable[[], str], *, is_only_way: bool = False, place: Place = HOST
+    ) -> None:
+        self.place = place
         self._find_socket = find_socket
         self._is_only_way = is_only_way
         self._socket_path: str | None = None
@@ -151,12 +155,15 @@ class Borrower:
         block = self.take(spec.nbytes) if spec.nbytes else None
         return np.empty(spec.shape, spec.dtype) if block is None else block.array(spec)
 
+    def is_large(self, tensor: Array | TensorSpec) -> bool:
+        """Return whether shared memory pays for a tensor."""
+        return tensor.nbytes >= self.place.smallest_bytes
+
     def locate(self, array: Array) -> pb.SharedSlice | None:
         """Return where an array lies; None unless it lies in borrowed memory as a message's elements do."""
-        is_plain = array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
-        if not is_plain or not array.nbytes:
+        address = self.place.address(array) if array.nbytes else None
+        if address is None:
             return None
-        address: int = array.__array_interface__["data"][0]
         for region in self._regions:
             if region.holds(address, array.nbytes):
                 return pb.SharedSlice(region=region.name, offset_bytes=address - region.address)
@@ -197,6 +204,10 @@ class Borrower:
             except LinkLostError as error:
                 self._lose(str(error))
                 return None
+            except NeverLentError as error:
+                self._is_closed = True
+                self._lose(str(error))
+                return None
 
     def allow_other_ways(self) -> None:
         """Return if what has no room here may be sent instead.
@@ -233,6 +244,14 @@ class Borrower:
             for region in self._regions:
                 region.collect()
             return sum(region.taken_bytes for region in self._regions)
+
+    def give_back_unused(self) -> None:
+        """Give back what no array lies in."""
+        with self._lock, suppress(LinkLostError):  # then it is given back already
+            for region in self._regions:
+                region.collect()
+                if region.is_empty and self._link is not None:
+                    self._give_back(self._link, region)
 
     def close(self) -> None:
         """Give all back, for good. Arrays that lie in it stay as they are."""
@@ -304,7 +323,7 @@ class Borrower:
         if not self._is_missed and not self._is_only_way:
             # on another host it is no loss
             level = logging.WARNING if self._has_borrowed else logging.INFO
-            _log.log(level, "no shared memory with the server, tensors are sent instead: %s", why)
+            _log.log(level, "%s: %s", self.place.loss, why)
         self._is_missed = True
         self._forget_link()
 
@@ -324,7 +343,8 @@ class Borrower:
 
     def _give_back(self, link: Link, region: Region) -> None:
         self._regions = tuple(other for other in self._regions if other is not region)
-        link.give_back(region)
+        region.unmap()
+        link.give_back(region.name)
 
     def _fitting(self, size_bytes: int) -> Block | None:
         for region in self._regions:
@@ -338,7 +358,7 @@ class Borrower:
         step_bytes = min(max(self.borrowed_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
         for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
             try:
-                region = link.borrow(region_bytes)
+                region = self.place.borrow(link, region_bytes)
             except NotLentError as error:
                 _log.info("the server lends no more memory: %s", error)
                 self._refusal = ExhaustedError(f"the server lends no more: {error}")

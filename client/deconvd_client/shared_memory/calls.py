@@ -29,7 +29,7 @@ def call_with_shared_memory(
         UnavailableError, ExhaustedError: There is no other way, as `Borrower.allow_other_ways` says.
     """
     tensors: list[Array | TensorSpec] = [*asked.operands.values(), *asked.results.values()]
-    if asked.offered or not any(map(SharedCall.is_large, tensors)):
+    if asked.offered or not any(map(borrower.is_large, tensors)):
         return None
     try:
         answered = _answered(borrower, rpc, asked)
@@ -54,6 +54,7 @@ def _answered(
         raw = _put(call, request, asked.operands)
         if raw is None:
             return None
+        call.settle()
         response = rpc(Envelope(request, raw))
         return Answered(
             response.message,

@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import Final
 
 from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
-from deconvd_client.shared_memory.region import Region
+from deconvd_client.shared_memory.region import HostRegion
 
-__all__ = ["Link", "LinkLostError", "NotLentError"]
+__all__ = ["Link", "LinkLostError", "NeverLentError", "NotLentError"]
 
 _TIMEOUT_S: Final = 10.0
 """More than a server takes to make memory and to show it to its devices."""
@@ -25,6 +25,10 @@ class LinkLostError(Exception):
 
 class NotLentError(Exception):
     """The server lends no more, for now."""
+
+
+class NeverLentError(Exception):
+    """The server lends none of what was asked for, and never will."""
 
 
 class Link:
@@ -51,8 +55,8 @@ class Link:
         # What could be read is its end, or an answer to nothing, from whoever this is.
         return not self._poll.poll(0)
 
-    def borrow(self, size_bytes: int) -> Region:
-        """Return new memory of at least `size_bytes`.
+    def borrow(self, size_bytes: int) -> HostRegion:
+        """Return new memory of the host of at least `size_bytes`.
 
         Raises:
             NotLentError: It would be over a limit.
@@ -60,16 +64,31 @@ class Link:
         """
         reply, descriptor = self._asked(Request(Operation.LEND, size_bytes))
         try:
-            if reply.answer is not Answer.DONE:
-                raise NotLentError(reply.text)
-            return Region(reply.region, _mapped(descriptor, reply.size_bytes, size_bytes))
+            _check_lent(reply)
+            return HostRegion(reply.region, _mapped(descriptor, reply.size_bytes, size_bytes))
         finally:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def give_back(self, region: Region) -> None:
-        """Tell the server that no later call will use a region. Raises LinkLostError."""
-        self._asked(Request(Operation.RETURN, region=region.name))
+    def borrow_on_card(self, card: bytes, size_bytes: int) -> Reply:
+        """Return what the server says of new memory on a card.
+
+        Args:
+            card: Its UUID.
+
+        Raises:
+            NotLentError, LinkLostError: As `borrow` does.
+            NeverLentError: The server lends no memory of that card.
+        """
+        reply, descriptor = self._asked(Request(Operation.LEND_ON_CARD, size_bytes, card))
+        if descriptor is not None:
+            os.close(descriptor)
+        _check_lent(reply)
+        return reply
+
+    def give_back(self, name: bytes) -> None:
+        """Tell the server that no later call will use the region of that name. Raises LinkLostError."""
+        self._asked(Request(Operation.RETURN, region=name))
 
     def close(self) -> None:
         """Give all back."""
@@ -93,6 +112,13 @@ class Link:
             _close_all(descriptors)
             raise LinkLostError(f"the server refuses: {reply.text}")
         return reply, descriptors[0] if descriptors else None
+
+
+def _check_lent(reply: Reply) -> None:
+    if reply.answer is Answer.NO_SUCH_CARD:
+        raise NeverLentError(reply.text)
+    if reply.answer is not Answer.DONE:
+        raise NotLentError(reply.text)
 
 
 def _mapped(descriptor: int | None, size_bytes: int, wanted_bytes: int) -> mmap.mmap:

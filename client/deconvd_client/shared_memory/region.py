@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
 from enum import Enum
@@ -15,7 +16,7 @@ from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory.arena import Arena
 
-__all__ = ["Block", "Region", "State"]
+__all__ = ["Block", "HostRegion", "Region", "State"]
 
 
 class State(Enum):
@@ -30,22 +31,16 @@ class State(Enum):
 
 
 class Block:
-    """One array's memory. It is free again once this, which is the base of the array, has gone.
+    """One array's memory. It is free again once this, which the array refers to, has gone.
 
-    numpy makes views refer to it, so that is when the last of them has gone.
+    Views refer to it too, so that is when the last of them has gone.
     """
 
-    __slots__ = ("__array_interface__", "offset", "region")
+    __slots__ = ("__weakref__", "offset", "region")
 
-    def __init__(self, region: Region, offset: int, size_bytes: int) -> None:
+    def __init__(self, region: Region, offset: int) -> None:
         self.region = region  # whose memory is mapped for as long as this is
         self.offset = offset
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (size_bytes,),
-            "data": (region.address + offset, False),
-        }
 
     def __del__(self) -> None:
         # Whatever thread this is, it may hold the borrower's lock: no more than this may happen here.
@@ -53,7 +48,7 @@ class Block:
 
     def array(self, spec: TensorSpec) -> Array:
         """Return the memory as an array."""
-        return np.asarray(self).view(spec.dtype).reshape(spec.shape)
+        return self.region.array(self, spec)
 
     @property
     def message(self) -> pb.SharedSlice:
@@ -61,27 +56,32 @@ class Block:
         return pb.SharedSlice(region=self.region.name, offset_bytes=self.offset)
 
 
-class Region:
+class Region(ABC):
     """One piece of memory that the server lent. Its borrower calls it under one lock.
 
     Args:
         name: The secret by which the server knows it.
-        memory: The mapping; it stays mapped for as long as a block is in use.
+        address: Where it begins, as arrays have it.
 
     Attributes:
         freed: Offsets of blocks that have gone, as they went; `collect` makes room of them.
     """
 
-    def __init__(self, name: bytes, memory: mmap.mmap) -> None:
+    def __init__(self, name: bytes, address: int, size_bytes: int) -> None:
         self.name = name
-        self.memory = memory
-        self.size_bytes = len(memory)
-        self.address: int = np.frombuffer(memory, np.uint8).ctypes.data
+        self.address = address
+        self.size_bytes = size_bytes
         self.state = State.OPEN
         self.freed: deque[int] = deque()
-        self._arena = Arena(self.size_bytes)
-        with suppress(OSError):  # where the system gives such memory no huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._arena = Arena(size_bytes)
+
+    @abstractmethod
+    def array(self, block: Block, spec: TensorSpec) -> Array:
+        """Return a block as an array, which refers to it."""
+
+    @abstractmethod
+    def unmap(self) -> None:
+        """Have nothing more to do with the memory, which is about to be given back."""
 
     @property
     def is_empty(self) -> bool:
@@ -98,7 +98,7 @@ class Region:
         if self.state is not State.OPEN:
             return None
         offset = self._arena.take(size_bytes)
-        return None if offset is None else Block(self, offset, size_bytes)
+        return None if offset is None else Block(self, offset)
 
     def collect(self) -> None:
         """Make room of the blocks that have gone."""
@@ -113,3 +113,39 @@ class Region:
         """Return whether memory lies wholly in it."""
         begin = address - self.address
         return 0 <= begin <= self.size_bytes - size_bytes
+
+
+class HostRegion(Region):
+    """Memory of the host.
+
+    Args:
+        memory: The mapping; it stays mapped for as long as a block is in use.
+    """
+
+    def __init__(self, name: bytes, memory: mmap.mmap) -> None:
+        super().__init__(name, np.frombuffer(memory, np.uint8).ctypes.data, len(memory))
+        self.memory = memory
+        with suppress(OSError):  # where the system gives such memory no huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def array(self, block: Block, spec: TensorSpec) -> Array:
+        """Return a block as an array. See `Region`."""
+        return np.asarray(_Elements(block, spec.nbytes)).view(spec.dtype).reshape(spec.shape)
+
+    def unmap(self) -> None:
+        """Leave the mapping to the garbage collector: the server does not need it to end first."""
+
+
+class _Elements:
+    """A block's bytes, as numpy takes them: numpy makes all views refer to this."""
+
+    __slots__ = ("__array_interface__", "_block")
+
+    def __init__(self, block: Block, size_bytes: int) -> None:
+        self._block = block
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (size_bytes,),
+            "data": (block.region.address + block.offset, False),
+        }

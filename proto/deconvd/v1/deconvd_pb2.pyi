@@ -157,7 +157,8 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 @_typing.final
 class SharedSlice(_message.Message):
     """Elements in memory that the server lends to a client on its own host, laid out as in Tensor.raw; as many as the tensor's
-    shape and element type ask for.
+    shape and element type ask for. A region of it lies in the host's memory, or on one of the server's cards. What a call
+    names on cards MUST be on one card, which then computes it.
 
     The server makes all such memory; how a client borrows it, over a Unix socket beside that for calls, is written in
     deconvd/shared_memory.py. A server MUST refuse a slice

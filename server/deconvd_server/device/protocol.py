@@ -21,6 +21,7 @@ __all__ = [
     "DeviceInfo",
     "DeviceTensor",
     "GradientPlaces",
+    "LentMemory",
     "Operand",
     "Place",
     "never",
@@ -41,6 +42,8 @@ class DeviceInfo:
             all together.
         calls_count: How many calls it computes at once; more would only wait inside it.
         has_own_memory: Whether its memory is apart from the host's.
+        card: The 16 bytes of a card's UUID, by which all processes of its host know it; empty where
+            there is none, and so no memory to lend.
     """
 
     id: str
@@ -50,6 +53,7 @@ class DeviceInfo:
     budget_bytes: int
     calls_count: int
     has_own_memory: bool = False
+    card: bytes = b""
 
 
 def never(_size_bytes: int) -> bool:
@@ -86,6 +90,27 @@ class DeviceTensor(Protocol):
 
         A view is never freed itself, and is of no use once the tensor is.
         """
+
+
+class LentMemory(Protocol):
+    """A card's memory that another process may open too. Made by `Device.lend`.
+
+    The other process may change it at any time.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size."""
+
+    @property
+    def handle(self) -> bytes:
+        """What the other process opens it by: a ``cudaIpcMemHandle_t``."""
+
+    def tensor(self, spec: TensorSpec, offset_bytes: int) -> DeviceTensor:
+        """Return a part of it as a tensor, which is never freed itself."""
+
+    def free(self) -> None:
+        """Give it back, once. No call may be under way with a part of it, and no other process have it open."""
 
 
 Operand: TypeAlias = Array | DeviceTensor
@@ -193,6 +218,15 @@ class Device(Protocol):
 
     def host_memory(self, spec: TensorSpec) -> Array:
         """Return a new array in memory of the host's that it reads and writes fastest."""
+
+    def lend(self, size_bytes: int) -> LentMemory:
+        """Return new memory, all zeros, that can be lent to another process.
+
+        It takes of the budget as `empty` does.
+
+        Raises:
+            UnimplementedError: The device is no card.
+        """
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Prepare for calls with arrays in some host memory, which nobody uses yet.

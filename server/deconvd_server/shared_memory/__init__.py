@@ -1,8 +1,9 @@
 """Memory that clients on this host share with the server: the server makes it, lends it and takes it back."""
 
+from deconvd_server.shared_memory.cards import Cards
 from deconvd_server.shared_memory.lender import Lender
 from deconvd_server.shared_memory.loans import Limits
 from deconvd_server.shared_memory.place import memory_socket
 from deconvd_server.shared_memory.tensors import CallTensors
 
-__all__ = ["CallTensors", "Lender", "Limits", "memory_socket"]
+__all__ = ["CallTensors", "Cards", "Lender", "Limits", "memory_socket"]

@@ -15,14 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from deconvd.errors import InvalidArgumentError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer, Operation, Reply, Request
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.device import Operand
+from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
 from deconvd_server.shared_memory.place import Peer, SideSocket, peer_of
+from deconvd_server.shared_memory.slices import check_slice
 
 __all__ = ["Lender"]
 
@@ -53,6 +55,7 @@ class Lender:
             it; returns what to call when no one does any more, before it is unmapped. Each may be
             called in any thread. If it raises, the client is told that there is no memory.
         users: Ids of the users that it lends to. By default its own and root.
+        cards: Lends memory of cards; None if there is none.
     """
 
     def __init__(
@@ -62,12 +65,16 @@ class Lender:
         *,
         on_map: OnMap = _nothing_to_do,
         users: Collection[int] | None = None,
+        cards: Cards | None = None,
     ) -> None:
         own = {0, os.geteuid()}
         self._users = frozenset(own if users is None else users)
         self._limits = limits
         self._on_map = on_map
-        self._loans = Loans(limits)
+        self._cards = cards
+        # of clients that have gone, but for their processes: what takes back what they have
+        self._borrowings: dict[Borrowing, Callable[[], None]] = {}
+        self._loans: Loans[Memory] = Loans(limits)
         self._side = SideSocket(path, for_others=not self._users <= own)
         self._selector = selectors.DefaultSelector()
         self._clients: list[_Client] = []
@@ -94,6 +101,16 @@ class Lender:
         return self._loans.size_bytes
 
     @contextmanager
+    def any_tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Iterator[Operand]:
+        """Keep a tensor in lent memory for the block, be it the host's or a card's. See `tensor`."""
+        if self._cards is not None and self._cards.lends(shared.region):
+            with self._cards.tensor(name, shared.region, shared.offset_bytes, spec) as on_card:
+                yield on_card
+        else:
+            with self.tensor(name, shared, spec) as array:
+                yield array
+
+    @contextmanager
     def tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Iterator[Array]:
         """Keep a tensor in lent memory mapped for the block, as a writable array.
 
@@ -108,7 +125,7 @@ class Lender:
             InvalidArgumentError: The tensor does not lie in the region, or is not aligned.
         """
         with self._loans.use(shared.region, name) as memory:
-            _check_slice(name, shared.offset_bytes, spec, memory.size_bytes)
+            check_slice(name, shared.offset_bytes, spec, memory.size_bytes)
             end = shared.offset_bytes + spec.nbytes
             elements = memory.bytes[shared.offset_bytes : end]
             yield elements.view(spec.dtype.newbyteorder("<")).reshape(spec.shape)
@@ -164,6 +181,8 @@ class Lender:
         self._stop_listening()
         for client in tuple(self._clients):
             self._drop(client)
+        for forget in tuple(self._borrowings.values()):
+            forget()
         self._selector.close()
         self._wake_receiver.close()
         self._wake_sender.close()
@@ -253,8 +272,11 @@ class Lender:
             self._listen_to(client)
             if not client.send(reply, descriptors):
                 self._drop(client)
-        if memory is not None:
+        else:
+            self._part_with(client)  # it was dropped before it had its first region on a card
+        if reply.answer is Answer.DONE:
             client.is_idle = False
+        if memory is not None:
             memory.close_descriptor()
 
     def _drop(self, client: _Client) -> None:
@@ -263,6 +285,28 @@ class Lender:
         self._clients.remove(client)
         client.account.is_open = False
         self._mapper.submit(self._loans.close, client.account)
+        self._part_with(client)
+
+    def _part_with(self, client: _Client) -> None:
+        """Take back what a client that has gone has on cards: when its process has ended, unless that is nothing."""
+        borrowing, client.borrowing = client.borrowing, None
+        if borrowing is None or self._cards is None:
+            return
+        if self._is_closing:  # the mapper may have ended
+            self._cards.close(borrowing)
+            return
+        forget = partial(self._forget, borrowing, self._cards)
+        self._borrowings[borrowing] = forget
+        if borrowing.is_empty:
+            forget()
+        else:
+            self._selector.register(borrowing.process_end, selectors.EVENT_READ, forget)
+
+    def _forget(self, borrowing: Borrowing, cards: Cards) -> None:
+        with suppress(KeyError):  # it was not waited for
+            self._selector.unregister(borrowing.process_end)
+        del self._borrowings[borrowing]
+        self._mapper.submit(cards.close, borrowing)
 
     # In the mapper's thread: it takes a while to map and unmap much memory.
 
@@ -270,11 +314,31 @@ class Lender:
         memory: Memory | None = None
         if request.operation is Operation.LEND:
             reply, memory = self._lend(client, request.size_bytes)
-        elif self._loans.take_back(client.account, request.region):
+        elif request.operation is Operation.LEND_ON_CARD:
+            reply = self._lend_on_card(client, request)
+        elif self._take_back(client, request.region):
             reply = Reply(Answer.DONE, region=request.region)
         else:
             reply = Reply(Answer.MALFORMED, text="this client has no region of that name")
         self._run(partial(self._deliver, client, reply, memory))
+
+    def _lend_on_card(self, client: _Client, request: Request) -> Reply:
+        if self._cards is None:
+            return Reply(Answer.NO_SUCH_CARD, text="the server computes on no card")
+        borrowing = client.borrowing
+        if borrowing is None:
+            try:
+                borrowing = client.borrowing = Borrowing(client.peer.process)
+            except OSError as error:
+                text = f"the server cannot see the client's process: {error.strerror or error}"
+                return Reply(Answer.NO_SUCH_CARD, text=text)
+        return self._cards.lend(borrowing, request)
+
+    def _take_back(self, client: _Client, region: bytes) -> bool:
+        if self._loans.take_back(client.account, region):
+            return True
+        borrowing, cards = client.borrowing, self._cards
+        return borrowing is not None and cards is not None and cards.take_back(borrowing, region)
 
     def _lend(self, client: _Client, wanted_bytes: int) -> tuple[Reply, Memory | None]:
         size_bytes = -(-max(wanted_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES
@@ -298,6 +362,7 @@ class _Client:
 
     Attributes:
         is_idle: Whether it has never borrowed.
+        borrowing: What it has on cards; None if it never asked for that.
     """
 
     def __init__(self, connection: socket.socket, peer: Peer) -> None:
@@ -305,6 +370,7 @@ class _Client:
         self.peer = peer
         self.account = Account()
         self.is_idle = True
+        self.borrowing: Borrowing | None = None
 
     def send(self, reply: Reply, descriptors: tuple[int, ...] = ()) -> bool:
         """Send a reply; return False if the client has gone, or reads nothing."""
@@ -324,18 +390,3 @@ class _Client:
             while self.connection.recv(_MAX_PACKET_BYTES):
                 pass
         self.connection.close()
-
-
-def _check_slice(name: str, offset_bytes: int, spec: TensorSpec, size_bytes: int) -> None:
-    if not 0 <= offset_bytes <= size_bytes - spec.nbytes:
-        raise InvalidArgumentError(
-            f"{name} must lie in its region of {size_bytes} bytes, got {spec.nbytes} bytes at "
-            f"offset {offset_bytes}",
-            argument=name,
-        )
-    if offset_bytes % spec.dtype.itemsize:
-        raise InvalidArgumentError(
-            f"{name} must lie at a multiple of its elements' {spec.dtype.itemsize} bytes, got "
-            f"offset {offset_bytes}",
-            argument=name,
-        )

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 from deconvd.errors import StaleRegionError
 from deconvd.shared_memory import Answer
 from deconvd_server.cache import Entry, Resource
 from deconvd_server.secret_names import Named, new_name
-from deconvd_server.shared_memory.memory import Memory
 
 __all__ = ["Account", "Limits", "Loans", "OverLimitError"]
 
@@ -75,8 +75,22 @@ class Account:
     is_open: bool = True
 
 
-class Loans:
-    """All that is lent. Thread-safe; memory is unmapped outside the lock, by whoever used it last.
+class Lendable(Protocol):
+    """Memory that can be lent."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size."""
+
+    def unmap(self) -> None:
+        """Let go of it. Called once, when no one uses it."""
+
+
+_M = TypeVar("_M", bound=Lendable)
+
+
+class Loans(Generic[_M]):
+    """All that is lent of one kind. Thread-safe; memory is unmapped outside the lock, by whoever used it last.
 
     A region is lent, then retired, when its client gives it back or goes, then unmapped, when the
     last call that uses it has ended.
@@ -86,8 +100,8 @@ class Loans:
         self._limits = limits
         self._changed = threading.Condition()
         self._sum = _Sum()
-        self._entries: Named[Entry[Memory]] = Named()
-        self._garbage: list[Resource[Memory]] = []
+        self._entries: Named[Entry[_M]] = Named()
+        self._garbage: list[Resource[_M]] = []
 
     @property
     def size_bytes(self) -> int:
@@ -110,7 +124,7 @@ class Loans:
         with self._changed:
             self._count(account, -size_bytes, -1)
 
-    def lend(self, account: Account, memory: Memory) -> bytes:
+    def lend(self, account: Account, memory: _M) -> bytes:
         """Lend memory that was reserved; return its secret name."""
         name = new_name()
         free = partial(self._free, account, memory)
@@ -140,8 +154,13 @@ class Loans:
                 self._retire(account, name)
         self._free_garbage()
 
+    def has(self, name: bytes) -> bool:
+        """Return whether a region of that name is lent."""
+        with self._changed:
+            return self._entries.get(name) is not None
+
     @contextmanager
-    def use(self, name: bytes, argument: str) -> Iterator[Memory]:
+    def use(self, name: bytes, argument: str) -> Iterator[_M]:
         """Keep a region mapped for the block.
 
         Raises:
@@ -205,7 +224,7 @@ class Loans:
         for resource in garbage:
             resource.free()
 
-    def _free(self, account: Account, memory: Memory) -> None:
+    def _free(self, account: Account, memory: _M) -> None:
         try:
             memory.unmap()
         except Exception:

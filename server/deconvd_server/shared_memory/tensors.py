@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 
+import numpy as np
 from google.protobuf.message import Message
 
 from deconvd.codec import Buffer
@@ -13,6 +14,7 @@ from deconvd.errors import StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, array_from_message, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.device import Operand
 from deconvd_server.shared_memory.lender import Lender
 
 __all__ = ["CallTensors"]
@@ -29,8 +31,8 @@ class CallTensors:
         self._lender = lender
         self._used = ExitStack()
 
-    def operand(self, name: str, message: pb.Tensor, raw: Buffer | None) -> Array:
-        """Return a tensor of a request, as a read-only array.
+    def operand(self, name: str, message: pb.Tensor, raw: Buffer | None) -> Operand:
+        """Return a tensor of a request: a read-only array, unless it lies on a card.
 
         Args:
             name: Name of the argument, for errors.
@@ -41,12 +43,13 @@ class CallTensors:
         """
         if message.WhichOneof("payload") != "shared":
             return array_from_message(name, message, raw)
-        array = self.place(name, message.shared, spec_from_message(name, message))
-        array.flags.writeable = False
-        return array
+        tensor = self._any_place(name, message.shared, spec_from_message(name, message))
+        if isinstance(tensor, np.ndarray):
+            tensor.flags.writeable = False
+        return tensor
 
-    def places(self, request: Message, results: Mapping[str, TensorSpec]) -> dict[str, Array]:
-        """Return where results are to be put, those that have a place: writable arrays, by field.
+    def places(self, request: Message, results: Mapping[str, TensorSpec]) -> dict[str, Operand]:
+        """Return where results are to be put, those that have a place, by field: writable arrays, or tensors on cards.
 
         Args:
             request: Has a field ``{name}_place`` for each result.
@@ -57,7 +60,7 @@ class CallTensors:
         """
         names = {field: f"{field}_place" for field in results}
         return {
-            field: self.place(name, getattr(request, name), results[field])
+            field: self._any_place(name, getattr(request, name), results[field])
             for field, name in names.items()
             if request.HasField(name)
         }
@@ -74,7 +77,7 @@ class CallTensors:
         self._used.close()
 
     def place(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Array:
-        """Return a slice of memory as a writable array.
+        """Return a slice of the host's memory as a writable array.
 
         Args:
             name: What it is for, for errors.
@@ -82,8 +85,14 @@ class CallTensors:
         Raises:
             InvalidArgumentError: As `Lender.tensor` does.
         """
+        return self._used.enter_context(self._known_lender(name).tensor(name, shared, spec))
+
+    def _any_place(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Operand:
+        return self._used.enter_context(self._known_lender(name).any_tensor(name, shared, spec))
+
+    def _known_lender(self, name: str) -> Lender:
         if self._lender is None:
             raise StaleRegionError(
                 f"{name} must be sent in messages: this server lends no memory", argument=name
             )
-        return self._used.enter_context(self._lender.tensor(name, shared, spec))
+        return self._lender

@@ -15,7 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from deconvd.copying import copy_into
-from deconvd.errors import ExhaustedError
+from deconvd.errors import ExhaustedError, UnimplementedError
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -37,6 +37,7 @@ from deconvd_server.device.protocol import (
     DeviceInfo,
     DeviceTensor,
     GradientPlaces,
+    LentMemory,
     Operand,
     Place,
 )
@@ -229,6 +230,10 @@ class CpuDevice:
     def host_memory(self, spec: TensorSpec) -> Array:
         """Return a new array."""
         return np.empty(spec.shape, spec.dtype)
+
+    def lend(self, size_bytes: int) -> LentMemory:
+        """Refuse: there is no card. See `Device`."""
+        raise UnimplementedError(f"{DEVICE_ID} is no card whose memory could be lent")
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Do nothing: to a processor, host memory is all alike."""

@@ -43,6 +43,7 @@ from deconvd_server.device.cuda.runtime import (
     Pool,
     Stream,
     current_device,
+    ipc_handle,
     open_card,
     register_host,
     synchronize,
@@ -50,7 +51,7 @@ from deconvd_server.device.cuda.runtime import (
 )
 from deconvd_server.device.cuda.sizing import Sizing, operations_of
 from deconvd_server.device.cuda.stats import CudaStats
-from deconvd_server.device.cuda.tensor import CudaTensor, own
+from deconvd_server.device.cuda.tensor import CudaLentMemory, CudaTensor, own
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import (
     CacheState,
@@ -193,6 +194,7 @@ class CudaDevice:
             budget_bytes=self._budget_bytes,
             calls_count=self._limits.lanes_count,
             has_own_memory=True,
+            card=self._card.uuid,
         )
 
     @property
@@ -361,6 +363,17 @@ class CudaDevice:
         with self.using():
             pinned = PinnedBuffer(max(spec.nbytes, 1)).bytes
         return pinned[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
+
+    def lend(self, size_bytes: int) -> CudaLentMemory:
+        """Return new memory that another process may open. See `Device`."""
+        with self.using():
+            lease = self.memory.take_to_lend(size_bytes)
+            try:
+                handle = ipc_handle(lease.pointer)
+            except BaseException:
+                lease.free()
+                raise
+        return CudaLentMemory(self._id, lease, size_bytes, handle)
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Let the card read and write host memory by itself. See `Device`."""

@@ -73,6 +73,7 @@ class DeviceMemory:
         allocate: Returns a block of so many bytes, given back once it is collected; raises
             MemoryError if there is none.
         allocate_to_stay: The same, for blocks that stay for long; by default `allocate`.
+        allocate_to_lend: The same, for blocks that other processes see; by default `allocate`.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class DeviceMemory:
         limit_bytes: int,
         allocate: Callable[[int], _Block],
         allocate_to_stay: Callable[[int], _Block] | None = None,
+        allocate_to_lend: Callable[[int], _Block] | None = None,
     ) -> None:
         self._limit_bytes = limit_bytes
         self._allocate = allocate
         self._allocate_to_stay = allocate_to_stay or allocate
+        self._allocate_to_lend = allocate_to_lend or allocate
         self._lock = threading.Lock()
         self._used_bytes = 0
         self._peak_bytes = 0
@@ -109,6 +112,10 @@ class DeviceMemory:
     def take_to_stay(self, size_bytes: int) -> Lease:
         """Lend a block until it is freed. Raises as `take` does."""
         return self._leased(size_bytes, self._allocate_to_stay)
+
+    def take_to_lend(self, size_bytes: int) -> Lease:
+        """Lend a block that other processes see until it is freed. Raises as `take` does."""
+        return self._leased(size_bytes, self._allocate_to_lend)
 
     @property
     def stats(self) -> MemoryStats:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ __all__ = [
     "copy",
     "current_device",
     "download",
+    "ipc_handle",
     "open_card",
     "register_host",
     "synchronize",
@@ -67,6 +70,7 @@ class Card:
         properties = _cuda.getDeviceProperties(ordinal)
         self.name: str = properties["name"].decode()
         self.capability: int = properties["major"] * 10 + properties["minor"]
+        self.uuid: bytes = bytes(properties["uuid"])
         self.processors_count: int = properties["multiProcessorCount"]
         if self.capability < _OLDEST_CAPABILITY:
             raise DeviceUnavailableError(
@@ -229,12 +233,37 @@ class PinnedBuffer:
         self.bytes: Bytes = np.frombuffer(pointer, np.uint8, size_bytes)
 
 
+def ipc_handle(address: int) -> bytes:
+    """Return what other processes open an allocation by. Raises CudaError if the system has no such thing."""
+    return bytes(_cuda.ipcGetMemHandle(address))
+
+
+class _Allocation:
+    """Memory of the current card, in no pool; given back when it is collected."""
+
+    def __init__(self, size_bytes: int, on_free: Callable[[], None]) -> None:
+        self.ptr: int = _cuda.malloc(size_bytes)
+        give_back = weakref.finalize(
+            self, _free_allocation, cupy.cuda.Device().id, self.ptr, on_free
+        )
+        give_back.atexit = False
+        _cuda.memset(self.ptr, 0, size_bytes)
+        synchronize()
+
+
+def _free_allocation(ordinal: int, address: int, on_free: Callable[[], None]) -> None:
+    with current_device(ordinal):
+        _cuda.free(address)
+    on_free()
+
+
 class Pool:
     """The card's memory, up to a limit; what is freed is kept for the next who asks.
 
     A block may be used on any stream, so whoever gives one back has waited for its work. Blocks
     that stay for long come from a pool of their own: small ones would split, and so hold, the large
-    blocks that calls use again and again.
+    blocks that calls use again and again. Blocks that other processes see come from none: they
+    would see what lies beside them.
 
     Args:
         limit_bytes: What blocks in use and blocks kept may take together.
@@ -246,10 +275,11 @@ class Pool:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # also taken by finalizers
         self._pool = cupy.cuda.MemoryPool()
         self._pool_to_stay = cupy.cuda.MemoryPool()
         self._pool.set_limit(size=limit_bytes)
+        self._lent_bytes = 0
         self.made_count = 0
 
     def take(self, size_bytes: int) -> Any:
@@ -272,25 +302,49 @@ class Pool:
     def take_to_stay(self, size_bytes: int) -> Any:
         """Return a block that will stay for long. Otherwise as `take`."""
         with self._lock:
-            if self.held_bytes() + size_bytes > self.limit_bytes:
-                self.trim()
+            self._make_room(size_bytes)
             try:
                 return _malloc(self._pool_to_stay, size_bytes)
             finally:
                 self._share_limit()
 
+    def take_to_lend(self, size_bytes: int) -> Any:
+        """Return a block, all zeros, that other processes may see. Otherwise as `take`."""
+        with self._lock:
+            self._make_room(size_bytes)
+            try:
+                block = _Allocation(size_bytes, partial(self._count_lent, -size_bytes))
+            except CudaError as error:
+                raise MemoryError(f"no {size_bytes} bytes to lend: {error}") from None
+            self._count_lent(size_bytes)
+        stream = Stream()  # to wait for the whole card would break what other threads capture
+        _cuda.memsetAsync(block.ptr, 0, size_bytes, stream.pointer)
+        stream.wait()
+        return block
+
     def held_bytes(self) -> int:
         """Return what blocks in use and blocks kept take of the card."""
-        return int(self._pool.total_bytes() + self._pool_to_stay.total_bytes())
+        kept_bytes = self._pool.total_bytes() + self._pool_to_stay.total_bytes()
+        return int(kept_bytes + self._lent_bytes)
 
     def trim(self) -> None:
         """Give blocks kept back to the card."""
         self._pool.free_all_blocks()
         self._pool_to_stay.free_all_blocks()
 
+    def _make_room(self, size_bytes: int) -> None:
+        """Give blocks kept back to the card, if so many bytes would be too much beside them."""
+        if self.held_bytes() + size_bytes > self.limit_bytes:
+            self.trim()
+
+    def _count_lent(self, size_bytes: int) -> None:
+        with self._lock:
+            self._lent_bytes += size_bytes
+            self._share_limit()
+
     def _share_limit(self) -> None:
-        """Leave calls what is not held by blocks that stay."""
-        rest_bytes = self.limit_bytes - self._pool_to_stay.total_bytes()
+        """Leave calls what is not held by blocks that stay, or are lent."""
+        rest_bytes = self.limit_bytes - self._pool_to_stay.total_bytes() - self._lent_bytes
         self._pool.set_limit(size=max(rest_bytes, 1))  # 0 would be no limit
 
 

@@ -1,4 +1,4 @@
-"""Tensors that stay on a card between calls."""
+"""Tensors that stay on a card between calls, and memory of it that other processes see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deconvd_server.device.cuda.memory import Lease
 from deconvd_server.device.cuda.plan import Preparation
 from deconvd_server.device.protocol import DeviceTensor, never
 
-__all__ = ["CudaTensor", "own"]
+__all__ = ["CudaLentMemory", "CudaTensor", "own"]
 
 
 class CudaTensor:
@@ -56,6 +56,24 @@ class CudaTensor:
         self._lease.free()
         if self.forms is not None:
             self.forms.free()
+
+
+class CudaLentMemory:
+    """Memory of a card, lent to another process. See `LentMemory`."""
+
+    def __init__(self, device_id: str, lease: Lease, size_bytes: int, handle: bytes) -> None:
+        self.size_bytes = size_bytes
+        self.handle = handle
+        self._device_id = device_id
+        self._lease = lease
+
+    def tensor(self, spec: TensorSpec, offset_bytes: int) -> CudaTensor:
+        """Return a part of it. See `LentMemory`."""
+        return CudaTensor(spec, self._device_id, self._lease, offset_bytes)
+
+    def free(self) -> None:
+        """Give it back, once."""
+        self._lease.free()
 
 
 def own(tensor: DeviceTensor, device_id: str) -> CudaTensor:

@@ -1,0 +1,205 @@
+"""Calls with cupy arrays: on their own card where the server has it too, else by way of the host.
+
+Imported once a caller has handed over a cupy array, and not before.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+import cupy
+import numpy as np
+from cupy.cuda import runtime
+
+from deconvd.problem import TensorSpec
+from deconvd.tensor import Array
+from deconvd_client.asked import Asked, RequestT, ResponseT
+from deconvd_client.nearest import Nearest
+from deconvd_client.residents import Call, Kept, Residents
+from deconvd_client.shared_memory import Borrower
+from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError
+from deconvd_client.shared_memory.region import Block, Region
+
+__all__ = ["Cards"]
+
+
+class Cards:
+    """Makes calls that have cupy arrays, in memory that the server lends on their cards. Thread-safe.
+
+    Args:
+        nearest: The ways to the server.
+        residents: Makes calls with numpy arrays.
+        find_socket: As for `Borrower`.
+    """
+
+    def __init__(
+        self, nearest: Nearest, residents: Residents, find_socket: Callable[[], str]
+    ) -> None:
+        self._nearest = nearest
+        self._residents = residents
+        self._find_socket = find_socket
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self._borrowers: dict[int, _CardBorrower] = {}
+
+    def arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
+        """Make a call of which some arrays are cupy's, once what was enqueued on the current stream is done.
+
+        Returns:
+            Its results, by the names of their fields: of the kind of `like`, and on its card.
+
+        Raises:
+            LostTensorError: As `Residents.arrays` does.
+        """
+        if not isinstance(like, cupy.ndarray):
+            return self._residents.arrays(_on_host(call))
+        with cupy.cuda.Device(like.device.id) as card:
+            try:
+                return self._on_card(call, card.id)
+            except _NotOnCardError:
+                arrays = self._residents.arrays(_on_host(call))
+                return {field: cupy.asarray(array) for field, array in arrays.items()}
+
+    def close(self) -> None:
+        """Give all back that no array lies in, and borrow no more."""
+        with self._lock:
+            self._is_closed = True
+            for borrower in self._borrowers.values():
+                borrower.close()
+
+    def _on_card(self, call: Call[RequestT, ResponseT], ordinal: int) -> dict[str, Array]:
+        """Make a call whose tensors all lie on a card; operands that lie elsewhere are copied there.
+
+        Raises:
+            _NotOnCardError: It is to be made in another way.
+        """
+        operands: dict[str, Array] = {
+            field: operand
+            for field, operand in call.operands.items()
+            if not isinstance(operand, Kept)
+        }
+        tensors: list[Array | TensorSpec] = [*operands.values(), *call.results.values()]
+        if len(operands) < len(call.operands) or not all(tensor.nbytes for tensor in tensors):
+            raise _NotOnCardError
+        asked = Asked(call.request, call.problem, operands, call.results)
+        borrower = self._borrower(ordinal)
+        return self._nearest.call(lambda stub: call.send(stub, borrower, asked)).arrays
+
+    def _borrower(self, ordinal: int) -> _CardBorrower:
+        with self._lock:
+            if ordinal not in self._borrowers:
+                borrower = _CardBorrower(self._find_socket, place=_Card(ordinal))
+                self._borrowers[ordinal] = borrower
+                if self._is_closed:
+                    borrower.close()
+            return self._borrowers[ordinal]
+
+
+class _NotOnCardError(Exception):
+    """A call cannot be made on a card, and is to be made by way of the host."""
+
+
+class _CardBorrower(Borrower):
+    """A borrower whose arrays cannot be sent, and whose memory is not taken back while it may be open here."""
+
+    def close(self) -> None:
+        """Give all back that no array lies in, and borrow no more. See `Borrower`."""
+        self.give_back_unused()
+        super().close()
+
+    def allow_other_ways(self) -> None:
+        """Have the call made by way of the host. Raises _NotOnCardError."""
+        raise _NotOnCardError
+
+
+def _on_host(call: Call[RequestT, ResponseT]) -> Call[RequestT, ResponseT]:
+    """Return the same call with numpy arrays."""
+    operands: dict[str, Array | Kept] = {
+        field: cupy.asnumpy(operand) if isinstance(operand, cupy.ndarray) else operand
+        for field, operand in call.operands.items()
+    }
+    return replace(call, operands=operands)
+
+
+class _Card:
+    """Memory of a card, and cupy arrays. See `Place`."""
+
+    smallest_bytes: Final = 1  # whatever is sent must first be copied to the host
+    loss: Final = "cupy arrays go by way of the host"
+
+    def __init__(self, ordinal: int) -> None:
+        self._ordinal = ordinal
+        self._uuid = bytes(runtime.getDeviceProperties(ordinal)["uuid"])
+
+    def borrow(self, link: Link, size_bytes: int) -> Region:
+        """Return new memory. See `Place`."""
+        reply = link.borrow_on_card(self._uuid, size_bytes)
+        try:
+            handle = bytes.fromhex(reply.text)
+        except ValueError:
+            raise LinkLostError("the server lent memory of a card without a handle") from None
+        try:
+            with cupy.cuda.Device(self._ordinal):
+                address = runtime.ipcOpenMemHandle(handle)
+        except runtime.CUDARuntimeError as error:
+            link.give_back(reply.region)
+            raise NeverLentError(f"the server's memory cannot be opened here: {error}") from None
+        return _CardRegion(self._ordinal, reply.region, address, reply.size_bytes)
+
+    def address(self, array: Array) -> int | None:
+        """Return where an array lies. See `Place`."""
+        if not isinstance(array, cupy.ndarray) or not array.flags.c_contiguous:
+            return None
+        address: int = array.data.ptr
+        return address
+
+    def copy(self, target: Any, source: Array) -> None:
+        """Copy an array. See `Place`."""
+        if isinstance(source, cupy.ndarray) and source.device.id == self._ordinal:
+            target[...] = source
+        else:
+            target.set(np.ascontiguousarray(cupy.asnumpy(source), target.dtype))
+
+    def settle(self) -> None:
+        """Wait for the current stream. See `Place`."""
+        cupy.cuda.get_current_stream().synchronize()
+
+
+class _CardRegion(Region):
+    """Memory of a card, open here until nothing lies in it any more."""
+
+    def __init__(self, ordinal: int, name: bytes, address: int, size_bytes: int) -> None:
+        super().__init__(name, address, size_bytes)
+        self._ordinal = ordinal
+        self._close = weakref.finalize(self, _close_memory, ordinal, address)
+        self._close.atexit = False  # CUDA may have gone before
+
+    def array(self, block: Block, spec: TensorSpec) -> Array:
+        """Return a block as a cupy array. See `Region`."""
+        memory = cupy.cuda.UnownedMemory(
+            self.address + block.offset, spec.nbytes, block, self._ordinal
+        )
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        array: Array = cupy.ndarray(spec.shape, spec.dtype, pointer)
+        return array
+
+    def collect(self) -> None:
+        """Make room of the blocks that have gone, once the card is done with what was enqueued on them."""
+        if self.freed:
+            with cupy.cuda.Device(self._ordinal) as card:
+                card.synchronize()
+        super().collect()
+
+    def unmap(self) -> None:
+        """Close the memory. See `Region`."""
+        self._close()
+
+
+def _close_memory(ordinal: int, address: int) -> None:
+    with suppress(runtime.CUDARuntimeError), cupy.cuda.Device(ordinal):  # the server may have gone
+        runtime.ipcCloseMemHandle(address)

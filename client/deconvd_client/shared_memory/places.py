@@ -1,0 +1,63 @@
+"""Where borrowed memory may be: what a borrower does in another way for each."""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from deconvd.copying import copy_into
+from deconvd.tensor import Array
+from deconvd_client.shared_memory.link import Link
+from deconvd_client.shared_memory.region import Region
+
+__all__ = ["HOST", "Place"]
+
+
+class Place(Protocol):
+    """A kind of memory, and of the arrays that lie in it."""
+
+    @property
+    def smallest_bytes(self) -> int:
+        """What is smaller is quicker sent than found there."""
+
+    @property
+    def loss(self) -> str:
+        """What it means to do without it, for the log."""
+
+    def borrow(self, link: Link, size_bytes: int) -> Region:
+        """Return new memory of at least `size_bytes`. Raises as `Link.borrow_on_card` does."""
+
+    def address(self, array: Array) -> int | None:
+        """Return where an array lies; None unless it is of this kind, laid out as a message's elements."""
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy an array of any kind into one of this kind."""
+
+    def settle(self) -> None:
+        """Return when what was begun on arrays is done, so that the server may read and write them."""
+
+
+class _Host:
+    """Memory of the host, and numpy arrays. See `Place`."""
+
+    smallest_bytes: Final = 32 << 10
+    loss: Final = "no shared memory with the server, tensors are sent instead"
+
+    def borrow(self, link: Link, size_bytes: int) -> Region:
+        """Return new memory. See `Place`."""
+        return link.borrow(size_bytes)
+
+    def address(self, array: Array) -> int | None:
+        """Return where an array lies. See `Place`."""
+        is_plain = array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
+        address: int = array.__array_interface__["data"][0]
+        return address if is_plain else None
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy an array. See `Place`."""
+        copy_into(target, source)
+
+    def settle(self) -> None:
+        """Return: whatever is done to a numpy array is done at once."""
+
+
+HOST: Final[Place] = _Host()

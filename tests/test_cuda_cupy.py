@@ -1,0 +1,261 @@
+"""Cupy arrays on the server's own card: nothing leaves it, and without that they go by way of the host."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd.shared_memory import socket_beside
+from deconvd.tensor import Array
+from deconvd_client import Connection
+from deconvd_server.daemon import Daemon, Settings
+from tests.servers import ServerProcess, server_process
+
+pytestmark = pytest.mark.gpu
+
+cupy: Any = pytest.importorskip("cupy")
+
+TIMEOUT_S = 60
+GEOMETRY: dict[str, Any] = {"stride": 2, "pad": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with server_process(tmp_path_factory.mktemp("server"), device="cuda") as running:
+        yield running
+
+
+@pytest.fixture
+def F(server: ServerProcess) -> Iterator[Connection]:
+    with deconvd_client.connect(server.target) as connection, steady(connection):
+        yield connection
+
+
+def steady(connection: Connection) -> Any:
+    return connection.using_config("cudnn_deterministic", True)
+
+
+def operands(n: int = 3, channels: int = 16, image: int = 24) -> tuple[Array, Array, Array, Array]:
+    """Return x, W, b and gy."""
+    random = np.random.default_rng(0)
+    shapes = [
+        (n, channels, image, image),
+        (channels, 8, 4, 4),
+        (8,),
+        (n, 8, 2 * image, 2 * image),
+    ]
+    x, W, b, gy = (random.standard_normal(shape, np.float32) for shape in shapes)
+    return x, W, b, gy
+
+
+def is_lent(F: Connection, array: Any) -> bool:
+    """Return whether an array lies in memory that the server lends."""
+    assert F._cards is not None
+    borrowers = F._cards._borrowers.values()
+    return any(borrower.locate(array) is not None for borrower in borrowers)
+
+
+@pytest.mark.parametrize(("n", "image"), [(1, 24), (23, 96)], ids=["small", "large"])
+def test_a_cupy_array_gives_a_cupy_array_with_the_same_bits(
+    F: Connection, n: int, image: int
+) -> None:
+    x, W, b, _ = operands(n, image=image)
+    expected = F.deconvolution_2d(x, W, b, **GEOMETRY)
+
+    for _ in range(4):
+        y = F.deconvolution_2d(*map(cupy.asarray, (x, W, b)), **GEOMETRY)
+
+        assert isinstance(y, cupy.ndarray)
+        assert is_lent(F, y)
+        np.testing.assert_array_equal(cupy.asnumpy(y), expected)
+
+
+def test_gradients_of_cupy_arrays_are_cupy_arrays(F: Connection) -> None:
+    x, W, b, gy = operands()
+    expected = F.deconvolution_2d_grad(x, W, b, gy, **GEOMETRY)
+
+    found = F.deconvolution_2d_grad(*map(cupy.asarray, (x, W, b, gy)), **GEOMETRY)
+
+    for array, right in zip(found, expected, strict=True):
+        assert isinstance(array, cupy.ndarray)
+        assert is_lent(F, array)
+        np.testing.assert_array_equal(cupy.asnumpy(array), right)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_element_types_cross_too(F: Connection, dtype: str) -> None:
+    x, W, *_ = (array.astype(dtype) for array in operands())
+    y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(cupy.asnumpy(y), F.deconvolution_2d(x, W, **GEOMETRY))
+
+
+def test_results_are_of_the_kind_of_x(F: Connection) -> None:
+    x, W, *_ = operands()
+    expected = F.deconvolution_2d(x, W, **GEOMETRY)
+
+    on_card = F.deconvolution_2d(cupy.asarray(x), W, **GEOMETRY)
+    on_host = F.deconvolution_2d(x, cupy.asarray(W), **GEOMETRY)
+
+    assert isinstance(on_card, cupy.ndarray)
+    assert isinstance(on_host, np.ndarray)
+    np.testing.assert_array_equal(cupy.asnumpy(on_card), expected)
+    np.testing.assert_array_equal(on_host, expected)
+
+
+def test_strided_operands_and_views_are_right(F: Connection) -> None:
+    x, W, *_ = operands()
+    x_card = cupy.asarray(np.ascontiguousarray(x.transpose(3, 2, 1, 0))).transpose(3, 2, 1, 0)
+    y = F.deconvolution_2d(x_card, cupy.asarray(W)[:, ::-1], **GEOMETRY)
+    expected = F.deconvolution_2d(x, np.ascontiguousarray(W[:, ::-1]), **GEOMETRY)
+    np.testing.assert_array_equal(cupy.asnumpy(y), expected)
+
+
+def test_results_are_operands_of_the_next_call_where_they_lie(F: Connection) -> None:
+    x, W, *_ = operands(channels=8)
+    expected = F.deconvolution_2d(F.deconvolution_2d(x, W, **GEOMETRY), W, **GEOMETRY)
+
+    y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
+    (borrower,) = F._cards._borrowers.values()  # type: ignore[union-attr]
+    taken_bytes = borrower.taken_bytes
+    z = F.deconvolution_2d(y, cupy.asarray(W), **GEOMETRY)
+
+    assert borrower.taken_bytes - taken_bytes < z.nbytes + x.nbytes  # y was not copied
+    np.testing.assert_array_equal(cupy.asnumpy(z), expected)
+
+
+def test_results_stay_as_they_are_while_they_are_held_and_their_memory_is_used_again(
+    F: Connection,
+) -> None:
+    x, W, *_ = operands(8)
+    W_card, held = cupy.asarray(W), []
+    for n in range(20):
+        held.append((n, F.deconvolution_2d(cupy.asarray(x * n), W_card, **GEOMETRY)[1:3, ::2]))
+        if n % 3:
+            held.pop(0)
+    base = F.deconvolution_2d(x, W, **GEOMETRY)[1:3, ::2]
+    for n, y in held:
+        np.testing.assert_allclose(cupy.asnumpy(y), n * base, rtol=1e-4, atol=1e-3)
+    (borrower,) = F._cards._borrowers.values()  # type: ignore[union-attr]
+    del held, y
+    gc.collect()
+    assert borrower.taken_bytes < 2 * W_card.nbytes
+
+
+def test_work_that_is_under_way_on_the_current_stream_is_waited_for(F: Connection) -> None:
+    x, W, *_ = operands()
+    expected = F.deconvolution_2d(x + 100, W, **GEOMETRY)
+    slow = cupy.ones((4096, 4096), np.float32)
+    with cupy.cuda.Stream(non_blocking=True):
+        x_card = cupy.asarray(x)
+        for _ in range(20):
+            slow = slow @ slow / 4096
+        x_card += slow[0, 0] * 0 + 100
+        y = F.deconvolution_2d(x_card, cupy.asarray(W), **GEOMETRY)
+    np.testing.assert_array_equal(cupy.asnumpy(y), expected)
+
+
+def test_empty_batches_come_back_as_cupy_arrays(F: Connection) -> None:
+    y = F.deconvolution_2d(cupy.ones((0, 8, 4, 4), np.float32), cupy.ones((8, 8, 4, 4), np.float32))
+    assert isinstance(y, cupy.ndarray)
+    assert y.shape == (0, 8, 7, 7)
+
+
+def test_wrong_arguments_are_still_told(F: Connection) -> None:
+    with pytest.raises(deconvd_client.InvalidArgumentError, match="input channels"):
+        F.deconvolution_2d(cupy.ones((1, 8, 4, 4)), cupy.ones((4, 8, 4, 4)))
+
+
+def falls_back(F: Connection, caplog: pytest.LogCaptureFixture, why: str) -> None:
+    x, W, *_ = operands()
+    with caplog.at_level(logging.INFO), steady(F):
+        expected = F.deconvolution_2d(x, W, **GEOMETRY)
+        for _ in range(3):
+            y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
+            assert isinstance(y, cupy.ndarray)
+            np.testing.assert_allclose(cupy.asnumpy(y), expected, rtol=1e-4, atol=1e-4)
+    said = [r.getMessage() for r in caplog.records if "by way of the host" in r.getMessage()]
+    assert len(said) == 1
+    assert why in said[0]
+
+
+def test_a_server_on_the_processor_is_reached_by_way_of_the_host(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
+        falls_back(F, caplog, "computes on no card")
+
+
+@pytest.mark.parametrize("transport", ["unix", "shared_memory"])
+def test_a_pinned_transport_is_kept_to(server: ServerProcess, transport: str) -> None:
+    x, W, *_ = operands()
+    with deconvd_client.connect(server.target, transport=transport) as F:
+        y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
+        assert isinstance(y, cupy.ndarray)
+        assert is_lent(F, y) == (transport == "shared_memory")
+
+
+def test_a_remote_tensor_and_a_cupy_array_meet_on_the_host(F: Connection) -> None:
+    x, W, *_ = operands()
+    y = F.deconvolution_2d(cupy.asarray(x), F.put(W), **GEOMETRY)
+    assert isinstance(y, cupy.ndarray)
+    np.testing.assert_array_equal(cupy.asnumpy(y), F.deconvolution_2d(x, W, **GEOMETRY))
+
+
+def test_a_server_in_the_same_process_is_reached_by_way_of_the_host(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from deconvd_server.device.cuda import open_device
+
+    settings = Settings(
+        [f"unix:{tmp_path}/s.sock"], 1 << 30, drain_timeout_s=10, shared_memory_bytes=1 << 30
+    )
+    daemon = Daemon(settings)
+    daemon.serve(lambda: [open_device(0)])
+    try:
+        with deconvd_client.connect(daemon.addresses[0]) as F:
+            falls_back(F, caplog, "cannot be opened here")
+            assert daemon._service.residents is not None
+            assert daemon._service.residents.engines.all[0].load.held_bytes == 0
+    finally:
+        daemon.drain()
+
+
+CLIENT = """
+import sys
+import cupy
+import numpy as np
+import deconvd_client
+F = deconvd_client.connect(sys.argv[1])
+x = cupy.ones((4, 8, 16, 16), np.float32)
+y = F.deconvolution_2d(x, cupy.ones((8, 4, 4, 4), np.float32))
+borrower, = F._cards._borrowers.values()
+print(borrower.locate(y) is not None, borrower.borrowed_bytes, flush=True)
+input()
+"""
+
+
+def test_what_a_killed_client_had_on_the_card_is_taken_back(tmp_path: Path) -> None:
+    """A card that has room for the first regions of two clients, and not of three."""
+    limit = ("--device-memory-bytes", str(400 << 20))
+    with server_process(tmp_path, *limit, device="cuda") as server:
+        assert Path(socket_beside(server.target.removeprefix("unix:"))).is_socket()
+        for _ in range(4):
+            with subprocess.Popen(
+                [sys.executable, "-c", CLIENT, server.target],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as client:
+                assert client.stdout is not None
+                assert client.stdout.readline().split() == ["True", str(64 << 20)]
+                client.kill()

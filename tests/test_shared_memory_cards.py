@@ -1,0 +1,262 @@
+"""Memory of cards that is lent: to whom, how much, and until when. No card is needed: the host's memory plays one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deconvd.errors import ExhaustedError, InvalidArgumentError, StaleRegionError
+from deconvd.problem import TensorSpec
+from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.tensor import Array, message_from_spec
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.device import DeviceTensor, LentMemory
+from deconvd_server.device.cpu.tensor import HostTensor, array_of
+from deconvd_server.engine import Engine
+from deconvd_server.shared_memory import CallTensors, Cards, Lender, Limits
+from tests.lenders import LIMITS, MIB, child
+
+CARD, OTHER_CARD = bytes(range(16)), bytes(range(1, 17))
+FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
+TIMEOUT_S = 30
+
+
+class Lent:
+    """Memory of the host, as if it were a card's."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.handle = bytes(64)
+        self.bytes: Array = np.zeros(size_bytes, np.uint8)
+
+    def tensor(self, spec: TensorSpec, offset_bytes: int) -> DeviceTensor:
+        part = self.bytes[offset_bytes : offset_bytes + spec.nbytes]
+        return HostTensor(part.view(spec.dtype).reshape(spec.shape))
+
+    def free(self) -> None:
+        raise AssertionError("the engine counts what is freed")
+
+
+class FakeEngine:
+    """Lends up to 8 MiB, and knows what is lent."""
+
+    def __init__(self) -> None:
+        self.lent: list[LentMemory] = []
+
+    def lend(self, size_bytes: int) -> LentMemory:
+        if sum(lent.size_bytes for lent in self.lent) + size_bytes > 8 * MIB:
+            raise ExhaustedError("the card is full")
+        self.lent.append(Lent(size_bytes))
+        return self.lent[-1]
+
+    def take_back(self, lent: LentMemory) -> None:
+        self.lent.remove(lent)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def lender(path: Path, engine: FakeEngine) -> Iterator[Lender]:
+    cards = Cards({CARD: engine}, Limits(16 * MIB, 4 * MIB))
+    lender = Lender(path, LIMITS, cards=cards)
+    yield lender
+    lender.close()
+    assert engine.lent == []
+
+
+class Peer:
+    """One connection to the lender."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(TIMEOUT_S)
+        self.socket.connect(str(path))
+
+    def ask(self, operation: Operation, size_bytes: int = 0, region: bytes = CARD) -> Reply:
+        self.socket.send(Request(operation, size_bytes, region).pack())
+        return Reply.parse(self.socket.recv(MAX_REPLY_BYTES))
+
+    def borrowed(self, size_bytes: int) -> bytes:
+        reply = self.ask(Operation.LEND_ON_CARD, size_bytes)
+        assert reply.answer is Answer.DONE, reply.text
+        return reply.region
+
+
+@pytest.fixture
+def peer(lender: Lender, path: Path) -> Iterator[Peer]:
+    peer = Peer(path)
+    yield peer
+    peer.socket.close()
+
+
+def shared(region: bytes, offset_bytes: int = 0, spec: TensorSpec = FLOATS) -> pb.Tensor:
+    message = message_from_spec(spec)
+    message.shared.CopyFrom(pb.SharedSlice(region=region, offset_bytes=offset_bytes))
+    return message
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + TIMEOUT_S
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_a_client_gets_a_handle_and_calls_find_tensors_there(
+    lender: Lender, peer: Peer, engine: FakeEngine
+) -> None:
+    reply = peer.ask(Operation.LEND_ON_CARD, MIB)
+    assert (reply.answer, reply.size_bytes) == (Answer.DONE, MIB)
+    assert bytes.fromhex(reply.text) == engine.lent[0].handle
+
+    with CallTensors(lender) as tensors:
+        x = tensors.operand("x", shared(reply.region, 128), None)
+        request = pb.DeconvolveRequest(y_place=shared(reply.region).shared)
+        places = tensors.places(request, {"y": FLOATS})
+        array_of(x)[...] = 7
+        assert (array_of(places["y"]) == 0).all()
+
+    lent = engine.lent[0]
+    assert isinstance(lent, Lent)
+    assert (lent.bytes[128:256].view(np.float32) == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("offset_bytes", "message"), [(MIB - 64, "lie in its region"), (2, "mult")]
+)
+def test_a_slice_that_is_none_is_refused(
+    lender: Lender, peer: Peer, offset_bytes: int, message: str
+) -> None:
+    region = peer.borrowed(MIB)
+    with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match=message):
+        tensors.operand("x", shared(region, offset_bytes), None)
+
+
+def test_a_card_that_the_server_has_not_is_never_lent(peer: Peer) -> None:
+    reply = peer.ask(Operation.LEND_ON_CARD, MIB, OTHER_CARD)
+    assert reply.answer is Answer.NO_SUCH_CARD
+
+
+def test_a_server_without_cards_says_so(path: Path) -> None:
+    lender = Lender(path, LIMITS)
+    peer = Peer(path)
+    assert peer.ask(Operation.LEND_ON_CARD, MIB).answer is Answer.NO_SUCH_CARD
+    peer.socket.close()
+    lender.close()
+
+
+def test_a_client_has_no_more_than_its_share(peer: Peer, engine: FakeEngine) -> None:
+    region = peer.borrowed(3 * MIB)
+    assert peer.ask(Operation.LEND_ON_CARD, 2 * MIB).answer is Answer.OVER_CLIENT_LIMIT
+
+    assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
+    assert engine.lent == []
+    peer.borrowed(4 * MIB)
+
+
+def test_a_card_without_room_lends_none(path: Path, lender: Lender, engine: FakeEngine) -> None:
+    peers = [Peer(path) for _ in range(3)]
+    answers = [peer.ask(Operation.LEND_ON_CARD, 4 * MIB).answer for peer in peers]
+    assert answers == [Answer.DONE, Answer.DONE, Answer.OVER_SERVER_LIMIT]
+
+    assert peers[2].ask(Operation.LEND_ON_CARD, 0).answer is Answer.OVER_SERVER_LIMIT
+    assert [lent.size_bytes for lent in engine.lent] == [4 * MIB, 4 * MIB]
+    for peer in peers:
+        peer.socket.close()
+
+
+def test_what_is_given_back_stays_until_the_last_call_that_uses_it_ends(
+    lender: Lender, peer: Peer, engine: FakeEngine
+) -> None:
+    region = peer.borrowed(MIB)
+    with CallTensors(lender) as tensors:
+        x = tensors.operand("x", shared(region), None)
+        assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
+        array_of(x)[...] = 1
+        assert len(engine.lent) == 1
+        with pytest.raises(StaleRegionError):
+            tensors.operand("x", shared(region), None)
+    assert engine.lent == []
+
+
+def test_another_client_can_neither_give_it_back_nor_guess_it(
+    lender: Lender, path: Path, peer: Peer, engine: FakeEngine
+) -> None:
+    region, thief = peer.borrowed(MIB), Peer(path)
+    assert thief.ask(Operation.RETURN, region=region).answer is Answer.MALFORMED
+    thief.socket.close()
+    assert len(engine.lent) == 1
+
+
+BORROW_AND_LEAVE = f"""
+peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+peer.connect(path)
+peer.send(Request(Operation.LEND_ON_CARD, {MIB}, {CARD!r}).pack())
+say(Reply.parse(peer.recv(1024)).answer.name)
+peer.close()
+input()
+"""
+
+
+def test_memory_stays_while_a_client_that_left_may_have_it_open(
+    lender: Lender, path: Path, engine: FakeEngine
+) -> None:
+    with child(BORROW_AND_LEAVE, path) as running:
+        assert running.hear() == "DONE"
+        for _ in range(3):  # by then the lender has seen it off
+            Peer(path).socket.close()
+        time.sleep(0.1)
+        assert len(engine.lent) == 1
+
+        running.process.kill()
+        wait_until(lambda: engine.lent == [])
+
+
+def test_a_client_that_gave_all_back_leaves_nothing(lender: Lender, path: Path) -> None:
+    descriptors_count = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        peer = Peer(path)
+        assert peer.ask(Operation.RETURN, region=peer.borrowed(MIB)).answer is Answer.DONE
+        peer.socket.close()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == descriptors_count)
+
+
+def test_a_client_that_is_killed_loses_all(lender: Lender, path: Path, engine: FakeEngine) -> None:
+    with child(BORROW_AND_LEAVE.replace("peer.close()", ""), path) as running:
+        assert running.hear() == "DONE"
+        running.process.kill()
+        wait_until(lambda: engine.lent == [])
+
+
+def test_an_engine_lends_what_takes_of_its_budget() -> None:
+    """A device of the host's memory lends, so that the engine's account can be seen without a card."""
+    from deconvd_server.device.cpu import CpuDevice
+
+    class Lending(CpuDevice):
+        def lend(self, size_bytes: int) -> LentMemory:
+            return Freed(size_bytes)
+
+    class Freed(Lent):
+        def free(self) -> None:
+            self.size_freed = self.size_bytes
+
+    device = Lending(1, memory_limit_bytes=4 * MIB)
+    engine = Engine(device, waiting_count=1)
+    lent = engine.lend(3 * MIB)
+    assert engine.load.held_bytes == 3 * MIB
+    with pytest.raises(ExhaustedError):
+        engine.lend(2 * MIB)
+
+    engine.take_back(lent)
+
+    assert engine.load.held_bytes == 0
+    device.close()
