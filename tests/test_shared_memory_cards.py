@@ -20,8 +20,9 @@ from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.device.cpu.tensor import HostTensor, array_of
 from deconvd_server.engine import Engine
 from deconvd_server.shared_memory import CallTensors, Cards, Lender, Limits
-from tests.lenders import LIMITS, MIB, child
+from tests.lenders import LIMITS, child
 
+BLOCK_BYTES = 2 << 20
 CARD, OTHER_CARD = bytes(range(16)), bytes(range(1, 17))
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
@@ -44,13 +45,13 @@ class Lent:
 
 
 class FakeEngine:
-    """Lends up to 8 MiB, and knows what is lent."""
+    """Lends up to 16 MiB, and knows what is lent."""
 
     def __init__(self) -> None:
         self.lent: list[LentMemory] = []
 
     def lend(self, size_bytes: int) -> LentMemory:
-        if sum(lent.size_bytes for lent in self.lent) + size_bytes > 8 * MIB:
+        if sum(lent.size_bytes for lent in self.lent) + size_bytes > 8 * BLOCK_BYTES:
             raise ExhaustedError("the card is full")
         self.lent.append(Lent(size_bytes))
         return self.lent[-1]
@@ -66,7 +67,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def lender(path: Path, engine: FakeEngine) -> Iterator[Lender]:
-    cards = Cards({CARD: engine}, Limits(16 * MIB, 4 * MIB))
+    cards = Cards({CARD: engine}, Limits(16 * BLOCK_BYTES, 4 * BLOCK_BYTES))
     lender = Lender(path, LIMITS, cards=cards)
     yield lender
     lender.close()
@@ -114,8 +115,8 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def test_a_client_gets_a_handle_and_calls_find_tensors_there(
     lender: Lender, peer: Peer, engine: FakeEngine
 ) -> None:
-    reply = peer.ask(Operation.LEND_ON_CARD, MIB)
-    assert (reply.answer, reply.size_bytes) == (Answer.DONE, MIB)
+    reply = peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES)
+    assert (reply.answer, reply.size_bytes) == (Answer.DONE, BLOCK_BYTES)
     assert bytes.fromhex(reply.text) == engine.lent[0].handle
 
     with CallTensors(lender) as tensors:
@@ -131,45 +132,52 @@ def test_a_client_gets_a_handle_and_calls_find_tensors_there(
 
 
 @pytest.mark.parametrize(
-    ("offset_bytes", "message"), [(MIB - 64, "lie in its region"), (2, "mult")]
+    ("offset_bytes", "message"), [(BLOCK_BYTES - 64, "lie in its region"), (2, "mult")]
 )
 def test_a_slice_that_is_none_is_refused(
     lender: Lender, peer: Peer, offset_bytes: int, message: str
 ) -> None:
-    region = peer.borrowed(MIB)
+    region = peer.borrowed(BLOCK_BYTES)
     with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match=message):
         tensors.operand("x", shared(region, offset_bytes), None)
 
 
+def test_memory_comes_in_whole_blocks_in_which_nobody_elses_lies(
+    peer: Peer, engine: FakeEngine
+) -> None:
+    reply = peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES + 1)
+    assert reply.size_bytes == engine.lent[0].size_bytes == 2 * BLOCK_BYTES
+
+
 def test_a_card_that_the_server_has_not_is_never_lent(peer: Peer) -> None:
-    reply = peer.ask(Operation.LEND_ON_CARD, MIB, OTHER_CARD)
+    reply = peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES, OTHER_CARD)
     assert reply.answer is Answer.NO_SUCH_CARD
 
 
 def test_a_server_without_cards_says_so(path: Path) -> None:
     lender = Lender(path, LIMITS)
     peer = Peer(path)
-    assert peer.ask(Operation.LEND_ON_CARD, MIB).answer is Answer.NO_SUCH_CARD
+    assert peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES).answer is Answer.NO_SUCH_CARD
     peer.socket.close()
     lender.close()
 
 
 def test_a_client_has_no_more_than_its_share(peer: Peer, engine: FakeEngine) -> None:
-    region = peer.borrowed(3 * MIB)
-    assert peer.ask(Operation.LEND_ON_CARD, 2 * MIB).answer is Answer.OVER_CLIENT_LIMIT
+    region = peer.borrowed(3 * BLOCK_BYTES)
+    assert peer.ask(Operation.LEND_ON_CARD, 2 * BLOCK_BYTES).answer is Answer.OVER_CLIENT_LIMIT
 
     assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
     assert engine.lent == []
-    peer.borrowed(4 * MIB)
+    peer.borrowed(4 * BLOCK_BYTES)
 
 
 def test_a_card_without_room_lends_none(path: Path, lender: Lender, engine: FakeEngine) -> None:
     peers = [Peer(path) for _ in range(3)]
-    answers = [peer.ask(Operation.LEND_ON_CARD, 4 * MIB).answer for peer in peers]
+    answers = [peer.ask(Operation.LEND_ON_CARD, 4 * BLOCK_BYTES).answer for peer in peers]
     assert answers == [Answer.DONE, Answer.DONE, Answer.OVER_SERVER_LIMIT]
 
     assert peers[2].ask(Operation.LEND_ON_CARD, 0).answer is Answer.OVER_SERVER_LIMIT
-    assert [lent.size_bytes for lent in engine.lent] == [4 * MIB, 4 * MIB]
+    assert [lent.size_bytes for lent in engine.lent] == [4 * BLOCK_BYTES, 4 * BLOCK_BYTES]
     for peer in peers:
         peer.socket.close()
 
@@ -177,7 +185,7 @@ def test_a_card_without_room_lends_none(path: Path, lender: Lender, engine: Fake
 def test_what_is_given_back_stays_until_the_last_call_that_uses_it_ends(
     lender: Lender, peer: Peer, engine: FakeEngine
 ) -> None:
-    region = peer.borrowed(MIB)
+    region = peer.borrowed(BLOCK_BYTES)
     with CallTensors(lender) as tensors:
         x = tensors.operand("x", shared(region), None)
         assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
@@ -191,7 +199,7 @@ def test_what_is_given_back_stays_until_the_last_call_that_uses_it_ends(
 def test_another_client_can_neither_give_it_back_nor_guess_it(
     lender: Lender, path: Path, peer: Peer, engine: FakeEngine
 ) -> None:
-    region, thief = peer.borrowed(MIB), Peer(path)
+    region, thief = peer.borrowed(BLOCK_BYTES), Peer(path)
     assert thief.ask(Operation.RETURN, region=region).answer is Answer.MALFORMED
     thief.socket.close()
     assert len(engine.lent) == 1
@@ -200,7 +208,7 @@ def test_another_client_can_neither_give_it_back_nor_guess_it(
 BORROW_AND_LEAVE = f"""
 peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 peer.connect(path)
-peer.send(Request(Operation.LEND_ON_CARD, {MIB}, {CARD!r}).pack())
+peer.send(Request(Operation.LEND_ON_CARD, {BLOCK_BYTES}, {CARD!r}).pack())
 say(Reply.parse(peer.recv(1024)).answer.name)
 peer.close()
 input()
@@ -225,7 +233,7 @@ def test_a_client_that_gave_all_back_leaves_nothing(lender: Lender, path: Path) 
     descriptors_count = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         peer = Peer(path)
-        assert peer.ask(Operation.RETURN, region=peer.borrowed(MIB)).answer is Answer.DONE
+        assert peer.ask(Operation.RETURN, region=peer.borrowed(BLOCK_BYTES)).answer is Answer.DONE
         peer.socket.close()
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == descriptors_count)
 
@@ -249,12 +257,12 @@ def test_an_engine_lends_what_takes_of_its_budget() -> None:
         def free(self) -> None:
             self.size_freed = self.size_bytes
 
-    device = Lending(1, memory_limit_bytes=4 * MIB)
+    device = Lending(1, memory_limit_bytes=4 * BLOCK_BYTES)
     engine = Engine(device, waiting_count=1)
-    lent = engine.lend(3 * MIB)
-    assert engine.load.held_bytes == 3 * MIB
+    lent = engine.lend(3 * BLOCK_BYTES)
+    assert engine.load.held_bytes == 3 * BLOCK_BYTES
     with pytest.raises(ExhaustedError):
-        engine.lend(2 * MIB)
+        engine.lend(2 * BLOCK_BYTES)
 
     engine.take_back(lent)
 

@@ -8,8 +8,8 @@ packet; a client sends the next request once it has the answer. All numbers are 
 
 A reply to LEND with the answer DONE carries the descriptor of a memfd of that size, sealed against growing, shrinking
 and further seals, by SCM_RIGHTS. A reply to LEND_ON_CARD with the answer DONE has in its text the cudaIpcMemHandle_t of
-memory on that card, in hexadecimal digits: all zeros at first, and the server's own allocation, so no one else's memory
-can be reached by it. Whoever knows a region's name may name slices of it in calls: it is a secret of the client.
+memory on that card, in hexadecimal digits: all zeros at first, of at least the size asked for, and nothing else can be
+reached by it. Whoever knows a region's name may name slices of it in calls: it is a secret of the client.
 
 Everything is lent until the client gives it back or closes the socket, be it by dying. CUDA has memory freed only once
 no other process has it open. So a client MUST close what it opened before it gives the region back; and memory on cards

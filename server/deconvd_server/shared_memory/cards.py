@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.problem import TensorSpec
@@ -16,6 +16,9 @@ from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimit
 from deconvd_server.shared_memory.slices import check_slice
 
 __all__ = ["Borrowing", "Cards"]
+
+_GRAIN_BYTES: Final = 2 << 20
+"""CUDA may cut what is not a multiple of it from a larger block, all of which whoever opens it would see."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +98,7 @@ class Cards:
         engine = self._engines.get(request.region)
         if engine is None:
             return Reply(Answer.NO_SUCH_CARD, text="the server does not compute on that card")
-        size_bytes = max(request.size_bytes, 1)
+        size_bytes = -(-max(request.size_bytes, 1) // _GRAIN_BYTES) * _GRAIN_BYTES
         try:
             self._loans.reserve(borrowing.account, size_bytes)
         except OverLimitError as error:

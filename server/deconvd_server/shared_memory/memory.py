@@ -24,7 +24,7 @@ _MFD_NOEXEC_SEAL: Final = 8  # Linux 6.3; not yet in `os`
 
 
 class Memory:
-    """A sealed memfd, mapped here. It is all zeros at first, and takes pages only as they are touched.
+    """A sealed memfd, mapped here: all zeros at first. It takes pages only as they are touched, be it by `on_map`.
 
     Args:
         size_bytes: A multiple of the page size.
