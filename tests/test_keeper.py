@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -380,6 +381,49 @@ def test_a_call_gets_the_memory_of_its_own_tenants_idle_tensors() -> None:
         np.testing.assert_array_equal(y, x)
         assert kept_names(built, session, b"ab") == b"b"
         built.keeper.release(made[1])
+
+
+def test_room_that_is_being_made_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with house(host_bytes=64 * KIB) as built, ThreadPoolExecutor(2) as pool:
+        session = built.open()
+        for number, name in enumerate([b"a", b"b", b"c", b"d"]):
+            built.put(session, name, array(number))
+        reading, go_on = threading.Event(), threading.Event()
+        read = built.engine.read
+
+        def slow_read(*args: Any) -> Array:
+            reading.set()
+            assert go_on.wait(30)
+            return read(*args)
+
+        monkeypatch.setattr(built.engine, "read", slow_read)
+        first = pool.submit(built.put, session, b"e", array(5, 8 * KIB))
+        assert reading.wait(30)
+        second = pool.submit(built.put, session, b"f", array(6, 8 * KIB))
+        threading.Event().wait(0.2)  # by now it waits, or has displaced another in vain
+        go_on.set()
+        for put in (first, second):
+            put.result(30)
+
+        device, host = built.keeper.states(built.engine)
+        assert (device.count, host.count) == (5, 1)
+
+
+def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with house(host_bytes=64 * KIB) as built:
+        session = built.open()
+        for number, name in enumerate([b"a", b"b", b"c", b"d"]):
+            built.put(session, name, array(number))
+
+        def failing(_: TensorSpec) -> Array:
+            raise ExhaustedError("no pinned memory")
+
+        monkeypatch.setattr(built.engine, "host_memory", failing)
+        built.put(session, b"e", array(5))
+
+        assert kept_names(built, session, b"abcde") == b"bcde"
+        device, host = built.keeper.states(built.engine)
+        assert (device.count, host.count, host.size_bytes) == (4, 0, 0)
 
 
 def test_ten_thousand_puts_and_drops_leave_nothing() -> None:

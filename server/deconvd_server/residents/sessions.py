@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -13,6 +14,8 @@ from deconvd_server.residents.tenant import Session, SessionState, Tenant
 from deconvd_server.secret_names import NAME_BYTES, Named, new_name
 
 __all__ = ["Reaper", "SessionLimits", "Sessions"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_TENANT_KEY_BYTES = 64
 _MAX_GRACE_S = 5.0
@@ -240,4 +243,7 @@ class Reaper:
 
     def _run(self) -> None:
         while not self._stop.wait(self._period_s):
-            self._sessions.expire()
+            try:
+                self._sessions.expire()
+            except Exception:
+                _log.exception("a session could not be ended in good order")

@@ -6,13 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
 from deconvd.cache_state import CacheState
 from deconvd.copying import copy_into
-from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
+from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
@@ -27,6 +27,9 @@ _WAIT_S = 0.05
 """How often one who waits for memory that is being freed looks whether its call is still wanted."""
 
 _RETRY_AFTER_S = 0.5
+
+_TRIED_COUNT = 16
+"""Tensors of which host memory is asked whether it has room: where it has none for these, it is full."""
 
 _log = logging.getLogger(__name__)
 
@@ -199,7 +202,8 @@ class Shelving:
         """
         while size_bytes > 0:
             with self._changed:
-                movable = (kept for kept in shelf.idle() if self._can_move_down(kept, call.tenant))
+                oldest = islice(shelf.idle(), _TRIED_COUNT)
+                movable = (kept for kept in oldest if self._can_move_down(kept, call.tenant))
                 victim = next(chain(shelf.displaceable(call.tenant), movable), None)
                 if victim is None:
                     return
@@ -254,6 +258,7 @@ class Shelving:
             self.evict(kept)
             return
         below.take(kept.tenant, kept.size_bytes)
+        kept.shelf.leaving_bytes += kept.held_bytes
         kept.life.acquire()
         kept.is_moving = True
 
@@ -270,11 +275,10 @@ class Shelving:
         try:
             array = _engine(above).host_memory(kept.spec)
             _engine(above).read(operand, Call(), array)
-        except DeconvdError as error:
-            _log.warning(
-                "a kept tensor is dropped, since it cannot be moved to the host: %s", error
-            )
+        except Exception as error:
+            _log.warning("a kept tensor is dropped: it cannot be moved to the host", exc_info=error)
             with self._changed:
+                above.leaving_bytes -= kept.held_bytes  # from here on as for any that is dropped
                 below.leave_unused(kept.tenant, kept.size_bytes)
                 below.left(kept.size_bytes)
                 self.evict(kept)
@@ -282,7 +286,9 @@ class Shelving:
                 kept.life.release()
             return
         grown_bytes = kept.grown_bytes
-        self._reshelve(kept, below, array)
+        with self._changed:
+            above.leaving_bytes -= kept.held_bytes  # which it does now
+            self._reshelve(kept, below, array)
         self._free(above, operand, grown_bytes)
         with self._changed:
             above.left(kept.size_bytes + grown_bytes)
@@ -301,8 +307,8 @@ class Shelving:
                 self._give_up(shelf, kept, operand)
                 raise
             operand.may_grow = partial(self._may_grow, kept)
-            self._reshelve(kept, shelf, operand)
             with self._changed:
+                self._reshelve(kept, shelf, operand)
                 self._host.left(kept.size_bytes)
         except (ExhaustedError, UnavailableError):
             return  # it is as good where it is
@@ -319,13 +325,12 @@ class Shelving:
             shelf.left(kept.size_bytes)
 
     def _reshelve(self, kept: Kept, shelf: Shelf, operand: Operand) -> None:
-        """Let a tensor lie elsewhere. Its old memory is still to be freed, and to be counted as such."""
-        with self._changed:
-            kept.shelf.leave(kept)
-            kept.tenant.used_bytes -= kept.grown_bytes
-            kept.grown_bytes = 0
-            kept.shelf, kept.operand = shelf, operand
-            shelf.put(kept)
+        """Let a tensor lie elsewhere, under the lock. Its old memory is still to be freed, and to have `left`."""
+        kept.shelf.leave(kept)
+        kept.tenant.used_bytes -= kept.grown_bytes
+        kept.grown_bytes = 0
+        kept.shelf, kept.operand = shelf, operand
+        shelf.put(kept)
 
     def _moved(self, kept: Kept) -> None:
         kept.is_moving = False
