@@ -162,6 +162,16 @@ def test_views_arrays_and_plans_that_take_W_as_it_is_have_no_forms() -> None:
         assert found.plan is None
 
 
+def test_no_plan_is_asked_for_a_tensor_that_never_grows() -> None:
+    card = Card()
+    tensor = CudaTensor(SPEC, "cuda:0", card.memory.take_to_stay(SPEC.nbytes))
+
+    def find_plan() -> Plan:
+        raise AssertionError("nobody needs the plan yet")
+
+    assert prepared(tensor, "kind", find_plan, card.memory, card) == Prepared(tensor)
+
+
 def test_one_of_many_threads_makes_a_form() -> None:
     forms, barrier = Forms(), threading.Barrier(8)
     forms.is_to_be_made("form")

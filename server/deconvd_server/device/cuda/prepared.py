@@ -14,7 +14,7 @@ from deconvd_server.device.cuda.forms import Forms
 from deconvd_server.device.cuda.memory import DeviceMemory, Lease
 from deconvd_server.device.cuda.plan import Plan, Preparation, preparation_of
 from deconvd_server.device.cuda.tensor import CudaTensor
-from deconvd_server.device.protocol import Operand
+from deconvd_server.device.protocol import Operand, never
 
 __all__ = ["Prepared", "prepared"]
 
@@ -61,7 +61,7 @@ def prepared(
 
     Raises as `find_plan` does, and as the making of a form.
     """
-    if not isinstance(W, CudaTensor) or W.forms is None:
+    if not isinstance(W, CudaTensor) or W.forms is None or W.may_grow is never:
         return Prepared(W)
     preparation = _preparation(W, kind, find_plan)
     if preparation is None:
