@@ -11,7 +11,7 @@ import pytest
 
 _HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
-_HIDDEN_CUDNN = "import sys; sys.modules['cuda.pathfinder'] = None"
+_HIDDEN_CUDNN = "import sys, cupy; sys.modules['cuda.pathfinder'] = None"  # which CuPy needs too
 _OLD_CUDNN = (
     "import deconvd_server.device.cuda.cudnn.library as cudnn; cudnn._OLDEST_VERSION = 10**6"
 )

@@ -54,18 +54,20 @@ class Candidates:
     def all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield every candidate that is worth timing: the likely best first, as time may run out.
 
-        The fallback comes before any that compiles, as a single one of those may take all the time.
+        Those that compile come last, as a single one of them may take all of it.
         """
-        if key.options.use_cudnn is not UseCudnn.ALWAYS:
+        own = key.options.use_cudnn is not UseCudnn.ALWAYS
+        cudnn = key.options.use_cudnn is not UseCudnn.NEVER
+        if own:
             yield from self.own(key)
-        if key.options.use_cudnn is not UseCudnn.NEVER:
+        if cudnn:
             yield from self._of_cudnn(key, stream, (Mode.A,), compiling=False)
-        if key.options.use_cudnn is not UseCudnn.ALWAYS:
+        if own:
             yield self.fallback(key)
-        if key.options.use_cudnn is not UseCudnn.NEVER:
-            yield from self._of_cudnn(key, stream, (Mode.A,), compiling=True)
-            for compiling in (False, True):
-                yield from self._of_cudnn(key, stream, (Mode.B, Mode.FALLBACK), compiling=compiling)
+        if cudnn:
+            more = (Mode.B, Mode.FALLBACK)
+            yield from self._of_cudnn(key, stream, more, compiling=False)
+            yield from self._of_cudnn(key, stream, (Mode.A, *more), compiling=True)
 
     def _of_cudnn(
         self, key: PlanKey, stream: int, modes: Sequence[Mode], *, compiling: bool
