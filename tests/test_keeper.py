@@ -22,6 +22,7 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
+from deconvd_server.device import DeviceTensor
 from deconvd_server.residents import Session
 from tests.keepers import KIB, House, house
 
@@ -407,6 +408,31 @@ def test_room_that_is_being_made_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
         device, host = built.keeper.states(built.engine)
         assert (device.count, host.count) == (5, 1)
+
+
+def test_calls_that_take_the_memory_cost_no_more_tensors_than_make_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with house(device_bytes=None) as built:
+        session = built.open()
+        for number, name in enumerate([b"a", b"b", b"c", b"d"]):
+            built.put(session, name, array(number))
+        free_bytes = built.engine.info.budget_bytes - built.held_bytes()
+        built.engine.hold(free_bytes)  # as calls might
+
+        built.put(session, b"e", array(5))  # one made room for it
+        assert kept_names(built, session, b"abcde") == b"bcde"
+
+        def nothing_left(_: TensorSpec) -> DeviceTensor:
+            raise ExhaustedError("the card has not the memory")
+
+        monkeypatch.setattr(built.engine, "empty", nothing_left)
+        with pytest.raises(UnavailableError, match="the card has not") as raised:
+            built.put(session, b"f", array(6))
+
+        assert raised.value.retry_after_s
+        assert kept_names(built, session, b"bcdef") == b"cde"
+        built.engine.release(free_bytes)
 
 
 def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,15 +183,20 @@ class Shelving:
             self._end_displacing(victim)
 
     def _allocated(self, shelf: Shelf, tenant: Tenant, spec: TensorSpec) -> DeviceTensor:
-        """Return memory of a device: calls may take of it what kept tensors leave."""
+        """Return memory of a device, of which calls may have taken what kept tensors left.
+
+        Others make room for it then too, but no more than it takes: they would do so in vain.
+        """
+        displaced_bytes = 0
         while True:
             try:
                 return _engine(shelf).empty(spec)
             except ExhaustedError as error:
                 with self._changed:
                     victim = next(shelf.displaceable(tenant), None)
-                    if victim is None:
+                    if victim is None or displaced_bytes >= spec.nbytes:
                         raise UnavailableError(str(error), retry_after_s=_RETRY_AFTER_S) from None
+                    displaced_bytes += victim.held_bytes
                     self._begin_displacing(victim, victim.tenant)
                 self._end_displacing(victim)
 
