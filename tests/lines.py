@@ -93,7 +93,7 @@ class Proxy:
         await self._ended.wait()
         server.close()
         for end in self._ends:
-            end.transport.abort()
+            _reset(end)
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others)
 
@@ -145,12 +145,15 @@ class Proxy:
             return
         for end in ends:
             if line.fault is Fault.RESET:
-                end.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
-                )
-                end.transport.abort()
+                _reset(end)
             end.close()
         raise ConnectionAbortedError("the line is cut")
+
+
+def _reset(end: asyncio.StreamWriter) -> None:
+    """Close a connection without waiting for what is on its way."""
+    end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    end.transport.abort()
 
 
 @contextmanager

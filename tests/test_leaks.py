@@ -200,8 +200,9 @@ def test_a_thousand_calls_of_all_kinds_leave_nothing(
     assert_idle(leak_server, callers.unix)
     after = held_by(pid)
     assert after.memory_bytes < before.memory_bytes + SPARE_BYTES
-    assert after.descriptors_count <= before.descriptors_count
+    # each caller may have found others' threads and connections free before, and these not now
     assert after.threads_count <= before.threads_count + CALLERS_COUNT
+    assert after.descriptors_count <= before.descriptors_count + CALLERS_COUNT
     assert lent_bytes(pid) > 0
     callers.shared.close()
     wait_until(lambda: lent_bytes(pid) == 0)
