@@ -14,8 +14,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from multiprocessing.pool import Pool
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import click
@@ -38,10 +41,10 @@ _LAYERS = (
     "tiny 8-4 8 k4 s2",
 )
 _CLIENTS_COUNTS = (1, 2, 4, 8, 16)
-_WARM_UPS = 3
-_LEAST_CALLS = 5
-_LATENCY_S = 2.0
-_THROUGHPUT_S = 2.0
+_WARM_UPS = 2
+_LEAST_CALLS = 3
+_LATENCY_S = 1.5
+_THROUGHPUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ class Row:
 def main(device: str, json_file: Path | None, layers: Sequence[str], dtypes: Sequence[str]) -> None:
     """Time whole calls of a server on a device, from other processes."""
     rows: list[Row] = []
-    with local_server(device) as target, stock_service(device) as stock:
-        for row in _rows(target, stock, device, layers, [np.dtype(dtype) for dtype in dtypes]):
+    with local_server(device) as target, stock_service(device) as stock, _clients() as clients:
+        bench = _Bench(device, target, stock, clients)
+        for row in _rows(bench, layers, [np.dtype(dtype) for dtype in dtypes]):
             rows.append(row)
             print(row, flush=True)
     if json_file is not None:
@@ -114,18 +118,50 @@ def main(device: str, json_file: Path | None, layers: Sequence[str], dtypes: Seq
         json_file.write_text(text + "\n")
 
 
-def _rows(
-    target: str, stock: StockCall, device: str, names: Sequence[str], dtypes: Sequence[DType]
-) -> Iterator[Row]:
+@dataclass(frozen=True)
+class _Bench:
+    """What is measured: a server on a device, by its target, and a stock service; and its other clients."""
+
+    device: str
+    target: str
+    stock: StockCall
+    clients: Pool
+
+
+@contextmanager
+def _clients() -> Iterator[Pool]:
+    """Lend processes to call from, each of which has started."""
+    context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+    barriers = {count: context.Barrier(count) for count in _CLIENTS_COUNTS}
+    with context.Pool(max(_CLIENTS_COUNTS), _begin_client, (barriers,)) as clients:
+        everybody = max(_CLIENTS_COUNTS)
+        clients.map(_wait_for, [everybody] * everybody, chunksize=1)
+        yield clients
+
+
+_barriers: dict[int, Barrier] = {}
+"""In a client: where so many of them wait for each other."""
+
+
+def _begin_client(barriers: Mapping[int, Barrier]) -> None:
+    _barriers.update(barriers)
+
+
+def _wait_for(clients_count: int) -> None:
+    """Wait in a client for as many, itself among them: no process then gets two of their tasks."""
+    _barriers[clients_count].wait()
+
+
+def _rows(bench: _Bench, names: Sequence[str], dtypes: Sequence[DType]) -> Iterator[Row]:
     for layer in LAYERS:
         for dtype in dtypes if layer.name in names else ():
-            yield _row(target, stock, device, layer, dtype)
+            yield _row(bench, layer, dtype)
 
 
-def _row(target: str, stock: StockCall, device: str, layer: Layer, dtype: DType) -> Row:
-    ms, stages_ms = _latency(target, layer, dtype, from_empty=False)
-    empty_ms, empty_stages_ms = _latency(target, layer, dtype, from_empty=True)
-    stock_ms = _stock_latency_ms(stock, layer, dtype)
+def _row(bench: _Bench, layer: Layer, dtype: DType) -> Row:
+    ms, stages_ms = _latency(bench.target, layer, dtype, from_empty=False)
+    empty_ms, empty_stages_ms = _latency(bench.target, layer, dtype, from_empty=True)
+    stock_ms = _stock_latency_ms(bench.stock, layer, dtype)
     return Row(
         layer=layer.name,
         dtype=dtype.name,
@@ -134,10 +170,10 @@ def _row(target: str, stock: StockCall, device: str, layer: Layer, dtype: DType)
         stages_ms=stages_ms,
         empty_ms=empty_ms,
         empty_stages_ms=empty_stages_ms,
-        floor_ms=floor_ms(device, layer.problem(dtype)),
+        floor_ms=floor_ms(bench.device, layer.problem(dtype)),
         stock_ms=stock_ms,
         stock_ratio=stock_ms / ms,
-        calls_per_s={count: _throughput(target, layer, dtype, count) for count in _CLIENTS_COUNTS},
+        calls_per_s={count: _throughput(bench, layer, dtype, count) for count in _CLIENTS_COUNTS},
     )
 
 
@@ -190,27 +226,17 @@ def _stages_ms(ledger: Mapping[str, int], total_ms: float) -> dict[str, float]:
     return stages | {"rest": max(total_ms - sum(stages.values()), 0.0)}
 
 
-def _throughput(target: str, layer: Layer, dtype: DType, clients_count: int) -> float:
+def _throughput(bench: _Bench, layer: Layer, dtype: DType, clients_count: int) -> float:
     """Return how many calls a second so many client processes get done together."""
-    context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
-    ready = context.Barrier(clients_count)
-    with context.Pool(clients_count, _keep_barrier, (ready,)) as pool:
-        tasks = [(target, layer, dtype)] * clients_count
-        return sum(pool.starmap(_client_rate, tasks, chunksize=1))
+    tasks = [(bench.target, layer, dtype, clients_count)] * clients_count
+    return sum(bench.clients.starmap(_client_rate, tasks, chunksize=1))
 
 
-_barrier: list[object] = []
-
-
-def _keep_barrier(ready: object) -> None:
-    _barrier.append(ready)
-
-
-def _client_rate(target: str, layer: Layer, dtype: DType) -> float:
+def _client_rate(target: str, layer: Layer, dtype: DType, clients_count: int) -> float:
     x, W = _operands(layer, dtype)
     with deconvd_client.connect(target, timeout_s=300) as F:
         _warm_up(F, layer, x, W)
-        _barrier[0].wait()  # type: ignore[attr-defined]  # multiprocessing has no type for it
+        _wait_for(clients_count)
         start_s = time.perf_counter()
         count = 0
         while time.perf_counter() - start_s < _THROUGHPUT_S:
