@@ -8,7 +8,7 @@ import weakref
 from concurrent.futures import Future
 from typing import Final
 
-from deconvd.errors import CallCancelledError
+from deconvd.errors import CallCancelledError, UnavailableError
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.nearest import Nearest
 from deconvd_client.residents.keeper import Asking, Drop, Flush, Keeper, Mailbox, Opened
@@ -45,7 +45,8 @@ class Handle:
 class Session:
     """Opened at the first need, and anew when the server knows it no more. Thread-safe.
 
-    A forked child begins with none: what its parent keeps is the parent's.
+    A forked child has none, and can have none: what its parent keeps is the parent's, and gRPC's
+    streams do not survive a fork.
 
     Args:
         nearest: The ways to the server.
@@ -56,6 +57,7 @@ class Session:
         self._nearest = nearest
         self._tenant_key = tenant_key
         self._is_closed = False
+        self._is_in_child = False
         self._thread: threading.Thread | None = None
         self._begin()
         _sessions.add(self)
@@ -95,8 +97,9 @@ class Session:
         if self._thread is not None:
             self._thread.join(_END_TIMEOUT_S)
 
-    def begin_anew_in_child(self) -> None:
-        """Leave the session to the parent. Called in a forked child, which has none of its threads."""
+    def leave_to_parent(self) -> None:
+        """Have nothing to do with the session. Called in a forked child, where locks may be held by no one."""
+        self._is_in_child = True
         self._begin()
 
     def _begin(self) -> None:
@@ -108,6 +111,11 @@ class Session:
         with self._lock:  # so that no wish comes after the end
             if self._is_closed:
                 raise CallCancelledError("the connection is closed")
+            if self._is_in_child:
+                raise UnavailableError(
+                    "tensors stay for the process that made the connection: a forked child must "
+                    "make one of its own"
+                )
             if self._thread is None:
                 self._thread = self._keeper.start()
             self._keeper.mailbox.put(wish)
@@ -119,9 +127,9 @@ class Session:
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-def _begin_anew_in_child() -> None:
+def _leave_to_parent() -> None:
     for session in _sessions:
-        session.begin_anew_in_child()
+        session.leave_to_parent()
 
 
-os.register_at_fork(after_in_child=_begin_anew_in_child)
+os.register_at_fork(after_in_child=_leave_to_parent)
