@@ -116,7 +116,7 @@ class Session:
                     "tensors stay for the process that made the connection: a forked child must "
                     "make one of its own"
                 )
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = self._keeper.start()
             self._keeper.mailbox.put(wish)
 
