@@ -245,6 +245,16 @@ class TestOnTheWire:
 
         assert wire.sent_bytes > 2 * x.nbytes
 
+    def test_what_lies_in_shared_memory_is_not_named_by_its_content(
+        self, server: ServerProcess
+    ) -> None:
+        x, W, b = operands(n=1)
+        with deconvd_client.connect(server.target) as F:
+            wait_until(lambda: kept_count(F) == 0)  # of connections that were closed
+            F.deconvolution_2d(x, W, b)
+
+            assert kept_count(F) == 0
+
     def test_two_connections_of_one_tenant_share_contents(
         self, tcp_server: ServerProcess, wire: Wire
     ) -> None:
@@ -465,6 +475,7 @@ class TestLife:
     def test_what_is_collected_is_dropped(self, server: ServerProcess) -> None:
         x, W, b = operands()
         with deconvd_client.connect(server.target) as F:
+            wait_until(lambda: kept_count(F) == 0)  # of connections that were closed
             kept: list[object] = [F.put(x), F.remote.deconvolution_2d(x, W, b), F.vjp(x, W, b)[1]]
             assert kept_count(F) == 4
             kept.clear()
@@ -502,6 +513,16 @@ class TestLife:
             wait_until(lambda: kept_count(other) == 0)
             with pytest.raises(deconvd_client.CallCancelledError):
                 there.numpy()
+
+    def test_a_connection_that_is_collected_keeps_nothing(self, tcp_server: ServerProcess) -> None:
+        with deconvd_client.connect(tcp_server.target) as other:
+            wait_until(lambda: kept_count(other) == 0)  # of connections that were closed
+            F = deconvd_client.connect(tcp_server.target, transport="tcp")
+            there = F.put(operands()[0])
+            assert kept_count(other) == 1
+            del F, there
+            gc.collect()
+            wait_until(lambda: kept_count(other) == 0)
 
     def test_a_client_that_dies_leaves_nothing(self, tmp_path: Path) -> None:
         script = (
