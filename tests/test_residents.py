@@ -324,16 +324,16 @@ class TestLoss:
             mortal_server(tmp_path) as (target, restart),
             deconvd_client.connect(target, timeout_s=20) as F,
         ):
-            x_there, W_there, b_there = (F.put(array) for array in (x, W, b))
+            x_there, W_there, b_there = (F.put(array) for array in (x.astype(">f4"), W, b))
             y, pullback = F.vjp(x, W, b)
             gradients = pullback(y)
             restart()
             call_until_served(F, x, W)
 
+            assert_same(x_there.numpy(), x)
             assert_same(F.deconvolution_2d(x_there, W_there, b_there), y)
             for ours, theirs in zip(pullback(y), gradients, strict=True):
                 assert_same(ours, theirs)
-            assert_same(x_there.numpy(), x)
 
     def test_content_is_sent_again_after_a_restart(self, tmp_path: Path) -> None:
         x, W, b = operands()

@@ -139,7 +139,7 @@ class Residents:
                 return self._transfers.get(session, handle.resident, kept.spec)
             except LostTensorError:
                 kept.lose(handle)
-        return np.array(kept.source_unchanged("the tensor").array)
+        return np.array(kept.source_unchanged("the tensor").array, kept.spec.dtype)
 
     def _in_session(self, work: Callable[[bytes], _T]) -> _T:
         """Return what `work` returns for the session, in a new one if the server does not know it."""
