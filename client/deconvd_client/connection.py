@@ -347,8 +347,10 @@ class Connection:
 def _tenant_key(key: str | bytes) -> bytes:
     secret = key.encode() if isinstance(key, str) else key
     if not isinstance(secret, bytes) or len(secret) > _MAX_KEY_BYTES:
+        # a secret, so it is not shown
+        given = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(key).__name__
         raise InvalidArgumentError(
-            f"tenant_key must be a str or bytes of at most {_MAX_KEY_BYTES} bytes",
+            f"tenant_key must be a str or bytes of at most {_MAX_KEY_BYTES} bytes, got {given}",
             argument="tenant_key",
         )
     return secret

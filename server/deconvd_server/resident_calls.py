@@ -122,7 +122,6 @@ class ResidentCalls:
     ) -> None:
         """Set a tensor's elements, from wherever its message says that they are."""
         payload = message.WhichOneof("payload")
-        payload = message.WhichOneof("payload")
         if payload == "shared":
             with CallTensors(self._lender()) as shared:
                 array = shared.place("tensor", message.shared, kept.spec)

@@ -174,7 +174,9 @@ def told(error: Exception, name: str, peer: str) -> DeconvdError:
         name: Of the method.
     """
     if isinstance(error, DeconvdError):
-        _log.warning("%s from %s: %s: %s", name, peer, error.status, error)
+        # that a caller goes is nothing to look into
+        level = logging.INFO if isinstance(error, CallCancelledError) else logging.WARNING
+        _log.log(level, "%s from %s: %s: %s", name, peer, error.status, error)
         return error
     _log.error("%s from %s: unforeseen error", name, peer, exc_info=error)
     return InternalError("unforeseen error: see the server's log")
