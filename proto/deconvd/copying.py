@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from deconvd.system import call_in_forked_children, processors_count
 
 __all__ = ["copy_into"]
 
@@ -46,7 +47,7 @@ def _split(
 
 
 def _threads_count() -> int:
-    return min(len(os.sched_getaffinity(0)), _MAX_THREADS_COUNT)
+    return min(processors_count(), _MAX_THREADS_COUNT)
 
 
 class _Pool:
@@ -55,7 +56,7 @@ class _Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
-        os.register_at_fork(after_in_child=self.forget)
+        call_in_forked_children(self.forget)
 
     def get(self) -> ThreadPoolExecutor:
         """Return the threads."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from concurrent.futures import Future
 from typing import Final
 
 from deconvd.errors import CallCancelledError, UnavailableError
+from deconvd.system import call_in_forked_children
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.nearest import Nearest
 from deconvd_client.residents.keeper import Asking, Drop, Flush, Keeper, Mailbox, Opened
@@ -132,4 +132,4 @@ def _leave_to_parent() -> None:
         session.leave_to_parent()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+call_in_forked_children(_leave_to_parent)

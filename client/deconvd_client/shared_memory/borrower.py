@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import mmap
 import threading
 import time
 import weakref
@@ -26,6 +26,7 @@ from deconvd.errors import (
     UnimplementedError,
 )
 from deconvd.problem import TensorSpec, check_extents
+from deconvd.system import call_in_forked_children
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError, NotLentError
@@ -38,7 +39,7 @@ _FIRST_REGION_BYTES: Final = 64 << 20
 _LARGEST_STEP_BYTES: Final = 1 << 30
 """Regions double what there is, up to this size, and have room for what they are borrowed for."""
 
-_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+_PAGE_BYTES: Final = mmap.PAGESIZE
 _RETRY_S: Final = 5.0
 """How long a server without a side socket is left in peace."""
 
@@ -389,4 +390,4 @@ def _begin_anew_in_child() -> None:
         borrower.begin_anew_in_child()
 
 
-os.register_at_fork(after_in_child=_begin_anew_in_child)
+call_in_forked_children(_begin_anew_in_child)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import select
@@ -39,6 +38,8 @@ class Link:
     """
 
     def __init__(self, path: str) -> None:
+        if not hasattr(socket, "AF_UNIX"):
+            raise LinkLostError("this system has no Unix sockets")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
         try:
@@ -123,6 +124,8 @@ def _check_lent(reply: Reply) -> None:
 
 def _mapped(descriptor: int | None, size_bytes: int, wanted_bytes: int) -> mmap.mmap:
     """Map lent memory, once it is sure that nobody can cut it and so kill this process with SIGBUS."""
+    import fcntl  # which not every system has: there, no one lends
+
     try:
         if descriptor is None:
             raise ValueError("it came without a descriptor")

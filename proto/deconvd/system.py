@@ -1,0 +1,21 @@
+"""What not every operating system has: a client runs on any of them, a server on Linux."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+__all__ = ["call_in_forked_children", "processors_count"]
+
+
+def call_in_forked_children(callback: Callable[[], None]) -> None:
+    """Have a function called in each child that is forked from now on, where processes can fork."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=callback)
+
+
+def processors_count() -> int:
+    """Return how many processors this process may use: where it cannot know, how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
