@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,34 @@ def test_a_drain_lets_calls_end_and_takes_no_more(running: ServerProcess) -> Non
         assert slow.result().shape == (1, 64, 168, 168)
         assert running.process.wait(30) == 0
     assert not Path(calls_beside(running.target.removeprefix("unix:"))).exists()
+
+
+def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(tmp_path: Path) -> None:
+    x = np.ones((1, 1, 120, 120), np.float32)
+    request = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(x[:, :, :1, :1]))
+    packet = Request(Method.DECONVOLVE, 60.0, request.SerializeToString()).pack()
+    with server_process(tmp_path, "--drain-timeout-s", "1") as server:
+        with open_line(calls_beside(server.target.removeprefix("unix:"))) as line:
+            line.settimeout(2)
+            with suppress(TimeoutError):  # once the server waits for its answers to be read
+                while True:
+                    line.send(packet)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0
+
+
+def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -> None:
+    path = str(tmp_path / "calls")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stopped:
+        stopped.bind(path)
+        stopped.listen(0)
+        with ExitStack() as waiting:
+            with suppress(BlockingIOError):
+                while True:  # until there is no room to wait in
+                    other = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    waiting.enter_context(other).setblocking(False)
+                    other.connect(path)
+            assert DirectLines(path).call(Method.DECONVOLVE, b"", 30.0) is None
 
 
 def test_closing_the_connection_ends_calls(running: ServerProcess) -> None:

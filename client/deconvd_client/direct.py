@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from typing import Final
 
 from google.rpc import status_pb2
@@ -21,6 +21,9 @@ __all__ = ["DirectLines"]
 
 _RETRY_S: Final = 5.0
 """How long a server that takes no direct calls is left in peace."""
+
+_CONNECT_S: Final = 0.5
+"""How long a server may take to let a line be opened; calls go by gRPC then."""
 
 _IDLE_COUNT: Final = 8
 """Lines that are kept for later calls."""
@@ -82,17 +85,23 @@ class DirectLines:
             for line in self._idle:
                 line.close()
             for line in self._busy:
-                line.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # the server has closed it
+                    line.shutdown(socket.SHUT_RDWR)
             self._idle.clear()
 
     def _taken(self) -> socket.socket | None:
         if self._owner != os.getpid():
             self._begin_in_child()
         with self._lock:
-            line = self._idle.pop() if self._idle else self._opened()
-            if line is not None:
+            line = self._idle.pop() if self._idle else None
+        line = line or self._opened()
+        with self._lock:
+            if line is not None and not self._is_closed:
                 self._busy.add(line)
-            return line
+                return line
+        if line is not None:
+            line.close()
+        return None
 
     def _give_back(self, line: socket.socket, *, is_whole: bool) -> None:
         with self._lock:
@@ -108,6 +117,8 @@ class DirectLines:
         line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET_BYTES)
+            # a server that is stopped lets callers wait once it has many
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_CONNECT_S))
             line.connect(self._path)
         except OSError as error:
             _log.debug("no direct calls by %s: %s", self._path, error)
@@ -130,20 +141,23 @@ def _answer(line: socket.socket, packet: bytes, timeout_s: float) -> Reply | Non
     Raises:
         DeadlineError: There was none in time.
     """
-    seconds = max(timeout_s, 1e-3)
-    limit = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
     try:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(max(timeout_s, 1e-3)))
         line.send(packet)
+    except OSError:
+        return None
+    try:
         data = line.recv(MAX_PACKET_BYTES)
     except BlockingIOError:
         raise DeadlineError("the server did not answer in time") from None
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EMSGSIZE, errno.ENOTCONN):
-            raise
+    except OSError:
         return None
     try:
         return Reply.parse(data) if data else None
     except ValueError as error:
         _log.warning("what the server answers to direct calls makes no sense: %s", error)
         return None
+
+
+def _timeval(seconds: float) -> bytes:
+    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))

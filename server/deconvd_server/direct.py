@@ -178,8 +178,9 @@ class _Line:
             self._connection.shutdown(socket.SHUT_RD)
 
     def cancel(self) -> None:
-        """Cancel the call under way, and take no more."""
-        self.take_no_more()
+        """Cancel the call under way and close the line: also on a client that does not read its answers."""
+        with suppress(OSError):  # it has ended
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._is_cancelled = True
         self._call.cancel()
 
