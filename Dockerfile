@@ -1,7 +1,7 @@
 # deconvd-server in a container: targets cpu and cuda. `make image` builds it.
 #
-#     docker run --publish 50051:50051 deconvd:cpu
-#     docker run --publish 50051:50051 --gpus all deconvd:cuda
+#     docker run --publish 50051:50051 --publish 50052:50052 deconvd:cpu
+#     docker run --publish 50051:50051 --publish 50052:50052 --gpus all deconvd:cuda
 #
 # BASE_IMAGE may be any glibc Linux with Python >= 3.11, its venv module and useradd, such as a Debian
 # with python3-venv. No CUDA base image is needed: wheels bring CUDA, the container runtime the driver.
@@ -26,8 +26,9 @@ USER 10001:10001
 WORKDIR /home/deconvd
 ENV PATH=/opt/deconvd/bin:$PATH \
     DECONVD_LISTEN=0.0.0.0:50051 \
+    DECONVD_DIRECT_PORT=50052 \
     DECONVD_TARGET=127.0.0.1:50051
-EXPOSE 50051
+EXPOSE 50051 50052
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
     CMD ["deconvd", "status", "--timeout-s", "8"]
 ENTRYPOINT ["deconvd-server"]

@@ -7,31 +7,39 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import deconvd_client
+
 __all__ = ["Wire", "counted"]
 
 _PIECE_BYTES = 1 << 20
 
 
+_HOST = "127.0.0.2"
+"""Another address of this host's, where the server's own port for direct calls is still free."""
+
+
 class Wire:
-    """A proxy of one TCP address: what it counts is all that TCP carries, HTTP/2's own frames included.
+    """A proxy of a server's TCP ports: what it counts is all that TCP carries, HTTP/2's own frames included.
 
     Attributes:
-        target: What a client connects to.
+        target: What a client connects to; direct calls go through the proxy, too.
         sent_bytes: What came from clients.
         received_bytes: What went back to them.
     """
 
     def __init__(self, server: str) -> None:
         host, _, port = server.rpartition(":")
-        self._server = host, int(port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        with deconvd_client.connect(server, transport="grpc") as F:
+            direct_port = F.server_info().direct_port
+        self._listeners = [socket.create_server((_HOST, own)) for own in (0, direct_port)]
+        self.target = f"{_HOST}:{self._listeners[0].getsockname()[1]}"
         self.sent_bytes = 0
         self.received_bytes = 0
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
-        self._start(self._accept)
+        for listener, server_port in zip(self._listeners, (int(port), direct_port), strict=True):
+            self._start(self._accept, listener, (host, server_port))
 
     @property
     def total_bytes(self) -> int:
@@ -47,8 +55,10 @@ class Wire:
 
     def close(self) -> None:
         """Break all connections, and take no more."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join()
+        for listener in self._listeners:
+            listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[: len(self._listeners)]:
+            thread.join()
         self.cut()
         for thread in self._threads:
             thread.join()
@@ -59,15 +69,15 @@ class Wire:
         thread.start()
         return thread
 
-    def _accept(self) -> None:
-        with self._listener, suppress(OSError):  # until it is shut down
+    def _accept(self, listener: socket.socket, server: tuple[str, int]) -> None:
+        with listener, suppress(OSError):  # until it is shut down
             while True:
-                client, _ = self._listener.accept()
-                self._start(self._connect, client)
+                client, _ = listener.accept()
+                self._start(self._connect, client, server)
 
-    def _connect(self, client: socket.socket) -> None:
+    def _connect(self, client: socket.socket, address: tuple[str, int]) -> None:
         no_server = suppress(OSError)
-        with client, no_server, socket.create_connection(self._server) as server:
+        with client, no_server, socket.create_connection(address) as server:
             pair = {client, server}
             for connection in pair:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

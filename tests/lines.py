@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import cycle
 
-__all__ = ["Fault", "Line", "Proxy", "Way", "bad_line", "deaf_server"]
+__all__ = ["CLEAN", "Fault", "Line", "Proxy", "Way", "bad_line", "deaf_server"]
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, and no time to linger
 
@@ -55,6 +55,9 @@ class Line:
     hang_s: float | None = None
 
 
+CLEAN = Line()
+
+
 class Proxy:
     """A TCP server that passes on what it gets. It runs in a thread of its own.
 
@@ -66,16 +69,18 @@ class Proxy:
     Args:
         target: Where it passes things on to: ``host:port``.
         lines: How the first connections behave, in turn, and then all others, as the last.
+        host: Where it listens.
+        own_port: Its port; 0 for any free one.
     """
 
-    def __init__(self, target: str, lines: tuple[Line, ...]) -> None:
+    def __init__(self, target: str, lines: tuple[Line, ...], host: str, own_port: int) -> None:
         self._host, _, port = target.rpartition(":")
         self._port = int(port)
         self._lines = lines
         self.connections_count = 0
         self.faults_count = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((host, own_port))
+        self.target = f"{host}:{self._listener.getsockname()[1]}"
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
         self._ends: set[asyncio.StreamWriter] = set()
@@ -157,9 +162,11 @@ def _reset(end: asyncio.StreamWriter) -> None:
 
 
 @contextmanager
-def bad_line(target: str, *lines: Line) -> Iterator[Proxy]:
+def bad_line(
+    target: str, *lines: Line, host: str = "127.0.0.1", own_port: int = 0
+) -> Iterator[Proxy]:
     """Run a proxy before a server for the block."""
-    proxy = Proxy(target, lines)
+    proxy = Proxy(target, lines, host, own_port)
     try:
         yield proxy
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import deconvd_client
 from deconvd.tensor import Array
 from deconvd_client import Connection, DeadlineError, UnavailableError
-from tests.lines import Fault, Line, Way, bad_line, deaf_server
+from tests.lines import CLEAN, Fault, Line, Proxy, Way, bad_line, deaf_server
 from tests.processes import held_by, wait_until
 from tests.servers import ServerProcess, server_process
 
@@ -24,7 +24,6 @@ LARGE = rng.integers(-3, 4, (16, 2, 256, 256)).astype(np.float32)  # in a stream
 SIZES = pytest.mark.parametrize("x", [SMALL, LARGE], ids=["message", "stream"])
 WAYS = pytest.mark.parametrize("way", Way, ids=lambda way: way.name.lower())
 TWICE = 2 * np.eye(2, dtype=np.float32)[:, :, None, None]
-CLEAN = Line()
 STREAMS_COUNT = 32
 """As many as the server lets run and wait."""
 
@@ -37,14 +36,31 @@ def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProce
 
 
 def connected(target: str, timeout_s: float = 60.0) -> Connection:
-    return deconvd_client.connect(target, timeout_s=timeout_s, transport="tcp")
+    return deconvd_client.connect(target, timeout_s=timeout_s, transport="grpc")
+
+
+@contextmanager
+def directly_connected(
+    server: ServerProcess, *lines: Line, timeout_s: float = 60.0
+) -> Iterator[tuple[Proxy, Connection]]:
+    """Give a connection whose direct calls go over bad lines, and what goes by gRPC over a clean one."""
+    host, _, _ = server.target.rpartition(":")
+    other_host = "127.0.0.2"  # where the port for direct calls is free for a proxy
+    with connected(server.target) as F:
+        port = F.server_info().direct_port
+    with (
+        bad_line(server.target, CLEAN, host=other_host) as clean,
+        bad_line(f"{host}:{port}", *lines, host=other_host, own_port=port) as bad,
+        deconvd_client.connect(clean.target, timeout_s=timeout_s, transport="tcp") as F,
+    ):
+        yield bad, F
 
 
 def assert_right(F: Connection, x: Array) -> None:
     np.testing.assert_array_equal(F.deconvolution_2d(x, TWICE), 2 * x)
 
 
-@pytest.mark.parametrize(
+UNEVEN = pytest.mark.parametrize(
     "line",
     [
         Line(pieces=(1, 7, 4093, 13, 65521, 9)),  # where frames and messages are cut, too
@@ -54,14 +70,41 @@ def assert_right(F: Connection, x: Array) -> None:
     ],
     ids=["split", "slow", "hung-up", "hung-down"],
 )
+
+
+@UNEVEN
 @SIZES
 def test_a_slow_and_uneven_line_changes_nothing(
     tcp_server: ServerProcess, line: Line, x: Array
 ) -> None:
     with bad_line(tcp_server.target, line) as proxy, connected(proxy.target) as F:
-        assert_right(F, x)
-        gx, gW, gb = F.deconvolution_2d_grad(x, TWICE, np.zeros(2, np.float32), x)
+        assert_all_right(F, x)
 
+
+@UNEVEN
+@SIZES
+def test_a_slow_and_uneven_line_changes_no_direct_call(
+    tcp_server: ServerProcess, line: Line, x: Array
+) -> None:
+    with directly_connected(tcp_server, line) as (proxy, F):
+        wait_until_direct(F, proxy)
+        assert_all_right(F, x)
+
+
+def wait_until_direct(F: Connection, proxy: Proxy) -> None:
+    """Call until there is a line: calls do not wait for one."""
+
+    def has_line() -> bool:
+        assert_right(F, SMALL[:, :, :2, :2])
+        return proxy.connections_count > 0
+
+    wait_until(has_line)
+
+
+def assert_all_right(F: Connection, x: Array) -> None:
+    """See that y and the gradients are right."""
+    assert_right(F, x)
+    gx, gW, gb = F.deconvolution_2d_grad(x, TWICE, np.zeros(2, np.float32), x)
     flat = x.astype(np.float64).transpose(1, 0, 2, 3).reshape(2, -1)
     np.testing.assert_array_equal(gx, 2 * x)
     np.testing.assert_array_equal(gW, (flat @ flat.T)[:, :, None, None])
@@ -78,6 +121,38 @@ def test_a_call_that_is_cut_is_made_again(
     cut = Line(fault=fault, way=way, after_bytes=round(part * x.nbytes))
     with bad_line(tcp_server.target, cut, CLEAN) as proxy, connected(proxy.target) as F:
         assert_right(F, x)
+
+    assert proxy.faults_count == 1
+
+
+@pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
+@WAYS
+@SIZES
+@pytest.mark.parametrize("part", [0.0, 1e-4, 0.5, 0.9999], ids=lambda part: f"at-{part}")
+def test_a_direct_call_that_is_cut_is_made_again(
+    tcp_server: ServerProcess, x: Array, way: Way, fault: Fault, part: float
+) -> None:
+    cut = Line(fault=fault, way=way, after_bytes=round(part * x.nbytes))
+    with directly_connected(tcp_server, cut, CLEAN) as (proxy, F):
+
+        def is_cut() -> bool:
+            assert_right(F, x)
+            return proxy.faults_count == 1
+
+        wait_until(is_cut)
+        wait_until_direct(F, proxy)
+
+
+@WAYS
+@SIZES
+def test_a_line_that_hangs_ends_a_direct_call_at_its_deadline(
+    tcp_server: ServerProcess, x: Array, way: Way
+) -> None:
+    hung = Line(fault=Fault.HANG, way=way, after_bytes=x.nbytes // 2)
+    with directly_connected(tcp_server, hung, timeout_s=1.0) as (proxy, F):
+        wait_until_direct(F, proxy)
+        with pytest.raises(DeadlineError):
+            F.deconvolution_2d(x, TWICE)
 
     assert proxy.faults_count == 1
 
@@ -138,10 +213,37 @@ def test_cut_calls_leave_nothing_on_the_server(tcp_server: ServerProcess, fault:
                         hasty.deconvolution_2d(LARGE, TWICE)
 
         wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
-        (device,) = F.server_info().devices
-        assert (device.running_calls_count, device.waiting_calls_count) == (0, 0)
-        assert device.used_bytes == 0
+        assert_idle(F)
+
+
+@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
+def test_direct_calls_that_are_cut_leave_nothing_on_the_server(
+    tcp_server: ServerProcess, fault: Fault
+) -> None:
+    pid = tcp_server.process.pid
+    with connected(tcp_server.target) as F:
         assert_right(F, LARGE)
+        before = held_by(pid)
+        cuts = [
+            Line(fault=fault, way=way, after_bytes=part * LARGE.nbytes // 7)
+            for way in Way
+            for part in range(1, 6)
+        ]
+        with directly_connected(tcp_server, *cuts, timeout_s=0.5) as (proxy, hasty):
+            while proxy.faults_count <= STREAMS_COUNT:
+                with suppress(UnavailableError, DeadlineError):
+                    hasty.deconvolution_2d(LARGE, TWICE)
+
+        wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
+        assert_idle(F)
+
+
+def assert_idle(F: Connection) -> None:
+    """See that the server has nothing left of the calls, and serves."""
+    (device,) = F.server_info().devices
+    assert (device.running_calls_count, device.waiting_calls_count) == (0, 0)
+    assert device.used_bytes == 0
+    assert_right(F, LARGE)
 
 
 LOSSY_NAMESPACE = """
@@ -158,11 +260,14 @@ CALLS = """
 import sys
 from pathlib import Path
 from tests.servers import server_process
-from tests.test_bad_lines import LARGE, SMALL, assert_right, connected
+import deconvd_client
+from tests.test_bad_lines import LARGE, SMALL, assert_right
 with server_process(Path(sys.argv[1]), listen=("127.0.0.1:0",)) as server:
-    for x in (SMALL, LARGE, SMALL):
-        with connected(server.target) as F:
-            assert_right(F, x)
+    for transport in ("grpc", "tcp"):
+        for x in (SMALL, LARGE, SMALL):
+            with deconvd_client.connect(server.target, transport=transport) as F:
+                for _ in range(2):
+                    assert_right(F, x)
 """
 
 

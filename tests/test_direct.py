@@ -1,10 +1,12 @@
-"""Direct calls: those of processes on the server's host, without gRPC."""
+"""Direct calls: those without gRPC, by a Unix socket or over TCP."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,100 +19,244 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import MAX_PACKET_BYTES, Method, Outcome, Reply, Request, calls_beside
+from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method, calls_beside
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError, UnavailableError
+from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
+from deconvd.parts import Elements, PartReader, elements_part
+from deconvd.problem import TensorSpec
 from deconvd.status import error_from_status, told_as_status
-from deconvd.tensor import message_from_array
+from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
-from deconvd_client.direct import DirectLines
+from deconvd_client.direct import DirectLines, NoLineError
+from deconvd_client.direct_ways import OpenLine, TcpWay, UnixWay, way_to
+from tests.lines import CLEAN, bad_line
+from tests.processes import peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 
 X = np.arange(36, dtype=np.float32).reshape(1, 4, 3, 3)
 W = np.ones((4, 2, 2, 2), np.float32)
+ONE = np.ones((1, 1, 1, 1), np.float32)
 REQUEST = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W))
 SLOW = np.ones((1, 64, 160, 160), np.float32), np.ones((64, 64, 9, 9), np.float32)
+LARGE = np.random.default_rng(0).integers(-3, 4, (40, 1, 256, 256)).astype(np.float32)
+TRANSPORTS = pytest.mark.parametrize("transport", ["unix", "tcp"])
 
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[ServerProcess]:
-    with server_process(tmp_path, "--log-level", "debug") as server:
+    with server_process(tmp_path, "--log-level", "debug", listen=("unix", "127.0.0.1:0")) as server:
         yield server
 
 
-@pytest.fixture
-def path(running: ServerProcess) -> str:
-    return calls_beside(running.target.removeprefix("unix:"))
+def target_of(server: ServerProcess, transport: str) -> str:
+    return server.targets[transport == "tcp"]
 
 
-def is_direct(server: ServerProcess) -> bool:
-    """Return whether a call was made directly; gRPC's peers have no process id."""
-    return "Deconvolve from unix: process" in server.log.read_text()
+def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
+    with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
+        return F._nearest.far.get_server_info()
 
 
-def open_line(path: str) -> socket.socket:
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    line.settimeout(30)
-    line.connect(path)
-    return line
+def open_line(server: ServerProcess, transport: str = "unix") -> OpenLine:
+    way = way_to(target_of(server, transport))
+    assert way is not None
+    return way.open(lambda: told_by(server))
 
 
-def answer(line: socket.socket, request: Request) -> Reply:
-    line.send(request.pack())
-    return Reply.parse(line.recv(MAX_PACKET_BYTES))
+def send_call(
+    line: Line,
+    method: Method,
+    message: bytes,
+    *,
+    timeout_s: float = 30,
+    instance: bytes = ANY_INSTANCE,
+) -> None:
+    line.send((FrameKind.CALL, CallHead(method, timeout_s, instance, message).pack()))
 
 
-def test_small_calls_are_direct_and_equal_to_those_by_grpc(running: ServerProcess) -> None:
+def answer(line: Line) -> tuple[list[tuple[FrameKind, bytes]], bytes]:
+    """Return the frames that come before the last, and what the last holds."""
+    frames = []
+    while True:
+        kind, size_bytes = line.receive()
+        frames.append((kind, line.take(size_bytes)))
+        if kind in (FrameKind.END, FrameKind.FAILED):
+            return frames, frames[-1][1]
+
+
+def serves(line: Line) -> bool:
+    send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
+    (kind, response), (end, _) = answer(line)[0]
+    shape = pb.DeconvolveResponse.FromString(response).y.shape
+    return (kind, end, list(shape)) == (FrameKind.MESSAGE, FrameKind.END, [1, 2, 4, 4])
+
+
+def direct_calls(server: ServerProcess, transport: str) -> set[str]:
+    """Return the names of the methods that were called directly."""
+    mark = {"unix": " from unix: process", "tcp": " from tcp: 127.0.0.1:"}[transport]
+    lines = server.log.read_text().splitlines()
+    return {line.split(mark)[0].split()[-1] for line in lines if mark in line and "begun" in line}
+
+
+def until_direct(F: Connection, server: ServerProcess, transport: str) -> None:
+    """Call until a call was made directly: the first may come before there is a line."""
+
+    def is_direct() -> bool:
+        F.deconvolution_2d(X, W)
+        return bool(direct_calls(server, transport))
+
+    wait_until(is_direct)
+
+
+@TRANSPORTS
+def test_direct_calls_equal_those_by_grpc(running: ServerProcess, transport: str) -> None:
     rng = np.random.default_rng(0)
     b = rng.standard_normal(2)
-    for dtype in (np.float16, np.float32, np.float64):
-        x, filters = rng.standard_normal((2, 4, 5, 6)), rng.standard_normal((4, 2, 3, 2))
-        x_, W_, b_ = (array.astype(dtype) for array in (x, filters, b))
-        with deconvd_client.connect(running.target) as F:
-            y = F.deconvolution_2d(x_, W_, b_, stride=2)
-            gradients = F.deconvolution_2d_grad(x_, W_, b_, y, stride=2)
-            assert F.last_ledger["server_us"] > 0
-        with deconvd_client.connect(running.target, max_message_bytes=MAX_PACKET_BYTES - 1) as F:
-            np.testing.assert_array_equal(y, F.deconvolution_2d(x_, W_, b_, stride=2))
-            others = F.deconvolution_2d_grad(x_, W_, b_, y, stride=2)
-        for gradient, other in zip(gradients, others, strict=True):
-            assert gradient is not None
-            assert other is not None
-            np.testing.assert_array_equal(gradient, other)
+    with (
+        deconvd_client.connect(target_of(running, transport), transport=transport) as F,
+        deconvd_client.connect(running.target, transport="grpc") as by_grpc,
+    ):
+        until_direct(F, running, transport)
+        # in a message, in a stream of one slice, in one of several
+        for n, size in ((1, 6), (40, 36), (400, 36)):
+            for dtype in (np.float16, np.float32, np.float64):
+                x, filters = rng.standard_normal((n, 4, size, 7)), rng.standard_normal((4, 2, 3, 2))
+                x_, W_, b_ = (array.astype(dtype) for array in (x, filters, b))
+                y = F.deconvolution_2d(x_, W_, b_, stride=2)
+                assert F.last_ledger["server_us"] > 0
+                np.testing.assert_allclose(
+                    y, by_grpc.deconvolution_2d(x_, W_, b_, stride=2), rtol=1e-2, atol=1e-2
+                )
+                gy = (rng.standard_normal(y.shape) / 16).astype(dtype)
+                gradients = F.deconvolution_2d_grad(x_, W_, b_, gy, stride=2)
+                others = by_grpc.deconvolution_2d_grad(x_, W_, b_, gy, stride=2)
+                for gradient, other in zip(gradients, others, strict=True):
+                    assert gradient is not None
+                    assert other is not None
+                    error = np.abs(gradient.astype(float) - other.astype(float)).max()
+                    assert error <= 0.02 * np.abs(other.astype(float)).max()
 
-    assert is_direct(running)
-    assert "DeconvolveGrad from unix: process" in running.log.read_text()
+    streams = {"DeconvolveStream", "DeconvolveGradStream"}
+    assert direct_calls(running, transport) == {"Deconvolve", "DeconvolveGrad"} | streams
+
+
+@TRANSPORTS
+def test_tensors_are_kept_and_fetched_directly(running: ServerProcess, transport: str) -> None:
+    with deconvd_client.connect(target_of(running, transport), transport=transport) as F:
+        until_direct(F, running, transport)
+        kept = F.put(LARGE)
+        np.testing.assert_array_equal(F.deconvolution_2d(kept, 2 * ONE), 2 * LARGE)
+        np.testing.assert_array_equal(kept.numpy(), LARGE)
+
+    assert {"PutTensor", "GetTensor"} <= direct_calls(running, transport)
+
+
+def test_content_that_the_server_lacks_is_sent_once(running: ServerProcess) -> None:
+    wide = np.random.default_rng(0).standard_normal((1, 256, 16, 16)).astype(np.float32)
+    x = np.ones((6, 1, 8, 8), np.float32)
+    target = target_of(running, "tcp")
+    with deconvd_client.connect(target, transport="tcp", tenant_key="k") as F:
+        until_direct(F, running, "tcp")
+        y = F.deconvolution_2d(x, wide)
+        with deconvd_client.connect(target, transport="tcp", tenant_key="k") as other:
+            np.testing.assert_array_equal(other.deconvolution_2d(x, wide), y)
 
 
 def test_calls_whose_tensors_are_in_shared_memory_are_direct(running: ServerProcess) -> None:
     x = np.random.default_rng(0).standard_normal((4, 4, 128, 128), np.float32)
     with deconvd_client.connect(running.target) as F:
         y = F.deconvolution_2d(x, W)
-    with deconvd_client.connect(running.target, transport="unix") as F:
+    assert direct_calls(running, "unix") == {"Deconvolve"}
+    with deconvd_client.connect(running.target, transport="grpc") as F:
         np.testing.assert_array_equal(y, F.deconvolution_2d(x, W))
 
-    assert is_direct(running)
+
+def test_a_connection_can_keep_to_grpc(running: ServerProcess) -> None:
+    for target in running.targets:
+        with deconvd_client.connect(target, transport="grpc") as F:
+            for x in (X, np.ones((40, 4, 64, 64), np.float32)):
+                F.deconvolution_2d(x, W)
+
+    assert not direct_calls(running, "unix")
+    assert not direct_calls(running, "tcp")
 
 
-def test_a_server_on_tcp_alone_is_called_by_grpc(tmp_path: Path) -> None:
-    with server_process(tmp_path, "--log-level", "debug", listen=("127.0.0.1:0",)) as server:
-        with deconvd_client.connect(server.target) as F:
-            F.deconvolution_2d(X, W)
+def test_a_server_can_keep_to_grpc(tmp_path: Path) -> None:
+    with server_process(
+        tmp_path, "--no-direct-calls", "--log-level", "debug", listen=("unix", "127.0.0.1:0")
+    ) as server:
+        for transport in ("unix", "tcp"):
+            with deconvd_client.connect(target_of(server, transport), transport=transport) as F:
+                F.deconvolution_2d(X, W)
+                np.testing.assert_array_equal(F.deconvolution_2d(LARGE, ONE), LARGE)
+            assert not direct_calls(server, transport)
+        assert told_by(server).direct_port == 0
 
-        assert not is_direct(server)
+
+def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "deconvd_server", "--device", "cpu"]
+        command += ["--listen", "127.0.0.1:0", "--direct-port", str(port)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 1
+        assert (
+            f"cannot listen for direct calls: Address already in use: 'port {port}'" in ended.stderr
+        )
+    with server_process(
+        tmp_path, "--direct-port", str(port), listen=("127.0.0.1:0", "localhost:0")
+    ) as server:
+        assert told_by(server).direct_port == port
+        for target in server.targets:
+            way = way_to(target)
+            assert way is not None
+            assert serves(way.open(lambda: told_by(server)).line)
 
 
-def test_errors_come_back_as_they_were(running: ServerProcess, path: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "way"),
+    [
+        ("host:1", TcpWay("host")),
+        ("127.0.0.1:1", TcpWay("127.0.0.1")),
+        ("[::1]:1", TcpWay("::1")),
+        ("dns:host:1", TcpWay("host")),
+        ("dns:///host.name:1", TcpWay("host.name")),
+        ("ipv4:1.2.3.4:1", TcpWay("1.2.3.4")),
+        ("ipv6:[::1]:1", TcpWay("::1")),
+        ("ipv4:1.2.3.4:1,1.2.3.5:1", None),
+        ("dns://8.8.8.8/host:1", None),
+        ("unix:a/b", UnixWay("a/b.calls")),
+        ("unix:///a/b", UnixWay("/a/b.calls")),
+    ],
+)
+def test_the_way_is_that_of_the_target(target: str, way: object) -> None:
+    assert way_to(target) == way
+
+
+@TRANSPORTS
+def test_errors_come_back_as_they_were(running: ServerProcess, transport: str) -> None:
     wrong = pb.DeconvolveRequest(x=REQUEST.x, w=message_from_array(W[:3]))
-    lines = DirectLines(path)
+    way = way_to(target_of(running, transport))
+    assert way is not None
+    lines = DirectLines(way, lambda: told_by(running))
+    wait_until(lambda: _gets_line(lines))
     for message in (wrong.SerializeToString(), b"\xff" * 40):
         with pytest.raises(InvalidArgumentError) as raised:
-            lines.call(Method.DECONVOLVE, message, 30)
+            lines.call(Method.Deconvolve, message, 30)
     assert "not a valid deconvd.v1.DeconvolveRequest" in str(raised.value)
-    reply = lines.call(Method.DECONVOLVE, REQUEST.SerializeToString(), 30)
-    assert reply is not None
+    reply = lines.call(Method.Deconvolve, REQUEST.SerializeToString(), 30)
     assert pb.DeconvolveResponse.FromString(reply.message).y.shape == [1, 2, 4, 4]
+    assert b"server_us=" in reply.ledger.encode()
     lines.close()
+
+
+def _gets_line(lines: DirectLines) -> bool:
+    try:
+        lines.call(Method.Deconvolve, REQUEST.SerializeToString(), 30)
+    except NoLineError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -130,110 +276,297 @@ def test_an_error_survives_its_status(error: deconvd_client.DeconvdError) -> Non
     assert vars(told) == vars(error)
 
 
-def test_a_response_too_large_for_a_packet_is_refused_and_made_by_grpc(
-    running: ServerProcess, path: str
-) -> None:
-    one, wide = np.ones((1, 1, 1, 1), np.float32), np.ones((1, 1, 256, 256), np.float32)
-    request = pb.DeconvolveRequest(x=message_from_array(one), w=message_from_array(one))
+def test_a_response_too_large_for_a_message_is_refused_and_streams(running: ServerProcess) -> None:
+    wide = np.ones((1, 1, 256, 256), np.float32)
+    request = pb.DeconvolveRequest(x=message_from_array(ONE), w=message_from_array(ONE))
     request.geometry.stride.h = request.geometry.stride.w = 256
     request.geometry.outsize.h = request.geometry.outsize.w = 256
-    lines = DirectLines(path)
-    with pytest.raises(deconvd_client.ExhaustedError, match="too many for a direct call"):
-        lines.call(Method.DECONVOLVE, request.SerializeToString(), 30)
-    lines.close()
+    opened = open_line(running)
+    send_call(opened.line, Method.Deconvolve, request.SerializeToString())
+    assert b"too many for a message of a direct call" in answer(opened.line)[1]
+    assert serves(opened.line)
+    opened.line.close()
     with deconvd_client.connect(running.target, transport="unix") as F:
-        assert F.deconvolution_2d(wide, one).shape == (1, 1, 256, 256)
+        assert F.deconvolution_2d(wide, ONE).shape == (1, 1, 256, 256)
 
 
-def test_a_deadline_is_kept_and_the_line_still_serves(running: ServerProcess, path: str) -> None:
-    slow = pb.DeconvolveRequest(x=REQUEST.x, w=REQUEST.w)
-    with open_line(path) as line:
-        reply = answer(line, Request(Method.DECONVOLVE, 0.0, slow.SerializeToString()))
-        assert reply.outcome is Outcome.FAILED
-        assert b"DeadlineError" in reply.message
-        reply = answer(line, Request(Method.DECONVOLVE, 30.0, slow.SerializeToString()))
-        assert reply.outcome is Outcome.ANSWERED
-    with deconvd_client.connect(running.target, timeout_s=0.2) as F:
+@TRANSPORTS
+def test_a_deadline_is_kept_and_the_line_still_serves(
+    running: ServerProcess, transport: str
+) -> None:
+    line = open_line(running, transport).line
+    send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=0)
+    assert b"DeadlineError" in answer(line)[1]
+    send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=1e12)
+    assert answer(line)[0][-1][0] is FrameKind.END
+    assert serves(line)
+    line.close()
+    with deconvd_client.connect(
+        target_of(running, transport), timeout_s=0.2, transport=transport
+    ) as F:
+        with suppress(DeadlineError):
+            until_direct(F, running, transport)
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(*SLOW)
     _wait_until_idle(running)
 
 
+FRAMES = st.lists(
+    st.tuples(st.sampled_from(FrameKind), st.binary(max_size=300)), min_size=1, max_size=5
+)
+METHODS = st.sampled_from(Method)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(data=st.binary(min_size=1, max_size=200), as_request=st.booleans())
-def test_packets_that_make_no_sense_hurt_nobody(
-    running: ServerProcess, path: str, data: bytes, as_request: bool
+@given(data=st.binary(min_size=1, max_size=200) | FRAMES, method=METHODS, begins=st.booleans())
+def test_frames_that_make_no_sense_hurt_nobody(
+    running: ServerProcess,
+    data: bytes | list[tuple[FrameKind, bytes]],
+    method: Method,
+    begins: bool,
 ) -> None:
-    packet = Request(Method.DECONVOLVE_GRAD, 5.0, data).pack() if as_request else data
-    with open_line(path) as line:
-        line.send(packet)
-        try:
-            reply = line.recv(MAX_PACKET_BYTES)
-        except ConnectionResetError:
-            reply = b""
-    assert not reply or Reply.parse(reply).outcome is Outcome.FAILED
-    with open_line(path) as line:
-        good = Request(Method.DECONVOLVE, 30.0, REQUEST.SerializeToString())
-        assert answer(line, good).outcome is Outcome.ANSWERED
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(calls_beside(running.target.removeprefix("unix:")))
+    line = Line(connection)
+    line.set_deadline(30)
+    with suppress(LineBrokenError):
+        if begins:
+            message = data if isinstance(data, bytes) else data[0][1]
+            send_call(line, method, message, timeout_s=5)
+        if isinstance(data, bytes):
+            connection.sendall(data)
+        else:
+            line.send(*data)
+        connection.shutdown(socket.SHUT_WR)
+        while True:
+            answer(line)
+    line.close()
+    other = open_line(running).line
+    assert serves(other)
+    other.close()
+    assert "unforeseen" not in running.log.read_text()
 
 
-def test_a_client_that_goes_has_its_call_cancelled(running: ServerProcess) -> None:
+def header(x: TensorSpec, slice_samples_count: int = 1) -> bytes:
+    request = pb.DeconvolveRequest(x=message_from_spec(x), w=message_from_array(ONE))
+    request.w.ClearField("raw")
+    return pb.DeconvolveStreamRequest(
+        header=pb.DeconvolveStreamHeader(request=request, slice_samples_count=slice_samples_count)
+    ).SerializeToString()
+
+
+def reader_of(line: Line) -> PartReader[pb.DeconvolveStreamResponse]:
+    response_type = pb.DeconvolveStreamResponse
+    return PartReader(FrameSource(line, response_type), response_type)
+
+
+@TRANSPORTS
+def test_y_flows_back_while_x_is_still_coming(running: ServerProcess, transport: str) -> None:
+    x = LARGE[:4]
+    line = open_line(running, transport).line
+    line.set_deadline(60)
+    send_call(line, Method.DeconvolveStream, header(spec_of(x)))
+    line.send_part(elements_part(ONE))
+    line.send_part(elements_part(x[:3]))
+    reader = reader_of(line)
+    reader.header()
+    np.testing.assert_array_equal(reader.read("y", spec_of(x[:1])), x[:1])
+    line.send_part(elements_part(x[3:]))
+    line.send((FrameKind.END, b""))
+    np.testing.assert_array_equal(reader.read("y", spec_of(x[1:])), x[1:])
+    reader.expect_end()
+    assert serves(line)
+    line.close()
+
+
+@TRANSPORTS
+def test_a_stream_that_fails_is_said_before_it_is_whole(
+    running: ServerProcess, transport: str
+) -> None:
+    with open_line(running, transport).line as line:
+        line.set_deadline(60)
+        send_call(line, Method.DeconvolveStream, header(spec_of(X)))  # c_I is not that of W
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(_send_for_ever, line)
+            with pytest.raises(InvalidArgumentError, match="as many input channels"):
+                reader_of(line).header()
+            line.shut()
+            sending.result()
+    _wait_until_idle(running)
+
+
+def _send_for_ever(line: Line) -> None:
+    with suppress(LineBrokenError):
+        while True:
+            line.send_part(elements_part(LARGE))
+
+
+@TRANSPORTS
+def test_more_or_less_than_the_tensors_is_refused(running: ServerProcess, transport: str) -> None:
+    for surplus, message in ((-4, "4 bytes before x is whole"), (4, "end with its last tensor")):
+        with open_line(running, transport).line as line:
+            line.set_deadline(60)
+            send_call(line, Method.DeconvolveStream, header(spec_of(LARGE[:1])))
+            elements = ONE.tobytes() + LARGE[:1].tobytes() + bytes(4)
+            line.send_part(Elements(memoryview(elements)[: len(elements) - 4 + surplus]))
+            line.send((FrameKind.END, b""))
+            with pytest.raises(InvalidArgumentError, match=message):
+                _read_y(reader_of(line), spec_of(LARGE[:1]))
+
+
+def _read_y(reader: PartReader[pb.DeconvolveStreamResponse], y: TensorSpec) -> None:
+    reader.header()
+    reader.read("y", y)
+    reader.expect_end()
+
+
+@TRANSPORTS
+def test_a_slow_reader_does_not_make_the_servers_memory_grow(
+    running: ServerProcess, transport: str
+) -> None:
+    x = np.zeros((400, 1, 512, 512), np.float32)  # 400 MiB each way
+    with open_line(running, transport).line as line:
+        line.set_deadline(2)
+        with suppress(LineBrokenError):
+            send_call(line, Method.DeconvolveStream, header(spec_of(x)))
+            line.send_part(elements_part(ONE))
+            line.send_part(elements_part(x))
+            pytest.fail("all of it was taken, and nothing read")
+        peak_bytes = peak_memory_bytes(running.process.pid)
+
+    assert peak_bytes < 300 << 20
+    _wait_until_idle(running)
+
+
+@TRANSPORTS
+def test_a_client_that_goes_has_its_call_cancelled(running: ServerProcess, transport: str) -> None:
     child = os.fork()
     if not child:
-        with deconvd_client.connect(running.target) as F:
+        with deconvd_client.connect(target_of(running, transport), transport=transport) as F:
+            until_direct(F, running, transport)
             F.deconvolution_2d(*SLOW)
         os._exit(0)
-    with deconvd_client.connect(running.target) as F:
+    with deconvd_client.connect(running.target, transport="grpc") as F:
         while not F.server_info().devices[0].running_calls_count:
             time.sleep(0.01)
+        time.sleep(0.1)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     _wait_until_idle(running)
     assert "the caller gave the call up" in running.log.read_text()
 
 
-def test_a_drain_lets_calls_end_and_takes_no_more(running: ServerProcess) -> None:
-    with deconvd_client.connect(running.target) as F, ThreadPoolExecutor(1) as pool:
-        F.deconvolution_2d(X, W)
+@TRANSPORTS
+def test_a_client_that_goes_in_the_middle_of_a_stream_leaves_nothing(
+    running: ServerProcess, transport: str
+) -> None:
+    for sent in (0, 1, 2):
+        with open_line(running, transport).line as line:
+            send_call(line, Method.DeconvolveStream, header(spec_of(LARGE)))
+            line.send_part(elements_part(ONE))
+            line.send_part(elements_part(LARGE[:sent]))
+    _wait_until_idle(running)
+    with open_line(running, transport).line as line:
+        assert serves(line)
+
+
+@TRANSPORTS
+def test_a_drain_lets_calls_end_and_takes_no_more(running: ServerProcess, transport: str) -> None:
+    target = target_of(running, transport)
+    with (
+        deconvd_client.connect(target, transport=transport) as F,
+        deconvd_client.connect(running.target, transport="grpc") as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        until_direct(F, running, transport)
+        idle = open_line(running, transport).line
         slow = pool.submit(F.deconvolution_2d, *SLOW)
-        while not F.server_info().devices[0].running_calls_count:
+        while not other.server_info().devices[0].running_calls_count:
             time.sleep(0.01)
         running.process.send_signal(signal.SIGTERM)
         assert slow.result().shape == (1, 64, 168, 168)
         assert running.process.wait(30) == 0
+        assert not idle.is_quiet()  # it was closed
+        idle.close()
     assert not Path(calls_beside(running.target.removeprefix("unix:"))).exists()
 
 
-def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(tmp_path: Path) -> None:
-    x = np.ones((1, 1, 120, 120), np.float32)
+@TRANSPORTS
+def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(
+    tmp_path: Path, transport: str
+) -> None:
+    x = np.ones((1, 1, 90, 90), np.float32)
     request = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(x[:, :, :1, :1]))
-    packet = Request(Method.DECONVOLVE, 60.0, request.SerializeToString()).pack()
-    with server_process(tmp_path, "--drain-timeout-s", "1") as server:
-        with open_line(calls_beside(server.target.removeprefix("unix:"))) as line:
-            line.settimeout(2)
-            with suppress(TimeoutError):  # once the server waits for its answers to be read
+    listen = ("unix", "127.0.0.1:0")
+    with server_process(tmp_path, "--drain-timeout-s", "1", listen=listen) as server:
+        with open_line(server, transport).line as line:
+            line.set_deadline(2)
+            with suppress(LineBrokenError):  # once the server waits for its answers to be read
                 while True:
-                    line.send(packet)
+                    send_call(line, Method.Deconvolve, request.SerializeToString())
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
 
 
 def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -> None:
     path = str(tmp_path / "calls")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stopped:
+    with socket.socket(socket.AF_UNIX) as stopped:
         stopped.bind(path)
         stopped.listen(0)
         with ExitStack() as waiting:
             with suppress(BlockingIOError):
                 while True:  # until there is no room to wait in
-                    other = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    other = socket.socket(socket.AF_UNIX)
                     waiting.enter_context(other).setblocking(False)
                     other.connect(path)
-            assert DirectLines(path).call(Method.DECONVOLVE, b"", 30.0) is None
+            with pytest.raises(NoLineError):
+                DirectLines(UnixWay(path), pb.GetServerInfoResponse).call(
+                    Method.Deconvolve, b"", 30
+                )
 
 
-def test_closing_the_connection_ends_calls(running: ServerProcess) -> None:
-    F = deconvd_client.connect(running.target)
+def test_calls_do_not_wait_for_a_port_that_nobody_reaches(running: ServerProcess) -> None:
+    # the port is told, and the host of the target has it closed, or lets nobody in
+    port = told_by(running).direct_port
+    with bad_line(running.targets[1], CLEAN, host="127.0.0.2") as proxy:
+        with deconvd_client.connect(proxy.target, transport="tcp") as F:
+            _assert_right_by_grpc(F)
+        with socket.socket() as full, ExitStack() as waiting:
+            full.bind(("127.0.0.2", port))
+            full.listen(0)
+            for _ in range(4):
+                other = waiting.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(("127.0.0.2", port))
+            with deconvd_client.connect(proxy.target, transport="tcp") as F:
+                begin_s = time.monotonic()
+                _assert_right_by_grpc(F)
+                assert time.monotonic() - begin_s < 4  # it would take 5 to give the port up
+    assert not direct_calls(running, "tcp")
+
+
+def _assert_right_by_grpc(F: Connection) -> None:
+    for x in (X[:, :1], LARGE):
+        np.testing.assert_array_equal(F.deconvolution_2d(x, ONE), x)
+
+
+def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
+    with server_process(tmp_path, "--log-level", "debug", listen=("127.0.0.1:0",)) as server:
+        told = told_by(server)
+        told.instance_id = "00112233445566778899aabbccddeeff"
+        lines = DirectLines(TcpWay("127.0.0.1"), lambda: told)
+        for _ in range(10):
+            with pytest.raises(NoLineError):
+                lines.call(Method.Deconvolve, REQUEST.SerializeToString(), 30)
+        wait_until(lambda: "another server was called" in server.log.read_text())
+        lines.close()
+        assert not direct_calls(server, "tcp")
+
+
+@TRANSPORTS
+def test_closing_the_connection_ends_calls(running: ServerProcess, transport: str) -> None:
+    F = deconvd_client.connect(target_of(running, transport), transport=transport)
+    until_direct(F, running, transport)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(F.deconvolution_2d, *SLOW)
         while not F.server_info().devices[0].running_calls_count:
@@ -245,46 +578,122 @@ def test_closing_the_connection_ends_calls(running: ServerProcess) -> None:
         F.deconvolution_2d(X, W)
 
 
-def test_a_restarted_server_is_called_directly_again(tmp_path: Path) -> None:
-    with server_process(tmp_path) as server:
-        F = deconvd_client.connect(server.target)
-        F.deconvolution_2d(X, W)
-    with F, server_process(tmp_path, "--log-level", "debug") as server:
-        F.deconvolution_2d(X, W)  # whose line has been lost
-        F.deconvolution_2d(X, W)
-
-        assert is_direct(server)
+@pytest.mark.parametrize("listen", ["unix", "127.0.0.1:0"])
+def test_a_restarted_server_is_called_directly_again(tmp_path: Path, listen: str) -> None:
+    transport = "unix" if listen == "unix" else "tcp"
+    with server_process(tmp_path, "--log-level", "debug", listen=(listen,)) as server:
+        F = deconvd_client.connect(server.target, transport=transport)
+        until_direct(F, server, transport)
+        again = "unix" if listen == "unix" else server.target
+    with F, server_process(tmp_path, "--log-level", "debug", listen=(again,)) as server:
+        until_direct(F, server, transport)  # the line to the first is lost
 
 
 def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
     with deconvd_client.connect(running.target) as F:
-        lines = DirectLines(calls_beside(running.target.removeprefix("unix:")))
+        way = way_to(running.target)
+        assert way is not None
+        lines = DirectLines(way, pb.GetServerInfoResponse)
         request = REQUEST.SerializeToString()
-        assert lines.call(Method.DECONVOLVE, request, 30) is not None
+        assert lines.call(Method.Deconvolve, request, 30).message
         child = os.fork()
         if not child:
-            replies = [lines.call(Method.DECONVOLVE, request, 30) for _ in range(200)]
-            os._exit(0 if all(replies) else 1)
-        replies = [lines.call(Method.DECONVOLVE, request, 30) for _ in range(200)]
+            replies = [lines.call(Method.Deconvolve, request, 30) for _ in range(200)]
+            os._exit(0 if all(reply.message for reply in replies) else 1)
+        replies = [lines.call(Method.Deconvolve, request, 30) for _ in range(200)]
         _, status = os.waitpid(child, 0)
         lines.close()
         assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
     assert status == 0
-    assert all(reply is not None and reply.outcome is Outcome.ANSWERED for reply in replies)
+    assert all(reply.message for reply in replies)
 
 
-def test_many_threads_share_a_connection(F: Connection) -> None:
+@TRANSPORTS
+def test_idle_lines_make_room_for_others(running: ServerProcess, transport: str) -> None:
+    with ExitStack() as stack:
+        first = open_line(running, transport)
+        if transport == "tcp":  # only ask once
+            port = told_by(running).direct_port
+
+            def opened() -> Line:
+                return Line(socket.create_connection(("127.0.0.1", port)))
+        else:
+
+            def opened() -> Line:
+                return open_line(running).line
+
+        for _ in range(300):
+            line = stack.enter_context(opened())
+        assert serves(line)
+        assert not first.line.is_quiet()  # it was closed: it had been idle for longest
+        first.line.close()
+    with open_line(running, transport).line as line:
+        assert serves(line)
+
+
+def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
+    lines = DirectLines(UnixWay(calls_beside(running.target.removeprefix("unix:"))), _nothing)
+
+    def parts() -> Iterator[pb.DeconvolveStreamRequest | Elements]:
+        yield pb.DeconvolveStreamRequest.FromString(header(spec_of(LARGE)))
+        yield elements_part(ONE)
+        raise ZeroDivisionError("a fault of the caller's")
+
+    for beside in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            lines.converse(
+                Method.DeconvolveStream,
+                parts(),
+                lambda source: [source.next() for _ in range(2)],
+                pb.DeconvolveStreamResponse,
+                30,
+                at_once=beside,
+            )
+    _wait_until_idle(running)
+    lines.close()
+
+
+def _nothing() -> pb.GetServerInfoResponse:
+    raise AssertionError("nothing is to be asked")
+
+
+@TRANSPORTS
+def test_many_threads_share_a_connection(running: ServerProcess, transport: str) -> None:
+    large = LARGE[:12]
+
     def calls(seed: int) -> set[float]:
         x = np.full((1, 4, 3, 3), seed, np.float32)
+        y = F.deconvolution_2d(seed * large, ONE)
+        np.testing.assert_array_equal(y, seed * large)
         return {F.deconvolution_2d(x, W)[0, 0, 1, 1] for _ in range(50)}
 
-    with ThreadPoolExecutor(20) as pool:
-        assert list(pool.map(calls, range(20))) == [{16 * seed} for seed in range(20)]
+    with deconvd_client.connect(target_of(running, transport), transport=transport) as F:
+        with ThreadPoolExecutor(20) as pool:
+            assert list(pool.map(calls, range(20))) == [{16 * seed} for seed in range(20)]
 
 
 def _wait_until_idle(server: ServerProcess) -> None:
-    with deconvd_client.connect(server.target) as F:
-        give_up_s = time.monotonic() + 30
-        while (load := F.server_info().devices[0]).running_calls_count or load.used_bytes:
-            assert time.monotonic() < give_up_s
-            time.sleep(0.02)
+    with deconvd_client.connect(server.target, transport="grpc") as F:
+
+        def is_idle() -> bool:
+            load = F.server_info().devices[0]
+            return not load.running_calls_count and not load.used_bytes
+
+        wait_until(is_idle)
+
+
+def test_a_message_may_be_as_long_as_is_said() -> None:
+    near, far = map(Line, socket.socketpair())
+    with near, far, ThreadPoolExecutor(1) as pool:
+        message = bytes(MAX_MESSAGE_BYTES)
+        sending = pool.submit(
+            near.send, (FrameKind.MESSAGE, message), (FrameKind.END, message + b"1")
+        )
+        kind, size_bytes = far.receive()
+        assert (kind, far.receive_payload(size_bytes)) == (FrameKind.MESSAGE, message)
+        kind, size_bytes = far.receive()
+        with pytest.raises(LineBrokenError, match="131073 bytes, and 131072 may be"):
+            far.receive_payload(size_bytes)
+        far.shut()
+        with suppress(LineBrokenError):
+            sending.result()

@@ -257,6 +257,7 @@ def test_a_hundred_clients_that_are_killed_leave_nothing(
     kill_clients(leak_server, KILLED_COUNT // 2)
     call_often(callers, len(KINDS))
     callers.shared.close()
+    assert_idle(leak_server, callers.unix)
     wait_until(lambda: lent_bytes(pid) == 0)
     before = held_by(pid)
 

@@ -48,8 +48,26 @@ def test_tcp_stays_tcp_where_there_are_nearer_ways(server: ServerProcess) -> Non
         F.deconvolution_2d(X, W)
         assert not lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
 
-    assert "Deconvolve from ipv4:" in server.log.read_text()
-    assert "from unix:" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Deconvolve from ipv4:" in log or "Deconvolve from tcp:" in log
+    assert "from unix:" not in log
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["tcp", "unix"])
+def test_grpc_stays_at_the_target_and_has_nothing_beside_it(
+    server: ServerProcess, index: int
+) -> None:
+    with deconvd_client.connect(server.targets[index], transport="grpc") as F:
+        for x in (X, LARGE):
+            assert not lies_in_shared_memory(F.deconvolution_2d(x, W))
+        assert not lies_in_shared_memory(F.empty(LARGE.shape, LARGE.dtype))
+
+    log = server.log.read_text()
+    assert ("Deconvolve from ipv4:" in log, "Deconvolve from unix:" in log) == (
+        not index,
+        bool(index),
+    )
+    assert " direct_line" not in log
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["found", "named"])

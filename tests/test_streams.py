@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.chunks import ChunkReader, chunks_of
+from deconvd.chunks import ChunkSource, chunks_of
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.messages import message_from_geometry
+from deconvd.parts import PartReader
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -169,6 +170,11 @@ PROBLEM = Problem(spec_of(X), spec_of(W), Geometry())
 ELEMENTS = W.tobytes() + X.tobytes()
 
 
+def reader_of(messages: Iterator[bytes]) -> PartReader[pb.DeconvolveStreamRequest]:
+    source = ChunkSource(messages, pb.DeconvolveStreamRequest)
+    return PartReader(source, pb.DeconvolveStreamRequest)
+
+
 @given(cuts=st.lists(st.integers(1, len(ELEMENTS) - 1), max_size=6, unique=True))
 def test_chunks_may_end_anywhere(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), len(ELEMENTS)]
@@ -176,7 +182,7 @@ def test_chunks_may_end_anywhere(cuts: list[int]) -> None:
         pb.DeconvolveStreamRequest(chunk=ELEMENTS[a:b]).SerializeToString()
         for a, b in pairwise(bounds)
     ]
-    reader = ChunkReader(iter(parts), pb.DeconvolveStreamRequest)
+    reader = reader_of(iter(parts))
 
     np.testing.assert_array_equal(reader.read("W", PROBLEM.W), W)
     np.testing.assert_array_equal(reader.read("x", PROBLEM.x), X)
@@ -200,7 +206,7 @@ def test_what_was_missing_comes_before_or_amid_what_follows(cut: int, early: int
         ("missing_chunk", W.tobytes()[cut:]),
         ("chunk", elements[early:]),
     )
-    reader = ChunkReader(parts, pb.DeconvolveStreamRequest)
+    reader = reader_of(parts)
 
     np.testing.assert_array_equal(reader.read_missing({"W": PROBLEM.W})["W"], W)
     np.testing.assert_array_equal(reader.read("x", PROBLEM.x), X)
@@ -219,7 +225,7 @@ def test_what_was_missing_comes_before_or_amid_what_follows(cut: int, early: int
 def test_missing_chunks_that_are_none_are_refused(
     parts: list[tuple[str, bytes]], message: str
 ) -> None:
-    reader = ChunkReader(missing_parts(*parts), pb.DeconvolveStreamRequest)
+    reader = reader_of(missing_parts(*parts))
     with pytest.raises(InvalidArgumentError, match=message):
         reader.read_missing({"W": PROBLEM.W})
 

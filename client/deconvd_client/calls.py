@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 from deconvd.codec import Buffer, Envelope
-from deconvd.direct import MAX_PACKET_BYTES
+from deconvd.line import MAX_MESSAGE_BYTES
 from deconvd.tensor import elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
@@ -20,8 +20,8 @@ __all__ = ["deconvolve", "differentiate"]
 _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 """Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
 
-_MAX_BRIEF_BYTES: Final = MAX_PACKET_BYTES - (16 << 10)
-"""Operands and results together: what has room in the packets of a direct call, beside all else."""
+_MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES // 4
+"""Operands and results together, of a direct call in one message: copies of so little cost nothing."""
 
 
 def deconvolve(
@@ -32,10 +32,10 @@ def deconvolve(
     def streamed() -> Answered[pb.DeconvolveResponse]:
         step = slice_samples_count(asked.problem)
         header = pb.DeconvolveStreamHeader(request=asked.request, slice_samples_count=step)
-        opening = pb.DeconvolveStreamRequest(header=header).SerializeToString()
+        opening = pb.DeconvolveStreamRequest(header=header)
         return stub.deconvolve_stream(lambda: Exchange(asked, opening, step))
 
-    return _answered(memory, asked, stub.deconvolve, streamed)
+    return _answered(stub, memory, asked, stub.deconvolve, streamed)
 
 
 def differentiate(
@@ -46,13 +46,14 @@ def differentiate(
     def streamed() -> Answered[pb.DeconvolveGradResponse]:
         step = slice_samples_count(asked.problem)
         header = pb.DeconvolveGradStreamHeader(request=asked.request, slice_samples_count=step)
-        opening = pb.DeconvolveGradStreamRequest(header=header).SerializeToString()
+        opening = pb.DeconvolveGradStreamRequest(header=header)
         return stub.deconvolve_grad_stream(lambda: Exchange(asked, opening, step))
 
-    return _answered(memory, asked, stub.deconvolve_grad, streamed)
+    return _answered(stub, memory, asked, stub.deconvolve_grad, streamed)
 
 
 def _answered(
+    stub: Stub,
     memory: Borrower,
     asked: Asked[RequestT],
     in_message: Callable[..., Envelope[ResponseT]],
@@ -63,10 +64,11 @@ def _answered(
     if shared is not None:
         return shared
     tensors_bytes = _tensors_bytes(asked)
-    if not asked.is_sure or tensors_bytes > _MAX_UNARY_BYTES:
+    is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
+    max_message_bytes = _MAX_BRIEF_BYTES if stub.is_direct else _MAX_UNARY_BYTES
+    if not asked.is_sure or tensors_bytes > max_message_bytes:
         return streamed()
     raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
-    is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
     response = in_message(Envelope(asked.request, raw), is_brief=is_brief)
     return Answered(response.message, {field: received(response, field) for field in asked.results})
 

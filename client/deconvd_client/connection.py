@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Final, SupportsIndex
 
 import numpy.typing as npt
 
-from deconvd.direct import MAX_PACKET_BYTES, calls_beside
 from deconvd.dtypes import element_type
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
+from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.problem import check_extents
 from deconvd.shared_memory import socket_beside
 from deconvd.tensor import Array, spec_of
@@ -23,7 +23,7 @@ from deconvd.transport import unix_path
 from deconvd_client.asked import RequestT, ResponseT
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
-from deconvd_client.direct import DirectLines
+from deconvd_client.direct_ways import way_to
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.kinds import is_from_cupy
 from deconvd_client.malloc import learn_large_blocks
@@ -43,6 +43,8 @@ __all__ = ["Connection", "connect"]
 
 _MAX_KEY_BYTES: Final = 64
 
+_WITHOUT_SHARED_MEMORY: Final = (Transport.UNIX, Transport.TCP, Transport.GRPC)
+
 
 def connect(
     target: str,
@@ -61,7 +63,8 @@ def connect(
         transport: ``auto`` for the nearest way that works: on the server's host that is shared
             memory, and its Unix socket. Or one way that calls are to go, or fail with
             UnavailableError or ExhaustedError: ``shared_memory`` for all tensors from 32 KiB on,
-            ``unix`` or ``tcp`` for messages.
+            ``unix`` or ``tcp`` for all that is sent; ``grpc`` for gRPC to the target and nothing
+            beside it, as through a proxy.
         tenant_key: A secret of up to 64 bytes. Connections that tell the same share a quota for
             what the server keeps, and what one has sent another need not send; empty for a
             connection by itself.
@@ -105,16 +108,15 @@ class Connection:
 
         def open_stub(target: str) -> Stub:
             channel = open_channel(target, max_message_bytes=max_message_bytes)
-            path = unix_path(target)
-            is_direct = path and max_message_bytes >= MAX_PACKET_BYTES
-            direct = DirectLines(calls_beside(path)) if is_direct else None
-            return Stub(channel, timeout_s=timeout_s, direct=direct)
+            is_direct = way is not Transport.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
+            direct_way = way_to(target) if is_direct else None
+            return Stub(channel, timeout_s=timeout_s, way=direct_way)
 
         way = _transport(transport)
         self._nearest = Nearest(open_stub, target, way)
         is_only_way = way is Transport.SHARED_MEMORY
         self._memory = Borrower(self._find_memory, is_only_way=is_only_way)
-        if way in (Transport.UNIX, Transport.TCP):
+        if way in _WITHOUT_SHARED_MEMORY:
             self._memory.close()
         self._config = Config()
         self._way = way
@@ -318,7 +320,7 @@ class Connection:
         with self._lock:
             if self._cards is None:
                 self._cards = Cards(self._nearest, self._residents, self._find_memory)
-                if self._way in (Transport.UNIX, Transport.TCP):
+                if self._way in _WITHOUT_SHARED_MEMORY:
                     self._cards.close()
             return self._cards
 

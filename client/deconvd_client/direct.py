@@ -1,163 +1,313 @@
-"""Direct calls to a server on this host. See `deconvd.direct`."""
+"""Direct calls: without gRPC, on lines that are kept for the next calls. See `deconvd.direct`."""
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
-import struct
 import threading
 import time
-from contextlib import suppress
-from typing import Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple, TypeVar
 
-from google.rpc import status_pb2
+from google.protobuf.message import Message
 
-from deconvd.direct import MAX_PACKET_BYTES, Method, Outcome, Reply, Request
-from deconvd.errors import CallCancelledError, DeadlineError
-from deconvd.status import error_from_status
+from deconvd.direct import CallHead, FrameSource, Method, ended
+from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
+from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
+from deconvd.parts import Part
+from deconvd_client.direct_ways import Ask, OpenLine, Way
 
-__all__ = ["DirectLines"]
+__all__ = ["DirectLines", "NoLineError", "Reply"]
 
-_RETRY_S: Final = 5.0
-"""How long a server that takes no direct calls is left in peace."""
+_T = TypeVar("_T")
 
-_CONNECT_S: Final = 0.5
-"""How long a server may take to let a line be opened; calls go by gRPC then."""
+_FIRST_RETRY_S: Final = 5.0
+_LAST_RETRY_S: Final = 80.0
+"""How long a server that takes no direct calls is left in peace: at first, and at most."""
 
-_IDLE_COUNT: Final = 8
+_PATIENCE_S: Final = 0.1
+"""How long calls wait for a line that is being opened before they go by gRPC."""
+
+_IDLE_COUNT: Final = 16
 """Lines that are kept for later calls."""
-
-_TIMEVAL: Final = struct.Struct("@ll")
 
 _log = logging.getLogger(__name__)
 
 
+class NoLineError(Exception):
+    """There is no line, or it was lost: the call is to be made in another way."""
+
+
+class Reply(NamedTuple):
+    """What a call was answered."""
+
+    message: bytes
+    ledger: str
+
+
 class DirectLines:
-    """Sockets by which calls are made directly, one at a time on each. Thread-safe.
+    """Lines by which calls are made directly, one at a time on each. Thread-safe.
 
     Args:
-        path: Of the server's socket for direct calls; there need be none.
+        way: How a line is opened.
+        ask: Asks the server what it is.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._idle: list[socket.socket] = []
-        self._busy: set[socket.socket] = set()
-        self._owner = os.getpid()
+    def __init__(self, way: Way, ask: Ask) -> None:
+        self._way = way
+        self._ask = ask
         self._is_closed = False
         self._next_try_s = 0.0
+        self._retry_s = _FIRST_RETRY_S
+        self._begin()
 
-    def call(self, method: Method, message: bytes, timeout_s: float) -> Reply | None:
-        """Return the answer to a call; None if it is to be made in another way.
+    def _begin(self) -> None:
+        """Have no lines yet: at first, and in a forked child, where a lock may be held by no one."""
+        self._owner = os.getpid()
+        self._changed = threading.Condition()
+        self._idle: list[OpenLine] = []
+        self._busy: set[Line] = set()
+        self._opened_by_s: float | None = None  # until when calls wait for what is being opened
+
+    @property
+    def is_worth_asking(self) -> bool:
+        """Whether calls may get a line: the server has let the last one be opened, or was asked long ago."""
+        return not self._is_closed and time.monotonic() >= self._next_try_s
+
+    def call(self, method: Method, message: bytes, timeout_s: float) -> Reply:
+        """Return the answer to a call of one message.
 
         Args:
             message: The request.
 
         Raises:
+            NoLineError: It is to be made in another way.
             DeconvdError: What the server raised.
             DeadlineError: There was no answer in time.
             CallCancelledError: `close` was called meanwhile.
         """
-        packet = Request(method, timeout_s, message).pack()
-        line = self._taken() if len(packet) <= MAX_PACKET_BYTES else None
-        if line is None:
-            return None
-        is_whole = False
-        try:
-            answer = _answer(line, packet, timeout_s)
-            is_whole = answer is not None
-        finally:
-            self._give_back(line, is_whole=is_whole)
-        if answer is None:
-            if self._is_closed:
-                raise CallCancelledError("the connection is closed")
-            return None
-        if answer.outcome is Outcome.FAILED:
-            raise error_from_status(status_pb2.Status.FromString(answer.message))
-        return answer
+        if len(message) > MAX_MESSAGE_BYTES // 2:
+            raise NoLineError
+        with self._line(timeout_s) as lent:
+            return lent.call(method, message, timeout_s)
+
+    def converse(
+        self,
+        method: Method,
+        parts: Iterator[Part],
+        receive: Callable[[FrameSource], _T],
+        response_type: type[Message],
+        timeout_s: float,
+        *,
+        at_once: bool,
+    ) -> tuple[_T, str]:
+        """Make a call of many parts; return what `receive` makes of the response, and the ledger.
+
+        Args:
+            parts: The request; the first is a message.
+            at_once: Whether parts of the response may come before the request is whole: it is sent
+                in a thread of its own then.
+
+        Raises:
+            As `call`, and what `parts` and `receive` raise.
+        """
+        with self._line(timeout_s) as lent:
+            return lent.converse(method, parts, receive, response_type, timeout_s, at_once=at_once)
 
     def close(self) -> None:
         """Close all lines. Calls under way end with CallCancelledError."""
-        with self._lock:
+        with self._changed:
             self._is_closed = True
-            for line in self._idle:
-                line.close()
+            for idle in self._idle:
+                idle.line.close()
             for line in self._busy:
-                with suppress(OSError):  # the server has closed it
-                    line.shutdown(socket.SHUT_RDWR)
+                line.shut()
             self._idle.clear()
 
-    def _taken(self) -> socket.socket | None:
-        if self._owner != os.getpid():
-            self._begin_in_child()
-        with self._lock:
-            line = self._idle.pop() if self._idle else None
-        line = line or self._opened()
-        with self._lock:
-            if line is not None and not self._is_closed:
-                self._busy.add(line)
-                return line
-        if line is not None:
-            line.close()
-        return None
-
-    def _give_back(self, line: socket.socket, *, is_whole: bool) -> None:
-        with self._lock:
-            self._busy.discard(line)
-            if is_whole and not self._is_closed and len(self._idle) < _IDLE_COUNT:
-                self._idle.append(line)
-            else:
-                line.close()
-
-    def _opened(self) -> socket.socket | None:
-        if self._is_closed or time.monotonic() < self._next_try_s:
-            return None
-        line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    @contextmanager
+    def _line(self, timeout_s: float) -> Iterator[_LentLine]:
+        """Lend a line to the block, and keep it if the block has left it in order."""
+        lent = _LentLine(self._taken())
+        lent.line.set_deadline(timeout_s)
         try:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET_BYTES)
-            # a server that is stopped lets callers wait once it has many
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_CONNECT_S))
-            line.connect(self._path)
-        except OSError as error:
-            _log.debug("no direct calls by %s: %s", self._path, error)
-            self._next_try_s = time.monotonic() + _RETRY_S
-            line.close()
-            return None
-        return line
+            yield lent
+        except LineTimeoutError:
+            raise DeadlineError("the server did not answer in time") from None
+        except LineBrokenError as error:
+            if self._is_closed:
+                raise CallCancelledError("the connection is closed") from None
+            _log.debug("a direct line was lost: %s", error)
+            raise NoLineError from None
+        finally:
+            self._give_back(lent)
 
-    def _begin_in_child(self) -> None:
-        """Leave the lines to the parent: this is a forked child, where a lock may be held by no one."""
-        self._lock = threading.Lock()
-        self._idle = []
-        self._busy = set()
-        self._owner = os.getpid()
+    def _taken(self) -> OpenLine:
+        if self._owner != os.getpid():
+            self._begin()
+        with self._changed:
+            taken = self._idle_one()
+            if taken is None and self.is_worth_asking:
+                if self._way.is_quick:
+                    self._open()
+                else:
+                    self._open_beside()
+                taken = self._idle_one()
+            if taken is None:
+                raise NoLineError
+            self._busy.add(taken.line)
+            return taken
+
+    def _idle_one(self) -> OpenLine | None:
+        """Return a line that is not in use, if there is one that the server has not closed."""
+        while self._idle:
+            idle = self._idle.pop()
+            if idle.line.is_quiet():
+                return idle
+            idle.line.close()
+        return None
+
+    def _give_back(self, lent: _LentLine) -> None:
+        with self._changed:
+            self._busy.discard(lent.line)
+            if lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT:
+                self._idle.append(lent.open_line)
+            else:
+                lent.line.close()
+
+    def _open(self) -> None:
+        """Open one more line. Raises nothing."""
+        try:
+            opened = self._way.open(self._ask)
+        except (OSError, DeconvdError, ValueError) as error:
+            _log.debug("no direct calls: %s", error)
+            self._note_failure()
+            return
+        self._keep_opened(opened)
+
+    def _note_failure(self) -> None:
+        self._next_try_s = time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+
+    def _keep_opened(self, opened: OpenLine) -> None:
+        if self._is_closed:
+            opened.line.close()
+            return
+        self._retry_s = _FIRST_RETRY_S
+        self._idle.append(opened)
+
+    def _open_beside(self) -> None:
+        """Open one more line in a thread, and wait for it for a moment."""
+        if self._opened_by_s is None:
+            self._opened_by_s = time.monotonic() + _PATIENCE_S
+            threading.Thread(target=self._open_slowly, name="open-line", daemon=True).start()
+        self._changed.wait(max(self._opened_by_s - time.monotonic(), 0))
+
+    def _open_slowly(self) -> None:
+        opened = None
+        try:
+            opened = self._way.open(self._ask)
+        except (OSError, DeconvdError, ValueError) as error:
+            _log.debug("no direct calls: %s", error)
+        with self._changed:
+            if opened is None:
+                self._note_failure()
+            else:
+                self._keep_opened(opened)
+            self._opened_by_s = None
+            self._changed.notify_all()
 
 
-def _answer(line: socket.socket, packet: bytes, timeout_s: float) -> Reply | None:
-    """Return the answer to a packet; None if the server has closed the line.
+class _LentLine:
+    """A line that a call has to itself.
 
-    Raises:
-        DeadlineError: There was none in time.
+    Attributes:
+        is_in_order: Whether the next call can be made on it.
     """
-    try:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(max(timeout_s, 1e-3)))
-        line.send(packet)
-    except OSError:
-        return None
-    try:
-        data = line.recv(MAX_PACKET_BYTES)
-    except BlockingIOError:
-        raise DeadlineError("the server did not answer in time") from None
-    except OSError:
-        return None
-    try:
-        return Reply.parse(data) if data else None
-    except ValueError as error:
-        _log.warning("what the server answers to direct calls makes no sense: %s", error)
-        return None
+
+    def __init__(self, open_line: OpenLine) -> None:
+        self.open_line = open_line
+        self.line = open_line.line
+        self.is_in_order = False
+
+    def call(self, method: Method, message: bytes, timeout_s: float) -> Reply:
+        """See `DirectLines.call`."""
+        self._begin(method, message, timeout_s)
+        response = b""
+        while True:
+            kind, size_bytes = self.line.receive()
+            payload = self.line.receive_payload(size_bytes)
+            if kind is FrameKind.MESSAGE:
+                response = payload
+            elif kind in (FrameKind.END, FrameKind.FAILED):
+                self.is_in_order = True
+                return Reply(response, ended(kind, payload))
+            else:
+                raise LineBrokenError(f"a frame of kind {kind.name} in an answer of one message")
+
+    def converse(
+        self,
+        method: Method,
+        parts: Iterator[Part],
+        receive: Callable[[FrameSource], _T],
+        response_type: type[Message],
+        timeout_s: float,
+        *,
+        at_once: bool,
+    ) -> tuple[_T, str]:
+        """See `DirectLines.converse`."""
+        first = next(parts)
+        assert isinstance(first, Message)
+        self._begin(method, first.SerializeToString(), timeout_s)
+        source = FrameSource(self.line, response_type)
+        with _Sending(self.line, parts, at_once=at_once):
+            received = receive(source)
+        self.is_in_order = source.is_over
+        return received, source.ledger
+
+    def _begin(self, method: Method, message: bytes, timeout_s: float) -> None:
+        head = CallHead(method, timeout_s, self.open_line.instance, message)
+        self.line.send((FrameKind.CALL, head.pack()))
 
 
-def _timeval(seconds: float) -> bytes:
-    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+class _Sending:
+    """Sends the parts of a request while a block receives the response: before it, or beside it.
+
+    If either fails the line is broken, so that the other ends too.
+    """
+
+    def __init__(self, line: Line, parts: Iterator[Part], *, at_once: bool) -> None:
+        self._line = line
+        self._parts = parts
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True) if at_once else None
+
+    def __enter__(self) -> None:
+        if self._thread is None:
+            self._send()
+        else:
+            self._thread.start()
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        if self._thread is None:
+            return
+        if exc_type is not None:
+            self._line.shut()
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self) -> None:
+        try:
+            self._send()
+        except LineBrokenError:
+            pass  # whoever receives is told
+        except BaseException as error:  # whatever it is, it is the caller's
+            self._error = error
+            self._line.shut()
+
+    def _send(self) -> None:
+        for part in self._parts:
+            self._line.send_part(part)
+        self._line.send((FrameKind.END, b""))

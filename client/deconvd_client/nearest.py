@@ -35,10 +35,13 @@ class Transport(StrEnum):
     """Those that are not small in memory that the server lends; messages go the nearest way."""
 
     UNIX = "unix"
-    """In messages to a Unix socket of the server's."""
+    """By a Unix socket of the server's."""
 
     TCP = "tcp"
-    """In messages to the target, which is no Unix socket."""
+    """By TCP to the host of the target, which is no Unix socket."""
+
+    GRPC = "grpc"
+    """By gRPC to the target, and nothing beside it."""
 
 
 class Nearest:
@@ -65,7 +68,7 @@ class Nearest:
         self._open_stub = open_stub
         self._lock = threading.Lock()
         self._must_be_near = transport is Transport.UNIX and not is_unix
-        self._is_final = is_unix or transport is Transport.TCP
+        self._is_final = is_unix or transport in (Transport.TCP, Transport.GRPC)
         self._near: Stub | None = None
 
     def call(self, work: Callable[[Stub], _T]) -> _T:

@@ -58,6 +58,7 @@ class ServerInfo:
         element_types: Names of the element types that it takes, of those that this client knows.
         max_message_bytes: The largest request and the largest response.
         features: Names of the optional parts of the contract that it has.
+        direct_port: The TCP port where it takes direct calls; 0 if there is none.
     """
 
     version: str
@@ -65,6 +66,7 @@ class ServerInfo:
     element_types: tuple[str, ...]
     max_message_bytes: int
     features: tuple[str, ...]
+    direct_port: int
 
     @classmethod
     def from_message(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -76,4 +78,5 @@ class ServerInfo:
             element_types=tuple(dtype.name for dtype in dtypes if dtype is not None),
             max_message_bytes=message.limits.message_bytes,
             features=tuple(message.features),
+            direct_port=message.direct_port,
         )

@@ -1,4 +1,4 @@
-"""Calls in streams: what is sent chunk by chunk, and what comes back meanwhile."""
+"""Calls in streams: what is sent slice by slice, and what comes back meanwhile."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Generic
 
-from deconvd.chunks import ChunkReader, chunks_of, missing_chunks_of, slices
+from google.protobuf.message import Message
+
 from deconvd.errors import InvalidArgumentError
+from deconvd.parts import Elements, Part, PartReader, elements_part, slices
 from deconvd.problem import Problem
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
 
@@ -18,6 +20,9 @@ _SLICE_BYTES: Final = 8 << 20
 
 _UNANSWERED_BYTES: Final = 64 << 20
 """What may be sent before the server has said what it lacks."""
+
+_PIECE_BYTES: Final = 1 << 20
+"""What is sent between two looks at whether it has."""
 
 _CONSTANTS: Final = ("w", "b")
 """Operands that all samples have in common: they go whole, before the slices of the others."""
@@ -30,7 +35,7 @@ def slice_samples_count(problem: Problem) -> int:
 
 
 class Exchange(Generic[RequestT, ResponseT]):
-    """One attempt at a call in a stream. gRPC takes the parts in a thread of its own.
+    """One attempt at a call in a stream. Another thread may take the parts.
 
     Args:
         asked: The call.
@@ -38,19 +43,24 @@ class Exchange(Generic[RequestT, ResponseT]):
         step: Samples of a slice.
     """
 
-    def __init__(self, asked: Asked[RequestT], opening: bytes, step: int) -> None:
+    def __init__(self, asked: Asked[RequestT], opening: Message, step: int) -> None:
         self._asked: Asked[RequestT] = asked
         self._opening = opening
         self._step = step
         self._is_answered = threading.Event()
         self._missing: Sequence[str] = ()
 
-    def parts(self) -> Iterator[bytes]:
-        """Yield the request's messages."""
-        yield self._opening
-        yield from self._beside_offer() if self._asked.offered else self._chunks()
+    @property
+    def at_once(self) -> bool:
+        """Whether parts of the response may come before the request is whole."""
+        return bool(self._asked.offered) or self._asked.problem.n > self._step
 
-    def receive(self, reader: ChunkReader[Any]) -> Answered[ResponseT]:
+    def parts(self) -> Iterator[Part]:
+        """Yield the request's parts."""
+        yield self._opening
+        yield from self._beside_offer() if self._asked.offered else self._elements()
+
+    def receive(self, reader: PartReader[Any]) -> Answered[ResponseT]:
         """Return what the response's messages say.
 
         Raises:
@@ -76,32 +86,32 @@ class Exchange(Generic[RequestT, ResponseT]):
             raise InvalidArgumentError(f"the server misses what it was not offered: {unknown}")
         return fields
 
-    def _beside_offer(self) -> Iterator[bytes]:
-        """Yield the chunks, and what the server lacks as soon as it has said so."""
+    def _beside_offer(self) -> Iterator[Elements]:
+        """Yield the elements, and what the server lacks as soon as it has said so."""
         unanswered_bytes = 0
-        chunks = self._chunks()
-        for chunk in chunks:
-            unanswered_bytes += len(chunk)
+        pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
+        for piece in pieces:
+            unanswered_bytes += len(piece.data)
             if self._is_answered.is_set() or unanswered_bytes > _UNANSWERED_BYTES:
-                yield from self._missing_chunks()
-                yield chunk
+                yield from self._missing_elements()
+                yield piece
                 break
-            yield chunk
+            yield piece
         else:
-            yield from self._missing_chunks()
-        yield from chunks
+            yield from self._missing_elements()
+        yield from pieces
 
-    def _missing_chunks(self) -> Iterator[bytes]:
+    def _missing_elements(self) -> Iterator[Elements]:
         self._is_answered.wait()
         for field in self._missing:
-            yield from missing_chunks_of(self._asked.offered[field])
+            yield elements_part(self._asked.offered[field], is_missing=True)
 
-    def _chunks(self) -> Iterator[bytes]:
+    def _elements(self) -> Iterator[Elements]:
         operands = self._asked.operands
         for field in _CONSTANTS:
             if field in operands:
-                yield from chunks_of(operands[field])
+                yield elements_part(operands[field])
         sliced = [array for field, array in operands.items() if field not in _CONSTANTS]
         for samples in slices(self._asked.problem.n, self._step) if sliced else ():
             for array in sliced:
-                yield from chunks_of(array[samples])
+                yield elements_part(array[samples])

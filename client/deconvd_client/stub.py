@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -14,9 +14,9 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
-from deconvd.chunks import ChunkReader
+from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import Envelope, decode, encode
-from deconvd.direct import Method
+from deconvd.direct import FrameSource, Method
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -25,10 +25,12 @@ from deconvd.errors import (
     InternalError,
 )
 from deconvd.ledger import METADATA_KEY, ledger_from_metadata
+from deconvd.parts import Part, PartReader, PartSource
 from deconvd.result_memory import ResultMemory
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.direct import DirectLines
+from deconvd_client.direct import DirectLines, NoLineError
+from deconvd_client.direct_ways import Way
 from deconvd_client.retries import with_retries
 
 __all__ = ["Attempt", "Hold", "Stub"]
@@ -54,10 +56,14 @@ _TOO_LARGE: Final = re.compile(
 class Attempt(Protocol[_Response, _Returned]):
     """One attempt at a call in a stream."""
 
-    def parts(self) -> Iterator[bytes]:
-        """Yield the request's messages; another thread takes them."""
+    @property
+    def at_once(self) -> bool:
+        """Whether parts of the response may come before the request is whole."""
 
-    def receive(self, reader: ChunkReader[_Response]) -> _Returned:
+    def parts(self) -> Iterator[Part]:
+        """Yield the request's parts; another thread takes them."""
+
+    def receive(self, reader: PartReader[_Response]) -> _Returned:
         """Return what is made of the response."""
 
 
@@ -100,21 +106,20 @@ class Stub:
     Every method raises a DeconvdError; see `deconvd.errors`.
 
     Args:
-        direct: Takes brief calls, where it can; None if nothing does.
+        way: How calls can be made directly; None if they are not to be. Those that cannot are made
+            by gRPC.
     """
 
-    def __init__(
-        self, channel: grpc.Channel, *, timeout_s: float, direct: DirectLines | None = None
-    ) -> None:
+    def __init__(self, channel: grpc.Channel, *, timeout_s: float, way: Way | None = None) -> None:
         self._channel = channel
-        self._direct = direct
+        self._direct = None if way is None else DirectLines(way, self.get_server_info)
         self._timeout_s = timeout_s
         self._closed = False
         self._ended = threading.local()
         self._results = ResultMemory(_KEPT_BYTES)
-        self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse, Method.DECONVOLVE)
+        self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse, Method.Deconvolve)
         self._deconvolve_grad = self._unary(
-            "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DECONVOLVE_GRAD
+            "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DeconvolveGrad
         )
         self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
         self._deconvolve_stream = self._stream("DeconvolveStream")
@@ -151,6 +156,11 @@ class Stub:
         """Call DeconvolveGrad, in the manner of `deconvolve`."""
         return self._deconvolve_grad(request, is_brief=is_brief)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether calls are likely to be made directly, streams too."""
+        return self._direct is not None and self._direct.is_worth_asking
+
     def deconvolve_stream(
         self, begin: Callable[[], Attempt[pb.DeconvolveStreamResponse, _T]]
     ) -> _T:
@@ -159,41 +169,70 @@ class Stub:
         Args:
             begin: Called once for each attempt.
         """
-        return self._streamed(self._deconvolve_stream, begin, pb.DeconvolveStreamResponse)
+        return self._streamed(
+            Method.DeconvolveStream, self._deconvolve_stream, begin, pb.DeconvolveStreamResponse
+        )
 
     def deconvolve_grad_stream(
         self, begin: Callable[[], Attempt[pb.DeconvolveGradStreamResponse, _T]]
     ) -> _T:
         """Call DeconvolveGradStream, in the manner of `deconvolve_stream`."""
-        return self._streamed(self._deconvolve_grad_stream, begin, pb.DeconvolveGradStreamResponse)
+        return self._streamed(
+            Method.DeconvolveGradStream,
+            self._deconvolve_grad_stream,
+            begin,
+            pb.DeconvolveGradStreamResponse,
+        )
 
-    def put_tensor(self, parts: Callable[[], Iterator[bytes]]) -> pb.PutTensorResponse:
+    def put_tensor(self, parts: Callable[[], Iterator[Part]]) -> pb.PutTensorResponse:
         """Call PutTensor.
 
         Args:
-            parts: Yields the request's messages; called once for each attempt.
+            parts: Returns the request's parts; called once for each attempt.
         """
 
-        def attempt(timeout_s: float) -> pb.PutTensorResponse:
-            return pb.PutTensorResponse.FromString(self._put_tensor(parts(), timeout=timeout_s))
+        def directly(direct: DirectLines, timeout_s: float) -> tuple[pb.PutTensorResponse, str]:
+            return direct.converse(
+                Method.PutTensor,
+                parts(),
+                _only_message,
+                pb.PutTensorResponse,
+                timeout_s,
+                at_once=False,
+            )
 
-        return self._retried(attempt)
+        def by_grpc(timeout_s: float) -> pb.PutTensorResponse:
+            messages = (message for part in parts() for message in messages_of(part))
+            return pb.PutTensorResponse.FromString(self._put_tensor(messages, timeout=timeout_s))
+
+        return self._made(directly, by_grpc)
 
     def get_tensor(
         self,
         request: pb.GetTensorRequest,
-        receive: Callable[[ChunkReader[pb.GetTensorResponse]], _T],
+        receive: Callable[[PartReader[pb.GetTensorResponse]], _T],
     ) -> _T:
         """Call GetTensor and return what `receive`, called once for each attempt, makes of the response."""
 
-        def attempt(timeout_s: float) -> _T:
+        def directly(direct: DirectLines, timeout_s: float) -> tuple[_T, str]:
+            return direct.converse(
+                Method.GetTensor,
+                iter([request]),
+                lambda source: receive(self._reader(source, pb.GetTensorResponse)),
+                pb.GetTensorResponse,
+                timeout_s,
+                at_once=False,
+            )
+
+        def by_grpc(timeout_s: float) -> _T:
             responses = self._get_tensor(request.SerializeToString(), timeout=timeout_s)
             try:
-                return receive(ChunkReader(responses, pb.GetTensorResponse, self._results.empty))
+                source = ChunkSource(responses, pb.GetTensorResponse)
+                return receive(self._reader(source, pb.GetTensorResponse))
             finally:
                 responses.cancel()
 
-        return self._retried(attempt)
+        return self._made(directly, by_grpc)
 
     def drop_tensors(self, request: pb.DropTensorsRequest) -> None:
         """Call DropTensors."""
@@ -247,22 +286,21 @@ class Stub:
         self, method: str, response_type: type[_Response], number: Method | None = None
     ) -> Callable[..., Envelope[_Response]]:
         rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_path(method))
-        direct = None if number is None else self._direct
 
         def call(request: Envelope[Any], *, is_brief: bool = False) -> Envelope[_Response]:
             data = encode(request)
 
-            def attempt(timeout_s: float) -> bytes:
-                if is_brief and direct is not None and number is not None:
-                    reply = direct.call(number, data, timeout_s)
-                    if reply is not None:
-                        self._ended.metadata = ((METADATA_KEY, reply.ledger),)
-                        return reply.message
+            def directly(direct: DirectLines, timeout_s: float) -> tuple[bytes, str]:
+                if number is None or not is_brief:
+                    raise NoLineError
+                return direct.call(number, data, timeout_s)
+
+            def by_grpc(timeout_s: float) -> bytes:
                 response, ended = rpc.with_call(data, timeout=timeout_s)
-                self._note(ended)
+                self._note(ended.trailing_metadata())
                 return response
 
-            return decode(response_type, self._retried(attempt))
+            return decode(response_type, self._made(directly, by_grpc))
 
         return call
 
@@ -271,20 +309,56 @@ class Stub:
 
     def _streamed(
         self,
+        number: Method,
         rpc: grpc.StreamStreamMultiCallable[bytes, bytes],
         begin: Callable[[], Attempt[_Response, _T]],
         response_type: type[_Response],
     ) -> _T:
-        def attempt(timeout_s: float) -> _T:
+        def directly(direct: DirectLines, timeout_s: float) -> tuple[_T, str]:
             exchange = begin()
-            responses = rpc(exchange.parts(), timeout=timeout_s)
+            return direct.converse(
+                number,
+                exchange.parts(),
+                lambda source: exchange.receive(self._reader(source, response_type)),
+                response_type,
+                timeout_s,
+                at_once=exchange.at_once,
+            )
+
+        def by_grpc(timeout_s: float) -> _T:
+            exchange = begin()
+            messages = (message for part in exchange.parts() for message in messages_of(part))
+            responses = rpc(messages, timeout=timeout_s)
             try:
-                reader = ChunkReader(responses, response_type, self._results.empty)
-                received = exchange.receive(reader)
-                self._note(responses)
+                source = ChunkSource(responses, response_type)
+                received = exchange.receive(self._reader(source, response_type))
+                self._note(responses.trailing_metadata())
                 return received
             finally:
                 responses.cancel()  # no effect on a call that has ended
+
+        return self._made(directly, by_grpc)
+
+    def _reader(self, source: PartSource, response_type: type[_Response]) -> PartReader[_Response]:
+        return PartReader(source, response_type, self._results.empty)
+
+    def _made(
+        self,
+        directly: Callable[[DirectLines, float], tuple[_T, str]],
+        by_grpc: Callable[[float], _T],
+    ) -> _T:
+        """Make a call, directly if that can be, and try it again if that may help."""
+
+        def attempt(timeout_s: float) -> _T:
+            if self._direct is None:
+                return by_grpc(timeout_s)
+            deadline_s = time.monotonic() + timeout_s
+            try:
+                returned, ledger = directly(self._direct, timeout_s)
+            except NoLineError:
+                return by_grpc(deadline_s - time.monotonic())
+            self._note(((METADATA_KEY, ledger),))
+            return returned
 
         return self._retried(attempt)
 
@@ -306,8 +380,8 @@ class Stub:
         """The ledger of the calling thread's last call that was answered."""
         return ledger_from_metadata(getattr(self._ended, "metadata", ()))
 
-    def _note(self, ended: grpc.Call) -> None:
-        self._ended.metadata = ended.trailing_metadata()
+    def _note(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        self._ended.metadata = metadata
 
     def _translated(self, error: grpc.RpcError | ValueError) -> Exception:
         """Return the error of ours that an error of gRPC's stands for, and any other as it is."""
@@ -324,6 +398,13 @@ class Stub:
 
 def _path(method: str) -> str:
     return f"/{_SERVICE.full_name}/{method}"
+
+
+def _only_message(source: FrameSource) -> Any:
+    """Return the message of a response that has one."""
+    message = source.next()
+    source.next()  # the end
+    return message
 
 
 def _answer_of(call: Any, timeout_s: float) -> pb.HoldSessionResponse:

@@ -69,6 +69,19 @@ def _user_ids(
     "in the environment, separated by spaces.",
 )
 @click.option(
+    "--direct-calls/--no-direct-calls",
+    "takes_direct_calls",
+    default=True,
+    help="Whether deconvd's own clients may call without gRPC, which is faster.",
+)
+@click.option(
+    "--direct-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default="any free one",
+    help="The TCP port for that, on the hosts that --listen names.",
+)
+@click.option(
     "--device",
     default="auto",
     metavar="cpu|cuda[:N][,…]|auto",
@@ -161,6 +174,8 @@ def _user_ids(
 @click.version_option(deconvd.__version__, prog_name="deconvd-server")
 def main(
     addresses: tuple[str, ...],
+    takes_direct_calls: bool,
+    direct_port: int,
     device: str,
     threads: int | None,
     device_memory_bytes: int | None,
@@ -206,6 +221,8 @@ def main(
                 shared_memory_bytes,
                 shared_memory_users,
                 residents,
+                takes_direct_calls=takes_direct_calls,
+                direct_port=direct_port,
             )
         )
     except (OSError, DeconvdError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.chunks import ChunkReader
+from deconvd.parts import PartReader
 from deconvd.problem import TensorSpec
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand
@@ -28,7 +28,7 @@ class Arrivals:
     """
 
     def __init__(
-        self, exchange: Exchange, reader: ChunkReader[Any], engine: Engine, call: Call
+        self, exchange: Exchange, reader: PartReader[Any], engine: Engine, call: Call
     ) -> None:
         self._exchange = exchange
         self._specs = exchange.operands
@@ -41,7 +41,7 @@ class Arrivals:
     def take_missing(self, missing: Mapping[str, TensorSpec]) -> None:
         """Wait for what the client was told is missing.
 
-        Raises as `ChunkReader.read_missing` and `Exchange.take_missing` do.
+        Raises as `PartReader.read_missing` and `Exchange.take_missing` do.
         """
         specs = {argument_of(field): spec for field, spec in missing.items()}
         arrays = self._reader.read_missing(specs)
@@ -61,7 +61,7 @@ class Arrivals:
                 self._kept[field] = tensor
 
     def whole(self, field: str) -> Operand:
-        """Return an operand. Raises as `ChunkReader.read` and `Engine.write` do."""
+        """Return an operand. Raises as `PartReader.read` and `Engine.write` do."""
         present = self._present.get(field)
         return self._arrived(field, None) if present is None else present
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -26,7 +27,7 @@ from deconvd_server.device import Device
 from deconvd_server.direct import DirectServer
 from deconvd_server.engine import Engines
 from deconvd_server.health import Health
-from deconvd_server.listen import bind, release, unix_sockets
+from deconvd_server.listen import AddressInUseError, bind, listen_beside, release, unix_sockets
 from deconvd_server.residents import ResidentLimits, Residents
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
 from deconvd_server.shared_memory import Cards, Lender, Limits, memory_socket
@@ -57,6 +58,8 @@ class Settings:
         shared_memory_users: Ids of the users to lend it to, and whose calls are taken without gRPC, beside
             the server's own and root.
         residents: How much may stay between calls, and for how long.
+        takes_direct_calls: Whether calls are taken without gRPC, too.
+        direct_port: The TCP port for them, on the hosts of `addresses`; 0 for any free one.
     """
 
     addresses: Sequence[str]
@@ -65,6 +68,8 @@ class Settings:
     shared_memory_bytes: int = 0
     shared_memory_users: Collection[int] = ()
     residents: ResidentLimits = field(default_factory=ResidentLimits)
+    takes_direct_calls: bool = True
+    direct_port: int = 0
 
 
 class State(Enum):
@@ -112,7 +117,11 @@ class Daemon:
         self._server.start()
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
-        """Open the devices and serve calls with them; return once it can."""
+        """Open the devices and serve calls with them; return once it can.
+
+        Raises:
+            AddressInUseError: Another process has the port for direct calls.
+        """
         devices = open_devices()
         engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
         self._service.lender = self._lend(engines)
@@ -190,14 +199,37 @@ class Daemon:
         return {0, os.geteuid(), *self._settings.shared_memory_users}
 
     def _serve_directly(self) -> DirectServer | None:
-        if not self._service.unix_sockets:
+        if not self._settings.takes_direct_calls:
             return None
-        path = Path(calls_beside(self._service.unix_sockets[0]))
+        sockets = self._service.unix_sockets
+        path = Path(calls_beside(sockets[0])) if sockets else None
+        listeners = self._listen_for_direct_calls()
         try:
-            return DirectServer(path, self._service.direct_behaviours(), self._users)
+            server = DirectServer(
+                path,
+                listeners,
+                self._service.behaviours(),
+                bytes.fromhex(self._service.instance_id),
+                self._users,
+            )
         except OSError as error:
-            _log.warning("clients on this host make all calls by gRPC: %s", error)
+            _log.warning("all calls are made by gRPC: %s", error)
+            for listener in listeners:
+                listener.close()
             return None
+        if listeners:
+            self._service.direct_port = listeners[0].getsockname()[1]
+        return server
+
+    def _listen_for_direct_calls(self) -> list[socket.socket]:
+        port = self._settings.direct_port
+        try:
+            return listen_beside(self.addresses, port)
+        except AddressInUseError as error:
+            if port:
+                raise
+            _log.warning("calls over TCP are made by gRPC: %s", error)
+            return []
 
     def _grpc_server(self) -> grpc.Server:
         server = grpc.server(

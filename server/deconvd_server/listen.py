@@ -17,10 +17,12 @@ import grpc
 from deconvd.errors import InvalidArgumentError
 from deconvd.transport import unix_path
 
-__all__ = ["AddressInUseError", "bind", "release", "unix_sockets"]
+__all__ = ["AddressInUseError", "bind", "listen_beside", "release", "unix_sockets"]
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>\d+)")
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of sockaddr_un(7), less the final zero
+_BACKLOG = 64
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _NOT_IN_GRPC_PATHS = frozenset("%?#")
 
 
@@ -63,6 +65,60 @@ def release(address: str) -> None:
         # A successor may listen by now, and the directory may have gone with all that was in it.
         with suppress(AddressInUseError, FileNotFoundError), _locked(path.parent):
             _remove_dead_socket(path)
+
+
+def listen_beside(addresses: Iterable[str], port: int) -> list[socket.socket]:
+    """Return sockets that listen on one TCP port of the hosts of `addresses`; none if they have none.
+
+    Args:
+        addresses: As `bind` has returned them.
+        port: 0 for any free one.
+
+    Raises:
+        AddressInUseError: Another process has the port.
+    """
+    listeners: list[socket.socket] = []
+    try:
+        for family, host in _tcp_addresses(addresses):
+            listener = _listener(family, host, port)
+            if listener is not None:
+                listeners.append(listener)
+                port = listener.getsockname()[1]  # the same on all
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise AddressInUseError(
+            errno.EADDRINUSE, f"cannot listen for direct calls: {reason}", f"port {port}"
+        ) from error
+    return listeners
+
+
+def _tcp_addresses(addresses: Iterable[str]) -> list[tuple[int, str]]:
+    """Return the family and the IP address of each host, once."""
+    matches = filter(None, map(_HOST_PORT.fullmatch, addresses))
+    found = [
+        (int(family), str(address[0]))
+        for match in matches
+        for family, _, _, _, address in socket.getaddrinfo(
+            match["host"].strip("[]"), None, type=socket.SOCK_STREAM
+        )
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _listener(family: int, host: str, port: int) -> socket.socket | None:
+    """Return a socket that listens; None if this host has no such address."""
+    try:
+        listener = socket.create_server(
+            (host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=host == "::"
+        )
+    except OSError as error:
+        if error.errno in _NO_SUCH_ADDRESS:
+            return None
+        raise
+    listener.setblocking(False)
+    return listener
 
 
 def unix_sockets(addresses: Iterable[str]) -> list[str]:

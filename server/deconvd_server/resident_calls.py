@@ -6,20 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import grpc
-
-from deconvd.chunks import ChunkReader, chunks_of, slices
 from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError
+from deconvd.parts import Part, PartReader, elements_part, slices
 from deconvd.problem import TensorSpec
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
+from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unary
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents import Kept, Residents, Session
-from deconvd_server.rpc import held_handler, sink_handler, source_handler, unary_handler
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
 
@@ -51,13 +49,13 @@ class ResidentCalls:
         self._lender = lender
         self._streams = streams
 
-    def handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
-        """Return the handlers of these calls, by their names."""
+    def behaviours(self) -> dict[str, Behaviour]:
+        """Return what serves these calls, by their names."""
         return {
-            "HoldSession": held_handler(pb.HoldSessionRequest, self.hold_session),
-            "PutTensor": sink_handler(pb.PutTensorRequest, self.put_tensor),
-            "GetTensor": source_handler(pb.GetTensorRequest, self.get_tensor),
-            "DropTensors": unary_handler(pb.DropTensorsRequest, self.drop_tensors),
+            "HoldSession": Held(pb.HoldSessionRequest, self.hold_session),
+            "PutTensor": Sink(pb.PutTensorRequest, self.put_tensor),
+            "GetTensor": Source(pb.GetTensorRequest, self.get_tensor),
+            "DropTensors": Unary(pb.DropTensorsRequest, self.drop_tensors),
         }
 
     def hold_session(
@@ -65,7 +63,7 @@ class ResidentCalls:
         signs: Iterator[pb.HoldSessionRequest],
         call: Call,
         hang_up: Callable[[], None],
-    ) -> Iterator[bytes]:
+    ) -> Parts:
         """Serve HoldSession.
 
         Args:
@@ -88,14 +86,14 @@ class ResidentCalls:
         call.on_cancel(broke.set)
         yield pb.HoldSessionResponse(
             session=session.name, lease_s=residents.lease_s, quota_bytes=residents.tenant_bytes
-        ).SerializeToString()
+        )
         for _ in signs:
             sessions.sign_of_life(session)
         if not broke.wait(_BREAK_S):
             sessions.end(session, hang_up)
 
     def put_tensor(
-        self, reader: ChunkReader[pb.PutTensorRequest], call: Call
+        self, reader: PartReader[pb.PutTensorRequest], call: Call
     ) -> pb.PutTensorResponse:
         """Serve PutTensor."""
         residents = self._residents()
@@ -116,7 +114,7 @@ class ResidentCalls:
         self,
         kept: Kept,
         message: pb.Tensor,
-        reader: ChunkReader[pb.PutTensorRequest],
+        reader: PartReader[pb.PutTensorRequest],
         engine: Engine,
         call: Call,
     ) -> None:
@@ -138,7 +136,7 @@ class ResidentCalls:
             )
         reader.expect_end()
 
-    def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: Call) -> Iterator[bytes]:
+    def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: Call) -> Parts:
         """Serve GetTensor."""
         message, residents = request.message, self._residents()
         keeper = residents.keeper
@@ -154,24 +152,24 @@ class ResidentCalls:
 
     def _put_into_place(
         self, kept: Kept, place: pb.SharedSlice, residents: Residents, call: Call
-    ) -> bytes:
+    ) -> pb.GetTensorResponse:
         """Copy a tensor into shared memory; return the message that says so."""
         with CallTensors(self._lender()) as shared:
             residents.keeper.array(kept, call, shared.place("place", place, kept.spec))
         header = message_from_spec(kept.spec)
         header.shared.CopyFrom(place)
-        return pb.GetTensorResponse(header=header).SerializeToString()
+        return pb.GetTensorResponse(header=header)
 
-    def _sent(self, kept: Kept, residents: Residents, call: Call) -> Iterator[bytes]:
-        """Yield the messages that carry a tensor."""
-        yield pb.GetTensorResponse(header=message_from_spec(kept.spec)).SerializeToString()
+    def _sent(self, kept: Kept, residents: Residents, call: Call) -> Iterator[Part]:
+        """Yield the parts that carry a tensor."""
+        yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
         engine = kept.shelf.engine
         if engine is None:
-            yield from chunks_of(residents.keeper.array(kept, call))
+            yield elements_part(residents.keeper.array(kept, call))
             return
         with self._streams.admitted(_piece_bytes(kept.spec), call):
             for view in _views(kept.device_tensor):
-                yield from chunks_of(engine.read(view, call))
+                yield elements_part(engine.read(view, call))
 
     def drop_tensors(
         self, request: Envelope[pb.DropTensorsRequest], call: Call

@@ -11,26 +11,25 @@ import grpc
 import numpy as np
 
 import deconvd
-from deconvd.chunks import EARLY_BYTES, ChunkReader
 from deconvd.codec import Buffer, Envelope
-from deconvd.direct import Method
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd.gradients import Wanted
+from deconvd.parts import EARLY_BYTES, PartReader
 from deconvd.problem import TensorSpec
 from deconvd.tensor import element_type_number, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.arrivals import Arrivals
+from deconvd_server.behaviours import Behaviour, Parts, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.device import GradientPlaces, Operand
-from deconvd_server.direct import Behaviour
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import Exchange
 from deconvd_server.requests import Deconvolution, Differentiation
 from deconvd_server.resident_calls import ResidentCalls
 from deconvd_server.residents import Residents
-from deconvd_server.rpc import stream_handler, unary_handler
+from deconvd_server.rpc import handler
 from deconvd_server.shared_memory import Lender
 from deconvd_server.streaming import SlicedProblem, Slices
 
@@ -49,7 +48,9 @@ class DeconvolutionService:
 
     Attributes:
         residents: What computes, and what stays there; None until the devices are ready.
+        instance_id: As GetServerInfo tells it.
         unix_sockets: Absolute paths of the sockets that it is served on.
+        direct_port: The TCP port for direct calls; 0 if there is none.
         lender: Lends memory to clients on this host; None if no one does.
 
     Args:
@@ -63,36 +64,32 @@ class DeconvolutionService:
         self._max_message_bytes = max_message_bytes
         self._streams = streams
         self._executor = executor
-        self._instance_id = secrets.token_hex(16)
+        self.instance_id = secrets.token_hex(16)
         self.residents: Residents | None = None
         self.unix_sockets: Sequence[str] = ()
+        self.direct_port = 0
         self.lender: Lender | None = None
+
+    def behaviours(self) -> dict[str, Behaviour]:
+        """Return what serves each method, by its name."""
+        resident_calls = ResidentCalls(self._ready, lambda: self.lender, self._streams)
+        return {
+            "Deconvolve": Unary(pb.DeconvolveRequest, self.deconvolve),
+            "DeconvolveGrad": Unary(pb.DeconvolveGradRequest, self.deconvolve_grad),
+            "DeconvolveStream": Stream(pb.DeconvolveStreamRequest, self.deconvolve_stream),
+            "DeconvolveGradStream": Stream(
+                pb.DeconvolveGradStreamRequest, self.deconvolve_grad_stream
+            ),
+            **resident_calls.behaviours(),
+            "GetServerInfo": Unary(pb.GetServerInfoRequest, self.get_server_info),
+        }
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs to serve this."""
-        resident_calls = ResidentCalls(self._ready, lambda: self.lender, self._streams)
+        behaviours = self.behaviours()
         return grpc.method_handlers_generic_handler(
-            SERVICE_NAME,
-            {
-                "Deconvolve": unary_handler(pb.DeconvolveRequest, self.deconvolve),
-                "DeconvolveGrad": unary_handler(pb.DeconvolveGradRequest, self.deconvolve_grad),
-                "DeconvolveStream": stream_handler(
-                    pb.DeconvolveStreamRequest, self.deconvolve_stream
-                ),
-                "DeconvolveGradStream": stream_handler(
-                    pb.DeconvolveGradStreamRequest, self.deconvolve_grad_stream
-                ),
-                **resident_calls.handlers(),
-                "GetServerInfo": unary_handler(pb.GetServerInfoRequest, self.get_server_info),
-            },
+            SERVICE_NAME, {name: handler(behaviour) for name, behaviour in behaviours.items()}
         )
-
-    def direct_behaviours(self) -> dict[Method, Behaviour]:
-        """Return what a server of direct calls needs to serve this."""
-        return {
-            Method.DECONVOLVE: Behaviour(pb.DeconvolveRequest, self.deconvolve),
-            Method.DECONVOLVE_GRAD: Behaviour(pb.DeconvolveGradRequest, self.deconvolve_grad),
-        }
 
     def deconvolve(
         self, request: Envelope[pb.DeconvolveRequest], call: Call
@@ -135,8 +132,8 @@ class DeconvolutionService:
             return Envelope(pb.DeconvolveGradResponse(**described), _sent(exchange, results))
 
     def deconvolve_stream(
-        self, reader: ChunkReader[pb.DeconvolveStreamRequest], call: Call
-    ) -> Iterator[bytes]:
+        self, reader: PartReader[pb.DeconvolveStreamRequest], call: Call
+    ) -> Parts:
         """Serve DeconvolveStream."""
         header = reader.header().header
         asked = Deconvolution.from_message(header.request)
@@ -147,14 +144,13 @@ class DeconvolutionService:
                 engine = exchange.settle(self._ready().engines)
                 operands = Arrivals(exchange, reader, engine, call)
                 if missing:
-                    said = pb.DeconvolveStreamResponse(missing=pb.Missing(fields=missing))
-                    yield said.SerializeToString()
+                    yield pb.DeconvolveStreamResponse(missing=pb.Missing(fields=missing))
                     operands.take_missing(missing)
                 operands.prepare()
                 described = pb.DeconvolveResponse(
                     y=exchange.described("y"), kept=exchange.kept_operands()
                 )
-                yield pb.DeconvolveStreamResponse(header=described).SerializeToString()
+                yield pb.DeconvolveStreamResponse(header=described)
                 slices = Slices(
                     sliced, asked.options, engine, operands, exchange, self._executor, call
                 )
@@ -162,8 +158,8 @@ class DeconvolutionService:
             exchange.commit()
 
     def deconvolve_grad_stream(
-        self, reader: ChunkReader[pb.DeconvolveGradStreamRequest], call: Call
-    ) -> Iterator[bytes]:
+        self, reader: PartReader[pb.DeconvolveGradStreamRequest], call: Call
+    ) -> Parts:
         """Serve DeconvolveGradStream."""
         header = reader.header().header
         asked = Differentiation.from_message(header.request)
@@ -174,14 +170,11 @@ class DeconvolutionService:
                 engine = exchange.settle(self._ready().engines)
                 operands = Arrivals(exchange, reader, engine, call)
                 if missing:
-                    said = pb.DeconvolveGradStreamResponse(missing=pb.Missing(fields=missing))
-                    yield said.SerializeToString()
+                    yield pb.DeconvolveGradStreamResponse(missing=pb.Missing(fields=missing))
                     operands.take_missing(missing)
                 operands.prepare()
                 described = {field: exchange.described(field) for field in asked.results}
-                yield pb.DeconvolveGradStreamResponse(
-                    header=pb.DeconvolveGradResponse(**described)
-                ).SerializeToString()
+                yield pb.DeconvolveGradStreamResponse(header=pb.DeconvolveGradResponse(**described))
                 slices = Slices(
                     sliced, asked.options, engine, operands, exchange, self._executor, call
                 )
@@ -223,8 +216,9 @@ class DeconvolutionService:
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             features=_FEATURES,
-            instance_id=self._instance_id,
+            instance_id=self.instance_id,
             unix_sockets=self.unix_sockets,
+            direct_port=self.direct_port,
             shared_memory_socket="" if self.lender is None else str(self.lender.path),
         )
         return Envelope(info, {})

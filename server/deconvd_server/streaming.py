@@ -6,17 +6,17 @@ order, in the compute type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from deconvd.chunks import chunks_of, slices
 from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
+from deconvd.parts import Elements, elements_part, slices
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.arrivals import Arrivals
@@ -57,6 +57,11 @@ class SlicedProblem:
                 argument="slice_samples_count",
             )
 
+    @property
+    def slices_count(self) -> int:
+        """How many slices there are."""
+        return -(-self.problem.n // self.slice_samples_count)
+
     def slices(self) -> Iterator[tuple[slice, Problem]]:
         """Yield each slice of samples, and its problem."""
         x = self.problem.x
@@ -75,8 +80,7 @@ class SlicedProblem:
         slice_bytes = first.x.nbytes * (2 if wanted and wanted.gx else 1) + first.y.nbytes
         wide_bytes = whole.W.nbytes * whole.compute_type.itemsize // whole.W.dtype.itemsize
         sums_bytes = 2 * wide_bytes if wanted and wanted.gW else 0
-        slices_count = -(-whole.n // self.slice_samples_count)
-        held_count = min(slices_count, SLICES_IN_FLIGHT + 1)
+        held_count = min(self.slices_count, SLICES_IN_FLIGHT + 1)
         return whole.W.nbytes + sums_bytes + held_count * slice_bytes
 
     def check_slice(self, message_bytes: int) -> None:
@@ -113,8 +117,8 @@ class Slices:
     executor: Executor
     call: Call
 
-    def y(self, *, with_b: bool) -> Iterator[bytes]:
-        """Yield the chunks of y, unless it is kept, while those of x arrive.
+    def y(self, *, with_b: bool) -> Iterator[Elements]:
+        """Yield the elements of y, unless it is kept, while those of x arrive.
 
         Raises as `Arrivals` and `Engine.deconvolve` do.
         """
@@ -125,20 +129,20 @@ class Slices:
         def begun() -> Iterator[Future[Operand]]:
             for part, problem in self.sliced.slices():
                 x = self.operands.samples("x", part)
-                yield self.executor.submit(self._y_of, problem, x, W, b, _view(kept_y, part))
+                yield self._started(self._y_of, problem, x, W, b, _view(kept_y, part))
             self.operands.expect_end()
 
         for y in _in_flight(begun(), self.call):
             if isinstance(y, np.ndarray):
-                yield from chunks_of(y)
+                yield elements_part(y)
 
     def _y_of(
         self, problem: Problem, x: Operand, W: Operand, b: Operand | None, out: Operand | None
     ) -> Operand:
         return self.engine.deconvolve(problem, x, W, b, self.options, self.call, out)
 
-    def gradients(self, wanted: Wanted) -> Iterator[bytes]:
-        """Yield the chunks of gx while those of x and gy arrive, then those of gW and gb; not of what is kept.
+    def gradients(self, wanted: Wanted) -> Iterator[Elements]:
+        """Yield the elements of gx while those of x and gy arrive, then those of gW and gb; not of what is kept.
 
         Raises as `Arrivals` and `Engine.gradients` do.
         """
@@ -152,19 +156,27 @@ class Slices:
                 gy = self.operands.samples("gy", part)
                 out = GradientPlaces(gx=_view(kept_gx, part))
                 arguments = (problem, x, W, gy, wanted, self.options, self.call, out)
-                yield self.executor.submit(self.engine.gradients, *arguments)
+                yield self._started(self.engine.gradients, *arguments)
             self.operands.expect_end()
 
         for gradients in _in_flight(begun(), self.call):
             sums.add(gradients)
             if gradients.gx is not None:
-                yield from chunks_of(gradients.gx)
+                yield elements_part(gradients.gx)
         for field, total in sums.totals().items():
             kept = self.exchange.tensor_of(field)
             if kept is None:
-                yield from chunks_of(total)
+                yield elements_part(total)
             else:
                 self.engine.write(kept, total, self.call)
+
+    def _started(self, work: Callable[..., _T], *arguments: Any) -> Future[_T]:
+        """Have a slice computed while the next arrives; at once if there is no next."""
+        if self.sliced.slices_count > 1:
+            return self.executor.submit(work, *arguments)
+        done: Future[_T] = Future()
+        done.set_result(work(*arguments))
+        return done
 
 
 def _view(tensor: DeviceTensor | None, part: slice) -> DeviceTensor | None:

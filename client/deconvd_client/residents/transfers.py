@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deconvd.chunks import ChunkReader, chunks_of
 from deconvd.errors import StaleRegionError
+from deconvd.parts import Part, PartReader, elements_part
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -62,15 +62,15 @@ class Transfers:
     def _sent(self, session: bytes, tensor: pb.Tensor, array: Array | None) -> pb.Resident:
         header = pb.PutTensorHeader(session=session, tensor=tensor)
 
-        def parts() -> Iterator[bytes]:
-            yield pb.PutTensorRequest(header=header).SerializeToString()
+        def parts() -> Iterator[Part]:
+            yield pb.PutTensorRequest(header=header)
             if array is not None:
-                yield from chunks_of(array)
+                yield elements_part(array)
 
         return self._nearest.call(lambda stub: stub.put_tensor(parts)).resident
 
     def _received(self, request: pb.GetTensorRequest, spec: TensorSpec | None) -> Array | None:
-        def receive(reader: ChunkReader[pb.GetTensorResponse]) -> Array | None:
+        def receive(reader: PartReader[pb.GetTensorResponse]) -> Array | None:
             reader.header()
             array = None if spec is None else reader.read("resident", spec)
             reader.expect_end()

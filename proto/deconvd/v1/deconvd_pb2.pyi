@@ -1185,6 +1185,7 @@ class GetServerInfoResponse(_message.Message):
     SHARED_MEMORY_SOCKET_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     UNIX_SOCKETS_FIELD_NUMBER: _builtins.int
+    DIRECT_PORT_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Of deconvd, as in PEP 440."""
     shared_memory_socket: _builtins.str
@@ -1193,6 +1194,10 @@ class GetServerInfoResponse(_message.Message):
     """
     instance_id: _builtins.str
     """Random, and new whenever the server starts: two targets that tell the same are one server."""
+    direct_port: _builtins.int
+    """The TCP port where it takes direct calls, on the same hosts; 0 if there is none. Direct calls are these methods without
+    gRPC, for clients that know how: deconvd/direct.py.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -1222,10 +1227,11 @@ class GetServerInfoResponse(_message.Message):
         shared_memory_socket: _builtins.str = ...,
         instance_id: _builtins.str = ...,
         unix_sockets: _abc.Iterable[_builtins.str] | None = ...,
+        direct_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -77,14 +77,17 @@ class SideSocket:
     Args:
         path: At most 107 bytes.
         for_others: Whether processes of other users may connect, to be judged by their credentials.
+        kind: Type of socket: of packets, or of a stream.
 
     Raises:
         OSError: It cannot listen there.
     """
 
-    def __init__(self, path: Path, *, for_others: bool) -> None:
+    def __init__(
+        self, path: Path, *, for_others: bool, kind: socket.SocketKind = socket.SOCK_SEQPACKET
+    ) -> None:
         self.path = path
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket = socket.socket(socket.AF_UNIX, kind)
         draft = path.with_name(f".{secrets.token_hex(4)}")
         try:
             if for_others and _is_private(path):

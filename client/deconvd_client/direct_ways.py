@@ -1,0 +1,109 @@
+"""Ways by which direct calls can reach a server: how a line is opened. See `deconvd.direct`."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from deconvd.direct import ANY_INSTANCE, calls_beside
+from deconvd.line import Line
+from deconvd.transport import unix_path
+from deconvd.v1 import deconvd_pb2 as pb
+
+__all__ = ["Ask", "OpenLine", "TcpWay", "UnixWay", "Way", "way_to"]
+
+Ask: TypeAlias = Callable[[], pb.GetServerInfoResponse]
+"""Asks a server what it is."""
+
+_UNIX_S: Final = 0.5
+_TCP_S: Final = 5.0
+"""How long a server may take to let a line be opened; calls go by gRPC then."""
+
+_BUFFER_BYTES: Final = 1 << 20
+"""What a Unix socket may hold that is on its way, if the system allows so much."""
+
+_TIMEVAL: Final = struct.Struct("@ll")
+
+_HOST_PORT: Final = re.compile(
+    r"(?:(?:dns|ipv4|ipv6):(?:///)?)?(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^/,:\[\]]+)):\d+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLine:
+    """A line, and the id of the server that is meant to be at its other end."""
+
+    line: Line
+    instance: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnixWay:
+    """By the Unix socket beside a server's own, on this host.
+
+    Attributes:
+        path: The socket's.
+    """
+
+    path: str
+    is_quick = True
+
+    def open(self, _ask: Ask) -> OpenLine:
+        """Return a new line. Raises OSError if the server opens none."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+            # a server that is stopped lets callers wait once it has many; Python's own time-out
+            # would not wait at all
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_UNIX_S))
+            connection.connect(self.path)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
+        except BaseException:
+            connection.close()
+            raise
+        return OpenLine(Line(connection), ANY_INSTANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpWay:
+    """By a TCP port that the server tells, on the host of its target.
+
+    Attributes:
+        host: Name or address.
+    """
+
+    host: str
+    is_quick = False
+
+    def open(self, ask: Ask) -> OpenLine:
+        """Return a new line.
+
+        Raises:
+            OSError: The server opens none.
+            DeconvdError: What it said when it was asked for its port.
+        """
+        info = ask()
+        if not info.direct_port:
+            raise ConnectionRefusedError("the server takes no direct calls over TCP")
+        connection = socket.create_connection((self.host, info.direct_port), _TCP_S)
+        return OpenLine(Line(connection), bytes.fromhex(info.instance_id))
+
+
+def _timeval(seconds: float) -> bytes:
+    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+
+
+Way: TypeAlias = UnixWay | TcpWay
+
+
+def way_to(target: str) -> Way | None:
+    """Return how direct calls can reach a target of gRPC's; None if they cannot."""
+    path = unix_path(target)
+    if path:
+        return UnixWay(calls_beside(path)) if hasattr(socket, "AF_UNIX") else None
+    match = _HOST_PORT.fullmatch(target)
+    return None if match is None else TcpWay(match["v6"] or match["host"])

@@ -1,0 +1,257 @@
+"""A line: a socket between a client and a server that carries frames, without gRPC.
+
+A frame is a kind (1 byte), 3 zero bytes, the length of its payload (4 bytes, little-endian) and the payload. What they
+mean is written in `deconvd.direct`. Payloads are sent from where they lie and received where they are to be.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from google.protobuf.message import Message
+
+from deconvd.codec import Buffer
+from deconvd.parts import Bytes, Part
+
+__all__ = ["MAX_MESSAGE_BYTES", "FrameKind", "Line", "LineBrokenError", "LineTimeoutError"]
+
+MAX_MESSAGE_BYTES: Final = 128 << 10
+"""The largest payload that is no elements: what either end must hold for each line."""
+
+_HEAD: Final = struct.Struct("<B3xI")
+_FRAME_BYTES: Final = 16 << 20
+"""Elements in a frame, at most: enough that a frame costs nothing beside its bytes."""
+
+_BUFFER_BYTES: Final = 32 << 10
+"""What is read ahead: whole brief calls, and little of elements that belong elsewhere."""
+
+_JOINED_BYTES: Final = 16 << 10
+"""Up to this size a copy costs less than to tell the kernel of several places."""
+
+_LONGEST_S: Final = 24 * 60 * 60
+"""For one operation: the system's timers do not reach as far as a deadline may."""
+
+_DEAD_AFTER_S: Final = 20
+"""How long the other host may take nothing, or give no sign, before a TCP line is given up."""
+
+
+class FrameKind(IntEnum):
+    """What a frame carries."""
+
+    CALL = 1
+    MESSAGE = 2
+    ELEMENTS = 3
+    MISSING_ELEMENTS = 4
+    END = 5
+    FAILED = 6
+
+
+class LineBrokenError(ConnectionError):
+    """The other end has closed the line, or it was cut, or what came makes no sense."""
+
+
+class LineTimeoutError(LineBrokenError):
+    """The deadline has passed, and the line is somewhere in the middle of things."""
+
+
+class Line:
+    """One end of a line. One thread may send while another receives; anyone may `shut`.
+
+    Sending and receiving raise LineBrokenError when the line is of no more use: LineTimeoutError at
+    the deadline.
+
+    Args:
+        connection: The line closes it. It is made blocking.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._deadline_s: float | None = None
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._begin = self._end = 0  # of what was read ahead
+        connection.settimeout(None)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            _tune(connection)
+
+    @property
+    def descriptor(self) -> int:
+        """The socket's."""
+        return self._socket.fileno()
+
+    def set_deadline(self, timeout_s: float | None) -> None:
+        """Let sending and receiving end so many seconds from now; None for no end."""
+        if timeout_s is None:
+            self._socket.settimeout(None)
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def send(self, *frames: tuple[FrameKind, Buffer]) -> None:
+        """Send frames."""
+        buffers: list[Buffer] = []
+        for kind, payload in frames:
+            buffers += (_HEAD.pack(kind, len(payload)), payload)
+        self._send(buffers)
+
+    def send_part(self, part: Part) -> None:
+        """Send a part of a stream."""
+        if isinstance(part, Message):
+            self.send((FrameKind.MESSAGE, part.SerializeToString()))
+            return
+        kind = FrameKind.MISSING_ELEMENTS if part.is_missing else FrameKind.ELEMENTS
+        for piece in part.pieces(_FRAME_BYTES):
+            self.send((kind, piece.data))
+
+    def receive(self) -> tuple[FrameKind, int]:
+        """Return the kind of the next frame, and its payload's size in bytes: that is to be read next."""
+        kind, size_bytes = _HEAD.unpack(self.take(_HEAD.size))
+        try:
+            return FrameKind(kind), size_bytes
+        except ValueError:
+            raise LineBrokenError(f"a frame of the unknown kind {kind}") from None
+
+    def receive_payload(self, size_bytes: int) -> bytes:
+        """Return the payload of a frame that has no elements."""
+        if size_bytes > MAX_MESSAGE_BYTES:
+            raise LineBrokenError(f"a frame of {size_bytes} bytes, and {MAX_MESSAGE_BYTES} may be")
+        return self.take(size_bytes)
+
+    def take(self, size_bytes: int) -> bytes:
+        """Return the next bytes."""
+        while self._end - self._begin < size_bytes <= _BUFFER_BYTES:
+            self._read_ahead()
+        if size_bytes <= _BUFFER_BYTES:
+            self._begin += size_bytes
+            return bytes(self._buffer[self._begin - size_bytes : self._begin])
+        target = np.empty(size_bytes, np.uint8)
+        self.read_into(target)
+        return target.tobytes()
+
+    def read_into(self, target: Bytes) -> None:
+        """Set `target` to the next bytes."""
+        filled = min(len(target), self._end - self._begin)
+        target[:filled] = self._buffer[self._begin : self._begin + filled]
+        self._begin += filled
+        while filled < len(target):
+            filled += self._received(target[filled:].data)
+
+    def is_quiet(self) -> bool:
+        """Return whether nothing has come that was not asked for, not even the line's end."""
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return self._begin == self._end
+        except OSError:
+            pass  # it is broken
+        return False
+
+    def shut(self) -> None:
+        """Break the line, for both ends: whoever sends or receives stops at once."""
+        with suppress(OSError):  # it is broken already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end_gently(self, timeout_s: float) -> None:
+        """Send nothing more, and throw away what comes until the other end closes it, or time is up.
+
+        A socket that is closed before it was read to its end would lose what was sent last.
+        """
+        self.set_deadline(timeout_s)
+        with suppress(OSError):  # it is broken, or takes too long
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._received(self._buffer):
+                pass
+
+    def close(self) -> None:
+        """Close it. Whoever sends or receives must have stopped."""
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()  # without a warning, if its owner has dropped it
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_ahead(self) -> None:
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._end == _BUFFER_BYTES or self._begin > _BUFFER_BYTES // 2:
+            rest = self._end - self._begin
+            self._buffer[:rest] = bytes(self._buffer[self._begin : self._end])
+            self._begin, self._end = 0, rest
+        self._end += self._received(self._buffer[self._end :])
+
+    def _received(self, target: memoryview) -> int:
+        self._arm()
+        with _broken_by_os():
+            count = self._socket.recv_into(target)
+        if not count:
+            raise LineBrokenError("the other end has closed the line")
+        return count
+
+    def _send(self, buffers: list[Buffer]) -> None:
+        size_bytes = sum(map(len, buffers))
+        if size_bytes <= _JOINED_BYTES:
+            buffers = [b"".join(buffers)]
+        with _broken_by_os():
+            for buffer in self._gathered(buffers, size_bytes):
+                self._arm()
+                self._socket.sendall(buffer)
+
+    def _gathered(self, buffers: list[Buffer], size_bytes: int) -> Iterable[Buffer]:
+        """Send several buffers together, as far as the kernel takes them, and return what is left."""
+        if len(buffers) == 1 or not hasattr(self._socket, "sendmsg"):
+            return buffers
+        self._arm()
+        sent = self._socket.sendmsg(buffers)
+        return _after(buffers, sent) if sent < size_bytes else ()
+
+    def _arm(self) -> None:
+        """Let the next operation end at the deadline."""
+        if self._deadline_s is not None:
+            remaining_s = self._deadline_s - time.monotonic()
+            if remaining_s <= 0:
+                raise LineTimeoutError("the deadline has passed")
+            self._socket.settimeout(min(remaining_s, _LONGEST_S))
+
+
+@contextmanager
+def _broken_by_os() -> Iterator[None]:
+    """Raise what the system says of a socket as LineBrokenError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TimeoutError) and error.errno is None:  # the system's have numbers
+            raise LineTimeoutError("the deadline has passed") from None
+        raise LineBrokenError(f"the line broke: {error}") from None
+
+
+def _after(buffers: list[Buffer], count: int) -> Iterable[Buffer]:
+    """Yield what lies beyond so many bytes of the buffers."""
+    for buffer in buffers:
+        if count < len(buffer):
+            yield memoryview(buffer)[count:]
+        count = max(count - len(buffer), 0)
+
+
+def _tune(connection: socket.socket) -> None:
+    """Set a TCP connection to send at once, and to notice that the other host is gone."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {
+        "TCP_USER_TIMEOUT": _DEAD_AFTER_S * 1000,
+        "TCP_KEEPIDLE": _DEAD_AFTER_S // 2,
+        "TCP_KEEPINTVL": _DEAD_AFTER_S // 4,
+        "TCP_KEEPCNT": 2,
+    }
+    for name, value in options.items():
+        if hasattr(socket, name):  # not every system has each
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,82 @@
+"""What serves a method, whichever way a call comes: by gRPC (`rpc`) or directly (`direct`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from google.protobuf.message import DecodeError, Message
+
+from deconvd.codec import Envelope, decode
+from deconvd.errors import InvalidArgumentError
+from deconvd.parts import Part, PartReader
+from deconvd_server.call import Call
+
+__all__ = ["Behaviour", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
+
+Parts: TypeAlias = Generator[Part, None, None]
+"""The parts of a response. Who does not want the rest closes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OfRequest:
+    """Of a method with one request.
+
+    Attributes:
+        request_type: Its type.
+    """
+
+    request_type: type[Message]
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.request_type.DESCRIPTOR.name.removesuffix("Request")
+
+    def decoded(self, data: bytes) -> Envelope[Any]:
+        """Return the request that bytes hold. Raises InvalidArgumentError if they hold none."""
+        try:
+            return decode(self.request_type, data)
+        except DecodeError:
+            raise InvalidArgumentError(
+                f"the request is not a valid {self.request_type.DESCRIPTOR.full_name} message"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Unary(_OfRequest):
+    """One request, one response."""
+
+    serve: Callable[[Envelope[Any], Call], Envelope[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source(_OfRequest):
+    """One request, a stream of responses."""
+
+    serve: Callable[[Envelope[Any], Call], Parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Sink(_OfRequest):
+    """A stream of requests, one response."""
+
+    serve: Callable[[PartReader[Any], Call], Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(_OfRequest):
+    """A stream of requests, a stream of responses."""
+
+    serve: Callable[[PartReader[Any], Call], Parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Held(_OfRequest):
+    """A call that is open for long: it is given the messages that come, and what ends it."""
+
+    serve: Callable[[Iterator[Any], Call, Callable[[], None]], Parts]
+
+
+Behaviour: TypeAlias = Unary | Source | Sink | Stream | Held

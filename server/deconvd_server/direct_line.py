@@ -1,0 +1,222 @@
+"""One client's line for direct calls: it serves one call after the other. See `deconvd.direct`.
+
+    IDLE --a call comes--> BUSY --answered--> IDLE
+      |                      |
+      `---told to end------- `---told to end, and answered--> ENDED
+
+A line that breaks, or whose client goes, is ENDED at once, whatever it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from enum import Enum
+from typing import Final
+
+from google.protobuf.message import Message
+
+from deconvd.codec import encode
+from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method
+from deconvd.errors import DeconvdError, ExhaustedError
+from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
+from deconvd.parts import PartReader
+from deconvd.status import told_as_status
+from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
+from deconvd_server.call import Call
+from deconvd_server.rpc import told
+
+__all__ = ["DirectLine"]
+
+_GOODBYE_S: Final = 5.0
+"""How long a client may take to hear that its call has failed."""
+
+_log = logging.getLogger(__name__)
+
+
+class _State(Enum):
+    """Where a line is in its life."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    ENDED = "ended"
+
+
+class DirectLine:
+    """Serves a line in a thread of its own: nothing is handed from thread to thread on a call's way.
+
+    Attributes:
+        thread: Serves it.
+        descriptor: Its socket's.
+        idle_since_s: When its last call ended, on the monotonic clock.
+
+    Args:
+        line: Is closed at its end.
+        peer: Who calls, for the log.
+        behaviours: What serves the methods.
+        instance: The server's id.
+        on_end: Called when it ends, before its descriptor can be another's.
+    """
+
+    def __init__(
+        self,
+        line: Line,
+        peer: str,
+        behaviours: Mapping[Method, Behaviour],
+        instance: bytes,
+        on_end: Callable[[DirectLine], None],
+    ) -> None:
+        self.descriptor = line.descriptor
+        self.idle_since_s = time.monotonic()
+        self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
+        self._line = line
+        self._peer = peer
+        self._behaviours = behaviours
+        self._instances = {ANY_INSTANCE, instance}
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._state = _State.IDLE
+        self._is_last = False
+        self._is_cancelled = False
+        self._call: Call | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no call under way."""
+        return self._state is _State.IDLE
+
+    def take_no_more(self) -> None:
+        """End once the call under way has been answered; if there is none, now."""
+        with self._lock:
+            self._is_last = True
+            if self._state is _State.IDLE:
+                self._line.shut()
+
+    def cancel(self) -> None:
+        """Cancel the call under way and end: also on a client that does not read its answers."""
+        with self._lock:
+            self._is_last = self._is_cancelled = True
+            call = self._call
+            if self._state is not _State.ENDED:
+                self._line.shut()
+        if call is not None:
+            call.cancel()
+
+    def _serve(self) -> None:
+        try:
+            while self._serve_one():
+                pass
+        except LineBrokenError as error:
+            _log.log(
+                logging.DEBUG if self.is_idle else logging.INFO,
+                "the direct line of %s has ended: %s",
+                self._peer,
+                error,
+            )
+        finally:
+            with self._lock:
+                self._state = _State.ENDED
+            self._on_end(self)
+            self._line.close()
+
+    def _serve_one(self) -> bool:
+        """Serve the next call, and return whether there may be another."""
+        kind, size_bytes = self._line.receive()
+        self._begin()
+        if kind is not FrameKind.CALL:
+            raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
+        head = CallHead.parse(self._line.receive_payload(size_bytes))
+        if head.instance not in self._instances:
+            raise LineBrokenError("another server was called")
+        self._answer(head, self._begun_call(head.timeout_s))
+        return self._is_idle_again()
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._state = _State.BUSY
+
+    def _begun_call(self, timeout_s: float) -> Call:
+        """Return a new call, which `cancel` ends: at once, if it was asked for before."""
+        call = Call(timeout_s=timeout_s)
+        with self._lock:
+            self._call = call
+            is_cancelled = self._is_cancelled
+        self._line.set_deadline(timeout_s + _GOODBYE_S)
+        if is_cancelled:
+            call.cancel()
+        return call
+
+    def _is_idle_again(self) -> bool:
+        self._line.set_deadline(None)
+        with self._lock:
+            self._call = None
+            if not self._is_last:
+                self._state = _State.IDLE
+                self.idle_since_s = time.monotonic()
+            return not self._is_last
+
+    def _answer(self, head: CallHead, call: Call) -> None:
+        behaviour = self._behaviours[head.method]
+        source = FrameSource(self._line, behaviour.request_type, head.message)
+        if isinstance(behaviour, Unary | Source):
+            source.is_over = True
+        _log.debug("%s from %s: begun", behaviour.name, self._peer)
+        try:
+            self._respond(behaviour, head.message, source, call)
+        except LineBrokenError:
+            call.cancel()
+            raise
+        except Exception as error:
+            self._fail(told(error, behaviour.name, self._peer), source)
+
+    def _respond(
+        self, behaviour: Behaviour, message: bytes, source: FrameSource, call: Call
+    ) -> None:
+        match behaviour:
+            case Unary():
+                response = encode(behaviour.serve(behaviour.decoded(message), call))
+                self._send_only(response, call)
+                return
+            case Source():
+                parts = behaviour.serve(behaviour.decoded(message), call)
+            case Stream():
+                parts = behaviour.serve(self._reader(source, behaviour), call)
+            case Sink():
+                parts = _alone(behaviour.serve(self._reader(source, behaviour), call))
+            case _:
+                raise LineBrokenError(f"{behaviour.name} is not served directly")
+        with closing(parts):
+            for part in parts:
+                self._line.send_part(part)
+        self._line.send((FrameKind.END, _ledger(call)))
+
+    def _send_only(self, response: bytes, call: Call) -> None:
+        """Send the one message of a response, and the end."""
+        if len(response) > MAX_MESSAGE_BYTES:
+            raise ExhaustedError(
+                f"the response has {len(response)} bytes, too many for a message of a direct call: "
+                "it is to be made by gRPC"
+            )
+        self._line.send((FrameKind.MESSAGE, response), (FrameKind.END, _ledger(call)))
+
+    def _reader(self, source: FrameSource, behaviour: Sink | Stream) -> PartReader[Message]:
+        return PartReader(source, behaviour.request_type)
+
+    def _fail(self, error: DeconvdError, source: FrameSource) -> None:
+        """Say what a call has failed with. The line is of no more use if its request is not whole."""
+        self._line.send((FrameKind.FAILED, told_as_status(error).SerializeToString()))
+        if not source.is_over:
+            self._line.end_gently(_GOODBYE_S)
+            raise LineBrokenError("a call failed before its request was whole")
+
+
+def _alone(message: Message) -> Parts:
+    yield message
+
+
+def _ledger(call: Call) -> bytes:
+    ((_, ledger),) = call.ledger.as_metadata()
+    return ledger.encode()
