@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import deconvd_client
 from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method, calls_beside
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError, UnavailableError
-from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
+from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Elements, PartReader, elements_part
 from deconvd.problem import TensorSpec
 from deconvd.status import error_from_status, told_as_status
@@ -680,20 +680,3 @@ def _wait_until_idle(server: ServerProcess) -> None:
             return not load.running_calls_count and not load.used_bytes
 
         wait_until(is_idle)
-
-
-def test_a_message_may_be_as_long_as_is_said() -> None:
-    near, far = map(Line, socket.socketpair())
-    with near, far, ThreadPoolExecutor(1) as pool:
-        message = bytes(MAX_MESSAGE_BYTES)
-        sending = pool.submit(
-            near.send, (FrameKind.MESSAGE, message), (FrameKind.END, message + b"1")
-        )
-        kind, size_bytes = far.receive()
-        assert (kind, far.receive_payload(size_bytes)) == (FrameKind.MESSAGE, message)
-        kind, size_bytes = far.receive()
-        with pytest.raises(LineBrokenError, match="131073 bytes, and 131072 may be"):
-            far.receive_payload(size_bytes)
-        far.shut()
-        with suppress(LineBrokenError):
-            sending.result()

@@ -228,6 +228,8 @@ def _broken_by_os() -> Iterator[None]:
     """Raise what the system says of a socket as LineBrokenError."""
     try:
         yield
+    except LineBrokenError:
+        raise
     except OSError as error:
         if isinstance(error, TimeoutError) and error.errno is None:  # the system's have numbers
             raise LineTimeoutError("the deadline has passed") from None

@@ -31,6 +31,7 @@ from deconvd_server.listen import AddressInUseError, bind, listen_beside, releas
 from deconvd_server.residents import ResidentLimits, Residents
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
 from deconvd_server.shared_memory import Cards, Lender, Limits, memory_socket
+from deconvd_server.side_socket import SideSocket
 from deconvd_server.streaming import SLICES_IN_FLIGHT
 
 __all__ = ["Daemon", "Settings", "State"]
@@ -201,25 +202,27 @@ class Daemon:
     def _serve_directly(self) -> DirectServer | None:
         if not self._settings.takes_direct_calls:
             return None
-        sockets = self._service.unix_sockets
-        path = Path(calls_beside(sockets[0])) if sockets else None
         listeners = self._listen_for_direct_calls()
-        try:
-            server = DirectServer(
-                path,
-                listeners,
-                self._service.behaviours(),
-                bytes.fromhex(self._service.instance_id),
-                self._users,
-            )
-        except OSError as error:
-            _log.warning("all calls are made by gRPC: %s", error)
-            for listener in listeners:
-                listener.close()
-            return None
         if listeners:
             self._service.direct_port = listeners[0].getsockname()[1]
-        return server
+        return DirectServer(
+            self._side_socket_for_calls(),
+            listeners,
+            self._service.behaviours(),
+            bytes.fromhex(self._service.instance_id),
+            self._users,
+        )
+
+    def _side_socket_for_calls(self) -> SideSocket | None:
+        if not self._service.unix_sockets:
+            return None
+        path = Path(calls_beside(self._service.unix_sockets[0]))
+        for_others = not self._users <= {0, os.geteuid()}
+        try:
+            return SideSocket(path, kind=socket.SOCK_STREAM, for_others=for_others)
+        except OSError as error:
+            _log.warning("clients on this host make all calls by gRPC: %s", error)
+            return None
 
     def _listen_for_direct_calls(self) -> list[socket.socket]:
         port = self._settings.direct_port

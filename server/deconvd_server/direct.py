@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any, Final
 
 from deconvd.direct import Method
 from deconvd.line import Line
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.direct_line import DirectLine
-from deconvd_server.shared_memory.place import SideSocket, peer_of
+from deconvd_server.side_socket import SideSocket, peer_of
 
 __all__ = ["DirectServer"]
 
@@ -36,19 +34,16 @@ class DirectServer:
     When there are too many lines, one that is idle makes room; if none is, a new one is not taken.
 
     Args:
-        path: Where to listen on this host, beside the socket for gRPC; None for nowhere.
-        listeners: Sockets that listen for TCP connections; it closes them.
+        side: Listens for processes of this host; None if nothing does.
+        listeners: Sockets that listen for TCP connections. It closes them, and that of `side`.
         behaviours: What serves each method, by its name.
         instance: The server's id.
         users: Ids of the users of this host whose calls are taken.
-
-    Raises:
-        OSError: It cannot listen there.
     """
 
     def __init__(
         self,
-        path: Path | None,
+        side: SideSocket | None,
         listeners: Sequence[socket.socket],
         behaviours: Mapping[str, Behaviour],
         instance: bytes,
@@ -60,10 +55,9 @@ class DirectServer:
         self._lock = threading.Lock()
         self._lines: dict[int, DirectLine] = {}  # by descriptor
         self._is_withdrawn = False
-        self._side = None if path is None else self._listening_at(path)
-        self._listeners = {listener.fileno(): listener for listener in listeners}
-        if self._side is not None:
-            self._listeners[self._side.socket.fileno()] = self._side.socket
+        self._side = side
+        all_listeners = [*listeners, *([] if side is None else [side.socket])]
+        self._listeners = {listener.fileno(): listener for listener in all_listeners}
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._events = select.epoll()
         for descriptor in (*self._listeners, self._wake_receiver.fileno()):
@@ -95,10 +89,6 @@ class DirectServer:
             line.thread.join()
         self._wake_sender.close()
         self._thread.join()
-
-    def _listening_at(self, path: Path) -> SideSocket:
-        for_others = not self._users <= {0, os.geteuid()}
-        return SideSocket(path, for_others=for_others, kind=socket.SOCK_STREAM)
 
     def _all_lines(self) -> list[DirectLine]:
         with self._lock:

@@ -125,10 +125,10 @@ class DirectLine:
     def _serve_one(self) -> bool:
         """Serve the next call, and return whether there may be another."""
         kind, size_bytes = self._line.receive()
-        self._begin()
         if kind is not FrameKind.CALL:
             raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
         head = CallHead.parse(self._line.receive_payload(size_bytes))
+        self._begin()
         if head.instance not in self._instances:
             raise LineBrokenError("another server was called")
         self._answer(head, self._begun_call(head.timeout_s))

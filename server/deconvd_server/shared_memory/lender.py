@@ -23,8 +23,9 @@ from deconvd_server.device import Operand
 from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
-from deconvd_server.shared_memory.place import Peer, SideSocket, peer_of
+from deconvd_server.shared_memory.place import is_private
 from deconvd_server.shared_memory.slices import check_slice
+from deconvd_server.side_socket import Peer, SideSocket, peer_of
 
 __all__ = ["Lender"]
 
@@ -75,7 +76,12 @@ class Lender:
         # of clients that have gone, but for their processes: what takes back what they have
         self._borrowings: dict[Borrowing, Callable[[], None]] = {}
         self._loans: Loans[Memory] = Loans(limits)
-        self._side = SideSocket(path, for_others=not self._users <= own)
+        self._side = SideSocket(
+            path,
+            kind=socket.SOCK_SEQPACKET,
+            for_others=not self._users <= own,
+            has_directory=is_private(path),
+        )
         self._selector = selectors.DefaultSelector()
         self._clients: list[_Client] = []
         self._todo: deque[Callable[[], None]] = deque()
