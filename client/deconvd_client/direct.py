@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
@@ -273,7 +273,8 @@ class _LentLine:
 class _Sending:
     """Sends the parts of a request while a block receives the response: before it, or beside it.
 
-    If either fails the line is broken, so that the other ends too.
+    If either fails the line is broken, so that the other ends too. That it broke while sending is
+    for the block to find: the server may have said why.
     """
 
     def __init__(self, line: Line, parts: Iterator[Part], *, at_once: bool) -> None:
@@ -301,13 +302,12 @@ class _Sending:
     def _run(self) -> None:
         try:
             self._send()
-        except LineBrokenError:
-            pass  # whoever receives is told
         except BaseException as error:  # whatever it is, it is the caller's
             self._error = error
             self._line.shut()
 
     def _send(self) -> None:
-        for part in self._parts:
-            self._line.send_part(part)
-        self._line.send((FrameKind.END, b""))
+        with suppress(LineBrokenError):
+            for part in self._parts:
+                self._line.send_part(part)
+            self._line.send((FrameKind.END, b""))

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import grpc
@@ -19,10 +18,8 @@ from deconvd.codec import Envelope, decode, encode
 from deconvd.direct import FrameSource, Method
 from deconvd.errors import (
     CallCancelledError,
-    DeadlineError,
     DeconvdError,
     ExhaustedError,
-    InternalError,
 )
 from deconvd.ledger import METADATA_KEY, ledger_from_metadata
 from deconvd.parts import Part, PartReader, PartSource
@@ -31,9 +28,10 @@ from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct import DirectLines, NoLineError
 from deconvd_client.direct_ways import Way
+from deconvd_client.hold import Hold
 from deconvd_client.retries import with_retries
 
-__all__ = ["Attempt", "Hold", "Stub"]
+__all__ = ["Attempt", "Stub"]
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
@@ -65,39 +63,6 @@ class Attempt(Protocol[_Response, _Returned]):
 
     def receive(self, reader: PartReader[_Response]) -> _Returned:
         """Return what is made of the response."""
-
-
-class Hold:
-    """A call of HoldSession under way.
-
-    Attributes:
-        opened: What the server answered.
-    """
-
-    def __init__(
-        self, call: grpc.Call, signs: SimpleQueue[bytes | None], opened: pb.HoldSessionResponse
-    ) -> None:
-        self._call = call
-        self._signs = signs
-        self.opened = opened
-
-    def give_sign(self) -> None:
-        """Give a sign of life."""
-        self._signs.put(pb.HoldSessionRequest().SerializeToString())
-
-    def close(self) -> None:
-        """End the session."""
-        self._signs.put(None)
-
-    def cancel(self) -> None:
-        """Break the call off; it does no harm if it has ended."""
-        self._signs.put(None)
-        self._call.cancel()
-
-    def on_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in another thread once it has ended; at once if it has already."""
-        if not self._call.add_callback(callback):
-            callback()
 
 
 class Stub:
@@ -244,17 +209,7 @@ class Stub:
         Args:
             timeout_s: For one try; None to try as often and as long as for other calls.
         """
-
-        def attempt(timeout_s: float) -> Hold:
-            signs: SimpleQueue[bytes | None] = SimpleQueue()
-            signs.put(opening.SerializeToString())
-            call = self._hold_session(iter(signs.get, None))
-            try:
-                return Hold(call, signs, _answer_of(call, timeout_s))
-            except BaseException:
-                signs.put(None)  # or gRPC's thread would wait for more
-                raise
-
+        attempt = partial(Hold.open, self._hold_session, opening)
         if timeout_s is None:
             return self._retried(attempt)
         return self._translating(attempt, min(timeout_s, self._timeout_s))
@@ -405,25 +360,6 @@ def _only_message(source: FrameSource) -> Any:
     message = source.next()
     source.next()  # the end
     return message
-
-
-def _answer_of(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
-    """Return the first response of a call that has no deadline."""
-    deadline_s = time.monotonic() + timeout_s
-    impatience = threading.Timer(timeout_s, call.cancel)
-    impatience.daemon = True
-    impatience.start()
-    try:
-        answer = next(call, None)
-    except grpc.RpcError:
-        if time.monotonic() >= deadline_s:
-            raise DeadlineError("the server did not open a session in time") from None
-        raise
-    finally:
-        impatience.cancel()
-    if answer is None:
-        raise InternalError("the server ended a session without a word")
-    return pb.HoldSessionResponse.FromString(answer)
 
 
 def _with_advice(error: DeconvdError) -> DeconvdError:

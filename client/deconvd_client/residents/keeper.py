@@ -14,8 +14,9 @@ from typing import Final
 
 from deconvd.errors import DeconvdError, LostSessionError, NotFoundError
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.hold import Hold
 from deconvd_client.nearest import Nearest
-from deconvd_client.stub import Hold, Stub
+from deconvd_client.stub import Stub
 
 __all__ = ["Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
 
