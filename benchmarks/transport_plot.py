@@ -32,6 +32,7 @@ _STYLES: Final = {
     "shared_memory": _Style("deconvd, shared memory", "#5aae61", width=_OURS),
     "unix": _Style("deconvd, Unix socket", "#2166ac", width=_OURS),
     "tcp": _Style("deconvd, TCP", "#67a9cf", width=_OURS),
+    "grpc_tcp": _Style("deconvd by gRPC, TCP", "#9e9ac8", width=_OURS),
     "memcpy": _Style("one copy in memory", "#555555", line=":"),
     "raw_tcp": _Style("bare TCP socket", "#999999", line=":"),
     "flight_unix": _Style("Arrow Flight, Unix socket", "#b35806", line="--"),

@@ -63,9 +63,8 @@ def memcpy() -> Iterator[RoundTrip]:
 
 
 @contextmanager
-def deconvd(address: str) -> Iterator[RoundTrip]:
-    """Our client and our daemon, by messages to the address."""
-    transport = "unix" if address.startswith("unix:") else "tcp"
+def deconvd(address: str, transport: str) -> Iterator[RoundTrip]:
+    """Our client and our daemon, without shared memory."""
     with (
         _server("deconvd", address) as target,
         deconvd_client.connect(target, transport=transport) as F,
@@ -173,8 +172,9 @@ PATHS: dict[str, Callable[[], AbstractContextManager[RoundTrip]]] = {
     "memcpy": memcpy,
     "shared_memory": partial(shared_memory, with_empty=False),
     "shared_memory_empty": partial(shared_memory, with_empty=True),
-    "unix": partial(deconvd, _UNIX),
-    "tcp": partial(deconvd, _TCP),
+    "unix": partial(deconvd, _UNIX, "unix"),
+    "tcp": partial(deconvd, _TCP, "tcp"),
+    "grpc_tcp": partial(deconvd, _TCP, "grpc"),
     "raw_tcp": raw_tcp,
     "bare_grpc": bare_grpc,
     "stock_grpc": stock_grpc,
