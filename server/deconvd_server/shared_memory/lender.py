@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -106,15 +106,13 @@ class Lender:
         """What is lent, or retired and still in use, now."""
         return self._loans.size_bytes
 
-    @contextmanager
-    def any_tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Iterator[Operand]:
+    def any_tensor(
+        self, name: str, shared: pb.SharedSlice, spec: TensorSpec
+    ) -> AbstractContextManager[Operand]:
         """Keep a tensor in lent memory for the block, be it the host's or a card's. See `tensor`."""
         if self._cards is not None and self._cards.lends(shared.region):
-            with self._cards.tensor(name, shared.region, shared.offset_bytes, spec) as on_card:
-                yield on_card
-        else:
-            with self.tensor(name, shared, spec) as array:
-                yield array
+            return self._cards.tensor(name, shared.region, shared.offset_bytes, spec)
+        return self.tensor(name, shared, spec)
 
     @contextmanager
     def tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Iterator[Array]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty, LifoQueue
 
@@ -72,6 +72,8 @@ _TAKE_S = 0.02
 
 _MAX_HELPERS = 8
 """Threads that copy within the host: about as many as it takes to keep up with the card's bus."""
+
+_REMEMBERED_COUNT = 1024
 
 _HOST_MEMORY = HostMemory(register_host, unregister_host)
 """What any card of this process has registered: it is for all of them."""
@@ -455,6 +457,7 @@ def _helpers_count() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_HELPERS)
 
 
+@lru_cache(_REMEMBERED_COUNT)
 def _part(problem: Problem, count: int) -> Problem:
     """Return the problem of one of equal parts of a problem's samples."""
     n, *sample = problem.x.shape

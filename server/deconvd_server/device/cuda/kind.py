@@ -22,17 +22,32 @@ class Kind:
     """Calls that do the same work on other numbers, with the same tensors on the card.
 
     Args:
+        job: Of the call, or of one of its parts.
         operands_at, results_at: Addresses of those that lie on the card already; None for others.
+        parts_count: In how many parts of its samples, one behind the other in the first operand and
+            the results, a call is computed.
+
+    Attributes:
+        frame: Where all parts lie.
     """
 
     def __init__(
-        self, job: Job, operands_at: Sequence[int | None], results_at: Sequence[int | None]
+        self,
+        job: Job,
+        operands_at: Sequence[int | None],
+        results_at: Sequence[int | None],
+        *,
+        parts_count: int = 1,
     ) -> None:
         self.job = job
-        self._operands_at, self._results_at = operands_at, results_at
+        self.operands_at, self.results_at = operands_at, results_at
+        self.parts_count = parts_count
+        divided, *others = job.operands
+        operands = [_of_all_parts(divided, parts_count), *others]
+        results = [_of_all_parts(spec, parts_count) for spec in job.results]
         self.frame = Frame(
-            [*map(spec_to_place, job.operands, operands_at)],
-            [*map(spec_to_place, job.results, results_at)],
+            [*map(spec_to_place, operands, operands_at)],
+            [*map(spec_to_place, results, results_at)],
             job.workspace_bytes,
         )
         self._runs_count = 0
@@ -45,13 +60,13 @@ class Kind:
             base: Address of a block for the frame.
         """
         frame, job = self.frame, self.job
-        operands = addresses(base, frame.operands, self._operands_at)
-        results = addresses(base, frame.results, self._results_at)
-        for address, at, spec in zip(operands, self._operands_at, job.operands, strict=True):
+        operands = addresses(base, frame.operands, self.operands_at)
+        results = addresses(base, frame.results, self.results_at)
+        for address, at, spec in zip(operands, self.operands_at, job.operands, strict=True):
             if at is not None and at != address:
                 copy(address, at, spec.nbytes, stream)
         job.enqueue(operands, results, base + frame.workspace.offset, stream)
-        for address, at, spec in zip(results, self._results_at, job.results, strict=True):
+        for address, at, spec in zip(results, self.results_at, job.results, strict=True):
             if at is not None and at != address:
                 copy(at, address, spec.nbytes, stream)
 
@@ -71,6 +86,11 @@ def _captured(stream: Stream, work: Callable[[], None]) -> Graph | None:
         return stream.capture(work)
     except (CudaError, CudnnError):
         return None  # some of cuDNN's engines do what no graph can hold
+
+
+def _of_all_parts(part: TensorSpec, count: int) -> TensorSpec:
+    samples_count, *sample = part.shape
+    return TensorSpec((samples_count * count, *sample), part.dtype)
 
 
 def spec_to_place(spec: TensorSpec, at: int | None) -> TensorSpec | None:

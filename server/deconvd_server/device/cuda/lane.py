@@ -134,10 +134,9 @@ class Lane:
         Raises as `run` does.
         """
         at = [*map(self._pointer, operands)]
-        kind = self._kind((key, *at), lambda: Kind(prepare(), at, [None]))
-        x, *others = operands
-        assert isinstance(x, np.ndarray)
-        self.pipeline.run(kind.job, count, x, [*zip(others, at[1:], strict=True)], y, call)
+        whole_key = (key, count, *at)
+        kind = self._kind(whole_key, lambda: Kind(prepare(), at, [None], parts_count=count))
+        self.pipeline.run(kind, operands, y, call)
 
     def upload(self, array: Array, tensor: CudaTensor, call: Call) -> None:
         """Copy an array into a tensor."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
-from deconvd.tensor import Array, spec_of
+from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.cuda.frame import Frame
 from deconvd_server.device.cuda.host_memory import HostMemory
-from deconvd_server.device.cuda.job import Job
-from deconvd_server.device.cuda.kind import addresses, spec_to_place
+from deconvd_server.device.cuda.kind import Kind, addresses
 from deconvd_server.device.cuda.marks import Marks
 from deconvd_server.device.cuda.memory import DeviceMemory
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
@@ -22,9 +21,11 @@ from deconvd_server.ledger import Stage
 
 __all__ = ["Pipeline"]
 
-_PART_BYTES = 8 << 20
+_PART_BYTES = 4 << 20
 _MAX_PARTS_COUNT = 8
-"""Parts of x and y that take the card much longer to copy than the host takes to enqueue them."""
+"""Parts of x and y that take the card no less to copy than the host takes to enqueue them."""
+
+_REMEMBERED_COUNT = 1024
 
 
 class Pipeline:
@@ -53,44 +54,36 @@ class Pipeline:
         most = min((x.nbytes + y.nbytes) // _PART_BYTES, _MAX_PARTS_COUNT)
         if most < 2 or not (self._host_memory.holds(x) and self._host_memory.holds(y)):
             return 1
-        return next((count for count in range(most, 1, -1) if _is_even(count, x, y)), 1)
+        return _even_count(most, len(x), x.nbytes, y.nbytes)
 
-    def run(
-        self,
-        job: Job,
-        count: int,
-        x: Array,
-        others: Sequence[tuple[Operand, int | None]],
-        y: Array,
-        call: Call,
-    ) -> None:
+    def run(self, kind: Kind, operands: Sequence[Operand], y: Array, call: Call) -> None:
         """Compute y.
 
+        The first part of x is on its way before anything else is seen to: the bus is what takes
+        longest, and a thread that has just woken is slow.
+
         Args:
-            job: That of a part.
-            count: As `parts_count` returns it.
-            others: Operands that are not divided, and where they lie on the card; None for arrays.
+            kind: Of the call, with as many parts as `parts_count` returns.
+            operands: x, then those that are not divided.
 
         Raises as `Lane.run` does.
         """
-        whole = [spec_of(x), *job.operands[1:]]
-        at = [None, *(lies_at for _, lies_at in others)]
-        frame = Frame([*map(spec_to_place, whole, at)], [spec_of(y)], job.workspace_bytes)
+        frame, job, count = kind.frame, kind.job, kind.parts_count
+        x, *others = operands
+        assert isinstance(x, np.ndarray)
         with self._memory.take(frame.total_bytes) as base:
-            x_at, *used_at = addresses(base, frame.operands, at)
-            (y_at,) = addresses(base, frame.results, [None])
+            x_at, *used_at = addresses(base, frame.operands, kind.operands_at)
+            (y_at,) = addresses(base, frame.results, kind.results_at)
+            workspace = base + frame.workspace.offset
             try:
                 self._marks.begin(self._up)
-                for (other, lies_at), target in zip(others, used_at, strict=True):
-                    if isinstance(other, np.ndarray):
-                        self._staging.upload(other, target, call.check)
-                    elif lies_at is not None and lies_at != target:
-                        copy(target, lies_at, other.spec.nbytes, self._work.pointer)
                 for x_part, y_part in zip(_parts(x, count), _parts(y, count), strict=True):
                     call.check()
                     upload(x_at, x_part, self._up.pointer)
+                    if others:
+                        self._put(others, kind.operands_at[1:], used_at, call)
+                        others = []
                     self._up.fork(self._work)
-                    workspace = base + frame.workspace.offset
                     job.enqueue([x_at, *used_at], [y_at], workspace, self._work.pointer)
                     self._work.fork(self._down)
                     download(y_part, y_at, self._down.pointer)
@@ -99,17 +92,38 @@ class Pipeline:
                 self._marks.end(Stage.COMPUTE)
                 self._marks.end(Stage.DOWNLOAD, self._down)
             finally:
-                for stream in (self._up, self._work, self._down):
+                # the last to end comes first: to wait for the others then takes no time
+                for stream in (self._down, self._work, self._up):
                     stream.wait()
             self._marks.account(call.ledger)
 
+    def _put(
+        self,
+        others: Sequence[Operand],
+        others_at: Sequence[int | None],
+        targets: Sequence[int],
+        call: Call,
+    ) -> None:
+        """Enqueue copies of the operands that are not divided to where they are used."""
+        for other, lies_at, target in zip(others, others_at, targets, strict=True):
+            if isinstance(other, np.ndarray):
+                self._staging.upload(other, target, call.check)
+            elif lies_at is not None and lies_at != target:
+                copy(target, lies_at, other.spec.nbytes, self._work.pointer)
 
-def _is_even(count: int, x: Array, y: Array) -> bool:
-    """Return whether parts have as many samples each, and begin where plans want their operands."""
-    part_bytes = x.nbytes // count | y.nbytes // count
-    return len(x) % count == 0 and part_bytes % OPERAND_ALIGNMENT_BYTES == 0
+
+@lru_cache(_REMEMBERED_COUNT)
+def _even_count(most: int, samples_count: int, x_bytes: int, y_bytes: int) -> int:
+    """Return how many parts, at most, have as many samples each, and begin where plans want their operands."""
+    for count in range(most, 1, -1):
+        part_bytes = x_bytes // count | y_bytes // count
+        if samples_count % count == 0 and part_bytes % OPERAND_ALIGNMENT_BYTES == 0:
+            return count
+    return 1
 
 
 def _parts(array: Array, count: int) -> list[Bytes]:
     """Return the bytes of equal parts of an array's samples."""
-    return np.split(bytes_of(array), count)
+    whole = bytes_of(array)
+    step = whole.size // count
+    return [whole[begin : begin + step] for begin in range(0, whole.size, step)]

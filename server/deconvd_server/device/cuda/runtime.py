@@ -155,6 +155,7 @@ class Stream:
     def __init__(self) -> None:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self.pointer: int = self._stream.ptr
+        self._fork = Event()
 
     def wait(self) -> None:
         """Block until all that was enqueued is done.
@@ -166,9 +167,9 @@ class Stream:
 
     def fork(self, other: Stream) -> None:
         """Let another stream's next work begin when this stream's work so far is done."""
-        event = Event()
-        event.record(self.pointer)
-        _cuda.streamWaitEvent(other.pointer, event.pointer)
+        # one event is enough: the other stream waits for what it stood for when it was told to
+        self._fork.record(self.pointer)
+        _cuda.streamWaitEvent(other.pointer, self._fork.pointer)
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Return what `work` enqueues on this stream as a graph, without doing it.

@@ -21,6 +21,9 @@ from deconvd_server.device.cuda.runtime import (
 
 __all__ = ["Staging", "bytes_of"]
 
+_HAND_OVER_BYTES = 1 << 20
+"""What one thread copies in the time that it takes to hand the copy to another, and to wait for that."""
+
 
 class _Slot:
     """A pinned buffer; the event behind the card's last copy, and the host's last copy."""
@@ -86,7 +89,7 @@ class Staging:
                 check()
                 slot = self._next()
                 staged = slot.buffer[: part.size]
-                slot.host = self._helpers.submit(np.copyto, staged, part)
+                slot.host = self._copied(staged, part)
                 filling.append((slot, staged, target + offset))
             while filling:
                 self._send(*filling.popleft())
@@ -126,7 +129,14 @@ class Staging:
 
     def _land(self, slot: _Slot, target: Bytes) -> None:
         slot.card.wait()
-        slot.host = self._helpers.submit(np.copyto, target, slot.buffer[: target.size])
+        slot.host = self._copied(target, slot.buffer[: target.size])
+
+    def _copied(self, target: Bytes, source: Bytes) -> Future[None] | None:
+        """Copy within the host; return what tells when that is done, None if it is."""
+        if target.size > _HAND_OVER_BYTES:
+            return self._helpers.submit(np.copyto, target, source)
+        np.copyto(target, source)
+        return None
 
     def _next(self) -> _Slot:
         """Return the slot that was used longest ago, once nobody uses it any more."""
