@@ -15,16 +15,19 @@ from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.device import CudaDevice
 from deconvd_server.device.cuda.memory import Regions
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES, Operation, Plan
-from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream
+from deconvd_server.device.cuda.runtime import CudaError, Event, Graph, Stream
 
 __all__ = ["Operator"]
 
 _GRAPHS_COUNT = 256
 """Requests whose graphs are kept."""
 
+_TRIES_COUNT = 3
+"""Launches of each graph of which one is to be taken."""
+
 
 class _Work:
-    """What a request enqueues: once on two streams that may run side by side, then as a graph.
+    """What a request enqueues: once as it is, then as a graph.
 
     Args:
         plans: Each with the addresses of its a, b and out.
@@ -40,6 +43,11 @@ class _Work:
         self._regions = [regions.add(plan.workspace_bytes) for plan, *_ in plans]
         self.workspace_bytes = regions.total_bytes
         self.graph: Graph | None = None
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether parts of it may run side by side."""
+        return len(self._plans) > 1
 
     def enqueue(self, workspace: int, streams: list[int]) -> None:
         """Enqueue everything: the first plan on the first stream, all else on the last."""
@@ -107,7 +115,7 @@ class Operator:
         gb: Any | None,
         options: Options,
     ) -> None:
-        """Enqueue all gradients, gx beside gW; gb unless it is None. Otherwise as `run`."""
+        """Enqueue all gradients; gb unless it is None. Otherwise as `run`."""
         at = tuple(array.data.ptr for array in (x, W, gy, gx, gW))
         at_gb = None if gb is None else gb.data.ptr
 
@@ -158,11 +166,31 @@ class Operator:
             self._works.popitem(last=False)
 
     def _captured(self, work: _Work) -> Graph | None:
+        """Return work as a graph, of what may run side by side in the arrangement that is faster.
+
+        That is found out, since some of cuDNN's engines take half as long again beside some others.
+        """
         main, side = self._own_stream, self._side_stream
         try:
-            return main.capture(lambda: self._enqueue_forked(work, main, side))
+            in_turn = main.capture(lambda: work.enqueue(self._workspace_pointer, [main.pointer]))
+            if not work.is_divisible:
+                return in_turn
+            beside = main.capture(lambda: self._enqueue_forked(work, main, side))
         except (CudaError, CudnnError):
             return None
+        return min((beside, in_turn), key=self._launched_ms)
+
+    def _launched_ms(self, graph: Graph) -> float:
+        """Return what a graph takes, which may be launched any number of times."""
+        return min(self._launched_once_ms(graph) for _ in range(_TRIES_COUNT))
+
+    def _launched_once_ms(self, graph: Graph) -> float:
+        begin, end = Event(timing=True), Event(timing=True)
+        begin.record(self._stream)
+        graph.launch(self._stream)
+        end.record(self._stream)
+        end.wait()
+        return end.ms_since(begin)
 
     def _enqueue_forked(self, work: _Work, main: Stream, side: Stream) -> None:
         main.fork(side)
