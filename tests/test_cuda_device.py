@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +28,11 @@ from tests.golden import GoldenCase, golden_cases, tolerance
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice, Limits
+    from deconvd_server.device.cuda.runtime import Graph, Stream
 else:
     pytest.importorskip("cupy")
     from deconvd_server.device.cuda.device import CudaDevice, Limits
+    from deconvd_server.device.cuda.runtime import Graph, Stream
 
 pytestmark = pytest.mark.gpu
 
@@ -290,7 +292,7 @@ def test_registered_arrays_give_the_same_bits(
 
 
 @pytest.mark.parametrize("W_is_resident", [False, True])
-@pytest.mark.parametrize(("n", "count"), [(24, 6), (25, 5), (23, 1)])
+@pytest.mark.parametrize(("n", "count"), [(24, 8), (25, 5), (23, 1)])
 def test_a_large_call_of_registered_arrays_is_computed_in_parts_of_its_samples(
     cuda: CudaDevice, registered: Array, n: int, count: int, W_is_resident: bool
 ) -> None:
@@ -311,6 +313,42 @@ def test_a_large_call_of_registered_arrays_is_computed_in_parts_of_its_samples(
         alone = cuda.deconvolve(part, x[one].copy(), W, b, options, Call())
         np.testing.assert_array_equal(y[one], alone)
     cuda.free(W_tensor)
+
+
+def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
+    cuda: CudaDevice, registered: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured for some places, and then with other elements there, elsewhere, and with W outside."""
+    graphs: list[Graph] = []
+    capture = Stream.capture
+
+    def noted(stream: Stream, work: Callable[[], None]) -> Graph:
+        graphs.append(capture(stream, work))
+        return graphs[-1]
+
+    problem = layer(np.dtype(np.float32), n=24, ins=32, outs=32, image=64)
+    options, size = Options(cudnn_deterministic=True), problem.x.nbytes
+    xs = [
+        registered[begin : begin + size].view(np.float32).reshape(problem.x.shape)
+        for begin in (0, size)
+    ]
+    y = registered[-problem.y.nbytes :].view(np.float32).reshape(problem.y.shape)
+    for seed in range(8):
+        x = xs[seed // 2 % 2]
+        x[...], W = random_array(problem.x, seed), random_array(problem.W, seed)
+        y[...] = np.nan
+        call = Call()
+
+        with monkeypatch.context() as noting:
+            noting.setattr(Stream, "capture", noted)
+            cuda.deconvolve(problem, x, W, None, options, call, y)
+
+        alone = cuda.deconvolve(replace_batch(problem, 3), x[-3:].copy(), W, None, options, Call())
+        np.testing.assert_array_equal(y[-3:], alone)
+        assert not np.isnan(y).any()
+        ((_, ledger),) = call.ledger.as_metadata()
+        assert all(f"{stage}_us=" in ledger for stage in ("upload", "compute", "download"))
+    assert len(graphs) == len(xs)
 
 
 def test_a_kind_of_call_that_comes_again_gives_the_new_operands_results(

@@ -44,6 +44,18 @@ def address(array: Array) -> int:
     return array.ctypes.data
 
 
+def test_addresses_mean_the_same_until_something_is_registered_or_left(
+    notes: Notes, memory: Array
+) -> None:
+    generations = [notes.host.generation]
+    for _ in range(2):
+        undo = notes.host.register(address(memory), SIZE_BYTES)
+        generations.append(notes.host.generation)
+        undo()
+        generations.append(notes.host.generation)
+    assert len(set(generations)) == len(generations)
+
+
 def test_arrays_in_registered_memory_are_known_until_it_is_left(
     notes: Notes, memory: Array
 ) -> None:

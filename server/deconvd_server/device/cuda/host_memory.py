@@ -21,6 +21,10 @@ _log = logging.getLogger(__name__)
 class HostMemory:
     """What is registered with CUDA, once for all cards however many of them ask for it. Thread-safe.
 
+    Attributes:
+        generation: Another number whenever what is registered has changed: addresses mean the same
+            as long as it is the same.
+
     Args:
         register: Registers memory for all cards, given its address and its size in bytes; raises
             RuntimeError if it cannot.
@@ -36,6 +40,7 @@ class HostMemory:
         self._users_count: dict[int, int] = {}
         self._ranges: list[tuple[int, int]] = []  # begin and end, in order; replaced whole
         self._is_missed = False
+        self.generation = 0
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Register memory that nobody uses yet; return what undoes it, to be called once.
@@ -51,6 +56,7 @@ class HostMemory:
                     self._miss(error)
                     return lambda: None
                 self._users_count[address] = 0
+                self.generation += 1
                 self._ranges = sorted([*self._ranges, (address, address + size_bytes)])
             self._users_count[address] += 1
         return lambda: self._leave(address)
@@ -69,6 +75,7 @@ class HostMemory:
             self._users_count[address] -= 1
             if not self._users_count[address]:
                 del self._users_count[address]
+                self.generation += 1
                 self._ranges = [stretch for stretch in self._ranges if stretch[0] != address]
                 self._unregister(address)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 
 from deconvd.problem import TensorSpec
 from deconvd_server.device.cuda.cudnn import CudnnError
@@ -14,8 +16,13 @@ from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream, copy
 
 __all__ = ["Kind", "addresses", "spec_to_place"]
 
+_log = logging.getLogger(__name__)
+
 _WARM_RUNS = 1
 """Calls of a kind before it is captured: what comes once is not worth it."""
+
+_GRAPHS_COUNT = 4
+"""Graphs of a kind that are kept: a client takes turns with a few places for its results."""
 
 
 class Kind:
@@ -50,8 +57,7 @@ class Kind:
             [*map(spec_to_place, results, results_at)],
             job.workspace_bytes,
         )
-        self._runs_count = 0
-        self._graph: Graph | None = None
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
 
     def enqueue(self, base: int, stream: int) -> None:
         """Enqueue all work between upload and download on a stream.
@@ -70,8 +76,29 @@ class Kind:
             if at is not None and at != address:
                 copy(at, address, spec.nbytes, stream)
 
+    def launch(self, stream: Stream, work: Callable[[], None], at: Hashable = None) -> None:
+        """Do what `work` enqueues on a stream: as a graph, once it comes again.
+
+        Args:
+            work: Always does the same where `at` is the same.
+            at: The addresses that it is bound to, where those change from call to call.
+        """
+        captured = self._graphs.pop(at, None) or _Captured()
+        self._graphs[at] = captured
+        if len(self._graphs) > _GRAPHS_COUNT:
+            self._graphs.popitem(last=False)
+        captured.launch(stream, work)
+
+
+class _Captured:
+    """Work that is always the same."""
+
+    def __init__(self) -> None:
+        self._runs_count = 0
+        self._graph: Graph | None = None
+
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
-        """Do what `work` enqueues on a stream: as a graph, once it comes again. It is always the same."""
+        """Do it: as a graph, once it comes again."""
         self._runs_count += 1
         if self._runs_count == _WARM_RUNS + 1:
             self._graph = _captured(stream, work)
@@ -84,7 +111,8 @@ class Kind:
 def _captured(stream: Stream, work: Callable[[], None]) -> Graph | None:
     try:
         return stream.capture(work)
-    except (CudaError, CudnnError):
+    except (CudaError, CudnnError) as error:
+        _log.debug("done without a graph: %s", error)
         return None  # some of cuDNN's engines do what no graph can hold
 
 

@@ -78,7 +78,7 @@ class Lane:
             self.stream, helpers, host_memory, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
         )
         self._marks = Marks(self.stream)
-        self.pipeline = Pipeline(self.stream, memory, self._staging, host_memory)
+        self.pipeline = Pipeline(self.stream, memory, self._staging, host_memory, self._pinned)
         self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
 
     def run(

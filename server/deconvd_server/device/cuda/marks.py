@@ -22,13 +22,19 @@ class Marks:
         self._stream = stream
         self._events = [Event(timing=True) for _ in range(len(_STAGES) + 1)]
 
-    def begin(self, stream: Stream | None = None) -> None:
-        """Mark where the first stage begins, on another stream if that is given."""
-        self._events[0].record((stream or self._stream).pointer)
+    def begin(self, stream: Stream | None = None, *, in_graph: bool = False) -> None:
+        """Mark where the first stage begins.
 
-    def end(self, stage: Stage, stream: Stream | None = None) -> None:
-        """Mark where a stage ends, and the next begins, on another stream if that is given."""
-        self._events[_STAGES.index(stage) + 1].record((stream or self._stream).pointer)
+        Args:
+            stream: Where, if not on the stream of all others.
+            in_graph: Whether that is being captured: each launch of the graph marks anew.
+        """
+        self._events[0].record((stream or self._stream).pointer, in_graph=in_graph)
+
+    def end(self, stage: Stage, stream: Stream | None = None, *, in_graph: bool = False) -> None:
+        """Mark where a stage ends, and the next begins. Otherwise as `begin`."""
+        event = self._events[_STAGES.index(stage) + 1]
+        event.record((stream or self._stream).pointer, in_graph=in_graph)
 
     def account(self, ledger: Ledger) -> None:
         """Count what each stage took. All must be marked, and the streams have been waited for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +12,7 @@ from deconvd_server.call import Call
 from deconvd_server.device.cuda.host_memory import HostMemory
 from deconvd_server.device.cuda.kind import Kind, addresses
 from deconvd_server.device.cuda.marks import Marks
-from deconvd_server.device.cuda.memory import DeviceMemory
+from deconvd_server.device.cuda.memory import DeviceMemory, Regions
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
 from deconvd_server.device.cuda.runtime import Bytes, Stream, copy, download, upload
 from deconvd_server.device.cuda.staging import Staging, bytes_of
@@ -25,6 +25,9 @@ _PART_BYTES = 4 << 20
 _MAX_PARTS_COUNT = 8
 """Parts of x and y that take the card no less to copy than the host takes to enqueue them."""
 
+_MIRRORED_BYTES = 1 << 20
+"""What the calling thread copies in the time that it takes to have others do it."""
+
 _REMEMBERED_COUNT = 1024
 
 
@@ -36,15 +39,22 @@ class Pipeline:
         memory: Where blocks come from.
         staging: Copies operands that are not divided, on the stream for the work.
         host_memory: What the card reaches.
+        pinned: Memory for copies of small operands that it does not.
     """
 
     def __init__(
-        self, stream: Stream, memory: DeviceMemory, staging: Staging, host_memory: HostMemory
+        self,
+        stream: Stream,
+        memory: DeviceMemory,
+        staging: Staging,
+        host_memory: HostMemory,
+        pinned: Bytes,
     ) -> None:
         self._up, self._work, self._down = Stream(), stream, Stream()
         self._memory = memory
         self._staging = staging
         self._host_memory = host_memory
+        self._pinned = pinned
         self._marks = Marks(stream)
 
     def parts_count(self, x: Operand, y: Operand) -> int:
@@ -59,8 +69,8 @@ class Pipeline:
     def run(self, kind: Kind, operands: Sequence[Operand], y: Array, call: Call) -> None:
         """Compute y.
 
-        The first part of x is on its way before anything else is seen to: the bus is what takes
-        longest, and a thread that has just woken is slow.
+        The bus is what takes longest, so it is to begin soon and never to wait for the host: where
+        all arrays lie as in a call before, everything is enqueued as one graph.
 
         Args:
             kind: Of the call, with as many parts as `parts_count` returns.
@@ -68,48 +78,97 @@ class Pipeline:
 
         Raises as `Lane.run` does.
         """
-        frame, job, count = kind.frame, kind.job, kind.parts_count
         x, *others = operands
-        assert isinstance(x, np.ndarray)
-        with self._memory.take(frame.total_bytes) as base:
-            x_at, *used_at = addresses(base, frame.operands, kind.operands_at)
-            (y_at,) = addresses(base, frame.results, kind.results_at)
-            workspace = base + frame.workspace.offset
+        reached = self._reached(others)
+        with self._memory.take(kind.frame.total_bytes) as base:
+            call.check()
             try:
-                self._marks.begin(self._up)
-                for x_part, y_part in zip(_parts(x, count), _parts(y, count), strict=True):
-                    call.check()
-                    upload(x_at, x_part, self._up.pointer)
-                    if others:
-                        self._put(others, kind.operands_at[1:], used_at, call)
-                        others = []
-                    self._up.fork(self._work)
-                    job.enqueue([x_at, *used_at], [y_at], workspace, self._work.pointer)
-                    self._work.fork(self._down)
-                    download(y_part, y_at, self._down.pointer)
-                    x_at, y_at = x_at + x_part.nbytes, y_at + y_part.nbytes
-                self._marks.end(Stage.UPLOAD, self._up)
-                self._marks.end(Stage.COMPUTE)
-                self._marks.end(Stage.DOWNLOAD, self._down)
+                if reached is None:
+                    self._enqueue(kind, base, operands, y, self._staged(call))
+                else:
+                    bound = [x, *reached]
+                    at = (self._host_memory.generation, base, *map(_address, (*bound, y)))
+                    kind.launch(
+                        self._up, lambda: self._enqueue(kind, base, bound, y, self._upload), at
+                    )
             finally:
-                # the last to end comes first: to wait for the others then takes no time
-                for stream in (self._down, self._work, self._up):
+                # the first that everything has come together in: to wait for the others takes no time
+                for stream in (self._up, self._work, self._down):
                     stream.wait()
             self._marks.account(call.ledger)
 
-    def _put(
+    def _enqueue(
         self,
-        others: Sequence[Operand],
-        others_at: Sequence[int | None],
-        targets: Sequence[int],
-        call: Call,
+        kind: Kind,
+        base: int,
+        operands: Sequence[Operand],
+        y: Array,
+        upload_whole: Callable[[Array, int], None],
     ) -> None:
-        """Enqueue copies of the operands that are not divided to where they are used."""
-        for other, lies_at, target in zip(others, others_at, targets, strict=True):
+        """Enqueue a call, between a beginning and an end on the stream for the way up.
+
+        Args:
+            base: Address of a block for the kind's frame.
+            upload_whole: Enqueues a copy of an operand that is not divided, on the stream for the way up or for
+                the work.
+        """
+        up, work, down, in_graph = self._up, self._work, self._down, self._up.is_capturing
+        x, *others = operands
+        assert isinstance(x, np.ndarray)
+        x_at, *used_at = addresses(base, kind.frame.operands, kind.operands_at)
+        (y_at,) = addresses(base, kind.frame.results, kind.results_at)
+        workspace = base + kind.frame.workspace.offset
+        self._marks.begin(up, in_graph=in_graph)
+        for other, lies_at, target in zip(others, kind.operands_at[1:], used_at, strict=True):
             if isinstance(other, np.ndarray):
-                self._staging.upload(other, target, call.check)
+                upload_whole(other, target)
             elif lies_at is not None and lies_at != target:
-                copy(target, lies_at, other.spec.nbytes, self._work.pointer)
+                copy(target, lies_at, other.spec.nbytes, up.pointer)
+        for x_part, y_part in zip(
+            _parts(x, kind.parts_count), _parts(y, kind.parts_count), strict=True
+        ):
+            upload(x_at, x_part, up.pointer)
+            up.fork(work)
+            kind.job.enqueue([x_at, *used_at], [y_at], workspace, work.pointer)
+            work.fork(down)
+            download(y_part, y_at, down.pointer)
+            x_at, y_at = x_at + x_part.nbytes, y_at + y_part.nbytes
+        self._marks.end(Stage.UPLOAD, up, in_graph=in_graph)
+        self._marks.end(Stage.COMPUTE, work, in_graph=in_graph)
+        self._marks.end(Stage.DOWNLOAD, down, in_graph=in_graph)
+        for stream in (work, down):  # a graph must end in one stream
+            stream.fork(up)
+
+    def _reached(self, others: Sequence[Operand]) -> list[Operand] | None:
+        """Return operands, arrays where the card reaches them: copies of small ones. None if one is large."""
+        reached: list[Operand] = []
+        mirrors = Regions()
+        for other in others:
+            if not isinstance(other, np.ndarray) or self._host_memory.holds(other):
+                reached.append(other)
+                continue
+            region = mirrors.add(other.nbytes)
+            if mirrors.total_bytes > _MIRRORED_BYTES:
+                return None
+            dtype = other.dtype.newbyteorder("=")
+            mirror = np.ndarray(other.shape, dtype, self._pinned, region.offset)
+            mirror[...] = other
+            reached.append(mirror)
+        return reached
+
+    def _upload(self, array: Array, target: int) -> None:
+        upload(target, bytes_of(array), self._up.pointer)
+
+    def _staged(self, call: Call) -> Callable[[Array, int], None]:
+        return lambda array, target: self._staging.upload(array, target, call.check)
+
+
+def _address(operand: Operand) -> int | None:
+    """Return where an array lies; None for what lies on the card, which the kind of call knows."""
+    if not isinstance(operand, np.ndarray):
+        return None
+    address: int = operand.__array_interface__["data"][0]
+    return address
 
 
 @lru_cache(_REMEMBERED_COUNT)

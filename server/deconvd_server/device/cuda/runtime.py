@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ _INSTALL = "pip install 'deconvd[server,cuda13]'"
 _OLDEST_CAPABILITY = 80
 """Our kernels copy to shared memory asynchronously, and multiply bfloat16 matrices."""
 
+_EVENT_RECORD_EXTERNAL = 1  # of cuda.h; CuPy has neither a name for it nor the function
 _HOST_REGISTER_PORTABLE = 1  # of cuda_runtime_api.h; CuPy has no name for it
 
 try:
@@ -125,9 +127,16 @@ class Event:
         """Its `cudaEvent_t`."""
         return int(self._event.ptr)
 
-    def record(self, stream: int) -> None:
-        """Put the event behind what has been enqueued on a stream."""
-        _cuda.eventRecord(self._event.ptr, stream)
+    def record(self, stream: int, *, in_graph: bool = False) -> None:
+        """Put the event behind what has been enqueued on a stream.
+
+        Args:
+            in_graph: Whether each launch of the graph that is being captured is to do so.
+        """
+        if in_graph:
+            _record_in_graph(self._event.ptr, stream)
+        else:
+            _cuda.eventRecord(self._event.ptr, stream)
 
     def wait(self) -> None:
         """Block until the card has got to the event; at once if it was never recorded."""
@@ -136,6 +145,13 @@ class Event:
     def ms_since(self, start: Event) -> float:
         """Return the milliseconds between two events that were waited for."""
         return float(_cuda.eventElapsedTime(start._event.ptr, self._event.ptr))
+
+
+def _record_in_graph(event: int, stream: int) -> None:
+    record = ctypes.CDLL("libcuda.so.1").cuEventRecordWithFlags
+    status = record(ctypes.c_void_p(event), ctypes.c_void_p(stream), _EVENT_RECORD_EXTERNAL)
+    if status:
+        raise CudaError(status)
 
 
 class Graph:
@@ -150,11 +166,16 @@ class Graph:
 
 
 class Stream:
-    """A queue of work on the card, independent of all others."""
+    """A queue of work on the card, independent of all others.
+
+    Attributes:
+        is_capturing: Whether what is enqueued becomes a graph.
+    """
 
     def __init__(self) -> None:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self.pointer: int = self._stream.ptr
+        self.is_capturing = False
         self._fork = Event()
 
     def wait(self) -> None:
@@ -179,11 +200,14 @@ class Stream:
         """
         # relaxed: other threads allocate and wait meanwhile, which is no concern of this stream
         self._stream.begin_capture(_cuda.streamCaptureModeRelaxed)
+        self.is_capturing = True
         try:
             work()
         except BaseException:
             self._abandon_capture()
             raise
+        finally:
+            self.is_capturing = False
         return Graph(self._stream.end_capture())
 
     def _abandon_capture(self) -> None:
