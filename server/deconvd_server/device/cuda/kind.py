@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 _WARM_RUNS = 1
 """Calls of a kind before it is captured: what comes once is not worth it."""
 
-_GRAPHS_COUNT = 4
-"""Graphs of a kind that are kept: a client takes turns with a few places for its results."""
+_GRAPHS_COUNT = 16
+"""Graphs of a kind that are kept: each client has its own places, and takes turns with a few of them."""
 
 
 class Kind:
