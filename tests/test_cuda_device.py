@@ -351,6 +351,22 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
     assert len(graphs) == len(xs)
 
 
+def test_memory_that_is_lent_is_all_zeros_and_none_of_what_calls_use(cuda: CudaDevice) -> None:
+    problem = layer(np.dtype(np.float32), n=24)
+    for _ in range(2):
+        y = cuda.deconvolve(
+            problem, random_array(problem.x), random_array(problem.W), None, Options(), Call()
+        )
+    spec, before = spec_of(np.asarray(y)), cuda.stats
+
+    lent = cuda.lend(spec.nbytes)
+
+    assert not np.any(cuda.read(lent.tensor(spec, 0), Call()))
+    assert cuda.stats.held_bytes == before.held_bytes + spec.nbytes
+    lent.free()
+    assert cuda.stats.held_bytes == before.held_bytes
+
+
 def test_a_kind_of_call_that_comes_again_gives_the_new_operands_results(
     cuda: CudaDevice, cpu: CpuDevice
 ) -> None:

@@ -132,7 +132,12 @@ class CudaDevice:
         with current_device(ordinal):
             self._cudnn = Cudnn()
             self._pool = Pool(limit_bytes)
-            self.memory = DeviceMemory(self._budget_bytes, self._pool.take, self._pool.take_to_stay)
+            self.memory = DeviceMemory(
+                self._budget_bytes,
+                self._pool.take,
+                self._pool.take_to_stay,
+                self._pool.take_to_lend,
+            )
             self._open_lanes()
             self._candidates = Candidates(self._cudnn)
             self.plans = self._new_book(plan_store)

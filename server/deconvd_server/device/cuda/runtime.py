@@ -272,8 +272,6 @@ class _Allocation:
             self, _free_allocation, cupy.cuda.Device().id, self.ptr, on_free
         )
         give_back.atexit = False
-        _cuda.memset(self.ptr, 0, size_bytes)
-        synchronize()
 
 
 def _free_allocation(ordinal: int, address: int, on_free: Callable[[], None]) -> None:
