@@ -39,11 +39,9 @@ from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.prepared import Prepared, prepared
 from deconvd_server.device.cuda.runtime import (
-    PinnedBuffer,
     Pool,
     Stream,
     current_device,
-    ipc_handle,
     open_card,
     register_host,
     synchronize,
@@ -51,12 +49,11 @@ from deconvd_server.device.cuda.runtime import (
 )
 from deconvd_server.device.cuda.sizing import Sizing, operations_of
 from deconvd_server.device.cuda.stats import CudaStats
-from deconvd_server.device.cuda.tensor import CudaLentMemory, CudaTensor, own
+from deconvd_server.device.cuda.tensors import CardTensors
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import (
     CacheState,
     DeviceInfo,
-    DeviceTensor,
     GradientPlaces,
     Operand,
     Place,
@@ -99,7 +96,7 @@ class Limits:
     results_bytes: int = 1 << 30
 
 
-class CudaDevice:
+class CudaDevice(CardTensors):
     """Computes on an NVIDIA card. See `Device`.
 
     Args:
@@ -341,46 +338,6 @@ class CudaDevice:
         else:
             self.write(out, result, call)
         return out
-
-    def empty(self, spec: TensorSpec) -> CudaTensor:
-        """Return a new tensor. See `Device`."""
-        with self.using():
-            lease = self.memory.take_to_stay(max(spec.nbytes, 1))
-        return CudaTensor(spec, self._id, lease)
-
-    def free(self, tensor: DeviceTensor) -> None:
-        """Give the memory of a tensor back. See `Device`."""
-        with self.using():
-            own(tensor, self._id).free()
-
-    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
-        """Copy an array into a tensor. See `Device`."""
-        with self._working(call) as lane:
-            lane.upload(array, own(tensor, self._id), call)
-
-    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
-        """Return a tensor's elements. See `Device`."""
-        array = self._results.empty(tensor.spec) if out is None else out
-        with self._working(call) as lane:
-            lane.download(own(tensor, self._id), array, call)
-        return array
-
-    def host_memory(self, spec: TensorSpec) -> Array:
-        """Return a new array in pinned memory. See `Device`."""
-        with self.using():
-            pinned = PinnedBuffer(max(spec.nbytes, 1)).bytes
-        return pinned[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
-
-    def lend(self, size_bytes: int) -> CudaLentMemory:
-        """Return new memory that another process may open. See `Device`."""
-        with self.using():
-            lease = self.memory.take_to_lend(size_bytes)
-            try:
-                handle = ipc_handle(lease.pointer)
-            except BaseException:
-                lease.free()
-                raise
-        return CudaLentMemory(self._id, lease, size_bytes, handle)
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Let the card read and write host memory by itself. See `Device`."""
