@@ -145,6 +145,17 @@ def test_plans_whose_runs_differ_are_not_taken_for_deterministic_results(options
     assert chosen(candidates, options).choice.name == "b"
 
 
+def test_of_those_that_are_as_fast_the_one_with_the_smallest_workspace_is_taken() -> None:
+    candidates = FakeCandidates(
+        FakePlan("fastest", 1.0, workspace_bytes=9),
+        FakePlan("near", 1.0009, workspace_bytes=1),
+        FakePlan("slower", 1.002),
+    )
+    best = chosen(candidates, TUNED)
+    assert (best.choice.name, best.choice.tuned_ms) == ("near", 1.0009)
+    assert sorted(candidates.closed) == ["fallback", "fastest", "slower"]
+
+
 def test_plans_that_want_too_large_a_workspace_are_not_taken() -> None:
     candidates = FakeCandidates(FakePlan("greedy", 1.0, workspace_bytes=101), FakePlan("b", 2.0))
     assert chosen(candidates, TUNED).choice.name == "b"

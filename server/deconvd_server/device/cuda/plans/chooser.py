@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 
 _GIVE_UP_RATIO = 2.0
 """A candidate that is so many times slower than the best so far is not timed twice."""
+
+_NEAR_MS = 0.001
+"""What a candidate may be slower than the best, and be taken for a smaller workspace: without one, small calls
+stay where they can be captured whole, which is worth a hundred times as much."""
 
 
 class Chooser:
@@ -79,22 +83,24 @@ class Chooser:
         # making them must leave time for timing them
         made = self._made(key, candidates, start_s + self._tuning_limit_s / 2)
         room_bytes = max(candidate.plan.workspace_bytes for candidate in made)
-        best: Candidate | None = None
+        timed: list[tuple[float, Candidate]] = []
         best_ms = float("inf")
         with self._open_bench(key, room_bytes, stream) as bench:
             for candidate in made:
-                if best is not None and time.monotonic() > end_s:
+                if best_ms < float("inf") and time.monotonic() > end_s:
                     break
                 took_ms = bench.time_ms(candidate.plan, give_up_ms=_GIVE_UP_RATIO * best_ms)
                 log.debug("%s took %.4f ms", candidate.choice.name, took_ms)
-                if took_ms < best_ms:
-                    best, best_ms = candidate, took_ms
+                timed.append((took_ms, candidate))
+                best_ms = min(best_ms, took_ms)
+        best = _best(timed)
         for candidate in made:
-            if candidate is not best:
+            if best is None or candidate is not best[1]:
                 candidate.close()
         if best is None:
             return self._candidates.fallback(key)
-        return replace(best, choice=replace(best.choice, tuned_ms=best_ms))
+        took_ms, candidate = best
+        return replace(candidate, choice=replace(candidate.choice, tuned_ms=took_ms))
 
     def _made(self, key: PlanKey, candidates: Iterator[Candidate], end_s: float) -> list[Candidate]:
         """Return candidates, the fallback if there is no other, as many as can be made in time."""
@@ -117,3 +123,12 @@ class Chooser:
                 yield candidate
             else:
                 candidate.close()
+
+
+def _best(timed: Sequence[tuple[float, Candidate]]) -> tuple[float, Candidate] | None:
+    """Return the fastest, or one near it with less of a workspace; None if none ran."""
+    best_ms = min((took_ms for took_ms, _ in timed), default=float("inf"))
+    if best_ms == float("inf"):
+        return None
+    near = [one for one in timed if one[0] <= best_ms + _NEAR_MS]
+    return min(near, key=lambda one: (one[1].plan.workspace_bytes, one[0]))
