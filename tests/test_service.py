@@ -47,12 +47,14 @@ class FailingDevice(CpuDevice):
 
 @contextmanager
 def served_by(
-    device: CpuDevice, max_message_bytes: int = 2 << 20
+    device: CpuDevice, max_message_bytes: int = 2 << 20, transport: str = "auto"
 ) -> Iterator[deconvd_client.Connection]:
     daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes, drain_timeout_s=10))
     daemon.serve(lambda: [device])
     try:
-        with deconvd_client.connect(daemon.addresses[0], timeout_s=30) as connection:
+        with deconvd_client.connect(
+            daemon.addresses[0], timeout_s=30, transport=transport
+        ) as connection:
             yield connection
     finally:
         daemon.drain()
@@ -118,7 +120,7 @@ def test_a_server_that_stays_unavailable_is_given_up() -> None:
 def test_an_oversized_request_is_told_the_option_to_raise() -> None:
     large = np.zeros((1, 2, 100, 160), np.float32)
 
-    with served_by(CpuDevice(1), max_message_bytes=100_000) as F:
+    with served_by(CpuDevice(1), max_message_bytes=100_000, transport="grpc") as F:
         with pytest.raises(
             errors.ExhaustedError, match=r"request has 12\d+ bytes.*--max-message-bytes"
         ):
