@@ -20,8 +20,8 @@ from benchmarks.transport.paths import PATHS, RoundTrip
 from deconvd.tensor import Array
 
 _DEFAULT_BYTES = (1 << 10, 32 << 10, 1 << 20, 8 << 20, 32 << 20, 256 << 20)
-_LEAST_ROUNDS, _MOST_ROUNDS, _TIME_S = 4, 20, 60.0
-"""Of each size: rounds over all paths are made until one of the latter is passed."""
+_LEAST_ROUNDS, _MOST_ROUNDS = 4, 20
+"""Of each size: rounds over all paths are made until their time is over, or these are."""
 
 _MOST_CALLS, _BURST_S = 100, 0.1
 """Of a path in a round, after one call that does not count."""
@@ -30,15 +30,16 @@ _MOST_CALLS, _BURST_S = 100, 0.1
 @click.command()
 @click.option("--bytes", "sizes", type=int, multiple=True, default=_DEFAULT_BYTES)
 @click.option("--path", "names", type=click.Choice(list(PATHS)), multiple=True)
+@click.option("--time-s", default=60.0, show_default=True, help="For each size.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-def main(sizes: Sequence[int], names: Sequence[str], json_file: Path | None) -> None:
+def main(sizes: Sequence[int], names: Sequence[str], time_s: float, json_file: Path | None) -> None:
     """Time round trips of so many bytes there and the same back, by each path in turn, many times over.
 
     So a machine that is slower for a while is slower for all of them.
     """
     with ExitStack() as stack:
         ways = {name: stack.enter_context(PATHS[name]()) for name in names or PATHS}
-        rows = [row for size in sizes for row in _rows(ways, size)]
+        rows = [row for size in sizes for row in _rows(ways, size, time_s)]
     if json_file is not None:
         about = {
             "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
@@ -49,14 +50,16 @@ def main(sizes: Sequence[int], names: Sequence[str], json_file: Path | None) -> 
     _print_table(rows, sizes)
 
 
-def _rows(ways: Mapping[str, RoundTrip], size: int) -> Iterator[dict[str, str | int | float]]:
+def _rows(
+    ways: Mapping[str, RoundTrip], size: int, time_s: float
+) -> Iterator[dict[str, str | int | float]]:
     x = _tensor(size)
     times_s: dict[str, list[float]] = {name: [] for name in ways}
     for round_trip in ways.values():
         np.testing.assert_array_equal(round_trip(x), x)
     began_s = time.perf_counter()
     for round_number in range(_MOST_ROUNDS):
-        if round_number >= _LEAST_ROUNDS and time.perf_counter() - began_s > _TIME_S:
+        if round_number >= _LEAST_ROUNDS and time.perf_counter() - began_s > time_s:
             break
         for name, round_trip in ways.items():
             times_s[name] += _burst_s(round_trip, x)
