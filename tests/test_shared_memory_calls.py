@@ -9,18 +9,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.errors import DeadlineError, InvalidArgumentError, UnavailableError
+from deconvd.errors import DeadlineError, InvalidArgumentError
 from deconvd.tensor import Array, message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_client.shared_memory import Borrower, halves
+from deconvd_client.shared_memory import Borrower
 from tests.lenders import lies_in_shared_memory
 from tests.servers import ServerProcess, server_process
 
@@ -76,87 +75,6 @@ def test_a_result_may_be_the_next_operand(F: deconvd_client.Connection) -> None:
 
     expected = F.deconvolution_2d(F.deconvolution_2d(x, W).copy(), W)
     np.testing.assert_array_equal(y, expected)
-
-
-@pytest.fixture
-def with_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Halve calls as on a host with processors to spare."""
-    monkeypatch.setattr(halves, "_LEAST_PROCESSORS_COUNT", 1)
-
-
-@pytest.mark.usefixtures("with_processors")
-class TestHalves:
-    """Large calls whose x is copied while the server begins."""
-
-    @pytest.fixture
-    def logged(self, tmp_path: Path) -> Iterator[ServerProcess]:
-        with server_process(tmp_path, "--log-level", "debug") as running:
-            yield running
-
-    @pytest.mark.parametrize(("n", "calls_count"), [(128, 2), (129, 2), (64, 1)])
-    @pytest.mark.parametrize("large_W", [False, True], ids=["small-W", "large-W"])
-    def test_y_is_that_of_the_whole(
-        self, logged: ServerProcess, n: int, calls_count: int, large_W: bool
-    ) -> None:
-        x, W, b = operands(n=n)
-        W = np.tile(W, (1, 1, 4, 4)) if large_W else W
-        with deconvd_client.connect(logged.target) as F:
-            y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
-            assert F.last_ledger["server_us"] > F.last_ledger["compute_us"] > 0
-
-        assert lies_in_shared_memory(y)
-        assert logged.log.read_text().count("Deconvolve from unix: process") == calls_count
-        with deconvd_client.connect(logged.target, transport="grpc") as F:
-            expected = F.deconvolution_2d(x, W, b, stride=2, pad=1)
-        # sums of up to 8,192 products, in another order
-        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
-
-    def test_what_lies_there_already_is_not_halved(self, logged: ServerProcess) -> None:
-        x, W, _ = operands(n=128)
-        with deconvd_client.connect(logged.target) as F:
-            there = F.empty(x.shape, x.dtype)
-            there[...] = x
-            F.deconvolution_2d(there, W)
-            F.deconvolution_2d_grad(x, W, None, F.deconvolution_2d(there, W), wanted=["gx"])
-            F.remote.deconvolution_2d(x, W).close()
-
-        assert logged.log.read_text().count("Deconvolve from unix: process") == 3
-
-    def test_a_half_that_fails_fails_the_call_and_nothing_is_left(
-        self, logged: ServerProcess, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        x, W, _ = operands(n=128)
-        slow = np.ones((8, 8, 64, 64), np.float32)
-        with deconvd_client.connect(logged.target, timeout_s=0.3) as F:
-            with pytest.raises(DeadlineError):
-                F.deconvolution_2d(x, slow)
-        with deconvd_client.connect(logged.target) as F:
-            whole = F.deconvolution_2d(x, W)
-            part_of = halves._part_of
-            for failing in (None, 64):
-
-                def wrong(
-                    request: Any, samples: slice, *rest: Any, at: int | None = failing
-                ) -> Any:
-                    part = part_of(request, samples, *rest)
-                    if samples.start == at:
-                        part.message.geometry.groups = 3
-                    return part
-
-                with monkeypatch.context() as patched:
-                    patched.setattr(halves, "_part_of", wrong)
-                    with pytest.raises(InvalidArgumentError, match="groups"):
-                        F.deconvolution_2d(x, W)
-                np.testing.assert_array_equal(F.deconvolution_2d(x, W), whole)
-
-    def test_a_server_that_has_gone_is_said(self, tmp_path: Path) -> None:
-        x, W, _ = operands(n=128)
-        with server_process(tmp_path) as server:
-            F = deconvd_client.connect(server.target, timeout_s=3)
-            F.deconvolution_2d(x, W)
-            server.end(signal.SIGKILL)
-        with F, pytest.raises((UnavailableError, DeadlineError)):
-            F.deconvolution_2d(x, W)
 
 
 @pytest.mark.parametrize("wanted", [("gx", "gW", "gb"), ("gx",), ("gW",), ("gb",)])

@@ -60,7 +60,7 @@ def _answered(
     streamed: Callable[[], Answered[ResponseT]],
 ) -> Answered[ResponseT]:
     # what is not in shared memory then is small
-    shared = call_with_shared_memory(memory, stub, partial(in_message, is_brief=True), asked)
+    shared = call_with_shared_memory(memory, partial(in_message, is_brief=True), asked)
     if shared is not None:
         return shared
     tensors_bytes = _tensors_bytes(asked)

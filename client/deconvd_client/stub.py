@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar, cast
 
@@ -334,12 +334,6 @@ class Stub:
     def last_ledger(self) -> dict[str, int]:
         """The ledger of the calling thread's last call that was answered."""
         return ledger_from_metadata(getattr(self._ended, "metadata", ()))
-
-    def add_to_last_ledger(self, ledger: Mapping[str, int]) -> None:
-        """Count another call's ledger towards the calling thread's last."""
-        last = self.last_ledger
-        summed = (f"{n}={last.get(n, 0) + ledger.get(n, 0)}" for n in {**last, **ledger})
-        self._note(((METADATA_KEY, ";".join(summed)),))
 
     def _note(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
         self._ended.metadata = metadata

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from deconvd.lazy_pool import LazyPool
-from deconvd.system import processors_count
+from deconvd.system import call_in_forked_children, processors_count
 
 __all__ = ["copy_into"]
 
@@ -73,4 +74,25 @@ def _threads_count() -> int:
     return min(processors_count(), _MAX_THREADS_COUNT)
 
 
-_pool = LazyPool(_MAX_THREADS_COUNT - 1, "copy")
+class _Pool:
+    """Threads that copy, started at the first need, and anew in a child process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        call_in_forked_children(self.forget)
+
+    def get(self) -> ThreadPoolExecutor:
+        """Return the threads."""
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(_MAX_THREADS_COUNT - 1, "copy")
+            return self._executor
+
+    def forget(self) -> None:
+        """Start over: a forked child has none of its parent's threads."""
+        self._lock = threading.Lock()
+        self._executor = None
+
+
+_pool = _Pool()

@@ -87,19 +87,6 @@ class SharedCall:
         self._kept.append(array)
         return message
 
-    def is_to_be_copied(self, array: Array) -> bool:
-        """Return whether an array lies elsewhere."""
-        return self._borrower.locate(array) is None
-
-    def room(self, spec: TensorSpec) -> SharedResult | None:
-        """Return memory for a tensor, which is kept until the call has ended; None if there is no room."""
-        block = self._borrower.take(spec.nbytes)
-        if block is None:
-            return None
-        room = SharedResult(block.message, block.array(spec))
-        self._kept.append(room.array)
-        return room
-
     def result(self, spec: TensorSpec) -> SharedResult | None:
         """Return memory for a result; None if it is better sent: it is small, or there is no room."""
         block = self._borrower.take(spec.nbytes) if self.is_large(spec) else None
@@ -117,16 +104,14 @@ class SharedCall:
         """The regions that the server may write to."""
         return {block.region for block in self._blocks}
 
-    def copy(self, target: Array, source: Array) -> None:
-        """Copy an array, of any kind, into memory of the call's."""
-        self._borrower.place.copy(target, source)
-
     def _copied(self, array: Array) -> pb.SharedSlice | None:
-        room = self.room(spec_of(array))
-        if room is None:
+        block = self._borrower.take(array.nbytes)
+        if block is None:
             return None
-        self.copy(room.array, array)
-        return room.place
+        copy = block.array(spec_of(array))
+        self._borrower.place.copy(copy, array)
+        self._kept.append(copy)
+        return block.message
 
 
 class Borrower:

@@ -11,15 +11,12 @@ from deconvd.tensor import Array, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
 from deconvd_client.shared_memory.borrower import Borrower, SharedCall, SharedResult
-from deconvd_client.shared_memory.halves import deconvolved_in_halves, to_be_halved
-from deconvd_client.stub import Stub
 
 __all__ = ["call_with_shared_memory"]
 
 
 def call_with_shared_memory(
     borrower: Borrower,
-    stub: Stub,
     rpc: Callable[[Envelope[RequestT]], Envelope[ResponseT]],
     asked: Asked[RequestT],
 ) -> Answered[ResponseT] | None:
@@ -28,9 +25,6 @@ def call_with_shared_memory(
     None if it is to be made in another way: none of its tensors is large, or there is no room for
     one that is, or the server does not know the memory.
 
-    Args:
-        rpc: A method of `stub`.
-
     Raises:
         UnavailableError, ExhaustedError: There is no other way, as `Borrower.allow_other_ways` says.
     """
@@ -38,7 +32,7 @@ def call_with_shared_memory(
     if asked.offered or not any(map(borrower.is_large, tensors)):
         return None
     try:
-        answered = _answered(borrower, stub, rpc, asked)
+        answered = _answered(borrower, rpc, asked)
     except StaleRegionError:
         answered = None
     if answered is None:
@@ -48,7 +42,6 @@ def call_with_shared_memory(
 
 def _answered(
     borrower: Borrower,
-    stub: Stub,
     rpc: Callable[[Envelope[RequestT]], Envelope[ResponseT]],
     asked: Asked[RequestT],
 ) -> Answered[ResponseT] | None:
@@ -58,20 +51,11 @@ def _answered(
         places = _want(call, request, asked.results)
         if places is None:
             return None
-        halved = to_be_halved(call, asked, places)
-        operands = {f: array for f, array in asked.operands.items() if array is not halved}
-        raw = _put(call, request, operands)
+        raw = _put(call, request, asked.operands)
         if raw is None:
             return None
         call.settle()
-        whole = Envelope(request, raw)
-        response = (
-            rpc(whole)
-            if halved is None
-            else deconvolved_in_halves(call, stub, rpc, whole, halved, places["y"])
-        )
-        if response is None:
-            return None
+        response = rpc(Envelope(request, raw))
         return Answered(
             response.message,
             {field: _received(response, field, places.get(field)) for field in asked.results},
