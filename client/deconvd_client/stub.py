@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
+from deconvd.array_memory import ArrayMemory
 from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import Envelope, decode, encode
 from deconvd.direct import FrameSource, Method
@@ -23,7 +24,6 @@ from deconvd.errors import (
 )
 from deconvd.ledger import METADATA_KEY, ledger_from_metadata
 from deconvd.parts import Part, PartReader, PartSource
-from deconvd.result_memory import ResultMemory
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct import DirectLines, NoLineError
@@ -81,7 +81,7 @@ class Stub:
         self._timeout_s = timeout_s
         self._closed = False
         self._ended = threading.local()
-        self._results = ResultMemory(_KEPT_BYTES)
+        self._results = ArrayMemory(_KEPT_BYTES)
         self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse, Method.Deconvolve)
         self._deconvolve_grad = self._unary(
             "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DeconvolveGrad

@@ -188,7 +188,7 @@ class PartReader(Generic[_PartT]):
         """
         arrays: dict[str, Array] = {}
         for name, spec in specs.items():
-            array = np.empty(spec.shape, spec.dtype.newbyteorder("<"))
+            array = self._empty(TensorSpec(spec.shape, spec.dtype.newbyteorder("<")))
             self._fill(name, _bytes_of(array), is_missing=True)
             arrays[name] = array.astype(spec.dtype, copy=False)
         if self._left_bytes:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from google.protobuf.message import DecodeError, Message
 
+from deconvd.array_memory import ArrayMemory
 from deconvd.codec import Envelope, decode
 from deconvd.errors import InvalidArgumentError
-from deconvd.parts import Part, PartReader
+from deconvd.parts import Part, PartReader, PartSource
 from deconvd_server.call import Call
+from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["Behaviour", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
 
 Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. Who does not want the rest closes it."""
+
+_ARRIVALS: Final = ArrayMemory(256 << 20, smallest_bytes=LARGE_BYTES)
+"""Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,10 @@ class _OfRequest:
             raise InvalidArgumentError(
                 f"the request is not a valid {self.request_type.DESCRIPTOR.full_name} message"
             ) from None
+
+    def reader(self, source: PartSource) -> PartReader[Any]:
+        """Return what reads a stream of requests."""
+        return PartReader(source, self.request_type, _ARRIVALS.empty)
 
 
 @dataclass(frozen=True, slots=True)

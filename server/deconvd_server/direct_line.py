@@ -23,7 +23,6 @@ from deconvd.codec import encode
 from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
-from deconvd.parts import PartReader
 from deconvd.status import told_as_status
 from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
@@ -183,9 +182,9 @@ class DirectLine:
             case Source():
                 parts = behaviour.serve(behaviour.decoded(message), call)
             case Stream():
-                parts = behaviour.serve(self._reader(source, behaviour), call)
+                parts = behaviour.serve(behaviour.reader(source), call)
             case Sink():
-                parts = _alone(behaviour.serve(self._reader(source, behaviour), call))
+                parts = _alone(behaviour.serve(behaviour.reader(source), call))
             case _:
                 raise LineBrokenError(f"{behaviour.name} is not served directly")
         with closing(parts):
@@ -201,9 +200,6 @@ class DirectLine:
                 "it is to be made by gRPC"
             )
         self._line.send((FrameKind.MESSAGE, response), (FrameKind.END, _ledger(call)))
-
-    def _reader(self, source: FrameSource, behaviour: Sink | Stream) -> PartReader[Message]:
-        return PartReader(source, behaviour.request_type)
 
     def _fail(self, error: DeconvdError, source: FrameSource) -> None:
         """Say what a call has failed with. The line is of no more use if its request is not whole."""

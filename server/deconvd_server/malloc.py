@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import logging
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["LARGE_BYTES", "keep_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 _KEPT_BYTES = 256 << 20
-_LARGE_BYTES = 32 << 20
 _ARENAS_COUNT = 2
+
+LARGE_BYTES = 32 << 20
+"""From this size on glibc can keep nothing."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,6 @@ def keep_freed_memory() -> None:
     if mallopt is None:
         _log.debug("this C library has no mallopt")
         return
-    mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
     mallopt(_M_ARENA_MAX, _ARENAS_COUNT)

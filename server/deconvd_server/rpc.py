@@ -11,12 +11,10 @@ from contextlib import closing
 from typing import TypeAlias
 
 import grpc
-from google.protobuf.message import Message
 
 from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import encode
 from deconvd.errors import CallCancelledError, DeconvdError, InternalError
-from deconvd.parts import PartReader
 from deconvd.status import status_from_error
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
@@ -69,7 +67,7 @@ def _source(behaviour: Source) -> _Handler:
 def _sink(behaviour: Sink) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         def respond(call: Call) -> Parts:
-            yield behaviour.serve(_reader(messages, behaviour.request_type), call)
+            yield behaviour.serve(behaviour.reader(_source_of(messages, behaviour)), call)
 
         responses = list(_streamed(respond, behaviour.name, context))
         return responses[0] if responses else b""  # which nobody gets
@@ -80,7 +78,7 @@ def _sink(behaviour: Sink) -> _Handler:
 def _stream(behaviour: Stream) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         return _streamed(
-            lambda call: behaviour.serve(_reader(messages, behaviour.request_type), call),
+            lambda call: behaviour.serve(behaviour.reader(_source_of(messages, behaviour)), call),
             behaviour.name,
             context,
         )
@@ -102,8 +100,8 @@ def _held(behaviour: Held) -> _Handler:
     return grpc.stream_stream_rpc_method_handler(handle)
 
 
-def _reader(messages: Iterator[bytes], part_type: type[Message]) -> PartReader[Message]:
-    return PartReader(ChunkSource(_heard(messages), part_type), part_type)
+def _source_of(messages: Iterator[bytes], behaviour: Sink | Stream) -> ChunkSource:
+    return ChunkSource(_heard(messages), behaviour.request_type)
 
 
 def _heard(messages: Iterator[bytes]) -> Iterator[bytes]:

@@ -14,11 +14,11 @@ from queue import Empty, LifoQueue
 import numpy as np
 
 import deconvd
+from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
-from deconvd.result_memory import ResultMemory
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda import kernels
@@ -160,7 +160,7 @@ class CudaDevice(CardTensors):
     def _open_lanes(self) -> None:
         lanes_count = self._limits.lanes_count
         self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
-        self._results = ResultMemory(self._limits.results_bytes)
+        self._results = ArrayMemory(self._limits.results_bytes)
         self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(lanes_count)]
         # the last lane given back comes first: it is the likeliest to know the kind of call
         self._lanes: LifoQueue[Lane] = LifoQueue()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
+from deconvd.array_memory import ArrayMemory
 from deconvd.problem import TensorSpec
-from deconvd.result_memory import ResultMemory
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda.lane import Lane
@@ -27,7 +27,7 @@ class CardTensors(ABC):
 
     memory: DeviceMemory
     _id: str
-    _results: ResultMemory
+    _results: ArrayMemory
 
     @abstractmethod
     def using(self) -> AbstractContextManager[None]:

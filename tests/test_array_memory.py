@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from deconvd.array_memory import ArrayMemory
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.problem import TensorSpec
-from deconvd.result_memory import ResultMemory
 
 LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
 
@@ -19,7 +19,7 @@ LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
 @pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)
 def test_an_array_is_contiguous_writable_and_of_the_asked_kind(dtype: DType) -> None:
     for shape in ((2, 3, 512, 512), (2, 3)):
-        array = ResultMemory(1 << 30).empty(TensorSpec(shape, dtype))
+        array = ArrayMemory(1 << 30).empty(TensorSpec(shape, dtype))
         array[...] = 1
         assert (array.shape, array.dtype) == (shape, dtype)
         assert array.flags.c_contiguous
@@ -27,7 +27,7 @@ def test_an_array_is_contiguous_writable_and_of_the_asked_kind(dtype: DType) -> 
 
 
 def test_memory_is_used_again_once_the_array_is_dropped() -> None:
-    memory = ResultMemory(1 << 30)
+    memory = ArrayMemory(1 << 30)
     array = memory.empty(LARGE)
     address = array.ctypes.data
     del array
@@ -37,7 +37,7 @@ def test_memory_is_used_again_once_the_array_is_dropped() -> None:
 
 
 def test_memory_is_not_used_again_while_a_view_of_it_lives() -> None:
-    memory = ResultMemory(1 << 30)
+    memory = ArrayMemory(1 << 30)
     array = memory.empty(LARGE)
     array[...] = 7
     view = array.reshape(-1)[5:].view(np.uint8).data
@@ -51,7 +51,7 @@ def test_memory_is_not_used_again_while_a_view_of_it_lives() -> None:
 
 
 def test_no_more_than_the_limit_is_kept() -> None:
-    memory = ResultMemory(2 * LARGE.nbytes)
+    memory = ArrayMemory(2 * LARGE.nbytes)
     arrays = [memory.empty(LARGE) for _ in range(5)]
     assert memory.idle_bytes == 0
     arrays.clear()
@@ -61,7 +61,7 @@ def test_no_more_than_the_limit_is_kept() -> None:
 
 
 def test_what_is_over_the_limit_is_never_kept() -> None:
-    memory = ResultMemory(LARGE.nbytes - 1)
+    memory = ArrayMemory(LARGE.nbytes - 1)
     array = memory.empty(LARGE)
 
     buffer = weakref.ref(array)
@@ -72,7 +72,7 @@ def test_what_is_over_the_limit_is_never_kept() -> None:
 
 
 def test_an_array_may_be_dropped_while_the_memory_is_locked() -> None:
-    memory = ResultMemory(1 << 30)
+    memory = ArrayMemory(1 << 30)
     array = memory.empty(LARGE)
 
     with memory._lock:
@@ -82,7 +82,7 @@ def test_an_array_may_be_dropped_while_the_memory_is_locked() -> None:
 
 
 def test_threads_never_share_memory() -> None:
-    memory = ResultMemory(1 << 30)
+    memory = ArrayMemory(1 << 30)
 
     def work(thread: int) -> None:
         for _ in range(100):

@@ -1,4 +1,4 @@
-"""Host memory for results, used again once the caller has dropped its array.
+"""Host memory for large arrays, used again once whoever has one has dropped it.
 
 Fresh memory costs a page fault for every few KiB that are first written: more than the copy itself.
 """
@@ -15,10 +15,10 @@ import numpy as np
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 
-__all__ = ["ResultMemory"]
+__all__ = ["ArrayMemory"]
 
 _SMALLEST_BYTES = 1 << 20
-"""Results below this are not worth it: the allocator keeps their pages itself."""
+"""Arrays below this are not worth it: the allocator keeps their pages itself."""
 
 
 class _Loan:
@@ -28,17 +28,19 @@ class _Loan:
         self.__array_interface__: dict[str, Any] = buffer.__array_interface__
 
 
-class ResultMemory:
+class ArrayMemory:
     """Gives new arrays, the large ones in memory that was used before where there is some.
 
     An array is the caller's alone until nothing refers to it, nor to a view of it. Thread-safe.
 
     Args:
         limit_bytes: What is kept for later arrays.
+        smallest_bytes: What arrays must have to be kept.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, smallest_bytes: int = _SMALLEST_BYTES) -> None:
         self._limit_bytes = limit_bytes
+        self._smallest_bytes = smallest_bytes
         self._lock = threading.Lock()
         # filled by finalizers, which may run at any moment in any thread: they must wait for no lock
         self._returned: deque[Array] = deque()
@@ -51,7 +53,7 @@ class ResultMemory:
         Raises:
             MemoryError: There is no memory for it.
         """
-        if not _SMALLEST_BYTES <= spec.nbytes <= self._limit_bytes:
+        if not self._smallest_bytes <= spec.nbytes <= self._limit_bytes:
             return np.empty(spec.shape, spec.dtype)
         buffer = self._taken(spec.nbytes)
         if buffer is None:
