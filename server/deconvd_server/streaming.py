@@ -190,19 +190,26 @@ class _Sums:
     def __init__(self, problem: Problem, wanted: Wanted) -> None:
         self._specs = {"gw": problem.W} if wanted.gW else {}
         self._specs |= {"gb": problem.b} if wanted.gb else {}
-        self._totals = [np.zeros(spec.shape, problem.compute_type) for spec in self._specs.values()]
+        self._compute_type = problem.compute_type
+        self._totals: list[Array] = []
 
     def add(self, gradients: Gradients) -> None:
-        """Add those of one slice."""
+        """Add those of one slice, which are nobody else's."""
         present = [gradient for gradient in gradients[1:] if gradient is not None]
+        if not self._totals:
+            self._totals = [gradient.astype(self._compute_type, copy=False) for gradient in present]
+            return
         for total, gradient in zip(self._totals, present, strict=True):
             total += gradient
 
     def totals(self) -> dict[str, Array]:
         """Return those that are wanted, in their own types, by the names of their fields."""
+        totals = self._totals or [
+            np.zeros(spec.shape, self._compute_type) for spec in self._specs.values()
+        ]
         return {
-            field: total.astype(spec.dtype)
-            for (field, spec), total in zip(self._specs.items(), self._totals, strict=True)
+            field: total.astype(spec.dtype, copy=False)
+            for (field, spec), total in zip(self._specs.items(), totals, strict=True)
         }
 
 

@@ -14,6 +14,7 @@ from typing import TypeVarTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
 from deconvd.gradients import Gradients, Wanted
@@ -42,10 +43,14 @@ from deconvd_server.device.protocol import (
     Place,
 )
 from deconvd_server.ledger import Stage
+from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["CpuDevice"]
 
 T = TypeVarTuple("T")
+
+_KEPT_BYTES = 256 << 20
+"""Memory of tensors that were freed, for the next ones: what is too large for the allocator to keep."""
 
 
 class CpuDevice:
@@ -66,6 +71,7 @@ class CpuDevice:
         self._memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._budget_bytes = memory_limit_bytes or self._memory_bytes
         self._team = Team(threads_count or len(os.sched_getaffinity(0)))
+        self._memory = ArrayMemory(_KEPT_BYTES, smallest_bytes=LARGE_BYTES)
         # The threads are ours: BLAS's own would only compete with them for the processors.
         threadpool_limits(1, user_api="blas")
 
@@ -185,7 +191,7 @@ class CpuDevice:
             lambda part, *task: products.add_to_gW(sums[part], parts[part], *task),
             product(range(len(parts)), blocking.groups, blocking.channels, blocking.taps),
         )
-        gW: Array = np.add.reduce(sums, axis=0)
+        gW: Array = sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0)
         return gW.astype(problem.W.dtype, copy=False)
 
     @contextmanager
@@ -207,7 +213,7 @@ class CpuDevice:
     def empty(self, spec: TensorSpec) -> HostTensor:
         """Return a new tensor. See `Device`."""
         try:
-            return HostTensor(np.empty(spec.shape, spec.dtype))
+            return HostTensor(self._memory.empty(spec))
         except MemoryError:
             raise ExhaustedError(f"the server has not the memory for {spec}") from None
 
