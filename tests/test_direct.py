@@ -28,7 +28,7 @@ from deconvd.status import error_from_status, told_as_status
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
-from deconvd_client.direct import DirectLines, NoLineError
+from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import OpenLine, TcpWay, UnixWay, way_to
 from tests.lines import CLEAN, bad_line
 from tests.processes import peak_memory_bytes, wait_until
@@ -642,12 +642,14 @@ def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
     for beside in (False, True):
         with pytest.raises(ZeroDivisionError):
             lines.converse(
-                Method.DeconvolveStream,
-                parts(),
-                lambda source: [source.next() for _ in range(2)],
-                pb.DeconvolveStreamResponse,
+                Conversation(
+                    Method.DeconvolveStream,
+                    parts(),
+                    lambda source: [source.next() for _ in range(2)],
+                    pb.DeconvolveStreamResponse,
+                    at_once=beside,
+                ),
                 30,
-                at_once=beside,
             )
     _wait_until_idle(running)
     lines.close()

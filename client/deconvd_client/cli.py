@@ -165,6 +165,8 @@ def _as_text(target: str, health: str, info: ServerInfo | None) -> str:
     if info is not None:
         lines.append(f"  deconvd {info.version}, messages up to {info.max_message_bytes} bytes")
         lines.append(f"  takes {', '.join(info.element_types)}")
+        if info.direct_port:
+            lines.append(f"  direct calls over TCP: port {info.direct_port}")
         for device in info.devices:
             lines += _device_lines(device)
     return "\n".join(lines)

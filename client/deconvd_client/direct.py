@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
@@ -18,7 +19,7 @@ from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, Li
 from deconvd.parts import Part
 from deconvd_client.direct_ways import Ask, OpenLine, Way
 
-__all__ = ["DirectLines", "NoLineError", "Reply"]
+__all__ = ["Conversation", "DirectLines", "NoLineError", "Reply"]
 
 _T = TypeVar("_T")
 
@@ -44,6 +45,25 @@ class Reply(NamedTuple):
 
     message: bytes
     ledger: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation(Generic[_T]):
+    """A call of many parts, to be made once.
+
+    Attributes:
+        parts: The request; the first is a message.
+        receive: Makes something of the response.
+        response_type: The type of its messages.
+        at_once: Whether parts of the response may come before the request is whole: it is sent in a
+            thread of its own then.
+    """
+
+    method: Method
+    parts: Iterator[Part]
+    receive: Callable[[FrameSource], _T]
+    response_type: type[Message]
+    at_once: bool = False
 
 
 class DirectLines:
@@ -92,28 +112,14 @@ class DirectLines:
         with self._line(timeout_s) as lent:
             return lent.call(method, message, timeout_s)
 
-    def converse(
-        self,
-        method: Method,
-        parts: Iterator[Part],
-        receive: Callable[[FrameSource], _T],
-        response_type: type[Message],
-        timeout_s: float,
-        *,
-        at_once: bool,
-    ) -> tuple[_T, str]:
-        """Make a call of many parts; return what `receive` makes of the response, and the ledger.
-
-        Args:
-            parts: The request; the first is a message.
-            at_once: Whether parts of the response may come before the request is whole: it is sent
-                in a thread of its own then.
+    def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
+        """Make a call of many parts; return what is made of the response, and the ledger.
 
         Raises:
-            As `call`, and what `parts` and `receive` raise.
+            As `call`, and what the conversation's functions raise.
         """
         with self._line(timeout_s) as lent:
-            return lent.converse(method, parts, receive, response_type, timeout_s, at_once=at_once)
+            return lent.converse(talk, timeout_s)
 
     def close(self) -> None:
         """Close all lines. Calls under way end with CallCancelledError."""
@@ -245,23 +251,14 @@ class _LentLine:
             else:
                 raise LineBrokenError(f"a frame of kind {kind.name} in an answer of one message")
 
-    def converse(
-        self,
-        method: Method,
-        parts: Iterator[Part],
-        receive: Callable[[FrameSource], _T],
-        response_type: type[Message],
-        timeout_s: float,
-        *,
-        at_once: bool,
-    ) -> tuple[_T, str]:
+    def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
         """See `DirectLines.converse`."""
-        first = next(parts)
+        first = next(talk.parts)
         assert isinstance(first, Message)
-        self._begin(method, first.SerializeToString(), timeout_s)
-        source = FrameSource(self.line, response_type)
-        with _Sending(self.line, parts, at_once=at_once):
-            received = receive(source)
+        self._begin(talk.method, first.SerializeToString(), timeout_s)
+        source = FrameSource(self.line, talk.response_type)
+        with _Sending(self.line, talk.parts, at_once=talk.at_once):
+            received = talk.receive(source)
         self.is_in_order = source.is_over
         return received, source.ledger
 

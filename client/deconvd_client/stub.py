@@ -26,7 +26,7 @@ from deconvd.ledger import METADATA_KEY, ledger_from_metadata
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.direct import DirectLines, NoLineError
+from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import Way
 from deconvd_client.hold import Hold
 from deconvd_client.retries import with_retries
@@ -157,14 +157,8 @@ class Stub:
         """
 
         def directly(direct: DirectLines, timeout_s: float) -> tuple[pb.PutTensorResponse, str]:
-            return direct.converse(
-                Method.PutTensor,
-                parts(),
-                _only_message,
-                pb.PutTensorResponse,
-                timeout_s,
-                at_once=False,
-            )
+            talk = Conversation(Method.PutTensor, parts(), _only_message, pb.PutTensorResponse)
+            return direct.converse(talk, timeout_s)
 
         def by_grpc(timeout_s: float) -> pb.PutTensorResponse:
             messages = (message for part in parts() for message in messages_of(part))
@@ -180,14 +174,13 @@ class Stub:
         """Call GetTensor and return what `receive`, called once for each attempt, makes of the response."""
 
         def directly(direct: DirectLines, timeout_s: float) -> tuple[_T, str]:
-            return direct.converse(
+            talk = Conversation(
                 Method.GetTensor,
                 iter([request]),
                 lambda source: receive(self._reader(source, pb.GetTensorResponse)),
                 pb.GetTensorResponse,
-                timeout_s,
-                at_once=False,
             )
+            return direct.converse(talk, timeout_s)
 
         def by_grpc(timeout_s: float) -> _T:
             responses = self._get_tensor(request.SerializeToString(), timeout=timeout_s)
@@ -271,14 +264,14 @@ class Stub:
     ) -> _T:
         def directly(direct: DirectLines, timeout_s: float) -> tuple[_T, str]:
             exchange = begin()
-            return direct.converse(
+            talk = Conversation(
                 number,
                 exchange.parts(),
                 lambda source: exchange.receive(self._reader(source, response_type)),
                 response_type,
-                timeout_s,
-                at_once=exchange.at_once,
+                exchange.at_once,
             )
+            return direct.converse(talk, timeout_s)
 
         def by_grpc(timeout_s: float) -> _T:
             exchange = begin()
