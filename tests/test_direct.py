@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method, calls_beside
+from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method, calls_beside, greet
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError, UnavailableError
 from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Elements, PartReader, elements_part
@@ -29,7 +29,7 @@ from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
-from deconvd_client.direct_ways import OpenLine, TcpWay, UnixWay, way_to
+from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
 from tests.lines import CLEAN, bad_line
 from tests.processes import peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
@@ -58,21 +58,14 @@ def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
         return F._nearest.far.get_server_info()
 
 
-def open_line(server: ServerProcess, transport: str = "unix") -> OpenLine:
+def open_line(server: ServerProcess, transport: str = "unix") -> Line:
     way = way_to(target_of(server, transport))
     assert way is not None
     return way.open(lambda: told_by(server))
 
 
-def send_call(
-    line: Line,
-    method: Method,
-    message: bytes,
-    *,
-    timeout_s: float = 30,
-    instance: bytes = ANY_INSTANCE,
-) -> None:
-    line.send((FrameKind.CALL, CallHead(method, timeout_s, instance, message).pack()))
+def send_call(line: Line, method: Method, message: bytes, *, timeout_s: float = 30) -> None:
+    line.send((FrameKind.CALL, CallHead(method, timeout_s, message).pack()))
 
 
 def answer(line: Line) -> tuple[list[tuple[FrameKind, bytes]], bytes]:
@@ -211,7 +204,7 @@ def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
         for target in server.targets:
             way = way_to(target)
             assert way is not None
-            assert serves(way.open(lambda: told_by(server)).line)
+            assert serves(way.open(lambda: told_by(server)))
 
 
 @pytest.mark.parametrize(
@@ -281,11 +274,11 @@ def test_a_response_too_large_for_a_message_is_refused_and_streams(running: Serv
     request = pb.DeconvolveRequest(x=message_from_array(ONE), w=message_from_array(ONE))
     request.geometry.stride.h = request.geometry.stride.w = 256
     request.geometry.outsize.h = request.geometry.outsize.w = 256
-    opened = open_line(running)
-    send_call(opened.line, Method.Deconvolve, request.SerializeToString())
-    assert b"too many for a message of a direct call" in answer(opened.line)[1]
-    assert serves(opened.line)
-    opened.line.close()
+    line = open_line(running)
+    send_call(line, Method.Deconvolve, request.SerializeToString())
+    assert b"too many for a message of a direct call" in answer(line)[1]
+    assert serves(line)
+    line.close()
     with deconvd_client.connect(running.target, transport="unix") as F:
         assert F.deconvolution_2d(wide, ONE).shape == (1, 1, 256, 256)
 
@@ -294,7 +287,7 @@ def test_a_response_too_large_for_a_message_is_refused_and_streams(running: Serv
 def test_a_deadline_is_kept_and_the_line_still_serves(
     running: ServerProcess, transport: str
 ) -> None:
-    line = open_line(running, transport).line
+    line = open_line(running, transport)
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=0)
     assert b"DeadlineError" in answer(line)[1]
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=1e12)
@@ -331,6 +324,7 @@ def test_frames_that_make_no_sense_hurt_nobody(
     line.set_deadline(30)
     with suppress(LineBrokenError):
         if begins:
+            greet(line, ANY_INSTANCE)
             message = data if isinstance(data, bytes) else data[0][1]
             send_call(line, method, message, timeout_s=5)
         if isinstance(data, bytes):
@@ -341,7 +335,7 @@ def test_frames_that_make_no_sense_hurt_nobody(
         while True:
             answer(line)
     line.close()
-    other = open_line(running).line
+    other = open_line(running)
     assert serves(other)
     other.close()
     assert "unforeseen" not in running.log.read_text()
@@ -363,7 +357,7 @@ def reader_of(line: Line) -> PartReader[pb.DeconvolveStreamResponse]:
 @TRANSPORTS
 def test_y_flows_back_while_x_is_still_coming(running: ServerProcess, transport: str) -> None:
     x = LARGE[:4]
-    line = open_line(running, transport).line
+    line = open_line(running, transport)
     line.set_deadline(60)
     send_call(line, Method.DeconvolveStream, header(spec_of(x)))
     line.send_part(elements_part(ONE))
@@ -383,7 +377,7 @@ def test_y_flows_back_while_x_is_still_coming(running: ServerProcess, transport:
 def test_a_stream_that_fails_is_said_before_it_is_whole(
     running: ServerProcess, transport: str
 ) -> None:
-    with open_line(running, transport).line as line:
+    with open_line(running, transport) as line:
         line.set_deadline(60)
         send_call(line, Method.DeconvolveStream, header(spec_of(X)))  # c_I is not that of W
         with ThreadPoolExecutor(1) as pool:
@@ -404,7 +398,7 @@ def _send_for_ever(line: Line) -> None:
 @TRANSPORTS
 def test_more_or_less_than_the_tensors_is_refused(running: ServerProcess, transport: str) -> None:
     for surplus, message in ((-4, "4 bytes before x is whole"), (4, "end with its last tensor")):
-        with open_line(running, transport).line as line:
+        with open_line(running, transport) as line:
             line.set_deadline(60)
             send_call(line, Method.DeconvolveStream, header(spec_of(LARGE[:1])))
             elements = ONE.tobytes() + LARGE[:1].tobytes() + bytes(4)
@@ -425,7 +419,7 @@ def test_a_slow_reader_does_not_make_the_servers_memory_grow(
     running: ServerProcess, transport: str
 ) -> None:
     x = np.zeros((400, 1, 512, 512), np.float32)  # 400 MiB each way
-    with open_line(running, transport).line as line:
+    with open_line(running, transport) as line:
         line.set_deadline(2)
         with suppress(LineBrokenError):
             send_call(line, Method.DeconvolveStream, header(spec_of(x)))
@@ -461,12 +455,12 @@ def test_a_client_that_goes_in_the_middle_of_a_stream_leaves_nothing(
     running: ServerProcess, transport: str
 ) -> None:
     for sent in (0, 1, 2):
-        with open_line(running, transport).line as line:
+        with open_line(running, transport) as line:
             send_call(line, Method.DeconvolveStream, header(spec_of(LARGE)))
             line.send_part(elements_part(ONE))
             line.send_part(elements_part(LARGE[:sent]))
     _wait_until_idle(running)
-    with open_line(running, transport).line as line:
+    with open_line(running, transport) as line:
         assert serves(line)
 
 
@@ -479,7 +473,7 @@ def test_a_drain_lets_calls_end_and_takes_no_more(running: ServerProcess, transp
         ThreadPoolExecutor(1) as pool,
     ):
         until_direct(F, running, transport)
-        idle = open_line(running, transport).line
+        idle = open_line(running, transport)
         slow = pool.submit(F.deconvolution_2d, *SLOW)
         while not other.server_info().devices[0].running_calls_count:
             time.sleep(0.01)
@@ -499,7 +493,7 @@ def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(
     request = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(x[:, :, :1, :1]))
     listen = ("unix", "127.0.0.1:0")
     with server_process(tmp_path, "--drain-timeout-s", "1", listen=listen) as server:
-        with open_line(server, transport).line as line:
+        with open_line(server, transport) as line:
             line.set_deadline(2)
             with suppress(LineBrokenError):  # once the server waits for its answers to be read
                 while True:
@@ -558,9 +552,30 @@ def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
         for _ in range(10):
             with pytest.raises(NoLineError):
                 lines.call(Method.Deconvolve, REQUEST.SerializeToString(), 30)
-        wait_until(lambda: "another server was called" in server.log.read_text())
+        wait_until(lambda: "from or to another server" in server.log.read_text())
         lines.close()
         assert not direct_calls(server, "tcp")
+
+
+def test_a_stranger_at_the_port_who_says_nothing_or_nonsense_is_not_called(
+    running: ServerProcess,
+) -> None:
+    port = told_by(running).direct_port
+    answers = [b"", b"SSH-2.0-OpenSSH_9.2\r\n"]
+    with (
+        bad_line(running.targets[1], CLEAN, host="127.0.0.2") as proxy,
+        socket.create_server(("127.0.0.2", port)) as stranger,
+        ExitStack() as stack,
+    ):
+        for told in answers:
+            with deconvd_client.connect(proxy.target, transport="tcp") as F:
+                begin_s = time.monotonic()
+                _assert_right_by_grpc(F)
+                assert time.monotonic() - begin_s < 4  # it would take 5 to give the stranger up
+                connection, _ = stranger.accept()
+                stack.enter_context(connection).sendall(told)
+                _assert_right_by_grpc(F)
+    assert not direct_calls(running, "tcp")
 
 
 @TRANSPORTS
@@ -612,22 +627,15 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
 def test_idle_lines_make_room_for_others(running: ServerProcess, transport: str) -> None:
     with ExitStack() as stack:
         first = open_line(running, transport)
-        if transport == "tcp":  # only ask once
-            port = told_by(running).direct_port
-
-            def opened() -> Line:
-                return Line(socket.create_connection(("127.0.0.1", port)))
-        else:
-
-            def opened() -> Line:
-                return open_line(running).line
-
+        told = told_by(running)
+        way = way_to(target_of(running, transport))
+        assert way is not None
         for _ in range(300):
-            line = stack.enter_context(opened())
+            line = stack.enter_context(way.open(lambda: told))
         assert serves(line)
-        assert not first.line.is_quiet()  # it was closed: it had been idle for longest
-        first.line.close()
-    with open_line(running, transport).line as line:
+        assert not first.is_quiet()  # it was closed: it had been idle for longest
+        first.close()
+    with open_line(running, transport) as line:
         assert serves(line)
 
 

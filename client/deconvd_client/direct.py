@@ -14,10 +14,10 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from deconvd.direct import CallHead, FrameSource, Method, ended
-from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
+from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
 from deconvd.parts import Part
-from deconvd_client.direct_ways import Ask, OpenLine, Way
+from deconvd_client.direct_ways import Ask, Way
 
 __all__ = ["Conversation", "DirectLines", "NoLineError", "Reply"]
 
@@ -86,7 +86,7 @@ class DirectLines:
         """Have no lines yet: at first, and in a forked child, where a lock may be held by no one."""
         self._owner = os.getpid()
         self._changed = threading.Condition()
-        self._idle: list[OpenLine] = []
+        self._idle: list[Line] = []
         self._busy: set[Line] = set()
         self._opened_by_s: float | None = None  # until when calls wait for what is being opened
 
@@ -126,7 +126,7 @@ class DirectLines:
         with self._changed:
             self._is_closed = True
             for idle in self._idle:
-                idle.line.close()
+                idle.close()
             for line in self._busy:
                 line.shut()
             self._idle.clear()
@@ -148,59 +148,38 @@ class DirectLines:
         finally:
             self._give_back(lent)
 
-    def _taken(self) -> OpenLine:
+    def _taken(self) -> Line:
         if self._owner != os.getpid():
             self._begin()
         with self._changed:
             taken = self._idle_one()
             if taken is None and self.is_worth_asking:
                 if self._way.is_quick:
-                    self._open()
+                    self._keep(self._opened())
                 else:
                     self._open_beside()
                 taken = self._idle_one()
             if taken is None:
                 raise NoLineError
-            self._busy.add(taken.line)
+            self._busy.add(taken)
             return taken
 
-    def _idle_one(self) -> OpenLine | None:
+    def _idle_one(self) -> Line | None:
         """Return a line that is not in use, if there is one that the server has not closed."""
         while self._idle:
             idle = self._idle.pop()
-            if idle.line.is_quiet():
+            if idle.is_quiet():
                 return idle
-            idle.line.close()
+            idle.close()
         return None
 
     def _give_back(self, lent: _LentLine) -> None:
         with self._changed:
             self._busy.discard(lent.line)
             if lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT:
-                self._idle.append(lent.open_line)
+                self._idle.append(lent.line)
             else:
                 lent.line.close()
-
-    def _open(self) -> None:
-        """Open one more line. Raises nothing."""
-        try:
-            opened = self._way.open(self._ask)
-        except (OSError, DeconvdError, ValueError) as error:
-            _log.debug("no direct calls: %s", error)
-            self._note_failure()
-            return
-        self._keep_opened(opened)
-
-    def _note_failure(self) -> None:
-        self._next_try_s = time.monotonic() + self._retry_s
-        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
-
-    def _keep_opened(self, opened: OpenLine) -> None:
-        if self._is_closed:
-            opened.line.close()
-            return
-        self._retry_s = _FIRST_RETRY_S
-        self._idle.append(opened)
 
     def _open_beside(self) -> None:
         """Open one more line in a thread, and wait for it for a moment."""
@@ -210,18 +189,30 @@ class DirectLines:
         self._changed.wait(max(self._opened_by_s - time.monotonic(), 0))
 
     def _open_slowly(self) -> None:
-        opened = None
-        try:
-            opened = self._way.open(self._ask)
-        except (OSError, DeconvdError, ValueError) as error:
-            _log.debug("no direct calls: %s", error)
+        opened = self._opened()
         with self._changed:
-            if opened is None:
-                self._note_failure()
-            else:
-                self._keep_opened(opened)
+            self._keep(opened)
             self._opened_by_s = None
             self._changed.notify_all()
+
+    def _opened(self) -> Line | None:
+        """Return a new line; None if the server opens none, whatever the reason."""
+        try:
+            return self._way.open(self._ask)
+        except Exception as error:
+            _log.debug("no direct calls: %s", error)
+            return None
+
+    def _keep(self, opened: Line | None) -> None:
+        """Keep a new line for the next call; if there is none, leave the server in peace for a while."""
+        if opened is None:
+            self._next_try_s = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+        elif self._is_closed:
+            opened.close()
+        else:
+            self._retry_s = _FIRST_RETRY_S
+            self._idle.append(opened)
 
 
 class _LentLine:
@@ -231,9 +222,8 @@ class _LentLine:
         is_in_order: Whether the next call can be made on it.
     """
 
-    def __init__(self, open_line: OpenLine) -> None:
-        self.open_line = open_line
-        self.line = open_line.line
+    def __init__(self, line: Line) -> None:
+        self.line = line
         self.is_in_order = False
 
     def call(self, method: Method, message: bytes, timeout_s: float) -> Reply:
@@ -263,8 +253,7 @@ class _LentLine:
         return received, source.ledger
 
     def _begin(self, method: Method, message: bytes, timeout_s: float) -> None:
-        head = CallHead(method, timeout_s, self.open_line.instance, message)
-        self.line.send((FrameKind.CALL, head.pack()))
+        self.line.send((FrameKind.CALL, CallHead(method, timeout_s, message).pack()))
 
 
 class _Sending:

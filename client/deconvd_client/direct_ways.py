@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from deconvd.direct import ANY_INSTANCE, calls_beside
+from deconvd.direct import ANY_INSTANCE, calls_beside, greet
 from deconvd.line import Line
 from deconvd.transport import unix_path
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["Ask", "OpenLine", "TcpWay", "UnixWay", "Way", "way_to"]
+__all__ = ["Ask", "TcpWay", "UnixWay", "Way", "way_to"]
 
 Ask: TypeAlias = Callable[[], pb.GetServerInfoResponse]
 """Asks a server what it is."""
@@ -34,14 +34,6 @@ _HOST_PORT: Final = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class OpenLine:
-    """A line, and the id of the server that is meant to be at its other end."""
-
-    line: Line
-    instance: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class UnixWay:
     """By the Unix socket beside a server's own, on this host.
 
@@ -52,7 +44,7 @@ class UnixWay:
     path: str
     is_quick = True
 
-    def open(self, _ask: Ask) -> OpenLine:
+    def open(self, _ask: Ask) -> Line:
         """Return a new line. Raises OSError if the server opens none."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -65,7 +57,7 @@ class UnixWay:
         except BaseException:
             connection.close()
             raise
-        return OpenLine(Line(connection), ANY_INSTANCE)
+        return _greeted(connection, ANY_INSTANCE, _UNIX_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +71,7 @@ class TcpWay:
     host: str
     is_quick = False
 
-    def open(self, ask: Ask) -> OpenLine:
+    def open(self, ask: Ask) -> Line:
         """Return a new line.
 
         Raises:
@@ -90,7 +82,19 @@ class TcpWay:
         if not info.direct_port:
             raise ConnectionRefusedError("the server takes no direct calls over TCP")
         connection = socket.create_connection((self.host, info.direct_port), _TCP_S)
-        return OpenLine(Line(connection), bytes.fromhex(info.instance_id))
+        return _greeted(connection, bytes.fromhex(info.instance_id), _TCP_S)
+
+
+def _greeted(connection: socket.socket, instance: bytes, timeout_s: float) -> Line:
+    """Return a line to a server that has said that it is the one. Raises LineBrokenError otherwise."""
+    line = Line(connection)
+    line.set_deadline(timeout_s)
+    try:
+        greet(line, instance)
+    except BaseException:
+        line.close()
+        raise
+    return line
 
 
 def _timeval(seconds: float) -> bytes:

@@ -4,21 +4,22 @@ A server that listens for gRPC listens for direct calls too: on a Unix socket be
 GetServerInfo tells. A line is a connection to one of them: it carries one call after the other, in frames (see
 `deconvd.line`). The messages are those of the service. All numbers are little-endian.
 
-    client   CALL               "dcd2", method (1 byte), 3 zero bytes, timeout in microseconds (8 bytes), the server's
-                                instance id (16 bytes; zeros for whichever server), then the request's message
+    client   HELLO              "dcd2", and the id of the instance that is meant (16 bytes; zeros for any): once
+             CALL               method (1 byte), 7 zero bytes, timeout in microseconds (8 bytes), the request's message
              ELEMENTS           for a method that streams its request: the next elements, as in Tensor.raw
              MISSING_ELEMENTS   the next elements of what the server found missing
              END                the request is whole
 
-    server   MESSAGE            the response, or a message of a streamed response
+    server   HELLO              "dcd2", and its own id: once
+             MESSAGE            the response, or a message of a streamed response
              ELEMENTS           the next elements
              END                the call has ended well: the ledger (ASCII; as in `deconvd.ledger`)
              FAILED             the call has failed: a google.rpc.Status
 
-Both send at once; the order is that of the stream. A client that closes the line gives its call up. A server that
-closes it has not begun the call, or cannot say what came of it: the client makes it again by gRPC. A server closes a
-line after a call that failed before its request was whole, or that was for another instance, and MAY close one between
-calls.
+Both send at once; the order is that of the stream. A client waits for the greeting before its first call, so as not to
+call a stranger at the port. One that closes the line gives its call up. A server that closes it has not begun the call,
+or cannot say what came of it: the client makes it again by gRPC. A server closes a line that means another instance,
+and after a call that failed before its request was whole, and MAY close one between calls.
 """
 
 from __future__ import annotations
@@ -35,13 +36,23 @@ from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Ahead, Bytes, parsed
 from deconvd.status import error_from_status
 
-__all__ = ["ANY_INSTANCE", "CallHead", "FrameSource", "Method", "calls_beside", "ended"]
+__all__ = [
+    "ANY_INSTANCE",
+    "CallHead",
+    "FrameSource",
+    "Method",
+    "be_greeted",
+    "calls_beside",
+    "ended",
+    "greet",
+]
 
 ANY_INSTANCE: Final = bytes(16)
 """Stands for the id of whichever server it is."""
 
 _MAGIC: Final = b"dcd2"
-_CALL: Final = struct.Struct("<4sB3xQ16s")
+_HELLO: Final = struct.Struct("<4s16s")
+_CALL: Final = struct.Struct("<B7xQ")
 
 _ELEMENTS: Final = (FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS)
 
@@ -63,31 +74,62 @@ class CallHead:
 
     Attributes:
         timeout_s: Seconds that the caller waits.
-        instance: Id of the server that is meant.
         message: The request, or its first message.
     """
 
     method: Method
     timeout_s: float
-    instance: bytes
     message: bytes
 
     def pack(self) -> bytes:
         """Return the payload of its frame."""
         timeout_us = max(int(self.timeout_s * 1e6), 0)
-        return _CALL.pack(_MAGIC, self.method, timeout_us, self.instance) + self.message
+        return _CALL.pack(self.method, timeout_us) + self.message
 
     @classmethod
     def parse(cls, payload: bytes) -> CallHead:
         """Return what a frame's payload says. Raises LineBrokenError if it is no call."""
-        if len(payload) < _CALL.size or not payload.startswith(_MAGIC):
-            raise LineBrokenError(f"a call of {len(payload)} bytes that is of another protocol")
-        _, number, timeout_us, instance = _CALL.unpack_from(payload)
+        if len(payload) < _CALL.size:
+            raise LineBrokenError(f"a call of {len(payload)} bytes, which is none")
+        number, timeout_us = _CALL.unpack_from(payload)
         try:
             method = Method(number)
         except ValueError:
             raise LineBrokenError(f"a call of the unknown method {number}") from None
-        return cls(method, timeout_us / 1e6, instance, payload[_CALL.size :])
+        return cls(method, timeout_us / 1e6, payload[_CALL.size :])
+
+
+def greet(line: Line, instance: bytes) -> None:
+    """Say who is meant at the other end of a new line, and wait for it to say that it is.
+
+    Raises:
+        LineBrokenError: It is another, or says nothing.
+    """
+    _say_hello(line, instance)
+    _hear_hello(line, instance)
+
+
+def be_greeted(line: Line, instance: bytes) -> None:
+    """Wait for a new line's client to say who it means, and say that it is right.
+
+    Raises:
+        LineBrokenError: It means another, or is no such client.
+    """
+    _hear_hello(line, instance)
+    _say_hello(line, instance)
+
+
+def _say_hello(line: Line, instance: bytes) -> None:
+    line.send((FrameKind.HELLO, _HELLO.pack(_MAGIC, instance)))
+
+
+def _hear_hello(line: Line, instance: bytes) -> None:
+    kind, size_bytes = line.receive()
+    if kind is not FrameKind.HELLO or size_bytes != _HELLO.size:
+        raise LineBrokenError(f"{kind.name} of {size_bytes} bytes where there was to be a greeting")
+    magic, meant = _HELLO.unpack(line.receive_payload(size_bytes))
+    if magic != _MAGIC or not (meant == instance or ANY_INSTANCE in (meant, instance)):
+        raise LineBrokenError("a greeting from or to another server")
 
 
 class FrameSource:
@@ -124,8 +166,8 @@ class FrameSource:
         payload = self._line.receive_payload(size_bytes)
         if kind is FrameKind.MESSAGE:
             return parsed(self._part_type, payload)
-        if kind is FrameKind.CALL:
-            raise LineBrokenError("a call begins in the middle of another")
+        if kind in (FrameKind.HELLO, FrameKind.CALL):
+            raise LineBrokenError(f"{kind.name} in the middle of a call")
         self.is_over = True
         self.ledger = ended(kind, payload)
         return None

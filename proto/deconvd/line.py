@@ -45,12 +45,13 @@ _DEAD_AFTER_S: Final = 20
 class FrameKind(IntEnum):
     """What a frame carries."""
 
-    CALL = 1
-    MESSAGE = 2
-    ELEMENTS = 3
-    MISSING_ELEMENTS = 4
-    END = 5
-    FAILED = 6
+    HELLO = 1
+    CALL = 2
+    MESSAGE = 3
+    ELEMENTS = 4
+    MISSING_ELEMENTS = 5
+    END = 6
+    FAILED = 7
 
 
 class LineBrokenError(ConnectionError):

@@ -20,7 +20,7 @@ from typing import Final
 from google.protobuf.message import Message
 
 from deconvd.codec import encode
-from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method
+from deconvd.direct import CallHead, FrameSource, Method, be_greeted
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
 from deconvd.status import told_as_status
@@ -74,7 +74,7 @@ class DirectLine:
         self._line = line
         self._peer = peer
         self._behaviours = behaviours
-        self._instances = {ANY_INSTANCE, instance}
+        self._instance = instance
         self._on_end = on_end
         self._lock = threading.Lock()
         self._state = _State.IDLE
@@ -106,6 +106,7 @@ class DirectLine:
 
     def _serve(self) -> None:
         try:
+            be_greeted(self._line, self._instance)
             while self._serve_one():
                 pass
         except LineBrokenError as error:
@@ -128,8 +129,6 @@ class DirectLine:
             raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
         head = CallHead.parse(self._line.receive_payload(size_bytes))
         self._begin()
-        if head.instance not in self._instances:
-            raise LineBrokenError("another server was called")
         self._answer(head, self._begun_call(head.timeout_s))
         return self._is_idle_again()
 
