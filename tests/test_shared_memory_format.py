@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request, card_id
 
 _REGIONS = st.binary(min_size=16, max_size=16)
 _SIZES = st.integers(0, 2**64 - 1)
@@ -58,3 +58,16 @@ def test_garbage_is_no_request_and_no_reply(packet: bytes) -> None:
 def test_what_is_not_quite_a_request_is_refused(packet: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         Request.parse(packet)
+
+
+@given(
+    uuid=st.binary(min_size=16, max_size=16), behind=st.lists(st.binary(max_size=20), min_size=2)
+)
+def test_all_processes_call_a_card_the_same(uuid: bytes, behind: list[bytes]) -> None:
+    """As CuPy tells a UUID: up to the first zero, and on into what lies behind it where it has none."""
+    ids = {card_id((uuid + after + bytes(1)).split(b"\0")[0]) for after in behind}
+
+    assert len(ids) == 1
+    (card,) = ids
+    asked = Request(Operation.LEND_ON_CARD, 1, card)
+    assert Request.parse(asked.pack()).region == card

@@ -17,6 +17,7 @@ import numpy as np
 from cupy.cuda import runtime
 
 from deconvd.problem import TensorSpec
+from deconvd.shared_memory import card_id
 from deconvd.tensor import Array
 from deconvd_client.asked import Asked, RequestT, ResponseT
 from deconvd_client.nearest import Nearest
@@ -134,11 +135,11 @@ class _Card:
 
     def __init__(self, ordinal: int) -> None:
         self._ordinal = ordinal
-        self._uuid = bytes(runtime.getDeviceProperties(ordinal)["uuid"])
+        self._id = card_id(bytes(runtime.getDeviceProperties(ordinal)["uuid"]))
 
     def borrow(self, link: Link, size_bytes: int) -> Region:
         """Return new memory. See `Place`."""
-        reply = link.borrow_on_card(self._uuid, size_bytes)
+        reply = link.borrow_on_card(self._id, size_bytes)
         try:
             handle = bytes.fromhex(reply.text)
         except ValueError:

@@ -30,6 +30,7 @@ __all__ = [
     "Operation",
     "Reply",
     "Request",
+    "card_id",
     "socket_beside",
 ]
 
@@ -51,7 +52,7 @@ class Operation(IntEnum):
     """To take a region back: no later call may use it. The size is not looked at."""
 
     LEND_ON_CARD = 3
-    """A new region of the given size on the card whose UUID stands in place of a region."""
+    """A new region of the given size on the card whose `card_id` stands in place of a region."""
 
 
 class Answer(IntEnum):
@@ -116,6 +117,15 @@ class Reply:
         answer, size_bytes, region = _fields(packet, exact=False)
         text = packet[_FORMAT.size :].decode(errors="replace")
         return cls(Answer(answer), size_bytes, region, text)
+
+
+def card_id(uuid: bytes) -> bytes:
+    """Return what both ends call a card, given its UUID as CuPy tells it.
+
+    CuPy takes the UUID's 16 bytes for a C string: it ends at the first zero, and where there is none
+    it goes on into whatever lies behind. What it has right is the same in each process.
+    """
+    return uuid[:REGION_NAME_BYTES].ljust(REGION_NAME_BYTES, b"\0")
 
 
 def socket_beside(unix_path: str) -> str:

@@ -75,7 +75,7 @@ class Link:
         """Return what the server says of new memory on a card.
 
         Args:
-            card: Its UUID.
+            card: Its `card_id`.
 
         Raises:
             NotLentError, LinkLostError: As `borrow` does.

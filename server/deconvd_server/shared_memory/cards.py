@@ -80,7 +80,7 @@ class Cards:
     """Memory of cards that is lent. Thread-safe.
 
     Args:
-        engines: By the UUIDs of their cards.
+        engines: By the `card_id`s of their cards.
         limits: How much is lent, on all cards together; what is lent takes of the engine's budget.
     """
 

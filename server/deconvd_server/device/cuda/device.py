@@ -198,7 +198,7 @@ class CudaDevice(CardTensors):
             budget_bytes=self._budget_bytes,
             calls_count=self._limits.lanes_count,
             has_own_memory=True,
-            card=self._card.uuid,
+            card=self._card.id,
         )
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deconvd.errors import ExhaustedError
+from deconvd.shared_memory import card_id
 from deconvd_server.device.faults import DeviceUnavailableError
 
 __all__ = [
@@ -72,7 +73,7 @@ class Card:
         properties = _cuda.getDeviceProperties(ordinal)
         self.name: str = properties["name"].decode()
         self.capability: int = properties["major"] * 10 + properties["minor"]
-        self.uuid: bytes = bytes(properties["uuid"])
+        self.id: bytes = card_id(bytes(properties["uuid"]))
         self.processors_count: int = properties["multiProcessorCount"]
         if self.capability < _OLDEST_CAPABILITY:
             raise DeviceUnavailableError(
