@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ from deconvd_client import Connection
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
 from tests.lines import CLEAN, bad_line
-from tests.processes import peak_memory_bytes, wait_until
+from tests.processes import held_by, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 
 X = np.arange(36, dtype=np.float32).reshape(1, 4, 3, 3)
@@ -637,6 +638,35 @@ def test_idle_lines_make_room_for_others(running: ServerProcess, transport: str)
         first.close()
     with open_line(running, transport) as line:
         assert serves(line)
+
+
+def test_a_server_that_is_short_of_descriptors_takes_lines_again_later(
+    running: ServerProcess,
+) -> None:
+    pid, port = running.process.pid, told_by(running).direct_port
+    with deconvd_client.connect(running.targets[1], transport="tcp") as F:
+        until_direct(F, running, "tcp")
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        held_count = held_by(pid).descriptors_count
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (held_count + 2, limits[1]))
+        with ExitStack() as stack:
+            for _ in range(8):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            wait_until(lambda: "Too many open files" in running.log.read_text())
+            busy_s = _processor_s(pid)
+            time.sleep(0.5)
+            assert _processor_s(pid) < busy_s + 0.2
+            F.deconvolution_2d(X, W)  # the line that it has goes on
+        assert running.log.read_text().count("Too many open files") == 1
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        with deconvd_client.connect(running.target, transport="unix") as other:
+            until_direct(other, running, "unix")
+
+
+def _processor_s(pid: int) -> float:
+    """Return the time that a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:

@@ -25,6 +25,9 @@ _LINES_COUNT: Final = 256
 _ROOM_S: Final = 1.0
 """How long an idle line may take to end, so that another can be taken."""
 
+_PAUSE_S: Final = 0.1
+"""How long no line is taken after one could not be."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +58,7 @@ class DirectServer:
         self._lock = threading.Lock()
         self._lines: dict[int, DirectLine] = {}  # by descriptor
         self._is_withdrawn = False
+        self._is_short = False  # of descriptors or threads
         self._side = side
         all_listeners = [*listeners, *([] if side is None else [side.socket])]
         self._listeners = {listener.fileno(): listener for listener in all_listeners}
@@ -122,9 +126,27 @@ class DirectServer:
     def _accept(self, listener: socket.socket) -> None:
         try:
             connection, address = listener.accept()
-        except OSError as error:  # the client has gone, or there are no descriptors left
-            _log.warning("a direct line was not taken: %s", error)
+        except BlockingIOError:  # the client has gone again
             return
+        except OSError as error:  # there are no descriptors left
+            self._pause(error)
+            return
+        try:
+            self._take(connection, address)
+        except (OSError, RuntimeError) as error:  # or no threads
+            connection.close()
+            self._pause(error)
+        else:
+            self._is_short = False
+
+    def _pause(self, error: Exception) -> None:
+        """Wait a moment before the next line is taken, and say why once: what is short may be for long."""
+        if not self._is_short:
+            _log.warning("direct lines are not taken for now: %s", error)
+        self._is_short = True
+        select.select([self._wake_receiver], [], [], _PAUSE_S)
+
+    def _take(self, connection: socket.socket, address: Any) -> None:
         peer, is_welcome = self._judged(connection, address)
         self._make_room()
         with self._lock:
@@ -136,9 +158,9 @@ class DirectServer:
             line = DirectLine(
                 Line(connection), peer, self._behaviours, self._instance, self._forget
             )
-            self._lines[line.descriptor] = line
             self._events.register(line.descriptor, select.EPOLLRDHUP)
             line.thread.start()
+            self._lines[line.descriptor] = line
 
     def _judged(self, connection: socket.socket, address: Any) -> tuple[str, bool]:
         """Return who has connected, for the log, and whether to serve it."""

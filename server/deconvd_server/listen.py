@@ -87,7 +87,8 @@ def listen_beside(addresses: Iterable[str], port: int) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else str(error)  # getaddrinfo's are negative
         raise AddressInUseError(
             errno.EADDRINUSE, f"cannot listen for direct calls: {reason}", f"port {port}"
         ) from error
