@@ -20,8 +20,8 @@ __all__ = ["deconvolve", "differentiate"]
 _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 """Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
 
-_MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES // 4
-"""Operands and results together, of a direct call in one message: copies of so little cost nothing."""
+_MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES - (16 << 10)
+"""Operands and results together, of a direct call in one message: to copy so little costs less than a stream."""
 
 
 def deconvolve(

@@ -30,6 +30,9 @@ _LAST_RETRY_S: Final = 80.0
 _PATIENCE_S: Final = 0.1
 """How long calls wait for a line that is being opened before they go by gRPC."""
 
+_HEAD_BYTES: Final = 1024
+"""More than a call has beside its message."""
+
 _IDLE_COUNT: Final = 16
 """Lines that are kept for later calls."""
 
@@ -107,7 +110,7 @@ class DirectLines:
             DeadlineError: There was no answer in time.
             CallCancelledError: `close` was called meanwhile.
         """
-        if len(message) > MAX_MESSAGE_BYTES // 2:
+        if len(message) > MAX_MESSAGE_BYTES - _HEAD_BYTES:
             raise NoLineError
         with self._line(timeout_s) as lent:
             return lent.call(method, message, timeout_s)
