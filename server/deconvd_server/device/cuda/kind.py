@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
 from deconvd.problem import TensorSpec
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.frame import Frame
+from deconvd_server.device.cuda.graphs import Graphs
 from deconvd_server.device.cuda.job import Job
 from deconvd_server.device.cuda.memory import Region
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
@@ -17,12 +17,6 @@ from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream, copy
 __all__ = ["Kind", "addresses", "spec_to_place"]
 
 _log = logging.getLogger(__name__)
-
-_WARM_RUNS = 1
-"""Calls of a kind before it is captured: what comes once is not worth it."""
-
-_GRAPHS_COUNT = 16
-"""Graphs of a kind that are kept: each client has its own places, and takes turns with a few of them."""
 
 
 class Kind:
@@ -57,7 +51,7 @@ class Kind:
             [*map(spec_to_place, results, results_at)],
             job.workspace_bytes,
         )
-        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._graphs: Graphs[Graph] = Graphs()
 
     def enqueue(self, base: int, stream: int) -> None:
         """Enqueue all work between upload and download on a stream.
@@ -83,29 +77,12 @@ class Kind:
             work: Always does the same where `at` is the same.
             at: The addresses that it is bound to, where those change from call to call.
         """
-        captured = self._graphs.pop(at, None) or _Captured()
-        self._graphs[at] = captured
-        if len(self._graphs) > _GRAPHS_COUNT:
-            self._graphs.popitem(last=False)
-        captured.launch(stream, work)
-
-
-class _Captured:
-    """Work that is always the same."""
-
-    def __init__(self) -> None:
-        self._runs_count = 0
-        self._graph: Graph | None = None
-
-    def launch(self, stream: Stream, work: Callable[[], None]) -> None:
-        """Do it: as a graph, once it comes again."""
-        self._runs_count += 1
-        if self._runs_count == _WARM_RUNS + 1:
-            self._graph = _captured(stream, work)
-        if self._graph is None:
-            work()
-        else:
-            self._graph.launch(stream.pointer)
+        self._graphs.run(
+            at,
+            work,
+            capture=lambda: _captured(stream, work),
+            replay=lambda graph: graph.launch(stream.pointer),
+        )
 
 
 def _captured(stream: Stream, work: Callable[[], None]) -> Graph | None:

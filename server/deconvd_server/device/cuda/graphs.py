@@ -1,0 +1,89 @@
+"""Which work is captured as a graph, and which graphs are kept: decided here, done elsewhere."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Final, Generic, TypeVar
+
+__all__ = ["Graphs"]
+
+_T = TypeVar("_T")
+
+_WARM_RUNS: Final = 1
+"""Runs of some work before it is captured: what comes once is not worth it."""
+
+_LIMIT_COUNT: Final = 16
+"""Graphs that are kept: each client has its own places, and takes turns with a few of them."""
+
+_UNUSED_RUNS: Final = 32 * _LIMIT_COUNT
+"""Runs after which what has not come again makes room."""
+
+
+class Graphs(Generic[_T]):
+    """Work that differs only in the places that it is bound to, each captured once it comes again.
+
+    Where there are more places than graphs can be kept for, some have graphs and the others none: to
+    capture a graph costs as much as many runs without one, so none gives way to what may not come
+    again either.
+    """
+
+    def __init__(self) -> None:
+        self._runs_count = 0
+        self._places: OrderedDict[Hashable, _Place[_T]] = OrderedDict()
+
+    def run(
+        self,
+        at: Hashable,
+        work: Callable[[], None],
+        capture: Callable[[], _T | None],
+        replay: Callable[[_T], None],
+    ) -> None:
+        """Do some work.
+
+        Args:
+            at: The places that it is bound to.
+            work: Does it.
+            capture: Returns it as a graph, without doing it; None if no graph can hold it.
+            replay: Does it by its graph.
+        """
+        self._runs_count += 1
+        place = self._place(at)
+        if place is None:
+            work()
+            return
+        place.last_run = self._runs_count
+        place.runs_count += 1
+        if place.runs_count == _WARM_RUNS + 1:
+            place.graph = capture()
+        if place.graph is None:
+            work()
+        else:
+            replay(place.graph)
+
+    def _place(self, at: Hashable) -> _Place[_T] | None:
+        """Return what is known of some places; None if there is no room to know anything."""
+        place = self._places.get(at)
+        if place is None:
+            if len(self._places) >= _LIMIT_COUNT and not self._has_made_room():
+                return None
+            place = self._places[at] = _Place()
+        self._places.move_to_end(at)
+        return place
+
+    def _has_made_room(self) -> bool:
+        """Forget the places that were used longest ago, if that is long."""
+        at, oldest = next(iter(self._places.items()))
+        if self._runs_count - oldest.last_run < _UNUSED_RUNS:
+            return False
+        del self._places[at]
+        return True
+
+
+class _Place(Generic[_T]):
+    """Places that work was bound to, and its graph once it has one."""
+
+    def __init__(self) -> None:
+        self.runs_count = 0
+        self.last_run = 0
+        self.graph: _T | None = None

@@ -1,0 +1,73 @@
+"""Work is captured once it comes again, and graphs are kept for as many places as there is room."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from deconvd_server.device.cuda.graphs import Graphs
+
+
+class Card:
+    """Notes how work was done, by the place that it was bound to."""
+
+    def __init__(self, *, can_capture: bool = True) -> None:
+        self.graphs: Graphs[str] = Graphs()
+        self.done: list[str] = []
+        self.captured: list[object] = []
+        self._can_capture = can_capture
+
+    def run(self, at: object) -> None:
+        """Do the work at a place."""
+
+        def capture() -> str | None:
+            self.captured.append(at)
+            return f"graph of {at}" if self._can_capture else None
+
+        self.graphs.run(at, lambda: self.done.append(f"work at {at}"), capture, self.done.append)
+
+
+def test_work_is_captured_when_it_comes_again_and_replayed_from_then_on() -> None:
+    card = Card()
+    for at in (1, 2, 1, 1, 2):
+        card.run(at)
+
+    assert card.done == ["work at 1", "work at 2", "graph of 1", "graph of 1", "graph of 2"]
+    assert card.captured == [1, 2]
+
+
+def test_what_no_graph_can_hold_is_tried_once() -> None:
+    card = Card(can_capture=False)
+    for _ in range(5):
+        card.run(1)
+
+    assert card.done == ["work at 1"] * 5
+    assert card.captured == [1]
+
+
+@pytest.mark.parametrize("order", ["in turn", "at random"])
+@pytest.mark.parametrize("places_count", [4, 16, 17, 64])
+def test_more_places_than_graphs_make_no_graph_give_way_to_another(
+    places_count: int, order: str
+) -> None:
+    card, generator = Card(), random.Random(0)
+    for i in range(4000):
+        card.run(i % places_count if order == "in turn" else generator.randrange(places_count))
+
+    replayed_count = sum(done.startswith("graph") for done in card.done)
+    assert replayed_count > 0.8 * 4000 * min(16 / places_count, 1)
+    # at random some place may be unlucky for long, and another take its room
+    assert len(card.captured) <= (min(places_count, 16) if order == "in turn" else 40)
+
+
+def test_places_that_come_no_more_make_room() -> None:
+    card = Card()
+    for epoch in range(5):  # as when what is registered changes: all addresses are others
+        for _ in range(100):
+            for place in range(8):
+                card.run((epoch, place))
+
+    captured = [place for place in card.captured if isinstance(place, tuple)]
+    assert Counter(epoch for epoch, _ in captured) == dict.fromkeys(range(5), 8)
