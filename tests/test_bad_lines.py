@@ -23,6 +23,8 @@ SMALL = rng.integers(-3, 4, (2, 2, 100, 100)).astype(np.float32)  # goes in one 
 LARGE = rng.integers(-3, 4, (16, 2, 256, 256)).astype(np.float32)  # in a stream
 SIZES = pytest.mark.parametrize("x", [SMALL, LARGE], ids=["message", "stream"])
 WAYS = pytest.mark.parametrize("way", Way, ids=lambda way: way.name.lower())
+CUTS = pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
+PARTS = pytest.mark.parametrize("part", [0.0, 1e-4, 0.5, 0.9999], ids=lambda part: f"at-{part}")
 TWICE = 2 * np.eye(2, dtype=np.float32)[:, :, None, None]
 STREAMS_COUNT = 32
 """As many as the server lets run and wait."""
@@ -111,10 +113,10 @@ def assert_all_right(F: Connection, x: Array) -> None:
     np.testing.assert_array_equal(gb, flat.sum(axis=1))
 
 
-@pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
+@CUTS
 @WAYS
 @SIZES
-@pytest.mark.parametrize("part", [0.0, 1e-4, 0.5, 0.9999], ids=lambda part: f"at-{part}")
+@PARTS
 def test_a_call_that_is_cut_is_made_again(
     tcp_server: ServerProcess, x: Array, way: Way, fault: Fault, part: float
 ) -> None:
@@ -125,10 +127,10 @@ def test_a_call_that_is_cut_is_made_again(
     assert proxy.faults_count == 1
 
 
-@pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
+@CUTS
 @WAYS
 @SIZES
-@pytest.mark.parametrize("part", [0.0, 1e-4, 0.5, 0.9999], ids=lambda part: f"at-{part}")
+@PARTS
 def test_a_direct_call_that_is_cut_is_made_again(
     tcp_server: ServerProcess, x: Array, way: Way, fault: Fault, part: float
 ) -> None:

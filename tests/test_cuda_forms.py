@@ -32,7 +32,12 @@ class Card:
 
     def __init__(self, limit_bytes: int = 1 << 20) -> None:
         self._next = 256
-        self.memory = DeviceMemory(limit_bytes, self._allocate)
+        self.memory = DeviceMemory(
+            limit_bytes,
+            self._allocate,
+            allocate_to_stay=self._allocate,
+            allocate_to_lend=self._allocate,
+        )
         self.enqueued: list[tuple[int, int, int]] = []
         self.waits_count = 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -34,9 +36,26 @@ class Card:
         return Block(self, size_bytes)
 
 
+def memory_of(allocate: Callable[[int], Any]) -> DeviceMemory:
+    return DeviceMemory(100, allocate, allocate_to_stay=allocate, allocate_to_lend=allocate)
+
+
+def test_what_stays_and_what_others_see_have_allocators_of_their_own() -> None:
+    calls, stays, lent = (Card(100) for _ in range(3))
+    memory = DeviceMemory(
+        100, calls.allocate, allocate_to_stay=stays.allocate, allocate_to_lend=lent.allocate
+    )
+    leases = memory.take_to_stay(20), memory.take_to_lend(30)
+    with memory.take(10):
+        assert (calls.used_bytes, stays.used_bytes, lent.used_bytes) == (10, 20, 30)
+    for lease in leases:
+        lease.free()
+    assert memory.stats.used_bytes == 0
+
+
 def test_a_block_is_given_back_at_the_end_of_its_block() -> None:
     card = Card(100)
-    memory = DeviceMemory(100, card.allocate)
+    memory = memory_of(card.allocate)
     with memory.take(60) as pointer, memory.take(40):
         assert pointer == 4096
         assert memory.stats.used_bytes == card.used_bytes == 100
@@ -46,7 +65,7 @@ def test_a_block_is_given_back_at_the_end_of_its_block() -> None:
 
 def test_what_exceeds_the_limit_is_refused_before_anything_is_allocated() -> None:
     card = Card(1000)
-    memory = DeviceMemory(100, card.allocate)
+    memory = memory_of(card.allocate)
     with memory.take(60):
         with pytest.raises(ExhaustedError, match=r"41 bytes.* 40 of 100 are free"), memory.take(41):
             pass
@@ -58,7 +77,7 @@ def test_what_exceeds_the_limit_is_refused_before_anything_is_allocated() -> Non
 
 def test_a_card_without_memory_fails_that_call_alone() -> None:
     card = Card(50)
-    memory = DeviceMemory(100, card.allocate)
+    memory = memory_of(card.allocate)
     with pytest.raises(ExhaustedError, match="out of memory allocating 60"), memory.take(60):
         pass
     with memory.take(50):
@@ -67,7 +86,7 @@ def test_a_card_without_memory_fails_that_call_alone() -> None:
 
 def test_a_call_that_fails_gives_its_block_back() -> None:
     card = Card(100)
-    memory = DeviceMemory(100, card.allocate)
+    memory = memory_of(card.allocate)
     with pytest.raises(KeyError), memory.take(60):
         raise KeyError("the call failed")
     assert memory.stats.used_bytes == card.used_bytes == 0
@@ -79,7 +98,7 @@ def test_threads_never_take_more_than_the_limit() -> None:
     class Counted:
         ptr = 0
 
-    memory = DeviceMemory(100, lambda _: Counted())
+    memory = memory_of(lambda _: Counted())
 
     def work(thread: int) -> int:
         nonlocal taken, most

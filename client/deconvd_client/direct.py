@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -250,16 +250,22 @@ class _LentLine:
         assert isinstance(first, Message)
         self._begin(talk.method, first.SerializeToString(), timeout_s)
         source = FrameSource(self.line, talk.response_type)
-        with _Sending(self.line, talk.parts, at_once=talk.at_once):
+        with self._sending(talk):
             received = talk.receive(source)
         self.is_in_order = source.is_over
         return received, source.ledger
+
+    def _sending(self, talk: Conversation[_T]) -> AbstractContextManager[None]:
+        """Send the rest of a request, if its method has one, while the block receives the response."""
+        if not talk.method.streams_request:
+            return nullcontext()
+        return _Sending(self.line, talk.parts, at_once=talk.at_once)
 
     def _begin(self, method: Method, message: bytes, timeout_s: float) -> None:
         self.line.send((FrameKind.CALL, CallHead(method, timeout_s, message).pack()))
 
 
-class _Sending:
+class _Sending(AbstractContextManager[None]):
     """Sends the parts of a request while a block receives the response: before it, or beside it.
 
     If either fails the line is broken, so that the other ends too. That it broke while sending is

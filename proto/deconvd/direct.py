@@ -8,7 +8,7 @@ GetServerInfo tells. A line is a connection to one of them: it carries one call 
              CALL               method (1 byte), 7 zero bytes, timeout in microseconds (8 bytes), the request's message
              ELEMENTS           for a method that streams its request: the next elements, as in Tensor.raw
              MISSING_ELEMENTS   the next elements of what the server found missing
-             END                the request is whole
+             END                for such a method: the request is whole
 
     server   HELLO              "dcd2", and its own id: once
              MESSAGE            the response, or a message of a streamed response
@@ -66,6 +66,11 @@ class Method(IntEnum):
     DeconvolveGradStream = 4
     PutTensor = 5
     GetTensor = 6
+
+    @property
+    def streams_request(self) -> bool:
+        """Whether its request has parts beyond the first message, and an end."""
+        return self in (Method.DeconvolveStream, Method.DeconvolveGradStream, Method.PutTensor)
 
 
 @dataclass(frozen=True, slots=True)

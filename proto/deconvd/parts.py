@@ -152,7 +152,7 @@ class PartReader(Generic[_PartT]):
         if part is None or part.WhichOneof("part") != "missing":
             return ()
         self._peeked = None
-        fields: Sequence[str] = part.missing.fields  # type: ignore[attr-defined]  # as above
+        fields: Sequence[str] = part.missing.fields  # type: ignore[attr-defined]  # whose field it is
         return fields
 
     def _peek(self) -> _PartT | None:

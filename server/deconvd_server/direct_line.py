@@ -159,8 +159,7 @@ class DirectLine:
     def _answer(self, head: CallHead, call: Call) -> None:
         behaviour = self._behaviours[head.method]
         source = FrameSource(self._line, behaviour.request_type, head.message)
-        if isinstance(behaviour, Unary | Source):
-            source.is_over = True
+        source.is_over = not head.method.streams_request
         _log.debug("%s from %s: begun", behaviour.name, self._peer)
         try:
             self._respond(behaviour, head.message, source, call)

@@ -132,8 +132,8 @@ class CudaDevice(CardTensors):
             self.memory = DeviceMemory(
                 self._budget_bytes,
                 self._pool.take,
-                self._pool.take_to_stay,
-                self._pool.take_to_lend,
+                allocate_to_stay=self._pool.take_to_stay,
+                allocate_to_lend=self._pool.take_to_lend,
             )
             self._open_lanes()
             self._candidates = Candidates(self._cudnn)

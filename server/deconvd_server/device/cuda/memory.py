@@ -72,21 +72,23 @@ class DeviceMemory:
         limit_bytes: What all blocks may take together.
         allocate: Returns a block of so many bytes, given back once it is collected; raises
             MemoryError if there is none.
-        allocate_to_stay: The same, for blocks that stay for long; by default `allocate`.
-        allocate_to_lend: The same, for blocks that other processes see; by default `allocate`.
+        allocate_to_stay: The same, for blocks that stay for long.
+        allocate_to_lend: The same, for blocks that other processes see: all zeros, and with nothing
+            of others beside them.
     """
 
     def __init__(
         self,
         limit_bytes: int,
         allocate: Callable[[int], _Block],
-        allocate_to_stay: Callable[[int], _Block] | None = None,
-        allocate_to_lend: Callable[[int], _Block] | None = None,
+        *,
+        allocate_to_stay: Callable[[int], _Block],
+        allocate_to_lend: Callable[[int], _Block],
     ) -> None:
         self._limit_bytes = limit_bytes
         self._allocate = allocate
-        self._allocate_to_stay = allocate_to_stay or allocate
-        self._allocate_to_lend = allocate_to_lend or allocate
+        self._allocate_to_stay = allocate_to_stay
+        self._allocate_to_lend = allocate_to_lend
         self._lock = threading.Lock()
         self._used_bytes = 0
         self._peak_bytes = 0
