@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from deconvd import copying
 from deconvd.copying import copy_into
 
 _MIB = 1 << 20
@@ -34,6 +36,47 @@ def test_byte_order_and_strides_of_the_source_may_be_any() -> None:
     copy_into(target, source)
 
     np.testing.assert_array_equal(target, source)
+
+
+@pytest.mark.parametrize("processors_count", [1, 8])
+@pytest.mark.parametrize(
+    "shape",
+    [(), (0, 3), (1000,), (5 * _MIB,), (40, 3, 333, 99), (3, 1, 2 * _MIB + 7), (1, 9999, 700)],
+)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_is_told_of_is_there(
+    monkeypatch: pytest.MonkeyPatch, processors_count: int, shape: tuple[int, ...], order: str
+) -> None:
+    monkeypatch.setattr(copying, "processors_count", lambda: processors_count)
+    source = np.random.default_rng(0).random(shape, np.float32)
+    source = np.asfortranarray(source) if order == "F" else source
+    target = np.full(shape, -1, np.float32)
+    told: list[int] = []
+
+    def check(done_bytes: int) -> None:
+        told.append(done_bytes)
+        count = done_bytes // 4
+        np.testing.assert_array_equal(target.ravel()[:count], source.ravel()[:count])
+
+    copy_into(target, source, check)
+
+    assert told == sorted(set(told))
+    assert told[-1] == target.nbytes
+
+
+def test_an_interrupted_copy_touches_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "processors_count", lambda: 8)
+    source, target = np.ones(64 * _MIB, np.float32), np.zeros(64 * _MIB, np.float32)
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy_into(target, source, interrupt)
+
+    target[:] = 0
+    time.sleep(0.05)
+    assert not target.any()
 
 
 def test_threads_may_copy_at_once() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,78 +22,159 @@ _MAX_THREADS_COUNT: Final = 8
 """One moves 7 to 11 GB/s; beyond this many, the memory's own speed is the limit."""
 
 
-def copy_into(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+def copy_into(
+    target: npt.NDArray[Any],
+    source: npt.NDArray[Any],
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
     """Copy `source` into `target`, of the same shape and, up to byte order, the same type.
 
-    They must not overlap. numpy releases the interpreter's lock for each piece.
+    They must not overlap. numpy releases the interpreter's lock for each piece. An interrupt, or an
+    error of `on_progress`, is raised once all has been copied.
+
+    Args:
+        on_progress: Told now and then how many bytes of `target`, from its begin, are there: ever
+            more of them, and all at the end. It may be called in any thread, by one at a time.
     """
     pieces_count = target.nbytes // _PIECE_BYTES
     threads_count = min(pieces_count, _threads_count())
-    if threads_count < 2:
+    if pieces_count < 2 or (threads_count < 2 and on_progress is None):
         np.copyto(target, source)
+        if on_progress is not None:
+            on_progress(target.nbytes)
         return
-    pieces = _pieces(target, source, pieces_count)
-    others = [_pool.get().submit(_copy_all, pieces) for _ in range(threads_count - 1)]
-    _copy_all(pieces)
-    for other in others:
-        other.result()
+    copy = _Copy(target, source, pieces_count, on_progress)
+    _helpers.help(copy, threads_count - 1)
+    copy.finish()
 
 
-class _Pieces(NamedTuple):
-    """Two arrays and the pieces of one axis that are still to be copied.
+class _Copy:
+    """Two arrays, and the pieces of one axis that are copied by whoever has time."""
 
-    Attributes:
-        before: Selects all of each axis before that one.
+    def __init__(
+        self,
+        target: npt.NDArray[Any],
+        source: npt.NDArray[Any],
+        count: int,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        if target.flags.c_contiguous and source.flags.c_contiguous:
+            target, source = target.reshape(-1), source.reshape(-1)
+        axis = int(np.argmax(target.shape))
+        extent = target.shape[axis]
+        self._length = -(-extent // count)
+        self._target, self._source = target, source
+        self._before = (slice(None),) * axis
+        self._progress = on_progress and _Progress(on_progress, target, axis, self._length)
+        begins = range(0, extent, self._length)
+        # one thread alone gets each of their numbers, whichever threads ask
+        self._begins = iter(begins)
+        self._ends = iter(range(len(begins), 0, -1))
+        self._is_done = threading.Lock()
+        self._is_done.acquire()
+        self._errors: list[BaseException] = []
+
+    def help(self) -> None:
+        """Copy pieces until none is left that nobody has begun."""
+        for begin in self._begins:
+            try:
+                self._copy_piece(begin)
+            except BaseException as error:
+                self._errors.append(error)
+            self._end_piece()
+
+    def finish(self) -> None:
+        """Copy pieces, and return once all are copied. Raises the first error that any thread met."""
+        self.help()
+        self._is_done.acquire()
+        if self._errors:
+            first, *_ = self._errors
+            self._errors.clear()  # an error holds this frame, which must hold no error
+            try:
+                raise first
+            finally:
+                del first
+
+    def _copy_piece(self, begin: int) -> None:
+        piece = (*self._before, slice(begin, begin + self._length))
+        np.copyto(self._target[piece], self._source[piece])
+        if self._progress is not None:
+            self._progress.add(begin)
+
+    def _end_piece(self) -> None:
+        if next(self._ends) == 1:
+            self._is_done.release()
+
+
+class _Progress:
+    """How far a copy is, whose pieces are copied in any order.
+
+    Args:
+        tell: See `copy_into`.
+        axis: Of the pieces.
         length: Of a piece along the axis.
     """
 
-    target: npt.NDArray[Any]
-    source: npt.NDArray[Any]
-    before: tuple[slice, ...]
-    length: int
-    begins: Iterator[int]
+    def __init__(
+        self, tell: Callable[[int], None], target: npt.NDArray[Any], axis: int, length: int
+    ) -> None:
+        self._tell = tell
+        self._is_in_order = target.flags.c_contiguous and axis == 0
+        self._row_bytes = target.nbytes // target.shape[axis]
+        self._extent, self._length = target.shape[axis], length
+        self._lock = threading.Lock()
+        self._end = 0  # of the pieces in front, without a gap
+        self._ahead: set[int] = set()  # begins of the pieces behind a gap
 
-
-def _copy_all(pieces: _Pieces) -> None:
-    """Copy pieces until none is left, beside other threads that do the same."""
-    for begin in pieces.begins:  # a range's iterator gives each number once, whichever thread asks
-        piece = (*pieces.before, slice(begin, begin + pieces.length))
-        np.copyto(pieces.target[piece], pieces.source[piece])
-
-
-def _pieces(target: npt.NDArray[Any], source: npt.NDArray[Any], count: int) -> _Pieces:
-    """Return about as many pieces: along all elements where both arrays allow it, else the longest axis."""
-    if target.flags.c_contiguous and source.flags.c_contiguous:
-        target, source = target.reshape(-1), source.reshape(-1)
-    axis = int(np.argmax(target.shape))
-    extent = target.shape[axis]
-    length = -(-extent // count)
-    return _Pieces(target, source, (slice(None),) * axis, length, iter(range(0, extent, length)))
+    def add(self, begin: int) -> None:
+        """Note that a piece was copied."""
+        with self._lock:
+            self._ahead.add(begin)
+            if begin != self._end:
+                return
+            while self._end in self._ahead:
+                self._ahead.remove(self._end)
+                self._end = min(self._end + self._length, self._extent)
+            if self._is_in_order or self._end == self._extent:
+                self._tell(self._end * self._row_bytes)
 
 
 def _threads_count() -> int:
     return min(processors_count(), _MAX_THREADS_COUNT)
 
 
-class _Pool:
-    """Threads that copy, started at the first need, and anew in a child process."""
+class _Helpers:
+    """Threads that help to copy, started at the first need, and anew in a child process."""
 
     def __init__(self) -> None:
+        call_in_forked_children(self._begin)
+        self._begin()
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        call_in_forked_children(self.forget)
+        self._count = 0
+        self._waiting: SimpleQueue[_Copy] = SimpleQueue()
 
-    def get(self) -> ThreadPoolExecutor:
-        """Return the threads."""
-        with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(_MAX_THREADS_COUNT - 1, "copy")
-            return self._executor
+    def help(self, copy: _Copy, count: int) -> None:
+        """Have so many of them help as soon as they can. They do not keep the process alive."""
+        for _ in range(min(count, self._started(count))):
+            self._waiting.put(copy)
 
-    def forget(self) -> None:
-        """Start over: a forked child has none of its parent's threads."""
-        self._lock = threading.Lock()
-        self._executor = None
+    def _started(self, count: int) -> int:
+        """Start threads until there are so many; return how many there are."""
+        with self._lock, suppress(RuntimeError):  # if the system has no more, fewer help
+            while self._count < count:
+                name = f"copy {self._count}"
+                threading.Thread(
+                    target=_serve, args=(self._waiting,), name=name, daemon=True
+                ).start()
+                self._count += 1
+        return self._count
 
 
-_pool = _Pool()
+def _serve(waiting: SimpleQueue[_Copy]) -> None:
+    while True:
+        waiting.get().help()  # without a name, which would keep the arrays until the next
+
+
+_helpers = _Helpers()
