@@ -30,6 +30,7 @@ from benchmarks.floor import card_name, floor_ms
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.stock import StockCall, stock_operator, stock_service
 from deconvd.dtypes import DType
+from deconvd.ledger import FOLLOW_ENTRY
 from deconvd.tensor import Array
 from deconvd_client import Connection
 from examples.local_server import local_server
@@ -41,6 +42,9 @@ _LAYERS = (
     "tiny 8-4 8 k4 s2",
 )
 _CLIENTS_COUNTS = (1, 2, 4, 8, 16)
+_OTHER_ENTRIES = ("server_us", FOLLOW_ENTRY)
+"""Of a ledger: all stages together, and a part of one of them."""
+
 _WARM_UPS = 2
 _LEAST_CALLS = 3
 _LATENCY_S = 1.5
@@ -221,7 +225,7 @@ def _stages_ms(ledger: Mapping[str, int], total_ms: float) -> dict[str, float]:
     stages = {
         name.removesuffix("_us"): value / 1e3
         for name, value in ledger.items()
-        if name != "server_us"  # it spans the others
+        if name not in _OTHER_ENTRIES
     }
     return stages | {"rest": max(total_ms - sum(stages.values()), 0.0)}
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +16,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from deconvd.direct import tell_written
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
+from deconvd.line import Line, LineBrokenError
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
+from deconvd_server import writing
 from deconvd_server.call import Call
 from deconvd_server.device import GradientPlaces
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.writing import LateError, Writing
 from tests import definition
 from tests.golden import GoldenCase, golden_cases, tolerance
 
@@ -254,6 +261,10 @@ def registered(cuda: CudaDevice) -> Iterator[Array]:
     undo()
 
 
+def view_of(memory: Array, begin: int, spec: TensorSpec) -> Array:
+    return memory[begin : begin + spec.nbytes].view(spec.dtype).reshape(spec.shape)
+
+
 @pytest.mark.parametrize("n", [1, 2, 24], ids=["mirrored", "small", "large"])
 @pytest.mark.parametrize("where", range(8))
 def test_registered_arrays_give_the_same_bits(
@@ -318,7 +329,7 @@ def test_a_large_call_of_registered_arrays_is_computed_in_parts_of_its_samples(
 def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
     cuda: CudaDevice, registered: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captured for some places, and then with other elements there, elsewhere, and with W outside."""
+    """Captured once, and then with other elements there, elsewhere, and with W outside."""
     graphs: list[Graph] = []
     capture = Stream.capture
 
@@ -326,15 +337,13 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
         graphs.append(capture(stream, work))
         return graphs[-1]
 
-    problem = layer(np.dtype(np.float32), n=24, ins=32, outs=32, image=64)
-    options, size = Options(cudnn_deterministic=True), problem.x.nbytes
-    xs = [
-        registered[begin : begin + size].view(np.float32).reshape(problem.x.shape)
-        for begin in (0, size)
-    ]
-    y = registered[-problem.y.nbytes :].view(np.float32).reshape(problem.y.shape)
-    for seed in range(8):
-        x = xs[seed // 2 % 2]
+    problem = layer(np.dtype(np.float32), n=16, ins=32, outs=32, image=64)
+    options = Options(cudnn_deterministic=True)
+    xs = [view_of(registered, begin, problem.x) for begin in (0, problem.x.nbytes + 512)]
+    end = registered.size - problem.y.nbytes
+    ys = [view_of(registered, begin, problem.y) for begin in (end, end - (16 << 20))]
+    for seed in range(12):
+        x, y = xs[seed // 2 % 2], ys[seed // 3 % 2]
         x[...], W = random_array(problem.x, seed), random_array(problem.W, seed)
         y[...] = np.nan
         call = Call()
@@ -343,12 +352,173 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
             noting.setattr(Stream, "capture", noted)
             cuda.deconvolve(problem, x, W, None, options, call, y)
 
-        alone = cuda.deconvolve(replace_batch(problem, 3), x[-3:].copy(), W, None, options, Call())
-        np.testing.assert_array_equal(y[-3:], alone)
+        for part in (slice(2), slice(-2, None)):
+            alone = cuda.deconvolve(
+                replace_batch(problem, 2), x[part].copy(), W, None, options, Call()
+            )
+            np.testing.assert_array_equal(y[part], alone)
         assert not np.isnan(y).any()
         ((_, ledger),) = call.ledger.as_metadata()
         assert all(f"{stage}_us=" in ledger for stage in ("upload", "compute", "download"))
-    assert len(graphs) == len(xs)
+    assert len(graphs) == 1
+
+
+def test_a_graph_follows_memory_that_is_registered_anew(cuda: CudaDevice) -> None:
+    problem = layer(np.dtype(np.float32), n=24, ins=32, outs=32, image=64)
+    W, options = random_array(problem.W), Options(cudnn_deterministic=True)
+    memory = np.frombuffer(mmap.mmap(-1, problem.x.nbytes + problem.y.nbytes), np.uint8)
+    x, y = view_of(memory, 0, problem.x), view_of(memory, problem.x.nbytes, problem.y)
+    for seed in range(4):
+        undo = cuda.register(memory.ctypes.data, memory.size)
+        for again in range(3):
+            x[...], y[...] = random_array(problem.x, 10 * seed + again), np.nan
+            cuda.deconvolve(problem, x, W, None, options, Call(), y)
+            alone = cuda.deconvolve(
+                replace_batch(problem, 3), x[-3:].copy(), W, None, options, Call()
+            )
+            np.testing.assert_array_equal(y[-3:], alone)
+            assert not np.isnan(y).any()
+        undo()
+
+
+def test_operands_that_overlap_are_read_where_they_are(cuda: CudaDevice, registered: Array) -> None:
+    """Whatever is captured for one call must not take W's copy for a part of x, or the other way round."""
+    problem = Problem(
+        TensorSpec((64, 32, 32, 32), np.dtype(np.float32)),
+        TensorSpec((32, 32, 3, 3), np.dtype(np.float32)),
+        Geometry(),
+    )
+    options = Options(cudnn_deterministic=True)
+    x, y = view_of(registered, 0, problem.x), view_of(registered, 32 << 20, problem.y)
+    x[...] = random_array(problem.x)
+    Ws = [view_of(registered, begin, problem.W) for begin in (0, 4096, x.nbytes, 4096, 0)]
+    Ws[2][...] = random_array(problem.W, 1)
+    for W in (W for W in Ws for _ in range(3)):
+        y[...] = np.nan
+        cuda.deconvolve(problem, x, W, None, options, Call(), y)
+        part = replace_batch(problem, 16)
+        alone = cuda.deconvolve(part, x[:16].copy(), W.copy(), None, options, Call())
+        np.testing.assert_array_equal(y[:16], alone)
+
+
+def write(client: Line, x: Array, source: Array, steps_count: int) -> None:
+    """Write x in steps, and tell of each."""
+    step = len(x) // steps_count
+    for end in range(step, len(x) + 1, step):
+        x[end - step : end] = source[end - step : end]
+        tell_written(client, x[:end].nbytes)
+
+
+class TestEarlyCalls:
+    """Calls whose x is still being written."""
+
+    PROBLEM = layer(np.dtype(np.float32), n=24, ins=32, outs=32, image=64)
+    OPTIONS = Options(cudnn_deterministic=True)
+    W = random_array(PROBLEM.W, 1)
+
+    @pytest.fixture
+    def ends(self) -> Iterator[tuple[Line, Line]]:
+        client, server = (Line(end) for end in socket.socketpair())
+        with client, server:
+            yield client, server
+
+    def arrays(self, registered: Array) -> tuple[Array, Array]:
+        x = view_of(registered, 0, self.PROBLEM.x)
+        y = view_of(registered, registered.size - self.PROBLEM.y.nbytes, self.PROBLEM.y)
+        x[...], y[...] = np.nan, np.nan
+        return x, y
+
+    def check(self, cuda: CudaDevice, y: Array, source: Array) -> None:
+        right = cuda.deconvolve(self.PROBLEM, source, self.W, None, self.OPTIONS, Call())
+        assert_near(y, right, self.PROBLEM)
+
+    @pytest.mark.parametrize("steps_count", [1, 3, 24])
+    @pytest.mark.parametrize("is_written_before", [False, True])
+    def test_x_is_followed_while_it_is_written(
+        self,
+        cuda: CudaDevice,
+        registered: Array,
+        ends: tuple[Line, Line],
+        monkeypatch: pytest.MonkeyPatch,
+        steps_count: int,
+        is_written_before: bool,
+    ) -> None:
+        client, server = ends
+        x, y = self.arrays(registered)
+        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
+        monkeypatch.setattr(writing, "_GRACE_S", 10)
+        for seed in range(4):
+            x, y = self.arrays(registered)
+            source = random_array(self.PROBLEM.x, seed)
+            call = Call()
+            call.writing = Writing(server)
+            writer = threading.Thread(target=write, args=(client, x, source, steps_count))
+            writer.start()
+            if is_written_before:
+                writer.join()
+            cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            writer.join()
+
+            self.check(cuda, y, source)
+            assert not server.has_come(1, 0)  # all that was said was heard
+
+    def test_a_slow_writer_does_not_keep_the_card(
+        self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]
+    ) -> None:
+        client, server = ends
+        x, y = self.arrays(registered)
+        x[...] = source = random_array(self.PROBLEM.x)
+        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
+        call = Call()
+        call.writing = Writing(server)
+        tell_written(client, x[:5].nbytes)
+
+        begun_s = time.monotonic()
+        with pytest.raises(LateError):
+            cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+        assert time.monotonic() - begun_s < 1
+
+        tell_written(client, x.nbytes)
+        call.wait_for_x(x.nbytes)
+        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+        self.check(cuda, y, source)
+
+    def test_a_writer_that_goes_leaves_the_card(
+        self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]
+    ) -> None:
+        client, server = ends
+        x, y = self.arrays(registered)
+        for told_bytes in (0, x[:5].nbytes):
+            call = Call()
+            call.writing = Writing(server)
+            tell_written(client, told_bytes)
+            if told_bytes:
+                client.shut()
+                with pytest.raises(LineBrokenError):
+                    cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            else:
+                with pytest.raises(LateError):
+                    cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+
+        x[...] = source = random_array(self.PROBLEM.x)
+        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)
+        self.check(cuda, y, source)
+
+    @pytest.mark.parametrize("is_reached", [False, True])
+    def test_x_that_cannot_be_followed_is_waited_for_elsewhere(
+        self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line], is_reached: bool
+    ) -> None:
+        """It is in memory that the card does not reach, or another call is under way."""
+        _, server = ends
+        x, y = self.arrays(registered)
+        x, y = (x, y) if is_reached else (x.copy(), y.copy())
+        call = Call()
+        call.writing = Writing(server)
+
+        begun_s = time.monotonic()
+        with cuda._working(Call()) if is_reached else nullcontext(), pytest.raises(LateError):
+            cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+        assert time.monotonic() - begun_s < 0.5
 
 
 def test_memory_that_is_lent_is_all_zeros_and_none_of_what_calls_use(cuda: CudaDevice) -> None:

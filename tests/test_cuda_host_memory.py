@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deconvd.tensor import Array
-from deconvd_server.device.cuda.host_memory import HostMemory
+from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
 
 PAGES = 8
 SIZE_BYTES = PAGES * mmap.PAGESIZE
@@ -117,3 +117,39 @@ def test_memory_that_is_refused_is_like_any_other_and_told_of_once(
             undo()
     (record,) = caplog.records
     assert "out of luck" in record.getMessage()
+
+
+def test_places_are_found_by_what_lies_in_them(memory: Array) -> None:
+    arrays = memory[100:200], memory[4096:4100], memory[:100]
+    places = HostPlaces.of(3, arrays)
+    begin = address(memory)
+
+    assert places.find(begin + 100) == (0, 0)
+    assert places.find(begin + 199) == (0, 99)
+    assert places.find(begin + 4099) == (1, 3)
+    assert places.find(begin) == (2, 0)
+    assert places.find(begin + 200) is None
+    assert places.find(begin - 1) is None
+    assert places == HostPlaces.of(3, arrays)
+    assert places != HostPlaces.of(4, arrays)
+    assert places != HostPlaces.of(3, arrays[::-1])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "are_apart"),
+    [
+        ([], True),
+        ([(0, 8)], True),
+        ([(8, 16), (0, 8)], True),
+        ([(0, 9), (8, 16)], False),
+        ([(8, 16), (0, 32), (40, 48)], False),
+        ([(0, 32), (8, 16), (32, 48)], False),
+        ([(0, 8), (0, 8)], False),
+    ],
+)
+def test_places_are_apart_if_no_two_overlap(
+    memory: Array, bounds: list[tuple[int, int]], are_apart: bool
+) -> None:
+    places = HostPlaces.of(0, [memory[begin:end] for begin, end in bounds])
+
+    assert places.are_apart == are_apart

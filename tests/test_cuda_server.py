@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 import deconvd_client
 from deconvd.tensor import Array
+from deconvd_client import Connection
 from tests.servers import ServerProcess, server_process
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +40,31 @@ def test_status_shows_cards_memory_and_caches(server: ServerProcess) -> None:
     caches = {cache.name: cache for cache in card.caches}
     assert caches["plans"].count > 0
     assert all(cache.limit_bytes > 0 for cache in card.caches)
+
+
+@pytest.mark.parametrize("threads_count", [1, 8])
+def test_large_arrays_of_any_kind_are_computed_as_they_are(
+    server: ServerProcess, threads_count: int
+) -> None:
+    """Plain ones are copied while the card takes them; others lie where it reaches them, or in any order."""
+    shape = (64, 8, 96, 96)
+    filters = np.random.default_rng(0).integers(-2, 3, (8, 4, 2, 2)).astype(np.float16)
+
+    def call(F: Connection, seed: int) -> None:
+        source = np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float16)
+        lent = F.empty(shape, np.float16)
+        lent[...] = source
+        for x in (source, lent, source, np.asfortranarray(source), source[:, :, ::-1], source):
+            y = F.deconvolution_2d(x, filters, stride=2)
+            some = [0, 29, 63]
+            right = np.einsum("nihw,ioab->nohawb", x[some], filters, dtype=np.float64)
+            np.testing.assert_array_equal(y[some], right.reshape(3, 4, 192, 192))
+
+    with (
+        deconvd_client.connect(server.target) as F,
+        ThreadPoolExecutor(threads_count) as threads,
+    ):
+        list(threads.map(partial(call, F), range(threads_count)))
 
 
 def test_what_can_never_fit_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import ANY_INSTANCE, CallHead, FrameSource, Method, calls_beside, greet
+from deconvd.direct import ANY_INSTANCE, FrameSource, Method, calls_beside, greet
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError, UnavailableError
 from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Elements, PartReader, elements_part
@@ -31,14 +31,23 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
+from tests.direct_calls import (
+    REQUEST,
+    W,
+    X,
+    answer,
+    open_line,
+    send_call,
+    serves,
+    target_of,
+    told_by,
+    wait_until_idle,
+)
 from tests.lines import CLEAN, bad_line
 from tests.processes import held_by, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 
-X = np.arange(36, dtype=np.float32).reshape(1, 4, 3, 3)
-W = np.ones((4, 2, 2, 2), np.float32)
 ONE = np.ones((1, 1, 1, 1), np.float32)
-REQUEST = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W))
 SLOW = np.ones((1, 64, 160, 160), np.float32), np.ones((64, 64, 9, 9), np.float32)
 LARGE = np.random.default_rng(0).integers(-3, 4, (40, 1, 256, 256)).astype(np.float32)
 TRANSPORTS = pytest.mark.parametrize("transport", ["unix", "tcp"])
@@ -48,42 +57,6 @@ TRANSPORTS = pytest.mark.parametrize("transport", ["unix", "tcp"])
 def running(tmp_path: Path) -> Iterator[ServerProcess]:
     with server_process(tmp_path, "--log-level", "debug", listen=("unix", "127.0.0.1:0")) as server:
         yield server
-
-
-def target_of(server: ServerProcess, transport: str) -> str:
-    return server.targets[transport == "tcp"]
-
-
-def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
-    with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
-        return F._nearest.far.get_server_info()
-
-
-def open_line(server: ServerProcess, transport: str = "unix") -> Line:
-    way = way_to(target_of(server, transport))
-    assert way is not None
-    return way.open(lambda: told_by(server))
-
-
-def send_call(line: Line, method: Method, message: bytes, *, timeout_s: float = 30) -> None:
-    line.send((FrameKind.CALL, CallHead(method, timeout_s, message).pack()))
-
-
-def answer(line: Line) -> tuple[list[tuple[FrameKind, bytes]], bytes]:
-    """Return the frames that come before the last, and what the last holds."""
-    frames = []
-    while True:
-        kind, size_bytes = line.receive()
-        frames.append((kind, line.take(size_bytes)))
-        if kind in (FrameKind.END, FrameKind.FAILED):
-            return frames, frames[-1][1]
-
-
-def serves(line: Line) -> bool:
-    send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
-    (kind, response), (end, _) = answer(line)[0]
-    shape = pb.DeconvolveResponse.FromString(response).y.shape
-    return (kind, end, list(shape)) == (FrameKind.MESSAGE, FrameKind.END, [1, 2, 4, 4])
 
 
 def direct_calls(server: ServerProcess, transport: str) -> set[str]:
@@ -305,7 +278,7 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
             until_direct(F, running, transport)
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(*SLOW)
-    _wait_until_idle(running)
+    wait_until_idle(running)
 
 
 FRAMES = st.lists(
@@ -390,7 +363,7 @@ def test_a_stream_that_fails_is_said_before_it_is_whole(
                 reader_of(line).header()
             line.shut()
             sending.result()
-    _wait_until_idle(running)
+    wait_until_idle(running)
 
 
 def _send_for_ever(line: Line) -> None:
@@ -433,7 +406,7 @@ def test_a_slow_reader_does_not_make_the_servers_memory_grow(
         peak_bytes = peak_memory_bytes(running.process.pid)
 
     assert peak_bytes < 300 << 20
-    _wait_until_idle(running)
+    wait_until_idle(running)
 
 
 @TRANSPORTS
@@ -449,7 +422,7 @@ def test_a_client_that_goes_has_its_call_cancelled(running: ServerProcess, trans
         wait_until(lambda: F.server_info().devices[0].running_calls_count > 0)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    _wait_until_idle(running)
+    wait_until_idle(running)
     assert "the caller gave the call up" in running.log.read_text()
 
 
@@ -462,7 +435,7 @@ def test_a_client_that_goes_in_the_middle_of_a_stream_leaves_nothing(
             send_call(line, Method.DeconvolveStream, header(spec_of(LARGE)))
             line.send_part(elements_part(ONE))
             line.send_part(elements_part(LARGE[:sent]))
-    _wait_until_idle(running)
+    wait_until_idle(running)
     with open_line(running, transport) as line:
         assert serves(line)
 
@@ -691,7 +664,7 @@ def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
                 ),
                 30,
             )
-    _wait_until_idle(running)
+    wait_until_idle(running)
     lines.close()
 
 
@@ -712,13 +685,3 @@ def test_many_threads_share_a_connection(running: ServerProcess, transport: str)
     with deconvd_client.connect(target_of(running, transport), transport=transport) as F:
         with ThreadPoolExecutor(20) as pool:
             assert list(pool.map(calls, range(20))) == [{16 * seed} for seed in range(20)]
-
-
-def _wait_until_idle(server: ServerProcess) -> None:
-    with deconvd_client.connect(server.target, transport="grpc") as F:
-
-        def is_idle() -> bool:
-            load = F.server_info().devices[0]
-            return not load.running_calls_count and not load.used_bytes
-
-        wait_until(is_idle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -171,6 +172,25 @@ def test_what_was_sent_last_is_read_before_the_end(ends: tuple[Line, Line]) -> N
         assert near.take(3) == b"why"
         near.close()
         ending.result()
+
+
+def test_what_has_come_is_known_without_taking_it(ends: tuple[Line, Line]) -> None:
+    near, far = ends
+    began_s = time.monotonic()
+    assert not far.has_come(1, 0.05)
+    assert time.monotonic() - began_s >= 0.05
+    near.send((FrameKind.MESSAGE, b"abc"))
+    assert far.has_come(11, 0)
+    assert not far.has_come(12, 0)
+    near.send((FrameKind.MESSAGE, b"de"))
+    assert far.has_come(21, 10)
+    assert far.receive() == (FrameKind.MESSAGE, 3)
+    assert far.receive_payload(3) == b"abc"
+    assert far.receive() == (FrameKind.MESSAGE, 2)
+    assert far.receive_payload(2) == b"de"
+    near.close()
+    with pytest.raises(LineBrokenError):
+        far.has_come(1, 10)
 
 
 def test_a_line_is_quiet_until_something_comes(ends: tuple[Line, Line]) -> None:

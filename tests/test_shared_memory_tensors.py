@@ -20,6 +20,7 @@ from deconvd.shared_memory import Answer, Operation, Reply, Request
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Asked
+from deconvd_client.late_copy import LateCopy
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import HostRegion
@@ -175,8 +176,11 @@ def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
 def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_way(
     lender: Lender, borrower: Borrower
 ) -> None:
-    def rpc(request: Envelope[pb.DeconvolveRequest]) -> Envelope[pb.DeconvolveResponse]:
+    def rpc(
+        request: Envelope[pb.DeconvolveRequest], late_copy: LateCopy | None
+    ) -> Envelope[pb.DeconvolveResponse]:
         assert request.message.x.WhichOneof("payload") == "shared"
+        assert late_copy is None  # x is small
         raise StaleRegionError("x must lie in shared memory that this server lends", argument="x")
 
     x = np.zeros((1, 1, 100, 100), np.float32)

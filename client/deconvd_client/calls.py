@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from deconvd.codec import Buffer, Envelope
@@ -11,6 +10,7 @@ from deconvd.line import MAX_MESSAGE_BYTES
 from deconvd.tensor import elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
+from deconvd_client.late_copy import LateCopy
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.streams import Exchange, slice_samples_count
 from deconvd_client.stub import Stub
@@ -59,8 +59,11 @@ def _answered(
     in_message: Callable[..., Envelope[ResponseT]],
     streamed: Callable[[], Answered[ResponseT]],
 ) -> Answered[ResponseT]:
-    # what is not in shared memory then is small
-    shared = call_with_shared_memory(memory, partial(in_message, is_brief=True), asked)
+    def briefly(request: Envelope[RequestT], late_copy: LateCopy | None) -> Envelope[ResponseT]:
+        # what is not in shared memory then is small
+        return in_message(request, is_brief=True, late_copy=late_copy)
+
+    shared = call_with_shared_memory(memory, briefly, asked)
     if shared is not None:
         return shared
     tensors_bytes = _tensors_bytes(asked)

@@ -5,6 +5,7 @@ Imported once a caller has handed over a cupy array, and not before.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -131,6 +132,7 @@ class _Card:
     """Memory of a card, and cupy arrays. See `Place`."""
 
     smallest_bytes: Final = 1  # whatever is sent must first be copied to the host
+    smallest_late_bytes: Final = math.inf  # the card's own copies take no time worth saving
     loss: Final = "cupy arrays go by way of the host"
 
     def __init__(self, ordinal: int) -> None:

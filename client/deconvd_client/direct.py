@@ -13,11 +13,12 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
-from deconvd.direct import CallHead, FrameSource, Method, ended
+from deconvd.direct import CallHead, FrameSource, Method, ended, tell_written
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
 from deconvd.parts import Part
 from deconvd_client.direct_ways import Ask, Way
+from deconvd_client.late_copy import LateCopy
 
 __all__ = ["Conversation", "DirectLines", "NoLineError", "Reply"]
 
@@ -98,11 +99,14 @@ class DirectLines:
         """Whether calls may get a line: the server has let the last one be opened, or was asked long ago."""
         return not self._is_closed and time.monotonic() >= self._next_try_s
 
-    def call(self, method: Method, message: bytes, timeout_s: float) -> Reply:
+    def call(
+        self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None = None
+    ) -> Reply:
         """Return the answer to a call of one message.
 
         Args:
             message: The request.
+            late_copy: Puts x where the request says that it is; to be made once the call has begun.
 
         Raises:
             NoLineError: It is to be made in another way.
@@ -113,7 +117,7 @@ class DirectLines:
         if len(message) > MAX_MESSAGE_BYTES - _HEAD_BYTES:
             raise NoLineError
         with self._line(timeout_s) as lent:
-            return lent.call(method, message, timeout_s)
+            return lent.call(method, message, timeout_s, late_copy)
 
     def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
@@ -229,9 +233,13 @@ class _LentLine:
         self.line = line
         self.is_in_order = False
 
-    def call(self, method: Method, message: bytes, timeout_s: float) -> Reply:
+    def call(
+        self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None
+    ) -> Reply:
         """See `DirectLines.call`."""
-        self._begin(method, message, timeout_s)
+        self._begin(CallHead(method, timeout_s, message, is_early=late_copy is not None))
+        if late_copy is not None:
+            late_copy.make(self._tell_written)
         response = b""
         while True:
             kind, size_bytes = self.line.receive()
@@ -248,7 +256,7 @@ class _LentLine:
         """See `DirectLines.converse`."""
         first = next(talk.parts)
         assert isinstance(first, Message)
-        self._begin(talk.method, first.SerializeToString(), timeout_s)
+        self._begin(CallHead(talk.method, timeout_s, first.SerializeToString()))
         source = FrameSource(self.line, talk.response_type)
         with self._sending(talk):
             received = talk.receive(source)
@@ -261,8 +269,12 @@ class _LentLine:
             return nullcontext()
         return _Sending(self.line, talk.parts, at_once=talk.at_once)
 
-    def _begin(self, method: Method, message: bytes, timeout_s: float) -> None:
-        self.line.send((FrameKind.CALL, CallHead(method, timeout_s, message).pack()))
+    def _begin(self, head: CallHead) -> None:
+        self.line.send((FrameKind.CALL, head.pack()))
+
+    def _tell_written(self, size_bytes: int) -> None:
+        with suppress(LineBrokenError):  # that is for who waits for the answer to find
+            tell_written(self.line, size_bytes)
 
 
 class _Sending(AbstractContextManager[None]):

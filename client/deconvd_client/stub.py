@@ -22,13 +22,14 @@ from deconvd.errors import (
     DeconvdError,
     ExhaustedError,
 )
-from deconvd.ledger import METADATA_KEY, ledger_from_metadata
+from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY, ledger_from_metadata
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd.status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import Way
 from deconvd_client.hold import Hold
+from deconvd_client.late_copy import LateCopies, LateCopy
 from deconvd_client.retries import with_retries
 
 __all__ = ["Attempt", "Stub"]
@@ -82,6 +83,7 @@ class Stub:
         self._closed = False
         self._ended = threading.local()
         self._results = ArrayMemory(_KEPT_BYTES)
+        self._late_copies = LateCopies()
         self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse, Method.Deconvolve)
         self._deconvolve_grad = self._unary(
             "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DeconvolveGrad
@@ -106,20 +108,29 @@ class Stub:
         )
 
     def deconvolve(
-        self, request: Envelope[pb.DeconvolveRequest], *, is_brief: bool = False
+        self,
+        request: Envelope[pb.DeconvolveRequest],
+        *,
+        is_brief: bool = False,
+        late_copy: LateCopy | None = None,
     ) -> Envelope[pb.DeconvolveResponse]:
         """Call Deconvolve.
 
         Args:
             is_brief: Whether request and response are small enough for a direct call.
+            late_copy: Puts x where the request says that it is: meanwhile, if the call is direct.
         """
-        return self._deconvolve(request, is_brief=is_brief)
+        return self._deconvolve(request, is_brief=is_brief, late_copy=late_copy)
 
     def deconvolve_grad(
-        self, request: Envelope[pb.DeconvolveGradRequest], *, is_brief: bool = False
+        self,
+        request: Envelope[pb.DeconvolveGradRequest],
+        *,
+        is_brief: bool = False,
+        late_copy: LateCopy | None = None,
     ) -> Envelope[pb.DeconvolveGradResponse]:
         """Call DeconvolveGrad, in the manner of `deconvolve`."""
-        return self._deconvolve_grad(request, is_brief=is_brief)
+        return self._deconvolve_grad(request, is_brief=is_brief, late_copy=late_copy)
 
     @property
     def is_direct(self) -> bool:
@@ -235,15 +246,25 @@ class Stub:
     ) -> Callable[..., Envelope[_Response]]:
         rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_path(method))
 
-        def call(request: Envelope[Any], *, is_brief: bool = False) -> Envelope[_Response]:
+        def call(
+            request: Envelope[Any], *, is_brief: bool = False, late_copy: LateCopy | None = None
+        ) -> Envelope[_Response]:
             data = encode(request)
+            if late_copy is not None and not self._late_copies.is_worth_it():
+                late_copy.make()
 
             def directly(direct: DirectLines, timeout_s: float) -> tuple[bytes, str]:
                 if number is None or not is_brief:
                     raise NoLineError
-                return direct.call(number, data, timeout_s)
+                if late_copy is None or late_copy.is_made:
+                    return direct.call(number, data, timeout_s)
+                reply = direct.call(number, data, timeout_s, late_copy)
+                self._late_copies.note(was_followed=FOLLOW_ENTRY in reply.ledger)
+                return reply
 
             def by_grpc(timeout_s: float) -> bytes:
+                if late_copy is not None:
+                    late_copy.make()
                 response, ended = rpc.with_call(data, timeout=timeout_s)
                 self._note(ended.trailing_metadata())
                 return response

@@ -4,17 +4,23 @@ A server that listens for gRPC listens for direct calls too: on a Unix socket be
 GetServerInfo tells. A line is a connection to one of them: it carries one call after the other, in frames (see
 `deconvd.line`). The messages are those of the service. All numbers are little-endian.
 
-    client   HELLO              "dcd2", and the id of the instance that is meant (16 bytes; zeros for any): once
-             CALL               method (1 byte), 7 zero bytes, timeout in microseconds (8 bytes), the request's message
+    client   HELLO              "dcd3", and the id of the instance that is meant (16 bytes; zeros for any): once
+             CALL               method (1 byte), whether it is early (1 byte: 0 or 1), 6 zero bytes, timeout in
+                                microseconds (8 bytes), the request's message
+             WRITTEN            in an early call: how many bytes of x lie in its place by now (8 bytes)
              ELEMENTS           for a method that streams its request: the next elements, as in Tensor.raw
              MISSING_ELEMENTS   the next elements of what the server found missing
              END                for such a method: the request is whole
 
-    server   HELLO              "dcd2", and its own id: once
+    server   HELLO              "dcd3", and its own id: once
              MESSAGE            the response, or a message of a streamed response
              ELEMENTS           the next elements
              END                the call has ended well: the ledger (ASCII; as in `deconvd.ledger`)
              FAILED             the call has failed: a google.rpc.Status
+
+A call of Deconvolve whose x is in shared memory may be early: its client is still writing x, from its begin to its end,
+and says now and then how far it has come, and at last that all is written. Thus x can be uploaded while it is being
+written. A server need not wait for the rest to answer: what is said of x after that it passes over.
 
 Both send at once; the order is that of the stream. A client waits for the greeting before its first call, so as not to
 call a stranger at the port. One that closes the line gives its call up. A server that closes it has not begun the call,
@@ -32,7 +38,7 @@ from typing import Final
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
-from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd.line import FRAME_HEAD_BYTES, FrameKind, Line, LineBrokenError
 from deconvd.parts import Ahead, Bytes, parsed
 from deconvd.status import error_from_status
 
@@ -45,14 +51,17 @@ __all__ = [
     "calls_beside",
     "ended",
     "greet",
+    "hear_written",
+    "tell_written",
 ]
 
 ANY_INSTANCE: Final = bytes(16)
 """Stands for the id of whichever server it is."""
 
-_MAGIC: Final = b"dcd2"
+_MAGIC: Final = b"dcd3"
 _HELLO: Final = struct.Struct("<4s16s")
-_CALL: Final = struct.Struct("<B7xQ")
+_CALL: Final = struct.Struct("<B?6xQ")
+_WRITTEN: Final = struct.Struct("<Q")
 
 _ELEMENTS: Final = (FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS)
 
@@ -80,28 +89,54 @@ class CallHead:
     Attributes:
         timeout_s: Seconds that the caller waits.
         message: The request, or its first message.
+        is_early: Whether x is still being written.
     """
 
     method: Method
     timeout_s: float
     message: bytes
+    is_early: bool = False
 
     def pack(self) -> bytes:
         """Return the payload of its frame."""
         timeout_us = max(int(self.timeout_s * 1e6), 0)
-        return _CALL.pack(self.method, timeout_us) + self.message
+        return _CALL.pack(self.method, self.is_early, timeout_us) + self.message
 
     @classmethod
     def parse(cls, payload: bytes) -> CallHead:
         """Return what a frame's payload says. Raises LineBrokenError if it is no call."""
         if len(payload) < _CALL.size:
             raise LineBrokenError(f"a call of {len(payload)} bytes, which is none")
-        number, timeout_us = _CALL.unpack_from(payload)
+        number, is_early, timeout_us = _CALL.unpack_from(payload)
         try:
             method = Method(number)
         except ValueError:
             raise LineBrokenError(f"a call of the unknown method {number}") from None
-        return cls(method, timeout_us / 1e6, payload[_CALL.size :])
+        if is_early and method is not Method.Deconvolve:
+            raise LineBrokenError(f"an early call of {method.name}")
+        return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early)
+
+
+def tell_written(line: Line, size_bytes: int) -> None:
+    """Say how many bytes of an early call's x lie in their place."""
+    line.send((FrameKind.WRITTEN, _WRITTEN.pack(size_bytes)))
+
+
+def hear_written(line: Line, timeout_s: float) -> int | None:
+    """Return how many bytes of an early call's x lie in their place, as the client says next.
+
+    None if it does not say so within so many seconds.
+
+    Raises:
+        LineBrokenError: It says something else, or goes.
+    """
+    if not line.has_come(FRAME_HEAD_BYTES + _WRITTEN.size, timeout_s):
+        return None
+    kind, size_bytes = line.receive()
+    if kind is not FrameKind.WRITTEN or size_bytes != _WRITTEN.size:
+        raise LineBrokenError(f"{kind.name} of {size_bytes} bytes while x was being written")
+    (written_bytes,) = _WRITTEN.unpack(line.receive_payload(size_bytes))
+    return int(written_bytes)
 
 
 def greet(line: Line, instance: bytes) -> None:
@@ -171,7 +206,7 @@ class FrameSource:
         payload = self._line.receive_payload(size_bytes)
         if kind is FrameKind.MESSAGE:
             return parsed(self._part_type, payload)
-        if kind in (FrameKind.HELLO, FrameKind.CALL):
+        if kind in (FrameKind.HELLO, FrameKind.CALL, FrameKind.WRITTEN):
             raise LineBrokenError(f"{kind.name} in the middle of a call")
         self.is_over = True
         self.ledger = ended(kind, payload)

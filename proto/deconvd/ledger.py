@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["METADATA_KEY", "ledger_from_metadata"]
+__all__ = ["FOLLOW_ENTRY", "METADATA_KEY", "ledger_from_metadata"]
 
 METADATA_KEY: Final = "deconvd-ledger"
 """Its value is ``name=integer`` pairs, separated by ``;``; each name ends in its unit."""
+
+FOLLOW_ENTRY: Final = "follow_us"
+"""What of an early call tells whether it was worth it: see `deconvd.direct`."""
 
 
 def ledger_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, int]:

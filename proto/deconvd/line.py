@@ -6,6 +6,7 @@ mean is written in `deconvd.direct`. Payloads are sent from where they lie and r
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import time
@@ -20,12 +21,21 @@ from google.protobuf.message import Message
 from deconvd.codec import Buffer
 from deconvd.parts import Bytes, Part
 
-__all__ = ["MAX_MESSAGE_BYTES", "FrameKind", "Line", "LineBrokenError", "LineTimeoutError"]
+__all__ = [
+    "FRAME_HEAD_BYTES",
+    "MAX_MESSAGE_BYTES",
+    "FrameKind",
+    "Line",
+    "LineBrokenError",
+    "LineTimeoutError",
+]
 
 MAX_MESSAGE_BYTES: Final = 128 << 10
 """The largest payload that is no elements: what either end must hold for each line."""
 
 _HEAD: Final = struct.Struct("<B3xI")
+FRAME_HEAD_BYTES: Final = _HEAD.size
+
 _FRAME_BYTES: Final = 16 << 20
 """Elements in a frame, at most: enough that a frame costs nothing beside its bytes."""
 
@@ -52,6 +62,7 @@ class FrameKind(IntEnum):
     MISSING_ELEMENTS = 5
     END = 6
     FAILED = 7
+    WRITTEN = 8
 
 
 class LineBrokenError(ConnectionError):
@@ -140,6 +151,18 @@ class Line:
         self._begin += filled
         while filled < len(target):
             filled += self._received(target[filled:].data)
+
+    def has_come(self, size_bytes: int, timeout_s: float) -> bool:
+        """Return whether so many bytes, few enough to be read ahead, can be taken within so many seconds."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        until_s = time.monotonic() + min(timeout_s, _LONGEST_S)
+        while self._end - self._begin < size_bytes:
+            remaining_s = max(until_s - time.monotonic(), 0)
+            if not poll.poll(remaining_s * 1e3):
+                return False
+            self._read_ahead()
+        return True
 
     def is_quiet(self) -> bool:
         """Return whether nothing has come that was not asked for, not even the line's end."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd_server.ledger import Ledger
+from deconvd_server.writing import Writing
 
 __all__ = ["Call"]
+
+_LOOK_S: Final = 0.5
+"""How often one who waits for x looks whether the call is still wanted."""
 
 
 class Call:
@@ -20,6 +25,7 @@ class Call:
     Attributes:
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
+        writing: How far x is written, if the call is early; None if x is there.
 
     Args:
         timeout_s: Seconds until the deadline; None for no deadline.
@@ -28,6 +34,7 @@ class Call:
     def __init__(self, timeout_s: float | None = None) -> None:
         self.ledger = Ledger()
         self.tenant: object = None
+        self.writing: Writing | None = None
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._cancelled = False
@@ -54,6 +61,22 @@ class Call:
         if self._deadline_s is None:
             return None
         return max(self._deadline_s - time.monotonic(), 0.0)
+
+    def wait_for_x(self, size_bytes: int) -> None:
+        """Return once x, of so many bytes, has been written: at once unless the call is early.
+
+        Raises:
+            CallCancelledError, DeadlineError: As `check`.
+            LineBrokenError: The client has gone.
+        """
+        if self.writing is None:
+            return
+        while True:
+            self.check()
+            remaining_s = self.remaining_s()
+            wait_s = _LOOK_S if remaining_s is None else min(remaining_s, _LOOK_S)
+            if self.writing.has_within(wait_s, size_bytes):
+                return
 
     def check(self) -> None:
         """Return if the work is still wanted.

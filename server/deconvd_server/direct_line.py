@@ -27,6 +27,7 @@ from deconvd.status import told_as_status
 from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.rpc import told
+from deconvd_server.writing import Writing
 
 __all__ = ["DirectLine"]
 
@@ -124,25 +125,32 @@ class DirectLine:
 
     def _serve_one(self) -> bool:
         """Serve the next call, and return whether there may be another."""
+        head = CallHead.parse(self._next_call())
+        self._begin()
+        self._answer(head, self._begun_call(head))
+        return self._is_idle_again()
+
+    def _next_call(self) -> bytes:
         kind, size_bytes = self._line.receive()
+        while kind is FrameKind.WRITTEN:  # what an early call was answered before
+            self._line.receive_payload(size_bytes)
+            kind, size_bytes = self._line.receive()
         if kind is not FrameKind.CALL:
             raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
-        head = CallHead.parse(self._line.receive_payload(size_bytes))
-        self._begin()
-        self._answer(head, self._begun_call(head.timeout_s))
-        return self._is_idle_again()
+        return self._line.receive_payload(size_bytes)
 
     def _begin(self) -> None:
         with self._lock:
             self._state = _State.BUSY
 
-    def _begun_call(self, timeout_s: float) -> Call:
+    def _begun_call(self, head: CallHead) -> Call:
         """Return a new call, which `cancel` ends: at once, if it was asked for before."""
-        call = Call(timeout_s=timeout_s)
+        call = Call(timeout_s=head.timeout_s)
+        call.writing = Writing(self._line) if head.is_early else None
         with self._lock:
             self._call = call
             is_cancelled = self._is_cancelled
-        self._line.set_deadline(timeout_s + _GOODBYE_S)
+        self._line.set_deadline(head.timeout_s + _GOODBYE_S)
         if is_cancelled:
             call.cancel()
         return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from deconvd_server.device import (
     Place,
     resident_bytes,
 )
+from deconvd_server.writing import LateError
 
 __all__ = ["Engine", "Engines"]
 
@@ -67,6 +69,10 @@ class Engine:
         """Return y. Raises as `Admission.admitted` and `Device.deconvolve` do."""
         present_bytes = resident_bytes(x, W, b, out)
         footprint_bytes = self._device.footprint_bytes(problem, None, present_bytes)
+        if self.info.takes_early:
+            with suppress(LateError), self._admission.admitted(footprint_bytes, call):
+                return self._device.deconvolve(problem, x, W, b, options, call, out)
+        call.wait_for_x(problem.x.nbytes)  # without a place that others could have
         with self._admission.admitted(footprint_bytes, call):
             return self._device.deconvolve(problem, x, W, b, options, call, out)
 

@@ -7,7 +7,7 @@ import time
 from enum import StrEnum
 from types import TracebackType
 
-from deconvd.ledger import METADATA_KEY
+from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
 
 __all__ = ["Ledger", "Stage", "Timing"]
 
@@ -17,6 +17,9 @@ class Stage(StrEnum):
 
     QUEUE = "queue_us"
     """Waiting for its turn on the device."""
+
+    FOLLOW = FOLLOW_ENTRY
+    """Of an early call: waiting for x to be written while other parts of it are uploaded and computed."""
 
     UPLOAD = "upload_us"
     """Operands to the device."""

@@ -100,6 +100,8 @@ class DeconvolutionService:
             exchange.take(request.raw)
             self._check_result_size(asked, exchange)
             engine = exchange.settle(self._ready().engines)
+            if "x" in asked.keep:
+                call.wait_for_x(asked.problem.x.nbytes)
             x, W = exchange.operand("x"), exchange.operand("w")
             b = exchange.operand("b") if asked.with_b else None
             out = exchange.place("y")

@@ -29,6 +29,7 @@ from deconvd.problem import TensorSpec, check_extents
 from deconvd.system import call_in_forked_children
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.late_copy import LateCopy
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError, NotLentError
 from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.region import Block, Region, State
@@ -61,9 +62,14 @@ class SharedResult:
 
 
 class SharedCall:
-    """What one call has in shared memory, from before its request until after its response."""
+    """What one call has in shared memory, from before its request until after its response.
+
+    Attributes:
+        late_copy: What is still to be copied, once the server knows of the call; None if nothing is.
+    """
 
     def __init__(self, borrower: Borrower) -> None:
+        self.late_copy: LateCopy | None = None
         self._borrower = borrower
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
@@ -72,14 +78,17 @@ class SharedCall:
         """Return whether shared memory pays for a tensor."""
         return self._borrower.is_large(tensor)
 
-    def tensor(self, array: Array) -> pb.Tensor | None:
+    def tensor(self, array: Array, *, may_be_late: bool = False) -> pb.Tensor | None:
         """Return a message that says where in shared memory an array lies, after copying it there if need be.
 
         None if it is better sent: it is small, or there is no room for it.
+
+        Args:
+            may_be_late: Whether the copy may be left to `late_copy`.
         """
         if not self.is_large(array):
             return None
-        place = self._borrower.locate(array) or self._copied(array)
+        place = self._borrower.locate(array) or self._copied(array, may_be_late=may_be_late)
         if place is None:
             return None
         message = message_from_spec(spec_of(array))
@@ -104,12 +113,15 @@ class SharedCall:
         """The regions that the server may write to."""
         return {block.region for block in self._blocks}
 
-    def _copied(self, array: Array) -> pb.SharedSlice | None:
+    def _copied(self, array: Array, *, may_be_late: bool) -> pb.SharedSlice | None:
         block = self._borrower.take(array.nbytes)
         if block is None:
             return None
         copy = block.array(spec_of(array))
-        self._borrower.place.copy(copy, array)
+        if may_be_late and array.nbytes >= self._borrower.place.smallest_late_bytes:
+            self.late_copy = LateCopy(copy, array)
+        else:
+            self._borrower.place.copy(copy, array)
         self._kept.append(copy)
         return block.message
 

@@ -10,6 +10,7 @@ from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
+from deconvd_client.late_copy import LateCopy
 from deconvd_client.shared_memory.borrower import Borrower, SharedCall, SharedResult
 
 __all__ = ["call_with_shared_memory"]
@@ -17,13 +18,16 @@ __all__ = ["call_with_shared_memory"]
 
 def call_with_shared_memory(
     borrower: Borrower,
-    rpc: Callable[[Envelope[RequestT]], Envelope[ResponseT]],
+    rpc: Callable[[Envelope[RequestT], LateCopy | None], Envelope[ResponseT]],
     asked: Asked[RequestT],
 ) -> Answered[ResponseT] | None:
     """Make a call and return its answer.
 
     None if it is to be made in another way: none of its tensors is large, or there is no room for
     one that is, or the server does not know the memory.
+
+    Args:
+        rpc: Makes the call, and with it the copy that it is given, if any.
 
     Raises:
         UnavailableError, ExhaustedError: There is no other way, as `Borrower.allow_other_ways` says.
@@ -42,7 +46,7 @@ def call_with_shared_memory(
 
 def _answered(
     borrower: Borrower,
-    rpc: Callable[[Envelope[RequestT]], Envelope[ResponseT]],
+    rpc: Callable[[Envelope[RequestT], LateCopy | None], Envelope[ResponseT]],
     asked: Asked[RequestT],
 ) -> Answered[ResponseT] | None:
     request = type(asked.request)()
@@ -55,7 +59,7 @@ def _answered(
         if raw is None:
             return None
         call.settle()
-        response = rpc(Envelope(request, raw))
+        response = rpc(Envelope(request, raw), call.late_copy)
         return Answered(
             response.message,
             {field: _received(response, field, places.get(field)) for field in asked.results},
@@ -87,11 +91,16 @@ def _put(
         if not call.is_large(array):
             raw[field] = elements_of(array)
             continue
-        message = call.tensor(array)
+        message = call.tensor(array, may_be_late=_may_be_late(request, field))
         if message is None:
             return None
         getattr(request, field).CopyFrom(message)
     return raw
+
+
+def _may_be_late(request: RequestT, field: str) -> bool:
+    """Return whether a server takes a call before an operand is written. See `deconvd.direct`."""
+    return field == "x" and isinstance(request, pb.DeconvolveRequest)
 
 
 def _received(response: Envelope[ResponseT], field: str, result: SharedResult | None) -> Array:

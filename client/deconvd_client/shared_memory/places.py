@@ -20,6 +20,10 @@ class Place(Protocol):
         """What is smaller is quicker sent than found there."""
 
     @property
+    def smallest_late_bytes(self) -> float:
+        """From what size on a copy may be made by `LateCopy`: it costs less than it saves."""
+
+    @property
     def loss(self) -> str:
         """What it means to do without it, for the log."""
 
@@ -40,6 +44,7 @@ class _Host:
     """Memory of the host, and numpy arrays. See `Place`."""
 
     smallest_bytes: Final = 32 << 10
+    smallest_late_bytes: Final = 8 << 20
     loss: Final = "no shared memory with the server, tensors are sent instead"
 
     def borrow(self, link: Link, size_bytes: int) -> Region:

@@ -42,6 +42,7 @@ class DeviceInfo:
             all together.
         calls_count: How many calls it computes at once; more would only wait inside it.
         has_own_memory: Whether its memory is apart from the host's.
+        takes_early: Whether it computes calls whose x is still being written.
         card: A card's `card_id`, by which all processes of its host know it; empty where
             there is none, and so no memory to lend.
     """
@@ -53,6 +54,7 @@ class DeviceInfo:
     budget_bytes: int
     calls_count: int
     has_own_memory: bool = False
+    takes_early: bool = False
     card: bytes = b""
 
 
@@ -180,7 +182,13 @@ class Device(Protocol):
         call: Call,
         out: Place | None = None,
     ) -> Array | Place:
-        """Return y: `out`, if that says where to put it."""
+        """Return y: `out`, if that says where to put it.
+
+        x may still be under way, as ``call.writing`` says, if the device `takes_early` calls.
+
+        Raises:
+            LateError: It was not written in time; the call is to be made again once it is.
+        """
 
     def gradients(
         self,

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from queue import Empty, LifoQueue
 
 import numpy as np
 
@@ -28,7 +27,9 @@ from deconvd_server.device.cuda.guard import guarded
 from deconvd_server.device.cuda.host_memory import HostMemory
 from deconvd_server.device.cuda.job import DeconvolveJob, GradientsJob, Job
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
+from deconvd_server.device.cuda.lanes import Lanes
 from deconvd_server.device.cuda.memory import DeviceMemory
+from deconvd_server.device.cuda.pipeline import count_parts
 from deconvd_server.device.cuda.plan import Operation, Plan
 from deconvd_server.device.cuda.plans.bench import open_bench
 from deconvd_server.device.cuda.plans.book import PlanBook
@@ -63,9 +64,6 @@ __all__ = ["CudaDevice", "Limits"]
 
 _FREE_SHARE = 0.9
 """The part of the card's free memory that calls may take, unless told: CUDA needs some itself."""
-
-_TAKE_S = 0.02
-"""How often one who waits for a lane looks whether its call is still wanted."""
 
 _MAX_HELPERS = 8
 """Threads that copy within the host: about as many as it takes to keep up with the card's bus."""
@@ -135,7 +133,7 @@ class CudaDevice(CardTensors):
                 allocate_to_stay=self._pool.take_to_stay,
                 allocate_to_lend=self._pool.take_to_lend,
             )
-            self._open_lanes()
+            self._lanes = self._new_lanes()
             self._candidates = Candidates(self._cudnn)
             self.plans = self._new_book(plan_store)
             kernels.prepare(ordinal)
@@ -157,15 +155,17 @@ class CudaDevice(CardTensors):
             )
         return budget_bytes
 
-    def _open_lanes(self) -> None:
+    def _new_lanes(self) -> Lanes:
         lanes_count = self._limits.lanes_count
         self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
         self._results = ArrayMemory(self._limits.results_bytes)
         self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(lanes_count)]
-        # the last lane given back comes first: it is the likeliest to know the kind of call
-        self._lanes: LifoQueue[Lane] = LifoQueue()
-        for arena in self._arenas:
-            self._lanes.put(Lane(self._id, self.memory, arena.ptr, self._helpers, _HOST_MEMORY))
+        return Lanes(
+            [
+                Lane(self._id, self.memory, arena.ptr, self._helpers, _HOST_MEMORY)
+                for arena in self._arenas
+            ]
+        )
 
     def _new_book(self, folder: Path | None) -> PlanBook:
         origin: dict[str, str | int] = {
@@ -198,6 +198,7 @@ class CudaDevice(CardTensors):
             budget_bytes=self._budget_bytes,
             calls_count=self._limits.lanes_count,
             has_own_memory=True,
+            takes_early=True,
             card=self._card.id,
         )
 
@@ -242,9 +243,11 @@ class CudaDevice(CardTensors):
             y = empty_y(problem, None if b is None else self._fetched(b, call))
             return self._landed(y, out, call)
         place: Array | Place = self._results.empty(problem.y) if out is None else out
+        parts_count = count_parts(x, place, _HOST_MEMORY)
+        if call.writing is not None and (parts_count == 1 or not self._lanes.are_idle):
+            call.writing.require(problem.x.nbytes)  # to follow it takes time that others could use
+        part = _part(problem, parts_count)
         with self._working(call) as lane:
-            parts_count = lane.pipeline.parts_count(x, place)
-            part = _part(problem, parts_count)
             ready = self._prepared(Operation.Y, part, W, options, call, lane)
 
             def job() -> Job:
@@ -364,21 +367,13 @@ class CudaDevice(CardTensors):
 
     @contextmanager
     def _working(self, call: Call) -> Iterator[Lane]:
-        """Lend a lane, with the card as the thread's device; waits for one while the call lives."""
-        lane = self._take(call)
-        try:
-            with current_device(self._card.ordinal), guarded(self._id, self._on_lost):
-                yield lane
-        finally:
-            self._lanes.put(lane)
-
-    def _take(self, call: Call) -> Lane:
-        while True:
-            call.check()
-            try:
-                return self._lanes.get(timeout=_TAKE_S)
-            except Empty:
-                continue
+        """Lend a lane, with the card as the thread's device. See `Lanes.lend`."""
+        with (
+            self._lanes.lend(call) as lane,
+            current_device(self._card.ordinal),
+            guarded(self._id, self._on_lost),
+        ):
+            yield lane
 
     @contextmanager
     def using(self) -> Iterator[None]:
@@ -404,10 +399,8 @@ class CudaDevice(CardTensors):
     def close(self) -> None:
         """Free what the device holds. No call may be running, and none may follow."""
         with current_device(self._card.ordinal):
-            while not self._lanes.empty():
-                lane = self._lanes.get()
-                lane.close()
-                self._cudnn.forget(lane.stream.pointer)
+            for stream in self._lanes.close():
+                self._cudnn.forget(stream)
             self._helpers.shutdown()
             self._results.clear()
             self.plans.close()

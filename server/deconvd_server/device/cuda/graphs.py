@@ -13,8 +13,8 @@ _T = TypeVar("_T")
 _WARM_RUNS: Final = 1
 """Runs of some work before it is captured: what comes once is not worth it."""
 
-_LIMIT_COUNT: Final = 16
-"""Graphs that are kept: each client has its own places, and takes turns with a few of them."""
+_LIMIT_COUNT: Final = 64
+"""Graphs that are kept: calls take turns with a few blocks of the card, and some have a graph for each part."""
 
 _UNUSED_RUNS: Final = 32 * _LIMIT_COUNT
 """Runs after which what has not come again makes room."""
@@ -37,7 +37,7 @@ class Graphs(Generic[_T]):
         at: Hashable,
         work: Callable[[], None],
         capture: Callable[[], _T | None],
-        replay: Callable[[_T], None],
+        replay: Callable[[_T], bool],
     ) -> None:
         """Do some work.
 
@@ -45,7 +45,7 @@ class Graphs(Generic[_T]):
             at: The places that it is bound to.
             work: Does it.
             capture: Returns it as a graph, without doing it; None if no graph can hold it.
-            replay: Does it by its graph.
+            replay: Does it by its graph; returns False if it cannot.
         """
         self._runs_count += 1
         place = self._place(at)
@@ -56,10 +56,8 @@ class Graphs(Generic[_T]):
         place.runs_count += 1
         if place.runs_count == _WARM_RUNS + 1:
             place.graph = capture()
-        if place.graph is None:
+        if place.graph is None or not replay(place.graph):
             work()
-        else:
-            replay(place.graph)
 
     def _place(self, at: Hashable) -> _Place[_T] | None:
         """Return what is known of some places; None if there is no room to know anything."""

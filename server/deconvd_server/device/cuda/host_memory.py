@@ -7,13 +7,14 @@ import logging
 import mmap
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from deconvd.tensor import Array
 
-__all__ = ["HostMemory"]
+__all__ = ["HostMemory", "HostPlaces"]
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,43 @@ class HostMemory:
         if not self._is_missed:
             _log.warning("CUDA does not take shared memory, so it is copied on the way: %s", error)
         self._is_missed = True
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlaces:
+    """Where arrays lie that cards reach.
+
+    Attributes:
+        generation: Of the `HostMemory` that they lie in: an address means the same as long as this is.
+        begins: Their addresses.
+        sizes_bytes: Their sizes.
+    """
+
+    generation: int
+    begins: tuple[int, ...]
+    sizes_bytes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, generation: int, arrays: Sequence[Array]) -> HostPlaces:
+        """Return where arrays lie."""
+        begins = tuple(int(array.__array_interface__["data"][0]) for array in arrays)
+        return cls(generation, begins, tuple(array.nbytes for array in arrays))
+
+    @property
+    def are_apart(self) -> bool:
+        """Whether no two of them overlap."""
+        stretches = sorted(zip(self.begins, self.sizes_bytes, strict=True))
+        ends = [begin + size_bytes for begin, size_bytes in stretches]
+        return all(begin >= end for (begin, _), end in zip(stretches[1:], ends, strict=False))
+
+    def find(self, address: int) -> tuple[int, int] | None:
+        """Return which of them an address lies in, by its number, and how far behind its begin; None if in none."""
+        for number, (begin, size_bytes) in enumerate(
+            zip(self.begins, self.sizes_bytes, strict=True)
+        ):
+            if 0 <= address - begin < size_bytes:
+                return number, address - begin
+        return None
 
 
 def _touch(address: int, size_bytes: int) -> None:

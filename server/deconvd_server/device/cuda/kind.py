@@ -6,17 +6,21 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 
 from deconvd.problem import TensorSpec
+from deconvd_server.device.cuda.bound_graph import BoundGraph
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.frame import Frame
 from deconvd_server.device.cuda.graphs import Graphs
+from deconvd_server.device.cuda.host_memory import HostPlaces
 from deconvd_server.device.cuda.job import Job
 from deconvd_server.device.cuda.memory import Region
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
-from deconvd_server.device.cuda.runtime import CudaError, Graph, Stream, copy
+from deconvd_server.device.cuda.runtime import CudaError, Stream, copy
 
 __all__ = ["Kind", "addresses", "spec_to_place"]
 
 _log = logging.getLogger(__name__)
+
+_NOWHERE = HostPlaces(0, (), ())
 
 
 class Kind:
@@ -51,7 +55,7 @@ class Kind:
             [*map(spec_to_place, results, results_at)],
             job.workspace_bytes,
         )
-        self._graphs: Graphs[Graph] = Graphs()
+        self._graphs: Graphs[BoundGraph] = Graphs()
 
     def enqueue(self, base: int, stream: int) -> None:
         """Enqueue all work between upload and download on a stream.
@@ -70,27 +74,45 @@ class Kind:
             if at is not None and at != address:
                 copy(at, address, spec.nbytes, stream)
 
-    def launch(self, stream: Stream, work: Callable[[], None], at: Hashable = None) -> None:
+    def launch(
+        self,
+        stream: Stream,
+        work: Callable[[], None],
+        at: Hashable = None,
+        places: HostPlaces = _NOWHERE,
+    ) -> None:
         """Do what `work` enqueues on a stream: as a graph, once it comes again.
 
         Args:
             work: Always does the same where `at` is the same.
-            at: The addresses that it is bound to, where those change from call to call.
+            at: The addresses on the card that it is bound to, where those change from call to call.
+            places: Of arrays on the host that it copies from and to, apart from each other, where
+                those change.
         """
         self._graphs.run(
             at,
             work,
-            capture=lambda: _captured(stream, work),
-            replay=lambda graph: graph.launch(stream.pointer),
+            capture=lambda: _captured(stream, work, places),
+            replay=lambda graph: _is_replayed(graph, stream, places),
         )
 
 
-def _captured(stream: Stream, work: Callable[[], None]) -> Graph | None:
+def _captured(stream: Stream, work: Callable[[], None], places: HostPlaces) -> BoundGraph | None:
     try:
-        return stream.capture(work)
+        return BoundGraph(stream.capture(work), places)
     except (CudaError, CudnnError) as error:
         _log.debug("done without a graph: %s", error)
         return None  # some of cuDNN's engines do what no graph can hold
+
+
+def _is_replayed(graph: BoundGraph, stream: Stream, places: HostPlaces) -> bool:
+    try:
+        graph.move(places)
+    except CudaError as error:
+        _log.debug("done without a graph: it does not let its copies be moved: %s", error)
+        return False
+    graph.launch(stream.pointer)
+    return True
 
 
 def _of_all_parts(part: TensorSpec, count: int) -> TensorSpec:

@@ -128,7 +128,7 @@ class Lane:
 
         Args:
             key, prepare: As for `run`, for a part.
-            count: As `Pipeline.parts_count` returns it.
+            count: As `count_parts` returns it.
             operands: x, then those that are not divided.
 
         Raises as `run` does.

@@ -9,7 +9,7 @@ import numpy as np
 
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.cuda.host_memory import HostMemory
+from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
 from deconvd_server.device.cuda.kind import Kind, addresses
 from deconvd_server.device.cuda.marks import Marks
 from deconvd_server.device.cuda.memory import DeviceMemory, Regions
@@ -18,8 +18,9 @@ from deconvd_server.device.cuda.runtime import Bytes, Stream, copy, download, up
 from deconvd_server.device.cuda.staging import Staging, bytes_of
 from deconvd_server.device.protocol import Operand
 from deconvd_server.ledger import Stage
+from deconvd_server.writing import Writing
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "count_parts"]
 
 _PART_BYTES = 4 << 20
 _MAX_PARTS_COUNT = 8
@@ -29,6 +30,20 @@ _MIRRORED_BYTES = 1 << 20
 """What the calling thread copies in the time that it takes to have others do it."""
 
 _REMEMBERED_COUNT = 1024
+
+
+def count_parts(x: Operand, y: Operand, host_memory: HostMemory) -> int:
+    """Return in how many parts a call is to be computed: of as many samples each.
+
+    Args:
+        host_memory: What the card reaches.
+    """
+    if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
+        return 1
+    most = min((x.nbytes + y.nbytes) // _PART_BYTES, _MAX_PARTS_COUNT)
+    if most < 2 or not (host_memory.holds(x) and host_memory.holds(y)):
+        return 1
+    return _even_count(most, len(x), x.nbytes, y.nbytes)
 
 
 class Pipeline:
@@ -57,45 +72,59 @@ class Pipeline:
         self._pinned = pinned
         self._marks = Marks(stream)
 
-    def parts_count(self, x: Operand, y: Operand) -> int:
-        """Return in how many parts a call is to be computed: of as many samples each."""
-        if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
-            return 1
-        most = min((x.nbytes + y.nbytes) // _PART_BYTES, _MAX_PARTS_COUNT)
-        if most < 2 or not (self._host_memory.holds(x) and self._host_memory.holds(y)):
-            return 1
-        return _even_count(most, len(x), x.nbytes, y.nbytes)
-
     def run(self, kind: Kind, operands: Sequence[Operand], y: Array, call: Call) -> None:
         """Compute y.
 
-        The bus is what takes longest, so it is to begin soon and never to wait for the host: where
-        all arrays lie as in a call before, everything is enqueued as one graph.
+        The bus is what takes longest, so it is to begin soon and never to wait for the host: once
+        such a call has come before, all of it is enqueued as one graph. An x that is still being
+        written is followed part by part.
 
         Args:
-            kind: Of the call, with as many parts as `parts_count` returns.
+            kind: Of the call, with as many parts as `count_parts` returns.
             operands: x, then those that are not divided.
 
-        Raises as `Lane.run` does.
+        Raises as `Lane.run` does, and LateError.
         """
         x, *others = operands
+        assert isinstance(x, np.ndarray)
+        writing = call.writing
+        if writing is not None and writing.has(x.nbytes):
+            writing = None
         reached = self._reached(others)
         with self._memory.take(kind.frame.total_bytes) as base:
             call.check()
             try:
                 if reached is None:
-                    self._enqueue(kind, base, operands, y, self._staged(call))
+                    self._enqueue(kind, base, operands, y, self._staged(call), writing)
                 else:
-                    bound = [x, *reached]
-                    at = (self._host_memory.generation, base, *map(_address, (*bound, y)))
-                    kind.launch(
-                        self._up, lambda: self._enqueue(kind, base, bound, y, self._upload), at
-                    )
+                    self._launch(kind, base, [x, *reached], y, writing)
             finally:
                 # the first that everything has come together in: to wait for the others takes no time
                 for stream in (self._up, self._work, self._down):
                     stream.wait()
             self._marks.account(call.ledger)
+            if writing is not None:
+                call.ledger.add(Stage.FOLLOW, writing.waited_s)
+
+    def _launch(
+        self,
+        kind: Kind,
+        base: int,
+        operands: Sequence[Operand],
+        y: Array,
+        writing: Writing | None,
+    ) -> None:
+        """Enqueue a call whose arrays the card all reaches, as a graph if that can be."""
+
+        def enqueue() -> None:
+            self._enqueue(kind, base, operands, y, self._upload, writing)
+
+        arrays = [operand for operand in operands if isinstance(operand, np.ndarray)]
+        places = HostPlaces.of(self._host_memory.generation, [*arrays, y])
+        if writing is None and places.are_apart:
+            kind.launch(self._up, enqueue, base, places)
+        else:
+            enqueue()
 
     def _enqueue(
         self,
@@ -104,6 +133,7 @@ class Pipeline:
         operands: Sequence[Operand],
         y: Array,
         upload_whole: Callable[[Array, int], None],
+        writing: Writing | None,
     ) -> None:
         """Enqueue a call, between a beginning and an end on the stream for the way up.
 
@@ -111,6 +141,10 @@ class Pipeline:
             base: Address of a block for the kind's frame.
             upload_whole: Enqueues a copy of an operand that is not divided, on the stream for the way up or for
                 the work.
+            writing: How far x is written; None if it is there.
+
+        Raises:
+            LateError: x is not written in time.
         """
         up, work, down, in_graph = self._up, self._work, self._down, self._up.is_capturing
         x, *others = operands
@@ -124,12 +158,16 @@ class Pipeline:
                 upload_whole(other, target)
             elif lies_at is not None and lies_at != target:
                 copy(target, lies_at, other.spec.nbytes, up.pointer)
+        written_bytes = 0
         for x_part, y_part in zip(
             _parts(x, kind.parts_count), _parts(y, kind.parts_count), strict=True
         ):
+            if writing is not None:
+                written_bytes += x_part.nbytes
+                writing.expect(written_bytes, x.nbytes)
             upload(x_at, x_part, up.pointer)
             up.fork(work)
-            kind.job.enqueue([x_at, *used_at], [y_at], workspace, work.pointer)
+            self._compute(kind, [x_at, *used_at], y_at, workspace, is_alone=writing is not None)
             work.fork(down)
             download(y_part, y_at, down.pointer)
             x_at, y_at = x_at + x_part.nbytes, y_at + y_part.nbytes
@@ -138,6 +176,23 @@ class Pipeline:
         self._marks.end(Stage.DOWNLOAD, down, in_graph=in_graph)
         for stream in (work, down):  # a graph must end in one stream
             stream.fork(up)
+
+    def _compute(
+        self, kind: Kind, operands: Sequence[int], y: int, workspace: int, *, is_alone: bool
+    ) -> None:
+        """Enqueue the work of a part.
+
+        Args:
+            is_alone: Whether it is to be a graph of its own: then it keeps up with who writes x.
+        """
+
+        def enqueue() -> None:
+            kind.job.enqueue(operands, [y], workspace, self._work.pointer)
+
+        if is_alone:
+            kind.launch(self._work, enqueue, (workspace, *operands, y))
+        else:
+            enqueue()
 
     def _reached(self, others: Sequence[Operand]) -> list[Operand] | None:
         """Return operands, arrays where the card reaches them: copies of small ones. None if one is large."""
@@ -161,14 +216,6 @@ class Pipeline:
 
     def _staged(self, call: Call) -> Callable[[Array, int], None]:
         return lambda array, target: self._staging.upload(array, target, call.check)
-
-
-def _address(operand: Operand) -> int | None:
-    """Return where an array lies; None for what lies on the card, which the kind of call knows."""
-    if not isinstance(operand, np.ndarray):
-        return None
-    address: int = operand.__array_interface__["data"][0]
-    return address
 
 
 @lru_cache(_REMEMBERED_COUNT)

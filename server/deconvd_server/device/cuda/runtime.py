@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from deconvd.errors import ExhaustedError
 from deconvd.shared_memory import card_id
+from deconvd_server.device.cuda.driver import DriverError, GraphCopy, copies_of, record_event
 from deconvd_server.device.faults import DeviceUnavailableError
 
 __all__ = [
@@ -43,7 +43,6 @@ _INSTALL = "pip install 'deconvd[server,cuda13]'"
 _OLDEST_CAPABILITY = 80
 """Our kernels copy to shared memory asynchronously, and multiply bfloat16 matrices."""
 
-_EVENT_RECORD_EXTERNAL = 1  # of cuda.h; CuPy has neither a name for it nor the function
 _HOST_REGISTER_PORTABLE = 1  # of cuda_runtime_api.h; CuPy has no name for it
 
 try:
@@ -135,7 +134,8 @@ class Event:
             in_graph: Whether each launch of the graph that is being captured is to do so.
         """
         if in_graph:
-            _record_in_graph(self._event.ptr, stream)
+            with _driver_errors():
+                record_event(self._event.ptr, stream)
         else:
             _cuda.eventRecord(self._event.ptr, stream)
 
@@ -148,22 +148,42 @@ class Event:
         return float(_cuda.eventElapsedTime(start._event.ptr, self._event.ptr))
 
 
-def _record_in_graph(event: int, stream: int) -> None:
-    record = ctypes.CDLL("libcuda.so.1").cuEventRecordWithFlags
-    status = record(ctypes.c_void_p(event), ctypes.c_void_p(stream), _EVENT_RECORD_EXTERNAL)
-    if status:
-        raise CudaError(status)
-
-
 class Graph:
-    """Captured work, launched as one."""
+    """Captured work, launched as one.
 
-    def __init__(self, graph: Any) -> None:
+    Args:
+        graph: The `cudaGraph_t`; it ends with this.
+    """
+
+    def __init__(self, graph: int) -> None:
         self._graph = graph
+        end = weakref.finalize(self, _cuda.graphDestroy, graph)
+        self._executable: int = _cuda.graphInstantiate(graph)
+        end_executable = weakref.finalize(self, _cuda.graphExecDestroy, self._executable)
+        end.atexit = end_executable.atexit = False
 
     def launch(self, stream: int) -> None:
         """Enqueue the work on a stream."""
-        _cuda.graphLaunch(self._graph.graphExec, stream)
+        _cuda.graphLaunch(self._executable, stream)
+
+    def copies(self) -> list[GraphCopy]:
+        """Return the copies in it. Raises CudaError."""
+        with _driver_errors():
+            return copies_of(self._graph)
+
+    def move(self, copy: GraphCopy, name: str, address: int) -> None:
+        """Have later launches make one of its copies elsewhere: see `GraphCopy.move`. Raises CudaError."""
+        with _driver_errors():
+            copy.move(self._executable, name, address)
+
+
+@contextmanager
+def _driver_errors() -> Iterator[None]:
+    """Raise what the driver's functions raise as CudaError: the numbers are the same."""
+    try:
+        yield
+    except DriverError as error:
+        raise CudaError(error.status) from error
 
 
 class Stream:
@@ -200,7 +220,7 @@ class Stream:
             CudaError: It does something that cannot be captured.
         """
         # relaxed: other threads allocate and wait meanwhile, which is no concern of this stream
-        self._stream.begin_capture(_cuda.streamCaptureModeRelaxed)
+        _cuda.streamBeginCapture(self.pointer, _cuda.streamCaptureModeRelaxed)
         self.is_capturing = True
         try:
             work()
@@ -209,13 +229,14 @@ class Stream:
             raise
         finally:
             self.is_capturing = False
-        return Graph(self._stream.end_capture())
+        return Graph(_cuda.streamEndCapture(self.pointer))
 
     def _abandon_capture(self) -> None:
         try:
-            self._stream.end_capture()
+            graph = _cuda.streamEndCapture(self.pointer)
         except CudaError:
             return  # the capture was invalid already; either way the stream is out of it now
+        _cuda.graphDestroy(graph)
 
 
 def upload(target: int, source: Bytes, stream: int) -> None:

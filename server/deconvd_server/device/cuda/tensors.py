@@ -35,7 +35,7 @@ class CardTensors(ABC):
 
     @abstractmethod
     def _working(self, call: Call) -> AbstractContextManager[Lane]:
-        """Lend a lane, with the card as the thread's device; waits for one while the call lives."""
+        """Lend a lane, with the card as the thread's device. See `Lanes.lend`."""
 
     def empty(self, spec: TensorSpec) -> CudaTensor:
         """Return a new tensor. See `Device`."""

@@ -1,0 +1,64 @@
+"""The lanes of a card: each call that is computed has one to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from queue import Empty, LifoQueue
+from typing import Final
+
+from deconvd_server.call import Call
+from deconvd_server.device.cuda.lane import Lane
+
+__all__ = ["Lanes"]
+
+_TAKE_S: Final = 0.02
+"""How often one who waits for a lane looks whether its call is still wanted."""
+
+
+class Lanes:
+    """Lanes, lent one to a call. Thread-safe.
+
+    Args:
+        lanes: No one else uses them.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._count = len(lanes)
+        # the last lane given back comes first: it is the likeliest to know the kind of call
+        self._idle: LifoQueue[Lane] = LifoQueue()
+        for lane in lanes:
+            self._idle.put(lane)
+
+    @property
+    def are_idle(self) -> bool:
+        """Whether no call has one."""
+        return self._idle.qsize() == self._count
+
+    @contextmanager
+    def lend(self, call: Call) -> Iterator[Lane]:
+        """Lend a lane for the block; waits for one while the call lives.
+
+        Raises:
+            CallCancelledError, DeadlineError: The call has ended.
+        """
+        lane = self._taken(call)
+        try:
+            yield lane
+        finally:
+            self._idle.put(lane)
+
+    def close(self) -> Iterator[int]:
+        """Close all; yield their streams. No call may have one, and none may follow."""
+        for _ in range(self._count):
+            lane = self._idle.get()
+            lane.close()
+            yield lane.stream.pointer
+
+    def _taken(self, call: Call) -> Lane:
+        while True:
+            call.check()
+            try:
+                return self._idle.get(timeout=_TAKE_S)
+            except Empty:
+                continue

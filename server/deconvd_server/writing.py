@@ -1,0 +1,70 @@
+"""An operand that its client is still writing into shared memory while its call is served. See `deconvd.direct`."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from deconvd.direct import hear_written
+from deconvd.line import Line
+
+__all__ = ["LateError", "Writing"]
+
+_GRACE_S: Final = 5e-3
+_SLOWEST_BYTES_PER_S: Final = 2e9
+"""What a client may take to write whose call has a device meanwhile: to begin with, and by its bytes."""
+
+
+class LateError(Exception):
+    """An operand was not written in the time that a call may keep others from a device."""
+
+
+class Writing:
+    """How far a client has come with writing an operand. For the thread that serves its line.
+
+    What it says may be wrong: that harms its own results alone. Each method raises LineBrokenError
+    if the client goes, or says something else.
+
+    Attributes:
+        waited_s: Seconds that were spent in `expect`.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self.waited_s = 0.0
+        self._line = line
+        self._written_bytes = 0
+        self._fair_until_s: float | None = None
+
+    def has(self, size_bytes: int) -> bool:
+        """Return whether so many bytes, from the operand's begin, are known to be there now."""
+        return self.has_within(0, size_bytes)
+
+    def require(self, size_bytes: int) -> None:
+        """Raise LateError unless so many bytes are known to be there now."""
+        if not self.has(size_bytes):
+            raise LateError
+
+    def expect(self, size_bytes: int, operand_bytes: int) -> None:
+        """Wait for so many of the operand's bytes while holding a device.
+
+        Raises:
+            LateError: That would be unfair to others: the device is to be left, and taken again once
+                all has been written.
+        """
+        now_s = time.monotonic()
+        if self._fair_until_s is None:
+            self._fair_until_s = now_s + _GRACE_S + operand_bytes / _SLOWEST_BYTES_PER_S
+        is_there = self.has_within(self._fair_until_s - now_s, size_bytes)
+        self.waited_s += time.monotonic() - now_s
+        if not is_there:
+            raise LateError
+
+    def has_within(self, timeout_s: float, size_bytes: int) -> bool:
+        """Return whether so many bytes, from the operand's begin, are there within so many seconds."""
+        until_s = time.monotonic() + timeout_s
+        while self._written_bytes < size_bytes:
+            written_bytes = hear_written(self._line, until_s - time.monotonic())
+            if written_bytes is None:
+                return False
+            self._written_bytes = written_bytes
+        return True

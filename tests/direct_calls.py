@@ -1,0 +1,83 @@
+"""Calls by direct lines, frame by frame, for tests from the outside."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import deconvd_client
+from deconvd.direct import CallHead, Method
+from deconvd.line import FrameKind, Line
+from deconvd.tensor import message_from_array
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.direct_ways import way_to
+from tests.processes import wait_until
+from tests.servers import ServerProcess
+
+__all__ = [
+    "REQUEST",
+    "W",
+    "X",
+    "answer",
+    "open_line",
+    "send_call",
+    "serves",
+    "target_of",
+    "told_by",
+    "wait_until_idle",
+]
+
+X = np.arange(36, dtype=np.float32).reshape(1, 4, 3, 3)
+W = np.ones((4, 2, 2, 2), np.float32)
+REQUEST = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W))
+
+
+def target_of(server: ServerProcess, transport: str) -> str:
+    """Return what a client connects to for a transport."""
+    return server.targets[transport == "tcp"]
+
+
+def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
+    """Return what a server says of itself."""
+    with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
+        return F._nearest.far.get_server_info()
+
+
+def open_line(server: ServerProcess, transport: str = "unix") -> Line:
+    way = way_to(target_of(server, transport))
+    assert way is not None
+    return way.open(lambda: told_by(server))
+
+
+def send_call(
+    line: Line, method: Method, message: bytes, *, timeout_s: float = 30, is_early: bool = False
+) -> None:
+    line.send((FrameKind.CALL, CallHead(method, timeout_s, message, is_early).pack()))
+
+
+def answer(line: Line) -> tuple[list[tuple[FrameKind, bytes]], bytes]:
+    """Return the frames that come before the last, and what the last holds."""
+    frames = []
+    while True:
+        kind, size_bytes = line.receive()
+        frames.append((kind, line.take(size_bytes)))
+        if kind in (FrameKind.END, FrameKind.FAILED):
+            return frames, frames[-1][1]
+
+
+def serves(line: Line) -> bool:
+    """Make a call, and return whether it was answered well."""
+    send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
+    (kind, response), (end, _) = answer(line)[0]
+    shape = pb.DeconvolveResponse.FromString(response).y.shape
+    return (kind, end, list(shape)) == (FrameKind.MESSAGE, FrameKind.END, [1, 2, 4, 4])
+
+
+def wait_until_idle(server: ServerProcess) -> None:
+    """Wait until no call is under way."""
+    with deconvd_client.connect(server.target, transport="grpc") as F:
+
+        def is_idle() -> bool:
+            load = F.server_info().devices[0]
+            return not load.running_calls_count and not load.used_bytes
+
+        wait_until(is_idle)

@@ -1,0 +1,480 @@
+"""Calls that are made while their client is still copying x into shared memory."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.rpc import status_pb2
+
+import deconvd_client
+from deconvd.direct import CallHead, Method, tell_written
+from deconvd.errors import DeadlineError, InvalidArgumentError
+from deconvd.geometry import Geometry
+from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd.messages import message_from_geometry
+from deconvd.problem import Problem
+from deconvd.status import error_from_status
+from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client import direct
+from deconvd_client.late_copy import LateCopies, LateCopy
+from deconvd_client.shared_memory import Borrower
+from tests.direct_calls import (
+    answer,
+    open_line,
+    send_call,
+    serves,
+    told_by,
+    wait_until_idle,
+)
+from tests.holders import by_handle, holder
+from tests.processes import held_by, lent_bytes, wait_until
+from tests.servers import ServerProcess, server_process
+
+SHAPE = (60, 1, 192, 192)
+"""Of float32: 8.4 MiB, just enough for a call to be early."""
+
+W = np.full((1, 1, 1, 1), 3, np.float32)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    with server_process(tmp_path, "--log-level", "debug") as running:
+        yield running
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What clients of this process say of how far they have come."""
+    sizes: list[int] = []
+
+    def tell(line: Line, size_bytes: int) -> None:
+        sizes.append(size_bytes)
+        tell_written(line, size_bytes)
+
+    monkeypatch.setattr(direct, "tell_written", tell)
+    return sizes
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let clients be early although no card follows them."""
+    monkeypatch.setattr(LateCopies, "is_worth_it", lambda _: True)
+
+
+def random_x(seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(-4, 5, SHAPE).astype(np.float32)
+
+
+@pytest.mark.usefixtures("always")
+class TestClient:
+    """What a client does for an x that is not in shared memory."""
+
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            np.array,
+            np.asfortranarray,
+            lambda x: np.repeat(x, 2, axis=3)[:, :, :, ::2],
+            lambda x: np.flip(np.flip(x, 0).copy(), 0),
+            lambda x: x.astype(">f4"),
+            lambda x: x.astype(np.float16),
+        ],
+        ids=["plain", "by columns", "strided", "backwards", "big-endian", "small"],
+    )
+    def test_x_of_any_layout_arrives_as_it_is(
+        self, server: ServerProcess, told: list[int], layout: Callable[[Array], Array]
+    ) -> None:
+        with deconvd_client.connect(server.target) as F:
+            for seed in range(3):
+                x = layout(random_x(seed))
+                y = F.deconvolution_2d(x, W.astype(x.dtype))
+                np.testing.assert_array_equal(y, x * 3)
+
+        is_large = x.nbytes >= 8 << 20
+        assert told.count(x.nbytes) == (3 if is_large else 0)
+        assert len(told) <= 3 * 8
+
+    @pytest.mark.parametrize("processors_count", [1, 4])
+    def test_progress_is_told_in_order_by_any_number_of_threads(
+        self,
+        server: ServerProcess,
+        told: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+        processors_count: int,
+    ) -> None:
+        monkeypatch.setattr("deconvd.copying.processors_count", lambda: processors_count)
+        x = np.concatenate([random_x(seed) for seed in range(6)])
+        with deconvd_client.connect(server.target) as F:
+            np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
+
+        assert len(told) > 4 or processors_count > 1  # how many pieces end at once is chance
+        assert told == sorted(set(told))
+        assert told[-1] == x.nbytes
+
+    def test_x_in_shared_memory_and_calls_by_grpc_are_not_early(
+        self, server: ServerProcess, told: list[int]
+    ) -> None:
+        x = random_x()
+        with deconvd_client.connect(server.target) as F:
+            lent = F.empty(x.shape, x.dtype)
+            lent[...] = x
+            np.testing.assert_array_equal(F.deconvolution_2d(lent, W), x * 3)
+        with deconvd_client.connect(server.target, transport="grpc") as F:
+            np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
+        assert not told
+
+    def test_a_call_whose_line_breaks_meanwhile_is_made_again_with_all_of_x(
+        self, server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken: list[int] = []
+
+        def tell(line: Line, size_bytes: int) -> None:
+            if len(broken) % 3 == 1:
+                line.shut()
+            broken.append(size_bytes)
+            tell_written(line, size_bytes)
+
+        monkeypatch.setattr(direct, "tell_written", tell)
+        with deconvd_client.connect(server.target) as F:
+            for seed in range(4):
+                x = random_x(seed)
+                np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
+        assert len(broken) > 4
+        wait_until_idle(server)
+
+    def test_what_interrupts_the_copy_is_the_callers(
+        self, server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x = random_x()
+        with deconvd_client.connect(server.target) as F:
+            np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
+            with monkeypatch.context() as interrupted:
+                interrupted.setattr(direct, "tell_written", _interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    F.deconvolution_2d(x, W)
+            wait_until_idle(server)
+            np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
+
+    def test_a_copy_is_made_once(self) -> None:
+        source, target = np.ones(4, np.float32), np.zeros(4, np.float32)
+        copy, told = LateCopy(target, source), list[int]()
+
+        copy.make(told.append)
+        target[:] = 2
+        copy.make(told.append)
+        copy.make()
+
+        assert copy.is_made
+        assert target.tolist() == [2] * 4
+        assert told == [16]
+
+    def test_a_client_that_dies_while_copying_leaves_nothing(self, server: ServerProcess) -> None:
+        x = random_x()
+        with deconvd_client.connect(server.target) as F:
+            F.deconvolution_2d(x, W)  # whatever is made once is made
+        wait_until_idle(server)
+        pid = server.process.pid
+        wait_until(lambda: lent_bytes(pid) == 0)
+        before = held_by(pid)
+        for after_count in (1, 2, 3):
+            command = [sys.executable, "-c", _DYING_CLIENT, server.target, str(after_count)]
+            assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+        wait_until_idle(server)
+        wait_until(lambda: lent_bytes(pid) == 0)
+        wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
+        wait_until(lambda: held_by(pid).threads_count <= before.threads_count)
+
+
+def test_a_server_that_follows_no_copy_is_seldom_called_early(
+    server: ServerProcess, told: list[int]
+) -> None:
+    x = random_x()
+    with deconvd_client.connect(server.target) as F:
+        for _ in range(60):
+            F.deconvolution_2d(x, W)
+    assert told.count(x.nbytes) == 5  # then after 1, 3, 7 and 15 others
+
+
+def test_a_server_that_follows_copies_is_called_early() -> None:
+    calls = LateCopies()
+    for was_followed, pause_count in [(True, 0), (False, 1), (False, 3), (True, 0), (False, 1)]:
+        assert calls.is_worth_it()
+        calls.note(was_followed=was_followed)
+        assert not any(calls.is_worth_it() for _ in range(pause_count))
+    for _ in range(10):
+        calls.note(was_followed=False)
+    assert sum(not calls.is_worth_it() for _ in range(1000)) == 64
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+_DYING_CLIENT = """
+import os, signal, sys
+import numpy as np
+import deconvd_client
+from deconvd_client import direct
+
+told = 0
+
+def tell(line, size_bytes):
+    global told
+    told += 1
+    if told == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+direct.tell_written = tell
+with deconvd_client.connect(sys.argv[1]) as F:
+    F.deconvolution_2d(np.ones((1, 16, 2048, 2048), np.float32), np.ones((16, 1, 1, 1), np.float32))
+"""
+
+
+class TestServer:
+    """What a server makes of early calls, whatever their clients say and do."""
+
+    @pytest.fixture
+    def borrower(self, server: ServerProcess) -> Iterator[Borrower]:
+        lends = Borrower(lambda: told_by(server).shared_memory_socket, is_only_way=True)
+        yield lends
+        lends.close()
+
+    @pytest.fixture
+    def x(self, borrower: Borrower) -> Array:
+        """An array in shared memory, not yet written."""
+        x = borrower.empty(SHAPE, np.float32)
+        x[...] = np.nan
+        return x
+
+    @pytest.fixture
+    def line(self, server: ServerProcess) -> Iterator[Line]:
+        with open_line(server) as opened:
+            opened.set_deadline(60)
+            yield opened
+
+    def request(
+        self, borrower: Borrower, x: Array, stride: int = 1
+    ) -> tuple[pb.DeconvolveRequest, Array]:
+        """Return a request for y in shared memory, and that."""
+        geometry = Geometry(stride=(stride, stride))
+        y = Problem(spec_of(x), spec_of(W), geometry).y
+        lent = borrower.empty(y.shape, y.dtype)
+        place = borrower.locate(lent)
+        request = pb.DeconvolveRequest(
+            x=message_from_spec(spec_of(x)),
+            w=message_from_array(W),
+            geometry=message_from_geometry(geometry),
+            y_place=place,
+        )
+        lies_at = borrower.locate(x)
+        assert lies_at is not None
+        request.x.shared.CopyFrom(lies_at)
+        return request, lent
+
+    def begin(self, line: Line, request: pb.DeconvolveRequest, timeout_s: float = 60) -> None:
+        data = request.SerializeToString()
+        send_call(line, Method.Deconvolve, data, timeout_s=timeout_s, is_early=True)
+
+    def failure(self, line: Line) -> Exception:
+        ((kind, payload),), _ = answer(line)
+        assert kind is FrameKind.FAILED
+        return error_from_status(status_pb2.Status.FromString(payload))
+
+    def test_it_waits_for_all_of_x(self, borrower: Borrower, x: Array, line: Line) -> None:
+        for seed in range(3):
+            x[...] = np.nan
+            source, (request, y) = random_x(seed), self.request(borrower, x)
+            self.begin(line, request)
+            for end in (7, 30, 60):
+                assert not line.has_come(1, 0.05)
+                x[:end] = source[:end]
+                tell_written(line, x[:end].nbytes)
+            (message, _), _ = answer(line)
+            assert message[0] is FrameKind.MESSAGE
+            np.testing.assert_array_equal(y, source * 3)
+
+    def test_others_are_served_meanwhile(
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        waiting = [open_line(server) for _ in range(8)]
+        for other in (*waiting, line):
+            self.begin(other, self.request(borrower, x)[0])
+        with deconvd_client.connect(server.target, timeout_s=10) as F:
+            for _ in range(3):
+                np.testing.assert_array_equal(F.deconvolution_2d(W, W), W * 3)
+            (device,) = F.server_info().devices
+            assert device.running_calls_count == device.waiting_calls_count == 0
+        x[...] = 1
+        for other in (*waiting, line):
+            tell_written(other, x.nbytes)
+            assert answer(other)[0][0][0] is FrameKind.MESSAGE
+        for other in waiting:
+            other.close()
+
+    def test_what_is_never_written_ends_at_the_deadline_and_the_line_still_serves(
+        self, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        for written_bytes in (None, 1000):
+            self.begin(line, self.request(borrower, x)[0], timeout_s=0.5)
+            if written_bytes is not None:
+                tell_written(line, written_bytes)
+            began_s = time.monotonic()
+            assert isinstance(self.failure(line), DeadlineError)
+            assert time.monotonic() - began_s < 5
+            tell_written(line, x.nbytes)  # too late
+            assert serves(line)
+
+    def test_half_a_frame_is_waited_for_no_longer(
+        self, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        self.begin(line, self.request(borrower, x)[0], timeout_s=0.5)
+        frame = bytes([FrameKind.WRITTEN, 0, 0, 0, 8, 0, 0, 0]) + x.nbytes.to_bytes(8, "little")
+        line._socket.sendall(frame[:9])
+        assert isinstance(self.failure(line), DeadlineError)
+        line._socket.sendall(frame[9:])
+        assert serves(line)
+
+    def test_a_call_that_is_refused_is_answered_before_x_is_written(
+        self, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        request, _ = self.request(borrower, x)
+        request.geometry.stride.h = 0
+        self.begin(line, request)
+        assert isinstance(self.failure(line), InvalidArgumentError)
+        for end in range(10, 61, 10):
+            tell_written(line, x[:end].nbytes)
+        assert serves(line)
+        assert serves(line)
+
+    def test_a_client_that_says_more_than_is_true_harms_its_result_alone(
+        self, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        for lie in (x.nbytes, 2**64 - 1):
+            self.begin(line, self.request(borrower, x)[0])
+            tell_written(line, lie)
+            assert answer(line)[0][0][0] is FrameKind.MESSAGE
+            assert serves(line)
+
+    def test_what_is_not_said_in_order_is_waited_for(
+        self, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        request, y = self.request(borrower, x)
+        self.begin(line, request)
+        for written_bytes in (1000, 10, 0, 1000):
+            tell_written(line, written_bytes)
+        assert not line.has_come(1, 0.1)
+        x[...] = 1
+        tell_written(line, x.nbytes)
+        assert answer(line)[0][0][0] is FrameKind.MESSAGE
+        np.testing.assert_array_equal(y, x * 3)
+
+    @pytest.mark.parametrize(
+        ("kind", "payload"),
+        [
+            (FrameKind.WRITTEN, b"x" * 9),
+            (FrameKind.MESSAGE, b"x" * 8),
+            (FrameKind.END, b"x" * 8),
+            (FrameKind.CALL, b"x" * 100),
+        ],
+        ids=str,
+    )
+    def test_another_frame_ends_the_line(
+        self,
+        server: ServerProcess,
+        borrower: Borrower,
+        x: Array,
+        line: Line,
+        kind: FrameKind,
+        payload: bytes,
+    ) -> None:
+        self.begin(line, self.request(borrower, x)[0])
+        line.send((kind, payload))
+        with pytest.raises(LineBrokenError):
+            answer(line)
+        wait_until_idle(server)
+        with open_line(server) as other:
+            assert serves(other)
+
+    @pytest.mark.parametrize("method", [m for m in Method if m is not Method.Deconvolve])
+    def test_no_other_method_can_be_early(
+        self, server: ServerProcess, line: Line, method: Method
+    ) -> None:
+        send_call(line, method, b"", is_early=True)
+        with pytest.raises(LineBrokenError):
+            answer(line)
+        assert f"early call of {method.name}" in server.log.read_text()
+        with pytest.raises(LineBrokenError, match="early"):
+            CallHead.parse(CallHead(method, 1, b"", is_early=True).pack())
+
+    def test_x_that_is_to_be_kept_is_waited_for(
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        source, (request, y) = random_x(), self.request(borrower, x)
+        with holder(server.target) as held:
+            request.session = held.session
+            request.keep.x = True
+            self.begin(line, request)
+            assert not line.has_come(1, 0.2)
+            x[...] = source
+            tell_written(line, x.nbytes)
+            (message, _), _ = answer(line)
+            handle = pb.DeconvolveResponse.FromString(message[1]).kept.x.handle
+            np.testing.assert_array_equal(y, source * 3)
+            x[...] = np.nan
+            y[...] = np.nan
+            request.x.CopyFrom(by_handle(source, handle))
+            held.stub.Deconvolve(request)
+            np.testing.assert_array_equal(y, source * 3)
+
+    @pytest.mark.parametrize("written_bytes", [None, 1000])
+    def test_a_client_that_goes_leaves_nothing(
+        self,
+        server: ServerProcess,
+        borrower: Borrower,
+        x: Array,
+        line: Line,
+        written_bytes: int | None,
+    ) -> None:
+        self.begin(line, self.request(borrower, x)[0])
+        if written_bytes is not None:
+            tell_written(line, written_bytes)
+        line.close()
+        borrower.close()
+        wait_until_idle(server)
+        with open_line(server) as other:
+            assert serves(other)
+
+    def test_a_drain_does_not_wait_for_ever(
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        self.begin(line, self.request(borrower, x)[0])
+        wait_until(lambda: "Deconvolve from" in server.log.read_text())
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        x[...] = 1
+        tell_written(line, x.nbytes)
+        assert answer(line)[0][0][0] is FrameKind.MESSAGE  # it was under way
+        assert server.process.wait(30) == 0
+
+
+def test_a_drain_ends_what_is_never_written(tmp_path: Path) -> None:
+    with server_process(tmp_path, "--drain-timeout-s", "1") as server:
+        lends = Borrower(lambda: told_by(server).shared_memory_socket, is_only_way=True)
+        x = lends.empty(SHAPE, np.float32)
+        helper = TestServer()
+        with open_line(server) as line:
+            line.set_deadline(30)
+            helper.begin(line, helper.request(lends, x)[0])
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(LineBrokenError):
+                answer(line)
+            assert server.process.wait(30) == 0
+        lends.close()
