@@ -92,16 +92,16 @@ class Holder:
         self.stub.DropTensors(pb.DropTensorsRequest(session=self.session, residents=residents))
 
     def kept_bytes(self) -> int:
-        """Return what all that is kept takes of the server's device, whoever keeps it."""
-        return self._kept().size_bytes
+        """Return what all that is kept takes of the server's devices, whoever keeps it."""
+        return sum(cache.size_bytes for cache in self._kept())
 
     def kept_count(self) -> int:
-        """Return how many tensors are kept on the server's device."""
-        return self._kept().count
+        """Return how many tensors are kept on the server's devices."""
+        return sum(cache.count for cache in self._kept())
 
-    def _kept(self) -> pb.Cache:
-        (device,) = self.stub.GetServerInfo(pb.GetServerInfoRequest()).devices
-        return next(cache for cache in device.caches if cache.name == "resident tensors")
+    def _kept(self) -> Iterator[pb.Cache]:
+        for device in self.stub.GetServerInfo(pb.GetServerInfoRequest()).devices:
+            yield from (cache for cache in device.caches if cache.name == "resident tensors")
 
 
 @contextmanager

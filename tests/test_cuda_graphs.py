@@ -62,18 +62,18 @@ def test_work_whose_graph_cannot_be_replayed_is_done_without_it() -> None:
 
 
 @pytest.mark.parametrize("order", ["in turn", "at random"])
-@pytest.mark.parametrize("places_count", [4, 64, 65, 256])
+@pytest.mark.parametrize("places_count", [4, 32, 33, 128])
 def test_more_places_than_graphs_make_no_graph_give_way_to_another(
     places_count: int, order: str
 ) -> None:
     card, generator = Card(), random.Random(0)
-    for i in range(16000):
+    for i in range(8000):
         card.run(i % places_count if order == "in turn" else generator.randrange(places_count))
 
     replayed_count = sum(done.startswith("graph") for done in card.done)
-    assert replayed_count > 0.8 * 16000 * min(64 / places_count, 1)
+    assert replayed_count > 0.8 * 8000 * min(32 / places_count, 1)
     # at random some place may be unlucky for long, and another take its room
-    assert len(card.captured) <= (min(places_count, 64) if order == "in turn" else 160)
+    assert len(card.captured) <= (min(places_count, 32) if order == "in turn" else 80)
 
 
 def test_places_that_come_no_more_make_room() -> None:

@@ -183,7 +183,7 @@ class Pipeline:
         """Enqueue the work of a part.
 
         Args:
-            is_alone: Whether it is to be a graph of its own: then it keeps up with who writes x.
+            is_alone: Whether it is to be a graph of its own: so that the host keeps up with who writes x.
         """
 
         def enqueue() -> None:
