@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +22,12 @@ from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
+from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.cpu import device as cpu_device
+from deconvd_server.device.cpu.blocking import useful_threads_count
+from deconvd_server.device.cpu.products import Products
 from tests import definition
 from tests.strategies import FLOAT64, Operands, operands
 
@@ -34,9 +39,14 @@ MASKS = [Wanted(*mask) for mask in itertools.product([False, True], repeat=3) if
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["alone", "three threads"])
 def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
-    """A device whose calls have one thread, and one whose calls have more than there may be processors."""
+    """A device whose calls have one thread, and one whose calls have more than there may be processors.
+
+    They have them for small problems too, which would else be computed by one.
+    """
     device = CpuDevice(request.param)
-    yield device
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(cpu_device, "useful_threads_count", lambda _, threads_count: threads_count)
+        yield device
     device.close()
 
 
@@ -528,6 +538,30 @@ def test_a_call_takes_no_more_memory_than_its_footprint(name: str, threads_count
 
 
 # What it is
+
+
+def test_small_calls_are_computed_by_the_thread_that_makes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: set[int] = set()
+    run = Products.add_to_y
+
+    def noted(products: Products, *task: Any) -> None:
+        threads.add(threading.get_ident())
+        time.sleep(0.01)  # so that helpers had the time to take a task
+        run(products, *task)
+
+    monkeypatch.setattr(Products, "add_to_y", noted)
+    monkeypatch.setattr(cpu_device, "useful_threads_count", useful_threads_count)
+    device = CpuDevice(3)
+    for image, is_alone in ((8, True), (100, False)):
+        x, W = np.ones((1, 4, image, image), np.float32), np.ones((4, 8, 3, 3), np.float32)
+        problem = Problem(spec_of(x), spec_of(W), Geometry())
+        threads.clear()
+        y = device.deconvolve(problem, x, W, None, Options(), Call())
+        np.testing.assert_allclose(y, definition.deconvolve(problem, x, W))
+        assert (threads == {threading.get_ident()}) == is_alone
+    device.close()
 
 
 def test_a_device_says_what_it_is() -> None:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from deconvd.problem import Problem
 
-__all__ = ["Blocking", "ImageBlock", "ranges", "working_elements_count"]
+__all__ = [
+    "Blocking",
+    "ImageBlock",
+    "ranges",
+    "useful_threads_count",
+    "working_elements_count",
+]
 
 _COLUMN_ELEMENTS = 1 << 18
 """Elements of one block's columns: 1 MiB of float32, what a core's second-level cache holds."""
@@ -17,6 +23,10 @@ _IMAGE_PIXELS = 1 << 10
 
 _LEAST_SHARE = 8
 """The part of a block's room below which another thread costs more than it saves."""
+
+_SMALL_ELEMENTS = _COLUMN_ELEMENTS // 4
+_SMALL_PRODUCTS_COUNT = 1 << 20
+"""Columns, and products for them, that one thread is through with sooner than it takes to have others help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,14 @@ def _samples_step(problem: Problem, fit: int, threads_count: int) -> int:
     """
     fitting = fit // (problem.c_O * math.prod(problem.kernel))
     return max(min(fitting, -(-problem.n // threads_count)), fitting // _LEAST_SHARE)
+
+
+def useful_threads_count(problem: Problem, threads_count: int) -> int:
+    """Return how many of some threads are worth their while: one for a small problem, all for another."""
+    elements_count = problem.n * problem.c_O * math.prod(problem.kernel) * math.prod(problem.image)
+    products_count = elements_count * problem.c_I // problem.groups
+    is_small = elements_count <= _SMALL_ELEMENTS and products_count <= _SMALL_PRODUCTS_COUNT
+    return 1 if is_small else threads_count
 
 
 def working_elements_count(problem: Problem) -> int:

@@ -22,7 +22,12 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.cpu.blocking import Blocking, ranges, working_elements_count
+from deconvd_server.device.cpu.blocking import (
+    Blocking,
+    ranges,
+    useful_threads_count,
+    working_elements_count,
+)
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
 from deconvd_server.device.cpu.tensor import (
@@ -135,7 +140,7 @@ class CpuDevice:
             if b is not None:
                 y += array_of(b)[:, None, None]
             if problem.has_products:
-                blocking = Blocking.of(problem, threads_count=self._team.threads_count)
+                blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
                 products = Products(problem, blocking, call, x=array_of(x), W=array_of(W))
                 self._run(
                     lambda *task: products.add_to_y(y, *task),
@@ -170,7 +175,7 @@ class CpuDevice:
     def _set_gx(self, gx: Array, problem: Problem, W: Array, gy: Array, call: Call) -> None:
         """Set gx, which is all zeros."""
         if problem.has_products:
-            blocking = Blocking.of(problem, threads_count=self._team.threads_count)
+            blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
             products = Products(problem, blocking, call, W=W, gy=gy)
             self._run(
                 lambda *task: products.set_gx(gx, *task),
@@ -180,7 +185,7 @@ class CpuDevice:
     def _gW(self, problem: Problem, x: Array, gy: Array, call: Call) -> Array:
         if not problem.has_products:
             return np.zeros(problem.W.shape, problem.W.dtype)
-        threads_count = self._team.threads_count
+        threads_count = self._threads_count(problem)
         blocking = Blocking.of(problem, threads_count=threads_count, sums_samples=True)
         # Where channels do not make tasks enough, samples do: each part of them has its own sum.
         tasks_count = len(blocking.groups) * len(blocking.channels) * len(blocking.taps)
@@ -193,6 +198,9 @@ class CpuDevice:
         )
         gW: Array = sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0)
         return gW.astype(problem.W.dtype, copy=False)
+
+    def _threads_count(self, problem: Problem) -> int:
+        return useful_threads_count(problem, self._team.threads_count)
 
     @contextmanager
     def _computing(self, problem: Problem, call: Call) -> Iterator[None]:
