@@ -22,9 +22,10 @@ from deconvd.messages import message_from_geometry
 from deconvd.problem import Problem
 from deconvd.status import error_from_status
 from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import direct
-from deconvd_client.late_copy import LateCopies, LateCopy
+from deconvd_client.late_copy import LateCopy
 from deconvd_client.shared_memory import Borrower
 from tests.direct_calls import (
     answer,
@@ -66,7 +67,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let clients be early although no card follows them."""
-    monkeypatch.setattr(LateCopies, "is_worth_it", lambda _: True)
+    monkeypatch.setattr(Trials, "is_due", lambda _: True)
 
 
 def random_x(seed: int = 0) -> Array:
@@ -201,17 +202,6 @@ def test_a_server_that_follows_no_copy_is_seldom_called_early(
         for _ in range(60):
             F.deconvolution_2d(x, W)
     assert told.count(x.nbytes) == 5  # then after 1, 3, 7 and 15 others
-
-
-def test_a_server_that_follows_copies_is_called_early() -> None:
-    calls = LateCopies()
-    for was_followed, pause_count in [(True, 0), (False, 1), (False, 3), (True, 0), (False, 1)]:
-        assert calls.is_worth_it()
-        calls.note(was_followed=was_followed)
-        assert not any(calls.is_worth_it() for _ in range(pause_count))
-    for _ in range(10):
-        calls.note(was_followed=False)
-    assert sum(not calls.is_worth_it() for _ in range(1000)) == 64
 
 
 def _interrupt(*_: object) -> None:

@@ -8,13 +8,10 @@ from typing import Final
 from deconvd.copying import copy_into
 from deconvd.tensor import Array
 
-__all__ = ["LateCopies", "LateCopy"]
+__all__ = ["LateCopy"]
 
 _STEPS_COUNT: Final = 8
 """How often progress is told, at most: in as many parts a card takes x."""
-
-_LONGEST_PAUSE_COUNT: Final = 64
-"""Calls that are not early, at most, before it is tried again."""
 
 
 class LateCopy:
@@ -53,30 +50,3 @@ class _Seldom:
         if done_bytes - self._told_bytes >= step_bytes or done_bytes == self._total_bytes:
             self._told_bytes = done_bytes
             self._tell(done_bytes)
-
-
-class LateCopies:
-    """Which calls are to be made before x is copied: those whose server is likely to follow the copy.
-
-    One that computes on the host, or has other calls to serve, does not: it then costs both ends
-    more to speak of progress than it saves. Threads may note in any order.
-    """
-
-    def __init__(self) -> None:
-        self._pause_count = 0
-        self._left_count = 0
-
-    def is_worth_it(self) -> bool:
-        """Return whether the next call is to be early; one answer for each call."""
-        if self._left_count > 0:
-            self._left_count -= 1
-            return False
-        return True
-
-    def note(self, *, was_followed: bool) -> None:
-        """Learn from a call that was early."""
-        if was_followed:
-            self._pause_count = 0
-        else:
-            self._pause_count = min(2 * self._pause_count + 1, _LONGEST_PAUSE_COUNT)
-            self._left_count = self._pause_count

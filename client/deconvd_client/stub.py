@@ -25,11 +25,12 @@ from deconvd.errors import (
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY, ledger_from_metadata
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd.status import error_from_rpc
+from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import Way
 from deconvd_client.hold import Hold
-from deconvd_client.late_copy import LateCopies, LateCopy
+from deconvd_client.late_copy import LateCopy
 from deconvd_client.retries import with_retries
 
 __all__ = ["Attempt", "Stub"]
@@ -83,7 +84,7 @@ class Stub:
         self._closed = False
         self._ended = threading.local()
         self._results = ArrayMemory(_KEPT_BYTES)
-        self._late_copies = LateCopies()
+        self._early_calls = Trials()
         self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse, Method.Deconvolve)
         self._deconvolve_grad = self._unary(
             "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DeconvolveGrad
@@ -250,7 +251,7 @@ class Stub:
             request: Envelope[Any], *, is_brief: bool = False, late_copy: LateCopy | None = None
         ) -> Envelope[_Response]:
             data = encode(request)
-            if late_copy is not None and not self._late_copies.is_worth_it():
+            if late_copy is not None and not self._early_calls.is_due():
                 late_copy.make()
 
             def directly(direct: DirectLines, timeout_s: float) -> tuple[bytes, str]:
@@ -259,7 +260,9 @@ class Stub:
                 if late_copy is None or late_copy.is_made:
                     return direct.call(number, data, timeout_s)
                 reply = direct.call(number, data, timeout_s, late_copy)
-                self._late_copies.note(was_followed=FOLLOW_ENTRY in reply.ledger)
+                # a server that computes on the host, or for others too, does not follow: then it costs
+                # both ends more to speak of progress than it saves
+                self._early_calls.note(has_paid=FOLLOW_ENTRY in reply.ledger)
                 return reply
 
             def by_grpc(timeout_s: float) -> bytes:
