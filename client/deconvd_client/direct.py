@@ -13,6 +13,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
+from deconvd.busy_polling import BusyPolling
 from deconvd.direct import CallHead, FrameSource, Method, ended, tell_written
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
@@ -30,6 +31,9 @@ _LAST_RETRY_S: Final = 80.0
 
 _PATIENCE_S: Final = 0.1
 """How long calls wait for a line that is being opened before they go by gRPC."""
+
+_POLLED_S: Final = 3e-4
+"""Longer than small calls take."""
 
 _HEAD_BYTES: Final = 1024
 """More than a call has beside its message."""
@@ -84,7 +88,12 @@ class DirectLines:
         self._is_closed = False
         self._next_try_s = 0.0
         self._retry_s = _FIRST_RETRY_S
+        self._polling = BusyPolling(_POLLED_S)
         self._begin()
+
+    def _is_alone(self) -> bool:
+        """Return whether no other thread has a call under way."""
+        return len(self._busy) == 1
 
     def _begin(self) -> None:
         """Have no lines yet: at first, and in a forked child, where a lock may be held by no one."""
@@ -117,7 +126,9 @@ class DirectLines:
         if len(message) > MAX_MESSAGE_BYTES - _HEAD_BYTES:
             raise NoLineError
         with self._line(timeout_s) as lent:
-            return lent.call(method, message, timeout_s, late_copy)
+            lent.begin(method, message, timeout_s, late_copy)
+            self._polling.wait(lent.line, self._is_alone)
+            return lent.reply()
 
     def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
@@ -233,13 +244,16 @@ class _LentLine:
         self.line = line
         self.is_in_order = False
 
-    def call(
+    def begin(
         self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None
-    ) -> Reply:
-        """See `DirectLines.call`."""
-        self._begin(CallHead(method, timeout_s, message, is_early=late_copy is not None))
+    ) -> None:
+        """Make a call: see `DirectLines.call`."""
+        self._send(CallHead(method, timeout_s, message, is_early=late_copy is not None))
         if late_copy is not None:
             late_copy.make(self._tell_written)
+
+    def reply(self) -> Reply:
+        """Return the answer to a call that has begun."""
         response = b""
         while True:
             kind, size_bytes = self.line.receive()
@@ -256,7 +270,7 @@ class _LentLine:
         """See `DirectLines.converse`."""
         first = next(talk.parts)
         assert isinstance(first, Message)
-        self._begin(CallHead(talk.method, timeout_s, first.SerializeToString()))
+        self._send(CallHead(talk.method, timeout_s, first.SerializeToString()))
         source = FrameSource(self.line, talk.response_type)
         with self._sending(talk):
             received = talk.receive(source)
@@ -269,7 +283,7 @@ class _LentLine:
             return nullcontext()
         return _Sending(self.line, talk.parts, at_once=talk.at_once)
 
-    def _begin(self, head: CallHead) -> None:
+    def _send(self, head: CallHead) -> None:
         self.line.send((FrameKind.CALL, head.pack()))
 
     def _tell_written(self, size_bytes: int) -> None:

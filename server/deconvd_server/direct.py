@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from deconvd.direct import Method
 from deconvd.line import Line
+from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.direct_line import DirectLine
 from deconvd_server.side_socket import SideSocket, peer_of
@@ -55,6 +56,7 @@ class DirectServer:
         self._behaviours = {method: behaviours[method.name] for method in Method}
         self._instance = instance
         self._users = frozenset(users)
+        self._attention = Attention()
         self._lock = threading.Lock()
         self._lines: dict[int, DirectLine] = {}  # by descriptor
         self._is_withdrawn = False
@@ -156,7 +158,12 @@ class DirectServer:
                 connection.close()
                 return
             line = DirectLine(
-                Line(connection), peer, self._behaviours, self._instance, self._forget
+                Line(connection),
+                peer,
+                self._behaviours,
+                self._instance,
+                self._attention,
+                self._forget,
             )
             self._events.register(line.descriptor, select.EPOLLRDHUP)
             line.thread.start()

@@ -19,11 +19,13 @@ from typing import Final
 
 from google.protobuf.message import Message
 
+from deconvd.busy_polling import BusyPolling
 from deconvd.codec import encode
 from deconvd.direct import CallHead, FrameSource, Method, be_greeted
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
 from deconvd.status import told_as_status
+from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.rpc import told
@@ -33,6 +35,9 @@ __all__ = ["DirectLine"]
 
 _GOODBYE_S: Final = 5.0
 """How long a client may take to hear that its call has failed."""
+
+_POLLED_S: Final = 5e-4
+"""Longer than a client takes from an answer to its next call, if it does nothing in between."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +63,7 @@ class DirectLine:
         peer: Who calls, for the log.
         behaviours: What serves the methods.
         instance: The server's id.
+        attention: That of the server.
         on_end: Called when it ends, before its descriptor can be another's.
     """
 
@@ -67,6 +73,7 @@ class DirectLine:
         peer: str,
         behaviours: Mapping[Method, Behaviour],
         instance: bytes,
+        attention: Attention,
         on_end: Callable[[DirectLine], None],
     ) -> None:
         self.descriptor = line.descriptor
@@ -76,6 +83,8 @@ class DirectLine:
         self._peer = peer
         self._behaviours = behaviours
         self._instance = instance
+        self._attention = attention
+        self._polling = BusyPolling(_POLLED_S)
         self._on_end = on_end
         self._lock = threading.Lock()
         self._state = _State.IDLE
@@ -125,10 +134,16 @@ class DirectLine:
 
     def _serve_one(self) -> bool:
         """Serve the next call, and return whether there may be another."""
+        self._polling.wait(self._line, self._is_awaited)
         head = CallHead.parse(self._next_call())
+        self._attention.note_call(self)
         self._begin()
         self._answer(head, self._begun_call(head))
         return self._is_idle_again()
+
+    def _is_awaited(self) -> bool:
+        """Return whether the next call is likely to come on this line."""
+        return self._attention.is_undivided(self)
 
     def _next_call(self) -> bytes:
         kind, size_bytes = self._line.receive()

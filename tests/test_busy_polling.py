@@ -1,0 +1,107 @@
+"""Busy polling: what comes soon is seen at once, and what does not costs next to nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd import busy_polling
+from deconvd.busy_polling import BusyPolling
+from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd_server.attention import Attention
+from tests.servers import server_process
+
+_LONGEST_S = 0.05
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Line, Line]]:
+    monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", True)
+    near, far = map(Line, socket.socketpair())
+    with near, far:
+        yield near, far
+
+
+def yes() -> bool:
+    return True
+
+
+def polled_s(polling: BusyPolling, line: Line) -> float:
+    """Return for how long a thread has polled before it would sleep."""
+    began_s = time.monotonic()
+    polling.wait(line, yes)
+    return time.monotonic() - began_s
+
+
+def test_what_comes_ends_the_wait(ends: tuple[Line, Line]) -> None:
+    near, far = ends
+    polling = BusyPolling(30)
+    for _ in range(3):
+        later = threading.Timer(0.02, near.send, [(FrameKind.MESSAGE, b"abc")])
+        later.start()
+        assert polled_s(polling, far) < 10
+        assert far.receive() == (FrameKind.MESSAGE, 3)
+        assert far.receive_payload(3) == b"abc"
+        later.join()
+
+
+def test_what_does_not_come_is_polled_for_ever_more_seldom(ends: tuple[Line, Line]) -> None:
+    _, far = ends
+    polling = BusyPolling(_LONGEST_S)
+    polled = [polled_s(polling, far) >= _LONGEST_S for _ in range(12)]
+    assert polled == [n in (0, 2, 6) for n in range(12)]
+
+
+def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[Line, Line]) -> None:
+    _, far = ends
+    answers = iter([True, True, True, False])
+    BusyPolling(30).wait(far, lambda: next(answers))
+    assert next(answers, None) is None
+
+
+def test_the_end_of_a_line_is_seen(ends: tuple[Line, Line]) -> None:
+    near, far = ends
+    near.close()
+    with pytest.raises(LineBrokenError):
+        BusyPolling(30).wait(far, yes)
+
+
+def test_with_one_processor_nobody_polls(
+    ends: tuple[Line, Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", False)
+    assert polled_s(BusyPolling(30), ends[1]) < 10
+
+
+def test_attention_is_undivided_while_one_line_is_called() -> None:
+    attention, one, other = Attention(), object(), object()
+    seen = []
+    for line in (one, one, one, other, one, one, other, other):
+        attention.note_call(line)
+        seen.append((attention.is_undivided(one), attention.is_undivided(other)))
+    nobody, first, second = (False, False), (True, False), (False, True)
+    assert seen == [nobody, first, first, nobody, nobody, first, nobody, second]
+
+
+def test_a_server_that_nobody_calls_takes_no_time(tmp_path: Path) -> None:
+    x = W = np.ones((1, 1, 1, 1), np.float32)
+    with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
+        for _ in range(300):
+            F.deconvolution_2d(x, W)
+        before_s = _processor_s(server.process.pid)
+        time.sleep(1)
+        assert _processor_s(server.process.pid) - before_s < 0.3
+
+
+def _processor_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    user, system = fields[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
