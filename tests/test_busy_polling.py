@@ -19,13 +19,25 @@ from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd_server.attention import Attention
 from tests.servers import server_process
 
-_LONGEST_S = 0.05
+
+class CountedLine(Line):
+    """Counts how often it is polled."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self.polls_count = 0
+
+    def has_come(self, size_bytes: int, timeout_s: float) -> bool:
+        """See `Line`."""
+        self.polls_count += 1
+        return super().has_come(size_bytes, timeout_s)
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Line, Line]]:
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Line, CountedLine]]:
     monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", True)
-    near, far = map(Line, socket.socketpair())
+    one, other = socket.socketpair()
+    near, far = Line(one), CountedLine(other)
     with near, far:
         yield near, far
 
@@ -34,51 +46,53 @@ def yes() -> bool:
     return True
 
 
-def polled_s(polling: BusyPolling, line: Line) -> float:
-    """Return for how long a thread has polled before it would sleep."""
-    began_s = time.monotonic()
+def is_polled(polling: BusyPolling, line: CountedLine) -> bool:
+    """Wait, and return whether the line was polled meanwhile."""
+    before_count = line.polls_count
     polling.wait(line, yes)
-    return time.monotonic() - began_s
+    return line.polls_count > before_count
 
 
-def test_what_comes_ends_the_wait(ends: tuple[Line, Line]) -> None:
+def test_what_comes_ends_the_wait(ends: tuple[Line, CountedLine]) -> None:
     near, far = ends
-    polling = BusyPolling(30)
+    polling = BusyPolling(1000)
     for _ in range(3):
         later = threading.Timer(0.02, near.send, [(FrameKind.MESSAGE, b"abc")])
         later.start()
-        assert polled_s(polling, far) < 10
+        assert is_polled(polling, far)
         assert far.receive() == (FrameKind.MESSAGE, 3)
         assert far.receive_payload(3) == b"abc"
         later.join()
 
 
-def test_what_does_not_come_is_polled_for_ever_more_seldom(ends: tuple[Line, Line]) -> None:
+def test_what_does_not_come_is_polled_for_ever_more_seldom(
+    ends: tuple[Line, CountedLine],
+) -> None:
     _, far = ends
-    polling = BusyPolling(_LONGEST_S)
-    polled = [polled_s(polling, far) >= _LONGEST_S for _ in range(12)]
-    assert polled == [n in (0, 2, 6) for n in range(12)]
+    polling = BusyPolling(0.01)
+    assert [n for n in range(12) if is_polled(polling, far)] == [0, 2, 6]
 
 
-def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[Line, Line]) -> None:
+def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[Line, CountedLine]) -> None:
     _, far = ends
     answers = iter([True, True, True, False])
-    BusyPolling(30).wait(far, lambda: next(answers))
+    BusyPolling(1000).wait(far, lambda: next(answers))
     assert next(answers, None) is None
+    assert far.polls_count == 2
 
 
-def test_the_end_of_a_line_is_seen(ends: tuple[Line, Line]) -> None:
+def test_the_end_of_a_line_is_seen(ends: tuple[Line, CountedLine]) -> None:
     near, far = ends
     near.close()
     with pytest.raises(LineBrokenError):
-        BusyPolling(30).wait(far, yes)
+        BusyPolling(1000).wait(far, yes)
 
 
 def test_with_one_processor_nobody_polls(
-    ends: tuple[Line, Line], monkeypatch: pytest.MonkeyPatch
+    ends: tuple[Line, CountedLine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", False)
-    assert polled_s(BusyPolling(30), ends[1]) < 10
+    assert not is_polled(BusyPolling(1000), ends[1])
 
 
 def test_attention_is_undivided_while_one_line_is_called() -> None:
