@@ -34,6 +34,9 @@ W = np.eye(4, dtype=np.float32)[:, :, None, None]
 SMALL = np.ones((1, 4, 8, 8), np.float32)
 LARGE = np.ones((4, 4, 128, 128), np.float32)  # 1 MiB: in shared memory, or a message
 LONG = np.ones((10, 4, 160, 160), np.float32)  # 4 MiB: in shared memory, or a stream
+EARLY = np.ones(
+    (10, 4, 230, 230), np.float32
+)  # 8.1 MiB: called with before it is copied to shared memory
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ class Callers:
 
 
 @pytest.fixture
-def callers(leak_server: ServerProcess) -> Iterator[Callers]:
+def callers(leak_server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callers]:
     unix, tcp = leak_server.targets
     with ExitStack() as stack:
         connections = [
@@ -61,6 +64,8 @@ def callers(leak_server: ServerProcess) -> Iterator[Callers]:
             for target, transport in ((unix, "shared_memory"), (unix, "unix"), (tcp, "tcp"))
         ]
         stub = pb_grpc.DeconvolutionServiceStub(stack.enter_context(grpc.insecure_channel(tcp)))
+        # although the processor follows no copy
+        monkeypatch.setattr(connections[0]._nearest.far._early_calls, "is_due", lambda: True)
         yield Callers(connections[0], connections[1], connections[2], stub)
 
 
@@ -149,6 +154,7 @@ KINDS: list[Callable[[Callers], None]] = [
     lambda callers: deconvolve(callers.shared, SMALL),
     lambda callers: deconvolve(callers.shared, LARGE),
     lambda callers: deconvolve(callers.shared, LONG),
+    lambda callers: deconvolve(callers.shared, EARLY),
     lambda callers: deconvolve_what_lies_there(callers.shared),
     lambda callers: differentiate(callers.shared, LARGE),
     lambda callers: deconvolve(callers.unix, LARGE),
