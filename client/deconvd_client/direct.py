@@ -91,10 +91,6 @@ class DirectLines:
         self._polling = BusyPolling(_POLLED_S)
         self._begin()
 
-    def _is_alone(self) -> bool:
-        """Return whether no other thread has a call under way."""
-        return len(self._busy) == 1
-
     def _begin(self) -> None:
         """Have no lines yet: at first, and in a forked child, where a lock may be held by no one."""
         self._owner = os.getpid()
@@ -148,6 +144,10 @@ class DirectLines:
             for line in self._busy:
                 line.shut()
             self._idle.clear()
+
+    def _is_alone(self) -> bool:
+        """Return whether no other thread has a call under way."""
+        return len(self._busy) == 1
 
     @contextmanager
     def _line(self, timeout_s: float) -> Iterator[_LentLine]:

@@ -14,6 +14,9 @@ _GRACE_S: Final = 5e-3
 _SLOWEST_BYTES_PER_S: Final = 2e9
 """What a client may take to write whose call has a device meanwhile: to begin with, and by its bytes."""
 
+_HEARD_S: Final = 1e-3
+"""Longer than it takes to hear all that an honest client says."""
+
 
 class LateError(Exception):
     """An operand was not written in the time that a call may keep others from a device."""
@@ -63,7 +66,11 @@ class Writing:
         """Return whether so many bytes, from the operand's begin, are there within so many seconds."""
         until_s = time.monotonic() + timeout_s
         while self._written_bytes < size_bytes:
-            written_bytes = hear_written(self._line, until_s - time.monotonic())
+            remaining_s = until_s - time.monotonic()
+            # what was said by then is still heard, but not for ever: there may always be more
+            written_bytes = (
+                hear_written(self._line, remaining_s) if remaining_s > -_HEARD_S else None
+            )
             if written_bytes is None:
                 return False
             self._written_bytes = written_bytes

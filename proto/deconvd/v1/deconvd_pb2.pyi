@@ -167,9 +167,10 @@ class SharedSlice(_message.Message):
                              client SHOULD send the tensor by other means;
       with INVALID_ARGUMENT  that does not lie wholly in its region, or whose offset is not a multiple of the element's size.
 
-    The client MUST NOT change what a call reads, nor use what it writes, before the call has ended. If it does, or if places
-    overlap, the results are arbitrary numbers; nobody else is harmed. A call that ended with CANCELLED, DEADLINE_EXCEEDED or
-    UNAVAILABLE MAY write into its places for a while yet. The server MUST keep memory mapped that a call uses.
+    The client MUST NOT change what a call reads, nor use what it writes, before the call has ended (but for calls of our own
+    ends that are early, see deconvd/direct.py). If it does, or if places overlap, the results are arbitrary numbers; nobody else
+    is harmed. A call that ended with CANCELLED, DEADLINE_EXCEEDED or UNAVAILABLE MAY write into its places for a while yet. The
+    server MUST keep memory mapped that a call uses.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -245,7 +245,7 @@ class CudaDevice(CardTensors):
         place: Array | Place = self._results.empty(problem.y) if out is None else out
         parts_count = count_parts(x, place, _HOST_MEMORY)
         if call.writing is not None and (parts_count == 1 or not self._lanes.are_idle):
-            call.writing.require(problem.x.nbytes)  # to follow it takes time that others could use
+            call.writing.require(problem.x.nbytes)  # to follow it would take time from others
         part = _part(problem, parts_count)
         with self._working(call) as lane:
             ready = self._prepared(Operation.Y, part, W, options, call, lane)

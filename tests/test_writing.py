@@ -1,0 +1,103 @@
+"""How far a client has come with writing an operand: heard in time, and waited for no longer, whatever it says."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from deconvd.direct import tell_written
+from deconvd.errors import DeadlineError
+from deconvd.line import FrameKind, Line
+from deconvd_server import writing
+from deconvd_server.call import Call
+from deconvd_server.writing import LateError, Writing
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Line, Line]]:
+    near, far = map(Line, socket.socketpair())
+    with near, far:
+        yield near, far
+
+
+_CHATTER = """
+import os, sys
+frames = bytes.fromhex(sys.argv[2]) * 4096
+while True:
+    os.write(int(sys.argv[1]), frames)
+"""
+
+
+@pytest.fixture
+def chatterer(ends: tuple[Line, Line]) -> Iterator[Writing]:
+    """What is heard of a client that says the same again and again, faster than it can be heard."""
+    near, far = ends
+    frame = bytes([FrameKind.WRITTEN, 0, 0, 0, 8, 0, 0, 0]) + (1).to_bytes(8, "little")
+    arguments = [str(near.descriptor), frame.hex()]
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHATTER, *arguments], pass_fds=[near.descriptor]
+    ) as process:
+        assert far.has_come(len(frame), 30)
+        yield Writing(far)
+        process.kill()
+
+
+def test_what_was_said_is_known_without_waiting(ends: tuple[Line, Line]) -> None:
+    near, far = ends
+    heard = Writing(far)
+    assert not heard.has(1)
+    for size_bytes in (10, 20, 30):
+        tell_written(near, size_bytes)
+    assert heard.has(30)
+    assert not heard.has(31)
+    heard.require(30)
+    with pytest.raises(LateError):
+        heard.require(31)
+
+
+def test_what_is_said_in_time_is_waited_for(ends: tuple[Line, Line]) -> None:
+    near, far = ends
+    heard = Writing(far)
+    later = threading.Timer(0.02, tell_written, [near, 7])
+    later.start()
+    assert heard.has_within(30, 7)
+    later.join()
+
+
+def test_a_device_is_held_as_long_as_a_slow_copy_takes(
+    ends: tuple[Line, Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_GRACE_S", 0.01)
+    monkeypatch.setattr(writing, "_SLOWEST_BYTES_PER_S", 1000)
+    near, far = ends
+    heard = Writing(far)
+    tell_written(near, 50)
+    heard.expect(50, 100)
+    began_s = time.monotonic()
+    with pytest.raises(LateError):
+        heard.expect(100, 100)
+    # for all waits together
+    assert time.monotonic() - began_s + heard.waited_s > 0.05
+    began_s = time.monotonic()
+    with pytest.raises(LateError):
+        heard.expect(100, 100)
+    assert time.monotonic() - began_s < 0.05
+
+
+def test_who_says_the_same_again_and_again_keeps_no_device(chatterer: Writing) -> None:
+    assert not chatterer.has(2)  # and it is not waited for whether that is all
+    with pytest.raises(LateError):
+        chatterer.expect(2, 2)
+
+
+def test_who_says_the_same_again_and_again_has_its_deadline(chatterer: Writing) -> None:
+    call = Call(timeout_s=0.1)
+    call.writing = chatterer
+    with pytest.raises(DeadlineError):
+        call.wait_for_x(2)
