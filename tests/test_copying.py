@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -77,6 +79,21 @@ def test_an_interrupted_copy_touches_nothing_any_more(monkeypatch: pytest.Monkey
     target[:] = 0
     time.sleep(0.05)
     assert not target.any()
+
+
+def test_nobody_holds_the_arrays_of_a_copy_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is to be used again at once, however late a thread wakes that was to help."""
+    monkeypatch.setattr(copying, "processors_count", lambda: 8)
+    with monkeypatch.context() as asleep:
+        asleep.setattr(copying._helpers, "_waiting", SimpleQueue())  # of threads that never wake
+        source, target = np.ones(8 * _MIB, np.float32), np.zeros(8 * _MIB, np.float32)
+        told: list[int] = []
+        copy_into(target, source, told.append)
+        assert told[-1] == target.nbytes
+        assert copying._helpers._waiting.qsize() > 0
+        alive = [weakref.ref(array) for array in (source, target)]
+        del source, target
+        assert [array() for array in alive] == [None, None]
 
 
 def test_threads_may_copy_at_once() -> None:

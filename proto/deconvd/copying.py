@@ -87,6 +87,8 @@ class _Copy:
         """Copy pieces, and return once all are copied. Raises the first error that any thread met."""
         self.help()
         self._is_done.acquire()
+        # a thread that wakes late holds this for a while yet, and must not hold the caller's arrays
+        del self._target, self._source, self._progress
         if self._errors:
             first, *_ = self._errors
             self._errors.clear()  # an error holds this frame, which must hold no error
