@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Final, Protocol
 
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer, Reply, Request
 from deconvd_server.device import DeviceTensor, LentMemory
-from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError
+from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.slices import check_slice
 
 __all__ = ["Borrowing", "Cards"]
@@ -125,18 +124,14 @@ class Cards:
         borrowing.close()
         self._loans.close(borrowing.account)
 
-    def lends(self, name: bytes) -> bool:
-        """Return whether a region of that name is lent."""
-        return self._loans.has(name)
-
-    @contextmanager
     def tensor(
         self, name: str, region: bytes, offset_bytes: int, spec: TensorSpec
-    ) -> Iterator[DeviceTensor]:
-        """Keep a tensor in lent memory for the block.
+    ) -> Use[DeviceTensor] | None:
+        """Use a tensor in lent memory; None if no such region is lent. See `Lender.any_tensor`."""
 
-        Raises as `Lender.tensor` does, which says more.
-        """
-        with self._loans.use(region, name) as memory:
+        def find(memory: _Memory) -> DeviceTensor:
             check_slice(name, offset_bytes, spec, memory.size_bytes)
-            yield memory.lent.tensor(spec, offset_bytes)
+            return memory.lent.tensor(spec, offset_bytes)
+
+        use = self._loans.find(region)
+        return None if use is None else use.of(find)

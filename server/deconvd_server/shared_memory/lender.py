@@ -8,20 +8,23 @@ import selectors
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
+from deconvd.errors import StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer, Operation, Reply, Request
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.device import Operand
+from deconvd_server.device import DeviceTensor
 from deconvd_server.shared_memory.cards import Borrowing, Cards
-from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError
+from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
 from deconvd_server.shared_memory.place import is_private
 from deconvd_server.shared_memory.slices import check_slice
@@ -108,17 +111,21 @@ class Lender:
 
     def any_tensor(
         self, name: str, shared: pb.SharedSlice, spec: TensorSpec
-    ) -> AbstractContextManager[Operand]:
-        """Keep a tensor in lent memory for the block, be it the host's or a card's. See `tensor`."""
-        if self._cards is not None and self._cards.lends(shared.region):
-            return self._cards.tensor(name, shared.region, shared.offset_bytes, spec)
-        return self.tensor(name, shared, spec)
+    ) -> Use[Array] | Use[DeviceTensor]:
+        """Use a tensor in lent memory, be it the host's or a card's. See `tensor`."""
+        array = self._array(name, shared, spec)
+        if array is not None:
+            return array
+        if self._cards is not None:
+            tensor = self._cards.tensor(name, shared.region, shared.offset_bytes, spec)
+            if tensor is not None:
+                return tensor
+        raise _stale(name)
 
-    @contextmanager
-    def tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Iterator[Array]:
-        """Keep a tensor in lent memory mapped for the block, as a writable array.
+    def tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Use[Array]:
+        """Use a tensor in lent memory of the host's, as a writable array.
 
-        The client may change its elements at any time. No view of it may outlive the block.
+        The client may change its elements at any time. No view of it may outlive the use.
 
         Args:
             name: Name of the argument, for errors.
@@ -128,11 +135,21 @@ class Lender:
             StaleRegionError: The region is not lent.
             InvalidArgumentError: The tensor does not lie in the region, or is not aligned.
         """
-        with self._loans.use(shared.region, name) as memory:
-            check_slice(name, shared.offset_bytes, spec, memory.size_bytes)
-            end = shared.offset_bytes + spec.nbytes
-            elements = memory.bytes[shared.offset_bytes : end]
-            yield elements.view(spec.dtype.newbyteorder("<")).reshape(spec.shape)
+        array = self._array(name, shared, spec)
+        if array is None:
+            raise _stale(name)
+        return array
+
+    def _array(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Use[Array] | None:
+        """Use a tensor of the host's; None if no such region is lent."""
+
+        def find(memory: Memory) -> Array:
+            offset_bytes = shared.offset_bytes
+            check_slice(name, offset_bytes, spec, memory.size_bytes)
+            return np.ndarray(spec.shape, spec.dtype.newbyteorder("<"), memory.bytes, offset_bytes)
+
+        use = self._loans.find(shared.region)
+        return None if use is None else use.of(find)
 
     def withdraw(self) -> None:
         """Take no more clients, and give up the path, so that a successor can have it."""
@@ -394,3 +411,11 @@ class _Client:
             while self.connection.recv(_MAX_PACKET_BYTES):
                 pass
         self.connection.close()
+
+
+def _stale(name: str) -> StaleRegionError:
+    return StaleRegionError(
+        f"{name} must lie in shared memory that this server lends, and the region that it names is "
+        "unknown, was given back or has lost its client",
+        argument=name,
+    )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
-from deconvd.errors import StaleRegionError
 from deconvd.shared_memory import Answer
 from deconvd_server.cache import Entry, Resource
 from deconvd_server.secret_names import Named, new_name
 
-__all__ = ["Account", "Limits", "Loans", "OverLimitError"]
+__all__ = ["Account", "Limits", "Loans", "OverLimitError", "Use"]
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +86,44 @@ class Lendable(Protocol):
 
 
 _M = TypeVar("_M", bound=Lendable)
+_T = TypeVar("_T")
+_S = TypeVar("_S")
+
+
+class Use(Generic[_T]):
+    """A region, or something in it, that stays mapped until this ends. A context, too.
+
+    Attributes:
+        value: What is used.
+
+    Args:
+        end: Ends it; to be called once.
+    """
+
+    __slots__ = ("end", "value")
+
+    def __init__(self, value: _T, end: Callable[[], None]) -> None:
+        self.value = value
+        self.end = end
+
+    def of(self, find: Callable[[_T], _S]) -> Use[_S]:
+        """Return the use of something in it instead of this. If `find` raises an error, this ends."""
+        try:
+            return Use(find(self.value), self.end)
+        except BaseException:
+            self.end()
+            raise
+
+    def __enter__(self) -> _T:
+        return self.value
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
 
 
 class Loans(Generic[_M]):
@@ -98,7 +135,8 @@ class Loans(Generic[_M]):
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._sum = _Sum()
         self._entries: Named[Entry[_M]] = Named()
         self._garbage: list[Resource[_M]] = []
@@ -106,7 +144,7 @@ class Loans(Generic[_M]):
     @property
     def size_bytes(self) -> int:
         """All that is mapped, or about to be."""
-        with self._changed:
+        with self._lock:
             return self._sum.size_bytes
 
     def reserve(self, account: Account, size_bytes: int) -> None:
@@ -115,76 +153,60 @@ class Loans(Generic[_M]):
         Raises:
             OverLimitError: It would be too much.
         """
-        with self._changed:
+        with self._lock:
             self._check(account, size_bytes)
             self._count(account, size_bytes, 1)
 
     def cancel(self, account: Account, size_bytes: int) -> None:
         """Undo a `reserve` whose memory could not be made."""
-        with self._changed:
+        with self._lock:
             self._count(account, -size_bytes, -1)
 
     def lend(self, account: Account, memory: _M) -> bytes:
         """Lend memory that was reserved; return its secret name."""
         name = new_name()
-        free = partial(self._free, account, memory)
-        with self._changed:
-            resource = Resource(memory, memory.size_bytes, free)
+        unmap = partial(self._unmap, account, memory)
+        with self._lock:
+            resource = Resource(memory, memory.size_bytes, unmap)
             self._entries.put(name, Entry(resource, self._garbage.append))
             account.names.add(name)
             if not account.is_open:
                 self._retire(account, name)
-        self._free_garbage()
+            garbage = self._swept()
+        _free(garbage)
         return name
 
     def take_back(self, account: Account, name: bytes) -> bool:
         """Retire a region of a client; return False if it has none of that name."""
-        with self._changed:
+        with self._lock:
             is_known = name in account.names
             if is_known:
                 self._retire(account, name)
-        self._free_garbage()
+            garbage = self._swept()
+        _free(garbage)
         return is_known
 
     def close(self, account: Account) -> None:
         """Retire all that a client has, and what is being made for it. It has gone."""
-        with self._changed:
+        with self._lock:
             account.is_open = False
             for name in tuple(account.names):
                 self._retire(account, name)
-        self._free_garbage()
+            garbage = self._swept()
+        _free(garbage)
 
-    def has(self, name: bytes) -> bool:
-        """Return whether a region of that name is lent."""
-        with self._changed:
-            return self._entries.get(name) is not None
-
-    @contextmanager
-    def use(self, name: bytes, argument: str) -> Iterator[_M]:
-        """Keep a region mapped for the block.
-
-        Raises:
-            StaleRegionError: None of that name is lent.
-        """
-        with self._changed:
+    def find(self, name: bytes) -> Use[_M] | None:
+        """Use a region; None if none of that name is lent."""
+        with self._lock:
             entry = self._entries.get(name)
             if entry is None:
-                raise StaleRegionError(
-                    f"{argument} must lie in shared memory that this server lends, and the region "
-                    "that it names is unknown, was given back or has lost its client",
-                    argument=argument,
-                )
+                return None
             entry.acquire()
-        try:
-            yield entry.resource.value
-        finally:
-            with self._changed:
-                entry.release()
-            self._free_garbage()
+        return Use(entry.resource.value, partial(self._release, entry))
 
     def wait_until_none(self, timeout_s: float) -> bool:
         """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: self._sum.regions_count == 0, timeout_s)
 
     def _check(self, account: Account, size_bytes: int) -> None:
@@ -218,16 +240,28 @@ class Loans(Generic[_M]):
         account.names.remove(name)
         self._entries.pop(name).retire()
 
-    def _free_garbage(self) -> None:
-        with self._changed:
-            garbage, self._garbage[:] = self._garbage[:], []
-        for resource in garbage:
-            resource.free()
+    def _release(self, entry: Entry[_M]) -> None:
+        with self._lock:
+            entry.release()
+            garbage = self._swept()
+        _free(garbage)
 
-    def _free(self, account: Account, memory: _M) -> None:
+    def _swept(self) -> Sequence[Resource[_M]]:
+        """Return what is to be freed, outside the lock."""
+        if not self._garbage:
+            return ()
+        garbage, self._garbage[:] = self._garbage[:], []
+        return garbage
+
+    def _unmap(self, account: Account, memory: _M) -> None:
         try:
             memory.unmap()
         except Exception:
             _log.exception("shared memory could not be unmapped in good order")
-        with self._changed:
+        with self._lock:
             self._count(account, -memory.size_bytes, -1)
+
+
+def _free(garbage: Iterable[Resource[_M]]) -> None:
+    for resource in garbage:
+        resource.free()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
@@ -14,8 +13,9 @@ from deconvd.errors import StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, array_from_message, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.device import Operand
+from deconvd_server.device import DeviceTensor, Operand
 from deconvd_server.shared_memory.lender import Lender
+from deconvd_server.shared_memory.loans import Use
 
 __all__ = ["CallTensors"]
 
@@ -29,7 +29,7 @@ class CallTensors:
 
     def __init__(self, lender: Lender | None) -> None:
         self._lender = lender
-        self._used = ExitStack()
+        self._uses: list[Use[Array] | Use[DeviceTensor]] = []
 
     def operand(self, name: str, message: pb.Tensor, raw: Buffer | None) -> Operand:
         """Return a tensor of a request: a read-only array, unless it lies on a card.
@@ -74,7 +74,8 @@ class CallTensors:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._used.close()
+        for use in self._uses:
+            use.end()
 
     def place(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Array:
         """Return a slice of the host's memory as a writable array.
@@ -85,10 +86,14 @@ class CallTensors:
         Raises:
             InvalidArgumentError: As `Lender.tensor` does.
         """
-        return self._used.enter_context(self._known_lender(name).tensor(name, shared, spec))
+        use = self._known_lender(name).tensor(name, shared, spec)
+        self._uses.append(use)
+        return use.value
 
     def _any_place(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Operand:
-        return self._used.enter_context(self._known_lender(name).any_tensor(name, shared, spec))
+        use = self._known_lender(name).any_tensor(name, shared, spec)
+        self._uses.append(use)
+        return use.value
 
     def _known_lender(self, name: str) -> Lender:
         if self._lender is None:
