@@ -135,6 +135,23 @@ def test_places_are_found_by_what_lies_in_them(memory: Array) -> None:
     assert places != HostPlaces.of(3, arrays[::-1])
 
 
+def test_places_of_two_arrays_are_known_if_cards_reach_both(notes: Notes, memory: Array) -> None:
+    x, y = memory[4096:8192], memory[:100]
+    assert notes.host.places(x, y) is None
+    undo = notes.host.register(address(memory), SIZE_BYTES)
+
+    places = notes.host.places(x, y)
+
+    assert places == HostPlaces.of(notes.host.generation, [x, y])
+    assert places.beside([memory[200:300]]) == HostPlaces.of(
+        notes.host.generation, [memory[200:300], x, y]
+    )
+    assert notes.host.places(x, np.empty(8)) is None
+    assert notes.host.places(np.empty(8), y) is None
+    undo()
+    assert notes.host.places(x, y) is None
+
+
 @pytest.mark.parametrize(
     ("bounds", "are_apart"),
     [

@@ -23,7 +23,7 @@ from deconvd_server.call import Call
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.empty import empty_gradients, empty_y
-from deconvd_server.device.cuda.guard import guarded
+from deconvd_server.device.cuda.guard import Guard
 from deconvd_server.device.cuda.host_memory import HostMemory
 from deconvd_server.device.cuda.job import DeconvolveJob, GradientsJob, Job
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
@@ -120,7 +120,7 @@ class CudaDevice(CardTensors):
     ) -> None:
         self._card = open_card(ordinal)
         self._id = f"cuda:{ordinal}"
-        self._on_lost = on_lost
+        self._guard = Guard(self._id, on_lost)
         self._limits = limits or Limits()
         limit_bytes = memory_limit_bytes or int(self._card.free_bytes * _FREE_SHARE)
         self._budget_bytes = self._budget(limit_bytes)
@@ -243,7 +243,8 @@ class CudaDevice(CardTensors):
             y = empty_y(problem, None if b is None else self._fetched(b, call))
             return self._landed(y, out, call)
         place: Array | Place = self._results.empty(problem.y) if out is None else out
-        parts_count = count_parts(x, place, _HOST_MEMORY)
+        places = _HOST_MEMORY.places(x, place)
+        parts_count = 1 if places is None else count_parts(problem)
         if call.writing is not None and (parts_count == 1 or not self._lanes.are_idle):
             call.writing.require(problem.x.nbytes)  # to follow it would take time from others
         part = _part(problem, parts_count)
@@ -256,8 +257,8 @@ class CudaDevice(CardTensors):
 
             key = (part, options, b is not None, ready.key)
             operands = (x, ready.W) if b is None else (x, ready.W, b)
-            if parts_count > 1 and isinstance(place, np.ndarray):
-                lane.run_in_parts(key, job, parts_count, operands, place, call)
+            if parts_count > 1 and places is not None and isinstance(place, np.ndarray):
+                lane.run_in_parts(key, job, parts_count, operands, place, places, call)
             else:
                 lane.run(key, job, operands, [place], call)
         return place
@@ -368,17 +369,13 @@ class CudaDevice(CardTensors):
     @contextmanager
     def _working(self, call: Call) -> Iterator[Lane]:
         """Lend a lane, with the card as the thread's device. See `Lanes.lend`."""
-        with (
-            self._lanes.lend(call) as lane,
-            current_device(self._card.ordinal),
-            guarded(self._id, self._on_lost),
-        ):
+        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
             yield lane
 
     @contextmanager
     def using(self) -> Iterator[None]:
         """Let the calling thread use the card; errors are raised as this device raises them."""
-        with current_device(self._card.ordinal), guarded(self._id, self._on_lost):
+        with current_device(self._card.ordinal), self._guard:
             yield
 
     def wait(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deconvd.tensor import Array
+from deconvd_server.device.protocol import Operand
 
 __all__ = ["HostMemory", "HostPlaces"]
 
@@ -64,12 +65,27 @@ class HostMemory:
 
     def holds(self, array: Array) -> bool:
         """Return whether cards reach an array: it lies here, C-contiguous and in native byte order."""
+        return self._address(array) is not None
+
+    def places(self, x: Operand, y: Operand) -> HostPlaces | None:
+        """Return where two arrays lie; None if one is none, or cards do not reach it."""
+        if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
+            return None
+        generation = self.generation
+        x_begin, y_begin = self._address(x), self._address(y)
+        if x_begin is None or y_begin is None:
+            return None
+        return HostPlaces(generation, (x_begin, y_begin), (x.nbytes, y.nbytes))
+
+    def _address(self, array: Array) -> int | None:
+        """Return where an array lies; None if cards do not reach it."""
         ranges = self._ranges
         if not ranges or not (array.flags.c_contiguous and array.dtype.isnative):
-            return False
-        begin: int = array.__array_interface__["data"][0]
+            return None
+        begin = _begin(array)
         found = bisect_right(ranges, begin, key=lambda stretch: stretch[0])
-        return found > 0 and begin + array.nbytes <= ranges[found - 1][1]
+        is_here = found > 0 and begin + array.nbytes <= ranges[found - 1][1]
+        return begin if is_here else None
 
     def _leave(self, address: int) -> None:
         with self._lock:
@@ -103,8 +119,14 @@ class HostPlaces:
     @classmethod
     def of(cls, generation: int, arrays: Sequence[Array]) -> HostPlaces:
         """Return where arrays lie."""
-        begins = tuple(int(array.__array_interface__["data"][0]) for array in arrays)
-        return cls(generation, begins, tuple(array.nbytes for array in arrays))
+        return cls(generation, tuple(map(_begin, arrays)), tuple(a.nbytes for a in arrays))
+
+    def beside(self, arrays: Sequence[Array]) -> HostPlaces:
+        """Return where others lie, and then these."""
+        others = HostPlaces.of(self.generation, arrays)
+        return HostPlaces(
+            self.generation, others.begins + self.begins, others.sizes_bytes + self.sizes_bytes
+        )
 
     @property
     def are_apart(self) -> bool:
@@ -121,6 +143,11 @@ class HostPlaces:
             if 0 <= address - begin < size_bytes:
                 return number, address - begin
         return None
+
+
+def _begin(array: Array) -> int:
+    begin: int = array.__array_interface__["data"][0]
+    return begin
 
 
 def _touch(address: int, size_bytes: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from deconvd.copying import copy_into
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.cuda.host_memory import HostMemory
+from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
 from deconvd_server.device.cuda.job import Job
 from deconvd_server.device.cuda.kind import Kind
 from deconvd_server.device.cuda.marks import Marks
@@ -122,6 +122,7 @@ class Lane:
         count: int,
         operands: Sequence[Operand],
         y: Array,
+        places: HostPlaces,
         call: Call,
     ) -> None:
         """Compute y in parts of its samples.
@@ -130,13 +131,14 @@ class Lane:
             key, prepare: As for `run`, for a part.
             count: As `count_parts` returns it.
             operands: x, then those that are not divided.
+            places: Of x and y.
 
         Raises as `run` does.
         """
         at = [*map(self._pointer, operands)]
         whole_key = (key, count, *at)
         kind = self._kind(whole_key, lambda: Kind(prepare(), at, [None], parts_count=count))
-        self.pipeline.run(kind, operands, y, call)
+        self.pipeline.run(kind, operands, y, places, call)
 
     def upload(self, array: Array, tensor: CudaTensor, call: Call) -> None:
         """Copy an array into a tensor."""

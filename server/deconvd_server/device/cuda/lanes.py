@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from queue import Empty, LifoQueue
 from typing import Final
 
 from deconvd_server.call import Call
@@ -26,14 +26,14 @@ class Lanes:
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._count = len(lanes)
         # the last lane given back comes first: it is the likeliest to know the kind of call
-        self._idle: LifoQueue[Lane] = LifoQueue()
-        for lane in lanes:
-            self._idle.put(lane)
+        self._idle = [*lanes]
+        self._lock = threading.Lock()
+        self._came_back = threading.Condition(self._lock)
 
     @property
     def are_idle(self) -> bool:
         """Whether no call has one."""
-        return self._idle.qsize() == self._count
+        return len(self._idle) == self._count
 
     @contextmanager
     def lend(self, call: Call) -> Iterator[Lane]:
@@ -46,19 +46,21 @@ class Lanes:
         try:
             yield lane
         finally:
-            self._idle.put(lane)
+            with self._lock:
+                self._idle.append(lane)
+                self._came_back.notify()
 
     def close(self) -> Iterator[int]:
         """Close all; yield their streams. No call may have one, and none may follow."""
         for _ in range(self._count):
-            lane = self._idle.get()
+            lane = self._idle.pop()
             lane.close()
             yield lane.stream.pointer
 
     def _taken(self, call: Call) -> Lane:
-        while True:
+        with self._lock:
             call.check()
-            try:
-                return self._idle.get(timeout=_TAKE_S)
-            except Empty:
-                continue
+            while not self._idle:
+                self._came_back.wait(_TAKE_S)
+                call.check()
+            return self._idle.pop()

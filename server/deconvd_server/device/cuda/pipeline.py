@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
@@ -32,18 +33,19 @@ _MIRRORED_BYTES = 1 << 20
 _REMEMBERED_COUNT = 1024
 
 
-def count_parts(x: Operand, y: Operand, host_memory: HostMemory) -> int:
-    """Return in how many parts a call is to be computed: of as many samples each.
+@lru_cache(_REMEMBERED_COUNT)
+def count_parts(problem: Problem) -> int:
+    """Return in how many parts of its samples y is to be computed where the card reaches x and y.
 
-    Args:
-        host_memory: What the card reaches.
+    Each has as many samples, and begins where plans want their operands.
     """
-    if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
-        return 1
-    most = min((x.nbytes + y.nbytes) // _PART_BYTES, _MAX_PARTS_COUNT)
-    if most < 2 or not (host_memory.holds(x) and host_memory.holds(y)):
-        return 1
-    return _even_count(most, len(x), x.nbytes, y.nbytes)
+    x_bytes, y_bytes = problem.x.nbytes, problem.y.nbytes
+    most = min((x_bytes + y_bytes) // _PART_BYTES, _MAX_PARTS_COUNT)
+    for count in range(most, 1, -1):
+        part_bytes = x_bytes // count | y_bytes // count
+        if problem.n % count == 0 and part_bytes % OPERAND_ALIGNMENT_BYTES == 0:
+            return count
+    return 1
 
 
 class Pipeline:
@@ -72,7 +74,9 @@ class Pipeline:
         self._pinned = pinned
         self._marks = Marks(stream)
 
-    def run(self, kind: Kind, operands: Sequence[Operand], y: Array, call: Call) -> None:
+    def run(
+        self, kind: Kind, operands: Sequence[Operand], y: Array, places: HostPlaces, call: Call
+    ) -> None:
         """Compute y.
 
         The bus is what takes longest, so it is to begin soon and never to wait for the host: once
@@ -82,6 +86,7 @@ class Pipeline:
         Args:
             kind: Of the call, with as many parts as `count_parts` returns.
             operands: x, then those that are not divided.
+            places: Of x and y.
 
         Raises as `Lane.run` does, and LateError.
         """
@@ -97,7 +102,7 @@ class Pipeline:
                 if reached is None:
                     self._enqueue(kind, base, operands, y, self._staged(call), writing)
                 else:
-                    self._launch(kind, base, [x, *reached], y, writing)
+                    self._launch(kind, base, [x, *reached], y, places, writing)
             finally:
                 # the first that everything has come together in: to wait for the others takes no time
                 for stream in (self._up, self._work, self._down):
@@ -112,6 +117,7 @@ class Pipeline:
         base: int,
         operands: Sequence[Operand],
         y: Array,
+        places: HostPlaces,
         writing: Writing | None,
     ) -> None:
         """Enqueue a call whose arrays the card all reaches, as a graph if that can be."""
@@ -119,10 +125,10 @@ class Pipeline:
         def enqueue() -> None:
             self._enqueue(kind, base, operands, y, self._upload, writing)
 
-        arrays = [operand for operand in operands if isinstance(operand, np.ndarray)]
-        places = HostPlaces.of(self._host_memory.generation, [*arrays, y])
-        if writing is None and places.are_apart:
-            kind.launch(self._up, enqueue, base, places)
+        arrays = [operand for operand in operands[1:] if isinstance(operand, np.ndarray)]
+        all_places = places.beside(arrays)
+        if writing is None and all_places.are_apart:
+            kind.launch(self._up, enqueue, base, all_places)
         else:
             enqueue()
 
@@ -216,16 +222,6 @@ class Pipeline:
 
     def _staged(self, call: Call) -> Callable[[Array, int], None]:
         return lambda array, target: self._staging.upload(array, target, call.check)
-
-
-@lru_cache(_REMEMBERED_COUNT)
-def _even_count(most: int, samples_count: int, x_bytes: int, y_bytes: int) -> int:
-    """Return how many parts, at most, have as many samples each, and begin where plans want their operands."""
-    for count in range(most, 1, -1):
-        part_bytes = x_bytes // count | y_bytes // count
-        if samples_count % count == 0 and part_bytes % OPERAND_ALIGNMENT_BYTES == 0:
-            return count
-    return 1
 
 
 def _parts(array: Array, count: int) -> list[Bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -104,11 +104,10 @@ def cards_count() -> int:
         ) from None
 
 
-@contextmanager
-def current_device(ordinal: int) -> Iterator[None]:
+def current_device(ordinal: int) -> AbstractContextManager[object]:
     """Let the calling thread use a card for the length of a with-block."""
-    with cupy.cuda.Device(ordinal):
-        yield
+    device: AbstractContextManager[object] = cupy.cuda.Device(ordinal)
+    return device
 
 
 def use_device(ordinal: int) -> None:
