@@ -157,7 +157,10 @@ class Proxy:
 
 def _reset(end: asyncio.StreamWriter) -> None:
     """Close a connection without waiting for what is on its way."""
-    end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    with suppress(OSError):  # it is closed already
+        end.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
+        )
     end.transport.abort()
 
 
