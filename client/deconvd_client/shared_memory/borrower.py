@@ -98,7 +98,7 @@ class SharedCall:
 
     def result(self, spec: TensorSpec) -> SharedResult | None:
         """Return memory for a result; None if it is better sent: it is small, or there is no room."""
-        block = self._borrower.take(spec.nbytes) if self.is_large(spec) else None
+        block = self._borrower.take_now(spec.nbytes) if self.is_large(spec) else None
         if block is None:
             return None
         self._blocks.append(block)
@@ -114,7 +114,7 @@ class SharedCall:
         return {block.region for block in self._blocks}
 
     def _copied(self, array: Array, *, may_be_late: bool) -> pb.SharedSlice | None:
-        block = self._borrower.take(array.nbytes)
+        block = self._borrower.take_now(array.nbytes)
         if block is None:
             return None
         copy = block.array(spec_of(array))
@@ -189,8 +189,7 @@ class Borrower:
         If it is not known how the call ended, the server may still write its results: their memory
         is then not used again. The block must let the errors of deconvd.errors pass.
         """
-        with self._lock:
-            self._look_after_link()
+        self._ask()
         call = SharedCall(self)
         try:
             yield call
@@ -207,6 +206,10 @@ class Borrower:
     def take(self, size_bytes: int) -> Block | None:
         """Return a new block of memory, of any size but 0; None if there is no room for it."""
         self._ask()
+        return self.take_now(size_bytes)
+
+    def take_now(self, size_bytes: int) -> Block | None:
+        """Return a new block as `take` does, for a call that has begun: it has asked whether the server lends."""
         with self._lock:
             try:
                 link = self._opened_link()

@@ -130,7 +130,7 @@ class HostRegion(Region):
 
     def array(self, block: Block, spec: TensorSpec) -> Array:
         """Return a block as an array. See `Region`."""
-        return np.asarray(_Elements(block, spec.nbytes)).view(spec.dtype).reshape(spec.shape)
+        return np.ndarray(spec.shape, spec.dtype, np.asarray(_Elements(block, spec.nbytes)))
 
     def unmap(self) -> None:
         """Leave the mapping to the garbage collector: the server does not need it to end first."""
