@@ -21,15 +21,17 @@ from tests.servers import server_process
 
 
 class CountedLine(Line):
-    """Counts how often it is polled."""
+    """Counts how often it is polled, and notes for how long."""
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(connection)
         self.polls_count = 0
+        self.timeouts_s: list[float] = []
 
     def has_come(self, size_bytes: int, timeout_s: float) -> bool:
         """See `Line`."""
         self.polls_count += 1
+        self.timeouts_s.append(timeout_s)
         return super().has_come(size_bytes, timeout_s)
 
 
@@ -71,6 +73,36 @@ def test_what_does_not_come_is_polled_for_ever_more_seldom(
     _, far = ends
     polling = BusyPolling(0.01)
     assert [n for n in range(12) if is_polled(polling, far)] == [0, 2, 6]
+
+
+def test_it_begins_shortly_before_what_is_waited_for_usually_comes(
+    ends: tuple[Line, CountedLine],
+) -> None:
+    near, far = ends
+    polling = BusyPolling(1000, ahead_s=0.05)
+    slept_s = []
+    for _ in range(4):
+        later = threading.Timer(0.3, near.send, [(FrameKind.MESSAGE, b"")])
+        later.start()
+        far.timeouts_s.clear()
+        polling.wait(far, yes)
+        assert far.receive() == (FrameKind.MESSAGE, 0)
+        slept_s.append(sum(far.timeouts_s))
+        later.join()
+    assert slept_s[0] == 0
+    assert 0 < slept_s[1] < slept_s[3]
+
+
+def test_what_comes_sooner_than_usual_is_seen_at_once(ends: tuple[Line, CountedLine]) -> None:
+    near, far = ends
+    polling = BusyPolling(0.3, ahead_s=0.1)
+    polling.wait(far, yes)  # in vain: it takes at least that long
+    assert not is_polled(polling, far)
+    near.send((FrameKind.MESSAGE, b""))
+    far.timeouts_s.clear()
+    polling.wait(far, yes)
+    (slept_s,) = far.timeouts_s
+    assert slept_s > 0
 
 
 def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[Line, CountedLine]) -> None:

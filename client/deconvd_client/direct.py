@@ -32,8 +32,9 @@ _LAST_RETRY_S: Final = 80.0
 _PATIENCE_S: Final = 0.1
 """How long calls wait for a line that is being opened before they go by gRPC."""
 
-_POLLED_S: Final = 3e-4
-"""Longer than small calls take."""
+_AHEAD_S: Final = 4e-4
+_POLLED_S: Final = 8e-4
+"""From so long before an answer usually comes, and for so long, a client that waits for it polls."""
 
 _HEAD_BYTES: Final = 1024
 """More than a call has beside its message."""
@@ -88,7 +89,7 @@ class DirectLines:
         self._is_closed = False
         self._next_try_s = 0.0
         self._retry_s = _FIRST_RETRY_S
-        self._polling = BusyPolling(_POLLED_S)
+        self._polling = BusyPolling(_POLLED_S, ahead_s=_AHEAD_S)
         self._begin()
 
     def _begin(self) -> None:

@@ -6,7 +6,7 @@ its speed: for a small call that is as long as all the rest.
 
 from __future__ import annotations
 
-import select
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -17,19 +17,26 @@ from deconvd.trials import Trials
 
 __all__ = ["BusyPolling"]
 
+_SLOWNESS: Final = 4
+"""Of how many longer waits each counts as one."""
+
 # with one processor, what is waited for could not happen meanwhile
-_IS_POSSIBLE: Final = hasattr(select, "poll") and processors_count() > 1
+_IS_POSSIBLE: Final = processors_count() > 1
 
 
 class BusyPolling:
-    """Polls lines where that has paid: ever more seldom where it has not.
+    """Polls lines where that has paid: ever more seldom where it has not. Threads may use it together.
 
     Args:
-        longest_s: Seconds after which a thread sleeps.
+        longest_s: Seconds of polling after which a thread sleeps.
+        ahead_s: How long before what is waited for usually comes the polling begins: a thread sleeps
+            until then. By default it begins at once.
     """
 
-    def __init__(self, longest_s: float) -> None:
+    def __init__(self, longest_s: float, *, ahead_s: float = math.inf) -> None:
         self._longest_s = longest_s
+        self._ahead_s = ahead_s
+        self._usual_s = 0.0
         self._trials = Trials()
 
     def wait(self, line: Line, is_worth_it: Callable[[], bool]) -> None:
@@ -43,8 +50,20 @@ class BusyPolling:
         """
         if not _IS_POSSIBLE or not is_worth_it() or not self._trials.is_due():
             return
-        until_s = time.monotonic() + self._longest_s
-        has_come = False
+        begin_s = time.monotonic()
+        sleep_s = max(self._usual_s - self._ahead_s, 0)
+        until_s = begin_s + sleep_s + self._longest_s
+        has_come = sleep_s > 0 and line.has_come(1, sleep_s)
         while not has_come and is_worth_it() and time.monotonic() < until_s:
             has_come = line.has_come(1, 0)
         self._trials.note(has_paid=has_come)
+        self._learn(time.monotonic() - begin_s, has_come=has_come)
+
+    def _learn(self, waited_s: float, *, has_come: bool) -> None:
+        """Take note how long it took to come, or takes at least."""
+        if not has_come:
+            self._usual_s = max(waited_s, self._usual_s)
+        elif waited_s < self._usual_s:
+            self._usual_s = waited_s  # what comes soon is what not to be late for
+        else:
+            self._usual_s += (waited_s - self._usual_s) / _SLOWNESS

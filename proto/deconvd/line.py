@@ -10,8 +10,8 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import IntEnum
 from typing import Final
 
@@ -47,6 +47,12 @@ _JOINED_BYTES: Final = 16 << 10
 
 _LONGEST_S: Final = 24 * 60 * 60
 """For one operation: the system's timers do not reach as far as a deadline may."""
+
+_FINE_S: Final = 0.05
+"""What is shorter is to be kept to the microsecond."""
+
+_SELECTABLE_COUNT: Final = 1024
+"""FD_SETSIZE: descriptors from this number on are none of select's."""
 
 _DEAD_AFTER_S: Final = 20
 """How long the other host may take nothing, or give no sign, before a TCP line is given up."""
@@ -88,6 +94,7 @@ class Line:
         self._deadline_s: float | None = None
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._begin = self._end = 0  # of what was read ahead
+        self._is_readable = _readable(connection)
         connection.settimeout(None)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             _tune(connection)
@@ -154,26 +161,16 @@ class Line:
 
     def has_come(self, size_bytes: int, timeout_s: float) -> bool:
         """Return whether so many bytes, few enough to be read ahead, can be taken within so many seconds."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
         until_s = time.monotonic() + min(timeout_s, _LONGEST_S)
         while self._end - self._begin < size_bytes:
-            remaining_s = max(until_s - time.monotonic(), 0)
-            if not poll.poll(remaining_s * 1e3):
+            if not self._is_readable(max(until_s - time.monotonic(), 0)):
                 return False
             self._read_ahead()
         return True
 
     def is_quiet(self) -> bool:
         """Return whether nothing has come that was not asked for, not even the line's end."""
-        self._socket.settimeout(0)
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return self._begin == self._end
-        except OSError:
-            pass  # it is broken
-        return False
+        return self._begin == self._end and not self._is_readable(0)
 
     def shut(self) -> None:
         """Break the line, for both ends: whoever sends or receives stops at once."""
@@ -215,8 +212,10 @@ class Line:
 
     def _received(self, target: memoryview) -> int:
         self._arm()
-        with _broken_by_os():
+        try:
             count = self._socket.recv_into(target)
+        except OSError as error:
+            raise _broken(error) from None
         if not count:
             raise LineBrokenError("the other end has closed the line")
         return count
@@ -225,10 +224,12 @@ class Line:
         size_bytes = sum(map(len, buffers))
         if size_bytes <= _JOINED_BYTES:
             buffers = [b"".join(buffers)]
-        with _broken_by_os():
+        try:
             for buffer in self._gathered(buffers, size_bytes):
                 self._arm()
                 self._socket.sendall(buffer)
+        except OSError as error:
+            raise _broken(error) from None
 
     def _gathered(self, buffers: list[Buffer], size_bytes: int) -> Iterable[Buffer]:
         """Send several buffers together, as far as the kernel takes them, and return what is left."""
@@ -247,17 +248,34 @@ class Line:
             self._socket.settimeout(min(remaining_s, _LONGEST_S))
 
 
-@contextmanager
-def _broken_by_os() -> Iterator[None]:
-    """Raise what the system says of a socket as LineBrokenError."""
-    try:
-        yield
-    except LineBrokenError:
-        raise
-    except OSError as error:
-        if isinstance(error, TimeoutError) and error.errno is None:  # the system's have numbers
-            raise LineTimeoutError("the deadline has passed") from None
-        raise LineBrokenError(f"the line broke: {error}") from None
+def _broken(error: OSError) -> LineBrokenError:
+    """Return what the system says of a socket as an error of lines."""
+    if isinstance(error, LineBrokenError):
+        return error
+    if isinstance(error, TimeoutError) and error.errno is None:  # the system's have numbers
+        return LineTimeoutError("the deadline has passed")
+    return LineBrokenError(f"the line broke: {error}")
+
+
+def _readable(connection: socket.socket) -> Callable[[float], bool]:
+    """Return what tells whether anything comes on a socket within so many seconds."""
+    descriptor = connection.fileno()
+
+    def by_select(timeout_s: float) -> bool:
+        return bool(select.select([descriptor], [], [], timeout_s)[0])
+
+    if not hasattr(select, "poll"):  # Windows
+        return by_select
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+
+    def is_readable(timeout_s: float) -> bool:
+        # poll is quicker and takes all descriptors, and counts in milliseconds
+        if 0 < timeout_s < _FINE_S and descriptor < _SELECTABLE_COUNT:
+            return by_select(timeout_s)
+        return bool(poll.poll(timeout_s * 1e3))
+
+    return is_readable
 
 
 def _after(buffers: list[Buffer], count: int) -> Iterable[Buffer]:
