@@ -120,7 +120,7 @@ def test_a_client_gets_a_handle_and_calls_find_tensors_there(
     assert bytes.fromhex(reply.text) == engine.lent[0].handle
 
     with CallTensors(lender) as tensors:
-        x = tensors.operand("x", shared(reply.region, 128), None)
+        x = tensors.operand("x", FLOATS, shared(reply.region, 128), None)
         request = pb.DeconvolveRequest(y_place=shared(reply.region).shared)
         places = tensors.places(request, {"y": FLOATS})
         array_of(x)[...] = 7
@@ -139,7 +139,7 @@ def test_a_slice_that_is_none_is_refused(
 ) -> None:
     region = peer.borrowed(BLOCK_BYTES)
     with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match=message):
-        tensors.operand("x", shared(region, offset_bytes), None)
+        tensors.operand("x", FLOATS, shared(region, offset_bytes), None)
 
 
 def test_memory_comes_in_whole_blocks_in_which_nobody_elses_lies(
@@ -187,12 +187,12 @@ def test_what_is_given_back_stays_until_the_last_call_that_uses_it_ends(
 ) -> None:
     region = peer.borrowed(BLOCK_BYTES)
     with CallTensors(lender) as tensors:
-        x = tensors.operand("x", shared(region), None)
+        x = tensors.operand("x", FLOATS, shared(region), None)
         assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
         array_of(x)[...] = 1
         assert len(engine.lent) == 1
         with pytest.raises(StaleRegionError):
-            tensors.operand("x", shared(region), None)
+            tensors.operand("x", FLOATS, shared(region), None)
     assert engine.lent == []
 
 

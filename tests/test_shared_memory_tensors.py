@@ -47,7 +47,7 @@ def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
     theirs = borrower.empty(SPEC.shape, SPEC.dtype)
     theirs[...] = 3
     with CallTensors(lender) as tensors:
-        x = array_of(tensors.operand("x", shared(borrower.locate(theirs)), None))
+        x = array_of(tensors.operand("x", SPEC, shared(borrower.locate(theirs)), None))
 
         assert (x == 3).all()
         assert not x.flags.writeable
@@ -56,7 +56,7 @@ def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
 def test_an_operand_may_come_in_the_message_too(lender: Lender) -> None:
     array = np.arange(6, dtype=np.float32)
     with CallTensors(lender) as tensors:
-        x = tensors.operand("x", message_from_array(array), None)
+        x = tensors.operand("x", spec_of(array), message_from_array(array), None)
         np.testing.assert_array_equal(x, array)
 
 
@@ -77,7 +77,7 @@ def test_what_a_call_uses_is_free_after_it(path: Path) -> None:
         borrower = Borrower(lambda: str(path))
         place = borrower.locate(borrower.empty(SPEC.shape, SPEC.dtype))
         with CallTensors(lender) as tensors:
-            tensors.operand("x", shared(place), None)
+            tensors.operand("x", SPEC, shared(place), None)
             borrower.close()
             assert len(watch.mapped) == 1
         assert lender.wait_until_unused(TIMEOUT_S)
@@ -88,7 +88,7 @@ def test_without_a_lender_no_memory_is_known() -> None:
     place = pb.SharedSlice(region=bytes(16))
     with CallTensors(None) as tensors:
         with pytest.raises(StaleRegionError) as raised:
-            tensors.operand("x", shared(place), None)
+            tensors.operand("x", SPEC, shared(place), None)
         assert raised.value.argument == "x"
         with pytest.raises(StaleRegionError):
             tensors.places(pb.DeconvolveRequest(y_place=place), {"y": SPEC})
@@ -154,7 +154,7 @@ def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Bo
         with CallTensors(lender) as tensors:
             for message in messages:
                 assert message is not None
-                found.append(array_of(tensors.operand("x", message, None)).mean())
+                found.append(array_of(tensors.operand("x", spec_of(x), message, None)).mean())
     assert found == [3, 4]
 
 
@@ -164,12 +164,12 @@ def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
     with borrower.call() as call:
         x = borrower.empty(MIB, np.float32)
         x[...] = 3
-        message = call.tensor(x)
+        spec, message = spec_of(x), call.tensor(x)
         del x
         borrower.empty(MIB, np.float32)[...] = 5
         assert message is not None
         with CallTensors(lender) as tensors:
-            assert array_of(tensors.operand("x", message, None)).mean() == 3
+            assert array_of(tensors.operand("x", spec, message, None)).mean() == 3
 
 
 def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_way(

@@ -17,6 +17,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 __all__ = [
     "Array",
     "array_from_message",
+    "array_of_spec",
     "element_type_from_number",
     "element_type_number",
     "elements_of",
@@ -112,7 +113,11 @@ def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None)
         InvalidArgumentError: The message declares no valid tensor, or its payload is missing, of
             an unknown kind, or of another length than its shape asks for.
     """
-    spec = spec_from_message(name, message)
+    return array_of_spec(name, spec_from_message(name, message), message, raw)
+
+
+def array_of_spec(name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None) -> Array:
+    """Return the tensor that a message carries and is known to declare. See `array_from_message`."""
     if raw is None and message.WhichOneof("payload") == "raw":
         raw = message.raw  # a copy: it is read once
     if raw is None:

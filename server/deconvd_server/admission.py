@@ -62,7 +62,8 @@ class Admission:
         self._held_bytes = 0
         self._waiting_count = waiting_count
         self._line: deque[_Ticket] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     @contextmanager
     def admitted(self, footprint_bytes: int, call: Call) -> Iterator[None]:
@@ -86,7 +87,7 @@ class Admission:
         Raises:
             ExhaustedError: So many are not free now, or a call that waits would not fit beside them.
         """
-        with self._changed:
+        with self._lock:
             spare_bytes = self._beside_held_bytes - max(
                 (ticket.footprint_bytes for ticket in self._line), default=0
             )
@@ -101,7 +102,7 @@ class Admission:
 
     def release(self, size_bytes: int) -> None:
         """Give back bytes that were held."""
-        with self._changed:
+        with self._lock:
             self._free_bytes += size_bytes
             self._held_bytes -= size_bytes
             self._changed.notify_all()
@@ -109,7 +110,7 @@ class Admission:
     @property
     def load(self) -> Load:
         """What runs, what waits and what is held now."""
-        with self._changed:
+        with self._lock:
             return Load(
                 running_count=self._calls_count - self._free_places,
                 waiting_count=len(self._line),
@@ -128,7 +129,7 @@ class Admission:
                 f"the call needs {footprint_bytes} bytes of {self._memory}, of which calls may "
                 f"take {self._budget_bytes}: send fewer samples at a time"
             )
-        with self._changed:
+        with self._lock:
             if not self._line and self._has_room(footprint_bytes):
                 self._take(footprint_bytes)
                 return
@@ -137,7 +138,7 @@ class Admission:
             self._make_room(missing_bytes, call)
         call.on_cancel(self._wake)
         ticket = _Ticket(footprint_bytes)
-        with self._changed:
+        with self._lock:
             self._check_room_beside_held(footprint_bytes)
             self._line.append(ticket)
             try:
@@ -178,13 +179,13 @@ class Admission:
         self._free_bytes -= footprint_bytes
 
     def _leave(self, footprint_bytes: int) -> None:
-        with self._changed:
+        with self._lock:
             self._free_places += 1
             self._free_bytes += footprint_bytes
             self._changed.notify_all()
 
     def _wake(self) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
 

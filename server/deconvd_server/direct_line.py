@@ -137,7 +137,6 @@ class DirectLine:
         self._polling.wait(self._line, self._is_awaited)
         head = CallHead.parse(self._next_call())
         self._attention.note_call(self)
-        self._begin()
         self._answer(head, self._begun_call(head))
         return self._is_idle_again()
 
@@ -154,15 +153,12 @@ class DirectLine:
             raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
         return self._line.receive_payload(size_bytes)
 
-    def _begin(self) -> None:
-        with self._lock:
-            self._state = _State.BUSY
-
     def _begun_call(self, head: CallHead) -> Call:
         """Return a new call, which `cancel` ends: at once, if it was asked for before."""
         call = Call(timeout_s=head.timeout_s)
         call.writing = Writing(self._line) if head.is_early else None
         with self._lock:
+            self._state = _State.BUSY
             self._call = call
             is_cancelled = self._is_cancelled
         self._line.set_deadline(head.timeout_s + _GOODBYE_S)

@@ -196,6 +196,8 @@ class Engines:
             InvalidArgumentError: They lie on several devices.
         """
         ids = {tensor.device_id for tensor in tensors if not isinstance(tensor, np.ndarray)}
+        if not ids:
+            return None
         if len(ids) > 1:
             raise InvalidArgumentError(
                 f"tensors that are on devices must be on one, got {', '.join(sorted(ids))}"

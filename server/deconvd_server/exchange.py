@@ -101,14 +101,14 @@ class Exchange:
             raw: Elements, by the names of their fields.
 
         Raises:
-            InvalidArgumentError: As `array_from_message` and `Lender.tensor` do.
+            InvalidArgumentError: As `array_of_spec` and `Lender.tensor` do.
             NotFoundError: Something that the request names is not there.
         """
-        for field in self._asked.operands:
+        for field, spec in self._asked.operands.items():
             tensor = getattr(self._request, field)
             argument = argument_of(field)
             if field in raw or not self._find(field, argument, tensor):
-                self._given[field] = self._shared.operand(argument, tensor, raw.get(field))
+                self._given[field] = self._shared.operand(argument, spec, tensor, raw.get(field))
         self._places = self._shared.places(self._request, self._asked.results)
 
     def find(self) -> dict[str, TensorSpec]:

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from deconvd.codec import Buffer
 from deconvd.errors import StaleRegionError
 from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, array_from_message, spec_from_message
+from deconvd.tensor import Array, array_of_spec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.device import DeviceTensor, Operand
 from deconvd_server.shared_memory.lender import Lender
@@ -31,19 +31,22 @@ class CallTensors:
         self._lender = lender
         self._uses: list[Use[Array] | Use[DeviceTensor]] = []
 
-    def operand(self, name: str, message: pb.Tensor, raw: Buffer | None) -> Operand:
+    def operand(
+        self, name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None
+    ) -> Operand:
         """Return a tensor of a request: a read-only array, unless it lies on a card.
 
         Args:
             name: Name of the argument, for errors.
+            spec: What the message declares.
             raw: Its elements, where `deconvd.codec` has taken them out of the message.
 
         Raises:
-            InvalidArgumentError: As `array_from_message` and `Lender.tensor` do.
+            InvalidArgumentError: As `array_of_spec` and `Lender.tensor` do.
         """
         if message.WhichOneof("payload") != "shared":
-            return array_from_message(name, message, raw)
-        tensor = self._any_place(name, message.shared, spec_from_message(name, message))
+            return array_of_spec(name, spec, message, raw)
+        tensor = self._any_place(name, message.shared, spec)
         if isinstance(tensor, np.ndarray):
             tensor.flags.writeable = False
         return tensor
