@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
-from deconvd_server.shared_memory import Lender, Limits
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.shared_memory import CallTensors, Lender, Limits
 
-__all__ = ["MIB", "Child", "Watch", "child", "lending", "lies_in_shared_memory"]
+__all__ = ["MIB", "Child", "Watch", "child", "lending", "lent_tensor", "lies_in_shared_memory"]
 
 MIB = 1 << 20
 _TIMEOUT_S = 30
@@ -36,6 +38,15 @@ def lending(
     assert lender.wait_until_unused(_TIMEOUT_S)
     assert lender.lent_bytes == 0
     assert not path.exists()
+
+
+@contextmanager
+def lent_tensor(
+    lender: Lender, name: str, shared: pb.SharedSlice, spec: TensorSpec
+) -> Iterator[Array]:
+    """Use a tensor in lent memory for the block."""
+    with CallTensors(lender) as tensors:
+        yield tensors.place(name, shared, spec)
 
 
 class Watch:

@@ -32,7 +32,7 @@ from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory import Borrower, SharedCall
 from deconvd_server.shared_memory import Lender, Limits
-from tests.lenders import MIB, child, lending
+from tests.lenders import MIB, child, lending, lent_tensor
 
 FLOAT32 = np.dtype(np.float32)
 LARGE = TensorSpec((4, MIB), FLOAT32)
@@ -43,7 +43,7 @@ def seen_by(lender: Lender, borrower: Borrower, array: Array) -> Array:
     """What the server finds where the client says that an array lies."""
     place = borrower.locate(array)
     assert place is not None
-    with lender.tensor("x", place, TensorSpec(array.shape, array.dtype)) as found:
+    with lent_tensor(lender, "x", place, TensorSpec(array.shape, array.dtype)) as found:
         return found.copy()
 
 
@@ -302,8 +302,8 @@ class TestCalls:
             assert message.element_type == pb.ELEMENT_TYPE_FLOAT32
             assert tuple(message.shape) == LARGE.shape
             with (
-                lender.tensor("x", message.shared, LARGE) as theirs,
-                lender.tensor("y_place", y.place, LARGE) as place,
+                lent_tensor(lender, "x", message.shared, LARGE) as theirs,
+                lent_tensor(lender, "y_place", y.place, LARGE) as place,
             ):
                 np.multiply(theirs, 2, out=place)
         array = y.array
@@ -332,7 +332,7 @@ class TestCalls:
         with borrower.call() as call:
             message = call.tensor(x)
             assert message is not None
-            with lender.tensor("x", message.shared, TensorSpec(x.shape, FLOAT32)) as found:
+            with lent_tensor(lender, "x", message.shared, TensorSpec(x.shape, FLOAT32)) as found:
                 np.testing.assert_array_equal(found, x)
 
     def test_small_tensors_are_better_sent(self, lender: Lender, borrower: Borrower) -> None:
@@ -381,7 +381,7 @@ class TestCalls:
         x[...] = 3
         place = failed_call(borrower, error)
 
-        with lender.tensor("y_place", place, LARGE) as late:
+        with lent_tensor(lender, "y_place", place, LARGE) as late:
             fresh = [borrower.empty(LARGE.shape, FLOAT32) for _ in range(10)]
             for array in fresh:
                 array[...] = 1
@@ -414,7 +414,7 @@ class TestServerGone:
                 assert borrower.locate(old) is None
                 message = call.tensor(old)
                 assert message is not None
-                with second.tensor("x", message.shared, LARGE) as found:
+                with lent_tensor(second, "x", message.shared, LARGE) as found:
                     np.testing.assert_array_equal(found, old)
             borrower.close()
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
@@ -552,7 +552,10 @@ input()
             x = pb.Tensor.FromString(bytes.fromhex(client.hear()))
             place = pb.SharedSlice.FromString(bytes.fromhex(client.hear()))
             spec = TensorSpec((1000, 1000), FLOAT32)
-            with lender.tensor("x", x.shared, spec) as source, lender.tensor("y", place, spec) as y:
+            with (
+                lent_tensor(lender, "x", x.shared, spec) as source,
+                lent_tensor(lender, "y", place, spec) as y,
+            ):
                 np.add(2 * source, 1, out=y)
             client.tell()
             assert client.hear() == "True"
@@ -577,7 +580,7 @@ while True:
         mine[...] = 3
         with child(script, path) as client:
             theirs = pb.SharedSlice.FromString(bytes.fromhex(client.hear()))
-            with lender.tensor("x", theirs, TensorSpec((MIB,), FLOAT32)) as x:
+            with lent_tensor(lender, "x", theirs, TensorSpec((MIB,), FLOAT32)) as x:
                 for count in itertools.count():
                     x.sum()
                     if count == seed:

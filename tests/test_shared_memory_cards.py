@@ -142,6 +142,12 @@ def test_a_slice_that_is_none_is_refused(
         tensors.operand("x", FLOATS, shared(region, offset_bytes), None)
 
 
+def test_memory_of_a_card_is_none_of_the_hosts(lender: Lender, peer: Peer) -> None:
+    place = shared(peer.borrowed(BLOCK_BYTES)).shared
+    with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match="of the host"):
+        tensors.place("place", place, FLOATS)
+
+
 def test_memory_comes_in_whole_blocks_in_which_nobody_elses_lies(
     peer: Peer, engine: FakeEngine
 ) -> None:
@@ -191,8 +197,8 @@ def test_what_is_given_back_stays_until_the_last_call_that_uses_it_ends(
         assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
         array_of(x)[...] = 1
         assert len(engine.lent) == 1
-        with pytest.raises(StaleRegionError):
-            tensors.operand("x", FLOATS, shared(region), None)
+        with CallTensors(lender) as others, pytest.raises(StaleRegionError):
+            others.operand("x", FLOATS, shared(region), None)
     assert engine.lent == []
 
 

@@ -35,7 +35,7 @@ from deconvd.shared_memory import (
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.shared_memory import Lender, Limits, memory_socket
-from tests.lenders import MIB, Watch, child, lending
+from tests.lenders import MIB, Watch, child, lending, lent_tensor
 from tests.servers import ServerProcess, server_process
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
@@ -98,7 +98,9 @@ def connect(path: Path) -> Iterator[Connect]:
 
 @contextmanager
 def used(lender: Lender, region: bytes, offset: int = 0) -> Iterator[np.ndarray]:
-    with lender.tensor("x", pb.SharedSlice(region=region, offset_bytes=offset), FLOATS) as array:
+    with lent_tensor(
+        lender, "x", pb.SharedSlice(region=region, offset_bytes=offset), FLOATS
+    ) as array:
         yield array
 
 
@@ -207,7 +209,7 @@ class TestSlices:
     ) -> None:
         shared = pb.SharedSlice(region=connect().borrowed(MIB))
 
-        with lender.tensor("b", shared, TensorSpec(shape, np.dtype(np.float64))) as array:
+        with lent_tensor(lender, "b", shared, TensorSpec(shape, np.dtype(np.float64))) as array:
             assert array.shape == shape
 
     @given(region=st.binary(max_size=40))

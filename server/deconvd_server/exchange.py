@@ -101,7 +101,7 @@ class Exchange:
             raw: Elements, by the names of their fields.
 
         Raises:
-            InvalidArgumentError: As `array_of_spec` and `Lender.tensor` do.
+            InvalidArgumentError: As `CallTensors.operand` does.
             NotFoundError: Something that the request names is not there.
         """
         for field, spec in self._asked.operands.items():

@@ -12,7 +12,6 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer, Reply, Request
 from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
-from deconvd_server.shared_memory.slices import check_slice
 
 __all__ = ["Borrowing", "Cards"]
 
@@ -39,6 +38,10 @@ class _Memory:
         self.lent = lent
         self.size_bytes = lent.size_bytes
         self._engine = engine
+
+    def tensor(self, spec: TensorSpec, offset_bytes: int) -> DeviceTensor:
+        """Return a part of it as a tensor. See `LentMemory`."""
+        return self.lent.tensor(spec, offset_bytes)
 
     def unmap(self) -> None:
         """Give it back to the card."""
@@ -124,14 +127,6 @@ class Cards:
         borrowing.close()
         self._loans.close(borrowing.account)
 
-    def tensor(
-        self, name: str, region: bytes, offset_bytes: int, spec: TensorSpec
-    ) -> Use[DeviceTensor] | None:
-        """Use a tensor in lent memory; None if no such region is lent. See `Lender.any_tensor`."""
-
-        def find(memory: _Memory) -> DeviceTensor:
-            check_slice(name, offset_bytes, spec, memory.size_bytes)
-            return memory.lent.tensor(spec, offset_bytes)
-
-        use = self._loans.find(region)
-        return None if use is None else use.of(find)
+    def find(self, name: bytes) -> Use | None:
+        """Use a region; None if none of that name is lent."""
+        return self._loans.find(name)

@@ -15,19 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from deconvd.errors import StaleRegionError
-from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer, Operation, Reply, Request
-from deconvd.tensor import Array
-from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.device import DeviceTensor
 from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
 from deconvd_server.shared_memory.place import is_private
-from deconvd_server.shared_memory.slices import check_slice
 from deconvd_server.side_socket import Peer, SideSocket, peer_of
 
 __all__ = ["Lender"]
@@ -109,47 +102,25 @@ class Lender:
         """What is lent, or retired and still in use, now."""
         return self._loans.size_bytes
 
-    def any_tensor(
-        self, name: str, shared: pb.SharedSlice, spec: TensorSpec
-    ) -> Use[Array] | Use[DeviceTensor]:
-        """Use a tensor in lent memory, be it the host's or a card's. See `tensor`."""
-        array = self._array(name, shared, spec)
-        if array is not None:
-            return array
-        if self._cards is not None:
-            tensor = self._cards.tensor(name, shared.region, shared.offset_bytes, spec)
-            if tensor is not None:
-                return tensor
-        raise _stale(name)
-
-    def tensor(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Use[Array]:
-        """Use a tensor in lent memory of the host's, as a writable array.
-
-        The client may change its elements at any time. No view of it may outlive the use.
+    def use(self, name: str, region: bytes) -> Use:
+        """Use a region, of the host's memory or a card's: until that ends it stays mapped.
 
         Args:
-            name: Name of the argument, for errors.
-            spec: What the array is to be; its elements are little-endian.
+            name: Name of the argument that is to lie there, for errors.
 
         Raises:
             StaleRegionError: The region is not lent.
-            InvalidArgumentError: The tensor does not lie in the region, or is not aligned.
         """
-        array = self._array(name, shared, spec)
-        if array is None:
-            raise _stale(name)
-        return array
-
-    def _array(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Use[Array] | None:
-        """Use a tensor of the host's; None if no such region is lent."""
-
-        def find(memory: Memory) -> Array:
-            offset_bytes = shared.offset_bytes
-            check_slice(name, offset_bytes, spec, memory.size_bytes)
-            return np.ndarray(spec.shape, spec.dtype.newbyteorder("<"), memory.bytes, offset_bytes)
-
-        use = self._loans.find(shared.region)
-        return None if use is None else use.of(find)
+        use = self._loans.find(region)
+        if use is None and self._cards is not None:
+            use = self._cards.find(region)
+        if use is None:
+            raise StaleRegionError(
+                f"{name} must lie in shared memory that this server lends, and the region that it "
+                "names is unknown, was given back or has lost its client",
+                argument=name,
+            )
+        return use
 
     def withdraw(self) -> None:
         """Take no more clients, and give up the path, so that a successor can have it."""
@@ -411,11 +382,3 @@ class _Client:
             while self.connection.recv(_MAX_PACKET_BYTES):
                 pass
         self.connection.close()
-
-
-def _stale(name: str) -> StaleRegionError:
-    return StaleRegionError(
-        f"{name} must lie in shared memory that this server lends, and the region that it names is "
-        "unknown, was given back or has lost its client",
-        argument=name,
-    )

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
+from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer
 from deconvd_server.cache import Entry, Resource
+from deconvd_server.device import Operand
 from deconvd_server.secret_names import Named, new_name
 
 __all__ = ["Account", "Limits", "Loans", "OverLimitError", "Use"]
@@ -81,49 +82,27 @@ class Lendable(Protocol):
     def size_bytes(self) -> int:
         """Its size."""
 
+    def tensor(self, spec: TensorSpec, offset_bytes: int) -> Operand:
+        """Return a part of it as a tensor: an array that can be written, or a tensor on a card."""
+
     def unmap(self) -> None:
         """Let go of it. Called once, when no one uses it."""
 
 
 _M = TypeVar("_M", bound=Lendable)
-_T = TypeVar("_T")
-_S = TypeVar("_S")
 
 
-class Use(Generic[_T]):
-    """A region, or something in it, that stays mapped until this ends. A context, too.
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Someone's use of a region, which stays mapped until it ends.
 
     Attributes:
-        value: What is used.
-
-    Args:
+        memory: The region's.
         end: Ends it; to be called once.
     """
 
-    __slots__ = ("end", "value")
-
-    def __init__(self, value: _T, end: Callable[[], None]) -> None:
-        self.value = value
-        self.end = end
-
-    def of(self, find: Callable[[_T], _S]) -> Use[_S]:
-        """Return the use of something in it instead of this. If `find` raises an error, this ends."""
-        try:
-            return Use(find(self.value), self.end)
-        except BaseException:
-            self.end()
-            raise
-
-    def __enter__(self) -> _T:
-        return self.value
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.end()
+    memory: Lendable
+    end: Callable[[], None]
 
 
 class Loans(Generic[_M]):
@@ -195,7 +174,7 @@ class Loans(Generic[_M]):
             garbage = self._swept()
         _free(garbage)
 
-    def find(self, name: bytes) -> Use[_M] | None:
+    def find(self, name: bytes) -> Use | None:
         """Use a region; None if none of that name is lent."""
         with self._lock:
             entry = self._entries.get(name)

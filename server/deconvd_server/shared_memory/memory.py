@@ -12,6 +12,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from deconvd.problem import TensorSpec
+from deconvd.tensor import Array
+
 __all__ = ["Memory", "OnMap", "Unmap"]
 
 Unmap = Callable[[], None]
@@ -50,6 +53,14 @@ class Memory:
         except BaseException:
             self.close_descriptor()
             raise
+
+    def tensor(self, spec: TensorSpec, offset_bytes: int) -> Array:
+        """Return a part of it as an array that can be written, of little-endian elements.
+
+        Whoever has the other mapping may change its elements at any time.
+        """
+        dtype = spec.dtype.newbyteorder("<")
+        return np.ndarray(spec.shape, dtype, self.bytes, offset_bytes)
 
     def close_descriptor(self) -> None:
         """Close the memfd, once it was sent."""

@@ -9,13 +9,14 @@ import numpy as np
 from google.protobuf.message import Message
 
 from deconvd.codec import Buffer
-from deconvd.errors import StaleRegionError
+from deconvd.errors import InvalidArgumentError, StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, array_of_spec
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.device import DeviceTensor, Operand
+from deconvd_server.device import Operand
 from deconvd_server.shared_memory.lender import Lender
 from deconvd_server.shared_memory.loans import Use
+from deconvd_server.shared_memory.slices import check_slice
 
 __all__ = ["CallTensors"]
 
@@ -29,7 +30,7 @@ class CallTensors:
 
     def __init__(self, lender: Lender | None) -> None:
         self._lender = lender
-        self._uses: list[Use[Array] | Use[DeviceTensor]] = []
+        self._uses: dict[bytes, Use] = {}  # by region
 
     def operand(
         self, name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None
@@ -42,7 +43,7 @@ class CallTensors:
             raw: Its elements, where `deconvd.codec` has taken them out of the message.
 
         Raises:
-            InvalidArgumentError: As `array_of_spec` and `Lender.tensor` do.
+            InvalidArgumentError: As `array_of_spec`, `Lender.use` and `check_slice` do.
         """
         if message.WhichOneof("payload") != "shared":
             return array_of_spec(name, spec, message, raw)
@@ -59,7 +60,7 @@ class CallTensors:
             results: What they will be, by the names of their fields.
 
         Raises:
-            InvalidArgumentError: As `Lender.tensor` does.
+            InvalidArgumentError: As `Lender.use` and `check_slice` do.
         """
         names = {field: f"{field}_place" for field in results}
         return {
@@ -77,7 +78,7 @@ class CallTensors:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for use in self._uses:
+        for use in self._uses.values():
             use.end()
 
     def place(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Array:
@@ -87,16 +88,22 @@ class CallTensors:
             name: What it is for, for errors.
 
         Raises:
-            InvalidArgumentError: As `Lender.tensor` does.
+            InvalidArgumentError: There is no such slice, or it is of a card's memory.
         """
-        use = self._known_lender(name).tensor(name, shared, spec)
-        self._uses.append(use)
-        return use.value
+        tensor = self._any_place(name, shared, spec)
+        if not isinstance(tensor, np.ndarray):
+            raise InvalidArgumentError(
+                f"{name} must lie in memory of the host, got memory of a card", argument=name
+            )
+        return tensor
 
     def _any_place(self, name: str, shared: pb.SharedSlice, spec: TensorSpec) -> Operand:
-        use = self._known_lender(name).any_tensor(name, shared, spec)
-        self._uses.append(use)
-        return use.value
+        region, offset_bytes = shared.region, shared.offset_bytes
+        use = self._uses.get(region)
+        if use is None:
+            use = self._uses[region] = self._known_lender(name).use(name, region)
+        check_slice(name, offset_bytes, spec, use.memory.size_bytes)
+        return use.memory.tensor(spec, offset_bytes)
 
     def _known_lender(self, name: str) -> Lender:
         if self._lender is None:
