@@ -71,6 +71,9 @@ class FrameKind(IntEnum):
     WRITTEN = 8
 
 
+_KINDS: Final = {kind.value: kind for kind in FrameKind}
+
+
 class LineBrokenError(ConnectionError):
     """The other end has closed the line, or it was cut, or what came makes no sense."""
 
@@ -128,11 +131,11 @@ class Line:
 
     def receive(self) -> tuple[FrameKind, int]:
         """Return the kind of the next frame, and its payload's size in bytes: that is to be read next."""
-        kind, size_bytes = _HEAD.unpack(self.take(_HEAD.size))
-        try:
-            return FrameKind(kind), size_bytes
-        except ValueError:
-            raise LineBrokenError(f"a frame of the unknown kind {kind}") from None
+        number, size_bytes = _HEAD.unpack(self.take(_HEAD.size))
+        kind = _KINDS.get(number)
+        if kind is None:
+            raise LineBrokenError(f"a frame of the unknown kind {number}")
+        return kind, size_bytes
 
     def receive_payload(self, size_bytes: int) -> bytes:
         """Return the payload of a frame that has no elements."""
