@@ -30,6 +30,9 @@ _MAX_PARTS_COUNT = 8
 _MIRRORED_BYTES = 1 << 20
 """What the calling thread copies in the time that it takes to have others do it."""
 
+_SMALL_BYTES = 16 << 10
+"""What is sooner copied than looked up."""
+
 _REMEMBERED_COUNT = 1024
 
 
@@ -95,14 +98,14 @@ class Pipeline:
         writing = call.writing
         if writing is not None and writing.has(x.nbytes):
             writing = None
-        reached = self._reached(others)
+        mirrored = self._mirrored(others)
         with self._memory.take(kind.frame.total_bytes) as base:
             call.check()
             try:
-                if reached is None:
+                if mirrored is None:
                     self._enqueue(kind, base, operands, y, self._staged(call), writing)
                 else:
-                    self._launch(kind, base, [x, *reached], y, places, writing)
+                    self._launch(kind, base, operands, mirrored, y, places, writing)
             finally:
                 # the first that everything has come together in: to wait for the others takes no time
                 for stream in (self._up, self._work, self._down):
@@ -116,19 +119,31 @@ class Pipeline:
         kind: Kind,
         base: int,
         operands: Sequence[Operand],
+        mirrored: Sequence[Array | None],
         y: Array,
         places: HostPlaces,
         writing: Writing | None,
     ) -> None:
-        """Enqueue a call whose arrays the card all reaches, as a graph if that can be."""
+        """Enqueue a call whose arrays the card all reaches, some as copies, as a graph if that can be."""
+        x, *others = operands
+        reached = [
+            other if mirror is None else mirror
+            for other, mirror in zip(others, mirrored, strict=True)
+        ]
 
         def enqueue() -> None:
-            self._enqueue(kind, base, operands, y, self._upload, writing)
+            self._enqueue(kind, base, [x, *reached], y, self._upload, writing)
 
-        arrays = [operand for operand in operands[1:] if isinstance(operand, np.ndarray)]
-        all_places = places.beside(arrays)
-        if writing is None and all_places.are_apart:
-            kind.launch(self._up, enqueue, base, all_places)
+        lent = [
+            other
+            for other, mirror in zip(others, mirrored, strict=True)
+            if mirror is None and isinstance(other, np.ndarray)
+        ]
+        if lent:
+            places = places.beside(lent)
+        if writing is None and places.are_apart:
+            # mirrors lie at the same places again, where it is the same operands that have some
+            kind.launch(self._up, enqueue, (base, *(m is None for m in mirrored)), places)
         else:
             enqueue()
 
@@ -200,22 +215,29 @@ class Pipeline:
         else:
             enqueue()
 
-    def _reached(self, others: Sequence[Operand]) -> list[Operand] | None:
-        """Return operands, arrays where the card reaches them: copies of small ones. None if one is large."""
-        reached: list[Operand] = []
-        mirrors = Regions()
+    def _mirrored(self, others: Sequence[Operand]) -> list[Array | None] | None:
+        """Return copies, which the card reaches, of those operands that it does not; None for others.
+
+        None instead of all if there is no room for one, or it is too large to be copied here.
+        """
+        mirrored: list[Array | None] = []
+        regions = Regions()
         for other in others:
-            if not isinstance(other, np.ndarray) or self._host_memory.holds(other):
-                reached.append(other)
+            if not isinstance(other, np.ndarray) or self._is_lent(other):
+                mirrored.append(None)
                 continue
-            region = mirrors.add(other.nbytes)
-            if mirrors.total_bytes > _MIRRORED_BYTES:
+            region = regions.add(other.nbytes)
+            if regions.total_bytes > _MIRRORED_BYTES:
                 return None
             dtype = other.dtype.newbyteorder("=")
             mirror = np.ndarray(other.shape, dtype, self._pinned, region.offset)
             mirror[...] = other
-            reached.append(mirror)
-        return reached
+            mirrored.append(mirror)
+        return mirrored
+
+    def _is_lent(self, array: Array) -> bool:
+        """Return whether the card is to copy an array from where it lies."""
+        return array.nbytes > _SMALL_BYTES and self._host_memory.holds(array)
 
     def _upload(self, array: Array, target: int) -> None:
         upload(target, bytes_of(array), self._up.pointer)
