@@ -82,6 +82,9 @@ class Method(IntEnum):
         return self in (Method.DeconvolveStream, Method.DeconvolveGradStream, Method.PutTensor)
 
 
+_METHODS: Final = {method.value: method for method in Method}
+
+
 @dataclass(frozen=True, slots=True)
 class CallHead:
     """How a call begins.
@@ -108,10 +111,9 @@ class CallHead:
         if len(payload) < _CALL.size:
             raise LineBrokenError(f"a call of {len(payload)} bytes, which is none")
         number, is_early, timeout_us = _CALL.unpack_from(payload)
-        try:
-            method = Method(number)
-        except ValueError:
-            raise LineBrokenError(f"a call of the unknown method {number}") from None
+        method = _METHODS.get(number)
+        if method is None:
+            raise LineBrokenError(f"a call of the unknown method {number}")
         if is_early and method is not Method.Deconvolve:
             raise LineBrokenError(f"an early call of {method.name}")
         return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early)

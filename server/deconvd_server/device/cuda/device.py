@@ -368,9 +368,13 @@ class CudaDevice(CardTensors):
 
     @contextmanager
     def _working(self, call: Call) -> Iterator[Lane]:
-        """Lend a lane, with the card as the thread's device. See `Lanes.lend`."""
-        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
-            yield lane
+        """Lend a lane, with the card as the thread's device. Raises as `Lanes.take`."""
+        lane = self._lanes.take(call)
+        try:
+            with current_device(self._card.ordinal), self._guard:
+                yield lane
+        finally:
+            self._lanes.give_back(lane)
 
     @contextmanager
     def using(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Final
 
 from deconvd_server.call import Call
@@ -35,20 +34,24 @@ class Lanes:
         """Whether no call has one."""
         return len(self._idle) == self._count
 
-    @contextmanager
-    def lend(self, call: Call) -> Iterator[Lane]:
-        """Lend a lane for the block; waits for one while the call lives.
+    def take(self, call: Call) -> Lane:
+        """Return a lane, to be given back; waits for one while the call lives.
 
         Raises:
             CallCancelledError, DeadlineError: The call has ended.
         """
-        lane = self._taken(call)
-        try:
-            yield lane
-        finally:
-            with self._lock:
-                self._idle.append(lane)
-                self._came_back.notify()
+        with self._lock:
+            call.check()
+            while not self._idle:
+                self._came_back.wait(_TAKE_S)
+                call.check()
+            return self._idle.pop()
+
+    def give_back(self, lane: Lane) -> None:
+        """Let others have a lane."""
+        with self._lock:
+            self._idle.append(lane)
+            self._came_back.notify()
 
     def close(self) -> Iterator[int]:
         """Close all; yield their streams. No call may have one, and none may follow."""
@@ -56,11 +59,3 @@ class Lanes:
             lane = self._idle.pop()
             lane.close()
             yield lane.stream.pointer
-
-    def _taken(self, call: Call) -> Lane:
-        with self._lock:
-            call.check()
-            while not self._idle:
-                self._came_back.wait(_TAKE_S)
-                call.check()
-            return self._idle.pop()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Protocol
 
 from deconvd.errors import ExhaustedError
@@ -44,7 +44,10 @@ class MemoryStats:
 
 
 class Lease:
-    """A block that is lent until it is freed."""
+    """A block that is lent until it is freed, or for the length of a with-block, which gets its address.
+
+    The card must be done with it then.
+    """
 
     def __init__(self, block: _Block, on_free: Callable[[], None]) -> None:
         self._block: _Block | None = block
@@ -58,11 +61,22 @@ class Lease:
         return self._block.ptr
 
     def free(self) -> None:
-        """Give the block back, once. The card must be done with it."""
+        """Give the block back, once."""
         if self._block is None:
             raise ValueError("the memory is freed already")
         self._block = None
         self._on_free()
+
+    def __enter__(self) -> int:
+        return self.pointer
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.free()
 
 
 class DeviceMemory:
@@ -96,27 +110,20 @@ class DeviceMemory:
         self._taken_count = 0
         self._refused_count = 0
 
-    @contextmanager
-    def take(self, size_bytes: int) -> Iterator[int]:
-        """Lend a block for the length of a with-block, and return its address.
-
-        The card must be done with the block at the end of the with-block.
+    def take(self, size_bytes: int) -> Lease:
+        """Lend a block.
 
         Raises:
             ExhaustedError: The limit does not allow it now, or the card has not the memory.
         """
-        lease = self._leased(size_bytes, self._allocate)
-        try:
-            yield lease.pointer
-        finally:
-            lease.free()
+        return self._leased(size_bytes, self._allocate)
 
     def take_to_stay(self, size_bytes: int) -> Lease:
-        """Lend a block until it is freed. Raises as `take` does."""
+        """Lend a block for long. Raises as `take` does."""
         return self._leased(size_bytes, self._allocate_to_stay)
 
     def take_to_lend(self, size_bytes: int) -> Lease:
-        """Lend a block that other processes see until it is freed. Raises as `take` does."""
+        """Lend a block that other processes see. Raises as `take` does."""
         return self._leased(size_bytes, self._allocate_to_lend)
 
     @property
