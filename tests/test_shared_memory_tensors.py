@@ -206,6 +206,31 @@ def test_a_region_holds_what_lies_wholly_in_it() -> None:
     assert not region.holds(begin, 8196)
 
 
+def test_a_block_that_went_is_taken_again_for_what_fits_it_just() -> None:
+    region = HostRegion(bytes(16), mmap.mmap(-1, 1 << 20))
+    block, other = region.take(5000), region.take(5000)
+    assert block is not None
+    assert other is not None
+    offset = block.offset
+    assert region.take_again(5000) is None
+    del block
+
+    assert region.take_again(300) is None
+    assert region.take_again(9000) is None
+    again = region.take_again(5000)
+
+    assert again is not None
+    assert again.offset == offset
+    assert region.take_again(5000) is None
+    del again
+    region.collect()
+    assert region.take_again(5000) is None
+    assert region.take(5000) is not None
+    region.close()
+    del other
+    assert region.take_again(5000) is None
+
+
 class TestFalseLenders:
     """What a client takes from the other end of the socket."""
 

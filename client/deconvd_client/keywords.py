@@ -25,15 +25,15 @@ def refuses_unknown_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
     That is a ValueError for ``deterministic``, and for others a TypeError that names the function
     and them, sorted. The signature stays the function's own.
     """
-    known = inspect.signature(function).parameters
+    known = frozenset(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        unknown = sorted(kwargs.keys() - known.keys())
+        unknown = kwargs.keys() - known
         if "deterministic" in unknown:
             raise ValueError(_DETERMINISTIC)
         if unknown:
-            names = ", ".join(repr(name) for name in unknown)
+            names = ", ".join(repr(name) for name in sorted(unknown))
             raise TypeError(f"{function.__name__}() got unexpected keyword argument(s) {names}")
         return function(*args, **kwargs)
 

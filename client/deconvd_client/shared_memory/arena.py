@@ -39,8 +39,7 @@ class Arena:
 
     def take(self, size_bytes: int) -> int | None:
         """Return the offset of a new block of at least `size_bytes`, over 0; None if none is free."""
-        grain = _PAGE_BYTES if size_bytes >= _PAGED_BYTES else _LINE_BYTES
-        size = _rounded_up(size_bytes, grain)
+        grain, size = _grain_and_size(size_bytes)
         fitting = (
             (end - begin, begin, end)
             for begin, end in self._free
@@ -58,6 +57,10 @@ class Arena:
         self._taken[offset] = offset + size
         return offset
 
+    def has(self, offset: int, size_bytes: int) -> bool:
+        """Return whether the block at an offset is as large as one of a size. Raises KeyError if none is there."""
+        return self._taken[offset] - offset == _grain_and_size(size_bytes)[1]
+
     def give(self, offset: int) -> None:
         """Free a block. Raises KeyError if there is none at `offset`."""
         begin, end = offset, self._taken.pop(offset)
@@ -67,6 +70,12 @@ class Arena:
         if at > 0 and self._free[at - 1][1] == begin:
             begin = self._free.pop(at - 1)[0]
         insort(self._free, (begin, end))
+
+
+def _grain_and_size(size_bytes: int) -> tuple[int, int]:
+    """Return what the block for so many bytes is a multiple of, and its size."""
+    grain = _PAGE_BYTES if size_bytes >= _PAGED_BYTES else _LINE_BYTES
+    return grain, _rounded_up(size_bytes, grain)
 
 
 def _rounded_up(number: int, multiple: int) -> int:

@@ -78,22 +78,26 @@ class SharedCall:
         """Return whether shared memory pays for a tensor."""
         return self._borrower.is_large(tensor)
 
-    def tensor(self, array: Array, *, may_be_late: bool = False) -> pb.Tensor | None:
-        """Return a message that says where in shared memory an array lies, after copying it there if need be.
-
-        None if it is better sent: it is small, or there is no room for it.
+    def place(self, array: Array, *, may_be_late: bool = False) -> pb.SharedSlice | None:
+        """Return where in shared memory an array lies, after copying it there if need be; None if there is no room.
 
         Args:
             may_be_late: Whether the copy may be left to `late_copy`.
         """
-        if not self.is_large(array):
-            return None
         place = self._borrower.locate(array) or self._copied(array, may_be_late=may_be_late)
+        self._kept.append(array)
+        return place
+
+    def tensor(self, array: Array) -> pb.Tensor | None:
+        """Return a message that says where in shared memory an array lies; None if it is better sent.
+
+        That is if it is small, or there is no room for it.
+        """
+        place = self.place(array) if self.is_large(array) else None
         if place is None:
             return None
         message = message_from_spec(spec_of(array))
         message.shared.CopyFrom(place)
-        self._kept.append(array)
         return message
 
     def result(self, spec: TensorSpec) -> SharedResult | None:
@@ -215,6 +219,9 @@ class Borrower:
                 link = self._opened_link()
                 if link is None:
                     return None
+                again = self._again(size_bytes)
+                if again is not None:
+                    return again
                 self._tidy(link)
                 return self._fitting(size_bytes) or self._borrowed(link, size_bytes)
             except LinkLostError as error:
@@ -361,6 +368,13 @@ class Borrower:
         self._regions = tuple(other for other in self._regions if other is not region)
         region.unmap()
         link.give_back(region.name)
+
+    def _again(self, size_bytes: int) -> Block | None:
+        for region in self._regions:
+            block = region.take_again(size_bytes)
+            if block is not None:
+                return block
+        return None
 
     def _fitting(self, size_bytes: int) -> Block | None:
         for region in self._regions:

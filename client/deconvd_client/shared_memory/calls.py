@@ -91,10 +91,10 @@ def _put(
         if not call.is_large(array):
             raw[field] = elements_of(array)
             continue
-        message = call.tensor(array, may_be_late=_may_be_late(request, field))
-        if message is None:
+        place = call.place(array, may_be_late=_may_be_late(request, field))
+        if place is None:
             return None
-        getattr(request, field).CopyFrom(message)
+        getattr(request, field).shared.CopyFrom(place)
     return raw
 
 

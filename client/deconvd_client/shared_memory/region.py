@@ -100,6 +100,16 @@ class Region(ABC):
         offset = self._arena.take(size_bytes)
         return None if offset is None else Block(self, offset)
 
+    def take_again(self, size_bytes: int) -> Block | None:
+        """Return the block that went last anew, if it is of just this size: as of a result of the same call."""
+        if not self.freed or self.state is not State.OPEN:
+            return None
+        offset = self.freed.pop()
+        if self._arena.has(offset, size_bytes):
+            return Block(self, offset)
+        self.freed.append(offset)
+        return None
+
     def collect(self) -> None:
         """Make room of the blocks that have gone."""
         while self.freed:
