@@ -50,7 +50,7 @@ def seen_by(lender: Lender, borrower: Borrower, array: Array) -> Array:
 def failed_call(borrower: Borrower, error: BaseException) -> pb.SharedSlice:
     """Make a call that wants a result and ends with an error; return where the result would have been."""
     try:
-        with borrower.call() as call:
+        with SharedCall(borrower) as call:
             message, result = call.tensor(np.ones(LARGE.shape, FLOAT32)), call.result(LARGE)
             assert message is not None
             assert result is not None
@@ -295,7 +295,7 @@ class TestCalls:
         self, lender: Lender, borrower: Borrower
     ) -> None:
         x = np.random.default_rng(0).random(LARGE.shape, np.float32)
-        with borrower.call() as call:
+        with SharedCall(borrower) as call:
             message, y = call.tensor(x), call.result(LARGE)
             assert message is not None
             assert y is not None
@@ -317,7 +317,7 @@ class TestCalls:
         self, lender: Lender, borrower: Borrower
     ) -> None:
         x = borrower.empty(LARGE.shape, FLOAT32)
-        with borrower.call() as call:
+        with SharedCall(borrower) as call:
             message = call.tensor(x)
             assert message is not None
             assert message.shared == borrower.locate(x)
@@ -329,21 +329,21 @@ class TestCalls:
     ) -> None:
         x = np.random.default_rng(0).random((512, 300), np.float32)
         x = {"transposed": x.T, "swapped": x.astype(">f4"), "reversed": x[::-1, ::-2]}[order]
-        with borrower.call() as call:
+        with SharedCall(borrower) as call:
             message = call.tensor(x)
             assert message is not None
             with lent_tensor(lender, "x", message.shared, TensorSpec(x.shape, FLOAT32)) as found:
                 np.testing.assert_array_equal(found, x)
 
     def test_small_tensors_are_better_sent(self, lender: Lender, borrower: Borrower) -> None:
-        with borrower.call() as call:
+        with SharedCall(borrower) as call:
             assert call.tensor(np.empty(100)) is None
             assert call.tensor(borrower.empty(100, np.float32)) is None
             assert call.result(TensorSpec((100,), FLOAT32)) is None
             assert call.result(TensorSpec((0, 1), FLOAT32)) is None
 
     def test_without_a_server_all_is_sent(self, borrower: Borrower) -> None:
-        with borrower.call() as call:
+        with SharedCall(borrower) as call:
             assert call.tensor(np.empty(LARGE.shape)) is None
             assert call.result(LARGE) is None
 
@@ -410,7 +410,7 @@ class TestServerGone:
             old = borrower.empty(LARGE.shape, FLOAT32)
             old[...] = 3
         with lending(path) as second:
-            with borrower.call() as call:
+            with SharedCall(borrower) as call:
                 assert borrower.locate(old) is None
                 message = call.tensor(old)
                 assert message is not None
@@ -425,7 +425,7 @@ class TestServerGone:
         with lending(path):
             x = borrower.empty(LARGE.shape, FLOAT32)
         for _ in range(5):
-            with borrower.call() as call:
+            with SharedCall(borrower) as call:
                 assert call.tensor(x) is None
                 assert call.result(LARGE) is None
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
@@ -435,7 +435,7 @@ class TestServerGone:
     ) -> None:
         failed_call(borrower, StaleRegionError("x must lie in memory that this server lends"))
 
-        with borrower.call() as call:
+        with SharedCall(borrower) as call:
             assert call.tensor(np.ones(LARGE.shape, FLOAT32)) is None
         assert lender.wait_until_unused(TIMEOUT_S)
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
@@ -444,10 +444,10 @@ class TestServerGone:
         self, path: Path, borrower: Borrower
     ) -> None:
         with lending(path) as first:
-            with pytest.raises(StaleRegionError), borrower.call() as call:
+            with pytest.raises(StaleRegionError), SharedCall(borrower) as call:
                 cut_off(call, first)
         with lending(path):
-            with borrower.call() as call:
+            with SharedCall(borrower) as call:
                 assert call.tensor(np.ones(LARGE.shape, FLOAT32)) is not None
             borrower.close()
 
@@ -539,7 +539,7 @@ class TestProcesses:
 borrower = Borrower(find)
 x = borrower.empty((1000, 1000), np.float32)
 x[...] = np.arange(x.size).reshape(x.shape)
-with borrower.call() as call:
+with SharedCall(borrower) as call:
     message = call.tensor(x)
     y = call.result(__import__("deconvd.problem").problem.TensorSpec(x.shape, x.dtype))
     say(message.SerializeToString().hex())
@@ -644,7 +644,7 @@ def test_nothing_is_connected_before_the_first_need(path: Path) -> None:
     threads = threading.active_count()
     borrower = Borrower(lambda: str(path))
 
-    with borrower.call() as call:
+    with SharedCall(borrower) as call:
         assert call.tensor(np.empty(3)) is None
 
     assert threading.active_count() == threads

@@ -21,7 +21,7 @@ from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Asked
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.shared_memory import Borrower, call_with_shared_memory
+from deconvd_client.shared_memory import Borrower, SharedCall, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import HostRegion
 from deconvd_server.device.cpu.tensor import array_of
@@ -146,7 +146,7 @@ def test_a_lender_that_closes_while_it_maps_keeps_no_descriptor(path: Path) -> N
 
 def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Borrower) -> None:
     x, other = np.full(MIB, 3, np.float32), np.full(MIB, 4, np.float32)
-    with borrower.call() as call:
+    with SharedCall(borrower) as call:
         messages = [call.tensor(array) for array in (x, other)]
         later = borrower.empty(MIB, np.float32)
         later[...] = 5
@@ -161,7 +161,7 @@ def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Bo
 def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
     lender: Lender, borrower: Borrower
 ) -> None:
-    with borrower.call() as call:
+    with SharedCall(borrower) as call:
         x = borrower.empty(MIB, np.float32)
         x[...] = 3
         spec, message = spec_of(x), call.tensor(x)

@@ -131,7 +131,9 @@ class Line:
 
     def receive(self) -> tuple[FrameKind, int]:
         """Return the kind of the next frame, and its payload's size in bytes: that is to be read next."""
-        number, size_bytes = _HEAD.unpack(self.take(_HEAD.size))
+        self._have(FRAME_HEAD_BYTES)
+        number, size_bytes = _HEAD.unpack_from(self._buffer, self._begin)
+        self._begin += FRAME_HEAD_BYTES
         kind = _KINDS.get(number)
         if kind is None:
             raise LineBrokenError(f"a frame of the unknown kind {number}")
@@ -145,14 +147,14 @@ class Line:
 
     def take(self, size_bytes: int) -> bytes:
         """Return the next bytes."""
-        while self._end - self._begin < size_bytes <= _BUFFER_BYTES:
-            self._read_ahead()
-        if size_bytes <= _BUFFER_BYTES:
-            self._begin += size_bytes
-            return bytes(self._buffer[self._begin - size_bytes : self._begin])
-        target = np.empty(size_bytes, np.uint8)
-        self.read_into(target)
-        return target.tobytes()
+        if size_bytes > _BUFFER_BYTES:
+            target = np.empty(size_bytes, np.uint8)
+            self.read_into(target)
+            return target.tobytes()
+        self._have(size_bytes)
+        begin = self._begin
+        self._begin += size_bytes
+        return bytes(self._buffer[begin : self._begin])
 
     def read_into(self, target: Bytes) -> None:
         """Set `target` to the next bytes."""
@@ -203,6 +205,11 @@ class Line:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _have(self, size_bytes: int) -> None:
+        """Read ahead until there are so many bytes."""
+        while self._end - self._begin < size_bytes:
+            self._read_ahead()
 
     def _read_ahead(self) -> None:
         if self._begin == self._end:

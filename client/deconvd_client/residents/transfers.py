@@ -10,7 +10,7 @@ from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.nearest import Nearest
-from deconvd_client.shared_memory import Borrower
+from deconvd_client.shared_memory import Borrower, SharedCall
 
 __all__ = ["Transfers"]
 
@@ -30,7 +30,7 @@ class Transfers:
     def put(self, session: bytes, array: Array) -> pb.Resident:
         """Have the server keep a tensor for a session, and return how it is called."""
         try:
-            with self._memory.call() as call:
+            with SharedCall(self._memory) as call:
                 shared = call.tensor(array)
                 if shared is not None:
                     return self._sent(session, shared, None)
@@ -44,7 +44,7 @@ class Transfers:
         """Return a tensor that the server keeps."""
         request = pb.GetTensorRequest(session=session, resident=resident)
         try:
-            with self._memory.call() as call:
+            with SharedCall(self._memory) as call:
                 result = call.result(spec)
                 if result is not None:
                     placed = pb.GetTensorRequest(place=result.place)

@@ -7,9 +7,8 @@ import mmap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Final, SupportsIndex
 
 import numpy as np
@@ -27,14 +26,13 @@ from deconvd.errors import (
 )
 from deconvd.problem import TensorSpec, check_extents
 from deconvd.system import call_in_forked_children
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.late_copy import LateCopy
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError, NotLentError
 from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.region import Block, Region, State
 
-__all__ = ["Borrower", "SharedCall", "SharedResult"]
+__all__ = ["Borrower"]
 
 _FIRST_REGION_BYTES: Final = 64 << 20
 _LARGEST_STEP_BYTES: Final = 1 << 30
@@ -45,89 +43,6 @@ _RETRY_S: Final = 5.0
 """How long a server without a side socket is left in peace."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SharedResult:
-    """Memory for one result of a call.
-
-    Attributes:
-        place: Where it is, for the server.
-        array: The memory. It is the result's once the call has ended well, and lives as long as any
-            view of it.
-    """
-
-    place: pb.SharedSlice
-    array: Array
-
-
-class SharedCall:
-    """What one call has in shared memory, from before its request until after its response.
-
-    Attributes:
-        late_copy: What is still to be copied, once the server knows of the call; None if nothing is.
-    """
-
-    def __init__(self, borrower: Borrower) -> None:
-        self.late_copy: LateCopy | None = None
-        self._borrower = borrower
-        self._kept: list[Array] = []
-        self._blocks: list[Block] = []
-
-    def is_large(self, tensor: Array | TensorSpec) -> bool:
-        """Return whether shared memory pays for a tensor."""
-        return self._borrower.is_large(tensor)
-
-    def place(self, array: Array, *, may_be_late: bool = False) -> pb.SharedSlice | None:
-        """Return where in shared memory an array lies, after copying it there if need be; None if there is no room.
-
-        Args:
-            may_be_late: Whether the copy may be left to `late_copy`.
-        """
-        place = self._borrower.locate(array) or self._copied(array, may_be_late=may_be_late)
-        self._kept.append(array)
-        return place
-
-    def tensor(self, array: Array) -> pb.Tensor | None:
-        """Return a message that says where in shared memory an array lies; None if it is better sent.
-
-        That is if it is small, or there is no room for it.
-        """
-        place = self.place(array) if self.is_large(array) else None
-        if place is None:
-            return None
-        message = message_from_spec(spec_of(array))
-        message.shared.CopyFrom(place)
-        return message
-
-    def result(self, spec: TensorSpec) -> SharedResult | None:
-        """Return memory for a result; None if it is better sent: it is small, or there is no room."""
-        block = self._borrower.take_now(spec.nbytes) if self.is_large(spec) else None
-        if block is None:
-            return None
-        self._blocks.append(block)
-        return SharedResult(block.message, block.array(spec))
-
-    def settle(self) -> None:
-        """Return when the server may read and write what was put into shared memory."""
-        self._borrower.place.settle()
-
-    @property
-    def regions(self) -> set[Region]:
-        """The regions that the server may write to."""
-        return {block.region for block in self._blocks}
-
-    def _copied(self, array: Array, *, may_be_late: bool) -> pb.SharedSlice | None:
-        block = self._borrower.take_now(array.nbytes)
-        if block is None:
-            return None
-        copy = block.array(spec_of(array))
-        if may_be_late and array.nbytes >= self._borrower.place.smallest_late_bytes:
-            self.late_copy = LateCopy(copy, array)
-        else:
-            self._borrower.place.copy(copy, array)
-        self._kept.append(copy)
-        return block.message
 
 
 class Borrower:
@@ -186,34 +101,28 @@ class Borrower:
                 return pb.SharedSlice(region=region.name, offset_bytes=address - region.address)
         return None
 
-    @contextmanager
-    def call(self) -> Iterator[SharedCall]:
-        """Use shared memory for the call that the block makes.
+    def note_failure(self, error: BaseException, regions: Iterable[Region]) -> None:
+        """Note how a call has failed.
 
-        If it is not known how the call ended, the server may still write its results: their memory
-        is then not used again. The block must let the errors of deconvd.errors pass.
+        Args:
+            error: Says how.
+            regions: Those that the server may have been writing to. If it may be still, they have no
+                room for other arrays any more.
         """
-        self._ask()
-        call = SharedCall(self)
-        try:
-            yield call
-        except StaleRegionError as error:
+        if isinstance(error, StaleRegionError):
             self._disown(str(error))
-            raise
-        except BaseException as error:
-            if not _has_ended(error):
-                with self._lock:
-                    for region in call.regions:
-                        region.close()
-            raise
+        elif not _has_ended(error):
+            with self._lock:
+                for region in regions:
+                    region.close()
 
     def take(self, size_bytes: int) -> Block | None:
         """Return a new block of memory, of any size but 0; None if there is no room for it."""
-        self._ask()
+        self.ask()
         return self.take_now(size_bytes)
 
     def take_now(self, size_bytes: int) -> Block | None:
-        """Return a new block as `take` does, for a call that has begun: it has asked whether the server lends."""
+        """Return a new block as `take` does, for who has asked meanwhile."""
         with self._lock:
             try:
                 link = self._opened_link()
@@ -247,7 +156,7 @@ class Borrower:
         """Whether the server lends memory, as far as is known now; True if it must."""
         if self._is_only_way:
             return True
-        self._ask()
+        self.ask()
         with self._lock:
             try:
                 return self._opened_link() is not None
@@ -300,7 +209,7 @@ class Borrower:
             self._link.close()
             self._link = None
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
         """Ask the server where it lends, if that is not known. It may be long in answering: no lock is held.
 
         While one thread asks, others do without, unless they must not.

@@ -11,7 +11,8 @@ from deconvd.tensor import Array, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.shared_memory.borrower import Borrower, SharedCall, SharedResult
+from deconvd_client.shared_memory.borrower import Borrower
+from deconvd_client.shared_memory.shared_call import SharedCall, SharedResult
 
 __all__ = ["call_with_shared_memory"]
 
@@ -51,7 +52,7 @@ def _answered(
 ) -> Answered[ResponseT] | None:
     request = type(asked.request)()
     request.CopyFrom(asked.request)
-    with borrower.call() as call:
+    with SharedCall(borrower) as call:
         places = _want(call, request, asked.results)
         if places is None:
             return None
