@@ -174,6 +174,14 @@ def test_what_was_sent_last_is_read_before_the_end(ends: tuple[Line, Line]) -> N
         ending.result()
 
 
+def test_nothing_is_waited_for_beyond_the_deadline(ends: tuple[Line, Line]) -> None:
+    near, _ = ends
+    near.set_deadline(0.05)
+    assert not near.has_come(1, 10_000)
+    with pytest.raises(LineTimeoutError):
+        near.receive()
+
+
 def test_what_has_come_is_known_without_taking_it(ends: tuple[Line, Line]) -> None:
     near, far = ends
     began_s = time.monotonic()

@@ -165,8 +165,13 @@ class Line:
             filled += self._received(target[filled:].data)
 
     def has_come(self, size_bytes: int, timeout_s: float) -> bool:
-        """Return whether so many bytes, few enough to be read ahead, can be taken within so many seconds."""
+        """Return whether so many bytes, few enough to be read ahead, can be taken within so many seconds.
+
+        At the deadline it is False.
+        """
         until_s = time.monotonic() + min(timeout_s, _LONGEST_S)
+        if self._deadline_s is not None:
+            until_s = min(until_s, self._deadline_s)
         while self._end - self._begin < size_bytes:
             if not self._is_readable(max(until_s - time.monotonic(), 0)):
                 return False

@@ -154,7 +154,7 @@ class DirectLine:
         return self._line.receive_payload(size_bytes)
 
     def _begun_call(self, head: CallHead) -> Call:
-        """Return a new call, which `cancel` ends: at once, if it was asked for before."""
+        """Begin a call, which `cancel` ends: at once, if it was asked for before."""
         call = Call(timeout_s=head.timeout_s)
         call.writing = Writing(self._line) if head.is_early else None
         with self._lock:

@@ -129,7 +129,7 @@ class Borrower:
                 if link is None:
                     return None
                 again = self._again(size_bytes)
-                if again is not None:
+                if again is not None:  # in a loop of like calls it always is
                     return again
                 self._tidy(link)
                 return self._fitting(size_bytes) or self._borrowed(link, size_bytes)
@@ -279,6 +279,9 @@ class Borrower:
         link.give_back(region.name)
 
     def _again(self, size_bytes: int) -> Block | None:
+        """Return a block that has just gone, if it is of the right size and nothing is to be tidied."""
+        if any(region.state is State.CLOSED for region in self._regions):
+            return None
         for region in self._regions:
             block = region.take_again(size_bytes)
             if block is not None:

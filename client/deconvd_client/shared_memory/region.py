@@ -101,7 +101,7 @@ class Region(ABC):
         return None if offset is None else Block(self, offset)
 
     def take_again(self, size_bytes: int) -> Block | None:
-        """Return the block that went last anew, if it is of just this size: as of a result of the same call."""
+        """Return the block that went last anew, if it is as large as one of this size; else None."""
         if not self.freed or self.state is not State.OPEN:
             return None
         offset = self.freed.pop()

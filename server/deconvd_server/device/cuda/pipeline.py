@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,17 @@ _SMALL_BYTES = 16 << 10
 """What is sooner copied than looked up."""
 
 _REMEMBERED_COUNT = 1024
+
+
+class _Reached(NamedTuple):
+    """An operand where the card reaches it: on the card, in lent memory, or as a copy in pinned memory.
+
+    Attributes:
+        lent: Itself, if that is in lent memory; else None.
+    """
+
+    operand: Operand
+    lent: Array | None = None
 
 
 @lru_cache(_REMEMBERED_COUNT)
@@ -98,14 +110,14 @@ class Pipeline:
         writing = call.writing
         if writing is not None and writing.has(x.nbytes):
             writing = None
-        mirrored = self._mirrored(others)
+        reached = self._reached(others)
         with self._memory.take(kind.frame.total_bytes) as base:
             call.check()
             try:
-                if mirrored is None:
+                if reached is None:
                     self._enqueue(kind, base, operands, y, self._staged(call), writing)
                 else:
-                    self._launch(kind, base, operands, mirrored, y, places, writing)
+                    self._launch(kind, base, x, reached, y, places, writing)
             finally:
                 # the first that everything has come together in: to wait for the others takes no time
                 for stream in (self._up, self._work, self._down):
@@ -118,32 +130,25 @@ class Pipeline:
         self,
         kind: Kind,
         base: int,
-        operands: Sequence[Operand],
-        mirrored: Sequence[Array | None],
+        x: Array,
+        others: Sequence[_Reached],
         y: Array,
         places: HostPlaces,
         writing: Writing | None,
     ) -> None:
-        """Enqueue a call whose arrays the card all reaches, some as copies, as a graph if that can be."""
-        x, *others = operands
-        reached = [
-            other if mirror is None else mirror
-            for other, mirror in zip(others, mirrored, strict=True)
-        ]
+        """Enqueue a call whose arrays the card all reaches, as a graph if that can be."""
 
         def enqueue() -> None:
-            self._enqueue(kind, base, [x, *reached], y, self._upload, writing)
+            operands = [x, *(other.operand for other in others)]
+            self._enqueue(kind, base, operands, y, self._upload, writing)
 
-        lent = [
-            other
-            for other, mirror in zip(others, mirrored, strict=True)
-            if mirror is None and isinstance(other, np.ndarray)
-        ]
+        lent = [other.lent for other in others if other.lent is not None]
         if lent:
             places = places.beside(lent)
         if writing is None and places.are_apart:
-            # mirrors lie at the same places again, where it is the same operands that have some
-            kind.launch(self._up, enqueue, (base, *(m is None for m in mirrored)), places)
+            # copies lie at the same places again, where it is the same operands that are copied
+            at = base, *(other.lent is None for other in others)
+            kind.launch(self._up, enqueue, at, places)
         else:
             enqueue()
 
@@ -215,25 +220,24 @@ class Pipeline:
         else:
             enqueue()
 
-    def _mirrored(self, others: Sequence[Operand]) -> list[Array | None] | None:
-        """Return copies, which the card reaches, of those operands that it does not; None for others.
-
-        None instead of all if there is no room for one, or it is too large to be copied here.
-        """
-        mirrored: list[Array | None] = []
-        regions = Regions()
+    def _reached(self, others: Sequence[Operand]) -> list[_Reached] | None:
+        """Return operands as the card reaches them. None if one that it does not reach is large."""
+        reached: list[_Reached] = []
+        mirrors = Regions()
         for other in others:
-            if not isinstance(other, np.ndarray) or self._is_lent(other):
-                mirrored.append(None)
-                continue
-            region = regions.add(other.nbytes)
-            if regions.total_bytes > _MIRRORED_BYTES:
-                return None
-            dtype = other.dtype.newbyteorder("=")
-            mirror = np.ndarray(other.shape, dtype, self._pinned, region.offset)
-            mirror[...] = other
-            mirrored.append(mirror)
-        return mirrored
+            if not isinstance(other, np.ndarray):
+                reached.append(_Reached(other))
+            elif self._is_lent(other):
+                reached.append(_Reached(other, lent=other))
+            else:
+                region = mirrors.add(other.nbytes)
+                if mirrors.total_bytes > _MIRRORED_BYTES:
+                    return None
+                dtype = other.dtype.newbyteorder("=")
+                mirror = np.ndarray(other.shape, dtype, self._pinned, region.offset)
+                mirror[...] = other
+                reached.append(_Reached(mirror))
+        return reached
 
     def _is_lent(self, array: Array) -> bool:
         """Return whether the card is to copy an array from where it lies."""
