@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deconvd import copying
-from deconvd.copying import copy_into
+from deconvd.copying import copy_all, copy_into
 
 _MIB = 1 << 20
 
@@ -38,6 +38,25 @@ def test_byte_order_and_strides_of_the_source_may_be_any() -> None:
     copy_into(target, source)
 
     np.testing.assert_array_equal(target, source)
+
+
+@pytest.mark.parametrize("processors_count", [1, 8])
+def test_several_arrays_are_copied_at_once(
+    monkeypatch: pytest.MonkeyPatch, processors_count: int
+) -> None:
+    monkeypatch.setattr(copying, "processors_count", lambda: processors_count)
+    random = np.random.default_rng(0)
+    shapes = (3, 700, 999), (), (2 * _MIB,), (0, 5), (4, 9999, 33)
+    sources = [random.random(shape, np.float32) for shape in shapes]
+    sources[0] = sources[0].T
+    sources[2] = sources[2].astype(">f4")
+    targets = [np.empty(source.shape, np.float32) for source in sources]
+
+    copy_all([*zip(targets, sources, strict=True)])
+
+    for target, source in zip(targets, sources, strict=True):
+        np.testing.assert_array_equal(target, source)
+    copy_all([])
 
 
 @pytest.mark.parametrize("processors_count", [1, 8])

@@ -297,6 +297,7 @@ class TestCalls:
         x = np.random.default_rng(0).random(LARGE.shape, np.float32)
         with SharedCall(borrower) as call:
             message, y = call.tensor(x), call.result(LARGE)
+            call.settle()
             assert message is not None
             assert y is not None
             assert message.element_type == pb.ELEMENT_TYPE_FLOAT32
@@ -331,6 +332,7 @@ class TestCalls:
         x = {"transposed": x.T, "swapped": x.astype(">f4"), "reversed": x[::-1, ::-2]}[order]
         with SharedCall(borrower) as call:
             message = call.tensor(x)
+            call.settle()
             assert message is not None
             with lent_tensor(lender, "x", message.shared, TensorSpec(x.shape, FLOAT32)) as found:
                 np.testing.assert_array_equal(found, x)
@@ -413,6 +415,7 @@ class TestServerGone:
             with SharedCall(borrower) as call:
                 assert borrower.locate(old) is None
                 message = call.tensor(old)
+                call.settle()
                 assert message is not None
                 with lent_tensor(second, "x", message.shared, LARGE) as found:
                     np.testing.assert_array_equal(found, old)
@@ -541,6 +544,7 @@ x = borrower.empty((1000, 1000), np.float32)
 x[...] = np.arange(x.size).reshape(x.shape)
 with SharedCall(borrower) as call:
     message = call.tensor(x)
+    call.settle()
     y = call.result(__import__("deconvd.problem").problem.TensorSpec(x.shape, x.dtype))
     say(message.SerializeToString().hex())
     say(y.place.SerializeToString().hex())

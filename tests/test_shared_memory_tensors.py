@@ -148,6 +148,7 @@ def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Bo
     x, other = np.full(MIB, 3, np.float32), np.full(MIB, 4, np.float32)
     with SharedCall(borrower) as call:
         messages = [call.tensor(array) for array in (x, other)]
+        call.settle()
         later = borrower.empty(MIB, np.float32)
         later[...] = 5
         found = []

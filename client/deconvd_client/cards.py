@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -161,16 +161,17 @@ class _Card:
         address: int = array.data.ptr
         return address
 
-    def copy(self, target: Any, source: Array) -> None:
-        """Copy an array. See `Place`."""
+    def settle(self, copies: Sequence[tuple[Any, Array]]) -> None:
+        """Make copies, and wait for the current stream. See `Place`."""
+        for target, source in copies:
+            self._copy(target, source)
+        cupy.cuda.get_current_stream().synchronize()
+
+    def _copy(self, target: Any, source: Array) -> None:
         if isinstance(source, cupy.ndarray) and source.device.id == self._ordinal:
             target[...] = source
         else:
             target.set(np.ascontiguousarray(cupy.asnumpy(source), target.dtype))
-
-    def settle(self) -> None:
-        """Wait for the current stream. See `Place`."""
-        cupy.cuda.get_current_stream().synchronize()
 
 
 class _CardRegion(Region):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from deconvd.system import call_in_forked_children, processors_count
 
-__all__ = ["copy_into"]
+__all__ = ["copy_all", "copy_into"]
+
+_Array: TypeAlias = npt.NDArray[Any]
 
 _PIECE_BYTES: Final = 2 << 20
 """A thread is worth its while from about this size on, and one that wakes late leaves its pieces to the others."""
@@ -23,9 +25,7 @@ _MAX_THREADS_COUNT: Final = 8
 
 
 def copy_into(
-    target: npt.NDArray[Any],
-    source: npt.NDArray[Any],
-    on_progress: Callable[[int], None] | None = None,
+    target: _Array, source: _Array, on_progress: Callable[[int], None] | None = None
 ) -> None:
     """Copy `source` into `target`, of the same shape and, up to byte order, the same type.
 
@@ -36,49 +36,77 @@ def copy_into(
         on_progress: Told now and then how many bytes of `target`, from its begin, are there: ever
             more of them, and all at the end. It may be called in any thread, by one at a time.
     """
-    pieces_count = target.nbytes // _PIECE_BYTES
-    threads_count = min(pieces_count, _threads_count())
-    if pieces_count < 2 or (threads_count < 2 and on_progress is None):
+    if on_progress is None:
+        copy_all([(target, source)])
+    elif target.nbytes < 2 * _PIECE_BYTES:
         np.copyto(target, source)
-        if on_progress is not None:
-            on_progress(target.nbytes)
-        return
-    copy = _Copy(target, source, pieces_count, on_progress)
-    _helpers.help(copy, threads_count - 1)
+        on_progress(target.nbytes)
+    else:
+        _copy([_Pieces(target, source, on_progress)])
+
+
+def copy_all(pairs: Sequence[tuple[_Array, _Array]]) -> None:
+    """Copy the second array of each pair into the first, all at once. Otherwise as `copy_into`."""
+    total_bytes = sum(target.nbytes for target, _ in pairs)
+    if total_bytes < 2 * _PIECE_BYTES or _threads_count() < 2:
+        for target, source in pairs:
+            np.copyto(target, source)
+    else:
+        _copy([_Pieces(target, source) for target, source in pairs])
+
+
+def _copy(all_pieces: Sequence[_Pieces]) -> None:
+    pieces_count = sum(len(pieces.begins) for pieces in all_pieces)
+    copy = _Copy(all_pieces)
+    _helpers.help(copy, min(pieces_count, _threads_count()) - 1)
     copy.finish()
 
 
-class _Copy:
-    """Two arrays, and the pieces of one axis that are copied by whoever has time."""
+class _Pieces:
+    """Two arrays, and the pieces of one axis in which one is copied into the other.
+
+    Attributes:
+        begins: Where pieces begin along the axis.
+    """
 
     def __init__(
-        self,
-        target: npt.NDArray[Any],
-        source: npt.NDArray[Any],
-        count: int,
-        on_progress: Callable[[int], None] | None,
+        self, target: _Array, source: _Array, on_progress: Callable[[int], None] | None = None
     ) -> None:
         if target.flags.c_contiguous and source.flags.c_contiguous:
             target, source = target.reshape(-1), source.reshape(-1)
+        self._target, self._source = target, source
         axis = int(np.argmax(target.shape))
         extent = target.shape[axis]
-        self._length = -(-extent // count)
-        self._target, self._source = target, source
         self._before = (slice(None),) * axis
+        self._length = max(-(-extent // max(target.nbytes // _PIECE_BYTES, 1)), 1)
+        self.begins = range(0, extent, self._length)
         self._progress = on_progress and _Progress(on_progress, target, axis, self._length)
-        begins = range(0, extent, self._length)
+
+    def copy(self, begin: int) -> None:
+        """Copy the piece that begins there."""
+        piece = (*self._before, slice(begin, begin + self._length))
+        np.copyto(self._target[piece], self._source[piece])
+        if self._progress is not None:
+            self._progress.add(begin)
+
+
+class _Copy:
+    """Pieces of arrays that are copied by whoever has time."""
+
+    def __init__(self, all_pieces: Sequence[_Pieces]) -> None:
+        self._all = [(pieces, begin) for pieces in all_pieces for begin in pieces.begins]
         # one thread alone gets each of their numbers, whichever threads ask
-        self._begins = iter(begins)
-        self._ends = iter(range(len(begins), 0, -1))
+        self._numbers = iter(range(len(self._all)))
+        self._ends = iter(range(len(self._all), 0, -1))
         self._is_done = threading.Lock()
         self._is_done.acquire()
         self._errors: list[BaseException] = []
 
     def help(self) -> None:
         """Copy pieces until none is left that nobody has begun."""
-        for begin in self._begins:
+        for number in self._numbers:
             try:
-                self._copy_piece(begin)
+                self._copy_piece(number)
             except BaseException as error:
                 self._errors.append(error)
             self._end_piece()
@@ -88,7 +116,7 @@ class _Copy:
         self.help()
         self._is_done.acquire()
         # a thread that wakes late holds this for a while yet, and must not hold the caller's arrays
-        del self._target, self._source, self._progress
+        del self._all
         if self._errors:
             first, *_ = self._errors
             self._errors.clear()  # an error holds this frame, which must hold no error
@@ -97,11 +125,9 @@ class _Copy:
             finally:
                 del first
 
-    def _copy_piece(self, begin: int) -> None:
-        piece = (*self._before, slice(begin, begin + self._length))
-        np.copyto(self._target[piece], self._source[piece])
-        if self._progress is not None:
-            self._progress.add(begin)
+    def _copy_piece(self, number: int) -> None:
+        pieces, begin = self._all[number]
+        pieces.copy(begin)
 
     def _end_piece(self) -> None:
         if next(self._ends) == 1:
@@ -117,9 +143,7 @@ class _Progress:
         length: Of a piece along the axis.
     """
 
-    def __init__(
-        self, tell: Callable[[int], None], target: npt.NDArray[Any], axis: int, length: int
-    ) -> None:
+    def __init__(self, tell: Callable[[int], None], target: _Array, axis: int, length: int) -> None:
         self._tell = tell
         self._is_in_order = target.flags.c_contiguous and axis == 0
         self._row_bytes = target.nbytes // target.shape[axis]

@@ -33,6 +33,7 @@ class Transfers:
             with SharedCall(self._memory) as call:
                 shared = call.tensor(array)
                 if shared is not None:
+                    call.settle()
                     return self._sent(session, shared, None)
         except StaleRegionError:
             pass  # it is sent in chunks

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
-from deconvd.copying import copy_into
+from deconvd.copying import copy_all
 from deconvd.tensor import Array
 from deconvd_client.shared_memory.link import Link
 from deconvd_client.shared_memory.region import Region
@@ -33,11 +34,12 @@ class Place(Protocol):
     def address(self, array: Array) -> int | None:
         """Return where an array lies; None unless it is of this kind, laid out as a message's elements."""
 
-    def copy(self, target: Array, source: Array) -> None:
-        """Copy an array of any kind into one of this kind."""
+    def settle(self, copies: Sequence[tuple[Array, Array]]) -> None:
+        """Make copies, and return when what was begun on arrays is done, so that the server may use them.
 
-    def settle(self) -> None:
-        """Return when what was begun on arrays is done, so that the server may read and write them."""
+        Args:
+            copies: Of arrays of any kind, the second of each pair, into such of this kind.
+        """
 
 
 class _Host:
@@ -57,12 +59,10 @@ class _Host:
         address: int = array.__array_interface__["data"][0]
         return address if is_plain else None
 
-    def copy(self, target: Array, source: Array) -> None:
-        """Copy an array. See `Place`."""
-        copy_into(target, source)
-
-    def settle(self) -> None:
-        """Return: whatever is done to a numpy array is done at once."""
+    def settle(self, copies: Sequence[tuple[Array, Array]]) -> None:
+        """Make copies: all else that is done to a numpy array is done at once. See `Place`."""
+        if copies:
+            copy_all(copies)
 
 
 HOST: Final[Place] = _Host()

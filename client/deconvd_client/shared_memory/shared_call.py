@@ -44,16 +44,17 @@ class SharedCall:
         self._borrower = borrower
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
+        self._copies: list[tuple[Array, Array]] = []
 
     def is_large(self, tensor: Array | TensorSpec) -> bool:
         """Return whether shared memory pays for a tensor."""
         return self._borrower.is_large(tensor)
 
     def place(self, array: Array, *, may_be_late: bool = False) -> pb.SharedSlice | None:
-        """Return where in shared memory an array lies, after copying it there if need be; None if there is no room.
+        """Return where in shared memory an array lies, or will once `settle` was called; None if there is no room.
 
         Args:
-            may_be_late: Whether the copy may be left to `late_copy`.
+            may_be_late: Whether its copy may be left to `late_copy`.
         """
         place = self._borrower.locate(array) or self._copied(array, may_be_late=may_be_late)
         self._kept.append(array)
@@ -80,8 +81,9 @@ class SharedCall:
         return SharedResult(block.message, block.array(spec))
 
     def settle(self) -> None:
-        """Return when the server may read and write what was put into shared memory."""
-        self._borrower.place.settle()
+        """Return when the server may read and write what has a place, but for what is late."""
+        copies, self._copies = self._copies, []
+        self._borrower.place.settle(copies)
 
     def __enter__(self) -> SharedCall:
         self._borrower.ask()
@@ -104,6 +106,6 @@ class SharedCall:
         if may_be_late and array.nbytes >= self._borrower.place.smallest_late_bytes:
             self.late_copy = LateCopy(copy, array)
         else:
-            self._borrower.place.copy(copy, array)
+            self._copies.append((copy, array))
         self._kept.append(copy)
         return block.message
