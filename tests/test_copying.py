@@ -79,10 +79,32 @@ def test_what_is_told_of_is_there(
         count = done_bytes // 4
         np.testing.assert_array_equal(target.ravel()[:count], source.ravel()[:count])
 
-    copy_into(target, source, check)
+    copy_all([(target, source)], check)
 
     assert told == sorted(set(told))
     assert told[-1] == target.nbytes
+
+
+@pytest.mark.parametrize("processors_count", [1, 8])
+def test_what_is_told_of_several_is_there(
+    monkeypatch: pytest.MonkeyPatch, processors_count: int
+) -> None:
+    monkeypatch.setattr(copying, "processors_count", lambda: processors_count)
+    random = np.random.default_rng(0)
+    sources = [random.random(count, np.float32) for count in (3 * _MIB, 5, 0, 4 * _MIB + 7)]
+    targets = [np.full(source.shape, -1, np.float32) for source in sources]
+    told: list[int] = []
+
+    def check(done_bytes: int) -> None:
+        told.append(done_bytes)
+        count = done_bytes // 4
+        there, wanted = (np.concatenate(arrays)[:count] for arrays in (targets, sources))
+        np.testing.assert_array_equal(there, wanted)
+
+    copy_all([*zip(targets, sources, strict=True)], check)
+
+    assert told == sorted(set(told))
+    assert told[-1] == sum(source.nbytes for source in sources)
 
 
 def test_an_interrupted_copy_touches_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +115,7 @@ def test_an_interrupted_copy_touches_nothing_any_more(monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        copy_into(target, source, interrupt)
+        copy_all([(target, source)], interrupt)
 
     target[:] = 0
     time.sleep(0.05)
@@ -107,7 +129,7 @@ def test_nobody_holds_the_arrays_of_a_copy_that_is_made(monkeypatch: pytest.Monk
         asleep.setattr(copying._helpers, "_waiting", SimpleQueue())  # of threads that never wake
         source, target = np.ones(8 * _MIB, np.float32), np.zeros(8 * _MIB, np.float32)
         told: list[int] = []
-        copy_into(target, source, told.append)
+        copy_all([(target, source)], told.append)
         assert told[-1] == target.nbytes
         assert copying._helpers._waiting.qsize() > 0
         alive = [weakref.ref(array) for array in (source, target)]

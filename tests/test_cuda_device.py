@@ -6,7 +6,7 @@ import mmap
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -401,12 +401,20 @@ def test_operands_that_overlap_are_read_where_they_are(cuda: CudaDevice, registe
         np.testing.assert_array_equal(y[:16], alone)
 
 
-def write(client: Line, x: Array, source: Array, steps_count: int) -> None:
+def write(client: Line, x: Array, source: Array, steps_count: int, before_bytes: int = 0) -> None:
     """Write x in steps, and tell of each."""
     step = len(x) // steps_count
     for end in range(step, len(x) + 1, step):
         x[end - step : end] = source[end - step : end]
-        tell_written(client, x[:end].nbytes)
+        tell_written(client, before_bytes + x[:end].nbytes)
+
+
+def write_both(client: Line, operands: Sequence[Array], sources: Sequence[Array]) -> None:
+    """Write W and then x, and tell of it."""
+    (W, x), (W_source, x_source) = operands, sources
+    W[...] = W_source
+    tell_written(client, W.nbytes)
+    write(client, x, x_source, 8, W.nbytes)
 
 
 class TestEarlyCalls:
@@ -461,6 +469,36 @@ class TestEarlyCalls:
 
             self.check(cuda, y, source)
             assert not server.has_come(1, 0)  # all that was said was heard
+
+    def test_W_may_be_written_before_x(
+        self,
+        cuda: CudaDevice,
+        registered: Array,
+        ends: tuple[Line, Line],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        client, server = ends
+        x, y = self.arrays(registered)
+        W = view_of(registered, x.nbytes, self.PROBLEM.W)
+        monkeypatch.setattr(writing, "_GRACE_S", 10)
+        for seed in range(4):
+            x, y = self.arrays(registered)
+            W[...] = np.nan
+            sources = random_array(self.PROBLEM.W, seed + 9), random_array(self.PROBLEM.x, seed)
+            call = Call()
+            call.writing = Writing(server)
+            call.writing.before_bytes = W.nbytes
+            writer = threading.Thread(target=write_both, args=(client, (W, x), sources))
+            later = threading.Timer(0.05, writer.start)
+            later.start()
+            cuda.deconvolve(self.PROBLEM, x, W, None, self.OPTIONS, call, y)
+            later.join()
+            writer.join()
+
+            right = cuda.deconvolve(
+                self.PROBLEM, sources[1], sources[0], None, self.OPTIONS, Call()
+            )
+            assert_near(y, right, self.PROBLEM)
 
     def test_a_slow_writer_does_not_keep_the_card(
         self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]

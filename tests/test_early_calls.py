@@ -14,6 +14,7 @@ import pytest
 from google.rpc import status_pb2
 
 import deconvd_client
+from deconvd import copying
 from deconvd.direct import CallHead, Method, calls_beside, tell_written
 from deconvd.errors import DeadlineError, InvalidArgumentError
 from deconvd.geometry import Geometry
@@ -25,7 +26,7 @@ from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import direct
-from deconvd_client.late_copy import LateCopy
+from deconvd_client.late_copy import LateCopy, Part
 from deconvd_client.shared_memory import Borrower
 from tests.direct_calls import (
     answer,
@@ -164,9 +165,9 @@ class TestClient:
             wait_until_idle(server)
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
 
-    def test_a_copy_is_made_once(self) -> None:
+    def test_copies_are_made_once(self) -> None:
         source, target = np.ones(4, np.float32), np.zeros(4, np.float32)
-        copy, told = LateCopy(target, source), list[int]()
+        copy, told = LateCopy([Part(16, (target, source))]), list[int]()
 
         copy.make(told.append)
         target[:] = 2
@@ -176,6 +177,54 @@ class TestClient:
         assert copy.is_made
         assert target.tolist() == [2] * 4
         assert told == [16]
+
+    def test_what_is_there_at_first_counts(self) -> None:
+        source, target = np.ones(3 << 20, np.float32), np.zeros(3 << 20, np.float32)
+        size_bytes = source.nbytes
+        parts = [Part(100, None), Part(size_bytes, (target, source)), Part(7, None)]
+        copy, told = LateCopy(parts), list[int]()
+
+        copy.make(told.append)
+
+        assert copy.written_bytes == 100
+        assert told == sorted(set(told))
+        assert told[0] > 100
+        assert told[-1] == 100 + size_bytes + 7
+        np.testing.assert_array_equal(target, source)
+
+    def test_the_end_of_each_operand_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(copying, "processors_count", lambda: 1)  # piece by piece
+        sizes_bytes = (2 << 20, 40 << 20)
+        arrays = [(np.zeros(n, np.uint8), np.ones(n, np.uint8)) for n in sizes_bytes]
+        copy = LateCopy([Part(n, pair) for n, pair in zip(sizes_bytes, arrays, strict=True)])
+        told: list[int] = []
+
+        copy.make(told.append)
+
+        assert told[0] == 2 << 20
+        assert told[-1] == 42 << 20
+        assert len(told) <= 10
+        assert all(target.all() for target, _ in arrays)
+
+    @pytest.mark.parametrize("lent", [(), ("W",), ("x",)])
+    def test_a_large_W_may_be_late_too(
+        self, server: ServerProcess, told: list[int], always: None, lent: tuple[str, ...]
+    ) -> None:
+        random = np.random.default_rng(0)
+        with deconvd_client.connect(server.target) as F:
+            for _ in range(3):
+                x = random.integers(-9, 9, (2, 2048, 24, 24)).astype(np.float32)
+                W = random.integers(-9, 9, (2048, 1100, 1, 1)).astype(np.float32)
+                expected = np.einsum("nihw,io->nohw", x, W[:, :, 0, 0], optimize=True)
+                if "W" in lent:
+                    W, plain = F.empty(W.shape, W.dtype), W
+                    W[...] = plain
+                if "x" in lent:
+                    x, plain = F.empty(x.shape, x.dtype), x
+                    x[...] = plain
+                np.testing.assert_array_equal(F.deconvolution_2d(x, W), expected)
+        assert told.count(W.nbytes + x.nbytes) == 3
+        assert all(size_bytes > W.nbytes for size_bytes in told) == ("W" in lent)
 
     def test_a_client_that_dies_while_copying_leaves_nothing(self, server: ServerProcess) -> None:
         x = random_x()
@@ -421,6 +470,32 @@ class TestServer:
             x[...] = np.nan
             y[...] = np.nan
             request.x.CopyFrom(by_handle(source, handle))
+            held.stub.Deconvolve(request)
+            np.testing.assert_array_equal(y, source * 3)
+
+    def test_W_that_is_to_be_kept_is_waited_for(
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
+    ) -> None:
+        source, (request, y) = random_x(), self.request(borrower, x)
+        x[...] = source
+        lent_W = borrower.empty(W.shape, W.dtype)
+        lent_W[...] = np.nan
+        place = borrower.locate(lent_W)
+        assert place is not None
+        request.w.shared.CopyFrom(place)
+        with holder(server.target) as held:
+            request.session = held.session
+            request.keep.w = True
+            self.begin(line, request)
+            assert not line.has_come(1, 0.2)
+            lent_W[...] = W
+            tell_written(line, W.nbytes + x.nbytes)
+            (message, _), _ = answer(line)
+            handle = pb.DeconvolveResponse.FromString(message[1]).kept.w.handle
+            np.testing.assert_array_equal(y, source * 3)
+            lent_W[...] = np.nan
+            y[...] = np.nan
+            request.w.CopyFrom(by_handle(W, handle))
             held.stub.Deconvolve(request)
             np.testing.assert_array_equal(y, source * 3)
 

@@ -112,7 +112,7 @@ class DirectLines:
 
         Args:
             message: The request.
-            late_copy: Puts x where the request says that it is; to be made once the call has begun.
+            late_copy: Puts operands where the request says that they are; to be made once the call has begun.
 
         Raises:
             NoLineError: It is to be made in another way.
@@ -249,9 +249,12 @@ class _LentLine:
         self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None
     ) -> None:
         """Make a call: see `DirectLines.call`."""
-        self._send(CallHead(method, timeout_s, message, is_early=late_copy is not None))
-        if late_copy is not None:
-            late_copy.make(self._tell_written)
+        if late_copy is None:
+            self._send(CallHead(method, timeout_s, message))
+            return
+        written_bytes = late_copy.written_bytes
+        self._send(CallHead(method, timeout_s, message, True, written_bytes))
+        late_copy.make(self._tell_written)
 
     def reply(self) -> Reply:
         """Return the answer to a call that has begun."""

@@ -1,52 +1,98 @@
-"""A copy of an operand that a call does not wait for: it is made once the server knows of the call."""
+"""Copies of operands that a call does not wait for: they are made once the server knows of the call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Final, NamedTuple
 
-from deconvd.copying import copy_into
+from deconvd.copying import copy_all
 from deconvd.tensor import Array
 
-__all__ = ["LateCopy"]
+__all__ = ["LateCopy", "Part"]
 
 _STEPS_COUNT: Final = 8
-"""How often progress is told, at most: in as many parts a card takes x."""
+"""How often progress is told, at most, beside the ends of operands: in as many parts a card takes x."""
+
+
+class Part(NamedTuple):
+    """One of the operands in shared memory.
+
+    Attributes:
+        size_bytes: Its size.
+        copy: Where it is to be copied and what from, if it is not there yet.
+    """
+
+    size_bytes: int
+    copy: tuple[Array, Array] | None
 
 
 class LateCopy:
-    """A copy to be made once, however often its call is tried. For one thread.
+    """Copies to be made once, however often their call is tried. For one thread.
+
+    Args:
+        parts: All operands in shared memory, in the order of direct calls (see `deconvd.direct`).
 
     Attributes:
-        is_made: Whether the target has the source's elements.
+        is_made: Whether all is copied.
+        written_bytes: How many bytes of the parts, one behind the other, are there at first.
     """
 
-    def __init__(self, target: Array, source: Array) -> None:
-        self._target, self._source = target, source
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
         self.is_made = False
+        self.written_bytes = sum(p.size_bytes for p in takewhile(lambda p: p.copy is None, parts))
 
     def make(self, tell: Callable[[int], None] | None = None) -> None:
-        """Make it, unless it is made.
+        """Make them, unless they are made.
 
         Args:
-            tell: Told how many bytes are there, from the begin: as `copy_into` does, but not as often.
+            tell: Told how many bytes of the parts are there, as `copy_all` does, but not as often.
         """
         if self.is_made:
             return
-        copy_into(self._target, self._source, tell and _Seldom(tell, self._target.nbytes))
+        copies = [part.copy for part in self._parts if part.copy is not None]
+        copy_all(copies, tell and _Seldom(tell, self._parts))
         self.is_made = True
 
 
 class _Seldom:
-    """Passes progress on once it is worth telling."""
+    """Passes progress on once it is worth telling.
 
-    def __init__(self, tell: Callable[[int], None], total_bytes: int) -> None:
+    Args:
+        tell: Told how many bytes of the parts are there.
+    """
+
+    def __init__(self, tell: Callable[[int], None], parts: Sequence[Part]) -> None:
         self._tell = tell
-        self._total_bytes = total_bytes
+        self._parts = parts
+        self._ends = [*_ends(parts)]
         self._told_bytes = 0
 
-    def __call__(self, done_bytes: int) -> None:
-        step_bytes = self._total_bytes / _STEPS_COUNT
-        if done_bytes - self._told_bytes >= step_bytes or done_bytes == self._total_bytes:
-            self._told_bytes = done_bytes
-            self._tell(done_bytes)
+    def __call__(self, copied_bytes: int) -> None:
+        """Take note how many bytes of those that are to be copied, one behind the other, are there."""
+        there_bytes = self._there_bytes(copied_bytes)
+        step_bytes = self._ends[-1] / _STEPS_COUNT
+        is_at_an_end = any(self._told_bytes < end <= there_bytes for end in self._ends)
+        if is_at_an_end or there_bytes - self._told_bytes >= step_bytes:
+            self._told_bytes = there_bytes
+            self._tell(there_bytes)
+
+    def _there_bytes(self, copied_bytes: int) -> int:
+        there_bytes = 0
+        for part in self._parts:
+            part_bytes = part.size_bytes
+            if part.copy is not None:
+                part_bytes = min(copied_bytes, part_bytes)
+                copied_bytes -= part_bytes
+            there_bytes += part_bytes
+            if part_bytes < part.size_bytes:
+                break
+        return there_bytes
+
+
+def _ends(parts: Sequence[Part]) -> Iterator[int]:
+    end_bytes = 0
+    for part in parts:
+        end_bytes += part.size_bytes
+        yield end_bytes

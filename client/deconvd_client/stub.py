@@ -119,7 +119,7 @@ class Stub:
 
         Args:
             is_brief: Whether request and response are small enough for a direct call.
-            late_copy: Puts x where the request says that it is: meanwhile, if the call is direct.
+            late_copy: Puts operands where the request says that they are: meanwhile, if the call is direct.
         """
         return self._deconvolve(request, is_brief=is_brief, late_copy=late_copy)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, TypeAlias
 
@@ -24,63 +25,71 @@ _MAX_THREADS_COUNT: Final = 8
 """One moves 7 to 11 GB/s; beyond this many, the memory's own speed is the limit."""
 
 
-def copy_into(
-    target: _Array, source: _Array, on_progress: Callable[[int], None] | None = None
+def copy_into(target: _Array, source: _Array) -> None:
+    """Copy `source` into `target`. See `copy_all`."""
+    copy_all([(target, source)])
+
+
+def copy_all(
+    pairs: Sequence[tuple[_Array, _Array]], on_progress: Callable[[int], None] | None = None
 ) -> None:
-    """Copy `source` into `target`, of the same shape and, up to byte order, the same type.
+    """Copy the second array of each pair into the first, of the same shape and, up to byte order, the same type.
 
     They must not overlap. numpy releases the interpreter's lock for each piece. An interrupt, or an
     error of `on_progress`, is raised once all has been copied.
 
     Args:
-        on_progress: Told now and then how many bytes of `target`, from its begin, are there: ever
-            more of them, and all at the end. It may be called in any thread, by one at a time.
+        on_progress: Told now and then how many bytes of the targets, one behind the other, are there
+            from the first's begin on: ever more of them, and all at the end. It may be called in
+            any thread, by one at a time.
     """
-    if on_progress is None:
-        copy_all([(target, source)])
-    elif target.nbytes < 2 * _PIECE_BYTES:
-        np.copyto(target, source)
-        on_progress(target.nbytes)
-    else:
-        _copy([_Pieces(target, source, on_progress)])
-
-
-def copy_all(pairs: Sequence[tuple[_Array, _Array]]) -> None:
-    """Copy the second array of each pair into the first, all at once. Otherwise as `copy_into`."""
     total_bytes = sum(target.nbytes for target, _ in pairs)
-    if total_bytes < 2 * _PIECE_BYTES or _threads_count() < 2:
+    threads_count = min(processors_count(), _MAX_THREADS_COUNT)
+    if total_bytes < 2 * _PIECE_BYTES or (threads_count < 2 and on_progress is None):
         for target, source in pairs:
             np.copyto(target, source)
-    else:
-        _copy([_Pieces(target, source) for target, source in pairs])
-
-
-def _copy(all_pieces: Sequence[_Pieces]) -> None:
-    pieces_count = sum(len(pieces.begins) for pieces in all_pieces)
-    copy = _Copy(all_pieces)
-    _helpers.help(copy, min(pieces_count, _threads_count()) - 1)
+        if on_progress is not None:
+            on_progress(total_bytes)
+        return
+    copy = _Copy([*_pieces([pair for pair in pairs if pair[0].nbytes], on_progress)])
+    _helpers.help(copy, min(copy.pieces_count, threads_count) - 1)
     copy.finish()
+
+
+def _pieces(
+    pairs: Sequence[tuple[_Array, _Array]], on_progress: Callable[[int], None] | None
+) -> Iterator[_Pieces]:
+    if on_progress is None:
+        for target, source in pairs:
+            yield _Pieces(target, source)
+        return
+    front = _Front(on_progress, [target.nbytes for target, _ in pairs])
+    for number, (target, source) in enumerate(pairs):
+        yield _Pieces(target, source, partial(front.note, number))
 
 
 class _Pieces:
     """Two arrays, and the pieces of one axis in which one is copied into the other.
+
+    Args:
+        note: Told how many bytes of the target, from its begin, are there.
 
     Attributes:
         begins: Where pieces begin along the axis.
     """
 
     def __init__(
-        self, target: _Array, source: _Array, on_progress: Callable[[int], None] | None = None
+        self, target: _Array, source: _Array, note: Callable[[int], None] | None = None
     ) -> None:
         if target.flags.c_contiguous and source.flags.c_contiguous:
             target, source = target.reshape(-1), source.reshape(-1)
-        self._target, self._source = target, source
         axis = int(np.argmax(target.shape))
         extent = target.shape[axis]
+        self._target, self._source = target, source
         self._before = (slice(None),) * axis
         self._length = max(-(-extent // max(target.nbytes // _PIECE_BYTES, 1)), 1)
         self.begins = range(0, extent, self._length)
-        self._progress = on_progress and _Progress(on_progress, target, axis, self._length)
+        self._progress = note and _Progress(note, target, axis, self._length)
 
     def copy(self, begin: int) -> None:
         """Copy the piece that begins there."""
@@ -91,13 +100,18 @@ class _Pieces:
 
 
 class _Copy:
-    """Pieces of arrays that are copied by whoever has time."""
+    """Pieces of arrays that are copied by whoever has time.
+
+    Attributes:
+        pieces_count: How many there are.
+    """
 
     def __init__(self, all_pieces: Sequence[_Pieces]) -> None:
         self._all = [(pieces, begin) for pieces in all_pieces for begin in pieces.begins]
+        self.pieces_count = len(self._all)
         # one thread alone gets each of their numbers, whichever threads ask
-        self._numbers = iter(range(len(self._all)))
-        self._ends = iter(range(len(self._all), 0, -1))
+        self._numbers = iter(range(self.pieces_count))
+        self._ends = iter(range(self.pieces_count, 0, -1))
         self._is_done = threading.Lock()
         self._is_done.acquire()
         self._errors: list[BaseException] = []
@@ -134,11 +148,40 @@ class _Copy:
             self._is_done.release()
 
 
+class _Front:
+    """How far copies of several arrays are, one behind the other.
+
+    Args:
+        tell: See `copy_all`.
+        sizes_bytes: Of the arrays.
+    """
+
+    def __init__(self, tell: Callable[[int], None], sizes_bytes: Sequence[int]) -> None:
+        self._tell = tell
+        self._sizes_bytes = sizes_bytes
+        self._done_bytes = [0] * len(sizes_bytes)
+        self._lock = threading.Lock()
+        self._front_bytes = 0
+
+    def note(self, number: int, done_bytes: int) -> None:
+        """Note how many bytes of an array, from its begin, are there."""
+        with self._lock:
+            self._done_bytes[number] = done_bytes
+            front_bytes = 0
+            for size_bytes, done in zip(self._sizes_bytes, self._done_bytes, strict=True):
+                front_bytes += done
+                if done < size_bytes:
+                    break
+            if front_bytes > self._front_bytes:
+                self._front_bytes = front_bytes
+                self._tell(front_bytes)
+
+
 class _Progress:
     """How far a copy is, whose pieces are copied in any order.
 
     Args:
-        tell: See `copy_into`.
+        tell: Told so, in bytes of the target from its begin.
         axis: Of the pieces.
         length: Of a piece along the axis.
     """
@@ -163,10 +206,6 @@ class _Progress:
                 self._end = min(self._end + self._length, self._extent)
             if self._is_in_order or self._end == self._extent:
                 self._tell(self._end * self._row_bytes)
-
-
-def _threads_count() -> int:
-    return min(processors_count(), _MAX_THREADS_COUNT)
 
 
 class _Helpers:

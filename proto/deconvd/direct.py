@@ -4,23 +4,24 @@ A server that listens for gRPC listens for direct calls too: on a Unix socket be
 GetServerInfo tells. A line is a connection to one of them: it carries one call after the other, in frames (see
 `deconvd.line`). The messages are those of the service. All numbers are little-endian.
 
-    client   HELLO              "dcd3", and the id of the instance that is meant (16 bytes; zeros for any): once
+    client   HELLO              "dcd4", and the id of the instance that is meant (16 bytes; zeros for any): once
              CALL               method (1 byte), whether it is early (1 byte: 0 or 1), 6 zero bytes, timeout in
-                                microseconds (8 bytes), the request's message
-             WRITTEN            in an early call: how many bytes of x lie in its place by now (8 bytes)
+                                microseconds (8 bytes), how many bytes are written (8 bytes), the request's message
+             WRITTEN            in an early call: how many bytes are written by now (8 bytes)
              ELEMENTS           for a method that streams its request: the next elements, as in Tensor.raw
              MISSING_ELEMENTS   the next elements of what the server found missing
              END                for such a method: the request is whole
 
-    server   HELLO              "dcd3", and its own id: once
+    server   HELLO              "dcd4", and its own id: once
              MESSAGE            the response, or a message of a streamed response
              ELEMENTS           the next elements
              END                the call has ended well: the ledger (ASCII; as in `deconvd.ledger`)
              FAILED             the call has failed: a google.rpc.Status
 
-A call of Deconvolve whose x is in shared memory may be early: its client is still writing x, from its begin to its end,
-and says now and then how far it has come, and at last that all is written. Thus x can be uploaded while it is being
-written. A server need not wait for the rest to answer: what is said of x after that it passes over.
+A call of Deconvolve whose x is in shared memory may be early: its client is still writing the operands that are there,
+W, b and then x, each from its begin to its end, and says now and then how far it has come, and at last that all are
+written. Thus they can be uploaded while they are being written. A server need not wait for the rest to answer: what is
+said after that it passes over.
 
 Both send at once; the order is that of the stream. A client waits for the greeting before its first call, so as not to
 call a stranger at the port. One that closes the line gives its call up. A server that closes it has not begun the call,
@@ -58,9 +59,9 @@ __all__ = [
 ANY_INSTANCE: Final = bytes(16)
 """Stands for the id of whichever server it is."""
 
-_MAGIC: Final = b"dcd3"
+_MAGIC: Final = b"dcd4"
 _HELLO: Final = struct.Struct("<4s16s")
-_CALL: Final = struct.Struct("<B?6xQ")
+_CALL: Final = struct.Struct("<B?6xQQ")
 _WRITTEN: Final = struct.Struct("<Q")
 
 _ELEMENTS: Final = (FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS)
@@ -92,40 +93,43 @@ class CallHead:
     Attributes:
         timeout_s: Seconds that the caller waits.
         message: The request, or its first message.
-        is_early: Whether x is still being written.
+        is_early: Whether operands are still being written.
+        written_bytes: How far they are.
     """
 
     method: Method
     timeout_s: float
     message: bytes
     is_early: bool = False
+    written_bytes: int = 0
 
     def pack(self) -> bytes:
         """Return the payload of its frame."""
         timeout_us = max(int(self.timeout_s * 1e6), 0)
-        return _CALL.pack(self.method, self.is_early, timeout_us) + self.message
+        head = _CALL.pack(self.method, self.is_early, timeout_us, self.written_bytes)
+        return head + self.message
 
     @classmethod
     def parse(cls, payload: bytes) -> CallHead:
         """Return what a frame's payload says. Raises LineBrokenError if it is no call."""
         if len(payload) < _CALL.size:
             raise LineBrokenError(f"a call of {len(payload)} bytes, which is none")
-        number, is_early, timeout_us = _CALL.unpack_from(payload)
+        number, is_early, timeout_us, written_bytes = _CALL.unpack_from(payload)
         method = _METHODS.get(number)
         if method is None:
             raise LineBrokenError(f"a call of the unknown method {number}")
         if is_early and method is not Method.Deconvolve:
             raise LineBrokenError(f"an early call of {method.name}")
-        return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early)
+        return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early, written_bytes)
 
 
 def tell_written(line: Line, size_bytes: int) -> None:
-    """Say how many bytes of an early call's x lie in their place."""
+    """Say how many bytes of an early call's operands are written."""
     line.send((FrameKind.WRITTEN, _WRITTEN.pack(size_bytes)))
 
 
 def hear_written(line: Line, timeout_s: float) -> int | None:
-    """Return how many bytes of an early call's x lie in their place, as the client says next.
+    """Return how many bytes of an early call's operands are written, as the client says next.
 
     None if it does not say so within so many seconds.
 
@@ -136,7 +140,9 @@ def hear_written(line: Line, timeout_s: float) -> int | None:
         return None
     kind, size_bytes = line.receive()
     if kind is not FrameKind.WRITTEN or size_bytes != _WRITTEN.size:
-        raise LineBrokenError(f"{kind.name} of {size_bytes} bytes while x was being written")
+        raise LineBrokenError(
+            f"{kind.name} of {size_bytes} bytes while operands were being written"
+        )
     (written_bytes,) = _WRITTEN.unpack(line.receive_payload(size_bytes))
     return int(written_bytes)
 

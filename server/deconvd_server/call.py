@@ -25,7 +25,7 @@ class Call:
     Attributes:
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
-        writing: How far x is written, if the call is early; None if x is there.
+        writing: How far its operands are written, if it is early; None if they are there.
 
     Args:
         timeout_s: Seconds until the deadline; None for no deadline.
@@ -63,7 +63,7 @@ class Call:
         return max(self._deadline_s - time.monotonic(), 0.0)
 
     def wait_for_x(self, size_bytes: int) -> None:
-        """Return once x, of so many bytes, has been written: at once unless the call is early.
+        """Return once x, of so many bytes, and all before it have been written: at once unless the call is early.
 
         Raises:
             CallCancelledError, DeadlineError: As `check`.

@@ -156,7 +156,7 @@ class DirectLine:
     def _begun_call(self, head: CallHead) -> Call:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
         call = Call(timeout_s=head.timeout_s)
-        call.writing = Writing(self._line) if head.is_early else None
+        call.writing = Writing(self._line, head.written_bytes) if head.is_early else None
         with self._lock:
             self._state = _State.BUSY
             self._call = call

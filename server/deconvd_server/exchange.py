@@ -111,6 +111,14 @@ class Exchange:
                 self._given[field] = self._shared.operand(argument, spec, tensor, raw.get(field))
         self._places = self._shared.places(self._request, self._asked.results)
 
+    def shared_bytes(self, *fields: str) -> int:
+        """Return what those of some operands have that the request says are in shared memory."""
+        return sum(
+            spec.nbytes
+            for field, spec in self._asked.operands.items()
+            if field in fields and getattr(self._request, field).HasField("shared")
+        )
+
     def find(self) -> dict[str, TensorSpec]:
         """Find the operands of a stream that are here already; return what is missing of the others.
 

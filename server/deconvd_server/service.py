@@ -100,7 +100,9 @@ class DeconvolutionService:
             exchange.take(request.raw)
             self._check_result_size(asked, exchange)
             engine = exchange.settle(self._ready().engines)
-            if "x" in asked.keep:
+            if call.writing is not None:
+                call.writing.before_bytes = exchange.shared_bytes("w", "b")
+            if not asked.keep.isdisjoint(asked.operands):
                 call.wait_for_x(asked.problem.x.nbytes)
             x, W = exchange.operand("x"), exchange.operand("w")
             b = exchange.operand("b") if asked.with_b else None

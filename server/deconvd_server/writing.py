@@ -1,4 +1,4 @@
-"""An operand that its client is still writing into shared memory while its call is served. See `deconvd.direct`."""
+"""Operands that their client is still writing into shared memory while its call is served. See `deconvd.direct`."""
 
 from __future__ import annotations
 
@@ -19,27 +19,32 @@ _HEARD_S: Final = 1e-3
 
 
 class LateError(Exception):
-    """An operand was not written in the time that a call may keep others from a device."""
+    """Operands were not written in the time that a call may keep others from a device."""
 
 
 class Writing:
-    """How far a client has come with writing an operand. For the thread that serves its line.
+    """How far a client has come with writing x, and what it writes before. For the thread that serves its line.
 
     What it says may be wrong: that harms its own results alone. Each method raises LineBrokenError
     if the client goes, or says something else.
 
+    Args:
+        written_bytes: How many bytes it has written already.
+
     Attributes:
+        before_bytes: What it writes before x: of x there is nothing until all of that is there.
         waited_s: Seconds that were spent in `expect`.
     """
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, written_bytes: int = 0) -> None:
+        self.before_bytes = 0
         self.waited_s = 0.0
         self._line = line
-        self._written_bytes = 0
+        self._written_bytes = written_bytes
         self._fair_until_s: float | None = None
 
     def has(self, size_bytes: int) -> bool:
-        """Return whether so many bytes, from the operand's begin, are known to be there now."""
+        """Return whether so many bytes of x, from its begin, are known to be there now."""
         return self.has_within(0, size_bytes)
 
     def require(self, size_bytes: int) -> None:
@@ -47,8 +52,8 @@ class Writing:
         if not self.has(size_bytes):
             raise LateError
 
-    def expect(self, size_bytes: int, operand_bytes: int) -> None:
-        """Wait for so many of the operand's bytes while holding a device.
+    def expect(self, size_bytes: int, x_bytes: int) -> None:
+        """Wait for so many of x's bytes while holding a device: for 0, for all that is written before x.
 
         Raises:
             LateError: That would be unfair to others: the device is to be left, and taken again once
@@ -56,16 +61,17 @@ class Writing:
         """
         now_s = time.monotonic()
         if self._fair_until_s is None:
-            self._fair_until_s = now_s + _GRACE_S + operand_bytes / _SLOWEST_BYTES_PER_S
+            total_bytes = self.before_bytes + x_bytes
+            self._fair_until_s = now_s + _GRACE_S + total_bytes / _SLOWEST_BYTES_PER_S
         is_there = self.has_within(self._fair_until_s - now_s, size_bytes)
         self.waited_s += time.monotonic() - now_s
         if not is_there:
             raise LateError
 
     def has_within(self, timeout_s: float, size_bytes: int) -> bool:
-        """Return whether so many bytes, from the operand's begin, are there within so many seconds."""
+        """Return whether so many bytes of x, from its begin, are there within so many seconds."""
         until_s = time.monotonic() + timeout_s
-        while self._written_bytes < size_bytes:
+        while self._written_bytes < self.before_bytes + size_bytes:
             remaining_s = until_s - time.monotonic()
             # what was said by then is still heard, but not for ever: there may always be more
             written_bytes = (

@@ -59,7 +59,7 @@ def _answered(
         raw = _put(call, request, asked.operands)
         if raw is None:
             return None
-        call.settle()
+        call.settle(may_be_late=_may_be_late(request))
         response = rpc(Envelope(request, raw), call.late_copy)
         return Answered(
             response.message,
@@ -92,16 +92,16 @@ def _put(
         if not call.is_large(array):
             raw[field] = elements_of(array)
             continue
-        place = call.place(array, may_be_late=_may_be_late(request, field))
+        place = call.place(array)
         if place is None:
             return None
         getattr(request, field).shared.CopyFrom(place)
     return raw
 
 
-def _may_be_late(request: RequestT, field: str) -> bool:
-    """Return whether a server takes a call before an operand is written. See `deconvd.direct`."""
-    return field == "x" and isinstance(request, pb.DeconvolveRequest)
+def _may_be_late(request: RequestT) -> bool:
+    """Return whether a server takes a call before its operands are written. See `deconvd.direct`."""
+    return isinstance(request, pb.DeconvolveRequest) and request.x.HasField("shared")
 
 
 def _received(response: Envelope[ResponseT], field: str, result: SharedResult | None) -> Array:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Final
 
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.late_copy import LateCopy
+from deconvd_client.late_copy import LateCopy, Part
 from deconvd_client.shared_memory.borrower import Borrower
 from deconvd_client.shared_memory.region import Block
 
 __all__ = ["SharedCall", "SharedResult"]
+
+
+_LATE_BYTES: Final = 1 << 20
+"""What is smaller is copied at once: to tell of it takes as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +49,20 @@ class SharedCall:
         self._borrower = borrower
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
-        self._copies: list[tuple[Array, Array]] = []
+        self._parts: list[Part] = []
 
     def is_large(self, tensor: Array | TensorSpec) -> bool:
         """Return whether shared memory pays for a tensor."""
         return self._borrower.is_large(tensor)
 
-    def place(self, array: Array, *, may_be_late: bool = False) -> pb.SharedSlice | None:
-        """Return where in shared memory an array lies, or will once `settle` was called; None if there is no room.
-
-        Args:
-            may_be_late: Whether its copy may be left to `late_copy`.
-        """
-        place = self._borrower.locate(array) or self._copied(array, may_be_late=may_be_late)
+    def place(self, array: Array) -> pb.SharedSlice | None:
+        """Return where in shared memory an array lies, or will once `settle` was called; None if there is no room."""
+        place = self._borrower.locate(array)
         self._kept.append(array)
-        return place
+        if place is not None:
+            self._parts.append(Part(array.nbytes, None))
+            return place
+        return self._place_of_copy(array)
 
     def tensor(self, array: Array) -> pb.Tensor | None:
         """Return a message that says where in shared memory an array lies; None if it is better sent.
@@ -80,10 +84,20 @@ class SharedCall:
         self._blocks.append(block)
         return SharedResult(block.message, block.array(spec))
 
-    def settle(self) -> None:
-        """Return when the server may read and write what has a place, but for what is late."""
-        copies, self._copies = self._copies, []
-        self._borrower.place.settle(copies)
+    def settle(self, *, may_be_late: bool = False) -> None:
+        """Return when the server may read and write what has a place.
+
+        Args:
+            may_be_late: Whether large copies may be left to `late_copy`.
+        """
+        copied_bytes = sum(part.size_bytes for part in self._parts if part.copy is not None)
+        is_late = may_be_late and copied_bytes >= self._borrower.place.smallest_late_bytes
+        at_once = [part for part in self._parts if not (is_late and _is_large(part))]
+        self._borrower.place.settle([part.copy for part in at_once if part.copy is not None])
+        if is_late:
+            self.late_copy = LateCopy(
+                [part if _is_large(part) else Part(part.size_bytes, None) for part in self._parts]
+            )
 
     def __enter__(self) -> SharedCall:
         self._borrower.ask()
@@ -98,14 +112,15 @@ class SharedCall:
         if exc is not None:
             self._borrower.note_failure(exc, {block.region for block in self._blocks})
 
-    def _copied(self, array: Array, *, may_be_late: bool) -> pb.SharedSlice | None:
+    def _place_of_copy(self, array: Array) -> pb.SharedSlice | None:
         block = self._borrower.take_now(array.nbytes)
         if block is None:
             return None
         copy = block.array(spec_of(array))
-        if may_be_late and array.nbytes >= self._borrower.place.smallest_late_bytes:
-            self.late_copy = LateCopy(copy, array)
-        else:
-            self._copies.append((copy, array))
+        self._parts.append(Part(array.nbytes, (copy, array)))
         self._kept.append(copy)
         return block.message
+
+
+def _is_large(part: Part) -> bool:
+    return part.size_bytes >= _LATE_BYTES

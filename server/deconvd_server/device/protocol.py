@@ -184,10 +184,10 @@ class Device(Protocol):
     ) -> Array | Place:
         """Return y: `out`, if that says where to put it.
 
-        x may still be under way, as ``call.writing`` says, if the device `takes_early` calls.
+        Operands may still be under way, as ``call.writing`` says, if the device `takes_early` calls.
 
         Raises:
-            LateError: It was not written in time; the call is to be made again once it is.
+            LateError: They were not written in time; the call is to be made again once they are.
         """
 
     def gradients(

@@ -28,6 +28,10 @@ _PART_BYTES = 4 << 20
 _MAX_PARTS_COUNT = 8
 """Parts of x and y that take the card no less to copy than the host takes to enqueue them."""
 
+_SMALL_PART_BYTES = 2 << 20
+_SMALL_PARTS_COUNT = 4
+"""What is too little for so many such parts is divided into smaller ones: a graph of few is launched soon."""
+
 _MIRRORED_BYTES = 1 << 20
 """What the calling thread copies in the time that it takes to have others do it."""
 
@@ -55,7 +59,8 @@ def count_parts(problem: Problem) -> int:
     Each has as many samples, and begins where plans want their operands.
     """
     x_bytes, y_bytes = problem.x.nbytes, problem.y.nbytes
-    most = min((x_bytes + y_bytes) // _PART_BYTES, _MAX_PARTS_COUNT)
+    few = min((x_bytes + y_bytes) // _SMALL_PART_BYTES, _SMALL_PARTS_COUNT)
+    most = min(max((x_bytes + y_bytes) // _PART_BYTES, few), _MAX_PARTS_COUNT)
     for count in range(most, 1, -1):
         part_bytes = x_bytes // count | y_bytes // count
         if problem.n % count == 0 and part_bytes % OPERAND_ALIGNMENT_BYTES == 0:
@@ -110,9 +115,11 @@ class Pipeline:
         writing = call.writing
         if writing is not None and writing.has(x.nbytes):
             writing = None
-        reached = self._reached(others)
         with self._memory.take(kind.frame.total_bytes) as base:
             call.check()
+            if writing is not None:
+                writing.expect(0, x.nbytes)  # others are used whole
+            reached = self._reached(others)
             try:
                 if reached is None:
                     self._enqueue(kind, base, operands, y, self._staged(call), writing)
