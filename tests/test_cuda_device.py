@@ -412,8 +412,7 @@ def write(client: Line, x: Array, source: Array, steps_count: int, before_bytes:
 def write_both(client: Line, operands: Sequence[Array], sources: Sequence[Array]) -> None:
     """Write W and then x, and tell of it."""
     (W, x), (W_source, x_source) = operands, sources
-    W[...] = W_source
-    tell_written(client, W.nbytes)
+    write(client, W, W_source, 4)
     write(client, x, x_source, 8, W.nbytes)
 
 
@@ -470,35 +469,38 @@ class TestEarlyCalls:
             self.check(cuda, y, source)
             assert not server.has_come(1, 0)  # all that was said was heard
 
+    @pytest.mark.parametrize(
+        "problem", [PROBLEM, layer(np.dtype(np.float16), n=64, ins=1024, outs=512, image=4)]
+    )
     def test_W_may_be_written_before_x(
         self,
         cuda: CudaDevice,
         registered: Array,
         ends: tuple[Line, Line],
         monkeypatch: pytest.MonkeyPatch,
+        problem: Problem,
     ) -> None:
         client, server = ends
-        x, y = self.arrays(registered)
-        W = view_of(registered, x.nbytes, self.PROBLEM.W)
+        x = view_of(registered, 0, problem.x)
+        W = view_of(registered, x.nbytes, problem.W)
+        y = view_of(registered, registered.size - problem.y.nbytes, problem.y)
         monkeypatch.setattr(writing, "_GRACE_S", 10)
         for seed in range(4):
-            x, y = self.arrays(registered)
-            W[...] = np.nan
-            sources = random_array(self.PROBLEM.W, seed + 9), random_array(self.PROBLEM.x, seed)
+            x[...], W[...], y[...] = np.nan, np.nan, np.nan
+            sources = random_array(problem.W, seed + 9), random_array(problem.x, seed)
             call = Call()
             call.writing = Writing(server)
             call.writing.before_bytes = W.nbytes
             writer = threading.Thread(target=write_both, args=(client, (W, x), sources))
             later = threading.Timer(0.05, writer.start)
             later.start()
-            cuda.deconvolve(self.PROBLEM, x, W, None, self.OPTIONS, call, y)
+            cuda.deconvolve(problem, x, W, None, self.OPTIONS, call, y)
             later.join()
             writer.join()
 
-            right = cuda.deconvolve(
-                self.PROBLEM, sources[1], sources[0], None, self.OPTIONS, Call()
-            )
-            assert_near(y, right, self.PROBLEM)
+            W_source, x_source = sources
+            right = cuda.deconvolve(problem, x_source, W_source, None, self.OPTIONS, Call())
+            assert_near(y, right, problem)
 
     def test_a_slow_writer_does_not_keep_the_card(
         self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]

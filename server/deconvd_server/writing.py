@@ -52,8 +52,12 @@ class Writing:
         if not self.has(size_bytes):
             raise LateError
 
+    def expect_before(self, size_bytes: int, x_bytes: int) -> None:
+        """Wait for so many bytes of what is written before x. Otherwise as `expect`."""
+        self.expect(size_bytes - self.before_bytes, x_bytes)
+
     def expect(self, size_bytes: int, x_bytes: int) -> None:
-        """Wait for so many of x's bytes while holding a device: for 0, for all that is written before x.
+        """Wait for so many of x's bytes, and all before, while holding a device.
 
         Raises:
             LateError: That would be unfair to others: the device is to be left, and taken again once

@@ -38,6 +38,9 @@ _MIRRORED_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 10
 """What is sooner copied than looked up."""
 
+_FOLLOWED_BYTES = 2 << 20
+"""In pieces of this size an operand that is used whole is uploaded while it is written."""
+
 _REMEMBERED_COUNT = 1024
 
 
@@ -117,8 +120,8 @@ class Pipeline:
             writing = None
         with self._memory.take(kind.frame.total_bytes) as base:
             call.check()
-            if writing is not None:
-                writing.expect(0, x.nbytes)  # others are used whole
+            if writing is not None and not self._can_follow(others, writing):
+                writing.expect(0, x.nbytes)
             reached = self._reached(others)
             try:
                 if reached is None:
@@ -147,7 +150,8 @@ class Pipeline:
 
         def enqueue() -> None:
             operands = [x, *(other.operand for other in others)]
-            self._enqueue(kind, base, operands, y, self._upload, writing)
+            upload_whole = self._upload if writing is None else self._followed(writing, x.nbytes)
+            self._enqueue(kind, base, operands, y, upload_whole, writing)
 
         lent = [other.lent for other in others if other.lent is not None]
         if lent:
@@ -252,6 +256,30 @@ class Pipeline:
 
     def _upload(self, array: Array, target: int) -> None:
         upload(target, bytes_of(array), self._up.pointer)
+
+    def _can_follow(self, others: Sequence[Operand], writing: Writing) -> bool:
+        """Return whether what is written before x is just what the card is to copy from where it lies."""
+        arrays = (other for other in others if isinstance(other, np.ndarray))
+        lent_bytes = sum(array.nbytes for array in arrays if self._is_lent(array))
+        return lent_bytes == writing.before_bytes
+
+    def _followed(self, writing: Writing, x_bytes: int) -> Callable[[Array, int], None]:
+        """Return what uploads operands while they are written, one behind the other."""
+        written_bytes = 0
+
+        def upload_followed(array: Array, target: int) -> None:
+            nonlocal written_bytes
+            if not self._is_lent(array):
+                self._upload(array, target)
+                return
+            whole = bytes_of(array)
+            for begin in range(0, whole.size, _FOLLOWED_BYTES):
+                piece = whole[begin : begin + _FOLLOWED_BYTES]
+                written_bytes += piece.size
+                writing.expect_before(written_bytes, x_bytes)
+                upload(target + begin, piece, self._up.pointer)
+
+        return upload_followed
 
     def _staged(self, call: Call) -> Callable[[Array, int], None]:
         return lambda array, target: self._staging.upload(array, target, call.check)
