@@ -21,6 +21,7 @@ from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
+from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
 from deconvd.line import Line, LineBrokenError
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
@@ -468,6 +469,7 @@ class TestEarlyCalls:
 
             self.check(cuda, y, source)
             assert not server.has_come(1, 0)  # all that was said was heard
+            assert FOLLOW_ENTRY in dict(call.ledger.as_metadata())[METADATA_KEY]
 
     @pytest.mark.parametrize(
         "problem", [PROBLEM, layer(np.dtype(np.float16), n=64, ins=1024, outs=512, image=4)]
@@ -522,6 +524,7 @@ class TestEarlyCalls:
         call.wait_for_x(x.nbytes)
         cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
         self.check(cuda, y, source)
+        assert FOLLOW_ENTRY not in dict(call.ledger.as_metadata())[METADATA_KEY]
 
     def test_a_writer_that_goes_leaves_the_card(
         self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]

@@ -76,6 +76,7 @@ class Call:
             remaining_s = self.remaining_s()
             wait_s = _LOOK_S if remaining_s is None else min(remaining_s, _LOOK_S)
             if self.writing.has_within(wait_s, size_bytes):
+                self.writing = None
                 return
 
     def check(self) -> None:

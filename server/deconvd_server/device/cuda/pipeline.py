@@ -125,6 +125,8 @@ class Pipeline:
             reached = self._reached(others)
             try:
                 if reached is None:
+                    if writing is not None:
+                        writing.expect(0, x.nbytes)
                     self._enqueue(kind, base, operands, y, self._staged(call), writing)
                 else:
                     self._launch(kind, base, x, reached, y, places, writing)
@@ -133,8 +135,8 @@ class Pipeline:
                 for stream in (self._up, self._work, self._down):
                     stream.wait()
             self._marks.account(call.ledger)
-            if writing is not None:
-                call.ledger.add(Stage.FOLLOW, writing.waited_s)
+            if call.writing is not None:  # though it may have written all before it was looked at
+                call.ledger.add(Stage.FOLLOW, call.writing.waited_s)
 
     def _launch(
         self,
