@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,7 +44,7 @@ def test_the_result_and_bias_have_the_element_type_of_x(x: DType, w: DType) -> N
 def test_equal_problems_are_one_key(problem: Problem) -> None:
     again = Problem(problem.x, problem.W, problem.geometry)
 
-    assert len({problem, again}) == 1
+    assert len({problem, again, copy.copy(problem)}) == 1
 
 
 @given(problems())

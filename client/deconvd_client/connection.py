@@ -311,7 +311,7 @@ class Connection:
 
     def _arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
         """Make a call that may have cupy arrays; results are of the kind of `like`."""
-        if not any(map(is_from_cupy, (like, *call.operands.values()))):
+        if not is_from_cupy(like, *call.operands.values()):
             return self._residents.arrays(call)
         return self._opened_cards().arrays(call, like)
 

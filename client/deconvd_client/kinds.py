@@ -7,7 +7,7 @@ import sys
 __all__ = ["is_from_cupy"]
 
 
-def is_from_cupy(value: object) -> bool:
-    """Return whether a value is a cupy array."""
+def is_from_cupy(*values: object) -> bool:
+    """Return whether any of some values is a cupy array."""
     cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(value, cupy.ndarray)
+    return cupy is not None and any(isinstance(value, cupy.ndarray) for value in values)

@@ -42,6 +42,8 @@ class Operations:
 
     def operand(self, name: str, value: object) -> Operand:
         """Return an argument as what calls take: the array, or what the server keeps."""
+        if isinstance(value, np.ndarray):
+            return value
         if isinstance(value, RemoteTensor):
             return value.kept_for(self._residents, name)
         if isinstance(value, Kept):  # of a pullback to be

@@ -55,6 +55,7 @@ class Problem:
     geometry: Geometry
     output: Pair = field(init=False, compare=False)
     y: TensorSpec = field(init=False, compare=False)
+    _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_tensor("x", self.x, dimensions=4)
@@ -65,6 +66,14 @@ class Problem:
         check_extents("y", y)
         object.__setattr__(self, "output", output)
         object.__setattr__(self, "y", y)
+        object.__setattr__(self, "_hash", hash((self.x, self.W, self.geometry)))
+
+    def __hash__(self) -> int:
+        # taken once: what is known of a call is found by its problem, in one place after the other
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Problem, (self.x, self.W, self.geometry)  # another process has other hashes
 
     def _check_channels(self) -> None:
         if self.c_I != self.W.shape[0]:

@@ -55,8 +55,10 @@ def spec_of(array: Array) -> TensorSpec:
 
 def elements_of(array: Array) -> memoryview:
     """Return an array's elements as `Tensor.raw` has them: a view of the array if it has that layout."""
-    in_order = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-    return in_order.reshape(-1).view(np.uint8).data
+    dtype = array.dtype.newbyteorder("<")
+    if not (array.flags.c_contiguous and array.dtype == dtype):
+        array = np.asarray(array, dtype, order="C")
+    return array.reshape(-1).view(np.uint8).data
 
 
 def message_from_array(array: Array) -> pb.Tensor:

@@ -195,9 +195,10 @@ class Engines:
         Raises:
             InvalidArgumentError: They lie on several devices.
         """
-        ids = {tensor.device_id for tensor in tensors if not isinstance(tensor, np.ndarray)}
-        if not ids:
+        on_devices = [tensor for tensor in tensors if not isinstance(tensor, np.ndarray)]
+        if not on_devices:
             return None
+        ids = {tensor.device_id for tensor in on_devices}
         if len(ids) > 1:
             raise InvalidArgumentError(
                 f"tensors that are on devices must be on one, got {', '.join(sorted(ids))}"

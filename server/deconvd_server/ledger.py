@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 from types import TracebackType
 
@@ -44,9 +45,14 @@ class Ledger:
 
     def add(self, stage: Stage, duration_s: float) -> None:
         """Count a time towards a stage."""
+        self.add_all([(stage, duration_s)])
+
+    def add_all(self, durations_s: Iterable[tuple[Stage, float]]) -> None:
+        """Count times towards stages."""
         with self._lock:
-            before = self._microseconds.get(stage, 0)
-            self._microseconds[stage] = before + round(duration_s * 1e6)
+            for stage, duration_s in durations_s:
+                before = self._microseconds.get(stage, 0)
+                self._microseconds[stage] = before + round(duration_s * 1e6)
 
     def timing(self, stage: Stage) -> Timing:
         """Count the time that a ``with`` block takes towards a stage."""

@@ -65,10 +65,11 @@ class Residents:
         Raises:
             LostTensorError: The server keeps an operand no more, and it cannot be sent again.
         """
-        operands = {f: o for f, o in call.operands.items() if not isinstance(o, Kept)}
-        is_worth = self._contents.is_worth
-        if len(operands) < len(call.operands) or any(is_worth(*item) for item in operands.items()):
-            return self._made(call)[1].arrays
+        operands: dict[str, Array] = {}
+        for field, operand in call.operands.items():
+            if isinstance(operand, Kept) or self._contents.is_worth(field, operand):
+                return self._made(call)[1].arrays
+            operands[field] = operand
         return self._sent(call, Asked(call.request, call.problem, operands, call.results)).arrays
 
     def kept(self, call: Call[RequestT, ResponseT]) -> dict[str, Kept]:

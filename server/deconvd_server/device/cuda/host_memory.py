@@ -131,9 +131,12 @@ class HostPlaces:
     @property
     def are_apart(self) -> bool:
         """Whether no two of them overlap."""
-        stretches = sorted(zip(self.begins, self.sizes_bytes, strict=True))
-        ends = [begin + size_bytes for begin, size_bytes in stretches]
-        return all(begin >= end for (begin, _), end in zip(stretches[1:], ends, strict=False))
+        end = 0
+        for begin, size_bytes in sorted(zip(self.begins, self.sizes_bytes, strict=True)):
+            if begin < end:
+                return False
+            end = begin + size_bytes
+        return True
 
     def find(self, address: int) -> tuple[int, int] | None:
         """Return which of them an address lies in, by its number, and how far behind its begin; None if in none."""
