@@ -50,6 +50,7 @@ class SharedCall:
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
         self._parts: list[Part] = []
+        self._copied_bytes = 0
 
     def is_large(self, tensor: Array | TensorSpec) -> bool:
         """Return whether shared memory pays for a tensor."""
@@ -90,10 +91,13 @@ class SharedCall:
         Args:
             may_be_late: Whether large copies may be left to `late_copy`.
         """
-        copied_bytes = sum(part.size_bytes for part in self._parts if part.copy is not None)
-        is_late = may_be_late and copied_bytes >= self._borrower.place.smallest_late_bytes
+        place = self._borrower.place
+        if not self._copied_bytes:
+            place.settle(())
+            return
+        is_late = may_be_late and self._copied_bytes >= place.smallest_late_bytes
         at_once = [part for part in self._parts if not (is_late and _is_large(part))]
-        self._borrower.place.settle([part.copy for part in at_once if part.copy is not None])
+        place.settle([part.copy for part in at_once if part.copy is not None])
         if is_late:
             self.late_copy = LateCopy(
                 [part if _is_large(part) else Part(part.size_bytes, None) for part in self._parts]
@@ -118,6 +122,7 @@ class SharedCall:
             return None
         copy = block.array(spec_of(array))
         self._parts.append(Part(array.nbytes, (copy, array)))
+        self._copied_bytes += array.nbytes
         self._kept.append(copy)
         return block.message
 
