@@ -3,7 +3,8 @@
 A server runs in one process and its clients in others, over a Unix socket. One client's latency, with plain arrays and
 with x and W from `F.empty`, is split by stage, as the call's own ledger tells it. Beside it stand the floor (the upload
 of x and W from pinned memory, the kernel, and the download of y, each timed alone on the card) and a stock service, see
-`benchmarks.stock`, by one client too. Then 1 to 16 clients call at once, for throughput. All figures are medians.
+`benchmarks.stock`, by one client too. Then 1 to 16 clients call at once, for throughput. All figures are medians. With
+``--only-latency`` there is our one client and the floor: that does for many layers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.pool import Pool
 from multiprocessing.synchronize import Barrier
@@ -62,7 +63,7 @@ class Row:
             them: moving tensors. Where stages overlap, as in a stream, there may be no rest.
         empty_ms, empty_stages_ms: The same for x and W that lie in shared memory already.
         floor_ms: Upload, kernel and download; None without a card.
-        stock_ms: Latency of the stock service.
+        stock_ms: Latency of the stock service; None if it was not asked for, as is what follows.
         stock_ratio: How many times as long that is as `ms`.
         calls_per_s: By the number of clients.
     """
@@ -75,19 +76,24 @@ class Row:
     empty_ms: float
     empty_stages_ms: Mapping[str, float]
     floor_ms: float | None
-    stock_ms: float
-    stock_ratio: float
-    calls_per_s: Mapping[int, float]
+    stock_ms: float | None = None
+    stock_ratio: float | None = None
+    calls_per_s: Mapping[int, float] | None = None
 
     def __str__(self) -> str:
-        rates = "  ".join(f"{clients}: {rate:.0f}" for clients, rate in self.calls_per_s.items())
-        return (
-            f"{self.layer:24} {self.dtype:8} {self.megabytes:7.1f} MB\n"
-            f"    plain arrays: {self._shown(self.ms, self.stages_ms)}\n"
-            f"    from F.empty: {self._shown(self.empty_ms, self.empty_stages_ms)}\n"
-            f"    stock service: {self.stock_ms:.2f} ms, {self.stock_ratio:.1f} times as long\n"
-            f"    calls/s by clients: {rates}"
-        )
+        lines = [
+            f"{self.layer:24} {self.dtype:8} {self.megabytes:7.1f} MB",
+            f"plain arrays: {self._shown(self.ms, self.stages_ms)}",
+            f"from F.empty: {self._shown(self.empty_ms, self.empty_stages_ms)}",
+        ]
+        if self.stock_ms is not None:
+            lines.append(
+                f"stock service: {self.stock_ms:.2f} ms, {self.stock_ratio:.1f} times as long"
+            )
+        if self.calls_per_s is not None:
+            rates = (f"{clients}: {rate:.0f}" for clients, rate in self.calls_per_s.items())
+            lines.append(f"calls/s by clients: {'  '.join(rates)}")
+        return "\n    ".join(lines)
 
     def _shown(self, ms: float, stages_ms: Mapping[str, float]) -> str:
         floor = "" if self.floor_ms is None else f", {ms / self.floor_ms:.2f} floors"
@@ -98,15 +104,32 @@ class Row:
 @click.command()
 @click.option("--device", default="cpu", show_default=True, help="As of deconvd-server.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-@click.option("--layer", "layers", type=click.Choice(_LAYERS), multiple=True, default=_LAYERS)
+@click.option(
+    "--layer",
+    "layers",
+    type=click.Choice([layer.name for layer in LAYERS]),
+    multiple=True,
+    default=_LAYERS,
+)
+@click.option("--only-latency", is_flag=True, help="Of one client of ours, beside the floor.")
 @click.option(
     "--type", "dtypes", multiple=True, default=("float32", "float16"), help="Element types."
 )
-def main(device: str, json_file: Path | None, layers: Sequence[str], dtypes: Sequence[str]) -> None:
+def main(
+    device: str,
+    json_file: Path | None,
+    layers: Sequence[str],
+    dtypes: Sequence[str],
+    *,
+    only_latency: bool,
+) -> None:
     """Time whole calls of a server on a device, from other processes."""
     rows: list[Row] = []
-    with local_server(device) as target, stock_service(device) as stock, _clients() as clients:
-        bench = _Bench(device, target, stock, clients)
+    with ExitStack() as stack:
+        bench = _Bench(device, stack.enter_context(local_server(device)))
+        if not only_latency:
+            stock = stack.enter_context(stock_service(device))
+            bench = replace(bench, peers=_Peers(stock, stack.enter_context(_clients())))
         for row in _rows(bench, layers, [np.dtype(dtype) for dtype in dtypes]):
             rows.append(row)
             print(row, flush=True)
@@ -123,13 +146,20 @@ def main(device: str, json_file: Path | None, layers: Sequence[str], dtypes: Seq
 
 
 @dataclass(frozen=True)
+class _Peers:
+    """What a client's latency is measured beside: a stock service, and other clients."""
+
+    stock: StockCall
+    clients: Pool
+
+
+@dataclass(frozen=True)
 class _Bench:
-    """What is measured: a server on a device, by its target, and a stock service; and its other clients."""
+    """What is measured: a server on a device, by its target."""
 
     device: str
     target: str
-    stock: StockCall
-    clients: Pool
+    peers: _Peers | None = None
 
 
 @contextmanager
@@ -165,8 +195,7 @@ def _rows(bench: _Bench, names: Sequence[str], dtypes: Sequence[DType]) -> Itera
 def _row(bench: _Bench, layer: Layer, dtype: DType) -> Row:
     ms, stages_ms = _latency(bench.target, layer, dtype, from_empty=False)
     empty_ms, empty_stages_ms = _latency(bench.target, layer, dtype, from_empty=True)
-    stock_ms = _stock_latency_ms(bench.stock, layer, dtype)
-    return Row(
+    row = Row(
         layer=layer.name,
         dtype=dtype.name,
         megabytes=layer.nbytes(dtype) / 1e6,
@@ -175,9 +204,19 @@ def _row(bench: _Bench, layer: Layer, dtype: DType) -> Row:
         empty_ms=empty_ms,
         empty_stages_ms=empty_stages_ms,
         floor_ms=floor_ms(bench.device, layer.problem(dtype)),
+    )
+    if bench.peers is None:
+        return row
+    stock_ms = _stock_latency_ms(bench.peers.stock, layer, dtype)
+    clients = bench.peers.clients
+    return replace(
+        row,
         stock_ms=stock_ms,
         stock_ratio=stock_ms / ms,
-        calls_per_s={count: _throughput(bench, layer, dtype, count) for count in _CLIENTS_COUNTS},
+        calls_per_s={
+            count: _throughput(clients, bench.target, layer, dtype, count)
+            for count in _CLIENTS_COUNTS
+        },
     )
 
 
@@ -230,10 +269,12 @@ def _stages_ms(ledger: Mapping[str, int], total_ms: float) -> dict[str, float]:
     return stages | {"rest": max(total_ms - sum(stages.values()), 0.0)}
 
 
-def _throughput(bench: _Bench, layer: Layer, dtype: DType, clients_count: int) -> float:
+def _throughput(
+    clients: Pool, target: str, layer: Layer, dtype: DType, clients_count: int
+) -> float:
     """Return how many calls a second so many client processes get done together."""
-    tasks = [(bench.target, layer, dtype, clients_count)] * clients_count
-    return sum(bench.clients.starmap(_client_rate, tasks, chunksize=1))
+    tasks = [(target, layer, dtype, clients_count)] * clients_count
+    return sum(clients.starmap(_client_rate, tasks, chunksize=1))
 
 
 def _client_rate(target: str, layer: Layer, dtype: DType, clients_count: int) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from click.testing import CliRunner
 
 from benchmarks.layers import LAYERS
+from benchmarks.service import main as service
 from benchmarks.stock import stock_service
 from benchmarks.transport_plot import main as plot
 from deconvd_client import Connection
@@ -27,6 +28,22 @@ def test_the_stock_service_computes_what_ours_does(F: Connection) -> None:
     expected = F.deconvolution_2d(x, W, None, layer.stride, layer.pad, dilate=layer.dilate)
     # sums of 1,000 products of magnitude 1, in another order where slices are cut in another way
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_latency_alone_is_measured_without_peers(tmp_path: Path) -> None:
+    results = tmp_path / "service.json"
+    arguments = ["--only-latency", "--layer", "tiny 8-4 8 k4 s2", "--type", "float32"]
+
+    ended = CliRunner().invoke(
+        service, [*arguments, "--json", str(results)], catch_exceptions=False
+    )
+
+    assert ended.exit_code == 0
+    assert "from F.empty: 0." in ended.output
+    (row,) = json.loads(results.read_text())["rows"]
+    assert row["layer"] == "tiny 8-4 8 k4 s2"
+    assert 0 < row["ms"] < 1000
+    assert row["stock_ms"] is row["calls_per_s"] is row["floor_ms"] is None
 
 
 def test_the_plot_has_a_line_for_every_path_that_was_measured(tmp_path: Path) -> None:
