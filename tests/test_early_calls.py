@@ -453,31 +453,11 @@ class TestServer:
         with pytest.raises(LineBrokenError, match="early"):
             CallHead.parse(CallHead(method, 1, b"", is_early=True).pack())
 
-    def test_x_that_is_to_be_kept_is_waited_for(
-        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
+    @pytest.mark.parametrize("field", ["x", "w"])
+    def test_what_is_to_be_kept_is_waited_for(
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line, field: str
     ) -> None:
         source, (request, y) = random_x(), self.request(borrower, x)
-        with holder(server.target) as held:
-            request.session = held.session
-            request.keep.x = True
-            self.begin(line, request)
-            assert not line.has_come(1, 0.2)
-            x[...] = source
-            tell_written(line, x.nbytes)
-            (message, _), _ = answer(line)
-            handle = pb.DeconvolveResponse.FromString(message[1]).kept.x.handle
-            np.testing.assert_array_equal(y, source * 3)
-            x[...] = np.nan
-            y[...] = np.nan
-            request.x.CopyFrom(by_handle(source, handle))
-            held.stub.Deconvolve(request)
-            np.testing.assert_array_equal(y, source * 3)
-
-    def test_W_that_is_to_be_kept_is_waited_for(
-        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
-    ) -> None:
-        source, (request, y) = random_x(), self.request(borrower, x)
-        x[...] = source
         lent_W = borrower.empty(W.shape, W.dtype)
         lent_W[...] = np.nan
         place = borrower.locate(lent_W)
@@ -485,17 +465,21 @@ class TestServer:
         request.w.shared.CopyFrom(place)
         with holder(server.target) as held:
             request.session = held.session
-            request.keep.w = True
+            setattr(request.keep, field, True)
             self.begin(line, request)
             assert not line.has_come(1, 0.2)
             lent_W[...] = W
+            tell_written(line, W.nbytes)
+            assert not line.has_come(1, 0.2)
+            x[...] = source
             tell_written(line, W.nbytes + x.nbytes)
             (message, _), _ = answer(line)
-            handle = pb.DeconvolveResponse.FromString(message[1]).kept.w.handle
+            kept = getattr(pb.DeconvolveResponse.FromString(message[1]).kept, field)
             np.testing.assert_array_equal(y, source * 3)
-            lent_W[...] = np.nan
-            y[...] = np.nan
-            request.w.CopyFrom(by_handle(W, handle))
+            operand, origin = (x, source) if field == "x" else (lent_W, W)
+            operand[...] = y[...] = np.nan
+            getattr(request, field).CopyFrom(by_handle(origin, kept.handle))
+            request.ClearField("keep")
             held.stub.Deconvolve(request)
             np.testing.assert_array_equal(y, source * 3)
 
