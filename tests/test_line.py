@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import resource
 import socket
 import threading
 import time
@@ -22,6 +24,9 @@ from deconvd.line import (
     LineTimeoutError,
 )
 from deconvd.parts import elements_part
+
+_HIGH_DESCRIPTOR = 1500
+"""Beyond FD_SETSIZE, and below what systems allow."""
 
 ELEMENTS = (FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS)
 FRAMES = st.lists(
@@ -172,6 +177,22 @@ def test_what_was_sent_last_is_read_before_the_end(ends: tuple[Line, Line]) -> N
         assert near.take(3) == b"why"
         near.close()
         ending.result()
+
+
+def test_a_line_among_very_many_descriptors_is_waited_for_too() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], _HIGH_DESCRIPTOR + 1), limits[1]))
+    one, other = socket.socketpair()
+    with other:
+        high = socket.socket(fileno=fcntl.fcntl(other, fcntl.F_DUPFD_CLOEXEC, _HIGH_DESCRIPTOR))
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with Line(one) as near, Line(high) as far:
+        assert far.descriptor >= _HIGH_DESCRIPTOR
+        assert far.is_quiet()
+        assert not far.has_come(1, 0.002)
+        near.send((FrameKind.MESSAGE, b"abc"))
+        assert far.has_come(11, 0.002)
+        assert far.receive() == (FrameKind.MESSAGE, 3)
 
 
 def test_nothing_is_waited_for_beyond_the_deadline(ends: tuple[Line, Line]) -> None:

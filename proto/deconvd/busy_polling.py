@@ -17,8 +17,8 @@ from deconvd.trials import Trials
 
 __all__ = ["BusyPolling"]
 
-_SLOWNESS: Final = 4
-"""Of how many longer waits each counts as one."""
+_SMOOTHING: Final = 1 / 4
+"""How much of a longer wait goes into what is usual: the factor of exponential smoothing."""
 
 # with one processor, what is waited for could not happen meanwhile
 _IS_POSSIBLE: Final = processors_count() > 1
@@ -66,4 +66,4 @@ class BusyPolling:
         elif waited_s < self._usual_s:
             self._usual_s = waited_s  # what comes soon is what not to be late for
         else:
-            self._usual_s += (waited_s - self._usual_s) / _SLOWNESS
+            self._usual_s += (waited_s - self._usual_s) * _SMOOTHING

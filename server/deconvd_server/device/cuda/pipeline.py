@@ -103,8 +103,8 @@ class Pipeline:
         """Compute y.
 
         The bus is what takes longest, so it is to begin soon and never to wait for the host: once
-        such a call has come before, all of it is enqueued as one graph. An x that is still being
-        written is followed part by part.
+        such a call has come before, all of it is enqueued as one graph. Operands that are still being
+        written are followed piece by piece.
 
         Args:
             kind: Of the call, with as many parts as `count_parts` returns.
@@ -180,10 +180,10 @@ class Pipeline:
             base: Address of a block for the kind's frame.
             upload_whole: Enqueues a copy of an operand that is not divided, on the stream for the way up or for
                 the work.
-            writing: How far x is written; None if it is there.
+            writing: How far operands are written; None if they are there.
 
         Raises:
-            LateError: x is not written in time.
+            LateError: They are not written in time.
         """
         up, work, down, in_graph = self._up, self._work, self._down, self._up.is_capturing
         x, *others = operands
