@@ -296,8 +296,8 @@ class Connection:
 
         ``queue_us``, ``upload_us``, ``compute_us``, ``download_us``, and ``server_us`` for all of it
         from the request's arrival on; only those that the server's device tells apart. The stages
-        of a large call overlap. ``follow_us`` is there if x was uploaded while it was being copied
-        into shared memory: what of that time was spent waiting for the copy.
+        of a large call overlap. ``follow_us`` is there if the call was made while operands were being
+        copied into shared memory: what of its time was spent waiting for the copy.
         """
         return self._nearest.last_ledger
 

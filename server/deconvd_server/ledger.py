@@ -20,7 +20,7 @@ class Stage(StrEnum):
     """Waiting for its turn on the device."""
 
     FOLLOW = FOLLOW_ENTRY
-    """Of an early call: waiting for x to be written while other parts of it are uploaded and computed."""
+    """Of an early call: waiting for operands to be written while others, and parts, are uploaded and computed."""
 
     UPLOAD = "upload_us"
     """Operands to the device."""

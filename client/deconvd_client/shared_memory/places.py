@@ -22,7 +22,7 @@ class Place(Protocol):
 
     @property
     def smallest_late_bytes(self) -> float:
-        """From what size on a copy may be made by `LateCopy`: it costs less than it saves."""
+        """From how many bytes on, all together, copies may be made by `LateCopy`: it costs less than it saves."""
 
     @property
     def loss(self) -> str:

@@ -42,7 +42,7 @@ class DeviceInfo:
             all together.
         calls_count: How many calls it computes at once; more would only wait inside it.
         has_own_memory: Whether its memory is apart from the host's.
-        takes_early: Whether it computes calls whose x is still being written.
+        takes_early: Whether it computes calls whose operands are still being written.
         card: A card's `card_id`, by which all processes of its host know it; empty where
             there is none, and so no memory to lend.
     """
