@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deconvd.problem import TensorSpec
+from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
-from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
 
 __all__ = ["MIB", "Child", "Watch", "child", "lending", "lent_tensor", "lies_in_shared_memory"]
@@ -42,11 +42,11 @@ def lending(
 
 @contextmanager
 def lent_tensor(
-    lender: Lender, name: str, shared: pb.SharedSlice, spec: TensorSpec
+    lender: Lender, name: str, lies_at: SharedSlice, spec: TensorSpec
 ) -> Iterator[Array]:
     """Use a tensor in lent memory for the block."""
     with CallTensors(lender) as tensors:
-        yield tensors.place(name, shared, spec)
+        yield tensors.host_place(name, spec, lies_at)
 
 
 class Watch:

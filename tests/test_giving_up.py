@@ -133,8 +133,8 @@ def test_a_call_whose_tensors_lie_in_shared_memory(
     place, y_place = borrower.locate(x), borrower.locate(y)
     assert place is not None
     assert y_place is not None
-    asked.x.shared.CopyFrom(place)
-    asked.y_place.CopyFrom(y_place)
+    place.write_to(asked.x.shared)
+    y_place.write_to(asked.y_place)
     before = None if stage == "runs" else served.stub.Deconvolve.future(request())
     wait_until(lambda: served.load[0] == (stage == "waits"))
     call = served.stub.Deconvolve.future(asked, timeout=timeout_s)

@@ -45,7 +45,7 @@ def grad_request(problem: Problem, **wanted: bool) -> pb.DeconvolveGradRequest:
 
 @given(problems(), st.booleans())
 def test_a_request_asks_for_the_same_every_time(problem: Problem, with_b: bool) -> None:
-    asked = Deconvolution(problem, with_b, Options(), frozenset())
+    asked = Deconvolution(problem=problem, with_b=with_b, options=Options())
 
     for _ in range(2):
         assert Deconvolution.from_message(request(problem, with_b=with_b)) == asked
@@ -54,7 +54,7 @@ def test_a_request_asks_for_the_same_every_time(problem: Problem, with_b: bool) 
 @given(problems(), st.sampled_from([{"gx": True}, {"gw": True, "gb": True}]))
 def test_a_request_for_gradients_does_too(problem: Problem, wanted: dict[str, bool]) -> None:
     mask = Wanted(wanted.get("gx", False), wanted.get("gw", False), wanted.get("gb", False))
-    asked = Differentiation(problem, mask, Options(), frozenset())
+    asked = Differentiation(problem=problem, wanted=mask, options=Options())
 
     for _ in range(2):
         assert Differentiation.from_message(grad_request(problem, **wanted)) == asked

@@ -444,11 +444,12 @@ def test_tensors_come_from_shared_memory_and_go_there(
     x = image(2)
     lies = lent.empty(x.shape, x.dtype)
     lies[...] = x
-    place = lent.locate(lies)
     result = lent.empty(x.shape, x.dtype)
-    result_place = lent.locate(result)
-    shared_x = message_from_spec(spec_of(x))
-    shared_x.shared.CopyFrom(place or pb.SharedSlice())
+    shared_x, result_place = message_from_spec(spec_of(x)), pb.SharedSlice()
+    for array, message in ((lies, shared_x.shared), (result, result_place)):
+        place = lent.locate(array)
+        assert place is not None
+        place.write_to(message)
     with holder(server.target) as held:
         # put from there
         header = pb.PutTensorHeader(session=held.session, tensor=shared_x)

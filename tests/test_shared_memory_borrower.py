@@ -28,6 +28,7 @@ from deconvd.errors import (
     UnimplementedError,
 )
 from deconvd.problem import TensorSpec
+from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory import Borrower, SharedCall
@@ -47,7 +48,7 @@ def seen_by(lender: Lender, borrower: Borrower, array: Array) -> Array:
         return found.copy()
 
 
-def failed_call(borrower: Borrower, error: BaseException) -> pb.SharedSlice:
+def failed_call(borrower: Borrower, error: BaseException) -> SharedSlice:
     """Make a call that wants a result and ends with an error; return where the result would have been."""
     try:
         with SharedCall(borrower) as call:
@@ -61,6 +62,15 @@ def failed_call(borrower: Borrower, error: BaseException) -> pb.SharedSlice:
         assert raised is error  # noqa: PT017  # it passes the borrower as it is
         raised.__traceback__ = None
     return place
+
+
+def slice_of(message: pb.Tensor) -> SharedSlice:
+    return SharedSlice.from_message(message.shared)
+
+
+def told_slice(line: str) -> SharedSlice:
+    region, offset_bytes = line.split()
+    return SharedSlice(bytes.fromhex(region), int(offset_bytes))
 
 
 def cut_off(call: SharedCall, lender: Lender) -> None:
@@ -303,7 +313,7 @@ class TestCalls:
             assert message.element_type == pb.ELEMENT_TYPE_FLOAT32
             assert tuple(message.shape) == LARGE.shape
             with (
-                lent_tensor(lender, "x", message.shared, LARGE) as theirs,
+                lent_tensor(lender, "x", slice_of(message), LARGE) as theirs,
                 lent_tensor(lender, "y_place", y.place, LARGE) as place,
             ):
                 np.multiply(theirs, 2, out=place)
@@ -321,7 +331,7 @@ class TestCalls:
         with SharedCall(borrower) as call:
             message = call.tensor(x)
             assert message is not None
-            assert message.shared == borrower.locate(x)
+            assert slice_of(message) == borrower.locate(x)
             assert borrower.taken_bytes == x.nbytes
 
     @pytest.mark.parametrize("order", ["transposed", "swapped", "reversed"])
@@ -334,15 +344,15 @@ class TestCalls:
             message = call.tensor(x)
             call.settle()
             assert message is not None
-            with lent_tensor(lender, "x", message.shared, TensorSpec(x.shape, FLOAT32)) as found:
+            with lent_tensor(lender, "x", slice_of(message), TensorSpec(x.shape, FLOAT32)) as found:
                 np.testing.assert_array_equal(found, x)
 
     def test_small_tensors_are_better_sent(self, lender: Lender, borrower: Borrower) -> None:
         with SharedCall(borrower) as call:
             assert call.tensor(np.empty(100)) is None
             assert call.tensor(borrower.empty(100, np.float32)) is None
-            assert call.result(TensorSpec((100,), FLOAT32)) is None
-            assert call.result(TensorSpec((0, 1), FLOAT32)) is None
+            assert not call.is_large(TensorSpec((100,), FLOAT32))
+            assert not call.is_large(TensorSpec((0, 1), FLOAT32))
 
     def test_without_a_server_all_is_sent(self, borrower: Borrower) -> None:
         with SharedCall(borrower) as call:
@@ -361,7 +371,7 @@ class TestCalls:
     def test_memory_of_a_call_that_was_refused_is_used_again(
         self, lender: Lender, borrower: Borrower, error: DeconvdError
     ) -> None:
-        places = {failed_call(borrower, error).SerializeToString() for _ in range(9)}
+        places = {failed_call(borrower, error) for _ in range(9)}
 
         assert len(places) <= 2  # x's and y's
         assert borrower.taken_bytes == 0
@@ -417,7 +427,7 @@ class TestServerGone:
                 message = call.tensor(old)
                 call.settle()
                 assert message is not None
-                with lent_tensor(second, "x", message.shared, LARGE) as found:
+                with lent_tensor(second, "x", slice_of(message), LARGE) as found:
                     np.testing.assert_array_equal(found, old)
             borrower.close()
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
@@ -547,17 +557,17 @@ with SharedCall(borrower) as call:
     call.settle()
     y = call.result(__import__("deconvd.problem").problem.TensorSpec(x.shape, x.dtype))
     say(message.SerializeToString().hex())
-    say(y.place.SerializeToString().hex())
+    say(y.place.region.hex(), y.place.offset_bytes)
     input()
 say(bool((y.array == 2 * x + 1).all()))
 input()
 """
         with child(script, path) as client:
             x = pb.Tensor.FromString(bytes.fromhex(client.hear()))
-            place = pb.SharedSlice.FromString(bytes.fromhex(client.hear()))
+            place = told_slice(client.hear())
             spec = TensorSpec((1000, 1000), FLOAT32)
             with (
-                lent_tensor(lender, "x", x.shared, spec) as source,
+                lent_tensor(lender, "x", slice_of(x), spec) as source,
                 lent_tensor(lender, "y", place, spec) as y,
             ):
                 np.add(2 * source, 1, out=y)
@@ -575,7 +585,8 @@ input()
         script = """
 borrower = Borrower(find)
 x = borrower.empty(1 << 20, np.float32)
-say(borrower.locate(x).SerializeToString().hex())
+place = borrower.locate(x)
+say(place.region.hex(), place.offset_bytes)
 while True:
     x += 1
     borrower.empty(1000, np.float32)
@@ -583,7 +594,7 @@ while True:
         mine = borrower.empty(MIB, np.float32)
         mine[...] = 3
         with child(script, path) as client:
-            theirs = pb.SharedSlice.FromString(bytes.fromhex(client.hear()))
+            theirs = told_slice(client.hear())
             with lent_tensor(lender, "x", theirs, TensorSpec((MIB,), FLOAT32)) as x:
                 for count in itertools.count():
                     x.sum()

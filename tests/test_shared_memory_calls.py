@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -215,12 +216,9 @@ class TestStockClient:
     ) -> None:
         slice_ = borrower.locate(borrower.empty(4, np.float32))
         assert slice_ is not None
-        slice_.offset_bytes = offset
         request = self.request()
-        if place == "x":
-            request.x.shared.CopyFrom(slice_)
-        else:
-            request.y_place.CopyFrom(slice_)
+        wrong = slice_._replace(offset_bytes=offset)
+        wrong.write_to(request.x.shared if place == "x" else request.y_place)
 
         assert self.refused(stub, request) is grpc.StatusCode.INVALID_ARGUMENT
 
@@ -230,12 +228,34 @@ class TestStockClient:
         request = self.request()
         slice_ = borrower.locate(borrower.empty(MIB, np.float32))
         assert slice_ is not None
-        request.x.shared.CopyFrom(slice_)
-        request.y_place.CopyFrom(slice_)
+        slice_.write_to(request.x.shared)
+        slice_.write_to(request.y_place)
 
         response = stub.Deconvolve(request)
 
-        assert response.y.shared == slice_
+        assert response.y.shared == request.y_place
+
+    def test_a_stream_takes_no_notice_of_a_place(
+        self, stub: pb_grpc.DeconvolutionServiceStub, borrower: Borrower
+    ) -> None:
+        x, W, _ = operands(n=1)
+        request = self.request()
+        for tensor in (request.x, request.w):
+            tensor.ClearField("raw")
+        place = borrower.locate(borrower.empty(MIB, np.float32))
+        assert place is not None
+        place.write_to(request.y_place)
+        header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+        parts = [
+            pb.DeconvolveStreamRequest(header=header),
+            pb.DeconvolveStreamRequest(chunk=W.tobytes()),
+            pb.DeconvolveStreamRequest(chunk=x.tobytes()),
+        ]
+
+        first, *rest = stub.DeconvolveStream(iter(parts))
+
+        assert not first.header.y.HasField("shared")
+        assert sum(len(part.chunk) for part in rest) == 4 * math.prod(first.header.y.shape)
 
 
 def test_an_argument_at_fault_is_named_as_ever(F: deconvd_client.Connection) -> None:

@@ -14,8 +14,8 @@ import pytest
 from deconvd.errors import ExhaustedError, InvalidArgumentError, StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
-from deconvd.tensor import Array, message_from_spec
-from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.shared_slice import SharedSlice
+from deconvd.tensor import Array
 from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.device.cpu.tensor import HostTensor, array_of
 from deconvd_server.engine import Engine
@@ -99,12 +99,6 @@ def peer(lender: Lender, path: Path) -> Iterator[Peer]:
     peer.socket.close()
 
 
-def shared(region: bytes, offset_bytes: int = 0, spec: TensorSpec = FLOATS) -> pb.Tensor:
-    message = message_from_spec(spec)
-    message.shared.CopyFrom(pb.SharedSlice(region=region, offset_bytes=offset_bytes))
-    return message
-
-
 def wait_until(is_so: Callable[[], bool]) -> None:
     end_s = time.monotonic() + TIMEOUT_S
     while not is_so():
@@ -120,11 +114,10 @@ def test_a_client_gets_a_handle_and_calls_find_tensors_there(
     assert bytes.fromhex(reply.text) == engine.lent[0].handle
 
     with CallTensors(lender) as tensors:
-        x = tensors.operand("x", FLOATS, shared(reply.region, 128), None)
-        request = pb.DeconvolveRequest(y_place=shared(reply.region).shared)
-        places = tensors.places(request, {"y": FLOATS})
+        x = tensors.operand("x", FLOATS, SharedSlice(reply.region, 128))
+        y = tensors.place("y_place", FLOATS, SharedSlice(reply.region, 0))
         array_of(x)[...] = 7
-        assert (array_of(places["y"]) == 0).all()
+        assert (array_of(y) == 0).all()
 
     lent = engine.lent[0]
     assert isinstance(lent, Lent)
@@ -139,13 +132,13 @@ def test_a_slice_that_is_none_is_refused(
 ) -> None:
     region = peer.borrowed(BLOCK_BYTES)
     with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match=message):
-        tensors.operand("x", FLOATS, shared(region, offset_bytes), None)
+        tensors.operand("x", FLOATS, SharedSlice(region, offset_bytes))
 
 
 def test_memory_of_a_card_is_none_of_the_hosts(lender: Lender, peer: Peer) -> None:
-    place = shared(peer.borrowed(BLOCK_BYTES)).shared
+    place = SharedSlice(peer.borrowed(BLOCK_BYTES), 0)
     with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match="of the host"):
-        tensors.place("place", place, FLOATS)
+        tensors.host_place("place", FLOATS, place)
 
 
 def test_memory_comes_in_whole_blocks_in_which_nobody_elses_lies(
@@ -193,12 +186,12 @@ def test_what_is_given_back_stays_until_the_last_call_that_uses_it_ends(
 ) -> None:
     region = peer.borrowed(BLOCK_BYTES)
     with CallTensors(lender) as tensors:
-        x = tensors.operand("x", FLOATS, shared(region), None)
+        x = tensors.operand("x", FLOATS, SharedSlice(region, 0))
         assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
         array_of(x)[...] = 1
         assert len(engine.lent) == 1
         with CallTensors(lender) as others, pytest.raises(StaleRegionError):
-            others.operand("x", FLOATS, shared(region), None)
+            others.operand("x", FLOATS, SharedSlice(region, 0))
     assert engine.lent == []
 
 

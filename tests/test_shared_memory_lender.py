@@ -32,6 +32,7 @@ from deconvd.shared_memory import (
     Reply,
     Request,
 )
+from deconvd.shared_slice import SharedSlice
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.shared_memory import Lender, Limits, memory_socket
@@ -98,9 +99,7 @@ def connect(path: Path) -> Iterator[Connect]:
 
 @contextmanager
 def used(lender: Lender, region: bytes, offset: int = 0) -> Iterator[np.ndarray]:
-    with lent_tensor(
-        lender, "x", pb.SharedSlice(region=region, offset_bytes=offset), FLOATS
-    ) as array:
+    with lent_tensor(lender, "x", SharedSlice(region, offset), FLOATS) as array:
         yield array
 
 
@@ -207,9 +206,9 @@ class TestSlices:
     def test_a_tensor_may_be_a_scalar_or_empty(
         self, lender: Lender, connect: Connect, shape: tuple[int, ...]
     ) -> None:
-        shared = pb.SharedSlice(region=connect().borrowed(MIB))
+        place = SharedSlice(connect().borrowed(MIB), 0)
 
-        with lent_tensor(lender, "b", shared, TensorSpec(shape, np.dtype(np.float64))) as array:
+        with lent_tensor(lender, "b", place, TensorSpec(shape, np.dtype(np.float64))) as array:
             assert array.shape == shape
 
     @given(region=st.binary(max_size=40))

@@ -7,17 +7,20 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deconvd.addresses import address_of
 from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError, StaleRegionError
 from deconvd.geometry import Geometry
 from deconvd.problem import Problem, TensorSpec
 from deconvd.shared_memory import Answer, Operation, Reply, Request
-from deconvd.tensor import message_from_array, message_from_spec, spec_of
+from deconvd.shared_slice import SharedSlice
+from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Asked
 from deconvd_client.late_copy import LateCopy
@@ -34,11 +37,15 @@ SPEC = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
 
 
-def shared(place: pb.SharedSlice | None) -> pb.Tensor:
+def located(borrower: Borrower, array: Array) -> SharedSlice:
+    place = borrower.locate(array)
     assert place is not None
-    message = message_from_spec(SPEC)
-    message.shared.CopyFrom(place)
-    return message
+    return place
+
+
+def slice_of(message: pb.Tensor | None) -> SharedSlice:
+    assert message is not None
+    return SharedSlice.from_message(message.shared)
 
 
 def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
@@ -47,37 +54,35 @@ def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
     theirs = borrower.empty(SPEC.shape, SPEC.dtype)
     theirs[...] = 3
     with CallTensors(lender) as tensors:
-        x = array_of(tensors.operand("x", SPEC, shared(borrower.locate(theirs)), None))
+        x = array_of(tensors.operand("x", SPEC, located(borrower, theirs)))
 
         assert (x == 3).all()
         assert not x.flags.writeable
 
 
-def test_an_operand_may_come_in_the_message_too(lender: Lender) -> None:
-    array = np.arange(6, dtype=np.float32)
-    with CallTensors(lender) as tensors:
-        x = tensors.operand("x", spec_of(array), message_from_array(array), None)
-        np.testing.assert_array_equal(x, array)
-
-
-def test_of_the_results_those_with_a_place_have_one(lender: Lender, borrower: Borrower) -> None:
+def test_a_place_is_to_be_written(lender: Lender, borrower: Borrower) -> None:
     theirs = borrower.empty(SPEC.shape, SPEC.dtype)
-    request = pb.DeconvolveGradRequest(gw_place=borrower.locate(theirs))
     with CallTensors(lender) as tensors:
-        places = tensors.places(request, {"gx": SPEC, "gw": SPEC})
-        array_of(places["gw"])[...] = 5
+        array_of(tensors.place("y_place", SPEC, located(borrower, theirs)))[...] = 5
 
-    assert list(places) == ["gw"]
     assert (theirs == 5).all()
+
+
+def test_a_tensor_there_knows_where_it_lies(lender: Lender, borrower: Borrower) -> None:
+    place = located(borrower, borrower.empty((3, *SPEC.shape), SPEC.dtype))
+    with CallTensors(lender) as tensors:
+        whole = tensors.host_place("x", replace(SPEC, shape=(3, *SPEC.shape)), place)
+        for array in (whole, whole[1:], whole[::2], whole.view(np.uint8)):
+            assert address_of(array) == array.__array_interface__["data"][0]
 
 
 def test_what_a_call_uses_is_free_after_it(path: Path) -> None:
     watch = Watch()
     with lending(path, on_map=watch) as lender:
         borrower = Borrower(lambda: str(path))
-        place = borrower.locate(borrower.empty(SPEC.shape, SPEC.dtype))
+        place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype))
         with CallTensors(lender) as tensors:
-            tensors.operand("x", SPEC, shared(place), None)
+            tensors.operand("x", SPEC, place)
             borrower.close()
             assert len(watch.mapped) == 1
         assert lender.wait_until_unused(TIMEOUT_S)
@@ -85,21 +90,19 @@ def test_what_a_call_uses_is_free_after_it(path: Path) -> None:
 
 
 def test_without_a_lender_no_memory_is_known() -> None:
-    place = pb.SharedSlice(region=bytes(16))
+    place = SharedSlice(bytes(16), 0)
     with CallTensors(None) as tensors:
         with pytest.raises(StaleRegionError) as raised:
-            tensors.operand("x", SPEC, shared(place), None)
+            tensors.operand("x", SPEC, place)
         assert raised.value.argument == "x"
         with pytest.raises(StaleRegionError):
-            tensors.places(pb.DeconvolveRequest(y_place=place), {"y": SPEC})
+            tensors.place("y_place", SPEC, place)
 
 
 def test_a_wrong_place_is_named(lender: Lender, borrower: Borrower) -> None:
-    place = borrower.locate(borrower.empty(SPEC.shape, SPEC.dtype))
-    assert place is not None
-    place.offset_bytes = 2
+    place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype))
     with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError) as raised:
-        tensors.places(pb.DeconvolveRequest(y_place=place), {"y": SPEC})
+        tensors.place("y_place", SPEC, place._replace(offset_bytes=2))
     assert raised.value.argument == "y_place"
 
 
@@ -151,11 +154,9 @@ def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Bo
         call.settle()
         later = borrower.empty(MIB, np.float32)
         later[...] = 5
-        found = []
         with CallTensors(lender) as tensors:
-            for message in messages:
-                assert message is not None
-                found.append(array_of(tensors.operand("x", spec_of(x), message, None)).mean())
+            operands = [tensors.operand("x", spec_of(x), slice_of(m)) for m in messages]
+            found = [array_of(operand).mean() for operand in operands]
     assert found == [3, 4]
 
 
@@ -168,9 +169,8 @@ def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
         spec, message = spec_of(x), call.tensor(x)
         del x
         borrower.empty(MIB, np.float32)[...] = 5
-        assert message is not None
         with CallTensors(lender) as tensors:
-            assert array_of(tensors.operand("x", spec, message, None)).mean() == 3
+            assert array_of(tensors.operand("x", spec, slice_of(message))).mean() == 3
 
 
 def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_way(

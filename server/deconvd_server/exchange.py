@@ -17,7 +17,7 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, elements_of, message_from_spec
+from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand
@@ -101,23 +101,26 @@ class Exchange:
             raw: Elements, by the names of their fields.
 
         Raises:
-            InvalidArgumentError: As `CallTensors.operand` does.
+            InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
             NotFoundError: Something that the request names is not there.
         """
+        slices = self._asked.slices
         for field, spec in self._asked.operands.items():
-            tensor = getattr(self._request, field)
             argument = argument_of(field)
+            if field in slices:
+                self._given[field] = self._shared.operand(argument, spec, slices[field])
+                continue
+            tensor = getattr(self._request, field)
             if field in raw or not self._find(field, argument, tensor):
-                self._given[field] = self._shared.operand(argument, spec, tensor, raw.get(field))
-        self._places = self._shared.places(self._request, self._asked.results)
+                self._given[field] = array_of_spec(argument, spec, tensor, raw.get(field))
+        for field, spec in self._asked.results.items():
+            if field in slices:
+                self._places[field] = self._shared.place(f"{field}_place", spec, slices[field])
 
     def shared_bytes(self, *fields: str) -> int:
         """Return what those of some operands have that the request says are in shared memory."""
-        return sum(
-            spec.nbytes
-            for field, spec in self._asked.operands.items()
-            if field in fields and getattr(self._request, field).HasField("shared")
-        )
+        operands, slices = self._asked.operands, self._asked.slices
+        return sum(operands[field].nbytes for field in fields if field in slices)
 
     def find(self) -> dict[str, TensorSpec]:
         """Find the operands of a stream that are here already; return what is missing of the others.
@@ -238,11 +241,12 @@ class Exchange:
 
     def described(self, field: str) -> pb.Tensor:
         """Return the message of a result, without elements."""
-        message = message_from_spec(self._asked.results[field])
-        if field in self._names:
-            message.resident.handle = self._names[field]
-        elif field in self._places:
-            message.shared.CopyFrom(getattr(self._request, f"{field}_place"))
+        described = self._asked.described[field]
+        if field not in self._names:
+            return described
+        message = pb.Tensor()
+        message.CopyFrom(described)
+        message.resident.handle = self._names[field]
         return message
 
     def kept_operands(self) -> pb.KeptOperands | None:

@@ -6,8 +6,9 @@ not to be changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, wraps
 from typing import Final, TypeVar
 
@@ -18,7 +19,8 @@ from deconvd.gradients import Wanted
 from deconvd.messages import geometry_from_message, options_from_message
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec, problem_of
-from deconvd.tensor import spec_from_message
+from deconvd.shared_slice import SharedSlice
+from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = ["Deconvolution", "Differentiation"]
@@ -50,18 +52,40 @@ def _remembered(
     return decorate
 
 
-@dataclass(frozen=True)
-class Deconvolution:
-    """What a DeconvolveRequest asks for.
+@dataclass(frozen=True, kw_only=True)
+class _Asked(ABC):
+    """What a request asks for.
 
     Attributes:
         keep: The fields of the operands and results that are to be kept.
+        slices: Where those lie, or are to be put, that have their place in shared memory; by their fields.
     """
 
     problem: Problem
-    with_b: bool
     options: Options
-    keep: frozenset[str]
+    keep: frozenset[str] = frozenset()
+    slices: Mapping[str, SharedSlice] = field(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def results(self) -> dict[str, TensorSpec]:
+        """What its results will be, by the names of their fields."""
+
+    @cached_property
+    def described(self) -> dict[str, pb.Tensor]:
+        """The messages of its results without elements, by the names of their fields: not to be changed."""
+        described = {name: message_from_spec(spec) for name, spec in self.results.items()}
+        for name, message in described.items():
+            if name in self.slices:
+                self.slices[name].write_to(message.shared)
+        return described
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deconvolution(_Asked):
+    """What a DeconvolveRequest asks for. See `_Asked`."""
+
+    with_b: bool
 
     @staticmethod
     @_remembered(pb.DeconvolveRequest)
@@ -75,11 +99,15 @@ class Deconvolution:
         with_b = message.HasField("b")
         if with_b:
             problem.check_b(spec_from_message("b", message.b))
-        keep = {field for field in ("x", "w", "b") if getattr(message.keep, field)}
+        keep = {name for name in ("x", "w", "b") if getattr(message.keep, name)}
         keep |= {"y"} if message.keep_y else set()
         _check_places(message, keep)
         return Deconvolution(
-            problem, with_b, options_from_message(message.options), frozenset(keep)
+            problem=problem,
+            with_b=with_b,
+            options=options_from_message(message.options),
+            keep=frozenset(keep),
+            slices=_slices(message, ("w", "b", "x"), ("y",)),
         )
 
     @cached_property
@@ -93,19 +121,17 @@ class Deconvolution:
         """What its result will be, by the name of its field."""
         return {"y": self.problem.y}
 
+    @cached_property
+    def response(self) -> pb.DeconvolveResponse:
+        """The response, without elements, where nothing is kept: not to be changed."""
+        return pb.DeconvolveResponse(y=self.described["y"])
 
-@dataclass(frozen=True)
-class Differentiation:
-    """What a DeconvolveGradRequest asks for.
 
-    Attributes:
-        keep: The fields of the results that are to be kept.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Differentiation(_Asked):
+    """What a DeconvolveGradRequest asks for; it keeps results alone. See `_Asked`."""
 
-    problem: Problem
     wanted: Wanted
-    options: Options
-    keep: frozenset[str]
 
     @staticmethod
     @_remembered(pb.DeconvolveGradRequest)
@@ -120,12 +146,18 @@ class Differentiation:
         problem = _problem(message)
         problem.check_gy(spec_from_message("gy", message.gy))
         keep = frozenset(
-            field
-            for field in ("gx", "gw", "gb")
-            if getattr(mask, field) and getattr(message.keep, field)
+            name
+            for name in ("gx", "gw", "gb")
+            if getattr(mask, name) and getattr(message.keep, name)
         )
         _check_places(message, keep)
-        return Differentiation(problem, wanted, options_from_message(message.options), keep)
+        return Differentiation(
+            problem=problem,
+            wanted=wanted,
+            options=options_from_message(message.options),
+            keep=keep,
+            slices=_slices(message, ("w", "x", "gy"), ("gx", "gw", "gb")),
+        )
 
     @cached_property
     def operands(self) -> dict[str, TensorSpec]:
@@ -141,17 +173,39 @@ class Differentiation:
         problem, wanted = self.problem, self.wanted
         all_of_them = {"gx": problem.x, "gw": problem.W, "gb": problem.b}
         is_wanted = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
-        return {field: spec for field, spec in all_of_them.items() if is_wanted[field]}
+        return {name: spec for name, spec in all_of_them.items() if is_wanted[name]}
+
+    @cached_property
+    def response(self) -> pb.DeconvolveGradResponse:
+        """The response, without elements, where nothing is kept: not to be changed."""
+        return pb.DeconvolveGradResponse(**self.described)
+
+
+def _slices(
+    message: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
+    operands: Iterable[str],
+    results: Iterable[str],
+) -> dict[str, SharedSlice]:
+    """Return where tensors lie, or are to be put, in shared memory, by their fields."""
+    slices = {}
+    for name in operands:
+        tensor: pb.Tensor = getattr(message, name)
+        if tensor.HasField("shared"):
+            slices[name] = SharedSlice.from_message(tensor.shared)
+    for name in results:
+        if message.HasField(f"{name}_place"):  # type: ignore[arg-type]
+            slices[name] = SharedSlice.from_message(getattr(message, f"{name}_place"))
+    return slices
 
 
 def _check_places(
     message: pb.DeconvolveRequest | pb.DeconvolveGradRequest, keep: Iterable[str]
 ) -> None:
-    for field in keep:
-        place = f"{field}_place"
+    for name in keep:
+        place = f"{name}_place"
         if place in message.DESCRIPTOR.fields_by_name and message.HasField(place):  # type: ignore[arg-type]
             raise InvalidArgumentError(
-                f"{place} must be left out where {field} is to be kept", argument=place
+                f"{place} must be left out where {name} is to be kept", argument=place
             )
 
 

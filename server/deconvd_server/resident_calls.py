@@ -10,6 +10,7 @@ from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError
 from deconvd.parts import Part, PartReader, elements_part, slices
 from deconvd.problem import TensorSpec
+from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
@@ -122,7 +123,8 @@ class ResidentCalls:
         payload = message.WhichOneof("payload")
         if payload == "shared":
             with CallTensors(self._lender()) as shared:
-                array = shared.place("tensor", message.shared, kept.spec)
+                lies_at = SharedSlice.from_message(message.shared)
+                array = shared.host_place("tensor", kept.spec, lies_at)
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
             with self._streams.admitted(_piece_bytes(kept.spec), call):
@@ -155,7 +157,8 @@ class ResidentCalls:
     ) -> pb.GetTensorResponse:
         """Copy a tensor into shared memory; return the message that says so."""
         with CallTensors(self._lender()) as shared:
-            residents.keeper.array(kept, call, shared.place("place", place, kept.spec))
+            lies_at = SharedSlice.from_message(place)
+            residents.keeper.array(kept, call, shared.host_place("place", kept.spec, lies_at))
         header = message_from_spec(kept.spec)
         header.shared.CopyFrom(place)
         return pb.GetTensorResponse(header=header)

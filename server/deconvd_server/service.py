@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
 
 import grpc
 import numpy as np
@@ -36,6 +38,8 @@ from deconvd_server.streaming import SlicedProblem, Slices
 __all__ = ["SERVICE_NAME", "DeconvolutionService"]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DeconvolutionService"].full_name
+
+_AskedT = TypeVar("_AskedT", Deconvolution, Differentiation)
 
 _FEATURES = ("resident_tensors",)
 
@@ -109,10 +113,7 @@ class DeconvolutionService:
             out = exchange.place("y")
             y = engine.deconvolve(asked.problem, x, W, b, asked.options, call, out)
             exchange.commit()
-            response = pb.DeconvolveResponse(
-                y=exchange.described("y"), kept=exchange.kept_operands()
-            )
-            return Envelope(response, _sent(exchange, {"y": y}))
+            return Envelope(_response(asked, exchange), _sent(exchange, {"y": y}))
 
     def deconvolve_grad(
         self, request: Envelope[pb.DeconvolveGradRequest], call: Call
@@ -132,15 +133,14 @@ class DeconvolutionService:
             )
             exchange.commit()
             results = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
-            described = {field: exchange.described(field) for field in asked.results}
-            return Envelope(pb.DeconvolveGradResponse(**described), _sent(exchange, results))
+            return Envelope(_grad_response(asked, exchange), _sent(exchange, results))
 
     def deconvolve_stream(
         self, reader: PartReader[pb.DeconvolveStreamRequest], call: Call
     ) -> Parts:
         """Serve DeconvolveStream."""
         header = reader.header().header
-        asked = Deconvolution.from_message(header.request)
+        asked = _streamed(Deconvolution.from_message(header.request))
         sliced = SlicedProblem(asked.problem, header.slice_samples_count)
         with self._exchange(header.request, asked, call) as exchange:
             missing = exchange.find()
@@ -151,10 +151,7 @@ class DeconvolutionService:
                     yield pb.DeconvolveStreamResponse(missing=pb.Missing(fields=missing))
                     operands.take_missing(missing)
                 operands.prepare()
-                described = pb.DeconvolveResponse(
-                    y=exchange.described("y"), kept=exchange.kept_operands()
-                )
-                yield pb.DeconvolveStreamResponse(header=described)
+                yield pb.DeconvolveStreamResponse(header=_response(asked, exchange))
                 slices = Slices(
                     sliced, asked.options, engine, operands, exchange, self._executor, call
                 )
@@ -166,7 +163,7 @@ class DeconvolutionService:
     ) -> Parts:
         """Serve DeconvolveGradStream."""
         header = reader.header().header
-        asked = Differentiation.from_message(header.request)
+        asked = _streamed(Differentiation.from_message(header.request))
         sliced = SlicedProblem(asked.problem, header.slice_samples_count)
         with self._exchange(header.request, asked, call) as exchange:
             missing = exchange.find()
@@ -177,8 +174,7 @@ class DeconvolutionService:
                     yield pb.DeconvolveGradStreamResponse(missing=pb.Missing(fields=missing))
                     operands.take_missing(missing)
                 operands.prepare()
-                described = {field: exchange.described(field) for field in asked.results}
-                yield pb.DeconvolveGradStreamResponse(header=pb.DeconvolveGradResponse(**described))
+                yield pb.DeconvolveGradStreamResponse(header=_grad_response(asked, exchange))
                 slices = Slices(
                     sliced, asked.options, engine, operands, exchange, self._executor, call
                 )
@@ -245,6 +241,27 @@ class DeconvolutionService:
                 f"most {self._max_message_bytes}: send fewer samples at a time, or start it with a "
                 "larger --max-message-bytes"
             )
+
+
+def _streamed(asked: _AskedT) -> _AskedT:
+    """Return what a stream asks for: its results are behind its headers, wherever else they might be put."""
+    return replace(asked, slices={})
+
+
+def _response(asked: Deconvolution, exchange: Exchange) -> pb.DeconvolveResponse:
+    """Return the response to a call, without elements: not to be changed."""
+    if not asked.keep:
+        return asked.response
+    return pb.DeconvolveResponse(y=exchange.described("y"), kept=exchange.kept_operands())
+
+
+def _grad_response(asked: Differentiation, exchange: Exchange) -> pb.DeconvolveGradResponse:
+    """Return the response to a call for gradients, in the manner of `_response`."""
+    if not asked.keep:
+        return asked.response
+    return pb.DeconvolveGradResponse(
+        **{field: exchange.described(field) for field in asked.results}
+    )
 
 
 def _sent(exchange: Exchange, results: Mapping[str, Operand | None]) -> dict[str, Buffer]:

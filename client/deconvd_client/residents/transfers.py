@@ -46,10 +46,10 @@ class Transfers:
         request = pb.GetTensorRequest(session=session, resident=resident)
         try:
             with SharedCall(self._memory) as call:
-                result = call.result(spec)
+                result = call.result(spec) if call.is_large(spec) else None
                 if result is not None:
-                    placed = pb.GetTensorRequest(place=result.place)
-                    placed.MergeFrom(request)
+                    placed = pb.GetTensorRequest(session=session, resident=resident)
+                    result.place.write_to(placed.place)
                     self._received(placed, None)
                     return result.array
         except StaleRegionError:

@@ -25,9 +25,9 @@ from deconvd.errors import (
     UnimplementedError,
 )
 from deconvd.problem import TensorSpec, check_extents
+from deconvd.shared_slice import SharedSlice
 from deconvd.system import call_in_forked_children
 from deconvd.tensor import Array
-from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError, NotLentError
 from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.region import Block, Region, State
@@ -91,14 +91,14 @@ class Borrower:
         """Return whether shared memory pays for a tensor."""
         return tensor.nbytes >= self.place.smallest_bytes
 
-    def locate(self, array: Array) -> pb.SharedSlice | None:
+    def locate(self, array: Array) -> SharedSlice | None:
         """Return where an array lies; None unless it lies in borrowed memory as a message's elements do."""
         address = self.place.address(array) if array.nbytes else None
         if address is None:
             return None
         for region in self._regions:
             if region.holds(address, array.nbytes):
-                return pb.SharedSlice(region=region.name, offset_bytes=address - region.address)
+                return SharedSlice(region.name, address - region.address)
         return None
 
     def note_failure(self, error: BaseException, regions: Iterable[Region]) -> None:

@@ -78,7 +78,7 @@ def _want(
         result = call.result(spec)
         if result is None:
             return None
-        getattr(request, f"{field}_place").CopyFrom(result.place)
+        result.place.write_to(getattr(request, f"{field}_place"))
         places[field] = result
     return places
 
@@ -95,7 +95,7 @@ def _put(
         place = call.place(array)
         if place is None:
             return None
-        getattr(request, field).shared.CopyFrom(place)
+        place.write_to(getattr(request, field).shared)
     return raw
 
 

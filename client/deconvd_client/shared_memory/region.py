@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from deconvd.problem import TensorSpec
+from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
-from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory.arena import Arena
 
 __all__ = ["Block", "HostRegion", "Region", "State"]
@@ -51,9 +51,9 @@ class Block:
         return self.region.array(self, spec)
 
     @property
-    def message(self) -> pb.SharedSlice:
+    def place(self) -> SharedSlice:
         """Where it is, for the server."""
-        return pb.SharedSlice(region=self.region.name, offset_bytes=self.offset)
+        return SharedSlice(self.region.name, self.offset)
 
 
 class Region(ABC):

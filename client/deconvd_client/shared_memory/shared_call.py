@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from deconvd.problem import TensorSpec
+from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.late_copy import LateCopy, Part
@@ -20,8 +20,7 @@ _LATE_BYTES: Final = 1 << 20
 """What is smaller is copied at once: to tell of it takes as long."""
 
 
-@dataclass(frozen=True, slots=True)
-class SharedResult:
+class SharedResult(NamedTuple):
     """Memory for one result of a call.
 
     Attributes:
@@ -30,7 +29,7 @@ class SharedResult:
             view of it.
     """
 
-    place: pb.SharedSlice
+    place: SharedSlice
     array: Array
 
 
@@ -56,7 +55,7 @@ class SharedCall:
         """Return whether shared memory pays for a tensor."""
         return self._borrower.is_large(tensor)
 
-    def place(self, array: Array) -> pb.SharedSlice | None:
+    def place(self, array: Array) -> SharedSlice | None:
         """Return where in shared memory an array lies, or will once `settle` was called; None if there is no room."""
         place = self._borrower.locate(array)
         self._kept.append(array)
@@ -74,16 +73,16 @@ class SharedCall:
         if place is None:
             return None
         message = message_from_spec(spec_of(array))
-        message.shared.CopyFrom(place)
+        place.write_to(message.shared)
         return message
 
     def result(self, spec: TensorSpec) -> SharedResult | None:
-        """Return memory for a result; None if it is better sent: it is small, or there is no room."""
-        block = self._borrower.take_now(spec.nbytes) if self.is_large(spec) else None
+        """Return memory for a result; None if there is no room."""
+        block = self._borrower.take_now(spec.nbytes)
         if block is None:
             return None
         self._blocks.append(block)
-        return SharedResult(block.message, block.array(spec))
+        return SharedResult(block.place, block.array(spec))
 
     def settle(self, *, may_be_late: bool = False) -> None:
         """Return when the server may read and write what has a place.
@@ -116,7 +115,7 @@ class SharedCall:
         if exc is not None:
             self._borrower.note_failure(exc, {block.region for block in self._blocks})
 
-    def _place_of_copy(self, array: Array) -> pb.SharedSlice | None:
+    def _place_of_copy(self, array: Array) -> SharedSlice | None:
         block = self._borrower.take_now(array.nbytes)
         if block is None:
             return None
@@ -124,7 +123,7 @@ class SharedCall:
         self._parts.append(Part(array.nbytes, (copy, array)))
         self._copied_bytes += array.nbytes
         self._kept.append(copy)
-        return block.message
+        return block.place
 
 
 def _is_large(part: Part) -> bool:
