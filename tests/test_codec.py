@@ -84,6 +84,29 @@ def test_what_is_written_the_generated_classes_read(message: Message) -> None:
     assert len(written) == message.ByteSize()
 
 
+@given(messages())
+def test_what_comes_again_reads_the_same(message: Message) -> None:
+    data = message.SerializeToString()
+    for _ in range(3):
+        assert whole(decode(type(message), bytes(bytearray(data)))) == message
+
+
+def test_no_more_is_remembered_than_has_room() -> None:
+    for size_bytes in range(1, 2000):
+        request = pb.DeconvolveRequest(session=bytes(size_bytes))
+        assert decode(pb.DeconvolveRequest, request.SerializeToString()).message == request
+    sizes_bytes = [len(data) for _, data in codec._known]
+    assert len(sizes_bytes) <= 1024
+    assert max(sizes_bytes) <= 1024
+
+
+def test_elements_are_not_remembered() -> None:
+    request = pb.DeconvolveRequest(x=pb.Tensor(raw=b"secret"))
+    data = request.SerializeToString()
+    decode(pb.DeconvolveRequest, data)
+    assert (pb.DeconvolveRequest, data) not in codec._known
+
+
 @given(messages(), st.data())
 def test_fields_may_stand_in_any_order(message: Message, data: st.DataObject) -> None:
     parts = [singly(message, field.name) for field, _ in message.ListFields()]

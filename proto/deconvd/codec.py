@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -39,6 +39,10 @@ Buffer = bytes | memoryview
 _SMALL_BYTES: Final = 16 << 10
 """Up to this size the generated classes are faster than any framing in Python."""
 
+_REMEMBERED_BYTES: Final = 1 << 10
+_REMEMBERED_COUNT: Final = 1024
+"""More than a message has beside elements, and as many as are remembered."""
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 """Wire types: https://protobuf.dev/programming-guides/encoding."""
 
@@ -50,17 +54,19 @@ _CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
 _MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope(Generic[M]):
+class Envelope(NamedTuple, Generic[M]):
     """A message, and apart from it the raw elements of its tensors.
 
     Attributes:
-        message: Its tensors have no raw payload.
+        message: Its tensors have no raw payload. It may be another's too: it is not to be changed.
         raw: The elements of each tensor that has some, by the name of its field.
     """
 
     message: M
     raw: Mapping[str, Buffer]
+
+
+_known: Final[dict[tuple[type[Message], bytes], Envelope[Any]]] = {}
 
 
 def encode(envelope: Envelope[M]) -> bytes:
@@ -85,17 +91,36 @@ def encode(envelope: Envelope[M]) -> bytes:
 
 
 def decode(message_type: type[M], data: bytes) -> Envelope[M]:
-    """Return the message that bytes hold; elements are views of the bytes.
+    """Return the message that bytes hold, which is not to be changed; elements are views of the bytes.
+
+    What has no elements may well come again: it is remembered.
 
     Raises:
         DecodeError: They hold no such message.
     """
+    if len(data) > _REMEMBERED_BYTES:
+        return _read(message_type, data)
+    envelope = _known.get((message_type, data))
+    if envelope is None:
+        envelope = _read(message_type, data)
+        if not envelope.raw:
+            _remember(message_type, data, envelope)
+    return envelope
+
+
+def _read(message_type: type[M], data: bytes) -> Envelope[M]:
     if len(data) > _SMALL_BYTES:
         try:
             return _decode_large(message_type, memoryview(data))
         except _UnusualError:
             pass  # not wrong, as far as is known here: the generated class decides
     return _taken_apart(message_type.FromString(data))
+
+
+def _remember(message_type: type[M], data: bytes, envelope: Envelope[M]) -> None:
+    if len(_known) >= _REMEMBERED_COUNT:
+        _known.clear()
+    _known[message_type, data] = envelope
 
 
 def chunk_to_bytes(chunk: Buffer) -> bytes:
