@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import deconvd_client
-from deconvd.direct import CallHead, Method
+from deconvd.direct import Answer, CallHead, Method
 from deconvd.line import FrameKind, Line
 from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
@@ -54,22 +54,21 @@ def send_call(
     line.send((FrameKind.CALL, CallHead(method, timeout_s, message, is_early).pack()))
 
 
-def answer(line: Line) -> tuple[list[tuple[FrameKind, bytes]], bytes]:
-    """Return the frames that come before the last, and what the last holds."""
-    frames = []
+def answer(line: Line) -> tuple[FrameKind, bytes]:
+    """Return the frame that a call ends with, and what it holds."""
     while True:
         kind, size_bytes = line.receive()
-        frames.append((kind, line.take(size_bytes)))
-        if kind in (FrameKind.END, FrameKind.FAILED):
-            return frames, frames[-1][1]
+        payload = line.take(size_bytes)
+        if kind in (FrameKind.ANSWER, FrameKind.END, FrameKind.FAILED):
+            return kind, payload
 
 
 def serves(line: Line) -> bool:
     """Make a call, and return whether it was answered well."""
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
-    (kind, response), (end, _) = answer(line)[0]
-    shape = pb.DeconvolveResponse.FromString(response).y.shape
-    return (kind, end, list(shape)) == (FrameKind.MESSAGE, FrameKind.END, [1, 2, 4, 4])
+    kind, payload = answer(line)
+    response = pb.DeconvolveResponse.FromString(Answer.parse(payload).message)
+    return (kind, list(response.y.shape)) == (FrameKind.ANSWER, [1, 2, 4, 4])
 
 
 def wait_until_idle(server: ServerProcess) -> None:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import ANY_INSTANCE, FrameSource, Method, calls_beside, greet
+from deconvd.direct import ANY_INSTANCE, Answer, FrameSource, Method, calls_beside, greet
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError, UnavailableError
 from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Elements, PartReader, elements_part
@@ -268,7 +268,7 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=0)
     assert b"DeadlineError" in answer(line)[1]
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=1e12)
-    assert answer(line)[0][-1][0] is FrameKind.END
+    assert answer(line)[0] is FrameKind.ANSWER
     assert serves(line)
     line.close()
     with deconvd_client.connect(
@@ -279,6 +279,17 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(*SLOW)
     wait_until_idle(running)
+
+
+@given(st.binary(max_size=300), st.text("abc=;_0123", max_size=300))
+def test_an_answer_is_read_as_it_was_written(message: bytes, ledger: str) -> None:
+    assert Answer.parse(Answer(message, ledger).pack()) == (message, ledger)
+
+
+@given(st.binary(max_size=30))
+def test_an_answer_of_any_bytes_is_read_or_refused(payload: bytes) -> None:
+    with suppress(LineBrokenError):
+        Answer.parse(payload)
 
 
 FRAMES = st.lists(

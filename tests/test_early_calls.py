@@ -15,7 +15,7 @@ from google.rpc import status_pb2
 
 import deconvd_client
 from deconvd import copying
-from deconvd.direct import CallHead, Method, calls_beside, tell_written
+from deconvd.direct import Answer, CallHead, Method, calls_beside, tell_written
 from deconvd.errors import DeadlineError, InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.line import FrameKind, Line, LineBrokenError
@@ -306,16 +306,15 @@ class TestServer:
         geometry = Geometry(stride=(stride, stride))
         y = Problem(spec_of(x), spec_of(W), geometry).y
         lent = borrower.empty(y.shape, y.dtype)
-        place = borrower.locate(lent)
         request = pb.DeconvolveRequest(
             x=message_from_spec(spec_of(x)),
             w=message_from_array(W),
             geometry=message_from_geometry(geometry),
-            y_place=place,
         )
-        lies_at = borrower.locate(x)
-        assert lies_at is not None
-        request.x.shared.CopyFrom(lies_at)
+        for array, message in ((x, request.x.shared), (lent, request.y_place)):
+            place = borrower.locate(array)
+            assert place is not None
+            place.write_to(message)
         return request, lent
 
     def begin(self, line: Line, request: pb.DeconvolveRequest, timeout_s: float = 60) -> None:
@@ -323,7 +322,7 @@ class TestServer:
         send_call(line, Method.Deconvolve, data, timeout_s=timeout_s, is_early=True)
 
     def failure(self, line: Line) -> Exception:
-        ((kind, payload),), _ = answer(line)
+        kind, payload = answer(line)
         assert kind is FrameKind.FAILED
         return error_from_status(status_pb2.Status.FromString(payload))
 
@@ -336,8 +335,7 @@ class TestServer:
                 assert not line.has_come(1, 0.05)
                 x[:end] = source[:end]
                 tell_written(line, x[:end].nbytes)
-            (message, _), _ = answer(line)
-            assert message[0] is FrameKind.MESSAGE
+            assert answer(line)[0] is FrameKind.ANSWER
             np.testing.assert_array_equal(y, source * 3)
 
     def test_others_are_served_meanwhile(
@@ -354,7 +352,7 @@ class TestServer:
         x[...] = 1
         for other in (*waiting, line):
             tell_written(other, x.nbytes)
-            assert answer(other)[0][0][0] is FrameKind.MESSAGE
+            assert answer(other)[0] is FrameKind.ANSWER
         for other in waiting:
             other.close()
 
@@ -399,7 +397,7 @@ class TestServer:
         for lie in (x.nbytes, 2**64 - 1):
             self.begin(line, self.request(borrower, x)[0])
             tell_written(line, lie)
-            assert answer(line)[0][0][0] is FrameKind.MESSAGE
+            assert answer(line)[0] is FrameKind.ANSWER
             assert serves(line)
 
     def test_what_is_not_said_in_order_is_waited_for(
@@ -412,7 +410,7 @@ class TestServer:
         assert not line.has_come(1, 0.1)
         x[...] = 1
         tell_written(line, x.nbytes)
-        assert answer(line)[0][0][0] is FrameKind.MESSAGE
+        assert answer(line)[0] is FrameKind.ANSWER
         np.testing.assert_array_equal(y, x * 3)
 
     @pytest.mark.parametrize(
@@ -462,7 +460,7 @@ class TestServer:
         lent_W[...] = np.nan
         place = borrower.locate(lent_W)
         assert place is not None
-        request.w.shared.CopyFrom(place)
+        place.write_to(request.w.shared)
         with holder(server.target) as held:
             request.session = held.session
             setattr(request.keep, field, True)
@@ -473,8 +471,8 @@ class TestServer:
             assert not line.has_come(1, 0.2)
             x[...] = source
             tell_written(line, W.nbytes + x.nbytes)
-            (message, _), _ = answer(line)
-            kept = getattr(pb.DeconvolveResponse.FromString(message[1]).kept, field)
+            response = pb.DeconvolveResponse.FromString(Answer.parse(answer(line)[1]).message)
+            kept = getattr(response.kept, field)
             np.testing.assert_array_equal(y, source * 3)
             operand, origin = (x, source) if field == "x" else (lent_W, W)
             operand[...] = y[...] = np.nan
@@ -511,7 +509,7 @@ class TestServer:
         wait_until(lambda: not socket_path.exists())  # it drains
         x[...] = 1
         tell_written(line, x.nbytes)
-        assert answer(line)[0][0][0] is FrameKind.MESSAGE  # it was under way
+        assert answer(line)[0] is FrameKind.ANSWER  # it was under way
         assert server.process.wait(30) == 0
 
 

@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, TypeVar
 
 from google.protobuf.message import Message
 
 from deconvd.busy_polling import BusyPolling
-from deconvd.direct import CallHead, FrameSource, Method, ended, tell_written
+from deconvd.direct import Answer, CallHead, FrameSource, Method, failure, tell_written
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
 from deconvd.parts import Part
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
 
-__all__ = ["Conversation", "DirectLines", "NoLineError", "Reply"]
+__all__ = ["Conversation", "DirectLines", "NoLineError"]
 
 _T = TypeVar("_T")
 
@@ -47,13 +47,6 @@ _log = logging.getLogger(__name__)
 
 class NoLineError(Exception):
     """There is no line, or it was lost: the call is to be made in another way."""
-
-
-class Reply(NamedTuple):
-    """What a call was answered."""
-
-    message: bytes
-    ledger: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +100,7 @@ class DirectLines:
 
     def call(
         self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None = None
-    ) -> Reply:
+    ) -> Answer:
         """Return the answer to a call of one message.
 
         Args:
@@ -125,7 +118,7 @@ class DirectLines:
         with self._line(timeout_s) as lent:
             lent.begin(method, message, timeout_s, late_copy)
             self._polling.wait(lent.line, self._is_alone)
-            return lent.reply()
+            return lent.answer()
 
     def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
@@ -256,19 +249,19 @@ class _LentLine:
         self._send(CallHead(method, timeout_s, message, True, written_bytes))
         late_copy.make(self._tell_written)
 
-    def reply(self) -> Reply:
+    def answer(self) -> Answer:
         """Return the answer to a call that has begun."""
-        response = b""
-        while True:
-            kind, size_bytes = self.line.receive()
-            payload = self.line.receive_payload(size_bytes)
-            if kind is FrameKind.MESSAGE:
-                response = payload
-            elif kind in (FrameKind.END, FrameKind.FAILED):
-                self.is_in_order = True
-                return Reply(response, ended(kind, payload))
-            else:
-                raise LineBrokenError(f"a frame of kind {kind.name} in an answer of one message")
+        kind, size_bytes = self.line.receive()
+        payload = self.line.receive_payload(size_bytes)
+        if kind is FrameKind.ANSWER:
+            answer = Answer.parse(payload)
+            self.is_in_order = True
+            return answer
+        if kind is FrameKind.FAILED:
+            error = failure(payload)
+            self.is_in_order = True
+            raise error
+        raise LineBrokenError(f"a frame of kind {kind.name} where an answer was to come")
 
     def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
         """See `DirectLines.converse`."""

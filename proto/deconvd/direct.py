@@ -4,7 +4,7 @@ A server that listens for gRPC listens for direct calls too: on a Unix socket be
 GetServerInfo tells. A line is a connection to one of them: it carries one call after the other, in frames (see
 `deconvd.line`). The messages are those of the service. All numbers are little-endian.
 
-    client   HELLO              "dcd4", and the id of the instance that is meant (16 bytes; zeros for any): once
+    client   HELLO              "dcd5", and the id of the instance that is meant (16 bytes; zeros for any): once
              CALL               method (1 byte), whether it is early (1 byte: 0 or 1), 6 zero bytes, timeout in
                                 microseconds (8 bytes), how many bytes are written (8 bytes), the request's message
              WRITTEN            in an early call: how many bytes are written by now (8 bytes)
@@ -12,10 +12,12 @@ GetServerInfo tells. A line is a connection to one of them: it carries one call 
              MISSING_ELEMENTS   the next elements of what the server found missing
              END                for such a method: the request is whole
 
-    server   HELLO              "dcd4", and its own id: once
-             MESSAGE            the response, or a message of a streamed response
+    server   HELLO              "dcd5", and its own id: once
+             ANSWER             a call of a method that streams nothing has ended well: how many bytes the ledger has
+                                (2 bytes), 6 zero bytes, the ledger (ASCII; as in `deconvd.ledger`), the response
+             MESSAGE            of another method: the response, or a message of it
              ELEMENTS           the next elements
-             END                the call has ended well: the ledger (ASCII; as in `deconvd.ledger`)
+             END                a call of such a method has ended well: the ledger
              FAILED             the call has failed: a google.rpc.Status
 
 A call of Deconvolve whose x is in shared memory may be early: its client is still writing the operands that are there,
@@ -32,9 +34,8 @@ and after a call that failed before its request was whole, and MAY close one bet
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
@@ -45,12 +46,14 @@ from deconvd.status import error_from_status
 
 __all__ = [
     "ANY_INSTANCE",
+    "Answer",
     "CallHead",
     "FrameSource",
     "Method",
     "be_greeted",
     "calls_beside",
     "ended",
+    "failure",
     "greet",
     "hear_written",
     "tell_written",
@@ -59,10 +62,11 @@ __all__ = [
 ANY_INSTANCE: Final = bytes(16)
 """Stands for the id of whichever server it is."""
 
-_MAGIC: Final = b"dcd4"
+_MAGIC: Final = b"dcd5"
 _HELLO: Final = struct.Struct("<4s16s")
 _CALL: Final = struct.Struct("<B?6xQQ")
 _WRITTEN: Final = struct.Struct("<Q")
+_ANSWER: Final = struct.Struct("<H6x")
 
 _ELEMENTS: Final = (FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS)
 
@@ -86,8 +90,7 @@ class Method(IntEnum):
 _METHODS: Final = {method.value: method for method in Method}
 
 
-@dataclass(frozen=True, slots=True)
-class CallHead:
+class CallHead(NamedTuple):
     """How a call begins.
 
     Attributes:
@@ -121,6 +124,33 @@ class CallHead:
         if is_early and method is not Method.Deconvolve:
             raise LineBrokenError(f"an early call of {method.name}")
         return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early, written_bytes)
+
+
+class Answer(NamedTuple):
+    """The response to a call that streams nothing.
+
+    Attributes:
+        message: The response.
+        ledger: What came with it.
+    """
+
+    message: bytes
+    ledger: str
+
+    def pack(self) -> bytes:
+        """Return the payload of its frame."""
+        ledger = self.ledger.encode()
+        return b"".join((_ANSWER.pack(len(ledger)), ledger, self.message))
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Answer:
+        """Return what a frame's payload says. Raises LineBrokenError if it is no answer."""
+        begin = end = _ANSWER.size
+        if len(payload) >= begin:
+            end += _ANSWER.unpack_from(payload)[0]
+        if len(payload) < end:
+            raise LineBrokenError(f"an answer of {len(payload)} bytes, which is none")
+        return cls(payload[end:], _text(payload[begin:end]))
 
 
 def tell_written(line: Line, size_bytes: int) -> None:
@@ -214,7 +244,7 @@ class FrameSource:
         payload = self._line.receive_payload(size_bytes)
         if kind is FrameKind.MESSAGE:
             return parsed(self._part_type, payload)
-        if kind in (FrameKind.HELLO, FrameKind.CALL, FrameKind.WRITTEN):
+        if kind not in (FrameKind.END, FrameKind.FAILED):
             raise LineBrokenError(f"{kind.name} in the middle of a call")
         self.is_over = True
         self.ledger = ended(kind, payload)
@@ -228,12 +258,20 @@ class FrameSource:
 def ended(kind: FrameKind, payload: bytes) -> str:
     """Return the ledger of a call that has ended. Raises what it has failed with, if it has."""
     if kind is FrameKind.FAILED:
-        try:
-            status = status_pb2.Status.FromString(payload)
-        except DecodeError:
-            raise LineBrokenError("a failure that is no google.rpc.Status") from None
-        raise error_from_status(status)
-    return payload.decode("ascii", errors="replace")
+        raise failure(payload)
+    return _text(payload)
+
+
+def failure(payload: bytes) -> Exception:
+    """Return what a call has failed with. Raises LineBrokenError if the payload does not say it."""
+    try:
+        return error_from_status(status_pb2.Status.FromString(payload))
+    except DecodeError:
+        raise LineBrokenError("a failure that is no google.rpc.Status") from None
+
+
+def _text(ledger: bytes) -> str:
+    return ledger.decode("ascii", errors="replace")
 
 
 def calls_beside(unix_path: str) -> str:

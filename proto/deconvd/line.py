@@ -69,6 +69,7 @@ class FrameKind(IntEnum):
     END = 6
     FAILED = 7
     WRITTEN = 8
+    ANSWER = 9
 
 
 _KINDS: Final = {kind.value: kind for kind in FrameKind}

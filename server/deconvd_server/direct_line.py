@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 
 from deconvd.busy_polling import BusyPolling
 from deconvd.codec import encode
-from deconvd.direct import CallHead, FrameSource, Method, be_greeted
+from deconvd.direct import Answer, CallHead, FrameSource, Method, be_greeted
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
 from deconvd.status import told_as_status
@@ -179,7 +179,8 @@ class DirectLine:
         behaviour = self._behaviours[head.method]
         source = FrameSource(self._line, behaviour.request_type, head.message)
         source.is_over = not head.method.streams_request
-        _log.debug("%s from %s: begun", behaviour.name, self._peer)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s from %s: begun", behaviour.name, self._peer)
         try:
             self._respond(behaviour, head.message, source, call)
         except LineBrokenError:
@@ -194,7 +195,7 @@ class DirectLine:
         match behaviour:
             case Unary():
                 response = encode(behaviour.serve(behaviour.decoded(message), call))
-                self._send_only(response, call)
+                self._send_answer(Answer(response, call.ledger.as_text()))
                 return
             case Source():
                 parts = behaviour.serve(behaviour.decoded(message), call)
@@ -207,16 +208,16 @@ class DirectLine:
         with closing(parts):
             for part in parts:
                 self._line.send_part(part)
-        self._line.send((FrameKind.END, _ledger(call)))
+        self._line.send((FrameKind.END, call.ledger.as_text().encode()))
 
-    def _send_only(self, response: bytes, call: Call) -> None:
-        """Send the one message of a response, and the end."""
-        if len(response) > MAX_MESSAGE_BYTES:
+    def _send_answer(self, answer: Answer) -> None:
+        payload = answer.pack()
+        if len(payload) > MAX_MESSAGE_BYTES:
             raise ExhaustedError(
-                f"the response has {len(response)} bytes, too many for a message of a direct call: "
-                "it is to be made by gRPC"
+                f"the response has {len(answer.message)} bytes, too many for a message of a direct "
+                "call: it is to be made by gRPC"
             )
-        self._line.send((FrameKind.MESSAGE, response), (FrameKind.END, _ledger(call)))
+        self._line.send((FrameKind.ANSWER, payload))
 
     def _fail(self, error: DeconvdError, source: FrameSource) -> None:
         """Say what a call has failed with. The line is of no more use if its request is not whole."""
@@ -228,8 +229,3 @@ class DirectLine:
 
 def _alone(message: Message) -> Parts:
     yield message
-
-
-def _ledger(call: Call) -> bytes:
-    ((_, ledger),) = call.ledger.as_metadata()
-    return ledger.encode()

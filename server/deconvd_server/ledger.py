@@ -41,7 +41,7 @@ class Ledger:
     def __init__(self) -> None:
         self._begin_s = time.perf_counter()
         self._lock = threading.Lock()
-        self._microseconds: dict[Stage, int] = {}
+        self._microseconds = {Stage.QUEUE: 0}
 
     def add(self, stage: Stage, duration_s: float) -> None:
         """Count a time towards a stage."""
@@ -58,12 +58,16 @@ class Ledger:
         """Count the time that a ``with`` block takes towards a stage."""
         return Timing(self, stage)
 
-    def as_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what is counted, and the time until now as all of it, as gRPC metadata."""
-        self.add(Stage.SERVER, time.perf_counter() - self._begin_s)
+    def as_text(self) -> str:
+        """Return what is counted, and the time until now as all of it, as `deconvd.ledger` reads it."""
+        server_us = round((time.perf_counter() - self._begin_s) * 1e6)
         with self._lock:
-            entries = sorted(self._microseconds.items())
-        return ((METADATA_KEY, ";".join(f"{stage}={value}" for stage, value in entries)),)
+            entries = [*self._microseconds.items(), (Stage.SERVER, server_us)]
+        return ";".join([f"{stage}={value}" for stage, value in entries])
+
+    def as_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return `as_text` as gRPC metadata."""
+        return ((METADATA_KEY, self.as_text()),)
 
 
 class Timing:

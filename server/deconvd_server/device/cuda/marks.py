@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from deconvd_server.device.cuda.runtime import Event, Stream
 from deconvd_server.ledger import Ledger, Stage
 
@@ -21,6 +19,7 @@ class Marks:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._events = [Event(timing=True) for _ in range(len(_STAGES) + 1)]
+        self._stages = [*zip(_STAGES, self._events, self._events[1:], strict=False)]
 
     def begin(self, stream: Stream | None = None, *, in_graph: bool = False) -> None:
         """Mark where the first stage begins.
@@ -38,5 +37,4 @@ class Marks:
 
     def account(self, ledger: Ledger) -> None:
         """Count what each stage took. All must be marked, and the streams have been waited for."""
-        durations_s = (after.ms_since(before) / 1e3 for before, after in pairwise(self._events))
-        ledger.add_all(zip(_STAGES, durations_s, strict=True))
+        ledger.add_all([(stage, end.ms_since(begin) / 1e3) for stage, begin, end in self._stages])
