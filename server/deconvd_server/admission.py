@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
@@ -65,8 +66,7 @@ class Admission:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
-    @contextmanager
-    def admitted(self, footprint_bytes: int, call: Call) -> Iterator[None]:
+    def admitted(self, footprint_bytes: int, call: Call) -> AbstractContextManager[None]:
         """Hold a place and `footprint_bytes` for the block, after waiting for them.
 
         Raises:
@@ -74,12 +74,23 @@ class Admission:
             UnavailableError: Too many calls wait already, or what is held leaves no room for it.
             CallCancelledError, DeadlineError: The call ended while it waited.
         """
+        return _Admitted(self, footprint_bytes, call)
+
+    def enter(self, footprint_bytes: int, call: Call) -> None:
+        """Take a place and bytes, to be given back by `leave`. Otherwise as `admitted`."""
+        with self._lock:
+            if not self._line and self._has_room(footprint_bytes):
+                self._take(footprint_bytes)
+                return
         with call.ledger.timing(Stage.QUEUE):
-            self._enter(footprint_bytes, call)
-        try:
-            yield
-        finally:
-            self._leave(footprint_bytes)
+            self._wait(footprint_bytes, call)
+
+    def leave(self, footprint_bytes: int) -> None:
+        """Give back what `enter` took."""
+        with self._lock:
+            self._free_places += 1
+            self._free_bytes += footprint_bytes
+            self._changed.notify_all()
 
     def hold(self, size_bytes: int) -> None:
         """Take bytes until they are released, at once or not at all.
@@ -123,16 +134,13 @@ class Admission:
         """What calls may take, all together, as long as what is held stays."""
         return self._budget_bytes - self._held_bytes
 
-    def _enter(self, footprint_bytes: int, call: Call) -> None:
+    def _wait(self, footprint_bytes: int, call: Call) -> None:
         if footprint_bytes > self._budget_bytes:
             raise ExhaustedError(
                 f"the call needs {footprint_bytes} bytes of {self._memory}, of which calls may "
                 f"take {self._budget_bytes}: send fewer samples at a time"
             )
         with self._lock:
-            if not self._line and self._has_room(footprint_bytes):
-                self._take(footprint_bytes)
-                return
             missing_bytes = footprint_bytes - self._beside_held_bytes
         if missing_bytes > 0:
             self._make_room(missing_bytes, call)
@@ -178,15 +186,31 @@ class Admission:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
 
-    def _leave(self, footprint_bytes: int) -> None:
-        with self._lock:
-            self._free_places += 1
-            self._free_bytes += footprint_bytes
-            self._changed.notify_all()
-
     def _wake(self) -> None:
         with self._lock:
             self._changed.notify_all()
+
+
+class _Admitted(AbstractContextManager[None]):
+    """A call's place, for the length of a block. See `Admission.admitted`."""
+
+    __slots__ = ("_admission", "_call", "_footprint_bytes")
+
+    def __init__(self, admission: Admission, footprint_bytes: int, call: Call) -> None:
+        self._admission = admission
+        self._footprint_bytes = footprint_bytes
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._admission.enter(self._footprint_bytes, self._call)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._admission.leave(self._footprint_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

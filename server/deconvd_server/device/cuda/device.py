@@ -248,7 +248,7 @@ class CudaDevice(CardTensors):
         if call.writing is not None and (parts_count == 1 or not self._lanes.are_idle):
             call.writing.require(problem.x.nbytes)  # to follow it would take time from others
         part = _part(problem, parts_count)
-        with self._working(call) as lane:
+        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
             ready = self._prepared(Operation.Y, part, W, options, call, lane)
 
             def job() -> Job:
@@ -290,7 +290,7 @@ class CudaDevice(CardTensors):
                 (problem.x, problem.W, problem.b), out, astuple(wanted), strict=True
             )
         ]
-        with self._working(call) as lane:
+        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
             ready = None
             if wanted.gx and W is not None:
                 ready = self._prepared(Operation.GX, problem, W, options, call, lane)
@@ -369,12 +369,8 @@ class CudaDevice(CardTensors):
     @contextmanager
     def _working(self, call: Call) -> Iterator[Lane]:
         """Lend a lane, with the card as the thread's device. Raises as `Lanes.take`."""
-        lane = self._lanes.take(call)
-        try:
-            with current_device(self._card.ordinal), self._guard:
-                yield lane
-        finally:
-            self._lanes.give_back(lane)
+        with self._lanes.lend(call) as lane, self.using():
+            yield lane
 
     @contextmanager
     def using(self) -> Iterator[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Final
 
 from deconvd_server.call import Call
@@ -34,6 +36,10 @@ class Lanes:
         """Whether no call has one."""
         return len(self._idle) == self._count
 
+    def lend(self, call: Call) -> AbstractContextManager[Lane]:
+        """Lend a lane to a block, after waiting for one while the call lives. Raises as `take`."""
+        return _Lent(self, call)
+
     def take(self, call: Call) -> Lane:
         """Return a lane, to be given back; waits for one while the call lives.
 
@@ -59,3 +65,25 @@ class Lanes:
             lane = self._idle.pop()
             lane.close()
             yield lane.stream.pointer
+
+
+class _Lent(AbstractContextManager[Lane]):
+    """A lane for the length of a block. See `Lanes.lend`."""
+
+    __slots__ = ("_call", "_lane", "_lanes")
+
+    def __init__(self, lanes: Lanes, call: Call) -> None:
+        self._lanes = lanes
+        self._call = call
+
+    def __enter__(self) -> Lane:
+        self._lane = self._lanes.take(self._call)
+        return self._lane
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lanes.give_back(self._lane)
