@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from deconvd.addresses import address_of
 from deconvd.copying import copy_all
 from deconvd.tensor import Array
 from deconvd_client.shared_memory.link import Link
@@ -56,8 +57,7 @@ class _Host:
     def address(self, array: Array) -> int | None:
         """Return where an array lies. See `Place`."""
         is_plain = array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
-        address: int = array.__array_interface__["data"][0]
-        return address if is_plain else None
+        return address_of(array) if is_plain else None
 
     def settle(self, copies: Sequence[tuple[Array, Array]]) -> None:
         """Make copies: all else that is done to a numpy array is done at once. See `Place`."""

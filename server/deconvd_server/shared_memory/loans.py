@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer
@@ -92,8 +92,7 @@ class Lendable(Protocol):
 _M = TypeVar("_M", bound=Lendable)
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(NamedTuple):
     """Someone's use of a region, which stays mapped until it ends.
 
     Attributes:

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from deconvd.addresses import PlacedArray, address_of
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 
@@ -49,7 +50,8 @@ class Memory:
             with suppress(OSError):  # where the system gives such memory no huge pages
                 mapping.madvise(mmap.MADV_HUGEPAGE)
             self.bytes: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
-            self._undo = on_map(self.bytes.ctypes.data, size_bytes)
+            self._address = address_of(self.bytes)
+            self._undo = on_map(self._address, size_bytes)
         except BaseException:
             self.close_descriptor()
             raise
@@ -60,7 +62,9 @@ class Memory:
         Whoever has the other mapping may change its elements at any time.
         """
         dtype = spec.dtype.newbyteorder("<")
-        return np.ndarray(spec.shape, dtype, self.bytes, offset_bytes)
+        array = PlacedArray(spec.shape, dtype, self.bytes, offset_bytes)
+        array.address = self._address + offset_bytes
+        return array
 
     def close_descriptor(self) -> None:
         """Close the memfd, once it was sent."""

@@ -8,10 +8,11 @@ import mmap
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from deconvd.addresses import address_of
 from deconvd.tensor import Array
 from deconvd_server.device.protocol import Operand
 
@@ -40,7 +41,10 @@ class HostMemory:
         self._unregister = unregister
         self._lock = threading.Lock()
         self._users_count: dict[int, int] = {}
-        self._ranges: list[tuple[int, int]] = []  # begin and end, in order; replaced whole
+        self._ranges: tuple[list[int], list[int]] = (
+            [],
+            [],
+        )  # begins and ends, in order; replaced whole
         self._is_missed = False
         self.generation = 0
 
@@ -59,7 +63,12 @@ class HostMemory:
                     return lambda: None
                 self._users_count[address] = 0
                 self.generation += 1
-                self._ranges = sorted([*self._ranges, (address, address + size_bytes)])
+                begins, ends = self._ranges
+                at = bisect_right(begins, address)
+                self._ranges = (
+                    [*begins[:at], address, *begins[at:]],
+                    [*ends[:at], address + size_bytes, *ends[at:]],
+                )
             self._users_count[address] += 1
         return lambda: self._leave(address)
 
@@ -79,12 +88,12 @@ class HostMemory:
 
     def _address(self, array: Array) -> int | None:
         """Return where an array lies; None if cards do not reach it."""
-        ranges = self._ranges
-        if not ranges or not (array.flags.c_contiguous and array.dtype.isnative):
+        begins, ends = self._ranges
+        if not begins or not (array.flags.c_contiguous and array.dtype.isnative):
             return None
-        begin = _begin(array)
-        found = bisect_right(ranges, begin, key=lambda stretch: stretch[0])
-        is_here = found > 0 and begin + array.nbytes <= ranges[found - 1][1]
+        begin = address_of(array)
+        found = bisect_right(begins, begin)
+        is_here = found > 0 and begin + array.nbytes <= ends[found - 1]
         return begin if is_here else None
 
     def _leave(self, address: int) -> None:
@@ -93,7 +102,9 @@ class HostMemory:
             if not self._users_count[address]:
                 del self._users_count[address]
                 self.generation += 1
-                self._ranges = [stretch for stretch in self._ranges if stretch[0] != address]
+                begins, ends = self._ranges
+                at = begins.index(address)
+                self._ranges = begins[:at] + begins[at + 1 :], ends[:at] + ends[at + 1 :]
                 self._unregister(address)
 
     def _miss(self, error: RuntimeError) -> None:
@@ -102,8 +113,7 @@ class HostMemory:
         self._is_missed = True
 
 
-@dataclass(frozen=True, slots=True)
-class HostPlaces:
+class HostPlaces(NamedTuple):
     """Where arrays lie that cards reach.
 
     Attributes:
@@ -119,13 +129,14 @@ class HostPlaces:
     @classmethod
     def of(cls, generation: int, arrays: Sequence[Array]) -> HostPlaces:
         """Return where arrays lie."""
-        return cls(generation, tuple(map(_begin, arrays)), tuple(a.nbytes for a in arrays))
+        return cls(generation, tuple(map(address_of, arrays)), tuple([a.nbytes for a in arrays]))
 
     def beside(self, arrays: Sequence[Array]) -> HostPlaces:
         """Return where others lie, and then these."""
-        others = HostPlaces.of(self.generation, arrays)
         return HostPlaces(
-            self.generation, others.begins + self.begins, others.sizes_bytes + self.sizes_bytes
+            self.generation,
+            (*map(address_of, arrays), *self.begins),
+            (*[array.nbytes for array in arrays], *self.sizes_bytes),
         )
 
     @property
@@ -146,11 +157,6 @@ class HostPlaces:
             if 0 <= address - begin < size_bytes:
                 return number, address - begin
         return None
-
-
-def _begin(array: Array) -> int:
-    begin: int = array.__array_interface__["data"][0]
-    return begin
 
 
 def _touch(address: int, size_bytes: int) -> None:
