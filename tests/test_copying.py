@@ -107,6 +107,42 @@ def test_what_is_told_of_several_is_there(
     assert told[-1] == sum(source.nbytes for source in sources)
 
 
+def test_others_copy_while_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "processors_count", lambda: 2)
+    source = np.random.default_rng(0).random(8 * _MIB, np.float32)
+    target = np.full(source.shape, -1, np.float32)
+    told: list[int] = []
+
+    def wait_for_the_rest(done_bytes: int) -> None:
+        told.append(done_bytes)
+        end_s = time.monotonic() + 30
+        while not np.array_equal(target, source):
+            assert time.monotonic() < end_s
+            time.sleep(0.001)
+
+    copy_all([(target, source)], wait_for_the_rest)
+
+    assert told[-1] == source.nbytes
+
+
+def test_of_much_more_than_caches_hold_more_threads_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads_counts: list[int] = []
+    helpers = copying._helpers
+
+    class Counting:
+        def help(self, copy: copying._Copy, count: int) -> None:
+            threads_counts.append(count + 1)
+            helpers.help(copy, count)
+
+    monkeypatch.setattr(copying, "processors_count", lambda: 16)
+    monkeypatch.setattr(copying, "_helpers", Counting())
+    for size_bytes in (64 * _MIB, 256 * _MIB):
+        target = np.zeros(size_bytes, np.uint8)
+        copy_into(target, np.ones(size_bytes, np.uint8))
+        assert target.all()
+    assert threads_counts == [4, 8]
+
+
 def test_an_interrupted_copy_touches_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "processors_count", lambda: 8)
     source, target = np.ones(64 * _MIB, np.float32), np.zeros(64 * _MIB, np.float32)

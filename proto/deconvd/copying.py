@@ -21,8 +21,14 @@ _Array: TypeAlias = npt.NDArray[Any]
 _PIECE_BYTES: Final = 2 << 20
 """A thread is worth its while from about this size on, and one that wakes late leaves its pieces to the others."""
 
+_FEW_THREADS_COUNT: Final = 4
 _MAX_THREADS_COUNT: Final = 8
-"""One moves 7 to 11 GB/s; beyond this many, the memory's own speed is the limit."""
+_MUCH_BYTES: Final = 128 << 20
+"""One moves 7 to 14 GB/s, four 37, eight 48: that is the memory's own speed.
+
+But a card that reads what was written just now reads it from the caches of those who wrote it: of four as fast as from
+memory (50 GB/s), of eight at a third of that. Only of much more than caches hold is most in memory by then.
+"""
 
 
 def copy_into(target: _Array, source: _Array) -> None:
@@ -41,10 +47,11 @@ def copy_all(
     Args:
         on_progress: Told now and then how many bytes of the targets, one behind the other, are there
             from the first's begin on: ever more of them, and all at the end. It may be called in
-            any thread, by one at a time.
+            any thread, by one at a time; the others go on copying meanwhile.
     """
     total_bytes = sum(target.nbytes for target, _ in pairs)
-    threads_count = min(processors_count(), _MAX_THREADS_COUNT)
+    most_count = _FEW_THREADS_COUNT if total_bytes < _MUCH_BYTES else _MAX_THREADS_COUNT
+    threads_count = min(processors_count(), most_count)
     if total_bytes < 2 * _PIECE_BYTES or (threads_count < 2 and on_progress is None):
         for target, source in pairs:
             np.copyto(target, source)
@@ -161,27 +168,43 @@ class _Front:
         self._sizes_bytes = sizes_bytes
         self._done_bytes = [0] * len(sizes_bytes)
         self._lock = threading.Lock()
-        self._front_bytes = 0
+        self._told_bytes = 0
+        self._is_telling = False
 
     def note(self, number: int, done_bytes: int) -> None:
-        """Note how many bytes of an array, from its begin, are there."""
+        """Note that so many bytes of an array, from its begin, are there."""
         with self._lock:
-            self._done_bytes[number] = done_bytes
-            front_bytes = 0
-            for size_bytes, done in zip(self._sizes_bytes, self._done_bytes, strict=True):
-                front_bytes += done
-                if done < size_bytes:
-                    break
-            if front_bytes > self._front_bytes:
-                self._front_bytes = front_bytes
-                self._tell(front_bytes)
+            self._done_bytes[number] = max(done_bytes, self._done_bytes[number])
+            if self._is_telling:
+                return  # whoever tells will tell this too
+            self._is_telling = True
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        """Tell how far the copies are, until there is nothing new."""
+        while True:
+            with self._lock:
+                front_bytes = self._front_bytes()
+                if front_bytes == self._told_bytes:
+                    self._is_telling = False
+                    return
+                self._told_bytes = front_bytes
+            self._tell(front_bytes)
+
+    def _front_bytes(self) -> int:
+        front_bytes = 0
+        for size_bytes, done_bytes in zip(self._sizes_bytes, self._done_bytes, strict=True):
+            front_bytes += done_bytes
+            if done_bytes < size_bytes:
+                break
+        return front_bytes
 
 
 class _Progress:
     """How far a copy is, whose pieces are copied in any order.
 
     Args:
-        tell: Told so, in bytes of the target from its begin.
+        tell: Told so, in bytes of the target from its begin: now and then of less than before.
         axis: Of the pieces.
         length: Of a piece along the axis.
     """
@@ -204,8 +227,9 @@ class _Progress:
             while self._end in self._ahead:
                 self._ahead.remove(self._end)
                 self._end = min(self._end + self._length, self._extent)
-            if self._is_in_order or self._end == self._extent:
-                self._tell(self._end * self._row_bytes)
+            end = self._end
+        if self._is_in_order or end == self._extent:
+            self._tell(end * self._row_bytes)
 
 
 class _Helpers:
