@@ -7,8 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Final, Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -143,22 +144,22 @@ class DirectLines:
         """Return whether no other thread has a call under way."""
         return len(self._busy) == 1
 
-    @contextmanager
-    def _line(self, timeout_s: float) -> Iterator[_LentLine]:
-        """Lend a line to the block, and keep it if the block has left it in order."""
-        lent = _LentLine(self._taken())
+    def _line(self, timeout_s: float) -> _LentLine:
+        """Lend a line to a block, and keep it if the block has left it in order."""
+        lent = _LentLine(self._taken(), self._end_use)
         lent.line.set_deadline(timeout_s)
-        try:
-            yield lent
-        except LineTimeoutError:
+        return lent
+
+    def _end_use(self, lent: _LentLine, error: BaseException | None) -> None:
+        """Take a line back. Raises what the calling block is to raise, if that is another error than its own."""
+        self._give_back(lent)
+        if isinstance(error, LineTimeoutError):
             raise DeadlineError("the server did not answer in time") from None
-        except LineBrokenError as error:
+        if isinstance(error, LineBrokenError):
             if self._is_closed:
                 raise CallCancelledError("the connection is closed") from None
             _log.debug("a direct line was lost: %s", error)
             raise NoLineError from None
-        finally:
-            self._give_back(lent)
 
     def _taken(self) -> Line:
         if self._owner != os.getpid():
@@ -227,16 +228,30 @@ class DirectLines:
             self._idle.append(opened)
 
 
-class _LentLine:
-    """A line that a call has to itself.
+class _LentLine(AbstractContextManager["_LentLine"]):
+    """A line that a call has to itself, for the length of a block.
+
+    Args:
+        on_end: Called at the block's end with this and the error that the block has raised, if any.
 
     Attributes:
         is_in_order: Whether the next call can be made on it.
     """
 
-    def __init__(self, line: Line) -> None:
+    def __init__(
+        self, line: Line, on_end: Callable[[_LentLine, BaseException | None], None]
+    ) -> None:
         self.line = line
         self.is_in_order = False
+        self._on_end = on_end
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._on_end(self, exc)
 
     def begin(
         self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None

@@ -154,7 +154,7 @@ class Borrower:
     @property
     def is_lent(self) -> bool:
         """Whether the server lends memory, as far as is known now; True if it must."""
-        if self._is_only_way:
+        if self._is_only_way or self._link is not None:
             return True
         self.ask()
         with self._lock:
@@ -280,8 +280,9 @@ class Borrower:
 
     def _again(self, size_bytes: int) -> Block | None:
         """Return a block that has just gone, if it is of the right size and nothing is to be tidied."""
-        if any(region.state is State.CLOSED for region in self._regions):
-            return None
+        for region in self._regions:
+            if region.state is State.CLOSED:
+                return None
         for region in self._regions:
             block = region.take_again(size_bytes)
             if block is not None:

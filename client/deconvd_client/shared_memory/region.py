@@ -140,22 +140,23 @@ class HostRegion(Region):
 
     def array(self, block: Block, spec: TensorSpec) -> Array:
         """Return a block as an array. See `Region`."""
-        return np.ndarray(spec.shape, spec.dtype, np.asarray(_Elements(block, spec.nbytes)))
+        array: Array = np.asarray(_Elements(block, spec))
+        return array if array.dtype == spec.dtype else array.view(spec.dtype)  # bfloat16
 
     def unmap(self) -> None:
         """Leave the mapping to the garbage collector: the server does not need it to end first."""
 
 
 class _Elements:
-    """A block's bytes, as numpy takes them: numpy makes all views refer to this."""
+    """A block's elements, as numpy takes them: numpy makes all views refer to this."""
 
     __slots__ = ("__array_interface__", "_block")
 
-    def __init__(self, block: Block, size_bytes: int) -> None:
+    def __init__(self, block: Block, spec: TensorSpec) -> None:
         self._block = block
         self.__array_interface__: dict[str, Any] = {
             "version": 3,
-            "typestr": "|u1",
-            "shape": (size_bytes,),
+            "typestr": spec.dtype.str,
+            "shape": spec.shape,
             "data": (block.region.address + block.offset, False),
         }

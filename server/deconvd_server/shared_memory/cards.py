@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer, Reply, Request
+from deconvd.shared_slice import SharedSlice
 from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 
@@ -39,9 +40,17 @@ class _Memory:
         self.size_bytes = lent.size_bytes
         self._engine = engine
 
-    def tensor(self, spec: TensorSpec, offset_bytes: int) -> DeviceTensor:
-        """Return a part of it as a tensor. See `LentMemory`."""
-        return self.lent.tensor(spec, offset_bytes)
+    def tensor(
+        self,
+        name: str,
+        spec: TensorSpec,
+        lies_at: SharedSlice,
+        *,
+        is_writable: bool,
+    ) -> DeviceTensor:
+        """Return a part of it as a tensor. See `Lendable` and `LentMemory`."""
+        lies_at.check(name, spec, self.size_bytes)
+        return self.lent.tensor(spec, lies_at.offset_bytes)
 
     def unmap(self) -> None:
         """Give it back to the card."""

@@ -11,11 +11,12 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer
+from deconvd.shared_slice import SharedSlice
 from deconvd_server.cache import Entry, Resource
 from deconvd_server.device import Operand
 from deconvd_server.secret_names import Named, new_name
 
-__all__ = ["Account", "Limits", "Loans", "OverLimitError", "Use"]
+__all__ = ["Account", "Lendable", "Limits", "Loans", "OverLimitError", "Use"]
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +83,17 @@ class Lendable(Protocol):
     def size_bytes(self) -> int:
         """Its size."""
 
-    def tensor(self, spec: TensorSpec, offset_bytes: int) -> Operand:
-        """Return a part of it as a tensor: an array that can be written, or a tensor on a card."""
+    def tensor(
+        self, name: str, spec: TensorSpec, lies_at: SharedSlice, *, is_writable: bool
+    ) -> Operand:
+        """Return a part of it as a tensor: an array, or a tensor on a card, which can be written in any case.
+
+        Args:
+            name: Name of the argument, for errors.
+
+        Raises:
+            InvalidArgumentError: As `SharedSlice.check` does.
+        """
 
     def unmap(self) -> None:
         """Let go of it. Called once, when no one uses it."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from deconvd.addresses import PlacedArray, address_of
 from deconvd.problem import TensorSpec
+from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 
 __all__ = ["Memory", "OnMap", "Unmap"]
@@ -21,6 +22,8 @@ __all__ = ["Memory", "OnMap", "Unmap"]
 Unmap = Callable[[], None]
 OnMap = Callable[[int, int], Unmap]
 """Told of memory that was mapped, by its address and its size in bytes; returns what to call before it is unmapped."""
+
+_REMEMBERED_COUNT: Final = 64
 
 # Without it, a peer could cut the file and kill whoever touches what is gone with SIGBUS.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -44,6 +47,7 @@ class Memory:
 
     def __init__(self, size_bytes: int, on_map: OnMap) -> None:
         self.size_bytes = size_bytes
+        self._tensors: dict[tuple[TensorSpec, int, bool], Array] = {}
         self.descriptor = _sealed_file(size_bytes)
         try:
             mapping = mmap.mmap(self.descriptor, size_bytes)
@@ -56,15 +60,33 @@ class Memory:
             self.close_descriptor()
             raise
 
-    def tensor(self, spec: TensorSpec, offset_bytes: int) -> Array:
-        """Return a part of it as an array that can be written, of little-endian elements.
+    def tensor(
+        self, name: str, spec: TensorSpec, lies_at: SharedSlice, *, is_writable: bool
+    ) -> Array:
+        """Return a part of it as an array of little-endian elements: remembered, since calls come again.
 
         Whoever has the other mapping may change its elements at any time.
+
+        Args:
+            name: Name of the argument, for errors.
+
+        Raises:
+            InvalidArgumentError: As `SharedSlice.check` does.
         """
-        dtype = spec.dtype.newbyteorder("<")
-        array = PlacedArray(spec.shape, dtype, self.bytes, offset_bytes)
-        array.address = self._address + offset_bytes
-        return array
+        key = spec, lies_at.offset_bytes, is_writable
+        tensor = self._tensors.get(key)
+        if tensor is None:
+            lies_at.check(name, spec, self.size_bytes)
+            if len(self._tensors) >= _REMEMBERED_COUNT:
+                self._tensors.clear()
+            tensor = self._tensors[key] = self._new_tensor(*key)
+        return tensor
+
+    def _new_tensor(self, spec: TensorSpec, offset_bytes: int, is_writable: bool) -> Array:
+        tensor = PlacedArray(spec.shape, spec.dtype.newbyteorder("<"), self.bytes, offset_bytes)
+        tensor.address = self._address + offset_bytes
+        tensor.flags.writeable = is_writable
+        return tensor
 
     def close_descriptor(self) -> None:
         """Close the memfd, once it was sent."""
@@ -76,6 +98,7 @@ class Memory:
             self._undo()
         finally:
             self.bytes = np.empty(0, np.uint8)
+            self._tensors.clear()
 
 
 def _sealed_file(size_bytes: int) -> int:

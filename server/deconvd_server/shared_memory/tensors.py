@@ -12,7 +12,7 @@ from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd_server.device import Operand
 from deconvd_server.shared_memory.lender import Lender
-from deconvd_server.shared_memory.loans import Use
+from deconvd_server.shared_memory.loans import Lendable, Use
 
 __all__ = ["CallTensors"]
 
@@ -50,19 +50,11 @@ class CallTensors:
         Raises:
             InvalidArgumentError: As `Lender.use` and `SharedSlice.check` do.
         """
-        tensor = self.place(name, spec, lies_at)
-        if isinstance(tensor, np.ndarray):
-            tensor.flags.writeable = False
-        return tensor
+        return self._memory(name, lies_at).tensor(name, spec, lies_at, is_writable=False)
 
     def place(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Operand:
         """Return where a tensor is to be put: a writable array, or a tensor on a card. Otherwise as `operand`."""
-        region, offset_bytes = lies_at
-        use = self._uses.get(region)
-        if use is None:
-            use = self._uses[region] = self._known_lender(name).use(name, region)
-        lies_at.check(name, spec, use.memory.size_bytes)
-        return use.memory.tensor(spec, offset_bytes)
+        return self._memory(name, lies_at).tensor(name, spec, lies_at, is_writable=True)
 
     def host_place(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Array:
         """Return a place as a writable array. As `place`, and raises InvalidArgumentError for memory of a card."""
@@ -73,9 +65,13 @@ class CallTensors:
             )
         return tensor
 
-    def _known_lender(self, name: str) -> Lender:
-        if self._lender is None:
-            raise StaleRegionError(
-                f"{name} must be sent in messages: this server lends no memory", argument=name
-            )
-        return self._lender
+    def _memory(self, name: str, lies_at: SharedSlice) -> Lendable:
+        region = lies_at.region
+        use = self._uses.get(region)
+        if use is None:
+            if self._lender is None:
+                raise StaleRegionError(
+                    f"{name} must be sent in messages: this server lends no memory", argument=name
+                )
+            use = self._uses[region] = self._lender.use(name, region)
+        return use.memory

@@ -321,6 +321,8 @@ class CudaDevice(CardTensors):
         lane: Lane,
     ) -> Prepared:
         """Return W as an operation is to have it. See `prepared`."""
+        if isinstance(W, np.ndarray):
+            return Prepared(W)
         return prepared(
             W,
             (operation, problem, options),
