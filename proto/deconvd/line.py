@@ -10,10 +10,10 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -29,6 +29,8 @@ __all__ = [
     "LineBrokenError",
     "LineTimeoutError",
 ]
+
+_T = TypeVar("_T")
 
 MAX_MESSAGE_BYTES: Final = 128 << 10
 """The largest payload that is no elements: what either end must hold for each line."""
@@ -90,7 +92,8 @@ class Line:
     the deadline.
 
     Args:
-        connection: The line closes it. It is made blocking.
+        connection: The line closes it. It is made non-blocking: where there is something to receive, or room for
+            what is sent, that is one call of the system.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -98,8 +101,8 @@ class Line:
         self._deadline_s: float | None = None
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._begin = self._end = 0  # of what was read ahead
-        self._is_readable = _readable(connection)
-        connection.settimeout(None)
+        self._is_readable, self._is_writable = _readable(connection), _writable(connection)
+        connection.setblocking(False)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             _tune(connection)
 
@@ -110,8 +113,6 @@ class Line:
 
     def set_deadline(self, timeout_s: float | None) -> None:
         """Let sending and receiving end so many seconds from now; None for no end."""
-        if timeout_s is None:
-            self._socket.settimeout(None)
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
 
     def send(self, *frames: tuple[FrameKind, Buffer]) -> None:
@@ -163,6 +164,7 @@ class Line:
         target[:filled] = self._buffer[self._begin : self._begin + filled]
         self._begin += filled
         while filled < len(target):
+            self._await(self._is_readable)
             filled += self._received(target[filled:].data)
 
     def has_come(self, size_bytes: int, timeout_s: float) -> bool:
@@ -227,11 +229,8 @@ class Line:
         self._end += self._received(self._buffer[self._end :])
 
     def _received(self, target: memoryview) -> int:
-        self._arm()
-        try:
-            count = self._socket.recv_into(target)
-        except OSError as error:
-            raise _broken(error) from None
+        """Receive what there is, once there is something; return how many bytes."""
+        count = self._moved(self._socket.recv_into, target, self._is_readable)
         if not count:
             raise LineBrokenError("the other end has closed the line")
         return count
@@ -239,38 +238,42 @@ class Line:
     def _send(self, buffers: list[Buffer]) -> None:
         size_bytes = sum(map(len, buffers))
         if size_bytes <= _JOINED_BYTES:
-            buffers = [b"".join(buffers)]
-        try:
-            for buffer in self._gathered(buffers, size_bytes):
-                self._arm()
-                self._socket.sendall(buffer)
-        except OSError as error:
-            raise _broken(error) from None
+            self._send_all(b"".join(buffers))
+            return
+        if hasattr(self._socket, "sendmsg"):  # several together, as far as the kernel takes them
+            buffers = _after(buffers, self._moved(self._socket.sendmsg, buffers, self._is_writable))
+        for buffer in buffers:
+            self._send_all(buffer)
 
-    def _gathered(self, buffers: list[Buffer], size_bytes: int) -> Iterable[Buffer]:
-        """Send several buffers together, as far as the kernel takes them, and return what is left."""
-        if len(buffers) == 1 or not hasattr(self._socket, "sendmsg"):
-            return buffers
-        self._arm()
-        sent = self._socket.sendmsg(buffers)
-        return _after(buffers, sent) if sent < size_bytes else ()
+    def _send_all(self, buffer: Buffer) -> None:
+        sent = self._moved(self._socket.send, buffer, self._is_writable)
+        while sent < len(buffer):
+            self._await(self._is_writable)
+            rest = memoryview(buffer)[sent:]
+            sent += self._moved(self._socket.send, rest, self._is_writable)
 
-    def _arm(self) -> None:
-        """Let the next operation end at the deadline."""
-        if self._deadline_s is not None:
-            remaining_s = self._deadline_s - time.monotonic()
-            if remaining_s <= 0:
+    def _moved(self, move: Callable[[_T], int], what: _T, is_ready: Callable[[float], bool]) -> int:
+        """Send or receive some bytes, once that is possible; return how many."""
+        while True:
+            if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
                 raise LineTimeoutError("the deadline has passed")
-            self._socket.settimeout(min(remaining_s, _LONGEST_S))
+            try:
+                return move(what)
+            except BlockingIOError:
+                self._await(is_ready)
+            except OSError as error:
+                raise LineBrokenError(f"the line broke: {error}") from None
 
-
-def _broken(error: OSError) -> LineBrokenError:
-    """Return what the system says of a socket as an error of lines."""
-    if isinstance(error, LineBrokenError):
-        return error
-    if isinstance(error, TimeoutError) and error.errno is None:  # the system's have numbers
-        return LineTimeoutError("the deadline has passed")
-    return LineBrokenError(f"the line broke: {error}")
+    def _await(self, is_ready: Callable[[float], bool]) -> None:
+        """Wait until the socket is ready."""
+        is_so = False
+        while not is_so:
+            remaining_s: float = _LONGEST_S
+            if self._deadline_s is not None:
+                remaining_s = min(self._deadline_s - time.monotonic(), _LONGEST_S)
+                if remaining_s <= 0:
+                    raise LineTimeoutError("the deadline has passed")
+            is_so = is_ready(remaining_s)
 
 
 def _readable(connection: socket.socket) -> Callable[[float], bool]:
@@ -280,26 +283,45 @@ def _readable(connection: socket.socket) -> Callable[[float], bool]:
     def by_select(timeout_s: float) -> bool:
         return bool(select.select([descriptor], [], [], timeout_s)[0])
 
+    return _by_poll(descriptor, "POLLIN", by_select)
+
+
+def _writable(connection: socket.socket) -> Callable[[float], bool]:
+    """Return what tells whether there is room for anything on a socket within so many seconds."""
+    descriptor = connection.fileno()
+
+    def by_select(timeout_s: float) -> bool:
+        return bool(select.select([], [descriptor], [], timeout_s)[1])
+
+    return _by_poll(descriptor, "POLLOUT", by_select)
+
+
+def _by_poll(
+    descriptor: int, event: str, by_select: Callable[[float], bool]
+) -> Callable[[float], bool]:
+    """Return what waits for an event of `select.poll`: by poll, where that is and does."""
     if not hasattr(select, "poll"):  # Windows
         return by_select
     poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
+    poll.register(descriptor, getattr(select, event))
 
-    def is_readable(timeout_s: float) -> bool:
+    def is_ready(timeout_s: float) -> bool:
         # poll is quicker and takes all descriptors, and counts in milliseconds
         if 0 < timeout_s < _FINE_S and descriptor < _SELECTABLE_COUNT:
             return by_select(timeout_s)
         return bool(poll.poll(timeout_s * 1e3))
 
-    return is_readable
+    return is_ready
 
 
-def _after(buffers: list[Buffer], count: int) -> Iterable[Buffer]:
-    """Yield what lies beyond so many bytes of the buffers."""
+def _after(buffers: list[Buffer], count: int) -> list[Buffer]:
+    """Return what lies beyond so many bytes of the buffers."""
+    rest: list[Buffer] = []
     for buffer in buffers:
         if count < len(buffer):
-            yield memoryview(buffer)[count:]
+            rest.append(memoryview(buffer)[count:])
         count = max(count - len(buffer), 0)
+    return rest
 
 
 def _tune(connection: socket.socket) -> None:
