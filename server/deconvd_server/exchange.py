@@ -224,10 +224,6 @@ class Exchange:
         tensor = self.tensor_of(field)
         return self._places.get(field) if tensor is None else tensor
 
-    def is_sent(self, field: str) -> bool:
-        """Return whether a result goes into the response with its elements."""
-        return field not in self._places and field not in self._asked.keep
-
     # To the response
 
     def commit(self) -> None:

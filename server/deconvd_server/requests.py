@@ -72,6 +72,15 @@ class _Asked(ABC):
         """What its results will be, by the names of their fields."""
 
     @cached_property
+    def sent(self) -> dict[str, TensorSpec]:
+        """What goes into the response with its elements, of the results, by the names of their fields."""
+        return {
+            name: spec
+            for name, spec in self.results.items()
+            if name not in self.slices and name not in self.keep
+        }
+
+    @cached_property
     def described(self) -> dict[str, pb.Tensor]:
         """The messages of its results without elements, by the names of their fields: not to be changed."""
         described = {name: message_from_spec(spec) for name, spec in self.results.items()}

@@ -102,7 +102,7 @@ class DeconvolutionService:
         asked = Deconvolution.from_message(request.message)
         with self._exchange(request.message, asked, call) as exchange:
             exchange.take(request.raw)
-            self._check_result_size(asked, exchange)
+            self._check_result_size(asked.sent)
             engine = exchange.settle(self._ready().engines)
             if call.writing is not None:
                 call.writing.before_bytes = exchange.shared_bytes("w", "b")
@@ -113,7 +113,7 @@ class DeconvolutionService:
             out = exchange.place("y")
             y = engine.deconvolve(asked.problem, x, W, b, asked.options, call, out)
             exchange.commit()
-            return Envelope(_response(asked, exchange), _sent(exchange, {"y": y}))
+            return Envelope(_response(asked, exchange), _sent(asked, {"y": y}))
 
     def deconvolve_grad(
         self, request: Envelope[pb.DeconvolveGradRequest], call: Call
@@ -122,7 +122,7 @@ class DeconvolutionService:
         asked = Differentiation.from_message(request.message)
         with self._exchange(request.message, asked, call) as exchange:
             exchange.take(request.raw)
-            self._check_result_size(asked, exchange)
+            self._check_result_size(asked.sent)
             engine = exchange.settle(self._ready().engines)
             x = exchange.operand("x") if asked.wanted.gW else None
             W = exchange.operand("w") if asked.wanted.gx else None
@@ -133,7 +133,7 @@ class DeconvolutionService:
             )
             exchange.commit()
             results = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
-            return Envelope(_grad_response(asked, exchange), _sent(exchange, results))
+            return Envelope(_grad_response(asked, exchange), _sent(asked, results))
 
     def deconvolve_stream(
         self, reader: PartReader[pb.DeconvolveStreamRequest], call: Call
@@ -228,13 +228,9 @@ class DeconvolutionService:
             raise UnavailableError("the server is starting: its device is not ready yet")
         return self.residents
 
-    def _check_result_size(
-        self, asked: Deconvolution | Differentiation, exchange: Exchange
-    ) -> None:
+    def _check_result_size(self, sent: Mapping[str, TensorSpec]) -> None:
         """Refuse results that could not be sent, before they are computed."""
-        result_bytes = sum(
-            spec.nbytes for field, spec in asked.results.items() if exchange.is_sent(field)
-        )
+        result_bytes = sum([spec.nbytes for spec in sent.values()])
         if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
             raise ExhaustedError(
                 f"the result would have {result_bytes} bytes, and the server sends messages of at "
@@ -264,12 +260,14 @@ def _grad_response(asked: Differentiation, exchange: Exchange) -> pb.DeconvolveG
     )
 
 
-def _sent(exchange: Exchange, results: Mapping[str, Operand | None]) -> dict[str, Buffer]:
+def _sent(
+    asked: Deconvolution | Differentiation, results: Mapping[str, Operand | None]
+) -> dict[str, Buffer]:
     """Return the elements of those results that the response carries, by the names of their fields."""
     return {
         field: elements_of(result)
-        for field, result in results.items()
-        if isinstance(result, np.ndarray) and exchange.is_sent(field)
+        for field in asked.sent
+        if isinstance(result := results[field], np.ndarray)
     }
 
 

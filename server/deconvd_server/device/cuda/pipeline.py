@@ -130,10 +130,11 @@ class Pipeline:
                     self._enqueue(kind, base, operands, y, self._staged(call), writing)
                 else:
                     self._launch(kind, base, x, reached, y, places, writing)
-            finally:
-                # the first that everything has come together in: to wait for the others takes no time
+                self._up.wait()  # what the others do has come together in it
+            except BaseException:
                 for stream in (self._up, self._work, self._down):
                     stream.wait()
+                raise
             self._marks.account(call.ledger)
             if call.writing is not None:  # though it may have written all before it was looked at
                 call.ledger.add(Stage.FOLLOW, call.writing.waited_s)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -106,8 +107,30 @@ def cards_count() -> int:
 
 def current_device(ordinal: int) -> AbstractContextManager[object]:
     """Let the calling thread use a card for the length of a with-block."""
-    device: AbstractContextManager[object] = cupy.cuda.Device(ordinal)
-    return device
+    return _OnCard(ordinal)
+
+
+class _OnCard(AbstractContextManager[None]):
+    """See `current_device`. It is CuPy's `Device`, without what there is to a thread that has the card already."""
+
+    __slots__ = ("_before", "_ordinal")
+
+    def __init__(self, ordinal: int) -> None:
+        self._ordinal = ordinal
+
+    def __enter__(self) -> None:
+        self._before: int = _cuda.getDevice()
+        if self._before != self._ordinal:
+            _cuda.setDevice(self._ordinal)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._before != self._ordinal:
+            _cuda.setDevice(self._before)
 
 
 def use_device(ordinal: int) -> None:
@@ -304,10 +327,11 @@ def _free_allocation(ordinal: int, address: int, on_free: Callable[[], None]) ->
 class Pool:
     """The card's memory, up to a limit; what is freed is kept for the next who asks.
 
-    A block may be used on any stream, so whoever gives one back has waited for its work. Blocks
-    that stay for long come from a pool of their own: small ones would split, and so hold, the large
-    blocks that calls use again and again. Blocks that other processes see come from none: they
-    would see what lies beside them.
+    A block may be used on any stream, so whoever gives one back has waited for its work. (CuPy
+    keeps blocks apart by the thread's current stream, which is CUDA's null stream in all of ours.)
+    Blocks that stay for long come from a pool of their own: small ones would split, and so hold,
+    the large blocks that calls use again and again. Blocks that other processes see come from none:
+    they would see what lies beside them.
 
     Args:
         limit_bytes: What blocks in use and blocks kept may take together.
@@ -334,12 +358,12 @@ class Pool:
         """
         held_bytes = self._pool.total_bytes()
         try:
-            block = _malloc(self._pool, size_bytes)
+            block = self._pool.malloc(size_bytes)
         except MemoryError:
             with self._lock:
                 self._pool_to_stay.free_all_blocks()
                 self._share_limit()
-            block = _malloc(self._pool, size_bytes)
+            block = self._pool.malloc(size_bytes)
         self.made_count += self._pool.total_bytes() > held_bytes
         return block
 
@@ -348,7 +372,7 @@ class Pool:
         with self._lock:
             self._make_room(size_bytes)
             try:
-                return _malloc(self._pool_to_stay, size_bytes)
+                return self._pool_to_stay.malloc(size_bytes)
             finally:
                 self._share_limit()
 
@@ -390,11 +414,6 @@ class Pool:
         """Leave calls what is not held by blocks that stay, or are lent."""
         rest_bytes = self.limit_bytes - self._pool_to_stay.total_bytes() - self._lent_bytes
         self._pool.set_limit(size=max(rest_bytes, 1))  # 0 would be no limit
-
-
-def _malloc(pool: Any, size_bytes: int) -> Any:
-    with cupy.cuda.Stream.null:  # one arena for all streams
-        return pool.malloc(size_bytes)
 
 
 def synchronize() -> None:
