@@ -15,13 +15,13 @@ import pytest
 import deconvd_client
 from deconvd import busy_polling
 from deconvd.busy_polling import BusyPolling
-from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd.line import FrameKind, Line, LineBrokenError, LineTimeoutError
 from deconvd_server.attention import Attention
 from tests.servers import server_process
 
 
 class CountedLine(Line):
-    """Counts how often it is polled, and notes for how long."""
+    """Counts how often it is polled, and notes for how long; does not sleep after that."""
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(connection)
@@ -33,6 +33,9 @@ class CountedLine(Line):
         self.polls_count += 1
         self.timeouts_s.append(timeout_s)
         return super().has_come(size_bytes, timeout_s)
+
+    def wait(self) -> None:
+        """See `Line`: here it returns at once."""
 
 
 @pytest.fixture
@@ -111,6 +114,28 @@ def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[Line, CountedLine]) 
     BusyPolling(1000).wait(far, lambda: next(answers))
     assert next(answers, None) is None
     assert far.polls_count == 2
+
+
+@pytest.mark.parametrize("longest_s", [1000, 0.01])
+def test_whether_or_not_it_is_polled_what_comes_is_waited_for(longest_s: float) -> None:
+    one, other = socket.socketpair()
+    with Line(one) as near, Line(other) as far:
+        polling = BusyPolling(longest_s)
+        for _ in range(3):
+            later = threading.Timer(0.05, near.send, [(FrameKind.MESSAGE, b"")])
+            later.start()
+            polling.wait(far, yes)
+            assert far.has_come(8, 0)
+            assert far.receive() == (FrameKind.MESSAGE, 0)
+            later.join()
+
+
+def test_nothing_is_waited_for_beyond_the_deadline() -> None:
+    one, other = socket.socketpair()
+    with Line(one), Line(other) as far:
+        far.set_deadline(0.05)
+        with pytest.raises(LineTimeoutError):
+            BusyPolling(0.01).wait(far, yes)
 
 
 def test_the_end_of_a_line_is_seen(ends: tuple[Line, CountedLine]) -> None:

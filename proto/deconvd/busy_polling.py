@@ -40,16 +40,20 @@ class BusyPolling:
         self._trials = Trials()
 
     def wait(self, line: Line, is_worth_it: Callable[[], bool]) -> None:
-        """Return once something comes on a line, or it is time to sleep until then.
+        """Return once something comes on a line.
 
         Args:
             is_worth_it: Whether no one else is likely to need the processor; asked again and again.
 
         Raises:
-            LineBrokenError: The line has ended.
+            LineBrokenError: The line has ended: LineTimeoutError at its deadline.
         """
-        if not _IS_POSSIBLE or not is_worth_it() or not self._trials.is_due():
-            return
+        if _IS_POSSIBLE and is_worth_it() and self._trials.is_due():
+            self._poll(line, is_worth_it)
+        line.wait()
+
+    def _poll(self, line: Line, is_worth_it: Callable[[], bool]) -> None:
+        """Return once something comes, or it is time to sleep until then."""
         begin_s = time.monotonic()
         sleep_s = max(self._usual_s - self._ahead_s, 0)
         until_s = begin_s + sleep_s + self._longest_s

@@ -181,6 +181,11 @@ class Line:
             self._read_ahead()
         return True
 
+    def wait(self) -> None:
+        """Wait until something comes, if nothing has been read ahead."""
+        if self._begin == self._end:
+            self._await(self._is_readable)
+
     def is_quiet(self) -> bool:
         """Return whether nothing has come that was not asked for, not even the line's end."""
         return self._begin == self._end and not self._is_readable(0)

@@ -64,7 +64,6 @@ class Admission:
         self._waiting_count = waiting_count
         self._line: deque[_Ticket] = deque()
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
 
     def admitted(self, footprint_bytes: int, call: Call) -> AbstractContextManager[None]:
         """Hold a place and `footprint_bytes` for the block, after waiting for them.
@@ -90,7 +89,7 @@ class Admission:
         with self._lock:
             self._free_places += 1
             self._free_bytes += footprint_bytes
-            self._changed.notify_all()
+            self._wake_first()
 
     def hold(self, size_bytes: int) -> None:
         """Take bytes until they are released, at once or not at all.
@@ -116,7 +115,7 @@ class Admission:
         with self._lock:
             self._free_bytes += size_bytes
             self._held_bytes -= size_bytes
-            self._changed.notify_all()
+            self._wake_first()
 
     @property
     def load(self) -> Load:
@@ -144,8 +143,8 @@ class Admission:
             missing_bytes = footprint_bytes - self._beside_held_bytes
         if missing_bytes > 0:
             self._make_room(missing_bytes, call)
-        call.on_cancel(self._wake)
-        ticket = _Ticket(footprint_bytes)
+        ticket = _Ticket(footprint_bytes, threading.Condition(self._lock))
+        call.on_cancel(lambda: self._wake(ticket))
         with self._lock:
             self._check_room_beside_held(footprint_bytes)
             self._line.append(ticket)
@@ -153,12 +152,12 @@ class Admission:
                 if not self._may_start(ticket):
                     self._check_room_to_wait()
                 while not self._may_start(ticket):
-                    self._changed.wait(_wait_s(call))
+                    ticket.changed.wait(_wait_s(call))
                     call.check()
                 self._take(footprint_bytes)
             finally:
                 self._line.remove(ticket)
-                self._changed.notify_all()
+                self._wake_first()
 
     def _check_room_beside_held(self, footprint_bytes: int) -> None:
         if footprint_bytes > self._beside_held_bytes:
@@ -186,9 +185,14 @@ class Admission:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
 
-    def _wake(self) -> None:
+    def _wake_first(self) -> None:
+        """Let the first in line see whether it may start: to wake all who wait would take long, where they are many."""
+        if self._line:
+            self._line[0].changed.notify()
+
+    def _wake(self, ticket: _Ticket) -> None:
         with self._lock:
-            self._changed.notify_all()
+            ticket.changed.notify()
 
 
 class _Admitted(AbstractContextManager[None]):
@@ -215,9 +219,14 @@ class _Admitted(AbstractContextManager[None]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ticket:
-    """A call in the line."""
+    """A call in the line.
+
+    Attributes:
+        changed: Notified when it is first and may start, or when its caller has gone.
+    """
 
     footprint_bytes: int
+    changed: threading.Condition
 
 
 def _wait_s(call: Call) -> float | None:

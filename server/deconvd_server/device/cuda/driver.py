@@ -1,4 +1,4 @@
-"""What is used of the CUDA driver that CuPy has not: graphs that record events, and where the copies of graphs lie.
+"""What is used of the CUDA driver itself: graphs that record events, where the copies of graphs lie, and their launch.
 
 Graphs, nodes, streams and events of the CUDA runtime are the driver's too. None of these functions waits for the card,
 and so they keep the interpreter's lock: beside other calls, to get it back would take many times as long.
@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Iterator
 from functools import lru_cache
 
-__all__ = ["DriverError", "GraphCopy", "copies_of", "record_event"]
+__all__ = ["DriverError", "GraphCopy", "copies_of", "launch", "record_event"]
 
 _EVENT_RECORD_EXTERNAL = 1  # of cuda.h, as is what follows
 _NODE_TYPE_MEMCPY = 1
@@ -123,6 +123,11 @@ def record_event(event: int, stream: int) -> None:
         ctypes.c_void_p(stream),
         _EVENT_RECORD_EXTERNAL,
     )
+
+
+def launch(executable: int, stream: int) -> None:
+    """Enqueue a `cudaGraphExec_t` on a stream. Raises DriverError."""
+    _call("cuGraphLaunch", ctypes.c_void_p(executable), ctypes.c_void_p(stream))
 
 
 def _type_of(node: int | None) -> int:

@@ -15,7 +15,13 @@ import numpy.typing as npt
 
 from deconvd.errors import ExhaustedError
 from deconvd.shared_memory import card_id
-from deconvd_server.device.cuda.driver import DriverError, GraphCopy, copies_of, record_event
+from deconvd_server.device.cuda.driver import (
+    DriverError,
+    GraphCopy,
+    copies_of,
+    launch,
+    record_event,
+)
 from deconvd_server.device.faults import DeviceUnavailableError
 
 __all__ = [
@@ -185,8 +191,11 @@ class Graph:
         end.atexit = end_executable.atexit = False
 
     def launch(self, stream: int) -> None:
-        """Enqueue the work on a stream."""
-        _cuda.graphLaunch(self._executable, stream)
+        """Enqueue the work on a stream. Raises CudaError."""
+        try:
+            launch(self._executable, stream)
+        except DriverError as error:
+            raise CudaError(error.status) from error
 
     def copies(self) -> list[GraphCopy]:
         """Return the copies in it. Raises CudaError."""
