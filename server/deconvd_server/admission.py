@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
@@ -208,12 +207,7 @@ class _Admitted(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._admission.enter(self._footprint_bytes, self._call)
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._admission.leave(self._footprint_bytes)
 
 

@@ -41,12 +41,7 @@ class _Memory:
         self._engine = engine
 
     def tensor(
-        self,
-        name: str,
-        spec: TensorSpec,
-        lies_at: SharedSlice,
-        *,
-        is_writable: bool,
+        self, name: str, spec: TensorSpec, lies_at: SharedSlice, *, is_writable: bool
     ) -> DeviceTensor:
         """Return a part of it as a tensor. See `Lendable` and `LentMemory`."""
         lies_at.check(name, spec, self.size_bytes)

@@ -41,10 +41,8 @@ class HostMemory:
         self._unregister = unregister
         self._lock = threading.Lock()
         self._users_count: dict[int, int] = {}
-        self._ranges: tuple[list[int], list[int]] = (
-            [],
-            [],
-        )  # begins and ends, in order; replaced whole
+        # begins and ends, in order; replaced whole
+        self._ranges: tuple[list[int], list[int]] = [], []
         self._is_missed = False
         self.generation = 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Final
 
 from deconvd_server.call import Call
@@ -80,10 +79,5 @@ class _Lent(AbstractContextManager[Lane]):
         self._lane = self._lanes.take(self._call)
         return self._lane
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lanes.give_back(self._lane)
