@@ -28,7 +28,7 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd_server import writing
 from deconvd_server.call import Call
-from deconvd_server.device import GradientPlaces
+from deconvd_server.device import GradientPlaces, Operand
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.writing import LateError, Writing
 from tests import definition
@@ -362,6 +362,107 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
         ((_, ledger),) = call.ledger.as_metadata()
         assert all(f"{stage}_us=" in ledger for stage in ("upload", "compute", "download"))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "wanted", "W_is"),
+    [
+        (5, Wanted(), "registered"),
+        (6, Wanted(), "outside"),
+        (7, Wanted(), "resident"),
+        (8, Wanted(gW=False, gb=False), "registered"),
+        (9, Wanted(gW=False, gb=False), "outside"),
+        (10, Wanted(gW=False, gb=False), "resident"),
+        (11, Wanted(gx=False), "registered"),
+        (12, Wanted(gx=False, gW=False), "registered"),
+    ],
+)
+def test_large_gradients_of_registered_arrays_are_computed_in_steps(
+    cuda: CudaDevice,
+    registered: Array,
+    monkeypatch: pytest.MonkeyPatch,
+    n: int,
+    wanted: Wanted,
+    W_is: str,
+) -> None:
+    """Captured once, and then with other elements there, elsewhere, and with small tensors outside."""
+    graphs: list[Graph] = []
+    capture = Stream.capture
+
+    def noted(stream: Stream, work: Callable[[], None]) -> Graph:
+        graphs.append(capture(stream, work))
+        return graphs[-1]
+
+    problem = layer(np.dtype(np.float32), n=n, ins=32, outs=32, image=64)
+    options = Options(cudnn_deterministic=True)
+    W_tensor = cuda.empty(problem.W)
+    for seed in range(6):
+        x, W, gy = (
+            random_array(spec, 10 * seed + number)
+            for number, spec in enumerate((problem.x, problem.W, problem.y))
+        )
+        right = cuda.gradients(
+            problem,
+            x if wanted.gW else None,
+            W if wanted.gx else None,
+            gy,
+            wanted,
+            options,
+            Call(),
+        )
+        cuda.write(W_tensor, W, Call())
+        begin, lent = 4096 * (seed // 3), []
+        for spec in (problem.x, problem.y, problem.x, problem.W, problem.W):
+            lent.append(view_of(registered, begin, spec))
+            begin += spec.nbytes + 512
+        lent_x, lent_gy, gx, lent_W, gW = lent
+        lent_x[...], lent_gy[...], lent_W[...], gx[...], gW[...] = x, gy, W, np.nan, np.nan
+        Ws: dict[str, Operand] = {"registered": lent_W, "outside": W, "resident": W_tensor}
+        out = GradientPlaces(gx, gW if W_is == "registered" else None, None)
+        call = Call()
+
+        with monkeypatch.context() as noting:
+            noting.setattr(Stream, "capture", noted)
+            found = cuda.gradients(
+                problem,
+                lent_x if wanted.gW else None,
+                Ws[W_is] if wanted.gx else None,
+                lent_gy,
+                wanted,
+                options,
+                call,
+                out,
+            )
+
+        for array, expected in zip(found, right, strict=True):
+            assert (array is None) == (expected is None)
+            if array is not None and expected is not None:
+                np.testing.assert_array_equal(array, expected)
+        assert (not wanted.gx) or found.gx is gx
+        ledger = call.ledger.as_text()
+        assert all(f"{stage}_us=" in ledger for stage in ("upload", "compute", "download"))
+    cuda.free(W_tensor)
+    assert len(graphs) == 1
+
+
+def test_gradients_whose_arrays_overlap_leave_the_card_in_order(
+    cuda: CudaDevice, registered: Array
+) -> None:
+    problem = layer(np.dtype(np.float32), n=8, ins=32, outs=32, image=64)
+    options = Options(cudnn_deterministic=True)
+    gy, W = random_array(problem.y), random_array(problem.W, 1)
+    wanted = Wanted(gW=False, gb=False)
+    right = cuda.gradients(problem, None, W, gy, wanted, options, Call()).gx
+    lent_gy = view_of(registered, 0, problem.y)
+    for begin in (1 << 20, 0, problem.y.nbytes):
+        for _ in range(3):
+            lent_gy[...] = gy
+            gx = view_of(registered, begin, problem.x)
+            cuda.gradients(
+                problem, None, W, lent_gy, wanted, options, Call(), GradientPlaces(gx=gx)
+            )
+    assert right is not None
+    np.testing.assert_array_equal(gx, right)  # where nothing overlaps
 
 
 def test_a_graph_follows_memory_that_is_registered_anew(cuda: CudaDevice) -> None:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.plan import Plan
 
-__all__ = ["DeconvolveJob", "GradientsJob", "Job"]
+__all__ = ["DeconvolveJob", "GradientsJob", "Job", "Step"]
+
+
+class Step(NamedTuple):
+    """A part of a job, which can begin before all operands are there and end before all results are made.
+
+    Attributes:
+        operands, results: Which it is computed from and which it makes, by their numbers in the job.
+        enqueue: Enqueues it; takes what `Job.enqueue` takes.
+    """
+
+    operands: Sequence[int]
+    results: Sequence[int]
+    enqueue: Callable[[Sequence[int], Sequence[int], int, int], None]
 
 
 class Job(Protocol):
@@ -26,6 +39,10 @@ class Job(Protocol):
     @property
     def workspace_bytes(self) -> int:
         """Memory that it scribbles on."""
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """All of it, in the order in which it is to be done."""
 
     def enqueue(
         self, operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
@@ -49,6 +66,7 @@ class DeconvolveJob:
         self.operands = (problem.x, problem.W, *([problem.b] if with_b else []))
         self.results = (problem.y,)
         self.workspace_bytes = plan.workspace_bytes
+        self.steps = (Step(range(len(self.operands)), (0,), self.enqueue),)
         self._plan = plan
 
     def enqueue(
@@ -75,7 +93,6 @@ class GradientsJob:
     def __init__(
         self, problem: Problem, gx_plan: Plan | None, gW_plan: Plan | None, *, with_gb: bool
     ) -> None:
-        self._gx_plan, self._gW_plan, self._with_gb = gx_plan, gW_plan, with_gb
         plans = [plan for plan in (gx_plan, gW_plan) if plan is not None]
         operands = [problem.y]
         operands += [problem.x] if gW_plan is not None else []
@@ -83,19 +100,46 @@ class GradientsJob:
         self.operands = tuple(operands)
         self.results = tuple(_results(problem, gx_plan, gW_plan, with_gb=with_gb))
         self.workspace_bytes = max((plan.workspace_bytes for plan in plans), default=0)
+        self.steps = tuple(self._all_steps(gx_plan, gW_plan, with_gb=with_gb))
+
+    def _all_steps(
+        self, gx_plan: Plan | None, gW_plan: Plan | None, *, with_gb: bool
+    ) -> Iterator[Step]:
+        gy, x, W = 0, 1, len(self.operands) - 1
+        gx, gW, gb = 0, 0 if gx_plan is None else 1, len(self.results) - 1
+        if gx_plan is not None:
+            yield Step((gy, W), (gx,), _product(gx_plan, gy, W, gx))
+        if gW_plan is not None:
+            yield Step((gy, x), (gW,), _product(gW_plan, x, gy, gW))
+        if with_gb:
+            spec = self.operands[gy]
+            yield Step(
+                (gy,),
+                (gb,),
+                lambda operands, results, _, stream: kernels.sum_gb(
+                    operands[gy], results[gb], spec, stream
+                ),
+            )
 
     def enqueue(
         self, operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
     ) -> None:
         """Enqueue the gradients, one behind the other. See `Job`."""
-        gy, *others = operands
-        if self._gx_plan is not None:
-            self._gx_plan.execute(gy, others[-1], results[0], workspace, stream)
-        if self._gW_plan is not None:
-            gW = results[0 if self._gx_plan is None else 1]
-            self._gW_plan.execute(others[0], gy, gW, workspace, stream)
-        if self._with_gb:
-            kernels.sum_gb(gy, results[-1], self.operands[0], stream)
+        for step in self.steps:
+            step.enqueue(operands, results, workspace, stream)
+
+
+def _product(
+    plan: Plan, a: int, b: int, out: int
+) -> Callable[[Sequence[int], Sequence[int], int, int], None]:
+    """Return what enqueues a plan, for operands and a result by their numbers. See `Step`."""
+
+    def enqueue(
+        operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
+    ) -> None:
+        plan.execute(operands[a], operands[b], results[out], workspace, stream)
+
+    return enqueue
 
 
 def _results(

@@ -48,9 +48,9 @@ class Lane:
     A small call lies in an arena that is always at the same place, so all it does, copies included,
     is captured as a graph when its kind comes again; if the card reaches large arrays of it in host
     memory, it copies those by themselves, and the graph is of the rest. A large call takes a block
-    of its own; if the card reaches x and y, it may be computed in parts of its samples, so that copies
-    both ways and work overlap. Tensors that lie on the card are used where they are, and do not
-    count.
+    of its own; if the card reaches its arrays, it is computed in the job's steps, or y in parts of its
+    samples, so that copies both ways and work overlap. Tensors that lie on the card are used where
+    they are, and do not count.
 
     Args:
         device_id: Whose tensors calls may use.
@@ -109,7 +109,8 @@ class Lane:
         kind = self._kind(whole_key, lambda: Kind(prepare(), operands_at, results_at))
         call.check()
         if kind.frame.total_bytes > ARENA_BYTES:
-            self._run_large(kind, operands, places, call)
+            if not self.pipeline.run_steps(kind, operands, places, call):
+                self._run_large(kind, operands, places, call)
         elif is_mirrored:
             self._run_mirrored(kind, operands, places, call.ledger)
         else:

@@ -1,9 +1,9 @@
-"""Large calls in parts of their samples: while one part is computed, the next comes and the last one goes."""
+"""Large calls in parts or steps: while one is computed, what the next needs comes, and what the last has made goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ _REMEMBERED_COUNT = 1024
 
 
 class _Reached(NamedTuple):
-    """An operand where the card reaches it: on the card, in lent memory, or as a copy in pinned memory.
+    """A tensor where the card reaches it: on the card, in lent memory, or as a mirror in pinned memory.
 
     Attributes:
         lent: Itself, if that is in lent memory; else None.
@@ -72,14 +72,17 @@ def count_parts(problem: Problem) -> int:
 
 
 class Pipeline:
-    """Computes y where the card reaches x and y by itself: one stream for each way, one for the work.
+    """Computes where the card reaches a call's arrays by itself: one stream for each way, one for the work.
+
+    The bus is what takes longest, so it is to begin soon and never to wait for the host: once such a
+    call has come before, all of it is enqueued as one graph.
 
     Args:
         stream: For the work.
         memory: Where blocks come from.
         staging: Copies operands that are not divided, on the stream for the work.
         host_memory: What the card reaches.
-        pinned: Memory for copies of small operands that it does not.
+        pinned: Memory for copies of small arrays that it does not.
     """
 
     def __init__(
@@ -100,11 +103,9 @@ class Pipeline:
     def run(
         self, kind: Kind, operands: Sequence[Operand], y: Array, places: HostPlaces, call: Call
     ) -> None:
-        """Compute y.
+        """Compute y in parts.
 
-        The bus is what takes longest, so it is to begin soon and never to wait for the host: once
-        such a call has come before, all of it is enqueued as one graph. Operands that are still being
-        written are followed piece by piece.
+        Operands that are still being written are followed piece by piece.
 
         Args:
             kind: Of the call, with as many parts as `count_parts` returns.
@@ -118,28 +119,69 @@ class Pipeline:
         writing = call.writing
         if writing is not None and writing.has(x.nbytes):
             writing = None
-        with self._memory.take(kind.frame.total_bytes) as base:
-            call.check()
+
+        def enqueue(base: int) -> None:
             if writing is not None and not self._can_follow(others, writing):
                 writing.expect(0, x.nbytes)
-            reached = self._reached(others)
+            reached = self._reached(others, Regions())
+            if reached is not None:
+                self._launch_parts(kind, base, x, reached, y, places, writing)
+                return
+            if writing is not None:
+                writing.expect(0, x.nbytes)
+            self._enqueue_parts(kind, base, operands, y, self._staged(call), writing)
+
+        self._run(kind, call, enqueue)
+        if call.writing is not None:  # though it may have written all before it was looked at
+            call.ledger.add(Stage.FOLLOW, call.writing.waited_s)
+
+    def run_steps(
+        self, kind: Kind, operands: Sequence[Operand], results: Sequence[Operand], call: Call
+    ) -> bool:
+        """Compute the results of a job in its steps; return False if they are to be computed in another way.
+
+        That is if the card does not reach all large arrays. Raises as `Lane.run` does.
+
+        Args:
+            kind: Of the call, in one part.
+            operands, results: In the job's order.
+        """
+        generation, mirrors = self._host_memory.generation, Regions()
+        targets = self._reached(results, mirrors, is_to_be_read=False)
+        sources = None if targets is None else self._reached(operands, mirrors)
+        if targets is None or sources is None:
+            return False
+        tensors = [*sources, *targets]
+        places = HostPlaces.of(generation, [t.lent for t in tensors if t.lent is not None])
+
+        def enqueue_steps(base: int) -> None:
+            operands, results = ([t.operand for t in some] for some in (sources, targets))
+            self._enqueue_steps(kind, base, operands, results)
+
+        def enqueue(base: int) -> None:
+            at = base, *(tensor.lent is None for tensor in tensors)
+            self._launch(kind, partial(enqueue_steps, base), at, places)
+
+        self._run(kind, call, enqueue)
+        for result, target in zip(results, targets, strict=True):
+            if isinstance(result, np.ndarray) and target.operand is not result:
+                result[...] = target.operand
+        return True
+
+    def _run(self, kind: Kind, call: Call, enqueue: Callable[[int], None]) -> None:
+        """Have a call enqueued, given the address of a block for the kind's frame, and wait for it."""
+        with self._memory.take(kind.frame.total_bytes) as base:
+            call.check()
             try:
-                if reached is None:
-                    if writing is not None:
-                        writing.expect(0, x.nbytes)
-                    self._enqueue(kind, base, operands, y, self._staged(call), writing)
-                else:
-                    self._launch(kind, base, x, reached, y, places, writing)
+                enqueue(base)
                 self._up.wait()  # what the others do has come together in it
             except BaseException:
                 for stream in (self._up, self._work, self._down):
                     stream.wait()
                 raise
             self._marks.account(call.ledger)
-            if call.writing is not None:  # though it may have written all before it was looked at
-                call.ledger.add(Stage.FOLLOW, call.writing.waited_s)
 
-    def _launch(
+    def _launch_parts(
         self,
         kind: Kind,
         base: int,
@@ -149,24 +191,37 @@ class Pipeline:
         places: HostPlaces,
         writing: Writing | None,
     ) -> None:
-        """Enqueue a call whose arrays the card all reaches, as a graph if that can be."""
+        """Enqueue a call in parts whose arrays the card all reaches."""
 
         def enqueue() -> None:
             operands = [x, *(other.operand for other in others)]
             upload_whole = self._upload if writing is None else self._followed(writing, x.nbytes)
-            self._enqueue(kind, base, operands, y, upload_whole, writing)
+            self._enqueue_parts(kind, base, operands, y, upload_whole, writing)
 
+        if writing is not None:
+            enqueue()
+            return
         lent = [other.lent for other in others if other.lent is not None]
         if lent:
             places = places.beside(lent)
-        if writing is None and places.are_apart:
-            # copies lie at the same places again, where it is the same operands that are copied
-            at = base, *(other.lent is None for other in others)
+        self._launch(kind, enqueue, (base, *(other.lent is None for other in others)), places)
+
+    def _launch(
+        self, kind: Kind, enqueue: Callable[[], None], at: Hashable, places: HostPlaces
+    ) -> None:
+        """Enqueue a call, as a graph if that can be.
+
+        Args:
+            at: The block, and which arrays are mirrored: mirrors lie at the same places again, where it is the
+                same arrays that have some.
+            places: Of the other arrays.
+        """
+        if places.are_apart:
             kind.launch(self._up, enqueue, at, places)
         else:
             enqueue()
 
-    def _enqueue(
+    def _enqueue_parts(
         self,
         kind: Kind,
         base: int,
@@ -175,7 +230,7 @@ class Pipeline:
         upload_whole: Callable[[Array, int], None],
         writing: Writing | None,
     ) -> None:
-        """Enqueue a call, between a beginning and an end on the stream for the way up.
+        """Enqueue a call in parts, between a beginning and an end on the stream for the way up.
 
         Args:
             base: Address of a block for the kind's frame.
@@ -186,18 +241,15 @@ class Pipeline:
         Raises:
             LateError: They are not written in time.
         """
-        up, work, down, in_graph = self._up, self._work, self._down, self._up.is_capturing
+        up, work, down = self._up, self._work, self._down
         x, *others = operands
         assert isinstance(x, np.ndarray)
         x_at, *used_at = addresses(base, kind.frame.operands, kind.operands_at)
         (y_at,) = addresses(base, kind.frame.results, kind.results_at)
         workspace = base + kind.frame.workspace.offset
-        self._marks.begin(up, in_graph=in_graph)
+        self._begin()
         for other, lies_at, target in zip(others, kind.operands_at[1:], used_at, strict=True):
-            if isinstance(other, np.ndarray):
-                upload_whole(other, target)
-            elif lies_at is not None and lies_at != target:
-                copy(target, lies_at, other.spec.nbytes, up.pointer)
+            self._bring(other, lies_at, target, upload_whole)
         written_bytes = 0
         for x_part, y_part in zip(
             _parts(x, kind.parts_count), _parts(y, kind.parts_count), strict=True
@@ -211,11 +263,60 @@ class Pipeline:
             work.fork(down)
             download(y_part, y_at, down.pointer)
             x_at, y_at = x_at + x_part.nbytes, y_at + y_part.nbytes
-        self._marks.end(Stage.UPLOAD, up, in_graph=in_graph)
-        self._marks.end(Stage.COMPUTE, work, in_graph=in_graph)
-        self._marks.end(Stage.DOWNLOAD, down, in_graph=in_graph)
-        for stream in (work, down):  # a graph must end in one stream
-            stream.fork(up)
+        self._end()
+
+    def _enqueue_steps(
+        self, kind: Kind, base: int, operands: Sequence[Operand], results: Sequence[Operand]
+    ) -> None:
+        """Enqueue a call in steps, in the manner of `_enqueue_parts`."""
+        up, work, down = self._up, self._work, self._down
+        operands_at = addresses(base, kind.frame.operands, kind.operands_at)
+        results_at = addresses(base, kind.frame.results, kind.results_at)
+        workspace = base + kind.frame.workspace.offset
+        is_there = [False] * len(operands)
+        self._begin()
+        for step in kind.job.steps:
+            for number in step.operands:
+                if not is_there[number]:
+                    lies_at, target = kind.operands_at[number], operands_at[number]
+                    self._bring(operands[number], lies_at, target, self._upload)
+                    is_there[number] = True
+            up.fork(work)
+            step.enqueue(operands_at, results_at, workspace, work.pointer)
+            work.fork(down)
+            for number in step.results:
+                result, made_at = results[number], results_at[number]
+                lies_at = kind.results_at[number]
+                if isinstance(result, np.ndarray):
+                    download(bytes_of(result), made_at, down.pointer)
+                elif lies_at is not None and lies_at != made_at:
+                    copy(lies_at, made_at, result.spec.nbytes, down.pointer)
+        self._end()
+
+    def _begin(self) -> None:
+        self._marks.begin(self._up, in_graph=self._up.is_capturing)
+
+    def _end(self) -> None:
+        """Mark the ends of the stages, and have them come together in the stream for the way up."""
+        in_graph = self._up.is_capturing
+        self._marks.end(Stage.UPLOAD, self._up, in_graph=in_graph)
+        self._marks.end(Stage.COMPUTE, self._work, in_graph=in_graph)
+        self._marks.end(Stage.DOWNLOAD, self._down, in_graph=in_graph)
+        for stream in (self._work, self._down):  # a graph must end in one stream
+            stream.fork(self._up)
+
+    def _bring(
+        self,
+        operand: Operand,
+        lies_at: int | None,
+        target: int,
+        upload_array: Callable[[Array, int], None],
+    ) -> None:
+        """Enqueue a copy of an operand to where it is used, unless it is there."""
+        if isinstance(operand, np.ndarray):
+            upload_array(operand, target)
+        elif lies_at is not None and lies_at != target:
+            copy(target, lies_at, operand.spec.nbytes, self._up.pointer)
 
     def _compute(
         self, kind: Kind, operands: Sequence[int], y: int, workspace: int, *, is_alone: bool
@@ -234,22 +335,29 @@ class Pipeline:
         else:
             enqueue()
 
-    def _reached(self, others: Sequence[Operand]) -> list[_Reached] | None:
-        """Return operands as the card reaches them. None if one that it does not reach is large."""
+    def _reached(
+        self, tensors: Sequence[Operand], mirrors: Regions, *, is_to_be_read: bool = True
+    ) -> list[_Reached] | None:
+        """Return tensors as the card reaches them. None if one that it does not reach is large.
+
+        Args:
+            mirrors: Those of the call so far.
+            is_to_be_read: Whether they have elements that the card is to read.
+        """
         reached: list[_Reached] = []
-        mirrors = Regions()
-        for other in others:
-            if not isinstance(other, np.ndarray):
-                reached.append(_Reached(other))
-            elif self._is_lent(other):
-                reached.append(_Reached(other, lent=other))
+        for tensor in tensors:
+            if not isinstance(tensor, np.ndarray):
+                reached.append(_Reached(tensor))
+            elif self._is_lent(tensor):
+                reached.append(_Reached(tensor, lent=tensor))
             else:
-                region = mirrors.add(other.nbytes)
+                region = mirrors.add(tensor.nbytes)
                 if mirrors.total_bytes > _MIRRORED_BYTES:
                     return None
-                dtype = other.dtype.newbyteorder("=")
-                mirror = np.ndarray(other.shape, dtype, self._pinned, region.offset)
-                mirror[...] = other
+                dtype = tensor.dtype.newbyteorder("=")
+                mirror = np.ndarray(tensor.shape, dtype, self._pinned, region.offset)
+                if is_to_be_read:
+                    mirror[...] = tensor
                 reached.append(_Reached(mirror))
         return reached
 
