@@ -518,6 +518,14 @@ def write_both(client: Line, operands: Sequence[Array], sources: Sequence[Array]
     write(client, x, x_source, 8, W.nbytes)
 
 
+def write_in_turn(client: Line, pairs: Sequence[tuple[Array, Array]]) -> None:
+    """Write arrays one behind the other, and tell of it."""
+    before_bytes = 0
+    for target, source in pairs:
+        write(client, target, source, 2, before_bytes)
+        before_bytes += target.nbytes
+
+
 class TestEarlyCalls:
     """Calls whose x is still being written."""
 
@@ -561,6 +569,7 @@ class TestEarlyCalls:
             source = random_array(self.PROBLEM.x, seed)
             call = Call()
             call.writing = Writing(server)
+            call.writing.total_bytes = x.nbytes
             writer = threading.Thread(target=write, args=(client, x, source, steps_count))
             writer.start()
             if is_written_before:
@@ -593,7 +602,7 @@ class TestEarlyCalls:
             sources = random_array(problem.W, seed + 9), random_array(problem.x, seed)
             call = Call()
             call.writing = Writing(server)
-            call.writing.before_bytes = W.nbytes
+            call.writing.total_bytes = W.nbytes + x.nbytes
             writer = threading.Thread(target=write_both, args=(client, (W, x), sources))
             later = threading.Timer(0.05, writer.start)
             later.start()
@@ -605,6 +614,74 @@ class TestEarlyCalls:
             right = cuda.deconvolve(problem, x_source, W_source, None, self.OPTIONS, Call())
             assert_near(y, right, problem)
 
+    @pytest.mark.parametrize(
+        "wanted",
+        [Wanted(), Wanted(gW=False, gb=False), Wanted(gx=False)],
+        ids=["all", "gx", "gW and gb"],
+    )
+    @pytest.mark.parametrize("W_is_small", [False, True])
+    def test_gradients_follow_what_is_written_for_them(
+        self,
+        cuda: CudaDevice,
+        registered: Array,
+        ends: tuple[Line, Line],
+        monkeypatch: pytest.MonkeyPatch,
+        wanted: Wanted,
+        W_is_small: bool,
+    ) -> None:
+        client, server = ends
+        problem = layer(np.dtype(np.float32), n=14, ins=32, outs=2 if W_is_small else 32, image=64)
+        monkeypatch.setattr(writing, "_GRACE_S", 10)
+        for seed in range(4):
+            sources = [
+                random_array(spec, 7 * seed + number)
+                for number, spec in enumerate((problem.W, problem.y, problem.x))
+            ]
+            W, gy, x = sources
+            expected = cuda.gradients(
+                problem,
+                x if wanted.gW else None,
+                W if wanted.gx else None,
+                gy,
+                wanted,
+                self.OPTIONS,
+                Call(),
+            )
+            begin, lent = 0, []
+            for source in (*sources, x):
+                lent.append(view_of(registered, begin, spec_of(source)))
+                begin += source.nbytes + 512
+                lent[-1][...] = np.nan
+            lent_W, lent_gy, lent_x, gx = lent
+            pairs = [(lent_gy, gy)]
+            pairs += [(lent_x, x)] if wanted.gW else []
+            if not W_is_small:  # else it comes with the call
+                pairs = [(lent_W, W), *pairs] if wanted.gx else pairs
+            call = Call()
+            call.writing = Writing(server)
+            call.writing.total_bytes = sum(target.nbytes for target, _ in pairs)
+            writer = threading.Thread(target=write_in_turn, args=(client, pairs))
+            later = threading.Timer(0.05, writer.start)
+            later.start()
+            found = cuda.gradients(
+                problem,
+                lent_x if wanted.gW else None,
+                (W if W_is_small else lent_W) if wanted.gx else None,
+                lent_gy,
+                wanted,
+                self.OPTIONS,
+                call,
+                GradientPlaces(gx if wanted.gx else None, None, None),
+            )
+            later.join()
+            writer.join()
+
+            for array, right in zip(found, expected, strict=True):
+                assert (array is None) == (right is None)
+                if array is not None and right is not None:
+                    np.testing.assert_array_equal(array, right)
+            assert FOLLOW_ENTRY in call.ledger.as_text()
+
     def test_a_slow_writer_does_not_keep_the_card(
         self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]
     ) -> None:
@@ -614,6 +691,7 @@ class TestEarlyCalls:
         cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
         call = Call()
         call.writing = Writing(server)
+        call.writing.total_bytes = x.nbytes
         tell_written(client, x[:5].nbytes)
 
         begun_s = time.monotonic()
@@ -622,7 +700,7 @@ class TestEarlyCalls:
         assert time.monotonic() - begun_s < 1
 
         tell_written(client, x.nbytes)
-        call.wait_for_x(x.nbytes)
+        call.wait_until_written()
         cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
         self.check(cuda, y, source)
         assert FOLLOW_ENTRY not in dict(call.ledger.as_metadata())[METADATA_KEY]
@@ -635,6 +713,7 @@ class TestEarlyCalls:
         for told_bytes in (0, x[:5].nbytes):
             call = Call()
             call.writing = Writing(server)
+            call.writing.total_bytes = x.nbytes
             tell_written(client, told_bytes)
             if told_bytes:
                 client.shut()
@@ -658,6 +737,7 @@ class TestEarlyCalls:
         x, y = (x, y) if is_reached else (x.copy(), y.copy())
         call = Call()
         call.writing = Writing(server)
+        call.writing.total_bytes = x.nbytes
 
         begun_s = time.monotonic()
         with cuda._working(Call()) if is_reached else nullcontext(), pytest.raises(LateError):

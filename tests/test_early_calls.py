@@ -226,6 +226,43 @@ class TestClient:
         assert told.count(W.nbytes + x.nbytes) == 3
         assert all(size_bytes > W.nbytes for size_bytes in told) == ("W" in lent)
 
+    @pytest.mark.parametrize("lent", [(), ("W", "gy"), ("x",)])
+    @pytest.mark.parametrize("wanted", [("gx",), ("gx", "gW", "gb"), ("gW",)])
+    def test_calls_for_gradients_may_be_early_too(
+        self,
+        server: ServerProcess,
+        told: list[int],
+        wanted: tuple[str, ...],
+        lent: tuple[str, ...],
+    ) -> None:
+        random = np.random.default_rng(0)
+        shapes = {"x": (2, 2048, 24, 24), "W": (2048, 1100, 1, 1), "gy": (2, 1100, 24, 24)}
+        with deconvd_client.connect(server.target) as F:
+            given: dict[str, Array] = {}
+            for name, shape in shapes.items():
+                plain = random.integers(-3, 4, shape).astype(np.float32)
+                given[name] = F.empty(shape, np.float32) if name in lent else plain
+                given[name][...] = plain
+            x, W, gy = given["x"], given["W"], given["gy"]
+            b = np.zeros(1100, np.float32)
+            for _ in range(2):
+                found = F.deconvolution_2d_grad(x, W, b, gy, wanted=wanted)
+        right = {
+            "gx": np.einsum("nohw,io->nihw", gy, W[:, :, 0, 0], optimize=True),
+            "gW": np.einsum("nihw,nohw->io", x, gy, optimize=True)[:, :, None, None],
+            "gb": gy.sum((0, 2, 3)),
+        }
+        for name, gradient in found._asdict().items():
+            assert (gradient is None) == (name not in wanted)
+            if gradient is not None:
+                np.testing.assert_array_equal(gradient, right[name])
+        sent = {"W": "gx" in wanted, "gy": True, "x": "gW" in wanted}
+        sent_bytes = sum(given[name].nbytes for name, is_sent in sent.items() if is_sent)
+        copied = [
+            given[name].nbytes for name, is_sent in sent.items() if is_sent and name not in lent
+        ]
+        assert told.count(sent_bytes) == (2 if sum(copied) >= 8 << 20 else 0)
+
     def test_a_client_that_dies_while_copying_leaves_nothing(self, server: ServerProcess) -> None:
         x = random_x()
         with deconvd_client.connect(server.target) as F:
@@ -440,7 +477,9 @@ class TestServer:
         with open_line(server) as other:
             assert serves(other)
 
-    @pytest.mark.parametrize("method", [m for m in Method if m is not Method.Deconvolve])
+    @pytest.mark.parametrize(
+        "method", [m for m in Method if m not in (Method.Deconvolve, Method.DeconvolveGrad)]
+    )
     def test_no_other_method_can_be_early(
         self, server: ServerProcess, line: Line, method: Method
     ) -> None:

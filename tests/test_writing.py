@@ -44,21 +44,27 @@ def chatterer(ends: tuple[Line, Line]) -> Iterator[Writing]:
         [sys.executable, "-c", _CHATTER, *arguments], pass_fds=[near.descriptor]
     ) as process:
         assert far.has_come(len(frame), 30)
-        yield Writing(far)
+        heard = Writing(far)
+        heard.total_bytes = 2
+        yield heard
         process.kill()
 
 
 def test_what_was_said_is_known_without_waiting(ends: tuple[Line, Line]) -> None:
     near, far = ends
     heard = Writing(far)
-    assert not heard.has(1)
+    assert not heard.has_within(0, 1)
     for size_bytes in (10, 20, 30):
         tell_written(near, size_bytes)
-    assert heard.has(30)
-    assert not heard.has(31)
-    heard.require(30)
+    assert heard.has_within(0, 30)
+    assert not heard.has_within(0, 31)
+    heard.total_bytes = 30
+    assert heard.is_done()
+    heard.require()
+    heard.total_bytes = 31
+    assert not heard.is_done()
     with pytest.raises(LateError):
-        heard.require(31)
+        heard.require()
 
 
 def test_what_is_said_in_time_is_waited_for(ends: tuple[Line, Line]) -> None:
@@ -77,27 +83,28 @@ def test_a_device_is_held_as_long_as_a_slow_copy_takes(
     monkeypatch.setattr(writing, "_SLOWEST_BYTES_PER_S", 1000)
     near, far = ends
     heard = Writing(far)
+    heard.total_bytes = 100
     tell_written(near, 50)
-    heard.expect(50, 100)
+    heard.expect(50)
     began_s = time.monotonic()
     with pytest.raises(LateError):
-        heard.expect(100, 100)
+        heard.expect(100)
     # for all waits together
     assert time.monotonic() - began_s + heard.waited_s > 0.05
     began_s = time.monotonic()
     with pytest.raises(LateError):
-        heard.expect(100, 100)
+        heard.expect(100)
     assert time.monotonic() - began_s < 0.05
 
 
 def test_who_says_the_same_again_and_again_keeps_no_device(chatterer: Writing) -> None:
-    assert not chatterer.has(2)  # and it is not waited for whether that is all
+    assert not chatterer.is_done()  # and it is not waited for whether that is all
     with pytest.raises(LateError):
-        chatterer.expect(2, 2)
+        chatterer.expect(2)
 
 
 def test_who_says_the_same_again_and_again_has_its_deadline(chatterer: Writing) -> None:
     call = Call(timeout_s=0.1)
     call.writing = chatterer
     with pytest.raises(DeadlineError):
-        call.wait_for_x(2)
+        call.wait_until_written()

@@ -20,10 +20,10 @@ GetServerInfo tells. A line is a connection to one of them: it carries one call 
              END                a call of such a method has ended well: the ledger
              FAILED             the call has failed: a google.rpc.Status
 
-A call of Deconvolve whose x is in shared memory may be early: its client is still writing the operands that are there,
-W, b and then x, each from its begin to its end, and says now and then how far it has come, and at last that all are
-written. Thus they can be uploaded while they are being written. A server need not wait for the rest to answer: what is
-said after that it passes over.
+A call of Deconvolve or DeconvolveGrad may be early: its client is still writing the operands that are in shared memory,
+in the order W, b, gy, x, each from its begin to its end, and says now and then how far it has come, and at last that
+all are written. Thus they can be uploaded while they are being written. A server need not wait for the rest to answer:
+what is said after that it passes over.
 
 Both send at once; the order is that of the stream. A client waits for the greeting before its first call, so as not to
 call a stranger at the port. One that closes the line gives its call up. A server that closes it has not begun the call,
@@ -46,6 +46,7 @@ from deconvd.status import error_from_status
 
 __all__ = [
     "ANY_INSTANCE",
+    "EARLY_ORDER",
     "Answer",
     "CallHead",
     "FrameSource",
@@ -88,6 +89,10 @@ class Method(IntEnum):
 
 
 _METHODS: Final = {method.value: method for method in Method}
+_EARLY: Final = (Method.Deconvolve, Method.DeconvolveGrad)
+
+EARLY_ORDER: Final = ("w", "b", "gy", "x")
+"""The order in which operands of an early call are written, by their fields."""
 
 
 class CallHead(NamedTuple):
@@ -121,7 +126,7 @@ class CallHead(NamedTuple):
         method = _METHODS.get(number)
         if method is None:
             raise LineBrokenError(f"a call of the unknown method {number}")
-        if is_early and method is not Method.Deconvolve:
+        if is_early and method not in _EARLY:
             raise LineBrokenError(f"an early call of {method.name}")
         return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early, written_bytes)
 

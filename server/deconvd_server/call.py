@@ -14,7 +14,7 @@ from deconvd_server.writing import Writing
 __all__ = ["Call"]
 
 _LOOK_S: Final = 0.5
-"""How often one who waits for x looks whether the call is still wanted."""
+"""How often one who waits for operands looks whether the call is still wanted."""
 
 
 class Call:
@@ -62,8 +62,8 @@ class Call:
             return None
         return max(self._deadline_s - time.monotonic(), 0.0)
 
-    def wait_for_x(self, size_bytes: int) -> None:
-        """Return once x, of so many bytes, and all before it have been written: at once unless the call is early.
+    def wait_until_written(self) -> None:
+        """Return once all operands have been written: at once unless the call is early.
 
         Raises:
             CallCancelledError, DeadlineError: As `check`.
@@ -75,7 +75,7 @@ class Call:
             self.check()
             remaining_s = self.remaining_s()
             wait_s = _LOOK_S if remaining_s is None else min(remaining_s, _LOOK_S)
-            if self.writing.has_within(wait_s, size_bytes):
+            if self.writing.has_within(wait_s, self.writing.total_bytes):
                 self.writing = None
                 return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from deconvd_server.device import (
 from deconvd_server.writing import LateError
 
 __all__ = ["Engine", "Engines"]
+
+_T = TypeVar("_T")
 
 
 class Engine:
@@ -69,12 +72,11 @@ class Engine:
         """Return y. Raises as `Admission.admitted` and `Device.deconvolve` do."""
         present_bytes = resident_bytes(x, W, b, out)
         footprint_bytes = self._device.footprint_bytes(problem, None, present_bytes)
-        if self.info.takes_early:
-            with suppress(LateError), self._admission.admitted(footprint_bytes, call):
-                return self._device.deconvolve(problem, x, W, b, options, call, out)
-        call.wait_for_x(problem.x.nbytes)  # without a place that others could have
-        with self._admission.admitted(footprint_bytes, call):
-            return self._device.deconvolve(problem, x, W, b, options, call, out)
+        return self._admitted(
+            footprint_bytes,
+            call,
+            lambda: self._device.deconvolve(problem, x, W, b, options, call, out),
+        )
 
     def gradients(
         self,
@@ -90,8 +92,20 @@ class Engine:
         """Return the wanted gradients. Raises as `Admission.admitted` and `Device.gradients` do."""
         present_bytes = resident_bytes(x, W, gy, *out)
         footprint_bytes = self._device.footprint_bytes(problem, wanted, present_bytes)
+        return self._admitted(
+            footprint_bytes,
+            call,
+            lambda: self._device.gradients(problem, x, W, gy, wanted, options, call, out),
+        )
+
+    def _admitted(self, footprint_bytes: int, call: Call, compute: Callable[[], _T]) -> _T:
+        """Return what a call computes, once it may: early if that can be."""
+        if self.info.takes_early:
+            with suppress(LateError), self._admission.admitted(footprint_bytes, call):
+                return compute()
+        call.wait_until_written()  # without a place that others could have
         with self._admission.admitted(footprint_bytes, call):
-            return self._device.gradients(problem, x, W, gy, wanted, options, call, out)
+            return compute()
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
         """Return a new tensor in the device's memory, with any elements; end it by `free`.

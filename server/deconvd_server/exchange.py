@@ -117,11 +117,6 @@ class Exchange:
             if field in slices:
                 self._places[field] = self._shared.place(f"{field}_place", spec, slices[field])
 
-    def shared_bytes(self, *fields: str) -> int:
-        """Return what those of some operands have that the request says are in shared memory."""
-        operands, slices = self._asked.operands, self._asked.slices
-        return sum(operands[field].nbytes for field in fields if field in slices)
-
     def find(self) -> dict[str, TensorSpec]:
         """Find the operands of a stream that are here already; return what is missing of the others.
 

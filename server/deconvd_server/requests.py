@@ -68,8 +68,18 @@ class _Asked(ABC):
 
     @property
     @abstractmethod
+    def operands(self) -> dict[str, TensorSpec]:
+        """What it is computed from, by the names of the fields, in the order in which they stream."""
+
+    @property
+    @abstractmethod
     def results(self) -> dict[str, TensorSpec]:
         """What its results will be, by the names of their fields."""
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """What the operands have that lie in shared memory, together."""
+        return sum(spec.nbytes for name, spec in self.operands.items() if name in self.slices)
 
     @cached_property
     def sent(self) -> dict[str, TensorSpec]:

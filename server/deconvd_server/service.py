@@ -105,9 +105,9 @@ class DeconvolutionService:
             self._check_result_size(asked.sent)
             engine = exchange.settle(self._ready().engines)
             if call.writing is not None:
-                call.writing.before_bytes = exchange.shared_bytes("w", "b")
+                call.writing.total_bytes = asked.shared_bytes
             if not asked.keep.isdisjoint(asked.operands):
-                call.wait_for_x(asked.problem.x.nbytes)
+                call.wait_until_written()
             x, W = exchange.operand("x"), exchange.operand("w")
             b = exchange.operand("b") if asked.with_b else None
             out = exchange.place("y")
@@ -124,6 +124,8 @@ class DeconvolutionService:
             exchange.take(request.raw)
             self._check_result_size(asked.sent)
             engine = exchange.settle(self._ready().engines)
+            if call.writing is not None:
+                call.writing.total_bytes = asked.shared_bytes
             x = exchange.operand("x") if asked.wanted.gW else None
             W = exchange.operand("w") if asked.wanted.gx else None
             gy = exchange.operand("gy")

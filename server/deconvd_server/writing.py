@@ -23,7 +23,7 @@ class LateError(Exception):
 
 
 class Writing:
-    """How far a client has come with writing x, and what it writes before. For the thread that serves its line.
+    """How far a client has come with writing the operands of a call. For the thread that serves its line.
 
     What it says may be wrong: that harms its own results alone. Each method raises LineBrokenError
     if the client goes, or says something else.
@@ -32,32 +32,28 @@ class Writing:
         written_bytes: How many bytes it has written already.
 
     Attributes:
-        before_bytes: What it writes before x: of x there is nothing until all of that is there.
+        total_bytes: What it writes: all operands in shared memory, one behind the other (see `deconvd.direct`).
         waited_s: Seconds that were spent in `expect`.
     """
 
     def __init__(self, line: Line, written_bytes: int = 0) -> None:
-        self.before_bytes = 0
+        self.total_bytes = 0
         self.waited_s = 0.0
         self._line = line
         self._written_bytes = written_bytes
         self._fair_until_s: float | None = None
 
-    def has(self, size_bytes: int) -> bool:
-        """Return whether so many bytes of x, from its begin, are known to be there now."""
-        return self.has_within(0, size_bytes)
+    def is_done(self) -> bool:
+        """Return whether all is known to be there now."""
+        return self.has_within(0, self.total_bytes)
 
-    def require(self, size_bytes: int) -> None:
-        """Raise LateError unless so many bytes are known to be there now."""
-        if not self.has(size_bytes):
+    def require(self) -> None:
+        """Raise LateError unless all is known to be there now."""
+        if not self.is_done():
             raise LateError
 
-    def expect_before(self, size_bytes: int, x_bytes: int) -> None:
-        """Wait for so many bytes of what is written before x. Otherwise as `expect`."""
-        self.expect(size_bytes - self.before_bytes, x_bytes)
-
-    def expect(self, size_bytes: int, x_bytes: int) -> None:
-        """Wait for so many of x's bytes, and all before, while holding a device.
+    def expect(self, size_bytes: int) -> None:
+        """Wait for so many bytes, while holding a device.
 
         Raises:
             LateError: That would be unfair to others: the device is to be left, and taken again once
@@ -65,17 +61,16 @@ class Writing:
         """
         now_s = time.monotonic()
         if self._fair_until_s is None:
-            total_bytes = self.before_bytes + x_bytes
-            self._fair_until_s = now_s + _GRACE_S + total_bytes / _SLOWEST_BYTES_PER_S
+            self._fair_until_s = now_s + _GRACE_S + self.total_bytes / _SLOWEST_BYTES_PER_S
         is_there = self.has_within(self._fair_until_s - now_s, size_bytes)
         self.waited_s += time.monotonic() - now_s
         if not is_there:
             raise LateError
 
     def has_within(self, timeout_s: float, size_bytes: int) -> bool:
-        """Return whether so many bytes of x, from its begin, are there within so many seconds."""
+        """Return whether so many bytes are there within so many seconds."""
         until_s = time.monotonic() + timeout_s
-        while self._written_bytes < self.before_bytes + size_bytes:
+        while self._written_bytes < size_bytes:
             remaining_s = until_s - time.monotonic()
             # what was said by then is still heard, but not for ever: there may always be more
             written_bytes = (

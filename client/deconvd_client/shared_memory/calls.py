@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from deconvd.codec import Buffer, Envelope
+from deconvd.direct import EARLY_ORDER
 from deconvd.errors import StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
@@ -59,7 +60,7 @@ def _answered(
         raw = _put(call, request, asked.operands)
         if raw is None:
             return None
-        call.settle(may_be_late=_may_be_late(request))
+        call.settle(may_be_late=True)
         response = rpc(Envelope(request, raw), call.late_copy)
         return Answered(
             response.message,
@@ -88,7 +89,8 @@ def _put(
 ) -> dict[str, Buffer] | None:
     """Put the large operands into shared memory; return the others' elements."""
     raw: dict[str, Buffer] = {}
-    for field, array in operands.items():
+    for field in sorted(operands, key=EARLY_ORDER.index):
+        array = operands[field]
         if not call.is_large(array):
             raw[field] = elements_of(array)
             continue
@@ -97,11 +99,6 @@ def _put(
             return None
         place.write_to(getattr(request, field).shared)
     return raw
-
-
-def _may_be_late(request: RequestT) -> bool:
-    """Return whether a server takes a call before its operands are written. See `deconvd.direct`."""
-    return isinstance(request, pb.DeconvolveRequest) and request.x.HasField("shared")
 
 
 def _received(response: Envelope[ResponseT], field: str, result: SharedResult | None) -> Array:

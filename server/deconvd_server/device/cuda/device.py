@@ -246,7 +246,7 @@ class CudaDevice(CardTensors):
         places = _HOST_MEMORY.places(x, place)
         parts_count = 1 if places is None else count_parts(problem)
         if call.writing is not None and (parts_count == 1 or not self._lanes.are_idle):
-            call.writing.require(problem.x.nbytes)  # to follow it would take time from others
+            call.writing.require()  # to follow it would take time from others
         part = _part(problem, parts_count)
         with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
             ready = self._prepared(Operation.Y, part, W, options, call, lane)
@@ -290,6 +290,8 @@ class CudaDevice(CardTensors):
                 (problem.x, problem.W, problem.b), out, astuple(wanted), strict=True
             )
         ]
+        if call.writing is not None and not self._lanes.are_idle:
+            call.writing.require()  # as above
         with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
             ready = None
             if wanted.gx and W is not None:

@@ -105,10 +105,11 @@ class GradientsJob:
     def _all_steps(
         self, gx_plan: Plan | None, gW_plan: Plan | None, *, with_gb: bool
     ) -> Iterator[Step]:
+        # they bring the operands in the order W, gy, x: that in which early calls have them written
         gy, x, W = 0, 1, len(self.operands) - 1
         gx, gW, gb = 0, 0 if gx_plan is None else 1, len(self.results) - 1
         if gx_plan is not None:
-            yield Step((gy, W), (gx,), _product(gx_plan, gy, W, gx))
+            yield Step((W, gy), (gx,), _product(gx_plan, gy, W, gx))
         if gW_plan is not None:
             yield Step((gy, x), (gW,), _product(gW_plan, x, gy, gW))
         if with_gb:

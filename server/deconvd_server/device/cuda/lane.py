@@ -102,15 +102,20 @@ class Lane:
             ExhaustedError: The card has not the memory now.
             CudaError, CudnnError: The card or cuDNN failed.
             CallCancelledError, DeadlineError: The call has ended.
+            LateError: Its operands are not written in time.
         """
         operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, places))
         is_mirrored = not any(map(self._is_direct, (*operands, *places)))
         whole_key = (key, is_mirrored, *operands_at, *results_at)
         kind = self._kind(whole_key, lambda: Kind(prepare(), operands_at, results_at))
         call.check()
-        if kind.frame.total_bytes > ARENA_BYTES:
-            if not self.pipeline.run_steps(kind, operands, places, call):
-                self._run_large(kind, operands, places, call)
+        is_large = kind.frame.total_bytes > ARENA_BYTES
+        if is_large and self.pipeline.run_steps(kind, operands, places, call):
+            return
+        if call.writing is not None:
+            call.writing.require()
+        if is_large:
+            self._run_large(kind, operands, places, call)
         elif is_mirrored:
             self._run_mirrored(kind, operands, places, call.ledger)
         else:

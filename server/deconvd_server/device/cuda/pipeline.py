@@ -20,7 +20,7 @@ from deconvd_server.device.cuda.runtime import Bytes, Stream, copy, download, up
 from deconvd_server.device.cuda.staging import Staging, bytes_of
 from deconvd_server.device.protocol import Operand
 from deconvd_server.ledger import Stage
-from deconvd_server.writing import Writing
+from deconvd_server.writing import LateError, Writing
 
 __all__ = ["Pipeline", "count_parts"]
 
@@ -116,36 +116,35 @@ class Pipeline:
         """
         x, *others = operands
         assert isinstance(x, np.ndarray)
-        writing = call.writing
-        if writing is not None and writing.has(x.nbytes):
-            writing = None
+        writing = _unfinished(call)
 
         def enqueue(base: int) -> None:
-            if writing is not None and not self._can_follow(others, writing):
-                writing.expect(0, x.nbytes)
+            if writing is not None and not self._can_follow(operands, writing):
+                writing.expect(writing.total_bytes - x.nbytes)
             reached = self._reached(others, Regions())
             if reached is not None:
                 self._launch_parts(kind, base, x, reached, y, places, writing)
                 return
             if writing is not None:
-                writing.expect(0, x.nbytes)
+                writing.expect(writing.total_bytes - x.nbytes)
             self._enqueue_parts(kind, base, operands, y, self._staged(call), writing)
 
         self._run(kind, call, enqueue)
-        if call.writing is not None:  # though it may have written all before it was looked at
-            call.ledger.add(Stage.FOLLOW, call.writing.waited_s)
 
     def run_steps(
         self, kind: Kind, operands: Sequence[Operand], results: Sequence[Operand], call: Call
     ) -> bool:
         """Compute the results of a job in its steps; return False if they are to be computed in another way.
 
-        That is if the card does not reach all large arrays. Raises as `Lane.run` does.
+        That is if the card does not reach all large arrays. Raises as `run` does.
 
         Args:
             kind: Of the call, in one part.
             operands, results: In the job's order.
         """
+        writing = _unfinished(call)
+        if writing is not None and not self._can_follow(operands, writing):
+            raise LateError
         generation, mirrors = self._host_memory.generation, Regions()
         targets = self._reached(results, mirrors, is_to_be_read=False)
         sources = None if targets is None else self._reached(operands, mirrors)
@@ -155,10 +154,14 @@ class Pipeline:
         places = HostPlaces.of(generation, [t.lent for t in tensors if t.lent is not None])
 
         def enqueue_steps(base: int) -> None:
+            upload_whole = self._upload if writing is None else self._followed(writing)
             operands, results = ([t.operand for t in some] for some in (sources, targets))
-            self._enqueue_steps(kind, base, operands, results)
+            self._enqueue_steps(kind, base, operands, results, upload_whole)
 
         def enqueue(base: int) -> None:
+            if writing is not None:
+                enqueue_steps(base)
+                return
             at = base, *(tensor.lent is None for tensor in tensors)
             self._launch(kind, partial(enqueue_steps, base), at, places)
 
@@ -180,6 +183,8 @@ class Pipeline:
                     stream.wait()
                 raise
             self._marks.account(call.ledger)
+            if call.writing is not None:  # though it may have written all before it was looked at
+                call.ledger.add(Stage.FOLLOW, call.writing.waited_s)
 
     def _launch_parts(
         self,
@@ -195,7 +200,7 @@ class Pipeline:
 
         def enqueue() -> None:
             operands = [x, *(other.operand for other in others)]
-            upload_whole = self._upload if writing is None else self._followed(writing, x.nbytes)
+            upload_whole = self._upload if writing is None else self._followed(writing)
             self._enqueue_parts(kind, base, operands, y, upload_whole, writing)
 
         if writing is not None:
@@ -250,13 +255,13 @@ class Pipeline:
         self._begin()
         for other, lies_at, target in zip(others, kind.operands_at[1:], used_at, strict=True):
             self._bring(other, lies_at, target, upload_whole)
-        written_bytes = 0
+        written_bytes = 0 if writing is None else writing.total_bytes - x.nbytes
         for x_part, y_part in zip(
             _parts(x, kind.parts_count), _parts(y, kind.parts_count), strict=True
         ):
             if writing is not None:
                 written_bytes += x_part.nbytes
-                writing.expect(written_bytes, x.nbytes)
+                writing.expect(written_bytes)
             upload(x_at, x_part, up.pointer)
             up.fork(work)
             self._compute(kind, [x_at, *used_at], y_at, workspace, is_alone=writing is not None)
@@ -266,7 +271,12 @@ class Pipeline:
         self._end()
 
     def _enqueue_steps(
-        self, kind: Kind, base: int, operands: Sequence[Operand], results: Sequence[Operand]
+        self,
+        kind: Kind,
+        base: int,
+        operands: Sequence[Operand],
+        results: Sequence[Operand],
+        upload_whole: Callable[[Array, int], None],
     ) -> None:
         """Enqueue a call in steps, in the manner of `_enqueue_parts`."""
         up, work, down = self._up, self._work, self._down
@@ -279,7 +289,7 @@ class Pipeline:
             for number in step.operands:
                 if not is_there[number]:
                     lies_at, target = kind.operands_at[number], operands_at[number]
-                    self._bring(operands[number], lies_at, target, self._upload)
+                    self._bring(operands[number], lies_at, target, upload_whole)
                     is_there[number] = True
             up.fork(work)
             step.enqueue(operands_at, results_at, workspace, work.pointer)
@@ -368,13 +378,13 @@ class Pipeline:
     def _upload(self, array: Array, target: int) -> None:
         upload(target, bytes_of(array), self._up.pointer)
 
-    def _can_follow(self, others: Sequence[Operand], writing: Writing) -> bool:
-        """Return whether what is written before x is just what the card is to copy from where it lies."""
-        arrays = (other for other in others if isinstance(other, np.ndarray))
+    def _can_follow(self, operands: Sequence[Operand], writing: Writing) -> bool:
+        """Return whether what is written is just what the card is to copy from where it lies."""
+        arrays = (operand for operand in operands if isinstance(operand, np.ndarray))
         lent_bytes = sum(array.nbytes for array in arrays if self._is_lent(array))
-        return lent_bytes == writing.before_bytes
+        return lent_bytes == writing.total_bytes
 
-    def _followed(self, writing: Writing, x_bytes: int) -> Callable[[Array, int], None]:
+    def _followed(self, writing: Writing) -> Callable[[Array, int], None]:
         """Return what uploads operands while they are written, one behind the other."""
         written_bytes = 0
 
@@ -387,13 +397,18 @@ class Pipeline:
             for begin in range(0, whole.size, _FOLLOWED_BYTES):
                 piece = whole[begin : begin + _FOLLOWED_BYTES]
                 written_bytes += piece.size
-                writing.expect_before(written_bytes, x_bytes)
+                writing.expect(written_bytes)
                 upload(target + begin, piece, self._up.pointer)
 
         return upload_followed
 
     def _staged(self, call: Call) -> Callable[[Array, int], None]:
         return lambda array, target: self._staging.upload(array, target, call.check)
+
+
+def _unfinished(call: Call) -> Writing | None:
+    """Return how far a call's operands are written; None if all are there."""
+    return None if call.writing is None or call.writing.is_done() else call.writing
 
 
 def _parts(array: Array, count: int) -> list[Bytes]:
