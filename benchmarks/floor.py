@@ -1,16 +1,21 @@
-"""The floor of a whole call on a card: the upload of x and W from pinned memory, the kernel, the download of y."""
+"""The floor of a whole call on a card: the upload of its operands from pinned memory, the kernels, the download."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.problem import Problem, TensorSpec
 
 __all__ = ["card_name", "floor_ms"]
 
 _REPEATS = 20
+
+_Pair: TypeAlias = tuple[Any, Any]
+"""An array on the card, and one in pinned memory."""
 
 
 def card_name(device: str) -> str | None:
@@ -24,8 +29,12 @@ def card_name(device: str) -> str | None:
     return name
 
 
-def floor_ms(device: str, problem: Problem) -> float | None:
-    """Return the sum of the three stages' median times, each alone on the card; None without one."""
+def floor_ms(device: str, problem: Problem, *, is_of_gradients: bool = False) -> float | None:
+    """Return the sum of the stages' median times, each alone on the card; None without one.
+
+    Args:
+        is_of_gradients: Whether it is of a call for gx and gW rather than for y.
+    """
     if not device.startswith("cuda"):
         return None
     import cupy
@@ -35,24 +44,36 @@ def floor_ms(device: str, problem: Problem) -> float | None:
     from deconvd_server.device.cuda.operator import Operator
     from deconvd_server.device.cuda.plan import Operation
 
-    specs = (problem.x, problem.W, problem.y)
     card = CudaDevice(_ordinal(device))
     with cupy.cuda.Device(_ordinal(device)), cupy.cuda.Stream() as stream:
-        hosts = [cupyx.empty_pinned(spec.nbytes, "u1") for spec in specs]
-        x, W, y = (cupy.zeros(spec.nbytes, "u1") for spec in specs)
         operator = Operator(card, stream.ptr)
 
+        def pair(spec: TensorSpec) -> _Pair:
+            return cupy.zeros(spec.nbytes, "u1"), cupyx.empty_pinned(spec.nbytes, "u1")
+
+        x, W, y, gx, gW = map(pair, (problem.x, problem.W, problem.y, problem.x, problem.W))
+        operands, results = [x, W], [y]
+        works = [(Operation.Y, x, W, y)]
+        if is_of_gradients:  # y stands for gy
+            operands, results = [x, W, y], [gx, gW]
+            works = [(Operation.GX, y, W, gx), (Operation.GW, x, y, gW)]
+
         def upload() -> None:
-            for array, host in ((x, hosts[0]), (W, hosts[1])):
+            for array, host in operands:
                 array.set(host, stream=stream)
 
-        def compute() -> None:
-            operator.run(Operation.Y, problem, x, W, y, Options(autotune=True))
+        def compute(operation: Operation, a: _Pair, b: _Pair, out: _Pair) -> None:
+            options = Options(autotune=True)
+            operator.run(operation, problem, a[0], b[0], out[0], options)
 
         def download() -> None:
-            y.get(out=hosts[2], stream=stream, blocking=False)
+            for array, host in results:
+                array.get(out=host, stream=stream, blocking=False)
 
-        total_ms = sum(_median_ms(stage, stream) for stage in (upload, compute, download))
+        stages: list[Callable[[], None]] = [upload]
+        stages += [partial(compute, *work) for work in works]
+        stages += [download]
+        total_ms = sum(_median_ms(stage, stream) for stage in stages)
         operator.close()
     card.close()
     return total_ms

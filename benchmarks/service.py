@@ -1,10 +1,11 @@
 """How fast whole calls are: ``python -m benchmarks.service --device cuda --json FILE``.
 
 A server runs in one process and its clients in others, over a Unix socket. One client's latency, with plain arrays and
-with x and W from `F.empty`, is split by stage, as the call's own ledger tells it. Beside it stand the floor (the upload
-of x and W from pinned memory, the kernel, and the download of y, each timed alone on the card) and a stock service, see
+with operands from `F.empty`, is split by stage, as the call's own ledger tells it. Beside it stand the floor (upload of
+the operands from pinned memory, the kernels, and the download, each timed alone on the card) and a stock service, see
 `benchmarks.stock`, by one client too. Then 1 to 16 clients call at once, for throughput. All figures are medians. With
-``--only-latency`` there is our one client and the floor: that does for many layers.
+``--only-latency`` there is our one client and the floor: that does for many layers. So it is with ``--gradients``, for
+which the stock service is not made: calls for gx and gW.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ class Row:
     """One layer and element type; its fields are those of the JSON file.
 
     Attributes:
-        megabytes: x, W and y together.
+        megabytes: What a call moves: x, W and y together; for gradients x, W, gy, gx and gW.
         ms: Latency of a call, one client.
         stages_ms: Parts of it, as the server's ledger has them, and `rest` for all that is none of
             them: moving tensors. Where stages overlap, as in a stream, there may be no rest.
-        empty_ms, empty_stages_ms: The same for x and W that lie in shared memory already.
-        floor_ms: Upload, kernel and download; None without a card.
+        empty_ms, empty_stages_ms: The same for operands that lie in shared memory already.
+        floor_ms: Upload, kernels and download; None without a card.
         stock_ms: Latency of the stock service; None if it was not asked for, as is what follows.
         stock_ratio: How many times as long that is as `ms`.
         calls_per_s: By the number of clients.
@@ -112,6 +113,7 @@ class Row:
     default=_LAYERS,
 )
 @click.option("--only-latency", is_flag=True, help="Of one client of ours, beside the floor.")
+@click.option("--gradients", is_flag=True, help="Calls for gx and gW; with --only-latency.")
 @click.option(
     "--type", "dtypes", multiple=True, default=("float32", "float16"), help="Element types."
 )
@@ -122,12 +124,13 @@ def main(
     dtypes: Sequence[str],
     *,
     only_latency: bool,
+    gradients: bool,
 ) -> None:
     """Time whole calls of a server on a device, from other processes."""
     rows: list[Row] = []
     with ExitStack() as stack:
-        bench = _Bench(device, stack.enter_context(local_server(device)))
-        if not only_latency:
+        bench = _Bench(device, stack.enter_context(local_server(device)), gradients)
+        if not (only_latency or gradients):
             stock = stack.enter_context(stock_service(device))
             bench = replace(bench, peers=_Peers(stock, stack.enter_context(_clients())))
         for row in _rows(bench, layers, [np.dtype(dtype) for dtype in dtypes]):
@@ -136,6 +139,7 @@ def main(
     if json_file is not None:
         about = {
             "card": card_name(device),
+            "calls": "gradients" if gradients else "y",
             "stock_operator": stock_operator(device),
             "host": platform.processor() or platform.machine(),
             "commit": commit(),
@@ -155,10 +159,11 @@ class _Peers:
 
 @dataclass(frozen=True)
 class _Bench:
-    """What is measured: a server on a device, by its target."""
+    """What is measured: a server on a device, by its target, and whether calls are for gradients."""
 
     device: str
     target: str
+    is_of_gradients: bool
     peers: _Peers | None = None
 
 
@@ -193,17 +198,23 @@ def _rows(bench: _Bench, names: Sequence[str], dtypes: Sequence[DType]) -> Itera
 
 
 def _row(bench: _Bench, layer: Layer, dtype: DType) -> Row:
-    ms, stages_ms = _latency(bench.target, layer, dtype, from_empty=False)
-    empty_ms, empty_stages_ms = _latency(bench.target, layer, dtype, from_empty=True)
+    operands = _operands(layer, dtype, is_of_gradients=bench.is_of_gradients)
+    ms, stages_ms = _latency(bench.target, layer, operands, from_empty=False)
+    empty_ms, empty_stages_ms = _latency(bench.target, layer, operands, from_empty=True)
+    moved_bytes = layer.nbytes(dtype)
+    if bench.is_of_gradients:
+        moved_bytes += layer.problem(dtype).x.nbytes + layer.problem(dtype).W.nbytes
     row = Row(
         layer=layer.name,
         dtype=dtype.name,
-        megabytes=layer.nbytes(dtype) / 1e6,
+        megabytes=moved_bytes / 1e6,
         ms=ms,
         stages_ms=stages_ms,
         empty_ms=empty_ms,
         empty_stages_ms=empty_stages_ms,
-        floor_ms=floor_ms(bench.device, layer.problem(dtype)),
+        floor_ms=floor_ms(
+            bench.device, layer.problem(dtype), is_of_gradients=bench.is_of_gradients
+        ),
     )
     if bench.peers is None:
         return row
@@ -221,21 +232,20 @@ def _row(bench: _Bench, layer: Layer, dtype: DType) -> Row:
 
 
 def _latency(
-    target: str, layer: Layer, dtype: DType, *, from_empty: bool
+    target: str, layer: Layer, operands: Sequence[Array], *, from_empty: bool
 ) -> tuple[float, dict[str, float]]:
     """Return the median latency of a call, and of each of its stages, in milliseconds.
 
     Args:
-        from_empty: Whether x and W are arrays that `F.empty` has made.
+        from_empty: Whether operands are to be arrays that `F.empty` has made.
     """
-    x, W = _operands(layer, dtype)
     times: list[float] = []
     ledgers: list[dict[str, float]] = []
     with deconvd_client.connect(target) as F:
         if from_empty:
-            x, W = _emptied(F, x), _emptied(F, W)
-        _warm_up(F, layer, x, W)
-        for ms in _times_ms(lambda: _call(F, layer, x, W)):
+            operands = [_emptied(F, array) for array in operands]
+        _warm_up(F, layer, operands)
+        for ms in _times_ms(lambda: _call(F, layer, operands)):
             times.append(ms)
             ledgers.append(_stages_ms(F.last_ledger, ms))
     names = ledgers[0].keys()
@@ -278,23 +288,24 @@ def _throughput(
 
 
 def _client_rate(target: str, layer: Layer, dtype: DType, clients_count: int) -> float:
-    x, W = _operands(layer, dtype)
+    operands = _operands(layer, dtype)
     with deconvd_client.connect(target, timeout_s=300) as F:
-        _warm_up(F, layer, x, W)
+        _warm_up(F, layer, operands)
         _wait_for(clients_count)
         start_s = time.perf_counter()
         count = 0
         while time.perf_counter() - start_s < _THROUGHPUT_S:
-            _call(F, layer, x, W)
+            _call(F, layer, operands)
             count += 1
         return count / (time.perf_counter() - start_s)
 
 
-def _operands(layer: Layer, dtype: DType) -> tuple[Array, Array]:
+def _operands(layer: Layer, dtype: DType, *, is_of_gradients: bool = False) -> list[Array]:
+    """Return x and W, and gy for gradients."""
     generator = np.random.default_rng(0)
     problem = layer.problem(dtype)
-    x, W = (generator.standard_normal(s.shape, np.float32) for s in (problem.x, problem.W))
-    return x.astype(dtype), W.astype(dtype)
+    specs = (problem.x, problem.W, *([problem.y] if is_of_gradients else []))
+    return [generator.standard_normal(s.shape, np.float32).astype(dtype) for s in specs]
 
 
 def _emptied(F: Connection, array: Array) -> Array:
@@ -303,15 +314,23 @@ def _emptied(F: Connection, array: Array) -> Array:
     return copy
 
 
-def _warm_up(F: Connection, layer: Layer, x: Array, W: Array) -> None:
+def _warm_up(F: Connection, layer: Layer, operands: Sequence[Array]) -> None:
     for _ in range(_WARM_UPS):
-        _call(F, layer, x, W)
+        _call(F, layer, operands)
 
 
-def _call(F: Connection, layer: Layer, x: Array, W: Array) -> Array:
+def _call(F: Connection, layer: Layer, operands: Sequence[Array]) -> None:
+    """Make a call: for gradients, if gy is among its operands."""
+    x, W = operands[:2]
     with F.using_config("autotune", True):
-        return F.deconvolution_2d(
-            x, W, None, layer.stride, layer.pad, dilate=layer.dilate, groups=layer.groups
+        if len(operands) == 2:
+            F.deconvolution_2d(
+                x, W, None, layer.stride, layer.pad, dilate=layer.dilate, groups=layer.groups
+            )
+            return
+        gy = operands[2]
+        F.deconvolution_2d_grad(
+            x, W, None, gy, layer.stride, layer.pad, dilate=layer.dilate, groups=layer.groups
         )
 
 

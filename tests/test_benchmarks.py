@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 
 from benchmarks.layers import LAYERS
@@ -30,9 +31,11 @@ def test_the_stock_service_computes_what_ours_does(F: Connection) -> None:
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_latency_alone_is_measured_without_peers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("calls", ["y", "gradients"])
+def test_latency_alone_is_measured_without_peers(tmp_path: Path, calls: str) -> None:
     results = tmp_path / "service.json"
-    arguments = ["--only-latency", "--layer", "tiny 8-4 8 k4 s2", "--type", "float32"]
+    flag = "--gradients" if calls == "gradients" else "--only-latency"
+    arguments = [flag, "--layer", "tiny 8-4 8 k4 s2", "--type", "float32"]
 
     ended = CliRunner().invoke(
         service, [*arguments, "--json", str(results)], catch_exceptions=False
@@ -40,7 +43,9 @@ def test_latency_alone_is_measured_without_peers(tmp_path: Path) -> None:
 
     assert ended.exit_code == 0
     assert "from F.empty: 0." in ended.output
-    (row,) = json.loads(results.read_text())["rows"]
+    written = json.loads(results.read_text())
+    assert written["calls"] == calls
+    (row,) = written["rows"]
     assert row["layer"] == "tiny 8-4 8 k4 s2"
     assert 0 < row["ms"] < 1000
     assert row["stock_ms"] is row["calls_per_s"] is row["floor_ms"] is None
