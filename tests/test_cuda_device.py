@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -262,6 +262,36 @@ def registered(cuda: CudaDevice) -> Iterator[Array]:
     undo()
 
 
+@contextmanager
+def captured(graphs: list[Graph]) -> Iterator[None]:
+    """Note the graphs that are captured in the block."""
+    capture = Stream.capture
+
+    def noted(stream: Stream, work: Callable[[], None]) -> Graph:
+        graphs.append(capture(stream, work))
+        return graphs[-1]
+
+    with pytest.MonkeyPatch.context() as noting:
+        noting.setattr(Stream, "capture", noted)
+        yield
+
+
+def gradients(
+    cuda: CudaDevice,
+    problem: Problem,
+    x: Operand,
+    W: Operand,
+    gy: Operand,
+    wanted: Wanted,
+    options: Options,
+    call: Call,
+    out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
+) -> Gradients:
+    """Return the wanted gradients, of the operands that they need."""
+    needed_x, needed_W = x if wanted.gW else None, W if wanted.gx else None
+    return cuda.gradients(problem, needed_x, needed_W, gy, wanted, options, call, out)
+
+
 def view_of(memory: Array, begin: int, spec: TensorSpec) -> Array:
     return memory[begin : begin + spec.nbytes].view(spec.dtype).reshape(spec.shape)
 
@@ -328,16 +358,10 @@ def test_a_large_call_of_registered_arrays_is_computed_in_parts_of_its_samples(
 
 
 def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
-    cuda: CudaDevice, registered: Array, monkeypatch: pytest.MonkeyPatch
+    cuda: CudaDevice, registered: Array
 ) -> None:
     """Captured once, and then with other elements there, elsewhere, and with W outside."""
     graphs: list[Graph] = []
-    capture = Stream.capture
-
-    def noted(stream: Stream, work: Callable[[], None]) -> Graph:
-        graphs.append(capture(stream, work))
-        return graphs[-1]
-
     problem = layer(np.dtype(np.float32), n=16, ins=32, outs=32, image=64)
     options = Options(cudnn_deterministic=True)
     xs = [view_of(registered, begin, problem.x) for begin in (0, problem.x.nbytes + 512)]
@@ -349,8 +373,7 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
         y[...] = np.nan
         call = Call()
 
-        with monkeypatch.context() as noting:
-            noting.setattr(Stream, "capture", noted)
+        with captured(graphs):
             cuda.deconvolve(problem, x, W, None, options, call, y)
 
         for part in (slice(2), slice(-2, None)):
@@ -380,19 +403,12 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
 def test_large_gradients_of_registered_arrays_are_computed_in_steps(
     cuda: CudaDevice,
     registered: Array,
-    monkeypatch: pytest.MonkeyPatch,
     n: int,
     wanted: Wanted,
     W_is: str,
 ) -> None:
     """Captured once, and then with other elements there, elsewhere, and with small tensors outside."""
     graphs: list[Graph] = []
-    capture = Stream.capture
-
-    def noted(stream: Stream, work: Callable[[], None]) -> Graph:
-        graphs.append(capture(stream, work))
-        return graphs[-1]
-
     problem = layer(np.dtype(np.float32), n=n, ins=32, outs=32, image=64)
     options = Options(cudnn_deterministic=True)
     W_tensor = cuda.empty(problem.W)
@@ -401,15 +417,7 @@ def test_large_gradients_of_registered_arrays_are_computed_in_steps(
             random_array(spec, 10 * seed + number)
             for number, spec in enumerate((problem.x, problem.W, problem.y))
         )
-        right = cuda.gradients(
-            problem,
-            x if wanted.gW else None,
-            W if wanted.gx else None,
-            gy,
-            wanted,
-            options,
-            Call(),
-        )
+        right = gradients(cuda, problem, x, W, gy, wanted, options, Call())
         cuda.write(W_tensor, W, Call())
         begin, lent = 4096 * (seed // 3), []
         for spec in (problem.x, problem.y, problem.x, problem.W, problem.W):
@@ -421,18 +429,8 @@ def test_large_gradients_of_registered_arrays_are_computed_in_steps(
         out = GradientPlaces(gx, gW if W_is == "registered" else None, None)
         call = Call()
 
-        with monkeypatch.context() as noting:
-            noting.setattr(Stream, "capture", noted)
-            found = cuda.gradients(
-                problem,
-                lent_x if wanted.gW else None,
-                Ws[W_is] if wanted.gx else None,
-                lent_gy,
-                wanted,
-                options,
-                call,
-                out,
-            )
+        with captured(graphs):
+            found = gradients(cuda, problem, lent_x, Ws[W_is], lent_gy, wanted, options, call, out)
 
         for array, expected in zip(found, right, strict=True):
             assert (array is None) == (expected is None)
@@ -638,15 +636,7 @@ class TestEarlyCalls:
                 for number, spec in enumerate((problem.W, problem.y, problem.x))
             ]
             W, gy, x = sources
-            expected = cuda.gradients(
-                problem,
-                x if wanted.gW else None,
-                W if wanted.gx else None,
-                gy,
-                wanted,
-                self.OPTIONS,
-                Call(),
-            )
+            expected = gradients(cuda, problem, x, W, gy, wanted, self.OPTIONS, Call())
             begin, lent = 0, []
             for source in (*sources, x):
                 lent.append(view_of(registered, begin, spec_of(source)))
@@ -663,15 +653,9 @@ class TestEarlyCalls:
             writer = threading.Thread(target=write_in_turn, args=(client, pairs))
             later = threading.Timer(0.05, writer.start)
             later.start()
-            found = cuda.gradients(
-                problem,
-                lent_x if wanted.gW else None,
-                (W if W_is_small else lent_W) if wanted.gx else None,
-                lent_gy,
-                wanted,
-                self.OPTIONS,
-                call,
-                GradientPlaces(gx if wanted.gx else None, None, None),
+            given_W, out = W if W_is_small else lent_W, GradientPlaces(gx if wanted.gx else None)
+            found = gradients(
+                cuda, problem, lent_x, given_W, lent_gy, wanted, self.OPTIONS, call, out
             )
             later.join()
             writer.join()
