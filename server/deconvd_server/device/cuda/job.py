@@ -66,8 +66,12 @@ class DeconvolveJob:
         self.operands = (problem.x, problem.W, *([problem.b] if with_b else []))
         self.results = (problem.y,)
         self.workspace_bytes = plan.workspace_bytes
-        self.steps = (Step(range(len(self.operands)), (0,), self.enqueue),)
         self._plan = plan
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """See `Job`."""
+        return (Step(range(len(self.operands)), (0,), self.enqueue),)
 
     def enqueue(
         self, operands: Sequence[int], results: Sequence[int], workspace: int, stream: int

@@ -155,8 +155,9 @@ class Pipeline:
 
         def enqueue_steps(base: int) -> None:
             upload_whole = self._upload if writing is None else self._followed(writing)
-            operands, results = ([t.operand for t in some] for some in (sources, targets))
-            self._enqueue_steps(kind, base, operands, results, upload_whole)
+            given = [source.operand for source in sources]
+            made = [target.operand for target in targets]
+            self._enqueue_steps(kind, base, given, made, upload_whole)
 
         def enqueue(base: int) -> None:
             if writing is not None:
