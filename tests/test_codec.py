@@ -107,6 +107,12 @@ def test_elements_are_not_remembered() -> None:
     assert (pb.DeconvolveRequest, data) not in codec._known
 
 
+def test_the_secrets_of_sessions_are_not_remembered() -> None:
+    data = pb.HoldSessionRequest(tenant_key=b"secret").SerializeToString()
+    assert decode(pb.HoldSessionRequest, data).message.tenant_key == b"secret"
+    assert (pb.HoldSessionRequest, data) not in codec._known
+
+
 @given(messages(), st.data())
 def test_fields_may_stand_in_any_order(message: Message, data: st.DataObject) -> None:
     parts = [singly(message, field.name) for field, _ in message.ListFields()]

@@ -93,7 +93,8 @@ def encode(envelope: Envelope[M]) -> bytes:
 def decode(message_type: type[M], data: bytes) -> Envelope[M]:
     """Return the message that bytes hold, which is not to be changed; elements are views of the bytes.
 
-    What has no elements may well come again: it is remembered.
+    What may have elements and has none (they lie in shared memory, say) comes again and again: it is remembered.
+    Other messages come once, and may hold secrets.
 
     Raises:
         DecodeError: They hold no such message.
@@ -103,7 +104,7 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
     envelope = _known.get((message_type, data))
     if envelope is None:
         envelope = _read(message_type, data)
-        if not envelope.raw:
+        if not envelope.raw and _tensor_fields(message_type.DESCRIPTOR):
             _remember(message_type, data, envelope)
     return envelope
 
