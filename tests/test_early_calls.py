@@ -263,6 +263,25 @@ class TestClient:
         ]
         assert told.count(sent_bytes) == (2 if sum(copied) >= 8 << 20 else 0)
 
+    def test_copies_that_no_card_could_follow_are_made_first(
+        self, server: ServerProcess, told: list[int]
+    ) -> None:
+        x = np.ones((1, 2048, 1, 1), np.float32)  # comes with the call
+        W = np.full((2048, 1100, 1, 1), 2, np.float32)
+        gy = np.ones((1, 1100, 1, 1), np.float32)
+        with deconvd_client.connect(server.target) as F:
+            assert (F.deconvolution_2d(x, W) == 4096).all()
+            gx, gW, _ = F.deconvolution_2d_grad(x, W, None, gy)
+            large_x = np.ones((8, 2048, 8, 8), np.float32)
+            y = F.deconvolution_2d(F.put(large_x), W)  # x is there
+            np.testing.assert_array_equal(y, F.deconvolution_2d(F.put(large_x), F.put(W)))
+        assert gx is not None
+        assert gW is not None
+        assert (gx == 2200).all()
+        assert (gW == 1).all()
+        assert W.nbytes > 8 << 20
+        assert told == []
+
     def test_a_client_that_dies_while_copying_leaves_nothing(self, server: ServerProcess) -> None:
         x = random_x()
         with deconvd_client.connect(server.target) as F:

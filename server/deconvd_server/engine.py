@@ -73,6 +73,7 @@ class Engine:
         present_bytes = resident_bytes(x, W, b, out)
         footprint_bytes = self._device.footprint_bytes(problem, None, present_bytes)
         return self._admitted(
+            problem,
             footprint_bytes,
             call,
             lambda: self._device.deconvolve(problem, x, W, b, options, call, out),
@@ -93,14 +94,17 @@ class Engine:
         present_bytes = resident_bytes(x, W, gy, *out)
         footprint_bytes = self._device.footprint_bytes(problem, wanted, present_bytes)
         return self._admitted(
+            problem,
             footprint_bytes,
             call,
             lambda: self._device.gradients(problem, x, W, gy, wanted, options, call, out),
         )
 
-    def _admitted(self, footprint_bytes: int, call: Call, compute: Callable[[], _T]) -> _T:
+    def _admitted(
+        self, problem: Problem, footprint_bytes: int, call: Call, compute: Callable[[], _T]
+    ) -> _T:
         """Return what a call computes, once it may: early if that can be."""
-        if self.info.takes_early:
+        if self.info.takes_early and problem.has_products:
             with suppress(LateError), self._admission.admitted(footprint_bytes, call):
                 return compute()
         call.wait_until_written()  # without a place that others could have

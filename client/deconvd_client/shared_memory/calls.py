@@ -60,7 +60,7 @@ def _answered(
         raw = _put(call, request, asked.operands)
         if raw is None:
             return None
-        call.settle(may_be_late=True)
+        call.settle(may_be_late=_may_be_late(request, asked.operands))
         response = rpc(Envelope(request, raw), call.late_copy)
         return Answered(
             response.message,
@@ -99,6 +99,14 @@ def _put(
             return None
         place.write_to(getattr(request, field).shared)
     return raw
+
+
+def _may_be_late(request: RequestT, operands: Mapping[str, Array]) -> bool:
+    """Return whether a card could follow copies of operands: the one that is written last is in shared memory."""
+    if isinstance(request, pb.DeconvolveRequest):
+        return request.x.HasField("shared")
+    last = max(operands, key=EARLY_ORDER.index, default=None)
+    return last is not None and getattr(request, last).HasField("shared")
 
 
 def _received(response: Envelope[ResponseT], field: str, result: SharedResult | None) -> Array:

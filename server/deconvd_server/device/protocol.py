@@ -184,7 +184,8 @@ class Device(Protocol):
     ) -> Array | Place:
         """Return y: `out`, if that says where to put it.
 
-        Operands may still be under way, as ``call.writing`` says, if the device `takes_early` calls.
+        Operands may still be under way, as ``call.writing`` says, if the device `takes_early` calls
+        and the problem has products.
 
         Raises:
             LateError: They were not written in time; the call is to be made again once they are.
@@ -206,6 +207,8 @@ class Device(Protocol):
         Args:
             x: May be None unless gW is wanted.
             W: May be None unless gx is wanted.
+
+        Operands may be under way as for `deconvolve`. Raises LateError as that does.
         """
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
