@@ -68,6 +68,6 @@ def lender(path: Path) -> Iterator[Lender]:
 @pytest.fixture
 def borrower(path: Path) -> Iterator[Borrower]:
     """A client of the lender."""
-    borrower = Borrower(lambda: str(path))
+    borrower = Borrower(lambda _: str(path))
     yield borrower
     borrower.close()

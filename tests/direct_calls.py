@@ -10,6 +10,7 @@ from deconvd.line import FrameKind, Line
 from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct_ways import way_to
+from tests.deadlines import soon
 from tests.processes import wait_until
 from tests.servers import ServerProcess
 
@@ -39,13 +40,13 @@ def target_of(server: ServerProcess, transport: str) -> str:
 def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
     """Return what a server says of itself."""
     with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
-        return F._nearest.far.get_server_info()
+        return F._nearest.server_info(soon())
 
 
 def open_line(server: ServerProcess, transport: str = "unix") -> Line:
     way = way_to(target_of(server, transport))
     assert way is not None
-    return way.open(lambda: told_by(server))
+    return way.open(lambda: told_by(server), 5)
 
 
 def send_call(

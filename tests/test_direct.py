@@ -31,6 +31,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
+from tests.deadlines import soon
 from tests.direct_calls import (
     REQUEST,
     W,
@@ -181,7 +182,7 @@ def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
         for target in server.targets:
             way = way_to(target)
             assert way is not None
-            assert serves(way.open(lambda: told_by(server)))
+            assert serves(way.open(lambda: told_by(server), 5))
 
 
 @pytest.mark.parametrize(
@@ -213,9 +214,9 @@ def test_errors_come_back_as_they_were(running: ServerProcess, transport: str) -
     wait_until(lambda: _gets_line(lines))
     for message in (wrong.SerializeToString(), b"\xff" * 40):
         with pytest.raises(InvalidArgumentError) as raised:
-            lines.call(Method.Deconvolve, message, 30)
+            lines.call(Method.Deconvolve, message, soon())
     assert "not a valid deconvd.v1.DeconvolveRequest" in str(raised.value)
-    reply = lines.call(Method.Deconvolve, REQUEST.SerializeToString(), 30)
+    reply = lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
     assert pb.DeconvolveResponse.FromString(reply.message).y.shape == [1, 2, 4, 4]
     assert b"server_us=" in reply.ledger.encode()
     lines.close()
@@ -223,7 +224,7 @@ def test_errors_come_back_as_they_were(running: ServerProcess, transport: str) -
 
 def _gets_line(lines: DirectLines) -> bool:
     try:
-        lines.call(Method.Deconvolve, REQUEST.SerializeToString(), 30)
+        lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
     except NoLineError:
         return False
     return True
@@ -502,7 +503,7 @@ def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -
                     other.connect(path)
             with pytest.raises(NoLineError):
                 DirectLines(UnixWay(path), pb.GetServerInfoResponse).call(
-                    Method.Deconvolve, b"", 30
+                    Method.Deconvolve, b"", soon()
                 )
 
 
@@ -538,7 +539,7 @@ def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
         lines = DirectLines(TcpWay("127.0.0.1"), lambda: told)
         for _ in range(10):
             with pytest.raises(NoLineError):
-                lines.call(Method.Deconvolve, REQUEST.SerializeToString(), 30)
+                lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
         wait_until(lambda: "from or to another server" in server.log.read_text())
         lines.close()
         assert not direct_calls(server, "tcp")
@@ -597,12 +598,12 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
         assert way is not None
         lines = DirectLines(way, pb.GetServerInfoResponse)
         request = REQUEST.SerializeToString()
-        assert lines.call(Method.Deconvolve, request, 30).message
+        assert lines.call(Method.Deconvolve, request, soon()).message
         child = os.fork()
         if not child:
-            replies = [lines.call(Method.Deconvolve, request, 30) for _ in range(200)]
+            replies = [lines.call(Method.Deconvolve, request, soon()) for _ in range(200)]
             os._exit(0 if all(reply.message for reply in replies) else 1)
-        replies = [lines.call(Method.Deconvolve, request, 30) for _ in range(200)]
+        replies = [lines.call(Method.Deconvolve, request, soon()) for _ in range(200)]
         _, status = os.waitpid(child, 0)
         lines.close()
         assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
@@ -618,7 +619,7 @@ def test_idle_lines_make_room_for_others(running: ServerProcess, transport: str)
         way = way_to(target_of(running, transport))
         assert way is not None
         for _ in range(300):
-            line = stack.enter_context(way.open(lambda: told))
+            line = stack.enter_context(way.open(lambda: told, 5))
         assert serves(line)
         assert not first.is_quiet()  # it was closed: it had been idle for longest
         first.close()
@@ -673,7 +674,7 @@ def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
                     pb.DeconvolveStreamResponse,
                     at_once=beside,
                 ),
-                30,
+                soon(),
             )
     wait_until_idle(running)
     lines.close()

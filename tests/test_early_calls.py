@@ -28,6 +28,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import direct
 from deconvd_client.late_copy import LateCopy, Part
 from deconvd_client.shared_memory import Borrower
+from tests.deadlines import soon
 from tests.direct_calls import (
     answer,
     open_line,
@@ -338,14 +339,14 @@ class TestServer:
 
     @pytest.fixture
     def borrower(self, server: ServerProcess) -> Iterator[Borrower]:
-        lends = Borrower(lambda: told_by(server).shared_memory_socket, is_only_way=True)
+        lends = Borrower(lambda _: told_by(server).shared_memory_socket, is_only_way=True)
         yield lends
         lends.close()
 
     @pytest.fixture
     def x(self, borrower: Borrower) -> Array:
         """An array in shared memory, not yet written."""
-        x = borrower.empty(SHAPE, np.float32)
+        x = borrower.empty(SHAPE, np.float32, soon())
         x[...] = np.nan
         return x
 
@@ -361,7 +362,7 @@ class TestServer:
         """Return a request for y in shared memory, and that."""
         geometry = Geometry(stride=(stride, stride))
         y = Problem(spec_of(x), spec_of(W), geometry).y
-        lent = borrower.empty(y.shape, y.dtype)
+        lent = borrower.empty(y.shape, y.dtype, soon())
         request = pb.DeconvolveRequest(
             x=message_from_spec(spec_of(x)),
             w=message_from_array(W),
@@ -514,7 +515,7 @@ class TestServer:
         self, server: ServerProcess, borrower: Borrower, x: Array, line: Line, field: str
     ) -> None:
         source, (request, y) = random_x(), self.request(borrower, x)
-        lent_W = borrower.empty(W.shape, W.dtype)
+        lent_W = borrower.empty(W.shape, W.dtype, soon())
         lent_W[...] = np.nan
         place = borrower.locate(lent_W)
         assert place is not None
@@ -573,8 +574,8 @@ class TestServer:
 
 def test_a_drain_ends_what_is_never_written(tmp_path: Path) -> None:
     with server_process(tmp_path, "--drain-timeout-s", "1") as server:
-        lends = Borrower(lambda: told_by(server).shared_memory_socket, is_only_way=True)
-        x = lends.empty(SHAPE, np.float32)
+        lends = Borrower(lambda _: told_by(server).shared_memory_socket, is_only_way=True)
+        x = lends.empty(SHAPE, np.float32, soon())
         helper = TestServer()
         with open_line(server) as line:
             line.set_deadline(30)

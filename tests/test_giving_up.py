@@ -21,6 +21,7 @@ from deconvd_client.shared_memory import Borrower
 from deconvd_server.call import Call
 from deconvd_server.daemon import _STREAMS_COUNT, Daemon, Settings
 from deconvd_server.device.cpu import CpuDevice
+from tests.deadlines import soon
 from tests.processes import wait_until
 
 MIB = 1 << 20
@@ -127,8 +128,8 @@ def test_a_call_whose_tensors_lie_in_shared_memory(
 ) -> None:
     lender = served.daemon._service.lender
     assert lender is not None
-    borrower = Borrower(lambda: str(lender.path))
-    x, y = borrower.empty(X.shape, X.dtype), borrower.empty(X.shape, X.dtype)
+    borrower = Borrower(lambda _: str(lender.path))
+    x, y = borrower.empty(X.shape, X.dtype, soon()), borrower.empty(X.shape, X.dtype, soon())
     asked = request()
     place, y_place = borrower.locate(x), borrower.locate(y)
     assert place is not None

@@ -33,6 +33,7 @@ from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits
+from tests.deadlines import soon
 from tests.holders import Holder, array_of, by_handle, holder, raw
 from tests.processes import peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
@@ -433,7 +434,7 @@ def lent(server: ServerProcess) -> Iterator[Borrower]:
     """Memory that the shared server lends."""
     with holder(server.target) as held:
         info = held.stub.GetServerInfo(pb.GetServerInfoRequest())
-    borrower = Borrower(lambda: info.shared_memory_socket)
+    borrower = Borrower(lambda _: info.shared_memory_socket)
     yield borrower
     borrower.close()
 
@@ -442,9 +443,9 @@ def test_tensors_come_from_shared_memory_and_go_there(
     server: ServerProcess, lent: Borrower
 ) -> None:
     x = image(2)
-    lies = lent.empty(x.shape, x.dtype)
+    lies = lent.empty(x.shape, x.dtype, soon())
     lies[...] = x
-    result = lent.empty(x.shape, x.dtype)
+    result = lent.empty(x.shape, x.dtype, soon())
     shared_x, result_place = message_from_spec(spec_of(x)), pb.SharedSlice()
     for array, message in ((lies, shared_x.shared), (result, result_place)):
         place = lent.locate(array)

@@ -31,8 +31,10 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 from deconvd_client.shared_memory import Borrower, SharedCall
 from deconvd_server.shared_memory import Lender, Limits
+from tests.deadlines import soon
 from tests.lenders import MIB, child, lending, lent_tensor
 
 FLOAT32 = np.dtype(np.float32)
@@ -51,7 +53,7 @@ def seen_by(lender: Lender, borrower: Borrower, array: Array) -> Array:
 def failed_call(borrower: Borrower, error: BaseException) -> SharedSlice:
     """Make a call that wants a result and ends with an error; return where the result would have been."""
     try:
-        with SharedCall(borrower) as call:
+        with SharedCall(borrower, soon()) as call:
             message, result = call.tensor(np.ones(LARGE.shape, FLOAT32)), call.result(LARGE)
             assert message is not None
             assert result is not None
@@ -89,7 +91,7 @@ class TestEmpty:
     def test_the_server_sees_what_is_written_to_it(
         self, lender: Lender, borrower: Borrower, shape: int, dtype: np.dtype
     ) -> None:
-        array = borrower.empty(shape, dtype)
+        array = borrower.empty(shape, dtype, soon())
         array[...] = 5
 
         assert array.dtype == np.dtype(dtype)
@@ -100,25 +102,25 @@ class TestEmpty:
         np.testing.assert_array_equal(seen_by(lender, borrower, array), array)
 
     def test_large_arrays_begin_at_pages(self, lender: Lender, borrower: Borrower) -> None:
-        small = borrower.empty(3, np.float64)
-        large = borrower.empty(MIB, np.float64)
+        small = borrower.empty(3, np.float64, soon())
+        large = borrower.empty(MIB, np.float64, soon())
 
         assert large.ctypes.data % 4096 == 0
         assert not np.shares_memory(small, large)
 
     def test_an_array_without_elements_is_an_ordinary_one(self, borrower: Borrower) -> None:
-        assert borrower.empty((3, 0, 2), np.float32).shape == (3, 0, 2)
+        assert borrower.empty((3, 0, 2), np.float32, soon()).shape == (3, 0, 2)
 
     @pytest.mark.parametrize("dtype", [object, np.int32, np.complex64, "S4"])
     def test_other_element_types_are_refused(self, borrower: Borrower, dtype: type) -> None:
         with pytest.raises(InvalidArgumentError) as raised:
-            borrower.empty(3, dtype)
+            borrower.empty(3, dtype, soon())
         assert raised.value.argument == "dtype"
 
     @pytest.mark.parametrize("shape", [-1, (2, -1), (2**40,)])
     def test_shapes_of_no_array_are_refused(self, borrower: Borrower, shape: int) -> None:
         with pytest.raises(InvalidArgumentError) as raised:
-            borrower.empty(shape, np.float32)
+            borrower.empty(shape, np.float32, soon())
         assert raised.value.argument == "shape"
 
     def test_without_a_server_it_is_an_ordinary_array(
@@ -126,7 +128,7 @@ class TestEmpty:
     ) -> None:
         caplog.set_level(logging.INFO)
 
-        arrays = [borrower.empty((2, 3), np.float32) for _ in range(3)]
+        arrays = [borrower.empty((2, 3), np.float32, soon()) for _ in range(3)]
 
         assert all(array.shape == (2, 3) and array.dtype == FLOAT32 for array in arrays)
         assert [borrower.locate(array) for array in arrays] == [None] * 3
@@ -139,7 +141,7 @@ class TestLocate:
     """Where an array lies, if a call could name it."""
 
     def test_views_that_are_contiguous_are_found(self, lender: Lender, borrower: Borrower) -> None:
-        x = borrower.empty((4, 3, 8, 8), np.float32)
+        x = borrower.empty((4, 3, 8, 8), np.float32, soon())
         x[...] = np.arange(x.size).reshape(x.shape)
 
         for view in (
@@ -154,14 +156,14 @@ class TestLocate:
             np.testing.assert_array_equal(seen_by(lender, borrower, view), view)
 
     def test_what_a_message_could_not_say_is_not(self, lender: Lender, borrower: Borrower) -> None:
-        x = borrower.empty((4, 3, 8, 8), np.float32)
+        x = borrower.empty((4, 3, 8, 8), np.float32, soon())
         odd = x.reshape(-1).view(np.uint8)[1:129].view(np.float32)
 
         for view in (x[:, 1:], x[..., ::2], x[::-1], x.T, odd, x.view(">f4"), x[:0]):
             assert borrower.locate(view) is None
 
     def test_arrays_elsewhere_are_not(self, lender: Lender, borrower: Borrower) -> None:
-        x = borrower.empty((4, 3), np.float32)
+        x = borrower.empty((4, 3), np.float32, soon())
 
         for other in (x.copy(), x + 1, np.empty(0), np.empty((100, 100))):
             assert borrower.locate(other) is None
@@ -169,14 +171,14 @@ class TestLocate:
     def test_one_borrower_does_not_know_anothers(
         self, lender: Lender, borrower: Borrower, path: Path
     ) -> None:
-        other = Borrower(lambda: str(path))
-        assert borrower.locate(other.empty(100, np.float32)) is None
+        other = Borrower(lambda _: str(path))
+        assert borrower.locate(other.empty(100, np.float32, soon())) is None
         other.close()
 
     def test_subclasses_and_read_only_arrays_are_found(
         self, lender: Lender, borrower: Borrower
     ) -> None:
-        x = borrower.empty(100, np.float32)
+        x = borrower.empty(100, np.float32, soon())
         x.flags.writeable = False
 
         assert borrower.locate(x) is not None
@@ -187,9 +189,9 @@ class TestLife:
     """An array's memory is its own for as long as any view of it lives, and then serves again."""
 
     def test_a_view_keeps_the_memory(self, lender: Lender, borrower: Borrower) -> None:
-        view = borrower.empty((10, MIB), np.float32)[3].reshape(2, -1)[1][::2]
+        view = borrower.empty((10, MIB), np.float32, soon())[3].reshape(2, -1)[1][::2]
         view[...] = 3
-        others = [borrower.empty(MIB, np.float32) for _ in range(8)]
+        others = [borrower.empty(MIB, np.float32, soon()) for _ in range(8)]
         for other in others:
             other[...] = 4
 
@@ -201,8 +203,8 @@ class TestLife:
     ) -> None:
         addresses = set()
         for count in range(5000):
-            x = borrower.empty((3, 1000), np.float32)
-            y = borrower.empty(200_000, np.float32)
+            x = borrower.empty((3, 1000), np.float32, soon())
+            y = borrower.empty(200_000, np.float32, soon())
             addresses |= {x.ctypes.data, y.ctypes.data}
             if count == 2:
                 borrowed_bytes = borrower.borrowed_bytes
@@ -221,7 +223,9 @@ class TestLife:
             if len(held) > 20 or (held and choose.random() < 0.4):
                 mark, array = held.pop(choose.randrange(len(held)))
                 assert (array == mark).all()
-            array = borrower.empty(choose.choice([1, 100, 5000, 20_000, 100_000]), np.float64)
+            array = borrower.empty(
+                choose.choice([1, 100, 5000, 20_000, 100_000]), np.float64, soon()
+            )
             array[...] = number
             held.append((number, array))
         assert all((array == mark).all() for mark, array in held)
@@ -235,7 +239,7 @@ class TestLife:
         self, lender: Lender, borrower: Borrower
     ) -> None:
         for _ in range(100):
-            cycle: list[object] = [borrower.empty(MIB, np.float32)]
+            cycle: list[object] = [borrower.empty(MIB, np.float32, soon())]
             cycle.append(cycle)
         del cycle
         gc.collect()
@@ -243,7 +247,7 @@ class TestLife:
         assert borrower.taken_bytes == 0
 
     def test_more_is_borrowed_as_it_is_needed(self, lender: Lender, borrower: Borrower) -> None:
-        arrays = [borrower.empty(10 * MIB, np.float32) for _ in range(4)]
+        arrays = [borrower.empty(10 * MIB, np.float32, soon()) for _ in range(4)]
 
         assert all(borrower.locate(array) for array in arrays)
         assert 160 * MIB <= borrower.borrowed_bytes == lender.lent_bytes
@@ -252,30 +256,30 @@ class TestLife:
         self, path: Path, borrower: Borrower, caplog: pytest.LogCaptureFixture
     ) -> None:
         with lending(path, Limits(MIB, MIB)):
-            first = borrower.empty(MIB // 4, np.float32)
-            second = borrower.empty(MIB // 4, np.float32)
+            first = borrower.empty(MIB // 4, np.float32, soon())
+            second = borrower.empty(MIB // 4, np.float32, soon())
             assert borrower.locate(first) is not None
             assert borrower.locate(second) is None
             del first
-            assert borrower.locate(borrower.empty(MIB // 8, np.float32)) is not None
+            assert borrower.locate(borrower.empty(MIB // 8, np.float32, soon())) is not None
         assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
     def test_under_the_quota_unused_regions_make_room_for_larger_ones(
         self, path: Path, borrower: Borrower
     ) -> None:
         with lending(path, Limits(100 * MIB, 100 * MIB)) as lender:
-            borrower.empty(MIB, np.float32)
+            borrower.empty(MIB, np.float32, soon())
             assert lender.lent_bytes == 64 * MIB
 
-            assert borrower.locate(borrower.empty(24 * MIB, np.float32)) is not None
+            assert borrower.locate(borrower.empty(24 * MIB, np.float32, soon())) is not None
 
             assert lender.lent_bytes == 96 * MIB
             borrower.close()
 
     def test_arrays_outlive_the_borrower_and_the_lender(self, path: Path) -> None:
         with lending(path) as lender:
-            borrower = Borrower(lambda: str(path))
-            x = borrower.empty(MIB, np.float32)
+            borrower = Borrower(lambda _: str(path))
+            x = borrower.empty(MIB, np.float32, soon())
             x[...] = 3
             borrower.close()
             assert lender.wait_until_unused(TIMEOUT_S)
@@ -283,13 +287,13 @@ class TestLife:
 
         assert (x == 4).all()
         assert borrower.locate(x) is None
-        assert borrower.locate(borrower.empty(3, np.float32)) is None
+        assert borrower.locate(borrower.empty(3, np.float32, soon())) is None
 
     def test_a_closed_borrower_leaves_no_descriptors(self, lender: Lender, path: Path) -> None:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
-            borrower = Borrower(lambda: str(path))
-            borrower.empty(3, np.float32)
+            borrower = Borrower(lambda _: str(path))
+            borrower.empty(3, np.float32, soon())
             borrower.close()
             assert lender.wait_until_unused(TIMEOUT_S)
         del borrower
@@ -305,7 +309,7 @@ class TestCalls:
         self, lender: Lender, borrower: Borrower
     ) -> None:
         x = np.random.default_rng(0).random(LARGE.shape, np.float32)
-        with SharedCall(borrower) as call:
+        with SharedCall(borrower, soon()) as call:
             message, y = call.tensor(x), call.result(LARGE)
             call.settle()
             assert message is not None
@@ -327,8 +331,8 @@ class TestCalls:
     def test_what_lies_there_already_is_not_copied(
         self, lender: Lender, borrower: Borrower
     ) -> None:
-        x = borrower.empty(LARGE.shape, FLOAT32)
-        with SharedCall(borrower) as call:
+        x = borrower.empty(LARGE.shape, FLOAT32, soon())
+        with SharedCall(borrower, soon()) as call:
             message = call.tensor(x)
             assert message is not None
             assert slice_of(message) == borrower.locate(x)
@@ -340,7 +344,7 @@ class TestCalls:
     ) -> None:
         x = np.random.default_rng(0).random((512, 300), np.float32)
         x = {"transposed": x.T, "swapped": x.astype(">f4"), "reversed": x[::-1, ::-2]}[order]
-        with SharedCall(borrower) as call:
+        with SharedCall(borrower, soon()) as call:
             message = call.tensor(x)
             call.settle()
             assert message is not None
@@ -348,14 +352,14 @@ class TestCalls:
                 np.testing.assert_array_equal(found, x)
 
     def test_small_tensors_are_better_sent(self, lender: Lender, borrower: Borrower) -> None:
-        with SharedCall(borrower) as call:
+        with SharedCall(borrower, soon()) as call:
             assert call.tensor(np.empty(100)) is None
-            assert call.tensor(borrower.empty(100, np.float32)) is None
+            assert call.tensor(borrower.empty(100, np.float32, soon())) is None
             assert not call.is_large(TensorSpec((100,), FLOAT32))
             assert not call.is_large(TensorSpec((0, 1), FLOAT32))
 
     def test_without_a_server_all_is_sent(self, borrower: Borrower) -> None:
-        with SharedCall(borrower) as call:
+        with SharedCall(borrower, soon()) as call:
             assert call.tensor(np.empty(LARGE.shape)) is None
             assert call.result(LARGE) is None
 
@@ -389,12 +393,12 @@ class TestCalls:
     def test_memory_that_a_lost_call_may_still_write_to_serves_no_other(
         self, lender: Lender, borrower: Borrower, error: BaseException
     ) -> None:
-        x = borrower.empty(LARGE.shape, FLOAT32)
+        x = borrower.empty(LARGE.shape, FLOAT32, soon())
         x[...] = 3
         place = failed_call(borrower, error)
 
         with lent_tensor(lender, "y_place", place, LARGE) as late:
-            fresh = [borrower.empty(LARGE.shape, FLOAT32) for _ in range(10)]
+            fresh = [borrower.empty(LARGE.shape, FLOAT32, soon()) for _ in range(10)]
             for array in fresh:
                 array[...] = 1
             late[...] = 2
@@ -408,7 +412,7 @@ class TestCalls:
         for _ in range(20):
             failed_call(borrower, DeadlineError("too late"))
 
-        borrower.empty(3, np.float32)
+        borrower.empty(3, np.float32, soon())
         assert lender.lent_bytes <= 128 * MIB
 
 
@@ -419,10 +423,10 @@ class TestServerGone:
         self, path: Path, borrower: Borrower, caplog: pytest.LogCaptureFixture
     ) -> None:
         with lending(path):
-            old = borrower.empty(LARGE.shape, FLOAT32)
+            old = borrower.empty(LARGE.shape, FLOAT32, soon())
             old[...] = 3
         with lending(path) as second:
-            with SharedCall(borrower) as call:
+            with SharedCall(borrower, soon()) as call:
                 assert borrower.locate(old) is None
                 message = call.tensor(old)
                 call.settle()
@@ -436,9 +440,9 @@ class TestServerGone:
         self, path: Path, borrower: Borrower, caplog: pytest.LogCaptureFixture
     ) -> None:
         with lending(path):
-            x = borrower.empty(LARGE.shape, FLOAT32)
+            x = borrower.empty(LARGE.shape, FLOAT32, soon())
         for _ in range(5):
-            with SharedCall(borrower) as call:
+            with SharedCall(borrower, soon()) as call:
                 assert call.tensor(x) is None
                 assert call.result(LARGE) is None
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
@@ -448,7 +452,7 @@ class TestServerGone:
     ) -> None:
         failed_call(borrower, StaleRegionError("x must lie in memory that this server lends"))
 
-        with SharedCall(borrower) as call:
+        with SharedCall(borrower, soon()) as call:
             assert call.tensor(np.ones(LARGE.shape, FLOAT32)) is None
         assert lender.wait_until_unused(TIMEOUT_S)
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
@@ -457,10 +461,10 @@ class TestServerGone:
         self, path: Path, borrower: Borrower
     ) -> None:
         with lending(path) as first:
-            with pytest.raises(StaleRegionError), SharedCall(borrower) as call:
+            with pytest.raises(StaleRegionError), SharedCall(borrower, soon()) as call:
                 cut_off(call, first)
         with lending(path):
-            with SharedCall(borrower) as call:
+            with SharedCall(borrower, soon()) as call:
                 assert call.tensor(np.ones(LARGE.shape, FLOAT32)) is not None
             borrower.close()
 
@@ -469,41 +473,41 @@ class TestServerGone:
     ) -> None:
         caplog.set_level(logging.INFO)
         with lending(path, users=frozenset({54321})):
-            assert borrower.take(MIB) is None
+            assert borrower.take(MIB, soon()) is None
         assert "the server lends memory to other users" in caplog.text
 
     def test_a_server_that_says_it_lends_nothing_is_not_asked_again(self) -> None:
         answers = iter([""])
-        borrower = Borrower(lambda: next(answers))
+        borrower = Borrower(lambda _: next(answers))
 
-        assert [borrower.take(MIB) for _ in range(3)] == [None] * 3
+        assert [borrower.take(MIB, soon()) for _ in range(3)] == [None] * 3
 
     def test_a_server_that_does_not_say_where_it_lends_disturbs_no_call(self) -> None:
-        def fail() -> str:
+        def fail(_: Deadline) -> str:
             raise UnavailableError("not yet")
 
         borrower = Borrower(fail)
 
-        assert [borrower.take(MIB) for _ in range(3)] == [None] * 3
+        assert [borrower.take(MIB, soon()) for _ in range(3)] == [None] * 3
 
     def test_a_server_that_is_long_in_answering_holds_up_no_other_thread(self, path: Path) -> None:
         is_asked, may_answer = threading.Event(), threading.Event()
 
-        def find_socket() -> str:
+        def find_socket(_: Deadline) -> str:
             is_asked.set()
             may_answer.wait(TIMEOUT_S)
             return str(path)
 
         borrower = Borrower(find_socket)
         with lending(path), ThreadPoolExecutor(1) as pool:
-            asking = pool.submit(borrower.empty, 1000, FLOAT32)
+            asking = pool.submit(borrower.empty, 1000, FLOAT32, soon())
             assert is_asked.wait(TIMEOUT_S)
-            meanwhile = borrower.empty(1000, FLOAT32)
+            meanwhile = borrower.empty(1000, FLOAT32, soon())
             may_answer.set()
 
             assert borrower.locate(asking.result(TIMEOUT_S)) is not None
             assert borrower.locate(meanwhile) is None
-            assert borrower.locate(borrower.empty(1000, FLOAT32)) is not None
+            assert borrower.locate(borrower.empty(1000, FLOAT32, soon())) is not None
             del asking
             borrower.close()
 
@@ -516,7 +520,7 @@ class TestThreads:
             choose = random.Random(mark)
             good = True
             for _ in range(200):
-                x = borrower.empty(choose.choice([100, 10_000, 100_000]), np.float32)
+                x = borrower.empty(choose.choice([100, 10_000, 100_000]), np.float32, soon())
                 x[...] = mark
                 found = seen_by(lender, borrower, x)
                 good = good and bool((found == mark).all() and (x == mark).all())
@@ -533,7 +537,7 @@ class TestThreads:
         gc.set_threshold(1)
         try:
             for _ in range(300):
-                cycle: list[object] = [borrower.empty(1000, np.float32)]
+                cycle: list[object] = [borrower.empty(1000, np.float32, soon())]
                 cycle.append(cycle)
         finally:
             gc.set_threshold(*threshold)
@@ -550,9 +554,9 @@ class TestProcesses:
     ) -> None:
         script = """
 borrower = Borrower(find)
-x = borrower.empty((1000, 1000), np.float32)
+x = borrower.empty((1000, 1000), np.float32, soon())
 x[...] = np.arange(x.size).reshape(x.shape)
-with SharedCall(borrower) as call:
+with SharedCall(borrower, soon()) as call:
     message = call.tensor(x)
     call.settle()
     y = call.result(__import__("deconvd.problem").problem.TensorSpec(x.shape, x.dtype))
@@ -584,14 +588,14 @@ input()
     ) -> None:
         script = """
 borrower = Borrower(find)
-x = borrower.empty(1 << 20, np.float32)
+x = borrower.empty(1 << 20, np.float32, soon())
 place = borrower.locate(x)
 say(place.region.hex(), place.offset_bytes)
 while True:
     x += 1
-    borrower.empty(1000, np.float32)
+    borrower.empty(1000, np.float32, soon())
 """
-        mine = borrower.empty(MIB, np.float32)
+        mine = borrower.empty(MIB, np.float32, soon())
         mine[...] = 3
         with child(script, path) as client:
             theirs = told_slice(client.hear())
@@ -618,12 +622,12 @@ while True:
 import threading
 from concurrent.futures import ThreadPoolExecutor
 borrower = Borrower(find)
-x = borrower.empty(1000, np.float32)
+x = borrower.empty(1000, np.float32, soon())
 x[...] = 3
 stop = threading.Event()
 def churn():
     while not stop.is_set():
-        borrower.empty(1000, np.float32)
+        borrower.empty(1000, np.float32, soon())
 thread = threading.Thread(target=churn)  # so that the fork meets the lock in any state
 thread.start()
 import warnings
@@ -632,7 +636,7 @@ codes = []
 for _ in range(20):
     pid = os.fork()
     if pid == 0:
-        own = borrower.empty(1000, np.float32)
+        own = borrower.empty(1000, np.float32, soon())
         own[...] = 4
         good = borrower.locate(x) is None and borrower.locate(own) is not None and (x == 3).all()
         os._exit(0 if good else 1)
@@ -657,9 +661,9 @@ os.kill(os.getpid(), 9)
 
 def test_nothing_is_connected_before_the_first_need(path: Path) -> None:
     threads = threading.active_count()
-    borrower = Borrower(lambda: str(path))
+    borrower = Borrower(lambda _: str(path))
 
-    with SharedCall(borrower) as call:
+    with SharedCall(borrower, soon()) as call:
         assert call.tensor(np.empty(3)) is None
 
     assert threading.active_count() == threads
@@ -669,7 +673,7 @@ def test_nothing_is_connected_before_the_first_need(path: Path) -> None:
 def test_a_borrower_knows_whether_memory_is_lent_before_it_borrows(
     lender: Lender, borrower: Borrower, path: Path
 ) -> None:
-    assert borrower.is_lent
+    assert borrower.lends(soon())
     assert borrower.borrowed_bytes == 0
-    assert not Borrower(lambda: "").is_lent
-    assert not Borrower(lambda: f"{path}.elsewhere").is_lent
+    assert not Borrower(lambda _: "").lends(soon())
+    assert not Borrower(lambda _: f"{path}.elsewhere").lends(soon())

@@ -21,6 +21,7 @@ from deconvd.tensor import Array, message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client.shared_memory import Borrower
+from tests.deadlines import soon
 from tests.lenders import lies_in_shared_memory
 from tests.servers import ServerProcess, server_process
 
@@ -184,7 +185,7 @@ class TestStockClient:
     @pytest.fixture
     def borrower(self, stub: pb_grpc.DeconvolutionServiceStub) -> Iterator[Borrower]:
         info = stub.GetServerInfo(pb.GetServerInfoRequest())
-        borrower = Borrower(lambda: info.shared_memory_socket)
+        borrower = Borrower(lambda _: info.shared_memory_socket)
         yield borrower
         borrower.close()
 
@@ -214,7 +215,7 @@ class TestStockClient:
         offset: int,
         place: str,
     ) -> None:
-        slice_ = borrower.locate(borrower.empty(4, np.float32))
+        slice_ = borrower.locate(borrower.empty(4, np.float32, soon()))
         assert slice_ is not None
         request = self.request()
         wrong = slice_._replace(offset_bytes=offset)
@@ -226,7 +227,7 @@ class TestStockClient:
         self, stub: pb_grpc.DeconvolutionServiceStub, borrower: Borrower
     ) -> None:
         request = self.request()
-        slice_ = borrower.locate(borrower.empty(MIB, np.float32))
+        slice_ = borrower.locate(borrower.empty(MIB, np.float32, soon()))
         assert slice_ is not None
         slice_.write_to(request.x.shared)
         slice_.write_to(request.y_place)
@@ -242,7 +243,7 @@ class TestStockClient:
         request = self.request()
         for tensor in (request.x, request.w):
             tensor.ClearField("raw")
-        place = borrower.locate(borrower.empty(MIB, np.float32))
+        place = borrower.locate(borrower.empty(MIB, np.float32, soon()))
         assert place is not None
         place.write_to(request.y_place)
         header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)

@@ -31,6 +31,7 @@ from deconvd_server.device.cpu.tensor import array_of
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
 from deconvd_server.shared_memory.loans import Account, Loans
 from deconvd_server.shared_memory.memory import Memory
+from tests.deadlines import soon
 from tests.lenders import MIB, Watch, lending
 
 SPEC = TensorSpec((4, 8), np.dtype(np.float32))
@@ -51,7 +52,7 @@ def slice_of(message: pb.Tensor | None) -> SharedSlice:
 def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
     lender: Lender, borrower: Borrower
 ) -> None:
-    theirs = borrower.empty(SPEC.shape, SPEC.dtype)
+    theirs = borrower.empty(SPEC.shape, SPEC.dtype, soon())
     theirs[...] = 3
     with CallTensors(lender) as tensors:
         x = array_of(tensors.operand("x", SPEC, located(borrower, theirs)))
@@ -61,7 +62,7 @@ def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
 
 
 def test_a_place_is_to_be_written(lender: Lender, borrower: Borrower) -> None:
-    theirs = borrower.empty(SPEC.shape, SPEC.dtype)
+    theirs = borrower.empty(SPEC.shape, SPEC.dtype, soon())
     with CallTensors(lender) as tensors:
         array_of(tensors.place("y_place", SPEC, located(borrower, theirs)))[...] = 5
 
@@ -69,7 +70,7 @@ def test_a_place_is_to_be_written(lender: Lender, borrower: Borrower) -> None:
 
 
 def test_a_tensor_there_knows_where_it_lies(lender: Lender, borrower: Borrower) -> None:
-    place = located(borrower, borrower.empty((3, *SPEC.shape), SPEC.dtype))
+    place = located(borrower, borrower.empty((3, *SPEC.shape), SPEC.dtype, soon()))
     with CallTensors(lender) as tensors:
         whole = tensors.host_place("x", replace(SPEC, shape=(3, *SPEC.shape)), place)
         for array in (whole, whole[1:], whole[::2], whole.view(np.uint8)):
@@ -79,8 +80,8 @@ def test_a_tensor_there_knows_where_it_lies(lender: Lender, borrower: Borrower) 
 def test_what_a_call_uses_is_free_after_it(path: Path) -> None:
     watch = Watch()
     with lending(path, on_map=watch) as lender:
-        borrower = Borrower(lambda: str(path))
-        place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype))
+        borrower = Borrower(lambda _: str(path))
+        place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype, soon()))
         with CallTensors(lender) as tensors:
             tensors.operand("x", SPEC, place)
             borrower.close()
@@ -100,7 +101,7 @@ def test_without_a_lender_no_memory_is_known() -> None:
 
 
 def test_a_wrong_place_is_named(lender: Lender, borrower: Borrower) -> None:
-    place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype))
+    place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype, soon()))
     with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError) as raised:
         tensors.place("y_place", SPEC, place._replace(offset_bytes=2))
     assert raised.value.argument == "y_place"
@@ -149,10 +150,10 @@ def test_a_lender_that_closes_while_it_maps_keeps_no_descriptor(path: Path) -> N
 
 def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Borrower) -> None:
     x, other = np.full(MIB, 3, np.float32), np.full(MIB, 4, np.float32)
-    with SharedCall(borrower) as call:
+    with SharedCall(borrower, soon()) as call:
         messages = [call.tensor(array) for array in (x, other)]
         call.settle()
-        later = borrower.empty(MIB, np.float32)
+        later = borrower.empty(MIB, np.float32, soon())
         later[...] = 5
         with CallTensors(lender) as tensors:
             operands = [tensors.operand("x", spec_of(x), slice_of(m)) for m in messages]
@@ -163,12 +164,12 @@ def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Bo
 def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
     lender: Lender, borrower: Borrower
 ) -> None:
-    with SharedCall(borrower) as call:
-        x = borrower.empty(MIB, np.float32)
+    with SharedCall(borrower, soon()) as call:
+        x = borrower.empty(MIB, np.float32, soon())
         x[...] = 3
         spec, message = spec_of(x), call.tensor(x)
         del x
-        borrower.empty(MIB, np.float32)[...] = 5
+        borrower.empty(MIB, np.float32, soon())[...] = 5
         with CallTensors(lender) as tensors:
             assert array_of(tensors.operand("x", spec, slice_of(message))).mean() == 3
 
@@ -188,7 +189,7 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
     request = pb.DeconvolveRequest(x=message_from_spec(problem.x))
 
     answered = call_with_shared_memory(
-        borrower, rpc, Asked(request, problem, {"x": x}, {"y": problem.y})
+        borrower, rpc, Asked(request, problem, {"x": x}, {"y": problem.y}, soon())
     )
 
     assert answered is None

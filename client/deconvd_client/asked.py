@@ -16,6 +16,7 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_from_message, message_from_spec
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 
 __all__ = [
     "Answered",
@@ -51,6 +52,7 @@ class Asked(Generic[RequestT]):
         problem: What is computed.
         operands: Those to be sent, by the names of their fields, in the order of streams.
         results: What is to be returned, likewise.
+        deadline: When the caller must have an answer.
         offered: Operands that the request names by their digests. In a stream they are sent if the
             server lacks them.
         is_sure: Whether the server is known to have them.
@@ -60,6 +62,7 @@ class Asked(Generic[RequestT]):
     problem: Problem
     operands: Mapping[str, Array]
     results: Mapping[str, TensorSpec]
+    deadline: Deadline
     offered: Mapping[str, Array] = field(default_factory=dict)
     is_sure: bool = True
 

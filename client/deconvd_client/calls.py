@@ -33,7 +33,7 @@ def deconvolve(
         step = slice_samples_count(asked.problem)
         header = pb.DeconvolveStreamHeader(request=asked.request, slice_samples_count=step)
         opening = pb.DeconvolveStreamRequest(header=header)
-        return stub.deconvolve_stream(lambda: Exchange(asked, opening, step))
+        return stub.deconvolve_stream(lambda: Exchange(asked, opening, step), asked.deadline)
 
     return _answered(stub, memory, asked, stub.deconvolve, streamed)
 
@@ -47,7 +47,7 @@ def differentiate(
         step = slice_samples_count(asked.problem)
         header = pb.DeconvolveGradStreamHeader(request=asked.request, slice_samples_count=step)
         opening = pb.DeconvolveGradStreamRequest(header=header)
-        return stub.deconvolve_grad_stream(lambda: Exchange(asked, opening, step))
+        return stub.deconvolve_grad_stream(lambda: Exchange(asked, opening, step), asked.deadline)
 
     return _answered(stub, memory, asked, stub.deconvolve_grad, streamed)
 
@@ -61,7 +61,7 @@ def _answered(
 ) -> Answered[ResponseT]:
     def briefly(request: Envelope[RequestT], late_copy: LateCopy | None) -> Envelope[ResponseT]:
         # what is not in shared memory then is small
-        return in_message(request, is_brief=True, late_copy=late_copy)
+        return in_message(request, asked.deadline, is_brief=True, late_copy=late_copy)
 
     shared = call_with_shared_memory(memory, briefly, asked)
     if shared is not None:
@@ -72,7 +72,7 @@ def _answered(
     if not asked.is_sure or tensors_bytes > max_message_bytes:
         return streamed()
     raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
-    response = in_message(Envelope(asked.request, raw), is_brief=is_brief)
+    response = in_message(Envelope(asked.request, raw), asked.deadline, is_brief=is_brief)
     return Answered(response.message, {field: received(response, field) for field in asked.results})
 
 

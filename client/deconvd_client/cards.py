@@ -21,6 +21,7 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_memory import card_id
 from deconvd.tensor import Array
 from deconvd_client.asked import Asked, RequestT, ResponseT
+from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.residents import Call, Kept, Residents
 from deconvd_client.shared_memory import Borrower
@@ -37,14 +38,20 @@ class Cards:
         nearest: The ways to the server.
         residents: Makes calls with numpy arrays.
         find_socket: As for `Borrower`.
+        timeout_s: How long each call may take.
     """
 
     def __init__(
-        self, nearest: Nearest, residents: Residents, find_socket: Callable[[], str]
+        self,
+        nearest: Nearest,
+        residents: Residents,
+        find_socket: Callable[[Deadline], str],
+        timeout_s: float,
     ) -> None:
         self._nearest = nearest
         self._residents = residents
         self._find_socket = find_socket
+        self._timeout_s = timeout_s
         self._is_closed = False
         self._lock = threading.Lock()
         self._borrowers: dict[int, _CardBorrower] = {}
@@ -67,12 +74,15 @@ class Cards:
                 arrays = self._residents.arrays(_on_host(call))
                 return {field: cupy.asarray(array) for field, array in arrays.items()}
 
-    def close(self) -> None:
+    def close(self, deadline: Deadline) -> None:
         """Give all back that no array lies in, and borrow no more."""
         with self._lock:
             self._is_closed = True
-            for borrower in self._borrowers.values():
-                borrower.close()
+            borrowers = [*self._borrowers.values()]
+        for borrower in borrowers:
+            # while an array lies there, the memory is open here, and the server must not free it
+            borrower.give_back_unused(deadline)
+            borrower.close()
 
     def _on_card(self, call: Call[RequestT, ResponseT], ordinal: int) -> dict[str, Array]:
         """Make a call whose tensors all lie on a card; operands that lie elsewhere are copied there.
@@ -88,9 +98,10 @@ class Cards:
         tensors: list[Array | TensorSpec] = [*operands.values(), *call.results.values()]
         if len(operands) < len(call.operands) or not all(tensor.nbytes for tensor in tensors):
             raise _NotOnCardError
-        asked = Asked(call.request, call.problem, operands, call.results)
+        deadline = Deadline(self._timeout_s)
+        asked = Asked(call.request, call.problem, operands, call.results, deadline)
         borrower = self._borrower(ordinal)
-        return self._nearest.call(lambda stub: call.send(stub, borrower, asked)).arrays
+        return self._nearest.call(lambda stub: call.send(stub, borrower, asked), deadline).arrays
 
     def _borrower(self, ordinal: int) -> _CardBorrower:
         with self._lock:
@@ -107,12 +118,7 @@ class _NotOnCardError(Exception):
 
 
 class _CardBorrower(Borrower):
-    """A borrower whose arrays cannot be sent, and whose memory is not taken back while it may be open here."""
-
-    def close(self) -> None:
-        """Give all back that no array lies in, and borrow no more. See `Borrower`."""
-        self.give_back_unused()
-        super().close()
+    """A borrower whose arrays cannot be sent."""
 
     def allow_other_ways(self) -> None:
         """Have the call made by way of the host. Raises _NotOnCardError."""

@@ -124,7 +124,9 @@ def run(
     numpy has no name for, are those of two-byte voids that ml_dtypes writes.
     """
     with _errors_told(), ExitStack() as stack:
-        F = stack.enter_context(connect(target, timeout_s=timeout_s, transport=transport))
+        F = stack.enter_context(
+            connect(target, timeout_s=timeout_s, transport=transport, fail_fast=True)
+        )
         for name, value in options.items():
             stack.enter_context(F.using_config(name, value))
         operands = (arrays.load(x), arrays.load(w), None if bias is None else arrays.load(bias))
@@ -147,7 +149,7 @@ def status(as_json: bool, target: str, timeout_s: float) -> None:
 
     Exits with 0 if it does, with 1 if it does not or cannot be reached.
     """
-    with _errors_told(), connect(target, timeout_s=timeout_s) as F:
+    with _errors_told(), connect(target, timeout_s=timeout_s, fail_fast=True) as F:
         health = F.health()
         info = F.server_info() if health == "SERVING" else None
         click.echo(_as_json(target, health, info) if as_json else _as_text(target, health, info))

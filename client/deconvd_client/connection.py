@@ -23,6 +23,7 @@ from deconvd.transport import unix_path
 from deconvd_client.asked import RequestT, ResponseT
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
+from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import way_to
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.kinds import is_from_cupy
@@ -32,6 +33,7 @@ from deconvd_client.operations import GRADIENTS, Operations, checked_array
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
 from deconvd_client.residents import Call, RemoteTensor, Residents
+from deconvd_client.retries import Retries
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.stub import Stub
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["Connection", "connect"]
 
 _MAX_KEY_BYTES: Final = 64
+_CLOSE_S: Final = 0.8
+"""How long `Connection.close` waits for a server that takes nothing any more."""
 
 _WITHOUT_SHARED_MEMORY: Final = (Transport.UNIX, Transport.TCP, Transport.GRPC)
 
@@ -53,6 +57,7 @@ def connect(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     transport: str = Transport.AUTO,
     tenant_key: str | bytes = b"",
+    fail_fast: bool = False,
 ) -> Connection:
     """Return a connection to a server. Nothing is sent before the first call.
 
@@ -68,6 +73,9 @@ def connect(
         tenant_key: A secret of up to 64 bytes. Connections that tell the same share a quota for
             what the server keeps, and what one has sent another need not send; empty for a
             connection by itself.
+        fail_fast: Whether a server that cannot be reached is an error at once. Otherwise a call
+            waits for one that was reached before until its timeout, as while it restarts, and for
+            one that has never answered for 5 seconds.
 
     Raises:
         InvalidArgumentError: An argument is out of its range.
@@ -78,6 +86,7 @@ def connect(
         max_message_bytes=max_message_bytes,
         transport=transport,
         tenant_key=tenant_key,
+        fail_fast=fail_fast,
     )
 
 
@@ -85,7 +94,7 @@ class Connection:
     """A connection to a server. It may be shared by any number of threads, and closes as a context manager.
 
     Every call raises, beside what its own description says: DeadlineError after `timeout_s`,
-    UnavailableError if the server cannot be reached (after a few tries), ExhaustedError if the
+    UnavailableError if the server cannot be reached, or stays full, for as long as it is tried, ExhaustedError if the
     request or the result is over a limit that the message names, InternalError for a fault of the
     server.
     """
@@ -98,6 +107,7 @@ class Connection:
         max_message_bytes: int,
         transport: str,
         tenant_key: str | bytes,
+        fail_fast: bool,
     ) -> None:
         if not 0 < timeout_s < math.inf:
             raise InvalidArgumentError(
@@ -110,10 +120,11 @@ class Connection:
             channel = open_channel(target, max_message_bytes=max_message_bytes)
             is_direct = way is not Transport.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
             direct_way = way_to(target) if is_direct else None
-            return Stub(channel, timeout_s=timeout_s, way=direct_way)
+            return Stub(channel, direct_way)
 
         way = _transport(transport)
-        self._nearest = Nearest(open_stub, target, way)
+        self._timeout_s = timeout_s
+        self._nearest = Nearest(open_stub, target, way, Retries(fail_fast=fail_fast))
         is_only_way = way is Transport.SHARED_MEMORY
         self._memory = Borrower(self._find_memory, is_only_way=is_only_way)
         if way in _WITHOUT_SHARED_MEMORY:
@@ -122,7 +133,7 @@ class Connection:
         self._way = way
         self._cards: Cards | None = None
         self._lock = threading.Lock()
-        self._residents = Residents(self._nearest, self._memory, _tenant_key(tenant_key))
+        self._residents = Residents(self._nearest, self._memory, _tenant_key(tenant_key), timeout_s)
         self._operations = Operations(self._residents, self._config)
         self._any_operations = Operations(self._residents, self._config, takes_cupy=True)
         self._remote = Remote(self._operations, self._residents)
@@ -268,7 +279,7 @@ class Connection:
         Raises:
             InvalidArgumentError: No operand can have that shape or element type.
         """
-        return self._memory.empty(shape, dtype)
+        return self._memory.empty(shape, dtype, Deadline(self._timeout_s))
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
@@ -284,11 +295,11 @@ class Connection:
 
     def server_info(self) -> ServerInfo:
         """Return what the server is, what it runs on and how much it takes."""
-        return ServerInfo.from_message(self._nearest.far.get_server_info())
+        return ServerInfo.from_message(self._nearest.server_info(Deadline(self._timeout_s)))
 
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        return self._nearest.far.health()
+        return self._nearest.far.health(Deadline(self._timeout_s))
 
     @property
     def last_ledger(self) -> Mapping[str, int]:
@@ -302,12 +313,13 @@ class Connection:
         return self._nearest.last_ledger
 
     def close(self) -> None:
-        """Close the connection. Calls under way, and later ones, raise CallCancelledError."""
-        self._residents.close()
-        self._nearest.close()
-        self._memory.close()
+        """Close the connection, within a second. Calls under way, and later ones, raise CallCancelledError."""
+        deadline = Deadline(_CLOSE_S)
         if self._cards is not None:
-            self._cards.close()
+            self._cards.close(deadline.within(_CLOSE_S / 4))
+        self._residents.close(deadline.within(_CLOSE_S / 2))
+        self._nearest.close(deadline)
+        self._memory.close()
 
     def _arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
         """Make a call that may have cupy arrays; results are of the kind of `like`."""
@@ -320,17 +332,19 @@ class Connection:
 
         with self._lock:
             if self._cards is None:
-                self._cards = Cards(self._nearest, self._residents, self._find_memory)
+                self._cards = Cards(
+                    self._nearest, self._residents, self._find_memory, self._timeout_s
+                )
                 if self._way in _WITHOUT_SHARED_MEMORY:
-                    self._cards.close()
+                    self._cards.close(Deadline(0))
             return self._cards
 
-    def _find_memory(self) -> str:
+    def _find_memory(self, deadline: Deadline) -> str:
         """Return where the server lends memory."""
         path = unix_path(self.target)
         if path:
             return socket_beside(path)
-        return self._nearest.far.get_server_info().shared_memory_socket
+        return self._nearest.far.get_server_info(deadline).shared_memory_socket
 
     def __enter__(self) -> Connection:
         return self

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Final, Generic, TypeVar
 
@@ -19,6 +20,7 @@ from deconvd.direct import Answer, CallHead, FrameSource, Method, failure, tell_
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
 from deconvd.parts import Part
+from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
 
@@ -29,6 +31,9 @@ _T = TypeVar("_T")
 _FIRST_RETRY_S: Final = 5.0
 _LAST_RETRY_S: Final = 80.0
 """How long a server that takes no direct calls is left in peace: at first, and at most."""
+
+_OPEN_S: Final = 10.0
+"""How long a thread may take to open a line."""
 
 _PATIENCE_S: Final = 0.1
 """How long calls wait for a line that is being opened before they go by gRPC."""
@@ -89,10 +94,11 @@ class DirectLines:
     def _begin(self) -> None:
         """Have no lines yet: at first, and in a forked child, where a lock may be held by no one."""
         self._owner = os.getpid()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # never held while anything is sent, or waited for
         self._idle: list[Line] = []
         self._busy: set[Line] = set()
-        self._opened_by_s: float | None = None  # until when calls wait for what is being opened
+        self._opener: threading.Thread | None = None
+        self._waiting: list[SimpleQueue[None]] = []  # for what the opener opens
 
     @property
     def is_worth_asking(self) -> bool:
@@ -100,7 +106,7 @@ class DirectLines:
         return not self._is_closed and time.monotonic() >= self._next_try_s
 
     def call(
-        self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None = None
+        self, method: Method, message: bytes, deadline: Deadline, late_copy: LateCopy | None = None
     ) -> Answer:
         """Return the answer to a call of one message.
 
@@ -116,38 +122,38 @@ class DirectLines:
         """
         if len(message) > MAX_MESSAGE_BYTES - _HEAD_BYTES:
             raise NoLineError
-        with self._line(timeout_s) as lent:
-            lent.begin(method, message, timeout_s, late_copy)
+        with self._line(deadline) as lent:
+            lent.begin(method, message, deadline.remaining_s(), late_copy)
             self._polling.wait(lent.line, self._is_alone)
             return lent.answer()
 
-    def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
+    def converse(self, talk: Conversation[_T], deadline: Deadline) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
 
         Raises:
             As `call`, and what the conversation's functions raise.
         """
-        with self._line(timeout_s) as lent:
-            return lent.converse(talk, timeout_s)
+        with self._line(deadline) as lent:
+            return lent.converse(talk, deadline.remaining_s())
 
     def close(self) -> None:
         """Close all lines. Calls under way end with CallCancelledError."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            for idle in self._idle:
-                idle.close()
+            idle, self._idle = self._idle, []
             for line in self._busy:
                 line.shut()
-            self._idle.clear()
+        for line in idle:
+            line.close()
 
     def _is_alone(self) -> bool:
         """Return whether no other thread has a call under way."""
         return len(self._busy) == 1
 
-    def _line(self, timeout_s: float) -> _LentLine:
+    def _line(self, deadline: Deadline) -> _LentLine:
         """Lend a line to a block, and keep it if the block has left it in order."""
-        lent = _LentLine(self._taken(), self._end_use)
-        lent.line.set_deadline(timeout_s)
+        lent = _LentLine(self._take(deadline), self._end_use)
+        lent.line.set_deadline(deadline.remaining_s())
         return lent
 
     def _end_use(self, lent: _LentLine, error: BaseException | None) -> None:
@@ -161,71 +167,99 @@ class DirectLines:
             _log.debug("a direct line was lost: %s", error)
             raise NoLineError from None
 
-    def _taken(self) -> Line:
+    def _take(self, deadline: Deadline) -> Line:
+        """Return a line for one call. Raises NoLineError if there is none."""
         if self._owner != os.getpid():
             self._begin()
-        with self._changed:
-            taken = self._idle_one()
-            if taken is None and self.is_worth_asking:
-                if self._way.is_quick:
-                    self._keep(self._opened())
-                else:
-                    self._open_beside()
-                taken = self._idle_one()
-            if taken is None:
-                raise NoLineError
-            self._busy.add(taken)
-            return taken
+        taken = self._take_idle()
+        if taken is None and self.is_worth_asking:
+            if self._way.is_quick:
+                opened = self._open(deadline)
+                if (
+                    opened is None and not deadline.remaining_s()
+                ):  # which says nothing of the server
+                    raise DeadlineError("the call's deadline passed while a line was opened")
+                return self._keep(opened, is_taken=True)
+            self._open_beside(deadline)
+            taken = self._take_idle()
+        if taken is None:
+            raise NoLineError
+        return taken
 
-    def _idle_one(self) -> Line | None:
+    def _take_idle(self) -> Line | None:
         """Return a line that is not in use, if there is one that the server has not closed."""
-        while self._idle:
-            idle = self._idle.pop()
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                idle = self._idle.pop()
+                self._busy.add(idle)
             if idle.is_quiet():
                 return idle
+            with self._lock:
+                self._busy.discard(idle)
             idle.close()
-        return None
 
     def _give_back(self, lent: _LentLine) -> None:
-        with self._changed:
+        with self._lock:
             self._busy.discard(lent.line)
-            if lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT:
+            is_kept = lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT
+            if is_kept:
                 self._idle.append(lent.line)
-            else:
-                lent.line.close()
+        if not is_kept:
+            lent.line.close()
 
-    def _open_beside(self) -> None:
+    def _open_beside(self, deadline: Deadline) -> None:
         """Open one more line in a thread, and wait for it for a moment."""
-        if self._opened_by_s is None:
-            self._opened_by_s = time.monotonic() + _PATIENCE_S
-            threading.Thread(target=self._open_slowly, name="open-line", daemon=True).start()
-        self._changed.wait(max(self._opened_by_s - time.monotonic(), 0))
+        opened: SimpleQueue[None] = SimpleQueue()
+        with self._lock:
+            self._waiting.append(opened)
+            if self._opener is None or not self._opener.is_alive():
+                self._opener = threading.Thread(
+                    target=self._open_slowly, name="open-line", daemon=True
+                )
+                self._opener.start()
+        with suppress(Empty):
+            opened.get(timeout=min(_PATIENCE_S, deadline.remaining_s()))
 
     def _open_slowly(self) -> None:
-        opened = self._opened()
-        with self._changed:
-            self._keep(opened)
-            self._opened_by_s = None
-            self._changed.notify_all()
+        line = self._open(Deadline(_OPEN_S))
+        with suppress(NoLineError):  # the calls go by gRPC
+            self._keep(line)
+        with self._lock:
+            self._opener = None
+            waiting, self._waiting = self._waiting, []
+        for opened in waiting:
+            opened.put(None)
 
-    def _opened(self) -> Line | None:
+    def _open(self, deadline: Deadline) -> Line | None:
         """Return a new line; None if the server opens none, whatever the reason."""
         try:
-            return self._way.open(self._ask)
+            return self._way.open(self._ask, deadline.remaining_s())
         except Exception as error:
             _log.debug("no direct calls: %s", error)
             return None
 
-    def _keep(self, opened: Line | None) -> None:
-        """Keep a new line for the next call; if there is none, leave the server in peace for a while."""
-        if opened is None:
-            self._next_try_s = time.monotonic() + self._retry_s
-            self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
-        elif self._is_closed:
+    def _keep(self, opened: Line | None, *, is_taken: bool = False) -> Line:
+        """Keep a new line for a later call, or for that of this thread.
+
+        Raises:
+            NoLineError: There is none. The server is left in peace for a while.
+        """
+        with self._lock:
+            if opened is None:
+                self._next_try_s = time.monotonic() + self._retry_s
+                self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+            elif not self._is_closed:
+                self._retry_s = _FIRST_RETRY_S
+                if is_taken:
+                    self._busy.add(opened)
+                else:
+                    self._idle.append(opened)
+                return opened
+        if opened is not None:
             opened.close()
-        else:
-            self._retry_s = _FIRST_RETRY_S
-            self._idle.append(opened)
+        raise NoLineError
 
 
 class _LentLine(AbstractContextManager["_LentLine"]):

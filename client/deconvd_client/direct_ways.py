@@ -23,6 +23,9 @@ _UNIX_S: Final = 0.5
 _TCP_S: Final = 5.0
 """How long a server may take to let a line be opened; calls go by gRPC then."""
 
+_LEAST_S: Final = 1e-3
+"""What sockets take for a time-out: 0 would mean none."""
+
 _BUFFER_BYTES: Final = 1 << 20
 """What a Unix socket may hold that is on its way, if the system allows so much."""
 
@@ -44,20 +47,21 @@ class UnixWay:
     path: str
     is_quick = True
 
-    def open(self, _ask: Ask) -> Line:
-        """Return a new line. Raises OSError if the server opens none."""
+    def open(self, _ask: Ask, timeout_s: float) -> Line:
+        """Return a new line. Raises OSError if the server opens none in time."""
+        timeout_s = min(max(timeout_s, _LEAST_S), _UNIX_S)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             # a server that is stopped lets callers wait once it has many; Python's own time-out
             # would not wait at all
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_UNIX_S))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
             connection.connect(self.path)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
         except BaseException:
             connection.close()
             raise
-        return _greeted(connection, ANY_INSTANCE, _UNIX_S)
+        return _greeted(connection, ANY_INSTANCE, timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ class TcpWay:
     host: str
     is_quick = False
 
-    def open(self, ask: Ask) -> Line:
+    def open(self, ask: Ask, timeout_s: float) -> Line:
         """Return a new line.
 
         Raises:
@@ -81,8 +85,9 @@ class TcpWay:
         info = ask()
         if not info.direct_port:
             raise ConnectionRefusedError("the server takes no direct calls over TCP")
-        connection = socket.create_connection((self.host, info.direct_port), _TCP_S)
-        return _greeted(connection, bytes.fromhex(info.instance_id), _TCP_S)
+        timeout_s = min(max(timeout_s, _LEAST_S), _TCP_S)
+        connection = socket.create_connection((self.host, info.direct_port), timeout_s)
+        return _greeted(connection, bytes.fromhex(info.instance_id), timeout_s)
 
 
 def _greeted(connection: socket.socket, instance: bytes, timeout_s: float) -> Line:

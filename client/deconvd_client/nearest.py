@@ -1,26 +1,33 @@
-"""The nearest way to a server: a Unix socket, where client and server are on one host.
-
-    FAR --found--> NEAR --lost--> FAR for good
-
-What is lost once is not looked for again: a server that comes and goes is better served steadily.
-"""
+"""The nearest way to a server: a Unix socket, where client and server are on one host."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
+from deconvd_client.retries import PinnedTransportError, Retries
 from deconvd_client.stub import Stub
 
 __all__ = ["Nearest", "Transport"]
 
 _T = TypeVar("_T")
+
+_VERIFY_S: Final = 1.0
+"""How long a server may take to answer at a Unix socket of this host, when it is asked who it is."""
+
+_FIRST_PROBE_S: Final = 0.2
+_LAST_PROBE_S: Final = 30.0
+"""How long after a nearer way was lost it is looked for again: at first, and at most."""
+
+_PROBE_TIMEOUT_S: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -44,50 +51,81 @@ class Transport(StrEnum):
     """By gRPC to the target, and nothing beside it."""
 
 
+class _State(Enum):
+    """What is known of a nearer way.
+
+    UNSOUGHT --found--> NEAR --its connection broke--> LOST --found again--> NEAR
+    UNSOUGHT --there is none--> FAR
+    """
+
+    UNSOUGHT = "unsought"
+    NEAR = "near"
+    LOST = "lost"
+    FAR = "far"
+    CLOSED = "closed"
+
+
 class Nearest:
-    """Runs calls by the nearest way to a server that works.
+    """Runs calls by the nearest way to a server that works, and tries them again where that may help.
+
+    A way is lost only when its connection breaks: a server that answers that it is full has been
+    reached. What was lost is looked for in the background, so that no call pays for it.
 
     Args:
         open_stub: Returns a stub for a target; nothing is sent yet.
         target: Where the server can be reached in any case.
         transport: Whether to look for a nearer way, and whether there must be one.
+        retries: Which calls are tried again.
 
     Raises:
         InvalidArgumentError: `transport` is no way to such a target.
     """
 
-    def __init__(self, open_stub: Callable[[str], Stub], target: str, transport: Transport) -> None:
+    def __init__(
+        self,
+        open_stub: Callable[[str], Stub],
+        target: str,
+        transport: Transport,
+        retries: Retries,
+    ) -> None:
         self._far = open_stub(target)
         is_unix = target.startswith("unix:")
         if is_unix and transport is Transport.TCP:
-            self._far.close()
+            self._far.close(Deadline(0))
             raise InvalidArgumentError(
                 f"transport tcp must have a target of the form host:port, got {target}",
                 argument="transport",
             )
         self._open_stub = open_stub
-        self._lock = threading.Lock()
+        self._retries = retries
         self._must_be_near = transport is Transport.UNIX and not is_unix
-        self._is_final = is_unix or transport in (Transport.TCP, Transport.GRPC)
+        is_near_enough = is_unix or transport in (Transport.TCP, Transport.GRPC)
+        self._lock = threading.Lock()
+        self._state = _State.FAR if is_near_enough else _State.UNSOUGHT
+        self._is_sought = False
         self._near: Stub | None = None
+        self._stubs: dict[str, Stub] = {}  # of Unix sockets: kept, since calls may be using them
+        self._closed = threading.Event()
 
-    def call(self, work: Callable[[Stub], _T]) -> _T:
+    def call(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
         """Return what `work` returns for the nearest stub; if that has no server, for the far one.
 
+        Args:
+            work: Called once for each try.
+
         Raises:
-            DeconvdError: What `work` raised, or the server when it was asked for nearer ways.
-            UnavailableError: There must be a nearer way, and there is none.
+            DeconvdError: What `work` raised last, or the server when it was asked for nearer ways.
+            PinnedTransportError: There must be a nearer way, and there is none.
         """
-        near = self._found()
-        if near is None:
-            return work(self._far)
-        try:
-            return work(near)
-        except UnavailableError as error:
-            if self._must_be_near:
-                raise
-            self._lose(near, error)
-        return work(self._far)
+        return self._retries.run(lambda: self._try(work, deadline), deadline)
+
+    def call_once(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
+        """Return what `work` returns, as `call` does, without trying again."""
+        return self._try(work, deadline)
+
+    def server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
+        """Return what the server says of itself, at the target as it was given."""
+        return self._retries.run(lambda: self._far.get_server_info(deadline), deadline)
 
     @property
     def far(self) -> Stub:
@@ -100,54 +138,135 @@ class Nearest:
         near = self._near
         return (near and near.last_ledger) or self._far.last_ledger
 
-    def close(self) -> None:
-        """Close both ways."""
-        self._far.close()  # first, since whoever looks for a nearer way asks there under the lock
+    def close(self, deadline: Deadline) -> None:
+        """Close all ways. Calls under way end with CallCancelledError."""
+        self._retries.stop()
+        self._closed.set()
         with self._lock:
-            self._is_final = True
-            if self._near is not None:
-                self._near.close()
+            self._state = _State.CLOSED
+            stubs = [self._far, *self._stubs.values()]
+        for stub in stubs:
+            stub.close(deadline)
 
-    def _found(self) -> Stub | None:
-        """Return the near stub, if there is one; look for it until the server has answered.
-
-        While one thread looks others go the far way, unless there must be a near one.
-        """
-        if not self._is_final and self._lock.acquire(blocking=self._must_be_near):
-            try:
-                if not self._is_final:
-                    self._look()
-            finally:
-                self._lock.release()
-        return self._near
-
-    def _look(self) -> None:
-        info = self._far.get_server_info()
-        here = [path for path in info.unix_sockets if Path(path).is_socket()]
-        stubs = (self._verified(f"unix:{path}", info.instance_id) for path in here)
-        self._near = next(filter(None, stubs), None)
-        if self._near is None and self._must_be_near:
-            raise UnavailableError(f"no call can go by a Unix socket: {_why_not(info, here)}")
-        self._is_final = True
-
-    def _verified(self, target: str, instance_id: str) -> Stub | None:
-        """Return a stub of a target if the same server answers there."""
-        stub = self._open_stub(target)
+    def _try(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
+        if self._state is _State.UNSOUGHT:
+            self._seek(deadline)
+        near = self._near
+        if near is None:
+            return work(self._far)
         try:
-            if stub.get_server_info().instance_id == instance_id:
+            return work(near)
+        except UnavailableError as error:
+            if not _is_broken(error):
+                raise
+            self._lose(near, error)
+            if self._must_be_near:
+                raise
+        return work(self._far)
+
+    def _seek(self, deadline: Deadline) -> None:
+        """Look for a nearer way.
+
+        While one thread looks, others go the far way, unless there must be a near one.
+        """
+        with self._lock:
+            if self._is_sought and not self._must_be_near:
+                return
+            self._is_sought = True
+        try:
+            near, why_not = self._found(deadline)
+        finally:
+            self._is_sought = False
+        with self._lock:
+            if near is not None:
+                self._state, self._near = _State.NEAR, near
+            elif not self._must_be_near:
+                self._state = _State.FAR
+        if near is None and self._must_be_near:
+            raise PinnedTransportError(f"no call can go by a Unix socket: {why_not}")
+
+    def _found(self, deadline: Deadline) -> tuple[Stub | None, str]:
+        """Return a stub of a Unix socket at which the server answers; if there is none, why.
+
+        Raises:
+            DeconvdError: What the server raised when it was asked where it listens.
+        """
+        info = self._far.get_server_info(deadline)
+        here = [path for path in info.unix_sockets if Path(path).is_socket()]
+        for path in here:
+            stub = self._verified(f"unix:{path}", info.instance_id, deadline)
+            if stub is not None:
+                return stub, ""
+        return None, _why_not(info, here)
+
+    def _verified(self, target: str, instance_id: str, deadline: Deadline) -> Stub | None:
+        """Return a stub of a target if the same server answers there."""
+        with self._lock:
+            if self._state is _State.CLOSED:
+                return None
+            stub = self._stubs.get(target) or self._open_stub(target)
+            self._stubs[target] = stub
+        try:
+            if stub.get_server_info(deadline.within(_VERIFY_S)).instance_id == instance_id:
                 _log.debug("calls go by %s", target)
                 return stub
         except DeconvdError as error:
             _log.debug("not by %s: %s", target, error)
-        stub.close()
         return None
 
     def _lose(self, near: Stub, error: UnavailableError) -> None:
         with self._lock:
-            if self._near is near:
-                _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
-                self._near = None
-                near.close()
+            if self._near is not near:
+                return
+            self._near = None
+            self._state = _State.UNSOUGHT if self._must_be_near else _State.LOST
+        if not self._must_be_near:
+            _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
+            probe = _Probe(weakref.WeakMethod(self._find_again), self._closed)
+            threading.Thread(target=probe.run, name="find-nearer-way", daemon=True).start()
+
+    def _find_again(self) -> bool:
+        """Look once for what was lost; return whether there is an end of looking."""
+        try:
+            near, _ = self._found(Deadline(_PROBE_TIMEOUT_S))
+        except DeconvdError as error:
+            _log.debug("no nearer way yet: %s", error)
+            return False
+        if near is None:
+            return False
+        with self._lock:
+            if self._state is _State.LOST:
+                self._state, self._near = _State.NEAR, near
+        _log.info("the server's Unix socket is back")
+        return True
+
+
+class _Probe:
+    """Looks for a lost way again and again, ever more seldom.
+
+    Args:
+        look: Looks once, and returns whether that was enough. It does not keep its object alive.
+        closed: Set once nothing is looked for any more.
+    """
+
+    def __init__(self, look: weakref.WeakMethod[Callable[[], bool]], closed: threading.Event):
+        self._look = look
+        self._closed = closed
+
+    def run(self) -> None:
+        """Look until the way is found, or nobody wants it any more."""
+        pause_s = _FIRST_PROBE_S
+        while not self._closed.wait(pause_s):
+            look = self._look()
+            if look is None or look():
+                return
+            del look
+            pause_s = min(2 * pause_s, _LAST_PROBE_S)
+
+
+def _is_broken(error: UnavailableError) -> bool:
+    """Return whether a connection broke: what a server itself says comes with when to try again."""
+    return error.retry_after_s is None and not isinstance(error, PinnedTransportError)
 
 
 def _why_not(info: pb.GetServerInfoResponse, here: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What is tried again, how often and after how long."""
+"""Which failed calls are tried again, and when."""
 
 from __future__ import annotations
 
@@ -7,42 +7,105 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from deconvd.errors import CallCancelledError, UnavailableError
+from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
+from deconvd_client.deadline import Deadline
 
-__all__ = ["with_retries"]
+__all__ = ["PinnedTransportError", "Retries"]
 
 _T = TypeVar("_T")
 
-_ATTEMPTS_COUNT: Final = 5
-_FIRST_BACKOFF_S: Final = 0.1
-_MAX_BACKOFF_S: Final = 2.0
+_FIRST_BACKOFF_S: Final = 0.05
+_MAX_BACKOFF_S: Final = 1.0
 _BACKOFF_FACTOR: Final = 2
 
+_CONTACT_S: Final = 5.0
+"""How long a server that has never answered is tried: it is more likely not to be there than to be starting."""
 
-def with_retries(
-    attempt: Callable[[float], _T], *, timeout_s: float, is_closed: Callable[[], bool]
-) -> _T:
-    """Return what `attempt` returns, trying it again if the server is not there or full.
+_LAST_TRY_S: Final = 0.02
+"""With less time than this a call is not tried again."""
 
-    A server that stops ends calls that it has received, but not begun, with CANCELLED: these too.
+_LOOK_S: Final = 0.1
+"""How often a call that pauses looks whether its connection was closed."""
+
+
+class PinnedTransportError(UnavailableError):
+    """The one transport that the caller allows is not to be had. Trying again would not help."""
+
+
+class Retries:
+    """Tries the calls of a connection again until their deadlines. Thread-safe.
+
+    A server that was reached before may be restarting, so it is tried until the deadline. One that
+    says when to come back (`UnavailableError.retry_after_s`) is not tried sooner. One that never
+    answered is given up after 5 seconds. A server that stops ends calls that it has received, but
+    not begun, with CANCELLED: these are tried again, too.
 
     Args:
-        attempt: Is given the seconds that are left of `timeout_s`.
-        is_closed: Whether the caller has closed the connection, so that it is not tried again.
-
-    Raises:
-        DeconvdError: What the last attempt raised.
+        fail_fast: Whether a server that cannot be reached is given up at once.
     """
-    deadline_s = time.monotonic() + timeout_s
-    backoff_s = _FIRST_BACKOFF_S
-    for _ in range(_ATTEMPTS_COUNT - 1):
-        try:
-            return attempt(deadline_s - time.monotonic())
-        except (UnavailableError, CallCancelledError):
-            # a random part, so that many callers do not come back at once
-            pause_s = random.uniform(0, backoff_s)
-            if is_closed() or time.monotonic() + pause_s >= deadline_s:
+
+    def __init__(self, *, fail_fast: bool = False) -> None:
+        self._fail_fast = fail_fast
+        self._was_reached = False
+        self._is_closed = False
+
+    def run(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
+        """Return what `attempt` returns, trying it again if that may help.
+
+        Raises:
+            DeadlineError: The deadline passed; the message says which limit to raise.
+            DeconvdError: What the last attempt raised.
+        """
+        contact = deadline.within(_CONTACT_S)
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            try:
+                returned = attempt()
+                self._was_reached = True
+                return returned
+            except DeadlineError:
+                raise _deadline_error(deadline) from None
+            except (UnavailableError, CallCancelledError) as error:
+                pause_s = self._pause_s(error, backoff_s, deadline, contact)
+                if pause_s is None:
+                    raise
+            except DeconvdError:  # the server's own answer
+                self._was_reached = True
                 raise
-        time.sleep(pause_s)
-        backoff_s = min(backoff_s * _BACKOFF_FACTOR, _MAX_BACKOFF_S)
-    return attempt(deadline_s - time.monotonic())
+            self._sleep(pause_s)
+            backoff_s = min(backoff_s * _BACKOFF_FACTOR, _MAX_BACKOFF_S)
+
+    def stop(self) -> None:
+        """Try nothing again from now on: the connection is closed."""
+        self._is_closed = True
+
+    def _pause_s(
+        self, error: DeconvdError, backoff_s: float, deadline: Deadline, contact: Deadline
+    ) -> float | None:
+        """Return the seconds to wait before the next try; None if there is to be none."""
+        if self._is_closed or isinstance(error, PinnedTransportError):
+            return None
+        # a random part, so that many callers do not come back at once
+        pause_s = random.uniform(backoff_s / 2, backoff_s)
+        retry_after_s = getattr(error, "retry_after_s", None)
+        if retry_after_s is not None:
+            self._was_reached = True
+            pause_s += retry_after_s
+            return pause_s if pause_s < deadline.remaining_s() else None
+        if self._fail_fast:
+            return None
+        # the last pause is cut short, so that the time that is left is used for one more try
+        left_s = (deadline if self._was_reached else contact).remaining_s()
+        return min(pause_s, left_s / 2) if left_s >= _LAST_TRY_S else None
+
+    def _sleep(self, pause_s: float) -> None:
+        until_s = time.monotonic() + pause_s
+        while not self._is_closed and (left_s := until_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, _LOOK_S))
+
+
+def _deadline_error(deadline: Deadline) -> DeadlineError:
+    return DeadlineError(
+        f"the call took longer than the {deadline.timeout_s:g} s that it may take: raise timeout_s of "
+        "connect() (--timeout-s on the command line), or send less at a time"
+    )

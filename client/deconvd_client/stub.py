@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import grpc
@@ -27,11 +25,11 @@ from deconvd.parts import Part, PartReader, PartSource
 from deconvd.status import error_from_rpc
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import Way
 from deconvd_client.hold import Hold
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.retries import with_retries
 
 __all__ = ["Attempt", "Stub"]
 
@@ -42,8 +40,8 @@ _Returned = TypeVar("_Returned", covariant=True)
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
-_CLOSE_S: Final = 1.0
-"""How long closing may take where the other end takes nothing any more."""
+_ASK_S: Final = 5.0
+"""How long a server may take to say where it takes direct calls: calls go by gRPC meanwhile."""
 
 _KEPT_BYTES: Final = 256 << 20
 """Memory of dropped results that is kept for the next ones: fresh memory costs more than a copy into it."""
@@ -68,7 +66,7 @@ class Attempt(Protocol[_Response, _Returned]):
 
 
 class Stub:
-    """The RPCs of one channel, each with the same timeout.
+    """The RPCs of one channel, each tried once and until its deadline.
 
     Every method raises a DeconvdError; see `deconvd.errors`.
 
@@ -77,10 +75,9 @@ class Stub:
             by gRPC.
     """
 
-    def __init__(self, channel: grpc.Channel, *, timeout_s: float, way: Way | None = None) -> None:
+    def __init__(self, channel: grpc.Channel, way: Way | None = None) -> None:
         self._channel = channel
-        self._direct = None if way is None else DirectLines(way, self.get_server_info)
-        self._timeout_s = timeout_s
+        self._direct = None if way is None else DirectLines(way, self._told_by_server)
         self._closed = False
         self._ended = threading.local()
         self._results = ArrayMemory(_KEPT_BYTES)
@@ -111,6 +108,7 @@ class Stub:
     def deconvolve(
         self,
         request: Envelope[pb.DeconvolveRequest],
+        deadline: Deadline,
         *,
         is_brief: bool = False,
         late_copy: LateCopy | None = None,
@@ -121,17 +119,18 @@ class Stub:
             is_brief: Whether request and response are small enough for a direct call.
             late_copy: Puts operands where the request says that they are: meanwhile, if the call is direct.
         """
-        return self._deconvolve(request, is_brief=is_brief, late_copy=late_copy)
+        return self._deconvolve(request, deadline, is_brief=is_brief, late_copy=late_copy)
 
     def deconvolve_grad(
         self,
         request: Envelope[pb.DeconvolveGradRequest],
+        deadline: Deadline,
         *,
         is_brief: bool = False,
         late_copy: LateCopy | None = None,
     ) -> Envelope[pb.DeconvolveGradResponse]:
         """Call DeconvolveGrad, in the manner of `deconvolve`."""
-        return self._deconvolve_grad(request, is_brief=is_brief, late_copy=late_copy)
+        return self._deconvolve_grad(request, deadline, is_brief=is_brief, late_copy=late_copy)
 
     @property
     def is_direct(self) -> bool:
@@ -139,19 +138,23 @@ class Stub:
         return self._direct is not None and self._direct.is_worth_asking
 
     def deconvolve_stream(
-        self, begin: Callable[[], Attempt[pb.DeconvolveStreamResponse, _T]]
+        self, begin: Callable[[], Attempt[pb.DeconvolveStreamResponse, _T]], deadline: Deadline
     ) -> _T:
         """Call DeconvolveStream and return what is made of the response.
 
         Args:
-            begin: Called once for each attempt.
+            begin: Called once for each attempt: again, if a direct line was lost.
         """
         return self._streamed(
-            Method.DeconvolveStream, self._deconvolve_stream, begin, pb.DeconvolveStreamResponse
+            Method.DeconvolveStream,
+            self._deconvolve_stream,
+            begin,
+            pb.DeconvolveStreamResponse,
+            deadline,
         )
 
     def deconvolve_grad_stream(
-        self, begin: Callable[[], Attempt[pb.DeconvolveGradStreamResponse, _T]]
+        self, begin: Callable[[], Attempt[pb.DeconvolveGradStreamResponse, _T]], deadline: Deadline
     ) -> _T:
         """Call DeconvolveGradStream, in the manner of `deconvolve_stream`."""
         return self._streamed(
@@ -159,21 +162,25 @@ class Stub:
             self._deconvolve_grad_stream,
             begin,
             pb.DeconvolveGradStreamResponse,
+            deadline,
         )
 
-    def put_tensor(self, parts: Callable[[], Iterator[Part]]) -> pb.PutTensorResponse:
+    def put_tensor(
+        self, parts: Callable[[], Iterator[Part]], deadline: Deadline
+    ) -> pb.PutTensorResponse:
         """Call PutTensor.
 
         Args:
             parts: Returns the request's parts; called once for each attempt.
         """
 
-        def directly(direct: DirectLines, timeout_s: float) -> tuple[pb.PutTensorResponse, str]:
+        def directly(direct: DirectLines) -> tuple[pb.PutTensorResponse, str]:
             talk = Conversation(Method.PutTensor, parts(), _only_message, pb.PutTensorResponse)
-            return direct.converse(talk, timeout_s)
+            return direct.converse(talk, deadline)
 
-        def by_grpc(timeout_s: float) -> pb.PutTensorResponse:
+        def by_grpc() -> pb.PutTensorResponse:
             messages = (message for part in parts() for message in messages_of(part))
+            timeout_s = deadline.remaining_s()
             return pb.PutTensorResponse.FromString(self._put_tensor(messages, timeout=timeout_s))
 
         return self._made(directly, by_grpc)
@@ -182,20 +189,22 @@ class Stub:
         self,
         request: pb.GetTensorRequest,
         receive: Callable[[PartReader[pb.GetTensorResponse]], _T],
+        deadline: Deadline,
     ) -> _T:
         """Call GetTensor and return what `receive`, called once for each attempt, makes of the response."""
 
-        def directly(direct: DirectLines, timeout_s: float) -> tuple[_T, str]:
+        def directly(direct: DirectLines) -> tuple[_T, str]:
             talk = Conversation(
                 Method.GetTensor,
                 iter([request]),
                 lambda source: receive(self._reader(source, pb.GetTensorResponse)),
                 pb.GetTensorResponse,
             )
-            return direct.converse(talk, timeout_s)
+            return direct.converse(talk, deadline)
 
-        def by_grpc(timeout_s: float) -> _T:
-            responses = self._get_tensor(request.SerializeToString(), timeout=timeout_s)
+        def by_grpc() -> _T:
+            data, timeout_s = request.SerializeToString(), deadline.remaining_s()
+            responses = self._get_tensor(data, timeout=timeout_s)
             try:
                 source = ChunkSource(responses, pb.GetTensorResponse)
                 return receive(self._reader(source, pb.GetTensorResponse))
@@ -204,42 +213,41 @@ class Stub:
 
         return self._made(directly, by_grpc)
 
-    def drop_tensors(self, request: pb.DropTensorsRequest) -> None:
+    def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
         """Call DropTensors."""
-        self._drop_tensors(Envelope(request, {}))
+        self._drop_tensors(Envelope(request, {}), deadline)
 
-    def hold_session(self, opening: pb.HoldSessionRequest, timeout_s: float | None) -> Hold:
-        """Call HoldSession, and return once the server has answered the first message.
+    def hold_session(self, opening: pb.HoldSessionRequest, deadline: Deadline) -> Hold:
+        """Call HoldSession, and return once the server has answered the first message."""
+        return self._translating(
+            lambda: Hold.open(self._hold_session, opening, deadline.remaining_s())
+        )
 
-        Args:
-            timeout_s: For one try; None to try as often and as long as for other calls.
-        """
-        attempt = partial(Hold.open, self._hold_session, opening)
-        if timeout_s is None:
-            return self._retried(attempt)
-        return self._translating(attempt, min(timeout_s, self._timeout_s))
-
-    def get_server_info(self) -> pb.GetServerInfoResponse:
+    def get_server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
-        return self._get_server_info(Envelope(pb.GetServerInfoRequest(), {})).message
+        return self._get_server_info(Envelope(pb.GetServerInfoRequest(), {}), deadline).message
 
-    def health(self) -> str:
+    def health(self, deadline: Deadline) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        try:
-            response = self._check_health(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
-        except (grpc.RpcError, ValueError) as error:
-            raise self._translated(error) from None
+        request = health_pb2.HealthCheckRequest()
+        response = self._translating(
+            lambda: self._check_health(request, timeout=deadline.remaining_s())
+        )
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
-    def close(self) -> None:
-        """Close the channel. Calls under way end with CallCancelledError."""
+    def close(self, deadline: Deadline) -> None:
+        """Close the channel. Calls under way end with CallCancelledError.
+
+        Args:
+            deadline: When to return, although the other end takes nothing any more.
+        """
         self._closed = True
         if self._direct is not None:
             self._direct.close()
         # gRPC ends the calls at once, but then waits for what is being written, if need be for ever
         closer = threading.Thread(target=self._channel.close, daemon=True)
         closer.start()
-        closer.join(_CLOSE_S)
+        closer.join(deadline.remaining_s())
         self._results.clear()
 
     def _unary(
@@ -248,27 +256,31 @@ class Stub:
         rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_path(method))
 
         def call(
-            request: Envelope[Any], *, is_brief: bool = False, late_copy: LateCopy | None = None
+            request: Envelope[Any],
+            deadline: Deadline,
+            *,
+            is_brief: bool = False,
+            late_copy: LateCopy | None = None,
         ) -> Envelope[_Response]:
             data = encode(request)
             if late_copy is not None and not self._early_calls.is_due():
                 late_copy.make()
 
-            def directly(direct: DirectLines, timeout_s: float) -> tuple[bytes, str]:
+            def directly(direct: DirectLines) -> tuple[bytes, str]:
                 if number is None or not is_brief:
                     raise NoLineError
                 if late_copy is None or late_copy.is_made:
-                    return direct.call(number, data, timeout_s)
-                reply = direct.call(number, data, timeout_s, late_copy)
+                    return direct.call(number, data, deadline)
+                reply = direct.call(number, data, deadline, late_copy)
                 # a server that computes on the host, or for others too, does not follow: then it costs
                 # both ends more to speak of progress than it saves
                 self._early_calls.note(has_paid=FOLLOW_ENTRY in reply.ledger)
                 return reply
 
-            def by_grpc(timeout_s: float) -> bytes:
+            def by_grpc() -> bytes:
                 if late_copy is not None:
                     late_copy.make()
-                response, ended = rpc.with_call(data, timeout=timeout_s)
+                response, ended = rpc.with_call(data, timeout=deadline.remaining_s())
                 self._note(ended.trailing_metadata())
                 return response
 
@@ -285,8 +297,9 @@ class Stub:
         rpc: grpc.StreamStreamMultiCallable[bytes, bytes],
         begin: Callable[[], Attempt[_Response, _T]],
         response_type: type[_Response],
+        deadline: Deadline,
     ) -> _T:
-        def directly(direct: DirectLines, timeout_s: float) -> tuple[_T, str]:
+        def directly(direct: DirectLines) -> tuple[_T, str]:
             exchange = begin()
             talk = Conversation(
                 number,
@@ -295,12 +308,12 @@ class Stub:
                 response_type,
                 exchange.at_once,
             )
-            return direct.converse(talk, timeout_s)
+            return direct.converse(talk, deadline)
 
-        def by_grpc(timeout_s: float) -> _T:
+        def by_grpc() -> _T:
             exchange = begin()
             messages = (message for part in exchange.parts() for message in messages_of(part))
-            responses = rpc(messages, timeout=timeout_s)
+            responses = rpc(messages, timeout=deadline.remaining_s())
             try:
                 source = ChunkSource(responses, response_type)
                 received = exchange.receive(self._reader(source, response_type))
@@ -315,37 +328,30 @@ class Stub:
         return PartReader(source, response_type, self._results.empty)
 
     def _made(
-        self,
-        directly: Callable[[DirectLines, float], tuple[_T, str]],
-        by_grpc: Callable[[float], _T],
+        self, directly: Callable[[DirectLines], tuple[_T, str]], by_grpc: Callable[[], _T]
     ) -> _T:
-        """Make a call, directly if that can be, and try it again if that may help."""
-
-        def attempt(timeout_s: float) -> _T:
-            if self._direct is None:
-                return by_grpc(timeout_s)
-            deadline_s = time.monotonic() + timeout_s
-            try:
-                returned, ledger = directly(self._direct, timeout_s)
-            except NoLineError:
-                return by_grpc(deadline_s - time.monotonic())
-            self._note(((METADATA_KEY, ledger),))
-            return returned
-
-        return self._retried(attempt)
-
-    def _retried(self, attempt: Callable[[float], _T]) -> _T:
-        return with_retries(
-            partial(self._translating, attempt),
-            timeout_s=self._timeout_s,
-            is_closed=lambda: self._closed,
-        )
-
-    def _translating(self, attempt: Callable[[float], _T], timeout_s: float) -> _T:
+        """Make a call: directly if that can be, else by gRPC."""
         try:
-            return attempt(timeout_s)
+            if self._direct is not None:
+                try:
+                    returned, ledger = directly(self._direct)
+                except NoLineError:
+                    pass
+                else:
+                    self._note(((METADATA_KEY, ledger),))
+                    return returned
+            return by_grpc()
         except (grpc.RpcError, ValueError) as error:
             raise self._translated(error) from None
+
+    def _translating(self, attempt: Callable[[], _T]) -> _T:
+        try:
+            return attempt()
+        except (grpc.RpcError, ValueError) as error:
+            raise self._translated(error) from None
+
+    def _told_by_server(self) -> pb.GetServerInfoResponse:
+        return self.get_server_info(Deadline(_ASK_S))
 
     @property
     def last_ledger(self) -> dict[str, int]:

@@ -89,7 +89,8 @@ class UnavailableError(DeconvdError, ConnectionError):
     """The server cannot be reached, or takes no calls now. Try again.
 
     Attributes:
-        retry_after_s: When the server hopes to take calls again, in seconds; None if it does not say.
+        retry_after_s: When the server hopes to take calls again, in seconds. None if it was not the
+            server that said so: then it cannot be reached.
     """
 
     status = "UNAVAILABLE"

@@ -43,6 +43,9 @@ _AskedT = TypeVar("_AskedT", Deconvolution, Differentiation)
 
 _FEATURES = ("resident_tensors",)
 
+_STARTING_RETRY_S = 0.2
+"""When a client may try again whether the devices are ready."""
+
 _FRAMING_BYTES = 1024
 """More than the fields of a response take beside its tensors' elements."""
 
@@ -227,7 +230,10 @@ class DeconvolutionService:
 
     def _ready(self) -> Residents:
         if self.residents is None:
-            raise UnavailableError("the server is starting: its device is not ready yet")
+            raise UnavailableError(
+                "the server is starting: its device is not ready yet",
+                retry_after_s=_STARTING_RETRY_S,
+            )
         return self.residents
 
     def _check_result_size(self, sent: Mapping[str, TensorSpec]) -> None:

@@ -12,6 +12,7 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, elements_of, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
+from deconvd_client.deadline import Deadline
 from deconvd_client.residents.contents import Contents
 from deconvd_client.residents.kept import Kept
 from deconvd_client.residents.session import Handle
@@ -50,12 +51,14 @@ class Means:
     Attributes:
         session: The name of the session.
         contents: Digests that the server has.
+        deadline: When the caller must have an answer.
         put: Has the server keep a tensor that it has lost.
         handle: Makes a handle of a tensor that the server has kept, and its size in bytes.
     """
 
     session: bytes
     contents: Contents
+    deadline: Deadline
     put: Callable[[Kept, Source], Handle]
     handle: Callable[[pb.Resident, int], Handle]
 
@@ -102,6 +105,7 @@ class Attempt(Generic[RequestT, ResponseT]):
             self._call.problem,
             self._sent,
             {} if self._call.stay else self._call.results,
+            self._means.deadline,
             self._offered,
             is_sure=all(knows(session, *content) for content in self._named.values()),
         )
@@ -171,7 +175,7 @@ class Attempt(Generic[RequestT, ResponseT]):
 
     def _name(self, field: str, array: Array, source: Source | None = None) -> None:
         """Name an array by its digest where that pays, else send it."""
-        if self._send_all or not self._means.contents.is_worth(field, array):
+        if self._send_all or not self._means.contents.is_worth(field, array, self._means.deadline):
             self._sent[field] = array
             return
         digest = digest_of(elements_of(array)) if source is None else source.digest

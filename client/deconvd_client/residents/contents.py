@@ -11,6 +11,7 @@ from deconvd.errors import DeconvdError, UnimplementedError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 from deconvd_client.residents.keeper import Opened
 from deconvd_client.residents.session import Session
 from deconvd_client.shared_memory import Borrower
@@ -47,11 +48,11 @@ class Contents:
         self._not_before_s = 0.0
         self._known: OrderedDict[tuple[bytes, TensorSpec, bytes], None] = OrderedDict()
 
-    def is_worth(self, field: str, array: Array) -> bool:
+    def is_worth(self, field: str, array: Array, deadline: Deadline) -> bool:
         """Return whether an operand is to be named by its digest."""
-        if field not in _FIELDS or array.nbytes < _LEAST_BYTES or self._memory.is_lent:
+        if field not in _FIELDS or array.nbytes < _LEAST_BYTES or self._memory.lends(deadline):
             return False
-        opened = self._opened()
+        opened = self._opened(deadline)
         return opened is not None and array.nbytes <= opened.quota_bytes
 
     def knows(self, session: bytes, spec: TensorSpec, digest: pb.Digest) -> bool:
@@ -77,12 +78,12 @@ class Contents:
         """Offer nothing for a while: calls seem to go to servers that do not know the session."""
         self._not_before_s = time.monotonic() + _PAUSE_S
 
-    def _opened(self) -> Opened | None:
+    def _opened(self, deadline: Deadline) -> Opened | None:
         """Return the session; None if there is none to be had, now or at all."""
         if self._is_off or time.monotonic() < self._not_before_s:
             return None
         try:
-            return self._session.open(_OPEN_TIMEOUT_S)
+            return self._session.open(deadline.within(_OPEN_TIMEOUT_S), fail_fast=True)
         except UnimplementedError:
             self._is_off = True
         except DeconvdError:

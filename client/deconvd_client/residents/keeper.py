@@ -6,19 +6,21 @@ import logging
 import math
 import threading
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Final, Generic, TypeVar, cast
 
-from deconvd.errors import DeconvdError, LostSessionError, NotFoundError
+from deconvd.errors import DeadlineError, DeconvdError, LostSessionError, NotFoundError
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 from deconvd_client.hold import Hold
 from deconvd_client.nearest import Nearest
 from deconvd_client.stub import Stub
 
-__all__ = ["Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
+__all__ = ["Answer", "Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
+
+_T = TypeVar("_T")
 
 _SIGNS_PER_LEASE: Final = 3
 _RESUME_PAUSE_S: Final = 0.1
@@ -31,8 +33,9 @@ _DROP_DELAY_S: Final = 0.05
 _DROP_BYTES: Final = 32 << 20
 """What is not kept waiting, since it may soon be needed."""
 
+_DROP_TIMEOUT_S: Final = 5.0
 _DROP_RETRY_S: Final = 1.0
-_END_TIMEOUT_S: Final = 1.0
+_END_TIMEOUT_S: Final = 0.5
 """How long a server has to take note of the end of a session."""
 
 _log = logging.getLogger(__name__)
@@ -51,6 +54,32 @@ class Opened:
     quota_bytes: int
 
 
+class Answer(Generic[_T]):
+    """What one thread waits for and the session's thread gives: once, a value or an error."""
+
+    def __init__(self) -> None:
+        # A queue, since an exception in the waiting thread can leave a Condition locked.
+        self._outcome: SimpleQueue[tuple[_T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+    def give(self, value: _T) -> None:
+        """Give the value."""
+        self._outcome.put((value, None))
+
+    def fail(self, error: BaseException) -> None:
+        """Give an error, for the waiting thread to raise."""
+        self._outcome.put((None, error))
+
+    def wait(self, deadline: Deadline) -> _T:
+        """Return the value, or raise the error. Raises DeadlineError if neither comes in time."""
+        try:
+            value, error = self._outcome.get(timeout=deadline.remaining_s())
+        except Empty:
+            raise DeadlineError("the server did not open a session in time") from None
+        if error is not None:
+            raise error
+        return cast("_T", value)
+
+
 @dataclass(frozen=True, slots=True)
 class Drop:
     """Wish: drop a tensor, unless its session has ended."""
@@ -65,18 +94,20 @@ class Asking:
     """Wish: say which session is open, after opening one if need be.
 
     Attributes:
-        timeout_s: How long that may take: for one try, not several; None for as long as calls may.
+        deadline: Until when to try.
+        fail_fast: Whether to try once.
     """
 
-    answer: Future[Opened]
-    timeout_s: float | None
+    answer: Answer[Opened]
+    deadline: Deadline
+    fail_fast: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Flush:
     """Wish: say when all earlier wishes have been seen to."""
 
-    answer: Future[None]
+    answer: Answer[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +205,11 @@ class Keeper:
         match wish:
             case Drop():
                 self._gather(wish)
-            case Asking(answer, timeout_s):
-                self._answer(answer, timeout_s)
+            case Asking():
+                self._answer(wish)
             case Flush(answer):
                 self._drop()
-                answer.set_result(None)
+                answer.give(None)
             case _Broken(hold):
                 if hold is self._hold:
                     hold.cancel()
@@ -187,20 +218,25 @@ class Keeper:
                     self._due_s = time.monotonic()
                     self._lost_s = self._due_s + self._lease_s
 
-    def _answer(self, answer: Future[Opened], timeout_s: float | None) -> None:
+    def _answer(self, asking: Asking) -> None:
         try:
             if self.opened is None:
                 self._let_go()
-                self._open(b"", timeout_s)
+                self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
             assert self.opened is not None
-            answer.set_result(self.opened)
+            asking.answer.give(self.opened)
         except Exception as error:  # whatever it is, it is the asker's
-            answer.set_exception(error)
+            asking.answer.fail(error)
 
-    def _open(self, name: bytes, timeout_s: float | None) -> None:
+    def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> None:
         """Open a session, or resume that of a name."""
         opening = pb.HoldSessionRequest(session=name, tenant_key=self._tenant_key)
-        hold = self._nearest.call(lambda stub: stub.hold_session(opening, timeout_s))
+
+        def open_hold(stub: Stub) -> Hold:
+            return stub.hold_session(opening, deadline)
+
+        call = self._nearest.call_once if fail_fast else self._nearest.call
+        hold = call(open_hold, deadline)
         self._hold = hold
         self._lease_s = hold.opened.lease_s
         self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
@@ -215,7 +251,7 @@ class Keeper:
             self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
             return
         try:
-            self._open(opened.name, _RESUME_TIMEOUT_S)
+            self._open(opened.name, Deadline(_RESUME_TIMEOUT_S), fail_fast=True)
         except NotFoundError as error:
             self._give_up(error)
         except DeconvdError as error:
@@ -252,8 +288,10 @@ class Keeper:
         while self._drops and opened is not None:
             batch = self._drops[:_DROPS_PER_CALL]
             request = pb.DropTensorsRequest(session=opened.name, residents=batch)
+            deadline = Deadline(_DROP_TIMEOUT_S)
+            tell = partial(Stub.drop_tensors, request=request, deadline=deadline)
             try:
-                self._nearest.call(partial(Stub.drop_tensors, request=request))
+                self._nearest.call_once(tell, deadline)
             except LostSessionError:
                 self.lose(opened.name)
             except DeconvdError as error:

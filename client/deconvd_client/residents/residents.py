@@ -11,6 +11,7 @@ import numpy as np
 from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError
 from deconvd.tensor import Array, spec_of
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT
+from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.residents.attempt import Attempt, Call, Means
 from deconvd_client.residents.contents import Contents
@@ -35,10 +36,14 @@ class Residents:
         nearest: The ways to the server.
         memory: Memory that it may lend.
         tenant_key: As in HoldSessionRequest.
+        timeout_s: How long each call may take.
     """
 
-    def __init__(self, nearest: Nearest, memory: Borrower, tenant_key: bytes) -> None:
+    def __init__(
+        self, nearest: Nearest, memory: Borrower, tenant_key: bytes, timeout_s: float
+    ) -> None:
         self._nearest = nearest
+        self._timeout_s = timeout_s
         self._memory = memory
         self._session = Session(nearest, tenant_key)
         self._contents = Contents(self._session, memory)
@@ -46,9 +51,10 @@ class Residents:
 
     def put(self, array: Array) -> Kept:
         """Have the server keep an array; it is referred to, to be sent again at need."""
+        deadline = Deadline(self._timeout_s)
         source = Source(array)
         kept = Kept(spec_of(array), source=source)
-        self._in_session(lambda session: self._put(session, kept, source))
+        self._in_session(lambda session: self._put(session, kept, source, deadline), deadline)
         return kept
 
     def get(self, kept: Kept) -> Array:
@@ -57,7 +63,8 @@ class Residents:
         Raises:
             LostTensorError: It keeps it no more, and there is no array to take them from.
         """
-        return self._in_session(lambda session: self._got(session, kept))
+        deadline = Deadline(self._timeout_s)
+        return self._in_session(lambda session: self._got(session, kept, deadline), deadline)
 
     def arrays(self, call: Call[RequestT, ResponseT]) -> dict[str, Array]:
         """Make a call and return its results, by the names of their fields.
@@ -65,12 +72,14 @@ class Residents:
         Raises:
             LostTensorError: The server keeps an operand no more, and it cannot be sent again.
         """
+        deadline = Deadline(self._timeout_s)
         operands: dict[str, Array] = {}
         for field, operand in call.operands.items():
-            if isinstance(operand, Kept) or self._contents.is_worth(field, operand):
-                return self._made(call)[1].arrays
+            if isinstance(operand, Kept) or self._contents.is_worth(field, operand, deadline):
+                return self._made(call, deadline)[1].arrays
             operands[field] = operand
-        return self._sent(call, Asked(call.request, call.problem, operands, call.results)).arrays
+        asked = Asked(call.request, call.problem, operands, call.results, deadline)
+        return self._sent(call, asked).arrays
 
     def kept(self, call: Call[RequestT, ResponseT]) -> dict[str, Kept]:
         """Make a call whose results stay on the server, and return what stands for them.
@@ -78,20 +87,20 @@ class Residents:
         Raises:
             LostTensorError: As for `arrays`.
         """
-        attempt, answered = self._made(call)
+        attempt, answered = self._made(call, Deadline(self._timeout_s))
         return attempt.results(answered.response)
 
-    def close(self) -> None:
+    def close(self, deadline: Deadline) -> None:
         """End the session: the server drops all that it keeps for it."""
-        self._session.close()
+        self._session.close(deadline)
 
     def _made(
-        self, call: Call[RequestT, ResponseT]
+        self, call: Call[RequestT, ResponseT], deadline: Deadline
     ) -> tuple[Attempt[RequestT, ResponseT], Answered[ResponseT]]:
         """Make a call, and return the attempt that was answered."""
 
         def made(session: bytes) -> tuple[Attempt[RequestT, ResponseT], Answered[ResponseT]]:
-            means = self._means(session)
+            means = self._means(session, deadline)
             for _ in call.operands:
                 attempt = Attempt(call, means)
                 try:
@@ -102,61 +111,65 @@ class Residents:
             last = Attempt(call, means, send_all=True)
             return last, self._answered(call, last)
 
-        return self._in_session(made)
+        return self._in_session(made, deadline)
 
     def _answered(
         self, call: Call[RequestT, ResponseT], attempt: Attempt[RequestT, ResponseT]
     ) -> Answered[ResponseT]:
         with attempt.beside():
             if attempt.keeps:
-                answered = self._with_room(lambda: self._sent(call, attempt.asked))
+                asked = attempt.asked
+                answered = self._with_room(lambda: self._sent(call, asked), asked.deadline)
             else:
                 answered = self._sent(call, attempt.asked)
         attempt.settle(answered.response)
         return answered
 
     def _sent(self, call: Call[RequestT, ResponseT], asked: Asked[RequestT]) -> Answered[ResponseT]:
-        return self._nearest.call(lambda stub: call.send(stub, self._memory, asked))
+        return self._nearest.call(lambda stub: call.send(stub, self._memory, asked), asked.deadline)
 
-    def _means(self, session: bytes) -> Means:
+    def _means(self, session: bytes, deadline: Deadline) -> Means:
         return Means(
             session,
             self._contents,
-            put=lambda kept, source: self._put(session, kept, source),
+            deadline,
+            put=lambda kept, source: self._put(session, kept, source, deadline),
             handle=partial(self._session.handle, session),
         )
 
-    def _put(self, session: bytes, kept: Kept, source: Source) -> Handle:
+    def _put(self, session: bytes, kept: Kept, source: Source, deadline: Deadline) -> Handle:
         with source.beside():
-            resident = self._with_room(lambda: self._transfers.put(session, source.array))
+            resident = self._with_room(
+                lambda: self._transfers.put(session, source.array, deadline), deadline
+            )
         handle = self._session.handle(session, resident, kept.spec.nbytes)
         kept.adopt(handle)
         return handle
 
-    def _got(self, session: bytes, kept: Kept) -> Array:
+    def _got(self, session: bytes, kept: Kept, deadline: Deadline) -> Array:
         handle = kept.handle_in(session)
         if handle is not None:
             try:
-                return self._transfers.get(session, handle.resident, kept.spec)
+                return self._transfers.get(session, handle.resident, kept.spec, deadline)
             except LostTensorError:
                 kept.lose(handle)
         return np.array(kept.source_unchanged("the tensor").array, kept.spec.dtype)
 
-    def _in_session(self, work: Callable[[bytes], _T]) -> _T:
+    def _in_session(self, work: Callable[[bytes], _T], deadline: Deadline) -> _T:
         """Return what `work` returns for the session, in a new one if the server does not know it."""
         for _ in range(_SESSIONS_COUNT - 1):
-            session = self._session.open().name
+            session = self._session.open(deadline).name
             try:
                 return work(session)
             except LostSessionError:
                 self._session.lose(session)
                 self._contents.pause()
-        return work(self._session.open().name)
+        return work(self._session.open(deadline).name)
 
-    def _with_room(self, work: Callable[[], _T]) -> _T:
+    def _with_room(self, work: Callable[[], _T], deadline: Deadline) -> _T:
         """Return what `work` returns, once what nobody uses is dropped if the server has no room."""
         try:
             return work()
         except ExhaustedError:
-            self._session.flush()
+            self._session.flush(deadline)
         return work()

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from concurrent.futures import Future
-from typing import Final
 
 from deconvd.errors import CallCancelledError, UnavailableError
 from deconvd.system import call_in_forked_children
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
-from deconvd_client.residents.keeper import Asking, Drop, Flush, Keeper, Mailbox, Opened
+from deconvd_client.residents.keeper import Answer, Asking, Drop, Flush, Keeper, Mailbox, Opened
 
 __all__ = ["Handle", "Session"]
-
-_END_TIMEOUT_S: Final = 3.0
-"""More than the thread takes to end, unless it waits for a server that does not answer."""
 
 
 class Handle:
@@ -62,18 +58,19 @@ class Session:
         self._begin()
         _sessions.add(self)
 
-    def open(self, timeout_s: float | None = None) -> Opened:
+    def open(self, deadline: Deadline, *, fail_fast: bool = False) -> Opened:
         """Return the session, after opening it if need be. Raises a DeconvdError.
 
         Args:
-            timeout_s: How long to try, once; None to try as often and as long as for any call.
+            deadline: Until when to try.
+            fail_fast: Whether to try once.
         """
         opened = self._keeper.opened
         if opened is not None:
             return opened
-        answer: Future[Opened] = Future()
-        self._wish(Asking(answer, timeout_s))
-        return answer.result()
+        answer: Answer[Opened] = Answer()
+        self._wish(Asking(answer, deadline, fail_fast))
+        return answer.wait(deadline)
 
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know the session of that name."""
@@ -83,19 +80,19 @@ class Session:
         """Return the handle of a tensor that the server keeps from now on."""
         return Handle(session, resident, size_bytes, self._keeper.mailbox)
 
-    def flush(self) -> None:
+    def flush(self, deadline: Deadline) -> None:
         """Return once the server has been told of all that is to be dropped."""
-        answer: Future[None] = Future()
+        answer: Answer[None] = Answer()
         self._wish(Flush(answer))
-        answer.result()
+        answer.wait(deadline)
 
-    def close(self) -> None:
-        """End it, for good."""
+    def close(self, deadline: Deadline) -> None:
+        """End it, for good: return once the server has taken note, or at the deadline."""
         with self._lock:
             self._is_closed = True
             self._keeper.end()
         if self._thread is not None:
-            self._thread.join(_END_TIMEOUT_S)
+            self._thread.join(deadline.remaining_s())
 
     def leave_to_parent(self) -> None:
         """Have nothing to do with the session. Called in a forked child, where locks may be held by no one."""

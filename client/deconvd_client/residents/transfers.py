@@ -9,6 +9,7 @@ from deconvd.parts import Part, PartReader, elements_part
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.shared_memory import Borrower, SharedCall
 
@@ -27,40 +28,44 @@ class Transfers:
         self._nearest = nearest
         self._memory = memory
 
-    def put(self, session: bytes, array: Array) -> pb.Resident:
+    def put(self, session: bytes, array: Array, deadline: Deadline) -> pb.Resident:
         """Have the server keep a tensor for a session, and return how it is called."""
         try:
-            with SharedCall(self._memory) as call:
+            with SharedCall(self._memory, deadline) as call:
                 shared = call.tensor(array)
                 if shared is not None:
                     call.settle()
-                    return self._sent(session, shared, None)
+                    return self._sent(session, shared, None, deadline)
         except StaleRegionError:
             pass  # it is sent in chunks
         if self._memory.is_large(array):
             self._memory.allow_other_ways()
-        return self._sent(session, message_from_spec(spec_of(array)), array)
+        return self._sent(session, message_from_spec(spec_of(array)), array, deadline)
 
-    def get(self, session: bytes, resident: pb.Resident, spec: TensorSpec) -> Array:
+    def get(
+        self, session: bytes, resident: pb.Resident, spec: TensorSpec, deadline: Deadline
+    ) -> Array:
         """Return a tensor that the server keeps."""
         request = pb.GetTensorRequest(session=session, resident=resident)
         try:
-            with SharedCall(self._memory) as call:
+            with SharedCall(self._memory, deadline) as call:
                 result = call.result(spec) if call.is_large(spec) else None
                 if result is not None:
                     placed = pb.GetTensorRequest(session=session, resident=resident)
                     result.place.write_to(placed.place)
-                    self._received(placed, None)
+                    self._received(placed, None, deadline)
                     return result.array
         except StaleRegionError:
             pass  # it comes in chunks
         if self._memory.is_large(spec):
             self._memory.allow_other_ways()
-        array = self._received(request, spec)
+        array = self._received(request, spec, deadline)
         assert array is not None
         return array
 
-    def _sent(self, session: bytes, tensor: pb.Tensor, array: Array | None) -> pb.Resident:
+    def _sent(
+        self, session: bytes, tensor: pb.Tensor, array: Array | None, deadline: Deadline
+    ) -> pb.Resident:
         header = pb.PutTensorHeader(session=session, tensor=tensor)
 
         def parts() -> Iterator[Part]:
@@ -68,13 +73,17 @@ class Transfers:
             if array is not None:
                 yield elements_part(array)
 
-        return self._nearest.call(lambda stub: stub.put_tensor(parts)).resident
+        return self._nearest.call(lambda stub: stub.put_tensor(parts, deadline), deadline).resident
 
-    def _received(self, request: pb.GetTensorRequest, spec: TensorSpec | None) -> Array | None:
+    def _received(
+        self, request: pb.GetTensorRequest, spec: TensorSpec | None, deadline: Deadline
+    ) -> Array | None:
         def receive(reader: PartReader[pb.GetTensorResponse]) -> Array | None:
             reader.header()
             array = None if spec is None else reader.read("resident", spec)
             reader.expect_end()
             return array
 
-        return self._nearest.call(lambda stub: stub.get_tensor(request, receive))
+        return self._nearest.call(
+            lambda stub: stub.get_tensor(request, receive, deadline), deadline
+        )

@@ -7,8 +7,10 @@ import mmap
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from enum import Enum
+from queue import Empty, SimpleQueue
 from typing import Final, SupportsIndex
 
 import numpy as np
@@ -28,7 +30,15 @@ from deconvd.problem import TensorSpec, check_extents
 from deconvd.shared_slice import SharedSlice
 from deconvd.system import call_in_forked_children
 from deconvd.tensor import Array
-from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError, NotLentError
+from deconvd_client.deadline import Deadline
+from deconvd_client.retries import PinnedTransportError
+from deconvd_client.shared_memory.link import (
+    Link,
+    LinkLostError,
+    NeverLentError,
+    NotHereError,
+    NotLentError,
+)
 from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.region import Block, Region, State
 
@@ -39,41 +49,110 @@ _LARGEST_STEP_BYTES: Final = 1 << 30
 """Regions double what there is, up to this size, and have room for what they are borrowed for."""
 
 _PAGE_BYTES: Final = mmap.PAGESIZE
-_RETRY_S: Final = 5.0
-"""How long a server without a side socket is left in peace."""
+
+_FIRST_RETRY_S: Final = 5.0
+_LAST_RETRY_S: Final = 80.0
+"""How long a server without a side socket is left in peace: at first, and at most."""
+
+_PINNED_RETRY_S: Final = 0.1
+"""When calls that have no other way may ask again."""
+
+_FIND_S: Final = 5.0
+"""How long a server may take to say where it lends."""
+
+_PATIENCE_S: Final = 5.0
+"""How long calls that have another way wait for memory."""
+
+_BRIEF_PATIENCE_S: Final = 0.25
+"""The same, while another call asks already, or after the server was lost: one that is there answers sooner."""
 
 _log = logging.getLogger(__name__)
+
+
+class _Loan:
+    """Memory that a caller waits for.
+
+    Attributes:
+        size_bytes: How much; 0 if the caller wants to know only whether the server lends.
+        block: It, once the server has lent it.
+        is_first: Whether nobody has wished for memory before.
+    """
+
+    def __init__(self, size_bytes: int, *, is_first: bool) -> None:
+        self.size_bytes = size_bytes
+        self.is_first = is_first
+        self.block: Block | None = None
+        # A queue, since an exception in the waiting thread can leave a Condition locked.
+        self._ended: SimpleQueue[None] = SimpleQueue()
+
+    def has_ended(self, deadline: Deadline) -> bool:
+        """Return whether the server has answered by the deadline, which ends the waiting."""
+        try:
+            self._ended.get(timeout=deadline.remaining_s())
+        except Empty:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Wake the caller."""
+        self._ended.put(None)
+
+
+class _State(Enum):
+    """How a borrower stands with the server that lends.
+
+    UNKNOWN --a loan is wanted, and the server says where it lends--> LENDING
+    LENDING --the socket is lost--> UNKNOWN
+    UNKNOWN or LENDING --the server lends none of this kind, or is another server, or `close`--> CLOSED
+    """
+
+    UNKNOWN = "unknown"
+    LENDING = "lending"
+    CLOSED = "closed"
 
 
 class Borrower:
     """Arrays in memory that a server on this host lends. Thread-safe.
 
-    It connects at the first need. Where the server lends nothing, or no more, its methods return
-    None and the caller sends what it has in messages. When the server goes, what it lent is of no
-    more use to calls, but arrays that lie in it stay as they are; the next need connects anew. A
-    forked child begins with nothing: arrays of its parent are to be read there, not written.
+    It asks at the first need. Where the server lends nothing, or no more, its methods return None
+    and the caller sends what it has in messages. When the server goes, what it lent is of no more
+    use to calls, but arrays in it stay as they are; the next need asks anew. A forked child begins
+    with nothing: arrays of its parent are to be read there, not written.
+
+    What is to be done is decided under a lock. A thread of the borrower's own talks to the server,
+    with no lock held: a caller waits for it no longer than until its own deadline, and neither that
+    nor an exception in the caller's thread leaves a request on the socket without its answer.
 
     Args:
-        find_socket: Returns the path of the server's side socket, empty if it has none. Called at
-            the first need, and again once no one listens there or after an error of deconvd.errors.
+        find_socket: Returns the path of the server's side socket before a deadline, empty if it has
+            none. Called at the first need, and again once no one listens there or after an error of
+            deconvd.errors.
         is_only_way: Whether tensors must not be sent instead.
         place: Where the memory is, and so the arrays.
     """
 
     def __init__(
-        self, find_socket: Callable[[], str], *, is_only_way: bool = False, place: Place = HOST
+        self,
+        find_socket: Callable[[Deadline], str],
+        *,
+        is_only_way: bool = False,
+        place: Place = HOST,
     ) -> None:
         self.place = place
         self._find_socket = find_socket
         self._is_only_way = is_only_way
-        self._socket_path: str | None = None
-        self._is_closed = False
+        self._state = _State.UNKNOWN
         self._refusal: DeconvdError | None = None
         self._link: Link | None = None
         self._begin()
         _borrowers.add(self)
 
-    def empty(self, shape: SupportsIndex | Sequence[SupportsIndex], dtype: npt.DTypeLike) -> Array:
+    def empty(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: npt.DTypeLike,
+        deadline: Deadline,
+    ) -> Array:
         """Return a new array with any elements: in shared memory if there is room, else outside.
 
         Raises:
@@ -84,7 +163,7 @@ class Borrower:
             tuple(extent.__index__() for extent in extents), element_type("dtype", np.dtype(dtype))
         )
         check_extents("shape", spec)
-        block = self.take(spec.nbytes) if spec.nbytes else None
+        block = self.take(spec.nbytes, deadline) if spec.nbytes else None
         return np.empty(spec.shape, spec.dtype) if block is None else block.array(spec)
 
     def is_large(self, tensor: Array | TensorSpec) -> bool:
@@ -116,30 +195,30 @@ class Borrower:
                 for region in regions:
                     region.close()
 
-    def take(self, size_bytes: int) -> Block | None:
+    def take(self, size_bytes: int, deadline: Deadline) -> Block | None:
         """Return a new block of memory, of any size but 0; None if there is no room for it."""
-        self.ask()
-        return self.take_now(size_bytes)
+        self.look_after_link()
+        return self.take_now(size_bytes, deadline)
 
-    def take_now(self, size_bytes: int) -> Block | None:
-        """Return a new block as `take` does, for who has asked meanwhile."""
+    def take_now(self, size_bytes: int, deadline: Deadline) -> Block | None:
+        """Return a new block as `take` does, for who has looked after the link meanwhile."""
         with self._lock:
-            try:
-                link = self._opened_link()
-                if link is None:
-                    return None
-                again = self._again(size_bytes)
-                if again is not None:  # in a loop of like calls it always is
-                    return again
-                self._tidy(link)
-                return self._fitting(size_bytes) or self._borrowed(link, size_bytes)
-            except LinkLostError as error:
-                self._lose(str(error))
-                return None
-            except NeverLentError as error:
-                self._is_closed = True
-                self._lose(str(error))
-                return None
+            block = self._again(size_bytes)  # in a loop of like calls it always is
+            if block is None:
+                self._collect()
+                block = self._fitting(size_bytes)
+            if block is not None:
+                return block
+            loan = self._wish(size_bytes)
+        if loan is None:
+            return None
+        self._wait(loan, deadline)
+        return loan.block
+
+    def look_after_link(self) -> None:
+        """Take note if the server has closed the socket since the last call."""
+        with self._lock:
+            self._look_after_link()
 
     def allow_other_ways(self) -> None:
         """Return if what has no room here may be sent instead.
@@ -147,22 +226,30 @@ class Borrower:
         Raises:
             UnavailableError, ExhaustedError: It may not; says why there is no room.
         """
-        if self._is_only_way:
-            why = self._refusal or UnavailableError("the connection is closed")
-            raise type(why)(f"no tensor can go by shared memory: {why}")
+        if not self._is_only_way:
+            return
+        why = self._refusal
+        if why is None:
+            is_closed = self._state is _State.CLOSED
+            why = (
+                PinnedTransportError("the connection is closed")
+                if is_closed
+                else UnavailableError("the server did not answer in time")
+            )
+        text = f"no tensor can go by shared memory: {why}"
+        if isinstance(why, UnavailableError):
+            raise type(why)(text, retry_after_s=why.retry_after_s)
+        raise type(why)(text)
 
-    @property
-    def is_lent(self) -> bool:
-        """Whether the server lends memory, as far as is known now; True if it must."""
+    def lends(self, deadline: Deadline) -> bool:
+        """Return whether the server lends memory, as far as is known by the deadline; True if it must."""
         if self._is_only_way or self._link is not None:
             return True
-        self.ask()
         with self._lock:
-            try:
-                return self._opened_link() is not None
-            except LinkLostError as error:
-                self._lose(str(error))
-                return False
+            loan = self._wish(0)
+        if loan is not None:
+            self._wait(loan, deadline)
+        return self._link is not None
 
     @property
     def borrowed_bytes(self) -> int:
@@ -177,106 +264,65 @@ class Borrower:
                 region.collect()
             return sum(region.taken_bytes for region in self._regions)
 
-    def give_back_unused(self) -> None:
-        """Give back what no array lies in."""
-        with self._lock, suppress(LinkLostError):  # then it is given back already
+    def give_back_unused(self, deadline: Deadline) -> None:
+        """Give back what no array lies in; return once the server knows, or at the deadline."""
+        with self._lock:
             for region in self._regions:
                 region.collect()
-                if region.is_empty and self._link is not None:
-                    self._give_back(self._link, region)
+                if region.is_empty:
+                    region.close()
+            loan = self._wish(0) if self._link is not None else None
+        if loan is not None:
+            loan.has_ended(deadline)
 
     def close(self) -> None:
         """Give all back, for good. Arrays that lie in it stay as they are."""
         with self._lock:
-            self._is_closed = True
+            self._state = _State.CLOSED
             self._forget_link()
 
     def begin_anew_in_child(self) -> None:
         """Leave what was borrowed to the parent. Called in a forked child, where locks may be held by no one."""
+        if self._link is not None:
+            self._link.leave_to_parent()
+            self._link = None
         self._begin()
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()
-        self._asking = threading.Lock()
-        self._next_try_s = 0.0
+        self._lock = threading.Lock()  # never held while the server is talked to
+        self._regions: tuple[Region, ...] = ()  # replaced whole: `locate` reads it without the lock
+        self._next_try_s, self._retry_s = 0.0, _FIRST_RETRY_S
+        self._was_tried = False
         self._is_missed = False
         self._has_borrowed = False
-        self._forget_link()
+        self._talker: threading.Thread | None = None
+        self._loans: deque[_Loan] = deque()
+        if self._state is _State.LENDING:
+            self._state = _State.UNKNOWN
 
-    def _forget_link(self) -> None:
-        self._regions: tuple[Region, ...] = ()  # replaced whole: `locate` reads it without the lock
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+    def _wait(self, loan: _Loan, deadline: Deadline) -> None:
+        """Wait until a loan has ended, or for as long as its caller has to."""
+        if self._is_only_way:
+            loan.has_ended(deadline)
+            return
+        is_brief = self._link is None and not loan.is_first
+        if is_brief and (loan.has_ended(deadline.within(_BRIEF_PATIENCE_S)) or self._link is None):
+            return
+        loan.has_ended(deadline.within(_PATIENCE_S))
 
-    def ask(self) -> None:
-        """Ask the server where it lends, if that is not known. It may be long in answering: no lock is held.
+    # What follows decides, and is called under the lock.
 
-        While one thread asks, others do without, unless they must not.
-        """
-        with self._lock:
-            self._look_after_link()
-        if self._is_due and self._asking.acquire(blocking=self._is_only_way):
-            try:
-                if self._is_due:
-                    self._socket_path = self._find_socket()
-            except DeconvdError as error:
-                with self._lock:
-                    self._next_try_s = time.monotonic() + _RETRY_S
-                    self._lose(f"the server does not say where it lends: {error}")
-            finally:
-                self._asking.release()
-
-    @property
-    def _is_due(self) -> bool:
-        is_known = self._is_closed or self._socket_path is not None
-        return not is_known and time.monotonic() >= self._next_try_s
-
-    # What follows is called under the lock.
-
-    def _look_after_link(self) -> None:
-        if self._link is not None and not self._link.is_open:
-            self._lose("the server has closed the socket")
-
-    def _opened_link(self) -> Link | None:
-        if self._link is None and self._socket_path is not None and not self._is_closed:
-            self._next_try_s = time.monotonic() + _RETRY_S
-            if not self._socket_path:
-                self._is_closed = True
-                raise LinkLostError("the server lends none")
-            self._link = Link(self._socket_path)
-            self._next_try_s = 0.0
-        return self._link
-
-    def _lose(self, why: str) -> None:
-        """Do without the link until it can be opened again; say so once."""
-        self._refusal = UnavailableError(why)
-        self._socket_path = None  # a successor's may be elsewhere
-        if not self._is_missed and not self._is_only_way:
-            # on another host it is no loss
-            level = logging.WARNING if self._has_borrowed else logging.INFO
-            _log.log(level, "%s: %s", self.place.loss, why)
-        self._is_missed = True
-        self._forget_link()
-
-    def _disown(self, why: str) -> None:
-        """Take note that the server of calls knows nothing of what was borrowed."""
-        with self._lock:
-            self._look_after_link()
-            if self._link is not None:  # then the lender lives, and is another one
-                self._is_closed = True
-                self._lose(why)
-
-    def _tidy(self, link: Link) -> None:
-        for region in self._regions:
-            region.collect()
-            if region.is_empty and region.state is State.CLOSED:
-                self._give_back(link, region)
-
-    def _give_back(self, link: Link, region: Region) -> None:
-        self._regions = tuple(other for other in self._regions if other is not region)
-        region.unmap()
-        link.give_back(region.name)
+    def _wish(self, size_bytes: int) -> _Loan | None:
+        """Have memory borrowed, and return what to wait for; None if nothing is to be waited for."""
+        if self._state is _State.CLOSED or time.monotonic() < self._next_try_s:
+            return None
+        loan = _Loan(size_bytes, is_first=not self._was_tried)
+        self._was_tried = True
+        self._loans.append(loan)
+        if self._talker is None or not self._talker.is_alive():
+            self._talker = threading.Thread(target=self._talk, name="borrow-memory", daemon=True)
+            self._talker.start()
+        return loan
 
     def _again(self, size_bytes: int) -> Block | None:
         """Return a block that has just gone, if it is of the right size and nothing is to be tidied."""
@@ -289,6 +335,13 @@ class Borrower:
                 return block
         return None
 
+    def _collect(self) -> None:
+        """Make room of blocks that have gone, and have regions given back that are of no more use."""
+        for region in self._regions:
+            region.collect()
+        if any(region.is_empty and region.state is State.CLOSED for region in self._regions):
+            self._wish(0)
+
     def _fitting(self, size_bytes: int) -> Block | None:
         for region in self._regions:
             block = region.take(size_bytes)
@@ -296,24 +349,138 @@ class Borrower:
                 return block
         return None
 
-    def _borrowed(self, link: Link, size_bytes: int) -> Block | None:
-        needed_bytes = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
-        step_bytes = min(max(self.borrowed_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
+    def _withdraw(self, is_unused: Callable[[Region], bool]) -> list[Region]:
+        """Return regions to give back, which are not the borrower's any more."""
+        for region in self._regions:
+            region.collect()
+        unused = [region for region in self._regions if region.is_empty and is_unused(region)]
+        self._regions = tuple(region for region in self._regions if region not in unused)
+        return unused
+
+    def _look_after_link(self) -> None:
+        if self._link is not None and not self._link.is_open:
+            self._lose(_lost("the server has closed the socket"))
+
+    def _lose(self, why: UnavailableError, state: _State = _State.UNKNOWN) -> None:
+        """Do without the link, until it can be opened again or for good; say so once."""
+        if self._state is _State.CLOSED:
+            return
+        self._state = state
+        self._refusal = why
+        if not self._is_missed and not self._is_only_way:
+            # on another host it is no loss
+            level = logging.WARNING if self._has_borrowed else logging.INFO
+            _log.log(level, "%s: %s", self.place.loss, why)
+        self._is_missed = True
+        self._forget_link()
+
+    def _forget_link(self) -> None:
+        self._regions = ()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _disown(self, why: str) -> None:
+        """Take note that the server of calls knows nothing of what was borrowed."""
+        with self._lock:
+            self._look_after_link()
+            if self._link is not None:  # then the lender lives, and is another one
+                self._lose(PinnedTransportError(why), _State.CLOSED)
+
+    # What follows talks, in a thread of its own, without the lock.
+
+    def _talk(self) -> None:
+        while True:
+            with self._lock:
+                if not self._loans:
+                    self._talker = None
+                    return
+                loan = self._loans.popleft()
+            try:
+                self._lend(loan)
+            finally:
+                loan.end()
+
+    def _lend(self, loan: _Loan) -> None:
+        try:
+            link = self._opened_link()
+            self._give_back(link, lambda region: region.state is State.CLOSED)
+            if loan.size_bytes:
+                self._borrow(link, loan)
+        except NotHereError as error:
+            with self._lock:
+                self._lose(PinnedTransportError(str(error)))
+        except LinkLostError as error:
+            with self._lock:
+                self._lose(_lost(str(error)))
+        except NeverLentError as error:
+            with self._lock:
+                self._lose(PinnedTransportError(str(error)), _State.CLOSED)
+        except DeconvdError as error:
+            with self._lock:
+                self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
+
+    def _opened_link(self) -> Link:
+        """Return the link, after opening it if need be.
+
+        Raises:
+            LinkLostError, NeverLentError: It cannot be opened.
+            DeconvdError: The server does not say where.
+        """
+        with self._lock:
+            if self._link is not None:
+                return self._link
+            if not self._is_only_way:
+                self._next_try_s = time.monotonic() + self._retry_s
+                self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+        path = self._find_socket(Deadline(_FIND_S))
+        if not path:
+            raise NeverLentError("the server lends none")
+        link = Link(path)
+        with self._lock:
+            if self._state is _State.CLOSED:
+                link.close()
+                raise LinkLostError("the connection is closed")
+            self._next_try_s, self._retry_s = 0.0, _FIRST_RETRY_S
+            self._state = _State.LENDING
+            self._link = link
+        return link
+
+    def _borrow(self, link: Link, loan: _Loan) -> None:
+        """Fill a loan: from what other loans have brought, or else from a new region."""
+        needed_bytes = -(-loan.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        with self._lock:
+            loan.block = self._fitting(loan.size_bytes)
+            step_bytes = min(max(self.borrowed_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
         for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
+            if loan.block is not None:
+                return
             try:
                 region = self.place.borrow(link, region_bytes)
             except NotLentError as error:
                 _log.info("the server lends no more memory: %s", error)
                 self._refusal = ExhaustedError(f"the server lends no more: {error}")
-                for unused in self._regions:
-                    if unused.is_empty:
-                        self._give_back(link, unused)
+                self._give_back(link, lambda _: True)
                 continue
-            self._is_missed = False
-            self._has_borrowed = True
-            self._regions += (region,)
-            return region.take(size_bytes)
-        return None
+            with self._lock:
+                if self._link is not link:
+                    raise LinkLostError("the server has closed the socket")
+                self._is_missed = False
+                self._has_borrowed = True
+                self._regions += (region,)
+                loan.block = region.take(loan.size_bytes)
+
+    def _give_back(self, link: Link, is_unused: Callable[[Region], bool]) -> None:
+        with self._lock:
+            unused = self._withdraw(is_unused)
+        for region in unused:
+            region.unmap()
+            link.give_back(region.name)
+
+
+def _lost(why: str) -> UnavailableError:
+    """Return why there is no memory now, although there may be soon."""
+    return UnavailableError(why, retry_after_s=_PINNED_RETRY_S)
 
 
 def _has_ended(error: BaseException) -> bool:

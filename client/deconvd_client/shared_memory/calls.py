@@ -53,7 +53,7 @@ def _answered(
 ) -> Answered[ResponseT] | None:
     request = type(asked.request)()
     request.CopyFrom(asked.request)
-    with SharedCall(borrower) as call:
+    with SharedCall(borrower, asked.deadline) as call:
         places = _want(call, request, asked.results)
         if places is None:
             return None

@@ -6,13 +6,14 @@ import mmap
 import os
 import select
 import socket
+import threading
 from contextlib import suppress
 from typing import Final
 
 from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
 from deconvd_client.shared_memory.region import HostRegion
 
-__all__ = ["Link", "LinkLostError", "NeverLentError", "NotLentError"]
+__all__ = ["Link", "LinkLostError", "NeverLentError", "NotHereError", "NotLentError"]
 
 _TIMEOUT_S: Final = 10.0
 """More than a server takes to make memory and to show it to its devices."""
@@ -20,6 +21,10 @@ _TIMEOUT_S: Final = 10.0
 
 class LinkLostError(Exception):
     """The server closed the socket, is not there, or speaks another language."""
+
+
+class NotHereError(LinkLostError):
+    """Nobody listens at the socket on this host."""
 
 
 class NotLentError(Exception):
@@ -33,20 +38,24 @@ class NeverLentError(Exception):
 class Link:
     """A connection to the server's side socket. What was borrowed by it is lent for as long as it is open.
 
+    One thread asks; any may close it meanwhile, which ends the asking.
+
     Raises:
-        LinkLostError: There is no such socket, or no one listens.
+        NotHereError: There is no such socket, or no one listens.
     """
 
     def __init__(self, path: str) -> None:
         if not hasattr(socket, "AF_UNIX"):
-            raise LinkLostError("this system has no Unix sockets")
+            raise NotHereError("this system has no Unix sockets")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
+        self._asking = threading.Lock()  # never waited for
+        self._is_closed = False
         try:
             self._socket.connect(path)
         except OSError as error:
             self._socket.close()
-            raise LinkLostError(f"cannot connect to {path}: {error.strerror or error}") from None
+            raise NotHereError(f"cannot connect to {path}: {error.strerror or error}") from None
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
 
@@ -93,9 +102,30 @@ class Link:
 
     def close(self) -> None:
         """Give all back."""
+        self._is_closed = True
+        with suppress(OSError):  # the server has gone
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._close_unless_asking()
+
+    def leave_to_parent(self) -> None:
+        """Have nothing to do with it any more, in a forked child: the parent goes on using it."""
         self._socket.close()
 
+    def _close_unless_asking(self) -> None:
+        # a descriptor that is closed under who waits for it may be another socket's by then
+        if self._asking.acquire(blocking=False):
+            self._socket.close()
+            self._asking.release()
+
     def _asked(self, request: Request) -> tuple[Reply, int | None]:
+        try:
+            with self._asking:
+                return self._exchanged(request)
+        finally:
+            if self._is_closed:
+                self._close_unless_asking()
+
+    def _exchanged(self, request: Request) -> tuple[Reply, int | None]:
         descriptors: list[int] = []
         try:
             with suppress(BrokenPipeError):  # it may have said why before it went

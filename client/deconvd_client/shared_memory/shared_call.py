@@ -9,6 +9,7 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.deadline import Deadline
 from deconvd_client.late_copy import LateCopy, Part
 from deconvd_client.shared_memory.borrower import Borrower
 from deconvd_client.shared_memory.region import Block
@@ -41,11 +42,16 @@ class SharedCall:
 
     Attributes:
         late_copy: What is still to be copied, once the server knows of the call; None if nothing is.
+
+    Args:
+        borrower: Where it has it from.
+        deadline: Until when memory is waited for.
     """
 
-    def __init__(self, borrower: Borrower) -> None:
+    def __init__(self, borrower: Borrower, deadline: Deadline) -> None:
         self.late_copy: LateCopy | None = None
         self._borrower = borrower
+        self._deadline = deadline
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
         self._parts: list[Part] = []
@@ -78,7 +84,7 @@ class SharedCall:
 
     def result(self, spec: TensorSpec) -> SharedResult | None:
         """Return memory for a result; None if there is no room."""
-        block = self._borrower.take_now(spec.nbytes)
+        block = self._borrower.take_now(spec.nbytes, self._deadline)
         if block is None:
             return None
         self._blocks.append(block)
@@ -103,7 +109,7 @@ class SharedCall:
             )
 
     def __enter__(self) -> SharedCall:
-        self._borrower.ask()
+        self._borrower.look_after_link()
         return self
 
     def __exit__(
@@ -116,7 +122,7 @@ class SharedCall:
             self._borrower.note_failure(exc, {block.region for block in self._blocks})
 
     def _place_of_copy(self, array: Array) -> SharedSlice | None:
-        block = self._borrower.take_now(array.nbytes)
+        block = self._borrower.take_now(array.nbytes, self._deadline)
         if block is None:
             return None
         copy = block.array(spec_of(array))

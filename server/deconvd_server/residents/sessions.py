@@ -182,7 +182,9 @@ class Sessions:
 
     def _check_not_draining(self) -> None:
         if self._is_draining:
-            raise UnavailableError("the server is draining: it takes no sessions")
+            raise UnavailableError(
+                "the server is draining: it takes no sessions", retry_after_s=_RETRY_AFTER_S
+            )
 
     def _found(self, name: bytes) -> Session:
         session = self._sessions.get(name)

@@ -1,0 +1,12 @@
+"""Deadlines of calls that tests make below a connection."""
+
+from __future__ import annotations
+
+from deconvd_client.deadline import Deadline
+
+__all__ = ["soon"]
+
+
+def soon() -> Deadline:
+    """Return a deadline that no test reaches unless something hangs."""
+    return Deadline(30)
