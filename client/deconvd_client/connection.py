@@ -299,7 +299,7 @@ class Connection:
 
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        return self._nearest.far.health(Deadline(self._timeout_s))
+        return self._nearest.health(Deadline(self._timeout_s))
 
     @property
     def last_ledger(self) -> Mapping[str, int]:

@@ -121,11 +121,15 @@ class Nearest:
 
     def call_once(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
         """Return what `work` returns, as `call` does, without trying again."""
-        return self._try(work, deadline)
+        return self._retries.run_once(lambda: self._try(work, deadline), deadline)
 
     def server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
         """Return what the server says of itself, at the target as it was given."""
         return self._retries.run(lambda: self._far.get_server_info(deadline), deadline)
+
+    def health(self, deadline: Deadline) -> str:
+        """Return the server's health, at the target as it was given: as it is now, so it is asked once."""
+        return self._retries.run_once(lambda: self._far.health(deadline), deadline)
 
     @property
     def far(self) -> Stub:

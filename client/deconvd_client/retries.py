@@ -75,6 +75,13 @@ class Retries:
             self._sleep(pause_s)
             backoff_s = min(backoff_s * _BACKOFF_FACTOR, _MAX_BACKOFF_S)
 
+    def run_once(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
+        """Return what `attempt` returns. Raises as `run` does."""
+        try:
+            return attempt()
+        except DeadlineError:
+            raise _deadline_error(deadline) from None
+
     def stop(self) -> None:
         """Try nothing again from now on: the connection is closed."""
         self._is_closed = True

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from deconvd.dtypes import element_type
 from deconvd.errors import (
+    DeadlineError,
     DeconvdError,
     ExhaustedError,
     InvalidArgumentError,
@@ -225,17 +226,15 @@ class Borrower:
 
         Raises:
             UnavailableError, ExhaustedError: It may not; says why there is no room.
+            DeadlineError: It may not, and the server has not answered.
         """
         if not self._is_only_way:
             return
         why = self._refusal
         if why is None:
-            is_closed = self._state is _State.CLOSED
-            why = (
-                PinnedTransportError("the connection is closed")
-                if is_closed
-                else UnavailableError("the server did not answer in time")
-            )
+            if self._state is not _State.CLOSED:
+                raise DeadlineError("the server did not lend memory in time")
+            why = PinnedTransportError("the connection is closed")
         text = f"no tensor can go by shared memory: {why}"
         if isinstance(why, UnavailableError):
             raise type(why)(text, retry_after_s=why.retry_after_s)

@@ -1,0 +1,256 @@
+"""What is tried again, how long and how often: a busy server is not a lost one, and a restarted one is found again."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd.errors import (
+    CallCancelledError,
+    DeadlineError,
+    DeconvdError,
+    InvalidArgumentError,
+    UnavailableError,
+)
+from deconvd_client.deadline import Deadline
+from deconvd_client.retries import PinnedTransportError, Retries
+from tests.lenders import lies_in_shared_memory
+from tests.processes import wait_until
+from tests.servers import ServerProcess, server_process
+
+X = np.ones((1, 2, 3, 3), np.float32)
+W = np.ones((2, 2, 2, 2), np.float32)
+LARGE = np.ones((4, 2, 64, 64), np.float32)
+SLACK_S = 3.0
+
+Serve = Callable[..., AbstractContextManager[ServerProcess]]
+
+AWAY = UnavailableError("nobody listens")
+FULL = UnavailableError("the server is full", retry_after_s=0.3)
+
+
+class Attempts:
+    """Attempts that fail with one error after the other, and then succeed."""
+
+    def __init__(self, *errors: DeconvdError) -> None:
+        self._errors = iter(errors)
+        self.times_s: list[float] = []
+
+    def __call__(self) -> str:
+        self.times_s.append(time.monotonic())
+        error = next(self._errors, None)
+        if error is not None:
+            raise error
+        return "done"
+
+
+def forever(error: DeconvdError) -> Attempts:
+    return Attempts(*[error] * 10_000)
+
+
+def reached() -> Retries:
+    """Return the retries of a connection whose server has answered."""
+    retries = Retries()
+    retries.run(Attempts(), Deadline(1))
+    return retries
+
+
+class TestRetries:
+    """The policy alone."""
+
+    @pytest.mark.parametrize("error", [AWAY, CallCancelledError("it stops")])
+    def test_a_server_that_was_reached_is_tried_until_the_deadline(
+        self, error: DeconvdError
+    ) -> None:
+        attempts = forever(error)
+        begun_s = time.monotonic()
+        with pytest.raises(type(error)):
+            reached().run(attempts, Deadline(7))
+
+        assert 6 < attempts.times_s[-1] - begun_s < 7 + SLACK_S
+
+    def test_one_that_never_answered_is_given_up_after_five_seconds(self) -> None:
+        attempts = forever(AWAY)
+        with pytest.raises(UnavailableError):
+            Retries().run(attempts, Deadline(60))
+
+        assert 4 < attempts.times_s[-1] - attempts.times_s[0] < 5 + SLACK_S
+
+    def test_pauses_grow_and_differ(self) -> None:
+        pauses = []
+        for _ in range(3):
+            attempts = Attempts(*[AWAY] * 5)
+            assert reached().run(attempts, Deadline(30)) == "done"
+            pauses.append(np.diff(attempts.times_s))
+
+        assert all(pause[4] > pause[0] for pause in pauses)
+        assert len({pause[4] for pause in pauses}) == 3
+
+    def test_a_server_that_says_when_to_come_back_is_not_tried_sooner(self) -> None:
+        attempts = Attempts(FULL, FULL)
+        assert Retries().run(attempts, Deadline(30)) == "done"
+
+        assert min(np.diff(attempts.times_s)) >= 0.3
+
+    def test_what_it_says_goes_beyond_the_deadline_is_raised_at_once(self) -> None:
+        attempts = forever(UnavailableError("full", retry_after_s=100))
+        with pytest.raises(UnavailableError, match="full"):
+            Retries().run(attempts, Deadline(10))
+
+        assert len(attempts.times_s) == 1
+
+    @pytest.mark.parametrize(
+        "error", [InvalidArgumentError("x"), PinnedTransportError("no such way")]
+    )
+    def test_what_cannot_help_is_not_tried_again(self, error: DeconvdError) -> None:
+        attempts = forever(error)
+        with pytest.raises(type(error)):
+            reached().run(attempts, Deadline(30))
+
+        assert len(attempts.times_s) == 1
+
+    def test_fail_fast_raises_at_once_where_the_server_is_away_but_not_where_it_is_full(
+        self,
+    ) -> None:
+        retries = Retries(fail_fast=True)
+        assert retries.run(Attempts(FULL), Deadline(30)) == "done"
+        attempts = forever(AWAY)
+        with pytest.raises(UnavailableError):
+            retries.run(attempts, Deadline(30))
+
+        assert len(attempts.times_s) == 1
+
+    def test_a_closed_connection_tries_nothing_again(self) -> None:
+        retries = reached()
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(retries.run, forever(AWAY), Deadline(60))
+            retries.stop()
+            with pytest.raises(UnavailableError):
+                running.result(timeout=SLACK_S)
+
+    def test_a_deadline_names_its_limit(self) -> None:
+        with pytest.raises(DeadlineError, match=r"the 7\.5 s that it may take: raise timeout_s"):
+            Retries().run(forever(DeadlineError("Deadline Exceeded")), Deadline(7.5))
+
+
+@pytest.fixture
+def addresses(socket_directory: Path) -> tuple[str, str]:
+    """A TCP address, and a Unix socket, that servers listen at one after the other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}", f"unix:{socket_directory}/deconvd.sock"
+
+
+@pytest.fixture
+def serve(socket_directory: Path, addresses: tuple[str, str]) -> Serve:
+    def serving(*options: str) -> AbstractContextManager[ServerProcess]:
+        return server_process(socket_directory, "--log-level", "debug", *options, listen=addresses)
+
+    return serving
+
+
+def test_busy_is_not_gone(
+    serve: Serve, addresses: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    x = np.ones((2, 2, 1024, 1024), np.float32)  # 17 MB
+    caplog.set_level(logging.WARNING)
+    with serve("--shared-memory-bytes", "0") as server:
+        with (
+            deconvd_client.connect(addresses[0], timeout_s=100) as F,
+            ThreadPoolExecutor(40) as pool,
+        ):
+            ys = list(pool.map(lambda _: F.deconvolution_2d(x, W)[0, 0, 1, 1], range(40)))
+            before = server.log.read_text()
+            F.deconvolution_2d(X, W)
+            after = server.log.read_text().removeprefix(before)
+
+    assert ys == [8.0] * 40
+    assert not caplog.records
+    assert "Deconvolve from unix:" in after
+    assert "from ipv4:" not in after
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["to tcp", "to unix"])
+@pytest.mark.parametrize("transport", ["auto", "shared_memory", "unix", "grpc"])
+def test_a_restart_is_waited_for(
+    serve: Serve, addresses: tuple[str, str], transport: str, index: int
+) -> None:
+    with deconvd_client.connect(addresses[index], timeout_s=60, transport=transport) as F:
+        with ThreadPoolExecutor(4) as pool:
+            with serve() as first:
+                assert F.deconvolution_2d(LARGE, W)[0, 0, 1, 1] == 8
+                kept = F.put(W)
+                first.end(signal.SIGKILL)
+            calls = [pool.submit(F.deconvolution_2d, x, w) for x in (X, LARGE) for w in (W, kept)]
+            time.sleep(2)
+            assert not any(call.done() for call in calls)
+            with serve():
+                for call in calls:
+                    assert call.result()[0, 0, 1, 1] == 8
+
+
+def test_the_nearer_way_comes_back_without_a_call_paying_for_it(
+    serve: Serve, addresses: tuple[str, str]
+) -> None:
+    with deconvd_client.connect(addresses[0], timeout_s=60) as F:
+        with serve() as first:
+            assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+            first.end(signal.SIGKILL)
+        with serve() as second:
+            F.deconvolution_2d(X, W)
+            wait_until(lambda: lies_in_shared_memory(F.deconvolution_2d(LARGE, W)))
+
+            def goes_near() -> bool:
+                before = second.log.read_text()
+                F.deconvolution_2d(X, W)
+                after = second.log.read_text().removeprefix(before)
+                return "Deconvolve from unix:" in after
+
+            wait_until(goes_near)
+            third_from = second.end(signal.SIGTERM)
+        assert third_from == 0
+        with serve():
+            wait_until(lambda: lies_in_shared_memory(F.deconvolution_2d(LARGE, W)))
+
+
+def test_nobody_looks_for_a_nearer_way_once_the_connection_is_closed_or_gone(
+    serve: Serve, addresses: tuple[str, str]
+) -> None:
+    for close in (True, False):
+        with serve() as server:
+            F = deconvd_client.connect(addresses[0], timeout_s=1)
+            F.deconvolution_2d(X, W)
+            server.end(signal.SIGKILL)
+            with pytest.raises(UnavailableError):
+                F.deconvolution_2d(X, W)
+            if close:
+                F.close()
+        del F
+        wait_until(
+            lambda: "find-nearer-way" not in [thread.name for thread in threading.enumerate()]
+        )
+
+
+def test_the_commands_fail_at_once_where_nobody_listens(addresses: tuple[str, str]) -> None:
+    begun_s = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "deconvd_client.cli", "status", "--target", addresses[0]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begun_s < 4
