@@ -34,8 +34,9 @@ and after a call that failed before its request was whole, and MAY close one bet
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
@@ -51,6 +52,7 @@ __all__ = [
     "CallHead",
     "FrameSource",
     "Method",
+    "RequestSource",
     "be_greeted",
     "calls_beside",
     "ended",
@@ -216,18 +218,26 @@ def _hear_hello(line: Line, instance: bytes) -> None:
 
 
 class FrameSource:
-    """The parts of a stream that a line's frames carry. See `deconvd.parts.PartSource`.
+    """The parts of a response that a line's frames carry. See `deconvd.parts.PartSource`.
 
     It raises what a server says that a call failed with, and as `Line` does.
 
     Attributes:
         is_over: Whether the last of them has come.
         ledger: What came with it.
+        kinds: Kinds of frames that may come.
 
     Args:
         part_type: The type of the stream's messages.
         first: The first of them, if it has come already.
     """
+
+    kinds: ClassVar[Collection[FrameKind]] = (
+        FrameKind.MESSAGE,
+        FrameKind.ELEMENTS,
+        FrameKind.END,
+        FrameKind.FAILED,
+    )
 
     def __init__(self, line: Line, part_type: type[Message], first: bytes | None = None) -> None:
         self._line = line
@@ -244,13 +254,13 @@ class FrameSource:
         if self.is_over:
             return None
         kind, size_bytes = self._line.receive()
+        if kind not in self.kinds:
+            raise LineBrokenError(f"{kind.name} in the middle of a call")
         if kind in _ELEMENTS:
             return Ahead(size_bytes, is_missing=kind is FrameKind.MISSING_ELEMENTS)
         payload = self._line.receive_payload(size_bytes)
         if kind is FrameKind.MESSAGE:
             return parsed(self._part_type, payload)
-        if kind not in (FrameKind.END, FrameKind.FAILED):
-            raise LineBrokenError(f"{kind.name} in the middle of a call")
         self.is_over = True
         self.ledger = ended(kind, payload)
         return None
@@ -258,6 +268,12 @@ class FrameSource:
     def read_into(self, target: Bytes) -> None:
         """Read the next of the elements ahead."""
         self._line.read_into(target)
+
+
+class RequestSource(FrameSource):
+    """The parts of a request: all but the first are elements."""
+
+    kinds = (FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS, FrameKind.END)
 
 
 def ended(kind: FrameKind, payload: bytes) -> str:

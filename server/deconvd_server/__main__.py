@@ -19,6 +19,7 @@ from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
 from deconvd_server.ends import Drained, Ends
+from deconvd_server.log_text import LogFormatter
 from deconvd_server.malloc import keep_freed_memory
 from deconvd_server.residents import ResidentLimits
 
@@ -198,9 +199,7 @@ def main(
     Exits with 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if a GPU is lost
     and the server must be started anew.
     """
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    _log_to_standard_error(log_level)
     keep_freed_memory()
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
@@ -235,6 +234,12 @@ def main(
     for address in daemon.addresses:
         print(f"deconvd-server: listening on {address}", flush=True)
     _run(daemon, ends)
+
+
+def _log_to_standard_error(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def _run(daemon: Daemon, ends: Ends) -> None:

@@ -21,13 +21,14 @@ from google.protobuf.message import Message
 
 from deconvd.busy_polling import BusyPolling
 from deconvd.codec import encode
-from deconvd.direct import Answer, CallHead, FrameSource, Method, be_greeted
+from deconvd.direct import Answer, CallHead, FrameSource, Method, RequestSource, be_greeted
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
 from deconvd.status import told_as_status
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
+from deconvd_server.log_text import excerpt
 from deconvd_server.rpc import told
 from deconvd_server.writing import Writing
 
@@ -124,7 +125,7 @@ class DirectLine:
                 logging.DEBUG if self.is_idle else logging.INFO,
                 "the direct line of %s has ended: %s",
                 self._peer,
-                error,
+                excerpt(error),
             )
         finally:
             with self._lock:
@@ -177,7 +178,7 @@ class DirectLine:
 
     def _answer(self, head: CallHead, call: Call) -> None:
         behaviour = self._behaviours[head.method]
-        source = FrameSource(self._line, behaviour.request_type, head.message)
+        source = RequestSource(self._line, behaviour.request_type, head.message)
         source.is_over = not head.method.streams_request
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s from %s: begun", behaviour.name, self._peer)

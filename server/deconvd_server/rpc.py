@@ -18,6 +18,7 @@ from deconvd.errors import CallCancelledError, DeconvdError, InternalError
 from deconvd.status import status_from_error
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
+from deconvd_server.log_text import excerpt
 
 __all__ = ["handler", "told"]
 
@@ -157,7 +158,7 @@ def told(error: Exception, name: str, peer: str) -> DeconvdError:
     if isinstance(error, DeconvdError):
         # that a caller goes is nothing to look into
         level = logging.INFO if isinstance(error, CallCancelledError) else logging.WARNING
-        _log.log(level, "%s from %s: %s: %s", name, peer, error.status, error)
+        _log.log(level, "%s from %s: %s: %s", name, peer, error.status, excerpt(error))
         return error
     _log.error("%s from %s: unforeseen error", name, peer, exc_info=error)
     return InternalError("unforeseen error: see the server's log")

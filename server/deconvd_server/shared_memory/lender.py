@@ -17,6 +17,7 @@ from typing import Final
 
 from deconvd.errors import StaleRegionError
 from deconvd.shared_memory import Answer, Operation, Reply, Request
+from deconvd_server.log_text import excerpt
 from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
@@ -247,7 +248,7 @@ class Lender:
         try:
             request = Request.parse(packet)
         except ValueError as error:
-            _log.warning("%s sent no request for shared memory: %s", client.peer, error)
+            _log.warning("%s sent no request for shared memory: %s", client.peer, excerpt(error))
             client.send(Reply(Answer.MALFORMED, text=str(error)))
             self._drop(client)
             return

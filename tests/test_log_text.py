@@ -1,0 +1,170 @@
+"""What clients send gets into the log as a part of a line, escaped and cut, and never as a line of its own."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from deconvd.direct import Answer, Method
+from deconvd.line import FrameKind, LineBrokenError
+from deconvd.tensor import message_from_array
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd_server.log_text import LogFormatter, excerpt
+from tests.direct_calls import REQUEST, X, open_line, send_call, serves, told_by
+from tests.processes import wait_until
+from tests.servers import ServerProcess, server_process
+
+FORGED = "\nERROR deconvd_server: a device is lost\x1b[2J\u202e" + 4096 * "A"
+RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: .+")
+LONGEST_LINE = 500
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[ServerProcess]:
+    """A server whose log must have nothing but records at its end, on lines of moderate length."""
+    with server_process(tmp_path, "--log-level", "debug", listen=("unix", "127.0.0.1:0")) as server:
+        yield server
+        lines = server.log.read_text().splitlines()
+    assert lines
+    for line in lines:
+        assert RECORD.fullmatch(line), line
+        assert line.isprintable()
+        assert len(line) < LONGEST_LINE
+
+
+def stream_header() -> bytes:
+    request = pb.DeconvolveRequest()
+    request.CopyFrom(REQUEST)
+    for tensor in (request.x, request.w):
+        tensor.ClearField("raw")
+    header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+    return pb.DeconvolveStreamRequest(header=header).SerializeToString()
+
+
+def put_header() -> bytes:
+    header = pb.PutTensorHeader(tensor=message_from_array(X))
+    header.tensor.ClearField("raw")
+    return pb.PutTensorRequest(header=header).SerializeToString()
+
+
+SERVERS_FRAMES = {
+    FrameKind.FAILED: status_pb2.Status(code=2, message=FORGED).SerializeToString(),
+    FrameKind.ANSWER: Answer(FORGED.encode(), "").pack(),
+    FrameKind.MESSAGE: stream_header(),
+}
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+@pytest.mark.parametrize("kind", SERVERS_FRAMES)
+def test_a_frame_that_only_servers_send_breaks_a_clients_line_and_says_nothing(
+    running: ServerProcess, kind: FrameKind, transport: str
+) -> None:
+    line = open_line(running, transport)
+    line.set_deadline(30)
+    send_call(line, Method.DeconvolveStream, stream_header())
+    line.send((kind, SERVERS_FRAMES[kind]))
+
+    with suppress(LineBrokenError):
+        while True:
+            line.take(1)
+    line.close()
+
+    wait_until(lambda: f"{kind.name} in the middle of a call" in running.log.read_text())
+    assert "a device is lost" not in running.log.read_text()
+
+
+@pytest.mark.parametrize("kind", [FrameKind.FAILED, FrameKind.ANSWER, FrameKind.MESSAGE])
+def test_such_a_frame_where_a_call_was_to_begin_says_nothing_either(
+    running: ServerProcess, kind: FrameKind
+) -> None:
+    line = open_line(running)
+    line.set_deadline(30)
+    line.send((kind, SERVERS_FRAMES[kind]))
+
+    with pytest.raises(LineBrokenError):
+        line.take(1)
+
+    line.close()
+    other = open_line(running)
+    assert serves(other)
+    other.close()
+    assert "a device is lost" not in running.log.read_text()
+
+
+def test_an_argument_of_any_length_is_cut(running: ServerProcess) -> None:
+    request = pb.DeconvolveRequest(x=pb.Tensor(element_type=3, shape=[1] * 100_000, raw=b"1234"))
+    with grpc.insecure_channel(running.target) as channel:
+        with pytest.raises(grpc.RpcError):
+            pb_grpc.DeconvolutionServiceStub(channel).Deconvolve(request, timeout=30)
+
+    assert "INVALID_ARGUMENT: " in running.log.read_text()
+
+
+def test_text_in_requests_paths_and_metadata_is_not_repeated(running: ServerProcess) -> None:
+    forged = FORGED.encode()
+    metadata = [("x-note-bin", forged), ("user-agent", "ERROR a device is lost")]
+    with grpc.insecure_channel(running.target) as channel:
+        for path in ("/ERROR a device is lost", "/deconvd.v1.DeconvolutionService/ERROR%0AERROR"):
+            with pytest.raises(grpc.RpcError):
+                channel.unary_unary(path)(forged, timeout=30, metadata=metadata)
+        stub = pb_grpc.DeconvolutionServiceStub(channel)
+        for call, request in (
+            (stub.DropTensors, pb.DropTensorsRequest(session=forged)),
+            (stub.Deconvolve, pb.DeconvolveRequest(session=forged, x=pb.Tensor(shape=[1]))),
+        ):
+            with pytest.raises(grpc.RpcError):
+                call(request, timeout=30, metadata=metadata)
+        health = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.RpcError):
+            health.Check(health_pb2.HealthCheckRequest(service=FORGED), timeout=30)
+        asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol=FORGED)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        for _ in reflection.ServerReflectionInfo(iter([asked]), timeout=30):
+            pass
+
+    assert "a device is lost" not in running.log.read_text()
+
+
+def test_packets_at_the_memorys_socket_are_not_repeated(running: ServerProcess) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(told_by(running).shared_memory_socket)
+        stranger.send(FORGED.encode())
+        assert stranger.recv(1024)
+
+    assert "sent no request for shared memory" in running.log.read_text()
+    assert "a device is lost" not in running.log.read_text()
+
+
+def test_an_excerpt_is_one_printable_line_of_moderate_length() -> None:
+    text = excerpt(ValueError(FORGED))
+
+    assert text.startswith(r"\nERROR deconvd_server: a device is lost\x1b[2J\u202eAAA")
+    assert text.isprintable()
+    assert len(text) <= 201
+    assert excerpt("Gerät „ü“ is busy") == "Gerät „ü“ is busy"
+
+
+def test_whoever_logs_a_text_of_many_lines_logs_one_record() -> None:
+    try:
+        raise RuntimeError(f"\udcff{FORGED}")
+    except RuntimeError:
+        record = logging.LogRecord("n", logging.ERROR, "", 0, FORGED, (), sys.exc_info())
+
+    first, *others = LogFormatter().format(record).splitlines()
+
+    assert RECORD.fullmatch(first)
+    assert all(line.startswith("    ") and line.isprintable() for line in others)
+    assert r"RuntimeError: \udcff" in others[-2]
+    assert "    ERROR deconvd_server: a device is lost" in others[-1]
