@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 import deconvd_client
@@ -19,6 +21,7 @@ __all__ = [
     "W",
     "X",
     "answer",
+    "calls_path",
     "open_line",
     "send_call",
     "serves",
@@ -41,6 +44,11 @@ def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
     """Return what a server says of itself."""
     with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
         return F._nearest.server_info(soon())
+
+
+def calls_path(server: ServerProcess) -> Path:
+    """Return the path of the socket for direct calls beside a server's first Unix socket."""
+    return Path(f"{server.target.removeprefix('unix:')}.calls")
 
 
 def open_line(server: ServerProcess, transport: str = "unix") -> Line:

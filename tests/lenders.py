@@ -12,8 +12,19 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
+from deconvd_server.side_socket import Purpose, SideSocket
+from deconvd_server.unix_socket import Access
 
-__all__ = ["MIB", "Child", "Watch", "child", "lending", "lent_tensor", "lies_in_shared_memory"]
+__all__ = [
+    "MIB",
+    "Child",
+    "Watch",
+    "child",
+    "lending",
+    "lent_tensor",
+    "lies_in_shared_memory",
+    "memory_side",
+]
 
 MIB = 1 << 20
 _TIMEOUT_S = 30
@@ -28,9 +39,10 @@ def lending(
     *,
     on_map: Callable[[int, int], Callable[[], None]] | None = None,
     users: frozenset[int] | None = None,
+    access: Access | None = None,
 ) -> Iterator[Lender]:
     """Run a lender for the block, and see that it leaves nothing behind."""
-    lender = Lender(path, limits, on_map=on_map or Watch(), users=users)
+    lender = Lender([memory_side(path, access)], limits, on_map=on_map or Watch(), users=users)
     try:
         yield lender
     finally:
@@ -38,6 +50,11 @@ def lending(
     assert lender.wait_until_unused(_TIMEOUT_S)
     assert lender.lent_bytes == 0
     assert not path.exists()
+
+
+def memory_side(path: Path, access: Access | None = None) -> SideSocket:
+    """Return a socket where memory can be lent."""
+    return SideSocket(path, kind=Purpose.MEMORY.kind, access=access)
 
 
 @contextmanager

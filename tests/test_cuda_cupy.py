@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.shared_memory import socket_beside
 from deconvd.tensor import Array
 from deconvd_client import Connection
 from deconvd_server.daemon import Daemon, Settings
@@ -248,7 +247,7 @@ def test_what_a_killed_client_had_on_the_card_is_taken_back(tmp_path: Path) -> N
     """A card that has room for the first regions of two clients, and not of three."""
     limit = ("--device-memory-bytes", str(400 << 20))
     with server_process(tmp_path, *limit, device="cuda") as server:
-        assert Path(socket_beside(server.target.removeprefix("unix:"))).is_socket()
+        assert Path(f"{server.target.removeprefix('unix:')}.memory").is_socket()
         for _ in range(4):
             with subprocess.Popen(
                 [sys.executable, "-c", CLIENT, server.target],

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import ANY_INSTANCE, Answer, FrameSource, Method, calls_beside, greet
+from deconvd.direct import ANY_INSTANCE, Answer, FrameSource, Method, greet
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError, UnavailableError
 from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Elements, PartReader, elements_part
@@ -37,6 +37,7 @@ from tests.direct_calls import (
     W,
     X,
     answer,
+    calls_path,
     open_line,
     send_call,
     serves,
@@ -197,8 +198,8 @@ def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
         ("ipv6:[::1]:1", TcpWay("::1")),
         ("ipv4:1.2.3.4:1,1.2.3.5:1", None),
         ("dns://8.8.8.8/host:1", None),
-        ("unix:a/b", UnixWay("a/b.calls")),
-        ("unix:///a/b", UnixWay("/a/b.calls")),
+        ("unix:a/b", UnixWay("a/b")),
+        ("unix:///a/b", UnixWay("/a/b")),
     ],
 )
 def test_the_way_is_that_of_the_target(target: str, way: object) -> None:
@@ -308,7 +309,7 @@ def test_frames_that_make_no_sense_hurt_nobody(
     begins: bool,
 ) -> None:
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(calls_beside(running.target.removeprefix("unix:")))
+    connection.connect(os.fspath(calls_path(running)))
     line = Line(connection)
     line.set_deadline(30)
     with suppress(LineBrokenError):
@@ -470,7 +471,7 @@ def test_a_drain_lets_calls_end_and_takes_no_more(running: ServerProcess, transp
         assert running.process.wait(30) == 0
         assert not idle.is_quiet()  # it was closed
         idle.close()
-    assert not Path(calls_beside(running.target.removeprefix("unix:"))).exists()
+    assert not calls_path(running).exists()
 
 
 @TRANSPORTS
@@ -657,7 +658,7 @@ def _processor_s(pid: int) -> float:
 
 
 def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
-    lines = DirectLines(UnixWay(calls_beside(running.target.removeprefix("unix:"))), _nothing)
+    lines = DirectLines(UnixWay(running.target.removeprefix("unix:")), lambda: told_by(running))
 
     def parts() -> Iterator[pb.DeconvolveStreamRequest | Elements]:
         yield pb.DeconvolveStreamRequest.FromString(header(spec_of(LARGE)))
@@ -678,10 +679,6 @@ def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
             )
     wait_until_idle(running)
     lines.close()
-
-
-def _nothing() -> pb.GetServerInfoResponse:
-    raise AssertionError("nothing is to be asked")
 
 
 @TRANSPORTS

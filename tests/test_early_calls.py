@@ -15,7 +15,7 @@ from google.rpc import status_pb2
 
 import deconvd_client
 from deconvd import copying
-from deconvd.direct import Answer, CallHead, Method, calls_beside, tell_written
+from deconvd.direct import Answer, CallHead, Method, tell_written
 from deconvd.errors import DeadlineError, InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.line import FrameKind, Line, LineBrokenError
@@ -31,6 +31,7 @@ from deconvd_client.shared_memory import Borrower
 from tests.deadlines import soon
 from tests.direct_calls import (
     answer,
+    calls_path,
     open_line,
     send_call,
     serves,
@@ -564,7 +565,7 @@ class TestServer:
         self.begin(line, self.request(borrower, x)[0])
         wait_until(lambda: "Deconvolve from" in server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
-        socket_path = Path(calls_beside(server.target.removeprefix("unix:")))
+        socket_path = calls_path(server)
         wait_until(lambda: not socket_path.exists())  # it drains
         x[...] = 1
         tell_written(line, x.nbytes)

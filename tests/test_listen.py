@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,7 +16,8 @@ import grpc
 import pytest
 
 from deconvd.errors import InvalidArgumentError
-from deconvd_server.listen import AddressInUseError, bind, release
+from deconvd_server.listen import bind, release
+from deconvd_server.unix_socket import Access, AddressInUseError
 
 MakeServer = Callable[[], grpc.Server]
 
@@ -240,26 +242,72 @@ def test_of_servers_that_race_for_a_socket_one_gets_it_and_answers(
     assert answers(f"unix:{path}")
 
 
-def test_a_server_waits_while_another_looks_at_the_same_directory(
+def test_a_server_waits_while_another_of_the_same_user_is_at_the_same_socket(
     make_server: MakeServer, socket_directory: Path
 ) -> None:
-    server, inode = make_server(), socket_directory.stat().st_ino
-    other = os.open(socket_directory, os.O_RDONLY)
+    server, lock = make_server(), socket_directory / ".deconvd.sock.lock"
+    other = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(other, fcntl.LOCK_EX)
-
-    def waits() -> bool:
-        locks = Path("/proc/locks").read_text().splitlines()
-        return any("->" in lock and f":{inode} " in lock for lock in locks)
 
     with ThreadPoolExecutor(1) as pool:
         bound = pool.submit(bind, server, f"unix:{socket_directory}/deconvd.sock")
-        while not waits():
-            assert not bound.done()
-        assert os.listdir(socket_directory) == []
+        time.sleep(0.5)
+        assert not bound.done()
+        assert os.listdir(socket_directory) == [lock.name]
         os.close(other)
         bound.result(30)
 
     assert os.listdir(socket_directory) == ["deconvd.sock"]
+
+
+def test_a_lock_that_is_never_left_is_said(make_server: MakeServer, socket_directory: Path) -> None:
+    other = os.open(socket_directory / ".deconvd.sock.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    with pytest.raises(AddressInUseError, match="another server has been starting or ending there"):
+        bind(make_server(), f"unix:{socket_directory}/deconvd.sock")
+
+    os.close(other)
+
+
+@pytest.mark.parametrize("type_", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_live_server_that_takes_no_connections_does_not_hold_up_another(
+    make_server: MakeServer, socket_directory: Path, type_: socket.SocketKind
+) -> None:
+    path = str(socket_directory / "deconvd.sock")
+    with socket.socket(socket.AF_UNIX, type_) as full, socket.socket(socket.AF_UNIX, type_) as one:
+        full.bind(path)
+        full.listen(0)
+        one.connect(path)
+
+        with pytest.raises(AddressInUseError, match="a live server listens there"):
+            bind(make_server(), f"unix:{path}")
+
+
+def test_a_link_to_nothing_is_left_as_it_is(
+    make_server: MakeServer, socket_directory: Path
+) -> None:
+    path = socket_directory / "deconvd.sock"
+    path.symlink_to("nowhere")
+
+    with pytest.raises(AddressInUseError, match="the file is not a socket"):
+        bind(make_server(), f"unix:{path}")
+
+    assert path.is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
+def test_a_socket_has_the_mode_and_group_that_it_is_given(
+    make_server: MakeServer, socket_directory: Path, mode: int
+) -> None:
+    server, path = make_server(), socket_directory / "deconvd.sock"
+
+    bind(server, f"unix:{path}", Access(mode, os.getgid()))
+    server.start()
+
+    assert path.stat().st_mode & 0o777 == mode
+    assert path.stat().st_gid == os.getgid()
+    assert answers(f"unix:{path}")
 
 
 def test_release_removes_the_socket_of_a_stopped_server(

@@ -20,7 +20,7 @@ from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.device.cpu.tensor import HostTensor, array_of
 from deconvd_server.engine import Engine
 from deconvd_server.shared_memory import CallTensors, Cards, Lender, Limits
-from tests.lenders import LIMITS, child
+from tests.lenders import LIMITS, child, memory_side
 
 BLOCK_BYTES = 2 << 20
 CARD, OTHER_CARD = bytes(range(16)), bytes(range(1, 17))
@@ -68,7 +68,7 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def lender(path: Path, engine: FakeEngine) -> Iterator[Lender]:
     cards = Cards({CARD: engine}, Limits(16 * BLOCK_BYTES, 4 * BLOCK_BYTES))
-    lender = Lender(path, LIMITS, cards=cards)
+    lender = Lender([memory_side(path)], LIMITS, cards=cards)
     yield lender
     lender.close()
     assert engine.lent == []
@@ -154,7 +154,7 @@ def test_a_card_that_the_server_has_not_is_never_lent(peer: Peer) -> None:
 
 
 def test_a_server_without_cards_says_so(path: Path) -> None:
-    lender = Lender(path, LIMITS)
+    lender = Lender([memory_side(path)], LIMITS)
     peer = Peer(path)
     assert peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES).answer is Answer.NO_SUCH_CARD
     peer.socket.close()

@@ -35,8 +35,10 @@ from deconvd.shared_memory import (
 from deconvd.shared_slice import SharedSlice
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_server.shared_memory import Lender, Limits, memory_socket
-from tests.lenders import MIB, Watch, child, lending, lent_tensor
+from deconvd_server.shared_memory import Lender, Limits
+from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
+from deconvd_server.unix_socket import Access
+from tests.lenders import MIB, Watch, child, lending, lent_tensor, memory_side
 from tests.servers import ServerProcess, server_process
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
@@ -268,7 +270,7 @@ class TestLife:
         self, path: Path, connect: Connect
     ) -> None:
         watch = Watch()
-        lender = Lender(path, Limits(MIB, MIB), on_map=watch)
+        lender = Lender([memory_side(path)], Limits(MIB, MIB), on_map=watch)
         region = connect().borrowed(MIB)
         with used(lender, region) as array:
             lender.close()
@@ -308,7 +310,7 @@ class TestLife:
         client.borrowed(MIB)
 
     def test_a_successor_takes_the_path_and_keeps_it(self, path: Path, connect: Connect) -> None:
-        first = Lender(path, Limits(MIB, MIB))
+        first = Lender([memory_side(path)], Limits(MIB, MIB))
         with lending(path, Limits(2 * MIB, 2 * MIB)):
             first.close()
             connect().borrowed(2 * MIB)
@@ -323,7 +325,7 @@ class TestLife:
         path.write_text("precious")
 
         with pytest.raises(FileExistsError):
-            Lender(path, Limits(1, 1))
+            Lender([memory_side(path)], Limits(1, 1))
 
         assert path.read_text() == "precious"
         assert os.listdir(path.parent) == [path.name]
@@ -573,7 +575,8 @@ except OSError as error:
     def test_of_other_users_those_named_are_served(
         self, open_directory: Path, user: int, answer: str
     ) -> None:
-        with lending(open_directory / "memory", users=frozenset({0, 12345})):
+        users, access = frozenset({0, 12345}), Access(0o666)
+        with lending(open_directory / "memory", users=users, access=access):
             with child(self.ASK, open_directory / "memory", user=user) as running:
                 lines = [running.hear(), running.hear()]
         assert answer in lines
@@ -605,30 +608,73 @@ except OSError as error:
         with lending(path, users=frozenset({54321})):
             assert Reply.parse(connect().socket.recv(1024)).answer is Answer.REFUSED
 
-    def test_only_the_owner_may_touch_the_socket(self, lender: Lender, path: Path) -> None:
-        assert path.stat().st_mode & 0o777 == 0o600
-
 
 class TestPlace:
-    """Where the side socket is."""
+    """Where side sockets are."""
 
-    def test_it_is_beside_the_first_unix_socket(self) -> None:
-        addresses = ["0.0.0.0:50051", "unix:/run/a.sock", "unix:/run/b.sock"]
+    @pytest.fixture
+    def sides(self) -> Iterator[list[SideSocket]]:
+        """A list of sockets that are closed at the end."""
+        sides: list[SideSocket] = []
+        yield sides
+        for side in sides:
+            side.remove()
+            side.socket.close()
 
-        assert memory_socket(addresses) == Path("/run/a.sock.memory")
+    @pytest.mark.parametrize("purpose", Purpose)
+    @pytest.mark.parametrize("length", [60, 99, 100, 101, 104, 107])
+    def test_they_are_beside_each_unix_socket_whatever_the_length_of_its_path(
+        self,
+        sides: list[SideSocket],
+        socket_directory: Path,
+        length: int,
+        purpose: Purpose,
+    ) -> None:
+        grpc_paths = [Path(f"{socket_directory}/{x}".ljust(length, "x")) for x in "ab"]
 
-    @pytest.mark.parametrize("addresses", [["0.0.0.0:1"], ["unix:/tmp/" + "a" * 100]])
+        opened = open_beside(grpc_paths, purpose, None)
+        sides += opened.values()
+
+        assert list(opened) == grpc_paths
+        assert len({side.path for side in opened.values()}) == 2
+        for side in opened.values():
+            assert side.path.parent == socket_directory
+            assert side.path.is_socket()
+
     def test_without_room_there_it_is_in_a_private_directory(
-        self, addresses: list[str], monkeypatch: pytest.MonkeyPatch, socket_directory: Path
+        self,
+        sides: list[SideSocket],
+        monkeypatch: pytest.MonkeyPatch,
+        socket_directory: Path,
     ) -> None:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_directory))
-        path = memory_socket(addresses)
+        deep = Path(f"{socket_directory}/".ljust(105, "d"))
+        deep.mkdir()
+        sides += [
+            *open_beside([deep / "s"], Purpose.MEMORY, None).values(),
+            open_alone(Purpose.MEMORY, None),
+        ]
 
-        assert path.parent.parent == socket_directory
-        assert path.parent.stat().st_mode & 0o777 == 0o700
-        with lending(path):
-            pass
-        assert not path.parent.exists()
+        assert len(sides) == 2
+        for side in sides:
+            assert side.path.parent.parent == socket_directory
+            assert side.path.parent.stat().st_mode & 0o777 == 0o700
+            side.remove()
+            assert not side.path.parent.exists()
+
+    def test_a_socket_for_grpc_is_never_replaced(
+        self, sides: list[SideSocket], socket_directory: Path
+    ) -> None:
+        grpc_paths = [socket_directory / "a", socket_directory / "a.memory"]
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(grpc_paths[1]))
+            inode = grpc_paths[1].stat().st_ino
+
+            opened = open_beside(grpc_paths, Purpose.MEMORY, None)
+
+        sides += opened.values()
+        assert len({side.path for side in sides}) == 2
+        assert grpc_paths[1].stat().st_ino == inode
 
     def test_what_a_killed_server_left_is_removed_by_the_next_and_nothing_else(
         self, monkeypatch: pytest.MonkeyPatch, socket_directory: Path

@@ -32,7 +32,7 @@ from deconvd_server.shared_memory import CallTensors, Lender, Limits
 from deconvd_server.shared_memory.loans import Account, Loans
 from deconvd_server.shared_memory.memory import Memory
 from tests.deadlines import soon
-from tests.lenders import MIB, Watch, lending
+from tests.lenders import MIB, Watch, lending, memory_side
 
 SPEC = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
@@ -132,7 +132,7 @@ def test_a_lender_that_closes_while_it_maps_keeps_no_descriptor(path: Path) -> N
         return lambda: None
 
     before = len(os.listdir("/proc/self/fd"))
-    lender = Lender(path, Limits(MIB, MIB), on_map=on_map)
+    lender = Lender([memory_side(path)], Limits(MIB, MIB), on_map=on_map)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
         client.settimeout(TIMEOUT_S)
         client.connect(str(path))

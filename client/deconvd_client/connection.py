@@ -17,7 +17,6 @@ from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
 from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.problem import check_extents
-from deconvd.shared_memory import socket_beside
 from deconvd.tensor import Array, spec_of
 from deconvd.transport import unix_path
 from deconvd_client.asked import RequestT, ResponseT
@@ -36,6 +35,7 @@ from deconvd_client.residents import Call, RemoteTensor, Residents
 from deconvd_client.retries import Retries
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
+from deconvd_client.side_sockets import memory_socket
 from deconvd_client.stub import Stub
 
 if TYPE_CHECKING:
@@ -340,11 +340,9 @@ class Connection:
             return self._cards
 
     def _find_memory(self, deadline: Deadline) -> str:
-        """Return where the server lends memory."""
-        path = unix_path(self.target)
-        if path:
-            return socket_beside(path)
-        return self._nearest.far.get_server_info(deadline).shared_memory_socket
+        """Return where the server lends memory; empty if it lends none here."""
+        info = self._nearest.far.get_server_info(deadline)
+        return memory_socket(info, unix_path(self.target))
 
     def __enter__(self) -> Connection:
         return self

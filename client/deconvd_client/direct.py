@@ -173,13 +173,11 @@ class DirectLines:
             self._begin()
         taken = self._take_idle()
         if taken is None and self.is_worth_asking:
-            if self._way.is_quick:
-                opened = self._open(deadline)
-                if (
-                    opened is None and not deadline.remaining_s()
-                ):  # which says nothing of the server
-                    raise DeadlineError("the call's deadline passed while a line was opened")
+            opened = self._open(deadline) if self._way.is_quick else None
+            if opened is not None:
                 return self._keep(opened, is_taken=True)
+            if not deadline.remaining_s():  # which says nothing of the server
+                raise DeadlineError("the call's deadline passed while a line was opened")
             self._open_beside(deadline)
             taken = self._take_idle()
         if taken is None:

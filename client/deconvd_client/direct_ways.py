@@ -6,13 +6,14 @@ import re
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeAlias
 
-from deconvd.direct import ANY_INSTANCE, calls_beside, greet
+from deconvd.direct import greet
 from deconvd.line import Line
 from deconvd.transport import unix_path
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.side_sockets import calls_sockets
 
 __all__ = ["Ask", "TcpWay", "UnixWay", "Way", "way_to"]
 
@@ -36,32 +37,70 @@ _HOST_PORT: Final = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class UnixWay:
-    """By the Unix socket beside a server's own, on this host.
+class _Place(NamedTuple):
+    """Where a server takes direct calls.
 
     Attributes:
-        path: The socket's.
+        path: Its socket's.
+        instance: Its id.
     """
 
     path: str
-    is_quick = True
+    instance: bytes
 
-    def open(self, _ask: Ask, timeout_s: float) -> Line:
-        """Return a new line. Raises OSError if the server opens none in time."""
-        timeout_s = min(max(timeout_s, _LEAST_S), _UNIX_S)
+
+@dataclass(slots=True)
+class UnixWay:
+    """By a Unix socket beside the one for gRPC, on this host: the server tells which.
+
+    Attributes:
+        path: That of the socket for gRPC.
+    """
+
+    path: str
+    _known: _Place | None = field(default=None, init=False, compare=False)
+    """Where lines are opened, once one was."""
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the server need not be asked."""
+        return self._known is not None
+
+    def open(self, ask: Ask, timeout_s: float) -> Line:
+        """Return a new line, to where the last one went if that is known; if not, the server is asked.
+
+        Raises:
+            OSError: The server opens none in time.
+            DeconvdError: What it said when it was asked for its socket.
+        """
+        place = self._known or self._told(ask())
+        try:
+            line = self._opened(place, min(max(timeout_s, _LEAST_S), _UNIX_S))
+        except OSError:
+            self._known = None
+            raise
+        self._known = place
+        return line
+
+    def _told(self, info: pb.GetServerInfoResponse) -> _Place:
+        paths = calls_sockets(info, self.path)
+        if not paths:
+            raise ConnectionRefusedError("the server takes no direct calls beside its socket")
+        return _Place(paths[0], bytes.fromhex(info.instance_id))
+
+    def _opened(self, place: _Place, timeout_s: float) -> Line:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             # a server that is stopped lets callers wait once it has many; Python's own time-out
             # would not wait at all
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
-            connection.connect(self.path)
+            connection.connect(place.path)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
         except BaseException:
             connection.close()
             raise
-        return _greeted(connection, ANY_INSTANCE, timeout_s)
+        return _greeted(connection, place.instance, timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +152,6 @@ def way_to(target: str) -> Way | None:
     """Return how direct calls can reach a target of gRPC's; None if they cannot."""
     path = unix_path(target)
     if path:
-        return UnixWay(calls_beside(path)) if hasattr(socket, "AF_UNIX") else None
+        return UnixWay(path) if hasattr(socket, "AF_UNIX") else None
     match = _HOST_PORT.fullmatch(target)
     return None if match is None else TcpWay(match["v6"] or match["host"])

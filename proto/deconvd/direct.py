@@ -1,7 +1,7 @@
 """Direct calls: the service's methods without gRPC, on lines of their own, for ends that both know this.
 
-A server that listens for gRPC listens for direct calls too: on a Unix socket beside its own, and on a TCP port that
-GetServerInfo tells. A line is a connection to one of them: it carries one call after the other, in frames (see
+A server that listens for gRPC listens for direct calls too: on a Unix socket beside each of its own, and on a TCP port.
+GetServerInfo tells which. A line is a connection to one of them: it carries one call after the other, in frames (see
 `deconvd.line`). The messages are those of the service. All numbers are little-endian.
 
     client   HELLO              "dcd5", and the id of the instance that is meant (16 bytes; zeros for any): once
@@ -26,9 +26,10 @@ all are written. Thus they can be uploaded while they are being written. A serve
 what is said after that it passes over.
 
 Both send at once; the order is that of the stream. A client waits for the greeting before its first call, so as not to
-call a stranger at the port. One that closes the line gives its call up. A server that closes it has not begun the call,
-or cannot say what came of it: the client makes it again by gRPC. A server closes a line that means another instance,
-and after a call that failed before its request was whole, and MAY close one between calls.
+call a stranger at the port. A frame that is only the other end's to send breaks the line. A client that closes it gives
+its call up. A server that closes it has not begun the call, or cannot say what came of it: the client makes it again by
+gRPC. A server closes a line that means another instance, and after a call that failed before its request was whole, and
+MAY close one between calls.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ __all__ = [
     "Method",
     "RequestSource",
     "be_greeted",
-    "calls_beside",
     "ended",
     "failure",
     "greet",
@@ -293,8 +293,3 @@ def failure(payload: bytes) -> Exception:
 
 def _text(ledger: bytes) -> str:
     return ledger.decode("ascii", errors="replace")
-
-
-def calls_beside(unix_path: str) -> str:
-    """Return the path of the socket for direct calls of a server whose gRPC socket is `unix_path`."""
-    return f"{unix_path}.calls"

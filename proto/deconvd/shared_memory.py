@@ -1,7 +1,7 @@
 """How client and server agree on memory that both have: what crosses the side socket.
 
-The server listens on a Unix socket of type SOCK_SEQPACKET. Each packet from the client is one request, answered by one
-packet; a client sends the next request once it has the answer. All numbers are little-endian.
+The server listens on Unix sockets of type SOCK_SEQPACKET, which GetServerInfo tells. Each packet from the client is one
+request, answered by one packet; a client sends the next request once it has the answer. All numbers are little-endian.
 
     request   "dcm1", operation (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes)
     reply     "dcm1", answer (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes), text (UTF-8)
@@ -9,7 +9,8 @@ packet; a client sends the next request once it has the answer. All numbers are 
 A reply to LEND with the answer DONE carries the descriptor of a memfd of that size, sealed against growing, shrinking
 and further seals, by SCM_RIGHTS. A reply to LEND_ON_CARD with the answer DONE has in its text the cudaIpcMemHandle_t of
 memory on that card, in hexadecimal digits: all zeros at first, of at least the size asked for, and nothing else can be
-reached by it. Whoever knows a region's name may name slices of it in calls: it is a secret of the client.
+reached by it. A client asks who is there (IDENTIFY) before it puts anything into memory: the path may be another
+server's. Whoever knows a region's name may name slices of it in calls: it is a secret of the client.
 
 Everything is lent until the client gives it back or closes the socket, be it by dying. CUDA has memory freed only once
 no other process has it open. So a client MUST close what it opened before it gives the region back; and memory on cards
@@ -31,7 +32,6 @@ __all__ = [
     "Reply",
     "Request",
     "card_id",
-    "socket_beside",
 ]
 
 REGION_NAME_BYTES: Final = 16
@@ -53,6 +53,9 @@ class Operation(IntEnum):
 
     LEND_ON_CARD = 3
     """A new region of the given size on the card whose `card_id` stands in place of a region."""
+
+    IDENTIFY = 4
+    """Which instance the server is: the reply has its id in place of a region."""
 
 
 class Answer(IntEnum):
@@ -126,15 +129,6 @@ def card_id(uuid: bytes) -> bytes:
     it goes on into whatever lies behind. What it has right is the same in each process.
     """
     return uuid[:REGION_NAME_BYTES].ljust(REGION_NAME_BYTES, b"\0")
-
-
-def socket_beside(unix_path: str) -> str:
-    """Return the path of the side socket of a server that listens for calls at `unix_path`.
-
-    Both sides derive it from their own name for the directory, which containers may mount at
-    different places.
-    """
-    return f"{unix_path}.memory"
 
 
 def _fields(packet: bytes, *, exact: bool) -> tuple[int, int, bytes]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import re
 import sys
 import threading
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +24,7 @@ from deconvd_server.ends import Drained, Ends
 from deconvd_server.log_text import LogFormatter
 from deconvd_server.malloc import keep_freed_memory
 from deconvd_server.residents import ResidentLimits
+from deconvd_server.unix_socket import Access
 
 __all__ = ["EXIT_DEVICE_LOST", "main"]
 
@@ -34,6 +37,11 @@ _LEAST_MESSAGE_BYTES = 4 << 20
 """What clients send in one message, gRPC's own default, must fit."""
 
 _USER_ID = re.compile(r"\d{1,10}")
+
+_LAST_ID = 2**32 - 2
+_FILE_MODE = re.compile(r"0?[0-7]{3}")
+_MODE_FOR_A_GROUP = 0o660
+_MODE_FOR_ALL = 0o666
 
 _LAST_DRAIN_S = 5.0
 """How long the calls of other devices may take to end once one device is lost."""
@@ -58,6 +66,29 @@ def _user_ids(
     return tuple(map(int, given))
 
 
+def _file_mode(
+    _context: click.Context, _parameter: click.Parameter, mode: str | None
+) -> int | None:
+    if not mode:
+        return None
+    if not _FILE_MODE.fullmatch(mode):
+        raise click.BadParameter(f"{mode!r} is no mode of a file in octal digits, as in 0660")
+    return int(mode, 8)
+
+
+def _group_id(
+    _context: click.Context, _parameter: click.Parameter, group: str | None
+) -> int | None:
+    if not group:
+        return None
+    if _USER_ID.fullmatch(group) and int(group) <= _LAST_ID:
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {group!r}") from None
+
+
 @click.command(context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True})
 @click.option(
     "--listen",
@@ -68,6 +99,22 @@ def _user_ids(
     metavar="ADDR",
     help="Where to listen: host:port (port 0 for any free one) or unix:///path. May be repeated; "
     "in the environment, separated by spaces.",
+)
+@click.option(
+    "--socket-mode",
+    default=None,
+    metavar="MODE",
+    callback=_file_mode,
+    show_default="0660 with --socket-group, 0666 with --shared-memory-users, else as the umask has it",
+    help="Permissions of the Unix sockets, in octal digits: who may write may call.",
+)
+@click.option(
+    "--socket-group",
+    default=None,
+    metavar="GROUP",
+    callback=_group_id,
+    show_default="as the system has it",
+    help="The group of the Unix sockets: a name or a number.",
 )
 @click.option(
     "--direct-calls/--no-direct-calls",
@@ -130,7 +177,8 @@ def _user_ids(
     metavar="ID[,…]",
     callback=_user_ids,
     show_default="none",
-    help="Numbers of the users who may borrow it, beside the server's own and root.",
+    help="Numbers of the users who may borrow it, beside the server's own and root. So that they can call, "
+    "any user may, unless --socket-mode or --socket-group says who.",
 )
 @click.option(
     "--resident-memory-bytes",
@@ -175,6 +223,8 @@ def _user_ids(
 @click.version_option(deconvd.__version__, prog_name="deconvd-server")
 def main(
     addresses: tuple[str, ...],
+    socket_mode: int | None,
+    socket_group: int | None,
     takes_direct_calls: bool,
     direct_port: int,
     device: str,
@@ -222,6 +272,7 @@ def main(
                 residents,
                 takes_direct_calls=takes_direct_calls,
                 direct_port=direct_port,
+                access=_access(socket_mode, socket_group, shared_memory_users),
             )
         )
     except (OSError, DeconvdError) as error:
@@ -234,6 +285,15 @@ def main(
     for address in daemon.addresses:
         print(f"deconvd-server: listening on {address}", flush=True)
     _run(daemon, ends)
+
+
+def _access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:
+    """Return who may open the Unix sockets; None for whom the umask lets."""
+    if mode is None:
+        if group is None and not users:
+            return None
+        mode = _MODE_FOR_ALL if group is None else _MODE_FOR_A_GROUP
+    return Access(mode, group)
 
 
 def _log_to_standard_error(level: str) -> None:

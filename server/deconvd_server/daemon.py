@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,19 +20,20 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from deconvd.direct import calls_beside
 from deconvd.transport import TRANSPORT_OPTIONS
+from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.device import Device
 from deconvd_server.direct import DirectServer
 from deconvd_server.engine import Engines
 from deconvd_server.health import Health
-from deconvd_server.listen import AddressInUseError, bind, listen_beside, release, unix_sockets
+from deconvd_server.listen import bind, listen_beside, release, unix_sockets
 from deconvd_server.residents import ResidentLimits, Residents
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
-from deconvd_server.shared_memory import Cards, Lender, Limits, memory_socket
-from deconvd_server.side_socket import SideSocket
+from deconvd_server.shared_memory import Cards, Lender, Limits
+from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
 from deconvd_server.streaming import SLICES_IN_FLIGHT
+from deconvd_server.unix_socket import Access, AddressInUseError
 
 __all__ = ["Daemon", "Settings", "State"]
 
@@ -56,8 +57,8 @@ class Settings:
         max_message_bytes: The largest request and the largest response.
         drain_timeout_s: How long calls under way may take to end once the daemon drains.
         shared_memory_bytes: How much memory to lend to clients on this host; 0 for none.
-        shared_memory_users: Ids of the users to lend it to, and whose calls are taken without gRPC, beside
-            the server's own and root.
+        shared_memory_users: Ids of the users to lend it to, beside the server's own and root.
+        access: Who may open the Unix sockets; None for whom the process's umask lets.
         residents: How much may stay between calls, and for how long.
         takes_direct_calls: Whether calls are taken without gRPC, too.
         direct_port: The TCP port for them, on the hosts of `addresses`; 0 for any free one.
@@ -71,6 +72,7 @@ class Settings:
     residents: ResidentLimits = field(default_factory=ResidentLimits)
     takes_direct_calls: bool = True
     direct_port: int = 0
+    access: Access | None = None
 
 
 class State(Enum):
@@ -113,7 +115,9 @@ class Daemon:
         self._health = Health(SERVICE_NAME)
         self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
         self._server = self._grpc_server()
-        self.addresses = [bind(self._server, address) for address in settings.addresses]
+        self.addresses = [
+            bind(self._server, address, settings.access) for address in settings.addresses
+        ]
         self._service.unix_sockets = unix_sockets(self.addresses)
         self._server.start()
 
@@ -125,8 +129,17 @@ class Daemon:
         """
         devices = open_devices()
         engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
-        self._service.lender = self._lend(engines)
-        self._direct = self._serve_directly()
+        grpc_paths = [Path(path) for path in self._service.unix_sockets]
+        memory_sides = self._open_for_memory(grpc_paths)
+        self._service.lender = self._lend(engines, list(memory_sides.values()))
+        listeners = self._listen_for_direct_calls()
+        call_sides = self._open_for_calls(grpc_paths)
+        self._direct = self._serve_directly(list(call_sides.values()), listeners)
+        self._service.side_sockets = [
+            pb.SideSockets(calls=_told(path, call_sides), memory=_told(path, memory_sides))
+            for path in grpc_paths
+        ]
+        self._service.memory_socket = next((str(s.path) for s in memory_sides.values()), "")
         residents = Residents(engines, self._settings.residents)
         with self._lock:
             self._service.residents = residents
@@ -178,54 +191,55 @@ class Daemon:
         if self._direct is not None:
             self._direct.cancel()
 
-    def _lend(self, engines: Engines) -> Lender | None:
-        limit_bytes = self._settings.shared_memory_bytes
-        if not limit_bytes:
-            return None
+    def _open_for_memory(self, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
+        """Return the sockets where memory is lent, by those for gRPC: a server without any has one, too."""
+        if not self._settings.shared_memory_bytes:
+            return {}
+        if grpc_paths:
+            return open_beside(grpc_paths, Purpose.MEMORY, self._settings.access)
         try:
-            return Lender(
-                memory_socket(self.addresses),
-                Limits(limit_bytes, limit_bytes // 2),
-                on_map=engines.register,
-                users=self._users,
-                cards=_cards(engines),
-            )
+            alone = open_alone(Purpose.MEMORY, self._settings.access)
         except OSError as error:
             _log.warning("no memory is lent to clients on this host: %s", error)
+            return {}
+        return {alone.path: alone}
+
+    def _open_for_calls(self, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
+        if not self._settings.takes_direct_calls:
+            return {}
+        return open_beside(grpc_paths, Purpose.CALLS, self._settings.access)
+
+    def _lend(self, engines: Engines, sides: Sequence[SideSocket]) -> Lender | None:
+        limit_bytes = self._settings.shared_memory_bytes
+        if not sides:
             return None
+        return Lender(
+            sides,
+            Limits(limit_bytes, limit_bytes // 2),
+            on_map=engines.register,
+            users={0, os.geteuid(), *self._settings.shared_memory_users},
+            cards=_cards(engines),
+            instance=bytes.fromhex(self._service.instance_id),
+        )
 
-    @property
-    def _users(self) -> set[int]:
-        """Whose processes on this host are served in other ways than by gRPC."""
-        return {0, os.geteuid(), *self._settings.shared_memory_users}
-
-    def _serve_directly(self) -> DirectServer | None:
+    def _serve_directly(
+        self, sides: Sequence[SideSocket], listeners: Sequence[socket.socket]
+    ) -> DirectServer | None:
         if not self._settings.takes_direct_calls:
             return None
-        listeners = self._listen_for_direct_calls()
         if listeners:
             self._service.direct_port = listeners[0].getsockname()[1]
         return DirectServer(
-            self._side_socket_for_calls(),
+            sides,
             listeners,
             self._service.behaviours(),
             bytes.fromhex(self._service.instance_id),
-            self._users,
         )
-
-    def _side_socket_for_calls(self) -> SideSocket | None:
-        if not self._service.unix_sockets:
-            return None
-        path = Path(calls_beside(self._service.unix_sockets[0]))
-        for_others = not self._users <= {0, os.geteuid()}
-        try:
-            return SideSocket(path, kind=socket.SOCK_STREAM, for_others=for_others)
-        except OSError as error:
-            _log.warning("clients on this host make all calls by gRPC: %s", error)
-            return None
 
     def _listen_for_direct_calls(self) -> list[socket.socket]:
         port = self._settings.direct_port
+        if not self._settings.takes_direct_calls:
+            return []
         try:
             return listen_beside(self.addresses, port)
         except AddressInUseError as error:
@@ -251,6 +265,14 @@ class Daemon:
             (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         return server
+
+
+def _told(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
+    """Return what clients are told of the socket beside one for gRPC: its name if it is in the same directory."""
+    side = sides.get(grpc_path)
+    if side is None:
+        return ""
+    return side.path.name if side.path.parent == grpc_path.parent else str(side.path)
 
 
 def _cards(engines: Engines) -> Cards | None:

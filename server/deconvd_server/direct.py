@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
@@ -38,31 +38,28 @@ class DirectServer:
     When there are too many lines, one that is idle makes room; if none is, a new one is not taken.
 
     Args:
-        side: Listens for processes of this host; None if nothing does.
-        listeners: Sockets that listen for TCP connections. It closes them, and that of `side`.
+        sides: Listen for processes of this host. Whoever may open them is served.
+        listeners: Sockets that listen for TCP connections. It closes them, and those of `sides`.
         behaviours: What serves each method, by its name.
         instance: The server's id.
-        users: Ids of the users of this host whose calls are taken.
     """
 
     def __init__(
         self,
-        side: SideSocket | None,
+        sides: Sequence[SideSocket],
         listeners: Sequence[socket.socket],
         behaviours: Mapping[str, Behaviour],
         instance: bytes,
-        users: Collection[int],
     ) -> None:
         self._behaviours = {method: behaviours[method.name] for method in Method}
         self._instance = instance
-        self._users = frozenset(users)
         self._attention = Attention()
         self._lock = threading.Lock()
         self._lines: dict[int, DirectLine] = {}  # by descriptor
         self._is_withdrawn = False
         self._is_short = False  # of descriptors or threads
-        self._side = side
-        all_listeners = [*listeners, *([] if side is None else [side.socket])]
+        self._sides = tuple(sides)
+        all_listeners = [*listeners, *(side.socket for side in sides)]
         self._listeners = {listener.fileno(): listener for listener in all_listeners}
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._events = select.epoll()
@@ -72,9 +69,9 @@ class DirectServer:
         self._thread.start()
 
     def withdraw(self) -> None:
-        """Take no more calls, and give up the path. Calls under way go on."""
-        if self._side is not None:
-            self._side.remove()
+        """Take no more calls, and give up the paths. Calls under way go on."""
+        for side in self._sides:
+            side.remove()
         with self._lock:
             self._is_withdrawn = True
         for line in self._all_lines():
@@ -149,11 +146,11 @@ class DirectServer:
         select.select([self._wake_receiver], [], [], _PAUSE_S)
 
     def _take(self, connection: socket.socket, address: Any) -> None:
-        peer, is_welcome = self._judged(connection, address)
+        peer = _described(connection, address)
         self._make_room()
         with self._lock:
             has_room = len(self._lines) < _LINES_COUNT and not self._is_withdrawn
-            if not has_room or not is_welcome:
+            if not has_room:
                 _log.info("%s is not served directly", peer)
                 connection.close()
                 return
@@ -169,14 +166,6 @@ class DirectServer:
             line.thread.start()
             self._lines[line.descriptor] = line
 
-    def _judged(self, connection: socket.socket, address: Any) -> tuple[str, bool]:
-        """Return who has connected, for the log, and whether to serve it."""
-        if connection.family != socket.AF_UNIX:
-            host, port = address[:2]
-            return f"tcp: {host}:{port}", True
-        peer = peer_of(connection)
-        return f"unix: {peer}", peer.user in self._users
-
     def _make_room(self) -> None:
         """End the line that has been idle for longest, if there are too many."""
         with self._lock:
@@ -191,3 +180,11 @@ class DirectServer:
     def _forget(self, line: DirectLine) -> None:
         with self._lock:
             self._lines.pop(line.descriptor)
+
+
+def _described(connection: socket.socket, address: Any) -> str:
+    """Return who has connected, for the log."""
+    if connection.family == socket.AF_UNIX:
+        return f"unix: {peer_of(connection)}"
+    host, port = address[:2]
+    return f"tcp: {host}:{port}"

@@ -1,13 +1,14 @@
-"""Addresses to listen on, and the care that a Unix socket's file needs."""
+"""Addresses to listen on: which there are, and how a Unix socket is taken over from a dead server."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import socket
-import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,38 +17,48 @@ import grpc
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.transport import unix_path
+from deconvd_server.unix_socket import (
+    MAX_PATH_BYTES,
+    Access,
+    AddressInUseError,
+    remove_dead_socket,
+)
 
-__all__ = ["AddressInUseError", "bind", "listen_beside", "release", "unix_sockets"]
+__all__ = ["bind", "listen_beside", "release", "unix_sockets"]
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>\d+)")
-_MAX_UNIX_PATH_BYTES = 107  # sun_path of sockaddr_un(7), less the final zero
 _BACKLOG = 64
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _NOT_IN_GRPC_PATHS = frozenset("%?#")
 
+_LOCK_S = 10.0
+"""More than another server takes to start or to end on a socket."""
 
-class AddressInUseError(OSError):
-    """Another process listens on the address, or its file is not a socket."""
+_LOCK_POLL_S = 0.02
+_NO_LOCK = -1
+_CLOSED_MASK = 0o777
+
+_log = logging.getLogger(__name__)
 
 
-def bind(server: grpc.Server, address: str) -> str:
+def bind(server: grpc.Server, address: str, access: Access | None = None) -> str:
     """Make `server` listen on an address, and return the address with the port that it got.
 
     Args:
         address: ``host:port``, where port 0 stands for any free one; ``unix:path`` or
             ``unix:///path``. The file that a dead server left at the path is replaced.
+        access: Who may open a Unix socket; None for whom the process's umask lets.
 
     Raises:
         InvalidArgumentError: It is no such address.
         AddressInUseError: Another process has it.
+        OSError: It cannot be had for another reason.
     """
     if address.startswith("unix:"):
         path = _unix_path(address)
         if not path.parent.is_dir():
             raise _unix_error("in a directory that exists", address)
-        with _locked(path.parent):
-            _remove_dead_socket(path)
-            _add_port(server, f"unix:{path}", address)
+        _bind_unix(server, _lasting(path), address, access)
         return address
     match = _HOST_PORT.fullmatch(address)
     if match is None or int(match["port"]) > 65535:
@@ -61,10 +72,13 @@ def bind(server: grpc.Server, address: str) -> str:
 def release(address: str) -> None:
     """Remove what `bind` left of an address, once its server has stopped."""
     if address.startswith("unix:"):
-        path = _unix_path(address)
+        path = _lasting(_unix_path(address))
         # A successor may listen by now, and the directory may have gone with all that was in it.
-        with suppress(AddressInUseError, FileNotFoundError), _locked(path.parent):
-            _remove_dead_socket(path)
+        try:
+            with suppress(AddressInUseError, FileNotFoundError), _locked(path):
+                remove_dead_socket(path)
+        except OSError as error:
+            _log.warning("a socket's file cannot be removed: %s", error)
 
 
 def listen_beside(addresses: Iterable[str], port: int) -> list[socket.socket]:
@@ -124,13 +138,28 @@ def _listener(family: int, host: str, port: int) -> socket.socket | None:
 
 def unix_sockets(addresses: Iterable[str]) -> list[str]:
     """Return the absolute paths of those addresses that are Unix sockets."""
-    return [str(_unix_path(a).absolute()) for a in addresses if a.startswith("unix:")]
+    paths = (_lasting(_unix_path(address)) for address in addresses if address.startswith("unix:"))
+    return [str(path.absolute()) for path in paths]
+
+
+def _lasting(path: Path) -> Path:
+    """Return a path for the same file that those who clear up directories know, if gRPC can have it.
+
+    It has no links and begins at the root, as they find it; the kernel tells them under which paths
+    sockets were bound, and those that are not among them they take for dead.
+    """
+    lasting = path.parent.resolve() / path.name
+    return lasting if _fits(lasting) and not _NOT_IN_GRPC_PATHS & set(str(lasting)) else path
+
+
+def _fits(path: Path) -> bool:
+    return len(os.fsencode(path)) <= MAX_PATH_BYTES
 
 
 def _unix_path(address: str) -> Path:
     path = Path(unix_path(address))
-    if not path.name or len(os.fsencode(path)) > _MAX_UNIX_PATH_BYTES:
-        raise _unix_error(f"of 1 to {_MAX_UNIX_PATH_BYTES} bytes", address)
+    if not path.name or not _fits(path):
+        raise _unix_error(f"of 1 to {MAX_PATH_BYTES} bytes", address)
     if _NOT_IN_GRPC_PATHS.intersection(address):
         raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)
     return path
@@ -141,46 +170,104 @@ def _unix_error(allowed: str, address: str) -> InvalidArgumentError:
     return InvalidArgumentError(message, argument="listen")
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other servers from sockets in `directory` for the block.
+def _bind_unix(server: grpc.Server, path: Path, address: str, access: Access | None) -> None:
+    with _locked(path):
+        remove_dead_socket(path)
+        if access is None:
+            _add_port(server, f"unix:{path}", address)
+            return
+        # gRPC listens at once: until the socket is given to whom it is for, nobody may open it
+        former_mask = os.umask(_CLOSED_MASK)
+        try:
+            _add_port(server, f"unix:{path}", address)
+        finally:
+            os.umask(former_mask)
+        try:
+            access.give(path)
+        except OSError:
+            path.unlink()
+            raise
 
-    Of two that start at once on one socket, the second then finds the first alive. The lock is on
-    the directory itself, so no file is left behind.
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other servers from a socket for the block.
+
+    Of two that start at once, the second then finds the first alive. The lock is on a file that is
+    this user's alone and gone afterwards: whoever may read a file or a directory may lock it for
+    as long as it pleases.
+
+    Raises:
+        AddressInUseError: Another server of this user has been at it for long.
     """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    lock_path = path.with_name(f".{path.name}.lock")
+    deadline_s = time.monotonic() + _LOCK_S
+    while (descriptor := _lock(lock_path)) is None:
+        if time.monotonic() > deadline_s:
+            text = f"another server has been starting or ending there for {_LOCK_S:g} s"
+            raise AddressInUseError(errno.EADDRINUSE, text, str(path))
+        time.sleep(_LOCK_POLL_S)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        if descriptor != _NO_LOCK:
+            lock_path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the descriptor of a lock; None while another server has it.
+
+    _NO_LOCK if there can be none: where files cannot be made a socket cannot be either, and what
+    another user has put there is to keep no server from its socket.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+    except OSError:
+        return _NO_LOCK
+    if os.fstat(descriptor).st_uid != os.geteuid():
         os.close(descriptor)
-
-
-def _remove_dead_socket(path: Path) -> None:
-    if not path.exists():
-        return
-    if not stat.S_ISSOCK(path.stat().st_mode):
-        raise AddressInUseError(errno.EADDRINUSE, "the file is not a socket", str(path))
-    if _is_listening(path):
-        raise AddressInUseError(errno.EADDRINUSE, "a live server listens there", str(path))
-    path.unlink()
-
-
-def _is_listening(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return False
-        return True
+        return _NO_LOCK
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(path.lstat(), os.fstat(descriptor)):  # it was not removed meanwhile
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _add_port(server: grpc.Server, grpc_address: str, address: str) -> int:
     try:
         return server.add_insecure_port(grpc_address)
     except RuntimeError as error:  # all that grpcio says; its log has the reason
-        raise AddressInUseError(
-            errno.EADDRINUSE,
-            "cannot listen there: the address is in use or not of this host",
-            address,
-        ) from error
+        number = _why_not(grpc_address)
+        if number in (None, errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            raise AddressInUseError(
+                errno.EADDRINUSE,
+                "cannot listen there: the address is in use or not of this host",
+                address,
+            ) from error
+        raise OSError(number, f"cannot listen there: {os.strerror(number)}", address) from error
+
+
+def _why_not(grpc_address: str) -> int | None:
+    """Return the number of the error with which the system refuses an address; None if it does not."""
+    try:
+        if grpc_address.startswith("unix:"):
+            path = Path(unix_path(grpc_address))
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(os.fspath(path))
+            path.unlink()
+            return None
+        host, _, port = grpc_address.rpartition(":")
+        for family, kind, _, _, where in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind) as probe:
+                probe.bind(where)
+    except socket.gaierror:
+        return None
+    except OSError as error:
+        return error.errno
+    return None

@@ -57,6 +57,8 @@ class DeconvolutionService:
         residents: What computes, and what stays there; None until the devices are ready.
         instance_id: As GetServerInfo tells it.
         unix_sockets: Absolute paths of the sockets that it is served on.
+        side_sockets: What listens beside each of them.
+        memory_socket: Absolute path of one where memory is lent; empty if none is.
         direct_port: The TCP port for direct calls; 0 if there is none.
         lender: Lends memory to clients on this host; None if no one does.
 
@@ -74,6 +76,8 @@ class DeconvolutionService:
         self.instance_id = secrets.token_hex(16)
         self.residents: Residents | None = None
         self.unix_sockets: Sequence[str] = ()
+        self.side_sockets: Sequence[pb.SideSockets] = ()
+        self.memory_socket = ""
         self.direct_port = 0
         self.lender: Lender | None = None
 
@@ -224,7 +228,8 @@ class DeconvolutionService:
             instance_id=self.instance_id,
             unix_sockets=self.unix_sockets,
             direct_port=self.direct_port,
-            shared_memory_socket="" if self.lender is None else str(self.lender.path),
+            shared_memory_socket=self.memory_socket,
+            side_sockets=self.side_sockets,
         )
         return Envelope(info, {})
 

@@ -1,33 +1,62 @@
-"""Unix sockets beside that for gRPC: their files, and who may reach them."""
+"""Unix sockets beside those for gRPC: where they are, and who comes to them."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import logging
 import os
-import secrets
 import socket
 import stat
 import struct
+import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Peer", "SideSocket", "peer_of"]
+from deconvd_server.unix_socket import MAX_PATH_BYTES, Access
+
+__all__ = ["Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
 
 _BACKLOG: Final = 64
 _PEER: Final = struct.Struct("3i")  # struct ucred of unix(7)
+
+_log = logging.getLogger(__name__)
+
+
+class Purpose(Enum):
+    """What side sockets are for.
+
+    Attributes:
+        word: Names their files.
+        kind: Their type: of a stream, or of packets.
+        loss: What it means to clients on this host that there is none.
+    """
+
+    CALLS = "calls", socket.SOCK_STREAM, "make all calls by gRPC"
+    MEMORY = "memory", socket.SOCK_SEQPACKET, "borrow no memory"
+
+    def __init__(self, word: str, kind: socket.SocketKind, loss: str) -> None:
+        self.word = word
+        self.kind = kind
+        self.loss = loss
 
 
 class SideSocket:
     """A listening socket and its file.
 
-    The file replaces whatever socket was there: its name belongs to whoever listens on the socket
-    for calls beside it, and that one is taken with care (`deconvd_server.listen`).
+    The file takes the place of whatever socket was there: its name belongs to whoever listens on the
+    socket for gRPC beside it, and that one is taken with care (`deconvd_server.listen`).
+    It is bound under the name that it keeps: to those who clear up directories, such as
+    systemd-tmpfiles, a socket lives if its path is in /proc/net/unix.
 
     Args:
         path: At most 107 bytes.
-        for_others: Whether processes of other users may connect, to be judged by their credentials.
-        kind: Type of socket: of packets, or of a stream.
+        kind: Type of socket.
+        access: Who may open it; None for whom the process's umask lets.
         has_directory: Whether its directory is its own, and to be removed with it.
 
     Raises:
@@ -35,21 +64,24 @@ class SideSocket:
     """
 
     def __init__(
-        self, path: Path, *, kind: socket.SocketKind, for_others: bool, has_directory: bool = False
+        self,
+        path: Path,
+        *,
+        kind: socket.SocketKind,
+        access: Access | None = None,
+        has_directory: bool = False,
     ) -> None:
         self.path = path
-        self._has_directory = has_directory
+        self._directory = _locked(path.parent) if has_directory else None
         self.socket = socket.socket(socket.AF_UNIX, kind)
-        draft = path.with_name(f".{secrets.token_hex(4)}")
         try:
-            if for_others and has_directory:
+            if has_directory and access is not None and access.is_for_others:
                 path.parent.chmod(0o711)
-            self._listen(draft, 0o666 if for_others else 0o600)
-            _check_replaceable(path)
-            draft.rename(path)  # at once, and with the right mode
+            _remove_socket(path)
+            self._listen(access)
         except BaseException:
             self.socket.close()
-            draft.unlink(missing_ok=True)
+            self._leave_directory()
             raise
 
     def remove(self) -> None:
@@ -57,22 +89,110 @@ class SideSocket:
         with suppress(FileNotFoundError):
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
-        if self._has_directory:
+        self._leave_directory()
+
+    def _leave_directory(self) -> None:
+        """Remove its own directory, if it has one."""
+        if self._directory is not None:
             with suppress(OSError):
                 self.path.parent.rmdir()
+            os.close(self._directory)
+            self._directory = None
 
-    def _listen(self, draft: Path, mode: int) -> None:
+    def _listen(self, access: Access | None) -> None:
         self.socket.setblocking(False)
-        self.socket.bind(os.fspath(draft))
-        draft.chmod(mode)
-        self._inode = draft.stat().st_ino
-        self.socket.listen(_BACKLOG)
+        self.socket.bind(os.fspath(self.path))
+        self._inode = self.path.stat().st_ino
+        try:
+            if access is not None:
+                access.give(self.path)  # before anyone can connect
+            self.socket.listen(_BACKLOG)
+        except BaseException:
+            self.remove()
+            raise
 
 
-def _check_replaceable(path: Path) -> None:
+def open_beside(
+    grpc_paths: Sequence[Path], purpose: Purpose, access: Access | None
+) -> dict[Path, SideSocket]:
+    """Return a socket for each of a server's for gRPC, as far as there can be one: the log says why not.
+
+    Their names are made of those of the sockets for gRPC, in the same directory, which containers may
+    share. Where none has room there it is in a directory of its own.
+    """
+    opened: dict[Path, SideSocket] = {}
+    for grpc_path in grpc_paths:
+        try:
+            path = _path_beside(grpc_path, purpose, taken=grpc_paths)
+            opened[grpc_path] = _open(path, purpose, access)
+        except OSError as error:
+            _log.warning("clients of %s %s: %s", grpc_path, purpose.loss, error)
+    return opened
+
+
+def open_alone(purpose: Purpose, access: Access | None) -> SideSocket:
+    """Return a socket in a directory of its own. Raises OSError if there can be none."""
+    return _open(None, purpose, access)
+
+
+def _open(path: Path | None, purpose: Purpose, access: Access | None) -> SideSocket:
+    if path is not None:
+        return SideSocket(path, kind=purpose.kind, access=access)
+    path = _private_path(purpose)
+    return SideSocket(path, kind=purpose.kind, access=access, has_directory=True)
+
+
+def _path_beside(grpc_path: Path, purpose: Purpose, taken: Sequence[Path]) -> Path | None:
+    """Return a path for a side socket in the directory of one for gRPC; None if none is short enough."""
+    digest = hashlib.sha256(os.fsencode(grpc_path.name)).hexdigest()
+    names = f"{grpc_path.name}.{purpose.word}", f".{digest[:6]}{purpose.word[0]}"
+    free = (path for path in map(grpc_path.with_name, names) if path not in taken)
+    return next((path for path in free if len(os.fsencode(path)) <= MAX_PATH_BYTES), None)
+
+
+def _remove_socket(path: Path) -> None:
+    """Remove a socket, if there is one. Raises FileExistsError if it is something else."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise FileExistsError(f"{path} is in the way of a socket")
+        path.unlink()
+
+
+def _private_path(purpose: Purpose) -> Path:
+    """Return a path in a new directory. What servers that were killed left of theirs is removed."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    directory = runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir()
+    prefix = f"deconvd-{purpose.word}-"
+    root = Path(directory).resolve()
+    for left in root.glob(f"{prefix}*/{purpose.word}"):
+        _remove_if_dead(left)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=root)) / purpose.word
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a socket and its directory, if they are this user's and no server's that lives."""
+    with suppress(OSError):  # its server lives, or it is another user's, or gone meanwhile
+        if path.parent.lstat().st_uid == os.geteuid():
+            directory = _locked(path.parent)
+            try:
+                path.unlink()
+                path.parent.rmdir()
+            finally:
+                os.close(directory)
+
+
+def _locked(directory: Path) -> int:
+    """Return the descriptor of a private directory, which is this process's until it is closed.
+
+    Nobody but this user can lock it. Raises OSError if another process has it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @dataclass(frozen=True, slots=True)

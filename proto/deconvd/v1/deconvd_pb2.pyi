@@ -1187,11 +1187,12 @@ class GetServerInfoResponse(_message.Message):
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     UNIX_SOCKETS_FIELD_NUMBER: _builtins.int
     DIRECT_PORT_FIELD_NUMBER: _builtins.int
+    SIDE_SOCKETS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Of deconvd, as in PEP 440."""
     shared_memory_socket: _builtins.str
-    """Path of the Unix socket where it lends memory, by its own name for the directory; empty if it lends none. A client that
-    reaches the server by a Unix socket SHOULD look beside that first: at its own path for it, followed by ".memory".
+    """Absolute path of a Unix socket where it lends memory; empty if it lends none. It is for clients that reach the server in
+    another way than by a Unix socket; the others MUST use `side_sockets`.
     """
     instance_id: _builtins.str
     """Random, and new whenever the server starts: two targets that tell the same are one server."""
@@ -1217,6 +1218,10 @@ class GetServerInfoResponse(_message.Message):
         the same instance answers there.
         """
 
+    @_builtins.property
+    def side_sockets(self) -> _containers.RepeatedCompositeFieldContainer[Global___SideSockets]:
+        """What listens beside each of `unix_sockets`, in their order."""
+
     def __init__(
         self,
         *,
@@ -1229,14 +1234,47 @@ class GetServerInfoResponse(_message.Message):
         instance_id: _builtins.str = ...,
         unix_sockets: _abc.Iterable[_builtins.str] | None = ...,
         direct_port: _builtins.int = ...,
+        side_sockets: _abc.Iterable[Global___SideSockets] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "side_sockets", b"side_sockets", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class SideSockets(_message.Message):
+    """The Unix sockets beside one for gRPC. Each is empty if there is none; else it is an absolute path, or the name of a file in
+    the directory of the socket for gRPC. A client MUST look for a name in the directory by which it reaches that socket itself,
+    after symbolic links to it: in another container the directory may have another path.
+
+    Whoever may open the socket for gRPC may open these. Where a proxy listens, or another server, they may be another server's:
+    a client MUST NOT use one before it has seen that the instance which told of it answers there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    calls: _builtins.str
+    """Where it takes direct calls: deconvd/direct.py."""
+    memory: _builtins.str
+    """Where it lends memory: deconvd/shared_memory.py."""
+    def __init__(
+        self,
+        *,
+        calls: _builtins.str = ...,
+        memory: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "memory", b"memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SideSockets: _TypeAlias = SideSockets  # noqa: Y015
 
 @_typing.final
 class Device(_message.Message):

@@ -3,7 +3,6 @@
 from deconvd_server.shared_memory.cards import Cards
 from deconvd_server.shared_memory.lender import Lender
 from deconvd_server.shared_memory.loans import Limits
-from deconvd_server.shared_memory.place import memory_socket
 from deconvd_server.shared_memory.tensors import CallTensors
 
-__all__ = ["CallTensors", "Cards", "Lender", "Limits", "memory_socket"]
+__all__ = ["CallTensors", "Cards", "Lender", "Limits"]

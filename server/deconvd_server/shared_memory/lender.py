@@ -8,20 +8,18 @@ import selectors
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from deconvd.errors import StaleRegionError
-from deconvd.shared_memory import Answer, Operation, Reply, Request
+from deconvd.shared_memory import REGION_NAME_BYTES, Answer, Operation, Reply, Request
 from deconvd_server.log_text import excerpt
 from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
-from deconvd_server.shared_memory.place import is_private
 from deconvd_server.side_socket import Peer, SideSocket, peer_of
 
 __all__ = ["Lender"]
@@ -30,6 +28,7 @@ _MAX_PACKET_BYTES: Final = 64  # more than a request has: what is longer is seen
 _PAUSE_S: Final = 1.0
 """For how long no one is accepted after the system has run out of descriptors."""
 
+_NO_INSTANCE: Final = bytes(REGION_NAME_BYTES)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 _log = logging.getLogger(__name__)
@@ -47,38 +46,35 @@ class Lender:
     uses it has ended. One thread talks to all clients, another maps memory for them.
 
     Args:
-        path: Where to listen; see `memory_socket`. Nothing to do with it if it cannot: raises OSError.
+        sides: The sockets where it listens. It removes and closes them.
         limits: How much it lends.
         on_map: Called with the address and the size of memory that was mapped, before anyone uses
             it; returns what to call when no one does any more, before it is unmapped. Each may be
             called in any thread. If it raises, the client is told that there is no memory.
         users: Ids of the users that it lends to. By default its own and root.
         cards: Lends memory of cards; None if there is none.
+        instance: The server's id, for clients that ask whose socket it is.
     """
 
     def __init__(
         self,
-        path: Path,
+        sides: Sequence[SideSocket],
         limits: Limits,
         *,
         on_map: OnMap = _nothing_to_do,
         users: Collection[int] | None = None,
         cards: Cards | None = None,
+        instance: bytes = _NO_INSTANCE,
     ) -> None:
-        own = {0, os.geteuid()}
-        self._users = frozenset(own if users is None else users)
+        self._users = frozenset({0, os.geteuid()} if users is None else users)
+        self._instance = instance
         self._limits = limits
         self._on_map = on_map
         self._cards = cards
         # of clients that have gone, but for their processes: what takes back what they have
         self._borrowings: dict[Borrowing, Callable[[], None]] = {}
         self._loans: Loans[Memory] = Loans(limits)
-        self._side = SideSocket(
-            path,
-            kind=socket.SOCK_SEQPACKET,
-            for_others=not self._users <= own,
-            has_directory=is_private(path),
-        )
+        self._sides = tuple(sides)
         self._selector = selectors.DefaultSelector()
         self._clients: list[_Client] = []
         self._todo: deque[Callable[[], None]] = deque()
@@ -92,11 +88,6 @@ class Lender:
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
         self._thread = threading.Thread(target=self._serve, name="memory-lender", daemon=True)
         self._thread.start()
-
-    @property
-    def path(self) -> Path:
-        """Where it listens."""
-        return self._side.path
 
     @property
     def lent_bytes(self) -> int:
@@ -125,12 +116,12 @@ class Lender:
 
     def withdraw(self) -> None:
         """Take no more clients, and give up the path, so that a successor can have it."""
-        self._side.remove()
+        self._remove_files()
         self._run(self._stop_listening)
 
     def close(self) -> None:
         """Withdraw, and take back all that is lent. What calls still use stays mapped until they end."""
-        self._side.remove()
+        self._remove_files()
         self._run(self._begin_closing)
         self._thread.join()
         self._mapper.shutdown()
@@ -139,6 +130,10 @@ class Lender:
     def wait_until_unused(self, timeout_s: float) -> bool:
         """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
         return self._loans.wait_until_none(timeout_s)
+
+    def _remove_files(self) -> None:
+        for side in self._sides:
+            side.remove()
 
     # What follows runs in the lender's thread, up to what says that it runs in the mapper's.
 
@@ -181,22 +176,26 @@ class Lender:
         self._wake_sender.close()
 
     def _listen(self) -> None:
-        self._selector.register(self._side.socket, selectors.EVENT_READ, self._accept)
+        for side in self._sides:
+            accept = partial(self._accept, side.socket)
+            self._selector.register(side.socket, selectors.EVENT_READ, accept)
         self._pause_s = None
 
     def _stop_listening(self) -> None:
         self._pause()
-        self._side.socket.close()
+        for side in self._sides:
+            side.socket.close()
         self._pause_s = None
 
     def _pause(self) -> None:
-        with suppress(KeyError, ValueError):  # it is paused or closed already
-            self._selector.unregister(self._side.socket)
+        for side in self._sides:
+            with suppress(KeyError, ValueError):  # it is paused or closed already
+                self._selector.unregister(side.socket)
         self._pause_s = _PAUSE_S
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            connection, _ = self._side.socket.accept()
+            connection, _ = listener.accept()
         except BlockingIOError:
             return
         except OSError as error:
@@ -251,6 +250,10 @@ class Lender:
             _log.warning("%s sent no request for shared memory: %s", client.peer, excerpt(error))
             client.send(Reply(Answer.MALFORMED, text=str(error)))
             self._drop(client)
+            return
+        if request.operation is Operation.IDENTIFY:
+            if not client.send(Reply(Answer.DONE, region=self._instance)):
+                self._drop(client)
             return
         self._stop_reading(client)  # one request at a time
         self._mapper.submit(self._perform, client, request)
