@@ -597,7 +597,8 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
     with deconvd_client.connect(running.target) as F:
         way = way_to(running.target)
         assert way is not None
-        lines = DirectLines(way, pb.GetServerInfoResponse)
+        told = told_by(running)
+        lines = DirectLines(way, lambda: told)
         request = REQUEST.SerializeToString()
         assert lines.call(Method.Deconvolve, request, soon()).message
         child = os.fork()

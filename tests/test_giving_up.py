@@ -126,6 +126,8 @@ def test_a_call_that_waits_for_its_turn(served: Served, timeout_s: float | None)
 def test_a_call_whose_tensors_lie_in_shared_memory(
     served: Served, timeout_s: float | None, stage: str
 ) -> None:
+    lender = served.daemon._service.lender
+    assert lender is not None
     borrower = Borrower(lambda _: served.daemon._service.memory_socket)
     x, y = borrower.empty(X.shape, X.dtype, soon()), borrower.empty(X.shape, X.dtype, soon())
     asked = request()

@@ -23,7 +23,7 @@ from deconvd_client import Connection
 from tests.direct_calls import told_by
 from tests.lenders import lies_in_shared_memory
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, call_until_served, server_process
 
 X = np.ones((1, 2, 3, 3), np.float32)
 W = np.ones((2, 2, 2, 2), np.float32)
@@ -71,11 +71,15 @@ def forwarding(path: Path, to: Path) -> Iterator[str]:
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()
-        writer.close()
+        writer.write_eof()
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_unix_connection(to)
-        await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+        try:
+            await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+        finally:
+            writer.close()
+            back.close()
 
     async def serve() -> None:
         async with await asyncio.start_unix_server(forward, path):
@@ -85,6 +89,7 @@ def forwarding(path: Path, to: Path) -> Iterator[str]:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # what was closed is let go in the next round
 
     begun, ended = threading.Event(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
@@ -219,6 +224,15 @@ class TestStaying:
             assert server.targets == list(listen)
             with deconvd_client.connect("unix:a.sock") as F:
                 assert has_all(F)
+
+    def test_a_client_finds_those_of_a_successor(self, socket_directory: Path) -> None:
+        with server_process(socket_directory) as killed:
+            F = deconvd_client.connect(killed.target, timeout_s=20)
+            assert has_all(F)
+            killed.end(signal.SIGKILL)
+        with F, server_process(socket_directory):
+            call_until_served(F, X, W)
+            assert has_all(F)
 
     def test_a_killed_servers_sockets_are_replaced_and_a_drained_ones_are_gone(
         self, socket_directory: Path
