@@ -225,6 +225,26 @@ class TestStaying:
             with deconvd_client.connect("unix:a.sock") as F:
                 assert has_all(F)
 
+    def test_those_that_someone_removes_are_made_anew_and_say_so(
+        self, socket_directory: Path
+    ) -> None:
+        with server_process(socket_directory, "--socket-mode", "0640") as server:
+            sides = [
+                Path(f"{server.target.removeprefix('unix:')}.{x}") for x in ("calls", "memory")
+            ]
+            with deconvd_client.connect(server.target) as before:
+                assert has_all(before)
+                for side in sides:
+                    side.unlink()
+                wait_until(lambda: all(side.is_socket() for side in sides))
+                assert {side.stat().st_mode & 0o777 for side in sides} == {0o640}
+                with deconvd_client.connect(server.target) as after:
+                    assert has_all(after)
+                assert has_all(before)
+            assert server.log.read_text().count("was removed, and is made anew") == 2
+            assert server.end() == 0
+        assert os.listdir(socket_directory) == ["server.log"]
+
     def test_a_client_finds_those_of_a_successor(self, socket_directory: Path) -> None:
         with server_process(socket_directory) as killed:
             F = deconvd_client.connect(killed.target, timeout_s=20)
@@ -365,19 +385,48 @@ def test_what_is_no_mode_or_group_is_said(
     assert message in result.stderr
 
 
-def ended_server(
-    address: str, *options: str, user: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a server that cannot start to its end. As another user it can still read this code: it has it already."""
+def command(address: str, *options: str, user: int | None = None) -> list[str]:
+    """Return the command that runs a server. Another user becomes one once it has this code, which it may not read."""
     start = "import os, sys; from deconvd_server.__main__ import main; user = int(sys.argv.pop())\n"
     become = "if user: os.setgroups([]); os.setgid(user); os.setuid(user)\n"
     words = ["--device", "cpu", "--listen", address, *options, str(user or 0)]
+    return [sys.executable, "-c", f"{start}{become}main()", *words]
+
+
+def ended_server(
+    address: str, *options: str, user: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a server that cannot start to its end."""
     return subprocess.run(
-        [sys.executable, "-c", f"{start}{become}main()", *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        command(address, *options, user=user), capture_output=True, text=True, timeout=60
     )
+
+
+@needs_root
+def test_a_directory_that_may_not_be_written_any_more_keeps_no_server_from_ending(
+    open_directory: Path,
+) -> None:
+    run = open_directory / "run"
+    run.mkdir()
+    os.chown(run, STRANGER, STRANGER)
+    with subprocess.Popen(
+        command(f"unix:{run}/s", user=STRANGER),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        assert "listening on" in server.stdout.readline()
+        os.chown(run, 0, 0)
+        server.terminate()
+        try:
+            _, log = server.communicate(timeout=30)
+        finally:
+            server.kill()
+
+    assert server.returncode == 0
+    assert "Traceback" not in log
+    assert "a socket's file cannot be removed: " in log
 
 
 HOLD_LOCKS = """

@@ -73,22 +73,22 @@ class UnixWay:
             OSError: The server opens none in time.
             DeconvdError: What it said when it was asked for its socket.
         """
-        place = self._known or self._told(ask())
+        place = self._known or self._place(ask())
         try:
-            line = self._opened(place, min(max(timeout_s, _LEAST_S), _UNIX_S))
+            line = self._open_at(place, min(max(timeout_s, _LEAST_S), _UNIX_S))
         except OSError:
             self._known = None
             raise
         self._known = place
         return line
 
-    def _told(self, info: pb.GetServerInfoResponse) -> _Place:
+    def _place(self, info: pb.GetServerInfoResponse) -> _Place:
         paths = calls_sockets(info, self.path)
         if not paths:
             raise ConnectionRefusedError("the server takes no direct calls beside its socket")
         return _Place(paths[0], bytes.fromhex(info.instance_id))
 
-    def _opened(self, place: _Place, timeout_s: float) -> Line:
+    def _open_at(self, place: _Place, timeout_s: float) -> Line:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)

@@ -136,7 +136,10 @@ class Daemon:
         call_sides = self._open_for_calls(grpc_paths)
         self._direct = self._serve_directly(list(call_sides.values()), listeners)
         self._service.side_sockets = [
-            pb.SideSockets(calls=_told(path, call_sides), memory=_told(path, memory_sides))
+            pb.SideSockets(
+                calls=_name_for_clients(path, call_sides),
+                memory=_name_for_clients(path, memory_sides),
+            )
             for path in grpc_paths
         ]
         self._service.memory_socket = next((str(s.path) for s in memory_sides.values()), "")
@@ -267,7 +270,7 @@ class Daemon:
         return server
 
 
-def _told(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
+def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
     """Return what clients are told of the socket beside one for gRPC: its name if it is in the same directory."""
     side = sides.get(grpc_path)
     if side is None:

@@ -16,7 +16,7 @@ from deconvd.line import Line
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.direct_line import DirectLine
-from deconvd_server.side_socket import SideSocket, peer_of
+from deconvd_server.side_socket import MEND_S, SideSocket, peer_of
 
 __all__ = ["DirectServer"]
 
@@ -104,7 +104,9 @@ class DirectServer:
             for held in (self._wake_receiver, *self._listeners.values()):
                 stack.enter_context(held)
             while True:
-                ready = {descriptor for descriptor, _ in self._events.poll()}
+                ready = {descriptor for descriptor, _ in self._events.poll(MEND_S)}
+                if not ready:
+                    self._mend()
                 # those who go before those who come, who may get the same descriptor
                 for descriptor in ready - self._listeners.keys() - {waking}:
                     self._see_off(descriptor)
@@ -112,6 +114,11 @@ class DirectServer:
                     return
                 for descriptor in ready & self._listeners.keys():
                     self._accept(self._listeners[descriptor])
+
+    def _mend(self) -> None:
+        for side in self._sides:
+            if side.mend():
+                self._events.register(side.socket.fileno(), select.EPOLLIN)
 
     def _see_off(self, descriptor: int) -> None:
         """Cancel the call of a client that has gone, or of a line that has ended by itself."""
@@ -146,7 +153,7 @@ class DirectServer:
         select.select([self._wake_receiver], [], [], _PAUSE_S)
 
     def _take(self, connection: socket.socket, address: Any) -> None:
-        peer = _described(connection, address)
+        peer = _description(connection, address)
         self._make_room()
         with self._lock:
             has_room = len(self._lines) < _LINES_COUNT and not self._is_withdrawn
@@ -182,7 +189,7 @@ class DirectServer:
             self._lines.pop(line.descriptor)
 
 
-def _described(connection: socket.socket, address: Any) -> str:
+def _description(connection: socket.socket, address: Any) -> str:
     """Return who has connected, for the log."""
     if connection.family == socket.AF_UNIX:
         return f"unix: {peer_of(connection)}"

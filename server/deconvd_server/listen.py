@@ -58,7 +58,7 @@ def bind(server: grpc.Server, address: str, access: Access | None = None) -> str
         path = _unix_path(address)
         if not path.parent.is_dir():
             raise _unix_error("in a directory that exists", address)
-        _bind_unix(server, _lasting(path), address, access)
+        _bind_unix(server, _lasting_path(path), address, access)
         return address
     match = _HOST_PORT.fullmatch(address)
     if match is None or int(match["port"]) > 65535:
@@ -72,7 +72,7 @@ def bind(server: grpc.Server, address: str, access: Access | None = None) -> str
 def release(address: str) -> None:
     """Remove what `bind` left of an address, once its server has stopped."""
     if address.startswith("unix:"):
-        path = _lasting(_unix_path(address))
+        path = _lasting_path(_unix_path(address))
         # A successor may listen by now, and the directory may have gone with all that was in it.
         try:
             with suppress(AddressInUseError, FileNotFoundError), _locked(path):
@@ -138,11 +138,13 @@ def _listener(family: int, host: str, port: int) -> socket.socket | None:
 
 def unix_sockets(addresses: Iterable[str]) -> list[str]:
     """Return the absolute paths of those addresses that are Unix sockets."""
-    paths = (_lasting(_unix_path(address)) for address in addresses if address.startswith("unix:"))
+    paths = (
+        _lasting_path(_unix_path(address)) for address in addresses if address.startswith("unix:")
+    )
     return [str(path.absolute()) for path in paths]
 
 
-def _lasting(path: Path) -> Path:
+def _lasting_path(path: Path) -> Path:
     """Return a path for the same file that those who clear up directories know, if gRPC can have it.
 
     It has no links and begins at the root, as they find it; the kernel tells them under which paths

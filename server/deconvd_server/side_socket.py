@@ -10,6 +10,7 @@ import socket
 import stat
 import struct
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from typing import Final
 
 from deconvd_server.unix_socket import MAX_PATH_BYTES, Access
 
-__all__ = ["Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
+__all__ = ["MEND_S", "Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
+
+MEND_S: Final = 5.0
+"""How often a server that is otherwise idle looks after its sockets' files."""
 
 _BACKLOG: Final = 64
 _PEER: Final = struct.Struct("3i")  # struct ucred of unix(7)
@@ -72,13 +76,17 @@ class SideSocket:
         has_directory: bool = False,
     ) -> None:
         self.path = path
+        self._kind = kind
+        self._access = access
+        self._lock = threading.Lock()
+        self._is_kept = True
         self._directory = _locked(path.parent) if has_directory else None
         self.socket = socket.socket(socket.AF_UNIX, kind)
         try:
             if has_directory and access is not None and access.is_for_others:
                 path.parent.chmod(0o711)
             _remove_socket(path)
-            self._listen(access)
+            self._listen(self.socket)
         except BaseException:
             self.socket.close()
             self._leave_directory()
@@ -86,10 +94,34 @@ class SideSocket:
 
     def remove(self) -> None:
         """Remove the file, unless a successor has replaced it. What is left is to close the socket."""
-        with suppress(FileNotFoundError):
-            if self.path.stat().st_ino == self._inode:
-                self.path.unlink()
+        with self._lock:
+            self._is_kept = False
+        try:
+            with suppress(FileNotFoundError):
+                if self.path.stat().st_ino == self._inode:
+                    self.path.unlink()
+        except OSError as error:
+            _log.warning("a socket's file cannot be removed: %s", error)
         self._leave_directory()
+
+    def mend(self) -> bool:
+        """Listen anew if someone has removed the file; return whether that was so.
+
+        The descriptor stays the same, but whoever waits for connections must be told of it again.
+        """
+        with self._lock:
+            if not self._is_kept or os.path.lexists(self.path):
+                return False
+            try:
+                with socket.socket(socket.AF_UNIX, self._kind) as renewed:
+                    self._listen(renewed)
+                    os.dup2(renewed.fileno(), self.socket.fileno(), inheritable=False)
+            except OSError as error:
+                _log.warning("%s was removed, and cannot be made anew: %s", self.path, error)
+                self._is_kept = False
+                return False
+        _log.warning("%s was removed, and is made anew", self.path)
+        return True
 
     def _leave_directory(self) -> None:
         """Remove its own directory, if it has one."""
@@ -99,16 +131,16 @@ class SideSocket:
             os.close(self._directory)
             self._directory = None
 
-    def _listen(self, access: Access | None) -> None:
-        self.socket.setblocking(False)
-        self.socket.bind(os.fspath(self.path))
+    def _listen(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        listener.bind(os.fspath(self.path))
         self._inode = self.path.stat().st_ino
         try:
-            if access is not None:
-                access.give(self.path)  # before anyone can connect
-            self.socket.listen(_BACKLOG)
+            if self._access is not None:
+                self._access.give(self.path)  # before anyone can connect
+            listener.listen(_BACKLOG)
         except BaseException:
-            self.remove()
+            self.path.unlink()
             raise
 
 

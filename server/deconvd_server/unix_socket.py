@@ -43,18 +43,28 @@ class Access:
         """Let these open a socket, and nobody else.
 
         Raises:
-            OSError: This process may not do so.
+            OSError: This process may not do so, or the file is no socket any more.
         """
+        # by a descriptor: of what someone else may have put there meanwhile nothing is changed
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                raise FileExistsError(errno.EEXIST, "the socket was replaced", str(path))
+            self._give_file(Path(f"/proc/self/fd/{descriptor}"), path)
+        finally:
+            os.close(descriptor)
+
+    def _give_file(self, file: Path, path: Path) -> None:
         if self.group is not None:
             try:
-                os.chown(path, -1, self.group)
+                os.chown(file, -1, self.group)
             except PermissionError as error:
                 raise PermissionError(
                     error.errno,
                     f"the socket cannot be given to group {self.group}, in which this user is not",
                     str(path),
                 ) from None
-        path.chmod(self.mode)
+        file.chmod(self.mode)
 
 
 def remove_dead_socket(path: Path) -> None:

@@ -20,7 +20,7 @@ from deconvd_server.log_text import excerpt
 from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
-from deconvd_server.side_socket import Peer, SideSocket, peer_of
+from deconvd_server.side_socket import MEND_S, Peer, SideSocket, peer_of
 
 __all__ = ["Lender"]
 
@@ -152,11 +152,11 @@ class Lender:
     def _serve(self) -> None:
         try:
             while not self._is_closing:
-                events = self._selector.select(self._pause_s)
+                events = self._selector.select(self._pause_s or MEND_S)
                 for key, _ in events:
                     key.data()
                 if not events:
-                    self._listen()
+                    self._tend_sockets()
         except Exception:
             _log.exception("no more shared memory is lent: unforeseen error")
         finally:
@@ -180,6 +180,14 @@ class Lender:
             accept = partial(self._accept, side.socket)
             self._selector.register(side.socket, selectors.EVENT_READ, accept)
         self._pause_s = None
+
+    def _tend_sockets(self) -> None:
+        """End a pause; listen again to sockets that had to be made anew."""
+        for side in self._sides:
+            if side.mend():
+                self._pause()
+        if self._pause_s is not None:
+            self._listen()
 
     def _stop_listening(self) -> None:
         self._pause()
