@@ -357,6 +357,16 @@ class TestUsers:
         assert result.returncode == 1
         assert "cannot listen there: Permission denied" in result.stderr
 
+    @pytest.mark.skipif(
+        int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) < 2,
+        reason="here anyone may have any port",
+    )
+    def test_a_port_that_is_for_root_is_said(self) -> None:
+        result = ended_server("127.0.0.1:1", user=STRANGER)
+
+        assert result.returncode == 1
+        assert "cannot listen there: Permission denied: '127.0.0.1:1'" in result.stderr
+
     def test_another_users_socket_is_said(self, open_directory: Path) -> None:
         open_directory.chmod(0o777)
         with server_process(open_directory) as server:
