@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
 import numpy.typing as npt
 
 from deconvd.dtypes import element_type
-from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
 from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
@@ -20,6 +19,13 @@ from deconvd.problem import check_extents
 from deconvd.shared_memory import socket_beside
 from deconvd.tensor import Array, spec_of
 from deconvd.transport import unix_path
+from deconvd_client.advice import Advice
+from deconvd_client.arguments import (
+    parse_max_message_bytes,
+    parse_tenant_key,
+    parse_timeout,
+    parse_transport,
+)
 from deconvd_client.asked import RequestT, ResponseT
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
@@ -29,19 +35,19 @@ from deconvd_client.kinds import is_from_cupy
 from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
 from deconvd_client.operations import GRADIENTS, Operations, checked_array
+from deconvd_client.proxies import proxy_to
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
 from deconvd_client.residents import Call, RemoteTensor, Residents
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.stub import Stub
+from deconvd_client.targets import parse_target
 
 if TYPE_CHECKING:
     from deconvd_client.cards import Cards
 
 __all__ = ["Connection", "connect"]
-
-_MAX_KEY_BYTES: Final = 64
 
 _WITHOUT_SHARED_MEMORY: Final = (Transport.UNIX, Transport.TCP, Transport.GRPC)
 
@@ -52,13 +58,14 @@ def connect(
     timeout_s: float = 60.0,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     transport: str = Transport.AUTO,
-    tenant_key: str | bytes = b"",
+    tenant_key: str | bytes | None = None,
 ) -> Connection:
     """Return a connection to a server. Nothing is sent before the first call.
 
     Args:
         target: ``host:port`` or ``unix:path``.
-        timeout_s: How long each call may take, its retries included.
+        timeout_s: How long each call may take, its retries included, in seconds. A million, eleven
+            days, is the longest; what is more is taken for that.
         max_message_bytes: The largest response to accept.
         transport: ``auto`` for the nearest way that works: on the server's host that is shared
             memory, and its Unix socket. Or one way that calls are to go, or fail with
@@ -67,7 +74,8 @@ def connect(
             beside it, as through a proxy.
         tenant_key: A secret of up to 64 bytes. Connections that tell the same share a quota for
             what the server keeps, and what one has sent another need not send; empty for a
-            connection by itself.
+            connection by itself. None, the default, stands for what DECONVD_TENANT_KEY is in the
+            environment, or empty.
 
     Raises:
         InvalidArgumentError: An argument is out of its range.
@@ -88,6 +96,10 @@ class Connection:
     UnavailableError if the server cannot be reached (after a few tries), ExhaustedError if the
     request or the result is over a limit that the message names, InternalError for a fault of the
     server.
+
+    It can be pickled and copied: the copy has the same target and options, and connects anew. It has
+    no tenant's key but that in DECONVD_TENANT_KEY where it is made, none of the tensors that stay for
+    the original, and no options that `using_config` has set.
     """
 
     def __init__(
@@ -97,32 +109,32 @@ class Connection:
         timeout_s: float,
         max_message_bytes: int,
         transport: str,
-        tenant_key: str | bytes,
+        tenant_key: str | bytes | None,
     ) -> None:
-        if not 0 < timeout_s < math.inf:
-            raise InvalidArgumentError(
-                f"timeout_s must be positive and finite, got {timeout_s}", argument="timeout_s"
-            )
-        self.target = target
+        self.target = target = parse_target(target)
+        self._timeout_s = timeout_s = parse_timeout(timeout_s)
+        self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
+        self._way = way = parse_transport(transport)
+        secret = parse_tenant_key(tenant_key)
         learn_large_blocks()
 
         def open_stub(target: str) -> Stub:
-            channel = open_channel(target, max_message_bytes=max_message_bytes)
+            proxy = proxy_to(target)
+            channel = open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
             is_direct = way is not Transport.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
             direct_way = way_to(target) if is_direct else None
-            return Stub(channel, timeout_s=timeout_s, way=direct_way)
+            advice = Advice(target, timeout_s, proxy)
+            return Stub(channel, timeout_s=timeout_s, way=direct_way, advice=advice)
 
-        way = _transport(transport)
         self._nearest = Nearest(open_stub, target, way)
         is_only_way = way is Transport.SHARED_MEMORY
         self._memory = Borrower(self._find_memory, is_only_way=is_only_way)
         if way in _WITHOUT_SHARED_MEMORY:
             self._memory.close()
         self._config = Config()
-        self._way = way
         self._cards: Cards | None = None
         self._lock = threading.Lock()
-        self._residents = Residents(self._nearest, self._memory, _tenant_key(tenant_key))
+        self._residents = Residents(self._nearest, self._memory, secret)
         self._operations = Operations(self._residents, self._config)
         self._any_operations = Operations(self._residents, self._config, takes_cupy=True)
         self._remote = Remote(self._operations, self._residents)
@@ -343,26 +355,17 @@ class Connection:
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"<deconvd_client.Connection to {self.target}>"
-
-
-def _tenant_key(key: str | bytes) -> bytes:
-    secret = key.encode() if isinstance(key, str) else key
-    if not isinstance(secret, bytes) or len(secret) > _MAX_KEY_BYTES:
-        # a secret, so it is not shown
-        given = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(key).__name__
-        raise InvalidArgumentError(
-            f"tenant_key must be a str or bytes of at most {_MAX_KEY_BYTES} bytes, got {given}",
-            argument="tenant_key",
+    def __reduce__(self) -> tuple[partial[Connection], tuple[()]]:
+        # a copy, in this process or another, connects anew; it takes its tenant's key from there
+        again = partial(
+            connect,
+            self.target,
+            timeout_s=self._timeout_s,
+            max_message_bytes=self._max_message_bytes,
+            transport=self._way.value,
         )
-    return secret
+        return again, ()
 
-
-def _transport(name: str) -> Transport:
-    try:
-        return Transport(name)
-    except ValueError:
-        raise InvalidArgumentError(
-            f"transport must be one of {', '.join(Transport)}, got {name!r}", argument="transport"
-        ) from None
+    def __repr__(self) -> str:
+        way = "" if self._way is Transport.AUTO else f", transport {self._way.value}"
+        return f"<deconvd_client.Connection to {self.target}, timeout {self._timeout_s:g} s{way}>"

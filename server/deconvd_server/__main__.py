@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,7 @@ from typing import NoReturn
 import click
 
 import deconvd
+from deconvd.console import Command, discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
@@ -32,7 +34,9 @@ _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
 _LEAST_MESSAGE_BYTES = 4 << 20
 """What clients send in one message, gRPC's own default, must fit."""
 
-_USER_ID = re.compile(r"\d{1,10}")
+_USER_ID = re.compile(r"[0-9]{1,10}")
+_LARGEST_USER_ID = 2**32 - 2
+_MAX_THREADS_COUNT = 1024
 
 _LAST_DRAIN_S = 5.0
 """How long the calls of other devices may take to end once one device is lost."""
@@ -52,12 +56,16 @@ def _user_ids(
     _context: click.Context, _parameter: click.Parameter, ids: str | None
 ) -> tuple[int, ...]:
     given = [] if not ids else ids.split(",")
-    if not all(_USER_ID.fullmatch(one) for one in given):
-        raise click.BadParameter(f"{ids!r} is not made of numbers, as in 1000,1001")
+    if not all(_USER_ID.fullmatch(one) and int(one) <= _LARGEST_USER_ID for one in given):
+        raise click.BadParameter(f"{ids!r} is not made of users' numbers, as in 1000,1001")
     return tuple(map(int, given))
 
 
-@click.command(context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True})
+@click.command(
+    "deconvd-server",
+    cls=Command,
+    context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True},
+)
 @click.option(
     "--listen",
     "addresses",
@@ -84,14 +92,14 @@ def _user_ids(
 @click.option(
     "--device",
     default="auto",
-    metavar="cpu|cuda[:N][,…]|auto",
+    metavar="cpu|cuda[:N][,...]|auto",
     callback=_device_name,
     help="What to compute on. cuda: every GPU; cuda:0,cuda:1: some; auto: every GPU, or the "
     "processor if there is none.",
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, _MAX_THREADS_COUNT),
     default=None,
     show_default="the processors it may use",
     help="Threads that compute on the processor.",
@@ -126,7 +134,7 @@ def _user_ids(
 @click.option(
     "--shared-memory-users",
     default=None,
-    metavar="ID[,…]",
+    metavar="ID[,...]",
     callback=_user_ids,
     show_default="none",
     help="Numbers of the users who may borrow it, beside the server's own and root.",
@@ -232,9 +240,18 @@ def main(
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
         sys.exit(f"deconvd-server: {error}")
-    for address in daemon.addresses:
-        print(f"deconvd-server: listening on {address}", flush=True)
+    _greet(daemon.addresses)
     _run(daemon, ends)
+
+
+def _greet(addresses: Sequence[str]) -> None:
+    """Print where the server listens. That nobody can be told is no reason not to serve."""
+    try:
+        for address in addresses:
+            print(f"deconvd-server: listening on {address}", flush=True)
+    except OSError as error:
+        _log.warning("cannot write to standard output, so nobody is told there: %s", error.strerror)
+        discard_output()
 
 
 def _run(daemon: Daemon, ends: Ends) -> None:

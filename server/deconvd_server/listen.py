@@ -41,6 +41,12 @@ def bind(server: grpc.Server, address: str) -> str:
         InvalidArgumentError: It is no such address.
         AddressInUseError: Another process has it.
     """
+    try:
+        address.encode()
+    except UnicodeEncodeError:  # gRPC's names are UTF-8
+        raise InvalidArgumentError(
+            f"--listen must be a name in UTF-8, got {address!r}", argument="listen"
+        ) from None
     if address.startswith("unix:"):
         path = _unix_path(address)
         if not path.parent.is_dir():
