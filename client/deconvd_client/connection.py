@@ -251,16 +251,28 @@ class Connection:
         )
         return y, pullback
 
-    def put(self, array: Array) -> RemoteTensor:
+    def put(self, array: Array | RemoteTensor) -> RemoteTensor:
         """Have the server keep an array, and return what stands for it in calls.
 
         It means what the array holds now. The array is referred to, and sent again if the server
         loses the tensor and the array still holds the same.
 
+        Args:
+            array: Or a RemoteTensor, whose value is kept for as long as either of them. One of
+                another connection is fetched from there.
+
         Raises:
-            InvalidArgumentError: It is no array, or no operand can have its shape or element type.
+            InvalidArgumentError: It is no array, or no operand can have its shape or element type; or
+                it is a RemoteTensor that is closed.
             ExhaustedError: The server has no room for it.
+            LostTensorError: It is another connection's RemoteTensor, and its server has lost it.
         """
+        if isinstance(array, RemoteTensor):
+            if array.is_of(self._residents):
+                return RemoteTensor(
+                    self._residents, array.kept_for(self._residents, "array").shared()
+                )
+            array = array.numpy()
         spec = spec_of(checked_array("array", array))
         element_type("array", spec.dtype)
         check_extents("array", spec)
