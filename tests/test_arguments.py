@@ -201,6 +201,61 @@ def test_a_tenant_key_may_be_any_text_or_bytes(server: ServerProcess, key: Any) 
         np.testing.assert_array_equal(F.put(X).numpy(), X)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (np.int64(3), (3,)),
+        (np.array(3), (3,)),
+        (np.array([2, 3]), (2, 3)),
+        ([np.uint8(2), 3], (2, 3)),
+        (iter((2, 3)), (2, 3)),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_a_shape_may_be_made_of_any_integers(F: Connection, shape: Any, expected: Any) -> None:
+    assert F.empty(shape, np.float32).shape == expected
+
+
+@pytest.mark.parametrize("shape", [None, 2.0, (2.0, 3), "23", np.array([2.0]), 10**5000], ids=type)
+def test_what_is_no_shape_is_refused(F: Connection, shape: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="shape must ") as raised:
+        F.empty(shape, np.float32)
+
+    assert raised.value.argument == "shape"
+
+
+@pytest.mark.parametrize("dtype", ["float99", 7, [], "f4,f4", int])
+def test_what_is_no_element_type_is_refused(F: Connection, dtype: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="dtype must ") as raised:
+        F.empty((2, 3), dtype)
+
+    assert raised.value.argument == "dtype"
+
+
+@pytest.mark.parametrize("wanted", [None, 5, [["gx"]], "gx", ["gx", "gz"]])
+def test_what_is_no_collection_of_gradients_is_refused(F: Connection, wanted: Any) -> None:
+    gy = np.ones((1, 1, 10, 10), np.float32)
+
+    with pytest.raises(InvalidArgumentError, match="wanted must be a collection of names"):
+        F.deconvolution_2d_grad(X, W, None, gy, wanted=wanted)
+
+
+@pytest.mark.parametrize("wanted", [iter(["gx"]), np.array(["gx"]), {"gx": 1}, ("gx",)])
+def test_gradients_may_be_named_in_any_collection(F: Connection, wanted: Any) -> None:
+    gy = np.ones((1, 1, 10, 10), np.float32)
+
+    gradients = F.deconvolution_2d_grad(X, W, None, gy, wanted=wanted)
+
+    assert gradients.gx is not None
+    assert (gradients.gW, gradients.gb) == (None, None)
+
+
+def test_a_switch_may_be_a_truth_value_of_numpy(F: Connection) -> None:
+    with F.using_config("autotune", np.bool_(True)):
+        assert F._config.options.autotune is True
+
+
 @pytest.mark.parametrize("name", ["stride", "pad", "dilate", "groups"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_integer_with_too_many_digits_to_write_down_is_refused(name: str, sign: int) -> None:

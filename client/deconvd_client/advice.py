@@ -54,8 +54,8 @@ class Advice:
 
     def _out_of_time(self, why: str) -> str:
         limit = (
-            f"the call took longer than the {self.timeout_s:g} s that timeout_s of connect() "
-            "allows, or --timeout-s of the command"
+            f"the call took longer than the {self.timeout_s:g} s that timeout_s of connect() allows "
+            "(--timeout-s of the command)"
         )
         return limit if _DEADLINE_PASSED in why else f"{limit}: {why}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from typing import Final, SupportsFloat, SupportsIndex
+from typing import Any, Final, SupportsFloat, SupportsIndex
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from deconvd_client.nearest import Transport
 
 __all__ = [
     "TENANT_KEY_VARIABLE",
+    "parse_dtype",
     "parse_max_message_bytes",
+    "parse_shape",
     "parse_tenant_key",
     "parse_timeout",
     "parse_transport",
@@ -27,6 +29,7 @@ TENANT_KEY_VARIABLE: Final = "DECONVD_TENANT_KEY"
 """Where a connection takes its tenant's key from if it is given none."""
 
 _MAX_KEY_BYTES: Final = 64
+_MAX_EXTENT_BITS: Final = 63
 
 
 def parse_timeout(timeout_s: object) -> float:
@@ -95,6 +98,39 @@ def parse_tenant_key(key: object) -> bytes:
         f"{name} must be a str or bytes of at most {_MAX_KEY_BYTES} bytes, got {given}",
         argument="tenant_key",
     )
+
+
+def parse_shape(shape: object) -> tuple[int, ...]:
+    """Return a shape, or the extent of a single dimension, as a tuple of ints.
+
+    Raises:
+        InvalidArgumentError: It is neither an integer nor integers, or they are beyond all measure.
+    """
+    try:
+        extents = (operator.index(shape),)  # type: ignore[arg-type]  # whether it has one is asked here
+    except TypeError:
+        try:
+            extents = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # likewise
+        except TypeError:
+            raise InvalidArgumentError(
+                f"shape must be an int or a sequence of ints, got {shape!r}", argument="shape"
+            ) from None
+    if any(extent.bit_length() > _MAX_EXTENT_BITS for extent in extents):
+        raise InvalidArgumentError(
+            f"shape must have extents of at most {_MAX_EXTENT_BITS} bits", argument="shape"
+        )
+    return extents
+
+
+def parse_dtype(dtype: object) -> np.dtype[Any]:
+    """Return what numpy makes a dtype of. Raises InvalidArgumentError if it makes none."""
+    try:
+        made: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # whether it is one is asked here
+    except (TypeError, ValueError, SyntaxError):
+        raise InvalidArgumentError(
+            f"dtype must be a numpy.dtype or the name of one, got {dtype!r}", argument="dtype"
+        ) from None
+    return made
 
 
 def _float(value: object) -> float:

@@ -21,7 +21,9 @@ from deconvd.tensor import Array, spec_of
 from deconvd.transport import unix_path
 from deconvd_client.advice import Advice
 from deconvd_client.arguments import (
+    parse_dtype,
     parse_max_message_bytes,
+    parse_shape,
     parse_tenant_key,
     parse_timeout,
     parse_transport,
@@ -292,7 +294,7 @@ class Connection:
         Raises:
             InvalidArgumentError: No operand can have that shape or element type.
         """
-        return self._memory.empty(shape, dtype)
+        return self._memory.empty(parse_shape(shape), parse_dtype(dtype))
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.

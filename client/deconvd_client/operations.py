@@ -166,9 +166,13 @@ def spec_of_operand(operand: Operand) -> TensorSpec:
 
 
 def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
-    if isinstance(names, str) or not set(names) <= set(GRADIENTS):
+    try:
+        chosen = None if isinstance(names, str) else set(names)
+    except TypeError:
+        chosen = None
+    if chosen is None or not chosen <= set(GRADIENTS):
         raise InvalidArgumentError(
             f"wanted must be a collection of names from {', '.join(GRADIENTS)}, got {names!r}",
             argument="wanted",
         )
-    return Wanted(gx="gx" in names, gW="gW" in names, gb="gb" in names and has_b)
+    return Wanted(gx="gx" in chosen, gW="gW" in chosen, gb="gb" in chosen and has_b)
