@@ -57,7 +57,9 @@ def _user_ids(
 ) -> tuple[int, ...]:
     given = [] if not ids else ids.split(",")
     if not all(_USER_ID.fullmatch(one) and int(one) <= _LARGEST_USER_ID for one in given):
-        raise click.BadParameter(f"{ids!r} is not made of users' numbers, as in 1000,1001")
+        raise click.BadParameter(
+            f"{ids!r} is not made of numbers, as in 1000,1001, up to {_LARGEST_USER_ID}"
+        )
     return tuple(map(int, given))
 
 
