@@ -103,7 +103,7 @@ def test_wrong_target_is_told_in_one_line(program: ModuleType, tmp_path: Path) -
     result = CliRunner().invoke(program.main, ["--target", target, "--output", str(tmp_path)])
 
     assert result.exit_code == 1
-    assert result.output.startswith("Error: failed to connect")
+    assert result.output.startswith("Error: no server was reached: is deconvd-server running at")
     assert result.output.count("\n") == 1
 
 

@@ -5,6 +5,8 @@ F = deconvd_client.connect("gpu-host:50051")
 y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
 """
 
+from typing import TYPE_CHECKING
+
 from deconvd import __version__
 from deconvd.cache_state import CacheState
 from deconvd.errors import (
@@ -49,3 +51,13 @@ __all__ = [
     "__version__",
     "connect",
 ]
+
+if not TYPE_CHECKING:  # so that type checkers still say what is not there
+
+    def __getattr__(name: str) -> object:
+        if name in vars(Connection):
+            raise AttributeError(
+                f"module 'deconvd_client' has no attribute {name!r}: a connection has it, which "
+                "deconvd_client.connect(target) returns"
+            )
+        raise AttributeError(f"module 'deconvd_client' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import numpy as np
 
@@ -18,21 +18,67 @@ __all__ = ["load", "save", "save_all"]
 _VOID_OF_BFLOAT16 = np.dtype("V2")
 """What the format, which has no name for bfloat16, makes of it."""
 
+_NPY: Final = b"\x93NUMPY"
+_MAGIC_BYTES: Final = 16
+_DECODE: Final = ": decode it first, as Pillow does, and write what comes of it with numpy.save"
+_KINDS: Final = {
+    b"\x89PNG\r\n\x1a\n": f"a PNG image{_DECODE}",
+    b"\xff\xd8\xff": f"a JPEG image{_DECODE}",
+    b"GIF8": f"a GIF image{_DECODE}",
+    b"BM": f"a BMP image{_DECODE}",
+    b"II*\x00": f"a TIFF image{_DECODE}",
+    b"MM\x00*": f"a TIFF image{_DECODE}",
+    b"PK\x03\x04": "a zip archive, as .npz files are: write the array that is meant with numpy.save",
+    b"PK\x05\x06": "a zip archive without files",
+    b"\x1f\x8b": "a gzip file: unpack it first",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x80": "a pickle: write the array that is meant with numpy.save",
+    b"%PDF": "a PDF document",
+}
+"""What other files begin with that may be given instead."""
+
 
 def load(path: Path) -> Array:
     """Return the array in an .npy file; two-byte voids are taken for bfloat16.
 
     Raises:
-        InvalidArgumentError: It is no such file, or holds objects.
+        InvalidArgumentError: It is no such file, or holds no numbers.
         OSError: It cannot be read.
     """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InvalidArgumentError(f"{path} is not an .npy file of numbers: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise InvalidArgumentError(f"{path} holds several arrays, and must be an .npy file of one")
+    with path.open("rb") as file:
+        begin = file.read(_MAGIC_BYTES)
+        if not begin.startswith(_NPY):
+            raise InvalidArgumentError(f"{path} is not an .npy file of numbers: {_kind_of(begin)}")
+        file.seek(0)
+        try:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged header makes numpy do
+            raise InvalidArgumentError(
+                f"{path} is not an .npy file of numbers: {_why(error)}"
+            ) from None
     return array.view(BFLOAT16) if array.dtype == _VOID_OF_BFLOAT16 else array
+
+
+def _kind_of(begin: bytes) -> str:
+    """Say what a file is that begins like this."""
+    if not begin:
+        return "it is empty"
+    if begin.startswith(b"RIFF") and begin[8:12] == b"WEBP":
+        return f"it is a WebP image{_DECODE}"
+    kinds = (kind for magic, kind in _KINDS.items() if begin.startswith(magic))
+    return f"it is {next(kinds, 'something else')}"
+
+
+def _why(error: Exception) -> str:
+    """Return what numpy says of a file, less its advice to trust it, which would run what is in it."""
+    text = str(error)
+    if text.startswith("Object arrays"):
+        return "it holds Python objects"
+    if "pickle" in text:
+        return "its header is too long"
+    return text
 
 
 def save(path: Path, array: Array) -> None:

@@ -1,14 +1,13 @@
-"""The gRPC channel to a server: its target and its options."""
+"""The gRPC channel to a server: its options."""
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 import grpc
 
-from deconvd.errors import InvalidArgumentError
 from deconvd.transport import TRANSPORT_OPTIONS
+from deconvd_client.proxies import Proxy
 
 __all__ = ["MAX_MESSAGE_BYTES", "open_channel"]
 
@@ -20,27 +19,20 @@ _UNTAKEN_S: Final = 20
 
 _DAY_S: Final = 24 * 60 * 60
 
-_TARGET = re.compile(r"unix:.+|((dns|ipv4|ipv6):)?.*[^:]:\d+")
 
-
-def open_channel(target: str, *, max_message_bytes: int) -> grpc.Channel:
+def open_channel(target: str, *, max_message_bytes: int, proxy: Proxy | None) -> grpc.Channel:
     """Return a channel to `target`. Nothing is sent yet.
 
     Args:
-        target: ``host:port`` or ``unix:path``, or another of gRPC's names.
+        target: As `parse_target` has checked it.
         max_message_bytes: The largest response to accept.
-
-    Raises:
-        InvalidArgumentError: `target` is no such name.
+        proxy: By which it goes; None for none, whatever the environment says.
     """
-    if not isinstance(target, str) or not _TARGET.fullmatch(target):
-        raise InvalidArgumentError(
-            f"target must be host:port or unix:path, got {target!r}", argument="target"
-        )
     return grpc.insecure_channel(
         target,
         options=[
             *TRANSPORT_OPTIONS,
+            ("grpc.enable_http_proxy", int(proxy is not None)),
             # By default a second, then ever more, up to two minutes: longer than any retry.
             ("grpc.initial_reconnect_backoff_ms", 100),
             # Also how long an attempt may take: several round trips to the other side of the world.

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 import deconvd
+from deconvd.console import Group
 from deconvd.errors import DeconvdError
 from deconvd.options import UseCudnn
 from deconvd_client import arrays
@@ -65,7 +66,7 @@ _transport = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 @click.version_option(deconvd.__version__, prog_name="deconvd")
 def main() -> None:
     """Run Chainer's deconvolution_2d on a deconvd server."""

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, replace
 
+import numpy as np
+
 from deconvd.errors import InvalidArgumentError
 from deconvd.options import Options
 
@@ -34,6 +36,7 @@ class Config:
             raise InvalidArgumentError(
                 f"name must be one of {', '.join(_NAMES)}, got {name!r}", argument="name"
             )
+        value = bool(value) if isinstance(value, np.bool_) else value
         changed = replace(self.options, **{name: value})  # type: ignore[arg-type]  # Options checks it
         token = self._options.set(changed)
         try:

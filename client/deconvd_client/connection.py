@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
 import numpy.typing as npt
 
 from deconvd.dtypes import element_type
-from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
 from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.problem import check_extents
 from deconvd.tensor import Array, spec_of
 from deconvd.transport import unix_path
+from deconvd_client.advice import Advice
+from deconvd_client.arguments import (
+    parse_dtype,
+    parse_fail_fast,
+    parse_max_message_bytes,
+    parse_shape,
+    parse_tenant_key,
+    parse_timeout,
+    parse_transport,
+)
 from deconvd_client.asked import RequestT, ResponseT
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
@@ -29,6 +38,7 @@ from deconvd_client.kinds import is_from_cupy
 from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
 from deconvd_client.operations import GRADIENTS, Operations, checked_array
+from deconvd_client.proxies import proxy_to
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
 from deconvd_client.residents import Call, RemoteTensor, Residents
@@ -37,13 +47,13 @@ from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.side_sockets import memory_socket
 from deconvd_client.stub import Stub
+from deconvd_client.targets import parse_target
 
 if TYPE_CHECKING:
     from deconvd_client.cards import Cards
 
 __all__ = ["Connection", "connect"]
 
-_MAX_KEY_BYTES: Final = 64
 _CLOSE_S: Final = 0.8
 """How long `Connection.close` waits for a server that takes nothing any more."""
 
@@ -56,14 +66,15 @@ def connect(
     timeout_s: float = 60.0,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     transport: str = Transport.AUTO,
-    tenant_key: str | bytes = b"",
+    tenant_key: str | bytes | None = None,
     fail_fast: bool = False,
 ) -> Connection:
     """Return a connection to a server. Nothing is sent before the first call.
 
     Args:
         target: ``host:port`` or ``unix:path``.
-        timeout_s: How long each call may take, its retries included.
+        timeout_s: How long each call may take, its retries included, in seconds. A million, eleven
+            days, is the longest; what is more is taken for that.
         max_message_bytes: The largest response to accept.
         transport: ``auto`` for the nearest way that works: on the server's host that is shared
             memory, and its Unix socket. Or one way that calls are to go, or fail with
@@ -72,7 +83,8 @@ def connect(
             beside it, as through a proxy.
         tenant_key: A secret of up to 64 bytes. Connections that tell the same share a quota for
             what the server keeps, and what one has sent another need not send; empty for a
-            connection by itself.
+            connection by itself. None, the default, stands for what DECONVD_TENANT_KEY is in the
+            environment, or empty.
         fail_fast: Whether a server that cannot be reached is an error at once. Otherwise a call
             waits for one that was reached before until its timeout, as while it restarts, and for
             one that has never answered for 5 seconds.
@@ -97,6 +109,10 @@ class Connection:
     UnavailableError if the server cannot be reached, or stays full, for as long as it is tried, ExhaustedError if the
     request or the result is over a limit that the message names, InternalError for a fault of the
     server.
+
+    It can be pickled and copied: the copy has the same target and options, and connects anew. It has
+    no tenant's key but that in DECONVD_TENANT_KEY where it is made, none of the tensors that stay for
+    the original, and no options that `using_config` has set.
     """
 
     def __init__(
@@ -106,34 +122,33 @@ class Connection:
         timeout_s: float,
         max_message_bytes: int,
         transport: str,
-        tenant_key: str | bytes,
+        tenant_key: str | bytes | None,
         fail_fast: bool,
     ) -> None:
-        if not 0 < timeout_s < math.inf:
-            raise InvalidArgumentError(
-                f"timeout_s must be positive and finite, got {timeout_s}", argument="timeout_s"
-            )
-        self.target = target
+        self.target = target = parse_target(target)
+        self._timeout_s = timeout_s = parse_timeout(timeout_s)
+        self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
+        self._way = way = parse_transport(transport)
+        self._fail_fast = parse_fail_fast(fail_fast)
+        secret = parse_tenant_key(tenant_key)
         learn_large_blocks()
 
         def open_stub(target: str) -> Stub:
-            channel = open_channel(target, max_message_bytes=max_message_bytes)
+            proxy = proxy_to(target)
+            channel = open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
             is_direct = way is not Transport.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
             direct_way = way_to(target) if is_direct else None
-            return Stub(channel, direct_way)
+            return Stub(channel, direct_way, Advice(target, proxy))
 
-        way = _transport(transport)
-        self._timeout_s = timeout_s
-        self._nearest = Nearest(open_stub, target, way, Retries(fail_fast=fail_fast))
+        self._nearest = Nearest(open_stub, target, way, Retries(fail_fast=self._fail_fast))
         is_only_way = way is Transport.SHARED_MEMORY
         self._memory = Borrower(self._find_memory, is_only_way=is_only_way)
         if way in _WITHOUT_SHARED_MEMORY:
             self._memory.close()
         self._config = Config()
-        self._way = way
         self._cards: Cards | None = None
         self._lock = threading.Lock()
-        self._residents = Residents(self._nearest, self._memory, _tenant_key(tenant_key), timeout_s)
+        self._residents = Residents(self._nearest, self._memory, secret, timeout_s)
         self._operations = Operations(self._residents, self._config)
         self._any_operations = Operations(self._residents, self._config, takes_cupy=True)
         self._remote = Remote(self._operations, self._residents)
@@ -250,16 +265,28 @@ class Connection:
         )
         return y, pullback
 
-    def put(self, array: Array) -> RemoteTensor:
+    def put(self, array: Array | RemoteTensor) -> RemoteTensor:
         """Have the server keep an array, and return what stands for it in calls.
 
         It means what the array holds now. The array is referred to, and sent again if the server
         loses the tensor and the array still holds the same.
 
+        Args:
+            array: Or a RemoteTensor, whose value is kept for as long as either of them. One of
+                another connection is fetched from there.
+
         Raises:
-            InvalidArgumentError: It is no array, or no operand can have its shape or element type.
+            InvalidArgumentError: It is no array, or no operand can have its shape or element type; or
+                it is a RemoteTensor that is closed.
             ExhaustedError: The server has no room for it.
+            LostTensorError: It is another connection's RemoteTensor, and its server has lost it.
         """
+        if isinstance(array, RemoteTensor):
+            if array.is_of(self._residents):
+                return RemoteTensor(
+                    self._residents, array.kept_for(self._residents, "array").shared()
+                )
+            array = array.numpy()
         spec = spec_of(checked_array("array", array))
         element_type("array", spec.dtype)
         check_extents("array", spec)
@@ -279,7 +306,7 @@ class Connection:
         Raises:
             InvalidArgumentError: No operand can have that shape or element type.
         """
-        return self._memory.empty(shape, dtype, Deadline(self._timeout_s))
+        return self._memory.empty(parse_shape(shape), parse_dtype(dtype), Deadline(self._timeout_s))
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
@@ -355,26 +382,18 @@ class Connection:
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"<deconvd_client.Connection to {self.target}>"
-
-
-def _tenant_key(key: str | bytes) -> bytes:
-    secret = key.encode() if isinstance(key, str) else key
-    if not isinstance(secret, bytes) or len(secret) > _MAX_KEY_BYTES:
-        # a secret, so it is not shown
-        given = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(key).__name__
-        raise InvalidArgumentError(
-            f"tenant_key must be a str or bytes of at most {_MAX_KEY_BYTES} bytes, got {given}",
-            argument="tenant_key",
+    def __reduce__(self) -> tuple[partial[Connection], tuple[()]]:
+        # a copy, in this process or another, connects anew; it takes its tenant's key from there
+        again = partial(
+            connect,
+            self.target,
+            timeout_s=self._timeout_s,
+            max_message_bytes=self._max_message_bytes,
+            transport=self._way.value,
+            fail_fast=self._fail_fast,
         )
-    return secret
+        return again, ()
 
-
-def _transport(name: str) -> Transport:
-    try:
-        return Transport(name)
-    except ValueError:
-        raise InvalidArgumentError(
-            f"transport must be one of {', '.join(Transport)}, got {name!r}", argument="transport"
-        ) from None
+    def __repr__(self) -> str:
+        way = "" if self._way is Transport.AUTO else f", transport {self._way.value}"
+        return f"<deconvd_client.Connection to {self.target}, timeout {self._timeout_s:g} s{way}>"

@@ -25,6 +25,8 @@ GRADIENTS: Final = ("gx", "gW", "gb")
 
 Operand = Array | Kept
 
+_MaskedArray: Final = np.ma.MaskedArray
+
 
 class Operations:
     """Makes calls of a connection's arguments; every method raises InvalidArgumentError.
@@ -42,7 +44,7 @@ class Operations:
 
     def operand(self, name: str, value: object) -> Operand:
         """Return an argument as what calls take: the array, or what the server keeps."""
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and not isinstance(value, _MaskedArray):
             return value
         if isinstance(value, RemoteTensor):
             return value.kept_for(self._residents, name)
@@ -120,13 +122,42 @@ class Operations:
 
 
 def checked_array(name: str, value: object) -> Array:
-    """Return an argument that is an array. Raises InvalidArgumentError if it is none."""
+    """Return an argument that is an array. Raises InvalidArgumentError if it is none, or masked."""
+    if isinstance(value, _MaskedArray):
+        raise InvalidArgumentError(
+            f"{name} must not be a masked array, as its mask would be lost: give {name}.filled(value), "
+            f"or {name}.data for what is below the mask",
+            argument=name,
+        )
     if not isinstance(value, np.ndarray):
         raise InvalidArgumentError(
-            f"{name} must be a numpy.ndarray or a RemoteTensor, got {type(value).__name__}",
+            f"{name} must be a numpy.ndarray or a RemoteTensor, got {_kind_of(value)}"
+            f"{_remedy(name, value)}",
             argument=name,
         )
     return value
+
+
+def _kind_of(value: object) -> str:
+    kind = type(value)
+    if kind.__module__.startswith("PIL."):
+        return f"a PIL image ({kind.__qualname__})"
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+def _remedy(name: str, value: object) -> str:
+    """Return how to make an array of what is none; empty if that cannot be told."""
+    if is_from_cupy(value):
+        return f": convert it with cupy.asnumpy({name})"
+    if type(value).__module__.startswith("PIL."):
+        return (
+            f": convert it with numpy.asarray({name}, numpy.float32), which has the axes (h, w) or "
+            "(h, w, c), and move them to (n, c, h, w)"
+        )
+    if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
+        return f": convert it with numpy.asarray({name})"
+    return ""
 
 
 def spec_of_operand(operand: Operand) -> TensorSpec:
@@ -135,9 +166,13 @@ def spec_of_operand(operand: Operand) -> TensorSpec:
 
 
 def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
-    if isinstance(names, str) or not set(names) <= set(GRADIENTS):
+    try:
+        chosen = None if isinstance(names, str) else set(names)
+    except TypeError:
+        chosen = None
+    if chosen is None or not chosen <= set(GRADIENTS):
         raise InvalidArgumentError(
             f"wanted must be a collection of names from {', '.join(GRADIENTS)}, got {names!r}",
             argument="wanted",
         )
-    return Wanted(gx="gx" in names, gW="gW" in names, gb="gb" in names and has_b)
+    return Wanted(gx="gx" in chosen, gW="gW" in chosen, gb="gb" in chosen and has_b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from types import TracebackType
+from typing import NoReturn
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.gradients import Gradients
@@ -76,6 +77,11 @@ class Pullback:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Pullback cannot be pickled or copied: it is its connection's. Call vjp() where it is to be used"
+        )
 
     def __repr__(self) -> str:
         closed = ", closed" if self._x.is_closed else ""

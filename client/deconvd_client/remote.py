@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import SupportsIndex
+from typing import NoReturn, SupportsIndex
 
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.tensor import Array
@@ -65,3 +65,8 @@ class Remote:
             for field, result in self._residents.kept(call).items()
         }
         return RemoteGradients(gx=kept.get("gx"), gW=kept.get("gw"), gb=kept.get("gb"))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Remote cannot be pickled or copied: it is its connection's. Pickle the connection, and take its remote"
+        )

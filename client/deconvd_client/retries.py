@@ -63,8 +63,8 @@ class Retries:
                 returned = attempt()
                 self._was_reached = True
                 return returned
-            except DeadlineError:
-                raise _deadline_error(deadline) from None
+            except DeadlineError as error:
+                raise _with_limit(error, deadline) from None
             except (UnavailableError, CallCancelledError) as error:
                 pause_s = self._pause_s(error, backoff_s, deadline, contact)
                 if pause_s is None:
@@ -79,8 +79,8 @@ class Retries:
         """Return what `attempt` returns. Raises as `run` does."""
         try:
             return attempt()
-        except DeadlineError:
-            raise _deadline_error(deadline) from None
+        except DeadlineError as error:
+            raise _with_limit(error, deadline) from None
 
     def stop(self) -> None:
         """Try nothing again from now on: the connection is closed."""
@@ -111,8 +111,9 @@ class Retries:
             time.sleep(min(left_s, _LOOK_S))
 
 
-def _deadline_error(deadline: Deadline) -> DeadlineError:
+def _with_limit(error: DeadlineError, deadline: Deadline) -> DeadlineError:
+    """Say which limit was met, and which options raise it."""
     return DeadlineError(
-        f"the call took longer than the {deadline.timeout_s:g} s that it may take: raise timeout_s of "
-        "connect() (--timeout-s on the command line), or send less at a time"
+        f"the call took longer than the {deadline.timeout_s:g} s that timeout_s of connect() allows "
+        f"(--timeout-s of the command): {error}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -15,16 +14,13 @@ from deconvd.array_memory import ArrayMemory
 from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import Envelope, decode, encode
 from deconvd.direct import FrameSource, Method
-from deconvd.errors import (
-    CallCancelledError,
-    DeconvdError,
-    ExhaustedError,
-)
+from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY, ledger_from_metadata
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd.status import error_from_rpc
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.advice import Advice
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import Way
@@ -45,10 +41,6 @@ _ASK_S: Final = 5.0
 
 _KEPT_BYTES: Final = 256 << 20
 """Memory of dropped results that is kept for the next ones: fresh memory costs more than a copy into it."""
-
-_TOO_LARGE: Final = re.compile(
-    r"(CLIENT|SERVER): Received message larger than max \((\d+) vs\. (\d+)\)"
-)
 
 
 class Attempt(Protocol[_Response, _Returned]):
@@ -73,10 +65,12 @@ class Stub:
     Args:
         way: How calls can be made directly; None if they are not to be. Those that cannot are made
             by gRPC.
+        advice: What errors say beside gRPC's own words.
     """
 
-    def __init__(self, channel: grpc.Channel, way: Way | None = None) -> None:
+    def __init__(self, channel: grpc.Channel, way: Way | None, advice: Advice) -> None:
         self._channel = channel
+        self._advice = advice
         self._direct = None if way is None else DirectLines(way, self._told_by_server)
         self._closed = False
         self._ended = threading.local()
@@ -341,13 +335,13 @@ class Stub:
                     self._note(((METADATA_KEY, ledger),))
                     return returned
             return by_grpc()
-        except (grpc.RpcError, ValueError) as error:
+        except (grpc.RpcError, ValueError, DeadlineError) as error:
             raise self._translated(error) from None
 
     def _translating(self, attempt: Callable[[], _T]) -> _T:
         try:
             return attempt()
-        except (grpc.RpcError, ValueError) as error:
+        except (grpc.RpcError, ValueError, DeadlineError) as error:
             raise self._translated(error) from None
 
     def _told_by_server(self) -> pb.GetServerInfoResponse:
@@ -361,14 +355,16 @@ class Stub:
     def _note(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
         self._ended.metadata = metadata
 
-    def _translated(self, error: grpc.RpcError | ValueError) -> Exception:
+    def _translated(self, error: grpc.RpcError | ValueError | DeadlineError) -> Exception:
         """Return the error of ours that an error of gRPC's stands for, and any other as it is."""
         if isinstance(error, grpc.RpcError):
             # A stream's is the call itself, which frames hold that the error would hold: the caller's
             # arrays would stay until the garbage collector finds them.
             error.__traceback__ = None
             # every RpcError of a channel is its Call too, which the types do not say
-            return _with_advice(error_from_rpc(cast("grpc.Call", error)))
+            return self._advice.added_to(error_from_rpc(cast("grpc.Call", error)))
+        if isinstance(error, DeadlineError):  # of a line, or of the server at the end of one
+            return self._advice.added_to(error)
         if self._closed and not isinstance(error, DeconvdError):
             return CallCancelledError(f"the connection is closed: {error}")
         return error
@@ -383,20 +379,3 @@ def _only_message(source: FrameSource) -> Any:
     message = source.next()
     source.next()  # the end
     return message
-
-
-def _with_advice(error: DeconvdError) -> DeconvdError:
-    """Say which option to change, where gRPC's own message does not."""
-    too_large = _TOO_LARGE.search(str(error))
-    if too_large is None:
-        return error
-    receiver, size, limit = too_large.groups()
-    if receiver == "CLIENT":
-        return ExhaustedError(
-            f"the response has {size} bytes, and this client takes {limit}: raise "
-            "max_message_bytes of connect(), or send fewer samples at a time"
-        )
-    return ExhaustedError(
-        f"the request has {size} bytes, and the server takes {limit}: start it with a larger "
-        "--max-message-bytes, or send fewer samples at a time"
-    )

@@ -23,6 +23,9 @@ IntOrPair = SupportsIndex | Sequence[SupportsIndex]
 MAX_EXTENT = 2**31 - 1
 """The largest extent, stride, pad or dilate: what fits the 32-bit integers of cuDNN."""
 
+_MAX_SHOWN_BITS = 256
+"""Of integers in errors: Python refuses to write down very long ones."""
+
 _AXES = ("Height", "Width")
 
 
@@ -151,18 +154,25 @@ def _check_range(name: str, values: Sequence[int], *, at_least: int) -> None:
 def _pair(name: str, value: IntOrPair) -> Pair:
     allowed = "an int or a pair of ints"
     try:
-        integer = operator.index(value)  # type: ignore[arg-type]  # whether it has one is asked here
+        operator.index(value)  # type: ignore[arg-type]  # whether it has one is asked here
     except TypeError:
         first, second = _two(name, value, allowed)
         return _integer(name, first, allowed), _integer(name, second, allowed)
+    integer = _integer(name, value, allowed)
     return integer, integer
 
 
 def _integer(name: str, value: object, allowed: str) -> int:
     try:
-        return operator.index(value)  # type: ignore[arg-type]  # whether it has one is asked here
+        integer = operator.index(value)  # type: ignore[arg-type]  # whether it has one is asked here
     except TypeError:
         raise _kind_error(name, value, allowed) from None
+    if integer.bit_length() > _MAX_SHOWN_BITS:
+        raise InvalidArgumentError(
+            f"{name} must be at most {MAX_EXTENT}, got an int of {integer.bit_length()} bits",
+            argument=name,
+        )
+    return integer
 
 
 def _outsize(value: Sequence[SupportsIndex | None] | None) -> OutputSize:

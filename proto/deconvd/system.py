@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Final
 
-__all__ = ["call_in_forked_children", "processors_count"]
+__all__ = ["LONGEST_S", "call_in_forked_children", "processors_count"]
+
+LONGEST_S: Final = 1e6
+"""Eleven days. Systems' timers do not reach much further (2**31 ms), so what is longer is taken for this."""
 
 
 def call_in_forked_children(callback: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 import deconvd
+from deconvd.console import Command, discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
@@ -36,7 +37,8 @@ _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
 _LEAST_MESSAGE_BYTES = 4 << 20
 """What clients send in one message, gRPC's own default, must fit."""
 
-_USER_ID = re.compile(r"\d{1,10}")
+_USER_ID = re.compile(r"[0-9]{1,10}")
+_MAX_THREADS_COUNT = 1024
 
 _LAST_ID = 2**32 - 2
 _FILE_MODE = re.compile(r"0?[0-7]{3}")
@@ -61,8 +63,10 @@ def _user_ids(
     _context: click.Context, _parameter: click.Parameter, ids: str | None
 ) -> tuple[int, ...]:
     given = [] if not ids else ids.split(",")
-    if not all(_USER_ID.fullmatch(one) for one in given):
-        raise click.BadParameter(f"{ids!r} is not made of numbers, as in 1000,1001")
+    if not all(_USER_ID.fullmatch(one) and int(one) <= _LAST_ID for one in given):
+        raise click.BadParameter(
+            f"{ids!r} is not made of numbers, as in 1000,1001, up to {_LAST_ID}"
+        )
     return tuple(map(int, given))
 
 
@@ -89,7 +93,11 @@ def _group_id(
         raise click.BadParameter(f"there is no group {group!r}") from None
 
 
-@click.command(context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True})
+@click.command(
+    "deconvd-server",
+    cls=Command,
+    context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True},
+)
 @click.option(
     "--listen",
     "addresses",
@@ -132,14 +140,14 @@ def _group_id(
 @click.option(
     "--device",
     default="auto",
-    metavar="cpu|cuda[:N][,…]|auto",
+    metavar="cpu|cuda[:N][,...]|auto",
     callback=_device_name,
     help="What to compute on. cuda: every GPU; cuda:0,cuda:1: some; auto: every GPU, or the "
     "processor if there is none.",
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, _MAX_THREADS_COUNT),
     default=None,
     show_default="the processors it may use",
     help="Threads that compute on the processor.",
@@ -174,7 +182,7 @@ def _group_id(
 @click.option(
     "--shared-memory-users",
     default=None,
-    metavar="ID[,…]",
+    metavar="ID[,...]",
     callback=_user_ids,
     show_default="none",
     help="Numbers of the users who may borrow it, beside the server's own and root. So that they can call, "
@@ -282,8 +290,7 @@ def main(
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
         sys.exit(f"deconvd-server: {error}")
-    for address in daemon.addresses:
-        print(f"deconvd-server: listening on {address}", flush=True)
+    _greet(daemon.addresses)
     _run(daemon, ends)
 
 
@@ -300,6 +307,16 @@ def _log_to_standard_error(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _greet(addresses: Sequence[str]) -> None:
+    """Print where the server listens. That nobody can be told is no reason not to serve."""
+    try:
+        for address in addresses:
+            print(f"deconvd-server: listening on {address}", flush=True)
+    except OSError as error:
+        _log.warning("cannot write to standard output, so nobody is told there: %s", error.strerror)
+        discard_output()
 
 
 def _run(daemon: Daemon, ends: Ends) -> None:

@@ -54,6 +54,12 @@ def bind(server: grpc.Server, address: str, access: Access | None = None) -> str
         AddressInUseError: Another process has it.
         OSError: It cannot be had for another reason.
     """
+    try:
+        address.encode()
+    except UnicodeEncodeError:  # gRPC's names are UTF-8
+        raise InvalidArgumentError(
+            f"--listen must be a name in UTF-8, got {address!r}", argument="listen"
+        ) from None
     if address.startswith("unix:"):
         path = _unix_path(address)
         if not path.parent.is_dir():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+import numpy.typing as npt
 
 from deconvd.dtypes import DType
 from deconvd.errors import InvalidArgumentError
@@ -53,9 +55,21 @@ class RemoteTensor:
         self._kept.check_open("the tensor")
         return self._home.get(self._kept)
 
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        # numpy's functions, numpy.asarray among them, fetch it
+        if copy is False:
+            raise ValueError(
+                "a RemoteTensor is on the server: no array of it can be had without a copy"
+            )
+        return self.numpy().astype(self.dtype if dtype is None else dtype, copy=False)
+
     def close(self) -> None:
         """Have the server drop it. Closing twice is harmless."""
         self._kept.close()
+
+    def is_of(self, home: Residents) -> bool:
+        """Return whether it is a connection's own."""
+        return home is self._home
 
     def kept_for(self, home: Residents, argument: str) -> Kept:
         """Return what calls of a connection need of it.
@@ -63,7 +77,7 @@ class RemoteTensor:
         Raises:
             InvalidArgumentError: It is closed, or another connection's.
         """
-        if home is not self._home:
+        if not self.is_of(home):
             raise InvalidArgumentError(
                 f"{argument} must not be a RemoteTensor of another connection", argument=argument
             )
@@ -80,6 +94,12 @@ class RemoteTensor:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a RemoteTensor cannot be pickled or copied: it is its connection's. Pickle the array that "
+            "its numpy() returns; put() of a connection makes another of it"
+        )
 
     def __repr__(self) -> str:
         closed = ", closed" if self._kept.is_closed else ""
