@@ -10,6 +10,7 @@ import pytest
 import deconvd_client
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.shared_memory import Lender
+from tests.environments import ROOT, fresh_environment
 from tests.lenders import lending
 from tests.servers import ServerProcess, server_process
 
@@ -71,3 +72,14 @@ def borrower(path: Path) -> Iterator[Borrower]:
     borrower = Borrower(lambda: str(path))
     yield borrower
     borrower.close()
+
+
+@pytest.fixture(scope="session")
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source package beside it."""
+    environment = fresh_environment(tmp_path_factory.mktemp("build"))
+    environment.install("build")
+    packages = tmp_path_factory.mktemp("packages")
+    environment.output("python", "-m", "build", "--outdir", str(packages), str(ROOT))
+    (wheel,) = packages.glob("*.whl")
+    return wheel

@@ -38,7 +38,7 @@ def _last_words(before: str = "", **environment: str) -> str:
 @pytest.mark.skipif(_HAS_CUPY, reason="CuPy is installed")
 def test_without_cupy_it_says_what_to_install() -> None:
     assert "CuPy cannot be loaded" in (said := _last_words())
-    assert "pip install 'deconvd[server,cuda13]'" in said
+    assert "pip install '.[server,cuda13]'" in said
 
 
 @pytest.mark.gpu
@@ -53,7 +53,7 @@ def test_without_a_card_to_see_it_says_that_a_driver_is_needed() -> None:
 )
 def test_without_a_cudnn_that_will_do_it_says_what_to_install(before: str, fault: str) -> None:
     assert fault in (said := _last_words(before))
-    assert "pip install 'deconvd[server,cuda13]'" in said
+    assert "pip install '.[server,cuda13]'" in said
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ __all__ = ["main"]
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class _IntOrPair(click.ParamType[int | tuple[int | None, ...]]):
+class _IntOrPair(click.ParamType):  # type: ignore[type-arg]  # older clicks have no types in it
     """``2`` for both axes, or ``2,3`` for height and width; ``-`` for None where that is allowed."""
 
     name = "INT|H,W"

@@ -15,13 +15,22 @@ import click
 
 import deconvd
 from deconvd.errors import DeconvdError, InvalidArgumentError
-from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
-from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.malloc import keep_freed_memory
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
+
+try:
+    from deconvd_server.daemon import Daemon, Settings
+    from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
+except ModuleNotFoundError as missing:
+    if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings
+        raise
+    sys.exit(
+        f"deconvd-server: {missing.name} is missing. Install deconvd with its extra `server`: "
+        "from a checkout, pip install '.[server]'"
+    )
 
 __all__ = ["EXIT_DEVICE_LOST", "main"]
 
