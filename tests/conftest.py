@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,27 @@ from deconvd_server.shared_memory import Lender
 from tests.environments import ROOT, fresh_environment
 from tests.lenders import lending
 from tests.servers import ServerProcess, server_process
+
+_NEED_CUPY = ["cupy", "device", "kernels", "operator", "prepared"]
+collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
+"""Modules that import CuPy at their head: for a GPU, all of them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fail-on-skip",
+        action="store_true",
+        help="fail if a test is skipped, for want of a package, say",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    fails = session.config.getoption("--fail-on-skip") and reporter.stats.get("skipped")
+    if fails and session.exitstatus == pytest.ExitCode.OK:
+        reporter.write_line("")
+        reporter.write_line("failed: tests were skipped, see --fail-on-skip", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

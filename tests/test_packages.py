@@ -93,6 +93,17 @@ def test_what_the_readme_shows_first_works_in_a_checkout(environment: Environmen
     served(environment, commands["server"], script)
 
 
+def test_what_the_container_image_is_built_of_makes_the_wheel(environment: Environment) -> None:
+    allowed = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
+    for path in map(ROOT.joinpath, allowed):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, environment.directory / path.name)
+
+    environment.output("pip", "wheel", "--quiet", "--no-deps", ".")
+
+    assert list(environment.directory.glob("deconvd-*.whl"))
+
+
 def check_out(directory: Path) -> None:
     """Copy all files that git has, as they are now."""
     listed = subprocess.run(
