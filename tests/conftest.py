@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    fails = session.config.getoption("--fail-on-skip") and reporter.stats.get("skipped")
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    fails = session.config.getoption("--fail-on-skip") and "skipped" in reporter.stats
     if fails and session.exitstatus == pytest.ExitCode.OK:
         reporter.write_line("")
         reporter.write_line("failed: tests were skipped, see --fail-on-skip", red=True)
