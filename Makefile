@@ -12,6 +12,8 @@ BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $
 BUILD_ARGS ?=
 
 BIN := .venv/bin
+GENERATOR := .venv/generator
+OLDEST := .venv/oldest
 STUBS := proto
 BUF := $(BIN)/python -m tests.javascript @bufbuild/buf/bin/buf
 LANDED := proto/landed.binpb
@@ -19,7 +21,7 @@ CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format test-gpu generate accept-schema bench image clean
+.PHONY: help demo test check check-all test-oldest format test-gpu generate accept-schema bench image clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +40,14 @@ check: .venv/installed-dev ## Check format, lint, types, import rules and the sc
 	$(BIN)/python -m pytest -q tests/test_schema.py
 	$(MAKE) test PYTEST_ARGS='--ignore=tests/test_schema.py $(PYTEST_ARGS)'
 
+check-all: check test-oldest ## All checks but those on a GPU: also slow tests, and tests with the oldest packages
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Neither the demo nor the benchmarks, which need packages that want a newer numpy; nor the schema's tools.
+test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest $(foreach name,benchmarks demo schema,--ignore=tests/test_$(name).py) \
+	    $(PYTEST_ARGS)
+
 format: .venv/installed-dev ## Format the code, and mend what lint can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
@@ -45,10 +55,10 @@ format: .venv/installed-dev ## Format the code, and mend what lint can mend
 test-gpu: .venv/installed-dev .venv/installed-cuda13 ## Run the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-generate: .venv/installed-dev ## Generate the Python stubs from the schema
-	$(BIN)/python -m grpc_tools.protoc --proto_path=proto \
-	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
-	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+generate: $(GENERATOR)/installed ## Generate the Python stubs from the schema
+	$(GENERATOR)/bin/python -m grpc_tools.protoc --proto_path=proto \
+	    --plugin=protoc-gen-mypy=$(GENERATOR)/bin/protoc-gen-mypy \
+	    --plugin=protoc-gen-mypy_grpc=$(GENERATOR)/bin/protoc-gen-mypy_grpc \
 	    --python_out=$(STUBS) --mypy_out=$(STUBS) --grpc_python_out=$(STUBS) --mypy_grpc_out=$(STUBS) \
 	    deconvd/v1/deconvd.proto
 
@@ -70,6 +80,17 @@ clean: ## Remove what the other targets made, .venv included
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+$(GENERATOR)/installed: proto/requirements.txt
+	$(PYTHON) -m venv --clear $(GENERATOR)
+	$(GENERATOR)/bin/python -m pip install --quiet --requirement proto/requirements.txt
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml constraints.txt tests/oldest.py | .venv/bin/python
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(PYTHON) -m tests.oldest >$(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	touch $@
 
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'

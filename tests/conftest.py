@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import deconvd_client
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.shared_memory import Lender
+from tests.environments import ROOT, fresh_environment
 from tests.lenders import lending
 from tests.servers import ServerProcess, server_process
+
+_NEED_CUPY = ["cupy", "device", "kernels", "operator", "prepared"]
+collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
+"""Modules that import CuPy at their head: for a GPU, all of them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fail-on-skip",
+        action="store_true",
+        help="fail if a test is skipped, for want of a package, say",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    fails = session.config.getoption("--fail-on-skip") and "skipped" in reporter.stats
+    if fails and session.exitstatus == pytest.ExitCode.OK:
+        reporter.write_line("")
+        reporter.write_line("failed: tests were skipped, see --fail-on-skip", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +95,14 @@ def borrower(path: Path) -> Iterator[Borrower]:
     borrower = Borrower(lambda _: str(path))
     yield borrower
     borrower.close()
+
+
+@pytest.fixture(scope="session")
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source package beside it."""
+    environment = fresh_environment(tmp_path_factory.mktemp("build"))
+    environment.install("build")
+    packages = tmp_path_factory.mktemp("packages")
+    environment.output("python", "-m", "build", "--outdir", str(packages), str(ROOT))
+    (wheel,) = packages.glob("*.whl")
+    return wheel

@@ -60,8 +60,8 @@ def test_run_goes_the_way_that_is_asked_for_or_says_why_not(
     by_tcp = deconvd(*command, "--transport", "tcp", cwd=files)
 
     assert (by_unix.returncode, by_unix.stderr) == (0, "")
-    assert by_tcp.returncode == 1
-    assert "Error: transport tcp must have a target of the form host:port" in by_tcp.stderr
+    assert by_tcp.returncode == 2
+    assert "'--transport': transport tcp must have a target of the form host:port" in by_tcp.stderr
 
 
 @pytest.mark.parametrize("bias", [[], ["--bias", "b.npy"]])

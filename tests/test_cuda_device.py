@@ -681,7 +681,7 @@ class TestEarlyCalls:
         begun_s = time.monotonic()
         with pytest.raises(LateError):
             cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
-        assert time.monotonic() - begun_s < 1
+        assert time.monotonic() - begun_s < 30  # and not for as long as the client is silent
 
         tell_written(client, x.nbytes)
         call.wait_until_written()
@@ -726,7 +726,7 @@ class TestEarlyCalls:
         begun_s = time.monotonic()
         with cuda._working(Call()) if is_reached else nullcontext(), pytest.raises(LateError):
             cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
-        assert time.monotonic() - begun_s < 0.5
+        assert time.monotonic() - begun_s < 30
 
 
 def test_memory_that_is_lent_is_all_zeros_and_none_of_what_calls_use(cuda: CudaDevice) -> None:

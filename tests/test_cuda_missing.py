@@ -38,7 +38,7 @@ def _last_words(before: str = "", **environment: str) -> str:
 @pytest.mark.skipif(_HAS_CUPY, reason="CuPy is installed")
 def test_without_cupy_it_says_what_to_install() -> None:
     assert "CuPy cannot be loaded" in (said := _last_words())
-    assert "pip install 'deconvd[server,cuda13]'" in said
+    assert "pip install '.[server,cuda13]'" in said
 
 
 @pytest.mark.gpu
@@ -53,10 +53,27 @@ def test_without_a_card_to_see_it_says_that_a_driver_is_needed() -> None:
 )
 def test_without_a_cudnn_that_will_do_it_says_what_to_install(before: str, fault: str) -> None:
     assert fault in (said := _last_words(before))
-    assert "pip install 'deconvd[server,cuda13]'" in said
+    assert "pip install '.[server,cuda13]'" in said
 
 
 @pytest.mark.gpu
 def test_a_card_that_is_too_old_is_named_with_what_is_needed() -> None:
     assert "cuda:0, NVIDIA" in (said := _last_words(_OLD_CARD))
     assert "Ampere" in said
+
+
+@pytest.mark.gpu
+def test_a_card_that_the_host_does_not_have_is_a_wrong_option() -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-m", "deconvd_server", "--listen", "127.0.0.1:0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"DECONVD_DEVICE": "cuda:99"},
+    )
+
+    assert outcome.returncode == 2
+    assert (
+        "Invalid value for DECONVD_DEVICE: --device must name cards from cuda:0" in outcome.stderr
+    )

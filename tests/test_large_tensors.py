@@ -19,7 +19,7 @@ TWICE = 2 * np.eye(16, dtype=np.float32)[:, :, None, None]
 IN_FLIGHT_BYTES = 600 << 20
 """More than windows of 64 MiB in either direction, of each end, and slices of 8 MiB."""
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def windows(seed: int) -> Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,11 +98,10 @@ def _edit(path: Path, old: str, new: str) -> None:
 
 
 def _make(target: str, *variables: str) -> None:
-    """Run one of our make targets with this Python, without its set-up."""
-    bin_directory = Path(sys.executable).parent
+    """Run one of our make targets."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     ended = subprocess.run(
-        ["make", "--old-file=.venv/installed-dev", target, f"BIN={bin_directory}", *variables],
+        ["make", target, *variables],
         cwd=_ROOT,
         env=environment,
         check=False,

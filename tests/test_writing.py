@@ -79,7 +79,7 @@ def test_what_is_said_in_time_is_waited_for(ends: tuple[Line, Line]) -> None:
 def test_a_device_is_held_as_long_as_a_slow_copy_takes(
     ends: tuple[Line, Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "_GRACE_S", 0.01)
+    monkeypatch.setattr(writing, "_GRACE_S", 1.0)
     monkeypatch.setattr(writing, "_SLOWEST_BYTES_PER_S", 1000)
     near, far = ends
     heard = Writing(far)
@@ -90,11 +90,11 @@ def test_a_device_is_held_as_long_as_a_slow_copy_takes(
     with pytest.raises(LateError):
         heard.expect(100)
     # for all waits together
-    assert time.monotonic() - began_s + heard.waited_s > 0.05
+    assert time.monotonic() - began_s + heard.waited_s > 1.05
     began_s = time.monotonic()
     with pytest.raises(LateError):
         heard.expect(100)
-    assert time.monotonic() - began_s < 0.05
+    assert time.monotonic() - began_s < 1
 
 
 def test_who_says_the_same_again_and_again_keeps_no_device(chatterer: Writing) -> None:

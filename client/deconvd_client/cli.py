@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 import deconvd
+from deconvd.command_line import Command
 from deconvd.console import Group
-from deconvd.errors import DeconvdError
+from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.options import UseCudnn
 from deconvd_client import arrays
 from deconvd_client.connection import connect
@@ -25,7 +26,7 @@ __all__ = ["main"]
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class _IntOrPair(click.ParamType[int | tuple[int | None, ...]]):
+class _IntOrPair(click.ParamType):  # type: ignore[type-arg]  # older clicks have no types in it
     """``2`` for both axes, or ``2,3`` for height and width; ``-`` for None where that is allowed."""
 
     name = "INT|H,W"
@@ -72,7 +73,7 @@ def main() -> None:
     """Run Chainer's deconvolution_2d on a deconvd server."""
 
 
-@main.command()
+@main.command(cls=Command)
 @click.argument("x", type=_FILE)
 @click.argument("W", type=_FILE)
 @click.option("--bias", type=_FILE, help="The bias b, of c_O elements.")
@@ -141,7 +142,7 @@ def run(
             arrays.save_all(output, gradients._asdict())
 
 
-@main.command()
+@main.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 @_target
 @_timeout
@@ -199,6 +200,8 @@ def _errors_told() -> Iterator[None]:
     """End the command with one line for an error that its user can do something about."""
     try:
         yield
+    except InvalidArgumentError:
+        raise  # `Command` tells which option it is, and where that came from
     except (DeconvdError, OSError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -16,16 +16,26 @@ from typing import NoReturn
 import click
 
 import deconvd
-from deconvd.console import Command, discard_output
+from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
-from deconvd_server.daemon import Daemon, Settings
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
-from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.log_text import LogFormatter
 from deconvd_server.malloc import keep_freed_memory
+from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.unix_socket import Access
+
+try:
+    from deconvd_server.daemon import Daemon, Settings
+    from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
+except ModuleNotFoundError as missing:
+    if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings
+        raise
+    sys.exit(
+        f"deconvd-server: {missing.name} is missing. Install deconvd with its extra `server`: "
+        "from a checkout, pip install '.[server]'"
+    )
 
 __all__ = ["EXIT_DEVICE_LOST", "main"]
 
@@ -93,15 +103,10 @@ def _group_id(
         raise click.BadParameter(f"there is no group {group!r}") from None
 
 
-@click.command(
-    "deconvd-server",
-    cls=Command,
-    context_settings={"auto_envvar_prefix": "DECONVD", "show_default": True},
-)
+@click.command("deconvd-server", cls=ServerCommand, context_settings={"show_default": True})
 @click.option(
     "--listen",
     "addresses",
-    envvar="DECONVD_LISTEN",
     multiple=True,
     default=("127.0.0.1:50051",),
     metavar="ADDR",
@@ -154,7 +159,7 @@ def _group_id(
 )
 @click.option(
     "--device-memory-bytes",
-    type=click.IntRange(min=1),
+    type=ByteSize(min=1),
     default=None,
     show_default="nine tenths of a GPU's free memory; all of the processor's",
     help="What calls may take of each device's memory, all together.",
@@ -168,13 +173,13 @@ def _group_id(
 )
 @click.option(
     "--max-message-bytes",
-    type=click.IntRange(_LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
+    type=ByteSize(_LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
     default=_GIBIBYTE,
     help="The largest request and the largest response.",
 )
 @click.option(
     "--shared-memory-bytes",
-    type=click.IntRange(min=0),
+    type=ByteSize(min=0),
     default=None,
     show_default="a quarter of the host's memory",
     help="What clients on this host may borrow, all together, to pass tensors in; 0 for nothing.",
@@ -190,34 +195,34 @@ def _group_id(
 )
 @click.option(
     "--resident-memory-bytes",
-    type=click.IntRange(min=0),
+    type=ByteSize(min=0),
     default=None,
     show_default="a quarter of what calls may take",
     help="What tensors that clients keep here may take of each device's memory; 0 for nothing.",
 )
 @click.option(
     "--spill-memory-bytes",
-    type=click.IntRange(min=0),
+    type=ByteSize(min=0),
     default=None,
     show_default="an eighth of the host's memory",
     help="What they may take of the host's memory when a GPU has no room for them.",
 )
 @click.option(
     "--tenant-bytes",
-    type=click.IntRange(min=0),
+    type=ByteSize(min=0),
     default=None,
     show_default="no quota: the least recently used gives way",
     help="The quota of a tenant: those who tell the same secret, or else one connection.",
 )
 @click.option(
     "--session-lease-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     default=30.0,
     help="How long tensors are kept for a client that gives no sign of life.",
 )
 @click.option(
     "--drain-timeout-s",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=30.0,
     help="How long calls under way may take to end after SIGTERM or SIGINT. A second signal cuts "
     "it short.",
@@ -252,12 +257,15 @@ def main(
     """Serve deconvolutions to deconvd's clients.
 
     Prints a line for each address once it can serve. Each option can be given in the environment
-    too, as DECONVD_ and its name in capitals.
+    too, as DECONVD_ and its name in capitals: --direct-port as DECONVD_DIRECT_PORT,
+    --no-direct-calls as DECONVD_DIRECT_CALLS=no. A SIZE is in bytes, or as in 512M (times 10^6)
+    or 4Gi (times 2^30).
 
     Exits with 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if a GPU is lost
     and the server must be started anew.
     """
     _log_to_standard_error(log_level)
+    _warn_of_unknown_variables()
     keep_freed_memory()
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
@@ -284,12 +292,12 @@ def main(
             )
         )
     except (OSError, DeconvdError) as error:
-        sys.exit(f"deconvd-server: {error}")
+        _give_up(error)
     try:
         daemon.serve(partial(open_devices, device, devices))
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
-        sys.exit(f"deconvd-server: {error}")
+        _give_up(error)
     _greet(daemon.addresses)
     _run(daemon, ends)
 
@@ -317,6 +325,18 @@ def _greet(addresses: Sequence[str]) -> None:
     except OSError as error:
         _log.warning("cannot write to standard output, so nobody is told there: %s", error.strerror)
         discard_output()
+
+
+def _warn_of_unknown_variables() -> None:
+    if unknown := unknown_variables(os.environ, main.variables):
+        _log.warning("environment variables that are no options: %s", ", ".join(unknown))
+
+
+def _give_up(error: Exception) -> NoReturn:
+    """End with the reason why the server cannot start; a wrong option is for the command to tell."""
+    if isinstance(error, InvalidArgumentError):
+        raise error
+    sys.exit(f"deconvd-server: {error}")
 
 
 def _run(daemon: Daemon, ends: Ends) -> None:

@@ -12,6 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Final, Generic, TypeVar, cast
 
 from deconvd.errors import DeadlineError, DeconvdError, LostSessionError, NotFoundError
+from deconvd.system import LONGEST_S
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 from deconvd_client.hold import Hold
@@ -238,7 +239,7 @@ class Keeper:
         call = self._nearest.call_once if fail_fast else self._nearest.call
         hold = call(open_hold, deadline)
         self._hold = hold
-        self._lease_s = hold.opened.lease_s
+        self._lease_s = min(LONGEST_S, hold.opened.lease_s)  # also where it is not a number
         self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
         self.opened = Opened(hold.opened.session, hold.opened.quota_bytes)
         mailbox = self.mailbox

@@ -5,7 +5,7 @@ import warnings
 
 from deconvd.v1 import deconvd_pb2 as deconvd_dot_v1_dot_deconvd__pb2
 
-GRPC_GENERATED_VERSION = '1.84.0'
+GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class DeconvolutionServiceStub:
+class DeconvolutionServiceStub(object):
     """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
     a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
     """
@@ -83,7 +83,7 @@ class DeconvolutionServiceStub:
                 _registered_method=True)
 
 
-class DeconvolutionServiceServicer:
+class DeconvolutionServiceServicer(object):
     """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
     a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
     """
@@ -227,7 +227,7 @@ def add_DeconvolutionServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class DeconvolutionService:
+class DeconvolutionService(object):
     """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
     a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
     """

@@ -55,7 +55,7 @@ def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
             for all cards, or the processor where none can be used.
 
     Raises:
-        InvalidArgumentError: It is no such name.
+        InvalidArgumentError: It is no such name, or one of a card that the host does not have.
         DeviceUnavailableError: A card that was asked for cannot be used.
     """
     check_name(name)
@@ -95,7 +95,8 @@ def _ordinals(name: str) -> list[int]:
     ordinals = [int(card.removeprefix("cuda:")) for card in name.split(",")]
     for ordinal in ordinals:
         if ordinal >= count or ordinals.count(ordinal) > 1:
-            raise DeviceUnavailableError(
-                f"--device must name cards from cuda:0 to cuda:{count - 1}, each once, got {name}"
+            raise InvalidArgumentError(
+                f"--device must name cards from cuda:0 to cuda:{count - 1}, each once, got {name}",
+                argument="device",
             )
     return ordinals

@@ -45,7 +45,7 @@ __all__ = [
     "use_device",
 ]
 
-_INSTALL = "pip install 'deconvd[server,cuda13]'"
+_INSTALL = "pip install '.[server,cuda13]' in a checkout of deconvd"
 _OLDEST_CAPABILITY = 80
 """Our kernels copy to shared memory asynchronously, and multiply bfloat16 matrices."""
 

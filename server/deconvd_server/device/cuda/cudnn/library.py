@@ -11,7 +11,7 @@ from deconvd_server.device.faults import DeviceUnavailableError
 __all__ = ["Cudnn", "CudnnError", "Handle"]
 
 _OLDEST_VERSION = 91000
-_INSTALL = "pip install 'deconvd[server,cuda13]'"
+_INSTALL = "pip install '.[server,cuda13]' in a checkout of deconvd"
 _MESSAGE_BYTES = 1024
 
 

@@ -1,0 +1,138 @@
+"""The packages: built, checked, and tried in environments of their own as their users would."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+from email import message_from_string
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from tests.environments import ROOT, Environment, fresh_environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+README = (ROOT / "README.md").read_text()
+START = r"^    pip install (?P<what>\S+) .*\n    (?P<server>deconvd-server .*)\n"
+CALL = """
+import numpy as np, deconvd_client
+with deconvd_client.connect("unix:deconvd.sock") as F:
+    x = np.arange(9, dtype="f4").reshape(1, 1, 3, 3)
+    assert (F.deconvolution_2d(x, np.full((1, 1, 1, 1), 2, "f4")) == 2 * x).all()
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    """An environment that holds pip alone."""
+    return fresh_environment(tmp_path)
+
+
+def test_wheel_and_source_pass_the_indexs_checks(
+    built_wheel: Path, environment: Environment
+) -> None:
+    environment.install("twine")
+
+    said = environment.output("twine", "check", "--strict", *map(str, built_wheel.parent.iterdir()))
+
+    assert said.count("PASSED") == 2
+
+
+def test_the_wheel_tells_its_license_and_its_authors(built_wheel: Path) -> None:
+    with ZipFile(built_wheel) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = message_from_string(wheel.read(name).decode())
+        license_text = wheel.read(name.replace("METADATA", "licenses/LICENSE")).decode()
+
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert metadata["Author"] == "The deconvd authors"
+    assert metadata["Keywords"]
+    assert "Programming Language :: Python :: 3.11" in metadata.get_all("Classifier", [])
+    assert "Apache License" in license_text
+    assert "The deconvd authors" in license_text
+
+
+def test_the_wheel_serves_and_calls_where_nothing_else_is(
+    built_wheel: Path, environment: Environment
+) -> None:
+    environment.install(f"{built_wheel}[server]")
+
+    served(environment, "deconvd-server --device cpu --listen unix:deconvd.sock", CALL)
+
+
+def test_the_client_alone_needs_no_server_and_a_server_says_what_it_lacks(
+    built_wheel: Path, environment: Environment
+) -> None:
+    environment.install(str(built_wheel))
+
+    assert "Usage: deconvd " in environment.output("deconvd", "--help")
+    for lacking, next_package in (("grpc_reflection", "grpcio-reflection"), ("threadpoolctl", "")):
+        ended = environment.run("deconvd-server", "--device", "cpu")
+        assert ended.returncode == 1
+        assert ended.stderr.startswith(f"deconvd-server: {lacking} is missing. Install deconvd")
+        assert "pip install '.[server]'" in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+        if next_package:
+            environment.install(next_package)
+
+
+def test_what_the_readme_shows_first_works_in_a_checkout(environment: Environment) -> None:
+    commands = re.search(START, README, flags=re.MULTILINE)
+    assert commands is not None
+    script = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+    check_out(environment.directory)
+
+    environment.output("sh", "-c", f"pip install --quiet {commands['what']}")
+    environment.output("sh", "-c", "rm -r *")  # only what is installed is left
+
+    served(environment, commands["server"], script)
+
+
+def test_what_the_container_image_is_built_of_makes_the_wheel(environment: Environment) -> None:
+    allowed = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
+    for path in map(ROOT.joinpath, allowed):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, environment.directory / path.name)
+
+    environment.output("pip", "wheel", "--quiet", "--no-deps", ".")
+
+    assert list(environment.directory.glob("deconvd-*.whl"))
+
+
+def check_out(directory: Path) -> None:
+    """Copy all files that git has, as they are now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, directory / name)
+
+
+def served(environment: Environment, command: str, script: str) -> None:
+    """Run a script beside a server, and see that both end well."""
+    with subprocess.Popen(
+        ["sh", "-c", f"exec {command}"],
+        cwd=environment.directory,
+        env=environment.variables,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert "listening on" in server.stdout.readline()
+            environment.output("python", "-W", "error", "-c", script)
+            environment.output("deconvd", "status", "--target", "unix:deconvd.sock")
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
