@@ -9,7 +9,7 @@ from typing import Any, Final, Generic
 from google.protobuf.message import Message
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.parts import Elements, Part, PartReader, elements_part, slices
+from deconvd.parts import Elements, Part, PartReader, elements_parts, slices
 from deconvd.problem import Problem
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
 
@@ -104,14 +104,14 @@ class Exchange(Generic[RequestT, ResponseT]):
     def _missing_elements(self) -> Iterator[Elements]:
         self._is_answered.wait()
         for field in self._missing:
-            yield elements_part(self._asked.offered[field], is_missing=True)
+            yield from elements_parts(self._asked.offered[field], is_missing=True)
 
     def _elements(self) -> Iterator[Elements]:
         operands = self._asked.operands
         for field in _CONSTANTS:
             if field in operands:
-                yield elements_part(operands[field])
+                yield from elements_parts(operands[field])
         sliced = [array for field, array in operands.items() if field not in _CONSTANTS]
         for samples in slices(self._asked.problem.n, self._step) if sliced else ():
             for array in sliced:
-                yield elements_part(array[samples])
+                yield from elements_parts(array[samples])

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, elements_of
+from deconvd.tensor import Array, elements_of, is_raw
 
 __all__ = [
     "EARLY_BYTES",
@@ -27,12 +27,16 @@ __all__ = [
     "PartReader",
     "PartSource",
     "elements_part",
+    "elements_parts",
     "parsed",
     "slices",
 ]
 
 EARLY_BYTES: Final = 64 << 20
 """Elements that may come before those that were said to be missing."""
+
+_COPIED_BYTES: Final = 8 << 20
+"""What is copied at once for it to be sent."""
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -86,6 +90,33 @@ class PartSource(Protocol):
 def elements_part(array: Array, *, is_missing: bool = False) -> Elements:
     """Return the part that carries an array's elements."""
     return Elements(elements_of(array), is_missing)
+
+
+def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[Elements]:
+    """Yield parts that carry an array's elements.
+
+    What must be copied first, since it is not laid out as in `Tensor.raw`, is copied piece by piece: the next
+    only when it is asked for.
+    """
+    if is_raw(array):
+        yield elements_part(array, is_missing=is_missing)
+        return
+    for block in _blocks(array):
+        yield elements_part(block, is_missing=is_missing)
+
+
+def _blocks(array: Array) -> Iterator[Array]:
+    """Yield views of an array that have few elements and lie one behind the other in row-major order."""
+    if array.nbytes <= _COPIED_BYTES:
+        yield array
+        return
+    row_bytes = array[:1].nbytes
+    if row_bytes > _COPIED_BYTES:
+        for row in array:
+            yield from _blocks(row)
+    else:
+        for rows in slices(len(array), _COPIED_BYTES // row_bytes):
+            yield array[rows]
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

@@ -21,6 +21,7 @@ __all__ = [
     "element_type_from_number",
     "element_type_number",
     "elements_of",
+    "is_raw",
     "message_from_array",
     "message_from_spec",
     "spec_from_message",
@@ -53,11 +54,15 @@ def spec_of(array: Array) -> TensorSpec:
     return TensorSpec(array.shape, array.dtype.newbyteorder("="))
 
 
+def is_raw(array: Array) -> bool:
+    """Return whether an array's elements lie as `Tensor.raw` has them."""
+    return array.flags.c_contiguous and array.dtype == array.dtype.newbyteorder("<")
+
+
 def elements_of(array: Array) -> memoryview:
     """Return an array's elements as `Tensor.raw` has them: a view of the array if it has that layout."""
-    dtype = array.dtype.newbyteorder("<")
-    if not (array.flags.c_contiguous and array.dtype == dtype):
-        array = np.asarray(array, dtype, order="C")
+    if not is_raw(array):
+        array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     return array.reshape(-1).view(np.uint8).data
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from deconvd.errors import StaleRegionError
-from deconvd.parts import Part, PartReader, elements_part
+from deconvd.parts import Part, PartReader, elements_parts
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -71,7 +71,7 @@ class Transfers:
         def parts() -> Iterator[Part]:
             yield pb.PutTensorRequest(header=header)
             if array is not None:
-                yield elements_part(array)
+                yield from elements_parts(array)
 
         return self._nearest.call(lambda stub: stub.put_tensor(parts, deadline), deadline).resident
 
