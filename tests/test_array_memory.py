@@ -12,6 +12,7 @@ import pytest
 from deconvd.array_memory import ArrayMemory
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.problem import TensorSpec
+from tests.interrupts import interrupted_everywhere
 
 LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
 
@@ -71,14 +72,26 @@ def test_what_is_over_the_limit_is_never_kept() -> None:
     assert memory.idle_bytes == 0
 
 
-def test_an_array_may_be_dropped_while_the_memory_is_locked() -> None:
-    memory = ArrayMemory(1 << 30)
-    array = memory.empty(LARGE)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_memory_is_of_use_wherever_an_interrupt_strikes() -> None:
+    memory = ArrayMemory(2 * LARGE.nbytes)
+    held = memory.empty(LARGE)
+    held[...] = 7
 
-    with memory._lock:
+    def use() -> None:
+        arrays = [memory.empty(LARGE) for _ in range(4)]
+        assert len({array.ctypes.data for array in arrays}) == 4
+        for array in arrays:
+            array[...] = 8
+
+    for _ in interrupted_everywhere(use):
+        array = memory.empty(LARGE)
+        array[...] = 9
+        address = array.ctypes.data
         del array
-
-    assert memory.idle_bytes == LARGE.nbytes
+        assert memory.empty(LARGE).ctypes.data == address
+        assert memory.idle_bytes <= 2 * LARGE.nbytes
+    assert (held == 7).all()
 
 
 def test_threads_never_share_memory() -> None:

@@ -1,0 +1,114 @@
+"""Interrupts, as a signal handler raises them, at chosen moments and at random ones."""
+
+from __future__ import annotations
+
+import dis
+import itertools
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any, Final
+
+import deconvd
+import deconvd_client
+
+__all__ = ["InterruptError", "interrupted_at_random", "interrupted_everywhere"]
+
+_PACKAGES: Final = tuple(str(Path(p.__file__).parent) for p in (deconvd, deconvd_client))
+
+
+class InterruptError(BaseException):
+    """What the handler raises: no Exception, as KeyboardInterrupt is none."""
+
+
+class _Striker:
+    """A trace function that raises InterruptError once, at the moment of a number.
+
+    Moments are those at which Python runs signal handlers: where a function of the packages begins, after
+    each call that it makes, and where a loop of it turns.
+    """
+
+    def __init__(self, moment: int) -> None:
+        self._left_count = moment
+        self._last: dict[FrameType, str] = {}
+        self.has_struck = False
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if self.has_struck or not frame.f_code.co_filename.startswith(_PACKAGES):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "call":
+            self._meet()
+        elif event == "opcode":
+            last = self._last.get(frame, "")
+            self._last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if last.startswith("CALL") or "JUMP_BACKWARD" in last:
+                self._meet()
+        elif event == "return":
+            self._last.pop(frame, None)
+        return self.trace
+
+    def _meet(self) -> None:
+        self._left_count -= 1
+        if self._left_count == 0:
+            self.has_struck = True
+            self._last.clear()  # frames, which hold what the work holds
+            sys.settrace(None)
+            raise InterruptError
+
+
+def interrupted_everywhere(work: Callable[[], object]) -> Iterator[None]:
+    """Run `work` again and again, each time with an interrupt at a later moment; yield after each.
+
+    It ends with a run that had ended before its interrupt came.
+    """
+    for moment in itertools.count(1):
+        striker = _Striker(moment)
+        before = sys.gettrace()
+        sys.settrace(striker.trace)
+        try:
+            work()
+        except InterruptError:
+            pass
+        finally:
+            sys.settrace(before)
+        yield
+        if not striker.has_struck:
+            return
+
+
+def interrupted_at_random(
+    work: Callable[[], object], random: Random, mean_s: float, strikes_count: int = 1
+) -> bool:
+    """Run `work`, with so many interrupts at random moments; return whether one struck.
+
+    Args:
+        mean_s: How long after the begin, or the last interrupt, the next one comes, in the mean.
+    """
+    left_count, has_struck = strikes_count, False
+
+    def strike(*_: object) -> None:
+        nonlocal left_count, has_struck
+        if left_count > 0:
+            left_count -= 1
+            has_struck = True
+            signal.setitimer(signal.ITIMER_REAL, random.expovariate(1 / mean_s) + 1e-6)
+            raise InterruptError
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.expovariate(1 / mean_s) + 1e-6)
+            work()
+        finally:
+            left_count = 0
+    except InterruptError:
+        pass
+    finally:
+        left_count = 0  # the second time, if an interrupt struck just before the first
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return has_struck
