@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from deconvd_server.shared_memory import CallTensors, Lender, Limits
 from deconvd_server.shared_memory.loans import Account, Loans
 from deconvd_server.shared_memory.memory import Memory
 from tests.deadlines import soon
+from tests.interrupts import interrupted_everywhere
 from tests.lenders import MIB, Watch, lending, memory_side
 
 SPEC = TensorSpec((4, 8), np.dtype(np.float32))
@@ -231,6 +233,28 @@ def test_a_block_that_went_is_taken_again_for_what_fits_it_just() -> None:
     region.close()
     del other
     assert region.take_again(5000) is None
+
+
+def test_blocks_never_overlap_or_are_lost_wherever_an_interrupt_strikes() -> None:
+    region = HostRegion(bytes(16), mmap.mmap(-1, 1 << 20))
+    held = region.take(5000)
+    assert held is not None
+
+    def use() -> None:
+        blocks = [(held, 5000), *((region.take(size), size) for size in (100, 70000, 9000, 100))]
+        del blocks[4], blocks[2]
+        again = region.take_again(70000)
+        assert again is not None
+        region.collect()
+        blocks += [(again, 70000), *((region.take(size), size) for size in (5000, 300))]
+        places = sorted((block.offset, size) for block, size in blocks if block is not None)
+        assert len(places) == len(blocks)
+        assert all(offset + size <= other for (offset, size), (other, _) in pairwise(places))
+
+    for _ in interrupted_everywhere(use):
+        region.recover()
+        assert region.taken_bytes == 5056
+    assert region.take((1 << 20) - 8192) is not None
 
 
 class TestFalseLenders:

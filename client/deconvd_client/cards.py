@@ -200,10 +200,18 @@ class _CardRegion(Region):
 
     def collect(self) -> None:
         """Make room of the blocks that have gone, once the card is done with what was enqueued on them."""
-        if self.freed:
-            with cupy.cuda.Device(self._ordinal) as card:
-                card.synchronize()
+        if self._gone:
+            self._await_card()
         super().collect()
+
+    def recover(self) -> None:
+        """Make room of all blocks that have gone, in the manner of `collect`."""
+        self._await_card()
+        super().recover()
+
+    def _await_card(self) -> None:
+        with cupy.cuda.Device(self._ordinal) as card:
+            card.synchronize()
 
     def unmap(self) -> None:
         """Close the memory. See `Region`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
@@ -42,10 +43,6 @@ class Block:
         self.region = region  # whose memory is mapped for as long as this is
         self.offset = offset
 
-    def __del__(self) -> None:
-        # Whatever thread this is, it may hold the borrower's lock: no more than this may happen here.
-        self.region.freed.append(self.offset)
-
     def array(self, spec: TensorSpec) -> Array:
         """Return the memory as an array."""
         return self.region.array(self, spec)
@@ -56,15 +53,23 @@ class Block:
         return SharedSlice(self.region.name, self.offset)
 
 
+class _Watch(weakref.ref[Block]):
+    """Sees whether a block is still in use.
+
+    Its callback is a list's own method: when a block goes, whatever thread that is may hold the
+    borrower's lock, and an interrupt that struck code of ours there would be lost, and the block too.
+    """
+
+    __slots__ = ("offset",)
+    offset: int
+
+
 class Region(ABC):
     """One piece of memory that the server lent. Its borrower calls it under one lock.
 
     Args:
         name: The secret by which the server knows it.
         address: Where it begins, as arrays have it.
-
-    Attributes:
-        freed: Offsets of blocks that have gone, as they went; `collect` makes room of them.
     """
 
     def __init__(self, name: bytes, address: int, size_bytes: int) -> None:
@@ -72,8 +77,9 @@ class Region(ABC):
         self.address = address
         self.size_bytes = size_bytes
         self.state = State.OPEN
-        self.freed: deque[int] = deque()
         self._arena = Arena(size_bytes)
+        self._watches: dict[int, _Watch] = {}
+        self._gone: deque[_Watch] = deque()  # of blocks that have gone, as they went
 
     @abstractmethod
     def array(self, block: Block, spec: TensorSpec) -> Array:
@@ -98,26 +104,51 @@ class Region(ABC):
         if self.state is not State.OPEN:
             return None
         offset = self._arena.take(size_bytes)
-        return None if offset is None else Block(self, offset)
+        return None if offset is None else self._block(offset)
 
     def take_again(self, size_bytes: int) -> Block | None:
         """Return the block that went last anew, if it is as large as one of this size; else None."""
-        if not self.freed or self.state is not State.OPEN:
+        if not self._gone or self.state is not State.OPEN:
             return None
-        offset = self.freed.pop()
-        if self._arena.has(offset, size_bytes):
-            return Block(self, offset)
-        self.freed.append(offset)
+        watch = self._gone.pop()
+        if self._is_last(watch) and self._arena.has(watch.offset, size_bytes):
+            return self._block(watch.offset)
+        self._gone.append(watch)
         return None
 
     def collect(self) -> None:
         """Make room of the blocks that have gone."""
-        while self.freed:
-            self._arena.give(self.freed.popleft())
+        while self._gone:
+            watch = self._gone.popleft()
+            if self._is_last(watch):
+                self._free(watch.offset)
+
+    def recover(self) -> None:
+        """Make room of all blocks that have gone, of those too that an interrupt has kept from being used."""
+        self._gone.clear()
+        for offset in self._arena.offsets:
+            watch = self._watches.get(offset)
+            if watch is None or watch() is None:
+                self._free(offset)
 
     def close(self) -> None:
         """Take no more blocks."""
         self.state = State.CLOSED
+
+    def _block(self, offset: int) -> Block:
+        block = Block(self, offset)
+        watch = _Watch(block, self._gone.append)
+        watch.offset = offset
+        self._watches[offset] = watch
+        return block
+
+    def _is_last(self, watch: _Watch) -> bool:
+        """Return whether a block's memory has not been another's since."""
+        return self._watches.get(watch.offset) is watch
+
+    def _free(self, offset: int) -> None:
+        self._watches.pop(offset, None)
+        self._arena.give(offset)
 
     def holds(self, address: int, size_bytes: int) -> bool:
         """Return whether memory lies wholly in it."""
