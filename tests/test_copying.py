@@ -13,6 +13,7 @@ import pytest
 
 from deconvd import copying
 from deconvd.copying import copy_all, copy_into
+from tests.interrupts import interrupted_everywhere
 
 _MIB = 1 << 20
 
@@ -156,6 +157,19 @@ def test_an_interrupted_copy_touches_nothing_any_more(monkeypatch: pytest.Monkey
     target[:] = 0
     time.sleep(0.05)
     assert not target.any()
+
+
+def test_a_copy_touches_nothing_any_more_wherever_an_interrupt_strikes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(copying, "processors_count", lambda: 4)
+    source, target = np.ones(3 * _MIB, np.float32), np.zeros(3 * _MIB, np.float32)
+    for _ in interrupted_everywhere(lambda: copy_into(target, source)):
+        target[:] = 0
+        time.sleep(0.002)
+        assert not target.any()
+        copy_into(target, source)
+        assert target.all()
 
 
 def test_nobody_holds_the_arrays_of_a_copy_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

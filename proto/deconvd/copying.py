@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,7 +13,8 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from deconvd.system import call_in_forked_children, processors_count
+from deconvd.forks import begin_anew_in_children, new_lock
+from deconvd.system import processors_count
 
 __all__ = ["copy_all", "copy_into"]
 
@@ -23,6 +25,9 @@ _PIECE_BYTES: Final = 2 << 20
 
 _FEW_THREADS_COUNT: Final = 4
 _MAX_THREADS_COUNT: Final = 8
+_ABANDON_POLL_S: Final = 2e-4
+"""A piece takes about as long."""
+
 _MUCH_BYTES: Final = 128 << 20
 """One moves 7 to 14 GB/s, four 37, eight 48: that is the memory's own speed.
 
@@ -41,8 +46,9 @@ def copy_all(
 ) -> None:
     """Copy the second array of each pair into the first, of the same shape and, up to byte order, the same type.
 
-    They must not overlap. numpy releases the interpreter's lock for each piece. An interrupt, or an
-    error of `on_progress`, is raised once all has been copied.
+    They must not overlap. numpy releases the interpreter's lock for each piece. An error of
+    `on_progress` is raised once all has been copied; an interrupt may come before, and once it is
+    raised nothing is copied any more.
 
     Args:
         on_progress: Told now and then how many bytes of the targets, one behind the other, are there
@@ -59,8 +65,12 @@ def copy_all(
             on_progress(total_bytes)
         return
     copy = _Copy([*_pieces([pair for pair in pairs if pair[0].nbytes], on_progress)])
-    _helpers.help(copy, min(copy.pieces_count, threads_count) - 1)
-    copy.finish()
+    try:
+        _helpers.help(copy, min(copy.pieces_count, threads_count) - 1)
+        copy.finish()
+    except BaseException:
+        copy.abandon()
+        raise
 
 
 def _pieces(
@@ -119,25 +129,28 @@ class _Copy:
         # one thread alone gets each of their numbers, whichever threads ask
         self._numbers = iter(range(self.pieces_count))
         self._ends = iter(range(self.pieces_count, 0, -1))
+        self._helping: set[int] = set()  # threads that may be copying
         self._is_done = threading.Lock()
         self._is_done.acquire()
         self._errors: list[BaseException] = []
 
     def help(self) -> None:
         """Copy pieces until none is left that nobody has begun."""
+        self._helping.add(threading.get_ident())
         for number in self._numbers:
             try:
                 self._copy_piece(number)
             except BaseException as error:
                 self._errors.append(error)
             self._end_piece()
+        self._helping.discard(threading.get_ident())
 
     def finish(self) -> None:
         """Copy pieces, and return once all are copied. Raises the first error that any thread met."""
         self.help()
         self._is_done.acquire()
         # a thread that wakes late holds this for a while yet, and must not hold the caller's arrays
-        del self._all
+        self._all.clear()
         if self._errors:
             first, *_ = self._errors
             self._errors.clear()  # an error holds this frame, which must hold no error
@@ -145,6 +158,14 @@ class _Copy:
                 raise first
             finally:
                 del first
+
+    def abandon(self) -> None:
+        """Have no more pieces copied, and return once no thread but this one copies any."""
+        for _ in self._numbers:
+            pass
+        while self._helping - {threading.get_ident()}:
+            time.sleep(_ABANDON_POLL_S)
+        self._all.clear()
 
     def _copy_piece(self, number: int) -> None:
         pieces, begin = self._all[number]
@@ -236,11 +257,12 @@ class _Helpers:
     """Threads that help to copy, started at the first need, and anew in a child process."""
 
     def __init__(self) -> None:
-        call_in_forked_children(self._begin)
-        self._begin()
+        begin_anew_in_children(self)
+        self._lock = new_lock()
+        self.begin_anew_in_child()
 
-    def _begin(self) -> None:
-        self._lock = threading.Lock()
+    def begin_anew_in_child(self) -> None:
+        """Have no threads yet, as in a forked child."""
         self._count = 0
         self._waiting: SimpleQueue[_Copy] = SimpleQueue()
 

@@ -1,0 +1,96 @@
+"""Forked children begin anew, and are not forked in the midst of what must not be."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from deconvd.forks import UnforkedWork, begin_anew_in_children, new_lock
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Return what `work` returns in a forked child."""
+    child = os.fork()
+    if not child:
+        os._exit(work())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.pids = [os.getpid()]
+        begin_anew_in_children(self)
+
+    def begin_anew_in_child(self) -> None:
+        self.pids.append(os.getpid())
+
+
+def test_owners_begin_anew_in_each_child_and_in_no_other_process() -> None:
+    owner = Owner()
+
+    assert exit_code(lambda: int(owner.pids[1:] != [os.getpid()])) == 0
+    assert len(owner.pids) == 1
+
+
+def test_a_lock_that_another_thread_holds_is_free_in_a_child() -> None:
+    lock, let_go = new_lock(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            let_go.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        assert exit_code(lambda: int(not lock.acquire(timeout=5))) == 0
+        assert lock.locked()
+    finally:
+        let_go.set()
+        holder.join()
+
+
+def test_a_fork_waits_for_work_under_way_and_work_for_a_fork() -> None:
+    is_under_way = threading.Event()
+    is_ended = [False]
+
+    def work() -> None:
+        with UnforkedWork():
+            is_under_way.set()
+            time.sleep(0.2)
+            is_ended[0] = True
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    is_under_way.wait(30)
+    try:
+        assert exit_code(lambda: int(not is_ended[0])) == 0
+    finally:
+        worker.join()
+
+
+def test_a_fork_does_not_wait_for_ever_and_its_child_may_do_such_work_itself() -> None:
+    let_go = threading.Event()
+
+    def work() -> None:
+        with UnforkedWork():
+            let_go.wait(60)
+
+    def work_in_child() -> int:
+        with UnforkedWork():
+            return exit_code(lambda: 0)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    begin_s = time.monotonic()
+    try:
+        assert exit_code(work_in_child) == 0
+        assert time.monotonic() - begin_s < 20
+    finally:
+        let_go.set()
+        worker.join()
