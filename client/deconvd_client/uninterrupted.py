@@ -1,0 +1,124 @@
+"""Work that no interrupt strikes: it is done in a thread where Python runs no signal handlers.
+
+An exception from a signal handler (KeyboardInterrupt, say) may end a function of the main thread after any call that it
+makes, in the middle of what must be whole: between a request and its answer, or with a lock of gRPC's or the standard
+library's held (`Condition` is one that stays locked). The main thread waits instead, and leaves if it is interrupted.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+from deconvd.forks import begin_anew_in_children
+
+__all__ = ["call_uninterrupted"]
+
+_T = TypeVar("_T")
+
+_Mailbox: TypeAlias = SimpleQueue[Callable[[], None]]
+
+_IDLE_S: Final = 30.0
+"""How long a thread that has nothing to do waits for more."""
+
+
+def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = lambda: None) -> _T:
+    """Return what `work` returns, or raise what it raises, doing it where no interrupt strikes.
+
+    If the caller is interrupted it does not wait: the work goes on by itself.
+
+    Args:
+        give_up: Called if the caller is interrupted, in another thread: to end the work soon.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    job = _Job(work)
+    try:
+        _threads.do(job.run)
+        return job.outcome()
+    except BaseException:
+        if not job.has_ended:
+            _threads.do(give_up)
+        raise
+
+
+class _Job(Generic[_T]):
+    """Work, and what came of it."""
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work = work
+        self._outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self.has_ended = False
+
+    def run(self) -> None:
+        try:
+            outcome = self._work(), None
+        except BaseException as error:
+            self._outcome.put((None, error))
+        else:
+            self._outcome.put(outcome)
+        del self._work  # a thread that waits for the next must not hold what this one held
+
+    def outcome(self) -> _T:
+        """Wait for the end; return or raise what came of it."""
+        value, error = self._outcome.get()
+        self.has_ended = True
+        if error is None:
+            returned: _T = value
+            return returned
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame
+
+
+class _Threads:
+    """Threads that do what the main thread hands them, each one thing at a time.
+
+    The main thread holds no lock here, and waits for none. They do not keep the process alive.
+    """
+
+    def __init__(self) -> None:
+        self._idle: deque[_Mailbox] = deque()
+        begin_anew_in_children(self)
+
+    def begin_anew_in_child(self) -> None:
+        self._idle = deque()
+
+    def do(self, work: Callable[[], object]) -> None:
+        """Have something done soon."""
+        try:
+            mailbox = self._idle.pop()
+        except IndexError:
+            mailbox = SimpleQueue()
+            mailbox.put(work)
+            # not by `threading`: there the starter waits for the thread, with a lock held
+            _thread.start_new_thread(self._serve, (mailbox, self._idle))
+        else:
+            mailbox.put(work)
+
+    @staticmethod
+    def _serve(mailbox: _Mailbox, idle: deque[_Mailbox]) -> None:
+        waits_count = 0
+        while waits_count < 2:
+            try:
+                mailbox.get(timeout=_IDLE_S)()  # without a name, which would keep it until the next
+            except Empty:
+                try:
+                    idle.remove(mailbox)
+                except ValueError:
+                    # It was taken, and something is about to be put: wait again, but not for ever, as
+                    # an interrupt may have come between.
+                    waits_count += 1
+                else:
+                    return
+            else:
+                waits_count = 0
+                idle.append(mailbox)
+
+
+_threads: Final = _Threads()

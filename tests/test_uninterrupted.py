@@ -1,0 +1,99 @@
+"""Work that goes on where no interrupt strikes, while its caller may be interrupted at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from deconvd_client.uninterrupted import call_uninterrupted
+from tests.interrupts import interrupted_at_random, interrupted_everywhere
+from tests.processes import wait_until
+
+
+def test_work_is_done_in_another_thread_and_its_outcome_is_the_callers() -> None:
+    caller = threading.get_ident()
+    assert call_uninterrupted(threading.get_ident) != caller
+    with pytest.raises(ZeroDivisionError):
+        call_uninterrupted(lambda: 1 // 0)
+
+
+def test_a_thread_that_no_signal_interrupts_does_its_work_itself() -> None:
+    idents: list[bool] = []
+
+    def work() -> None:
+        idents.append(call_uninterrupted(threading.get_ident) == threading.get_ident())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+    assert idents == [True]
+
+
+def test_a_caller_that_is_interrupted_leaves_at_once_and_has_the_work_given_up() -> None:
+    given_up, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        given_up.wait(30)
+        ended.set()
+
+    begin_s = time.monotonic()
+    assert interrupted_at_random(
+        lambda: call_uninterrupted(work, given_up.set), random.Random(0), 0.01
+    )
+    assert time.monotonic() - begin_s < 20
+
+    assert given_up.wait(30)
+    assert ended.wait(30)
+
+
+def test_nobody_holds_what_work_has_used() -> None:
+    array = np.ones(10)
+    alive = weakref.ref(array)
+
+    def work(array: npt.NDArray[np.float64] = array) -> float:
+        return float(array.sum())
+
+    assert call_uninterrupted(work) == 10
+    del array, work
+
+    wait_until(lambda: alive() is None)
+
+
+def test_each_caller_gets_its_own_outcome_wherever_an_interrupt_strikes() -> None:
+    done: list[int] = []
+    for number, _ in enumerate(interrupted_everywhere(lambda: call_uninterrupted(int))):
+        assert call_uninterrupted(lambda n=number: n) == number  # type: ignore[misc]
+        done.append(number)
+    assert len(done) > 10
+
+
+@pytest.mark.parametrize("strikes_count", [1, 2])
+def test_each_caller_gets_its_own_outcome_whenever_interrupts_strike(strikes_count: int) -> None:
+    chance = random.Random(strikes_count)
+    struck_count = 0
+    for number in range(2000):
+
+        def work(number: int = number) -> None:
+            for _ in range(10):
+                assert call_uninterrupted(lambda: number) == number
+
+        struck_count += interrupted_at_random(work, chance, 0.0002, strikes_count)
+    assert struck_count > 100
+    assert threading.active_count() < 100
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    call_uninterrupted(time.monotonic)
+    child = os.fork()
+    if not child:
+        os._exit(call_uninterrupted(lambda: 0))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
