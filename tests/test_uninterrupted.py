@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from deconvd_client.uninterrupted import call_uninterrupted
-from tests.interrupts import interrupted_at_random, interrupted_everywhere
+from tests.interrupts import Outcome, interrupted_at_random, interrupted_everywhere
 from tests.processes import wait_until
 
 
@@ -45,9 +45,10 @@ def test_a_caller_that_is_interrupted_leaves_at_once_and_has_the_work_given_up()
         ended.set()
 
     begin_s = time.monotonic()
-    assert interrupted_at_random(
+    outcome = interrupted_at_random(
         lambda: call_uninterrupted(work, given_up.set), random.Random(0), 0.01
     )
+    assert outcome is Outcome.RAISED
     assert time.monotonic() - begin_s < 20
 
     assert given_up.wait(30)
@@ -85,7 +86,9 @@ def test_each_caller_gets_its_own_outcome_whenever_interrupts_strike(strikes_cou
             for _ in range(10):
                 assert call_uninterrupted(lambda: number) == number
 
-        struck_count += interrupted_at_random(work, chance, 0.0002, strikes_count)
+        outcome = interrupted_at_random(work, chance, 0.0002, strikes_count=strikes_count)
+        assert outcome is not Outcome.LOST
+        struck_count += outcome is Outcome.RAISED
     assert struck_count > 100
     assert threading.active_count() < 100
 
@@ -97,3 +100,10 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     if not child:
         os._exit(call_uninterrupted(lambda: 0))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_work_that_takes_too_long_is_not_waited_for() -> None:
+    let_go = threading.Event()
+    with pytest.raises(TimeoutError, match=r"longer than 0\.1 s"):
+        call_uninterrupted(lambda: let_go.wait(30), let_go.set, within_s=0.1)
+    assert let_go.wait(30)

@@ -6,7 +6,6 @@ Imported once a caller has handed over a cupy array, and not before.
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
+from deconvd.forks import new_lock
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import card_id
 from deconvd.tensor import Array
@@ -53,7 +53,7 @@ class Cards:
         self._find_socket = find_socket
         self._timeout_s = timeout_s
         self._is_closed = False
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
     def arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Final, SupportsIndex
 import numpy.typing as npt
 
 from deconvd.dtypes import element_type
+from deconvd.forks import new_lock
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
 from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
@@ -43,6 +43,7 @@ from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
 from deconvd_client.residents import Call, RemoteTensor, Residents
 from deconvd_client.retries import Retries
+from deconvd_client.rpcs import Rpcs
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.side_sockets import memory_socket
@@ -135,10 +136,12 @@ class Connection:
 
         def open_stub(target: str) -> Stub:
             proxy = proxy_to(target)
-            channel = open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
+            rpcs = Rpcs(
+                lambda: open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
+            )
             is_direct = way is not Transport.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
             direct_way = way_to(target) if is_direct else None
-            return Stub(channel, direct_way, Advice(target, proxy))
+            return Stub(rpcs, direct_way, Advice(target, proxy))
 
         self._nearest = Nearest(open_stub, target, way, Retries(fail_fast=self._fail_fast))
         is_only_way = way is Transport.SHARED_MEMORY
@@ -147,7 +150,7 @@ class Connection:
             self._memory.close()
         self._config = Config()
         self._cards: Cards | None = None
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._residents = Residents(self._nearest, self._memory, secret, timeout_s)
         self._operations = Operations(self._residents, self._config)
         self._any_operations = Operations(self._residents, self._config, takes_cupy=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ from google.protobuf.message import Message
 
 from deconvd.busy_polling import BusyPolling
 from deconvd.direct import Answer, CallHead, FrameSource, Method, failure, tell_written
-from deconvd.errors import CallCancelledError, DeadlineError
+from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
+from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
 from deconvd.parts import Part
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
+from deconvd_client.uninterrupted import call_uninterrupted, do_beside
 
 __all__ = ["Conversation", "DirectLines", "NoLineError"]
 
@@ -44,6 +45,9 @@ _POLLED_S: Final = 8e-4
 
 _HEAD_BYTES: Final = 1024
 """More than a call has beside its message."""
+
+_SENT_S: Final = 5.0
+"""How long a thread may take to notice that what it sends on is broken; only an interrupt lets it take so long."""
 
 _IDLE_COUNT: Final = 16
 """Lines that are kept for later calls."""
@@ -89,15 +93,17 @@ class DirectLines:
         self._next_try_s = 0.0
         self._retry_s = _FIRST_RETRY_S
         self._polling = BusyPolling(_POLLED_S, ahead_s=_AHEAD_S)
-        self._begin()
+        self._lock = new_lock()  # never held while anything is sent, or waited for
+        self.begin_anew_in_child()
+        begin_anew_in_children(self)
 
-    def _begin(self) -> None:
-        """Have no lines yet: at first, and in a forked child, where a lock may be held by no one."""
-        self._owner = os.getpid()
-        self._lock = threading.Lock()  # never held while anything is sent, or waited for
+    def begin_anew_in_child(self) -> None:
+        """Have no lines yet, as in a forked child."""
         self._idle: list[Line] = []
-        self._busy: set[Line] = set()
-        self._opener: threading.Thread | None = None
+        # Those that calls have. A call that was broken off by an interrupt may not have said that it ended:
+        # its line closes itself once nothing refers to it.
+        self._busy: set[weakref.ref[Line]] = set()
+        self._is_opening = False
         self._waiting: list[SimpleQueue[None]] = []  # for what the opener opens
 
     @property
@@ -141,8 +147,9 @@ class DirectLines:
         with self._lock:
             self._is_closed = True
             idle, self._idle = self._idle, []
-            for line in self._busy:
-                line.shut()
+            busy = [line for known in self._busy if (line := known()) is not None]
+        for line in busy:
+            line.shut()
         for line in idle:
             line.close()
 
@@ -158,7 +165,7 @@ class DirectLines:
 
     def _end_use(self, lent: _LentLine, error: BaseException | None) -> None:
         """Take a line back. Raises what the calling block is to raise, if that is another error than its own."""
-        self._give_back(lent)
+        self._give_back(lent, error)
         if isinstance(error, LineTimeoutError):
             raise DeadlineError("the server did not answer in time") from None
         if isinstance(error, LineBrokenError):
@@ -169,11 +176,10 @@ class DirectLines:
 
     def _take(self, deadline: Deadline) -> Line:
         """Return a line for one call. Raises NoLineError if there is none."""
-        if self._owner != os.getpid():
-            self._begin()
         taken = self._take_idle()
         if taken is None and self.is_worth_asking:
-            opened = self._open(deadline) if self._way.is_quick else None
+            is_quick = self._way.is_quick
+            opened = call_uninterrupted(lambda: self._open(deadline)) if is_quick else None
             if opened is not None:
                 return self._keep(opened, is_taken=True)
             if not deadline.remaining_s():  # which says nothing of the server
@@ -191,41 +197,52 @@ class DirectLines:
                 if not self._idle:
                     return None
                 idle = self._idle.pop()
-                self._busy.add(idle)
+                self._note_busy(idle)
             if idle.is_quiet():
                 return idle
             with self._lock:
-                self._busy.discard(idle)
+                self._busy.discard(weakref.ref(idle))
             idle.close()
 
-    def _give_back(self, lent: _LentLine) -> None:
+    def _note_busy(self, line: Line) -> None:
+        if self._busy:
+            self._busy = {known for known in self._busy if known() is not None}
+        self._busy.add(weakref.ref(line))
+
+    def _give_back(self, lent: _LentLine, error: BaseException | None) -> None:
         with self._lock:
-            self._busy.discard(lent.line)
+            self._busy.discard(weakref.ref(lent.line))
             is_kept = lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT
             if is_kept:
                 self._idle.append(lent.line)
-        if not is_kept:
+        if is_kept:
+            return
+        if error is None or isinstance(error, (DeconvdError, LineBrokenError)):
             lent.line.close()
+        else:
+            # after an interrupt a thread may still be sending: the line closes itself once none refers to it
+            lent.line.shut()
 
     def _open_beside(self, deadline: Deadline) -> None:
         """Open one more line in a thread, and wait for it for a moment."""
         opened: SimpleQueue[None] = SimpleQueue()
         with self._lock:
             self._waiting.append(opened)
-            if self._opener is None or not self._opener.is_alive():
-                self._opener = threading.Thread(
-                    target=self._open_slowly, name="open-line", daemon=True
-                )
-                self._opener.start()
+            if not self._is_opening:
+                do_beside(self._open_slowly)
         with suppress(Empty):
             opened.get(timeout=min(_PATIENCE_S, deadline.remaining_s()))
 
     def _open_slowly(self) -> None:
+        with self._lock:
+            if self._is_opening:
+                return  # another thread was asked at the same time
+            self._is_opening = True
         line = self._open(Deadline(_OPEN_S))
         with suppress(NoLineError):  # the calls go by gRPC
             self._keep(line)
         with self._lock:
-            self._opener = None
+            self._is_opening = False
             waiting, self._waiting = self._waiting, []
         for opened in waiting:
             opened.put(None)
@@ -251,7 +268,7 @@ class DirectLines:
             elif not self._is_closed:
                 self._retry_s = _FIRST_RETRY_S
                 if is_taken:
-                    self._busy.add(opened)
+                    self._note_busy(opened)
                 else:
                     self._idle.append(opened)
                 return opened
@@ -345,31 +362,40 @@ class _Sending(AbstractContextManager[None]):
     def __init__(self, line: Line, parts: Iterator[Part], *, at_once: bool) -> None:
         self._line = line
         self._parts = parts
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True) if at_once else None
+        self._at_once = at_once
+        self._ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def __enter__(self) -> None:
-        if self._thread is None:
-            self._send()
+        if self._at_once:
+            do_beside(self._run)
         else:
-            self._thread.start()
+            self._send()
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if self._thread is None:
+        if not self._at_once:
             return
-        if exc_type is not None:
+        if exc_type is None:
+            error = self._ended.get()
+        else:
             self._line.shut()
-        self._thread.join()
-        error, self._error = self._error, None
-        if error is not None:
+            error = None
+            with suppress(Empty):
+                error = self._ended.get(timeout=_SENT_S)
+        if error is None:
+            return
+        try:
             raise error
+        finally:
+            del error  # it holds this frame
 
     def _run(self) -> None:
         try:
             self._send()
         except BaseException as error:  # whatever it is, it is the caller's
-            self._error = error
             self._line.shut()
+            self._ended.put(error)
+        else:
+            self._ended.put(None)
 
     def _send(self) -> None:
         with suppress(LineBrokenError):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable
 from enum import Enum, StrEnum
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
 from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
+from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 from deconvd_client.retries import PinnedTransportError, Retries
 from deconvd_client.stub import Stub
+from deconvd_client.uninterrupted import do_beside
 
 __all__ = ["Nearest", "Transport"]
 
@@ -100,12 +102,20 @@ class Nearest:
         self._retries = retries
         self._must_be_near = transport is Transport.UNIX and not is_unix
         is_near_enough = is_unix or transport in (Transport.TCP, Transport.GRPC)
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._state = _State.FAR if is_near_enough else _State.UNSOUGHT
         self._is_sought = False
         self._near: Stub | None = None
         self._stubs: dict[str, Stub] = {}  # of Unix sockets: kept, since calls may be using them
-        self._closed = threading.Event()
+        self._closed: SimpleQueue[None] = SimpleQueue()  # gets something when it is
+        begin_anew_in_children(self)
+
+    def begin_anew_in_child(self) -> None:
+        """Look for a nearer way as at first: whoever looked is not in a forked child."""
+        self._is_sought = False
+        self._closed = SimpleQueue()
+        if self._state is _State.LOST:
+            self._state = _State.UNSOUGHT
 
     def call(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
         """Return what `work` returns for the nearest stub; if that has no server, for the far one.
@@ -145,7 +155,7 @@ class Nearest:
     def close(self, deadline: Deadline) -> None:
         """Close all ways. Calls under way end with CallCancelledError."""
         self._retries.stop()
-        self._closed.set()
+        self._closed.put(None)
         with self._lock:
             self._state = _State.CLOSED
             stubs = [self._far, *self._stubs.values()]
@@ -227,7 +237,7 @@ class Nearest:
         if not self._must_be_near:
             _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
             probe = _Probe(weakref.WeakMethod(self._find_again), self._closed)
-            threading.Thread(target=probe.run, name="find-nearer-way", daemon=True).start()
+            do_beside(probe.run)
 
     def _find_again(self) -> bool:
         """Look once for what was lost; return whether there is an end of looking."""
@@ -250,17 +260,24 @@ class _Probe:
 
     Args:
         look: Looks once, and returns whether that was enough. It does not keep its object alive.
-        closed: Set once nothing is looked for any more.
+        closed: Gets something once nothing is looked for any more.
     """
 
-    def __init__(self, look: weakref.WeakMethod[Callable[[], bool]], closed: threading.Event):
+    def __init__(self, look: weakref.WeakMethod[Callable[[], bool]], closed: SimpleQueue[None]):
         self._look = look
         self._closed = closed
 
     def run(self) -> None:
         """Look until the way is found, or nobody wants it any more."""
         pause_s = _FIRST_PROBE_S
-        while not self._closed.wait(pause_s):
+        while True:
+            try:
+                self._closed.get(timeout=pause_s)
+            except Empty:
+                pass
+            else:
+                self._closed.put(None)  # for other probes
+                return
             look = self._look()
             if look is None or look():
                 return

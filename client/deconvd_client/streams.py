@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any, Final, Generic
 
 from google.protobuf.message import Message
@@ -47,8 +47,8 @@ class Exchange(Generic[RequestT, ResponseT]):
         self._asked: Asked[RequestT] = asked
         self._opening = opening
         self._step = step
-        self._is_answered = threading.Event()
-        self._missing: Sequence[str] = ()
+        # a queue, since an exception from a signal handler can leave an Event locked
+        self._missing: SimpleQueue[Sequence[str]] = SimpleQueue()
 
     @property
     def at_once(self) -> bool:
@@ -68,8 +68,7 @@ class Exchange(Generic[RequestT, ResponseT]):
         """
         try:
             if self._asked.offered:
-                self._missing = self._known(reader.missing())
-                self._is_answered.set()
+                self._missing.put(self._known(reader.missing()))
             header: ResponseT = reader.header().header
             arrays = {
                 field: reader.read(argument_of(field), spec)
@@ -78,7 +77,7 @@ class Exchange(Generic[RequestT, ResponseT]):
             reader.expect_end()
             return Answered(header, arrays)
         finally:
-            self._is_answered.set()  # or `parts` would wait for ever
+            self._missing.put(())  # or `parts` would wait for ever
 
     def _known(self, fields: Sequence[str]) -> Sequence[str]:
         unknown = set(fields) - self._asked.offered.keys()
@@ -92,7 +91,7 @@ class Exchange(Generic[RequestT, ResponseT]):
         pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
         for piece in pieces:
             unanswered_bytes += len(piece.data)
-            if self._is_answered.is_set() or unanswered_bytes > _UNANSWERED_BYTES:
+            if not self._missing.empty() or unanswered_bytes > _UNANSWERED_BYTES:
                 yield from self._missing_elements()
                 yield piece
                 break
@@ -102,8 +101,7 @@ class Exchange(Generic[RequestT, ResponseT]):
         yield from pieces
 
     def _missing_elements(self) -> Iterator[Elements]:
-        self._is_answered.wait()
-        for field in self._missing:
+        for field in self._missing.get():
             yield from elements_parts(self._asked.offered[field], is_missing=True)
 
     def _elements(self) -> Iterator[Elements]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import grpc
@@ -26,6 +26,7 @@ from deconvd_client.direct import Conversation, DirectLines, NoLineError
 from deconvd_client.direct_ways import Way
 from deconvd_client.hold import Hold
 from deconvd_client.late_copy import LateCopy
+from deconvd_client.rpcs import Metadata, Rpcs
 
 __all__ = ["Attempt", "Stub"]
 
@@ -35,6 +36,8 @@ _Response = TypeVar("_Response", bound=Message)
 _Returned = TypeVar("_Returned", covariant=True)
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
+
+_HEALTH_PATH: Final = "/grpc.health.v1.Health/Check"
 
 _ASK_S: Final = 5.0
 """How long a server may take to say where it takes direct calls: calls go by gRPC meanwhile."""
@@ -68,8 +71,8 @@ class Stub:
         advice: What errors say beside gRPC's own words.
     """
 
-    def __init__(self, channel: grpc.Channel, way: Way | None, advice: Advice) -> None:
-        self._channel = channel
+    def __init__(self, rpcs: Rpcs, way: Way | None, advice: Advice) -> None:
+        self._rpcs = rpcs
         self._advice = advice
         self._direct = None if way is None else DirectLines(way, self._told_by_server)
         self._closed = False
@@ -81,23 +84,7 @@ class Stub:
             "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DeconvolveGrad
         )
         self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
-        self._deconvolve_stream = self._stream("DeconvolveStream")
-        self._deconvolve_grad_stream = self._stream("DeconvolveGradStream")
         self._drop_tensors = self._unary("DropTensors", pb.DropTensorsResponse)
-        self._hold_session = self._stream("HoldSession")
-        self._put_tensor: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(
-            _path("PutTensor")
-        )
-        self._get_tensor: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
-            _path("GetTensor")
-        )
-        self._check_health: grpc.UnaryUnaryMultiCallable[
-            health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
-        ] = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
 
     def deconvolve(
         self,
@@ -141,7 +128,6 @@ class Stub:
         """
         return self._streamed(
             Method.DeconvolveStream,
-            self._deconvolve_stream,
             begin,
             pb.DeconvolveStreamResponse,
             deadline,
@@ -153,7 +139,6 @@ class Stub:
         """Call DeconvolveGradStream, in the manner of `deconvolve_stream`."""
         return self._streamed(
             Method.DeconvolveGradStream,
-            self._deconvolve_grad_stream,
             begin,
             pb.DeconvolveGradStreamResponse,
             deadline,
@@ -172,10 +157,13 @@ class Stub:
             talk = Conversation(Method.PutTensor, parts(), _only_message, pb.PutTensorResponse)
             return direct.converse(talk, deadline)
 
-        def by_grpc() -> pb.PutTensorResponse:
+        def by_grpc() -> tuple[pb.PutTensorResponse, Metadata]:
             messages = (message for part in parts() for message in messages_of(part))
-            timeout_s = deadline.remaining_s()
-            return pb.PutTensorResponse.FromString(self._put_tensor(messages, timeout=timeout_s))
+            return self._rpcs.stream(_path("PutTensor"), messages, receive, deadline)
+
+        def receive(responses: Iterator[bytes]) -> pb.PutTensorResponse:
+            (response,) = responses
+            return pb.PutTensorResponse.FromString(response)
 
         return self._made(directly, by_grpc)
 
@@ -196,14 +184,13 @@ class Stub:
             )
             return direct.converse(talk, deadline)
 
-        def by_grpc() -> _T:
-            data, timeout_s = request.SerializeToString(), deadline.remaining_s()
-            responses = self._get_tensor(data, timeout=timeout_s)
-            try:
+        def by_grpc() -> tuple[_T, Metadata]:
+            def read(responses: Iterator[bytes]) -> _T:
                 source = ChunkSource(responses, pb.GetTensorResponse)
                 return receive(self._reader(source, pb.GetTensorResponse))
-            finally:
-                responses.cancel()
+
+            requests = iter([request.SerializeToString()])
+            return self._rpcs.stream(_path("GetTensor"), requests, read, deadline)
 
         return self._made(directly, by_grpc)
 
@@ -213,9 +200,7 @@ class Stub:
 
     def hold_session(self, opening: pb.HoldSessionRequest, deadline: Deadline) -> Hold:
         """Call HoldSession, and return once the server has answered the first message."""
-        return self._translating(
-            lambda: Hold.open(self._hold_session, opening, deadline.remaining_s())
-        )
+        return self._translating(lambda: self._rpcs.hold(_path("HoldSession"), opening, deadline))
 
     def get_server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
@@ -223,10 +208,9 @@ class Stub:
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        request = health_pb2.HealthCheckRequest()
-        response = self._translating(
-            lambda: self._check_health(request, timeout=deadline.remaining_s())
-        )
+        request = health_pb2.HealthCheckRequest().SerializeToString()
+        data, _ = self._translating(lambda: self._rpcs.unary(_HEALTH_PATH, request, deadline))
+        response = health_pb2.HealthCheckResponse.FromString(data)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
     def close(self, deadline: Deadline) -> None:
@@ -238,16 +222,13 @@ class Stub:
         self._closed = True
         if self._direct is not None:
             self._direct.close()
-        # gRPC ends the calls at once, but then waits for what is being written, if need be for ever
-        closer = threading.Thread(target=self._channel.close, daemon=True)
-        closer.start()
-        closer.join(deadline.remaining_s())
+        self._rpcs.close(deadline)
         self._results.clear()
 
     def _unary(
         self, method: str, response_type: type[_Response], number: Method | None = None
     ) -> Callable[..., Envelope[_Response]]:
-        rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_path(method))
+        path = _path(method)
 
         def call(
             request: Envelope[Any],
@@ -271,24 +252,18 @@ class Stub:
                 self._early_calls.note(has_paid=FOLLOW_ENTRY in reply.ledger)
                 return reply
 
-            def by_grpc() -> bytes:
+            def by_grpc() -> tuple[bytes, Metadata]:
                 if late_copy is not None:
                     late_copy.make()
-                response, ended = rpc.with_call(data, timeout=deadline.remaining_s())
-                self._note(ended.trailing_metadata())
-                return response
+                return self._rpcs.unary(path, data, deadline)
 
             return decode(response_type, self._made(directly, by_grpc))
 
         return call
 
-    def _stream(self, method: str) -> grpc.StreamStreamMultiCallable[bytes, bytes]:
-        return self._channel.stream_stream(_path(method))
-
     def _streamed(
         self,
         number: Method,
-        rpc: grpc.StreamStreamMultiCallable[bytes, bytes],
         begin: Callable[[], Attempt[_Response, _T]],
         response_type: type[_Response],
         deadline: Deadline,
@@ -304,17 +279,15 @@ class Stub:
             )
             return direct.converse(talk, deadline)
 
-        def by_grpc() -> _T:
+        def by_grpc() -> tuple[_T, Metadata]:
             exchange = begin()
             messages = (message for part in exchange.parts() for message in messages_of(part))
-            responses = rpc(messages, timeout=deadline.remaining_s())
-            try:
+
+            def receive(responses: Iterator[bytes]) -> _T:
                 source = ChunkSource(responses, response_type)
-                received = exchange.receive(self._reader(source, response_type))
-                self._note(responses.trailing_metadata())
-                return received
-            finally:
-                responses.cancel()  # no effect on a call that has ended
+                return exchange.receive(self._reader(source, response_type))
+
+            return self._rpcs.stream(_path(number.name), messages, receive, deadline)
 
         return self._made(directly, by_grpc)
 
@@ -322,7 +295,9 @@ class Stub:
         return PartReader(source, response_type, self._results.empty)
 
     def _made(
-        self, directly: Callable[[DirectLines], tuple[_T, str]], by_grpc: Callable[[], _T]
+        self,
+        directly: Callable[[DirectLines], tuple[_T, str]],
+        by_grpc: Callable[[], tuple[_T, Metadata]],
     ) -> _T:
         """Make a call: directly if that can be, else by gRPC."""
         try:
@@ -334,7 +309,9 @@ class Stub:
                 else:
                     self._note(((METADATA_KEY, ledger),))
                     return returned
-            return by_grpc()
+            returned, metadata = by_grpc()
+            self._note(metadata)
+            return returned
         except (grpc.RpcError, ValueError, DeadlineError) as error:
             raise self._translated(error) from None
 
@@ -352,7 +329,7 @@ class Stub:
         """The ledger of the calling thread's last call that was answered."""
         return ledger_from_metadata(getattr(self._ended, "metadata", ()))
 
-    def _note(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+    def _note(self, metadata: Metadata) -> None:
         self._ended.metadata = metadata
 
     def _translated(self, error: grpc.RpcError | ValueError | DeadlineError) -> Exception:

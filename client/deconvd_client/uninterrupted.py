@@ -16,34 +16,51 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from deconvd.forks import begin_anew_in_children
 
-__all__ = ["call_uninterrupted"]
+__all__ = ["call_uninterrupted", "do_beside"]
 
 _T = TypeVar("_T")
 
-_Mailbox: TypeAlias = SimpleQueue[Callable[[], None]]
+_Mailbox: TypeAlias = SimpleQueue[Callable[[], object]]
 
 _IDLE_S: Final = 30.0
 """How long a thread that has nothing to do waits for more."""
 
 
-def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = lambda: None) -> _T:
+def call_uninterrupted(
+    work: Callable[[], _T],
+    give_up: Callable[[], object] = lambda: None,
+    within_s: float | None = None,
+) -> _T:
     """Return what `work` returns, or raise what it raises, doing it where no interrupt strikes.
 
     If the caller is interrupted it does not wait: the work goes on by itself.
 
     Args:
         give_up: Called if the caller is interrupted, in another thread: to end the work soon.
+        within_s: How long to wait at most, in seconds; None if the work itself ends in time.
+
+    Raises:
+        TimeoutError: The work has not ended in time.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if within_s is None and threading.current_thread() is not threading.main_thread():
         return work()
     job = _Job(work)
     try:
         _threads.do(job.run)
-        return job.outcome()
+        return job.outcome(within_s)
     except BaseException:
         if not job.has_ended:
             _threads.do(give_up)
         raise
+
+
+def do_beside(work: Callable[[], object]) -> None:
+    """Have something done soon in another thread, which does not keep the process alive.
+
+    Unlike `threading.Thread.start` this is whole if an interrupt strikes: the work is done, or not begun.
+    It must raise nothing.
+    """
+    _threads.do(work)
 
 
 class _Job(Generic[_T]):
@@ -63,9 +80,12 @@ class _Job(Generic[_T]):
             self._outcome.put(outcome)
         del self._work  # a thread that waits for the next must not hold what this one held
 
-    def outcome(self) -> _T:
+    def outcome(self, within_s: float | None) -> _T:
         """Wait for the end; return or raise what came of it."""
-        value, error = self._outcome.get()
+        try:
+            value, error = self._outcome.get(timeout=within_s)
+        except Empty:
+            raise TimeoutError(f"it took longer than {within_s} s") from None
         self.has_ended = True
         if error is None:
             returned: _T = value
@@ -90,7 +110,6 @@ class _Threads:
         self._idle = deque()
 
     def do(self, work: Callable[[], object]) -> None:
-        """Have something done soon."""
         try:
             mailbox = self._idle.pop()
         except IndexError:

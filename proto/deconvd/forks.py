@@ -10,31 +10,40 @@ import os
 import threading
 import time
 import weakref
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Final, Protocol
 
-__all__ = ["UnforkedWork", "begin_anew_in_children", "new_lock"]
+__all__ = ["UnforkedWork", "begin_anew_in_children", "leave_to_parent", "new_lock"]
 
 _PATIENCE_S: Final = 2.0
 """How long a fork waits for work under way: what takes longer is rather not waited for."""
 
 _SETTLED_S: Final = 0.005
-"""How long threads that are not ours (gRPC's) go on after it has ended, with some to spare."""
+_SETTLE_LIMIT_S: Final = 0.1
+"""How long threads that are not ours (gRPC's) usually go on after it has ended, and for how long they may."""
 
 _POLL_S: Final = 0.001
+
+_TASKS: Final = Path("/proc/self/task")
+"""Where Linux tells of threads."""
 
 
 class _BeginsAnew(Protocol):
     def begin_anew_in_child(self) -> None: ...
 
 
+_NAME: Final = (_TASKS.parent / "comm").read_text().strip() if _TASKS.is_dir() else ""
+"""The process's, and that of its first thread and of Python's."""
+
 _owners: Final[weakref.WeakSet[_BeginsAnew]] = weakref.WeakSet()
 _locks: Final[weakref.WeakSet[threading.Lock]] = weakref.WeakSet()
+_parents: Final[list[object]] = []
 _under_way: Final[set[UnforkedWork]] = set()
 _forking: Final[set[int]] = set()
 """Threads that are about to fork."""
 
-_ended_s = -_SETTLED_S
+_ended_s = -_SETTLE_LIMIT_S
 """When work ended last."""
 
 
@@ -51,6 +60,11 @@ def begin_anew_in_children(owner: _BeginsAnew) -> None:
     It is called before the child does anything else, with no lock of `new_lock` held.
     """
     _owners.add(owner)
+
+
+def leave_to_parent(thing: object) -> None:
+    """Keep something of the parent's for ever, in a child: its finalizer would wait for threads that are not here."""
+    _parents.append(thing)
 
 
 class UnforkedWork(AbstractContextManager[None]):
@@ -79,7 +93,25 @@ def _before() -> None:
     until_s = time.monotonic() + _PATIENCE_S
     while _under_way and time.monotonic() < until_s:
         time.sleep(_POLL_S)
+    _settle()
+
+
+def _settle() -> None:
+    """Wait until threads of libraries have done what comes after work."""
     time.sleep(max(_ended_s + _SETTLED_S - time.monotonic(), 0))
+    until_s = _ended_s + _SETTLE_LIMIT_S
+    while time.monotonic() < until_s and not _are_asleep():
+        time.sleep(_POLL_S)
+
+
+def _are_asleep() -> bool:
+    """Return whether all threads sleep that have a name of their own, as those of libraries have."""
+    for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
+        with suppress(OSError):  # it has ended
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(") ")
+            if name != _NAME and rest.startswith("R"):
+                return False
+    return True
 
 
 def _after_in_parent() -> None:

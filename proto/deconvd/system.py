@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Final
 
-__all__ = ["LONGEST_S", "call_in_forked_children", "processors_count"]
+__all__ = ["LONGEST_S", "processors_count"]
 
 LONGEST_S: Final = 1e6
 """Eleven days. Systems' timers do not reach much further (2**31 ms), so what is longer is taken for this."""
-
-
-def call_in_forked_children(callback: Callable[[], None]) -> None:
-    """Have a function called in each child that is forked from now on, where processes can fork."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=callback)
 
 
 def processors_count() -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 from typing import Final
 
 from deconvd.errors import DeconvdError, UnimplementedError
+from deconvd.forks import new_lock
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
@@ -43,7 +43,7 @@ class Contents:
     def __init__(self, session: Session, memory: Borrower) -> None:
         self._session = session
         self._memory = memory
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._is_off = False
         self._not_before_s = 0.0
         self._known: OrderedDict[tuple[bytes, TensorSpec, bytes], None] = OrderedDict()

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -18,6 +19,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.hold import Hold
 from deconvd_client.nearest import Nearest
 from deconvd_client.stub import Stub
+from deconvd_client.uninterrupted import do_beside
 
 __all__ = ["Answer", "Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
 
@@ -150,6 +152,8 @@ class Keeper:
         self.opened: Opened | None = None
         self._nearest = nearest
         self._tenant_key = tenant_key
+        self._is_held = threading.Lock()
+        self._ended: SimpleQueue[None] = SimpleQueue()
         self._hold: Hold | None = None  # None while there is no session, or it is broken
         self._lease_s = 0.0
         self._due_s = 0.0  # of the next sign of life, or the next try to resume
@@ -159,11 +163,16 @@ class Keeper:
         self._drops_due_s = math.inf
         self._drops_bytes = 0
 
-    def start(self) -> threading.Thread:
-        """Start the thread. It does not keep the process alive."""
-        thread = threading.Thread(target=self._run, name="deconvd session", daemon=True)
-        thread.start()
-        return thread
+    def start(self) -> None:
+        """Have a thread hold the session, if none does. It does not keep the process alive."""
+        if not self._is_held.locked():
+            do_beside(self._hold_session)
+
+    def await_end(self, deadline: Deadline) -> None:
+        """Return once the thread has ended, or at the deadline."""
+        with suppress(Empty):
+            if self._is_held.locked():
+                self._ended.get(timeout=deadline.remaining_s())
 
     def end(self) -> None:
         """Ask for the end of the session and of the thread."""
@@ -176,6 +185,14 @@ class Keeper:
             self.opened = None
 
     # What follows runs in the thread.
+
+    def _hold_session(self) -> None:
+        if self._is_held.acquire(blocking=False):  # else another thread was asked at the same time
+            try:
+                self._run()
+            finally:
+                self._is_held.release()
+                self._ended.put(None)
 
     def _run(self) -> None:
         while True:

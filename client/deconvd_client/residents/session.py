@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-
 from deconvd.errors import CallCancelledError, UnavailableError
-from deconvd.system import call_in_forked_children
+from deconvd.forks import begin_anew_in_children, leave_to_parent, new_lock
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
@@ -54,9 +51,9 @@ class Session:
         self._tenant_key = tenant_key
         self._is_closed = False
         self._is_in_child = False
-        self._thread: threading.Thread | None = None
+        self._lock = new_lock()
         self._begin()
-        _sessions.add(self)
+        begin_anew_in_children(self)
 
     def open(self, deadline: Deadline, *, fail_fast: bool = False) -> Opened:
         """Return the session, after opening it if need be. Raises a DeconvdError.
@@ -91,18 +88,16 @@ class Session:
         with self._lock:
             self._is_closed = True
             self._keeper.end()
-        if self._thread is not None:
-            self._thread.join(deadline.remaining_s())
+        self._keeper.await_end(deadline)
 
-    def leave_to_parent(self) -> None:
-        """Have nothing to do with the session. Called in a forked child, where locks may be held by no one."""
+    def begin_anew_in_child(self) -> None:
+        """Have nothing to do with the session, which is the parent's."""
         self._is_in_child = True
+        leave_to_parent(self._keeper)
         self._begin()
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()
         self._keeper = Keeper(self._nearest, self._tenant_key)
-        self._thread = None
 
     def _wish(self, wish: Asking | Flush) -> None:
         with self._lock:  # so that no wish comes after the end
@@ -113,20 +108,8 @@ class Session:
                     "tensors stay for the process that made the connection: a forked child must "
                     "make one of its own"
                 )
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = self._keeper.start()
+            self._keeper.start()
             self._keeper.mailbox.put(wish)
 
     def __del__(self) -> None:
         self._keeper.end()
-
-
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    for session in _sessions:
-        session.leave_to_parent()
-
-
-call_in_forked_children(_leave_to_parent)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Final
 
 from deconvd.digest import digest_of
 from deconvd.tensor import Array, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.uninterrupted import do_beside
 
 __all__ = ["Source"]
 
@@ -42,12 +43,18 @@ class Source:
             self.digest  # noqa: B018  # it is kept
             yield
             return
-        thread = threading.Thread(target=lambda: self.digest, name="deconvd digest", daemon=True)
-        thread.start()
+        ended: SimpleQueue[None] = SimpleQueue()
+        do_beside(lambda: self._take_digest(ended))
         try:
             yield
         finally:
-            thread.join()
+            ended.get()
+
+    def _take_digest(self, ended: SimpleQueue[None]) -> None:
+        try:
+            self.digest  # noqa: B018  # it is kept
+        finally:
+            ended.put(None)
 
     @property
     def is_unchanged(self) -> bool:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
@@ -27,9 +25,9 @@ from deconvd.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.problem import TensorSpec, check_extents
 from deconvd.shared_slice import SharedSlice
-from deconvd.system import call_in_forked_children
 from deconvd.tensor import Array
 from deconvd_client.deadline import Deadline
 from deconvd_client.retries import PinnedTransportError
@@ -42,8 +40,9 @@ from deconvd_client.shared_memory.link import (
 )
 from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.region import Block, Region, State
+from deconvd_client.uninterrupted import do_beside
 
-__all__ = ["Borrower"]
+__all__ = ["Borrower", "has_ended"]
 
 _FIRST_REGION_BYTES: Final = 64 << 20
 _LARGEST_STEP_BYTES: Final = 1 << 30
@@ -145,8 +144,9 @@ class Borrower:
         self._state = _State.UNKNOWN
         self._refusal: DeconvdError | None = None
         self._link: Link | None = None
+        self._lock = new_lock()  # never held while the server is talked to
         self._begin()
-        _borrowers.add(self)
+        begin_anew_in_children(self)
 
     def empty(
         self,
@@ -191,7 +191,7 @@ class Borrower:
         """
         if isinstance(error, StaleRegionError):
             self._disown(str(error))
-        elif not _has_ended(error):
+        elif not has_ended(error):
             with self._lock:
                 for region in regions:
                     region.close()
@@ -260,14 +260,14 @@ class Borrower:
         """What arrays take of it now."""
         with self._lock:
             for region in self._regions:
-                region.collect()
+                region.recover()
             return sum(region.taken_bytes for region in self._regions)
 
     def give_back_unused(self, deadline: Deadline) -> None:
         """Give back what no array lies in; return once the server knows, or at the deadline."""
         with self._lock:
             for region in self._regions:
-                region.collect()
+                region.recover()
                 if region.is_empty:
                     region.close()
             loan = self._wish(0) if self._link is not None else None
@@ -281,20 +281,19 @@ class Borrower:
             self._forget_link()
 
     def begin_anew_in_child(self) -> None:
-        """Leave what was borrowed to the parent. Called in a forked child, where locks may be held by no one."""
+        """Leave what was borrowed to the parent."""
         if self._link is not None:
             self._link.leave_to_parent()
             self._link = None
         self._begin()
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()  # never held while the server is talked to
         self._regions: tuple[Region, ...] = ()  # replaced whole: `locate` reads it without the lock
         self._next_try_s, self._retry_s = 0.0, _FIRST_RETRY_S
         self._was_tried = False
         self._is_missed = False
         self._has_borrowed = False
-        self._talker: threading.Thread | None = None
+        self._is_talking = False
         self._loans: deque[_Loan] = deque()
         if self._state is _State.LENDING:
             self._state = _State.UNKNOWN
@@ -318,9 +317,8 @@ class Borrower:
         loan = _Loan(size_bytes, is_first=not self._was_tried)
         self._was_tried = True
         self._loans.append(loan)
-        if self._talker is None or not self._talker.is_alive():
-            self._talker = threading.Thread(target=self._talk, name="borrow-memory", daemon=True)
-            self._talker.start()
+        if not self._is_talking:
+            do_beside(self._talk)
         return loan
 
     def _again(self, size_bytes: int) -> Block | None:
@@ -351,7 +349,7 @@ class Borrower:
     def _withdraw(self, is_unused: Callable[[Region], bool]) -> list[Region]:
         """Return regions to give back, which are not the borrower's any more."""
         for region in self._regions:
-            region.collect()
+            region.recover()
         unused = [region for region in self._regions if region.is_empty and is_unused(region)]
         self._regions = tuple(region for region in self._regions if region not in unused)
         return unused
@@ -389,10 +387,14 @@ class Borrower:
     # What follows talks, in a thread of its own, without the lock.
 
     def _talk(self) -> None:
+        with self._lock:
+            if self._is_talking:
+                return  # another thread was asked at the same time
+            self._is_talking = True
         while True:
             with self._lock:
                 if not self._loans:
-                    self._talker = None
+                    self._is_talking = False
                     return
                 loan = self._loans.popleft()
             try:
@@ -449,6 +451,8 @@ class Borrower:
         """Fill a loan: from what other loans have brought, or else from a new region."""
         needed_bytes = -(-loan.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
         with self._lock:
+            for region in self._regions:
+                region.recover()
             loan.block = self._fitting(loan.size_bytes)
             step_bytes = min(max(self.borrowed_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
         for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
@@ -482,20 +486,9 @@ def _lost(why: str) -> UnavailableError:
     return UnavailableError(why, retry_after_s=_PINNED_RETRY_S)
 
 
-def _has_ended(error: BaseException) -> bool:
+def has_ended(error: BaseException) -> bool:
     """Return whether only a server that has done with a call can have answered so."""
     if isinstance(error, UnavailableError):
         return error.retry_after_s is not None
     refusals = (InvalidArgumentError, NotFoundError, ExhaustedError, UnimplementedError)
     return isinstance(error, refusals)
-
-
-_borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
-
-
-def _begin_anew_in_child() -> None:
-    for borrower in _borrowers:
-        borrower.begin_anew_in_child()
-
-
-call_in_forked_children(_begin_anew_in_child)

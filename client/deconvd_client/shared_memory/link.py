@@ -6,10 +6,10 @@ import mmap
 import os
 import select
 import socket
-import threading
 from contextlib import suppress
 from typing import Final
 
+from deconvd.forks import new_lock
 from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
 from deconvd_client.shared_memory.region import HostRegion
 
@@ -49,7 +49,7 @@ class Link:
             raise NotHereError("this system has no Unix sockets")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
-        self._asking = threading.Lock()  # never waited for
+        self._asking = new_lock()  # never waited for
         self._is_closed = False
         try:
             self._socket.connect(path)
@@ -62,8 +62,9 @@ class Link:
     @property
     def is_open(self) -> bool:
         """Whether the server has not closed it."""
-        # What could be read is its end, or an answer to nothing, from whoever this is.
-        return not self._poll.poll(0)
+        # What could be read is its end, or an answer to nothing, from whoever this is. While a thread asks
+        # it may be the answer.
+        return self._asking.locked() or not self._poll.poll(0)
 
     def borrow(self, size_bytes: int) -> HostRegion:
         """Return new memory of the host of at least `size_bytes`.

@@ -47,6 +47,13 @@ class Block:
         """Return the memory as an array."""
         return self.region.array(self, spec)
 
+    def doubt(self, *, is_in_doubt: bool = True) -> None:
+        """Say whether the server may write to it, so that its memory must not be another's once it goes.
+
+        That is said before a call begins, and taken back after: nothing has to happen where one is broken off.
+        """
+        self.region.doubt(self, is_in_doubt=is_in_doubt)
+
     @property
     def place(self) -> SharedSlice:
         """Where it is, for the server."""
@@ -60,7 +67,8 @@ class _Watch(weakref.ref[Block]):
     borrower's lock, and an interrupt that struck code of ours there would be lost, and the block too.
     """
 
-    __slots__ = ("offset",)
+    __slots__ = ("is_in_doubt", "offset")
+    is_in_doubt: bool
     offset: int
 
 
@@ -111,7 +119,9 @@ class Region(ABC):
         if not self._gone or self.state is not State.OPEN:
             return None
         watch = self._gone.pop()
-        if self._is_last(watch) and self._arena.has(watch.offset, size_bytes):
+        if watch.is_in_doubt:
+            self.close()
+        elif self._is_last(watch) and self._arena.has(watch.offset, size_bytes):
             return self._block(watch.offset)
         self._gone.append(watch)
         return None
@@ -121,15 +131,17 @@ class Region(ABC):
         while self._gone:
             watch = self._gone.popleft()
             if self._is_last(watch):
-                self._free(watch.offset)
+                self._free(watch)
 
     def recover(self) -> None:
         """Make room of all blocks that have gone, of those too that an interrupt has kept from being used."""
         self._gone.clear()
         for offset in self._arena.offsets:
             watch = self._watches.get(offset)
-            if watch is None or watch() is None:
-                self._free(offset)
+            if watch is None:
+                self._arena.give(offset)
+            elif watch() is None:
+                self._free(watch)
 
     def close(self) -> None:
         """Take no more blocks."""
@@ -139,16 +151,23 @@ class Region(ABC):
         block = Block(self, offset)
         watch = _Watch(block, self._gone.append)
         watch.offset = offset
+        watch.is_in_doubt = False
         self._watches[offset] = watch
         return block
+
+    def doubt(self, block: Block, *, is_in_doubt: bool) -> None:
+        """See `Block.doubt`."""
+        self._watches[block.offset].is_in_doubt = is_in_doubt
 
     def _is_last(self, watch: _Watch) -> bool:
         """Return whether a block's memory has not been another's since."""
         return self._watches.get(watch.offset) is watch
 
-    def _free(self, offset: int) -> None:
-        self._watches.pop(offset, None)
-        self._arena.give(offset)
+    def _free(self, watch: _Watch) -> None:
+        if watch.is_in_doubt:
+            self.close()
+        self._watches.pop(watch.offset, None)
+        self._arena.give(watch.offset)
 
     def holds(self, address: int, size_bytes: int) -> bool:
         """Return whether memory lies wholly in it."""

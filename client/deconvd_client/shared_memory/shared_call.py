@@ -11,7 +11,7 @@ from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 from deconvd_client.late_copy import LateCopy, Part
-from deconvd_client.shared_memory.borrower import Borrower
+from deconvd_client.shared_memory.borrower import Borrower, has_ended
 from deconvd_client.shared_memory.region import Block
 
 __all__ = ["SharedCall", "SharedResult"]
@@ -87,6 +87,7 @@ class SharedCall:
         block = self._borrower.take_now(spec.nbytes, self._deadline)
         if block is None:
             return None
+        block.doubt()
         self._blocks.append(block)
         return SharedResult(block.place, block.array(spec))
 
@@ -118,6 +119,9 @@ class SharedCall:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if exc is None or has_ended(exc):
+            for block in self._blocks:
+                block.doubt(is_in_doubt=False)
         if exc is not None:
             self._borrower.note_failure(exc, {block.region for block in self._blocks})
 
