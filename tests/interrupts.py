@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import itertools
+import queue
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any, Final
 
+import grpc
+
 import deconvd
 import deconvd_client
 
-__all__ = ["InterruptError", "interrupted_at_random", "interrupted_everywhere"]
+__all__ = [
+    "AlarmError",
+    "InterruptError",
+    "Outcome",
+    "interrupted_at_random",
+    "interrupted_everywhere",
+]
 
-_PACKAGES: Final = tuple(str(Path(p.__file__).parent) for p in (deconvd, deconvd_client))
+_STRUCK: Final = (
+    *(str(Path(str(package.__file__)).parent) for package in (deconvd, deconvd_client, grpc)),
+    *(str(module.__file__) for module in (contextlib, queue, threading)),
+)
+"""The code that interrupts are to strike in: the client's, and what it calls in Python."""
 
 
 class InterruptError(BaseException):
@@ -37,7 +53,7 @@ class _Striker:
         self.has_struck = False
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if self.has_struck or not frame.f_code.co_filename.startswith(_PACKAGES):
+        if self.has_struck or not frame.f_code.co_filename.startswith(_STRUCK):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "call":
@@ -80,13 +96,31 @@ def interrupted_everywhere(work: Callable[[], object]) -> Iterator[None]:
             return
 
 
+class AlarmError(TimeoutError):
+    """What many a handler raises: an Exception, and one that the system's calls raise too."""
+
+
+class Outcome(Enum):
+    """What became of interrupts at random moments."""
+
+    RAISED = "one was raised by the work"
+    LOST = "they struck, and the work went on as if they had not"
+    LATE = "the work had ended before"
+
+
 def interrupted_at_random(
-    work: Callable[[], object], random: Random, mean_s: float, strikes_count: int = 1
-) -> bool:
-    """Run `work`, with so many interrupts at random moments; return whether one struck.
+    work: Callable[[], object],
+    random: Random,
+    mean_s: float,
+    *,
+    strikes_count: int = 1,
+    error: type[BaseException] = InterruptError,
+) -> Outcome:
+    """Run `work`, with so many interrupts at random moments.
 
     Args:
         mean_s: How long after the begin, or the last interrupt, the next one comes, in the mean.
+        error: What they raise.
     """
     left_count, has_struck = strikes_count, False
 
@@ -96,19 +130,22 @@ def interrupted_at_random(
             left_count -= 1
             has_struck = True
             signal.setitimer(signal.ITIMER_REAL, random.expovariate(1 / mean_s) + 1e-6)
-            raise InterruptError
+            raise error
 
     before = signal.signal(signal.SIGALRM, strike)
+    # Python gives those to it that strike in finalizers; pytest's own would be struck too
+    hook_before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, random.expovariate(1 / mean_s) + 1e-6)
             work()
         finally:
             left_count = 0
-    except InterruptError:
-        pass
+        return Outcome.LOST if has_struck else Outcome.LATE
+    except error:
+        return Outcome.RAISED
     finally:
         left_count = 0  # the second time, if an interrupt struck just before the first
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    return has_struck
+        sys.unraisablehook = hook_before

@@ -267,6 +267,8 @@ class Line:
             except BlockingIOError:
                 self._await(is_ready)
             except OSError as error:
+                if error.errno is None:
+                    raise  # not the system's: a signal handler's, a TimeoutError say
                 raise LineBrokenError(f"the line broke: {error}") from None
 
     def _await(self, is_ready: Callable[[float], bool]) -> None:
