@@ -41,6 +41,25 @@ def test_byte_order_and_strides_of_the_source_may_be_any() -> None:
     np.testing.assert_array_equal(target, source)
 
 
+@pytest.mark.parametrize("processors_count", [1, 2, 8])
+def test_an_error_of_whoever_is_told_ends_the_copy(
+    monkeypatch: pytest.MonkeyPatch, processors_count: int
+) -> None:
+    monkeypatch.setattr(copying, "processors_count", lambda: processors_count)
+    target, source = np.zeros(64 * _MIB, np.float32), np.ones(64 * _MIB, np.float32)
+    told: list[int] = []
+
+    def tell(size_bytes: int) -> None:
+        told.append(size_bytes)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        copy_all([(target, source)], tell)
+
+    assert told[0] < target.nbytes
+    assert not target[-_MIB:].any()
+
+
 @pytest.mark.parametrize("processors_count", [1, 8])
 def test_several_arrays_are_copied_at_once(
     monkeypatch: pytest.MonkeyPatch, processors_count: int

@@ -16,9 +16,9 @@ from google.rpc import status_pb2
 import deconvd_client
 from deconvd import copying
 from deconvd.direct import Answer, CallHead, Method, tell_written
-from deconvd.errors import DeadlineError, InvalidArgumentError
+from deconvd.errors import DeadlineError, ExhaustedError, InvalidArgumentError
 from deconvd.geometry import Geometry
-from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd.line import FRAME_HEAD_BYTES, FrameKind, Line, LineBrokenError
 from deconvd.messages import message_from_geometry
 from deconvd.problem import Problem
 from deconvd.status import error_from_status
@@ -134,6 +134,24 @@ class TestClient:
         with deconvd_client.connect(server.target, transport="grpc") as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
         assert not told
+
+    def test_what_is_refused_meanwhile_is_not_copied_to_its_end(
+        self, tmp_path: Path, told: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused_by_now(line: Line, size_bytes: int) -> None:
+            told.append(size_bytes)
+            assert line.has_come(FRAME_HEAD_BYTES, 30)
+
+        monkeypatch.setattr(direct, "tell_written", refused_by_now)
+        x = np.concatenate([random_x()] * 4)
+        with server_process(tmp_path, "--device-memory-bytes", "16Mi") as little:
+            with deconvd_client.connect(little.target) as F:
+                with pytest.raises(ExhaustedError, match="of which calls may take"):
+                    F.deconvolution_2d(x, W)
+
+                assert told
+                assert max(told) < x.nbytes
+                np.testing.assert_array_equal(F.deconvolution_2d(x[:1], W), x[:1] * 3)
 
     def test_a_call_whose_line_breaks_meanwhile_is_made_again_with_all_of_x(
         self, server: ServerProcess, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from deconvd.direct import Answer, CallHead, FrameSource, Method, failure, tell_
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
-from deconvd.parts import Part
+from deconvd.parts import Elements, Part
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
@@ -42,6 +42,9 @@ _PATIENCE_S: Final = 0.1
 _AHEAD_S: Final = 4e-4
 _POLLED_S: Final = 8e-4
 """From so long before an answer usually comes, and for so long, a client that waits for it polls."""
+
+_PIECE_BYTES: Final = 16 << 20
+"""What is sent between two looks at whether the server has refused the call."""
 
 _HEAD_BYTES: Final = 1024
 """More than a call has beside its message."""
@@ -311,7 +314,8 @@ class _LentLine(AbstractContextManager["_LentLine"]):
             return
         written_bytes = late_copy.written_bytes
         self._send(CallHead(method, timeout_s, message, True, written_bytes))
-        late_copy.make(self._tell_written)
+        with suppress(_AnsweredError):
+            late_copy.make(self._tell_written)
 
     def answer(self) -> Answer:
         """Return the answer to a call that has begun."""
@@ -348,8 +352,14 @@ class _LentLine(AbstractContextManager["_LentLine"]):
         self.line.send((FrameKind.CALL, head.pack()))
 
     def _tell_written(self, size_bytes: int) -> None:
+        if not self.line.is_quiet():
+            raise _AnsweredError
         with suppress(LineBrokenError):  # that is for who waits for the answer to find
             tell_written(self.line, size_bytes)
+
+
+class _AnsweredError(Exception):
+    """The server has answered before it had all operands: it refuses the call, or needs no more of them."""
 
 
 class _Sending(AbstractContextManager[None]):
@@ -400,5 +410,8 @@ class _Sending(AbstractContextManager[None]):
     def _send(self) -> None:
         with suppress(LineBrokenError):
             for part in self._parts:
-                self._line.send_part(part)
+                for piece in part.pieces(_PIECE_BYTES) if isinstance(part, Elements) else (part,):
+                    if not self._at_once and not self._line.is_quiet():
+                        return  # the server has refused the call: it wants no more
+                    self._line.send_part(piece)
             self._line.send((FrameKind.END, b""))

@@ -46,9 +46,8 @@ def copy_all(
 ) -> None:
     """Copy the second array of each pair into the first, of the same shape and, up to byte order, the same type.
 
-    They must not overlap. numpy releases the interpreter's lock for each piece. An error of
-    `on_progress` is raised once all has been copied; an interrupt may come before, and once it is
-    raised nothing is copied any more.
+    They must not overlap. numpy releases the interpreter's lock for each piece. Once an error of
+    `on_progress` is raised, or an interrupt, nothing is copied any more.
 
     Args:
         on_progress: Told now and then how many bytes of the targets, one behind the other, are there
@@ -142,11 +141,12 @@ class _Copy:
                 self._copy_piece(number)
             except BaseException as error:
                 self._errors.append(error)
+                self._skip_rest()
             self._end_piece()
         self._helping.discard(threading.get_ident())
 
     def finish(self) -> None:
-        """Copy pieces, and return once all are copied. Raises the first error that any thread met."""
+        """Copy pieces, and return once all are copied. Raises the first error of any thread: it ends the copy."""
         self.help()
         self._is_done.acquire()
         # a thread that wakes late holds this for a while yet, and must not hold the caller's arrays
@@ -170,6 +170,10 @@ class _Copy:
     def _copy_piece(self, number: int) -> None:
         pieces, begin = self._all[number]
         pieces.copy(begin)
+
+    def _skip_rest(self) -> None:
+        for _ in self._numbers:
+            self._end_piece()
 
     def _end_piece(self) -> None:
         if next(self._ends) == 1:

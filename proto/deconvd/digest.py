@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from blake3 import blake3
 
 from deconvd.codec import Buffer
+from deconvd.parts import elements_parts
+from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["DIGEST_BYTES", "digest_of"]
+__all__ = ["DIGEST_BYTES", "digest_of", "digest_of_array"]
 
 DIGEST_BYTES: Final = 32
 
 _PARALLEL_BYTES: Final = 2 << 20
 """From this size on several threads are faster than one."""
+
+_PIECE_BYTES: Final = 64 << 20
+"""What is digested between two calls of `check`: some ten milliseconds."""
 
 
 def digest_of(elements: Buffer) -> pb.Digest:
@@ -22,3 +28,17 @@ def digest_of(elements: Buffer) -> pb.Digest:
     threads_count = blake3.AUTO if len(elements) >= _PARALLEL_BYTES else 1
     digest = blake3(elements, max_threads=threads_count).digest()
     return pb.Digest(blake3=digest, size_bytes=len(elements))
+
+
+def digest_of_array(array: Array, check: Callable[[], None] = lambda: None) -> pb.Digest:
+    """Return the digest of an array's elements; what must be copied for it is copied piece by piece.
+
+    Args:
+        check: Called now and then; what it raises ends the work.
+    """
+    digest = blake3(max_threads=blake3.AUTO if array.nbytes >= _PARALLEL_BYTES else 1)
+    for part in elements_parts(array):
+        for piece in part.pieces(_PIECE_BYTES):
+            check()
+            digest.update(piece.data)
+    return pb.Digest(blake3=digest.digest(), size_bytes=array.nbytes)

@@ -83,6 +83,14 @@ class Admission:
         with call.ledger.timing(Stage.QUEUE):
             self._wait(footprint_bytes, call)
 
+    def check_fits(self, footprint_bytes: int) -> None:
+        """Return if a call with such a footprint can ever be admitted. Raises ExhaustedError if not."""
+        if footprint_bytes > self._budget_bytes:
+            raise ExhaustedError(
+                f"the call needs {footprint_bytes} bytes of {self._memory}, of which calls may "
+                f"take {self._budget_bytes}: send fewer samples at a time"
+            )
+
     def leave(self, footprint_bytes: int) -> None:
         """Give back what `enter` took."""
         with self._lock:
@@ -133,11 +141,7 @@ class Admission:
         return self._budget_bytes - self._held_bytes
 
     def _wait(self, footprint_bytes: int, call: Call) -> None:
-        if footprint_bytes > self._budget_bytes:
-            raise ExhaustedError(
-                f"the call needs {footprint_bytes} bytes of {self._memory}, of which calls may "
-                f"take {self._budget_bytes}: send fewer samples at a time"
-            )
+        self.check_fits(footprint_bytes)
         with self._lock:
             missing_bytes = footprint_bytes - self._beside_held_bytes
         if missing_bytes > 0:

@@ -104,6 +104,7 @@ class Engine:
         self, problem: Problem, footprint_bytes: int, call: Call, compute: Callable[[], _T]
     ) -> _T:
         """Return what a call computes, once it may: early if that can be."""
+        self._admission.check_fits(footprint_bytes)  # before its client has written all operands
         if self.info.takes_early and problem.has_products:
             with suppress(LateError), self._admission.admitted(footprint_bytes, call):
                 return compute()

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from deconvd.codec import Buffer
-from deconvd.digest import DIGEST_BYTES, digest_of
+from deconvd.digest import DIGEST_BYTES, digest_of_array
 from deconvd.errors import (
     ExhaustedError,
     InvalidArgumentError,
@@ -17,7 +17,7 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, array_of_spec, elements_of
+from deconvd.tensor import Array, array_of_spec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand
@@ -151,7 +151,7 @@ class Exchange:
         """
         for field, array in arrays.items():
             digest = getattr(self._request, field).digest
-            if digest_of(elements_of(array)) != digest:
+            if digest_of_array(array) != digest:
                 argument = argument_of(field)
                 raise InvalidArgumentError(
                     f"{argument} must be what its digest says, and its elements have another",
