@@ -454,7 +454,9 @@ class Borrower:
             for region in self._regions:
                 region.recover()
             loan.block = self._fitting(loan.size_bytes)
-            step_bytes = min(max(self.borrowed_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
+            # regions that broken calls have closed do not count: they go back soon
+            open_bytes = sum(r.size_bytes for r in self._regions if r.state is State.OPEN)
+            step_bytes = min(max(open_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
         for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
             if loan.block is not None:
                 return
