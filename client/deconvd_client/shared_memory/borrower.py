@@ -403,6 +403,9 @@ class Borrower:
                 loan.end()
 
     def _lend(self, loan: _Loan) -> None:
+        with self._lock:
+            if self._link is None and time.monotonic() < self._next_try_s:
+                return  # it was wished for while an earlier one was failing
         try:
             link = self._opened_link()
             self._give_back(link, lambda region: region.state is State.CLOSED)
@@ -431,13 +434,14 @@ class Borrower:
         with self._lock:
             if self._link is not None:
                 return self._link
-            if not self._is_only_way:
-                self._next_try_s = time.monotonic() + self._retry_s
-                self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
-        path = self._find_socket(Deadline(_FIND_S))
-        if not path:
-            raise NeverLentError("the server lends none")
-        link = Link(path)
+        try:
+            path = self._find_socket(Deadline(_FIND_S))
+            if not path:
+                raise NeverLentError("the server lends none")
+            link = Link(path)
+        except BaseException:
+            self._leave_in_peace()
+            raise
         with self._lock:
             if self._state is _State.CLOSED:
                 link.close()
@@ -447,6 +451,13 @@ class Borrower:
             self._link = link
         return link
 
+    def _leave_in_peace(self) -> None:
+        """Let loans wait until the server is asked again. Not before it has failed: others wait for what it answers."""
+        with self._lock:
+            if not self._is_only_way:
+                self._next_try_s = time.monotonic() + self._retry_s
+                self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+
     def _borrow(self, link: Link, loan: _Loan) -> None:
         """Fill a loan: from what other loans have brought, or else from a new region."""
         needed_bytes = -(-loan.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
@@ -454,7 +465,9 @@ class Borrower:
             for region in self._regions:
                 region.recover()
             loan.block = self._fitting(loan.size_bytes)
-            step_bytes = min(max(self.borrowed_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
+            # regions that broken calls have closed do not count: they go back soon
+            open_bytes = sum(r.size_bytes for r in self._regions if r.state is State.OPEN)
+            step_bytes = min(max(open_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
         for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
             if loan.block is not None:
                 return

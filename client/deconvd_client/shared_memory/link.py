@@ -50,6 +50,7 @@ class Link:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
         self._asking = new_lock()  # never waited for
+        self._turns_count = 0  # of asking: odd while a thread asks
         self._is_closed = False
         try:
             self._socket.connect(path)
@@ -62,9 +63,10 @@ class Link:
     @property
     def is_open(self) -> bool:
         """Whether the server has not closed it."""
-        # What could be read is its end, or an answer to nothing, from whoever this is. While a thread asks
-        # it may be the answer.
-        return self._asking.locked() or not self._poll.poll(0)
+        # What could be read is its end, or an answer to nothing, from whoever this is; the answer, if a
+        # thread has asked meanwhile.
+        before = self._turns_count
+        return not self._poll.poll(0) or before % 2 == 1 or self._turns_count != before
 
     def borrow(self, size_bytes: int) -> HostRegion:
         """Return new memory of the host of at least `size_bytes`.
@@ -121,7 +123,11 @@ class Link:
     def _asked(self, request: Request) -> tuple[Reply, int | None]:
         try:
             with self._asking:
-                return self._exchanged(request)
+                self._turns_count += 1
+                try:
+                    return self._exchanged(request)
+                finally:
+                    self._turns_count += 1
         finally:
             if self._is_closed:
                 self._close_unless_asking()
