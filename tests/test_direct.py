@@ -20,10 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import ANY_INSTANCE, Answer, FrameSource, Method, greet
-from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError, UnavailableError
+from deconvd.direct import ANY_INSTANCE, Answer, FrameSource, Method, be_greeted, greet
+from deconvd.errors import (
+    CallCancelledError,
+    DeadlineError,
+    ExhaustedError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from deconvd.line import FrameKind, Line, LineBrokenError
-from deconvd.parts import Elements, PartReader, elements_part
+from deconvd.parts import Ahead, Elements, PartReader, elements_part
 from deconvd.problem import TensorSpec
 from deconvd.status import error_from_status, told_as_status
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
@@ -680,6 +686,57 @@ def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
             )
     wait_until_idle(running)
     lines.close()
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: bool) -> None:
+    """A response may begin before the request is whole: that is no refusal."""
+    instance = bytes(range(16))
+    pieces_count = 20
+    taken: list[int] = []
+
+    def parts() -> Iterator[pb.PutTensorRequest | Elements]:
+        yield pb.PutTensorRequest()
+        for number in range(pieces_count):
+            taken.append(number)
+            yield Elements(memoryview(bytes(1 << 20)))
+
+    def serve(listener: socket.socket) -> None:
+        with Line(listener.accept()[0]) as line:
+            line.set_deadline(30)
+            be_greeted(line, instance)
+            line.receive_payload(line.receive()[1])
+            if is_refused:
+                told = told_as_status(ExhaustedError("too much")).SerializeToString()
+                line.send((FrameKind.FAILED, told))
+                line.end_gently(30)
+                return
+            line.send_part(pb.PutTensorResponse())
+            source = FrameSource(line, pb.PutTensorRequest)
+            while isinstance(ahead := source.next(), Ahead):
+                source.read_into(np.empty(ahead.size_bytes, np.uint8))
+            line.send((FrameKind.END, b""))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+        info = pb.GetServerInfoResponse(direct_port=port, instance_id=instance.hex())
+        lines = DirectLines(TcpWay("127.0.0.1"), lambda: info)
+        serving = pool.submit(serve, listener)
+        talk = Conversation(
+            Method.PutTensor,
+            parts(),
+            lambda source: [source.next() for _ in range(2)],
+            pb.PutTensorResponse,
+        )
+        if is_refused:
+            with pytest.raises(ExhaustedError, match="too much"):
+                lines.converse(talk, soon())
+            assert len(taken) < pieces_count
+        else:
+            assert lines.converse(talk, soon())[0] == [pb.PutTensorResponse(), None]
+            assert len(taken) == pieces_count
+        lines.close()
+        serving.result(timeout=30)
 
 
 @TRANSPORTS

@@ -411,7 +411,7 @@ class _Sending(AbstractContextManager[None]):
         with suppress(LineBrokenError):
             for part in self._parts:
                 for piece in part.pieces(_PIECE_BYTES) if isinstance(part, Elements) else (part,):
-                    if not self._at_once and not self._line.is_quiet():
-                        return  # the server has refused the call: it wants no more
+                    if not self._at_once and self._line.next_kind() is FrameKind.FAILED:
+                        return  # the server wants no more of it; the block hears why
                     self._line.send_part(piece)
             self._line.send((FrameKind.END, b""))

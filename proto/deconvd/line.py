@@ -181,6 +181,12 @@ class Line:
             self._read_ahead()
         return True
 
+    def next_kind(self) -> FrameKind | None:
+        """Return the kind of the next frame, which is not taken; None if it has not begun to come, or is unknown."""
+        if not self.has_come(FRAME_HEAD_BYTES, 0):
+            return None
+        return _KINDS.get(self._buffer[self._begin])
+
     def wait(self) -> None:
         """Wait until something comes, if nothing has been read ahead."""
         if self._begin == self._end:
