@@ -12,8 +12,8 @@ import pytest
 
 from deconvd.errors import LostTensorError
 from deconvd.geometry import Geometry
+from deconvd.grpc_status import error_from_rpc
 from deconvd.messages import message_from_geometry
-from deconvd.status import error_from_rpc
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from tests.holders import Holder, array_of, by_handle, holder, raw

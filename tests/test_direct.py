@@ -31,7 +31,7 @@ from deconvd.errors import (
 from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Ahead, Elements, PartReader, elements_part
 from deconvd.problem import TensorSpec
-from deconvd.status import error_from_status, told_as_status
+from deconvd.status import error_from_status, status_from_error
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
@@ -247,7 +247,7 @@ def _gets_line(lines: DirectLines) -> bool:
     ],
 )
 def test_an_error_survives_its_status(error: deconvd_client.DeconvdError) -> None:
-    told = error_from_status(told_as_status(error))
+    told = error_from_status(status_from_error(error))
 
     assert type(told) is type(error)
     assert str(told) == str(error)
@@ -707,7 +707,7 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
             be_greeted(line, instance)
             line.receive_payload(line.receive()[1])
             if is_refused:
-                told = told_as_status(ExhaustedError("too much")).SerializeToString()
+                told = status_from_error(ExhaustedError("too much")).SerializeToString()
                 line.send((FrameKind.FAILED, told))
                 line.end_gently(30)
                 return

@@ -14,6 +14,7 @@ import pytest
         ("deconvd_client", {"cupy", "cudnn", "deconvd_server", "torch", "jax", "chainer"}),
         ("deconvd_client.cli", {"cupy", "cudnn", "deconvd_server"}),
         ("deconvd_server.__main__", {"cupy", "cudnn", "deconvd_client"}),
+        ("deconvd_server.device", {"grpc", "cupy", "cudnn"}),
         ("deconvd.problem", {"grpc", "google.protobuf", "deconvd_client", "deconvd_server"}),
     ],
 )

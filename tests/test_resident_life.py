@@ -25,7 +25,7 @@ from deconvd.errors import (
     StaleRegionError,
     UnavailableError,
 )
-from deconvd.status import error_from_rpc
+from deconvd.grpc_status import error_from_rpc
 from deconvd.tensor import Array, elements_of, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory import Borrower

@@ -10,10 +10,12 @@ import grpc
 import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from deconvd import errors
 from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
-from deconvd.status import error_from_rpc, status_from_error
+from deconvd.grpc_status import error_from_rpc
+from deconvd.status import status_from_error
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
 
@@ -58,7 +60,7 @@ def failure_of(channel: grpc.Channel, method: str) -> DeconvdError:
 
 
 def raising(error: DeconvdError) -> Behaviour:
-    return lambda context: context.abort_with_status(status_from_error(error))
+    return lambda context: context.abort_with_status(rpc_status.to_status(status_from_error(error)))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -150,7 +152,8 @@ def test_a_server_that_nobody_runs_is_unavailable() -> None:
 
 
 def test_the_class_survives_a_proxy_that_changes_the_status(meet: Meet) -> None:
-    details = status_from_error(InvalidArgumentError("no", argument="W")).trailing_metadata
+    status = status_from_error(InvalidArgumentError("no", argument="W"))
+    details = rpc_status.to_status(status).trailing_metadata
 
     def proxy(context: grpc.ServicerContext) -> None:
         context.set_trailing_metadata(details)

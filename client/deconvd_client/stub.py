@@ -15,9 +15,9 @@ from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import Envelope, decode, encode
 from deconvd.direct import FrameSource, Method
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
+from deconvd.grpc_status import error_from_rpc
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY, ledger_from_metadata
 from deconvd.parts import Part, PartReader, PartSource
-from deconvd.status import error_from_rpc
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.advice import Advice

@@ -1,4 +1,4 @@
-"""Errors to gRPC statuses and back, each with google.rpc details.
+"""Errors to statuses (google.rpc.Status) and back, each with google.rpc details. See `grpc_status` for those of RPCs.
 
 BadRequest    the argument at fault of an InvalidArgumentError
 ResourceInfo  the argument of a NotFoundError, and what it names
@@ -8,14 +8,12 @@ ErrorInfo     the class, in `reason`, so that it survives proxies that change th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-import grpc
 from google.protobuf import any_pb2, duration_pb2, message
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from deconvd import errors
 from deconvd.errors import (
@@ -25,14 +23,13 @@ from deconvd.errors import (
     UnavailableError,
 )
 
-__all__ = ["error_from_rpc", "error_from_status", "status_from_error", "told_as_status"]
+__all__ = ["error_from_status", "status_from_error"]
 
 _DOMAIN: Final = "deconvd"
-_DETAILS_KEY: Final = "grpc-status-details-bin"
 _MAX_TEXT_BYTES: Final = 2000
 """Bytes of a message that cross the wire: they travel in headers, of which gRPC takes 8 KiB."""
 
-_NAME_BY_CODE: Final = {int(code.value[0]): code.name for code in grpc.StatusCode}
+_NAME_BY_CODE: Final[dict[int, str]] = {code: name for name, code in code_pb2.Code.items()}
 _CLASSES: dict[str, type[DeconvdError]] = {
     name: value
     for name, value in vars(errors).items()
@@ -43,12 +40,7 @@ _CLASS_BY_STATUS: dict[str, type[DeconvdError]] = {DeconvdError.status: DeconvdE
 _CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
 
 
-def status_from_error(error: DeconvdError) -> grpc.Status:
-    """Return the status to end a call with, for ``context.abort_with_status``."""
-    return rpc_status.to_status(told_as_status(error))
-
-
-def told_as_status(error: DeconvdError) -> status_pb2.Status:
+def status_from_error(error: DeconvdError) -> status_pb2.Status:
     """Return what a caller is told of an error."""
     details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
@@ -69,31 +61,24 @@ def told_as_status(error: DeconvdError) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    code: int = grpc.StatusCode[error.status].value[0]
-    packed = [_packed(detail) for detail in details]
-    return status_pb2.Status(code=code, message=text, details=packed)
-
-
-def error_from_rpc(failure: grpc.Call) -> DeconvdError:
-    """Return the error that a failed call stands for: the `grpc.RpcError` that it raised.
-
-    One that a deconvd server raised comes back as it was. Of others, gRPC's own and those of
-    proxies, the status picks the class.
-    """
-    return _error(failure.code().name, failure.details() or "", _details_of(failure))
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(error.status),
+        message=text,
+        details=[_packed(detail) for detail in details],
+    )
 
 
 def error_from_status(status: status_pb2.Status) -> DeconvdError:
-    """Return the error that a status tells of, as `told_as_status` has made it."""
-    return _error(_NAME_BY_CODE.get(status.code, "UNKNOWN"), status.message, status.details)
+    """Return the error that a status tells of.
 
-
-def _error(status: str, text: str, packed: Iterable[any_pb2.Any]) -> DeconvdError:
-    details = _Details(packed)
-    text = text or f"the call failed with status {status}"
-    cls = details.error_class or _CLASS_BY_STATUS.get(status)
+    One that `status_from_error` has made comes back as it was. Of others the code picks the class.
+    """
+    name = _NAME_BY_CODE.get(status.code, "UNKNOWN")
+    details = _Details(status.details)
+    text = status.message or f"the call failed with status {name}"
+    cls = details.error_class or _CLASS_BY_STATUS.get(name)
     if cls is None:
-        return DeconvdError(f"{status}: {text}")
+        return DeconvdError(f"{name}: {text}")
     if issubclass(cls, (InvalidArgumentError, NotFoundError)):
         return cls(text, argument=details.argument)
     if issubclass(cls, UnavailableError):
@@ -125,14 +110,6 @@ class _Details:
             self.argument = resource.resource_name
         elif packed.Unpack(retry):
             self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
-
-
-def _details_of(failure: grpc.Call) -> Iterator[any_pb2.Any]:
-    # not rpc_status.from_call, which refuses details once a proxy has changed the status
-    for key, value in failure.trailing_metadata() or ():
-        if key == _DETAILS_KEY:
-            yield from status_pb2.Status.FromString(value).details
-            return
 
 
 def _shortened(text: str) -> str:

@@ -24,7 +24,7 @@ from deconvd.codec import encode
 from deconvd.direct import Answer, CallHead, FrameSource, Method, RequestSource, be_greeted
 from deconvd.errors import DeconvdError, ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
-from deconvd.status import told_as_status
+from deconvd.status import status_from_error
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
@@ -222,7 +222,7 @@ class DirectLine:
 
     def _fail(self, error: DeconvdError, source: FrameSource) -> None:
         """Say what a call has failed with. The line is of no more use if its request is not whole."""
-        self._line.send((FrameKind.FAILED, told_as_status(error).SerializeToString()))
+        self._line.send((FrameKind.FAILED, status_from_error(error).SerializeToString()))
         if not source.is_over:
             self._line.end_gently(_GOODBYE_S)
             raise LineBrokenError("a call failed before its request was whole")

@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import TypeAlias
 
 import grpc
+from grpc_status import rpc_status
 
 from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import encode
@@ -146,7 +147,8 @@ def _end_with(error: Exception, name: str, context: grpc.ServicerContext) -> Non
     if not isinstance(error, DeconvdError) and not context.is_active():
         _log.info("%s from %s: the caller has gone", name, context.peer())
         return
-    context.abort_with_status(status_from_error(told(error, name, context.peer())))
+    status = status_from_error(told(error, name, context.peer()))
+    context.abort_with_status(rpc_status.to_status(status))
 
 
 def told(error: Exception, name: str, peer: str) -> DeconvdError:
