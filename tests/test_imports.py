@@ -15,6 +15,8 @@ import pytest
         ("deconvd_client.cli", {"cupy", "cudnn", "deconvd_server"}),
         ("deconvd_server.__main__", {"cupy", "cudnn", "deconvd_client"}),
         ("deconvd_server.device", {"grpc", "cupy", "cudnn"}),
+        ("deconvd_server.direct", {"grpc", "cupy", "cudnn"}),
+        ("deconvd_server.service", {"grpc", "cupy", "cudnn"}),
         ("deconvd.problem", {"grpc", "google.protobuf", "deconvd_client", "deconvd_server"}),
     ],
 )

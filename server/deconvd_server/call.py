@@ -23,6 +23,7 @@ class Call:
     Whoever works for a call asks `check` between steps, so that no work is done for nobody.
 
     Attributes:
+        peer: Who calls, for the log.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
         writing: How far its operands are written, if it is early; None if they are there.
@@ -31,7 +32,8 @@ class Call:
         timeout_s: Seconds until the deadline; None for no deadline.
     """
 
-    def __init__(self, timeout_s: float | None = None) -> None:
+    def __init__(self, timeout_s: float | None = None, peer: str = "") -> None:
+        self.peer = peer
         self.ledger = Ledger()
         self.tenant: object = None
         self.writing: Writing | None = None
@@ -39,6 +41,11 @@ class Call:
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the caller has gone."""
+        return self._cancelled
 
     def cancel(self) -> None:
         """Note that the caller has gone, and tell those who asked by `on_cancel`."""

@@ -29,6 +29,8 @@ from deconvd_server.engine import Engines
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, listen_beside, release, unix_sockets
 from deconvd_server.residents import ResidentLimits, Residents
+from deconvd_server.rpc import handler
+from deconvd_server.serve import CallLog, Observer
 from deconvd_server.service import SERVICE_NAME, DeconvolutionService
 from deconvd_server.shared_memory import Cards, Lender, Limits
 from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
@@ -90,13 +92,17 @@ class Daemon:
     It listens once made: health then says NOT_SERVING and calls are answered UNAVAILABLE, until
     `serve` has devices.
 
+    Args:
+        observers: Hear of every call.
+
     Raises:
         InvalidArgumentError, AddressInUseError: It cannot listen on one of the addresses.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, observers: Sequence[Observer] = (CallLog(),)) -> None:
         self.state = State.LISTENING
         self._settings = settings
+        self._observers = observers
         self._lock = threading.Lock()
         self._slices = ThreadPoolExecutor(
             _STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
@@ -237,6 +243,7 @@ class Daemon:
             listeners,
             self._service.behaviours(),
             bytes.fromhex(self._service.instance_id),
+            self._observers,
         )
 
     def _listen_for_direct_calls(self) -> list[socket.socket]:
@@ -262,7 +269,9 @@ class Daemon:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        server.add_generic_rpc_handlers((self._service.handler(),))
+        server.add_generic_rpc_handlers(
+            (handler(SERVICE_NAME, self._service.behaviours(), self._observers),)
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server

@@ -16,6 +16,7 @@ from deconvd.line import Line
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.direct_line import DirectLine
+from deconvd_server.serve import Observer
 from deconvd_server.side_socket import MEND_S, SideSocket, peer_of
 
 __all__ = ["DirectServer"]
@@ -42,6 +43,7 @@ class DirectServer:
         listeners: Sockets that listen for TCP connections. It closes them, and those of `sides`.
         behaviours: What serves each method, by its name.
         instance: The server's id.
+        observers: Hear of every call.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class DirectServer:
         listeners: Sequence[socket.socket],
         behaviours: Mapping[str, Behaviour],
         instance: bytes,
+        observers: Sequence[Observer],
     ) -> None:
         self._behaviours = {method: behaviours[method.name] for method in Method}
         self._instance = instance
+        self._observers = observers
         self._attention = Attention()
         self._lock = threading.Lock()
         self._lines: dict[int, DirectLine] = {}  # by descriptor
@@ -167,6 +171,7 @@ class DirectServer:
                 self._behaviours,
                 self._instance,
                 self._attention,
+                self._observers,
                 self._forget,
             )
             self._events.register(line.descriptor, select.EPOLLRDHUP)

@@ -12,24 +12,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from enum import Enum
 from typing import Final
 
 from google.protobuf.message import Message
+from google.rpc import status_pb2
 
 from deconvd.busy_polling import BusyPolling
 from deconvd.codec import encode
 from deconvd.direct import Answer, CallHead, FrameSource, Method, RequestSource, be_greeted
-from deconvd.errors import DeconvdError, ExhaustedError
+from deconvd.errors import ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
-from deconvd.status import status_from_error
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.log_text import excerpt
-from deconvd_server.rpc import told
+from deconvd_server.serve import Observer, Serving
 from deconvd_server.writing import Writing
 
 __all__ = ["DirectLine"]
@@ -65,6 +65,7 @@ class DirectLine:
         behaviours: What serves the methods.
         instance: The server's id.
         attention: That of the server.
+        observers: Hear of every call.
         on_end: Called when it ends, before its descriptor can be another's.
     """
 
@@ -75,6 +76,7 @@ class DirectLine:
         behaviours: Mapping[Method, Behaviour],
         instance: bytes,
         attention: Attention,
+        observers: Sequence[Observer],
         on_end: Callable[[DirectLine], None],
     ) -> None:
         self.descriptor = line.descriptor
@@ -85,6 +87,7 @@ class DirectLine:
         self._behaviours = behaviours
         self._instance = instance
         self._attention = attention
+        self._observers = observers
         self._polling = BusyPolling(_POLLED_S)
         self._on_end = on_end
         self._lock = threading.Lock()
@@ -138,7 +141,7 @@ class DirectLine:
         self._polling.wait(self._line, self._is_awaited)
         head = CallHead.parse(self._next_call())
         self._attention.note_call(self)
-        self._answer(head, self._begun_call(head))
+        self._answer(head)
         return self._is_idle_again()
 
     def _is_awaited(self) -> bool:
@@ -154,9 +157,8 @@ class DirectLine:
             raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
         return self._line.receive_payload(size_bytes)
 
-    def _begun_call(self, head: CallHead) -> Call:
+    def _begin(self, call: Call, head: CallHead) -> None:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
-        call = Call(timeout_s=head.timeout_s)
         call.writing = Writing(self._line, head.written_bytes) if head.is_early else None
         with self._lock:
             self._state = _State.BUSY
@@ -165,7 +167,6 @@ class DirectLine:
         self._line.set_deadline(head.timeout_s + _GOODBYE_S)
         if is_cancelled:
             call.cancel()
-        return call
 
     def _is_idle_again(self) -> bool:
         self._line.set_deadline(None)
@@ -176,19 +177,16 @@ class DirectLine:
                 self.idle_since_s = time.monotonic()
             return not self._is_last
 
-    def _answer(self, head: CallHead, call: Call) -> None:
+    def _answer(self, head: CallHead) -> None:
         behaviour = self._behaviours[head.method]
+        serving = Serving(behaviour.name, self._peer, head.timeout_s, self._observers)
+        self._begin(serving.call, head)
         source = RequestSource(self._line, behaviour.request_type, head.message)
         source.is_over = not head.method.streams_request
-        if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s from %s: begun", behaviour.name, self._peer)
-        try:
+        with serving as call:
             self._respond(behaviour, head.message, source, call)
-        except LineBrokenError:
-            call.cancel()
-            raise
-        except Exception as error:
-            self._fail(told(error, behaviour.name, self._peer), source)
+        if serving.failure is not None:
+            self._fail(serving.failure, source)
 
     def _respond(
         self, behaviour: Behaviour, message: bytes, source: FrameSource, call: Call
@@ -220,9 +218,9 @@ class DirectLine:
             )
         self._line.send((FrameKind.ANSWER, payload))
 
-    def _fail(self, error: DeconvdError, source: FrameSource) -> None:
+    def _fail(self, failure: status_pb2.Status, source: FrameSource) -> None:
         """Say what a call has failed with. The line is of no more use if its request is not whole."""
-        self._line.send((FrameKind.FAILED, status_from_error(error).SerializeToString()))
+        self._line.send((FrameKind.FAILED, failure.SerializeToString()))
         if not source.is_over:
             self._line.end_gently(_GOODBYE_S)
             raise LineBrokenError("a call failed before its request was whole")

@@ -1,12 +1,11 @@
-"""Behaviours as gRPC handlers: messages are decoded and encoded, errors become statuses, calls are tracked.
+"""The service by gRPC: behaviours as its handlers. See `serve` for what is served.
 
 Requests are parsed here rather than by gRPC, which would blame the server (INTERNAL) for garbage.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TypeAlias
 
@@ -15,89 +14,98 @@ from grpc_status import rpc_status
 
 from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import encode
-from deconvd.errors import CallCancelledError, DeconvdError, InternalError
-from deconvd.status import status_from_error
+from deconvd.errors import CallCancelledError
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
-from deconvd_server.log_text import excerpt
+from deconvd_server.serve import Observer, Serving
 
-__all__ = ["handler", "told"]
+__all__ = ["handler"]
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
-_log = logging.getLogger(__name__)
+
+def handler(
+    service_name: str, behaviours: Mapping[str, Behaviour], observers: Sequence[Observer]
+) -> grpc.GenericRpcHandler:
+    """Return what a gRPC server needs to serve a service.
+
+    Args:
+        service_name: In full.
+        behaviours: What serves each method, by its name.
+        observers: Hear of every call.
+    """
+    handlers = {name: _handler(behaviour, observers) for name, behaviour in behaviours.items()}
+    return grpc.method_handlers_generic_handler(service_name, handlers)
 
 
-def handler(behaviour: Behaviour) -> _Handler:
-    """Return the gRPC handler of a behaviour."""
+def _handler(behaviour: Behaviour, observers: Sequence[Observer]) -> _Handler:
     match behaviour:
         case Unary():
-            return _unary(behaviour)
+            return _unary(behaviour, observers)
         case Source():
-            return _source(behaviour)
+            return _source(behaviour, observers)
         case Sink():
-            return _sink(behaviour)
+            return _sink(behaviour, observers)
         case Stream():
-            return _stream(behaviour)
+            return _stream(behaviour, observers)
         case Held():
-            return _held(behaviour)
+            return _held(behaviour, observers)
 
 
-def _unary(behaviour: Unary) -> _Handler:
+def _unary(behaviour: Unary, observers: Sequence[Observer]) -> _Handler:
     def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        call = _begun(behaviour.name, context)
-        try:
+        serving = _serving(behaviour, context, observers)
+        with serving as call:
             response = encode(behaviour.serve(behaviour.decoded(data), call))
-        except Exception as error:
-            _end_with(error, behaviour.name, context)
-            return b""  # which nobody gets
-        context.set_trailing_metadata(call.ledger.as_metadata())
+        _end(serving, context)
         return response
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def _source(behaviour: Source) -> _Handler:
+def _source(behaviour: Source, observers: Sequence[Observer]) -> _Handler:
     def handle(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        return _streamed(
-            lambda call: behaviour.serve(behaviour.decoded(data), call), behaviour.name, context
-        )
+        def respond(call: Call) -> Parts:
+            return behaviour.serve(behaviour.decoded(data), call)
+
+        return _streamed(respond, behaviour, context, observers)
 
     return grpc.unary_stream_rpc_method_handler(handle)
 
 
-def _sink(behaviour: Sink) -> _Handler:
+def _sink(behaviour: Sink, observers: Sequence[Observer]) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        def respond(call: Call) -> Parts:
-            yield behaviour.serve(behaviour.reader(_source_of(messages, behaviour)), call)
-
-        responses = list(_streamed(respond, behaviour.name, context))
-        return responses[0] if responses else b""  # which nobody gets
+        serving = _serving(behaviour, context, observers)
+        with serving as call:
+            reader = behaviour.reader(_source_of(messages, behaviour))
+            response = behaviour.serve(reader, call).SerializeToString()
+        _end(serving, context)
+        return response
 
     return grpc.stream_unary_rpc_method_handler(handle)
 
 
-def _stream(behaviour: Stream) -> _Handler:
+def _stream(behaviour: Stream, observers: Sequence[Observer]) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        return _streamed(
-            lambda call: behaviour.serve(behaviour.reader(_source_of(messages, behaviour)), call),
-            behaviour.name,
-            context,
-        )
+        def respond(call: Call) -> Parts:
+            return behaviour.serve(behaviour.reader(_source_of(messages, behaviour)), call)
+
+        return _streamed(respond, behaviour, context, observers)
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
 
-def _held(behaviour: Held) -> _Handler:
+def _held(behaviour: Held, observers: Sequence[Observer]) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         decoded = (behaviour.decoded(data).message for data in _heard(messages))
 
         def hang_up() -> None:
             context.cancel()
 
-        return _streamed(
-            lambda call: behaviour.serve(decoded, call, hang_up), behaviour.name, context
-        )
+        def respond(call: Call) -> Parts:
+            return behaviour.serve(decoded, call, hang_up)
+
+        return _streamed(respond, behaviour, context, observers)
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
@@ -119,48 +127,30 @@ def _heard(messages: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _streamed(
-    respond: Callable[[Call], Parts], name: str, context: grpc.ServicerContext
+    respond: Callable[[Call], Parts],
+    behaviour: Behaviour,
+    context: grpc.ServicerContext,
+    observers: Sequence[Observer],
 ) -> Iterator[bytes]:
-    call = _begun(name, context)
-    try:
-        with closing(respond(call)) as parts:
-            for part in parts:
-                yield from messages_of(part)
-    except Exception as error:
-        _end_with(error, name, context)
-        return
-    context.set_trailing_metadata(call.ledger.as_metadata())
+    serving = _serving(behaviour, context, observers)
+    with serving as call, closing(respond(call)) as parts:
+        for part in parts:
+            yield from messages_of(part)
+    _end(serving, context)
 
 
-def _begun(name: str, context: grpc.ServicerContext) -> Call:
-    """Return the call of a context, which ends with it."""
-    if _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%s from %s: begun", name, context.peer())
-    call = Call(timeout_s=context.time_remaining())
-    if not context.add_callback(call.cancel):
-        call.cancel()  # it ended before we could ask to be told
-    return call
+def _serving(
+    behaviour: Behaviour, context: grpc.ServicerContext, observers: Sequence[Observer]
+) -> Serving:
+    """Return what serves the call of a context, which ends with it."""
+    serving = Serving(behaviour.name, context.peer(), context.time_remaining(), observers)
+    if not context.add_callback(serving.call.cancel):
+        serving.call.cancel()  # it ended before we could ask to be told
+    return serving
 
 
-def _end_with(error: Exception, name: str, context: grpc.ServicerContext) -> None:
-    """End the call with the status of an error, which raises; return if its caller has gone anyway."""
-    if not isinstance(error, DeconvdError) and not context.is_active():
-        _log.info("%s from %s: the caller has gone", name, context.peer())
-        return
-    status = status_from_error(told(error, name, context.peer()))
-    context.abort_with_status(rpc_status.to_status(status))
-
-
-def told(error: Exception, name: str, peer: str) -> DeconvdError:
-    """Return what a caller is told of an error, which is logged.
-
-    Args:
-        name: Of the method.
-    """
-    if isinstance(error, DeconvdError):
-        # that a caller goes is nothing to look into
-        level = logging.INFO if isinstance(error, CallCancelledError) else logging.WARNING
-        _log.log(level, "%s from %s: %s: %s", name, peer, error.status, excerpt(error))
-        return error
-    _log.error("%s from %s: unforeseen error", name, peer, exc_info=error)
-    return InternalError("unforeseen error: see the server's log")
+def _end(serving: Serving, context: grpc.ServicerContext) -> None:
+    """Let a call end with its ledger; end it now, by raising, if it has failed."""
+    if serving.failure is not None:
+        context.abort_with_status(rpc_status.to_status(serving.failure))
+    context.set_trailing_metadata(serving.call.ledger.as_metadata())

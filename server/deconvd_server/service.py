@@ -1,4 +1,4 @@
-"""The gRPC boundary: takes operands out of requests, calls an engine, puts results into responses."""
+"""The service: takes operands out of requests, calls an engine, puts results into responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-import grpc
 import numpy as np
 
 import deconvd
@@ -31,7 +30,6 @@ from deconvd_server.exchange import Exchange
 from deconvd_server.requests import Deconvolution, Differentiation
 from deconvd_server.resident_calls import ResidentCalls
 from deconvd_server.residents import Residents
-from deconvd_server.rpc import handler
 from deconvd_server.shared_memory import Lender
 from deconvd_server.streaming import SlicedProblem, Slices
 
@@ -94,13 +92,6 @@ class DeconvolutionService:
             **resident_calls.behaviours(),
             "GetServerInfo": Unary(pb.GetServerInfoRequest, self.get_server_info),
         }
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return what a gRPC server needs to serve this."""
-        behaviours = self.behaviours()
-        return grpc.method_handlers_generic_handler(
-            SERVICE_NAME, {name: handler(behaviour) for name, behaviour in behaviours.items()}
-        )
 
     def deconvolve(
         self, request: Envelope[pb.DeconvolveRequest], call: Call
