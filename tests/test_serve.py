@@ -80,10 +80,11 @@ class FailingDevice(CpuDevice):
 
 
 class PatientDevice(CpuDevice):
-    """A device that works until the caller goes."""
+    """A device that works until the caller goes, and then raises `error`."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(1)
+        self.error = error
         self.is_at_work = threading.Event()
 
     def deconvolve(self, *args: Any) -> Any:
@@ -92,7 +93,7 @@ class PatientDevice(CpuDevice):
         call.on_cancel(has_gone.set)
         self.is_at_work.set()
         assert has_gone.wait(30)
-        call.check()
+        raise self.error
 
 
 @contextmanager
@@ -175,8 +176,14 @@ def test_an_observer_hears_what_a_call_failed_with(
     assert f"Deconvolve from {peer}" in caplog.text
 
 
-def test_a_caller_that_goes_has_cancelled_its_call_by_grpc() -> None:
-    recorder, device = Recorder(), PatientDevice()
+GONE = pytest.mark.parametrize("error", [CallCancelledError("gone"), ValueError("it is closed")])
+
+
+@GONE
+def test_a_caller_that_goes_has_cancelled_its_call_by_grpc(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, device = Recorder(), PatientDevice(error)
 
     with observed(device, recorder) as address, grpc.insecure_channel(address) as channel:
         call = pb_grpc.DeconvolutionServiceStub(channel).Deconvolve.future(REQUEST)
@@ -184,11 +191,15 @@ def test_a_caller_that_goes_has_cancelled_its_call_by_grpc() -> None:
         call.cancel()
         wait_until(lambda: recorder.statuses("Deconvolve") == [None, "CANCELLED"])
 
-    assert isinstance(recorder.events[-1].error, CallCancelledError)
+    assert recorder.events[-1].error is error
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_a_caller_that_goes_has_cancelled_its_direct_call() -> None:
-    recorder, device = Recorder(), PatientDevice()
+@GONE
+def test_a_caller_that_goes_has_cancelled_its_direct_call(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, device = Recorder(), PatientDevice(error)
 
     with observed(device, recorder) as address:
         with deconvd_client.connect(address, transport="grpc") as F:
@@ -200,6 +211,9 @@ def test_a_caller_that_goes_has_cancelled_its_direct_call() -> None:
         assert device.is_at_work.wait(30)
         line.close()
         wait_until(lambda: recorder.statuses("Deconvolve") == [None, "CANCELLED"])
+
+    assert recorder.events[-1].error is error
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
 def test_a_response_that_nobody_wants_the_rest_of_ends_its_call_once() -> None:
