@@ -47,7 +47,8 @@ class CallLog:
 
     def begin(self, method: str, call: Call) -> None:
         """Log that a call begins."""
-        _log.debug("%s from %s: begun", method, call.peer)
+        if _log.isEnabledFor(logging.DEBUG):  # cheaper than `debug` alone
+            _log.debug("%s from %s: begun", method, call.peer)
 
     def end(self, method: str, call: Call, status: str, error: Exception | None) -> None:
         """Log what a call has failed with: its traceback, too, if that was not foreseen."""
@@ -104,7 +105,8 @@ class Serving:
         traceback: TracebackType | None,
     ) -> bool:
         if error is None:
-            self._end(_OK, None)
+            for observer in self._observers:
+                observer.end(self._method, self.call, _OK, None)
             return False
         if isinstance(error, LineBrokenError) or not isinstance(error, Exception):
             self.call.cancel()
