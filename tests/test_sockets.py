@@ -281,7 +281,7 @@ with deconvd_client.connect(target, timeout_s=20) as F:
         y, pullback = F.vjp(x, there)
         pullback(y)
         F.remote.deconvolution_2d(x, there).numpy()
-        print(F.health(), F._nearest.far.is_direct, F._memory._link is not None)
+        print(F.health(), F._nearest.far.is_direct, F._memory.borrowed_bytes > 0)
     except deconvd_client.UnavailableError as error:
         print("refused", error)
 """
