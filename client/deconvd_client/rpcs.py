@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 
-from deconvd.errors import DeadlineError
+from deconvd.errors import DeadlineError, DeconvdError
 from deconvd.forks import UnforkedWork, begin_anew_in_children, leave_to_parent, new_lock
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
@@ -31,13 +31,6 @@ _GRACE_S: Final = 0.5
 
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
-_BRIEF_BYTES: Final = 64 << 10
-"""What the system takes to be written at once.
-
-gRPC's quickest call returns once all that it sends is written, whatever its deadline. If the server takes nothing that
-is never.
-"""
-
 
 class Rpcs:
     """Makes RPCs by their paths, on messages as bytes. Thread-safe.
@@ -52,7 +45,6 @@ class Rpcs:
         self._open_channel = open_channel
         self._lock = new_lock()
         self._is_closed = False
-        self._is_in_child = False
         self._channel: grpc.Channel | None = None
         begin_anew_in_children(self)
 
@@ -60,18 +52,13 @@ class Rpcs:
         """Have no channel: what the parent's is in the midst of stays so for ever."""
         leave_to_parent(self._channel)
         self._channel = None
-        self._is_in_child = True
 
     def unary(self, path: str, request: bytes, deadline: Deadline) -> tuple[bytes, Metadata]:
         """Return the response to one message, and the metadata that came after it."""
 
         def work() -> tuple[bytes, Metadata]:
             rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._opened().unary_unary(path)
-            if len(request) <= _BRIEF_BYTES:
-                response, ended = rpc.with_call(request, timeout=deadline.remaining_s())
-            else:
-                ended = rpc.future(request, timeout=deadline.remaining_s())
-                response = ended.result()
+            response, ended = rpc.with_call(request, timeout=deadline.remaining_s())
             return response, ended.trailing_metadata()
 
         return self._call(work, deadline)
@@ -127,19 +114,22 @@ class Rpcs:
         deadline: Deadline,
         give_up: Callable[[], object] = lambda: None,
     ) -> _T:
-        """Make a call, which gRPC ends at its deadline, unless its core was at work when this process was forked."""
+        """Make a call, and end it if gRPC does not end it at its deadline.
+
+        gRPC's unary calls return once all is written that was written together with them: never, while
+        the server takes nothing. And its core may have been at work when this process was forked.
+        """
 
         def unforked() -> _T:
             with UnforkedWork():
                 return work()
 
-        within_s = deadline.remaining_s() + _GRACE_S if self._is_in_child else None
         try:
-            return call_uninterrupted(unforked, give_up, within_s)
-        except TimeoutError:
-            if within_s is None or deadline.remaining_s():
+            return call_uninterrupted(unforked, give_up, deadline.remaining_s() + _GRACE_S)
+        except TimeoutError as error:
+            if isinstance(error, DeconvdError) or deadline.remaining_s():
                 raise
-            raise DeadlineError("gRPC does not answer in this forked process") from None
+            raise DeadlineError("gRPC did not end the call in time") from None
 
     def _opened(self) -> grpc.Channel:
         with self._lock:
