@@ -23,7 +23,7 @@ from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.uninterrupted import call_uninterrupted, do_beside
+from deconvd_client.uninterrupted import NotYetError, Promise, call_uninterrupted, do_beside
 
 __all__ = ["Conversation", "DirectLines", "NoLineError"]
 
@@ -367,7 +367,7 @@ class _Sending(AbstractContextManager[None]):
         self._line = line
         self._parts = parts
         self._at_once = at_once
-        self._ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._sent: Promise[None] = Promise()
 
     def __enter__(self) -> None:
         if self._at_once:
@@ -379,27 +379,20 @@ class _Sending(AbstractContextManager[None]):
         if not self._at_once:
             return
         if exc_type is None:
-            error = self._ended.get()
-        else:
-            self._line.shut()
-            error = None
-            with suppress(Empty):
-                error = self._ended.get(timeout=_SENT_S)
-        if error is None:
+            self._sent.wait()
             return
-        try:
-            raise error
-        finally:
-            del error  # it holds this frame
+        self._line.shut()
+        with suppress(NotYetError):
+            self._sent.wait(_SENT_S)
 
     def _run(self) -> None:
         try:
             self._send()
         except BaseException as error:  # whatever it is, it is the caller's
             self._line.shut()
-            self._ended.put(error)
+            self._sent.fail(error)
         else:
-            self._ended.put(None)
+            self._sent.fulfil(None)
 
     def _send(self) -> None:
         with suppress(LineBrokenError):
