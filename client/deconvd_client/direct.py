@@ -353,7 +353,7 @@ class _LentLine(AbstractContextManager["_LentLine"]):
 
 
 class _AnsweredError(Exception):
-    """The server has answered before it had all operands: it refuses the call, or needs no more of them."""
+    """The server has answered before it had all operands: it refuses the call, or does not need the rest."""
 
 
 class _Sending(AbstractContextManager[None]):
@@ -399,6 +399,6 @@ class _Sending(AbstractContextManager[None]):
             for part in self._parts:
                 for piece in part.pieces(_PIECE_BYTES) if isinstance(part, Elements) else (part,):
                     if not self._at_once and self._line.next_kind() is FrameKind.FAILED:
-                        return  # the server wants no more of it; the block hears why
+                        return  # the server does not want the rest; the block hears why
                     self._line.send_part(piece)
             self._line.send((FrameKind.END, b""))

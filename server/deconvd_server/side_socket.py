@@ -53,7 +53,7 @@ class Purpose(Enum):
 class SideSocket:
     """A listening socket and its file.
 
-    The file takes the place of whatever socket was there: its name belongs to whoever listens on the
+    The file takes the place of whatever socket was there: its name belongs to the process that listens on the
     socket for gRPC beside it, and that one is taken with care (`deconvd_server.listen`).
     It is bound under the name that it keeps: to those who clear up directories, such as
     systemd-tmpfiles, a socket lives if its path is in /proc/net/unix.
@@ -108,7 +108,7 @@ class SideSocket:
     def mend(self) -> bool:
         """Listen anew if someone has removed the file; return whether that was so.
 
-        The descriptor stays the same, but whoever waits for connections must be told of it again.
+        The descriptor stays the same, but the thread that waits for connections must register it again.
         """
         with self._lock:
             if not self._is_kept or os.path.lexists(self.path):

@@ -41,9 +41,9 @@ _BRIEF_PATIENCE_S: Final = 0.25
 class Borrower:
     """Arrays in memory that a server on this host lends. Thread-safe.
 
-    It asks at the first need. Where the server lends nothing, or no more, its methods return None
-    and the caller sends what it has in messages. When the server goes, what it lent is of no more
-    use to calls, but arrays in it stay as they are; the next need asks anew. A forked child begins
+    It asks at the first need. Where the server lends nothing, or has reached a limit, its methods
+    return None and the caller sends its tensors in messages. When the server goes, calls can no
+    longer use what it lent, but arrays in it stay as they are; the next need asks anew. A forked child begins
     with nothing: arrays of its parent are to be read there, not written.
 
     What is to be done is decided here, under a lock; `Loans` talks to the server.
@@ -127,7 +127,7 @@ class Borrower:
         return self.take_now(size_bytes, deadline)
 
     def take_now(self, size_bytes: int, deadline: Deadline) -> Block | None:
-        """Return a new block as `take` does, for who has looked after the link meanwhile."""
+        """Return a new block as `take` does. The caller has looked after the link."""
         with self._lock:
             block = self._pool.take_again(size_bytes)  # in a loop of like calls it always is
             if block is None:
