@@ -8,7 +8,7 @@ from typing import Final
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.system import MAX_UNIX_PATH_BYTES
-from deconvd.transport import unix_path
+from deconvd.transport import names_authority, unix_path
 
 __all__ = ["host_of", "is_here", "parse_target", "resolver_of"]
 
@@ -31,9 +31,16 @@ def parse_target(target: object) -> str:
     if not isinstance(target, str):
         raise _error(f"must be host:port or unix:path, got {target!r}")
     try:
-        size_bytes = len(unix_path(target).encode())
+        target.encode()
     except UnicodeEncodeError:  # gRPC's names are UTF-8
         raise _error(f"must be a name in UTF-8, got {target!r}") from None
+    if names_authority(target):
+        raise _error(
+            f"must be host:port or unix:path (after unix:// the path begins with /), got {target!r}"
+        )
+    if "\0" in target:  # where gRPC, and the system, would take it to end
+        raise _error(f"must not have a null character in it, got {target!r}")
+    size_bytes = len(unix_path(target).encode())
     if size_bytes > MAX_UNIX_PATH_BYTES:
         raise _error(
             f"must name a Unix socket by a path of at most {MAX_UNIX_PATH_BYTES} bytes, "

@@ -71,7 +71,7 @@ class Attempt(Generic[RequestT, ResponseT]):
             for a last attempt, which cannot fail for want of that.
 
     Raises:
-        LostTensorError: The server keeps an operand no more, and it cannot be sent again.
+        LostTensorError: The server no longer has an operand, and it cannot be sent again.
     """
 
     def __init__(
