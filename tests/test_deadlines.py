@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import deconvd_client
 from deconvd_client import Connection, DeadlineError, DeconvdError
 from deconvd_client.deadline import Deadline
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, server_process, stopped
 
 TIMEOUT_S = 2.0
 SLACK_S = 2.0
@@ -37,16 +35,6 @@ TRANSPORTS = ("auto", "shared_memory", "unix", "tcp", "grpc")
 def server(socket_directory: Path) -> Iterator[ServerProcess]:
     with server_process(socket_directory, listen=("127.0.0.1:0", "unix")) as running:
         yield running
-
-
-@contextmanager
-def stopped(server: ServerProcess) -> Iterator[None]:
-    """Stop a server for the block, as a debugger or a full swap does: it is there and says nothing."""
-    server.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        server.process.send_signal(signal.SIGCONT)
 
 
 def took_s(work: Callable[[], object], expected: type[DeconvdError] | None = None) -> float:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,13 +15,14 @@ import pytest
 import deconvd_client
 from deconvd.tensor import Array
 from deconvd_client import Connection, UnavailableError
+from tests.processes import exit_code
 from tests.servers import ServerProcess, server_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 _TIMEOUT_S = 20.0
-_CHILD_S = 60
-"""More than a child takes for its calls; one that hangs is killed then."""
+_CHILDREN_S = 60
+"""More than children take for their calls."""
 
 W = np.ones((8, 4, 2, 2), "f4")
 SMALL = np.ones((1, 8, 8, 8), "f4")
@@ -60,20 +59,6 @@ def F(servers: dict[str, ServerProcess], request: pytest.FixtureRequest) -> Iter
         assert is_right(F, SMALL)
         assert is_right(F, LARGE)
         yield F
-
-
-def exit_code(work: Callable[[], bool]) -> int:
-    """Return 0 if `work` returns True in a forked child."""
-    child = os.fork()
-    if not child:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_CHILD_S)
-        code = 2
-        try:
-            code = 0 if work() else 1
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_child_and_its_parent_both_go_on(F: Connection) -> None:
@@ -143,7 +128,7 @@ def test_a_pool_of_forked_processes_calls(F: Connection) -> None:
     _F = F
     kept = F.put(W)
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert all(pool.map_async(call_in_pool, [1, 24, 2, 24, 3, 24]).get(_CHILD_S))
+        assert all(pool.map_async(call_in_pool, [1, 24, 2, 24, 3, 24]).get(_CHILDREN_S))
     assert (kept.numpy() == W).all()
 
 
@@ -167,4 +152,4 @@ if child:
 def test_a_child_may_end_as_any_process_does(servers: dict[str, ServerProcess]) -> None:
     """It runs finalizers then, also of what is its parent's."""
     command = [sys.executable, "-c", SCRIPT, servers["alone"].targets[1]]
-    assert subprocess.run(command, timeout=_CHILD_S).returncode == 0
+    assert subprocess.run(command, timeout=_CHILDREN_S).returncode == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -14,7 +13,7 @@ import pytest
 
 from deconvd_client.uninterrupted import call_uninterrupted
 from tests.interrupts import Outcome, interrupted_at_random, interrupted_everywhere
-from tests.processes import wait_until
+from tests.processes import exit_code, wait_until
 
 
 def test_work_is_done_in_another_thread_and_its_outcome_is_the_callers() -> None:
@@ -96,10 +95,8 @@ def test_each_caller_gets_its_own_outcome_whenever_interrupts_strike(strikes_cou
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own() -> None:
     call_uninterrupted(time.monotonic)
-    child = os.fork()
-    if not child:
-        os._exit(call_uninterrupted(lambda: 0))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    assert exit_code(lambda: call_uninterrupted(lambda: True)) == 0
 
 
 def test_work_that_takes_too_long_is_not_waited_for() -> None:

@@ -111,7 +111,7 @@ class Nearest:
         begin_anew_in_children(self)
 
     def begin_anew_in_child(self) -> None:
-        """Look for a nearer way as at first: whoever looked is not in a forked child."""
+        """Look for a nearer way as at first: the thread that looked is not in a forked child."""
         self._is_sought = False
         self._closed = SimpleQueue()
         if self._state is _State.LOST:

@@ -12,11 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar, cast
 
 from deconvd.forks import begin_anew_in_children
 
-__all__ = ["call_uninterrupted", "do_beside"]
+__all__ = ["NotYetError", "Promise", "call_uninterrupted", "do_beside"]
 
 _T = TypeVar("_T")
 
@@ -47,7 +47,7 @@ def call_uninterrupted(
     job = _Job(work)
     try:
         _threads.do(job.run)
-        return job.outcome(within_s)
+        return job.wait(within_s)
     except BaseException:
         if not job.has_ended:
             _threads.do(give_up)
@@ -63,37 +63,66 @@ def do_beside(work: Callable[[], object]) -> None:
     _threads.do(work)
 
 
+class NotYetError(Exception):
+    """What was promised has not been given in time."""
+
+
+class Promise(Generic[_T]):
+    """A value or an error that one thread waits for and another gives, once.
+
+    Unlike a `Future` it does not stay locked if an exception strikes the waiting thread.
+    """
+
+    def __init__(self) -> None:
+        self._outcome: SimpleQueue[tuple[_T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+    def fulfil(self, value: _T) -> None:
+        """Give the value."""
+        self._outcome.put((value, None))
+
+    def fail(self, error: BaseException) -> None:
+        """Give an error, for the waiting thread to raise."""
+        self._outcome.put((None, error))
+
+    def wait(self, within_s: float | None = None) -> _T:
+        """Return the value, or raise the error. Raises NotYetError if neither comes in time."""
+        try:
+            value, error = self._outcome.get(timeout=within_s)
+        except Empty:
+            raise NotYetError from None
+        if error is None:
+            return cast("_T", value)
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame
+
+
 class _Job(Generic[_T]):
     """Work, and what came of it."""
 
     def __init__(self, work: Callable[[], _T]) -> None:
         self._work = work
-        self._outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._promise: Promise[_T] = Promise()
         self.has_ended = False
 
     def run(self) -> None:
         try:
-            outcome = self._work(), None
+            value = self._work()
         except BaseException as error:
-            self._outcome.put((None, error))
+            self.has_ended = True
+            self._promise.fail(error)
         else:
-            self._outcome.put(outcome)
+            self.has_ended = True
+            self._promise.fulfil(value)
         del self._work  # a thread that waits for the next must not hold what this one held
 
-    def outcome(self, within_s: float | None) -> _T:
+    def wait(self, within_s: float | None) -> _T:
         """Wait for the end; return or raise what came of it."""
         try:
-            value, error = self._outcome.get(timeout=within_s)
-        except Empty:
+            return self._promise.wait(within_s)
+        except NotYetError:
             raise TimeoutError(f"it took longer than {within_s} s") from None
-        self.has_ended = True
-        if error is None:
-            returned: _T = value
-            return returned
-        try:
-            raise error
-        finally:
-            del error  # it holds this frame
 
 
 class _Threads:

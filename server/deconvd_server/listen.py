@@ -16,9 +16,9 @@ from pathlib import Path
 import grpc
 
 from deconvd.errors import InvalidArgumentError
+from deconvd.system import MAX_UNIX_PATH_BYTES
 from deconvd.transport import names_authority, unix_path
 from deconvd_server.unix_socket import (
-    MAX_PATH_BYTES,
     Access,
     AddressInUseError,
     remove_dead_socket,
@@ -165,7 +165,7 @@ def _lasting_path(path: Path) -> Path:
 
 
 def _fits(path: Path) -> bool:
-    return len(os.fsencode(path)) <= MAX_PATH_BYTES
+    return len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES
 
 
 def _unix_path(address: str) -> Path:
@@ -173,7 +173,7 @@ def _unix_path(address: str) -> Path:
         raise _unix_error("by a path that begins with / after unix://", address)
     path = Path(unix_path(address))
     if not path.name or not _fits(path):
-        raise _unix_error(f"of 1 to {MAX_PATH_BYTES} bytes", address)
+        raise _unix_error(f"of 1 to {MAX_UNIX_PATH_BYTES} bytes", address)
     if _NOT_IN_GRPC_PATHS.intersection(address):
         raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)
     return path
