@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from deconvd.forks import begin_anew_in_children
 
-__all__ = ["call_uninterrupted", "do_beside"]
+__all__ = ["Job", "call_uninterrupted", "do_beside"]
 
 _T = TypeVar("_T")
 
@@ -26,32 +26,17 @@ _IDLE_S: Final = 30.0
 """How long a thread that has nothing to do waits for more."""
 
 
-def call_uninterrupted(
-    work: Callable[[], _T],
-    give_up: Callable[[], object] = lambda: None,
-    within_s: float | None = None,
-) -> _T:
+def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = lambda: None) -> _T:
     """Return what `work` returns, or raise what it raises, doing it where no interrupt strikes.
 
     If the caller is interrupted it does not wait: the work goes on by itself.
 
     Args:
         give_up: Called if the caller is interrupted, in another thread: to end the work soon.
-        within_s: How long to wait at most, in seconds; None if the work itself ends in time.
-
-    Raises:
-        TimeoutError: The work has not ended in time.
     """
-    if within_s is None and threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         return work()
-    job = _Job(work)
-    try:
-        _threads.do(job.run)
-        return job.outcome(within_s)
-    except BaseException:
-        if not job.has_ended:
-            _threads.do(give_up)
-        raise
+    return Job(work).do(give_up)
 
 
 def do_beside(work: Callable[[], object]) -> None:
@@ -63,30 +48,52 @@ def do_beside(work: Callable[[], object]) -> None:
     _threads.do(work)
 
 
-class _Job(Generic[_T]):
-    """Work, and what came of it."""
+class Job(Generic[_T]):
+    """Work that is done once, in another thread, and what came of it."""
 
     def __init__(self, work: Callable[[], _T]) -> None:
         self._work = work
         self._outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        self.has_ended = False
+        self._has_ended = False
 
-    def run(self) -> None:
+    def do(self, give_up: Callable[[], object] = lambda: None, within_s: float | None = None) -> _T:
+        """Have it done; return or raise what came of it.
+
+        Args:
+            give_up: Called if the caller does not wait for the end, in another thread.
+            within_s: How long to wait at most, in seconds; None if the work itself ends in time.
+
+        Raises:
+            TimeoutError: The work has not ended in time.
+        """
+        try:
+            _threads.do(self._run)
+            return self._wait(within_s)
+        except BaseException:
+            if not self._has_ended:
+                _threads.do(give_up)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Let the caller raise an error, and wait no longer. It has no effect once the work has ended."""
+        self._outcome.put((None, error))
+
+    def _run(self) -> None:
         try:
             outcome = self._work(), None
         except BaseException as error:
+            self._has_ended = True
             self._outcome.put((None, error))
         else:
+            self._has_ended = True
             self._outcome.put(outcome)
         del self._work  # a thread that waits for the next must not hold what this one held
 
-    def outcome(self, within_s: float | None) -> _T:
-        """Wait for the end; return or raise what came of it."""
+    def _wait(self, within_s: float | None) -> _T:
         try:
             value, error = self._outcome.get(timeout=within_s)
         except Empty:
             raise TimeoutError(f"it took longer than {within_s} s") from None
-        self.has_ended = True
         if error is None:
             returned: _T = value
             return returned
