@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from deconvd.dtypes import element_type
 from deconvd.errors import (
+    CallCancelledError,
     DeadlineError,
     DeconvdError,
     ExhaustedError,
@@ -53,6 +54,9 @@ _PAGE_BYTES: Final = mmap.PAGESIZE
 _FIRST_RETRY_S: Final = 5.0
 _LAST_RETRY_S: Final = 80.0
 """How long a server without a side socket is left in peace: at first, and at most."""
+
+_FIRST_DISOWNED_RETRY_S: Final = 1.0
+"""How long a server whose memory the server of calls does not know is left in peace at first: it may be draining."""
 
 _PINNED_RETRY_S: Final = 0.1
 """When calls that have no other way may ask again."""
@@ -103,7 +107,8 @@ class _State(Enum):
 
     UNKNOWN --a loan is wanted, and the server says where it lends--> LENDING
     LENDING --the socket is lost--> UNKNOWN
-    UNKNOWN or LENDING --the server lends none of this kind, or is another server, or `close`--> CLOSED
+    LENDING --calls go to another server--> UNKNOWN
+    UNKNOWN or LENDING --the server lends none of this kind, or `close`--> CLOSED
     """
 
     UNKNOWN = "unknown"
@@ -227,14 +232,13 @@ class Borrower:
         Raises:
             UnavailableError, ExhaustedError: It may not; says why there is no room.
             DeadlineError: It may not, and the server has not answered.
+            CallCancelledError: It may not, and `close` was called.
         """
         if not self._is_only_way:
             return
         why = self._refusal
         if why is None:
-            if self._state is not _State.CLOSED:
-                raise DeadlineError("the server did not lend memory in time")
-            why = PinnedTransportError("the connection is closed")
+            raise DeadlineError("the server did not lend memory in time")
         text = f"no tensor can go by shared memory: {why}"
         if isinstance(why, UnavailableError):
             raise type(why)(text, retry_after_s=why.retry_after_s)
@@ -278,6 +282,7 @@ class Borrower:
         """Give all back, for good. Arrays that lie in it stay as they are."""
         with self._lock:
             self._state = _State.CLOSED
+            self._refusal = CallCancelledError("the connection is closed")
             self._forget_link()
 
     def begin_anew_in_child(self) -> None:
@@ -290,6 +295,7 @@ class Borrower:
     def _begin(self) -> None:
         self._regions: tuple[Region, ...] = ()  # replaced whole: `locate` reads it without the lock
         self._next_try_s, self._retry_s = 0.0, _FIRST_RETRY_S
+        self._disowned_retry_s = _FIRST_DISOWNED_RETRY_S
         self._was_tried = False
         self._is_missed = False
         self._has_borrowed = False
@@ -381,8 +387,14 @@ class Borrower:
         """Take note that the server of calls knows nothing of what was borrowed."""
         with self._lock:
             self._look_after_link()
-            if self._link is not None:  # then the lender lives, and is another one
-                self._lose(PinnedTransportError(why), _State.CLOSED)
+            if self._link is None:
+                return
+            # The lender lives, and is another one: it drains, and a successor takes calls already. Or a
+            # proxy has several servers, and that will happen again.
+            self._lose(_lost(why))
+            if not self._is_only_way:
+                self._next_try_s = time.monotonic() + self._disowned_retry_s
+                self._disowned_retry_s = min(2 * self._disowned_retry_s, _LAST_RETRY_S)
 
     # What follows talks, in a thread of its own, without the lock.
 
@@ -423,6 +435,9 @@ class Borrower:
         except DeconvdError as error:
             with self._lock:
                 self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
+        except Exception as error:  # no descriptors are left, say: later loans may do better
+            with self._lock:
+                self._lose(_lost(f"memory cannot be borrowed: {error}"))
 
     def _opened_link(self) -> Link:
         """Return the link, after opening it if need be.
