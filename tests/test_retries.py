@@ -193,7 +193,8 @@ def unfinished_call(target: str) -> Iterator[None]:
         yield from ()
 
     with grpc.insecure_channel(target) as channel:
-        stream = channel.stream_stream("/deconvd.v1.DeconvolutionService/DeconvolveStream")
+        path = "/deconvd.v1.DeconvolutionService/DeconvolveStream"
+        stream: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
         call = stream(requests())
         grpc.channel_ready_future(channel).result(30)
         time.sleep(0.2)
