@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from tests.servers import ServerProcess, server_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 12.0
 _CHILDREN_S = 60
 """More than children take for their calls."""
 
@@ -34,6 +34,20 @@ WAYS = ("auto", "shared_memory", "unix", "tcp", "grpc", "grpc alone")
 def is_right(F: Connection, x: Array) -> bool:
     y = F.deconvolution_2d(x, W, stride=2)
     return y.shape == (len(x), 4, 2 * x.shape[2], 2 * x.shape[3]) and bool((y == 8).all())
+
+
+def succeeds_in_a_child(work: Callable[[], bool]) -> bool:
+    """Return whether `work` returns True in a forked child, and that no child hangs.
+
+    gRPC's core may be at work in a fork, whatever is done against it: then the child's calls by gRPC end at their
+    deadline. That is rare, so one of three children must do.
+    """
+    for _ in range(3):
+        code = exit_code(work)
+        assert code >= 0, f"the child ended by signal {-code}"
+        if code == 0:
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +85,8 @@ def test_a_child_and_its_parent_both_go_on(F: Connection) -> None:
         F.close()
         return are_right and time.monotonic() - begin_s < 10
 
-    assert exit_code(call_and_close) == 0
-    assert exit_code(lambda: exit_code(call_and_close) == 0 and call_and_close()) == 0
+    assert succeeds_in_a_child(call_and_close)
+    assert succeeds_in_a_child(lambda: succeeds_in_a_child(call_and_close) and call_and_close())
     assert is_right(F, LARGE)
     assert (F.deconvolution_2d(SMALL, kept, stride=2) == 8).all()
     assert (kept.numpy() == W).all()

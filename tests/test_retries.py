@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
@@ -183,6 +185,58 @@ def test_busy_is_not_gone(
     assert not caplog.records
     assert "Deconvolve from unix:" in after
     assert "from ipv4:" not in after
+
+
+@contextmanager
+def unfinished_call(target: str) -> Iterator[None]:
+    """Have a call under way, for the block, whose request does not end."""
+    let_go = threading.Event()
+
+    def requests() -> Iterator[bytes]:
+        let_go.wait(60)
+        yield from ()
+
+    with grpc.insecure_channel(target) as channel:
+        path = "/deconvd.v1.DeconvolutionService/DeconvolveStream"
+        stream: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+        call = stream(requests())
+        grpc.channel_ready_future(channel).result(30)
+        time.sleep(0.2)
+        try:
+            yield
+        finally:
+            let_go.set()
+            call.cancel()
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["to tcp", "to unix"])
+@pytest.mark.parametrize("transport", ["auto", "shared_memory"])
+def test_a_server_that_drains_beside_its_successor_does_not_keep_memory_from_being_shared(
+    serve: Serve, addresses: tuple[str, str], transport: str, index: int
+) -> None:
+    with deconvd_client.connect(addresses[index], transport=transport, timeout_s=30) as F:
+        with serve() as first, unfinished_call(addresses[1]):
+            assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+            first.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not Path(addresses[1].removeprefix("unix:")).exists())
+            with serve():
+                assert first.process.poll() is None
+                assert F.deconvolution_2d(LARGE, W)[0, 0, 1, 1] == 8
+                wait_until(lambda: lies_in_shared_memory(F.deconvolution_2d(LARGE, W)))
+
+
+def test_what_is_put_in_shared_memory_waits_for_a_restart(serve: Serve) -> None:
+    with serve() as first:
+        target = first.targets[-1]
+        F = deconvd_client.connect(target, transport="shared_memory", timeout_s=30)
+        kept = F.put(LARGE)
+        first.end(signal.SIGKILL)
+    with F, ThreadPoolExecutor(2) as pool:
+        again: list[Future[object]] = [pool.submit(F.put, LARGE), pool.submit(kept.numpy)]
+        time.sleep(1)
+        with serve():
+            for one in again:
+                np.testing.assert_array_equal(one.result(), LARGE)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deconvd_client.uninterrupted import call_uninterrupted
+from deconvd_client.uninterrupted import Job, call_uninterrupted
 from tests.interrupts import Outcome, interrupted_at_random, interrupted_everywhere
 from tests.processes import exit_code, wait_until
 
@@ -102,5 +102,14 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 def test_work_that_takes_too_long_is_not_waited_for() -> None:
     let_go = threading.Event()
     with pytest.raises(TimeoutError, match=r"longer than 0\.1 s"):
-        call_uninterrupted(lambda: let_go.wait(30), let_go.set, within_s=0.1)
+        Job(lambda: let_go.wait(30)).do(let_go.set, within_s=0.1)
+    assert let_go.wait(30)
+
+
+def test_who_waits_can_be_told_to_raise_an_error() -> None:
+    let_go = threading.Event()
+    job = Job(lambda: let_go.wait(30))
+    threading.Timer(0.05, job.fail, [ValueError("no more")]).start()
+    with pytest.raises(ValueError, match="no more"):
+        job.do(let_go.set)
     assert let_go.wait(30)

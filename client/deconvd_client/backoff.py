@@ -13,11 +13,15 @@ _LAST_S: Final = 80.0
 
 
 class Backoff:
-    """A pause after each failure: twice as long as the one before, until a success."""
+    """A pause after each failure: twice as long as the one before, until a success.
 
-    def __init__(self) -> None:
+    Args:
+        first_s: The first pause, in seconds.
+    """
+
+    def __init__(self, first_s: float = _FIRST_S) -> None:
+        self._first_s = self._pause_s = first_s
         self._until_s = 0.0
-        self._pause_s = _FIRST_S
 
     @property
     def is_pending(self) -> bool:
@@ -32,4 +36,4 @@ class Backoff:
     def note_success(self) -> None:
         """End the pause."""
         self._until_s = 0.0
-        self._pause_s = _FIRST_S
+        self._pause_s = self._first_s

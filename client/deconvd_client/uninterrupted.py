@@ -16,7 +16,7 @@ from typing import Final, Generic, TypeAlias, TypeVar, cast
 
 from deconvd.forks import begin_anew_in_children
 
-__all__ = ["NotYetError", "Promise", "call_uninterrupted", "do_beside"]
+__all__ = ["Job", "NotYetError", "Promise", "call_uninterrupted", "do_beside"]
 
 _T = TypeVar("_T")
 
@@ -26,32 +26,17 @@ _IDLE_S: Final = 30.0
 """How long a thread that has nothing to do waits for more."""
 
 
-def call_uninterrupted(
-    work: Callable[[], _T],
-    give_up: Callable[[], object] = lambda: None,
-    within_s: float | None = None,
-) -> _T:
+def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = lambda: None) -> _T:
     """Return what `work` returns, or raise what it raises, doing it where no interrupt strikes.
 
     If the caller is interrupted it does not wait: the work goes on by itself.
 
     Args:
         give_up: Called if the caller is interrupted, in another thread: to end the work soon.
-        within_s: How long to wait at most, in seconds; None if the work itself ends in time.
-
-    Raises:
-        TimeoutError: The work has not ended in time.
     """
-    if within_s is None and threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         return work()
-    job = _Job(work)
-    try:
-        _threads.do(job.run)
-        return job.wait(within_s)
-    except BaseException:
-        if not job.has_ended:
-            _threads.do(give_up)
-        raise
+    return Job(work).do(give_up)
 
 
 def do_beside(work: Callable[[], object]) -> None:
@@ -98,31 +83,46 @@ class Promise(Generic[_T]):
             del error  # it holds this frame
 
 
-class _Job(Generic[_T]):
-    """Work, and what came of it."""
+class Job(Generic[_T]):
+    """Work that is done once, in another thread, and what came of it."""
 
     def __init__(self, work: Callable[[], _T]) -> None:
         self._work = work
         self._promise: Promise[_T] = Promise()
-        self.has_ended = False
+        self._has_ended = False
 
-    def run(self) -> None:
+    def do(self, give_up: Callable[[], object] = lambda: None, within_s: float | None = None) -> _T:
+        """Have it done; return or raise what came of it.
+
+        Args:
+            give_up: Called if the caller does not wait for the end, in another thread.
+            within_s: How long to wait at most, in seconds; None if the work itself ends in time.
+
+        Raises:
+            NotYetError: The work has not ended in time.
+        """
+        try:
+            _threads.do(self._run)
+            return self._promise.wait(within_s)
+        except BaseException:
+            if not self._has_ended:
+                _threads.do(give_up)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Let the caller raise an error, and wait no longer. It has no effect once the work has ended."""
+        self._promise.fail(error)
+
+    def _run(self) -> None:
         try:
             value = self._work()
         except BaseException as error:
-            self.has_ended = True
+            self._has_ended = True
             self._promise.fail(error)
         else:
-            self.has_ended = True
+            self._has_ended = True
             self._promise.fulfil(value)
         del self._work  # a thread that waits for the next must not hold what this one held
-
-    def wait(self, within_s: float | None) -> _T:
-        """Wait for the end; return or raise what came of it."""
-        try:
-            return self._promise.wait(within_s)
-        except NotYetError:
-            raise TimeoutError(f"it took longer than {within_s} s") from None
 
 
 class _Threads:

@@ -23,8 +23,7 @@ from deconvd.problem import TensorSpec, check_extents
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd_client.deadline import Deadline
-from deconvd_client.retries import PinnedTransportError
-from deconvd_client.shared_memory.loans import LenderState, Loan, Loans
+from deconvd_client.shared_memory.loans import Loan, Loans
 from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.pool import Pool
 from deconvd_client.shared_memory.region import Block, Region
@@ -154,14 +153,13 @@ class Borrower:
         Raises:
             UnavailableError, ExhaustedError: It may not; says why there is no room.
             DeadlineError: It may not, and the server has not answered.
+            CallCancelledError: It may not, and `close` was called.
         """
         if not self._is_only_way:
             return
         why = self._loans.refusal
         if why is None:
-            if self._loans.state is not LenderState.CLOSED:
-                raise DeadlineError("the server did not lend memory in time")
-            why = PinnedTransportError("the connection is closed")
+            raise DeadlineError("the server did not lend memory in time")
         text = f"no tensor can go by shared memory: {why}"
         if isinstance(why, UnavailableError):
             raise type(why)(text, retry_after_s=why.retry_after_s)

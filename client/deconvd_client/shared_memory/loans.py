@@ -11,7 +11,7 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
+from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError, UnavailableError
 from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
 from deconvd_client.retries import PinnedTransportError
@@ -34,6 +34,9 @@ _LARGEST_STEP_BYTES: Final = 1 << 30
 """Regions double what there is, up to this size, and have room for what they are borrowed for."""
 
 _PAGE_BYTES: Final = mmap.PAGESIZE
+
+_FIRST_DISOWNED_PAUSE_S: Final = 1.0
+"""How long a server whose memory the server of calls does not know is left in peace at first: it may be draining."""
 
 _PINNED_RETRY_S: Final = 0.1
 """When calls that have no other way may ask again."""
@@ -78,7 +81,8 @@ class LenderState(Enum):
 
     UNKNOWN --a loan is wanted, and the server says where it lends--> LENDING
     LENDING --the socket is lost--> UNKNOWN
-    UNKNOWN or LENDING --the server lends none of this kind, or is another server, or `close`--> CLOSED
+    LENDING --calls go to another server--> UNKNOWN
+    UNKNOWN or LENDING --the server lends none of this kind, or `close`--> CLOSED
     """
 
     UNKNOWN = "unknown"
@@ -126,6 +130,7 @@ class Loans:
     def _begin(self) -> None:
         self._pool.clear()
         self._backoff = Backoff()
+        self._disowned = Backoff(_FIRST_DISOWNED_PAUSE_S)
         self._was_tried = False
         self._is_missed = False
         self._has_borrowed = False
@@ -136,7 +141,7 @@ class Loans:
 
     def request(self, size_bytes: int) -> Loan | None:
         """Have memory borrowed, and return what to wait for; None if nothing is to be waited for."""
-        if self.state is LenderState.CLOSED or self._backoff.is_pending:
+        if self.state is LenderState.CLOSED or self._is_in_peace:
             return None
         loan = Loan(size_bytes, is_first=not self._was_tried)
         self._was_tried = True
@@ -144,6 +149,11 @@ class Loans:
         if not self._is_talking:
             do_beside(self._talk)
         return loan
+
+    @property
+    def _is_in_peace(self) -> bool:
+        """Whether the server is not to be asked yet."""
+        return self._backoff.is_pending or self._disowned.is_pending
 
     def look_after_link(self) -> None:
         """Take note if the server has closed the socket."""
@@ -153,12 +163,18 @@ class Loans:
     def disown(self, why: str) -> None:
         """Take note that the server of calls knows nothing of what was borrowed."""
         self.look_after_link()
-        if self.link is not None:  # then the lender lives, and is another one
-            self._lose(PinnedTransportError(why), LenderState.CLOSED)
+        if self.link is None:
+            return
+        # The lender lives, and is another one: it drains, and a successor takes calls already. Or a
+        # proxy has several servers, and that will happen again.
+        self._lose(_lost(why))
+        if not self._is_only_way:
+            self._disowned.note_failure()
 
     def close(self) -> None:
         """Give all back, for good."""
         self.state = LenderState.CLOSED
+        self.refusal = CallCancelledError("the connection is closed")
         self._forget_link()
 
     def begin_anew_in_child(self) -> None:
@@ -207,7 +223,7 @@ class Loans:
 
     def _lend(self, loan: Loan) -> None:
         with self._lock:
-            if self.link is None and self._backoff.is_pending:
+            if self.link is None and self._is_in_peace:
                 return  # it was asked for while an earlier one was failing
         try:
             link = self._open_link()
@@ -226,6 +242,9 @@ class Loans:
         except DeconvdError as error:
             with self._lock:
                 self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
+        except Exception as error:  # no descriptors are left, say: later loans may do better
+            with self._lock:
+                self._lose(_lost(f"memory cannot be borrowed: {error}"))
 
     def _open_link(self) -> Link:
         """Return the link, after opening it if need be.
