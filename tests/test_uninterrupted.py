@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deconvd_client.uninterrupted import Job, call_uninterrupted
+from deconvd_client.uninterrupted import Job, NotYetError, call_uninterrupted
 from tests.interrupts import Outcome, interrupted_at_random, interrupted_everywhere
 from tests.processes import exit_code, wait_until
 
@@ -101,7 +101,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 def test_work_that_takes_too_long_is_not_waited_for() -> None:
     let_go = threading.Event()
-    with pytest.raises(TimeoutError, match=r"longer than 0\.1 s"):
+    with pytest.raises(NotYetError):
         Job(lambda: let_go.wait(30)).do(let_go.set, within_s=0.1)
     assert let_go.wait(30)
 
