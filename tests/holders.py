@@ -34,7 +34,7 @@ def by_handle(array: Array, handle: bytes) -> pb.Tensor:
 def by_digest(array: Array) -> pb.Tensor:
     """Return the message of an array by what it is."""
     message = message_from_spec(spec_of(array))
-    message.digest.CopyFrom(digest_of(elements_of(array)))
+    message.digest.CopyFrom(digest_of(array))
     return message
 
 

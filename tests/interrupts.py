@@ -116,9 +116,10 @@ def interrupted_at_random(
     strikes_count: int = 1,
     error: type[BaseException] = InterruptError,
 ) -> Outcome:
-    """Run `work`, with so many interrupts at random moments.
+    """Run `work`, with interrupts at random moments.
 
     Args:
+        strikes_count: How many.
         mean_s: How long after the begin, or the last interrupt, the next one comes, in the mean.
         error: What they raise.
     """

@@ -1,10 +1,12 @@
-"""What a process takes of its host, as the kernel counts it."""
+"""Processes: what they take of their host, as the kernel counts it, and forked children."""
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 __all__ = [
     "Held",
     "Peak",
+    "exit_code",
     "held_by",
     "lent_bytes",
     "memory_bytes",
@@ -24,6 +27,8 @@ __all__ = [
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SAMPLE_S = 0.02
 _TIMEOUT_S = 30.0
+_CHILD_S = 60
+"""More than a forked child takes for its work; one that hangs is killed then."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,22 @@ def watched_memory() -> Iterator[Peak]:
     finally:
         ended.set()
         watcher.join()
+
+
+def exit_code(work: Callable[[], bool]) -> int:
+    """Return 0 if `work` returns True in a forked child."""
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_CHILD_S)
+        code = 2
+        try:
+            code = 0 if work() else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

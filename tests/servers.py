@@ -14,7 +14,7 @@ from pathlib import Path
 from deconvd.tensor import Array
 from deconvd_client import Connection, UnavailableError
 
-__all__ = ["ServerProcess", "call_until_served", "server_process"]
+__all__ = ["ServerProcess", "call_until_served", "server_process", "stopped"]
 
 _END_TIMEOUT_S = 30
 
@@ -69,8 +69,18 @@ def server_process(
         process.communicate()
 
 
+@contextmanager
+def stopped(server: ServerProcess) -> Iterator[None]:
+    """Stop a server for the block, as a debugger or a full swap does: it is there and says nothing."""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
 def call_until_served(F: Connection, x: Array, W: Array) -> Array:
-    """Call until the server is there: its start takes longer than the retries of one call."""
+    """Call until the server is there: calls wait neither for one that was never reached nor for a pinned way."""
     deadline_s = time.monotonic() + _END_TIMEOUT_S
     while True:
         try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 
 import deconvd_client
 from deconvd_client import Connection, DeadlineError, UnavailableError
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, server_process, stopped
 
 X = np.ones((1, 4, 8, 8), np.float32)
 LARGE_X = np.ones((16, 4, 200, 200), np.float32)  # over 4 MiB: sent in a stream
@@ -31,16 +29,6 @@ def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess
     listen = ("127.0.0.1:0", "unix")
     with server_process(tmp_path_factory.mktemp("server"), listen=listen) as running:
         yield running
-
-
-@contextmanager
-def stopped(server: ServerProcess) -> Iterator[None]:
-    """Let a server do nothing for the block."""
-    server.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        server.process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -157,6 +157,8 @@ def test_a_target_is_one_address(target: str) -> None:
         "gpu-host:\N{ARABIC-INDIC DIGIT FIVE}",
         ":50051",
         "unix://",
+        "unix://deconvd.sock",
+        "unix://host/deconvd.sock",
     ],
     ids=repr,
 )
@@ -170,9 +172,16 @@ def test_a_path_that_no_socket_can_have_is_refused() -> None:
         deconvd_client.connect("unix:/" + "a" * 107)
 
 
-def test_a_target_that_is_no_utf8_is_refused() -> None:
+@pytest.mark.parametrize("target", ["unix:/run/\udcff.sock", "gpu-\udcff:50051"], ids=ascii)
+def test_a_target_that_is_no_utf8_is_refused(target: str) -> None:
     with pytest.raises(InvalidArgumentError, match="target must be a name in UTF-8"):
-        deconvd_client.connect("unix:/run/\udcff.sock")
+        deconvd_client.connect(target)
+
+
+@pytest.mark.parametrize("target", ["unix:/run/a\0b.sock", "gpu\0host:1"], ids=ascii)
+def test_a_target_has_no_null_character(target: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="target must not have a null character"):
+        deconvd_client.connect(target)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,84 @@ def test_a_mistake_ends_run_with_one_clear_line_and_no_file(
     assert message in outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert (files / "y.npy").read_text() == "an older result"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe"])
+def test_a_result_goes_into_a_pipe_which_stays(
+    server: ServerProcess, F: Connection, files: Path, kind: str
+) -> None:
+    os.mkfifo(files / "pipe")
+    output = files / "pipe"
+    if kind == "link to a pipe":  # as /dev/stdout is
+        output = files / "link"
+        output.symlink_to("pipe")
+    reader = subprocess.Popen(["cat", files / "pipe"], stdout=subprocess.PIPE)
+    command = ["run", "x.npy", "W.npy", *ARGUMENTS, "-o", str(output), "--target", server.target]
+
+    try:
+        outcome = deconvd(*command, cwd=files)
+        written, _ = reader.communicate(timeout=10)
+    finally:
+        reader.kill()
+
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert (files / "pipe").is_fifo()
+    y = np.load(BytesIO(written))
+    np.testing.assert_array_equal(y, F.deconvolution_2d(X, W, **KEYWORDS))
+
+
+def test_a_result_goes_where_a_link_leads(server: ServerProcess, files: Path) -> None:
+    (files / "y.npy").symlink_to("elsewhere.npy")
+    command = ["run", "x.npy", "W.npy", *ARGUMENTS, "-o", "y.npy", "--target", server.target]
+
+    outcome = deconvd(*command, cwd=files)
+
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert (files / "y.npy").is_symlink()
+    assert (files / "elsewhere.npy").is_file()
+
+
+def test_an_operand_is_read_from_a_pipe(server: ServerProcess, files: Path) -> None:
+    command = ["run", "/dev/stdin", "W.npy", *ARGUMENTS, "-o", "y.npy", "--target", server.target]
+
+    outcome = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "deconvd_client.cli", *command],
+        cwd=files,
+        input=(files / "x.npy").read_bytes(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (outcome.returncode, outcome.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("missing/y.npy", "Error: cannot write missing/y.npy: No such file or directory\n"),
+        ("", "Error: cannot write .: Is a directory\n"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_by_its_name(
+    server: ServerProcess, files: Path, output: str, message: str
+) -> None:
+    command = ["run", "x.npy", "W.npy", *ARGUMENTS, "-o", output, "--target", server.target]
+
+    outcome = deconvd(*command, cwd=files)
+
+    assert (outcome.returncode, outcome.stderr) == (1, message)
+
+
+def test_an_array_that_no_memory_holds_is_called_too_large(files: Path) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (1, 1, 1 << 29, 1 << 29)}
+    with (files / "huge.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+
+    outcome = deconvd("run", "huge.npy", "W.npy", "-o", "y.npy", cwd=files)
+
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("Error: huge.npy is too large: ")
 
 
 def test_status_tells_people_what_the_server_is(server: ServerProcess, tmp_path: Path) -> None:

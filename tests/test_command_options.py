@@ -76,7 +76,20 @@ def test_a_wrong_value_from_the_command_line_is_told_by_its_option() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["-1", "", "4X", "4m", "1.5Gi", "G", "0x10", "1e9", "4 Gi", "9999999T"]
+    "value",
+    [
+        "-1",
+        "",
+        "4X",
+        "4m",
+        "1.5Gi",
+        "G",
+        "0x10",
+        "1e9",
+        "4 Gi",
+        "\N{ARABIC-INDIC DIGIT FIVE}",
+        "9999999T",
+    ],
 )
 def test_what_is_no_size_is_refused(value: str) -> None:
     ended = command("deconvd_server", "--tenant-bytes", value)
@@ -163,9 +176,26 @@ def test_unknown_variables_get_one_warning_that_names_the_nearest(
 
     (warning,) = warnings
     assert "DECONVD_TAKES_DIRECT_CALLS (is DECONVD_DIRECT_CALLS meant?)" in warning
-    assert "DECONVD_VERSION" in warning
+    assert re.search(r"DECONVD_VERSION(,|$)", warning)  # nothing is like it
     assert "DECONVD_TARGET" not in warning
     assert "DECONVD_PORT" not in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DECONVD_DEVCE", "DECONVD_DEVICE"),
+        ("DECONVD_NO_DIRECT_CALLS", "DECONVD_DIRECT_CALLS"),
+        ("DECONVD_SHARED_MEMORY_BYTE", "DECONVD_SHARED_MEMORY_BYTES"),
+        ("DECONVD_FOO", ""),
+        ("DECONVD_HELP", ""),
+        ("DECONVD_", ""),
+    ],
+)
+def test_a_variable_is_suggested_if_it_is_like_the_unknown_one(name: str, meant: str) -> None:
+    said = f"{name} (is {meant} meant?)" if meant else name
+
+    assert unknown_variables([name], deconvd_server.variables) == [said]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import pytest
 from deconvd import copying
 from deconvd.copying import copy_all, copy_into
 from tests.interrupts import interrupted_everywhere
+from tests.processes import exit_code
 
 _MIB = 1 << 20
 
@@ -224,10 +224,10 @@ def test_threads_may_copy_at_once() -> None:
 def test_a_forked_child_copies_with_threads_of_its_own() -> None:
     source, target = np.ones(8 * _MIB, np.float32), np.zeros(8 * _MIB, np.float32)
     copy_into(target, source)
-    child = os.fork()
-    if child == 0:
+
+    def copy_again() -> bool:
         target[:] = 0
         copy_into(target, source)
-        os._exit(0 if target.all() else 1)
+        return bool(target.all())
 
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert exit_code(copy_again) == 0

@@ -94,7 +94,7 @@ def test_a_signal_that_another_thread_is_handed_ends_it_too(socket_directory: Pa
 def test_a_drain_loses_no_accepted_call(socket_directory: Path) -> None:
     with (
         server_process(socket_directory) as server,
-        deconvd_client.connect(server.target) as F,
+        deconvd_client.connect(server.target, fail_fast=True) as F,
         ThreadPoolExecutor(8) as callers,
     ):
         expected = F.deconvolution_2d(X, W)

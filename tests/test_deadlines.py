@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import deconvd_client
 from deconvd_client import Connection, DeadlineError, DeconvdError
 from deconvd_client.deadline import Deadline
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, server_process, stopped
 
 TIMEOUT_S = 2.0
 SLACK_S = 2.0
@@ -37,16 +36,6 @@ TRANSPORTS = ("auto", "shared_memory", "unix", "tcp", "grpc")
 def server(socket_directory: Path) -> Iterator[ServerProcess]:
     with server_process(socket_directory, listen=("127.0.0.1:0", "unix")) as running:
         yield running
-
-
-@contextmanager
-def stopped(server: ServerProcess) -> Iterator[None]:
-    """Stop a server for the block, as a debugger or a full swap does: it is there and says nothing."""
-    server.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        server.process.send_signal(signal.SIGCONT)
 
 
 def took_s(work: Callable[[], object], expected: type[DeconvdError] | None = None) -> float:
@@ -126,6 +115,38 @@ def test_closing_while_calls_wait_for_a_stopped_server_takes_a_second(
             assert took_s(F.close) < CLOSE_S + SLACK_S
             for call in waiting:
                 assert call.result(timeout=10) < 10
+
+
+@pytest.mark.parametrize("transport", ["unix", "grpc"])
+def test_calls_end_at_their_deadlines_and_at_the_close_however_long_a_server_is_stopped(
+    server: ServerProcess, transport: str
+) -> None:
+    F = deconvd_client.connect(server.targets[1], timeout_s=TIMEOUT_S, transport=transport)
+    call = partial(F.deconvolution_2d, LARGE, W)
+    assert call().any()
+    with ThreadPoolExecutor(6) as pool, stopped(server):
+        # what the first send stays in sockets, and later ones cannot even begin to send
+        for _ in range(3):
+            waiting = [pool.submit(took_s, call, DeconvdError) for _ in range(6)]
+            assert max(one.result() for one in waiting) < TIMEOUT_S + SLACK_S
+        waiting = [pool.submit(took_s, call, DeconvdError) for _ in range(6)]
+        wait_until(lambda: all(one.running() for one in waiting))
+        assert took_s(F.close) < CLOSE_S + SLACK_S
+        assert max(one.result() for one in waiting) < TIMEOUT_S + SLACK_S
+
+
+def test_calls_go_on_once_a_stopped_server_does(server: ServerProcess) -> None:
+    with (
+        deconvd_client.connect(server.targets[1], timeout_s=TIMEOUT_S, transport="grpc") as F,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        kept = F.put(LARGE)
+        y = F.deconvolution_2d(LARGE, W)
+        with stopped(server):
+            for _ in range(2):
+                calls = [pool.submit(took_s, partial(F.put, LARGE), DeconvdError) for _ in range(6)]
+                assert max(one.result() for one in calls) < TIMEOUT_S + SLACK_S
+        np.testing.assert_array_equal(F.deconvolution_2d(kept, W), y)
 
 
 def test_room_that_is_borrowed_already_is_had_at_once_from_a_stopped_server(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,13 +15,17 @@ import pytest
 import deconvd_client
 from deconvd.tensor import Array
 from deconvd_client import Connection, UnavailableError
+from tests.processes import exit_code
 from tests.servers import ServerProcess, server_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
-_TIMEOUT_S = 20.0
-_CHILD_S = 60
-"""More than a child takes for its calls; one that hangs is killed then."""
+_TIMEOUT_S = 12.0
+_RAISED = 2
+"""Exit code of a child whose work raised."""
+
+_CHILDREN_S = 60
+"""More than children take for their calls."""
 
 W = np.ones((8, 4, 2, 2), "f4")
 SMALL = np.ones((1, 8, 8, 8), "f4")
@@ -35,6 +37,20 @@ WAYS = ("auto", "shared_memory", "unix", "tcp", "grpc", "grpc alone")
 def is_right(F: Connection, x: Array) -> bool:
     y = F.deconvolution_2d(x, W, stride=2)
     return y.shape == (len(x), 4, 2 * x.shape[2], 2 * x.shape[3]) and bool((y == 8).all())
+
+
+def succeeds_in_a_child(work: Callable[[], bool]) -> bool:
+    """Return whether `work` returns True in a forked child, and that no child hangs.
+
+    gRPC's core may be at work in a fork, whatever is done against it: then the child's calls by gRPC end at their
+    deadline. That is rare, so one of three children must do.
+    """
+    for _ in range(3):
+        code = exit_code(work)
+        assert code in (0, _RAISED), f"the child was wrong, or hung: exit code {code}"
+        if code == 0:
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +78,6 @@ def F(servers: dict[str, ServerProcess], request: pytest.FixtureRequest) -> Iter
         yield F
 
 
-def exit_code(work: Callable[[], bool]) -> int:
-    """Return 0 if `work` returns True in a forked child."""
-    child = os.fork()
-    if not child:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_CHILD_S)
-        code = 2
-        try:
-            code = 0 if work() else 1
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_a_child_and_its_parent_both_go_on(F: Connection) -> None:
     kept = F.put(W)
     assert (F.deconvolution_2d(SMALL, kept, stride=2) == 8).all()
@@ -86,8 +88,8 @@ def test_a_child_and_its_parent_both_go_on(F: Connection) -> None:
         F.close()
         return are_right and time.monotonic() - begin_s < 10
 
-    assert exit_code(call_and_close) == 0
-    assert exit_code(lambda: exit_code(call_and_close) == 0 and call_and_close()) == 0
+    assert succeeds_in_a_child(call_and_close)
+    assert succeeds_in_a_child(lambda: succeeds_in_a_child(call_and_close) and call_and_close())
     assert is_right(F, LARGE)
     assert (F.deconvolution_2d(SMALL, kept, stride=2) == 8).all()
     assert (kept.numpy() == W).all()
@@ -121,12 +123,12 @@ def test_children_may_be_forked_while_threads_call(F: Connection) -> None:
     for thread in threads:
         thread.start()
     try:
-        codes = [exit_code(lambda: is_right(F, SMALL) and is_right(F, LARGE)) for _ in range(10)]
+        for _ in range(10):
+            assert succeeds_in_a_child(lambda: is_right(F, SMALL) and is_right(F, LARGE))
     finally:
         is_over.set()
         for thread in threads:
             thread.join()
-    assert codes == [0] * len(codes)
     assert not wrong
     assert (kept.numpy() == W).all()
 
@@ -143,7 +145,7 @@ def test_a_pool_of_forked_processes_calls(F: Connection) -> None:
     _F = F
     kept = F.put(W)
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert all(pool.map_async(call_in_pool, [1, 24, 2, 24, 3, 24]).get(_CHILD_S))
+        assert all(pool.map_async(call_in_pool, [1, 24, 2, 24, 3, 24]).get(_CHILDREN_S))
     assert (kept.numpy() == W).all()
 
 
@@ -167,4 +169,4 @@ if child:
 def test_a_child_may_end_as_any_process_does(servers: dict[str, ServerProcess]) -> None:
     """It runs finalizers then, also of what is its parent's."""
     command = [sys.executable, "-c", SCRIPT, servers["alone"].targets[1]]
-    assert subprocess.run(command, timeout=_CHILD_S).returncode == 0
+    assert subprocess.run(command, timeout=_CHILDREN_S).returncode == 0

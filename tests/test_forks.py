@@ -5,21 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
 from deconvd.forks import UnforkedWork, begin_anew_in_children, new_lock
+from tests.processes import exit_code
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-
-
-def exit_code(work: Callable[[], int]) -> int:
-    """Return what `work` returns in a forked child."""
-    child = os.fork()
-    if not child:
-        os._exit(work())
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class Owner:
@@ -34,7 +26,7 @@ class Owner:
 def test_owners_begin_anew_in_each_child_and_in_no_other_process() -> None:
     owner = Owner()
 
-    assert exit_code(lambda: int(owner.pids[1:] != [os.getpid()])) == 0
+    assert exit_code(lambda: owner.pids[1:] == [os.getpid()]) == 0
     assert len(owner.pids) == 1
 
 
@@ -48,7 +40,7 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_child() -> None:
     holder = threading.Thread(target=hold)
     holder.start()
     try:
-        assert exit_code(lambda: int(not lock.acquire(timeout=5))) == 0
+        assert exit_code(lambda: lock.acquire(timeout=5)) == 0
         assert lock.locked()
     finally:
         let_go.set()
@@ -69,7 +61,7 @@ def test_a_fork_waits_for_work_under_way_and_work_for_a_fork() -> None:
     worker.start()
     is_under_way.wait(30)
     try:
-        assert exit_code(lambda: int(not is_ended[0])) == 0
+        assert exit_code(lambda: is_ended[0]) == 0
     finally:
         worker.join()
 
@@ -81,9 +73,9 @@ def test_a_fork_does_not_wait_for_ever_and_its_child_may_do_such_work_itself() -
         with UnforkedWork():
             let_go.wait(60)
 
-    def work_in_child() -> int:
+    def work_in_child() -> bool:
         with UnforkedWork():
-            return exit_code(lambda: 0)
+            return exit_code(lambda: True) == 0
 
     worker = threading.Thread(target=work)
     worker.start()

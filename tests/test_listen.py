@@ -105,7 +105,15 @@ def test_a_unix_path_may_be_relative(
 @pytest.mark.parametrize(
     "address",
     [
-        *("", "localhost", ":50051", "::1:50051", "[::1]", "localhost:http", "localhost:65536"),
+        *(
+            "",
+            "localhost",
+            ":50051",
+            "::1:50051",
+            "[::1]",
+            "localhost:http",
+            "localhost:\N{ARABIC-INDIC DIGIT FIVE}",
+        ),
         *("localhost:-1", "http://localhost:1", "dns:localhost:1", "localhost:1\n", "a/b:1"),
     ],
 )
@@ -117,7 +125,26 @@ def test_what_is_no_address_is_refused_as_given(make_server: MakeServer, address
     assert raised.value.argument == "listen"
 
 
-@pytest.mark.parametrize("path", ["", "//", "/tmp/" + "x" * 103, "/tmp/" + "ü" * 52])
+@pytest.mark.parametrize("port", ["65536", "70000", "9" * 5000])
+def test_a_port_must_be_one_that_there_is(make_server: MakeServer, port: str) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match="--listen must have a port from 0 to 65535, got"
+    ):
+        bind(make_server(), f"localhost:{port}")
+
+
+def test_a_unix_path_that_clients_could_not_name_alike_is_refused(
+    make_server: MakeServer, socket_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(socket_directory)
+
+    with pytest.raises(InvalidArgumentError, match="by a path that begins with / after unix://"):
+        bind(make_server(), "unix://deconvd.sock")
+
+    assert os.listdir(socket_directory) == []
+
+
+@pytest.mark.parametrize("path", ["", "///", "/tmp/" + "x" * 103, "/tmp/" + "ü" * 52])
 def test_a_unix_path_too_short_or_long_is_refused(make_server: MakeServer, path: str) -> None:
     with pytest.raises(InvalidArgumentError, match="a Unix socket of 1 to 107 bytes, got 'unix:"):
         bind(make_server(), f"unix:{path}")

@@ -31,6 +31,13 @@ with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
         server.stdout.readline()
         with deconvd_client.connect("unix:deconvd.sock") as F:
             y = F.deconvolution_2d(x, W, **options)
+            for variable in (chainer.Variable(W), chainer.Parameter(W)):
+                try:
+                    F.deconvolution_2d(x, variable, **options)
+                except deconvd_client.InvalidArgumentError as error:
+                    assert str(error).endswith(f"{type(variable).__name__}: give W.array"), error
+                else:
+                    raise AssertionError("a Variable was taken")
     finally:
         server.terminate()
 expected = chainer.functions.deconvolution_2d(x, W, **options).array

@@ -17,7 +17,7 @@ from tests.servers import ServerProcess, server_process
 ONE = np.ones((1, 1, 1, 1), np.float32)
 HUGE_SHAPE = (1, 2, 32768, 32768)  # 8 GiB
 BOUND_S = 1.5
-"""To copy and send so much takes many seconds; to be told takes a millisecond."""
+"""To copy and send 8 GiB takes many seconds; to be told takes a millisecond."""
 
 
 @pytest.fixture(scope="module")

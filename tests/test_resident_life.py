@@ -259,7 +259,7 @@ def test_content_outlives_the_session_that_sent_it_but_not_the_tenant(
 ) -> None:
     w = np.random.default_rng().standard_normal((1, 1, 3, 3)).astype(np.float32)
     description = message_from_spec(spec_of(w))
-    description.digest.CopyFrom(digest_of(elements_of(w)))
+    description.digest.CopyFrom(digest_of(w))
     x = raw(image(1))
 
     def call(held: Holder) -> Array:

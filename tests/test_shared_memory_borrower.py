@@ -7,9 +7,12 @@ import itertools
 import logging
 import os
 import random
+import resource
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -66,6 +69,19 @@ def failed_call(borrower: Borrower, error: BaseException) -> SharedSlice:
     return place
 
 
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """Let this process have no more descriptors than it has, for the block."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def slice_of(message: pb.Tensor) -> SharedSlice:
     return SharedSlice.from_message(message.shared)
 
@@ -79,6 +95,19 @@ def cut_off(call: SharedCall, lender: Lender) -> None:
     assert call.tensor(np.ones(LARGE.shape, FLOAT32)) is not None
     lender.close()
     raise StaleRegionError("x must lie in shared memory that this server lends")
+
+
+def test_memory_is_lent_once_there_are_descriptors_again(lender: Lender, path: Path) -> None:
+    borrower = Borrower(lambda _: str(path), is_only_way=True)
+    with no_more_descriptors():
+        assert borrower.take(LARGE.nbytes, soon()) is None
+        with pytest.raises(UnavailableError, match="Too many open files"):
+            borrower.allow_other_ways()
+
+    assert borrower.take(LARGE.nbytes, soon()) is not None
+    borrower.close()
+    with pytest.raises(CallCancelledError):
+        borrower.allow_other_ways()
 
 
 class TestEmpty:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -12,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deconvd_client.uninterrupted import call_uninterrupted
+from deconvd_client.uninterrupted import Job, NotYetError, call_uninterrupted
 from tests.interrupts import Outcome, interrupted_at_random, interrupted_everywhere
-from tests.processes import wait_until
+from tests.processes import exit_code, wait_until
 
 
 def test_work_is_done_in_another_thread_and_its_outcome_is_the_callers() -> None:
@@ -96,14 +95,21 @@ def test_each_caller_gets_its_own_outcome_whenever_interrupts_strike(strikes_cou
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own() -> None:
     call_uninterrupted(time.monotonic)
-    child = os.fork()
-    if not child:
-        os._exit(call_uninterrupted(lambda: 0))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    assert exit_code(lambda: call_uninterrupted(lambda: True)) == 0
 
 
 def test_work_that_takes_too_long_is_not_waited_for() -> None:
     let_go = threading.Event()
-    with pytest.raises(TimeoutError, match=r"longer than 0\.1 s"):
-        call_uninterrupted(lambda: let_go.wait(30), let_go.set, within_s=0.1)
+    with pytest.raises(NotYetError):
+        Job(lambda: let_go.wait(30)).do(let_go.set, within_s=0.1)
+    assert let_go.wait(30)
+
+
+def test_who_waits_can_be_told_to_raise_an_error() -> None:
+    let_go = threading.Event()
+    job = Job(lambda: let_go.wait(30))
+    threading.Timer(0.05, job.fail, [ValueError("no more")]).start()
+    with pytest.raises(ValueError, match="no more"):
+        job.do(let_go.set)
     assert let_go.wait(30)

@@ -272,7 +272,6 @@ def whole_file(tmp_path: Path, array: Any = X) -> bytes:
         (lambda data: b"hello", "it is something else"),
         (lambda data: data[:20], "EOF: reading array header"),
         (lambda data: data[:-5], "numbers: .*"),
-        (lambda data: data.replace(b"(1,", b"(9999999999999,"), "numbers: .*"),
         (lambda data: data.replace(b"'<f4'", b"'<f9'"), "'<f9'"),
         (lambda data: data.replace(b"}", b"("), "numbers: .*"),
         (

@@ -73,7 +73,7 @@ def parse_max_message_bytes(size_bytes: object) -> int:
 
 
 def parse_transport(name: object) -> Transport:
-    """Return the transport of a name. Raises InvalidArgumentError if there is none."""
+    """Return the transport of a name. Raises InvalidArgumentError if no transport has it."""
     try:
         return Transport(name)  # type: ignore[arg-type]  # whether it is a name is asked here
     except ValueError:
@@ -83,7 +83,7 @@ def parse_transport(name: object) -> Transport:
 
 
 def parse_fail_fast(fail_fast: object) -> bool:
-    """Return a truth value as a bool. Raises InvalidArgumentError if it is none."""
+    """Return a truth value as a bool. Raises InvalidArgumentError if it is something else."""
     if not isinstance(fail_fast, (bool, np.bool_)):
         raise InvalidArgumentError(
             f"fail_fast must be True or False, got {fail_fast!r}", argument="fail_fast"
@@ -144,9 +144,9 @@ def parse_dtype(dtype: object) -> np.dtype[Any]:
 
 
 def _float(value: object) -> float:
-    """Return a number as a float. Raises TypeError, ValueError or OverflowError if it is none.
+    """Return a number as a float. Raises TypeError, ValueError or OverflowError if it cannot.
 
-    Text, booleans, masked numbers and spans of time with units of their own are none, even where
+    Text, booleans, masked numbers and spans of time with units of their own are no numbers here, even where
     Python or numpy would make a float of them.
     """
     if isinstance(value, (np.ndarray, np.generic)):

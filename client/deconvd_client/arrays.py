@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -42,10 +44,10 @@ def load(path: Path) -> Array:
     """Return the array in an .npy file; two-byte voids are taken for bfloat16.
 
     Raises:
-        InvalidArgumentError: It is no such file, or holds no numbers.
+        InvalidArgumentError: It is no such file, holds no numbers, or is larger than memory.
         OSError: It cannot be read.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file:
         begin = file.read(_MAGIC_BYTES)
         if not begin.startswith(_NPY):
             raise InvalidArgumentError(f"{path} is not an .npy file of numbers: {_kind_of(begin)}")
@@ -54,11 +56,20 @@ def load(path: Path) -> Array:
             array = np.lib.format.read_array(file, allow_pickle=False)
         except OSError:
             raise
+        except MemoryError as error:
+            raise InvalidArgumentError(f"{path} is too large: {error}") from None
         except Exception as error:  # whatever a damaged header makes numpy do
             raise InvalidArgumentError(
                 f"{path} is not an .npy file of numbers: {_why(error)}"
             ) from None
     return array.view(BFLOAT16) if array.dtype == _VOID_OF_BFLOAT16 else array
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file; of one without positions, as a pipe is, read all there is."""
+    with path.open("rb") as file:
+        yield file if file.seekable() else BytesIO(file.read())
 
 
 def _kind_of(begin: bytes) -> str:
@@ -82,7 +93,13 @@ def _why(error: Exception) -> str:
 
 
 def save(path: Path, array: Array) -> None:
-    """Write an array to an .npy file; a file that is there is replaced only by a whole one."""
+    """Write an array to an .npy file; a file that is there is replaced only by a whole one.
+
+    A pipe or a device is written to, and stays. So does a link: the file that it leads to is replaced.
+
+    Raises:
+        OSError: It cannot be written; the message names it.
+    """
     _replace(path, lambda file: np.save(file, array))
 
 
@@ -94,6 +111,16 @@ def save_all(path: Path, by_name: Mapping[str, Array | None]) -> None:
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    try:
+        if path.exists() and not path.is_file():
+            _write_through(path, write)
+        else:
+            _write_whole(Path(os.path.realpath(path)), write)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -101,3 +128,10 @@ def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _write_through(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    whole = BytesIO()  # numpy asks a file for positions, which this may not have
+    write(whole)
+    with path.open("wb") as file:
+        file.write(whole.getbuffer())

@@ -46,5 +46,7 @@ def open_channel(target: str, *, max_message_bytes: int, proxy: Proxy | None) ->
             ("grpc.keepalive_timeout_ms", _UNTAKEN_S * 1000),
             # The client tries again itself, streams too; only to be ready for it costs gRPC time.
             ("grpc.enable_retries", 0),
+            # Else channels of a process share connections, those with a connection that is stuck, too.
+            ("grpc.use_local_subchannel_pool", 1),
         ],
     )

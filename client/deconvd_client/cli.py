@@ -154,7 +154,7 @@ def status(as_json: bool, target: str, timeout_s: float) -> None:
     with _errors_told(), connect(target, timeout_s=timeout_s, fail_fast=True) as F:
         health = F.health()
         info = F.server_info() if health == "SERVING" else None
-        click.echo(_as_json(target, health, info) if as_json else _as_text(target, health, info))
+    click.echo(_as_json(target, health, info) if as_json else _as_text(target, health, info))
     if health != "SERVING":
         raise SystemExit(1)
 

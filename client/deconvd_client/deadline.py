@@ -28,7 +28,7 @@ class Deadline:
         return max(self._at_s - time.monotonic(), 0.0)
 
     def within(self, limit_s: float) -> Deadline:
-        """Return the earlier of this and the moment so many seconds from now."""
+        """Return the earlier of this and the moment `limit_s` seconds from now."""
         return Deadline(min(self.remaining_s(), limit_s))
 
     def __repr__(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -20,18 +19,15 @@ from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
 from deconvd.parts import Elements, Part
+from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.uninterrupted import call_uninterrupted, do_beside
+from deconvd_client.uninterrupted import NotYetError, Promise, call_uninterrupted, do_beside
 
 __all__ = ["Conversation", "DirectLines", "NoLineError"]
 
 _T = TypeVar("_T")
-
-_FIRST_RETRY_S: Final = 5.0
-_LAST_RETRY_S: Final = 80.0
-"""How long a server that takes no direct calls is left in peace: at first, and at most."""
 
 _OPEN_S: Final = 10.0
 """How long a thread may take to open a line."""
@@ -93,8 +89,7 @@ class DirectLines:
         self._way = way
         self._ask = ask
         self._is_closed = False
-        self._next_try_s = 0.0
-        self._retry_s = _FIRST_RETRY_S
+        self._backoff = Backoff()
         self._polling = BusyPolling(_POLLED_S, ahead_s=_AHEAD_S)
         self._lock = new_lock()  # never held while anything is sent, or waited for
         self.begin_anew_in_child()
@@ -112,7 +107,7 @@ class DirectLines:
     @property
     def is_worth_asking(self) -> bool:
         """Whether calls may get a line: the server has let the last one be opened, or was asked long ago."""
-        return not self._is_closed and time.monotonic() >= self._next_try_s
+        return not self._is_closed and not self._backoff.is_pending
 
     def call(
         self, method: Method, message: bytes, deadline: Deadline, late_copy: LateCopy | None = None
@@ -266,10 +261,9 @@ class DirectLines:
         """
         with self._lock:
             if opened is None:
-                self._next_try_s = time.monotonic() + self._retry_s
-                self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+                self._backoff.note_failure()
             elif not self._is_closed:
-                self._retry_s = _FIRST_RETRY_S
+                self._backoff.note_success()
                 if is_taken:
                     self._note_busy(opened)
                 else:
@@ -359,7 +353,7 @@ class _LentLine(AbstractContextManager["_LentLine"]):
 
 
 class _AnsweredError(Exception):
-    """The server has answered before it had all operands: it refuses the call, or needs no more of them."""
+    """The server has answered before it had all operands: it refuses the call, or does not need the rest."""
 
 
 class _Sending(AbstractContextManager[None]):
@@ -373,7 +367,7 @@ class _Sending(AbstractContextManager[None]):
         self._line = line
         self._parts = parts
         self._at_once = at_once
-        self._ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._sent: Promise[None] = Promise()
 
     def __enter__(self) -> None:
         if self._at_once:
@@ -385,33 +379,26 @@ class _Sending(AbstractContextManager[None]):
         if not self._at_once:
             return
         if exc_type is None:
-            error = self._ended.get()
-        else:
-            self._line.shut()
-            error = None
-            with suppress(Empty):
-                error = self._ended.get(timeout=_SENT_S)
-        if error is None:
+            self._sent.wait()
             return
-        try:
-            raise error
-        finally:
-            del error  # it holds this frame
+        self._line.shut()
+        with suppress(NotYetError):
+            self._sent.wait(_SENT_S)
 
     def _run(self) -> None:
         try:
             self._send()
         except BaseException as error:  # whatever it is, it is the caller's
             self._line.shut()
-            self._ended.put(error)
+            self._sent.fail(error)
         else:
-            self._ended.put(None)
+            self._sent.fulfil(None)
 
     def _send(self) -> None:
         with suppress(LineBrokenError):
             for part in self._parts:
                 for piece in part.pieces(_PIECE_BYTES) if isinstance(part, Elements) else (part,):
                     if not self._at_once and self._line.next_kind() is FrameKind.FAILED:
-                        return  # the server wants no more of it; the block hears why
+                        return  # the server does not want the rest; the block hears why
                     self._line.send_part(piece)
             self._line.send((FrameKind.END, b""))

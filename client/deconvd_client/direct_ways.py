@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import struct
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from deconvd.line import Line
 from deconvd.transport import unix_path
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.side_sockets import calls_sockets
+from deconvd_client.targets import host_of, resolver_of
 
 __all__ = ["Ask", "TcpWay", "UnixWay", "Way", "way_to"]
 
@@ -31,10 +31,6 @@ _BUFFER_BYTES: Final = 1 << 20
 """What a Unix socket may hold that is on its way, if the system allows so much."""
 
 _TIMEVAL: Final = struct.Struct("@ll")
-
-_HOST_PORT: Final = re.compile(
-    r"(?:(?:dns|ipv4|ipv6):(?:///)?)?(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^/,:\[\]]+)):\d+"
-)
 
 
 class _Place(NamedTuple):
@@ -153,5 +149,5 @@ def way_to(target: str) -> Way | None:
     path = unix_path(target)
     if path:
         return UnixWay(path) if hasattr(socket, "AF_UNIX") else None
-    match = _HOST_PORT.fullmatch(target)
-    return None if match is None else TcpWay(match["v6"] or match["host"])
+    host = host_of(target)
+    return TcpWay(host) if host and not resolver_of(target) else None

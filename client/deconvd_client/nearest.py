@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
-from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
+from deconvd.errors import CallCancelledError, DeconvdError, InvalidArgumentError, UnavailableError
 from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
@@ -57,6 +57,7 @@ class _State(Enum):
     """What is known of a nearer way.
 
     UNSOUGHT --found--> NEAR --its connection broke--> LOST --found again--> NEAR
+    UNSOUGHT --it does not answer--> LOST
     UNSOUGHT --there is none--> FAR
     """
 
@@ -111,7 +112,7 @@ class Nearest:
         begin_anew_in_children(self)
 
     def begin_anew_in_child(self) -> None:
-        """Look for a nearer way as at first: whoever looked is not in a forked child."""
+        """Look for a nearer way as at first: the thread that looked is not in a forked child."""
         self._is_sought = False
         self._closed = SimpleQueue()
         if self._state is _State.LOST:
@@ -189,44 +190,67 @@ class Nearest:
             self._is_sought = True
         try:
             near, why_not = self._found(deadline)
+        except _SilentError as error:
+            self._miss(str(error))
+            return
         finally:
             self._is_sought = False
         with self._lock:
-            if near is not None:
-                self._state, self._near = _State.NEAR, near
-            elif not self._must_be_near:
-                self._state = _State.FAR
+            if self._state is _State.UNSOUGHT:
+                if near is not None:
+                    self._state, self._near = _State.NEAR, near
+                elif not self._must_be_near:
+                    self._state = _State.FAR
         if near is None and self._must_be_near:
             raise PinnedTransportError(f"no call can go by a Unix socket: {why_not}")
+
+    def _miss(self, why: str) -> None:
+        """Do without a nearer way that may come: look for it beside the calls, or again if there must be one."""
+        if self._must_be_near:
+            raise UnavailableError(f"no call can go by a Unix socket: {why}")
+        with self._lock:
+            if self._state is not _State.UNSOUGHT:
+                return
+            self._state = _State.LOST
+        self._probe()
 
     def _found(self, deadline: Deadline) -> tuple[Stub | None, str]:
         """Return a stub of a Unix socket at which the server answers; if there is none, why.
 
         Raises:
             DeconvdError: What the server raised when it was asked where it listens.
+            _SilentError: It has a socket here, and nobody answers there.
         """
         info = self._far.get_server_info(deadline)
         here = [path for path in info.unix_sockets if Path(path).is_socket()]
+        silent = ""
         for path in here:
-            stub = self._verified(f"unix:{path}", info.instance_id, deadline)
-            if stub is not None:
-                return stub, ""
+            try:
+                stub = self._verified(f"unix:{path}", info.instance_id, deadline)
+            except CallCancelledError:
+                raise  # it stops, or the connection is closed
+            except DeconvdError as error:
+                _log.debug("not by %s: %s", path, error)
+                silent = f"nobody answers at {path}: {error}"
+            else:
+                if stub is not None:
+                    return stub, ""
+        if silent:
+            raise _SilentError(silent)
         return None, _why_not(info, here)
 
     def _verified(self, target: str, instance_id: str, deadline: Deadline) -> Stub | None:
-        """Return a stub of a target if the same server answers there."""
+        """Return a stub of a target if the same server answers there. Raises a DeconvdError if none does."""
         with self._lock:
             if self._state is _State.CLOSED:
-                return None
+                raise CallCancelledError("the connection is closed")
             stub = self._stubs.get(target) or self._open_stub(target)
             self._stubs[target] = stub
-        try:
-            if stub.get_server_info(deadline.within(_VERIFY_S)).instance_id == instance_id:
-                _log.debug("calls go by %s", target)
-                return stub
-        except DeconvdError as error:
-            _log.debug("not by %s: %s", target, error)
-        return None
+        if stub.get_server_info(deadline.within(_VERIFY_S)).instance_id != instance_id:
+            _log.debug("another server answers at %s", target)
+            return None
+        _log.debug("calls go by %s", target)
+        return stub
 
     def _lose(self, near: Stub, error: UnavailableError) -> None:
         with self._lock:
@@ -236,14 +260,17 @@ class Nearest:
             self._state = _State.UNSOUGHT if self._must_be_near else _State.LOST
         if not self._must_be_near:
             _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
-            probe = _Probe(weakref.WeakMethod(self._find_again), self._closed)
-            do_beside(probe.run)
+            self._probe()
+
+    def _probe(self) -> None:
+        """Look for the nearer way until it is there."""
+        do_beside(_Probe(weakref.WeakMethod(self._find_again), self._closed).run)
 
     def _find_again(self) -> bool:
         """Look once for what was lost; return whether there is an end of looking."""
         try:
             near, _ = self._found(Deadline(_PROBE_TIMEOUT_S))
-        except DeconvdError as error:
+        except (DeconvdError, _SilentError) as error:
             _log.debug("no nearer way yet: %s", error)
             return False
         if near is None:
@@ -285,6 +312,10 @@ class _Probe:
             pause_s = min(2 * pause_s, _LAST_PROBE_S)
 
 
+class _SilentError(Exception):
+    """The server has a Unix socket here, and nobody answers there: it stops or starts, or has no time now."""
+
+
 def _is_broken(error: UnavailableError) -> bool:
     """Return whether a connection broke: what a server itself says comes with when to try again."""
     return error.retry_after_s is None and not isinstance(error, PinnedTransportError)
@@ -297,4 +328,4 @@ def _why_not(info: pb.GetServerInfoResponse, here: list[str]) -> str:
         return (
             f"the server's, {', '.join(info.unix_sockets)}, are on another host or in a container"
         )
-    return f"another server, or none, answers at {', '.join(here)}"
+    return f"another server answers at {', '.join(here)}"

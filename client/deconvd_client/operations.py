@@ -155,6 +155,8 @@ def _remedy(name: str, value: object) -> str:
             f": convert it with numpy.asarray({name}, numpy.float32), which has the axes (h, w) or "
             "(h, w, c), and move them to (n, c, h, w)"
         )
+    if type(value).__module__.startswith("chainer."):  # a Variable, or a Parameter
+        return f": give {name}.array"
     if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
         return f": convert it with numpy.asarray({name})"
     return ""

@@ -52,7 +52,7 @@ class Pullback:
 
         Raises:
             InvalidArgumentError: An argument is of the wrong kind or shape, or this is closed.
-            LostTensorError: The server keeps x or W no more, and it cannot be sent again.
+            LostTensorError: The server no longer has x or W, and it cannot be sent again.
         """
         if self._x.is_closed:
             raise InvalidArgumentError("the pullback is closed")

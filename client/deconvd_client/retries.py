@@ -99,7 +99,7 @@ class Retries:
             self._was_reached = True
             pause_s += retry_after_s
             return pause_s if pause_s < deadline.remaining_s() else None
-        if self._fail_fast:
+        if self._fail_fast and isinstance(error, UnavailableError):
             return None
         # the last pause is cut short, so that the time that is left is used for one more try
         left_s = (deadline if self._was_reached else contact).remaining_s()

@@ -10,11 +10,11 @@ from typing import Final
 
 from deconvd.errors import UnavailableError
 from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.system import MAX_UNIX_PATH_BYTES
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = ["calls_sockets", "memory_socket"]
 
-_MAX_PATH_BYTES: Final = 107  # sun_path of sockaddr_un(7), less the final zero
 _IDENTIFY_S: Final = 1.0
 
 
@@ -65,7 +65,7 @@ def _is_socket(path: str) -> bool:
         mode = os.stat(path).st_mode
     except OSError:
         return False
-    return stat.S_ISSOCK(mode) and len(os.fsencode(path)) <= _MAX_PATH_BYTES
+    return stat.S_ISSOCK(mode) and len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES
 
 
 def _check_instance(path: str, instance: bytes) -> None:

@@ -7,18 +7,17 @@ import re
 from typing import Final
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.transport import unix_path
+from deconvd.system import MAX_UNIX_PATH_BYTES
+from deconvd.transport import names_authority, unix_path
 
-__all__ = ["host_of", "is_here", "parse_target"]
+__all__ = ["host_of", "is_here", "parse_target", "resolver_of"]
 
 _MAX_PORT: Final = 65535
-_MAX_UNIX_PATH_BYTES: Final = 107
-"""What Linux has room for in the address of a Unix socket."""
 
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 
 _TCP: Final = re.compile(
-    r"(?:dns://[^/\s]*/|(?:dns|ipv4|ipv6):(?:///)?)?"
+    r"(?:dns://(?P<resolver>[^/\s]*)/|(?:dns|ipv4|ipv6):(?:///)?)?"
     r"(?:\[(?P<v6>[^\[\]\s]+)\]|(?P<host>[^/,:\[\]\s]+)):(?P<port>[0-9]+)"
 )
 
@@ -32,12 +31,19 @@ def parse_target(target: object) -> str:
     if not isinstance(target, str):
         raise _error(f"must be host:port or unix:path, got {target!r}")
     try:
-        size_bytes = len(unix_path(target).encode())
+        target.encode()
     except UnicodeEncodeError:  # gRPC's names are UTF-8
         raise _error(f"must be a name in UTF-8, got {target!r}") from None
-    if size_bytes > _MAX_UNIX_PATH_BYTES:
+    if names_authority(target):
         raise _error(
-            f"must name a Unix socket by a path of at most {_MAX_UNIX_PATH_BYTES} bytes, "
+            f"must be host:port or unix:path (after unix:// the path begins with /), got {target!r}"
+        )
+    if "\0" in target:  # where gRPC, and the system, would take it to end
+        raise _error(f"must not have a null character in it, got {target!r}")
+    size_bytes = len(unix_path(target).encode())
+    if size_bytes > MAX_UNIX_PATH_BYTES:
+        raise _error(
+            f"must name a Unix socket by a path of at most {MAX_UNIX_PATH_BYTES} bytes, "
             f"got {size_bytes}: {target!r}"
         )
     if size_bytes:
@@ -57,6 +63,12 @@ def host_of(target: str) -> str:
     """Return the host that a target names, without brackets; empty for a Unix socket."""
     match = _TCP.fullmatch(target)
     return "" if match is None else match["v6"] or match["host"]
+
+
+def resolver_of(target: str) -> str:
+    """Return the name server that a target says is to be asked for its host; empty if it names none."""
+    match = _TCP.fullmatch(target)
+    return (match and match["resolver"]) or ""
 
 
 def is_here(target: str) -> bool:

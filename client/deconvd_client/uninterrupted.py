@@ -12,11 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar, cast
 
 from deconvd.forks import begin_anew_in_children
 
-__all__ = ["call_uninterrupted", "do_beside"]
+__all__ = ["Job", "NotYetError", "Promise", "call_uninterrupted", "do_beside"]
 
 _T = TypeVar("_T")
 
@@ -26,32 +26,17 @@ _IDLE_S: Final = 30.0
 """How long a thread that has nothing to do waits for more."""
 
 
-def call_uninterrupted(
-    work: Callable[[], _T],
-    give_up: Callable[[], object] = lambda: None,
-    within_s: float | None = None,
-) -> _T:
+def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = lambda: None) -> _T:
     """Return what `work` returns, or raise what it raises, doing it where no interrupt strikes.
 
     If the caller is interrupted it does not wait: the work goes on by itself.
 
     Args:
         give_up: Called if the caller is interrupted, in another thread: to end the work soon.
-        within_s: How long to wait at most, in seconds; None if the work itself ends in time.
-
-    Raises:
-        TimeoutError: The work has not ended in time.
     """
-    if within_s is None and threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         return work()
-    job = _Job(work)
-    try:
-        _threads.do(job.run)
-        return job.outcome(within_s)
-    except BaseException:
-        if not job.has_ended:
-            _threads.do(give_up)
-        raise
+    return Job(work).do(give_up)
 
 
 def do_beside(work: Callable[[], object]) -> None:
@@ -63,37 +48,81 @@ def do_beside(work: Callable[[], object]) -> None:
     _threads.do(work)
 
 
-class _Job(Generic[_T]):
-    """Work, and what came of it."""
+class NotYetError(Exception):
+    """What was promised has not been given in time."""
 
-    def __init__(self, work: Callable[[], _T]) -> None:
-        self._work = work
-        self._outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        self.has_ended = False
 
-    def run(self) -> None:
-        try:
-            outcome = self._work(), None
-        except BaseException as error:
-            self._outcome.put((None, error))
-        else:
-            self._outcome.put(outcome)
-        del self._work  # a thread that waits for the next must not hold what this one held
+class Promise(Generic[_T]):
+    """A value or an error that one thread waits for and another gives, once.
 
-    def outcome(self, within_s: float | None) -> _T:
-        """Wait for the end; return or raise what came of it."""
+    Unlike a `Future` it does not stay locked if an exception strikes the waiting thread.
+    """
+
+    def __init__(self) -> None:
+        self._outcome: SimpleQueue[tuple[_T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+    def fulfil(self, value: _T) -> None:
+        """Give the value."""
+        self._outcome.put((value, None))
+
+    def fail(self, error: BaseException) -> None:
+        """Give an error, for the waiting thread to raise."""
+        self._outcome.put((None, error))
+
+    def wait(self, within_s: float | None = None) -> _T:
+        """Return the value, or raise the error. Raises NotYetError if neither comes in time."""
         try:
             value, error = self._outcome.get(timeout=within_s)
         except Empty:
-            raise TimeoutError(f"it took longer than {within_s} s") from None
-        self.has_ended = True
+            raise NotYetError from None
         if error is None:
-            returned: _T = value
-            return returned
+            return cast("_T", value)
         try:
             raise error
         finally:
             del error  # it holds this frame
+
+
+class Job(Generic[_T]):
+    """Work that is done once, in another thread, and what came of it."""
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work = work
+        self._promise: Promise[_T] = Promise()
+        self._has_ended = False
+
+    def do(self, give_up: Callable[[], object] = lambda: None, within_s: float | None = None) -> _T:
+        """Have it done; return or raise what came of it.
+
+        Args:
+            give_up: Called if the caller does not wait for the end, in another thread.
+            within_s: How long to wait at most, in seconds; None if the work itself ends in time.
+
+        Raises:
+            NotYetError: The work has not ended in time.
+        """
+        try:
+            _threads.do(self._run)
+            return self._promise.wait(within_s)
+        except BaseException:
+            if not self._has_ended:
+                _threads.do(give_up)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Let the caller raise an error, and wait no longer. It has no effect once the work has ended."""
+        self._promise.fail(error)
+
+    def _run(self) -> None:
+        try:
+            value = self._work()
+        except BaseException as error:
+            self._has_ended = True
+            self._promise.fail(error)
+        else:
+            self._has_ended = True
+            self._promise.fulfil(value)
+        del self._work  # a thread that waits for the next must not hold what this one held
 
 
 class _Threads:

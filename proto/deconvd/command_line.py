@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import click
 from click.core import ParameterSource
@@ -10,9 +10,10 @@ from click.core import ParameterSource
 from deconvd import console
 from deconvd.errors import InvalidArgumentError
 
-__all__ = ["Command", "variable_of"]
+__all__ = ["PREFIX", "Command", "variable_of"]
 
-_PREFIX = "DECONVD_"
+PREFIX: Final = "DECONVD_"
+"""What the names of all environment variables begin with."""
 
 
 class Command(console.Command):
@@ -44,7 +45,7 @@ class Command(console.Command):
 
 def variable_of(option: click.Option) -> str:
     """Return the environment variable of an option: ``DECONVD_DIRECT_PORT`` for ``--direct-port``."""
-    return _PREFIX + _names(option)[0].upper()
+    return PREFIX + _names(option)[0].upper()
 
 
 def _names(option: click.Option) -> list[str]:

@@ -7,12 +7,11 @@ from typing import Final
 
 from blake3 import blake3
 
-from deconvd.codec import Buffer
 from deconvd.parts import elements_parts
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["DIGEST_BYTES", "digest_of", "digest_of_array"]
+__all__ = ["DIGEST_BYTES", "digest_of"]
 
 DIGEST_BYTES: Final = 32
 
@@ -23,15 +22,10 @@ _PIECE_BYTES: Final = 64 << 20
 """What is digested between two calls of `check`: some ten milliseconds."""
 
 
-def digest_of(elements: Buffer) -> pb.Digest:
-    """Return the digest of elements as they are in `Tensor.raw`. It lets other threads run."""
-    threads_count = blake3.AUTO if len(elements) >= _PARALLEL_BYTES else 1
-    digest = blake3(elements, max_threads=threads_count).digest()
-    return pb.Digest(blake3=digest, size_bytes=len(elements))
+def digest_of(array: Array, check: Callable[[], None] = lambda: None) -> pb.Digest:
+    """Return the digest of an array's elements as they are in `Tensor.raw`. It lets other threads run.
 
-
-def digest_of_array(array: Array, check: Callable[[], None] = lambda: None) -> pb.Digest:
-    """Return the digest of an array's elements; what must be copied for it is copied piece by piece.
+    What must be copied for it is copied piece by piece.
 
     Args:
         check: Called now and then; what it raises ends the work.

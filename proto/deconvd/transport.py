@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["TRANSPORT_OPTIONS", "unix_path"]
+__all__ = ["TRANSPORT_OPTIONS", "names_authority", "unix_path"]
 
 TRANSPORT_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.optimization_target", "throughput"),
@@ -19,3 +19,8 @@ TRANSPORT_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
 def unix_path(address: str) -> str:
     """Return the path of an address of the form ``unix:path`` or ``unix:///path``; empty if it is another."""
     return address.removeprefix("unix:").removeprefix("//") if address.startswith("unix:") else ""
+
+
+def names_authority(address: str) -> bool:
+    """Return whether an address has the form ``unix://host/path``, which gRPC refuses."""
+    return address.startswith("unix://") and not address.startswith("unix:///")

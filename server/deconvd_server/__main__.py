@@ -217,12 +217,14 @@ def _group_id(
 @click.option(
     "--session-lease-s",
     type=Seconds(min=0, min_open=True),
+    metavar="SECONDS",
     default=30.0,
     help="How long tensors are kept for a client that gives no sign of life.",
 )
 @click.option(
     "--drain-timeout-s",
     type=Seconds(min=0),
+    metavar="SECONDS",
     default=30.0,
     help="How long calls under way may take to end after SIGTERM or SIGINT. A second signal cuts "
     "it short.",

@@ -39,7 +39,7 @@ class DirectServer:
     When there are too many lines, one that is idle makes room; if none is, a new one is not taken.
 
     Args:
-        sides: Listen for processes of this host. Whoever may open them is served.
+        sides: Listen for processes of this host. All that may open them are served.
         listeners: Sockets that listen for TCP connections. It closes them, and those of `sides`.
         behaviours: What serves each method, by its name.
         instance: The server's id.

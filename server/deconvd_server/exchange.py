@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from deconvd.codec import Buffer
-from deconvd.digest import DIGEST_BYTES, digest_of_array
+from deconvd.digest import DIGEST_BYTES, digest_of
 from deconvd.errors import (
     ExhaustedError,
     InvalidArgumentError,
@@ -151,7 +151,7 @@ class Exchange:
         """
         for field, array in arrays.items():
             digest = getattr(self._request, field).digest
-            if digest_of_array(array) != digest:
+            if digest_of(array) != digest:
                 argument = argument_of(field)
                 raise InvalidArgumentError(
                     f"{argument} must be what its digest says, and its elements have another",

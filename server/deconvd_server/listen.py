@@ -16,9 +16,9 @@ from pathlib import Path
 import grpc
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.transport import unix_path
+from deconvd.system import MAX_UNIX_PATH_BYTES
+from deconvd.transport import names_authority, unix_path
 from deconvd_server.unix_socket import (
-    MAX_PATH_BYTES,
     Access,
     AddressInUseError,
     remove_dead_socket,
@@ -26,7 +26,7 @@ from deconvd_server.unix_socket import (
 
 __all__ = ["bind", "listen_beside", "release", "unix_sockets"]
 
-_HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>\d+)")
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>[0-9]+)")
 _BACKLOG = 64
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _NOT_IN_GRPC_PATHS = frozenset("%?#")
@@ -67,9 +67,13 @@ def bind(server: grpc.Server, address: str, access: Access | None = None) -> str
         _bind_unix(server, _lasting_path(path), address, access)
         return address
     match = _HOST_PORT.fullmatch(address)
-    if match is None or int(match["port"]) > 65535:
+    if match is None:
         raise InvalidArgumentError(
             f"--listen must be host:port or unix:path, got {address!r}", argument="listen"
+        )
+    if len(match["port"]) > len("65535") or int(match["port"]) > 65535:
+        raise InvalidArgumentError(
+            f"--listen must have a port from 0 to 65535, got {address!r}", argument="listen"
         )
     port = _add_port(server, address, address)
     return f"{match['host']}:{port}"
@@ -161,13 +165,15 @@ def _lasting_path(path: Path) -> Path:
 
 
 def _fits(path: Path) -> bool:
-    return len(os.fsencode(path)) <= MAX_PATH_BYTES
+    return len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES
 
 
 def _unix_path(address: str) -> Path:
+    if names_authority(address):  # clients could not use it
+        raise _unix_error("by a path that begins with / after unix://", address)
     path = Path(unix_path(address))
     if not path.name or not _fits(path):
-        raise _unix_error(f"of 1 to {MAX_PATH_BYTES} bytes", address)
+        raise _unix_error(f"of 1 to {MAX_UNIX_PATH_BYTES} bytes", address)
     if _NOT_IN_GRPC_PATHS.intersection(address):
         raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)
     return path

@@ -35,7 +35,7 @@ def excerpt(text: object) -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """Formats each record, whoever has made it, as one line, and tracebacks behind it with an indent."""
+    """Formats each record, also those of libraries, as one line, and tracebacks behind it with an indent."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
-from deconvd.command_line import Command, variable_of
+from deconvd.command_line import PREFIX, Command, variable_of
 from deconvd.system import LONGEST_S
 
 __all__ = ["ByteSize", "Seconds", "ServerCommand", "unknown_variables"]
 
-_SIZE = re.compile(r"(?P<count>\d+)(?P<unit>[kKMGT]?|[KMGT]i)")
+_SIZE = re.compile(r"(?P<count>[0-9]+)(?P<unit>[kKMGT]?|[KMGT]i)")
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _MOST_BYTES = 2**63 - 1
 """What a message can say."""
@@ -75,7 +75,7 @@ class ByteSize(click.IntRange):
 class Seconds(click.FloatRange):
     """A time in seconds that can be waited for."""
 
-    name = "seconds"
+    name = "number of seconds"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -99,11 +99,12 @@ def unknown_variables(names: Iterable[str], known: list[str]) -> list[str]:
     unknown = sorted(
         name
         for name in names
-        if name.startswith("DECONVD_")
+        if name.startswith(PREFIX)
         and name not in _OF_THE_CLIENT.union(known)
         and not _OF_KUBERNETES.fullmatch(name)
     )
+    by_end = {name.removeprefix(PREFIX): name for name in known}  # what all share is no likeness
+    near = {name: get_close_matches(name.removeprefix(PREFIX), by_end, 1) for name in unknown}
     return [
-        f"{name} (is {near[0]} meant?)" if (near := get_close_matches(name, known, 1)) else name
-        for name in unknown
+        f"{name} (is {by_end[ends[0]]} meant?)" if ends else name for name, ends in near.items()
     ]

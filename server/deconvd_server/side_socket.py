@@ -18,7 +18,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from deconvd_server.unix_socket import MAX_PATH_BYTES, Access
+from deconvd.system import MAX_UNIX_PATH_BYTES
+from deconvd_server.unix_socket import Access
 
 __all__ = ["MEND_S", "Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
 
@@ -52,13 +53,13 @@ class Purpose(Enum):
 class SideSocket:
     """A listening socket and its file.
 
-    The file takes the place of whatever socket was there: its name belongs to whoever listens on the
+    The file takes the place of whatever socket was there: its name belongs to the process that listens on the
     socket for gRPC beside it, and that one is taken with care (`deconvd_server.listen`).
     It is bound under the name that it keeps: to those who clear up directories, such as
     systemd-tmpfiles, a socket lives if its path is in /proc/net/unix.
 
     Args:
-        path: At most 107 bytes.
+        path: At most `MAX_UNIX_PATH_BYTES` long.
         kind: Type of socket.
         access: Who may open it; None for whom the process's umask lets.
         has_directory: Whether its directory is its own, and to be removed with it.
@@ -107,7 +108,7 @@ class SideSocket:
     def mend(self) -> bool:
         """Listen anew if someone has removed the file; return whether that was so.
 
-        The descriptor stays the same, but whoever waits for connections must be told of it again.
+        The descriptor stays the same, but the thread that waits for connections must register it again.
         """
         with self._lock:
             if not self._is_kept or os.path.lexists(self.path):
@@ -179,7 +180,7 @@ def _path_beside(grpc_path: Path, purpose: Purpose, taken: Sequence[Path]) -> Pa
     digest = hashlib.sha256(os.fsencode(grpc_path.name)).hexdigest()
     names = f"{grpc_path.name}.{purpose.word}", f".{digest[:6]}{purpose.word[0]}"
     free = (path for path in map(grpc_path.with_name, names) if path not in taken)
-    return next((path for path in free if len(os.fsencode(path)) <= MAX_PATH_BYTES), None)
+    return next((path for path in free if len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES), None)
 
 
 def _remove_socket(path: Path) -> None:

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["MAX_PATH_BYTES", "Access", "AddressInUseError", "remove_dead_socket"]
-
-MAX_PATH_BYTES: Final = 107
-"""sun_path of sockaddr_un(7), less the final zero."""
+__all__ = ["Access", "AddressInUseError", "remove_dead_socket"]
 
 _READ_AND_WRITE_BY_OTHERS: Final = 0o066
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic
 
-from deconvd.digest import digest_of_array
+from deconvd.digest import digest_of
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -71,7 +71,7 @@ class Attempt(Generic[RequestT, ResponseT]):
             for a last attempt, which cannot fail for want of that.
 
     Raises:
-        LostTensorError: The server keeps an operand no more, and it cannot be sent again.
+        LostTensorError: The server no longer has an operand, and it cannot be sent again.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Attempt(Generic[RequestT, ResponseT]):
         if self._send_all or not self._means.contents.is_worth(field, array, self._means.deadline):
             self._sent[field] = array
             return
-        digest = digest_of_array(array) if source is None else source.digest
+        digest = digest_of(array) if source is None else source.digest
         getattr(self._request, field).digest.CopyFrom(digest)
         self._named[field] = spec_of(array), digest
         self._offered[field] = array

@@ -10,20 +10,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Final, Generic, TypeVar, cast
+from typing import Final
 
-from deconvd.errors import DeadlineError, DeconvdError, LostSessionError, NotFoundError
+from deconvd.errors import DeconvdError, LostSessionError, NotFoundError
 from deconvd.system import LONGEST_S
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 from deconvd_client.hold import Hold
 from deconvd_client.nearest import Nearest
 from deconvd_client.stub import Stub
-from deconvd_client.uninterrupted import do_beside
+from deconvd_client.uninterrupted import Promise, do_beside
 
-__all__ = ["Answer", "Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
-
-_T = TypeVar("_T")
+__all__ = ["Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
 
 _SIGNS_PER_LEASE: Final = 3
 _RESUME_PAUSE_S: Final = 0.1
@@ -57,32 +55,6 @@ class Opened:
     quota_bytes: int
 
 
-class Answer(Generic[_T]):
-    """What one thread waits for and the session's thread gives: once, a value or an error."""
-
-    def __init__(self) -> None:
-        # A queue, since an exception in the waiting thread can leave a Condition locked.
-        self._outcome: SimpleQueue[tuple[_T, None] | tuple[None, BaseException]] = SimpleQueue()
-
-    def give(self, value: _T) -> None:
-        """Give the value."""
-        self._outcome.put((value, None))
-
-    def fail(self, error: BaseException) -> None:
-        """Give an error, for the waiting thread to raise."""
-        self._outcome.put((None, error))
-
-    def wait(self, deadline: Deadline) -> _T:
-        """Return the value, or raise the error. Raises DeadlineError if neither comes in time."""
-        try:
-            value, error = self._outcome.get(timeout=deadline.remaining_s())
-        except Empty:
-            raise DeadlineError("the server did not open a session in time") from None
-        if error is not None:
-            raise error
-        return cast("_T", value)
-
-
 @dataclass(frozen=True, slots=True)
 class Drop:
     """Wish: drop a tensor, unless its session has ended."""
@@ -101,7 +73,7 @@ class Asking:
         fail_fast: Whether to try once.
     """
 
-    answer: Answer[Opened]
+    answer: Promise[Opened]
     deadline: Deadline
     fail_fast: bool
 
@@ -110,7 +82,7 @@ class Asking:
 class Flush:
     """Wish: say when all earlier wishes have been seen to."""
 
-    answer: Answer[None]
+    answer: Promise[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +199,7 @@ class Keeper:
                 self._answer(wish)
             case Flush(answer):
                 self._drop()
-                answer.give(None)
+                answer.fulfil(None)
             case _Broken(hold):
                 if hold is self._hold:
                     hold.cancel()
@@ -242,7 +214,7 @@ class Keeper:
                 self._let_go()
                 self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
             assert self.opened is not None
-            asking.answer.give(self.opened)
+            asking.answer.fulfil(self.opened)
         except Exception as error:  # whatever it is, it is the asker's
             asking.answer.fail(error)
 

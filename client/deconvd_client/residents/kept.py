@@ -82,7 +82,7 @@ class Kept:
             else "the array that it was made of has been changed since"
         )
         raise LostTensorError(
-            f"{argument} is lost: the server keeps it no more (it was started anew, or ran short of "
+            f"{argument} is lost: the server no longer has it (it was started anew, or ran short of "
             f"memory), and {why}",
             argument=argument,
         )

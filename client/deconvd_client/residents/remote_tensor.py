@@ -50,7 +50,7 @@ class RemoteTensor:
 
         Raises:
             InvalidArgumentError: It is closed.
-            LostTensorError: The server keeps it no more, and there is no array to take them from.
+            LostTensorError: The server no longer has it, and there is no array to take them from.
         """
         self._kept.check_open("the tensor")
         return self._home.get(self._kept)

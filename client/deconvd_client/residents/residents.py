@@ -61,7 +61,7 @@ class Residents:
         """Return the elements of a tensor that the server keeps.
 
         Raises:
-            LostTensorError: It keeps it no more, and there is no array to take them from.
+            LostTensorError: The server no longer has it, and there is no array to take them from.
         """
         deadline = Deadline(self._timeout_s)
         return self._in_session(lambda session: self._got(session, kept, deadline), deadline)
@@ -70,7 +70,7 @@ class Residents:
         """Make a call and return its results, by the names of their fields.
 
         Raises:
-            LostTensorError: The server keeps an operand no more, and it cannot be sent again.
+            LostTensorError: The server no longer has an operand, and it cannot be sent again.
         """
         deadline = Deadline(self._timeout_s)
         operands: dict[str, Array] = {}

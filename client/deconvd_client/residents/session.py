@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from deconvd.errors import CallCancelledError, UnavailableError
+from typing import TypeVar
+
+from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
 from deconvd.forks import begin_anew_in_children, leave_to_parent, new_lock
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
-from deconvd_client.residents.keeper import Answer, Asking, Drop, Flush, Keeper, Mailbox, Opened
+from deconvd_client.residents.keeper import Asking, Drop, Flush, Keeper, Mailbox, Opened
+from deconvd_client.uninterrupted import NotYetError, Promise
 
 __all__ = ["Handle", "Session"]
+
+_T = TypeVar("_T")
 
 
 class Handle:
@@ -65,9 +70,9 @@ class Session:
         opened = self._keeper.opened
         if opened is not None:
             return opened
-        answer: Answer[Opened] = Answer()
+        answer: Promise[Opened] = Promise()
         self._wish(Asking(answer, deadline, fail_fast))
-        return answer.wait(deadline)
+        return _within(deadline, answer, "open a session")
 
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know the session of that name."""
@@ -79,9 +84,9 @@ class Session:
 
     def flush(self, deadline: Deadline) -> None:
         """Return once the server has been told of all that is to be dropped."""
-        answer: Answer[None] = Answer()
+        answer: Promise[None] = Promise()
         self._wish(Flush(answer))
-        answer.wait(deadline)
+        _within(deadline, answer, "drop tensors that nobody uses")
 
     def close(self, deadline: Deadline) -> None:
         """End it, for good: return once the server has taken note, or at the deadline."""
@@ -113,3 +118,11 @@ class Session:
 
     def __del__(self) -> None:
         self._keeper.end()
+
+
+def _within(deadline: Deadline, answer: Promise[_T], what: str) -> _T:
+    """Return what the session's thread answers. Raises DeadlineError if it does not in time."""
+    try:
+        return answer.wait(deadline.remaining_s())
+    except NotYetError:
+        raise DeadlineError(f"the server did not {what} in time") from None

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Final
 
-from deconvd.digest import digest_of_array
+from deconvd.digest import digest_of
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.uninterrupted import do_beside
@@ -30,7 +30,7 @@ class _Digesting:
         """Do it."""
         digest = None
         try:
-            digest = digest_of_array(self._array, self._check)
+            digest = digest_of(self._array, self._check)
         except _GivenUpError:
             pass
         finally:
@@ -68,7 +68,7 @@ class Source:
     def digest(self) -> pb.Digest:
         """The digest of what was in the array when this was first asked for, or before `beside`."""
         if self._digest is None:
-            self._digest = digest_of_array(self.array)
+            self._digest = digest_of(self.array)
         return self._digest
 
     @contextmanager
@@ -91,4 +91,4 @@ class Source:
     @property
     def is_unchanged(self) -> bool:
         """Whether the array holds what it held then."""
-        return digest_of_array(self.array) == self.digest
+        return digest_of(self.array) == self.digest

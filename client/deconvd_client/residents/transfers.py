@@ -12,6 +12,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.shared_memory import Borrower, SharedCall
+from deconvd_client.stub import Stub
 
 __all__ = ["Transfers"]
 
@@ -30,60 +31,69 @@ class Transfers:
 
     def put(self, session: bytes, array: Array, deadline: Deadline) -> pb.Resident:
         """Have the server keep a tensor for a session, and return how it is called."""
-        try:
-            with SharedCall(self._memory, deadline) as call:
-                shared = call.tensor(array)
-                if shared is not None:
-                    call.settle()
-                    return self._sent(session, shared, None, deadline)
-        except StaleRegionError:
-            pass  # it is sent in chunks
-        if self._memory.is_large(array):
-            self._memory.allow_other_ways()
-        return self._sent(session, message_from_spec(spec_of(array)), array, deadline)
+        return self._nearest.call(lambda stub: self._put(stub, session, array, deadline), deadline)
 
     def get(
         self, session: bytes, resident: pb.Resident, spec: TensorSpec, deadline: Deadline
     ) -> Array:
         """Return a tensor that the server keeps."""
         request = pb.GetTensorRequest(session=session, resident=resident)
+        return self._nearest.call(lambda stub: self._got(stub, request, spec, deadline), deadline)
+
+    def _put(self, stub: Stub, session: bytes, array: Array, deadline: Deadline) -> pb.Resident:
+        try:
+            with SharedCall(self._memory, deadline) as call:
+                shared = call.tensor(array)
+                if shared is not None:
+                    call.settle()
+                    return _sent(stub, session, shared, None, deadline)
+        except StaleRegionError:
+            pass  # it is sent in chunks
+        if self._memory.is_large(array):
+            self._memory.allow_other_ways()
+        return _sent(stub, session, message_from_spec(spec_of(array)), array, deadline)
+
+    def _got(
+        self, stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec, deadline: Deadline
+    ) -> Array:
         try:
             with SharedCall(self._memory, deadline) as call:
                 result = call.result(spec) if call.is_large(spec) else None
                 if result is not None:
-                    placed = pb.GetTensorRequest(session=session, resident=resident)
+                    placed = pb.GetTensorRequest()
+                    placed.CopyFrom(request)
                     result.place.write_to(placed.place)
-                    self._received(placed, None, deadline)
+                    _received(stub, placed, None, deadline)
                     return result.array
         except StaleRegionError:
             pass  # it comes in chunks
         if self._memory.is_large(spec):
             self._memory.allow_other_ways()
-        array = self._received(request, spec, deadline)
+        array = _received(stub, request, spec, deadline)
         assert array is not None
         return array
 
-    def _sent(
-        self, session: bytes, tensor: pb.Tensor, array: Array | None, deadline: Deadline
-    ) -> pb.Resident:
-        header = pb.PutTensorHeader(session=session, tensor=tensor)
 
-        def parts() -> Iterator[Part]:
-            yield pb.PutTensorRequest(header=header)
-            if array is not None:
-                yield from elements_parts(array)
+def _sent(
+    stub: Stub, session: bytes, tensor: pb.Tensor, array: Array | None, deadline: Deadline
+) -> pb.Resident:
+    header = pb.PutTensorHeader(session=session, tensor=tensor)
 
-        return self._nearest.call(lambda stub: stub.put_tensor(parts, deadline), deadline).resident
+    def parts() -> Iterator[Part]:
+        yield pb.PutTensorRequest(header=header)
+        if array is not None:
+            yield from elements_parts(array)
 
-    def _received(
-        self, request: pb.GetTensorRequest, spec: TensorSpec | None, deadline: Deadline
-    ) -> Array | None:
-        def receive(reader: PartReader[pb.GetTensorResponse]) -> Array | None:
-            reader.header()
-            array = None if spec is None else reader.read("resident", spec)
-            reader.expect_end()
-            return array
+    return stub.put_tensor(parts, deadline).resident
 
-        return self._nearest.call(
-            lambda stub: stub.get_tensor(request, receive, deadline), deadline
-        )
+
+def _received(
+    stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec | None, deadline: Deadline
+) -> Array | None:
+    def receive(reader: PartReader[pb.GetTensorResponse]) -> Array | None:
+        reader.header()
+        array = None if spec is None else reader.read("resident", spec)
+        reader.expect_end()
+        return array
+
+    return stub.get_tensor(request, receive, deadline)

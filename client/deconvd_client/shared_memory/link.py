@@ -63,8 +63,8 @@ class Link:
     @property
     def is_open(self) -> bool:
         """Whether the server has not closed it."""
-        # What could be read is its end, or an answer to nothing, from whoever this is; the answer, if a
-        # thread has asked meanwhile.
+        # What can be read is the socket's end, or what nobody asked for. While a thread asks it is
+        # the answer.
         before = self._turns_count
         return not self._poll.poll(0) or before % 2 == 1 or self._turns_count != before
 

@@ -1,0 +1,314 @@
+"""Loans: what a borrower asks the server for, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError, UnavailableError
+from deconvd_client.backoff import Backoff
+from deconvd_client.deadline import Deadline
+from deconvd_client.retries import PinnedTransportError
+from deconvd_client.shared_memory.link import (
+    Link,
+    LinkLostError,
+    NeverLentError,
+    NotHereError,
+    NotLentError,
+)
+from deconvd_client.shared_memory.places import Place
+from deconvd_client.shared_memory.pool import Pool
+from deconvd_client.shared_memory.region import Block, Region, State
+from deconvd_client.uninterrupted import do_beside
+
+__all__ = ["LenderState", "Loan", "Loans"]
+
+_FIRST_REGION_BYTES: Final = 64 << 20
+_LARGEST_STEP_BYTES: Final = 1 << 30
+"""Regions double what there is, up to this size, and have room for what they are borrowed for."""
+
+_PAGE_BYTES: Final = mmap.PAGESIZE
+
+_FIRST_DISOWNED_PAUSE_S: Final = 1.0
+"""How long a server whose memory the server of calls does not know is left in peace at first: it may be draining."""
+
+_PINNED_RETRY_S: Final = 0.1
+"""When calls that have no other way may ask again."""
+
+_FIND_S: Final = 5.0
+"""How long a server may take to say where it lends."""
+
+_log = logging.getLogger(__name__)
+
+
+class Loan:
+    """Memory that a caller waits for.
+
+    Attributes:
+        size_bytes: How much; 0 if the caller wants to know only whether the server lends.
+        block: It, once the server has lent it.
+        is_first: Whether nobody has asked for memory before.
+    """
+
+    def __init__(self, size_bytes: int, *, is_first: bool) -> None:
+        self.size_bytes = size_bytes
+        self.is_first = is_first
+        self.block: Block | None = None
+        # A queue, since an exception in the waiting thread can leave a Condition locked.
+        self._ended: SimpleQueue[None] = SimpleQueue()
+
+    def wait(self, deadline: Deadline) -> bool:
+        """Wait for the server's answer; return False if the deadline comes first."""
+        try:
+            self._ended.get(timeout=deadline.remaining_s())
+        except Empty:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Wake the caller."""
+        self._ended.put(None)
+
+
+class LenderState(Enum):
+    """How a borrower stands with the server that lends.
+
+    UNKNOWN --a loan is wanted, and the server says where it lends--> LENDING
+    LENDING --the socket is lost--> UNKNOWN
+    LENDING --calls go to another server--> UNKNOWN
+    UNKNOWN or LENDING --the server lends none of this kind, or `close`--> CLOSED
+    """
+
+    UNKNOWN = "unknown"
+    LENDING = "lending"
+    CLOSED = "closed"
+
+
+class Loans:
+    """Borrows memory for a pool. Methods without a lock of their own are called under the borrower's.
+
+    A thread talks to the server, with no lock held: a caller waits for it no longer than until its
+    own deadline, and neither that nor an exception in the caller's thread leaves a request on the
+    socket without its answer.
+
+    Attributes:
+        state: How the borrower stands with the server.
+        link: To the server, while it lends.
+        refusal: Why there is no memory, once that is known.
+
+    Args:
+        lock: The borrower's; never held while the server is talked to.
+        pool: Gets what is borrowed.
+        find_socket, is_only_way, place: As for `Borrower`.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        pool: Pool,
+        find_socket: Callable[[Deadline], str],
+        *,
+        is_only_way: bool,
+        place: Place,
+    ) -> None:
+        self.state = LenderState.UNKNOWN
+        self.link: Link | None = None
+        self.refusal: DeconvdError | None = None
+        self._lock = lock
+        self._pool = pool
+        self._find_socket = find_socket
+        self._is_only_way = is_only_way
+        self._place = place
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pool.clear()
+        self._backoff = Backoff()
+        self._disowned = Backoff(_FIRST_DISOWNED_PAUSE_S)
+        self._was_tried = False
+        self._is_missed = False
+        self._has_borrowed = False
+        self._is_talking = False
+        self._waiting: deque[Loan] = deque()
+        if self.state is LenderState.LENDING:
+            self.state = LenderState.UNKNOWN
+
+    def request(self, size_bytes: int) -> Loan | None:
+        """Have memory borrowed, and return what to wait for; None if nothing is to be waited for."""
+        if self.state is LenderState.CLOSED or self._is_in_peace:
+            return None
+        loan = Loan(size_bytes, is_first=not self._was_tried)
+        self._was_tried = True
+        self._waiting.append(loan)
+        if not self._is_talking:
+            do_beside(self._talk)
+        return loan
+
+    @property
+    def _is_in_peace(self) -> bool:
+        """Whether the server is not to be asked yet."""
+        return self._backoff.is_pending or self._disowned.is_pending
+
+    def look_after_link(self) -> None:
+        """Take note if the server has closed the socket."""
+        if self.link is not None and not self.link.is_open:
+            self._lose(_lost("the server has closed the socket"))
+
+    def disown(self, why: str) -> None:
+        """Take note that the server of calls knows nothing of what was borrowed."""
+        self.look_after_link()
+        if self.link is None:
+            return
+        # The lender lives, and is another one: it drains, and a successor takes calls already. Or a
+        # proxy has several servers, and that will happen again.
+        self._lose(_lost(why))
+        if not self._is_only_way:
+            self._disowned.note_failure()
+
+    def close(self) -> None:
+        """Give all back, for good."""
+        self.state = LenderState.CLOSED
+        self.refusal = CallCancelledError("the connection is closed")
+        self._forget_link()
+
+    def begin_anew_in_child(self) -> None:
+        """Leave what was borrowed to the parent."""
+        if self.link is not None:
+            self.link.leave_to_parent()
+            self.link = None
+        self._begin()
+
+    def _lose(self, why: UnavailableError, state: LenderState = LenderState.UNKNOWN) -> None:
+        """Do without the link, until it can be opened again or for good; say so once."""
+        if self.state is LenderState.CLOSED:
+            return
+        self.state = state
+        self.refusal = why
+        if not self._is_missed and not self._is_only_way:
+            # on another host it is no loss
+            level = logging.WARNING if self._has_borrowed else logging.INFO
+            _log.log(level, "%s: %s", self._place.loss, why)
+        self._is_missed = True
+        self._forget_link()
+
+    def _forget_link(self) -> None:
+        self._pool.clear()
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
+    # What follows runs in the thread, and takes the lock itself.
+
+    def _talk(self) -> None:
+        with self._lock:
+            if self._is_talking:
+                return  # another thread was asked at the same time
+            self._is_talking = True
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_talking = False
+                    return
+                loan = self._waiting.popleft()
+            try:
+                self._lend(loan)
+            finally:
+                loan.end()
+
+    def _lend(self, loan: Loan) -> None:
+        with self._lock:
+            if self.link is None and self._is_in_peace:
+                return  # it was asked for while an earlier one was failing
+        try:
+            link = self._open_link()
+            self._give_back(link, lambda region: region.state is State.CLOSED)
+            if loan.size_bytes:
+                self._borrow(link, loan)
+        except NotHereError as error:
+            with self._lock:
+                self._lose(PinnedTransportError(str(error)))
+        except LinkLostError as error:
+            with self._lock:
+                self._lose(_lost(str(error)))
+        except NeverLentError as error:
+            with self._lock:
+                self._lose(PinnedTransportError(str(error)), LenderState.CLOSED)
+        except DeconvdError as error:
+            with self._lock:
+                self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
+        except Exception as error:  # no descriptors are left, say: later loans may do better
+            with self._lock:
+                self._lose(_lost(f"memory cannot be borrowed: {error}"))
+
+    def _open_link(self) -> Link:
+        """Return the link, after opening it if need be.
+
+        Raises:
+            LinkLostError, NeverLentError: It cannot be opened.
+            DeconvdError: The server does not say where.
+        """
+        with self._lock:
+            if self.link is not None:
+                return self.link
+        try:
+            path = self._find_socket(Deadline(_FIND_S))
+            if not path:
+                raise NeverLentError("the server lends none")
+            link = Link(path)
+        except BaseException:
+            if not self._is_only_way:
+                # not before it has failed: others wait for what the server answers
+                with self._lock:
+                    self._backoff.note_failure()
+            raise
+        with self._lock:
+            if self.state is LenderState.CLOSED:
+                link.close()
+                raise LinkLostError("the connection is closed")
+            self._backoff.note_success()
+            self.state = LenderState.LENDING
+            self.link = link
+        return link
+
+    def _borrow(self, link: Link, loan: Loan) -> None:
+        """Fill a loan: from what other loans have brought, or else from a new region."""
+        needed_bytes = -(-loan.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        with self._lock:
+            self._pool.recover()
+            loan.block = self._pool.take(loan.size_bytes)
+            step_bytes = min(max(self._pool.open_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
+        for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
+            if loan.block is not None:
+                return
+            try:
+                region = self._place.borrow(link, region_bytes)
+            except NotLentError as error:
+                _log.info("the server lends no more memory: %s", error)
+                self.refusal = ExhaustedError(f"the server lends no more: {error}")
+                self._give_back(link, lambda _: True)
+                continue
+            with self._lock:
+                if self.link is not link:
+                    raise LinkLostError("the server has closed the socket")
+                self._is_missed = False
+                self._has_borrowed = True
+                self._pool.add(region)
+                loan.block = region.take(loan.size_bytes)
+
+    def _give_back(self, link: Link, is_unused: Callable[[Region], bool]) -> None:
+        with self._lock:
+            unused = self._pool.withdraw(is_unused)
+        for region in unused:
+            region.unmap()
+            link.give_back(region.name)
+
+
+def _lost(why: str) -> UnavailableError:
+    """Return why there is no memory now, although there may be soon."""
+    return UnavailableError(why, retry_after_s=_PINNED_RETRY_S)
