@@ -31,7 +31,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.retries import PinnedTransportError, Retries
 from tests.lenders import lies_in_shared_memory
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, call_until_served, server_process
 
 X = np.ones((1, 2, 3, 3), np.float32)
 W = np.ones((2, 2, 2, 2), np.float32)
@@ -297,6 +297,24 @@ def test_the_nearer_way_comes_back_without_a_call_paying_for_it(
         assert third_from == 0
         with serve():
             wait_until(lambda: lies_in_shared_memory(F.deconvolution_2d(LARGE, W)))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["to tcp", "to unix"])
+def test_memory_is_shared_again_soon_after_a_server_was_away_for_long(
+    serve: Serve, addresses: tuple[str, str], index: int
+) -> None:
+    with deconvd_client.connect(addresses[index], timeout_s=1) as F:
+        with serve() as first:
+            assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+            first.end(signal.SIGKILL)
+        for _ in range(4):
+            with pytest.raises(UnavailableError):
+                F.deconvolution_2d(LARGE, W)
+            time.sleep(1)
+        with serve():
+            begun_s = time.monotonic()
+            wait_until(lambda: lies_in_shared_memory(call_until_served(F, LARGE, W)))
+            assert time.monotonic() - begun_s < 5
 
 
 def test_nobody_looks_for_a_nearer_way_once_the_connection_is_closed_or_gone(

@@ -17,9 +17,11 @@ class Backoff:
 
     Args:
         first_s: The first pause, in seconds.
+        last_s: The longest.
     """
 
-    def __init__(self, first_s: float = _FIRST_S) -> None:
+    def __init__(self, first_s: float = _FIRST_S, last_s: float = _LAST_S) -> None:
+        self._last_s = last_s
         self._first_s = self._pause_s = first_s
         self._until_s = 0.0
 
@@ -31,7 +33,7 @@ class Backoff:
     def note_failure(self) -> None:
         """Begin a pause."""
         self._until_s = time.monotonic() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LAST_S)
+        self._pause_s = min(2 * self._pause_s, self._last_s)
 
     def note_success(self) -> None:
         """End the pause."""

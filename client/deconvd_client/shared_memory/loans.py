@@ -11,7 +11,13 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError, UnavailableError
+from deconvd.errors import (
+    CallCancelledError,
+    DeadlineError,
+    DeconvdError,
+    ExhaustedError,
+    UnavailableError,
+)
 from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
 from deconvd_client.retries import PinnedTransportError
@@ -34,6 +40,9 @@ _LARGEST_STEP_BYTES: Final = 1 << 30
 """Regions double what there is, up to this size, and have room for what they are borrowed for."""
 
 _PAGE_BYTES: Final = mmap.PAGESIZE
+
+_AWAY_PAUSES_S: Final = 0.5, 2.0
+"""How long a server that does not answer is left in peace, at first and at most: it may be restarting here."""
 
 _FIRST_DISOWNED_PAUSE_S: Final = 1.0
 """How long a server whose memory the server of calls does not know is left in peace at first: it may be draining."""
@@ -130,6 +139,7 @@ class Loans:
     def _begin(self) -> None:
         self._pool.clear()
         self._backoff = Backoff()
+        self._away = Backoff(*_AWAY_PAUSES_S)
         self._disowned = Backoff(_FIRST_DISOWNED_PAUSE_S)
         self._was_tried = False
         self._is_missed = False
@@ -153,7 +163,7 @@ class Loans:
     @property
     def _is_in_peace(self) -> bool:
         """Whether the server is not to be asked yet."""
-        return self._backoff.is_pending or self._disowned.is_pending
+        return any(b.is_pending for b in (self._backoff, self._away, self._disowned))
 
     def look_after_link(self) -> None:
         """Take note if the server has closed the socket."""
@@ -261,17 +271,19 @@ class Loans:
             if not path:
                 raise NeverLentError("the server lends none")
             link = Link(path)
-        except BaseException:
+        except BaseException as error:
             if not self._is_only_way:
+                is_away = isinstance(error, (UnavailableError, DeadlineError))
                 # not before it has failed: others wait for what the server answers
                 with self._lock:
-                    self._backoff.note_failure()
+                    (self._away if is_away else self._backoff).note_failure()
             raise
         with self._lock:
             if self.state is LenderState.CLOSED:
                 link.close()
                 raise LinkLostError("the connection is closed")
             self._backoff.note_success()
+            self._away.note_success()
             self.state = LenderState.LENDING
             self.link = link
         return link
