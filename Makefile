@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Tests wait more than they compute: several processes run them, a module each.
+PYTEST := python -m pytest -n 3 --dist loadfile
 # What demo and bench compute on: cpu, cuda or cuda:N.
 DEVICE ?= cpu
 # What image holds, cpu or cuda; its name; what builds it; and more options for that.
@@ -30,7 +32,7 @@ demo: .venv/installed-demo $(CUDA) ## Enlarge a photograph and train a decoder, 
 	$(BIN)/python -m examples.demo --device $(DEVICE)
 
 test: .venv/installed-dev ## Run the tests that need no GPU; PYTEST_ARGS='-k name' for some
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
 
 check: .venv/installed-dev ## Check format, lint, types, import rules and the schema, then test
 	$(BIN)/ruff format --check
@@ -45,7 +47,7 @@ check-all: check test-oldest ## All checks but those on a GPU: also slow tests, 
 
 # Neither the demo nor the benchmarks, which need packages that want a newer numpy; nor the schema's tools.
 test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that pyproject.toml allows
-	$(OLDEST)/bin/python -m pytest $(foreach name,benchmarks demo schema,--ignore=tests/test_$(name).py) \
+	$(OLDEST)/bin/$(PYTEST) $(foreach name,benchmarks demo schema,--ignore=tests/test_$(name).py) \
 	    $(PYTEST_ARGS)
 
 format: .venv/installed-dev ## Format the code, and mend what lint can mend

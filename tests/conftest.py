@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return  # pytest-xdist's workers report to the process that started them
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     fails = session.config.getoption("--fail-on-skip") and "skipped" in reporter.stats
     if fails and session.exitstatus == pytest.ExitCode.OK:

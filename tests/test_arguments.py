@@ -220,7 +220,7 @@ def test_a_tenant_key_may_be_any_text_or_bytes(server: ServerProcess, key: Any) 
         (iter((2, 3)), (2, 3)),
         ((), ()),
     ],
-    ids=str,
+    ids=["an int", "an array of one", "an array", "a list", "an iterator", "none"],
 )
 def test_a_shape_may_be_made_of_any_integers(F: Connection, shape: Any, expected: Any) -> None:
     assert F.empty(shape, np.float32).shape == expected
