@@ -73,10 +73,17 @@ def server_process(
 def stopped(server: ServerProcess) -> Iterator[None]:
     """Stop a server for the block, as a debugger or a full swap does: it is there and says nothing."""
     server.process.send_signal(signal.SIGSTOP)
+    while not _has_stopped(server.process.pid):  # a thread may be about to answer
+        time.sleep(0.001)
     try:
         yield
     finally:
         server.process.send_signal(signal.SIGCONT)
+
+
+def _has_stopped(pid: int) -> bool:
+    stats = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def call_until_served(F: Connection, x: Array, W: Array) -> Array:
