@@ -146,6 +146,13 @@ class TestRetries:
             with pytest.raises(UnavailableError):
                 running.result(timeout=SLACK_S)
 
+    def test_a_try_that_the_deadline_cuts_short_does_not_hide_why_there_were_others(self) -> None:
+        attempts = Attempts(AWAY, DeadlineError("Deadline Exceeded"))
+        with pytest.raises(UnavailableError, match="nobody listens"):
+            reached().run(attempts, Deadline(30))
+
+        assert len(attempts.times_s) == 2
+
     def test_a_deadline_names_its_limit(self) -> None:
         with pytest.raises(DeadlineError, match=r"the 7\.5 s that timeout_s of connect\(\) allows"):
             Retries().run(forever(DeadlineError("Deadline Exceeded")), Deadline(7.5))

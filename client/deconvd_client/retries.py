@@ -53,22 +53,29 @@ class Retries:
         """Return what `attempt` returns, trying it again if that may help.
 
         Raises:
-            DeadlineError: The deadline passed; the message says which limit to raise.
-            DeconvdError: What the last attempt raised.
+            DeadlineError: The deadline passed in the first attempt; the message says which limit to raise.
+            DeconvdError: What the last attempt raised that was not cut short by the deadline.
         """
         contact = deadline.within(_CONTACT_S)
         backoff_s = _FIRST_BACKOFF_S
+        unavailable: DeconvdError | None = None
         while True:
             try:
                 returned = attempt()
                 self._was_reached = True
                 return returned
             except DeadlineError as error:
-                raise _with_limit(error, deadline) from None
+                if unavailable is None:
+                    raise _with_limit(error, deadline) from None
+                try:
+                    raise unavailable from None  # which says more than that a try was cut short
+                finally:
+                    del unavailable  # it holds this frame
             except (UnavailableError, CallCancelledError) as error:
                 pause_s = self._pause_s(error, backoff_s, deadline, contact)
                 if pause_s is None:
                     raise
+                unavailable = error.with_traceback(None)  # without the frames, and their arrays
             except DeconvdError:  # the server's own answer
                 self._was_reached = True
                 raise
