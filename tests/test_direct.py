@@ -35,7 +35,8 @@ from deconvd.status import error_from_status, status_from_error
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
-from deconvd_client.direct import Conversation, DirectLines, NoLineError
+from deconvd_client.direct import DirectLines, NoLineError
+from deconvd_client.direct_call import Conversation
 from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
 from tests.deadlines import soon
 from tests.direct_calls import (

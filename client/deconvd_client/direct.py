@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Final, Generic, TypeVar
-
-from google.protobuf.message import Message
+from typing import Final, TypeVar
 
 from deconvd.busy_polling import BusyPolling
-from deconvd.direct import Answer, CallHead, FrameSource, Method, failure, tell_written
+from deconvd.direct import Answer, Method
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.forks import begin_anew_in_children, new_lock
-from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError, LineTimeoutError
-from deconvd.parts import Elements, Part
+from deconvd.line import MAX_MESSAGE_BYTES, Line, LineBrokenError, LineTimeoutError
 from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
+from deconvd_client.direct_call import Conversation, LentLine
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.uninterrupted import NotYetError, Promise, call_uninterrupted, do_beside
+from deconvd_client.uninterrupted import call_uninterrupted, do_beside
 
-__all__ = ["Conversation", "DirectLines", "NoLineError"]
+__all__ = ["DirectLines", "NoLineError"]
 
 _T = TypeVar("_T")
 
@@ -39,14 +34,8 @@ _AHEAD_S: Final = 4e-4
 _POLLED_S: Final = 8e-4
 """From so long before an answer usually comes, and for so long, a client that waits for it polls."""
 
-_PIECE_BYTES: Final = 16 << 20
-"""What is sent between two looks at whether the server has refused the call."""
-
 _HEAD_BYTES: Final = 1024
 """More than a call has beside its message."""
-
-_SENT_S: Final = 5.0
-"""How long a thread may take to notice that what it sends on is broken; only an interrupt lets it take so long."""
 
 _IDLE_COUNT: Final = 16
 """Lines that are kept for later calls."""
@@ -56,25 +45,6 @@ _log = logging.getLogger(__name__)
 
 class NoLineError(Exception):
     """There is no line, or it was lost: the call is to be made in another way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation(Generic[_T]):
-    """A call of many parts, to be made once.
-
-    Attributes:
-        parts: The request; the first is a message.
-        receive: Makes something of the response.
-        response_type: The type of its messages.
-        at_once: Whether parts of the response may come before the request is whole: it is sent in a
-            thread of its own then.
-    """
-
-    method: Method
-    parts: Iterator[Part]
-    receive: Callable[[FrameSource], _T]
-    response_type: type[Message]
-    at_once: bool = False
 
 
 class DirectLines:
@@ -155,13 +125,13 @@ class DirectLines:
         """Return whether no other thread has a call under way."""
         return len(self._busy) == 1
 
-    def _line(self, deadline: Deadline) -> _LentLine:
+    def _line(self, deadline: Deadline) -> LentLine:
         """Lend a line to a block, and keep it if the block has left it in order."""
-        lent = _LentLine(self._take(deadline), self._end_use)
+        lent = LentLine(self._take(deadline), self._end_use)
         lent.line.set_deadline(deadline.remaining_s())
         return lent
 
-    def _end_use(self, lent: _LentLine, error: BaseException | None) -> None:
+    def _end_use(self, lent: LentLine, error: BaseException | None) -> None:
         """Take a line back. Raises what the calling block is to raise, if that is another error than its own."""
         self._give_back(lent, error)
         if isinstance(error, LineTimeoutError):
@@ -207,7 +177,7 @@ class DirectLines:
             self._busy = {known for known in self._busy if known() is not None}
         self._busy.add(weakref.ref(line))
 
-    def _give_back(self, lent: _LentLine, error: BaseException | None) -> None:
+    def _give_back(self, lent: LentLine, error: BaseException | None) -> None:
         with self._lock:
             self._busy.discard(weakref.ref(lent.line))
             is_kept = lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT
@@ -272,133 +242,3 @@ class DirectLines:
         if opened is not None:
             opened.close()
         raise NoLineError
-
-
-class _LentLine(AbstractContextManager["_LentLine"]):
-    """A line that a call has to itself, for the length of a block.
-
-    Args:
-        on_end: Called at the block's end with this and the error that the block has raised, if any.
-
-    Attributes:
-        is_in_order: Whether the next call can be made on it.
-    """
-
-    def __init__(
-        self, line: Line, on_end: Callable[[_LentLine, BaseException | None], None]
-    ) -> None:
-        self.line = line
-        self.is_in_order = False
-        self._on_end = on_end
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._on_end(self, exc)
-
-    def begin(
-        self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None
-    ) -> None:
-        """Make a call: see `DirectLines.call`."""
-        if late_copy is None:
-            self._send(CallHead(method, timeout_s, message))
-            return
-        written_bytes = late_copy.written_bytes
-        self._send(CallHead(method, timeout_s, message, True, written_bytes))
-        with suppress(_AnsweredError):
-            late_copy.make(self._tell_written)
-
-    def answer(self) -> Answer:
-        """Return the answer to a call that has begun."""
-        kind, size_bytes = self.line.receive()
-        payload = self.line.receive_payload(size_bytes)
-        if kind is FrameKind.ANSWER:
-            answer = Answer.parse(payload)
-            self.is_in_order = True
-            return answer
-        if kind is FrameKind.FAILED:
-            error = failure(payload)
-            self.is_in_order = True
-            raise error
-        raise LineBrokenError(f"a frame of kind {kind.name} where an answer was to come")
-
-    def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
-        """See `DirectLines.converse`."""
-        first = next(talk.parts)
-        assert isinstance(first, Message)
-        self._send(CallHead(talk.method, timeout_s, first.SerializeToString()))
-        source = FrameSource(self.line, talk.response_type)
-        with self._sending(talk):
-            received = talk.receive(source)
-        self.is_in_order = source.is_over
-        return received, source.ledger
-
-    def _sending(self, talk: Conversation[_T]) -> AbstractContextManager[None]:
-        """Send the rest of a request, if its method has one, while the block receives the response."""
-        if not talk.method.streams_request:
-            return nullcontext()
-        return _Sending(self.line, talk.parts, at_once=talk.at_once)
-
-    def _send(self, head: CallHead) -> None:
-        self.line.send((FrameKind.CALL, head.pack()))
-
-    def _tell_written(self, size_bytes: int) -> None:
-        if not self.line.is_quiet():
-            raise _AnsweredError
-        with suppress(LineBrokenError):  # that is for who waits for the answer to find
-            tell_written(self.line, size_bytes)
-
-
-class _AnsweredError(Exception):
-    """The server has answered before it had all operands: it refuses the call, or does not need the rest."""
-
-
-class _Sending(AbstractContextManager[None]):
-    """Sends the parts of a request while a block receives the response: before it, or beside it.
-
-    If either fails the line is broken, so that the other ends too. That it broke while sending is
-    for the block to find: the server may have said why.
-    """
-
-    def __init__(self, line: Line, parts: Iterator[Part], *, at_once: bool) -> None:
-        self._line = line
-        self._parts = parts
-        self._at_once = at_once
-        self._sent: Promise[None] = Promise()
-
-    def __enter__(self) -> None:
-        if self._at_once:
-            do_beside(self._run)
-        else:
-            self._send()
-
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if not self._at_once:
-            return
-        if exc_type is None:
-            self._sent.wait()
-            return
-        self._line.shut()
-        with suppress(NotYetError):
-            self._sent.wait(_SENT_S)
-
-    def _run(self) -> None:
-        try:
-            self._send()
-        except BaseException as error:  # whatever it is, it is the caller's
-            self._line.shut()
-            self._sent.fail(error)
-        else:
-            self._sent.fulfil(None)
-
-    def _send(self) -> None:
-        with suppress(LineBrokenError):
-            for part in self._parts:
-                for piece in part.pieces(_PIECE_BYTES) if isinstance(part, Elements) else (part,):
-                    if not self._at_once and self._line.next_kind() is FrameKind.FAILED:
-                        return  # the server does not want the rest; the block hears why
-                    self._line.send_part(piece)
-            self._line.send((FrameKind.END, b""))

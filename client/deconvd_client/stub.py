@@ -22,7 +22,8 @@ from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.advice import Advice
 from deconvd_client.deadline import Deadline
-from deconvd_client.direct import Conversation, DirectLines, NoLineError
+from deconvd_client.direct import DirectLines, NoLineError
+from deconvd_client.direct_call import Conversation
 from deconvd_client.direct_ways import Way
 from deconvd_client.hold import Hold
 from deconvd_client.late_copy import LateCopy

@@ -1,16 +1,24 @@
-"""Geometry and options to messages and back."""
+"""Geometry and options to messages and back, and the messages of each operation."""
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
+from google.protobuf.message import Message
+
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry, OutputSize, Pair
+from deconvd.operation import Operation
 from deconvd.options import Options, UseCudnn
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = [
+    "OperationMessages",
     "geometry_from_message",
     "message_from_geometry",
     "message_from_options",
+    "messages_for",
     "options_from_message",
 ]
 
@@ -19,6 +27,23 @@ _USE_CUDNN_BY_ENUM = {
     pb.USE_CUDNN_UNSPECIFIED: UseCudnn.AUTO,
     **{number: use for use, number in _ENUM_BY_USE_CUDNN.items()},
 }
+
+
+class OperationMessages(NamedTuple):
+    """The types of an operation's messages: those of its RPC, and those of its RPC in a stream."""
+
+    request: type[Message]
+    response: type[Message]
+    stream_request: type[Message]
+    stream_header: type[Message]
+    stream_response: type[Message]
+
+
+@cache
+def messages_for(operation: Operation) -> OperationMessages:
+    """Return the types of an operation's messages."""
+    kinds = ("Request", "Response", "StreamRequest", "StreamHeader", "StreamResponse")
+    return OperationMessages(*(getattr(pb, f"{operation.name}{kind}") for kind in kinds))
 
 
 def message_from_geometry(geometry: Geometry) -> pb.Geometry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.gradients import Gradients, Wanted
+from deconvd.operation import DECONVOLVE, Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -99,6 +100,33 @@ class Engine:
             call,
             lambda: self._device.gradients(problem, x, W, gy, wanted, options, call, out),
         )
+
+    def run(
+        self,
+        operation: Operation,
+        problem: Problem,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Operand],
+        options: Options,
+        call: Call,
+    ) -> None:
+        """Compute those results of an operation that have places, into them.
+
+        Args:
+            operands: By the names of their fields: those that these results need.
+            places: By the names of their fields; their shapes and element types are the problem's.
+
+        Raises as `Admission.admitted` and the device do.
+        """
+        if operation is DECONVOLVE:
+            self.deconvolve(
+                problem, operands["x"], operands["w"], operands.get("b"), options, call, places["y"]
+            )
+            return
+        wanted = Wanted(gx="gx" in places, gW="gw" in places, gb="gb" in places)
+        out = GradientPlaces(*map(places.get, ("gx", "gw", "gb")))
+        x, W, gy = operands.get("x"), operands.get("w"), operands["gy"]
+        self.gradients(problem, x, W, gy, wanted, options, call, out)
 
     def _admitted(
         self, problem: Problem, footprint_bytes: int, call: Call, compute: Callable[[], _T]
