@@ -102,7 +102,7 @@ class DeconvolutionService:
         with self._exchange(request.message, parsed, call) as exchange:
             exchange.take(request.raw)
             self._check_result_size(parsed.sent_bytes)
-            engine = exchange.choose_engine(self._ready().engines)
+            engine = exchange.choose_engine()
             if call.writing is not None:
                 call.writing.total_bytes = parsed.shared_bytes
             if parsed.keeps_operands:
@@ -123,7 +123,7 @@ class DeconvolutionService:
         with self._exchange(header.request, parsed, call) as exchange:
             missing = exchange.find()
             with self._admitted(sliced, parsed, missing, call):
-                engine = exchange.choose_engine(self._ready().engines)
+                engine = exchange.choose_engine()
                 kept = exchange.make_kept(parsed.results, engine)
                 operands = Arrivals(exchange, reader, engine, call)
                 if missing:
