@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from itertools import product
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.against import main as against
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
 from benchmarks.profiled import profiled
@@ -25,6 +27,22 @@ from benchmarks.transport_plot import main as plot
 from deconvd.geometry import Geometry
 from deconvd.system import processors_count
 from deconvd_client import Connection
+
+CHECKOUT = Path(__file__).parents[1]
+
+SLOWER_BY_50_MS = """
+import time
+
+_as_it_was = Connection.deconvolution_2d
+
+
+def _slower(*arguments):
+    time.sleep(0.05)
+    return _as_it_was(*arguments)
+
+
+Connection.deconvolution_2d = _slower
+"""
 
 
 def test_the_stock_service_computes_what_ours_does(F: Connection) -> None:
@@ -62,7 +80,7 @@ def test_latency_alone_is_measured_without_peers(tmp_path: Path, calls: str) -> 
 
 
 def test_the_plot_has_a_line_for_every_path_that_was_measured(tmp_path: Path) -> None:
-    results = Path(__file__).parents[1] / "benchmarks/results/transport-2-cores.json"
+    results = CHECKOUT / "benchmarks/results/transport-2-cores.json"
     drawn = tmp_path / "plot.svg"
 
     ended = CliRunner().invoke(plot, [str(results), "-o", str(drawn)], catch_exceptions=False)
@@ -124,3 +142,23 @@ def test_functions_count_in_each_kind_of_thread(
 
     assert modules[0] == "deconvd.system"
     assert set(modules[1:]) == {"deconvd.geometry"}
+
+
+def test_another_checkout_is_timed_beside_this_one_by_its_own_code(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for folder in ("proto", "client", "server", "benchmarks"):
+        shutil.copytree(CHECKOUT / folder, other / folder)
+    with (other / "client/deconvd_client/connection.py").open("a") as module:
+        module.write(SLOWER_BY_50_MS)
+    options = ["--bytes", "1024", "--path", "memcpy", "--path", "tcp", "--time-s", "0.1"]
+
+    ended = CliRunner().invoke(
+        against, ["--rounds", "2", str(other), "transport", *options], catch_exceptions=False
+    )
+
+    assert ended.exit_code == 0
+    rows = re.findall(r"^(\w+) 1024 ms +([\d.]+) +([\d.]+) +([\d.]+)$", ended.output, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["memcpy", "tcp"]
+    others_ms, ours_ms, ratio = map(float, rows[1][1:])
+    assert others_ms >= 50
+    assert ratio == pytest.approx(ours_ms / others_ms, abs=1e-3)
