@@ -1,7 +1,7 @@
 """Times another checkout and this one by turns: ``python -m benchmarks.against DIR transport --time-s 3``.
 
-After DIR come a benchmark that writes rows of times, `transport` or `service`, and its options. Each checkout runs its own
-benchmark on its own code, with the packages of this environment. They take turns, so a machine that is slower for a
+After DIR come a benchmark that writes rows of times, `transport` or `service`, and its options. Each checkout runs its
+own benchmark on its own code, with the packages of this environment. They take turns, so a machine that is slower for a
 while is slower for both. The table has the medians of both, and the ratio of this checkout's to the other's. Rows of
 what is no part of deconvd, such as a bare socket, tell how far to trust the rest.
 """
@@ -24,25 +24,25 @@ _SOURCES = ("proto", "client", "server")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--rounds", "rounds_count", default=4, show_default=True)
+@click.option("--rounds", "rounds_count", type=click.IntRange(min=1), default=4, show_default=True)
 @click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("benchmark")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def main(other: Path, benchmark: str, options: Sequence[str], rounds_count: int) -> None:
     """Time the checkout in the folder OTHER and this one by a BENCHMARK with its OPTIONS, and compare them."""
-    checkouts = [other.resolve(), _HERE]
-    runs: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in checkouts}
+    others_runs: list[dict[str, float]] = []
+    our_runs: list[dict[str, float]] = []
+    turns = [(other.resolve(), others_runs), (_HERE, our_runs)]
     for _ in range(rounds_count):
-        for checkout in checkouts:
-            runs[checkout].append(_times_ms(checkout, benchmark, options))
-        checkouts.reverse()  # so that neither is always the first
-    before, after = (_medians_ms(times) for times in runs.values())
-    ratios = {name: after[name] / before[name] for name in before.keys() & after.keys()}
+        for checkout, runs in turns:
+            runs.append(_times_ms(checkout, benchmark, options))
+        turns.reverse()  # so that neither is always the first
+    others, ours = _medians_ms(others_runs), _medians_ms(our_runs)
     print(f"{'milliseconds, median':60} {'other':>9} {'this':>9} {'ratio':>6}")
-    for name in before:
-        if name in ratios:
-            print(f"{name:60} {before[name]:9.3f} {after[name]:9.3f} {ratios[name]:6.3f}")
-    print(f"{'geometric mean':80} {statistics.geometric_mean(ratios.values()):6.3f}")
+    for name in others:
+        if name in ours:
+            ratio = ours[name] / others[name]
+            print(f"{name:60} {others[name]:9.3f} {ours[name]:9.3f} {ratio:6.3f}")
 
 
 def _times_ms(checkout: Path, benchmark: str, options: Sequence[str]) -> dict[str, float]:
