@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-__all__ = ["Profile", "profiled"]
+__all__ = ["LEFT_OUT", "Profile", "profiled"]
 
 _PACKAGES = ("deconvd", "deconvd_client", "deconvd_server")
 
-_LEFT_OUT = (
+LEFT_OUT = (
     # how often it looks is a matter of time
     "deconvd.busy_polling",
     # how many there are is the problem's matter, and which thread does how much is chance
@@ -64,7 +64,7 @@ class _Thread:
         if self._left_out_depth:
             self._left_out_depth += {"call": 1, "return": -1}.get(event, 0)
         elif event == "call" and (module := _module(frame)) is not None:
-            if module in _LEFT_OUT:
+            if module in LEFT_OUT:
                 self._left_out_depth = 1
             else:
                 self._profile.note(self, module)

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +21,7 @@ from click.testing import CliRunner
 from benchmarks.against import main as against
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
-from benchmarks.profiled import profiled
+from benchmarks.profiled import LEFT_OUT, profiled
 from benchmarks.service import main as service
 from benchmarks.stock import stock_service
 from benchmarks.transport_plot import main as plot
@@ -162,3 +163,8 @@ def test_another_checkout_is_timed_beside_this_one_by_its_own_code(tmp_path: Pat
     others_ms, ours_ms, ratio = map(float, rows[1][1:])
     assert others_ms >= 50
     assert ratio == pytest.approx(ours_ms / others_ms, abs=1e-3)
+
+
+@pytest.mark.parametrize("module", LEFT_OUT)
+def test_modules_that_do_not_count_exist(module: str) -> None:
+    assert find_spec(module) is not None
