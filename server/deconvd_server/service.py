@@ -24,7 +24,7 @@ from deconvd_server.admission import Admission
 from deconvd_server.arrivals import Arrivals
 from deconvd_server.behaviours import Behaviour, Parts, Stream, Unary
 from deconvd_server.call import Call
-from deconvd_server.device import GradientPlaces, Operand
+from deconvd_server.device import Operand
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import Exchange
 from deconvd_server.requests import Deconvolution, Differentiation
@@ -127,7 +127,7 @@ class DeconvolutionService:
             x = exchange.operand("x") if asked.wanted.gW else None
             W = exchange.operand("w") if asked.wanted.gx else None
             gy = exchange.operand("gy")
-            out = GradientPlaces(*map(exchange.place, ("gx", "gw", "gb")))
+            out = tuple(map(exchange.place, ("gx", "gw", "gb")))
             gradients = engine.gradients(
                 asked.problem, x, W, gy, asked.wanted, asked.options, call, out
             )

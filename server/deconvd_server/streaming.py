@@ -21,7 +21,7 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.arrivals import Arrivals
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor, GradientPlaces, Operand
+from deconvd_server.device import DeviceTensor, Operand
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import Exchange
 
@@ -154,7 +154,7 @@ class Slices:
             for part, problem in self.sliced.slices():
                 x = self.operands.samples("x", part) if wanted.gW else None
                 gy = self.operands.samples("gy", part)
-                out = GradientPlaces(gx=_view(kept_gx, part))
+                out = (_view(kept_gx, part), None, None)
                 arguments = (problem, x, W, gy, wanted, self.options, self.call, out)
                 yield self._started(self.engine.gradients, *arguments)
             self.operands.expect_end()
