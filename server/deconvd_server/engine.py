@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple
 
 import numpy as np
 
 from deconvd.copying import copy_into
 from deconvd.errors import InvalidArgumentError
-from deconvd.gradients import Gradients, Wanted
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
+from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -105,45 +103,6 @@ class Engine:
                 copy_into(place, result)
             else:
                 self._device.write(place, result, call)
-
-    def deconvolve(
-        self,
-        problem: Problem,
-        x: Operand,
-        W: Operand,
-        b: Operand | None,
-        options: Options,
-        call: Call,
-        out: Operand | None = None,
-    ) -> Operand:
-        """Return y, in `out` if given. Until all callers call `run`."""
-        y = np.empty(problem.y.shape, problem.y.dtype) if out is None else out
-        operands = {"x": x, "w": W} if b is None else {"x": x, "w": W, "b": b}
-        self.run(DECONVOLVE, problem, operands, {"y": y}, options, call)
-        return y
-
-    def gradients(
-        self,
-        problem: Problem,
-        x: Operand | None,
-        W: Operand | None,
-        gy: Operand,
-        wanted: Wanted,
-        options: Options,
-        call: Call,
-        out: Sequence[Operand | None] = (None, None, None),
-    ) -> Gradients:
-        """Return the wanted gradients, in their places of `out` if given. Until all callers call `run`."""
-        given = {"x": x, "w": W, "gy": gy}
-        operands = {field: operand for field, operand in given.items() if operand is not None}
-        places: dict[str, Operand] = {}
-        for field, is_wanted, place in zip(("gx", "gw", "gb"), astuple(wanted), out, strict=True):
-            if is_wanted:
-                spec = spec_of_field(problem, field)
-                places[field] = np.empty(spec.shape, spec.dtype) if place is None else place
-        self.run(DECONVOLVE_GRAD, problem, operands, places, options, call)
-        found = (places.get(field) for field in ("gx", "gw", "gb"))
-        return Gradients(*[array if isinstance(array, np.ndarray) else None for array in found])
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
         """Return a new tensor in the device's memory, with any elements; end it by `free`.
