@@ -99,7 +99,7 @@ class DeconvolutionService:
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
         parsed = parse_request(operation, request.message)
-        with self._exchange(request.message, parsed, call) as exchange:
+        with Exchange(request.message, parsed, self.lender, self._ready(), call) as exchange:
             exchange.take(request.raw)
             self._check_result_size(parsed.sent_bytes)
             engine = exchange.choose_engine()
@@ -120,7 +120,7 @@ class DeconvolutionService:
         parsed = replace(parse_request(operation, header.request), slices={})
         sliced = SlicedProblem(parsed.problem, header.slice_samples_count)
         response = messages_for(operation).stream_response
-        with self._exchange(header.request, parsed, call) as exchange:
+        with Exchange(header.request, parsed, self.lender, self._ready(), call) as exchange:
             missing = exchange.find()
             with self._admitted(sliced, parsed, missing, call):
                 engine = exchange.choose_engine()
@@ -134,9 +134,6 @@ class DeconvolutionService:
                 slices = Slices(parsed, sliced, engine, operands, kept, self._executor, call)
                 yield from slices.results()
             exchange.commit()
-
-    def _exchange(self, message: Message, parsed: ParsedRequest, call: Call) -> Exchange:
-        return Exchange(message, parsed, self.lender, self._ready(), call)
 
     @contextmanager
     def _admitted(
