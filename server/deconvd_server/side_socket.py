@@ -21,10 +21,7 @@ from typing import Final
 from deconvd.system import MAX_UNIX_PATH_BYTES
 from deconvd_server.unix_socket import Access
 
-__all__ = ["MEND_S", "Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
-
-MEND_S: Final = 5.0
-"""How often a server that is otherwise idle looks after its sockets' files."""
+__all__ = ["Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
 
 _BACKLOG: Final = 64
 _PEER: Final = struct.Struct("3i")  # struct ucred of unix(7)
