@@ -18,7 +18,7 @@ from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unar
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
 from deconvd_server.engine import Engine
-from deconvd_server.residents import Kept, Residents, Session
+from deconvd_server.residents import Kept, Residents
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
 
@@ -100,7 +100,7 @@ class ResidentCalls:
     ) -> pb.PutTensorResponse:
         """Serve PutTensor."""
         header = reader.header().header
-        session = self._session(header.session, call)
+        session = self._residents.join(header.session, call)
         spec = spec_from_message("tensor", header.tensor)
         engine = self._residents.engines.least_loaded()
         kept = self._keeper.make(session, spec, engine, call)
@@ -142,7 +142,7 @@ class ResidentCalls:
     def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: Call) -> Parts:
         """Serve GetTensor."""
         message = request.message
-        session = self._session(message.session, call)
+        session = self._residents.join(message.session, call)
         kept = self._keeper.by_name(session, message.resident.handle, "resident", call)
         try:
             if message.HasField("place"):
@@ -179,14 +179,9 @@ class ResidentCalls:
     ) -> Envelope[pb.DropTensorsResponse]:
         """Serve DropTensors."""
         message = request.message
-        session = self._session(message.session, call)
+        session = self._residents.join(message.session, call)
         self._keeper.drop(session, [resident.handle for resident in message.residents])
         return Envelope(pb.DropTensorsResponse(), {})
-
-    def _session(self, name: bytes, call: Call) -> Session:
-        session = self._residents.sessions.get(name)
-        call.tenant = session.tenant
-        return session
 
 
 def _piece_samples_count(spec: TensorSpec) -> int:
