@@ -24,14 +24,14 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cuda.plan import Operation
 
 if TYPE_CHECKING:
+    from benchmarks.cuda_operator import Operator
     from deconvd_server.device.cuda.device import CudaDevice
-    from deconvd_server.device.cuda.operator import Operator
 
     cupy: Any
 else:
     cupy = pytest.importorskip("cupy")
+    from benchmarks.cuda_operator import Operator
     from deconvd_server.device.cuda.device import CudaDevice
-    from deconvd_server.device.cuda.operator import Operator
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""Operations on arrays that lie on the card already: stream-ordered, without a wait of the host."""
+"""Our plans as an operator on arrays that are on a card already: stream-ordered, without a wait of the host."""
 
 from __future__ import annotations
 
