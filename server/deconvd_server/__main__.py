@@ -18,10 +18,10 @@ import click
 import deconvd
 from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
+from deconvd.malloc import keep_freed_memory
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.log_text import LogFormatter
-from deconvd_server.malloc import keep_freed_memory
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.settings import Settings

@@ -18,6 +18,7 @@ from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
 from deconvd.gradients import Gradients, Wanted
+from deconvd.malloc import LARGE_BYTES
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -48,7 +49,6 @@ from deconvd_server.device.protocol import (
     Place,
 )
 from deconvd_server.ledger import Stage
-from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["CpuDevice"]
 
