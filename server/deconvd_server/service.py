@@ -99,10 +99,10 @@ class DeconvolutionService:
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
         parsed = parse_request(operation, request.message)
-        with self._exchange(request.message, parsed, call) as exchange:
+        with Exchange(request.message, parsed, self.lender, self._ready(), call) as exchange:
             exchange.take(request)
             self._check_result_size(parsed.sent_bytes)
-            engine = exchange.choose_engine(self._ready().engines)
+            engine = exchange.choose_engine()
             operands = exchange.bring_operands(engine)
             places = exchange.make_places(engine)
             engine.run(operation, parsed.problem, operands, places, parsed.options, call)
@@ -116,10 +116,10 @@ class DeconvolutionService:
         parsed = replace(parse_request(operation, header.request), slices={})
         sliced = SlicedProblem(parsed.problem, header.slice_samples_count)
         response = messages_for(operation).stream_response
-        with self._exchange(header.request, parsed, call) as exchange:
+        with Exchange(header.request, parsed, self.lender, self._ready(), call) as exchange:
             missing = exchange.find()
             with self._admitted(sliced, parsed, missing, call):
-                engine = exchange.choose_engine(self._ready().engines)
+                engine = exchange.choose_engine()
                 kept = exchange.make_kept(parsed.results, engine)
                 operands = Arrivals(exchange, reader, engine, call)
                 if missing:
@@ -130,9 +130,6 @@ class DeconvolutionService:
                 slices = Slices(parsed, sliced, engine, operands, kept, self._executor, call)
                 yield from slices.results()
             exchange.commit()
-
-    def _exchange(self, message: Message, parsed: ParsedRequest, call: Call) -> Exchange:
-        return Exchange(message, parsed, self.lender, self._ready(), call)
 
     @contextmanager
     def _admitted(
