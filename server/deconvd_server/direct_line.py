@@ -26,8 +26,8 @@ from deconvd.direct import Answer, CallHead, FrameSource, Method, RequestSource,
 from deconvd.errors import ExhaustedError
 from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
 from deconvd_server.attention import Attention
-from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
-from deconvd_server.call import Call
+from deconvd_server.behaviours import Behaviour, EarlyRequest, Parts, Sink, Source, Stream, Unary
+from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.log_text import excerpt
 from deconvd_server.serve import Observer, Serving
 from deconvd_server.writing import Writing
@@ -123,7 +123,7 @@ class DirectLine:
             be_greeted(self._line, self._instance)
             while self._serve_one():
                 pass
-        except LineBrokenError as error:
+        except (LineBrokenError, CallerGoneError) as error:
             _log.log(
                 logging.DEBUG if self.is_idle else logging.INFO,
                 "the direct line of %s has ended: %s",
@@ -157,14 +157,13 @@ class DirectLine:
             raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
         return self._line.receive_payload(size_bytes)
 
-    def _begin(self, call: Call, head: CallHead) -> None:
+    def _begin(self, call: Call, timeout_s: float) -> None:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
-        call.writing = Writing(self._line, head.written_bytes) if head.is_early else None
         with self._lock:
             self._state = _State.BUSY
             self._call = call
             is_cancelled = self._is_cancelled
-        self._line.set_deadline(head.timeout_s + _GOODBYE_S)
+        self._line.set_deadline(timeout_s + _GOODBYE_S)
         if is_cancelled:
             call.cancel()
 
@@ -180,24 +179,30 @@ class DirectLine:
     def _answer(self, head: CallHead) -> None:
         behaviour = self._behaviours[head.method]
         serving = Serving(behaviour.name, self._peer, head.timeout_s, self._observers)
-        self._begin(serving.call, head)
+        self._begin(serving.call, head.timeout_s)
         source = RequestSource(self._line, behaviour.request_type, head.message)
         source.is_over = not head.method.streams_request
         with serving as call:
-            self._respond(behaviour, head.message, source, call)
+            try:
+                self._respond(behaviour, head, source, call)
+            except LineBrokenError as error:
+                raise CallerGoneError(str(error)) from error
         if serving.failure is not None:
             self._fail(serving.failure, source)
 
     def _respond(
-        self, behaviour: Behaviour, message: bytes, source: FrameSource, call: Call
+        self, behaviour: Behaviour, head: CallHead, source: FrameSource, call: Call
     ) -> None:
         match behaviour:
             case Unary():
-                response = encode(behaviour.serve(behaviour.decoded(message), call))
+                request = behaviour.decoded(head.message)
+                if head.is_early:
+                    request = EarlyRequest.of(request, Writing(self._line, head.written_bytes))
+                response = encode(behaviour.serve(request, call))
                 self._send_answer(Answer(response, call.ledger.as_text()))
                 return
             case Source():
-                parts = behaviour.serve(behaviour.decoded(message), call)
+                parts = behaviour.serve(behaviour.decoded(head.message), call)
             case Stream():
                 parts = behaviour.serve(behaviour.reader(source), call)
             case Sink():
