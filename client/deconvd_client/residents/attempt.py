@@ -14,7 +14,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
 from deconvd_client.deadline import Deadline
 from deconvd_client.residents.contents import Contents
-from deconvd_client.residents.kept import Kept
+from deconvd_client.residents.kept import Kept, KeptState
 from deconvd_client.residents.session import Handle
 from deconvd_client.residents.source import Source
 from deconvd_client.shared_memory import Borrower
@@ -161,7 +161,7 @@ class Attempt(Generic[RequestT, ResponseT]):
         handle = kept.handle_in(self._means.session)
         if handle is None:
             source = kept.source_unchanged(argument_of(field))
-            if kept.is_unsent and isinstance(self._request, pb.DeconvolveRequest):
+            if kept.state is KeptState.UNSENT and isinstance(self._request, pb.DeconvolveRequest):
                 setattr(self._request.keep, field, True)
                 self._unsent[field] = kept, source
                 self._name(field, source.array, source)
