@@ -39,17 +39,18 @@ def test_it_is_resident_once_it_was_sent_and_again_once_it_was_lost(
 ) -> None:
     kept, first, second = Kept(SPEC, source=source()), handle(mailbox), handle(mailbox)
     states = [kept.state]
-    for change in (
-        lambda: kept.adopt(first),
-        lambda: kept.lose(first),
-        lambda: kept.adopt(second),
-        kept.close,
-    ):
-        change()
-        states.append(kept.state)
+    kept.adopt(first)
+    states.append(kept.state)
+    kept.lose(first)
+    states.append(kept.state)
+    kept.adopt(second)
+    states.append(kept.state)
+    kept.close()
+    states.append(kept.state)
 
     assert [state.name for state in states] == ["UNSENT", "RESIDENT", "LOST", "RESIDENT", "CLOSED"]
-    assert kept.handle is kept.source is None
+    assert kept.handle is None
+    assert kept.source is None
 
 
 def test_what_was_never_sent_is_not_compared_with_what_it_was(mailbox: SimpleQueue[Any]) -> None:
