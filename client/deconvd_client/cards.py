@@ -20,7 +20,8 @@ from deconvd.forks import new_lock
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import card_id
 from deconvd.tensor import Array
-from deconvd_client.asked import Asked, RequestT, ResponseT
+from deconvd_client import calls
+from deconvd_client.asked import Asked
 from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.residents import Call, Kept, Residents
@@ -56,7 +57,7 @@ class Cards:
         self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
-    def arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
+    def arrays(self, call: Call, like: object) -> dict[str, Array]:
         """Make a call of which some arrays are cupy's, once what was enqueued on the current stream is done.
 
         Returns:
@@ -84,7 +85,7 @@ class Cards:
             borrower.give_back_unused(deadline)
             borrower.close()
 
-    def _on_card(self, call: Call[RequestT, ResponseT], ordinal: int) -> dict[str, Array]:
+    def _on_card(self, call: Call, ordinal: int) -> dict[str, Array]:
         """Make a call whose tensors all lie on a card; operands that lie elsewhere are copied there.
 
         Raises:
@@ -99,9 +100,9 @@ class Cards:
         if len(operands) < len(call.operands) or not all(tensor.nbytes for tensor in tensors):
             raise _NotOnCardError
         deadline = Deadline(self._timeout_s)
-        asked = Asked(call.request, call.problem, operands, call.results, deadline)
+        asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
         borrower = self._borrower(ordinal)
-        return self._nearest.call(lambda stub: call.send(stub, borrower, asked), deadline).arrays
+        return self._nearest.call(lambda stub: calls.answer(stub, borrower, asked), deadline).arrays
 
     def _borrower(self, ordinal: int) -> _CardBorrower:
         with self._lock:
@@ -125,7 +126,7 @@ class _CardBorrower(Borrower):
         raise _NotOnCardError
 
 
-def _on_host(call: Call[RequestT, ResponseT]) -> Call[RequestT, ResponseT]:
+def _on_host(call: Call) -> Call:
     """Return the same call with numpy arrays."""
     operands: dict[str, Array | Kept] = {
         field: cupy.asnumpy(operand) if isinstance(operand, cupy.ndarray) else operand

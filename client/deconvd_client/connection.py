@@ -28,7 +28,6 @@ from deconvd_client.arguments import (
     parse_timeout,
     parse_transport,
 )
-from deconvd_client.asked import RequestT, ResponseT
 from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.deadline import Deadline
@@ -351,7 +350,7 @@ class Connection:
         self._nearest.close(deadline)
         self._memory.close()
 
-    def _arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
+    def _arrays(self, call: Call, like: object) -> dict[str, Array]:
         """Make a call that may have cupy arrays; results are of the kind of `like`."""
         if not is_from_cupy(like, *call.operands.values()):
             return self._residents.arrays(call)

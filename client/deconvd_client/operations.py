@@ -10,11 +10,10 @@ import numpy as np
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Wanted
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import Array, spec_of
-from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import calls
-from deconvd_client.asked import deconvolution, differentiation
+from deconvd_client.asked import request_of
 from deconvd_client.config import Config
 from deconvd_client.kinds import is_from_cupy
 from deconvd_client.residents import Call, Kept, RemoteTensor, Residents, Source
@@ -63,7 +62,7 @@ class Operations:
 
     def deconvolution(
         self, x: object, W: object, b: object, geometry: Geometry, *, stay: bool = False
-    ) -> Call[pb.DeconvolveRequest, pb.DeconvolveResponse]:
+    ) -> Call:
         """Return the call that computes y."""
         images, filters = self.operand("x", x), self.operand("W", W)
         problem = problem_of(spec_of_operand(images), spec_of_operand(filters), geometry)
@@ -72,8 +71,9 @@ class Operations:
             operands["b"] = self.operand("b", b)
             problem.check_b(spec_of_operand(operands["b"]))
         operands["x"] = images
-        request = deconvolution(problem, self._config.options, with_b=b is not None)
-        return Call(request, problem, operands, {"y": problem.y}, stay, calls.deconvolve)
+        optional = () if b is None else ("b",)
+        request = request_of(DECONVOLVE, problem, self._config.options, ("y",), optional)
+        return Call(DECONVOLVE, request, problem, operands, {"y": problem.y}, stay)
 
     def differentiation(
         self,
@@ -85,7 +85,7 @@ class Operations:
         wanted: Collection[str],
         *,
         stay: bool = False,
-    ) -> Call[pb.DeconvolveGradRequest, pb.DeconvolveGradResponse]:
+    ) -> Call:
         """Return the call that computes gradients; of b only the shape and the type count."""
         images, filters = self.operand("x", x), self.operand("W", W)
         problem = problem_of(spec_of_operand(images), spec_of_operand(filters), geometry)
@@ -103,7 +103,7 @@ class Operations:
         *,
         has_b: bool,
         stay: bool = False,
-    ) -> Call[pb.DeconvolveGradRequest, pb.DeconvolveGradResponse]:
+    ) -> Call:
         """Return the call that computes gradients of a problem whose operands are known to fit."""
         gradient = self.operand("gy", gy)
         problem.check_gy(spec_of_operand(gradient))
@@ -117,8 +117,8 @@ class Operations:
         if mask.gb:
             results["gb"] = problem.b
         operands["gy"] = gradient
-        request = differentiation(problem, self._config.options, mask)
-        return Call(request, problem, operands, results, stay, calls.differentiate)
+        request = request_of(DECONVOLVE_GRAD, problem, self._config.options, tuple(results))
+        return Call(DECONVOLVE_GRAD, request, problem, operands, results, stay)
 
 
 def checked_array(name: str, value: object) -> Array:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, Final, Generic
+from typing import Any, Final
 
 from google.protobuf.message import Message
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.parts import Elements, Part, PartReader, elements_parts, slices
 from deconvd.problem import Problem
-from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
+from deconvd_client.asked import Answered, Asked, argument_of
 
 __all__ = ["Exchange", "slice_samples_count"]
 
@@ -24,9 +24,6 @@ _UNANSWERED_BYTES: Final = 64 << 20
 _PIECE_BYTES: Final = 1 << 20
 """What is sent between two looks at whether it has."""
 
-_CONSTANTS: Final = ("w", "b")
-"""Operands that all samples have in common: they go whole, before the slices of the others."""
-
 
 def slice_samples_count(problem: Problem) -> int:
     """Return how many samples a slice has."""
@@ -34,7 +31,7 @@ def slice_samples_count(problem: Problem) -> int:
     return max(_SLICE_BYTES // max(sample_bytes, 1), 1)
 
 
-class Exchange(Generic[RequestT, ResponseT]):
+class Exchange:
     """One attempt at a call in a stream. Another thread may take the parts.
 
     Args:
@@ -43,8 +40,8 @@ class Exchange(Generic[RequestT, ResponseT]):
         step: Samples of a slice.
     """
 
-    def __init__(self, asked: Asked[RequestT], opening: Message, step: int) -> None:
-        self._asked: Asked[RequestT] = asked
+    def __init__(self, asked: Asked, opening: Message, step: int) -> None:
+        self._asked = asked
         self._opening = opening
         self._step = step
         # a queue, since an exception from a signal handler can leave an Event locked
@@ -60,7 +57,7 @@ class Exchange(Generic[RequestT, ResponseT]):
         yield self._opening
         yield from self._beside_offer() if self._asked.offered else self._elements()
 
-    def receive(self, reader: PartReader[Any]) -> Answered[ResponseT]:
+    def receive(self, reader: PartReader[Any]) -> Answered:
         """Return what the response's messages say.
 
         Raises:
@@ -69,7 +66,7 @@ class Exchange(Generic[RequestT, ResponseT]):
         try:
             if self._asked.offered:
                 self._missing.put(self._known(reader.missing()))
-            header: ResponseT = reader.header().header
+            header = reader.header().header
             arrays = {
                 field: reader.read(argument_of(field), spec)
                 for field, spec in self._asked.results.items()
@@ -105,11 +102,11 @@ class Exchange(Generic[RequestT, ResponseT]):
             yield from elements_parts(self._asked.offered[field], is_missing=True)
 
     def _elements(self) -> Iterator[Elements]:
-        operands = self._asked.operands
-        for field in _CONSTANTS:
+        operands, operation = self._asked.operands, self._asked.operation
+        for field in operation.constants:
             if field in operands:
                 yield from elements_parts(operands[field])
-        sliced = [array for field, array in operands.items() if field not in _CONSTANTS]
+        sliced = [operands[field] for field in operation.sliced if field in operands]
         for samples in slices(self._asked.problem.n, self._step) if sliced else ():
             for array in sliced:
                 yield from elements_parts(array[samples])

@@ -17,6 +17,8 @@ from deconvd.direct import FrameSource, Method
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.grpc_status import error_from_rpc
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY, ledger_from_metadata
+from deconvd.messages import messages_for
+from deconvd.operation import OPERATIONS, Operation
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
@@ -80,70 +82,52 @@ class Stub:
         self._ended = threading.local()
         self._results = ArrayMemory(_KEPT_BYTES)
         self._early_calls = Trials()
-        self._deconvolve = self._unary("Deconvolve", pb.DeconvolveResponse, Method.Deconvolve)
-        self._deconvolve_grad = self._unary(
-            "DeconvolveGrad", pb.DeconvolveGradResponse, Method.DeconvolveGrad
-        )
+        self._operations = {
+            operation: self._unary(
+                operation.name, messages_for(operation).response, Method[operation.name]
+            )
+            for operation in OPERATIONS
+        }
         self._get_server_info = self._unary("GetServerInfo", pb.GetServerInfoResponse)
         self._drop_tensors = self._unary("DropTensors", pb.DropTensorsResponse)
 
-    def deconvolve(
+    def call(
         self,
-        request: Envelope[pb.DeconvolveRequest],
+        operation: Operation,
+        request: Envelope[Any],
         deadline: Deadline,
         *,
         is_brief: bool = False,
         late_copy: LateCopy | None = None,
-    ) -> Envelope[pb.DeconvolveResponse]:
-        """Call Deconvolve.
+    ) -> Envelope[Any]:
+        """Have an operation computed.
 
         Args:
             is_brief: Whether request and response are small enough for a direct call.
             late_copy: Puts operands where the request says that they are: meanwhile, if the call is direct.
         """
-        return self._deconvolve(request, deadline, is_brief=is_brief, late_copy=late_copy)
-
-    def deconvolve_grad(
-        self,
-        request: Envelope[pb.DeconvolveGradRequest],
-        deadline: Deadline,
-        *,
-        is_brief: bool = False,
-        late_copy: LateCopy | None = None,
-    ) -> Envelope[pb.DeconvolveGradResponse]:
-        """Call DeconvolveGrad, in the manner of `deconvolve`."""
-        return self._deconvolve_grad(request, deadline, is_brief=is_brief, late_copy=late_copy)
+        return self._operations[operation](
+            request, deadline, is_brief=is_brief, late_copy=late_copy
+        )
 
     @property
     def is_direct(self) -> bool:
         """Whether calls are likely to be made directly, streams too."""
         return self._direct is not None and self._direct.is_worth_asking
 
-    def deconvolve_stream(
-        self, begin: Callable[[], Attempt[pb.DeconvolveStreamResponse, _T]], deadline: Deadline
+    def stream(
+        self, operation: Operation, begin: Callable[[], Attempt[Any, _T]], deadline: Deadline
     ) -> _T:
-        """Call DeconvolveStream and return what is made of the response.
+        """Have an operation computed in a stream, and return what is made of the response.
 
         Args:
             begin: Called once for each attempt: again, if a direct line was lost.
         """
-        return self._streamed(
-            Method.DeconvolveStream,
-            begin,
-            pb.DeconvolveStreamResponse,
-            deadline,
+        method, response_type = (
+            Method[operation.stream_name],
+            messages_for(operation).stream_response,
         )
-
-    def deconvolve_grad_stream(
-        self, begin: Callable[[], Attempt[pb.DeconvolveGradStreamResponse, _T]], deadline: Deadline
-    ) -> _T:
-        """Call DeconvolveGradStream, in the manner of `deconvolve_stream`."""
-        return self._streamed(
-            Method.DeconvolveGradStream,
-            begin,
-            pb.DeconvolveGradStreamResponse,
-            deadline,
-        )
+        return self._streamed(method, begin, response_type, deadline)
 
     def put_tensor(
         self, parts: Callable[[], Iterator[Part]], deadline: Deadline

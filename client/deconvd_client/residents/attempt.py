@@ -5,43 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any
 
 from deconvd.digest import digest_of
+from deconvd.operation import Operation
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
+from deconvd_client.asked import Asked, Request, Response, argument_of
 from deconvd_client.deadline import Deadline
 from deconvd_client.residents.contents import Contents
 from deconvd_client.residents.kept import Kept, KeptState
 from deconvd_client.residents.session import Handle
 from deconvd_client.residents.source import Source
-from deconvd_client.shared_memory import Borrower
-from deconvd_client.stub import Stub
 
 __all__ = ["Attempt", "Call", "Means"]
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[RequestT, ResponseT]):
+class Call:
     """A call some of whose tensors may stay on the server.
 
     Attributes:
+        operation: What is computed.
         request: Describes it; it is not to be changed.
-        problem: What is computed.
+        problem: Of what shapes, types and geometry.
         operands: By the names of their fields, in the order of streams.
         results: What they will be, by the names of their fields.
         stay: Whether the results stay on the server.
-        send: Makes it.
     """
 
-    request: RequestT
+    operation: Operation
+    request: Request
     problem: Problem
     operands: Mapping[str, Array | Kept]
     results: Mapping[str, TensorSpec]
     stay: bool
-    send: Callable[[Stub, Borrower, Asked[RequestT]], Answered[ResponseT]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Means:
     handle: Callable[[pb.Resident, int], Handle]
 
 
-class Attempt(Generic[RequestT, ResponseT]):
+class Attempt:
     """Makes a call once.
 
     Args:
@@ -74,10 +73,8 @@ class Attempt(Generic[RequestT, ResponseT]):
         LostTensorError: The server no longer has an operand, and it cannot be sent again.
     """
 
-    def __init__(
-        self, call: Call[RequestT, ResponseT], means: Means, *, send_all: bool = False
-    ) -> None:
-        self._call: Call[RequestT, ResponseT] = call
+    def __init__(self, call: Call, means: Means, *, send_all: bool = False) -> None:
+        self._call = call
         self._means = means
         self._send_all = send_all
         self._sent: dict[str, Array] = {}
@@ -85,9 +82,10 @@ class Attempt(Generic[RequestT, ResponseT]):
         self._named: dict[str, tuple[TensorSpec, pb.Digest]] = {}
         self._handles: dict[str, tuple[Kept, Handle]] = {}
         self._unsent: dict[str, tuple[Kept, Source]] = {}
-        self._request: RequestT = type(call.request)()
-        self._request.CopyFrom(call.request)
-        self._request.session = means.session
+        request: Any = type(call.request)()
+        request.CopyFrom(call.request)
+        request.session = means.session
+        self._request: Request = request
         if call.stay:
             _keep_results(self._request)
         for field, operand in call.operands.items():
@@ -97,10 +95,11 @@ class Attempt(Generic[RequestT, ResponseT]):
                 self._name(field, operand)
 
     @property
-    def asked(self) -> Asked[RequestT]:
+    def asked(self) -> Asked:
         """The call, as it is made this time."""
         knows, session = self._means.contents.knows, self._means.session
         return Asked(
+            self._call.operation,
             self._request,
             self._call.problem,
             self._sent,
@@ -123,7 +122,7 @@ class Attempt(Generic[RequestT, ResponseT]):
                 stack.enter_context(source.beside())
             yield
 
-    def settle(self, response: ResponseT) -> None:
+    def settle(self, response: Response) -> None:
         """Take note of what the server has now."""
         for content in self._named.values():
             self._means.contents.learn(self._means.session, *content)
@@ -132,7 +131,7 @@ class Attempt(Generic[RequestT, ResponseT]):
             resident = getattr(response.kept, field)
             kept.adopt(self._means.handle(resident, kept.spec.nbytes))
 
-    def results(self, response: ResponseT) -> dict[str, Kept]:
+    def results(self, response: Response) -> dict[str, Kept]:
         """Return what stands for the results that stay."""
         kept: dict[str, Kept] = {}
         for field, spec in self._call.results.items():
@@ -175,7 +174,9 @@ class Attempt(Generic[RequestT, ResponseT]):
 
     def _name(self, field: str, array: Array, source: Source | None = None) -> None:
         """Name an array by its digest where that pays, else send it."""
-        if self._send_all or not self._means.contents.is_worth(field, array, self._means.deadline):
+        is_constant = field in self._call.operation.constants
+        contents, deadline = self._means.contents, self._means.deadline
+        if self._send_all or not is_constant or not contents.is_worth(array, deadline):
             self._sent[field] = array
             return
         digest = digest_of(array) if source is None else source.digest
@@ -184,7 +185,7 @@ class Attempt(Generic[RequestT, ResponseT]):
         self._offered[field] = array
 
 
-def _keep_results(request: pb.DeconvolveRequest | pb.DeconvolveGradRequest) -> None:
+def _keep_results(request: Request) -> None:
     if isinstance(request, pb.DeconvolveRequest):
         request.keep_y = True
     else:

@@ -10,7 +10,8 @@ import numpy as np
 
 from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError
 from deconvd.tensor import Array, spec_of
-from deconvd_client.asked import Answered, Asked, RequestT, ResponseT
+from deconvd_client import calls
+from deconvd_client.asked import Answered, Asked
 from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.residents.attempt import Attempt, Call, Means
@@ -66,7 +67,7 @@ class Residents:
         deadline = Deadline(self._timeout_s)
         return self._in_session(lambda session: self._got(session, kept, deadline), deadline)
 
-    def arrays(self, call: Call[RequestT, ResponseT]) -> dict[str, Array]:
+    def arrays(self, call: Call) -> dict[str, Array]:
         """Make a call and return its results, by the names of their fields.
 
         Raises:
@@ -75,13 +76,15 @@ class Residents:
         deadline = Deadline(self._timeout_s)
         operands: dict[str, Array] = {}
         for field, operand in call.operands.items():
-            if isinstance(operand, Kept) or self._contents.is_worth(field, operand, deadline):
+            if isinstance(operand, Kept) or (
+                field in call.operation.constants and self._contents.is_worth(operand, deadline)
+            ):
                 return self._made(call, deadline)[1].arrays
             operands[field] = operand
-        asked = Asked(call.request, call.problem, operands, call.results, deadline)
-        return self._sent(call, asked).arrays
+        asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
+        return self._sent(asked).arrays
 
-    def kept(self, call: Call[RequestT, ResponseT]) -> dict[str, Kept]:
+    def kept(self, call: Call) -> dict[str, Kept]:
         """Make a call whose results stay on the server, and return what stands for them.
 
         Raises:
@@ -94,12 +97,10 @@ class Residents:
         """End the session: the server drops all that it keeps for it."""
         self._session.close(deadline)
 
-    def _made(
-        self, call: Call[RequestT, ResponseT], deadline: Deadline
-    ) -> tuple[Attempt[RequestT, ResponseT], Answered[ResponseT]]:
+    def _made(self, call: Call, deadline: Deadline) -> tuple[Attempt, Answered]:
         """Make a call, and return the attempt that was answered."""
 
-        def made(session: bytes) -> tuple[Attempt[RequestT, ResponseT], Answered[ResponseT]]:
+        def made(session: bytes) -> tuple[Attempt, Answered]:
             means = self._means(session, deadline)
             for _ in call.operands:
                 attempt = Attempt(call, means)
@@ -113,20 +114,20 @@ class Residents:
 
         return self._in_session(made, deadline)
 
-    def _answered(
-        self, call: Call[RequestT, ResponseT], attempt: Attempt[RequestT, ResponseT]
-    ) -> Answered[ResponseT]:
+    def _answered(self, call: Call, attempt: Attempt) -> Answered:
         with attempt.beside():
             if attempt.keeps:
                 asked = attempt.asked
-                answered = self._with_room(lambda: self._sent(call, asked), asked.deadline)
+                answered = self._with_room(lambda: self._sent(asked), asked.deadline)
             else:
-                answered = self._sent(call, attempt.asked)
+                answered = self._sent(attempt.asked)
         attempt.settle(answered.response)
         return answered
 
-    def _sent(self, call: Call[RequestT, ResponseT], asked: Asked[RequestT]) -> Answered[ResponseT]:
-        return self._nearest.call(lambda stub: call.send(stub, self._memory, asked), asked.deadline)
+    def _sent(self, asked: Asked) -> Answered:
+        return self._nearest.call(
+            lambda stub: calls.answer(stub, self._memory, asked), asked.deadline
+        )
 
     def _means(self, session: bytes, deadline: Deadline) -> Means:
         return Means(
