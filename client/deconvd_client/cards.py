@@ -9,7 +9,6 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Final
 
 import cupy
@@ -23,7 +22,9 @@ from deconvd.tensor import Array
 from deconvd_client import calls
 from deconvd_client.asked import Asked
 from deconvd_client.deadline import Deadline
+from deconvd_client.frameworks import host_array
 from deconvd_client.nearest import Nearest
+from deconvd_client.operations import host_call
 from deconvd_client.residents import Call, Kept, Residents
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError
@@ -57,23 +58,21 @@ class Cards:
         self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
-    def arrays(self, call: Call, like: object) -> dict[str, Array]:
-        """Make a call of which some arrays are cupy's, once what was enqueued on the current stream is done.
+    def arrays(self, call: Call, at: Any) -> dict[str, Array]:
+        """Make a call, once what was enqueued on the current stream is done.
+
+        Args:
+            at: One of cupy's arrays, on whose card it is to be made.
 
         Returns:
-            Its results, by the names of their fields: of the kind of `like`, and on its card.
+            Its results, by the names of their fields: on that card, or else numpy's.
 
         Raises:
             LostTensorError: As `Residents.arrays` does.
         """
-        if not isinstance(like, cupy.ndarray):
-            return self._residents.arrays(_on_host(call))
-        with cupy.cuda.Device(like.device.id) as card:
-            try:
-                return self._on_card(call, card.id)
-            except _NotOnCardError:
-                arrays = self._residents.arrays(_on_host(call))
-                return {field: cupy.asarray(array) for field, array in arrays.items()}
+        with suppress(_NotOnCardError), cupy.cuda.Device(at.device.id) as card:
+            return self._on_card(call, card.id)
+        return self._residents.arrays(host_call(call))
 
     def close(self, deadline: Deadline) -> None:
         """Give all back that no array lies in, and borrow no more."""
@@ -126,15 +125,6 @@ class _CardBorrower(Borrower):
         raise _NotOnCardError
 
 
-def _on_host(call: Call) -> Call:
-    """Return the same call with numpy arrays."""
-    operands: dict[str, Array | Kept] = {
-        field: cupy.asnumpy(operand) if isinstance(operand, cupy.ndarray) else operand
-        for field, operand in call.operands.items()
-    }
-    return replace(call, operands=operands)
-
-
 class _Card:
     """Memory of a card, and cupy arrays. See `Place`."""
 
@@ -178,7 +168,7 @@ class _Card:
         if isinstance(source, cupy.ndarray) and source.device.id == self._ordinal:
             target[...] = source
         else:
-            target.set(np.ascontiguousarray(cupy.asnumpy(source), target.dtype))
+            target.set(np.ascontiguousarray(host_array(source), target.dtype))
 
 
 class _CardRegion(Region):

@@ -8,6 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
+import numpy as np
 import numpy.typing as npt
 
 from deconvd.dtypes import element_type
@@ -32,15 +33,15 @@ from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.config import Config
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import way_to
+from deconvd_client.frameworks import framework_of, host_array
 from deconvd_client.keywords import refuses_unknown_keywords
-from deconvd_client.kinds import is_from_cupy
 from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
-from deconvd_client.operations import GRADIENTS, Operations, checked_array
+from deconvd_client.operations import GRADIENTS, Operations, host_call
 from deconvd_client.proxies import proxy_to
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
-from deconvd_client.residents import Call, RemoteTensor, Residents
+from deconvd_client.residents import Call, Kept, RemoteTensor, Residents
 from deconvd_client.retries import Retries
 from deconvd_client.rpcs import Rpcs
 from deconvd_client.server_info import ServerInfo
@@ -56,6 +57,9 @@ __all__ = ["Connection", "connect"]
 
 _CLOSE_S: Final = 0.8
 """How long `Connection.close` waits for a server that takes nothing any more."""
+
+_ON_HOST: Final = frozenset((np.ndarray, RemoteTensor, Kept))
+"""Types of tensors that are on no card."""
 
 _WITHOUT_SHARED_MEMORY: Final = (Transport.UNIX, Transport.TCP, Transport.GRPC)
 
@@ -152,7 +156,6 @@ class Connection:
         self._lock = new_lock()
         self._residents = Residents(self._nearest, self._memory, secret, timeout_s)
         self._operations = Operations(self._residents, self._config)
-        self._any_operations = Operations(self._residents, self._config, takes_cupy=True)
         self._remote = Remote(self._operations, self._residents)
 
     @refuses_unknown_keywords
@@ -193,7 +196,7 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._any_operations.deconvolution(x, W, b, geometry)
+        call = self._operations.deconvolution(x, W, b, geometry)
         return self._arrays(call, like=x)["y"]
 
     @refuses_unknown_keywords
@@ -228,7 +231,7 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._any_operations.differentiation(x, W, b, gy, geometry, wanted)
+        call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
         arrays = self._arrays(call, like=x)
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
@@ -248,7 +251,8 @@ class Connection:
         """Return the deconvolution, and the function from its gradient to those of `x`, `W` and `b`.
 
         The server keeps x and W meanwhile, so that gradients take gy alone; arrays that they are
-        made of are referred to, to be sent again at need.
+        made of are referred to, to be sent again at need, and of cupy arrays copies on the host. The
+        result is of the kind of x, and gradients are of that of gy.
 
         Args:
             x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
@@ -261,9 +265,9 @@ class Connection:
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         images, filters = self._operations.lasting("x", x), self._operations.lasting("W", W)
         call = self._operations.deconvolution(images, filters, b, geometry)
-        y = self._residents.arrays(call)["y"]
+        y = self._arrays(call, like=x)["y"]
         pullback = Pullback(
-            self._operations, self._residents, call.problem, images, filters, has_b=b is not None
+            self._operations, self._arrays, call.problem, images, filters, has_b=b is not None
         )
         return y, pullback
 
@@ -271,7 +275,7 @@ class Connection:
         """Have the server keep an array, and return what stands for it in calls.
 
         It means what the array holds now. The array is referred to, and sent again if the server
-        loses the tensor and the array still holds the same.
+        loses the tensor and the array still holds the same. Of a cupy array that is a copy on the host.
 
         Args:
             array: Or a RemoteTensor, whose value is kept for as long as either of them. One of
@@ -289,10 +293,11 @@ class Connection:
                     self._residents, array.kept_for(self._residents, "array").shared()
                 )
             array = array.numpy()
-        spec = spec_of(checked_array("array", array))
+        elements = host_array(self._operations.operand("array", array))
+        spec = spec_of(elements)
         element_type("array", spec.dtype)
         check_extents("array", spec)
-        return RemoteTensor(self._residents, self._residents.put(array))
+        return RemoteTensor(self._residents, self._residents.put(elements))
 
     @property
     def remote(self) -> Remote:
@@ -351,10 +356,18 @@ class Connection:
         self._memory.close()
 
     def _arrays(self, call: Call, like: object) -> dict[str, Array]:
-        """Make a call that may have cupy arrays; results are of the kind of `like`."""
-        if not is_from_cupy(like, *call.operands.values()):
+        """Make a call that may have arrays of any framework; its results are of the kind of `like`."""
+        if type(like) in _ON_HOST and _ON_HOST.issuperset(map(type, call.operands.values())):
             return self._residents.arrays(call)
-        return self._opened_cards().arrays(call, like)
+        framework = framework_of(like)
+        if framework is None:
+            return self._residents.arrays(host_call(call))
+        at = framework.to_array(like)
+        if isinstance(at, np.ndarray):
+            arrays = self._residents.arrays(host_call(call))
+        else:
+            arrays = self._opened_cards().arrays(call, at)
+        return {field: framework.like(array, like) for field, array in arrays.items()}
 
     def _opened_cards(self) -> Cards:
         from deconvd_client.cards import Cards

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import NoReturn
 
@@ -11,7 +11,7 @@ from deconvd.gradients import Gradients
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_client.operations import GRADIENTS, Operations
-from deconvd_client.residents import Kept, RemoteTensor, Residents
+from deconvd_client.residents import Call, Kept, RemoteTensor
 
 __all__ = ["Pullback"]
 
@@ -27,7 +27,7 @@ class Pullback:
     def __init__(
         self,
         operations: Operations,
-        residents: Residents,
+        arrays: Callable[[Call, object], dict[str, Array]],
         problem: Problem,
         x: Kept,
         W: Kept,
@@ -35,7 +35,7 @@ class Pullback:
         has_b: bool,
     ) -> None:
         self._operations = operations
-        self._residents = residents
+        self._arrays = arrays
         self._problem = problem
         self._x = x
         self._W = W
@@ -44,7 +44,7 @@ class Pullback:
     def __call__(
         self, gy: Array | RemoteTensor, *, wanted: Collection[str] = GRADIENTS
     ) -> Gradients:
-        """Return the gradients of a loss with respect to x, W and b.
+        """Return the gradients of a loss with respect to x, W and b, as arrays of the kind of `gy`.
 
         Args:
             gy: Its gradient with respect to the result, of that shape and element type.
@@ -59,7 +59,7 @@ class Pullback:
         call = self._operations.way_back(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
         )
-        arrays = self._residents.arrays(call)
+        arrays = self._arrays(call, gy)
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def close(self) -> None:
