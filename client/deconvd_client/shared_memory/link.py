@@ -87,7 +87,9 @@ class Link:
     @property
     def is_open(self) -> bool:
         """Whether the server has not closed it."""
-        with self._lock:  # so that no thread begins to ask, whose answer could be read then
+        if not self._poll.poll(0):
+            return self.state is not LinkState.CLOSED
+        with self._lock:  # so that no thread begins to ask: what could be read then is its answer
             if self.state is LinkState.IDLE:
                 return not self._poll.poll(0)
             return self.state is LinkState.ASKING
