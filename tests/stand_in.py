@@ -40,12 +40,16 @@ class CardTensor:
 
 
 class StandIn:
-    """See `deconvd_client.frameworks.Framework`."""
+    """See `deconvd_client.frameworks.Framework`. It counts what it has turned into arrays."""
+
+    def __init__(self) -> None:
+        self.arrays_count = 0
 
     def owns(self, value: object) -> bool:
         return isinstance(value, (Tensor, CardTensor))
 
     def to_array(self, value: Any) -> Any:
+        self.arrays_count += 1
         return np.from_dlpack(value) if isinstance(value, Tensor) else value
 
     def like(self, array: Array, value: Any) -> Any:

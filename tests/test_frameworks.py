@@ -59,6 +59,14 @@ def test_results_are_of_the_kind_of_x_and_on_its_device(
     assert {y.device, *(gradient.device for gradient in gradients)} == {"there"}
 
 
+def test_operands_are_made_into_arrays_once(F: Connection, opened: list[StandIn]) -> None:
+    x: Any = Tensor(X)
+    F.deconvolution_2d(x, Tensor(W))  # type: ignore[arg-type]
+    F.deconvolution_2d_grad(x, W, None, GY, wanted=["gx"])
+
+    assert [framework.arrays_count for framework in opened] == [3]
+
+
 def test_gradients_that_are_not_wanted_stay_none(F: Connection, opened: list[StandIn]) -> None:
     x: Any = Tensor(X)
     gradients = F.deconvolution_2d_grad(x, W, None, GY, wanted=["gx"])
@@ -114,6 +122,7 @@ def test_elements_on_the_host_are_shared_and_those_on_a_card_copied_once(
     F.put(on_card)  # type: ignore[arg-type]
 
     assert on_card.copies_count == 1
+    assert opened[0].arrays_count == 1
     assert host_array(X) is X
     assert np.shares_memory(StandIn().to_array(Tensor(X)), X)
 

@@ -58,11 +58,8 @@ class Cards:
         self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
-    def arrays(self, call: Call, at: Any) -> dict[str, Array]:
-        """Make a call, once what was enqueued on the current stream is done.
-
-        Args:
-            at: One of cupy's arrays, on whose card it is to be made.
+    def arrays(self, call: Call) -> dict[str, Array]:
+        """Make a call whose results are wanted on a card, once what was enqueued on the current stream is done.
 
         Returns:
             Its results, by the names of their fields: on that card, or else numpy's.
@@ -70,7 +67,7 @@ class Cards:
         Raises:
             LostTensorError: As `Residents.arrays` does.
         """
-        with suppress(_NotOnCardError), cupy.cuda.Device(at.device.id) as card:
+        with suppress(_NotOnCardError), cupy.cuda.Device(call.at.device.id) as card:
             return self._on_card(call, card.id)
         return self._residents.arrays(host_call(call))
 

@@ -362,11 +362,10 @@ class Connection:
         framework = framework_of(like)
         if framework is None:
             return self._residents.arrays(host_call(call))
-        at = framework.to_array(like)
-        if isinstance(at, np.ndarray):
+        if isinstance(call.at, (np.ndarray, Kept)):
             arrays = self._residents.arrays(host_call(call))
         else:
-            arrays = self._opened_cards().arrays(call, at)
+            arrays = self._opened_cards().arrays(call)
         return {field: framework.like(array, like) for field, array in arrays.items()}
 
     def _opened_cards(self) -> Cards:

@@ -72,7 +72,7 @@ class Operations:
             operands["b"] = self.operand("b", b)
             problem.check_b(_spec_of(operands["b"]))
         operands["x"] = images
-        return self._call(DECONVOLVE, problem, operands, {"y": problem.y}, stay)
+        return self._call(DECONVOLVE, problem, operands, {"y": problem.y}, stay, images)
 
     def differentiation(
         self,
@@ -104,11 +104,13 @@ class Operations:
         stay: bool = False,
     ) -> Call:
         """Return the call that computes gradients of a problem whose operands are known to fit."""
-        given = {"x": x, "w": W, "gy": self.operand("gy", gy)}
-        problem.check_gy(_spec_of(given["gy"]))
+        gradient = self.operand("gy", gy)
+        problem.check_gy(_spec_of(gradient))
+        given = {"x": x, "w": W, "gy": gradient}
         results = {field: spec_of_field(problem, field) for field in _wanted(wanted, has_b=has_b)}
         operands = {field: given[field] for field in DECONVOLVE_GRAD.operands_for(results)}
-        return self._call(DECONVOLVE_GRAD, problem, operands, results, stay)
+        at = gradient if isinstance(x, Kept) else x
+        return self._call(DECONVOLVE_GRAD, problem, operands, results, stay, at)
 
     def _call(
         self,
@@ -117,10 +119,11 @@ class Operations:
         operands: dict[str, Operand],
         results: dict[str, TensorSpec],
         stay: bool,
+        at: Operand,
     ) -> Call:
         options = self._config.options
         request = request_of(operation, problem, options, tuple(results), tuple(operands))
-        call = Call(operation, request, problem, operands, results, stay)
+        call = Call(operation, request, problem, operands, results, stay, at)
         return host_call(call) if stay else call
 
 

@@ -33,6 +33,8 @@ class Call:
         operands: By the names of their fields, in the order of streams.
         results: What they will be, by the names of their fields.
         stay: Whether the results stay on the server.
+        at: The operand that results are wanted beside, which need not be sent: an array of numpy's, one of
+            cupy's on its card, or a Kept.
     """
 
     operation: Operation
@@ -41,6 +43,7 @@ class Call:
     operands: Mapping[str, Array | Kept]
     results: Mapping[str, TensorSpec]
     stay: bool
+    at: Any
 
 
 @dataclass(frozen=True, slots=True)
