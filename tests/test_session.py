@@ -37,7 +37,7 @@ def F(wire: Wire) -> Iterator[Connection]:
 
 
 def keeper(F: Connection) -> Keeper:
-    return F._residents._session._keeper
+    return F._server.residents._session._keeper
 
 
 @pytest.fixture
@@ -136,6 +136,6 @@ def test_it_is_given_up_when_its_lease_has_passed(tmp_path: Path) -> None:
 def test_a_session_that_could_not_be_opened_is_none(wire: Wire) -> None:
     with deconvd_client.connect("127.0.0.1:1", timeout_s=1, fail_fast=True) as F:
         with suppress(DeconvdError):
-            F._residents._session.open(soon())
+            F._server.residents._session.open(soon())
         assert keeper(F).state is SessionState.NONE
         assert keeper(F).opened is None

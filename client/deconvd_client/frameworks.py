@@ -15,7 +15,7 @@ import numpy as np
 
 from deconvd.tensor import Array
 
-__all__ = ["Framework", "framework_of", "host_array", "register"]
+__all__ = ["Framework", "arrays_like", "framework_of", "host_array", "register"]
 
 _TYPES_COUNT: Final = 256
 """Of how many types it is remembered what framework they are of."""
@@ -60,6 +60,14 @@ def framework_of(value: object) -> Framework | None:
     """Return the framework whose array a value is; None if it is numpy's, or no array that is known here."""
     framework = _framework_of_type(type(value))  # type: ignore[arg-type]  # mypy: types have no hash
     return framework if framework is not None and framework.owns(value) else None
+
+
+def arrays_like(like: object, arrays: dict[str, Array]) -> dict[str, Array]:
+    """Return results as arrays of the kind of `like`, on its device."""
+    framework = None if type(like) is np.ndarray else framework_of(like)
+    if framework is None:
+        return arrays
+    return {name: framework.like(array, like) for name, array in arrays.items()}
 
 
 def host_array(array: Any) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -18,7 +17,7 @@ from deconvd_client.config import Config
 from deconvd_client.frameworks import framework_of, host_array
 from deconvd_client.residents import Call, Kept, RemoteTensor, Residents, Source
 
-__all__ = ["GRADIENTS", "Operand", "Operations", "host_call"]
+__all__ = ["GRADIENTS", "Operand", "Operations"]
 
 GRADIENTS: Final = ("gx", "gW", "gb")
 
@@ -124,13 +123,7 @@ class Operations:
         options = self._config.options
         request = request_of(operation, problem, options, tuple(results), tuple(operands))
         call = Call(operation, request, problem, operands, results, stay, at)
-        return host_call(call) if stay else call
-
-
-def host_call(call: Call) -> Call:
-    """Return the same call with numpy arrays in place of those that are on cards."""
-    operands = {f: o if isinstance(o, Kept) else host_array(o) for f, o in call.operands.items()}
-    return replace(call, operands=operands)
+        return call.on_host() if stay else call
 
 
 def _wrong_kind(name: str, value: object) -> InvalidArgumentError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import TracebackType
 from typing import NoReturn
 
@@ -10,8 +10,10 @@ from deconvd.errors import InvalidArgumentError
 from deconvd.gradients import Gradients
 from deconvd.problem import Problem
 from deconvd.tensor import Array
+from deconvd_client.frameworks import arrays_like
 from deconvd_client.operations import GRADIENTS, Operations
-from deconvd_client.residents import Call, Kept, RemoteTensor
+from deconvd_client.residents import Kept, RemoteTensor
+from deconvd_client.server import Server
 
 __all__ = ["Pullback"]
 
@@ -27,7 +29,7 @@ class Pullback:
     def __init__(
         self,
         operations: Operations,
-        arrays: Callable[[Call, object], dict[str, Array]],
+        server: Server,
         problem: Problem,
         x: Kept,
         W: Kept,
@@ -35,7 +37,7 @@ class Pullback:
         has_b: bool,
     ) -> None:
         self._operations = operations
-        self._arrays = arrays
+        self._server = server
         self._problem = problem
         self._x = x
         self._W = W
@@ -59,7 +61,7 @@ class Pullback:
         call = self._operations.way_back(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
         )
-        arrays = self._arrays(call, gy)
+        arrays = arrays_like(gy, self._server.arrays(call))
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def close(self) -> None:

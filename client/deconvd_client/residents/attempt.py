@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deconvd.digest import digest_of
@@ -14,6 +14,7 @@ from deconvd.tensor import Array, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Asked, Request, Response, argument_of
 from deconvd_client.deadline import Deadline
+from deconvd_client.frameworks import host_array
 from deconvd_client.residents.contents import Contents
 from deconvd_client.residents.kept import Kept, KeptState
 from deconvd_client.residents.session import Handle
@@ -44,6 +45,13 @@ class Call:
     results: Mapping[str, TensorSpec]
     stay: bool
     at: Any
+
+    def on_host(self) -> Call:
+        """Return the same call with numpy arrays in place of those that are on cards."""
+        operands = {
+            f: o if isinstance(o, Kept) else host_array(o) for f, o in self.operands.items()
+        }
+        return replace(self, operands=operands)
 
 
 @dataclass(frozen=True, slots=True)
