@@ -239,6 +239,16 @@ def test_a_pullback_answers_in_the_kind_of_what_it_is_given(F: Connection) -> No
             np.testing.assert_array_equal(cupy.asnumpy(found), right)
 
 
+def test_gradients_of_a_remote_tensor_are_numpys(F: Connection) -> None:
+    x, W, _, gy = operands()
+    on_card = cupy.asarray(W), None, cupy.asarray(gy)
+    for wanted in (["gx"], ["gx", "gW"]):
+        found = F.deconvolution_2d_grad(F.put(x), *on_card, **GEOMETRY, wanted=wanted)
+        expected = F.deconvolution_2d_grad(x, W, None, gy, **GEOMETRY, wanted=wanted)
+        assert isinstance(found.gx, np.ndarray)
+        np.testing.assert_array_equal(found.gx, expected.gx)
+
+
 @pytest.mark.parametrize("wanted", ["gx", "gW", "gb"])
 def test_one_gradient_of_cupy_arrays_is_a_cupy_array(F: Connection, wanted: str) -> None:
     x, W, b, gy = operands()

@@ -84,6 +84,17 @@ def test_with_another_x_the_results_are_numpys(F: Connection, opened: list[Stand
         np.testing.assert_array_equal(y, F.deconvolution_2d(X, W))
 
 
+def test_a_gradient_of_a_remote_tensor_is_numpys_though_all_that_is_sent_is_on_a_card(
+    F: Connection, opened: list[StandIn]
+) -> None:
+    gy: Any = CardTensor(GY)
+    gradients = F.deconvolution_2d_grad(F.put(X), W, None, gy, wanted=["gx"])
+
+    assert isinstance(gradients.gx, np.ndarray)
+    expected = F.deconvolution_2d_grad(X, W, None, GY, wanted=["gx"])
+    np.testing.assert_array_equal(gradients.gx, expected.gx)
+
+
 @pytest.mark.parametrize("kind", [Tensor, CardTensor])
 def test_what_stays_on_the_server_may_be_made_of_them(
     F: Connection, opened: list[StandIn], kind: Callable[[Array], Any]

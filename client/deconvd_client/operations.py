@@ -89,7 +89,9 @@ class Operations:
         problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
         if b is not None:
             problem.check_b(_spec_of(self.operand("b", b)))
-        return self.way_back(problem, images, filters, gy, wanted, has_b=b is not None, stay=stay)
+        return self.way_back(
+            problem, images, filters, gy, wanted, has_b=b is not None, stay=stay, at=images
+        )
 
     def way_back(
         self,
@@ -101,14 +103,19 @@ class Operations:
         *,
         has_b: bool,
         stay: bool = False,
+        at: Operand | None = None,
     ) -> Call:
-        """Return the call that computes gradients of a problem whose operands are known to fit."""
+        """Return the call that computes gradients of a problem whose operands are known to fit.
+
+        Args:
+            at: As in `Call`; None for gy.
+        """
         gradient = self.operand("gy", gy)
         problem.check_gy(_spec_of(gradient))
         given = {"x": x, "w": W, "gy": gradient}
         results = {field: spec_of_field(problem, field) for field in _wanted(wanted, has_b=has_b)}
         operands = {field: given[field] for field in DECONVOLVE_GRAD.operands_for(results)}
-        at = gradient if isinstance(x, Kept) else x
+        at = gradient if at is None else at
         return self._call(DECONVOLVE_GRAD, problem, operands, results, stay, at)
 
     def _call(
