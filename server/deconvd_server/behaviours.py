@@ -11,9 +11,9 @@ from google.protobuf.message import DecodeError, Message
 from deconvd.array_memory import ArrayMemory
 from deconvd.codec import Envelope, decode
 from deconvd.errors import InvalidArgumentError
+from deconvd.malloc import LARGE_BYTES
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd_server.call import Call
-from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["Behaviour", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
 

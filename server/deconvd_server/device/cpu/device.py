@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
+from deconvd.malloc import LARGE_BYTES
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -40,7 +41,6 @@ from deconvd_server.device.protocol import (
     Operand,
 )
 from deconvd_server.ledger import Stage
-from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["CpuDevice"]
 
