@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
@@ -14,9 +13,10 @@ from deconvd.direct import Answer, CallHead, FrameSource, Method, failure, tell_
 from deconvd.line import FrameKind, Line, LineBrokenError
 from deconvd.parts import Elements, Part
 from deconvd_client.late_copy import LateCopy
+from deconvd_client.transport import Conversation
 from deconvd_client.uninterrupted import NotYetError, Promise, do_beside
 
-__all__ = ["Conversation", "LentLine"]
+__all__ = ["LentLine"]
 
 _T = TypeVar("_T")
 
@@ -25,25 +25,6 @@ _PIECE_BYTES: Final = 16 << 20
 
 _SENT_S: Final = 5.0
 """How long a thread may take to notice that what it sends on is broken; only an interrupt lets it take so long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation(Generic[_T]):
-    """A call of many parts, to be made once.
-
-    Attributes:
-        parts: The request; the first is a message.
-        receive: Makes something of the response.
-        response_type: The type of its messages.
-        at_once: Whether parts of the response may come before the request is whole: it is sent in a
-            thread of its own then.
-    """
-
-    method: Method
-    parts: Iterator[Part]
-    receive: Callable[[FrameSource], _T]
-    response_type: type[Message]
-    at_once: bool = False
 
 
 class LentLine(AbstractContextManager["LentLine"]):
@@ -74,7 +55,7 @@ class LentLine(AbstractContextManager["LentLine"]):
     def begin(
         self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None
     ) -> None:
-        """Make a call: see `DirectLines.call`."""
+        """Make a call: see `DirectTransport.unary`."""
         if late_copy is None:
             self._send(CallHead(method, timeout_s, message))
             return
@@ -98,7 +79,7 @@ class LentLine(AbstractContextManager["LentLine"]):
         raise LineBrokenError(f"a frame of kind {kind.name} where an answer was to come")
 
     def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
-        """See `DirectLines.converse`."""
+        """See `DirectTransport.stream`."""
         first = next(talk.parts)
         assert isinstance(first, Message)
         self._send(CallHead(talk.method, timeout_s, first.SerializeToString()))
