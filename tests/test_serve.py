@@ -16,10 +16,10 @@ import pytest
 
 import deconvd_client
 from deconvd import errors
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeconvdError
 from deconvd.ledger import ledger_from_metadata
-from deconvd.line import LineBrokenError
+from deconvd.line_errors import LineBrokenError
 from deconvd.status import error_from_status
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from deconvd.codec import Buffer, Envelope
-from deconvd.line import MAX_MESSAGE_BYTES
+from deconvd.direct_events import MAX_MESSAGE_BYTES
 from deconvd.messages import messages_for
 from deconvd.tensor import elements_of
 from deconvd_client.asked import Answered, Asked, Request, Response, received

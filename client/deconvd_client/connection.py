@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Final, SupportsIndex
 
 import numpy.typing as npt
 
+from deconvd.direct_events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.dtypes import element_type
 from deconvd.forks import new_lock
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
-from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.problem import check_extents
 from deconvd.tensor import Array, spec_of
 from deconvd.transport import unix_path

@@ -13,10 +13,11 @@ from grpc_health.v1 import health_pb2
 from deconvd.array_memory import ArrayMemory
 from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import Envelope, decode, encode
-from deconvd.direct import FrameSource, Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.grpc_status import error_from_rpc
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY, ledger_from_metadata
+from deconvd.line import FrameSource
 from deconvd.messages import messages_for
 from deconvd.operation import OPERATIONS, Operation
 from deconvd.parts import Part, PartReader, PartSource

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from google.rpc import status_pb2
 
 from deconvd.errors import CallCancelledError, DeconvdError, InternalError
-from deconvd.line import LineBrokenError
+from deconvd.line_errors import LineBrokenError
 from deconvd.status import status_from_error
 from deconvd_server.call import Call
 from deconvd_server.log_text import excerpt

@@ -1,12 +1,11 @@
-"""Operands that their client is still writing into shared memory while its call is served. See `deconvd.direct`."""
+"""Operands that their client is still writing into shared memory while its call is served. See `direct_protocol`."""
 
 from __future__ import annotations
 
 import time
 from typing import Final
 
-from deconvd.direct import hear_written
-from deconvd.line import Line
+from deconvd.line import Line, hear_written
 
 __all__ = ["LateError", "Writing"]
 
@@ -32,7 +31,7 @@ class Writing:
         written_bytes: How many bytes it has written already.
 
     Attributes:
-        total_bytes: What it writes: all operands in shared memory, one behind the other (see `deconvd.direct`).
+        total_bytes: What it writes: all operands in shared memory, one behind the other (see `direct_protocol`).
         waited_s: Seconds that were spent in `expect`.
     """
 
