@@ -42,7 +42,7 @@ def floor_ms(device: str, problem: Problem, *, is_of_gradients: bool = False) ->
 
     from deconvd_server.device.cuda.device import CudaDevice
     from deconvd_server.device.cuda.operator import Operator
-    from deconvd_server.device.cuda.plan import Operation
+    from deconvd_server.device.cuda.plan import Product
 
     card = CudaDevice(_ordinal(device))
     with cupy.cuda.Device(_ordinal(device)), cupy.cuda.Stream() as stream:
@@ -53,16 +53,16 @@ def floor_ms(device: str, problem: Problem, *, is_of_gradients: bool = False) ->
 
         x, W, y, gx, gW = map(pair, (problem.x, problem.W, problem.y, problem.x, problem.W))
         operands, results = [x, W], [y]
-        works = [(Operation.Y, x, W, y)]
+        works = [(Product.Y, x, W, y)]
         if is_of_gradients:  # y stands for gy
             operands, results = [x, W, y], [gx, gW]
-            works = [(Operation.GX, y, W, gx), (Operation.GW, x, y, gW)]
+            works = [(Product.GX, y, W, gx), (Product.GW, x, y, gW)]
 
         def upload() -> None:
             for array, host in operands:
                 array.set(host, stream=stream)
 
-        def compute(operation: Operation, a: _Pair, b: _Pair, out: _Pair) -> None:
+        def compute(operation: Product, a: _Pair, b: _Pair, out: _Pair) -> None:
             options = Options(autotune=True)
             operator.run(operation, problem, a[0], b[0], out[0], options)
 

@@ -23,7 +23,7 @@ from deconvd.geometry import Geometry
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.kernels import candidates, fallback
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import Plan, Product
 
 BYTES_PER_S = 4.25e12
 FLOPS_PER_S = {"float16": 790e12, BFLOAT16.name: 790e12, "float32": 50e12, "float64": 60e12}
@@ -59,7 +59,7 @@ def _check_all(problem: Problem, *, time: bool) -> Iterator[str]:
     """Check, and perhaps time, each of our plans; yield a line for each that is wrong or fails."""
     options = Options()
     operands = draw(problem)
-    for operation in Operation:
+    for operation in Product:
         reference = expected(operands, operation)
         plans: list[Plan] = []
         if problem.has_products:
@@ -75,7 +75,7 @@ def _check_all(problem: Problem, *, time: bool) -> Iterator[str]:
 
 
 def _check(
-    plan: Plan, operation: Operation, operands: Operands, reference: torch.Tensor, *, time: bool
+    plan: Plan, operation: Product, operands: Operands, reference: torch.Tensor, *, time: bool
 ) -> Iterator[str]:
     execution = _Execution(plan, operation, operands)
     first = execution.run()
@@ -95,7 +95,7 @@ def _check(
 class _Execution:
     """A plan with memory for its workspace and results."""
 
-    def __init__(self, plan: Plan, operation: Operation, operands: Operands) -> None:
+    def __init__(self, plan: Plan, operation: Product, operands: Operands) -> None:
         self._plan, self._operation, self._operands = plan, operation, operands
         self._workspace = torch.full(
             (plan.workspace_bytes + 256,), 0xFF, dtype=torch.uint8, device="cuda"

@@ -18,7 +18,7 @@ from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd_server.device.cuda.device import CudaDevice, Limits
 from deconvd_server.device.cuda.operator import Operator
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["timed_rows", "versions"]
 
@@ -67,7 +67,7 @@ class Ours:
     def y(self, tensors: Tensors) -> None:
         """Compute y."""
         at = tensors.arrays
-        self._operator.run(Operation.Y, self._problem, at["x"], at["W"], at["y"], self._options)
+        self._operator.run(Product.Y, self._problem, at["x"], at["W"], at["y"], self._options)
 
     def gradients(self, tensors: Tensors) -> None:
         """Compute gx, gW and gb."""
@@ -76,7 +76,7 @@ class Ours:
 
     def plans(self, op: str) -> list[str]:
         """Return the names of the plans that serve an operation."""
-        operations = [Operation.Y] if op == "y" else [Operation.GX, Operation.GW]
+        operations = [Product.Y] if op == "y" else [Product.GX, Product.GW]
         return [self._operator.plan_name(o, self._problem, self._options) for o in operations]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from deconvd.dtypes import DType
 from deconvd.problem import Problem
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["Operands", "draw", "expected", "relative_error", "tolerance"]
 
@@ -27,18 +27,18 @@ class Operands:
     W: torch.Tensor
     gy: torch.Tensor
 
-    def of(self, operation: Operation) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, operation: Product) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the two that an operation takes, in a plan's order."""
         pairs = {
-            Operation.Y: (self.x, self.W),
-            Operation.GX: (self.gy, self.W),
-            Operation.GW: (self.x, self.gy),
+            Product.Y: (self.x, self.W),
+            Product.GX: (self.gy, self.W),
+            Product.GW: (self.x, self.gy),
         }
         return pairs[operation]
 
-    def poisoned(self, operation: Operation) -> torch.Tensor:
+    def poisoned(self, operation: Product) -> torch.Tensor:
         """Return a place for an operation's result, full of NaN."""
-        like = {Operation.Y: self.gy, Operation.GX: self.x, Operation.GW: self.W}
+        like = {Product.Y: self.gy, Product.GX: self.x, Product.GW: self.W}
         return torch.full_like(like[operation], float("nan"))
 
 
@@ -57,14 +57,14 @@ def torch_type(dtype: DType) -> torch.dtype:
     return found
 
 
-def expected(operands: Operands, operation: Operation) -> torch.Tensor:
+def expected(operands: Operands, operation: Product) -> torch.Tensor:
     """Return an operation's result in float64."""
     x, W = (t.double().requires_grad_() for t in (operands.x, operands.W))
     y = _deconvolve(operands.problem, x, W)
-    if operation is Operation.Y:
+    if operation is Product.Y:
         return y.detach()
     y.backward(operands.gy.double())
-    gradient = x.grad if operation is Operation.GX else W.grad
+    gradient = x.grad if operation is Product.GX else W.grad
     assert gradient is not None
     return gradient
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.layers import Layer
 from deconvd.messages import geometry_from_message, message_from_geometry
+from deconvd.operation import DECONVOLVE
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import Array, message_from_array, spec_from_message
@@ -120,7 +121,10 @@ def _cpu_operator() -> _Operator:
     def operator(problem: Problem, x: bytes, W: bytes) -> bytes:
         x_array = np.frombuffer(x, problem.x.dtype).reshape(problem.x.shape)
         W_array = np.frombuffer(W, problem.W.dtype).reshape(problem.W.shape)
-        return cpu.deconvolve(problem, x_array, W_array, None, Options(), Call()).tobytes()
+        y = np.empty(problem.y.shape, problem.y.dtype)
+        operands = {"x": x_array, "w": W_array}
+        cpu.run(DECONVOLVE, problem, operands, {"y": y}, Options(), Call())
+        return y.tobytes()
 
     return operator
 

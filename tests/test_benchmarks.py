@@ -1,21 +1,49 @@
-"""Benchmarks: what they compare us with computes the same, and what they measure can be drawn."""
+"""Benchmarks: what they compare us with computes the same, and what they measure can be drawn and counted."""
 
 from __future__ import annotations
 
+import _thread
 import json
 import re
+import shutil
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from queue import SimpleQueue
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.against import main as against
+from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
+from benchmarks.profiled import LEFT_OUT, profiled
 from benchmarks.service import main as service
 from benchmarks.stock import stock_service
 from benchmarks.transport_plot import main as plot
+from deconvd.geometry import Geometry
+from deconvd.system import processors_count
 from deconvd_client import Connection
+
+CHECKOUT = Path(__file__).parents[1]
+
+SLOWER_BY_50_MS = """
+import time
+
+_as_it_was = Connection.deconvolution_2d
+
+
+def _slower(*arguments):
+    time.sleep(0.05)
+    return _as_it_was(*arguments)
+
+
+Connection.deconvolution_2d = _slower
+"""
 
 
 def test_the_stock_service_computes_what_ours_does(F: Connection) -> None:
@@ -53,7 +81,7 @@ def test_latency_alone_is_measured_without_peers(tmp_path: Path, calls: str) -> 
 
 
 def test_the_plot_has_a_line_for_every_path_that_was_measured(tmp_path: Path) -> None:
-    results = Path(__file__).parents[1] / "benchmarks/results/transport-2-cores.json"
+    results = CHECKOUT / "benchmarks/results/transport-2-cores.json"
     drawn = tmp_path / "plot.svg"
 
     ended = CliRunner().invoke(plot, [str(results), "-o", str(drawn)], catch_exceptions=False)
@@ -66,3 +94,77 @@ def test_the_plot_has_a_line_for_every_path_that_was_measured(tmp_path: Path) ->
         text for text in texts if text.startswith(("deconvd", "plain", "Arrow", "bare", "one"))
     ]
     assert len(legend) == len(paths)
+
+
+def test_a_calls_functions_are_counted_on_both_sides_of_each_way(tmp_path: Path) -> None:
+    results = tmp_path / "hops.json"
+    arguments = ["--way", "shared_memory", "--way", "grpc_message", "--files"]
+
+    ended = CliRunner().invoke(hops, [*arguments, "--json", str(results)], catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    rows = json.loads(results.read_text())["rows"]
+    sides = [(row["way"], row["side"]) for row in rows]
+    assert sides == list(product(("shared_memory", "grpc_message"), ("client", "server")))
+    for row in rows:
+        assert row["python_calls"] >= row["stays"] == len(row["chain"]) >= row["files"] > 0
+        assert "deconvd.busy_polling" not in row["chain"]
+    client, server, _, grpc_server = (row["chain"] for row in rows)
+    assert "deconvd_client.connection" in client
+    assert "deconvd_server.shared_memory.lender" in server
+    assert not {"deconvd.line", "deconvd_server.shared_memory.lender"} & set(grpc_server)
+    assert re.search(r"^    \S+ - .*\bconnection\b", ended.output, re.MULTILINE)
+
+
+def _start_by_threading(work: Callable[[], object]) -> None:
+    threading.Thread(target=work).start()
+
+
+def _start_beneath_threading(work: Callable[[], object]) -> None:
+    _thread.start_new_thread(work, ())
+
+
+@pytest.mark.parametrize("start", [_start_by_threading, _start_beneath_threading])
+def test_functions_count_in_each_kind_of_thread(
+    start: Callable[[Callable[[], object]], None],
+) -> None:
+    ended: SimpleQueue[None] = SimpleQueue()
+
+    def work() -> None:
+        processors_count()
+        Geometry.from_arguments(1, 0)
+        ended.put(None)
+
+    with profiled() as profile:
+        profile.begin()
+        start(work)
+        ended.get(timeout=10)
+        (modules,) = profile.end()
+
+    assert modules[0] == "deconvd.system"
+    assert set(modules[1:]) == {"deconvd.geometry"}
+
+
+def test_another_checkout_is_timed_beside_this_one_by_its_own_code(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for folder in ("proto", "client", "server", "benchmarks"):
+        shutil.copytree(CHECKOUT / folder, other / folder)
+    with (other / "client/deconvd_client/connection.py").open("a") as module:
+        module.write(SLOWER_BY_50_MS)
+    options = ["--bytes", "1024", "--path", "memcpy", "--path", "tcp", "--time-s", "0.1"]
+
+    ended = CliRunner().invoke(
+        against, ["--rounds", "2", str(other), "transport", *options], catch_exceptions=False
+    )
+
+    assert ended.exit_code == 0
+    rows = re.findall(r"^(\w+) 1024 ms +([\d.]+) +([\d.]+) +([\d.]+)$", ended.output, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["memcpy", "tcp"]
+    others_ms, ours_ms, ratio = map(float, rows[1][1:])
+    assert others_ms >= 50
+    assert ratio == pytest.approx(ours_ms / others_ms, abs=1e-3)
+
+
+@pytest.mark.parametrize("module", LEFT_OUT)
+def test_modules_that_do_not_count_exist(module: str) -> None:
+    assert find_spec(module) is not None

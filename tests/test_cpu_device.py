@@ -20,6 +20,7 @@ from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
@@ -28,7 +29,9 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cpu import device as cpu_device
 from deconvd_server.device.cpu.blocking import useful_threads_count
 from deconvd_server.device.cpu.products import Products
+from deconvd_server.engine import Engine
 from tests import definition
+from tests.devices import Runner, deconvolve, gradients
 from tests.strategies import FLOAT64, Operands, operands
 
 TIMEOUT_S = 60
@@ -50,16 +53,23 @@ def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
     device.close()
 
 
+def runner(device: CpuDevice, problem: Problem) -> Runner:
+    """Return what computes a problem: the device, or for one without products its engine."""
+    return device if problem.has_products else Engine(device, waiting_count=0)
+
+
 def y_of(
     device: CpuDevice, o: Operands, *, call: Call | None = None, options: Options | None = None
 ) -> Array:
-    return device.deconvolve(o.problem, o.x, o.W, o.b, options or Options(), call or Call())
+    by = runner(device, o.problem)
+    return deconvolve(by, o.problem, o.x, o.W, o.b, options or Options(), call or Call())
 
 
 def gradients_of(
     device: CpuDevice, o: Operands, *, wanted: Wanted = ALL, call: Call | None = None
 ) -> Gradients:
-    return device.gradients(o.problem, o.x, o.W, o.gy, wanted, Options(), call or Call())
+    by = runner(device, o.problem)
+    return gradients(by, o.problem, o.x, o.W, o.gy, wanted, Options(), call or Call())
 
 
 def results_of(device: CpuDevice, o: Operands) -> list[Array]:
@@ -222,7 +232,7 @@ def test_y_is_linear_in_x_and_in_W(device: CpuDevice, o: Operands, seed: int) ->
     p, other = o.problem, drawn(o.problem, with_b=False, seed=seed)
 
     def y(x: Array, W: Array) -> Array:
-        return device.deconvolve(p, x, W, None, Options(), Call())
+        return deconvolve(runner(device, p), p, x, W, None, Options(), Call())
 
     in_x = 3 * y(o.x, o.W) + y(other.x, o.W)
     assert_agrees(y(3 * o.x + other.x, o.W), in_x, F64)
@@ -233,7 +243,7 @@ def test_y_is_linear_in_x_and_in_W(device: CpuDevice, o: Operands, seed: int) ->
 @settings(max_examples=60, deadline=None)
 @given(o=operands(FLOAT64))
 def test_the_gradients_are_adjoint_to_y(device: CpuDevice, o: Operands) -> None:
-    y = device.deconvolve(o.problem, o.x, o.W, None, Options(), Call())
+    y = deconvolve(runner(device, o.problem), o.problem, o.x, o.W, None, Options(), Call())
     gx, gW, _ = _all(gradients_of(device, o))
 
     wanted = np.vdot(o.gy, y)
@@ -252,7 +262,7 @@ def test_the_gradients_are_what_small_steps_show(device: CpuDevice, o: Operands,
     assert step.b is not None
 
     def loss(x: Array, W: Array, b: Array) -> float:
-        return float(np.vdot(o.gy, device.deconvolve(p, x, W, b, Options(), Call())))
+        return float(np.vdot(o.gy, deconvolve(runner(device, p), p, x, W, b, Options(), Call())))
 
     half = 0.5  # no need for less: y is linear in each operand, so that only rounding makes errors
     slopes = [
@@ -283,7 +293,7 @@ def test_only_the_gradients_wanted_are_given_and_only_what_they_need_is_asked_fo
     every = gradients_of(device, o)
 
     x, W = (o.x if wanted.gW else None), (o.W if wanted.gx else None)
-    some = device.gradients(o.problem, x, W, o.gy, wanted, Options(), Call())
+    some = gradients(runner(device, o.problem), o.problem, x, W, o.gy, wanted, Options(), Call())
 
     for name, gradient in every._asdict().items():
         if getattr(wanted, name):
@@ -460,16 +470,21 @@ def test_after_a_call_that_ended_early_the_device_works_as_before(
 # What it takes
 
 
-def test_a_result_that_no_memory_holds_is_an_error_and_the_device_works_on(
-    device: CpuDevice,
-) -> None:
-    # y has 2^62 bytes, beyond any address space
+def test_what_no_memory_holds_is_an_error_and_the_device_works_on(device: CpuDevice) -> None:
+    # y has 2^62 bytes, beyond any address space, and its place must have another layout meanwhile
     p = problem_of((1, 1, 2, 2), (1, 1, 1, 1), Geometry(stride=(2**30 - 1, 2**30 - 1)))
     one = np.ones((1, 1, 1, 1), F32)
-    o = Operands(p, np.ones(p.x.shape, F32), one, b=None, gy=one)
+    place = np.broadcast_to(np.ones((), F32), p.y.shape)
 
     with pytest.raises(ExhaustedError, match=r"has not the memory for x .*, y float32 of shape"):
-        y_of(device, o)
+        device.run(
+            DECONVOLVE,
+            p,
+            {"x": np.ones(p.x.shape, F32), "w": one},
+            {"y": place},
+            Options(),
+            Call(),
+        )
 
     small = drawn(several_blocks())
     assert y_of(device, small).shape == small.problem.y.shape
@@ -528,10 +543,14 @@ def test_a_call_takes_no_more_memory_than_its_footprint(name: str, threads_count
         tracemalloc.stop()
         device.close()
 
-    wanted = {"y": None, "gx": Wanted(gW=False, gb=False), "gW": Wanted(gx=False, gb=False)}
+    results = {
+        "y": (DECONVOLVE, "y"),
+        "gx": (DECONVOLVE_GRAD, "gx"),
+        "gW": (DECONVOLVE_GRAD, "gw"),
+    }
     allowed = {
-        run_name: device.footprint_bytes(problem, mask) - operands_bytes
-        for run_name, mask in wanted.items()
+        run_name: device.footprint_bytes(operation, problem, {field}) - operands_bytes
+        for run_name, (operation, field) in results.items()
     }
     over = {k: (peaks[k], allowed[k]) for k in peaks if peaks[k] > allowed[k] + _PYTHON_BYTES}
     assert not over
@@ -558,7 +577,7 @@ def test_small_calls_are_computed_by_the_thread_that_makes_them(
         x, W = np.ones((1, 4, image, image), np.float32), np.ones((4, 8, 3, 3), np.float32)
         problem = Problem(spec_of(x), spec_of(W), Geometry())
         threads.clear()
-        y = device.deconvolve(problem, x, W, None, Options(), Call())
+        y = deconvolve(device, problem, x, W, None, Options(), Call())
         np.testing.assert_allclose(y, definition.deconvolve(problem, x, W))
         assert (threads == {threading.get_ident()}) == is_alone
     device.close()

@@ -19,7 +19,7 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.cudnn.enums import Note
 from deconvd_server.device.cuda.cudnn.search import Rules
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.plans.book import PlanBook
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
@@ -106,7 +106,7 @@ def chooser_of(candidates: Any, tuning_limit_s: float = 5) -> Chooser:
 def key_of(options: Options, dtype: type = np.float32) -> PlanKey:
     x = TensorSpec((1, 4, 8, 8), np.dtype(dtype))
     problem = Problem(x, TensorSpec((4, 2, 4, 4), np.dtype(dtype)), Geometry())
-    return PlanKey.of(Operation.Y, problem, options, 100)
+    return PlanKey.of(Product.Y, problem, options, 100)
 
 
 def chosen(candidates: FakeCandidates, options: Options) -> Candidate:

@@ -22,15 +22,18 @@ from deconvd.gradients import Gradients, Wanted
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
 from deconvd.line import Line, tell_written
 from deconvd.line_errors import LineBrokenError
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd_server import writing
 from deconvd_server.call import Call
-from deconvd_server.device import GradientPlaces, Operand
+from deconvd_server.device import Operand
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.engine import Engine
 from deconvd_server.writing import LateError, Writing
 from tests import definition
+from tests.devices import deconvolve, gradients
 from tests.golden import GoldenCase, golden_cases, tolerance
 from tests.line_pairs import early_ends
 
@@ -84,8 +87,8 @@ def golden_problem(case: GoldenCase) -> Problem:
 def test_results_agree_with_chainer(cuda: CudaDevice, case: GoldenCase, options: Options) -> None:
     a, problem = case.arrays, golden_problem(case)
 
-    y = cuda.deconvolve(problem, a["x"], a["W"], a.get("b"), options, Call())
-    found = cuda.gradients(problem, a["x"], a["W"], a["gy"], Wanted(), options, Call())
+    y = deconvolve(cuda, problem, a["x"], a["W"], a.get("b"), options, Call())
+    found = gradients(cuda, problem, a["x"], a["W"], a["gy"], Wanted(), options, Call())
 
     np.testing.assert_allclose(y, a["y"], **vars(tolerance(case, 0)))
     expected = Gradients(
@@ -147,11 +150,11 @@ def test_results_agree_with_the_cpu(cuda: CudaDevice, cpu: CpuDevice, seed: int)
     x, W, gy = random_array(problem.x), random_array(problem.W, 1), random_array(problem.y, 2)
     b = random_array(problem.b, 3) if seed % 3 else None
 
-    y = cuda.deconvolve(problem, x, W, b, options, Call())
-    found = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+    y = deconvolve(cuda, problem, x, W, b, options, Call())
+    found = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
 
-    assert_near(y, cpu.deconvolve(problem, x, W, b, options, Call()), problem)
-    expected = cpu.gradients(problem, x, W, gy, Wanted(), options, Call())
+    assert_near(y, deconvolve(cpu, problem, x, W, b, options, Call()), problem)
+    expected = gradients(cpu, problem, x, W, gy, Wanted(), options, Call())
     for result, wanted in zip(found, expected, strict=True):
         assert result is not None
         assert wanted is not None
@@ -169,13 +172,14 @@ def test_empty_operands_give_what_the_cpu_gives(
     problem = Problem(x_spec, W_spec, Geometry())
     x, W, b, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.b, problem.y))
 
-    y = cuda.deconvolve(problem, x, W, b, Options(), Call())
-    found = cuda.gradients(problem, x, W, gy, Wanted(), Options(), Call())
+    on_card, on_host = (Engine(device, waiting_count=0) for device in (cuda, cpu))
+    y = deconvolve(on_card, problem, x, W, b, Options(), Call())
+    found = gradients(on_card, problem, x, W, gy, Wanted(), Options(), Call())
 
-    assert cuda.footprint_bytes(problem, None) == 0
-    np.testing.assert_array_equal(y, cpu.deconvolve(problem, x, W, b, Options(), Call()))
+    assert cuda.footprint_bytes(DECONVOLVE, problem, {"y"}) == 0
+    np.testing.assert_array_equal(y, deconvolve(on_host, problem, x, W, b, Options(), Call()))
     for result, expected in zip(
-        found, cpu.gradients(problem, x, W, gy, Wanted(), Options(), Call()), strict=True
+        found, gradients(on_host, problem, x, W, gy, Wanted(), Options(), Call()), strict=True
     ):
         np.testing.assert_array_equal(result, expected)
 
@@ -198,9 +202,9 @@ def test_deterministic_runs_are_equal_bit_by_bit(
     x, W, gy = random_array(problem.x), random_array(problem.W, 1), random_array(problem.y, 2)
 
     def run() -> tuple[bytes, ...]:
-        y = cuda.deconvolve(problem, x, W, None, options, Call())
-        gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
-        return tuple(array.tobytes() for array in (y, *gradients) if array is not None)
+        y = deconvolve(cuda, problem, x, W, None, options, Call())
+        found = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+        return tuple(array.tobytes() for array in (y, *found) if array is not None)
 
     assert len({run() for _ in range(5)}) == 1
 
@@ -230,9 +234,9 @@ def test_only_the_wanted_gradients_are_given(
     W = random_array(problem.W, 1) if wanted.gx else None
     gy = random_array(problem.y, 2)
 
-    found = cuda.gradients(problem, x, W, gy, wanted, Options(), Call())
+    found = gradients(cuda, problem, x, W, gy, wanted, Options(), Call())
 
-    expected = cpu.gradients(problem, x, W, gy, wanted, Options(), Call())
+    expected = gradients(cpu, problem, x, W, gy, wanted, Options(), Call())
     for result, right in zip(found, expected, strict=True):
         assert (result is None) == (right is None)
         if result is not None and right is not None:
@@ -247,10 +251,10 @@ def test_a_large_call_of_strided_read_only_operands_is_right(
     W = random_array(problem.W, 1)[::-1, :, :, ::-1]
     x.flags.writeable = W.flags.writeable = False
 
-    y = cuda.deconvolve(problem, x, W, None, Options(), Call())
+    y = deconvolve(cuda, problem, x, W, None, Options(), Call())
 
     assert problem.x.nbytes > 16 << 20
-    assert_near(y, cpu.deconvolve(problem, x, W, None, Options(), Call()), problem)
+    assert_near(y, deconvolve(cpu, problem, x, W, None, Options(), Call()), problem)
 
 
 @pytest.fixture
@@ -276,22 +280,6 @@ def captured(graphs: list[Graph]) -> Iterator[None]:
         yield
 
 
-def gradients(
-    cuda: CudaDevice,
-    problem: Problem,
-    x: Operand,
-    W: Operand,
-    gy: Operand,
-    wanted: Wanted,
-    options: Options,
-    call: Call,
-    out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
-) -> Gradients:
-    """Return the wanted gradients, of the operands that they need."""
-    needed_x, needed_W = x if wanted.gW else None, W if wanted.gx else None
-    return cuda.gradients(problem, needed_x, needed_W, gy, wanted, options, call, out)
-
-
 def view_of(memory: Array, begin: int, spec: TensorSpec) -> Array:
     return memory[begin : begin + spec.nbytes].view(spec.dtype).reshape(spec.shape)
 
@@ -306,7 +294,7 @@ def test_registered_arrays_give_the_same_bits(
     options = Options(cudnn_deterministic=True)
     specs = (problem.x, problem.W, problem.y)
     arrays, begin = [random_array(spec, seed) for seed, spec in enumerate(specs)], 4
-    expected = cuda.deconvolve(problem, arrays[0], arrays[1], None, options, Call())
+    expected = deconvolve(cuda, problem, arrays[0], arrays[1], None, options, Call())
     for bit, spec in enumerate(specs):
         if where >> bit & 1:
             place = registered[begin : begin + spec.nbytes].view(spec.dtype).reshape(spec.shape)
@@ -317,16 +305,16 @@ def test_registered_arrays_give_the_same_bits(
 
     for _ in range(4):
         y[...] = np.nan
-        cuda.deconvolve(problem, x, W, None, options, Call(), y)
+        deconvolve(cuda, problem, x, W, None, options, Call(), y)
         if n == 24 and where & 5 == 5:  # in parts, for which another plan may be chosen
             assert_near(y, expected, problem)
         else:
             np.testing.assert_array_equal(y, expected)
 
     gx_place = np.empty(problem.x.shape, problem.x.dtype)
-    found = cuda.gradients(problem, x, W, y, Wanted(), options, Call(), GradientPlaces(gx=gx_place))
+    found = gradients(cuda, problem, x, W, y, Wanted(), options, Call(), {"gx": gx_place})
     x, W, gy = (np.array(array) for array in (x, W, y))
-    right = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+    right = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
     for array, expected_array in zip(found, right, strict=True):
         assert array is not None
         assert expected_array is not None
@@ -348,11 +336,11 @@ def test_a_large_call_of_registered_arrays_is_computed_in_parts_of_its_samples(
     cuda.write(W_tensor, W, Call())
 
     for _ in range(3):
-        cuda.deconvolve(problem, x, W_tensor if W_is_resident else W, b, options, Call(), y)
+        deconvolve(cuda, problem, x, W_tensor if W_is_resident else W, b, options, Call(), y)
 
     part = replace_batch(problem, n // count)
     for one in np.split(np.arange(n), count):
-        alone = cuda.deconvolve(part, x[one].copy(), W, b, options, Call())
+        alone = deconvolve(cuda, part, x[one].copy(), W, b, options, Call())
         np.testing.assert_array_equal(y[one], alone)
     cuda.free(W_tensor)
 
@@ -374,11 +362,11 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
         call = Call()
 
         with captured(graphs):
-            cuda.deconvolve(problem, x, W, None, options, call, y)
+            deconvolve(cuda, problem, x, W, None, options, call, y)
 
         for part in (slice(2), slice(-2, None)):
-            alone = cuda.deconvolve(
-                replace_batch(problem, 2), x[part].copy(), W, None, options, Call()
+            alone = deconvolve(
+                cuda, replace_batch(problem, 2), x[part].copy(), W, None, options, Call()
             )
             np.testing.assert_array_equal(y[part], alone)
         assert not np.isnan(y).any()
@@ -426,7 +414,7 @@ def test_large_gradients_of_registered_arrays_are_computed_in_steps(
         lent_x, lent_gy, gx, lent_W, gW = lent
         lent_x[...], lent_gy[...], lent_W[...], gx[...], gW[...] = x, gy, W, np.nan, np.nan
         Ws: dict[str, Operand] = {"registered": lent_W, "outside": W, "resident": W_tensor}
-        out = GradientPlaces(gx, gW if W_is == "registered" else None, None)
+        out = {"gx": gx} | ({"gw": gW} if W_is == "registered" else {})
         call = Call()
 
         with captured(graphs):
@@ -450,15 +438,13 @@ def test_gradients_whose_arrays_overlap_leave_the_card_in_order(
     options = Options(cudnn_deterministic=True)
     gy, W = random_array(problem.y), random_array(problem.W, 1)
     wanted = Wanted(gW=False, gb=False)
-    right = cuda.gradients(problem, None, W, gy, wanted, options, Call()).gx
+    right = gradients(cuda, problem, None, W, gy, wanted, options, Call()).gx
     lent_gy = view_of(registered, 0, problem.y)
     for begin in (1 << 20, 0, problem.y.nbytes):
         for _ in range(3):
             lent_gy[...] = gy
             gx = view_of(registered, begin, problem.x)
-            cuda.gradients(
-                problem, None, W, lent_gy, wanted, options, Call(), GradientPlaces(gx=gx)
-            )
+            gradients(cuda, problem, None, W, lent_gy, wanted, options, Call(), {"gx": gx})
     assert right is not None
     np.testing.assert_array_equal(gx, right)  # where nothing overlaps
 
@@ -472,9 +458,9 @@ def test_a_graph_follows_memory_that_is_registered_anew(cuda: CudaDevice) -> Non
         undo = cuda.register(memory.ctypes.data, memory.size)
         for again in range(3):
             x[...], y[...] = random_array(problem.x, 10 * seed + again), np.nan
-            cuda.deconvolve(problem, x, W, None, options, Call(), y)
-            alone = cuda.deconvolve(
-                replace_batch(problem, 3), x[-3:].copy(), W, None, options, Call()
+            deconvolve(cuda, problem, x, W, None, options, Call(), y)
+            alone = deconvolve(
+                cuda, replace_batch(problem, 3), x[-3:].copy(), W, None, options, Call()
             )
             np.testing.assert_array_equal(y[-3:], alone)
             assert not np.isnan(y).any()
@@ -495,9 +481,9 @@ def test_operands_that_overlap_are_read_where_they_are(cuda: CudaDevice, registe
     Ws[2][...] = random_array(problem.W, 1)
     for W in (W for W in Ws for _ in range(3)):
         y[...] = np.nan
-        cuda.deconvolve(problem, x, W, None, options, Call(), y)
+        deconvolve(cuda, problem, x, W, None, options, Call(), y)
         part = replace_batch(problem, 16)
-        alone = cuda.deconvolve(part, x[:16].copy(), W.copy(), None, options, Call())
+        alone = deconvolve(cuda, part, x[:16].copy(), W.copy(), None, options, Call())
         np.testing.assert_array_equal(y[:16], alone)
 
 
@@ -543,7 +529,7 @@ class TestEarlyCalls:
         return x, y
 
     def check(self, cuda: CudaDevice, y: Array, source: Array) -> None:
-        right = cuda.deconvolve(self.PROBLEM, source, self.W, None, self.OPTIONS, Call())
+        right = deconvolve(cuda, self.PROBLEM, source, self.W, None, self.OPTIONS, Call())
         assert_near(y, right, self.PROBLEM)
 
     @pytest.mark.parametrize("steps_count", [1, 3, 24])
@@ -559,7 +545,7 @@ class TestEarlyCalls:
     ) -> None:
         client, server = ends
         x, y = self.arrays(registered)
-        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
+        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
         monkeypatch.setattr(writing, "_GRACE_S", 10)
         for seed in range(4):
             x, y = self.arrays(registered)
@@ -571,7 +557,7 @@ class TestEarlyCalls:
             writer.start()
             if is_written_before:
                 writer.join()
-            cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
             writer.join()
 
             self.check(cuda, y, source)
@@ -603,12 +589,12 @@ class TestEarlyCalls:
             writer = threading.Thread(target=write_both, args=(client, (W, x), sources))
             later = threading.Timer(0.05, writer.start)
             later.start()
-            cuda.deconvolve(problem, x, W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, problem, x, W, None, self.OPTIONS, call, y)
             later.join()
             writer.join()
 
             W_source, x_source = sources
-            right = cuda.deconvolve(problem, x_source, W_source, None, self.OPTIONS, Call())
+            right = deconvolve(cuda, problem, x_source, W_source, None, self.OPTIONS, Call())
             assert_near(y, right, problem)
 
     @pytest.mark.parametrize(
@@ -652,7 +638,7 @@ class TestEarlyCalls:
             writer = threading.Thread(target=write_in_turn, args=(client, pairs))
             later = threading.Timer(0.05, writer.start)
             later.start()
-            given_W, out = W if W_is_small else lent_W, GradientPlaces(gx if wanted.gx else None)
+            given_W, out = W if W_is_small else lent_W, {"gx": gx}
             found = gradients(
                 cuda, problem, lent_x, given_W, lent_gy, wanted, self.OPTIONS, call, out
             )
@@ -671,7 +657,7 @@ class TestEarlyCalls:
         client, server = ends
         x, y = self.arrays(registered)
         x[...] = source = random_array(self.PROBLEM.x)
-        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
+        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
         call = Call()
         call.writing = Writing(server)
         call.writing.total_bytes = x.nbytes
@@ -679,12 +665,12 @@ class TestEarlyCalls:
 
         begun_s = time.monotonic()
         with pytest.raises(LateError):
-            cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
         assert time.monotonic() - begun_s < 30  # and not for as long as the client is silent
 
         tell_written(client, x.nbytes)
         call.wait_until_written()
-        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
         self.check(cuda, y, source)
         assert FOLLOW_ENTRY not in dict(call.ledger.as_metadata())[METADATA_KEY]
 
@@ -701,13 +687,13 @@ class TestEarlyCalls:
             if told_bytes:
                 client.shut()
                 with pytest.raises(LineBrokenError):
-                    cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+                    deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
             else:
                 with pytest.raises(LateError):
-                    cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+                    deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
 
         x[...] = source = random_array(self.PROBLEM.x)
-        cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)
+        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)
         self.check(cuda, y, source)
 
     @pytest.mark.parametrize("is_reached", [False, True])
@@ -724,15 +710,15 @@ class TestEarlyCalls:
 
         begun_s = time.monotonic()
         with cuda._working(Call()) if is_reached else nullcontext(), pytest.raises(LateError):
-            cuda.deconvolve(self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
         assert time.monotonic() - begun_s < 30
 
 
 def test_memory_that_is_lent_is_all_zeros_and_none_of_what_calls_use(cuda: CudaDevice) -> None:
     problem = layer(np.dtype(np.float32), n=24)
     for _ in range(2):
-        y = cuda.deconvolve(
-            problem, random_array(problem.x), random_array(problem.W), None, Options(), Call()
+        y = deconvolve(
+            cuda, problem, random_array(problem.x), random_array(problem.W), None, Options(), Call()
         )
     spec, before = spec_of(np.asarray(y)), cuda.stats
 
@@ -751,8 +737,8 @@ def test_a_kind_of_call_that_comes_again_gives_the_new_operands_results(
     W, b = random_array(problem.W, 1), random_array(problem.b, 2)
     for seed in range(12):
         x = random_array(problem.x, seed)
-        y = cuda.deconvolve(problem, x, W, b, Options(), Call())
-        assert_near(y, cpu.deconvolve(problem, x, W, b, Options(), Call()), problem)
+        y = deconvolve(cuda, problem, x, W, b, Options(), Call())
+        assert_near(y, deconvolve(cpu, problem, x, W, b, Options(), Call()), problem)
 
 
 def test_tuned_plans_are_right_and_are_chosen_once(cuda: CudaDevice, cpu: CpuDevice) -> None:
@@ -761,11 +747,11 @@ def test_tuned_plans_are_right_and_are_chosen_once(cuda: CudaDevice, cpu: CpuDev
     options = Options(autotune=True)
     chosen = cuda.stats.plans.chosen_count
     for _ in range(3):
-        y = cuda.deconvolve(problem, x, W, None, options, Call())
-        found = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+        y = deconvolve(cuda, problem, x, W, None, options, Call())
+        found = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
     assert cuda.stats.plans.chosen_count == chosen + 3
-    assert_near(y, cpu.deconvolve(problem, x, W, None, options, Call()), problem)
-    expected = cpu.gradients(problem, x, W, gy, Wanted(), options, Call())
+    assert_near(y, deconvolve(cpu, problem, x, W, None, options, Call()), problem)
+    expected = gradients(cpu, problem, x, W, gy, Wanted(), options, Call())
     for result, right in zip(found, expected, strict=True):
         assert result is not None
         assert right is not None
@@ -781,8 +767,8 @@ def test_a_restarted_device_chooses_nothing_that_it_knew(tmp_path: Path) -> None
         for problem in problems:
             x, W, gy = (random_array(s) for s in (problem.x, problem.W, problem.y))
             options = Options(cudnn_deterministic=True)
-            results.append(device.deconvolve(problem, x, W, None, options, Call()).tobytes())
-            device.gradients(problem, x, W, gy, Wanted(), options, Call())
+            results.append(deconvolve(device, problem, x, W, None, options, Call()).tobytes())
+            gradients(device, problem, x, W, gy, Wanted(), options, Call())
         stats = device.stats.plans
         device.close()
         return results, stats.chosen_count, stats.revived_count
@@ -799,7 +785,7 @@ def test_a_damaged_blob_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     x, W = random_array(problem.x), random_array(problem.W)
     for expected in (1, 1, 0):
         device = CudaDevice(0, plan_store=tmp_path)
-        device.deconvolve(problem, x, W, None, Options(), Call())
+        deconvolve(device, problem, x, W, None, Options(), Call())
         assert device.stats.plans.chosen_count == expected
         device.close()
         (path,) = tmp_path.glob("*.json")
@@ -813,13 +799,13 @@ def test_a_call_beyond_the_memory_fails_alone() -> None:
     small, large = layer(np.dtype(np.float32), n=1), layer(np.dtype(np.float32), n=64, image=64)
     steady = Options(cudnn_deterministic=True)
     x, W = random_array(small.x), random_array(small.W)
-    before = device.deconvolve(small, x, W, None, steady, Call())
+    before = deconvolve(device, small, x, W, None, steady, Call())
 
     with pytest.raises(ExhaustedError, match="bytes"):
-        device.deconvolve(large, random_array(large.x), W, None, steady, Call())
+        deconvolve(device, large, random_array(large.x), W, None, steady, Call())
 
-    assert device.footprint_bytes(large, None) > device.info.budget_bytes
-    np.testing.assert_array_equal(device.deconvolve(small, x, W, None, steady, Call()), before)
+    assert device.footprint_bytes(DECONVOLVE, large, {"y"}) > device.info.budget_bytes
+    np.testing.assert_array_equal(deconvolve(device, small, x, W, None, steady, Call()), before)
     device.close()
 
 
@@ -827,8 +813,8 @@ def test_a_call_that_has_ended_is_not_computed(cuda: CudaDevice) -> None:
     problem, call = layer(np.dtype(np.float32), n=1), Call()
     call.cancel()
     with pytest.raises(CallCancelledError):
-        cuda.deconvolve(
-            problem, random_array(problem.x), random_array(problem.W), None, Options(), call
+        deconvolve(
+            cuda, problem, random_array(problem.x), random_array(problem.W), None, Options(), call
         )
 
 
@@ -838,10 +824,10 @@ def test_a_call_whose_time_is_up_does_not_wait_for_tuning(cuda: CudaDevice) -> N
     options = Options(autotune=True)
     start_s = time.monotonic()
     with pytest.raises(DeadlineError):
-        cuda.deconvolve(problem, x, W, None, options, Call(timeout_s=0.1))
+        deconvolve(cuda, problem, x, W, None, options, Call(timeout_s=0.1))
     assert time.monotonic() - start_s < 0.5
 
-    cuda.deconvolve(problem, x, W, None, options, Call())
+    deconvolve(cuda, problem, x, W, None, options, Call())
 
 
 def test_the_footprint_bounds_what_calls_take() -> None:
@@ -849,11 +835,12 @@ def test_the_footprint_bounds_what_calls_take() -> None:
         device = CudaDevice(0, limits=Limits(lanes_count=1))
         problem = replace_batch(random_problem(seed), 400)
         x, W, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.y))
-        device.deconvolve(problem, x, W, None, Options(), Call())
-        assert device.stats.memory.peak_bytes <= device.footprint_bytes(problem, None)
-        device.gradients(problem, x, W, gy, Wanted(), Options(), Call())
+        deconvolve(device, problem, x, W, None, Options(), Call())
+        assert device.stats.memory.peak_bytes <= device.footprint_bytes(DECONVOLVE, problem, {"y"})
+        gradients(device, problem, x, W, gy, Wanted(), Options(), Call())
         assert device.stats.memory.peak_bytes <= max(
-            device.footprint_bytes(problem, Wanted()), device.footprint_bytes(problem, None)
+            device.footprint_bytes(DECONVOLVE_GRAD, problem, DECONVOLVE_GRAD.all_results),
+            device.footprint_bytes(DECONVOLVE, problem, {"y"}),
         )
         device.close()
 
@@ -872,21 +859,21 @@ def test_threads_with_mixed_shapes_get_right_results_and_memory_stays_flat(
         problem = random_problem(seed) if seed % 4 else layer(np.dtype(np.float32), n=seed + 1)
         x, W, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.y))
         options = Options(cudnn_deterministic=True)
-        y = cuda.deconvolve(problem, x, W, None, options, Call())
-        gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
-        work.append((problem, x, W, gy, y, gradients))
+        y = deconvolve(cuda, problem, x, W, None, options, Call())
+        right = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+        work.append((problem, x, W, gy, y, right))
     end_s = time.monotonic() + SOAK_S
     held: list[int] = []
 
     def soak(thread: int) -> int:
         random, calls_count = np.random.default_rng(thread), 0
         while time.monotonic() < end_s:
-            problem, x, W, gy, y, gradients = work[random.integers(len(work))]
+            problem, x, W, gy, y, all_right = work[random.integers(len(work))]
             options = Options(cudnn_deterministic=True)
-            found = cuda.deconvolve(problem, x, W, None, options, Call())
+            found = deconvolve(cuda, problem, x, W, None, options, Call())
             np.testing.assert_array_equal(found, y)
-            found_gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
-            for result, right in zip(found_gradients, gradients, strict=True):
+            found_gradients = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+            for result, right in zip(found_gradients, all_right, strict=True):
                 np.testing.assert_array_equal(result, right)
             calls_count += 2
             if thread == 0:

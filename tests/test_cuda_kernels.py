@@ -16,7 +16,8 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
+from tests.devices import deconvolve, gradients
 
 cupy: Any = pytest.importorskip("cupy")
 kernels: Any = pytest.importorskip("deconvd_server.device.cuda.kernels")
@@ -166,20 +167,20 @@ def random_problem(seed: int, dtype: DType) -> Problem:
             continue
 
 
-def reference(problem: Problem, operation: Operation, x: Array, W: Array, gy: Array) -> Array:
+def reference(problem: Problem, operation: Product, x: Array, W: Array, gy: Array) -> Array:
     """Return the CPU device's result in float64."""
     x, W, gy = (array.astype(np.float64) for array in (x, W, gy))
     wide = Problem(TensorSpec(x.shape, x.dtype), TensorSpec(W.shape, W.dtype), problem.geometry)
     device = CpuDevice(1)
-    if operation == Operation.Y:
-        return device.deconvolve(wide, x, W, None, Options(), Call())
-    gradients = device.gradients(wide, x, W, gy, Wanted(), Options(), Call())
-    result = gradients.gx if operation == Operation.GX else gradients.gW
+    if operation == Product.Y:
+        return deconvolve(device, wide, x, W, None, Options(), Call())
+    found = gradients(device, wide, x, W, gy, Wanted(), Options(), Call())
+    result = found.gx if operation == Product.GX else found.gW
     assert result is not None
     return result
 
 
-def run(plan: Any, operation: Operation, x: Array, W: Array, gy: Array) -> Array:
+def run(plan: Any, operation: Product, x: Array, W: Array, gy: Array) -> Array:
     a, b, like = {"y": (x, W, gy), "gx": (gy, W, x), "gW": (x, gy, W)}[operation]
     operands = OnCard(a), OnCard(b)
     out = OnCard.poisoned(like.shape, like.dtype)
@@ -190,10 +191,10 @@ def run(plan: Any, operation: Operation, x: Array, W: Array, gy: Array) -> Array
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("operation", Product)
 @pytest.mark.parametrize("seed", range(60))
 def test_every_plan_agrees_with_the_processor_and_with_itself(
-    operation: Operation, dtype: DType, seed: int
+    operation: Product, dtype: DType, seed: int
 ) -> None:
     problem = random_problem(seed, dtype)
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
@@ -207,11 +208,11 @@ def test_every_plan_agrees_with_the_processor_and_with_itself(
 
 
 @pytest.mark.parametrize("dtype", [ELEMENT_TYPES[0], ELEMENT_TYPES[2]], ids=str)
-@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("operation", Product)
 @pytest.mark.parametrize("columns_bytes", [1, 3000, 20_000])
 @pytest.mark.parametrize("seed", range(15))
 def test_fallback_is_right_however_small_its_chunks_are(
-    operation: Operation,
+    operation: Product,
     dtype: DType,
     columns_bytes: int,
     seed: int,
@@ -234,5 +235,5 @@ def test_fallback_of_empty_operands_gives_zeros(shape: tuple[int, ...]) -> None:
     problem = Problem(TensorSpec(shape, dtype), TensorSpec((shape[1], 2, 3, 3), dtype), Geometry())
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
 
-    for operation in Operation:
+    for operation in Product:
         assert not run(kernels.fallback(operation, problem, Options()), operation, x, W, gy).any()

@@ -21,7 +21,8 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
+from tests.devices import deconvolve, gradients
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice
@@ -82,12 +83,12 @@ def test_operations_that_come_again_use_what_the_arrays_hold_then(
         for array, values in zip((x, W, gy), host, strict=True):
             array.set(on_card(values).get())
 
-        operator.run(Operation.Y, problem, x, W, y, STEADY)
+        operator.run(Product.Y, problem, x, W, y, STEADY)
         operator.run_gradients(problem, x, W, gy, gx, gW, gb, STEADY)
         stream.synchronize()
 
-        assert_near(y, cpu.deconvolve(problem, host[0], host[1], None, STEADY, Call()))
-        expected = cpu.gradients(problem, host[0], host[1], host[2], Wanted(), STEADY, Call())
+        assert_near(y, deconvolve(cpu, problem, host[0], host[1], None, STEADY, Call()))
+        expected = gradients(cpu, problem, host[0], host[1], host[2], Wanted(), STEADY, Call())
         for found, right in zip((gx, gW, gb), expected, strict=True):
             assert right is not None
             assert_near(found, right)
@@ -101,7 +102,7 @@ def test_an_array_that_is_not_aligned_is_refused(cuda: CudaDevice) -> None:
         for spec in (problem.x, problem.W, problem.y)
     )
     with pytest.raises(InvalidArgumentError, match="aligned"):
-        Operator(cuda, 0).run(Operation.Y, problem, x, W, y, Options())
+        Operator(cuda, 0).run(Product.Y, problem, x, W, y, Options())
 
 
 def test_building_plans_stalls_no_other_call(cuda: CudaDevice) -> None:
@@ -112,10 +113,10 @@ def test_building_plans_stalls_no_other_call(cuda: CudaDevice) -> None:
 
     def call() -> None:
         while not done.is_set():
-            cuda.deconvolve(problem, x, W, None, STEADY, Call())
+            deconvolve(cuda, problem, x, W, None, STEADY, Call())
             ends_s.append(time.perf_counter())
 
-    cuda.deconvolve(problem, x, W, None, STEADY, Call())
+    deconvolve(cuda, problem, x, W, None, STEADY, Call())
     thread = threading.Thread(target=call)
     thread.start()
     time.sleep(0.5)
@@ -123,7 +124,7 @@ def test_building_plans_stalls_no_other_call(cuda: CudaDevice) -> None:
     for image in range(13, 43):
         new = problem_of(np.dtype(np.float32), image)
         options = Options(use_cudnn=UseCudnn.ALWAYS)
-        cuda.deconvolve(new, random_array(new.x, 0), W, None, options, Call())
+        deconvolve(cuda, new, random_array(new.x, 0), W, None, options, Call())
     end_s = time.perf_counter()
     done.set()
     thread.join()

@@ -13,7 +13,7 @@ import pytest
 from deconvd.geometry import Geometry
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
@@ -21,27 +21,27 @@ from deconvd_server.device.cuda.plans.store import PlanStore
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 GEOMETRY = Geometry(stride=(2, 2), pad=(1, 1), outsize=(None, None), dilate=(1, 1), groups=1)
 PROBLEM = Problem(TensorSpec((1, 4, 8, 8), FLOAT32), TensorSpec((4, 2, 4, 4), FLOAT32), GEOMETRY)
-KEY = PlanKey.of(Operation.Y, PROBLEM, Options(), 1 << 20)
+KEY = PlanKey.of(Product.Y, PROBLEM, Options(), 1 << 20)
 ORIGIN: dict[str, str | int] = {"deconvd": 1, "cudnn": 91900, "card": "NVIDIA H200"}
 CHOICE = Choice(Provider.CUDNN_NHWC, "cudnn nhwc engine 73", False, '{"engine": 73}', 0.05)
 
 
 def with_geometry(**changes: object) -> PlanKey:
     geometry = replace(GEOMETRY, **changes)  # type: ignore[arg-type]
-    return PlanKey.of(Operation.Y, Problem(PROBLEM.x, PROBLEM.W, geometry), Options(), 1 << 20)
+    return PlanKey.of(Product.Y, Problem(PROBLEM.x, PROBLEM.W, geometry), Options(), 1 << 20)
 
 
 def with_options(**changes: object) -> PlanKey:
-    return PlanKey.of(Operation.Y, PROBLEM, Options(**changes), 1 << 20)  # type: ignore[arg-type]
+    return PlanKey.of(Product.Y, PROBLEM, Options(**changes), 1 << 20)  # type: ignore[arg-type]
 
 
 def with_specs(x: TensorSpec, W: TensorSpec, options: Options | None = None) -> PlanKey:
-    return PlanKey.of(Operation.Y, Problem(x, W, GEOMETRY), options or Options(), 1 << 20)
+    return PlanKey.of(Product.Y, Problem(x, W, GEOMETRY), options or Options(), 1 << 20)
 
 
 OTHERS = {
-    "operation": PlanKey.of(Operation.GX, PROBLEM, Options(), 1 << 20),
-    "workspace": PlanKey.of(Operation.Y, PROBLEM, Options(), 1 << 21),
+    "operation": PlanKey.of(Product.GX, PROBLEM, Options(), 1 << 20),
+    "workspace": PlanKey.of(Product.Y, PROBLEM, Options(), 1 << 21),
     "batch": with_specs(TensorSpec((2, 4, 8, 8), FLOAT32), PROBLEM.W),
     "x type": with_specs(TensorSpec((1, 4, 8, 8), FLOAT16), PROBLEM.W),
     "W type": with_specs(PROBLEM.x, TensorSpec((4, 2, 4, 4), FLOAT16)),

@@ -16,7 +16,8 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.cuda.plan import Operation, Plan, preparation_of
+from deconvd_server.device.cuda.plan import Plan, Product, preparation_of
+from tests.devices import deconvolve, gradients
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice
@@ -65,7 +66,7 @@ PROBLEMS = {
     "W wider": problem(FLOAT16, FLOAT32),
 }
 EVERY_PROBLEM = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
-EVERY_OPERATION = pytest.mark.parametrize("operation", [Operation.Y, Operation.GX], ids=str)
+EVERY_OPERATION = pytest.mark.parametrize("operation", [Product.Y, Product.GX], ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def execute(
     return array
 
 
-def plans(cuda: CudaDevice, operation: Operation, problem: Problem, stream: Stream) -> list[Plan]:
+def plans(cuda: CudaDevice, operation: Product, problem: Problem, stream: Stream) -> list[Plan]:
     """Return a few plans of each kind that there is for a problem."""
     candidates = Candidates(Cudnn())
     key = cuda.key(operation, problem, Options())
@@ -128,9 +129,9 @@ def assert_same(found: Array, expected: Array, plan: Plan) -> None:
 @EVERY_PROBLEM
 @EVERY_OPERATION
 def test_a_plan_for_a_prepared_W_gives_what_the_plan_for_W_gives(
-    cuda: CudaDevice, stream: Stream, operation: Operation, problem: Problem
+    cuda: CudaDevice, stream: Stream, operation: Product, problem: Problem
 ) -> None:
-    a_spec, out = (problem.x, problem.y) if operation is Operation.Y else (problem.y, problem.x)
+    a_spec, out = (problem.x, problem.y) if operation is Product.Y else (problem.y, problem.x)
     a, W = put(cuda, random_array(a_spec, 1)), put(cuda, random_array(problem.W, 2))
     prepared_count = 0
     for plan in plans(cuda, operation, problem, stream):
@@ -173,18 +174,18 @@ def test_calls_with_a_W_that_stays_give_what_calls_with_W_give(
         return True
 
     there.may_grow = may_grow
-    y = cuda.deconvolve(problem, x, W, None, options, Call())
-    gradients = cuda.gradients(problem, x, W, gy, Wanted(), options, Call())
+    y = deconvolve(cuda, problem, x, W, None, options, Call())
+    right = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
 
     for seed in range(5):
-        np.testing.assert_array_equal(cuda.deconvolve(problem, x, there, None, options, Call()), y)
-        found = cuda.gradients(problem, x, there, gy, Wanted(), options, Call())
-        for result, expected in zip(found, gradients, strict=True):
+        np.testing.assert_array_equal(deconvolve(cuda, problem, x, there, None, options, Call()), y)
+        found = gradients(cuda, problem, x, there, gy, Wanted(), options, Call())
+        for result, expected in zip(found, right, strict=True):
             np.testing.assert_array_equal(result, expected)
         other = random_array(problem.x, 10 + seed)  # the same kind of call, from its graph
         np.testing.assert_array_equal(
-            cuda.deconvolve(problem, other, there, None, options, Call()),
-            cuda.deconvolve(problem, other, W, None, options, Call()),
+            deconvolve(cuda, problem, other, there, None, options, Call()),
+            deconvolve(cuda, problem, other, W, None, options, Call()),
         )
 
     assert all(size_bytes > 0 for size_bytes in grown)
@@ -200,8 +201,8 @@ def test_another_W_at_the_same_place_is_not_taken_for_the_last(cuda: CudaDevice)
         W = random_array(problem.W, seed)
         there = put(cuda, W)
         there.may_grow = lambda _: True
-        expected = cuda.deconvolve(problem, x, W, None, options, Call())
+        expected = deconvolve(cuda, problem, x, W, None, options, Call())
         for _ in range(4):
-            found = cuda.deconvolve(problem, x, there, None, options, Call())
+            found = deconvolve(cuda, problem, x, there, None, options, Call())
             np.testing.assert_array_equal(found, expected)
         cuda.free(there)

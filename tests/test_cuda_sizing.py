@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from deconvd.geometry import Geometry
-from deconvd.gradients import Wanted
 from deconvd.problem import Problem, TensorSpec
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.sizing import Sizing
 
 FLOAT32 = np.dtype(np.float32)
@@ -27,13 +26,15 @@ def sizing(budget_bytes: int, *, fallback_bytes: int = 0, workspace_bytes: int =
 def test_a_footprint_holds_operands_results_and_a_workspace() -> None:
     small = sizing(1000 * MIB)
     tensors_bytes = 2 * (4 + 4) * MIB  # x and y, and as much again for gradients
-    assert 0 <= small.footprint_bytes(problem(), None) - (2 * tensors_bytes + MIB) < 10_000
-    assert small.footprint_bytes(problem(), None) == small.footprint_bytes(problem(), Wanted())
+    assert 0 <= small.footprint_bytes(problem(), {"y"}) - (2 * tensors_bytes + MIB) < 10_000
+    assert small.footprint_bytes(problem(), {"y"}) == small.footprint_bytes(
+        problem(), {"gx", "gw", "gb"}
+    )
 
 
 def test_the_only_plan_that_there_is_counts_even_beyond_the_limit() -> None:
     needy = sizing(1000 * MIB, fallback_bytes=500 * MIB)
-    assert needy.footprint_bytes(problem(), None) > 500 * MIB
+    assert needy.footprint_bytes(problem(), {"y"}) > 500 * MIB
 
 
 def test_plans_are_confined_to_what_the_budget_leaves() -> None:
@@ -43,16 +44,16 @@ def test_plans_are_confined_to_what_the_budget_leaves() -> None:
 
 
 def test_a_problem_without_products_takes_nothing() -> None:
-    assert sizing(1000 * MIB).footprint_bytes(problem(0), Wanted()) == 0
+    assert sizing(1000 * MIB).footprint_bytes(problem(0), {"gx", "gw", "gb"}) == 0
 
 
 def test_only_the_wanted_gradients_workspaces_count() -> None:
-    def fallback(operation: Operation, problem: Problem) -> int:
-        return 300 * MIB if operation is Operation.GW else 0
+    def fallback(operation: Product, problem: Problem) -> int:
+        return 300 * MIB if operation is Product.GW else 0
 
     split = Sizing(1000 * MIB, 4, MIB, fallback)
-    assert split.footprint_bytes(problem(), Wanted(gW=False)) < 100 * MIB
-    assert split.footprint_bytes(problem(), Wanted(gx=False)) > 300 * MIB
+    assert split.footprint_bytes(problem(), {"gx", "gb"}) < 100 * MIB
+    assert split.footprint_bytes(problem(), {"gw", "gb"}) > 300 * MIB
 
 
 def test_a_little_more_or_less_free_memory_changes_no_limit() -> None:

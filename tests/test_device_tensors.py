@@ -17,15 +17,17 @@ from deconvd.errors import (
 )
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
-from deconvd_server.device import Device, DeviceTensor, GradientPlaces, Operand
+from deconvd_server.device import Device, DeviceTensor, Operand
 from deconvd_server.device import cuda as cuda_device
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.protocol import never
 from deconvd_server.engine import Engine, Engines
+from tests.devices import deconvolve, gradients
 
 FLOAT32 = np.dtype(np.float32)
 STEADY = Options(cudnn_deterministic=True)
@@ -144,7 +146,7 @@ class _Foreign:
 def test_a_tensor_of_another_device_is_refused(device: Device) -> None:
     x = random_array(SMALL.x, 0)
     with pytest.raises(ValueError, match="a tensor of cuda:99 is of no use to"):
-        device.deconvolve(SMALL, x, _Foreign(), None, STEADY, Call())
+        deconvolve(device, SMALL, x, _Foreign(), None, STEADY, Call())
 
 
 @pytest.mark.parametrize("resident", range(8))
@@ -153,19 +155,19 @@ def test_y_of_any_mix_of_operands_has_the_same_bits(
     device: Device, problem: Problem, resident: int
 ) -> None:
     arrays = operands(problem)[:3]
-    expected = device.deconvolve(problem, *arrays, STEADY, Call())
+    expected = deconvolve(device, problem, *arrays, STEADY, Call())
     given: list[Operand] = [
         put(device, array) if resident >> bit & 1 else array for bit, array in enumerate(arrays)
     ]
     x, W, b = given
 
     for _ in range(4):  # the second time it is captured, then launched
-        y = device.deconvolve(problem, x, W, b, STEADY, Call())
+        y = deconvolve(device, problem, x, W, b, STEADY, Call())
         np.testing.assert_array_equal(y, expected)
 
     kept = device.empty(problem.y)
     for _ in range(4):
-        assert device.deconvolve(problem, x, W, b, STEADY, Call(), kept) is kept
+        deconvolve(device, problem, x, W, b, STEADY, Call(), kept)
         np.testing.assert_array_equal(device.read(kept, Call()), expected)
     free_all(device, kept, *given)
 
@@ -184,9 +186,9 @@ def test_y_is_put_where_it_is_to_be(
     x, W, b, _ = operands(problem)
     out = place(problem.y)
 
-    assert device.deconvolve(problem, x, W, b, STEADY, Call(), out) is out
+    deconvolve(device, problem, x, W, b, STEADY, Call(), out)
 
-    np.testing.assert_array_equal(out, device.deconvolve(problem, x, W, b, STEADY, Call()))
+    np.testing.assert_array_equal(out, deconvolve(device, problem, x, W, b, STEADY, Call()))
 
 
 @pytest.mark.parametrize("wanted", MASKS, ids=str)
@@ -195,23 +197,23 @@ def test_gradients_of_and_in_tensors_have_the_same_bits(
     device: Device, problem: Problem, wanted: Wanted
 ) -> None:
     x, W, _, gy = operands(problem)
-    expected = device.gradients(problem, x, W, gy, wanted, STEADY, Call())
+    expected = gradients(device, problem, x, W, gy, wanted, STEADY, Call())
     tensors = [put(device, array) for array in (x, W, gy)]
     x_tensor, W_tensor, gy_tensor = tensors
-    places = [device.empty(spec) for spec in (problem.x, problem.W, problem.b)]
+    places = {
+        field: device.empty(spec_of_field(problem, field)) for field in DECONVOLVE_GRAD.all_results
+    }
 
-    found = device.gradients(problem, x_tensor, W_tensor, gy_tensor, wanted, STEADY, Call())
-    left = device.gradients(
-        problem, x_tensor, W_tensor, gy_tensor, wanted, STEADY, Call(), GradientPlaces(*places)
-    )
+    found = gradients(device, problem, x_tensor, W_tensor, gy_tensor, wanted, STEADY, Call())
+    left = gradients(device, problem, x_tensor, W_tensor, gy_tensor, wanted, STEADY, Call(), places)
 
     assert left == Gradients(None, None, None)
-    for array, place, right in zip(found, places, expected, strict=True):
+    for array, place, right in zip(found, places.values(), expected, strict=True):
         assert (array is None) == (right is None)
         if array is not None and right is not None:
             np.testing.assert_array_equal(array, right)
             np.testing.assert_array_equal(device.read(place, Call()), right)
-    free_all(device, *tensors, *places)
+    free_all(device, *tensors, *places.values())
 
 
 @pytest.mark.parametrize("place", PLACES, ids=PLACE_NAMES)
@@ -219,13 +221,13 @@ def test_gradients_are_put_where_they_are_to_be(
     device: Device, place: Callable[[TensorSpec], Array]
 ) -> None:
     x, W, _, gy = operands(SMALL)
-    places = GradientPlaces(gx=place(SMALL.x), gb=place(SMALL.b))
+    places = {"gx": place(SMALL.x), "gb": place(SMALL.b)}
 
-    found = device.gradients(SMALL, x, W, gy, Wanted(), STEADY, Call(), places)
+    found = gradients(device, SMALL, x, W, gy, Wanted(), STEADY, Call(), places)
 
-    expected = device.gradients(SMALL, x, W, gy, Wanted(), STEADY, Call())
-    assert found.gx is places.gx
-    assert found.gb is places.gb
+    expected = gradients(device, SMALL, x, W, gy, Wanted(), STEADY, Call())
+    assert found.gx is places["gx"]
+    assert found.gb is places["gb"]
     for array, right in zip(found, expected, strict=True):
         assert array is not None
         assert right is not None
@@ -246,11 +248,11 @@ def test_samples_of_tensors_are_operands_and_places_wherever_they_begin(
 
     for n in range(5):
         part = y_tensor.samples(n, n + 1)
-        device.deconvolve(one, x_tensor.samples(n, n + 1), W, b, STEADY, Call(), part)
+        deconvolve(device, one, x_tensor.samples(n, n + 1), W, b, STEADY, Call(), part)
 
     y = device.read(y_tensor, Call())
     for n in range(5):
-        alone = device.deconvolve(one, x[n : n + 1], W, b, STEADY, Call())
+        alone = deconvolve(device, one, x[n : n + 1], W, b, STEADY, Call())
         np.testing.assert_array_equal(y[n : n + 1], alone)
     free_all(device, x_tensor, y_tensor)
 
@@ -265,10 +267,9 @@ def test_empty_operands_may_be_tensors(device: Device, n: int) -> None:
     y, gb = device.empty(empty.y), device.empty(empty.b)
     x_tensor, W_tensor, b_tensor, gy_tensor = tensors
 
-    device.deconvolve(empty, x_tensor, W_tensor, b_tensor, STEADY, Call(), y)
-    device.gradients(
-        empty, x_tensor, W_tensor, gy_tensor, Wanted(), STEADY, Call(), GradientPlaces(gb=gb)
-    )
+    engine = Engine(device, waiting_count=0)
+    deconvolve(engine, empty, x_tensor, W_tensor, b_tensor, STEADY, Call(), y)
+    gradients(engine, empty, x_tensor, W_tensor, gy_tensor, Wanted(), STEADY, Call(), {"gb": gb})
 
     np.testing.assert_array_equal(
         device.read(y, Call()), np.broadcast_to(b[:, None, None], empty.y.shape)
@@ -292,10 +293,10 @@ def test_a_call_that_has_ended_moves_nothing(device: Device) -> None:
 
 
 def test_what_lies_on_the_device_is_not_counted_for_the_call(device: Device) -> None:
-    whole = device.footprint_bytes(LARGE, None)
+    whole = device.footprint_bytes(DECONVOLVE, LARGE, {"y"})
     resident_bytes = LARGE.x.nbytes + LARGE.y.nbytes
 
-    without = device.footprint_bytes(LARGE, None, resident_bytes)
+    without = device.footprint_bytes(DECONVOLVE, LARGE, {"y"}, resident_bytes)
 
     assert without <= whole - resident_bytes * 0.9
 
@@ -359,12 +360,12 @@ def test_a_call_that_tensors_leave_no_room_is_refused_at_once(engine: Engine) ->
     x, W, b, _ = operands(hungry)
 
     with pytest.raises(UnavailableError, match="tensors that stay hold 62914560 now") as raised:
-        engine.deconvolve(hungry, x, W, b, STEADY, Call())
+        deconvolve(engine, hungry, x, W, b, STEADY, Call())
 
     assert raised.value.retry_after_s is not None
     for tensor in held:
         engine.free(tensor)
-    engine.deconvolve(hungry, x, W, b, STEADY, Call())
+    deconvolve(engine, hungry, x, W, b, STEADY, Call())
 
 
 def test_a_call_that_tensors_leave_no_room_may_have_some_freed(engine: Engine) -> None:
@@ -379,7 +380,7 @@ def test_a_call_that_tensors_leave_no_room_may_have_some_freed(engine: Engine) -
             engine.free(held.pop())
 
     engine.on_shortage = evict
-    engine.deconvolve(hungry, x, W, b, STEADY, Call())
+    deconvolve(engine, hungry, x, W, b, STEADY, Call())
 
     assert len(missing) == 1
     assert 0 < len(held) < 60

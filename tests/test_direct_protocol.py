@@ -12,7 +12,7 @@ from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd import direct_protocol
+from deconvd import direct_events
 from deconvd.direct_events import (
     ANY_INSTANCE,
     FRAME_HEAD_BYTES,
@@ -342,7 +342,7 @@ def test_an_end_of_a_request_beside_a_part_of_the_response_is_not_forgotten(
         end.send(End())  # as another thread may
         return MessagePart(payload)
 
-    monkeypatch.setitem(direct_protocol.PARSERS, FrameKind.MESSAGE, parse)
+    monkeypatch.setitem(direct_events.PARSERS, FrameKind.MESSAGE, parse)
     heard(end, MessagePart(b"a").pack())
 
     assert end.state is State.RESPONDING

@@ -19,6 +19,7 @@ from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine import Engine
 from deconvd_server.writing import Writing
+from tests.devices import deconvolve, gradients
 from tests.line_pairs import early_ends
 
 F32 = np.dtype(np.float32)
@@ -71,7 +72,7 @@ def test_a_device_that_takes_early_calls_has_them_at_once(
     problem = problem_of(1)
     x, W = np.empty(problem.x.shape, F32), np.ones(problem.W.shape, F32)
     call = written_late(*ends, x, np.ones_like(x))
-    assert np.isnan(engine.deconvolve(problem, x, W, None, Options(), call)).all()
+    assert np.isnan(deconvolve(engine, problem, x, W, None, Options(), call)).all()
     call.wait_until_written()
 
 
@@ -83,10 +84,10 @@ def test_results_without_products_are_not_computed_of_what_is_not_written(
 
     gy, source = np.empty(problem.y.shape, F32), np.ones(problem.y.shape, F32)
     call = written_late(*ends, gy, source)
-    found = engine.gradients(problem, x, W, gy, Wanted(), Options(), call)
+    found = gradients(engine, problem, x, W, gy, Wanted(), Options(), call)
     np.testing.assert_array_equal(found.gb, source.sum((0, 2, 3)))
 
     b, bias = np.empty(2, F32), np.arange(2, dtype=F32)
     call = written_late(*ends, b, bias)
-    y = engine.deconvolve(problem, x, W, b, Options(), call)
+    y = deconvolve(engine, problem, x, W, b, Options(), call)
     np.testing.assert_array_equal(y, np.broadcast_to(bias[:, None, None], problem.y.shape))

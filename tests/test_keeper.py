@@ -24,6 +24,7 @@ from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
 from deconvd_server.residents import Session
+from tests.devices import deconvolve
 from tests.keepers import KIB, House, house
 
 
@@ -372,12 +373,12 @@ def test_a_call_gets_the_memory_of_its_own_tenants_idle_tensors() -> None:
         arguments = (problem, x, one, None, Options())
         call.tenant = session.tenant
         with pytest.raises(UnavailableError, match="tensors that stay hold"):
-            built.engine.deconvolve(*arguments, call)
+            deconvolve(built.engine, *arguments, call)
 
         built.keeper.release(made[0])
         with pytest.raises(UnavailableError, match="tensors that stay hold"):
-            built.engine.deconvolve(*arguments, Call())  # a stranger's, and the tenant is alone
-        y = built.engine.deconvolve(*arguments, call)
+            deconvolve(built.engine, *arguments, Call())  # a stranger's, and the tenant is alone
+        y = deconvolve(built.engine, *arguments, call)
 
         np.testing.assert_array_equal(y, x)
         assert kept_names(built, session, b"ab") == b"b"

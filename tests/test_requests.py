@@ -1,4 +1,4 @@
-"""What requests ask for: the same however often it is asked, and whether or not it can be remembered."""
+"""What requests ask for: the same however often it is parsed, and whether or not it can be remembered."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
-from deconvd.gradients import Wanted
 from deconvd.messages import message_from_geometry
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import message_from_spec
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.requests import Deconvolution, Differentiation
+from deconvd_server.requests import ParsedRequest, parse_request
 from tests.strategies import problems
 
 F32 = np.dtype(np.float32)
@@ -45,30 +45,38 @@ def grad_request(problem: Problem, **wanted: bool) -> pb.DeconvolveGradRequest:
 
 @given(problems(), st.booleans())
 def test_a_request_asks_for_the_same_every_time(problem: Problem, with_b: bool) -> None:
-    asked = Deconvolution(problem=problem, with_b=with_b, options=Options())
+    parsed = ParsedRequest(
+        operation=DECONVOLVE,
+        problem=problem,
+        options=Options(),
+        wanted=("y",),
+        optional=("b",) if with_b else (),
+    )
 
     for _ in range(2):
-        assert Deconvolution.from_message(request(problem, with_b=with_b)) == asked
+        assert parse_request(DECONVOLVE, request(problem, with_b=with_b)) == parsed
 
 
-@given(problems(), st.sampled_from([{"gx": True}, {"gw": True, "gb": True}]))
-def test_a_request_for_gradients_does_too(problem: Problem, wanted: dict[str, bool]) -> None:
-    mask = Wanted(wanted.get("gx", False), wanted.get("gw", False), wanted.get("gb", False))
-    asked = Differentiation(problem=problem, wanted=mask, options=Options())
+@given(problems(), st.sampled_from([("gx",), ("gw", "gb")]))
+def test_a_request_for_gradients_does_too(problem: Problem, wanted: tuple[str, ...]) -> None:
+    parsed = ParsedRequest(
+        operation=DECONVOLVE_GRAD, problem=problem, options=Options(), wanted=wanted
+    )
 
     for _ in range(2):
-        assert Differentiation.from_message(grad_request(problem, **wanted)) == asked
+        message = grad_request(problem, **dict.fromkeys(wanted, True))
+        assert parse_request(DECONVOLVE_GRAD, message) == parsed
 
 
 def test_a_long_message_is_read_as_a_short_one_is_and_not_kept() -> None:
     short = request(PROBLEM)
     long = pb.DeconvolveRequest.FromString(short.SerializeToString() + UNKNOWN_FIELD)
 
-    asked = Deconvolution.from_message(short)
+    parsed = parse_request(DECONVOLVE, short)
 
-    assert Deconvolution.from_message(request(PROBLEM)) is asked
-    assert Deconvolution.from_message(long) == asked
-    assert Deconvolution.from_message(long) is not Deconvolution.from_message(long)
+    assert parse_request(DECONVOLVE, request(PROBLEM)) is parsed
+    assert parse_request(DECONVOLVE, long) == parsed
+    assert parse_request(DECONVOLVE, long) is not parse_request(DECONVOLVE, long)
 
 
 def test_what_cannot_be_is_refused_every_time() -> None:
@@ -77,4 +85,4 @@ def test_what_cannot_be_is_refused_every_time() -> None:
 
     for _ in range(2):
         with pytest.raises(InvalidArgumentError, match="stride must be"):
-            Deconvolution.from_message(wrong)
+            parse_request(DECONVOLVE, wrong)

@@ -75,7 +75,7 @@ class FailingDevice(CpuDevice):
         super().__init__(1)
         self.error = error
 
-    def deconvolve(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> None:
         raise self.error
 
 
@@ -87,7 +87,7 @@ class PatientDevice(CpuDevice):
         self.error = error
         self.is_at_work = threading.Event()
 
-    def deconvolve(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> None:
         (call,) = (argument for argument in args if isinstance(argument, Call))
         has_gone = threading.Event()
         call.on_cancel(has_gone.set)

@@ -41,7 +41,7 @@ class FailingDevice(CpuDevice):
         super().__init__(1)
         self.error = error
 
-    def deconvolve(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> None:
         raise self.error
 
 
@@ -93,11 +93,11 @@ class FlakyDevice(CpuDevice):
         self.failures_count = failures_count
         self.calls_count = 0
 
-    def deconvolve(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> None:
         self.calls_count += 1
         if self.calls_count <= self.failures_count:
             raise errors.UnavailableError("the device is busy")
-        return super().deconvolve(*args)
+        super().run(*args)
 
 
 @pytest.mark.parametrize("x", [X, np.ones((60, 2, 128, 128), np.float32)], ids=["small", "stream"])
@@ -139,9 +139,9 @@ class BlockedDevice(CpuDevice):
         super().__init__(2)
         self.let_go = threading.Event()
 
-    def deconvolve(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> None:
         assert self.let_go.wait(60)
-        return super().deconvolve(*args)
+        super().run(*args)
 
 
 def test_health_is_answered_while_every_place_is_taken_on_every_device() -> None:

@@ -21,12 +21,14 @@ from deconvd.chunks import ChunkSource, chunks_of
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.messages import message_from_geometry
+from deconvd.operation import DECONVOLVE
 from deconvd.parts import PartReader
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import Connection
+from deconvd_server.requests import parse_request
 from deconvd_server.streaming import SlicedProblem
 from tests.processes import peak_memory_bytes
 from tests.servers import ServerProcess, server_process
@@ -150,7 +152,8 @@ def test_a_stream_counts_the_slices_that_it_can_hold(slice_samples_count: int, h
 
     # three slices in flight, or as many as there are
     samples_bytes = held * (PROBLEM.x.nbytes + PROBLEM.y.nbytes) // PROBLEM.n
-    assert sliced.footprint_bytes(None) == PROBLEM.W.nbytes + samples_bytes
+    parsed = parse_request(DECONVOLVE, header(PROBLEM).header.request)
+    assert sliced.footprint_bytes(parsed) == PROBLEM.W.nbytes + samples_bytes
 
 
 def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:

@@ -8,12 +8,22 @@ their fields in the schema.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from deconvd.problem import Problem, TensorSpec
 
-__all__ = ["DECONVOLVE", "DECONVOLVE_GRAD", "OPERATIONS", "Operation", "spec_of_field"]
+__all__ = [
+    "DECONVOLVE",
+    "DECONVOLVE_GRAD",
+    "OPERATIONS",
+    "Operation",
+    "argument_of",
+    "spec_of_field",
+]
+
+_ARGUMENTS: Final = {"w": "W", "gw": "gW"}
+"""What fields are called in Python, where that is otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +49,7 @@ class Operation:
     needs: Mapping[str, tuple[str, ...]]
     write_order: tuple[str, ...]
     summed: tuple[str, ...] = ()
-    optional: tuple[str, ...] = field(default=())
+    optional: tuple[str, ...] = ()
 
     @property
     def stream_name(self) -> str:
@@ -93,6 +103,11 @@ DECONVOLVE_GRAD: Final = Operation(
 """The gradients of a loss with respect to ``x``, ``w`` and ``b``, from ``gy``, that with respect to ``y``."""
 
 OPERATIONS: Final = (DECONVOLVE, DECONVOLVE_GRAD)
+
+
+def argument_of(field: str) -> str:
+    """Return what an operand or a result is called in Python, by the name of its field."""
+    return _ARGUMENTS.get(field, field)
 
 
 def spec_of_field(problem: Problem, name: str) -> TensorSpec:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from deconvd.operation import argument_of
 from deconvd.parts import PartReader
 from deconvd.problem import TensorSpec
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand
 from deconvd_server.engine import Engine
-from deconvd_server.exchange import Exchange, argument_of
+from deconvd_server.exchange import Exchange
 
 __all__ = ["Arrivals"]
 
@@ -23,7 +24,7 @@ class Arrivals:
     What arrives and is to be kept is put onto the engine's device as it comes.
 
     Args:
-        exchange: What is here already. It has settled on `engine`.
+        exchange: What is here already.
         reader: What arrives.
     """
 
@@ -31,12 +32,12 @@ class Arrivals:
         self, exchange: Exchange, reader: PartReader[Any], engine: Engine, call: Call
     ) -> None:
         self._exchange = exchange
-        self._specs = exchange.operands
+        self._specs = exchange.parsed.operands
         self._reader = reader
         self._engine = engine
         self._call = call
-        self._present: dict[str, Operand] = {}
-        self._kept: dict[str, DeviceTensor] = {}
+        self._present: Mapping[str, Operand] = {}
+        self._kept: Mapping[str, DeviceTensor] = {}
 
     def take_missing(self, missing: Mapping[str, TensorSpec]) -> None:
         """Wait for what the client was told is missing.
@@ -45,20 +46,15 @@ class Arrivals:
         """
         specs = {argument_of(field): spec for field, spec in missing.items()}
         arrays = self._reader.read_missing(specs)
-        self._exchange.take_missing(dict(zip(missing, arrays.values(), strict=True)))
+        self._exchange.take_missing(dict(zip(missing, arrays.values(), strict=True)), self._engine)
 
     def prepare(self) -> None:
         """Find the places of what is here and of what is to be kept, before anything is computed.
 
-        Raises as `Exchange.operand` and `Exchange.tensor_for` do.
+        Raises as `Exchange.bring_operands` and `Exchange.make_kept` do.
         """
-        for field in self._specs:
-            if self._exchange.has(field):
-                self._present[field] = self._exchange.operand(field)
-                continue
-            tensor = self._exchange.tensor_for(field)
-            if tensor is not None:
-                self._kept[field] = tensor
+        self._present = self._exchange.bring_operands(self._engine)
+        self._kept = self._exchange.make_kept(self._specs, self._engine)
 
     def whole(self, field: str) -> Operand:
         """Return an operand. Raises as `PartReader.read` and `Engine.write` do."""

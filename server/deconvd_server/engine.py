@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
 
 import numpy as np
 
+from deconvd.copying import copy_into
 from deconvd.errors import InvalidArgumentError
-from deconvd.gradients import Gradients, Wanted
-from deconvd.operation import DECONVOLVE, Operation
+from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -21,17 +20,14 @@ from deconvd_server.device import (
     Device,
     DeviceInfo,
     DeviceTensor,
-    GradientPlaces,
     LentMemory,
     Operand,
-    Place,
     resident_bytes,
 )
+from deconvd_server.device.no_products import result_without_products
 from deconvd_server.writing import LateError
 
 __all__ = ["Engine", "Engines"]
-
-_T = TypeVar("_T")
 
 
 class Engine:
@@ -60,47 +56,6 @@ class Engine:
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
         )
 
-    def deconvolve(
-        self,
-        problem: Problem,
-        x: Operand,
-        W: Operand,
-        b: Operand | None,
-        options: Options,
-        call: Call,
-        out: Place | None = None,
-    ) -> Array | Place:
-        """Return y. Raises as `Admission.admitted` and `Device.deconvolve` do."""
-        present_bytes = resident_bytes(x, W, b, out)
-        footprint_bytes = self._device.footprint_bytes(problem, None, present_bytes)
-        return self._admitted(
-            problem,
-            footprint_bytes,
-            call,
-            lambda: self._device.deconvolve(problem, x, W, b, options, call, out),
-        )
-
-    def gradients(
-        self,
-        problem: Problem,
-        x: Operand | None,
-        W: Operand | None,
-        gy: Operand,
-        wanted: Wanted,
-        options: Options,
-        call: Call,
-        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
-    ) -> Gradients:
-        """Return the wanted gradients. Raises as `Admission.admitted` and `Device.gradients` do."""
-        present_bytes = resident_bytes(x, W, gy, *out)
-        footprint_bytes = self._device.footprint_bytes(problem, wanted, present_bytes)
-        return self._admitted(
-            problem,
-            footprint_bytes,
-            call,
-            lambda: self._device.gradients(problem, x, W, gy, wanted, options, call, out),
-        )
-
     def run(
         self,
         operation: Operation,
@@ -113,32 +68,41 @@ class Engine:
         """Compute those results of an operation that have places, into them.
 
         Args:
-            operands: By the names of their fields: those that these results need.
-            places: By the names of their fields; their shapes and element types are the problem's.
+            operands: By the names of their fields: those that the results need, and perhaps others.
+            places: By the names of their fields: at least one. Their shapes and element types are the problem's.
 
-        Raises as `Admission.admitted` and the device do.
+        Raises as `Admission.admitted` and `Device.run` do.
         """
-        if operation is DECONVOLVE:
-            self.deconvolve(
-                problem, operands["x"], operands["w"], operands.get("b"), options, call, places["y"]
-            )
-            return
-        wanted = Wanted(gx="gx" in places, gW="gw" in places, gb="gb" in places)
-        out = GradientPlaces(*map(places.get, ("gx", "gw", "gb")))
-        x, W, gy = operands.get("x"), operands.get("w"), operands["gy"]
-        self.gradients(problem, x, W, gy, wanted, options, call, out)
-
-    def _admitted(
-        self, problem: Problem, footprint_bytes: int, call: Call, compute: Callable[[], _T]
-    ) -> _T:
-        """Return what a call computes, once it may: early if that can be."""
+        present_bytes = resident_bytes(operands.values()) + resident_bytes(places.values())
+        footprint_bytes = self._device.footprint_bytes(operation, problem, places, present_bytes)
         self._admission.check_fits(footprint_bytes)  # before its client has written all operands
-        if self.info.takes_early and problem.has_products:
+        if call.writing is not None and self.info.takes_early and problem.has_products:
             with suppress(LateError), self._admission.admitted(footprint_bytes, call):
-                return compute()
+                self._device.run(operation, problem, operands, places, options, call)
+                return
         call.wait_until_written()  # without a place that others could have
         with self._admission.admitted(footprint_bytes, call):
-            return compute()
+            if problem.has_products:
+                self._device.run(operation, problem, operands, places, options, call)
+            else:
+                self._run_without_products(problem, operands, places, call)
+
+    def _run_without_products(
+        self,
+        problem: Problem,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Operand],
+        call: Call,
+    ) -> None:
+        def fetch(operand: Operand) -> Array:
+            return operand if isinstance(operand, np.ndarray) else self._device.read(operand, call)
+
+        for field, place in places.items():
+            result = result_without_products(problem, field, operands, fetch)
+            if isinstance(place, np.ndarray):
+                copy_into(place, result)
+            else:
+                self._device.write(place, result, call)
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
         """Return a new tensor in the device's memory, with any elements; end it by `free`.

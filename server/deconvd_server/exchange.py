@@ -2,77 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from google.protobuf.message import Message
 
-from deconvd.codec import Buffer
-from deconvd.digest import DIGEST_BYTES, digest_of
+from deconvd.array_memory import ArrayMemory
+from deconvd.codec import Buffer, Envelope
+from deconvd.digest import digest_of
 from deconvd.errors import (
     ExhaustedError,
     InvalidArgumentError,
     LostTensorError,
     UnavailableError,
 )
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, array_of_spec
+from deconvd.messages import messages_for
+from deconvd.operation import argument_of, spec_of_field
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand
 from deconvd_server.engine import Engine, Engines
-from deconvd_server.requests import Deconvolution, Differentiation
-from deconvd_server.residents import Kept, Residents, Session
-from deconvd_server.secret_names import new_name
+from deconvd_server.requests import ParsedRequest
+from deconvd_server.residents import CallResidents, Residents
 from deconvd_server.shared_memory import CallTensors, Lender
 
-__all__ = ["Exchange", "argument_of"]
+__all__ = ["Exchange", "new_result"]
 
-_ARGUMENTS: Final = {"w": "W"}
-"""What fields are called in Python, where that is otherwise."""
+_RESULTS: Final = ArrayMemory(256 << 20)
+"""Memory for results that are sent."""
 
 
-def argument_of(field: str) -> str:
-    """Return the name of the argument that a field of a request is for."""
-    return _ARGUMENTS.get(field, field)
+def new_result(problem: Problem, field: str) -> Array:
+    """Return a new array for a result of a problem: C-contiguous, in native byte order, with any elements.
+
+    Raises:
+        ExhaustedError: There is no memory for it.
+    """
+    try:
+        return _RESULTS.empty(spec_of_field(problem, field))
+    except MemoryError:
+        raise ExhaustedError(
+            f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
+        ) from None
 
 
 class Exchange:
     """The tensors of one call, from its request to its response; to be used as a context.
 
-    First `take` or `find`, then `settle` on an engine; then `operand`s and `place`s are where that
-    engine can use them. What is to be kept is good once `commit` is called. At the end of the block
-    everything is given back.
+    Its methods are called in the order in which they stand here, each but `make_kept` at most once. A call
+    whose operands all come with its request takes them by `take`, and has places by `make_places`; one
+    whose operands stream finds by `find` what is here already. What is kept is good once `commit` is
+    called. At the end of the block everything is given back.
+
+    Attributes:
+        parsed: What the request asks for.
 
     Args:
         request: The call's message, without elements.
-        asked: What it asks for.
-        lender: Whose memory tensors may lie in; None if there is none.
+        lender: Whose memory tensors may be in; None if there is none.
         residents: Where tensors may be kept.
+
+    Raises:
+        LostSessionError: The request needs a session, and names none that there is.
     """
 
     def __init__(
         self,
-        request: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
-        asked: Deconvolution | Differentiation,
+        request: Any,
+        parsed: ParsedRequest,
         lender: Lender | None,
         residents: Residents,
         call: Call,
     ) -> None:
+        self.parsed = parsed
         self._request = request
-        self._asked = asked
-        self._shared = CallTensors(lender)
-        self._residents = residents
-        self._keeper = residents.keeper
         self._call = call
-        self._known_session: Session | None = None
-        self._engine: Engine | None = None
+        self._shared = CallTensors(lender)
+        self._residents: CallResidents | None = None
+        if parsed.needs_session:
+            session = residents.join(request.session, call)
+            self._residents = CallResidents(residents.keeper, session, call)
         self._given: dict[str, Operand] = {}
-        self._kept: dict[str, Kept] = {}
-        self._used: list[Kept] = []
-        self._names: dict[str, bytes] = {}
         self._places: dict[str, Operand] = {}
+        self._sent: dict[str, Array] = {}
 
     def __enter__(self) -> Exchange:
         return self
@@ -83,14 +100,9 @@ class Exchange:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for kept in self._used:
-            self._keeper.release(kept)
+        if self._residents is not None:
+            self._residents.release()
         self._shared.__exit__(exc_type, exc, traceback)
-
-    @property
-    def operands(self) -> dict[str, TensorSpec]:
-        """What the operands are, by the names of their fields, in the order in which they stream."""
-        return self._asked.operands
 
     # From the request
 
@@ -104,16 +116,19 @@ class Exchange:
             InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
             NotFoundError: Something that the request names is not there.
         """
-        slices = self._asked.slices
-        for field, spec in self._asked.operands.items():
-            argument = argument_of(field)
+        slices = self.parsed.slices
+        for field, spec in self.parsed.operands.items():
+            argument, tensor = argument_of(field), getattr(self._request, field)
             if field in slices:
                 self._given[field] = self._shared.operand(argument, spec, slices[field])
-                continue
-            tensor = getattr(self._request, field)
-            if field in raw or not self._find(field, argument, tensor):
+            elif self._residents is None or field not in self.parsed.named:
                 self._given[field] = array_of_spec(argument, spec, tensor, raw.get(field))
-        for field, spec in self._asked.results.items():
+            elif not self._residents.find(field, spec, tensor):
+                raise LostTensorError(
+                    f"{argument} must be sent: the server has nothing with its digest",
+                    argument=argument,
+                )
+        for field, spec in self.parsed.results.items():
             if field in slices:
                 self._places[field] = self._shared.place(f"{field}_place", spec, slices[field])
 
@@ -127,9 +142,8 @@ class Exchange:
             NotFoundError: Something that the request names is not there.
         """
         missing = {}
-        for field, spec in self._asked.operands.items():
-            tensor = getattr(self._request, field)
-            argument = argument_of(field)
+        for field, spec in self.parsed.operands.items():
+            argument, tensor = argument_of(field), getattr(self._request, field)
             payload = tensor.WhichOneof("payload")
             if payload in ("raw", "shared"):
                 raise InvalidArgumentError(
@@ -137,14 +151,27 @@ class Exchange:
                     f"server, got them as {payload}",
                     argument=argument,
                 )
-            if payload == "digest" and not self._find_content(field, argument, tensor):
+            if self._residents is None or field not in self.parsed.named:
+                continue
+            if not self._residents.find(field, spec, tensor):
                 missing[field] = spec
-            elif payload == "resident":
-                self._find(field, argument, tensor)
         return missing
 
-    def take_missing(self, arrays: Mapping[str, Array]) -> None:
-        """Take what was missing, and keep it for its digest if there is room.
+    def choose_engine(self, engines: Engines) -> Engine:
+        """Return the engine to work on.
+
+        That is the one on whose card the client has tensors, else where most of the bytes are that
+        are kept, or else the least loaded.
+
+        Raises:
+            InvalidArgumentError: The client has tensors on several cards.
+        """
+        on_card = engines.having(*self._given.values(), *self._places.values())
+        nearest = None if self._residents is None else self._residents.nearest_engine()
+        return on_card or nearest or engines.least_loaded()
+
+    def take_missing(self, arrays: Mapping[str, Array], engine: Engine) -> None:
+        """Take what was missing, and keep it for its digest if there is room on an engine's device.
 
         Raises:
             InvalidArgumentError: It is not what its digest says.
@@ -158,189 +185,106 @@ class Exchange:
                     argument=argument,
                 )
             self._given[field] = array
-            try:
-                kept = self._kept_copy(array)
-            except (ExhaustedError, UnavailableError):
-                continue  # it serves this call from where it is
-            self._keeper.offer(kept, self._session, _content_key(digest, kept.spec))
-            self._kept[field] = kept
+            if self._residents is not None:
+                with suppress(ExhaustedError, UnavailableError):  # it serves from where it is
+                    self._residents.copy(field, array, engine)
+                    self._residents.offer(field, digest)
 
     # On an engine
 
-    def settle(self, engines: Engines) -> Engine:
-        """Return the engine to work on.
+    def bring_operands(self, engine: Engine) -> dict[str, Operand]:
+        """Bring the operands that were taken or found to where an engine can use them, and return them.
 
-        That is the one on whose card the client has tensors, else where most of the bytes are that
-        are kept, or else the least loaded.
+        Those that are to be kept are copied to its device first, unless they are kept already, and
+        get new handles.
 
         Raises:
-            InvalidArgumentError: The client has tensors on several cards.
             ExhaustedError, UnavailableError, LostSessionError: What is to be kept cannot be.
         """
-        nearest = self._nearest() if self._used else None
-        on_card = engines.having(*self._given.values(), *self._places.values())
-        self._engine = on_card or nearest or engines.least_loaded()
-        for field in self._asked.keep:
-            if field in self._asked.results:
-                self._make(field, self._asked.results[field])
-        return self._engine
+        residents = self._residents
+        if residents is None:
+            return self._given
+        operands = dict(self._given)
+        for field in self.parsed.operands:
+            is_to_be_kept = field in self.parsed.keep
+            if is_to_be_kept and field in operands and field not in residents:
+                residents.copy(field, self._array(operands[field], engine), engine)
+            if field in residents:
+                operands[field] = residents.operand(field, engine)
+                if is_to_be_kept:
+                    residents.give_handle(field)
+        return operands
 
-    def operand(self, field: str) -> Operand:
-        """Return an operand that was taken or found, where the engine can use it; kept if it is to be."""
-        kept = self._kept.get(field)
-        if kept is None:
-            given = self._given[field]
-            if field not in self._asked.keep:
-                return given
-            if not isinstance(given, np.ndarray):
-                given = self._settled.read(given, self._call)
-            kept = self._kept[field] = self._kept_copy(given)
-        if field in self._asked.keep and not self._is_resident(field):
-            self._names[field] = new_name()
-        return self._keeper.operand(kept, self._settled, self._call)
+    def make_kept(self, specs: Mapping[str, TensorSpec], engine: Engine) -> dict[str, DeviceTensor]:
+        """Return new tensors on an engine's device, with handles, for what is to be kept and is not yet.
 
-    def has(self, field: str) -> bool:
-        """Return whether an operand was taken or found."""
-        return field in self._kept or field in self._given
+        Args:
+            specs: Operands or results, by the names of their fields.
 
-    def tensor_for(self, field: str) -> DeviceTensor | None:
-        """Return a tensor on the engine's device for an operand that has yet to come; None if it is not kept."""
-        if field not in self._asked.keep:
-            return None
-        return self._make(field, self._asked.operands[field])
+        Raises as `bring_operands`.
+        """
+        residents = self._residents
+        if residents is None:
+            return {}
+        return {
+            field: residents.make(field, spec, engine)
+            for field, spec in specs.items()
+            if field in self.parsed.keep and field not in residents
+        }
 
-    def tensor_of(self, field: str) -> DeviceTensor | None:
-        """Return the tensor on the engine's device for a result; None if it is not kept."""
-        kept = self._kept.get(field)
-        return None if kept is None else kept.device_tensor
+    def make_places(self, engine: Engine) -> dict[str, Operand]:
+        """Return a place for every result.
 
-    def place(self, field: str) -> Operand | None:
-        """Return where a result is to be put; None if it is to be sent."""
-        tensor = self.tensor_of(field)
-        return self._places.get(field) if tensor is None else tensor
+        It is a new tensor on the engine's device for one that is to be kept, a new array for one that is
+        to be sent, and else where the client wants it in shared memory.
+
+        Raises as `make_kept` and `new_result` do.
+        """
+        kept = self.make_kept(self.parsed.results, engine)
+        self._sent = {field: new_result(self.parsed.problem, field) for field in self.parsed.sent}
+        return {**self._places, **kept, **self._sent}
 
     # To the response
 
     def commit(self) -> None:
-        """Let the names of what is kept stand for it, until the session ends.
+        """Let the handles of what is kept stand for it, until the session ends.
 
         Raises:
             LostSessionError: It has ended.
         """
-        for field, name in self._names.items():
-            self._keeper.name(self._kept[field], self._session, name)
+        if self._residents is not None:
+            self._residents.commit()
 
-    def described(self, field: str) -> pb.Tensor:
-        """Return the message of a result, without elements."""
-        described = self._asked.described[field]
-        if field not in self._names:
-            return described
-        message = pb.Tensor()
-        message.CopyFrom(described)
-        message.resident.handle = self._names[field]
-        return message
+    def answer(self) -> Envelope[Message]:
+        """Return the response, with the elements of the results that are sent."""
+        raw = {field: elements_of(array) for field, array in self._sent.items()}
+        return Envelope(self.response(), raw)
 
-    def kept_operands(self) -> pb.KeptOperands | None:
-        """Return the names of the operands that are kept; None if none is."""
-        if not self._names:
-            return None
-        residents = {
-            field: pb.Resident(handle=name)
-            for field, name in self._names.items()
-            if field in self._asked.operands
+    def response(self) -> Message:
+        """Return the response without elements: not to be changed."""
+        if self._residents is None or not self.parsed.keep:
+            return self.parsed.response
+        handles = self._residents.handles
+        fields: dict[str, Message] = dict(self.parsed.described)
+        for field in handles.keys() & fields.keys():
+            fields[field] = _resident(self.parsed.described[field], handles[field])
+        kept = {
+            field: pb.Resident(handle=handle)
+            for field, handle in handles.items()
+            if field in self.parsed.operands
         }
-        return pb.KeptOperands(**residents) if residents else None
+        if kept:
+            fields["kept"] = pb.KeptOperands(**kept)
+        return messages_for(self.parsed.operation).response(**fields)
 
-    # What is kept
-
-    @property
-    def _session(self) -> Session:
-        """The request's session. Raises as `Sessions.get`."""
-        if self._known_session is None:
-            self._known_session = self._residents.sessions.get(self._request.session)
-            self._call.tenant = self._known_session.tenant
-        return self._known_session
-
-    @property
-    def _settled(self) -> Engine:
-        if self._engine is None:
-            raise RuntimeError("no engine was settled on")
-        return self._engine
-
-    def _is_resident(self, field: str) -> bool:
-        is_resident: bool = getattr(self._request, field).HasField("resident")
-        return is_resident
-
-    def _find(self, field: str, argument: str, tensor: pb.Tensor) -> bool:
-        """Find an operand that a message names; return False if the message has it itself."""
-        payload = tensor.WhichOneof("payload")
-        if payload == "resident":
-            self._find_resident(field, argument, tensor)
-            return True
-        if payload == "digest":
-            if not self._find_content(field, argument, tensor):
-                raise LostTensorError(
-                    f"{argument} must be sent: the server has nothing with its digest",
-                    argument=argument,
-                )
-            return True
-        return False
-
-    def _find_resident(self, field: str, argument: str, tensor: pb.Tensor) -> None:
-        handle, session = tensor.resident.handle, self._session
-        kept = self._using(self._keeper.by_name(session, handle, argument, self._call))
-        spec = self._asked.operands[field]
-        if kept.spec != spec:
-            raise InvalidArgumentError(
-                f"{argument} must have the shape and element type that it was kept with, "
-                f"{kept.spec}, got {spec}",
-                argument=argument,
-            )
-        self._kept[field] = kept
-
-    def _find_content(self, field: str, argument: str, tensor: pb.Tensor) -> bool:
-        digest, spec = tensor.digest, self._asked.operands[field]
-        if len(digest.blake3) != DIGEST_BYTES or digest.size_bytes != spec.nbytes:
-            raise InvalidArgumentError(
-                f"{argument} must have a digest of {DIGEST_BYTES} bytes, of {spec.nbytes} bytes for "
-                f"{spec}, got one of {len(digest.blake3)} bytes, of {digest.size_bytes} bytes",
-                argument=argument,
-            )
-        key = _content_key(digest, spec)
-        kept = self._keeper.by_content(self._session, key, self._call)
-        if kept is None:
-            return False
-        self._kept[field] = self._using(kept)
-        return True
-
-    def _nearest(self) -> Engine | None:
-        """Return the engine on whose device most of the bytes are of what was found; None if none are."""
-        bytes_on: dict[Engine, int] = {}
-        for kept in self._used:
-            engine = kept.shelf.engine
-            if engine is not None:
-                bytes_on[engine] = bytes_on.get(engine, 0) + kept.spec.nbytes
-        return max(bytes_on, key=bytes_on.__getitem__, default=None)
-
-    def _make(self, field: str, spec: TensorSpec) -> DeviceTensor:
-        """Return a new tensor on the engine's device, which is to be kept."""
-        made = self._keeper.make(self._session, spec, self._settled, self._call)
-        kept = self._kept[field] = self._using(made)
-        self._names[field] = new_name()
-        return kept.device_tensor
-
-    def _kept_copy(self, array: Array) -> Kept:
-        spec = TensorSpec(array.shape, array.dtype)
-        made = self._keeper.make(self._session, spec, self._settled, self._call)
-        kept = self._using(made)
-        self._settled.write(kept.device_tensor, array, self._call)
-        return kept
-
-    def _using(self, kept: Kept) -> Kept:
-        """Note that a tensor is to be released at the end."""
-        self._used.append(kept)
-        return kept
+    def _array(self, operand: Operand, engine: Engine) -> Array:
+        """Return an operand as an array, which may have to be read from an engine's device."""
+        return operand if isinstance(operand, np.ndarray) else engine.read(operand, self._call)
 
 
-def _content_key(digest: pb.Digest, spec: TensorSpec) -> Hashable:
-    return digest.blake3, spec
+def _resident(description: pb.Tensor, handle: bytes) -> pb.Tensor:
+    """Return a description of a tensor that has a handle."""
+    message = pb.Tensor()
+    message.CopyFrom(description)
+    message.resident.handle = handle
+    return message

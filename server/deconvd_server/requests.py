@@ -6,231 +6,195 @@ not to be changed.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, wraps
-from typing import Final, TypeVar
+from functools import cached_property, lru_cache
+from typing import Any, Final
 
 from google.protobuf.message import Message
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.gradients import Wanted
-from deconvd.messages import geometry_from_message, options_from_message
+from deconvd.messages import geometry_from_message, messages_for, options_from_message
+from deconvd.operation import Operation, argument_of, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["Deconvolution", "Differentiation"]
+__all__ = ["ParsedRequest", "parse_request"]
 
-_T = TypeVar("_T")
-_Request = TypeVar("_Request", bound=Message)
-
-_REMEMBERED_COUNT: Final = 1024
+_REMEMBERED_COUNT: Final = 2048
 _REMEMBERED_BYTES: Final = 1024
 """More than any request has beside elements: what is longer is read anew each time."""
 
-
-def _remembered(
-    message_type: type[_Request],
-) -> Callable[[Callable[[_Request], _T]], Callable[[_Request], _T]]:
-    """Make a function of a message remember what it returned for an equal one."""
-
-    def decorate(read: Callable[[_Request], _T]) -> Callable[[_Request], _T]:
-        @lru_cache(_REMEMBERED_COUNT)
-        def read_bytes(data: bytes) -> _T:
-            return read(message_type.FromString(data))
-
-        def wrapper(message: _Request) -> _T:
-            is_usual = message.ByteSize() <= _REMEMBERED_BYTES
-            return read_bytes(message.SerializeToString()) if is_usual else read(message)
-
-        return wraps(read)(wrapper)
-
-    return decorate
+_CHECKS: Final = {"b": Problem.check_b, "gy": Problem.check_gy}
+"""What checks those operands that a problem is not made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked(ABC):
+class ParsedRequest:
     """What a request asks for.
 
+    Operands and results are named by their fields, and are in the order in which they stream.
+
     Attributes:
-        keep: The fields of the operands and results that are to be kept.
-        slices: Where those lie, or are to be put, that have their place in shared memory; by their fields.
+        operation: What is to be computed.
+        problem: Of which tensors.
+        wanted: The results that are wanted.
+        optional: The operands that are given though they may be left out.
+        keep: The operands and results that are to be kept, without operands that are kept already.
+        slices: Where those are, or are to be put, that have their place in shared memory.
+        named: The operands that are named by a handle or a digest.
     """
 
+    operation: Operation
     problem: Problem
     options: Options
+    wanted: tuple[str, ...]
+    optional: tuple[str, ...] = ()
     keep: frozenset[str] = frozenset()
     slices: Mapping[str, SharedSlice] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
 
     @property
-    @abstractmethod
+    def needs_session(self) -> bool:
+        """Whether anything is to be found in a session, or to be kept for it."""
+        return bool(self.named or self.keep)
+
+    @cached_property
     def operands(self) -> dict[str, TensorSpec]:
-        """What it is computed from, by the names of the fields, in the order in which they stream."""
+        """What it is computed from."""
+        names = self.operation.operands_for(self.wanted, self.optional)
+        return {name: spec_of_field(self.problem, name) for name in names}
 
-    @property
-    @abstractmethod
+    @cached_property
     def results(self) -> dict[str, TensorSpec]:
-        """What its results will be, by the names of their fields."""
+        """What its results will be."""
+        return {name: spec_of_field(self.problem, name) for name in self.wanted}
+
+    @cached_property
+    def keeps_operands(self) -> bool:
+        """Whether operands are to be kept."""
+        return not self.keep.isdisjoint(self.operands)
 
     @cached_property
     def shared_bytes(self) -> int:
-        """What the operands have that lie in shared memory, together."""
+        """What the operands have that are in shared memory, together."""
         return sum(spec.nbytes for name, spec in self.operands.items() if name in self.slices)
 
     @cached_property
-    def sent(self) -> dict[str, TensorSpec]:
-        """What goes into the response with its elements, of the results, by the names of their fields."""
-        return {
-            name: spec
-            for name, spec in self.results.items()
-            if name not in self.slices and name not in self.keep
-        }
+    def sent(self) -> tuple[str, ...]:
+        """The results that go into the response with their elements."""
+        return tuple(
+            name for name in self.wanted if name not in self.slices and name not in self.keep
+        )
+
+    @cached_property
+    def sent_bytes(self) -> int:
+        """What they have, together."""
+        return sum(self.results[name].nbytes for name in self.sent)
 
     @cached_property
     def described(self) -> dict[str, pb.Tensor]:
-        """The messages of its results without elements, by the names of their fields: not to be changed."""
+        """The messages of its results without elements: not to be changed."""
         described = {name: message_from_spec(spec) for name, spec in self.results.items()}
         for name, message in described.items():
             if name in self.slices:
                 self.slices[name].write_to(message.shared)
         return described
 
-
-@dataclass(frozen=True, kw_only=True)
-class Deconvolution(_Asked):
-    """What a DeconvolveRequest asks for. See `_Asked`."""
-
-    with_b: bool
-
-    @staticmethod
-    @_remembered(pb.DeconvolveRequest)
-    def from_message(message: pb.DeconvolveRequest) -> Deconvolution:
-        """Return what a message asks for.
-
-        Raises:
-            InvalidArgumentError: It asks for what cannot be.
-        """
-        problem = _problem(message)
-        with_b = message.HasField("b")
-        if with_b:
-            problem.check_b(spec_from_message("b", message.b))
-        keep = {name for name in ("x", "w", "b") if getattr(message.keep, name)}
-        keep |= {"y"} if message.keep_y else set()
-        _check_places(message, keep)
-        return Deconvolution(
-            problem=problem,
-            with_b=with_b,
-            options=options_from_message(message.options),
-            keep=frozenset(keep),
-            slices=_slices(message, ("w", "b", "x"), ("y",)),
-        )
-
     @cached_property
-    def operands(self) -> dict[str, TensorSpec]:
-        """What it is computed from, by the names of the fields, in the order in which they stream."""
-        problem = self.problem
-        return {"w": problem.W, **({"b": problem.b} if self.with_b else {}), "x": problem.x}
-
-    @cached_property
-    def results(self) -> dict[str, TensorSpec]:
-        """What its result will be, by the name of its field."""
-        return {"y": self.problem.y}
-
-    @cached_property
-    def response(self) -> pb.DeconvolveResponse:
+    def response(self) -> Message:
         """The response, without elements, where nothing is kept: not to be changed."""
-        return pb.DeconvolveResponse(y=self.described["y"])
+        return messages_for(self.operation).response(**self.described)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Differentiation(_Asked):
-    """What a DeconvolveGradRequest asks for; it keeps results alone. See `_Asked`."""
+def parse_request(operation: Operation, message: Message) -> ParsedRequest:
+    """Return what the request of an operation asks for.
 
-    wanted: Wanted
+    Raises:
+        InvalidArgumentError: It asks for what cannot be.
+    """
+    if message.ByteSize() > _REMEMBERED_BYTES:
+        return _parse(operation, message)
+    return _parse_bytes(operation, message.SerializeToString())
 
-    @staticmethod
-    @_remembered(pb.DeconvolveGradRequest)
-    def from_message(message: pb.DeconvolveGradRequest) -> Differentiation:
-        """Return what a message asks for.
 
-        Raises:
-            InvalidArgumentError: It asks for what cannot be.
-        """
-        mask = message.wanted
-        wanted = Wanted(gx=mask.gx, gW=mask.gw, gb=mask.gb)
-        problem = _problem(message)
-        problem.check_gy(spec_from_message("gy", message.gy))
-        keep = frozenset(
-            name
-            for name in ("gx", "gw", "gb")
-            if getattr(mask, name) and getattr(message.keep, name)
+@lru_cache(_REMEMBERED_COUNT)
+def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
+    return _parse(operation, messages_for(operation).request.FromString(data))
+
+
+def _parse(operation: Operation, message: Any) -> ParsedRequest:
+    wanted = _wanted(operation, message)
+    problem = problem_of(
+        spec_from_message("x", message.x),
+        spec_from_message("W", message.w),
+        geometry_from_message(message.geometry),
+    )
+    optional = tuple(name for name in operation.optional if message.HasField(name))
+    operands = operation.operands_for(wanted, optional)
+    for name in filter(_CHECKS.__contains__, operands):
+        _CHECKS[name](problem, spec_from_message(name, getattr(message, name)))
+    payloads = {name: getattr(message, name).WhichOneof("payload") for name in operands}
+    keep = frozenset(
+        name
+        for name in (*operands, *wanted)
+        if _is_to_be_kept(message, name) and payloads.get(name) != "resident"
+    )
+    _check_places(message, keep)
+    return ParsedRequest(
+        operation=operation,
+        problem=problem,
+        options=options_from_message(message.options),
+        wanted=wanted,
+        optional=optional,
+        keep=keep,
+        slices=_slices(message, operands, wanted),
+        named=frozenset(name for name in operands if payloads[name] in ("resident", "digest")),
+    )
+
+
+def _wanted(operation: Operation, message: Any) -> tuple[str, ...]:
+    """Return the results that a request asks for: all, if it has no choice."""
+    results = operation.all_results
+    if "wanted" not in message.DESCRIPTOR.fields_by_name:
+        return results
+    wanted = tuple(name for name in results if getattr(message.wanted, name))
+    if not wanted:
+        *others, last = map(argument_of, results)
+        raise InvalidArgumentError(
+            f"wanted must name at least one of {', '.join(others)} and {last}, got none",
+            argument="wanted",
         )
-        _check_places(message, keep)
-        return Differentiation(
-            problem=problem,
-            wanted=wanted,
-            options=options_from_message(message.options),
-            keep=keep,
-            slices=_slices(message, ("w", "x", "gy"), ("gx", "gw", "gb")),
-        )
+    return wanted
 
-    @cached_property
-    def operands(self) -> dict[str, TensorSpec]:
-        """What it is computed from, by the names of the fields, in the order in which they stream."""
-        problem, wanted = self.problem, self.wanted
-        w = {"w": problem.W} if wanted.gx else {}
-        x = {"x": problem.x} if wanted.gW else {}
-        return {**w, **x, "gy": problem.y}
 
-    @cached_property
-    def results(self) -> dict[str, TensorSpec]:
-        """What its results will be, by the names of their fields."""
-        problem, wanted = self.problem, self.wanted
-        all_of_them = {"gx": problem.x, "gw": problem.W, "gb": problem.b}
-        is_wanted = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
-        return {name: spec for name, spec in all_of_them.items() if is_wanted[name]}
+def _is_to_be_kept(message: Any, name: str) -> bool:
+    """Return whether an operand or a result is to be kept: some requests have a field of its own for that."""
+    return getattr(message.keep, name, False) or getattr(message, f"keep_{name}", False)
 
-    @cached_property
-    def response(self) -> pb.DeconvolveGradResponse:
-        """The response, without elements, where nothing is kept: not to be changed."""
-        return pb.DeconvolveGradResponse(**self.described)
+
+def _check_places(message: Any, keep: Iterable[str]) -> None:
+    for name in keep:
+        place = f"{name}_place"
+        if place in message.DESCRIPTOR.fields_by_name and message.HasField(place):
+            raise InvalidArgumentError(
+                f"{place} must be left out where {name} is to be kept", argument=place
+            )
 
 
 def _slices(
-    message: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
-    operands: Iterable[str],
-    results: Iterable[str],
+    message: Any, operands: Iterable[str], results: Iterable[str]
 ) -> dict[str, SharedSlice]:
-    """Return where tensors lie, or are to be put, in shared memory, by their fields."""
+    """Return where tensors are, or are to be put, in shared memory."""
     slices = {}
     for name in operands:
         tensor: pb.Tensor = getattr(message, name)
         if tensor.HasField("shared"):
             slices[name] = SharedSlice.from_message(tensor.shared)
     for name in results:
-        if message.HasField(f"{name}_place"):  # type: ignore[arg-type]
+        if message.HasField(f"{name}_place"):
             slices[name] = SharedSlice.from_message(getattr(message, f"{name}_place"))
     return slices
-
-
-def _check_places(
-    message: pb.DeconvolveRequest | pb.DeconvolveGradRequest, keep: Iterable[str]
-) -> None:
-    for name in keep:
-        place = f"{name}_place"
-        if place in message.DESCRIPTOR.fields_by_name and message.HasField(place):  # type: ignore[arg-type]
-            raise InvalidArgumentError(
-                f"{place} must be left out where {name} is to be kept", argument=place
-            )
-
-
-def _problem(message: pb.DeconvolveRequest | pb.DeconvolveGradRequest) -> Problem:
-    return problem_of(
-        spec_from_message("x", message.x),
-        spec_from_message("W", message.w),
-        geometry_from_message(message.geometry),
-    )

@@ -18,7 +18,7 @@ from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unar
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
 from deconvd_server.engine import Engine
-from deconvd_server.residents import Kept, Residents, Session
+from deconvd_server.residents import Kept, Residents
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
 
@@ -99,7 +99,7 @@ class ResidentCalls:
         """Serve PutTensor."""
         residents = self._residents()
         header = reader.header().header
-        session = self._session(header.session, residents, call)
+        session = residents.join(header.session, call)
         spec = spec_from_message("tensor", header.tensor)
         engine = residents.engines.least_loaded()
         kept = residents.keeper.make(session, spec, engine, call)
@@ -142,7 +142,7 @@ class ResidentCalls:
         """Serve GetTensor."""
         message, residents = request.message, self._residents()
         keeper = residents.keeper
-        session = self._session(message.session, residents, call)
+        session = residents.join(message.session, call)
         kept = keeper.by_name(session, message.resident.handle, "resident", call)
         try:
             if message.HasField("place"):
@@ -179,15 +179,9 @@ class ResidentCalls:
     ) -> Envelope[pb.DropTensorsResponse]:
         """Serve DropTensors."""
         message, residents = request.message, self._residents()
-        session = self._session(message.session, residents, call)
+        session = residents.join(message.session, call)
         residents.keeper.drop(session, [resident.handle for resident in message.residents])
         return Envelope(pb.DropTensorsResponse(), {})
-
-    @staticmethod
-    def _session(name: bytes, residents: Residents, call: Call) -> Session:
-        session = residents.sessions.get(name)
-        call.tenant = session.tenant
-        return session
 
 
 def _piece_samples_count(spec: TensorSpec) -> int:

@@ -7,27 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from typing import Any
 
-import numpy as np
+from google.protobuf.message import Message
 
 import deconvd
-from deconvd.codec import Buffer, Envelope
+from deconvd.codec import Envelope
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.errors import ExhaustedError, UnavailableError
-from deconvd.gradients import Wanted
+from deconvd.messages import messages_for
+from deconvd.operation import OPERATIONS, Operation
 from deconvd.parts import EARLY_BYTES, PartReader
 from deconvd.problem import TensorSpec
-from deconvd.tensor import element_type_number, elements_of
+from deconvd.tensor import element_type_number
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.arrivals import Arrivals
 from deconvd_server.behaviours import Behaviour, Parts, Stream, Unary
 from deconvd_server.call import Call
-from deconvd_server.device import GradientPlaces, Operand
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import Exchange
-from deconvd_server.requests import Deconvolution, Differentiation
+from deconvd_server.requests import ParsedRequest, parse_request
 from deconvd_server.resident_calls import ResidentCalls
 from deconvd_server.residents import Residents
 from deconvd_server.shared_memory import Lender
@@ -36,8 +37,6 @@ from deconvd_server.streaming import SlicedProblem, Slices
 __all__ = ["SERVICE_NAME", "DeconvolutionService"]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DeconvolutionService"].full_name
-
-_AskedT = TypeVar("_AskedT", Deconvolution, Differentiation)
 
 _FEATURES = ("resident_tensors",)
 
@@ -82,124 +81,74 @@ class DeconvolutionService:
     def behaviours(self) -> dict[str, Behaviour]:
         """Return what serves each method, by its name."""
         resident_calls = ResidentCalls(self._ready, lambda: self.lender, self._streams)
+        behaviours: dict[str, Behaviour] = {}
+        for operation in OPERATIONS:
+            messages = messages_for(operation)
+            behaviours[operation.name] = Unary(messages.request, partial(self.run, operation))
+            behaviours[operation.stream_name] = Stream(
+                messages.stream_request, partial(self.stream, operation)
+            )
         return {
-            "Deconvolve": Unary(pb.DeconvolveRequest, self.deconvolve),
-            "DeconvolveGrad": Unary(pb.DeconvolveGradRequest, self.deconvolve_grad),
-            "DeconvolveStream": Stream(pb.DeconvolveStreamRequest, self.deconvolve_stream),
-            "DeconvolveGradStream": Stream(
-                pb.DeconvolveGradStreamRequest, self.deconvolve_grad_stream
-            ),
+            **behaviours,
             **resident_calls.behaviours(),
             "GetServerInfo": Unary(pb.GetServerInfoRequest, self.get_server_info),
         }
 
-    def deconvolve(
-        self, request: Envelope[pb.DeconvolveRequest], call: Call
-    ) -> Envelope[pb.DeconvolveResponse]:
-        """Serve Deconvolve."""
-        asked = Deconvolution.from_message(request.message)
-        with self._exchange(request.message, asked, call) as exchange:
+    def run(
+        self, operation: Operation, request: Envelope[Message], call: Call
+    ) -> Envelope[Message]:
+        """Serve an operation's RPC."""
+        parsed = parse_request(operation, request.message)
+        with self._exchange(request.message, parsed, call) as exchange:
             exchange.take(request.raw)
-            self._check_result_size(asked.sent)
-            engine = exchange.settle(self._ready().engines)
+            self._check_result_size(parsed.sent_bytes)
+            engine = exchange.choose_engine(self._ready().engines)
             if call.writing is not None:
-                call.writing.total_bytes = asked.shared_bytes
-            if not asked.keep.isdisjoint(asked.operands):
+                call.writing.total_bytes = parsed.shared_bytes
+            if parsed.keeps_operands:
                 call.wait_until_written()
-            x, W = exchange.operand("x"), exchange.operand("w")
-            b = exchange.operand("b") if asked.with_b else None
-            out = exchange.place("y")
-            y = engine.deconvolve(asked.problem, x, W, b, asked.options, call, out)
+            operands = exchange.bring_operands(engine)
+            places = exchange.make_places(engine)
+            engine.run(operation, parsed.problem, operands, places, parsed.options, call)
             exchange.commit()
-            return Envelope(_response(asked, exchange), _sent(asked, {"y": y}))
+            return exchange.answer()
 
-    def deconvolve_grad(
-        self, request: Envelope[pb.DeconvolveGradRequest], call: Call
-    ) -> Envelope[pb.DeconvolveGradResponse]:
-        """Serve DeconvolveGrad."""
-        asked = Differentiation.from_message(request.message)
-        with self._exchange(request.message, asked, call) as exchange:
-            exchange.take(request.raw)
-            self._check_result_size(asked.sent)
-            engine = exchange.settle(self._ready().engines)
-            if call.writing is not None:
-                call.writing.total_bytes = asked.shared_bytes
-            x = exchange.operand("x") if asked.wanted.gW else None
-            W = exchange.operand("w") if asked.wanted.gx else None
-            gy = exchange.operand("gy")
-            out = GradientPlaces(*map(exchange.place, ("gx", "gw", "gb")))
-            gradients = engine.gradients(
-                asked.problem, x, W, gy, asked.wanted, asked.options, call, out
-            )
-            exchange.commit()
-            results = {"gx": gradients.gx, "gw": gradients.gW, "gb": gradients.gb}
-            return Envelope(_grad_response(asked, exchange), _sent(asked, results))
-
-    def deconvolve_stream(
-        self, reader: PartReader[pb.DeconvolveStreamRequest], call: Call
-    ) -> Parts:
-        """Serve DeconvolveStream."""
+    def stream(self, operation: Operation, reader: PartReader[Any], call: Call) -> Parts:
+        """Serve an operation's RPC in a stream."""
         header = reader.header().header
-        asked = _streamed(Deconvolution.from_message(header.request))
-        sliced = SlicedProblem(asked.problem, header.slice_samples_count)
-        with self._exchange(header.request, asked, call) as exchange:
+        # its results are behind its headers, wherever else they might be put
+        parsed = replace(parse_request(operation, header.request), slices={})
+        sliced = SlicedProblem(parsed.problem, header.slice_samples_count)
+        response = messages_for(operation).stream_response
+        with self._exchange(header.request, parsed, call) as exchange:
             missing = exchange.find()
-            with self._admitted(sliced, None, missing, call):
-                engine = exchange.settle(self._ready().engines)
+            with self._admitted(sliced, parsed, missing, call):
+                engine = exchange.choose_engine(self._ready().engines)
+                kept = exchange.make_kept(parsed.results, engine)
                 operands = Arrivals(exchange, reader, engine, call)
                 if missing:
-                    yield pb.DeconvolveStreamResponse(missing=pb.Missing(fields=missing))
+                    yield response(missing=pb.Missing(fields=missing))
                     operands.take_missing(missing)
                 operands.prepare()
-                yield pb.DeconvolveStreamResponse(header=_response(asked, exchange))
-                slices = Slices(
-                    sliced, asked.options, engine, operands, exchange, self._executor, call
-                )
-                yield from slices.y(with_b=asked.with_b)
+                yield response(header=exchange.response())
+                slices = Slices(parsed, sliced, engine, operands, kept, self._executor, call)
+                yield from slices.results()
             exchange.commit()
 
-    def deconvolve_grad_stream(
-        self, reader: PartReader[pb.DeconvolveGradStreamRequest], call: Call
-    ) -> Parts:
-        """Serve DeconvolveGradStream."""
-        header = reader.header().header
-        asked = _streamed(Differentiation.from_message(header.request))
-        sliced = SlicedProblem(asked.problem, header.slice_samples_count)
-        with self._exchange(header.request, asked, call) as exchange:
-            missing = exchange.find()
-            with self._admitted(sliced, asked.wanted, missing, call):
-                engine = exchange.settle(self._ready().engines)
-                operands = Arrivals(exchange, reader, engine, call)
-                if missing:
-                    yield pb.DeconvolveGradStreamResponse(missing=pb.Missing(fields=missing))
-                    operands.take_missing(missing)
-                operands.prepare()
-                yield pb.DeconvolveGradStreamResponse(header=_grad_response(asked, exchange))
-                slices = Slices(
-                    sliced, asked.options, engine, operands, exchange, self._executor, call
-                )
-                yield from slices.gradients(asked.wanted)
-            exchange.commit()
-
-    def _exchange(
-        self,
-        message: pb.DeconvolveRequest | pb.DeconvolveGradRequest,
-        asked: Deconvolution | Differentiation,
-        call: Call,
-    ) -> Exchange:
-        return Exchange(message, asked, self.lender, self._ready(), call)
+    def _exchange(self, message: Message, parsed: ParsedRequest, call: Call) -> Exchange:
+        return Exchange(message, parsed, self.lender, self._ready(), call)
 
     @contextmanager
     def _admitted(
         self,
         sliced: SlicedProblem,
-        wanted: Wanted | None,
+        parsed: ParsedRequest,
         missing: Mapping[str, TensorSpec],
         call: Call,
     ) -> Iterator[None]:
         """Give the block a place among the streams."""
         sliced.check_slice(self._max_message_bytes)
-        footprint_bytes = sliced.footprint_bytes(wanted)
+        footprint_bytes = sliced.footprint_bytes(parsed)
         if missing:
             footprint_bytes += EARLY_BYTES + sum(spec.nbytes for spec in missing.values())
         with self._streams.admitted(footprint_bytes, call):
@@ -232,47 +181,14 @@ class DeconvolutionService:
             )
         return self.residents
 
-    def _check_result_size(self, sent: Mapping[str, TensorSpec]) -> None:
+    def _check_result_size(self, result_bytes: int) -> None:
         """Refuse results that could not be sent, before they are computed."""
-        result_bytes = sum([spec.nbytes for spec in sent.values()])
         if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
             raise ExhaustedError(
                 f"the result would have {result_bytes} bytes, and the server sends messages of at "
                 f"most {self._max_message_bytes}: send fewer samples at a time, or start it with a "
                 "larger --max-message-bytes"
             )
-
-
-def _streamed(asked: _AskedT) -> _AskedT:
-    """Return what a stream asks for: its results are behind its headers, wherever else they might be put."""
-    return replace(asked, slices={})
-
-
-def _response(asked: Deconvolution, exchange: Exchange) -> pb.DeconvolveResponse:
-    """Return the response to a call, without elements: not to be changed."""
-    if not asked.keep:
-        return asked.response
-    return pb.DeconvolveResponse(y=exchange.described("y"), kept=exchange.kept_operands())
-
-
-def _grad_response(asked: Differentiation, exchange: Exchange) -> pb.DeconvolveGradResponse:
-    """Return the response to a call for gradients, in the manner of `_response`."""
-    if not asked.keep:
-        return asked.response
-    return pb.DeconvolveGradResponse(
-        **{field: exchange.described(field) for field in asked.results}
-    )
-
-
-def _sent(
-    asked: Deconvolution | Differentiation, results: Mapping[str, Operand | None]
-) -> dict[str, Buffer]:
-    """Return the elements of those results that the response carries, by the names of their fields."""
-    return {
-        field: elements_of(result)
-        for field in asked.sent
-        if isinstance(result := results[field], np.ndarray)
-    }
 
 
 def _device_message(engine: Engine, residents: Residents) -> pb.Device:

@@ -6,24 +6,25 @@ order, in the compute type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+from deconvd.dtypes import DType
 from deconvd.errors import ExhaustedError, InvalidArgumentError
-from deconvd.gradients import Gradients, Wanted
-from deconvd.options import Options
+from deconvd.operation import spec_of_field
 from deconvd.parts import Elements, elements_part, slices
-from deconvd.problem import Problem, TensorSpec
+from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import Array
 from deconvd_server.arrivals import Arrivals
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor, GradientPlaces, Operand
+from deconvd_server.device import DeviceTensor, Operand
 from deconvd_server.engine import Engine
-from deconvd_server.exchange import Exchange
+from deconvd_server.exchange import new_result
+from deconvd_server.requests import ParsedRequest
 
 __all__ = ["SLICES_IN_FLIGHT", "SlicedProblem", "Slices"]
 
@@ -64,24 +65,28 @@ class SlicedProblem:
 
     def slices(self) -> Iterator[tuple[slice, Problem]]:
         """Yield each slice of samples, and its problem."""
-        x = self.problem.x
+        x, W, geometry = self.problem.x, self.problem.W, self.problem.geometry
         for part in slices(self.problem.n, self.slice_samples_count):
             shape = (part.stop - part.start, *x.shape[1:])
-            yield part, replace(self.problem, x=TensorSpec(shape, x.dtype))
+            yield part, problem_of(TensorSpec(shape, x.dtype), W, geometry)
 
     def _largest(self) -> Problem:
         """Return the problem of the first slice; that of all if there is none."""
         return next((problem for _, problem in self.slices()), self.problem)
 
-    def footprint_bytes(self, wanted: Wanted | None) -> int:
-        """Return what a stream of it holds of host memory: W, its gradient, and slices in flight."""
-        whole = self.problem
-        first = self._largest()
-        slice_bytes = first.x.nbytes * (2 if wanted and wanted.gx else 1) + first.y.nbytes
-        wide_bytes = whole.W.nbytes * whole.compute_type.itemsize // whole.W.dtype.itemsize
-        sums_bytes = 2 * wide_bytes if wanted and wanted.gW else 0
-        held_count = min(self.slices_count, SLICES_IN_FLIGHT + 1)
-        return whole.W.nbytes + sums_bytes + held_count * slice_bytes
+    def footprint_bytes(self, parsed: ParsedRequest) -> int:
+        """Return what a stream of it holds of host memory: what is whole, sums, and slices in flight."""
+        operation, first = parsed.operation, self._largest()
+        whole_bytes = sliced_bytes = 0
+        for field, spec in (*parsed.operands.items(), *parsed.results.items()):
+            if field in operation.constants:
+                whole_bytes += spec.nbytes
+            elif field in operation.summed:  # that of the slices so far, and that of the next
+                wide_bytes = spec.nbytes * self.problem.compute_type.itemsize // spec.dtype.itemsize
+                whole_bytes += 2 * wide_bytes
+            else:
+                sliced_bytes += spec_of_field(first, field).nbytes
+        return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * sliced_bytes
 
     def check_slice(self, message_bytes: int) -> None:
         """Raise ExhaustedError if a slice of several samples is larger than the contract allows.
@@ -104,112 +109,101 @@ class Slices:
     """The slices of one call, computed as they arrive.
 
     Attributes:
-        operands: What they are computed from.
-        exchange: Where results go that are kept.
+        parsed: What is to be computed.
+        operands: From what.
+        kept: Where results go that are kept, by the names of their fields.
         executor: Has a thread for each slice in flight.
     """
 
+    parsed: ParsedRequest
     sliced: SlicedProblem
-    options: Options
     engine: Engine
     operands: Arrivals
-    exchange: Exchange
+    kept: Mapping[str, DeviceTensor]
     executor: Executor
     call: Call
 
-    def y(self, *, with_b: bool) -> Iterator[Elements]:
-        """Yield the elements of y, unless it is kept, while those of x arrive.
+    def results(self) -> Iterator[Elements]:
+        """Yield the elements of results, in the stream's order, while those of operands arrive; not of what is kept.
 
-        Raises as `Arrivals` and `Engine.deconvolve` do.
+        Raises as `Arrivals` and `Engine.run` do.
         """
-        W = self.operands.whole("w")
-        b = self.operands.whole("b") if with_b else None
-        kept_y = self.exchange.tensor_of("y")
-
-        def begun() -> Iterator[Future[Operand]]:
-            for part, problem in self.sliced.slices():
-                x = self.operands.samples("x", part)
-                yield self._started(self._y_of, problem, x, W, b, _view(kept_y, part))
-            self.operands.expect_end()
-
-        for y in _in_flight(begun(), self.call):
-            if isinstance(y, np.ndarray):
-                yield elements_part(y)
-
-    def _y_of(
-        self, problem: Problem, x: Operand, W: Operand, b: Operand | None, out: Operand | None
-    ) -> Operand:
-        return self.engine.deconvolve(problem, x, W, b, self.options, self.call, out)
-
-    def gradients(self, wanted: Wanted) -> Iterator[Elements]:
-        """Yield the elements of gx while those of x and gy arrive, then those of gW and gb; not of what is kept.
-
-        Raises as `Arrivals` and `Engine.gradients` do.
-        """
-        W = self.operands.whole("w") if wanted.gx else None
-        kept_gx = self.exchange.tensor_of("gx")
-        sums = _Sums(self.sliced.problem, wanted)
-
-        def begun() -> Iterator[Future[Gradients]]:
-            for part, problem in self.sliced.slices():
-                x = self.operands.samples("x", part) if wanted.gW else None
-                gy = self.operands.samples("gy", part)
-                out = GradientPlaces(gx=_view(kept_gx, part))
-                arguments = (problem, x, W, gy, wanted, self.options, self.call, out)
-                yield self._started(self.engine.gradients, *arguments)
-            self.operands.expect_end()
-
-        for gradients in _in_flight(begun(), self.call):
-            sums.add(gradients)
-            if gradients.gx is not None:
-                yield elements_part(gradients.gx)
+        operation, specs = self.parsed.operation, self.parsed.results
+        summed = {field: specs[field] for field in operation.summed if field in specs}
+        sums = _Sums(summed, self.parsed.problem.compute_type)
+        for arrays in _in_flight(self._begin_slices(), self.call):
+            sums.add(arrays)
+            for field in arrays:
+                if field in operation.results:
+                    yield elements_part(arrays[field])
         for field, total in sums.totals().items():
-            kept = self.exchange.tensor_of(field)
-            if kept is None:
-                yield elements_part(total)
+            if field in self.kept:
+                self.engine.write(self.kept[field], total, self.call)
             else:
-                self.engine.write(kept, total, self.call)
+                yield elements_part(total)
 
-    def _started(self, work: Callable[..., _T], *arguments: Any) -> Future[_T]:
+    def _begin_slices(self) -> Iterator[Future[dict[str, Array]]]:
+        """Begin each slice once its operands have come."""
+        operation, given = self.parsed.operation, self.parsed.operands
+        constants = {f: self.operands.whole(f) for f in operation.constants if f in given}
+        sliced = [field for field in operation.sliced if field in given]
+        for part, problem in self.sliced.slices():
+            operands = {field: self.operands.samples(field, part) for field in sliced}
+            yield self._begin_slice(part, problem, {**constants, **operands})
+        self.operands.expect_end()
+
+    def _begin_slice(
+        self, part: slice, problem: Problem, operands: Mapping[str, Operand]
+    ) -> Future[dict[str, Array]]:
         """Have a slice computed while the next arrives; at once if there is no next."""
         if self.sliced.slices_count > 1:
-            return self.executor.submit(work, *arguments)
-        done: Future[_T] = Future()
-        done.set_result(work(*arguments))
+            return self.executor.submit(self._run, part, problem, operands)
+        done: Future[dict[str, Array]] = Future()
+        done.set_result(self._run(part, problem, operands))
         return done
 
-
-def _view(tensor: DeviceTensor | None, part: slice) -> DeviceTensor | None:
-    """Return some samples of a tensor, if there is one."""
-    return None if tensor is None else tensor.samples(part.start, part.stop)
+    def _run(
+        self, part: slice, problem: Problem, operands: Mapping[str, Operand]
+    ) -> dict[str, Array]:
+        """Compute a slice, and return those results that are not where they are kept."""
+        operation, options = self.parsed.operation, self.parsed.options
+        kept = {
+            field: tensor.samples(part.start, part.stop)
+            for field, tensor in self.kept.items()
+            if field in operation.results
+        }
+        arrays = {f: new_result(problem, f) for f in self.parsed.wanted if f not in kept}
+        self.engine.run(operation, problem, operands, {**kept, **arrays}, options, self.call)
+        return arrays
 
 
 class _Sums:
-    """gW and gb of the slices so far, in the compute type."""
+    """The sums over the slices so far, in the compute type, by the names of their fields.
 
-    def __init__(self, problem: Problem, wanted: Wanted) -> None:
-        self._specs = {"gw": problem.W} if wanted.gW else {}
-        self._specs |= {"gb": problem.b} if wanted.gb else {}
-        self._compute_type = problem.compute_type
-        self._totals: list[Array] = []
+    Args:
+        specs: What they will be.
+    """
 
-    def add(self, gradients: Gradients) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec], compute_type: DType) -> None:
+        self._specs = specs
+        self._compute_type = compute_type
+        self._totals: dict[str, Array] = {}
+
+    def add(self, arrays: Mapping[str, Array]) -> None:
         """Add those of one slice, which are nobody else's."""
-        present = [gradient for gradient in gradients[1:] if gradient is not None]
-        if not self._totals:
-            self._totals = [gradient.astype(self._compute_type, copy=False) for gradient in present]
-            return
-        for total, gradient in zip(self._totals, present, strict=True):
-            total += gradient
+        for field in self._specs:
+            if field in self._totals:
+                self._totals[field] += arrays[field]
+            else:
+                self._totals[field] = arrays[field].astype(self._compute_type, copy=False)
 
     def totals(self) -> dict[str, Array]:
-        """Return those that are wanted, in their own types, by the names of their fields."""
-        totals = self._totals or [
-            np.zeros(spec.shape, self._compute_type) for spec in self._specs.values()
-        ]
+        """Return the sums of all slices, in their own types."""
         return {
-            field: total.astype(spec.dtype, copy=False)
-            for (field, spec), total in zip(self._specs.items(), totals, strict=True)
+            field: self._totals[field].astype(spec.dtype, copy=False)
+            if field in self._totals
+            else np.zeros(spec.shape, spec.dtype)
+            for field, spec in self._specs.items()
         }
 
 

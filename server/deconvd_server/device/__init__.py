@@ -5,10 +5,8 @@ from deconvd_server.device.protocol import (
     Device,
     DeviceInfo,
     DeviceTensor,
-    GradientPlaces,
     LentMemory,
     Operand,
-    Place,
     resident_bytes,
 )
 
@@ -17,9 +15,7 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "DeviceTensor",
-    "GradientPlaces",
     "LentMemory",
     "Operand",
-    "Place",
     "resident_bytes",
 ]

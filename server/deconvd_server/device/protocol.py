@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from deconvd.cache_state import CacheState
-from deconvd.gradients import Gradients, Wanted
+from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -20,10 +20,8 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "DeviceTensor",
-    "GradientPlaces",
     "LentMemory",
     "Operand",
-    "Place",
     "never",
     "resident_bytes",
 ]
@@ -116,38 +114,21 @@ class LentMemory(Protocol):
 
 
 Operand: TypeAlias = Array | DeviceTensor
-"""What a device reads: an array in host memory, or a tensor in its own."""
-
-Place = TypeVar("Place", bound=Operand)
-"""Where a device puts a result."""
+"""What a device reads or writes: an array in host memory, or a tensor in its own."""
 
 
-class GradientPlaces(NamedTuple):
-    """Where to put gradients; None for one that is not wanted, or is to be a new array."""
-
-    gx: Operand | None = None
-    gW: Operand | None = None
-    gb: Operand | None = None
-
-
-def resident_bytes(*tensors: Operand | None) -> int:
-    """Return what those of the tensors that lie in a device's memory take there."""
-    return sum(
-        tensor.spec.nbytes
-        for tensor in tensors
-        if tensor is not None and not isinstance(tensor, np.ndarray)
-    )
+def resident_bytes(tensors: Iterable[Operand]) -> int:
+    """Return what those of the tensors that are in a device's memory take there."""
+    return sum([t.spec.nbytes for t in tensors if not isinstance(t, np.ndarray)])
 
 
 class Device(Protocol):
-    """Computes deconvolutions. Its methods may be called from many threads.
+    """Computes the operations of `deconvd.operation`. Its methods may be called from many threads.
 
     Operands and places have the shapes and element types of the problem, and any mix of them may
-    lie in the device's memory. Those that are arrays may have any strides. Operands are in native
+    be in the device's memory. Those that are arrays may have any strides. Operands are in native
     byte order and may be read-only; they are never modified. Places overlap neither each other nor
     an operand; while a call is under way, and if it fails, their elements are arbitrary.
-
-    A result without a place is a new C-contiguous array in native byte order.
 
     Every method raises CallCancelledError or DeadlineError soon after the call has ended, and
     ExhaustedError if memory runs out; the device stays usable. No method touches an operand or a
@@ -163,52 +144,39 @@ class Device(Protocol):
         """What it keeps between calls, now."""
 
     def footprint_bytes(
-        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
+        self,
+        operation: Operation,
+        problem: Problem,
+        results: Collection[str],
+        resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the device memory that a call takes, beside what lies there already.
+        """Return a bound on the device memory that a call takes, in addition to what is there already.
 
         Args:
-            wanted: The gradients that the call is for; None if it is for y.
+            results: The names of those that are computed.
             resident_bytes: What its operands and places that are tensors of the device take.
         """
 
-    def deconvolve(
+    def run(
         self,
+        operation: Operation,
         problem: Problem,
-        x: Operand,
-        W: Operand,
-        b: Operand | None,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Operand],
         options: Options,
         call: Call,
-        out: Place | None = None,
-    ) -> Array | Place:
-        """Return y: `out`, if that says where to put it.
+    ) -> None:
+        """Compute those results of an operation that have places, into them.
 
-        Operands may still be under way, as ``call.writing`` says, if the device `takes_early` calls
-        and the problem has products.
+        Args:
+            problem: Has products; for others see `no_products`.
+            operands: By the names of their fields: those that the results need, and perhaps others.
+            places: By the names of their fields: at least one.
+
+        Operands may still be under way, as ``call.writing`` says, if the device `takes_early` calls.
 
         Raises:
             LateError: They were not written in time; the call is to be made again once they are.
-        """
-
-    def gradients(
-        self,
-        problem: Problem,
-        x: Operand | None,
-        W: Operand | None,
-        gy: Operand,
-        wanted: Wanted,
-        options: Options,
-        call: Call,
-        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
-    ) -> Gradients:
-        """Return the wanted gradients: of those that have a place the place, but None for a tensor.
-
-        Args:
-            x: May be None unless gW is wanted.
-            W: May be None unless gx is wanted.
-
-        Operands may be under way as for `deconvolve`. Raises LateError as that does.
         """
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deconvd_server.call import Call
 from deconvd_server.engine import Engine, Engines
 from deconvd_server.residents.keeper import Keeper
 from deconvd_server.residents.sessions import Reaper, SessionLimits, Sessions
+from deconvd_server.residents.tenant import Session
 
 __all__ = ["ResidentLimits", "Residents"]
 
@@ -66,6 +68,12 @@ class Residents:
         session_limits = SessionLimits(limits.sessions_count, limits.lease_s, quota_bytes)
         self.sessions = Sessions(session_limits, self.keeper.end)
         self._reaper = Reaper(self.sessions, session_limits.grace_s)
+
+    def join(self, name: bytes, call: Call) -> Session:
+        """Return the session of a name, on whose tenant's behalf a call is from now on. Raises as `Sessions.get`."""
+        session = self.sessions.get(name)
+        call.tenant = session.tenant
+        return session
 
     def drain(self) -> None:
         """Let no session begin, and hang up the streams that hold them, which would not end by themselves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
-from deconvd.gradients import Gradients, Wanted
+from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -30,22 +30,14 @@ from deconvd_server.device.cpu.blocking import (
 )
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
-from deconvd_server.device.cpu.tensor import (
-    DEVICE_ID,
-    HostTensor,
-    array_of,
-    landed,
-    own,
-    place_for,
-)
+from deconvd_server.device.cpu.tensor import DEVICE_ID, HostTensor, array_of, own, plain
+from deconvd_server.device.no_products import sum_gb
 from deconvd_server.device.protocol import (
     CacheState,
     DeviceInfo,
     DeviceTensor,
-    GradientPlaces,
     LentMemory,
     Operand,
-    Place,
 )
 from deconvd_server.ledger import Stage
 from deconvd_server.malloc import LARGE_BYTES
@@ -98,7 +90,11 @@ class CpuDevice:
         return ()
 
     def footprint_bytes(
-        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
+        self,
+        operation: Operation,
+        problem: Problem,
+        results: Collection[str],
+        resident_bytes: int = 0,
     ) -> int:
         """Return a bound on the memory that a call takes beside what lies there already.
 
@@ -108,7 +104,7 @@ class CpuDevice:
         tensors = (problem.x, problem.W, problem.y)
         elements_count = sum(math.prod(spec.shape) for spec in tensors)
         working_count = self._team.threads_count * working_elements_count(problem)
-        if wanted is not None and wanted.gW:
+        if "gw" in results:
             working_count += self._gW_elements_count(problem)
         tensors_bytes = sum(spec.nbytes for spec in tensors)
         wide_bytes = elements_count * np.dtype(np.float64).itemsize
@@ -124,80 +120,57 @@ class CpuDevice:
         parts_count = min(-(-threads_count // tasks_count), problem.n)
         return 2 * parts_count * math.prod(problem.W.shape)
 
-    def deconvolve(
+    def run(
         self,
+        operation: Operation,
         problem: Problem,
-        x: Operand,
-        W: Operand,
-        b: Operand | None,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Operand],
         options: Options,
         call: Call,
-        out: Place | None = None,
-    ) -> Array | Place:
-        """Return y. `options` are for GPUs."""
+    ) -> None:
+        """Compute results into their places. `options` are for GPUs. See `Device`."""
+        set_result = {"y": self._set_y, "gx": self._set_gx, "gw": self._set_gW, "gb": _set_gb}
+        arrays = {field: array_of(operand) for field, operand in operands.items()}
         with self._computing(problem, call):
-            y = place_for(problem.y, out)
-            if b is not None:
-                y += array_of(b)[:, None, None]
-            if problem.has_products:
-                blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
-                products = Products(problem, blocking, call, x=array_of(x), W=array_of(W))
-                self._run(
-                    lambda *task: products.add_to_y(y, *task),
-                    product(blocking.samples, blocking.groups, blocking.channels),
-                )
-            return landed(y, out)
+            for field, place in places.items():
+                with plain(place) as result:
+                    set_result[field](result, problem, arrays, call)
 
-    def gradients(
-        self,
-        problem: Problem,
-        x: Operand | None,
-        W: Operand | None,
-        gy: Operand,
-        wanted: Wanted,
-        options: Options,
-        call: Call,
-        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
-    ) -> Gradients:
-        """Return the wanted gradients. `options` are for GPUs."""
-        gx = gW = gb = None
-        gy = array_of(gy)
-        with self._computing(problem, call):
-            if wanted.gx and W is not None:
-                gx = place_for(problem.x, out.gx)
-                self._set_gx(gx, problem, array_of(W), gy, call)
-            if wanted.gW and x is not None:
-                gW = self._gW(problem, array_of(x), gy, call)
-            if wanted.gb:
-                gb = _gb(gy)
-            return Gradients(*map(_landed_array, (gx, gW, gb), out))
+    def _set_y(self, y: Array, problem: Problem, operands: Mapping[str, Array], call: Call) -> None:
+        y[...] = operands["b"][:, None, None] if "b" in operands else 0
+        blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
+        products = Products(problem, blocking, call, x=operands["x"], W=operands["w"])
+        self._share(
+            lambda *task: products.add_to_y(y, *task),
+            product(blocking.samples, blocking.groups, blocking.channels),
+        )
 
-    def _set_gx(self, gx: Array, problem: Problem, W: Array, gy: Array, call: Call) -> None:
-        """Set gx, which is all zeros."""
-        if problem.has_products:
-            blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
-            products = Products(problem, blocking, call, W=W, gy=gy)
-            self._run(
-                lambda *task: products.set_gx(gx, *task),
-                product(blocking.samples, blocking.groups, blocking.images),
-            )
+    def _set_gx(
+        self, gx: Array, problem: Problem, operands: Mapping[str, Array], call: Call
+    ) -> None:
+        blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
+        products = Products(problem, blocking, call, W=operands["w"], gy=operands["gy"])
+        self._share(
+            lambda *task: products.set_gx(gx, *task),
+            product(blocking.samples, blocking.groups, blocking.images),
+        )
 
-    def _gW(self, problem: Problem, x: Array, gy: Array, call: Call) -> Array:
-        if not problem.has_products:
-            return np.zeros(problem.W.shape, problem.W.dtype)
+    def _set_gW(
+        self, gW: Array, problem: Problem, operands: Mapping[str, Array], call: Call
+    ) -> None:
         threads_count = self._threads_count(problem)
         blocking = Blocking.of(problem, threads_count=threads_count, sums_samples=True)
         # Where channels do not make tasks enough, samples do: each part of them has its own sum.
         tasks_count = len(blocking.groups) * len(blocking.channels) * len(blocking.taps)
         parts = _parts(blocking.samples, -(-threads_count // tasks_count))
         sums = np.zeros((len(parts), *problem.W.shape), problem.compute_type)
-        products = Products(problem, blocking, call, x=x, gy=gy)
-        self._run(
+        products = Products(problem, blocking, call, x=operands["x"], gy=operands["gy"])
+        self._share(
             lambda part, *task: products.add_to_gW(sums[part], parts[part], *task),
             product(range(len(parts)), blocking.groups, blocking.channels, blocking.taps),
         )
-        gW: Array = sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0)
-        return gW.astype(problem.W.dtype, copy=False)
+        gW[...] = sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0)
 
     def _threads_count(self, problem: Problem) -> int:
         return useful_threads_count(problem, self._team.threads_count)
@@ -211,7 +184,7 @@ class CpuDevice:
         ):
             yield
 
-    def _run(self, task: Callable[[*T], None], arguments: Iterable[tuple[*T]]) -> None:
+    def _share(self, task: Callable[[*T], None], arguments: Iterable[tuple[*T]]) -> None:
         def quiet_task(*mine: *T) -> None:
             with _out_of_range_as_infinite():  # NumPy asks each thread anew
                 task(*mine)
@@ -270,16 +243,8 @@ def _parts(blocks: list[slice], parts_count: int) -> list[list[slice]]:
     return [blocks[part] for part in ranges(len(blocks), -(-len(blocks) // parts_count))]
 
 
-def _landed_array(result: Array | None, out: Operand | None) -> Array | None:
-    """Return a gradient, in its place if it has one; None if that is no array."""
-    found = None if result is None else landed(result, out)
-    return found if isinstance(found, np.ndarray) else None
-
-
-def _gb(gy: Array) -> Array:
-    # Sums over whole batches lose digits in float32, and a column of gy is soon read.
-    gb: Array = gy.sum(axis=(0, 2, 3), dtype=np.float64)
-    return gb.astype(gy.dtype)
+def _set_gb(gb: Array, _problem: Problem, operands: Mapping[str, Array], _call: Call) -> None:
+    gb[...] = sum_gb(operands["gy"])
 
 
 def _out_of_range_as_infinite() -> np.errstate:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from deconvd.copying import copy_into
-from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, spec_of
-from deconvd_server.device.protocol import DeviceTensor, Operand, Place, never
+from deconvd_server.device.protocol import DeviceTensor, Operand, never
 
-__all__ = ["DEVICE_ID", "HostTensor", "array_of", "landed", "own", "place_for"]
+__all__ = ["DEVICE_ID", "HostTensor", "array_of", "own", "plain"]
 
 DEVICE_ID = "cpu"
 
@@ -61,21 +61,16 @@ def own(tensor: DeviceTensor) -> HostTensor:
     return tensor
 
 
-def place_for(spec: TensorSpec, out: Operand | None) -> Array:
-    """Return zeros to put a result into: in `out` if it is laid out as a new array would be."""
-    if out is not None:
-        place = array_of(out)
-        if place.flags.c_contiguous and place.dtype.isnative:
-            place.fill(0)
-            return place
-    return np.zeros(spec.shape, spec.dtype)
+@contextmanager
+def plain(place: Operand) -> Iterator[Array]:
+    """Give the block an array to write a result into: the place itself if it is C-contiguous and in native byte order.
 
-
-def landed(result: Array, out: Place | None) -> Array | Place:
-    """Return a result, in `out` if that says where it is to be."""
-    if out is None:
-        return result
-    place = array_of(out)
-    if place is not result:
-        copy_into(place, result)
-    return out
+    Otherwise what the block has written is copied to the place.
+    """
+    target = array_of(place)
+    if target.flags.c_contiguous and target.dtype.isnative:
+        yield target
+        return
+    array = np.empty(target.shape, target.dtype.newbyteorder("="))
+    yield array
+    copy_into(target, array)

@@ -9,7 +9,7 @@ from deconvd.dtypes import DType
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Operation, Plan, Preparation, preparation_of
+from deconvd_server.device.cuda.plan import Plan, Preparation, Product, preparation_of
 
 __all__ = ["CastPlan", "operands_of", "result_of", "uniform"]
 
@@ -24,21 +24,21 @@ def uniform(problem: Problem) -> Problem:
     )
 
 
-def operands_of(operation: Operation, problem: Problem) -> tuple[TensorSpec, TensorSpec]:
+def operands_of(operation: Product, problem: Problem) -> tuple[TensorSpec, TensorSpec]:
     """Return what a plan's a and b are."""
     return {
-        Operation.Y: (problem.x, problem.W),
-        Operation.GX: (problem.y, problem.W),
-        Operation.GW: (problem.x, problem.y),
+        Product.Y: (problem.x, problem.W),
+        Product.GX: (problem.y, problem.W),
+        Product.GW: (problem.x, problem.y),
     }[operation]
 
 
-def result_of(operation: Operation, problem: Problem) -> TensorSpec:
+def result_of(operation: Product, problem: Problem) -> TensorSpec:
     """Return what a plan's out is."""
     return {
-        Operation.Y: problem.y,
-        Operation.GX: problem.x,
-        Operation.GW: problem.W,
+        Product.Y: problem.y,
+        Product.GX: problem.x,
+        Product.GW: problem.W,
     }[operation]
 
 
@@ -51,7 +51,7 @@ class CastPlan:
     """
 
     def __init__(
-        self, operation: Operation, problem: Problem, inner: Plan, *, b_is_ready: bool = False
+        self, operation: Product, problem: Problem, inner: Plan, *, b_is_ready: bool = False
     ) -> None:
         self._operation, self._problem = operation, problem
         self._inner = inner
@@ -85,7 +85,7 @@ class CastPlan:
 
     def preparation(self) -> Preparation | None:
         """Return how W is cast, or what the inner plan makes of a W that need not be. See `Preparable`."""
-        if self._operation is Operation.GW:
+        if self._operation is Product.GW:
             return None
         W = self._operands[1]
         if self._regions[1] is not None:

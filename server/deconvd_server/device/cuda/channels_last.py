@@ -6,7 +6,7 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.casting import operands_of, result_of
 from deconvd_server.device.cuda.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Operation, Plan, Preparation
+from deconvd_server.device.cuda.plan import Plan, Preparation, Product
 
 __all__ = ["ChannelsLastPlan"]
 
@@ -20,7 +20,7 @@ class ChannelsLastPlan:
     """
 
     def __init__(
-        self, operation: Operation, problem: Problem, inner: Plan, *, b_is_last: bool = False
+        self, operation: Product, problem: Problem, inner: Plan, *, b_is_last: bool = False
     ) -> None:
         self._operation, self._problem = operation, problem
         self._inner = inner
@@ -45,7 +45,7 @@ class ChannelsLastPlan:
 
     def preparation(self) -> Preparation | None:
         """Return how W is transposed. See `Preparable`."""
-        if self._operation is Operation.GW or self._regions[1] is None:
+        if self._operation is Product.GW or self._regions[1] is None:
             return None
         spec = self._specs[1]
 

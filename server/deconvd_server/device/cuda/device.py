@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import deconvd
 from deconvd.array_memory import ArrayMemory
-from deconvd.copying import copy_into
-from deconvd.gradients import Gradients, Wanted
+from deconvd.operation import DECONVOLVE, Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import Cudnn
-from deconvd_server.device.cuda.empty import empty_gradients, empty_y
 from deconvd_server.device.cuda.guard import Guard
 from deconvd_server.device.cuda.host_memory import HostMemory
-from deconvd_server.device.cuda.job import DeconvolveJob, GradientsJob, Job
+from deconvd_server.device.cuda.job import Job
 from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
 from deconvd_server.device.cuda.lanes import Lanes
 from deconvd_server.device.cuda.memory import DeviceMemory
 from deconvd_server.device.cuda.pipeline import count_parts
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import PRODUCTS, Plan, Product
 from deconvd_server.device.cuda.plans.bench import open_bench
 from deconvd_server.device.cuda.plans.book import PlanBook
 from deconvd_server.device.cuda.plans.builders import Builders
@@ -48,17 +46,11 @@ from deconvd_server.device.cuda.runtime import (
     synchronize,
     unregister_host,
 )
-from deconvd_server.device.cuda.sizing import Sizing, operations_of
+from deconvd_server.device.cuda.sizing import Sizing
 from deconvd_server.device.cuda.stats import CudaStats
 from deconvd_server.device.cuda.tensors import CardTensors
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
-from deconvd_server.device.protocol import (
-    CacheState,
-    DeviceInfo,
-    GradientPlaces,
-    Operand,
-    Place,
-)
+from deconvd_server.device.protocol import CacheState, DeviceInfo, Operand
 
 __all__ = ["CudaDevice", "Limits"]
 
@@ -69,6 +61,9 @@ _MAX_HELPERS = 8
 """Threads that copy within the host: about as many as it takes to keep up with the card's bus."""
 
 _REMEMBERED_COUNT = 1024
+
+_NO_W = Prepared(np.empty(0))
+"""Stands for W in calls that do not use it."""
 
 _HOST_MEMORY = HostMemory(register_host, unregister_host)
 """What any card of this process has registered: it is for all of them."""
@@ -223,129 +218,78 @@ class CudaDevice(CardTensors):
         return self.stats.caches
 
     def footprint_bytes(
-        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
-    ) -> int:
-        """Return a bound on the memory of the card that a call takes, trying plans included."""
-        return self._sizing.footprint_bytes(problem, wanted, resident_bytes)
-
-    def deconvolve(
-        self,
-        problem: Problem,
-        x: Operand,
-        W: Operand,
-        b: Operand | None,
-        options: Options,
-        call: Call,
-        out: Place | None = None,
-    ) -> Array | Place:
-        """Return y."""
-        if not problem.has_products:
-            y = empty_y(problem, None if b is None else self._fetched(b, call))
-            return self._landed(y, out, call)
-        place: Array | Place = self._results.empty(problem.y) if out is None else out
-        places = _HOST_MEMORY.places(x, place)
-        parts_count = 1 if places is None else count_parts(problem)
-        if call.writing is not None and (parts_count == 1 or not self._lanes.are_idle):
-            call.writing.require()  # to follow it would take time from others
-        part = _part(problem, parts_count)
-        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
-            ready = self._prepared(Operation.Y, part, W, options, call, lane)
-
-            def job() -> Job:
-                plan = ready.plan or self._plan(Operation.Y, part, options, call)
-                return DeconvolveJob(part, plan, with_b=b is not None)
-
-            key = (part, options, b is not None, ready.key)
-            operands = (x, ready.W) if b is None else (x, ready.W, b)
-            if parts_count > 1 and places is not None and isinstance(place, np.ndarray):
-                lane.run_in_parts(key, job, parts_count, operands, place, places, call)
-            else:
-                lane.run(key, job, operands, [place], call)
-        return place
-
-    def gradients(
-        self,
-        problem: Problem,
-        x: Operand | None,
-        W: Operand | None,
-        gy: Operand,
-        wanted: Wanted,
-        options: Options,
-        call: Call,
-        out: GradientPlaces = GradientPlaces(),  # noqa: B008 - a tuple
-    ) -> Gradients:
-        """Return the wanted gradients."""
-        if not problem.has_products:
-            found = empty_gradients(problem, self._fetched(gy, call), wanted)
-            landed = (
-                None if gradient is None else self._landed(gradient, place, call)
-                for gradient, place in zip(found, out, strict=True)
-            )
-            return Gradients(*map(_array_or_none, landed))
-        operands = [gy]
-        operands += [x] if wanted.gW and x is not None else []
-        places = [
-            (self._results.empty(spec) if place is None else place) if is_wanted else None
-            for spec, place, is_wanted in zip(
-                (problem.x, problem.W, problem.b), out, astuple(wanted), strict=True
-            )
-        ]
-        if call.writing is not None and not self._lanes.are_idle:
-            call.writing.require()  # as above
-        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
-            ready = None
-            if wanted.gx and W is not None:
-                ready = self._prepared(Operation.GX, problem, W, options, call, lane)
-                operands.append(ready.W)
-
-            def job() -> Job:
-                plans = {
-                    operation: self._plan(operation, problem, options, call)
-                    for operation in operations_of(wanted)
-                }
-                if ready is not None and ready.plan is not None:
-                    plans[Operation.GX] = ready.plan
-                return GradientsJob(
-                    problem, plans.get(Operation.GX), plans.get(Operation.GW), with_gb=wanted.gb
-                )
-
-            key = (problem, options, wanted, ready and ready.key)
-            lane.run(key, job, operands, [place for place in places if place is not None], call)
-        return Gradients(*map(_array_or_none, places))
-
-    def _prepared(
         self,
         operation: Operation,
         problem: Problem,
-        W: Operand,
+        results: Collection[str],
+        resident_bytes: int = 0,
+    ) -> int:
+        """Return a bound on the memory of the card that a call takes, trying plans included."""
+        return self._sizing.footprint_bytes(problem, results, resident_bytes)
+
+    def run(
+        self,
+        operation: Operation,
+        problem: Problem,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Operand],
+        options: Options,
+        call: Call,
+    ) -> None:
+        """Compute results into their places. See `Device`."""
+        used = _used(operation, tuple(places), tuple(operands))
+        divided = None
+        if operation is DECONVOLVE:  # gradients are computed in steps, which overlap as well
+            divided = _HOST_MEMORY.places(operands["x"], places["y"])
+        parts_count = 1 if divided is None else count_parts(problem)
+        is_followed = operation is not DECONVOLVE or parts_count > 1
+        if call.writing is not None and not (is_followed and self._lanes.are_idle):
+            call.writing.require()  # to follow it would take time from others
+        part = _part(problem, parts_count)
+        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
+            ready = self._prepared(used, part, operands, options, call, lane)
+
+            def job() -> Job:
+                plans = {
+                    field: self._plan(PRODUCTS[field], part, options, call)
+                    for field in used.results
+                    if field in PRODUCTS
+                }
+                if used.product_of_W is not None and ready.plan is not None:
+                    plans[used.product_of_W] = ready.plan
+                return Job(operation, part, used.operands, used.results, plans)
+
+            key = (operation, used, part, options, ready.key)
+            given = [ready.W if field == "w" else operands[field] for field in used.operands]
+            targets = [places[field] for field in used.results]
+            first = targets[0]
+            if divided is not None and parts_count > 1 and isinstance(first, np.ndarray):
+                lane.run_in_parts(key, job, parts_count, given, first, divided, call)
+            else:
+                lane.run(key, job, given, targets, call)
+
+    def _prepared(
+        self,
+        used: _Used,
+        problem: Problem,
+        operands: Mapping[str, Operand],
         options: Options,
         call: Call,
         lane: Lane,
     ) -> Prepared:
-        """Return W as an operation is to have it. See `prepared`."""
+        """Return W as the product that it is used in is to have it. See `prepared`."""
+        if used.product_of_W is None:
+            return _NO_W
+        W, product = operands["w"], PRODUCTS[used.product_of_W]
         if isinstance(W, np.ndarray):
             return Prepared(W)
         return prepared(
             W,
-            (operation, problem, options),
-            lambda: self._plan(operation, problem, options, call),
+            (product, problem, options),
+            lambda: self._plan(product, problem, options, call),
             self.memory,
             lane.stream,
         )
-
-    def _fetched(self, operand: Operand, call: Call) -> Array:
-        """Return an operand's elements as an array."""
-        return operand if isinstance(operand, np.ndarray) else self.read(operand, call)
-
-    def _landed(self, result: Array, out: Place | None, call: Call) -> Array | Place:
-        """Return a result that was made on the host, in `out` if that says where it is to be."""
-        if out is None:
-            return result
-        if isinstance(out, np.ndarray):
-            copy_into(out, result)
-        else:
-            self.write(out, result, call)
-        return out
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Let the card read and write host memory by itself. See `Device`."""
@@ -358,16 +302,16 @@ class CudaDevice(CardTensors):
 
         return unregister
 
-    def key(self, operation: Operation, problem: Problem, options: Options) -> PlanKey:
+    def key(self, operation: Product, problem: Problem, options: Options) -> PlanKey:
         """Return the key of an operation's plan on this device."""
         limit_bytes = self._sizing.workspace_limit_bytes(problem)
         return PlanKey.of(operation, problem, options, limit_bytes)
 
-    def _fallback_bytes(self, operation: Operation, problem: Problem) -> int:
+    def _fallback_bytes(self, operation: Product, problem: Problem) -> int:
         key = self.key(operation, problem, Options())
         return self._candidates.fallback(key).plan.workspace_bytes
 
-    def _plan(self, operation: Operation, problem: Problem, options: Options, call: Call) -> Plan:
+    def _plan(self, operation: Product, problem: Problem, options: Options, call: Call) -> Plan:
         return self.plans.get(self.key(operation, problem, options), call.check)
 
     @contextmanager
@@ -420,5 +364,24 @@ def _part(problem: Problem, count: int) -> Problem:
     return replace(problem, x=TensorSpec((n // count, *sample), problem.x.dtype))
 
 
-def _array_or_none(place: Operand | None) -> Array | None:
-    return place if isinstance(place, np.ndarray) else None
+class _Used(NamedTuple):
+    """What a call computes, and what of.
+
+    Attributes:
+        operands, results: The names of their fields, in the order that its job has them in: operands that can be
+            divided come first.
+        product_of_W: The result that W is used for; None if W is not used.
+    """
+
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    product_of_W: str | None
+
+
+@lru_cache(_REMEMBERED_COUNT)
+def _used(operation: Operation, wanted: tuple[str, ...], given: tuple[str, ...]) -> _Used:
+    results = tuple([field for field in operation.all_results if field in wanted])
+    needed = operation.operands_for(results, [f for f in operation.optional if f in given])
+    operands = tuple(sorted(needed, key=operation.constants.__contains__))
+    product_of_W = next((field for field in results if "w" in operation.needs[field]), None)
+    return _Used(operands, results, product_of_W)

@@ -14,7 +14,7 @@ from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.device import CudaDevice
 from deconvd_server.device.cuda.memory import Regions
-from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES, Operation, Plan
+from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES, Plan, Product
 from deconvd_server.device.cuda.runtime import CudaError, Event, Graph, Stream
 
 __all__ = ["Operator"]
@@ -79,7 +79,7 @@ class Operator:
 
     def run(
         self,
-        operation: Operation,
+        operation: Product,
         problem: Problem,
         a: Any,
         b: Any,
@@ -125,14 +125,14 @@ class Operator:
 
         def work() -> _Work:
             _check(problem, at)
-            gx_plan = self._plan(Operation.GX, problem, options)
-            gW_plan = self._plan(Operation.GW, problem, options)
+            gx_plan = self._plan(Product.GX, problem, options)
+            gW_plan = self._plan(Product.GW, problem, options)
             plans = [(gx_plan, at[2], at[1], at[3]), (gW_plan, at[0], at[2], at[4])]
             return _Work(plans, sum_gb)
 
         self._run((problem, options, at, at_gb), work)
 
-    def plan_name(self, operation: Operation, problem: Problem, options: Options) -> str:
+    def plan_name(self, operation: Product, problem: Problem, options: Options) -> str:
         """Return the name of the plan that serves an operation."""
         with self._device.using():
             return self._plan(operation, problem, options).name
@@ -197,7 +197,7 @@ class Operator:
         work.enqueue(self._workspace_pointer, [main.pointer, side.pointer])
         side.fork(main)
 
-    def _plan(self, operation: Operation, problem: Problem, options: Options) -> Plan:
+    def _plan(self, operation: Product, problem: Problem, options: Options) -> Plan:
         key = self._device.key(operation, problem, options)
         return self._device.plans.get(key, lambda: None)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 __all__ = [
     "OPERAND_ALIGNMENT_BYTES",
-    "Operation",
+    "PRODUCTS",
     "Plan",
     "Preparable",
     "Preparation",
+    "Product",
     "preparation_of",
 ]
 
@@ -20,7 +21,7 @@ OPERAND_ALIGNMENT_BYTES = 16
 """What plans count on of the addresses of operands and results: kernels move so many bytes at a time."""
 
 
-class Operation(StrEnum):
+class Product(StrEnum):
     """The three products of a deconvolution, by what they give."""
 
     Y = "y"
@@ -31,6 +32,10 @@ class Operation(StrEnum):
 
     GW = "gW"
     """From x and gy; cuDNN's wgrad."""
+
+
+PRODUCTS: Final[Mapping[str, Product]] = {"y": Product.Y, "gx": Product.GX, "gw": Product.GW}
+"""The products, by the names of the fields of their results. gb is a sum, and needs none."""
 
 
 class Plan(Protocol):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 
-from deconvd.gradients import Wanted
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.frame import Frame
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import PRODUCTS, Product
 
-__all__ = ["Sizing", "operations_of"]
+__all__ = ["Sizing"]
 
 _WORKSPACE_BYTES = 1 << 30
 """What plans may take where the card has plenty: cuDNN's fastest rarely want more."""
@@ -34,7 +33,7 @@ class Sizing:
         budget_bytes: int,
         calls_count: int,
         workspace_bytes: int | None,
-        fallback_bytes: Callable[[Operation, Problem], int],
+        fallback_bytes: Callable[[Product, Problem], int],
     ) -> None:
         self._budget_bytes = budget_bytes
         self._workspace_bytes = workspace_bytes or _share(budget_bytes, calls_count)
@@ -49,32 +48,27 @@ class Sizing:
         return min(self._workspace_bytes + tensors_bytes, spare_bytes)
 
     def footprint_bytes(
-        self, problem: Problem, wanted: Wanted | None, resident_bytes: int = 0
+        self, problem: Problem, results: Collection[str], resident_bytes: int = 0
     ) -> int:
         """Return a bound on what a call takes, trying plans included.
 
         Args:
+            results: The names of those that it computes.
             resident_bytes: What those of its tensors take that lie on the card already. Plans are
                 tried on others all the same: on one set of operands and results.
         """
-        tensors_bytes, workspace_bytes = self._parts(problem, wanted)
+        tensors_bytes, workspace_bytes = self._parts(problem, tuple(results))
         return max(tensors_bytes - resident_bytes, tensors_bytes // 2) + workspace_bytes
 
-    def _counted(self, problem: Problem, wanted: Wanted | None) -> tuple[int, int]:
+    def _counted(self, problem: Problem, results: tuple[str, ...]) -> tuple[int, int]:
         """Return what a call's tensors take, and what its plans."""
         if not problem.has_products:
             return 0, 0
-        workspaces = [self._fallback_bytes(op, problem) for op in operations_of(wanted)]
+        workspaces = [
+            self._fallback_bytes(PRODUCTS[field], problem) for field in results if field in PRODUCTS
+        ]
         limit_bytes = self.workspace_limit_bytes(problem)
         return _tensors_bytes(problem), max([limit_bytes, *workspaces])
-
-
-def operations_of(wanted: Wanted | None) -> list[Operation]:
-    """Return the operations that a call is made of; None stands for y."""
-    if wanted is None:
-        return [Operation.Y]
-    operations = [Operation.GX] if wanted.gx else []
-    return operations + ([Operation.GW] if wanted.gW else [])
 
 
 def _share(budget_bytes: int, calls_count: int) -> int:

@@ -20,7 +20,7 @@ from deconvd_server.device.cuda.kernels.launch import (
     pointer,
 )
 from deconvd_server.device.cuda.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Operation, Plan, Preparation, preparation_of
+from deconvd_server.device.cuda.plan import Plan, Preparation, Product, preparation_of
 
 __all__ = ["WindowPlan", "enlarged"]
 
@@ -43,7 +43,7 @@ class WindowPlan:
         inner: A plan for `enlarged(problem)`.
     """
 
-    def __init__(self, operation: Operation, problem: Problem, inner: Plan) -> None:
+    def __init__(self, operation: Product, problem: Problem, inner: Plan) -> None:
         self._operation, self._problem = operation, problem
         self._inner = inner
         self._small, self._large = problem.y, enlarged(problem).y
@@ -64,7 +64,7 @@ class WindowPlan:
 
     def preparation(self) -> Preparation | None:
         """Return what the inner plan makes of W, which has no window. See `Preparable`."""
-        inner = None if self._operation is Operation.GW else preparation_of(self._inner)
+        inner = None if self._operation is Product.GW else preparation_of(self._inner)
         if inner is None:
             return None
         return replace(inner, plan=WindowPlan(self._operation, self._problem, inner.plan))
@@ -72,10 +72,10 @@ class WindowPlan:
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the operation. See `Plan`."""
         images, scratch = workspace + self._images.offset, workspace + self._scratch.offset
-        if self._operation is Operation.Y:
+        if self._operation is Product.Y:
             self._inner.execute(a, b, images, scratch, stream)
             self._copy(images, self._large.shape, out, self._small.shape, stream)
-        elif self._operation is Operation.GX:
+        elif self._operation is Product.GX:
             self._copy(a, self._small.shape, images, self._large.shape, stream)
             self._inner.execute(images, b, out, scratch, stream)
         else:

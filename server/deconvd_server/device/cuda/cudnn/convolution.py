@@ -21,7 +21,7 @@ from deconvd_server.device.cuda.cudnn.enums import (
     Kind,
     Type,
 )
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["ALIGNMENT_BYTES", "UIDS", "Layout", "operation_graph"]
 
@@ -66,7 +66,7 @@ class _Words(NamedTuple):
 
 
 _WORDS = {
-    Operation.Y: _Words(
+    Product.Y: _Words(
         Kind.OPERATION_CONVOLUTION_BACKWARD_DATA,
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC,
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_DX,
@@ -75,7 +75,7 @@ _WORDS = {
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_ALPHA,
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_BETA,
     ),
-    Operation.GX: _Words(
+    Product.GX: _Words(
         Kind.OPERATION_CONVOLUTION_FORWARD,
         Attribute.OPERATION_CONVOLUTION_FORWARD_CONV_DESC,
         Attribute.OPERATION_CONVOLUTION_FORWARD_X,
@@ -84,7 +84,7 @@ _WORDS = {
         Attribute.OPERATION_CONVOLUTION_FORWARD_ALPHA,
         Attribute.OPERATION_CONVOLUTION_FORWARD_BETA,
     ),
-    Operation.GW: _Words(
+    Product.GW: _Words(
         Kind.OPERATION_CONVOLUTION_BACKWARD_FILTER,
         Attribute.OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC,
         Attribute.OPERATION_CONVOLUTION_BWD_FILTER_X,
@@ -96,15 +96,15 @@ _WORDS = {
 }
 
 _PLACES = {
-    Operation.Y: {"response": 0, "filter": 1, "image": 2},
-    Operation.GX: {"image": 0, "filter": 1, "response": 2},
-    Operation.GW: {"response": 0, "image": 1, "filter": 2},
+    Product.Y: {"response": 0, "filter": 1, "image": 2},
+    Product.GX: {"image": 0, "filter": 1, "response": 2},
+    Product.GW: {"response": 0, "image": 1, "filter": 2},
 }
 """Which of a plan's (a, b, out) each part is."""
 
 
 def operation_graph(
-    scope: Scope, handle: int, operation: Operation, problem: Problem, layout: Layout
+    scope: Scope, handle: int, operation: Product, problem: Problem, layout: Layout
 ) -> Descriptor:
     """Return the graph of one operation, finalized.
 
@@ -120,7 +120,7 @@ def operation_graph(
 
 
 def _finalized_operation(
-    scope: Scope, operation: Operation, problem: Problem, layout: Layout
+    scope: Scope, operation: Product, problem: Problem, layout: Layout
 ) -> Descriptor:
     words, places = _WORDS[operation], _PLACES[operation]
     shapes = {"image": problem.y.shape, "filter": problem.W.shape, "response": problem.x.shape}

@@ -14,7 +14,7 @@ from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, Scope
 from deconvd_server.device.cuda.cudnn.enums import Attribute, Behavior, Kind, Mode, Note, Type
 from deconvd_server.device.cuda.cudnn.library import Cudnn, CudnnError
 from deconvd_server.device.cuda.cudnn.plan import CudnnPlan
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["Layout", "Proposal", "Rules", "Search"]
 
@@ -72,7 +72,7 @@ class Search:
     """
 
     def __init__(
-        self, cudnn: Cudnn, stream: int, operation: Operation, problem: Problem, layout: Layout
+        self, cudnn: Cudnn, stream: int, operation: Product, problem: Problem, layout: Layout
     ) -> None:
         self._cudnn = cudnn
         self._stream = stream

@@ -22,7 +22,7 @@ from deconvd_server.device.cuda.kernels.elementwise import (
 from deconvd_server.device.cuda.kernels.fallback import fallback, fallback_kernels
 from deconvd_server.device.cuda.kernels.launch import compile_kernels
 from deconvd_server.device.cuda.kernels.tensor_cores import tensor_core_plans
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import Plan, Product
 
 __all__ = [
     "add_bias",
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def candidates(
-    operation: Operation,
+    operation: Product,
     problem: Problem,
     options: Options,  # noqa: ARG001  # the same for every one of our kernels so far
 ) -> list[Plan]:

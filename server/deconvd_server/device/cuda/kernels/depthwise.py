@@ -9,7 +9,7 @@ from deconvd.problem import Problem
 from deconvd_server.device.cuda.kernels.geometry import KernelGeometry
 from deconvd_server.device.cuda.kernels.launch import Kernel, element, integer
 from deconvd_server.device.cuda.kernels.steps import Launch, Place, Slot, StepPlan, Workspace
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["depthwise_plans"]
 
@@ -25,11 +25,11 @@ _MAX_PARTS = 64
 _A, _B, _OUT = Place(Slot.A), Place(Slot.B), Place(Slot.OUT)
 
 
-def depthwise_plans(operation: Operation, problem: Problem) -> list[StepPlan]:
+def depthwise_plans(operation: Product, problem: Problem) -> list[StepPlan]:
     """Return the plans for a problem that has products: one, or none where it is not suited."""
     if not _is_suited(problem):
         return []
-    if operation is Operation.GW:
+    if operation is Product.GW:
         return [_gW_plan(problem)]
     return [_image_plan(operation, problem)]
 
@@ -49,9 +49,9 @@ def _is_suited(problem: Problem) -> bool:
     )
 
 
-def _image_plan(operation: Operation, problem: Problem) -> StepPlan:
+def _image_plan(operation: Product, problem: Problem) -> StepPlan:
     """Return the plan for y or gx: a block for each part of each plane."""
-    output = operation is Operation.Y
+    output = operation is Product.Y
     channels = problem.c_O if output else problem.c_I
     h, w = problem.output if output else problem.image
     width = _output_width(problem) // (1 if output else problem.geometry.stride[0])

@@ -43,7 +43,7 @@ from deconvd_server.device.cuda.kernels.steps import (
     StepPlan,
     Workspace,
 )
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["fallback", "fallback_kernels"]
 
@@ -62,17 +62,17 @@ _MAX_PARTS = 32
 _A, _B, _OUT = Place(Slot.A), Place(Slot.B), Place(Slot.OUT)
 
 
-def fallback(operation: Operation, problem: Problem, options: Options) -> StepPlan:
+def fallback(operation: Product, problem: Problem, options: Options) -> StepPlan:
     """Return the plan for any problem whose x and W have one element type.
 
     Its workspace is bounded: some hundred megabytes, or what the columns of one pixel and, for y, the
     output image of one channel of each group take.
     """
     if not problem.has_products:
-        result = {Operation.Y: problem.y, Operation.GX: problem.x, Operation.GW: problem.W}
+        result = {Product.Y: problem.y, Product.GX: problem.x, Product.GW: problem.W}
         return StepPlan("gemm columns", 0, (Clear(_OUT, result[operation].nbytes),))
     chunks = _Chunks(problem, options)
-    steps = {Operation.Y: chunks.y, Operation.GX: chunks.gx, Operation.GW: chunks.gW}
+    steps = {Product.Y: chunks.y, Product.GX: chunks.gx, Product.GW: chunks.gW}
     made = tuple(steps[operation]())  # before the size is read: they lay out the workspace
     return StepPlan("gemm columns", chunks.workspace.size_bytes, made)
 

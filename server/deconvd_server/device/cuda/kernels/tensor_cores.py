@@ -23,7 +23,7 @@ from deconvd_server.device.cuda.kernels.steps import (
     StepPlan,
     Workspace,
 )
-from deconvd_server.device.cuda.plan import Operation, Preparation
+from deconvd_server.device.cuda.plan import Preparation, Product
 
 __all__ = ["tensor_core_plans"]
 
@@ -79,11 +79,11 @@ class _Correlation(ctypes.Structure):
     ]
 
 
-def tensor_core_plans(operation: Operation, problem: Problem) -> list[StepPlan]:
+def tensor_core_plans(operation: Product, problem: Problem) -> list[StepPlan]:
     """Return the plans for a problem that has products: one, or none where it is not suited."""
     if not _is_suited(problem):
         return []
-    make = {Operation.Y: _y_plan, Operation.GX: _gx_plan, Operation.GW: _gW_plan}[operation]
+    make = {Product.Y: _y_plan, Product.GX: _gx_plan, Product.GW: _gW_plan}[operation]
     return [make(Packing(problem))]
 
 

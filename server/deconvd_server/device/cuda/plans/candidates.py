@@ -13,7 +13,7 @@ from deconvd_server.device.cuda.casting import CastPlan, uniform
 from deconvd_server.device.cuda.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.cudnn import Cudnn, CudnnError, CudnnPlan, Layout, Rules, Search
 from deconvd_server.device.cuda.cudnn.enums import Mode
-from deconvd_server.device.cuda.plan import Operation, Plan
+from deconvd_server.device.cuda.plan import Plan, Product
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
@@ -157,5 +157,5 @@ class Candidates:
         return Candidate(_cast(key.operation, key.problem, whole), choice, plan.close)
 
 
-def _cast(operation: Operation, problem: Problem, plan: Plan) -> Plan:
+def _cast(operation: Product, problem: Problem, plan: Plan) -> Plan:
     return plan if problem.x.dtype == problem.W.dtype else CastPlan(operation, problem, plan)

@@ -11,7 +11,7 @@ import numpy as np
 
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
-from deconvd_server.device.cuda.plan import Operation
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["PlanKey", "digest_of"]
 
@@ -29,14 +29,14 @@ class PlanKey:
         workspace_limit_bytes: What a plan may take beside its operands.
     """
 
-    operation: Operation
+    operation: Product
     problem: Problem
     options: Options
     workspace_limit_bytes: int
 
     @classmethod
     def of(
-        cls, operation: Operation, problem: Problem, options: Options, workspace_limit_bytes: int
+        cls, operation: Product, problem: Problem, options: Options, workspace_limit_bytes: int
     ) -> PlanKey:
         """Return the key of a request."""
         geometry = replace(problem.geometry, outsize=problem.output)

@@ -1,0 +1,80 @@
+"""Operations on a device, or on an engine, that give new arrays unless they are told of places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from deconvd.gradients import Gradients, Wanted
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
+from deconvd.options import Options
+from deconvd.problem import Problem
+from deconvd.tensor import Array
+from deconvd_server.call import Call
+from deconvd_server.device import Operand
+
+__all__ = ["Runner", "deconvolve", "gradients", "results_named"]
+
+
+class Runner(Protocol):
+    """What computes: a device, or an engine. See `Device.run`."""
+
+    def run(
+        self,
+        operation: Operation,
+        problem: Problem,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Operand],
+        options: Options,
+        call: Call,
+    ) -> None: ...
+
+
+def results_named(wanted: Wanted) -> list[str]:
+    """Return the names of the fields of gradients."""
+    fields = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
+    return [field for field, is_wanted in fields.items() if is_wanted]
+
+
+def deconvolve(
+    runner: Runner,
+    problem: Problem,
+    x: Operand,
+    W: Operand,
+    b: Operand | None,
+    options: Options,
+    call: Call,
+    out: Operand | None = None,
+) -> Array:
+    """Return y: in a new array unless `out` says where to put it, which is returned if it is an array."""
+    operands = {"x": x, "w": W} if b is None else {"x": x, "w": W, "b": b}
+    new = np.full(problem.y.shape, 77, problem.y.dtype)
+    place = new if out is None else out
+    runner.run(DECONVOLVE, problem, operands, {"y": place}, options, call)
+    return place if isinstance(place, np.ndarray) else new
+
+
+def gradients(
+    runner: Runner,
+    problem: Problem,
+    x: Operand | None,
+    W: Operand | None,
+    gy: Operand,
+    wanted: Wanted,
+    options: Options,
+    call: Call,
+    out: Mapping[str, Operand] | None = None,
+) -> Gradients:
+    """Return the wanted gradients: in new arrays but for those that `out` has places for; None for one in a tensor."""
+    given = {"x": x, "w": W, "gy": gy}
+    operands = {field: operand for field, operand in given.items() if operand is not None}
+    places: dict[str, Operand] = {}
+    for field in results_named(wanted):
+        spec = spec_of_field(problem, field)
+        new = np.full(spec.shape, 77, spec.dtype)
+        places[field] = new if out is None else out.get(field, new)
+    runner.run(DECONVOLVE_GRAD, problem, operands, places, options, call)
+    arrays = {f: place for f, place in places.items() if isinstance(place, np.ndarray)}
+    return Gradients(*map(arrays.get, ("gx", "gw", "gb")))
