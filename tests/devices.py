@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +14,11 @@ from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device import Operand
+from deconvd_server.device import Device, Operand, Tensor
+from deconvd_server.device.arriving import Arriving, Progress
+from deconvd_server.engine import Engine
 
-__all__ = ["Runner", "deconvolve", "gradients", "results_named"]
+__all__ = ["Runner", "arriving", "deconvolve", "gradients", "results_named", "runner"]
 
 
 class Runner(Protocol):
@@ -26,10 +29,21 @@ class Runner(Protocol):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Operand],
+        places: Mapping[str, Tensor],
         options: Options,
         call: Call,
     ) -> None: ...
+
+
+def runner(device: Device, problem: Problem) -> Runner:
+    """Return what computes a problem: the device, or an engine for it if there are no products."""
+    return device if problem.has_products else Engine(device, waiting_count=0)
+
+
+def arriving(progress: Progress, *arrays: Array) -> list[Arriving]:
+    """Return arrays as operands that come one behind the other."""
+    begins = accumulate((array.nbytes for array in arrays), initial=0)
+    return [Arriving(array, progress, begin) for array, begin in zip(arrays, begins, strict=False)]
 
 
 def results_named(wanted: Wanted) -> list[str]:
@@ -46,7 +60,7 @@ def deconvolve(
     b: Operand | None,
     options: Options,
     call: Call,
-    out: Operand | None = None,
+    out: Tensor | None = None,
 ) -> Array:
     """Return y: in a new array unless `out` says where to put it, which is returned if it is an array."""
     operands = {"x": x, "w": W} if b is None else {"x": x, "w": W, "b": b}
@@ -65,12 +79,12 @@ def gradients(
     wanted: Wanted,
     options: Options,
     call: Call,
-    out: Mapping[str, Operand] | None = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> Gradients:
     """Return the wanted gradients: in new arrays but for those that `out` has places for; None for one in a tensor."""
     given = {"x": x, "w": W, "gy": gy}
     operands = {field: operand for field, operand in given.items() if operand is not None}
-    places: dict[str, Operand] = {}
+    places: dict[str, Tensor] = {}
     for field in results_named(wanted):
         spec = spec_of_field(problem, field)
         new = np.full(spec.shape, 77, spec.dtype)

@@ -30,8 +30,8 @@ from deconvd.line import FrameSource, Line
 from deconvd.line_errors import LineBrokenError, LineClosedError, OversizedError
 from deconvd.parts import PartReader
 from deconvd_server.attention import Attention
-from deconvd_server.behaviours import Behaviour, Parts, Sink, Source, Stream, Unary
-from deconvd_server.call import Call
+from deconvd_server.behaviours import Behaviour, EarlyRequest, Parts, Sink, Source, Stream, Unary
+from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.log_text import excerpt
 from deconvd_server.serve import Observer, Serving
 from deconvd_server.writing import Writing
@@ -128,7 +128,7 @@ class DirectLine:
             self._line.send(Hello(self._instance))
             while self._serve_one():
                 pass
-        except LineBrokenError as error:
+        except (LineBrokenError, CallerGoneError) as error:
             _log.log(
                 logging.DEBUG if self.is_idle else logging.INFO,
                 "the direct line of %s has ended: %s",
@@ -156,14 +156,13 @@ class DirectLine:
         """Return whether the next call is likely to come on this line."""
         return self._attention.is_undivided(self)
 
-    def _begin(self, call: Call, head: CallHead) -> None:
+    def _begin(self, call: Call, timeout_s: float) -> None:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
-        call.writing = Writing(self._line, head.written_bytes) if head.is_early else None
         with self._lock:
             self._state = _State.BUSY
             self._call = call
             is_cancelled = self._is_cancelled
-        self._line.set_deadline(head.timeout_s + _GOODBYE_S)
+        self._line.set_deadline(timeout_s + _GOODBYE_S)
         if is_cancelled:
             call.cancel()
 
@@ -179,29 +178,34 @@ class DirectLine:
     def _answer(self, head: CallHead) -> None:
         behaviour = self._behaviours[head.method]
         serving = Serving(behaviour.name, self._peer, head.timeout_s, self._observers)
-        self._begin(serving.call, head)
+        self._begin(serving.call, head.timeout_s)
         with serving as call:
             try:
-                self._respond(behaviour, head.message, call)
+                self._respond(behaviour, head, call)
             except OversizedError as error:
                 raise ExhaustedError(
                     f"the response has {error}: it is to be made by gRPC"
                 ) from None
+            except LineBrokenError as error:
+                raise CallerGoneError(str(error)) from error
         if serving.failure is not None:
             self._fail(serving.failure)
 
-    def _respond(self, behaviour: Behaviour, message: bytes, call: Call) -> None:
+    def _respond(self, behaviour: Behaviour, head: CallHead, call: Call) -> None:
         match behaviour:
             case Unary():
-                response = encode(behaviour.serve(behaviour.decoded(message), call))
+                request = behaviour.decoded(head.message)
+                if head.is_early:
+                    request = EarlyRequest.of(request, Writing(self._line, head.written_bytes))
+                response = encode(behaviour.serve(request, call))
                 self._line.send(Answer(response, call.ledger.as_text()))
                 return
             case Source():
-                parts = behaviour.serve(behaviour.decoded(message), call)
+                parts = behaviour.serve(behaviour.decoded(head.message), call)
             case Stream():
-                parts = behaviour.serve(self._reader(behaviour, message), call)
+                parts = behaviour.serve(self._reader(behaviour, head.message), call)
             case Sink():
-                parts = _alone(behaviour.serve(self._reader(behaviour, message), call))
+                parts = _alone(behaviour.serve(self._reader(behaviour, head.message), call))
             case _:
                 raise LineBrokenError(f"{behaviour.name} is not served directly")
         with closing(parts):

@@ -9,7 +9,7 @@ import numpy as np
 
 from deconvd.copying import copy_into
 from deconvd.tensor import Array, spec_of
-from deconvd_server.device.protocol import DeviceTensor, Operand, never
+from deconvd_server.device.tensor import DeviceTensor, Tensor, never
 
 __all__ = ["DEVICE_ID", "HostTensor", "array_of", "own", "plain"]
 
@@ -49,7 +49,7 @@ class HostTensor:
         self._array = None
 
 
-def array_of(operand: Operand) -> Array:
+def array_of(operand: Tensor) -> Array:
     """Return the elements of an operand or a place."""
     return operand if isinstance(operand, np.ndarray) else own(operand).array
 
@@ -62,7 +62,7 @@ def own(tensor: DeviceTensor) -> HostTensor:
 
 
 @contextmanager
-def plain(place: Operand) -> Iterator[Array]:
+def plain(place: Tensor) -> Iterator[Array]:
     """Give the block an array to write a result into: the place itself if it is C-contiguous and in native byte order.
 
     Otherwise what the block has written is copied to the place.
