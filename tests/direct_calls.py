@@ -46,7 +46,7 @@ def target_of(server: ServerProcess, transport: str) -> str:
 def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
     """Return what a server says of itself."""
     with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
-        return F._nearest.server_info(soon())
+        return F._server.nearest.server_info(soon())
 
 
 def calls_path(server: ServerProcess) -> Path:

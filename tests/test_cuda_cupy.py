@@ -58,8 +58,8 @@ def operands(n: int = 3, channels: int = 16, image: int = 24) -> tuple[Array, Ar
 
 def is_lent(F: Connection, array: Any) -> bool:
     """Return whether an array lies in memory that the server lends."""
-    assert F._cards is not None
-    borrowers = F._cards._borrowers.values()
+    assert F._server._cards is not None
+    borrowers = F._server._cards._borrowers.values()
     return any(borrower.locate(array) is not None for borrower in borrowers)
 
 
@@ -124,7 +124,7 @@ def test_results_are_operands_of_the_next_call_where_they_lie(F: Connection) -> 
     expected = F.deconvolution_2d(F.deconvolution_2d(x, W, **GEOMETRY), W, **GEOMETRY)
 
     y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
-    (borrower,) = F._cards._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = F._server._cards._borrowers.values()  # type: ignore[union-attr]
     taken_bytes = borrower.taken_bytes
     z = F.deconvolution_2d(y, cupy.asarray(W), **GEOMETRY)
 
@@ -144,7 +144,7 @@ def test_results_stay_as_they_are_while_they_are_held_and_their_memory_is_used_a
     base = F.deconvolution_2d(x, W, **GEOMETRY)[1:3, ::2]
     for n, y in held:
         np.testing.assert_allclose(cupy.asnumpy(y), n * base, rtol=1e-4, atol=1e-3)
-    (borrower,) = F._cards._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = F._server._cards._borrowers.values()  # type: ignore[union-attr]
     del held, y
     gc.collect()
     assert borrower.taken_bytes < 2 * W_card.nbytes
@@ -237,7 +237,7 @@ import deconvd_client
 F = deconvd_client.connect(sys.argv[1])
 x = cupy.ones((4, 8, 16, 16), np.float32)
 y = F.deconvolution_2d(x, cupy.ones((8, 4, 4, 4), np.float32))
-borrower, = F._cards._borrowers.values()
+borrower, = F._server._cards._borrowers.values()
 print(borrower.locate(y) is not None, borrower.borrowed_bytes, flush=True)
 input()
 """

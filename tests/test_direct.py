@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,9 @@ from deconvd.status import error_from_status, status_from_error
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
-from deconvd_client.direct import DirectLines, NoLineError
-from deconvd_client.direct_call import Conversation
+from deconvd_client.direct import DirectTransport
 from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
+from deconvd_client.transport import Conversation, NoLineError
 from tests.deadlines import soon
 from tests.direct_calls import (
     REQUEST,
@@ -231,21 +232,21 @@ def test_errors_come_back_as_they_were(running: ServerProcess, transport: str) -
     wrong = pb.DeconvolveRequest(x=REQUEST.x, w=message_from_array(W[:3]))
     way = way_to(target_of(running, transport))
     assert way is not None
-    lines = DirectLines(way, lambda: told_by(running))
+    lines = DirectTransport(way, lambda: told_by(running))
     wait_until(lambda: _gets_line(lines))
     for message in (wrong.SerializeToString(), b"\xff" * 40):
         with pytest.raises(InvalidArgumentError) as raised:
-            lines.call(Method.Deconvolve, message, soon())
+            lines.unary("Deconvolve", message, soon())
     assert "not a valid deconvd.v1.DeconvolveRequest" in str(raised.value)
-    reply = lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
-    assert pb.DeconvolveResponse.FromString(reply.message).y.shape == [1, 2, 4, 4]
-    assert b"server_us=" in reply.ledger.encode()
+    message, ledger = lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+    assert pb.DeconvolveResponse.FromString(message).y.shape == [1, 2, 4, 4]
+    assert "server_us=" in ledger
     lines.close()
 
 
-def _gets_line(lines: DirectLines) -> bool:
+def _gets_line(lines: DirectTransport) -> bool:
     try:
-        lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
+        lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
     except NoLineError:
         return False
     return True
@@ -512,8 +513,8 @@ def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -
                     waiting.enter_context(other).setblocking(False)
                     other.connect(path)
             with pytest.raises(NoLineError):
-                DirectLines(UnixWay(path), pb.GetServerInfoResponse).call(
-                    Method.Deconvolve, b"", soon()
+                DirectTransport(UnixWay(path), pb.GetServerInfoResponse).unary(
+                    "Deconvolve", b"", soon()
                 )
 
 
@@ -546,10 +547,10 @@ def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
     with server_process(tmp_path, "--log-level", "debug", listen=("127.0.0.1:0",)) as server:
         told = told_by(server)
         told.instance_id = "00112233445566778899aabbccddeeff"
-        lines = DirectLines(TcpWay("127.0.0.1"), lambda: told)
+        lines = DirectTransport(TcpWay("127.0.0.1"), lambda: told)
         for _ in range(10):
             with pytest.raises(NoLineError):
-                lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
+                lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
         wait_until(lambda: "from or to another server" in server.log.read_text())
         lines.close()
         assert not direct_calls(server, "tcp")
@@ -607,19 +608,19 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
         way = way_to(running.target)
         assert way is not None
         told = told_by(running)
-        lines = DirectLines(way, lambda: told)
+        lines = DirectTransport(way, lambda: told)
         request = REQUEST.SerializeToString()
-        assert lines.call(Method.Deconvolve, request, soon()).message
+        assert lines.unary("Deconvolve", request, soon())[0]
         child = os.fork()
         if not child:
-            replies = [lines.call(Method.Deconvolve, request, soon()) for _ in range(200)]
-            os._exit(0 if all(reply.message for reply in replies) else 1)
-        replies = [lines.call(Method.Deconvolve, request, soon()) for _ in range(200)]
+            replies = [lines.unary("Deconvolve", request, soon()) for _ in range(200)]
+            os._exit(0 if all(message for message, _ in replies) else 1)
+        replies = [lines.unary("Deconvolve", request, soon()) for _ in range(200)]
         _, status = os.waitpid(child, 0)
         lines.close()
         assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
     assert status == 0
-    assert all(reply.message for reply in replies)
+    assert all(message for message, _ in replies)
 
 
 @TRANSPORTS
@@ -668,25 +669,25 @@ def _processor_s(pid: int) -> float:
 
 
 def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
-    lines = DirectLines(UnixWay(running.target.removeprefix("unix:")), lambda: told_by(running))
+    lines = DirectTransport(UnixWay(running.target.removeprefix("unix:")), lambda: told_by(running))
 
     def parts() -> Iterator[pb.DeconvolveStreamRequest | Elements]:
         yield pb.DeconvolveStreamRequest.FromString(header(spec_of(LARGE)))
         yield elements_part(ONE)
         raise ZeroDivisionError("a fault of the caller's")
 
+    def begin(*, beside: bool) -> Conversation[list[object]]:
+        return Conversation(
+            Method.DeconvolveStream,
+            parts(),
+            lambda source: [source.next() for _ in range(2)],
+            pb.DeconvolveStreamResponse,
+            at_once=beside,
+        )
+
     for beside in (False, True):
         with pytest.raises(ZeroDivisionError):
-            lines.converse(
-                Conversation(
-                    Method.DeconvolveStream,
-                    parts(),
-                    lambda source: [source.next() for _ in range(2)],
-                    pb.DeconvolveStreamResponse,
-                    at_once=beside,
-                ),
-                soon(),
-            )
+            lines.stream(partial(begin, beside=beside), soon())
     wait_until_idle(running)
     lines.close()
 
@@ -723,7 +724,7 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         port = listener.getsockname()[1]
         info = pb.GetServerInfoResponse(direct_port=port, instance_id=instance.hex())
-        lines = DirectLines(TcpWay("127.0.0.1"), lambda: info)
+        lines = DirectTransport(TcpWay("127.0.0.1"), lambda: info)
         serving = pool.submit(serve, listener)
         talk = Conversation(
             Method.PutTensor,
@@ -733,10 +734,10 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
         )
         if is_refused:
             with pytest.raises(ExhaustedError, match="too much"):
-                lines.converse(talk, soon())
+                lines.stream(lambda: talk, soon())
             assert len(taken) < pieces_count
         else:
-            assert lines.converse(talk, soon())[0] == [pb.PutTensorResponse(), None]
+            assert lines.stream(lambda: talk, soon())[0] == [pb.PutTensorResponse(), None]
             assert len(taken) == pieces_count
         lines.close()
         serving.result(timeout=30)

@@ -181,7 +181,15 @@ def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
 def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_way(
     lender: Lender, borrower: Borrower
 ) -> None:
-    def rpc(request: Envelope[Any], late_copy: LateCopy | None) -> Envelope[Any]:
+    def rpc(
+        operation: object,
+        request: Envelope[Any],
+        deadline: object,
+        late_copy: LateCopy | None,
+        *,
+        is_brief: bool,
+    ) -> tuple[Envelope[Any], str]:
+        assert is_brief
         assert request.message.x.WhichOneof("payload") == "shared"
         assert late_copy is None  # x is small
         raise StaleRegionError("x must lie in shared memory that this server lends", argument="x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,7 @@ from deconvd_client.deadline import Deadline
 __all__ = [
     "Answered",
     "Asked",
+    "LastLedger",
     "Request",
     "Response",
     "argument_of",
@@ -75,10 +77,22 @@ class Answered:
     Attributes:
         response: Says under which handles tensors are kept; it carries no elements.
         arrays: The results that were returned, by the names of their fields.
+        ledger: Where the time went on the server, as `deconvd.ledger` has it.
     """
 
     response: Response
     arrays: dict[str, Array]
+    ledger: str
+
+
+class LastLedger(threading.local):
+    """The ledger of the last call that a thread was answered: each thread has its own.
+
+    Attributes:
+        text: As `deconvd.ledger` has it; empty before the first.
+    """
+
+    text = ""
 
 
 def received(response: Envelope[Any], field: str) -> Array:

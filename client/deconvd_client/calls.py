@@ -1,20 +1,25 @@
-"""Calls by the nearest way: through shared memory, small ones in one message, large ones in a stream."""
+"""How a call is made: which of its operands stay on the server, by which way it goes, and what is tried again."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 from deconvd.codec import Buffer, Envelope
 from deconvd.direct_events import MAX_MESSAGE_BYTES
-from deconvd.messages import messages_for
-from deconvd.tensor import elements_of
-from deconvd_client.asked import Answered, Asked, Request, Response, received
-from deconvd_client.late_copy import LateCopy
+from deconvd.errors import LostTensorError
+from deconvd.problem import TensorSpec
+from deconvd.tensor import Array, elements_of
+from deconvd_client.asked import Answered, Asked, LastLedger, received
+from deconvd_client.deadline import Deadline
+from deconvd_client.nearest import Nearest
+from deconvd_client.residents import Attempt, Call, Kept, Residents
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
-from deconvd_client.streams import Exchange, slice_samples_count
+from deconvd_client.streams import begin_exchange
 from deconvd_client.stub import Stub
 
-__all__ = ["answer"]
+__all__ = ["Calls"]
 
 _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 """Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
@@ -23,36 +28,130 @@ _MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES - (16 << 10)
 """Operands and results together, of a direct call in one message: to copy so little costs less than a stream."""
 
 
-def answer(stub: Stub, memory: Borrower, asked: Asked) -> Answered:
-    """Make a call. Raises a DeconvdError, as `Stub` does."""
+class Calls:
+    """Makes the calls of one server. Thread-safe.
 
-    def briefly(request: Envelope[Request], late_copy: LateCopy | None) -> Envelope[Response]:
-        # what is not in shared memory then is small
-        return stub.call(
-            asked.operation, request, asked.deadline, is_brief=True, late_copy=late_copy
+    The way of a call, and where each turning is taken:
+
+        here, `arrays`     operands as they are | some stay there, or are named by their digests: `Residents`
+        `Nearest.call`     the server's Unix socket | its target; and again, after a pause
+        here, `_answered`  tensors in shared memory | all in one message | slice by slice in a stream
+        `Stub`             by `Failover`, what is brief and streams | by gRPC, the rest
+        `Failover`         by a direct connection | by gRPC, if there is none
+
+    Args:
+        nearest: The ways to the server.
+        memory: Memory that it may lend.
+        residents: What it keeps.
+        empty: Returns new memory for a result.
+        last: Takes note of the ledgers.
+        timeout_s: How long each call may take.
+    """
+
+    def __init__(
+        self,
+        nearest: Nearest,
+        memory: Borrower,
+        residents: Residents,
+        empty: Callable[[TensorSpec], Array],
+        last: LastLedger,
+        timeout_s: float,
+    ) -> None:
+        self._nearest = nearest
+        self._memory = memory
+        self._residents = residents
+        self._empty = empty
+        self._timeout_s = timeout_s
+        self._last = last
+
+    def arrays(self, call: Call) -> dict[str, Array]:
+        """Make a call and return its results, by the names of their fields.
+
+        Raises:
+            LostTensorError: The server no longer has an operand, and it cannot be sent again.
+        """
+        deadline = Deadline(self._timeout_s)
+        operands: dict[str, Array] = {}
+        for field, operand in call.operands.items():
+            if isinstance(operand, Kept) or (
+                field in call.operation.constants
+                and self._residents.contents.is_worth(operand, deadline)
+            ):
+                return self._made(call, deadline)[1].arrays
+            operands[field] = operand
+        asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
+        return self.send(asked, self._memory).arrays
+
+    def kept(self, call: Call) -> dict[str, Kept]:
+        """Make a call whose results stay on the server, and return what stands for them.
+
+        Raises:
+            LostTensorError: As for `arrays`.
+        """
+        attempt, answered = self._made(call, Deadline(self._timeout_s))
+        return attempt.results(answered.response)
+
+    def send(self, asked: Asked, memory: Borrower) -> Answered:
+        """Make a call whose operands are as they are to be.
+
+        Args:
+            memory: For large tensors; that of a card, or of the host.
+        """
+        work = partial(self._answered, memory=memory, asked=asked)
+        answered = self._nearest.call(work, asked.deadline)
+        self._last.text = answered.ledger
+        return answered
+
+    def _made(self, call: Call, deadline: Deadline) -> tuple[Attempt, Answered]:
+        """Make a call that has residents, and return the attempt that was answered."""
+        work = partial(self._made_in, call=call, deadline=deadline)
+        return self._residents.in_session(work, deadline)
+
+    def _made_in(self, session: bytes, call: Call, deadline: Deadline) -> tuple[Attempt, Answered]:
+        """Make a call in a session: again, once the server has said what it has lost."""
+        means = self._residents.means(session, deadline)
+        for _ in call.operands:
+            attempt = Attempt(call, means)
+            try:
+                return attempt, self._sent(attempt)
+            except LostTensorError as error:
+                if not attempt.forget(error.argument):
+                    raise
+        last = Attempt(call, means, send_all=True)
+        return last, self._sent(last)
+
+    def _sent(self, attempt: Attempt) -> Answered:
+        asked = attempt.asked
+        with attempt.beside():
+            if attempt.keeps:
+                work = partial(self.send, asked, self._memory)
+                answered = self._residents.with_room(work, asked.deadline)
+            else:
+                answered = self.send(asked, self._memory)
+        attempt.settle(answered.response)
+        return answered
+
+    def _answered(self, stub: Stub, memory: Borrower, asked: Asked) -> Answered:
+        """Make a call once: through shared memory, in one message, or in a stream."""
+        shared = call_with_shared_memory(memory, stub.call, asked)
+        if shared is not None:
+            return shared
+        tensors_bytes = _tensors_bytes(asked)
+        max_message_bytes = _MAX_BRIEF_BYTES if stub.is_direct else _MAX_UNARY_BYTES
+        if not asked.is_sure or tensors_bytes > max_message_bytes:
+            (message, arrays), ledger = stub.stream(
+                partial(begin_exchange, asked, self._empty), asked.deadline
+            )
+            return Answered(message, arrays, ledger)
+        raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
+        response, ledger = stub.call(
+            asked.operation,
+            Envelope(asked.request, raw),
+            asked.deadline,
+            is_brief=tensors_bytes <= _MAX_BRIEF_BYTES,
         )
-
-    shared = call_with_shared_memory(memory, briefly, asked)
-    if shared is not None:
-        return shared
-    tensors_bytes = _tensors_bytes(asked)
-    is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
-    max_message_bytes = _MAX_BRIEF_BYTES if stub.is_direct else _MAX_UNARY_BYTES
-    if not asked.is_sure or tensors_bytes > max_message_bytes:
-        return _streamed(stub, asked)
-    raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
-    response = stub.call(
-        asked.operation, Envelope(asked.request, raw), asked.deadline, is_brief=is_brief
-    )
-    return Answered(response.message, {field: received(response, field) for field in asked.results})
-
-
-def _streamed(stub: Stub, asked: Asked) -> Answered:
-    step = slice_samples_count(asked.problem)
-    messages = messages_for(asked.operation)
-    header: Any = messages.stream_header(request=asked.request, slice_samples_count=step)
-    opening: Any = messages.stream_request(header=header)
-    return stub.stream(asked.operation, lambda: Exchange(asked, opening, step), asked.deadline)
+        results = {field: received(response, field) for field in asked.results}
+        return Answered(response.message, results, ledger)
 
 
 def _tensors_bytes(asked: Asked) -> int:

@@ -20,11 +20,10 @@ from deconvd.forks import new_lock
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import card_id
 from deconvd.tensor import Array
-from deconvd_client import calls
 from deconvd_client.asked import Asked
+from deconvd_client.calls import Calls
 from deconvd_client.deadline import Deadline
-from deconvd_client.nearest import Nearest
-from deconvd_client.residents import Call, Kept, Residents
+from deconvd_client.residents import Call, Kept
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError
 from deconvd_client.shared_memory.region import Block, Region
@@ -36,21 +35,18 @@ class Cards:
     """Makes calls that have cupy arrays, in memory that the server lends on their cards. Thread-safe.
 
     Args:
-        nearest: The ways to the server.
-        residents: Makes calls with numpy arrays.
+        calls: Makes calls, those with numpy arrays too.
         find_socket: As for `Borrower`.
         timeout_s: How long each call may take.
     """
 
     def __init__(
         self,
-        nearest: Nearest,
-        residents: Residents,
+        calls: Calls,
         find_socket: Callable[[Deadline], str],
         timeout_s: float,
     ) -> None:
-        self._nearest = nearest
-        self._residents = residents
+        self._calls = calls
         self._find_socket = find_socket
         self._timeout_s = timeout_s
         self._is_closed = False
@@ -64,15 +60,15 @@ class Cards:
             Its results, by the names of their fields: of the kind of `like`, and on its card.
 
         Raises:
-            LostTensorError: As `Residents.arrays` does.
+            LostTensorError: As `Calls.arrays` does.
         """
         if not isinstance(like, cupy.ndarray):
-            return self._residents.arrays(_on_host(call))
+            return self._calls.arrays(_on_host(call))
         with cupy.cuda.Device(like.device.id) as card:
             try:
                 return self._on_card(call, card.id)
             except _NotOnCardError:
-                arrays = self._residents.arrays(_on_host(call))
+                arrays = self._calls.arrays(_on_host(call))
                 return {field: cupy.asarray(array) for field, array in arrays.items()}
 
     def close(self, deadline: Deadline) -> None:
@@ -102,7 +98,7 @@ class Cards:
         deadline = Deadline(self._timeout_s)
         asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
         borrower = self._borrower(ordinal)
-        return self._nearest.call(lambda stub: calls.answer(stub, borrower, asked), deadline).arrays
+        return self._calls.send(asked, borrower).arrays
 
     def _borrower(self, ordinal: int) -> _CardBorrower:
         with self._lock:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
@@ -17,9 +16,10 @@ from deconvd.line_errors import LineBrokenError
 from deconvd.parts import Elements, Part
 from deconvd.status import error_from_status
 from deconvd_client.late_copy import LateCopy
+from deconvd_client.transport import Conversation
 from deconvd_client.uninterrupted import NotYetError, Promise, do_beside
 
-__all__ = ["Conversation", "LentLine"]
+__all__ = ["LentLine"]
 
 _T = TypeVar("_T")
 
@@ -28,25 +28,6 @@ _PIECE_BYTES: Final = 16 << 20
 
 _SENT_S: Final = 5.0
 """How long a thread may take to notice that what it sends on is broken; only an interrupt lets it take so long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation(Generic[_T]):
-    """A call of many parts, to be made once.
-
-    Attributes:
-        parts: The request; the first is a message.
-        receive: Makes something of the response.
-        response_type: The type of its messages.
-        at_once: Whether parts of the response may come before the request is whole: it is sent in a
-            thread of its own then.
-    """
-
-    method: Method
-    parts: Iterator[Part]
-    receive: Callable[[FrameSource], _T]
-    response_type: type[Message]
-    at_once: bool = False
 
 
 class LentLine(AbstractContextManager["LentLine"]):
@@ -73,7 +54,7 @@ class LentLine(AbstractContextManager["LentLine"]):
     def begin(
         self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None
     ) -> None:
-        """Make a call: see `DirectLines.call`."""
+        """Make a call: see `DirectTransport.unary`."""
         if late_copy is None:
             self.line.send(CallHead(method, timeout_s, message))
             return
@@ -91,7 +72,7 @@ class LentLine(AbstractContextManager["LentLine"]):
         return event
 
     def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
-        """See `DirectLines.converse`."""
+        """See `DirectTransport.stream`."""
         first = next(talk.parts)
         assert isinstance(first, Message)
         self.line.send(CallHead(talk.method, timeout_s, first.SerializeToString()))

@@ -10,8 +10,9 @@ from deconvd.errors import InvalidArgumentError
 from deconvd.gradients import Gradients
 from deconvd.problem import Problem
 from deconvd.tensor import Array
+from deconvd_client.calls import Calls
 from deconvd_client.operations import GRADIENTS, Operations
-from deconvd_client.residents import Kept, RemoteTensor, Residents
+from deconvd_client.residents import Kept, RemoteTensor
 
 __all__ = ["Pullback"]
 
@@ -27,7 +28,7 @@ class Pullback:
     def __init__(
         self,
         operations: Operations,
-        residents: Residents,
+        calls: Calls,
         problem: Problem,
         x: Kept,
         W: Kept,
@@ -35,7 +36,7 @@ class Pullback:
         has_b: bool,
     ) -> None:
         self._operations = operations
-        self._residents = residents
+        self._calls = calls
         self._problem = problem
         self._x = x
         self._W = W
@@ -59,7 +60,7 @@ class Pullback:
         call = self._operations.way_back(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
         )
-        arrays = self._residents.arrays(call)
+        arrays = self._calls.arrays(call)
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def close(self) -> None:

@@ -99,6 +99,11 @@ class UnavailableError(DeconvdError, ConnectionError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    @property
+    def is_from_server(self) -> bool:
+        """Whether the server itself said so: then it was reached, and has ended the call."""
+        return self.retry_after_s is not None
+
 
 class DeadlineError(DeconvdError, TimeoutError):
     """The call took longer than its timeout. Allow more time, or send less."""

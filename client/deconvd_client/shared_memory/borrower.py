@@ -223,6 +223,6 @@ class Borrower:
 def has_ended(error: BaseException) -> bool:
     """Return whether only a server that has done with a call can have answered so."""
     if isinstance(error, UnavailableError):
-        return error.retry_after_s is not None
+        return error.is_from_server
     refusals = (InvalidArgumentError, NotFoundError, ExhaustedError, UnimplementedError)
     return isinstance(error, refusals)

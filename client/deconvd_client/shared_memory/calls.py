@@ -11,8 +11,7 @@ from deconvd.operation import Operation
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked, Request, Response, received
-from deconvd_client.late_copy import LateCopy
+from deconvd_client.asked import Answered, Asked, Request, received
 from deconvd_client.shared_memory.borrower import Borrower
 from deconvd_client.shared_memory.shared_call import SharedCall, SharedResult
 
@@ -21,7 +20,7 @@ __all__ = ["call_with_shared_memory"]
 
 def call_with_shared_memory(
     borrower: Borrower,
-    rpc: Callable[[Envelope[Request], LateCopy | None], Envelope[Response]],
+    rpc: Callable[..., tuple[Envelope[Any], str]],
     asked: Asked,
 ) -> Answered | None:
     """Make a call and return its answer.
@@ -30,7 +29,7 @@ def call_with_shared_memory(
     one that is, or the server does not know the memory.
 
     Args:
-        rpc: Makes the call, and with it the copy that it is given, if any.
+        rpc: Makes the call, as `Stub.call` does.
 
     Raises:
         UnavailableError, ExhaustedError: There is no other way, as `Borrower.allow_other_ways` says.
@@ -49,7 +48,7 @@ def call_with_shared_memory(
 
 def _answered(
     borrower: Borrower,
-    rpc: Callable[[Envelope[Request], LateCopy | None], Envelope[Response]],
+    rpc: Callable[..., tuple[Envelope[Any], str]],
     asked: Asked,
 ) -> Answered | None:
     request: Any = type(asked.request)()
@@ -62,10 +61,18 @@ def _answered(
         if raw is None:
             return None
         call.settle(may_be_late=_may_be_late(request, asked))
-        response = rpc(Envelope(request, raw), call.late_copy)
+        # what is not in shared memory is small
+        response, ledger = rpc(
+            asked.operation,
+            Envelope(request, raw),
+            asked.deadline,
+            late_copy=call.late_copy,
+            is_brief=True,
+        )
         return Answered(
             response.message,
             {field: _received(response, field, places.get(field)) for field in asked.results},
+            ledger,
         )
 
 
@@ -111,7 +118,7 @@ def _may_be_late(request: Request, asked: Asked) -> bool:
     return last in asked.operation.sliced and getattr(request, last).HasField("shared")
 
 
-def _received(response: Envelope[Response], field: str, result: SharedResult | None) -> Array:
+def _received(response: Envelope[Any], field: str, result: SharedResult | None) -> Array:
     message: pb.Tensor = getattr(response.message, field)
     if result is not None and message.WhichOneof("payload") == "shared":
         return result.array
