@@ -122,9 +122,9 @@ class SocketStream:
 
     def has_come(self, timeout_s: float) -> bool:
         """See `ByteStream`."""
-        if self._deadline_s is not None:
+        if timeout_s > 0 and self._deadline_s is not None:
             timeout_s = min(timeout_s, self._deadline_s - time.monotonic())
-        return self._is_readable(max(min(timeout_s, _LONGEST_S), 0))
+        return self._is_readable(min(timeout_s, _LONGEST_S) if timeout_s > 0 else 0)
 
     def wait(self) -> None:
         """See `ByteStream`."""

@@ -59,9 +59,6 @@ ANY_INSTANCE: Final = bytes(16)
 MAX_MESSAGE_BYTES: Final = 128 << 10
 """The largest payload that is no elements: what either end must hold for each line."""
 
-_LONGEST_S: Final = 1e12
-"""What a call's timeout is cut to: it must fit into its frame."""
-
 FRAME_HEAD: Final = struct.Struct("<B3xI")
 """A frame's kind, and how many bytes its payload has."""
 
@@ -72,6 +69,8 @@ _HELLO: Final = struct.Struct("<4s16s")
 _CALL: Final = struct.Struct("<B?6xQQ")
 _WRITTEN: Final = struct.Struct("<Q")
 _ANSWER: Final = struct.Struct("<H6x")
+_CALL_FRAME: Final = struct.Struct("<B3xIB?6xQQ")
+_ANSWER_FRAME: Final = struct.Struct("<B3xIH6x")
 
 
 class FrameKind(IntEnum):
@@ -165,10 +164,13 @@ class CallHead(NamedTuple):
 
     def pack(self) -> bytes:
         """Return its frame."""
-        timeout_us = int(min(max(self.timeout_s, 0), _LONGEST_S) * 1e6)
-        head = _CALL.pack(self.method, self.is_early, timeout_us, self.written_bytes)
-        frame_head = FRAME_HEAD.pack(FrameKind.CALL, _CALL.size + len(self.message))
-        return b"".join((frame_head, head, self.message))
+        method, timeout_s, message, is_early, written_bytes = self
+        timeout_us = max(int(timeout_s * 1e6), 0)
+        payload_bytes = _CALL.size + len(message)
+        head = _CALL_FRAME.pack(
+            FrameKind.CALL, payload_bytes, method, is_early, timeout_us, written_bytes
+        )
+        return head + message
 
     @classmethod
     def parse(cls, payload: bytes) -> CallHead:
@@ -239,11 +241,10 @@ class Answer(NamedTuple):
 
     def pack(self) -> bytes:
         """Return its frame."""
-        ledger = self.ledger.encode()
-        frame_head = FRAME_HEAD.pack(
-            FrameKind.ANSWER, _ANSWER.size + len(ledger) + len(self.message)
-        )
-        return b"".join((frame_head, _ANSWER.pack(len(ledger)), ledger, self.message))
+        message, ledger = self.message, self.ledger.encode()
+        payload_bytes = _ANSWER.size + len(ledger) + len(message)
+        head = _ANSWER_FRAME.pack(FrameKind.ANSWER, payload_bytes, len(ledger))
+        return b"".join((head, ledger, message))
 
     @classmethod
     def parse(cls, payload: bytes) -> Answer:

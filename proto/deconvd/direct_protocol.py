@@ -80,6 +80,9 @@ class State(IntEnum):
     CLOSED = auto()
 
 
+_CLOSED: Final = State.CLOSED  # quicker to find
+_read_head: Final = FRAME_HEAD.unpack_from
+
 _CALLS: Final[Mapping[int, State]] = {
     FrameKind.CALL: State.ANSWERING,
     FrameKind.EARLY_CALL: State.WRITING,
@@ -224,34 +227,34 @@ class DirectProtocol:
             LocalProtocolError: Elements that are ahead were not taken.
             LineClosedError: The line has ended.
         """
-        before = self.state
+        before, unread_bytes, begin = self.state, self.unread_bytes, self._begin
         if self._ahead_bytes:
             raise LocalProtocolError(f"{self._ahead_bytes} bytes of elements are to be taken first")
-        if before is State.CLOSED:
+        if before is _CLOSED:
             raise LineClosedError("the line has ended")
-        if self.unread_bytes < FRAME_HEAD_BYTES:
+        if unread_bytes < FRAME_HEAD_BYTES:
             return None
-        number, size_bytes = FRAME_HEAD.unpack_from(self._buffer, self._begin)
+        number, size_bytes = _read_head(self._buffer, begin)
         allowed = self._receives[before]
         if number not in allowed or size_bytes not in PAYLOAD_SIZES.get(number, ()):
             self.state = State.CLOSED
             raise self._error_of_peer(number, size_bytes, allowed)
-        is_missing = number == FrameKind.MISSING_ELEMENTS
-        if is_missing or number == FrameKind.ELEMENTS:
-            self._begin += FRAME_HEAD_BYTES
-            self.unread_bytes -= FRAME_HEAD_BYTES
+        parse = PARSERS.get(number)
+        if parse is None:
+            self._begin = begin + FRAME_HEAD_BYTES
+            self.unread_bytes = unread_bytes - FRAME_HEAD_BYTES
             self._ahead_bytes = size_bytes
-            return Ahead(size_bytes, is_missing)  # they leave the state as it is
+            return Ahead(size_bytes, number == FrameKind.MISSING_ELEMENTS)  # the state stays
         frame_bytes = FRAME_HEAD_BYTES + size_bytes
-        if self.unread_bytes < frame_bytes:
+        if unread_bytes < frame_bytes:
             if len(self._buffer) < frame_bytes:
                 self._move_to(memoryview(bytearray(frame_bytes)))
             return None
-        payload = bytes(self._buffer[self._begin + FRAME_HEAD_BYTES : self._begin + frame_bytes])
-        self._begin += frame_bytes
-        self.unread_bytes -= frame_bytes
+        payload = bytes(self._buffer[begin + FRAME_HEAD_BYTES : begin + frame_bytes])
+        self._begin = begin + frame_bytes
+        self.unread_bytes = unread_bytes - frame_bytes
         try:
-            event = PARSERS[number](payload)
+            event = parse(payload)
             if isinstance(event, Hello):
                 self._check_meant(event)
         except RemoteProtocolError:
