@@ -18,7 +18,7 @@ from deconvd_server.device import Device, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, Progress
 from deconvd_server.engine import Engine
 
-__all__ = ["Runner", "arriving", "deconvolve", "gradients", "results_named", "runner"]
+__all__ = ["Runner", "arriving", "deconvolve", "gradients", "runner"]
 
 
 class Runner(Protocol):
@@ -46,7 +46,7 @@ def arriving(progress: Progress, *arrays: Array) -> list[Arriving]:
     return [Arriving(array, progress, begin) for array, begin in zip(arrays, begins, strict=False)]
 
 
-def results_named(wanted: Wanted) -> list[str]:
+def _named(wanted: Wanted) -> list[str]:
     """Return the names of the fields of gradients."""
     fields = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
     return [field for field, is_wanted in fields.items() if is_wanted]
@@ -85,7 +85,7 @@ def gradients(
     given = {"x": x, "w": W, "gy": gy}
     operands = {field: operand for field, operand in given.items() if operand is not None}
     places: dict[str, Tensor] = {}
-    for field in results_named(wanted):
+    for field in _named(wanted):
         spec = spec_of_field(problem, field)
         new = np.full(spec.shape, 77, spec.dtype)
         places[field] = new if out is None else out.get(field, new)

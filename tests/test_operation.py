@@ -5,7 +5,14 @@ import pytest
 
 from deconvd.geometry import Geometry
 from deconvd.messages import messages_for
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, OPERATIONS, Operation, spec_of_field
+from deconvd.operation import (
+    DECONVOLVE,
+    DECONVOLVE_GRAD,
+    OPERATIONS,
+    Operation,
+    argument_of,
+    spec_of_field,
+)
 from deconvd.problem import Problem, TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 
@@ -57,3 +64,8 @@ def test_fields_of_a_problem_have_the_specs_of_its_tensors() -> None:
     assert spec_of_field(_PROBLEM, "y") == spec_of_field(_PROBLEM, "gy") == _PROBLEM.y
     with pytest.raises(ValueError, match="no tensor 'z'"):
         spec_of_field(_PROBLEM, "z")
+
+
+def test_fields_have_the_names_of_the_arguments_that_they_are_for() -> None:
+    assert [argument_of(field) for field in DECONVOLVE.operands] == ["W", "b", "x"]
+    assert [argument_of(field) for field in DECONVOLVE_GRAD.all_results] == ["gx", "gW", "gb"]

@@ -86,3 +86,47 @@ def test_what_cannot_be_is_refused_every_time() -> None:
     for _ in range(2):
         with pytest.raises(InvalidArgumentError, match="stride must be"):
             parse_request(DECONVOLVE, wrong)
+
+
+def test_what_is_asked_for_is_in_the_order_of_streams() -> None:
+    parsed = parse_request(DECONVOLVE, request(PROBLEM, with_b=True))
+    assert list(parsed.operands.items()) == [("w", PROBLEM.W), ("b", PROBLEM.b), ("x", PROBLEM.x)]
+    assert parsed.results == {"y": PROBLEM.y}
+
+    gradients = parse_request(DECONVOLVE_GRAD, grad_request(PROBLEM, gw=True, gb=True))
+    assert list(gradients.operands.items()) == [("x", PROBLEM.x), ("gy", PROBLEM.y)]
+    assert list(gradients.results.items()) == [("gw", PROBLEM.W), ("gb", PROBLEM.b)]
+
+
+def test_gradients_must_be_wanted() -> None:
+    with pytest.raises(InvalidArgumentError, match="at least one of gx, gW and gb, got none"):
+        parse_request(DECONVOLVE_GRAD, grad_request(PROBLEM))
+
+
+def test_only_what_is_there_and_not_yet_kept_is_to_be_kept() -> None:
+    message = request(PROBLEM)
+    message.w.resident.handle = bytes(16)
+    message.keep.CopyFrom(pb.OperandsToKeep(x=True, w=True, b=True))
+
+    parsed = parse_request(DECONVOLVE, message)
+
+    assert parsed.keep == {"x"}
+    assert parsed.named == {"w"}
+    assert list(parsed.sent) == ["y"]
+
+
+def test_gradients_that_are_not_wanted_are_not_kept() -> None:
+    message = grad_request(PROBLEM, gx=True)
+    message.keep.CopyFrom(pb.GradientMask(gx=True, gw=True))
+
+    assert parse_request(DECONVOLVE_GRAD, message).keep == {"gx"}
+
+
+def test_a_session_is_needed_where_something_is_named_or_kept() -> None:
+    kept, named = request(PROBLEM), request(PROBLEM)
+    kept.keep_y = True
+    named.w.digest.blake3 = bytes(32)
+
+    needs = [parse_request(DECONVOLVE, m).needs_session for m in (request(PROBLEM), kept, named)]
+
+    assert needs == [False, True, True]

@@ -21,14 +21,15 @@ from deconvd.chunks import ChunkSource, chunks_of
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.messages import message_from_geometry
-from deconvd.operation import DECONVOLVE
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
+from deconvd.options import Options
 from deconvd.parts import PartReader
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import Connection
-from deconvd_server.requests import parse_request
+from deconvd_server.requests import ParsedRequest, parse_request
 from deconvd_server.streaming import SlicedProblem
 from tests.processes import peak_memory_bytes
 from tests.servers import ServerProcess, server_process
@@ -154,6 +155,26 @@ def test_a_stream_counts_the_slices_that_it_can_hold(slice_samples_count: int, h
     samples_bytes = held * (PROBLEM.x.nbytes + PROBLEM.y.nbytes) // PROBLEM.n
     parsed = parse_request(DECONVOLVE, header(PROBLEM).header.request)
     assert sliced.footprint_bytes(parsed) == PROBLEM.W.nbytes + samples_bytes
+
+
+@pytest.mark.parametrize("wanted", [("gx",), ("gw",), ("gb",), ("gx", "gw", "gb")], ids="-".join)
+def test_a_stream_of_gradients_counts_what_it_needs(wanted: tuple[str, ...]) -> None:
+    wide = Problem(
+        TensorSpec(PROBLEM.x.shape, np.dtype(np.float16)),
+        TensorSpec(PROBLEM.W.shape, np.dtype(np.float64)),
+        Geometry(),
+    )
+    parsed = ParsedRequest(
+        operation=DECONVOLVE_GRAD, problem=wide, options=Options(), wanted=wanted
+    )
+
+    sliced_bytes = wide.y.nbytes
+    sliced_bytes += 2 * wide.x.nbytes if {"gx", "gw"} <= {*wanted} else 0
+    sliced_bytes += wide.x.nbytes if len({"gx", "gw"} & {*wanted}) == 1 else 0
+    whole_bytes = wide.W.nbytes if "gx" in wanted else 0
+    whole_bytes += 2 * wide.W.nbytes if "gw" in wanted else 0
+    whole_bytes += 2 * wide.c_O * 8 if "gb" in wanted else 0  # summed in float64
+    assert SlicedProblem(wide, 4).footprint_bytes(parsed) == whole_bytes + sliced_bytes
 
 
 def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:

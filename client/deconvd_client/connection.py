@@ -13,6 +13,7 @@ import numpy.typing as npt
 from deconvd.dtypes import element_type
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
+from deconvd.malloc import learn_large_blocks
 from deconvd.problem import check_extents
 from deconvd.tensor import Array, spec_of
 from deconvd_client.arguments import (
@@ -28,7 +29,6 @@ from deconvd_client.channel import MAX_MESSAGE_BYTES
 from deconvd_client.config import Config
 from deconvd_client.deadline import Deadline
 from deconvd_client.keywords import refuses_unknown_keywords
-from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import TransportName
 from deconvd_client.operations import GRADIENTS, Operations, checked_array
 from deconvd_client.pullback import Pullback

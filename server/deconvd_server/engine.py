@@ -74,7 +74,7 @@ class Engine:
 
         Raises as `Admission.admitted` and `Device.run` do.
         """
-        present_bytes = resident_bytes(operands.values()) + resident_bytes(places.values())
+        present_bytes = resident_bytes(*operands.values(), *places.values())
         footprint_bytes = self._device.footprint_bytes(operation, problem, places, present_bytes)
         self._admission.check_fits(footprint_bytes)  # before all operands have arrived
         is_taken_early = self.info.takes_arriving and problem.has_products

@@ -20,7 +20,7 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd.messages import messages_for
-from deconvd.operation import argument_of, spec_of_field
+from deconvd.operation import argument_of
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -28,25 +28,28 @@ from deconvd_server.behaviours import EarlyRequest
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, Progress, wait_for
-from deconvd_server.engine import Engine, Engines
+from deconvd_server.engine import Engine
 from deconvd_server.requests import ParsedRequest
 from deconvd_server.residents import CallResidents, Residents
 from deconvd_server.shared_memory import CallTensors, Lender
 
-__all__ = ["Exchange", "new_result"]
+__all__ = ["Exchange", "new_results"]
 
 _RESULTS: Final = ArrayMemory(256 << 20)
 """Memory for results that are sent."""
 
 
-def new_result(problem: Problem, field: str) -> Array:
-    """Return a new array for a result of a problem: C-contiguous, in native byte order, with any elements.
+def new_results(problem: Problem, specs: Mapping[str, TensorSpec]) -> dict[str, Array]:
+    """Return new arrays for results of a problem: C-contiguous, in native byte order, with any elements.
+
+    Args:
+        specs: What the results will be, by the names of their fields.
 
     Raises:
-        ExhaustedError: There is no memory for it.
+        ExhaustedError: There is no memory for them.
     """
     try:
-        return _RESULTS.empty(spec_of_field(problem, field))
+        return dict(zip(specs, map(_RESULTS.empty, specs.values()), strict=True))
     except MemoryError:
         raise ExhaustedError(
             f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
@@ -84,6 +87,7 @@ class Exchange:
         self.parsed = parsed
         self._request = request
         self._call = call
+        self._engines = residents.engines
         self._shared = CallTensors(lender)
         self._residents: CallResidents | None = None
         if parsed.needs_session:
@@ -168,7 +172,7 @@ class Exchange:
                 missing[field] = spec
         return missing
 
-    def choose_engine(self, engines: Engines) -> Engine:
+    def choose_engine(self) -> Engine:
         """Return the engine to work on.
 
         That is the one on whose card the client has tensors, else where most of the bytes are that
@@ -177,6 +181,7 @@ class Exchange:
         Raises:
             InvalidArgumentError: The client has tensors on several cards.
         """
+        engines = self._engines
         on_card = engines.having(*self._given.values(), *self._places.values())
         nearest = None if self._residents is None else self._residents.nearest_engine()
         return on_card or nearest or engines.least_loaded()
@@ -249,10 +254,10 @@ class Exchange:
         It is a new tensor on the engine's device for one that is to be kept, a new array for one that is
         to be sent, and else where the client wants it in shared memory.
 
-        Raises as `make_kept` and `new_result` do.
+        Raises as `make_kept` and `new_results` do.
         """
         kept = self.make_kept(self.parsed.results, engine)
-        self._sent = {field: new_result(self.parsed.problem, field) for field in self.parsed.sent}
+        self._sent = new_results(self.parsed.problem, self.parsed.sent)
         return {**self._places, **kept, **self._sent}
 
     # To the response

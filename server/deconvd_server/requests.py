@@ -57,7 +57,7 @@ class ParsedRequest:
     slices: Mapping[str, SharedSlice] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def needs_session(self) -> bool:
         """Whether anything is to be found in a session, or to be kept for it."""
         return bool(self.named or self.keep)
@@ -74,16 +74,18 @@ class ParsedRequest:
         return {name: spec_of_field(self.problem, name) for name in self.wanted}
 
     @cached_property
-    def sent(self) -> tuple[str, ...]:
-        """The results that go into the response with their elements."""
-        return tuple(
-            name for name in self.wanted if name not in self.slices and name not in self.keep
-        )
+    def sent(self) -> dict[str, TensorSpec]:
+        """Those of its results that go into the response with their elements."""
+        return {
+            name: spec
+            for name, spec in self.results.items()
+            if name not in self.slices and name not in self.keep
+        }
 
     @cached_property
     def sent_bytes(self) -> int:
         """What they have, together."""
-        return sum(self.results[name].nbytes for name in self.sent)
+        return sum(spec.nbytes for spec in self.sent.values())
 
     @cached_property
     def described(self) -> dict[str, pb.Tensor]:

@@ -23,7 +23,7 @@ from deconvd_server.arrivals import Arrivals
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
-from deconvd_server.exchange import new_result
+from deconvd_server.exchange import new_results
 from deconvd_server.requests import ParsedRequest
 
 __all__ = ["SLICES_IN_FLIGHT", "SlicedProblem", "Slices"]
@@ -172,7 +172,8 @@ class Slices:
             for field, tensor in self.kept.items()
             if field in operation.results
         }
-        arrays = {f: new_result(problem, f) for f in self.parsed.wanted if f not in kept}
+        sent = {f: spec_of_field(problem, f) for f in self.parsed.wanted if f not in kept}
+        arrays = new_results(problem, sent)
         self.engine.run(operation, problem, operands, {**kept, **arrays}, options, self.call)
         return arrays
 
@@ -198,12 +199,12 @@ class _Sums:
                 self._totals[field] = arrays[field].astype(self._compute_type, copy=False)
 
     def totals(self) -> dict[str, Array]:
-        """Return the sums of all slices, in their own types."""
+        """Return the sums of all slices, in their own types; zeros if there was none."""
+        if not self._totals:
+            return {field: np.zeros(spec.shape, spec.dtype) for field, spec in self._specs.items()}
         return {
-            field: self._totals[field].astype(spec.dtype, copy=False)
-            if field in self._totals
-            else np.zeros(spec.shape, spec.dtype)
-            for field, spec in self._specs.items()
+            field: total.astype(self._specs[field].dtype, copy=False)
+            for field, total in self._totals.items()
         }
 
 

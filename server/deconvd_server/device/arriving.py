@@ -118,7 +118,10 @@ def wait_for_all(operands: Mapping[str, Operand], call: Call) -> dict[str, Tenso
 
     Raises as `Call.check` and `Progress.wait_for` do.
     """
-    return {field: wait_for(operand, call) for field, operand in operands.items()}
+    return {
+        field: wait_for(operand, call) if isinstance(operand, Arriving) else operand
+        for field, operand in operands.items()
+    }
 
 
 def require(operand: Operand) -> Tensor:
@@ -132,7 +135,10 @@ def require(operand: Operand) -> Tensor:
 
 def require_all(operands: Mapping[str, Operand]) -> dict[str, Tensor]:
     """Return operands if all of them are there now. Raises as `require`."""
-    return {field: require(operand) for field, operand in operands.items()}
+    return {
+        field: require(operand) if isinstance(operand, Arriving) else operand
+        for field, operand in operands.items()
+    }
 
 
 class Following:

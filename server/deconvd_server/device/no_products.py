@@ -20,7 +20,7 @@ def result_without_products(
     operands: Mapping[str, Tensor],
     fetch: Callable[[Tensor], Array],
 ) -> Array:
-    """Return a result, perhaps read-only: zeros, but for a bias in y and for gb where y has elements.
+    """Return a result, read-only: zeros, but for a bias in y and for gb where y has elements.
 
     Args:
         field: Its name.
@@ -32,7 +32,7 @@ def result_without_products(
         return np.broadcast_to(fetch(operands["b"])[:, None, None], spec.shape)
     if field == "gb":
         return sum_gb(fetch(operands["gy"]))
-    return np.zeros(spec.shape, spec.dtype)
+    return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
 
 
 def sum_gb(gy: Array) -> Array:

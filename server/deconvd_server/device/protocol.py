@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +54,7 @@ class DeviceInfo:
     card: bytes = b""
 
 
-def resident_bytes(operands: Iterable[Operand]) -> int:
+def resident_bytes(*operands: Operand) -> int:
     """Return what those of a call's operands or places that are in a device's memory take there."""
     return sum([o.spec.nbytes for o in operands if not isinstance(o, (np.ndarray, Arriving))])
 

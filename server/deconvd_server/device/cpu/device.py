@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
+from deconvd.malloc import LARGE_BYTES
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -36,7 +37,6 @@ from deconvd_server.device.no_products import sum_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 from deconvd_server.ledger import Stage
-from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["CpuDevice"]
 
@@ -127,11 +127,17 @@ class CpuDevice:
     ) -> None:
         """Compute results into their places. `options` are for GPUs. See `Device`."""
         set_result = {"y": self._set_y, "gx": self._set_gx, "gw": self._set_gW, "gb": _set_gb}
-        arrays = {field: array_of(require(operand)) for field, operand in operands.items()}
+        arrays = {
+            field: operand if isinstance(operand, np.ndarray) else array_of(require(operand))
+            for field, operand in operands.items()
+        }
         with self._computing(problem, call):
             for field, place in places.items():
-                with plain(place) as result:
-                    set_result[field](result, problem, arrays, call)
+                target = array_of(place)
+                result = plain(target)
+                set_result[field](result, problem, arrays, call)
+                if result is not target:
+                    copy_into(target, result)
 
     def _set_y(self, y: Array, problem: Problem, operands: Mapping[str, Array], call: Call) -> None:
         y[...] = operands["b"][:, None, None] if "b" in operands else 0
