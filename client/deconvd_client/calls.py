@@ -41,7 +41,7 @@ class Calls:
 
     Args:
         nearest: The ways to the server.
-        memory: Memory that it may lend.
+        memory: Memory that it may lend; None if tensors are not to go that way.
         residents: What it keeps.
         empty: Returns new memory for a result.
         last: Takes note of the ledgers.
@@ -51,7 +51,7 @@ class Calls:
     def __init__(
         self,
         nearest: Nearest,
-        memory: Borrower,
+        memory: Borrower | None,
         residents: Residents,
         empty: Callable[[TensorSpec], Array],
         last: LastLedger,
@@ -91,11 +91,11 @@ class Calls:
         attempt, answered = self._made(call, Deadline(self._timeout_s))
         return attempt.results(answered.response)
 
-    def send(self, asked: Asked, memory: Borrower) -> Answered:
+    def send(self, asked: Asked, memory: Borrower | None) -> Answered:
         """Make a call whose operands are as they are to be.
 
         Args:
-            memory: For large tensors; that of a card, or of the host.
+            memory: For large tensors: on the host or on a card, if there may be any.
         """
         work = partial(self._answered, memory=memory, asked=asked)
         answered = self._nearest.call(work, asked.deadline)
@@ -131,11 +131,12 @@ class Calls:
         attempt.settle(answered.response)
         return answered
 
-    def _answered(self, stub: Stub, memory: Borrower, asked: Asked) -> Answered:
+    def _answered(self, stub: Stub, memory: Borrower | None, asked: Asked) -> Answered:
         """Make a call once: through shared memory, in one message, or in a stream."""
-        shared = call_with_shared_memory(memory, stub.call, asked)
-        if shared is not None:
-            return shared
+        if memory is not None:
+            shared = call_with_shared_memory(memory, stub.call, asked)
+            if shared is not None:
+                return shared
         tensors_bytes = _tensors_bytes(asked)
         max_message_bytes = _MAX_BRIEF_BYTES if stub.is_direct else _MAX_UNARY_BYTES
         if not asked.is_sure or tensors_bytes > max_message_bytes:

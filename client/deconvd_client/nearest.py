@@ -172,7 +172,7 @@ class Nearest:
         try:
             return work(near)
         except UnavailableError as error:
-            if error.is_from_server or isinstance(error, PinnedTransportError):
+            if error.was_reached or isinstance(error, PinnedTransportError):
                 raise
             self._lose(near, error)
             if self._must_be_near:

@@ -101,7 +101,7 @@ class Retries:
             return None
         # a random part, so that many callers do not come back at once
         pause_s = random.uniform(backoff_s / 2, backoff_s)
-        if isinstance(error, UnavailableError) and error.is_from_server:
+        if isinstance(error, UnavailableError) and error.was_reached:
             self._was_reached = True
             pause_s += error.retry_after_s or 0
             return pause_s if pause_s < deadline.remaining_s() else None

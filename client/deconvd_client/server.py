@@ -83,11 +83,13 @@ class Server:
         self._find_memory = partial(_memory_socket, self.nearest.far)
         is_only_way = transport is TransportName.SHARED_MEMORY
         self.memory = Borrower(self._find_memory, is_only_way=is_only_way)
-        if transport in _WITHOUT_SHARED_MEMORY:
+        is_lent = transport not in _WITHOUT_SHARED_MEMORY
+        if not is_lent:
             self.memory.close()
         empty, last = self._results.empty, self._last
         self.residents = Residents(self.nearest, self.memory, tenant_key, empty, last, timeout_s)
-        self.calls = Calls(self.nearest, self.memory, self.residents, empty, last, timeout_s)
+        lent = self.memory if is_lent else None
+        self.calls = Calls(self.nearest, lent, self.residents, empty, last, timeout_s)
         self._cards: Cards | None = None
         self._lock = new_lock()
         self._is_closed = False

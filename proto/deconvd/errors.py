@@ -100,8 +100,8 @@ class UnavailableError(DeconvdError, ConnectionError):
         self.retry_after_s = retry_after_s
 
     @property
-    def is_from_server(self) -> bool:
-        """Whether the server itself said so: then it was reached, and has ended the call."""
+    def was_reached(self) -> bool:
+        """Whether the server was reached, and has ended the call: if not, a connection broke."""
         return self.retry_after_s is not None
 
 

@@ -223,6 +223,6 @@ class Borrower:
 def has_ended(error: BaseException) -> bool:
     """Return whether only a server that has done with a call can have answered so."""
     if isinstance(error, UnavailableError):
-        return error.is_from_server
+        return error.was_reached
     refusals = (InvalidArgumentError, NotFoundError, ExhaustedError, UnimplementedError)
     return isinstance(error, refusals)
