@@ -16,7 +16,7 @@ import pytest
 
 import deconvd_client
 from deconvd import errors
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeconvdError
 from deconvd.ledger import ledger_in, parse_ledger
 from deconvd.status import error_from_status

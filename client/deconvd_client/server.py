@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from deconvd.array_memory import ArrayMemory
+from deconvd.direct_events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.forks import new_lock
 from deconvd.ledger import parse_ledger
-from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.tensor import Array
 from deconvd.transport import unix_path
 from deconvd_client.advice import Advice
