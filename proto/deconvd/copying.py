@@ -55,9 +55,9 @@ def copy_all(
             any thread, by one at a time; the others go on copying meanwhile.
     """
     total_bytes = sum(target.nbytes for target, _ in pairs)
-    most_count = _FEW_THREADS_COUNT if total_bytes < _MUCH_BYTES else _MAX_THREADS_COUNT
-    threads_count = min(processors_count(), most_count)
-    if total_bytes < 2 * _PIECE_BYTES or (threads_count < 2 and on_progress is None):
+    is_small = total_bytes < 2 * _PIECE_BYTES
+    threads_count = 1 if is_small else _threads_count(total_bytes)
+    if is_small or (threads_count < 2 and on_progress is None):
         for target, source in pairs:
             np.copyto(target, source)
         if on_progress is not None:
@@ -70,6 +70,12 @@ def copy_all(
     except BaseException:
         copy.abandon()
         raise
+
+
+def _threads_count(total_bytes: int) -> int:
+    """Return how many threads are to share a copy that is not small."""
+    most_count = _FEW_THREADS_COUNT if total_bytes < _MUCH_BYTES else _MAX_THREADS_COUNT
+    return min(processors_count(), most_count)
 
 
 def _pieces(
