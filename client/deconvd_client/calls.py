@@ -138,8 +138,9 @@ class Calls:
             if shared is not None:
                 return shared
         tensors_bytes = _tensors_bytes(asked)
-        max_message_bytes = _MAX_BRIEF_BYTES if stub.is_direct else _MAX_UNARY_BYTES
-        if not asked.is_sure or tensors_bytes > max_message_bytes:
+        is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
+        is_message = is_brief or (tensors_bytes <= _MAX_UNARY_BYTES and not stub.is_direct)
+        if not (asked.is_sure and is_message):
             (message, arrays), ledger = stub.stream(
                 partial(begin_exchange, asked, self._empty), asked.deadline
             )
@@ -149,7 +150,7 @@ class Calls:
             asked.operation,
             Envelope(asked.request, raw),
             asked.deadline,
-            is_brief=tensors_bytes <= _MAX_BRIEF_BYTES,
+            is_brief=is_brief,
         )
         results = {field: received(response, field) for field in asked.results}
         return Answered(response.message, results, ledger)
@@ -157,5 +158,5 @@ class Calls:
 
 def _tensors_bytes(asked: Asked) -> int:
     """Return what the tensors have that a call would carry, to and fro."""
-    operands_bytes = sum(array.nbytes for array in asked.operands.values())
-    return operands_bytes + sum(spec.nbytes for spec in asked.results.values())
+    tensors = (*asked.operands.values(), *asked.results.values())
+    return sum(tensor.nbytes for tensor in tensors)

@@ -56,7 +56,7 @@ class Retries:
             DeadlineError: The deadline passed in the first attempt; the message says which limit to raise.
             DeconvdError: What the last attempt raised that was not cut short by the deadline.
         """
-        contact = deadline.within(_CONTACT_S)
+        contact_s = time.monotonic() + _CONTACT_S
         backoff_s = _FIRST_BACKOFF_S
         unavailable: DeconvdError | None = None
         while True:
@@ -72,7 +72,7 @@ class Retries:
                 finally:
                     del unavailable  # it holds this frame
             except (UnavailableError, CallCancelledError) as error:
-                pause_s = self._pause_s(error, backoff_s, deadline, contact)
+                pause_s = self._pause_s(error, backoff_s, deadline, contact_s)
                 if pause_s is None:
                     raise
                 unavailable = error.with_traceback(None)  # without the frames, and their arrays
@@ -94,9 +94,13 @@ class Retries:
         self._is_closed = True
 
     def _pause_s(
-        self, error: DeconvdError, backoff_s: float, deadline: Deadline, contact: Deadline
+        self, error: DeconvdError, backoff_s: float, deadline: Deadline, contact_s: float
     ) -> float | None:
-        """Return the seconds to wait before the next try; None if there is to be none."""
+        """Return the seconds to wait before the next try; None if there is to be none.
+
+        Args:
+            contact_s: When a server that has never answered is given up.
+        """
         if self._is_closed or isinstance(error, PinnedTransportError):
             return None
         # a random part, so that many callers do not come back at once
@@ -108,7 +112,9 @@ class Retries:
         if self._fail_fast and isinstance(error, UnavailableError):
             return None
         # the last pause is cut short, so that the time that is left is used for one more try
-        left_s = (deadline if self._was_reached else contact).remaining_s()
+        left_s = deadline.remaining_s()
+        if not self._was_reached:
+            left_s = min(left_s, contact_s - time.monotonic())
         return min(pause_s, left_s / 2) if left_s >= _LAST_TRY_S else None
 
     def _sleep(self, pause_s: float) -> None:
