@@ -141,6 +141,7 @@ class FrameSource:
         self._line = line
         self._part_type = part_type
         self._first = first
+        self._is_whole = line.protocol.is_peer_done
         self.ledger = ""
 
     def next(self) -> Message | Ahead | None:
@@ -148,7 +149,7 @@ class FrameSource:
         if self._first is not None:
             first, self._first = self._first, None
             return parsed(self._part_type, first)
-        if self._line.protocol.is_peer_done:
+        if self._is_whole:
             return None
         match self._line.next_event():
             case Ahead() as ahead:
@@ -156,7 +157,7 @@ class FrameSource:
             case MessagePart(data):
                 return parsed(self._part_type, data)
             case End(ledger):
-                self.ledger = ledger
+                self.ledger, self._is_whole = ledger, True
                 return None
             case Failed(status):
                 raise error_from_status(status)
