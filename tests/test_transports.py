@@ -26,9 +26,9 @@ from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct import DirectTransport
 from deconvd_client.direct_ways import UnixWay
-from deconvd_client.failover import Failover
 from deconvd_client.grpc_transport import GrpcTransport
 from deconvd_client.rpcs import Rpcs
+from deconvd_client.stub import Failover
 from deconvd_client.transport import Conversation, NoLineError, Transport
 from tests.deadlines import soon
 from tests.direct_calls import REQUEST, W, told_by
