@@ -24,7 +24,7 @@ from deconvd.problem import Problem
 from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import direct_call
+from deconvd_client import direct
 from deconvd_client.late_copy import LateCopy, Part
 from deconvd_client.shared_memory import Borrower
 from tests.deadlines import soon
@@ -64,7 +64,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(size_bytes)
         tell_written(line, size_bytes)
 
-    monkeypatch.setattr(direct_call, "tell_written", tell)
+    monkeypatch.setattr(direct, "tell_written", tell)
     return sizes
 
 
@@ -158,7 +158,7 @@ class TestClient:
             assert line.has_come(30)
 
         monkeypatch.setattr(LateCopy, "make", watched)
-        monkeypatch.setattr(direct_call, "tell_written", refused_by_now)
+        monkeypatch.setattr(direct, "tell_written", refused_by_now)
         x = np.concatenate([random_x()] * 4)
         with server_process(
             tmp_path, "--device-memory-bytes", "16Mi", "--log-level", "debug"
@@ -182,7 +182,7 @@ class TestClient:
             broken.append(size_bytes)
             tell_written(line, size_bytes)
 
-        monkeypatch.setattr(direct_call, "tell_written", tell)
+        monkeypatch.setattr(direct, "tell_written", tell)
         with deconvd_client.connect(server.target) as F:
             for seed in range(4):
                 x = random_x(seed)
@@ -197,7 +197,7 @@ class TestClient:
         with deconvd_client.connect(server.target) as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
             with monkeypatch.context() as interrupted:
-                interrupted.setattr(direct_call, "tell_written", _interrupt)
+                interrupted.setattr(direct, "tell_written", _interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     F.deconvolution_2d(x, W)
             wait_until_idle(server)
@@ -355,7 +355,7 @@ _DYING_CLIENT = """
 import os, signal, sys
 import numpy as np
 import deconvd_client
-from deconvd_client import direct_call
+from deconvd_client import direct
 
 told = 0
 
@@ -365,7 +365,7 @@ def tell(line, size_bytes):
     if told == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-direct_call.tell_written = tell
+direct.tell_written = tell
 with deconvd_client.connect(sys.argv[1]) as F:
     F.deconvolution_2d(np.ones((1, 16, 2048, 2048), np.float32), np.ones((16, 1, 1, 1), np.float32))
 """

@@ -5,21 +5,25 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
+from types import TracebackType
 from typing import Final, TypeVar
 
 from deconvd.busy_polling import BusyPolling
-from deconvd.direct_events import Method
+from deconvd.direct_events import Answer, CallHead, Failed, Method
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.ledger import FOLLOW_ENTRY
-from deconvd.line import Line
+from deconvd.line import Line, tell_written
 from deconvd.line_errors import LineBrokenError, LineTimeoutError
+from deconvd.status import error_from_status
 from deconvd.trials import Trials
 from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
-from deconvd_client.direct_call import LentLine
+from deconvd_client.direct_call import converse
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
 from deconvd_client.transport import Conversation, NoLineError
@@ -93,13 +97,20 @@ class DirectTransport:
         """
         if late_copy is not None and not self._early_calls.is_due():
             late_copy.make()
-        is_early = late_copy is not None and not late_copy.is_made
+        early = late_copy if late_copy is not None and not late_copy.is_made else None
+        written_bytes = early.written_bytes if early is not None else 0
         with self._line(deadline) as lent:
-            lent.begin(
-                _METHODS[method], request, deadline.remaining_s(), late_copy if is_early else None
-            )
-            self._polling.wait(lent.line, self._is_alone)
-            answer = lent.answer()
+            line, is_early = lent.line, early is not None
+            head = CallHead(_METHODS[method], lent.timeout_s, request, is_early, written_bytes)
+            line.send(head)
+            if early is not None:
+                with suppress(_AnsweredError):
+                    early.make(partial(_tell_written, line))
+            self._polling.wait(line, self._is_alone)
+            answer = line.next_event()
+            if isinstance(answer, Failed):
+                raise error_from_status(answer.status)
+        assert isinstance(answer, Answer), answer  # nothing else may come
         if is_early:
             # a server that computes on the host, or for others too, does not follow: then it costs both
             # ends more to speak of progress than it saves
@@ -113,7 +124,7 @@ class DirectTransport:
             As `unary`, and what the conversation's functions raise.
         """
         with self._line(deadline) as lent:
-            return lent.converse(begin(), deadline.remaining_s())
+            return converse(lent.line, begin(), lent.timeout_s)
 
     def close(self) -> None:
         """Close all lines. Calls under way end with CallCancelledError."""
@@ -139,15 +150,16 @@ class DirectTransport:
         """Return whether no other thread has a call under way."""
         return len(self._busy) == 1
 
-    def _line(self, deadline: Deadline) -> LentLine:
+    def _line(self, deadline: Deadline) -> _LentLine:
         """Lend a line to a block, and keep it if the block has left it in order."""
-        lent = LentLine(self._take(deadline), self._end_use)
-        lent.line.set_deadline(deadline.remaining_s())
-        return lent
+        line = self._take(deadline)
+        timeout_s = deadline.remaining_s()
+        line.set_deadline(timeout_s)
+        return _LentLine(line, timeout_s, self._end_use)
 
-    def _end_use(self, lent: LentLine, error: BaseException | None) -> None:
+    def _end_use(self, line: Line, error: BaseException | None) -> None:
         """Take a line back. Raises what the calling block is to raise, if that is another error than its own."""
-        self._give_back(lent, error)
+        self._give_back(line, error)
         if isinstance(error, LineTimeoutError):
             raise DeadlineError("the server did not answer in time") from None
         if isinstance(error, LineBrokenError):
@@ -191,21 +203,20 @@ class DirectTransport:
             self._busy = {known for known in self._busy if known() is not None}
         self._busy.add(weakref.ref(line))
 
-    def _give_back(self, lent: LentLine, error: BaseException | None) -> None:
+    def _give_back(self, line: Line, error: BaseException | None) -> None:
         with self._lock:
-            self._busy.discard(weakref.ref(lent.line))
-            is_kept = (
-                lent.line.protocol.is_idle and not self._is_closed and len(self._idle) < _IDLE_COUNT
-            )
+            self._busy.discard(weakref.ref(line))
+            is_wanted = not self._is_closed and len(self._idle) < _IDLE_COUNT
+            is_kept = is_wanted and line.protocol.is_idle
             if is_kept:
-                self._idle.append(lent.line)
+                self._idle.append(line)
         if is_kept:
             return
         if error is None or isinstance(error, (DeconvdError, LineBrokenError)):
-            lent.line.close()
+            line.close()
         else:
             # after an interrupt a thread may still be sending: the line closes itself once none refers to it
-            lent.line.shut()
+            line.shut()
 
     def _open_beside(self, deadline: Deadline) -> None:
         """Open one more line in a thread, and wait for it for a moment."""
@@ -258,3 +269,37 @@ class DirectTransport:
         if opened is not None:
             opened.close()
         raise NoLineError
+
+
+@dataclass(slots=True)
+class _LentLine(AbstractContextManager["_LentLine"]):
+    """A line that a call has to itself, for the length of a block.
+
+    Attributes:
+        timeout_s: How long the call may take from now on.
+        on_end: Called at the block's end with the line and the error that the block has raised, if any.
+    """
+
+    line: Line
+    timeout_s: float
+    on_end: Callable[[Line, BaseException | None], None]
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.on_end(self.line, exc)
+
+
+class _AnsweredError(Exception):
+    """The server has answered before it had all operands: it refuses the call, or does not need the rest."""
+
+
+def _tell_written(line: Line, size_bytes: int) -> None:
+    """Say how far an early call's operands are written."""
+    if not line.is_quiet():
+        raise _AnsweredError
+    with suppress(LineBrokenError):  # that is for who waits for the answer to find
+        tell_written(line, size_bytes)
