@@ -110,16 +110,3 @@ def test_what_was_given_cannot_be_given_again() -> None:
 
     with pytest.raises(KeyError):
         arena.give(offset)
-
-
-def test_a_block_is_as_large_as_one_of_about_its_size() -> None:
-    arena = Arena(_SIZE)
-    small, large = arena.take(100), arena.take(20 * _PAGE)
-    assert small is not None
-    assert large is not None
-
-    assert [size for size in (1, 64, 65, 128, 129) if arena.has(small, size)] == [65, 128]
-    sizes = (19 * _PAGE, 19 * _PAGE + 1, 20 * _PAGE, 20 * _PAGE + 1)
-    assert [size for size in sizes if arena.has(large, size)] == [19 * _PAGE + 1, 20 * _PAGE]
-    with pytest.raises(KeyError):
-        arena.has(small + 64, 100)

@@ -48,7 +48,8 @@ class Arena:
     def take(self, size_bytes: int) -> int | None:
         """Return the offset of a new block of at least `size_bytes`, over 0; None if none is free."""
         self._settle()
-        grain, size = _grain_and_size(size_bytes)
+        grain = _PAGE_BYTES if size_bytes >= _PAGED_BYTES else _LINE_BYTES
+        size = _rounded_up(size_bytes, grain)
         fitting = (
             (end - begin, begin, end)
             for begin, end in self._free
@@ -67,10 +68,6 @@ class Arena:
         self._taken[offset] = offset + size
         self._is_settled = True
         return offset
-
-    def has(self, offset: int, size_bytes: int) -> bool:
-        """Return whether the block at an offset is as large as one of a size. Raises KeyError if none is there."""
-        return self._taken[offset] - offset == _grain_and_size(size_bytes)[1]
 
     def give(self, offset: int) -> None:
         """Free a block. Raises KeyError if there is none at `offset`."""
@@ -98,12 +95,6 @@ class Arena:
             begin = end
         self._free = free
         self._is_settled = True
-
-
-def _grain_and_size(size_bytes: int) -> tuple[int, int]:
-    """Return what the block for so many bytes is a multiple of, and its size."""
-    grain = _PAGE_BYTES if size_bytes >= _PAGED_BYTES else _LINE_BYTES
-    return grain, _rounded_up(size_bytes, grain)
 
 
 def _rounded_up(number: int, multiple: int) -> int:

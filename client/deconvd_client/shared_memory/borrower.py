@@ -21,12 +21,11 @@ from deconvd.errors import (
 from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.problem import TensorSpec, check_extents
 from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
+from deconvd.tensor import Array, spec_of
 from deconvd_client.deadline import Deadline
 from deconvd_client.shared_memory.loans import LenderState, Loan, Loans
 from deconvd_client.shared_memory.places import HOST, Place
-from deconvd_client.shared_memory.pool import Pool
-from deconvd_client.shared_memory.region import Block, Region
+from deconvd_client.shared_memory.region import Block, Pool, Region
 
 __all__ = ["Borrower", "has_ended"]
 
@@ -94,6 +93,18 @@ class Borrower:
         """Return whether shared memory pays for a tensor."""
         return tensor.nbytes >= self.place.smallest_bytes
 
+    def place_for(self, array: Array, deadline: Deadline) -> tuple[SharedSlice, Array] | None:
+        """Return where an array lies, and itself; or a place for a copy of it, and that, which is yet to be made.
+
+        None if it does not lie in borrowed memory, and there is no room for it.
+        """
+        place = self.locate(array)
+        if place is not None:
+            return place, array
+        spec = spec_of(array)
+        block = self.take_now(array.nbytes, deadline)
+        return None if block is None else (block.place, block.array(spec))
+
     def locate(self, array: Array) -> SharedSlice | None:
         """Return where an array lies; None unless it lies in borrowed memory as a message's elements do."""
         address = self.place.address(array) if array.nbytes else None
@@ -113,6 +124,7 @@ class Borrower:
                 room for other arrays any more.
         """
         if isinstance(error, StaleRegionError):
+            self.look_after_link()  # a server that has gone is not another one
             with self._lock:
                 self._loans.disown(str(error))
         elif not has_ended(error):
@@ -145,7 +157,9 @@ class Borrower:
     def look_after_link(self) -> None:
         """Take note if the server has closed the socket since the last call."""
         with self._lock:
-            self._loans.look_after_link()
+            link = self._loans.link
+            if link is not None and not link.is_open:
+                self._loans.lose_link()
 
     def allow_other_ways(self) -> None:
         """Return if what has no room here may be sent instead.

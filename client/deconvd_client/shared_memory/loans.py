@@ -29,8 +29,7 @@ from deconvd_client.shared_memory.link import (
     NotLentError,
 )
 from deconvd_client.shared_memory.places import Place
-from deconvd_client.shared_memory.pool import Pool
-from deconvd_client.shared_memory.region import Block, Region, State
+from deconvd_client.shared_memory.region import Block, Pool, Region, State
 from deconvd_client.uninterrupted import do_beside
 
 __all__ = ["LenderState", "Loan", "Loans"]
@@ -170,14 +169,12 @@ class Loans:
         """Whether the server is not to be asked yet."""
         return any(b.is_pending for b in (self._backoff, self._away, self._disowned))
 
-    def look_after_link(self) -> None:
-        """Take note if the server has closed the socket."""
-        if self.link is not None and not self.link.is_open:
-            self._lose(_lost("the server has closed the socket"))
+    def lose_link(self) -> None:
+        """Take note that the server has closed the socket."""
+        self._lose(_lost("the server has closed the socket"))
 
     def disown(self, why: str) -> None:
         """Take note that the server of calls knows nothing of what was borrowed."""
-        self.look_after_link()
         if self.link is None:
             return
         # The lender lives, and is another one: it drains, and a successor takes calls already. Or a

@@ -1,4 +1,4 @@
-"""A stretch of memory that the server lent, and the arrays in it."""
+"""Stretches of memory that the server lent, and the arrays in them. No server here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import mmap
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -17,7 +18,7 @@ from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd_client.shared_memory.arena import Arena
 
-__all__ = ["Block", "HostRegion", "Region", "State"]
+__all__ = ["Block", "HostRegion", "Pool", "Region", "State"]
 
 
 class State(Enum):
@@ -37,7 +38,8 @@ class Block:
     Views refer to it too, so that is when the last of them has gone.
     """
 
-    __slots__ = ("__weakref__", "offset", "region")
+    __slots__ = ("__weakref__", "offset", "region", "watch")
+    watch: _Watch
 
     def __init__(self, region: Region, offset: int) -> None:
         self.region = region  # whose memory is mapped for as long as this is
@@ -52,7 +54,7 @@ class Block:
 
         That is said before a call begins, and taken back after: nothing has to happen where one is broken off.
         """
-        self.region.doubt(self, is_in_doubt=is_in_doubt)
+        self.watch.is_in_doubt = is_in_doubt
 
     @property
     def place(self) -> SharedSlice:
@@ -67,9 +69,10 @@ class _Watch(weakref.ref[Block]):
     borrower's lock, and an interrupt that struck code of ours there would be lost, and the block too.
     """
 
-    __slots__ = ("is_in_doubt", "offset")
+    __slots__ = ("is_in_doubt", "offset", "size_bytes")
     is_in_doubt: bool
     offset: int
+    size_bytes: int
 
 
 class Region(ABC):
@@ -112,17 +115,17 @@ class Region(ABC):
         if self.state is not State.OPEN:
             return None
         offset = self._arena.take(size_bytes)
-        return None if offset is None else self._block(offset)
+        return None if offset is None else self._block(offset, size_bytes)
 
     def take_again(self, size_bytes: int) -> Block | None:
-        """Return the block that went last anew, if it is as large as one of this size; else None."""
+        """Return the block that went last anew, if it was one of this size; else None."""
         if not self._gone or self.state is not State.OPEN:
             return None
         watch = self._gone.pop()
         if watch.is_in_doubt:
             self.close()
-        elif self._is_last(watch) and self._arena.has(watch.offset, size_bytes):
-            return self._block(watch.offset)
+        elif watch.size_bytes == size_bytes and self._is_last(watch):
+            return self._block(watch.offset, size_bytes)
         self._gone.append(watch)
         return None
 
@@ -147,17 +150,13 @@ class Region(ABC):
         """Take no more blocks."""
         self.state = State.CLOSED
 
-    def _block(self, offset: int) -> Block:
+    def _block(self, offset: int, size_bytes: int) -> Block:
         block = Block(self, offset)
         watch = _Watch(block, self._gone.append)
-        watch.offset = offset
+        watch.offset, watch.size_bytes = offset, size_bytes
         watch.is_in_doubt = False
-        self._watches[offset] = watch
+        self._watches[offset] = block.watch = watch
         return block
-
-    def doubt(self, block: Block, *, is_in_doubt: bool) -> None:
-        """See `Block.doubt`."""
-        self._watches[block.offset].is_in_doubt = is_in_doubt
 
     def _is_last(self, watch: _Watch) -> bool:
         """Return whether a block's memory has not been another's since."""
@@ -210,3 +209,68 @@ class _Elements:
             "shape": spec.shape,
             "data": (block.region.address + block.offset, False),
         }
+
+
+class Pool:
+    """Regions of borrowed memory. Its borrower calls the methods under one lock.
+
+    Attributes:
+        regions: All of them; replaced whole, so that it can be read without the lock.
+    """
+
+    def __init__(self) -> None:
+        self.regions: tuple[Region, ...] = ()
+
+    @property
+    def open_bytes(self) -> int:
+        """Size of the regions that take new blocks: those that broken calls have closed go back soon."""
+        return sum(region.size_bytes for region in self.regions if region.state is State.OPEN)
+
+    def take_again(self, size_bytes: int) -> Block | None:
+        """Return a block that has just gone, if it is of the right size and nothing is to be tidied."""
+        for region in self.regions:
+            if region.state is State.CLOSED:
+                return None
+        for region in self.regions:
+            block = region.take_again(size_bytes)
+            if block is not None:
+                return block
+        return None
+
+    def take(self, size_bytes: int) -> Block | None:
+        """Return a new block; None if there is no room for it."""
+        for region in self.regions:
+            block = region.take(size_bytes)
+            if block is not None:
+                return block
+        return None
+
+    def collect(self) -> None:
+        """Make room of the blocks that have gone."""
+        for region in self.regions:
+            region.collect()
+
+    def recover(self) -> None:
+        """Make room of all blocks that have gone, of those too that an interrupt has kept from being used."""
+        for region in self.regions:
+            region.recover()
+
+    @property
+    def has_waste(self) -> bool:
+        """Whether a region is to be given back: it takes no new blocks, and has none."""
+        return any(region.is_empty and region.state is State.CLOSED for region in self.regions)
+
+    def add(self, region: Region) -> None:
+        """Add a region that was borrowed."""
+        self.regions += (region,)
+
+    def withdraw(self, is_unused: Callable[[Region], bool]) -> list[Region]:
+        """Remove empty regions, and return them, to be given back."""
+        self.recover()
+        unused = [region for region in self.regions if region.is_empty and is_unused(region)]
+        self.regions = tuple(region for region in self.regions if region not in unused)
+        return unused
+
+    def clear(self) -> None:
+        """Forget all regions."""
+        self.regions = ()
