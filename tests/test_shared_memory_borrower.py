@@ -384,8 +384,8 @@ class TestCalls:
         with SharedCall(borrower, soon()) as call:
             assert call.tensor(np.empty(100)) is None
             assert call.tensor(borrower.empty(100, np.float32, soon())) is None
-            assert not call.is_large(TensorSpec((100,), FLOAT32))
-            assert not call.is_large(TensorSpec((0, 1), FLOAT32))
+            assert not borrower.is_large(TensorSpec((100,), FLOAT32))
+            assert not borrower.is_large(TensorSpec((0, 1), FLOAT32))
 
     def test_without_a_server_all_is_sent(self, borrower: Borrower) -> None:
         with SharedCall(borrower, soon()) as call:

@@ -6,7 +6,7 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from deconvd.shared_memory import Answer, Operation, Reply, Request
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Asked
+from deconvd_client.asked import Answered, Asked
 from deconvd_client.late_copy import LateCopy
 from deconvd_client.shared_memory import Borrower, SharedCall, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
@@ -182,14 +182,15 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
     lender: Lender, borrower: Borrower
 ) -> None:
     def rpc(
-        operation: object,
+        _: Asked,
         request: Envelope[Any],
-        deadline: object,
-        late_copy: LateCopy | None,
         *,
+        placed: Mapping[str, Array],
+        late_copy: LateCopy | None,
         is_brief: bool,
-    ) -> tuple[Envelope[Any], str]:
+    ) -> Answered:
         assert is_brief
+        assert placed.keys() == {"y"}
         assert request.message.x.WhichOneof("payload") == "shared"
         assert late_copy is None  # x is small
         raise StaleRegionError("x must lie in shared memory that this server lends", argument="x")
@@ -218,7 +219,7 @@ def test_a_region_holds_what_lies_wholly_in_it() -> None:
     assert not region.holds(begin, 8196)
 
 
-def test_a_block_that_went_is_taken_again_for_what_fits_it_just() -> None:
+def test_a_block_that_went_is_taken_again_for_what_has_its_size() -> None:
     region = HostRegion(bytes(16), mmap.mmap(-1, 1 << 20))
     block, other = region.take(5000), region.take(5000)
     assert block is not None
@@ -227,8 +228,8 @@ def test_a_block_that_went_is_taken_again_for_what_fits_it_just() -> None:
     assert region.take_again(5000) is None
     del block
 
-    assert region.take_again(300) is None
-    assert region.take_again(9000) is None
+    for size in (300, 4999, 5001, 9000):
+        assert region.take_again(size) is None
     again = region.take_again(5000)
 
     assert again is not None

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, TypeAlias, cast
 
-import numpy as np
-
-from deconvd.codec import Envelope
 from deconvd.messages import message_from_geometry, message_from_options, messages_for
 from deconvd.operation import Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, array_from_message, message_from_spec
+from deconvd.tensor import Array, message_from_spec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
 
@@ -25,8 +22,6 @@ __all__ = [
     "LastLedger",
     "Request",
     "Response",
-    "argument_of",
-    "received",
     "request_of",
 ]
 
@@ -35,13 +30,6 @@ Response: TypeAlias = pb.DeconvolveResponse | pb.DeconvolveGradResponse
 
 _REMEMBERED_COUNT: Final = 1024
 """Kinds of calls whose descriptions are kept: most calls are made again and again."""
-
-_ARGUMENTS: Final = {"w": "W", "gw": "gW"}
-
-
-def argument_of(field: str) -> str:
-    """Return the name of the argument that a field of a request stands for."""
-    return _ARGUMENTS.get(field, field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +81,6 @@ class LastLedger(threading.local):
     """
 
     text = ""
-
-
-def received(response: Envelope[Any], field: str) -> Array:
-    """Return a result that a response carries, as an array of the caller's own."""
-    message: pb.Tensor = getattr(response.message, field)
-    return np.array(array_from_message(argument_of(field), message, response.raw.get(field)))
 
 
 @lru_cache(_REMEMBERED_COUNT)

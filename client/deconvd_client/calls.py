@@ -11,7 +11,7 @@ from deconvd.direct_events import MAX_MESSAGE_BYTES
 from deconvd.errors import LostTensorError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
-from deconvd_client.asked import Answered, Asked, LastLedger, received
+from deconvd_client.asked import Answered, Asked, LastLedger
 from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.residents import Attempt, Call, Kept, Residents
@@ -146,17 +146,10 @@ class Calls:
             )
             return Answered(message, arrays, ledger)
         raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
-        response, ledger = stub.call(
-            asked.operation,
-            Envelope(asked.request, raw),
-            asked.deadline,
-            is_brief=is_brief,
-        )
-        results = {field: received(response, field) for field in asked.results}
-        return Answered(response.message, results, ledger)
+        return stub.call(asked, Envelope(asked.request, raw), placed={}, is_brief=is_brief)
 
 
 def _tensors_bytes(asked: Asked) -> int:
     """Return what the tensors have that a call would carry, to and fro."""
-    tensors = (*asked.operands.values(), *asked.results.values())
+    tensors: list[Array | TensorSpec] = [*asked.operands.values(), *asked.results.values()]
     return sum(tensor.nbytes for tensor in tensors)

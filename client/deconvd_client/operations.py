@@ -9,10 +9,10 @@ import numpy as np
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, argument_of, spec_of_field
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import Array, spec_of
-from deconvd_client.asked import argument_of, request_of
+from deconvd_client.asked import request_of
 from deconvd_client.config import Config
 from deconvd_client.frameworks import framework_of, host_array
 from deconvd_client.residents import Call, Kept, RemoteTensor, Residents, Source

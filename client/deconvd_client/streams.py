@@ -9,10 +9,11 @@ from typing import Any, Final, TypeAlias
 from deconvd.direct_events import Method
 from deconvd.errors import InvalidArgumentError
 from deconvd.messages import messages_for
+from deconvd.operation import argument_of
 from deconvd.parts import Elements, Part, PartReader, PartSource, elements_parts, slices
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
-from deconvd_client.asked import Asked, Response, argument_of
+from deconvd_client.asked import Asked, Response
 from deconvd_client.transport import Conversation
 
 __all__ = ["begin_exchange"]

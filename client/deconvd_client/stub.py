@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
+
+import numpy as np
 
 from deconvd.codec import Envelope, decode, encode
 from deconvd.messages import messages_for
-from deconvd.operation import Operation
+from deconvd.operation import argument_of
+from deconvd.tensor import Array, array_from_message
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.asked import Answered, Asked
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct import DirectTransport
 from deconvd_client.direct_ways import Way
@@ -49,22 +53,27 @@ class Stub:
 
     def call(
         self,
-        operation: Operation,
+        asked: Asked,
         request: Envelope[Any],
-        deadline: Deadline,
-        late_copy: LateCopy | None = None,
         *,
+        placed: Mapping[str, Array],
+        late_copy: LateCopy | None = None,
         is_brief: bool,
-    ) -> tuple[Envelope[Any], str]:
-        """Have an operation computed; return the response, and the ledger.
+    ) -> Answered:
+        """Have an operation computed by a call of one message.
 
         Args:
+            request: What goes to the server: `asked.request`, and where its tensors are.
+            placed: Memory for results that the request wants to have there.
             late_copy: Puts operands where the request says that they are: meanwhile, if the call is direct.
             is_brief: Whether request and response are small enough for a direct call.
         """
         transport = self._nearest if is_brief else self._by_grpc
-        response, ledger = transport.unary(operation.name, encode(request), deadline, late_copy)
-        return decode(messages_for(operation).response, response), ledger
+        operation = asked.operation
+        data, ledger = transport.unary(operation.name, encode(request), asked.deadline, late_copy)
+        response: Envelope[Any] = decode(messages_for(operation).response, data)
+        arrays = {field: _result(response, field, placed.get(field)) for field in asked.results}
+        return Answered(response.message, arrays, ledger)
 
     def stream(self, begin: Callable[[], Conversation[_T]], deadline: Deadline) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
@@ -108,6 +117,14 @@ class Stub:
 
     def _told_by_server(self) -> pb.GetServerInfoResponse:
         return self.get_server_info(Deadline(_ASK_S))
+
+
+def _result(response: Envelope[Any], field: str, placed: Array | None) -> Array:
+    """Return a result from where the response says that it is: as an array of the caller's own, or `placed`."""
+    message: pb.Tensor = getattr(response.message, field)
+    if placed is not None and message.WhichOneof("payload") == "shared":
+        return placed
+    return np.array(array_from_message(argument_of(field), message, response.raw.get(field)))
 
 
 class Failover:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deconvd.digest import digest_of
-from deconvd.operation import Operation
+from deconvd.operation import Operation, argument_of
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Asked, Request, Response, argument_of
+from deconvd_client.asked import Asked, Request, Response
 from deconvd_client.deadline import Deadline
 from deconvd_client.frameworks import host_array
 from deconvd_client.residents.contents import Contents

@@ -67,7 +67,7 @@ class Transfers:
     ) -> tuple[Array, str]:
         try:
             with SharedCall(self._memory, deadline) as call:
-                result = call.result(spec) if call.is_large(spec) else None
+                result = call.result(spec) if self._memory.is_large(spec) else None
                 if result is not None:
                     placed = pb.GetTensorRequest()
                     placed.CopyFrom(request)

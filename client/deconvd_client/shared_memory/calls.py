@@ -2,26 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection
+from types import TracebackType
+from typing import Any, Final, NamedTuple
 
 from deconvd.codec import Buffer, Envelope
 from deconvd.errors import StaleRegionError
-from deconvd.operation import Operation
 from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, elements_of
+from deconvd.shared_slice import SharedSlice
+from deconvd.tensor import Array, elements_of, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked, Request, received
-from deconvd_client.shared_memory.borrower import Borrower
-from deconvd_client.shared_memory.shared_call import SharedCall, SharedResult
+from deconvd_client.asked import Answered, Asked, Request
+from deconvd_client.deadline import Deadline
+from deconvd_client.late_copy import LateCopy, Part
+from deconvd_client.shared_memory.borrower import Borrower, has_ended
+from deconvd_client.shared_memory.region import Block
 
-__all__ = ["call_with_shared_memory"]
+__all__ = ["SharedCall", "SharedResult", "call_with_shared_memory"]
+
+_LATE_BYTES: Final = 1 << 20
+"""What is smaller is copied at once: to tell of it takes as long."""
+
+
+class SharedResult(NamedTuple):
+    """Memory for one result of a call.
+
+    Attributes:
+        place: Where it is, for the server.
+        array: The memory. It is the result's once the call has ended well, and lives as long as any
+            view of it.
+    """
+
+    place: SharedSlice
+    array: Array
+
+
+class SharedCall:
+    """What one call has in shared memory, from before its request until after its response: a context.
+
+    If it is not known how the call ended, the server may still write its results: their memory is
+    then not used again. The block must let the errors of deconvd.errors pass.
+
+    Attributes:
+        late_copy: What is still to be copied, once the server knows of the call; None if nothing is.
+
+    Args:
+        borrower: Where it has it from.
+        deadline: Until when memory is waited for.
+    """
+
+    def __init__(self, borrower: Borrower, deadline: Deadline) -> None:
+        self.late_copy: LateCopy | None = None
+        self._borrower = borrower
+        self._deadline = deadline
+        self._kept: list[Array] = []
+        self._blocks: list[Block] = []
+        self._parts: list[Part] = []
+        self._copied_bytes = 0
+
+    def place(self, array: Array) -> SharedSlice | None:
+        """Return where in shared memory an array lies, or will once `settle` was called; None if there is no room."""
+        placed = self._borrower.place_for(array, self._deadline)
+        if placed is None:
+            return None
+        place, there = placed
+        self._kept.append(there)
+        if there is array:
+            self._parts.append(Part(array.nbytes, None))
+        else:
+            self._parts.append(Part(array.nbytes, (there, array)))
+            self._copied_bytes += array.nbytes
+        return place
+
+    def tensor(self, array: Array) -> pb.Tensor | None:
+        """Return a message that says where in shared memory an array lies; None if it is better sent.
+
+        That is if it is small, or there is no room for it.
+        """
+        place = self.place(array) if self._borrower.is_large(array) else None
+        if place is None:
+            return None
+        message = message_from_spec(spec_of(array))
+        place.write_to(message.shared)
+        return message
+
+    def result(self, spec: TensorSpec) -> SharedResult | None:
+        """Return memory for a result; None if there is no room."""
+        block = self._borrower.take_now(spec.nbytes, self._deadline)
+        if block is None:
+            return None
+        block.doubt()
+        self._blocks.append(block)
+        return SharedResult(block.place, block.array(spec))
+
+    def settle(self, *, may_be_late: bool = False) -> None:
+        """Return when the server may read and write what has a place.
+
+        Args:
+            may_be_late: Whether large copies may be left to `late_copy`.
+        """
+        place = self._borrower.place
+        if not self._copied_bytes:
+            place.settle(())
+            return
+        is_late = may_be_late and self._copied_bytes >= place.smallest_late_bytes
+        at_once = [part for part in self._parts if not (is_late and _is_large(part))]
+        place.settle([part.copy for part in at_once if part.copy is not None])
+        if is_late:
+            self.late_copy = LateCopy(
+                [part if _is_large(part) else Part(part.size_bytes, None) for part in self._parts]
+            )
+
+    def __enter__(self) -> SharedCall:
+        self._borrower.look_after_link()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None or has_ended(exc):
+            for block in self._blocks:
+                block.doubt(is_in_doubt=False)
+        if exc is not None:
+            self._borrower.note_failure(exc, {block.region for block in self._blocks})
+
+
+def _is_large(part: Part) -> bool:
+    return part.size_bytes >= _LATE_BYTES
 
 
 def call_with_shared_memory(
-    borrower: Borrower,
-    rpc: Callable[..., tuple[Envelope[Any], str]],
-    asked: Asked,
+    borrower: Borrower, rpc: Callable[..., Answered], asked: Asked
 ) -> Answered | None:
     """Make a call and return its answer.
 
@@ -34,11 +148,12 @@ def call_with_shared_memory(
     Raises:
         UnavailableError, ExhaustedError: There is no other way, as `Borrower.allow_other_ways` says.
     """
-    tensors: list[Array | TensorSpec] = [*asked.operands.values(), *asked.results.values()]
-    if asked.offered or not any(map(borrower.is_large, tensors)):
+    tensors: dict[str, Array | TensorSpec] = {**asked.operands, **asked.results}
+    large = {field for field, tensor in tensors.items() if borrower.is_large(tensor)}
+    if asked.offered or not large:
         return None
     try:
-        answered = _answered(borrower, rpc, asked)
+        answered = _answered(borrower, rpc, asked, large)
     except StaleRegionError:
         answered = None
     if answered is None:
@@ -47,61 +162,49 @@ def call_with_shared_memory(
 
 
 def _answered(
-    borrower: Borrower,
-    rpc: Callable[..., tuple[Envelope[Any], str]],
-    asked: Asked,
+    borrower: Borrower, rpc: Callable[..., Answered], asked: Asked, large: Collection[str]
 ) -> Answered | None:
     request: Any = type(asked.request)()
     request.CopyFrom(asked.request)
     with SharedCall(borrower, asked.deadline) as call:
-        places = _want(call, request, asked.results)
-        if places is None:
+        results = _want(call, request, asked, large)
+        if results is None:
             return None
-        raw = _put(call, request, asked.operation, asked.operands)
+        raw = _put(call, request, asked, large)
         if raw is None:
             return None
-        call.settle(may_be_late=_may_be_late(request, asked))
+        call.settle(may_be_late=_may_be_late(asked, large))
         # what is not in shared memory is small
-        response, ledger = rpc(
-            asked.operation,
-            Envelope(request, raw),
-            asked.deadline,
-            late_copy=call.late_copy,
-            is_brief=True,
-        )
-        return Answered(
-            response.message,
-            {field: _received(response, field, places.get(field)) for field in asked.results},
-            ledger,
+        return rpc(
+            asked, Envelope(request, raw), placed=results, late_copy=call.late_copy, is_brief=True
         )
 
 
 def _want(
-    call: SharedCall, request: Request, results: Mapping[str, TensorSpec]
-) -> dict[str, SharedResult] | None:
-    """Ask for the large results in shared memory; return where they will be."""
-    places: dict[str, SharedResult] = {}
-    for field, spec in results.items():
-        if not call.is_large(spec):
-            continue
-        result = call.result(spec)
-        if result is None:
-            return None
-        result.place.write_to(getattr(request, f"{field}_place"))
-        places[field] = result
-    return places
+    call: SharedCall, request: Request, asked: Asked, large: Collection[str]
+) -> dict[str, Array] | None:
+    """Ask for the large results in shared memory; return the memory of each. None if there is no room."""
+    results: dict[str, Array] = {}
+    for field, spec in asked.results.items():
+        if field in large:
+            result = call.result(spec)
+            if result is None:
+                return None
+            result.place.write_to(getattr(request, f"{field}_place"))
+            results[field] = result.array
+    return results
 
 
 def _put(
-    call: SharedCall, request: Request, operation: Operation, operands: Mapping[str, Array]
+    call: SharedCall, request: Request, asked: Asked, large: Collection[str]
 ) -> dict[str, Buffer] | None:
-    """Put the large operands into shared memory; return the others' elements."""
+    """Put the large operands into shared memory; return the others' elements. None if there is no room."""
     raw: dict[str, Buffer] = {}
-    for field in operation.write_order:
-        array = operands.get(field)
+    for field in asked.operation.write_order:
+        array = asked.operands.get(field)
         if array is None:
             continue
-        if not call.is_large(array):
+        if field not in large:
             raw[field] = elements_of(array)
             continue
         place = call.place(array)
@@ -111,15 +214,8 @@ def _put(
     return raw
 
 
-def _may_be_late(request: Request, asked: Asked) -> bool:
+def _may_be_late(asked: Asked, large: Collection[str]) -> bool:
     """Return whether a card could follow copies of operands: one with samples is the last that is written."""
     written = [field for field in asked.operation.write_order if field in asked.operands]
     last = written[-1] if written else ""
-    return last in asked.operation.sliced and getattr(request, last).HasField("shared")
-
-
-def _received(response: Envelope[Any], field: str, result: SharedResult | None) -> Array:
-    message: pb.Tensor = getattr(response.message, field)
-    if result is not None and message.WhichOneof("payload") == "shared":
-        return result.array
-    return received(response, field)
+    return last in asked.operation.sliced and last in large
