@@ -40,8 +40,8 @@ def floor_ms(device: str, problem: Problem, *, is_of_gradients: bool = False) ->
     import cupy
     import cupyx
 
+    from benchmarks.cuda_operator import Operator
     from deconvd_server.device.cuda.device import CudaDevice
-    from deconvd_server.device.cuda.operator import Operator
     from deconvd_server.device.cuda.plan import Product
 
     card = CudaDevice(_ordinal(device))

@@ -11,13 +11,13 @@ from typing import TypeVar
 import cupy
 import torch
 
+from benchmarks.cuda_operator import Operator
 from benchmarks.layers import Layer
 from benchmarks.operator_rows import Kind, Row
 from benchmarks.reference import torch_type
 from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd_server.device.cuda.device import CudaDevice, Limits
-from deconvd_server.device.cuda.operator import Operator
 from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["timed_rows", "versions"]

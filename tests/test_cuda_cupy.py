@@ -16,7 +16,8 @@ import pytest
 import deconvd_client
 from deconvd.tensor import Array
 from deconvd_client import Connection
-from deconvd_server.daemon import Daemon, Settings
+from deconvd_server.daemon import Daemon
+from deconvd_server.settings import Settings
 from tests.servers import ServerProcess, server_process
 
 pytestmark = pytest.mark.gpu
@@ -223,8 +224,8 @@ def test_a_server_in_the_same_process_is_reached_by_way_of_the_host(
     try:
         with deconvd_client.connect(daemon.addresses[0]) as F:
             falls_back(F, caplog, "cannot be opened here")
-            assert daemon._service.residents is not None
-            assert daemon._service.residents.engines.all[0].load.held_bytes == 0
+            assert daemon.backend is not None
+            assert daemon.backend.residents.engines.all[0].load.held_bytes == 0
     finally:
         daemon.drain()
 

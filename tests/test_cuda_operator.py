@@ -25,14 +25,14 @@ from deconvd_server.device.cuda.plan import Product
 from tests.devices import deconvolve, gradients
 
 if TYPE_CHECKING:
+    from benchmarks.cuda_operator import Operator
     from deconvd_server.device.cuda.device import CudaDevice
-    from deconvd_server.device.cuda.operator import Operator
 
     cupy: Any
 else:
     cupy = pytest.importorskip("cupy")
+    from benchmarks.cuda_operator import Operator
     from deconvd_server.device.cuda.device import CudaDevice
-    from deconvd_server.device.cuda.operator import Operator
 
 pytestmark = pytest.mark.gpu
 

@@ -18,9 +18,11 @@ from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client.shared_memory import Borrower
+from deconvd_server.backend import STREAMS_COUNT, Backend
 from deconvd_server.call import Call
-from deconvd_server.daemon import _STREAMS_COUNT, Daemon, Settings
+from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.settings import Settings
 from tests.deadlines import soon
 from tests.processes import wait_until
 
@@ -48,8 +50,11 @@ class HoldingDevice(CpuDevice):
 class Served:
     """A server of a device, and a stock client of it."""
 
-    def __init__(self, daemon: Daemon, device: HoldingDevice, channel: grpc.Channel) -> None:
-        self.daemon = daemon
+    def __init__(
+        self, address: str, backend: Backend, device: HoldingDevice, channel: grpc.Channel
+    ) -> None:
+        self.address = address
+        self.backend = backend
         self.device = device
         self.stub = pb_grpc.DeconvolutionServiceStub(channel)
 
@@ -62,7 +67,7 @@ class Served:
     @property
     def streams(self) -> tuple[int, int]:
         """Streams that are under way, and the memory that they take."""
-        load = self.daemon._service._streams.load
+        load = self.backend.streams.load
         return load.running_count, load.used_bytes
 
 
@@ -71,9 +76,10 @@ def served() -> Iterator[Served]:
     device = HoldingDevice()
     daemon = Daemon(Settings(["127.0.0.1:0"], 8 * MIB, 10, shared_memory_bytes=64 * MIB))
     daemon.serve(lambda: [device])
+    assert daemon.backend is not None
     try:
         with grpc.insecure_channel(daemon.addresses[0]) as channel:
-            yield Served(daemon, device, channel)
+            yield Served(daemon.addresses[0], daemon.backend, device, channel)
     finally:
         device.let_go.set()
         daemon.drain()
@@ -126,9 +132,10 @@ def test_a_call_that_waits_for_its_turn(served: Served, timeout_s: float | None)
 def test_a_call_whose_tensors_lie_in_shared_memory(
     served: Served, timeout_s: float | None, stage: str
 ) -> None:
-    lender = served.daemon._service.lender
+    lender = served.backend.lender
     assert lender is not None
-    borrower = Borrower(lambda _: served.daemon._service.memory_socket)
+    info = served.stub.GetServerInfo(pb.GetServerInfoRequest())
+    borrower = Borrower(lambda _: info.shared_memory_socket)
     x, y = borrower.empty(X.shape, X.dtype, soon()), borrower.empty(X.shape, X.dtype, soon())
     asked = request()
     place, y_place = borrower.locate(x), borrower.locate(y)
@@ -183,7 +190,7 @@ class Parts:
 def streaming(served: Served, sent_bytes: int, timeout_s: float | None) -> Iterator[Any]:
     """Give the block a stream that has sent so much of `LARGE`."""
     parts = Parts(LARGE, sent_bytes)
-    address = served.daemon.addresses[0]
+    address = served.address
     with grpc.insecure_channel(address) as channel:
         rpc: Any = channel.stream_stream("/deconvd.v1.DeconvolutionService/DeconvolveStream")
         yield rpc(iter(parts), timeout=timeout_s)
@@ -224,9 +231,9 @@ def test_a_stream_that_nobody_reads(served: Served, timeout_s: float | None) -> 
 
 
 def test_a_stream_that_waits_for_its_turn(served: Served, timeout_s: float | None) -> None:
-    admission = served.daemon._service._streams
+    admission = served.backend.streams
     with ExitStack() as stack:
-        running = [stack.enter_context(streaming(served, 0, None)) for _ in range(_STREAMS_COUNT)]
+        running = [stack.enter_context(streaming(served, 0, None)) for _ in range(STREAMS_COUNT)]
         wait_until(lambda: admission.load.running_count == len(running))
         waiting = stack.enter_context(streaming(served, 0, timeout_s))
         wait_until(lambda: admission.load.waiting_count == 1)

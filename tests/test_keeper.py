@@ -46,7 +46,7 @@ def nothing() -> None:
 
 def kept_names(built: House, session: Session, names: bytes) -> bytes:
     """Return those of one-letter names that stand for something, without the look's counting as use."""
-    return bytes(letter for letter in names if bytes([letter]) in session.names)
+    return bytes(letter for letter in names if bytes([letter]) in built.keeper.names_of(session))
 
 
 def test_what_was_put_is_there_until_it_is_dropped() -> None:
@@ -275,7 +275,7 @@ def test_what_has_no_room_moves_to_the_host_and_comes_back_when_used() -> None:
             built.keeper.release(kept)
 
         built.put(session, b"g", array(6))
-        assert len(session.names) == 6
+        assert len(built.keeper.names_of(session)) == 6
 
 
 def test_what_a_device_keeps_with_a_tensor_counts_and_goes_with_it() -> None:
@@ -289,12 +289,12 @@ def test_what_a_device_keeps_with_a_tensor_counts_and_goes_with_it() -> None:
         assert not may_grow(24 * KIB)  # the quota has no room for so much
         assert may_grow(8 * KIB)
         assert may_grow(-8 * KIB)
-        assert built.held_bytes() == session.tenant.used_bytes == 40 * KIB
+        assert built.held_bytes() == built.keeper.used_bytes(session.tenant) == 40 * KIB
         built.keeper.release(kept)
 
         built.engine.on_shortage(1, Call())  # it moves to the host, without what it has grown by
         assert built.held_bytes() == 0
-        assert session.tenant.used_bytes == 16 * KIB
+        assert built.keeper.used_bytes(session.tenant) == 16 * KIB
         np.testing.assert_array_equal(built.get(session, b"a"), array(1))
 
         back = built.keeper.by_name(session, b"a", "x", Call())
@@ -304,7 +304,7 @@ def test_what_a_device_keeps_with_a_tensor_counts_and_goes_with_it() -> None:
         built.keeper.drop(session, [b"a"])
         assert built.held_bytes() == 24 * KIB
         built.keeper.release(back)
-        assert built.held_bytes() == session.tenant.used_bytes == 0
+        assert built.held_bytes() == built.keeper.used_bytes(session.tenant) == 0
 
 
 def test_no_tensor_grows_where_there_is_no_room() -> None:
@@ -461,7 +461,7 @@ def test_ten_thousand_puts_and_drops_leave_nothing() -> None:
             if number >= 10:
                 built.keeper.drop(session, [b"%d" % (number - 10)])
         assert built.held_bytes() == 10 * 512
-        assert len(session.names) == 10
+        assert len(built.keeper.names_of(session)) == 10
 
 
 def test_many_threads_read_what_was_put_whatever_moves() -> None:

@@ -120,7 +120,7 @@ class KeeperMachine(RuleBasedStateMachine):
         finally:
             # whoever is within its share, on every shelf, has lost nothing
             for other in safe:
-                assert other.name in other.session.names
+                assert other.name in self.house.keeper.names_of(other.session)
             for other in self._all:
                 other.may_be_displaced |= other not in safe
         self._all.append(thing)
@@ -134,15 +134,15 @@ class KeeperMachine(RuleBasedStateMachine):
         modest = [
             other
             for other in tenants - {tenant}
-            if other.used_bytes <= min(share_bytes, max(host_bytes // len(tenants), share_bytes))
+            if self.house.keeper.used_bytes(other)
+            <= min(share_bytes, max(host_bytes // len(tenants), share_bytes))
         ]
         return [
             thing for thing in self._all if self._is_there(thing) and thing.session.tenant in modest
         ]
 
-    @staticmethod
-    def _is_there(thing: Thing) -> bool:
-        return thing.name in thing.session.names
+    def _is_there(self, thing: Thing) -> bool:
+        return thing.name in self.house.keeper.names_of(thing.session)
 
     @rule(thing=things, session=sessions)
     def read(self, thing: Thing, session: Session) -> None:
@@ -237,7 +237,7 @@ class KeeperMachine(RuleBasedStateMachine):
                 assert 0 <= state.size_bytes <= state.limit_bytes
             assert engine.load.held_bytes <= DEVICE_BYTES
         for tenant in {thing.session.tenant for thing in self._all}:
-            assert 0 <= tenant.used_bytes <= QUOTA_BYTES
+            assert 0 <= self.house.keeper.used_bytes(tenant) <= QUOTA_BYTES
 
     @invariant()
     def what_has_a_name_counts(self) -> None:
@@ -245,7 +245,7 @@ class KeeperMachine(RuleBasedStateMachine):
         used = [use.thing for use in self._uses]
         for tenant in {thing.session.tenant for thing in self._all}:
             known = {thing for thing in [*there, *used] if thing.session.tenant is tenant}
-            assert tenant.used_bytes == sum(thing.size_bytes for thing in known)
+            assert self.house.keeper.used_bytes(tenant) == sum(thing.size_bytes for thing in known)
 
 
 KeeperMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)

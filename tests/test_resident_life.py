@@ -29,10 +29,11 @@ from deconvd.grpc_status import error_from_rpc
 from deconvd.tensor import Array, elements_of, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.shared_memory import Borrower
-from deconvd_server.daemon import Daemon, Settings
+from deconvd_server.daemon import Daemon
 from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits
+from deconvd_server.settings import Settings
 from tests.deadlines import soon
 from tests.holders import Holder, array_of, by_handle, holder, raw
 from tests.processes import peak_memory_bytes, wait_until

@@ -24,10 +24,11 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client.direct_ways import way_to
 from deconvd_server.call import Call, CallerGoneError
-from deconvd_server.daemon import Daemon, Settings
+from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.ledger import Stage
 from deconvd_server.serve import CallLog, Serving
+from deconvd_server.settings import Settings
 from tests.deadlines import soon
 from tests.direct_calls import REQUEST, W, X, send_call
 from tests.processes import wait_until

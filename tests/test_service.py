@@ -14,6 +14,8 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -21,12 +23,14 @@ import deconvd_client
 from deconvd import errors
 from deconvd.errors import DeconvdError
 from deconvd.geometry import Geometry
+from deconvd.grpc_status import error_from_rpc
 from deconvd.messages import message_from_geometry
 from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_server.daemon import Daemon, Settings
+from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.settings import Settings
 from tests.servers import ServerProcess
 
 X = np.ones((1, 2, 3, 3), np.float32)
@@ -214,6 +218,37 @@ def test_calls_are_unavailable_and_health_not_serving_until_the_device_is_ready(
             assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
     finally:
         daemon.drain()
+
+
+def test_every_method_is_unavailable_until_the_device_is_ready() -> None:
+    methods = pb.DESCRIPTOR.services_by_name["DeconvolutionService"].methods
+    daemon = Daemon(Settings(["127.0.0.1:0"], max_message_bytes=1 << 20, drain_timeout_s=10))
+    try:
+        with grpc.insecure_channel(daemon.addresses[0]) as channel:
+            stub: Any = pb_grpc.DeconvolutionServiceStub(channel)
+            failures = {method.name: _failure(stub, method) for method in methods}
+            convolve: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                "/deconvd.v1.DeconvolutionService/Convolve"
+            )
+            with pytest.raises(grpc.RpcError) as unknown:
+                convolve(b"")
+    finally:
+        daemon.drain()
+
+    assert len(failures) == 9
+    for error in failures.values():
+        assert isinstance(error, errors.UnavailableError)
+        assert error.retry_after_s == 0.2
+    assert as_call(unknown).code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def _failure(stub: Any, method: MethodDescriptor) -> DeconvdError:
+    """Return what a call of a method with a message that says nothing ends with."""
+    request = GetMessageClass(method.input_type)()
+    call = getattr(stub, method.name)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(call(iter([request]) if method.client_streaming else request, timeout=30))
+    return error_from_rpc(as_call(raised))
 
 
 @pytest.mark.parametrize("method", METHODS)

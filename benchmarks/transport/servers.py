@@ -14,13 +14,14 @@ import grpc
 import pyarrow.flight
 
 from deconvd.copying import copy_into
+from deconvd.malloc import keep_freed_memory
 from deconvd.operation import Operation
 from deconvd.problem import Problem
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_server.daemon import Daemon, Settings
+from deconvd_server.daemon import Daemon
 from deconvd_server.device import CacheState, DeviceInfo
-from deconvd_server.malloc import keep_freed_memory
+from deconvd_server.settings import Settings
 
 __all__ = ["LENGTH", "MAX_MESSAGE_BYTES", "METHOD", "SERVERS"]
 

@@ -15,6 +15,7 @@ from deconvd.forks import new_lock
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
 from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
+from deconvd.malloc import learn_large_blocks
 from deconvd.problem import check_extents
 from deconvd.tensor import Array, spec_of
 from deconvd.transport import unix_path
@@ -35,7 +36,6 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import way_to
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.kinds import is_from_cupy
-from deconvd_client.malloc import learn_large_blocks
 from deconvd_client.nearest import Nearest, Transport
 from deconvd_client.operations import GRADIENTS, Operations, checked_array
 from deconvd_client.proxies import proxy_to

@@ -10,7 +10,7 @@ from typing import Final
 
 from deconvd.errors import UnavailableError
 from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
-from deconvd.system import MAX_UNIX_PATH_BYTES
+from deconvd.system import unix_path_fits
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = ["calls_sockets", "memory_socket"]
@@ -65,7 +65,7 @@ def _is_socket(path: str) -> bool:
         mode = os.stat(path).st_mode
     except OSError:
         return False
-    return stat.S_ISSOCK(mode) and len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES
+    return stat.S_ISSOCK(mode) and unix_path_fits(path)
 
 
 def _check_instance(path: str, instance: bytes) -> None:

@@ -18,16 +18,17 @@ import click
 import deconvd
 from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
+from deconvd.malloc import keep_freed_memory
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.log_text import LogFormatter
-from deconvd_server.malloc import keep_freed_memory
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
+from deconvd_server.settings import Settings
 from deconvd_server.unix_socket import Access
 
 try:
-    from deconvd_server.daemon import Daemon, Settings
+    from deconvd_server.daemon import Daemon
     from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
 except ModuleNotFoundError as missing:
     if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings

@@ -11,10 +11,10 @@ from google.protobuf.message import DecodeError, Message
 from deconvd.array_memory import ArrayMemory
 from deconvd.codec import Envelope, decode
 from deconvd.errors import InvalidArgumentError
+from deconvd.malloc import LARGE_BYTES
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Progress
-from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["Behaviour", "EarlyRequest", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
 

@@ -6,15 +6,12 @@ LISTENING --devices ready--> SERVING --drain--> DRAINING --last call ended--> ST
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -22,59 +19,23 @@ from grpc_reflection.v1alpha import reflection
 
 from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
+from deconvd_server.backend import Backend
 from deconvd_server.device import Device
-from deconvd_server.direct import DirectServer
-from deconvd_server.engine import Engines
 from deconvd_server.health import Health
-from deconvd_server.listen import bind, listen_beside, release, unix_sockets
-from deconvd_server.residents import ResidentLimits, Residents
-from deconvd_server.rpc import handler
+from deconvd_server.listen import bind, release
+from deconvd_server.rpc import Gate
 from deconvd_server.serve import CallLog, Observer
-from deconvd_server.service import SERVICE_NAME, DeconvolutionService
-from deconvd_server.shared_memory import Cards, Lender, Limits
-from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
-from deconvd_server.streaming import SLICES_IN_FLIGHT
-from deconvd_server.unix_socket import Access, AddressInUseError
+from deconvd_server.settings import Settings
 
-__all__ = ["Daemon", "Settings", "State"]
+__all__ = ["Daemon", "State"]
 
-_WAITING_CALLS_COUNT = 96
-_STREAMS_COUNT = 16
-_WAITING_STREAMS_COUNT = 16
-_HANDLER_THREADS_COUNT = 1024
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
+_HANDLER_THREADS_COUNT: Final = 1024
 """More than the calls and streams that run and wait, so that health is answered whatever the load:
 those that run are one for each processor, or a few for each card. Threads are made as they are needed.
 """
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a daemon is told when it starts.
-
-    Attributes:
-        addresses: Where to listen; see `bind`.
-        max_message_bytes: The largest request and the largest response.
-        drain_timeout_s: How long calls under way may take to end once the daemon drains.
-        shared_memory_bytes: How much memory to lend to clients on this host; 0 for none.
-        shared_memory_users: Ids of the users to lend it to, beside the server's own and root.
-        access: Who may open the Unix sockets; None for whom the process's umask lets.
-        residents: How much may stay between calls, and for how long.
-        takes_direct_calls: Whether calls are taken without gRPC, too.
-        direct_port: The TCP port for them, on the hosts of `addresses`; 0 for any free one.
-    """
-
-    addresses: Sequence[str]
-    max_message_bytes: int
-    drain_timeout_s: float
-    shared_memory_bytes: int = 0
-    shared_memory_users: Collection[int] = ()
-    residents: ResidentLimits = field(default_factory=ResidentLimits)
-    takes_direct_calls: bool = True
-    direct_port: int = 0
-    access: Access | None = None
 
 
 class State(Enum):
@@ -92,6 +53,10 @@ class Daemon:
     It listens once made: health then says NOT_SERVING and calls are answered UNAVAILABLE, until
     `serve` has devices.
 
+    Attributes:
+        addresses: Where it listens, with the ports that it got.
+        backend: What serves calls; None until the devices are ready.
+
     Args:
         observers: Hear of every call.
 
@@ -101,30 +66,17 @@ class Daemon:
 
     def __init__(self, settings: Settings, observers: Sequence[Observer] = (CallLog(),)) -> None:
         self.state = State.LISTENING
+        self.backend: Backend | None = None
         self._settings = settings
         self._observers = observers
         self._lock = threading.Lock()
-        self._slices = ThreadPoolExecutor(
-            _STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
-        )
-        self._service = DeconvolutionService(
-            settings.max_message_bytes,
-            streams=Admission(
-                _STREAMS_COUNT,
-                _stream_budget_bytes(),
-                _WAITING_STREAMS_COUNT,
-                memory="the host's memory for streams",
-            ),
-            executor=self._slices,
-        )
-        self._direct: DirectServer | None = None
-        self._health = Health(SERVICE_NAME)
+        self._gate = Gate(_SERVICE, observers)
+        self._health = Health(_SERVICE.full_name)
         self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
         self._server = self._grpc_server()
         self.addresses = [
             bind(self._server, address, settings.access) for address in settings.addresses
         ]
-        self._service.unix_sockets = unix_sockets(self.addresses)
         self._server.start()
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
@@ -133,28 +85,17 @@ class Daemon:
         Raises:
             AddressInUseError: Another process has the port for direct calls.
         """
-        devices = open_devices()
-        engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
-        grpc_paths = [Path(path) for path in self._service.unix_sockets]
-        memory_sides = self._open_for_memory(grpc_paths)
-        self._service.lender = self._lend(engines, list(memory_sides.values()))
-        listeners = self._listen_for_direct_calls()
-        call_sides = self._open_for_calls(grpc_paths)
-        self._direct = self._serve_directly(list(call_sides.values()), listeners)
-        self._service.side_sockets = [
-            pb.SideSockets(
-                calls=_name_for_clients(path, call_sides),
-                memory=_name_for_clients(path, memory_sides),
-            )
-            for path in grpc_paths
-        ]
-        self._service.memory_socket = next((str(s.path) for s in memory_sides.values()), "")
-        residents = Residents(engines, self._settings.residents)
+        backend = Backend(self._settings, open_devices(), self.addresses, self._observers)
         with self._lock:
-            self._service.residents = residents
             if self.state is State.LISTENING:
+                self.backend = backend
+                self._gate.open(backend.behaviours)
                 self.state = State.SERVING
                 self._health.set_serving(True)
+                return
+        backend.withdraw()  # it drains already
+        backend.end_direct_calls(0)
+        backend.close()
 
     def drain(self) -> None:
         """Take no more calls, let those under way end, and stop: for good once it returns.
@@ -163,30 +104,22 @@ class Daemon:
         """
         with self._lock:
             self.state = State.DRAINING
+            backend = self.backend
         self._health.enter_graceful_shutdown()
-        # while their paths are ours, like the socket beside them
-        if self._service.lender is not None:
-            self._service.lender.withdraw()
-        if self._direct is not None:
-            self._direct.withdraw()
-        if self._service.residents is not None:
-            self._service.residents.drain()
+        if backend is not None:
+            backend.withdraw()  # while its paths are ours, like the socket beside them
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         stopped = self._server.stop(self._settings.drain_timeout_s)
         # A watcher of health would keep the server from stopping for as long as it cares to watch.
         self._health.end_watches()
         stopped.wait()
-        if self._direct is not None:
-            self._direct.close(max(deadline_s - time.monotonic(), 0))
+        if backend is not None:
+            backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
         self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
-        self._slices.shutdown()
         for address in self.addresses:
             release(address)
-        if self._service.lender is not None:
-            self._service.lender.close()
-        if self._service.residents is not None:
-            self._service.residents.close()
-            self._service.residents.engines.close()
+        if backend is not None:
+            backend.close()
         self.state = State.STOPPED
 
     def fail(self) -> None:
@@ -197,66 +130,8 @@ class Daemon:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
         self._server.stop(None)
-        if self._direct is not None:
-            self._direct.cancel()
-
-    def _open_for_memory(self, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
-        """Return the sockets where memory is lent, by those for gRPC: a server without any has one, too."""
-        if not self._settings.shared_memory_bytes:
-            return {}
-        if grpc_paths:
-            return open_beside(grpc_paths, Purpose.MEMORY, self._settings.access)
-        try:
-            alone = open_alone(Purpose.MEMORY, self._settings.access)
-        except OSError as error:
-            _log.warning("no memory is lent to clients on this host: %s", error)
-            return {}
-        return {alone.path: alone}
-
-    def _open_for_calls(self, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
-        if not self._settings.takes_direct_calls:
-            return {}
-        return open_beside(grpc_paths, Purpose.CALLS, self._settings.access)
-
-    def _lend(self, engines: Engines, sides: Sequence[SideSocket]) -> Lender | None:
-        limit_bytes = self._settings.shared_memory_bytes
-        if not sides:
-            return None
-        return Lender(
-            sides,
-            Limits(limit_bytes, limit_bytes // 2),
-            on_map=engines.register,
-            users={0, os.geteuid(), *self._settings.shared_memory_users},
-            cards=_cards(engines),
-            instance=bytes.fromhex(self._service.instance_id),
-        )
-
-    def _serve_directly(
-        self, sides: Sequence[SideSocket], listeners: Sequence[socket.socket]
-    ) -> DirectServer | None:
-        if not self._settings.takes_direct_calls:
-            return None
-        if listeners:
-            self._service.direct_port = listeners[0].getsockname()[1]
-        return DirectServer(
-            sides,
-            listeners,
-            self._service.behaviours(),
-            bytes.fromhex(self._service.instance_id),
-            self._observers,
-        )
-
-    def _listen_for_direct_calls(self) -> list[socket.socket]:
-        port = self._settings.direct_port
-        if not self._settings.takes_direct_calls:
-            return []
-        try:
-            return listen_beside(self.addresses, port)
-        except AddressInUseError as error:
-            if port:
-                raise
-            _log.warning("calls over TCP are made by gRPC: %s", error)
-            return []
+        if self.backend is not None:
+            self.backend.cancel_direct_calls()
 
     def _grpc_server(self) -> grpc.Server:
         server = grpc.server(
@@ -269,31 +144,9 @@ class Daemon:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        server.add_generic_rpc_handlers(
-            (handler(SERVICE_NAME, self._service.behaviours(), self._observers),)
-        )
+        server.add_generic_rpc_handlers((self._gate,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
-            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         return server
-
-
-def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
-    """Return what clients are told of the socket beside one for gRPC: its name if it is in the same directory."""
-    side = sides.get(grpc_path)
-    if side is None:
-        return ""
-    return side.path.name if side.path.parent == grpc_path.parent else str(side.path)
-
-
-def _cards(engines: Engines) -> Cards | None:
-    """Return who lends memory of cards, up to half of what there is; None if there is no card."""
-    by_card = {engine.info.card: engine for engine in engines.all if engine.info.card}
-    budget_bytes = sum(engine.info.budget_bytes for engine in by_card.values())
-    return Cards(by_card, Limits(budget_bytes // 2, budget_bytes // 4)) if by_card else None
-
-
-def _stream_budget_bytes() -> int:
-    """Return what streams may hold of the host's memory: half of it."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

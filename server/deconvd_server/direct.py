@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, Final
 
 from deconvd.direct import Method
@@ -16,8 +16,9 @@ from deconvd.line import Line
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.direct_line import DirectLine
+from deconvd_server.listener import Listener
 from deconvd_server.serve import Observer
-from deconvd_server.side_socket import MEND_S, SideSocket, peer_of
+from deconvd_server.side_socket import SideSocket, peer_of
 
 __all__ = ["DirectServer"]
 
@@ -26,9 +27,6 @@ _LINES_COUNT: Final = 256
 
 _ROOM_S: Final = 1.0
 """How long an idle line may take to end, so that another can be taken."""
-
-_PAUSE_S: Final = 0.1
-"""How long no line is taken after one could not be."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,21 +59,13 @@ class DirectServer:
         self._lock = threading.Lock()
         self._lines: dict[int, DirectLine] = {}  # by descriptor
         self._is_withdrawn = False
-        self._is_short = False  # of descriptors or threads
-        self._sides = tuple(sides)
-        all_listeners = [*listeners, *(side.socket for side in sides)]
-        self._listeners = {listener.fileno(): listener for listener in all_listeners}
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._events = select.epoll()
-        for descriptor in (*self._listeners, self._wake_receiver.fileno()):
-            self._events.register(descriptor, select.EPOLLIN)
-        self._thread = threading.Thread(target=self._watch, name="direct-calls", daemon=True)
+        self._listener = Listener("direct lines", sides, listeners, self._take)
+        self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
         self._thread.start()
 
     def withdraw(self) -> None:
         """Take no more calls, and give up the paths. Calls under way go on."""
-        for side in self._sides:
-            side.remove()
+        self._listener.withdraw()
         with self._lock:
             self._is_withdrawn = True
         for line in self._all_lines():
@@ -94,67 +84,18 @@ class DirectServer:
             line.thread.join(max(deadline_s - time.monotonic(), 0))
             line.cancel()
             line.thread.join()
-        self._wake_sender.close()
+        self._listener.stop()
         self._thread.join()
+        self._listener.close()
 
     def _all_lines(self) -> list[DirectLine]:
         with self._lock:
             return list(self._lines.values())
 
-    def _watch(self) -> None:
-        waking = self._wake_receiver.fileno()
-        with ExitStack() as stack:
-            stack.enter_context(self._events)
-            for held in (self._wake_receiver, *self._listeners.values()):
-                stack.enter_context(held)
-            while True:
-                ready = {descriptor for descriptor, _ in self._events.poll(MEND_S)}
-                if not ready:
-                    self._mend()
-                # those who go before those who come, who may get the same descriptor
-                for descriptor in ready - self._listeners.keys() - {waking}:
-                    self._see_off(descriptor)
-                if waking in ready:
-                    return
-                for descriptor in ready & self._listeners.keys():
-                    self._accept(self._listeners[descriptor])
-
-    def _mend(self) -> None:
-        for side in self._sides:
-            if side.mend():
-                self._events.register(side.socket.fileno(), select.EPOLLIN)
-
-    def _see_off(self, descriptor: int) -> None:
+    def _see_off(self, line: DirectLine) -> None:
         """Cancel the call of a client that has gone, or of a line that has ended by itself."""
-        with self._lock:
-            line = self._lines.get(descriptor)
-        with suppress(OSError):  # it has been closed already
-            self._events.unregister(descriptor)
-        if line is not None:
-            line.cancel()
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            connection, address = listener.accept()
-        except BlockingIOError:  # the client has gone again
-            return
-        except OSError as error:  # there are no descriptors left
-            self._pause(error)
-            return
-        try:
-            self._take(connection, address)
-        except (OSError, RuntimeError) as error:  # or no threads
-            connection.close()
-            self._pause(error)
-        else:
-            self._is_short = False
-
-    def _pause(self, error: Exception) -> None:
-        """Wait a moment before the next line is taken, and say why once: what is short may be for long."""
-        if not self._is_short:
-            _log.warning("direct lines are not taken for now: %s", error)
-        self._is_short = True
-        select.select([self._wake_receiver], [], [], _PAUSE_S)
+        self._listener.unwatch(line.descriptor)
+        line.cancel()
 
     def _take(self, connection: socket.socket, address: Any) -> None:
         peer = _description(connection, address)
@@ -174,7 +115,8 @@ class DirectServer:
                 self._observers,
                 self._forget,
             )
-            self._events.register(line.descriptor, select.EPOLLRDHUP)
+            see_off = partial(self._see_off, line)
+            self._listener.watch(line.descriptor, see_off, select.EPOLLRDHUP)
             line.thread.start()
             self._lines[line.descriptor] = line
 
@@ -191,6 +133,7 @@ class DirectServer:
 
     def _forget(self, line: DirectLine) -> None:
         with self._lock:
+            self._listener.unwatch(line.descriptor)
             self._lines.pop(line.descriptor)
 
 

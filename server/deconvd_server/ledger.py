@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterable
 from enum import StrEnum
-from types import TracebackType
 
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
 
@@ -82,10 +81,5 @@ class Timing:
     def __enter__(self) -> None:
         self._start_s = time.perf_counter()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ledger.add(self._stage, time.perf_counter() - self._start_s)

@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.system import MAX_UNIX_PATH_BYTES
+from deconvd.system import MAX_UNIX_PATH_BYTES, unix_path_fits
 from deconvd.transport import names_authority, unix_path
 from deconvd_server.unix_socket import (
     Access,
@@ -161,18 +161,15 @@ def _lasting_path(path: Path) -> Path:
     sockets were bound, and those that are not among them they take for dead.
     """
     lasting = path.parent.resolve() / path.name
-    return lasting if _fits(lasting) and not _NOT_IN_GRPC_PATHS & set(str(lasting)) else path
-
-
-def _fits(path: Path) -> bool:
-    return len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES
+    is_usable = unix_path_fits(lasting) and not _NOT_IN_GRPC_PATHS & set(str(lasting))
+    return lasting if is_usable else path
 
 
 def _unix_path(address: str) -> Path:
     if names_authority(address):  # clients could not use it
         raise _unix_error("by a path that begins with / after unix://", address)
     path = Path(unix_path(address))
-    if not path.name or not _fits(path):
+    if not path.name or not unix_path_fits(path):
         raise _unix_error(f"of 1 to {MAX_UNIX_PATH_BYTES} bytes", address)
     if _NOT_IN_GRPC_PATHS.intersection(address):
         raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)

@@ -35,18 +35,19 @@ class ResidentCalls:
     """Serves the calls about sessions and the tensors that stay for them.
 
     Args:
-        residents: Returns those of the server; raises UnavailableError until it has some.
-        lender: Returns who lends memory to clients on this host; None if no one does.
+        residents: What stays, and where.
+        lender: Lends memory to clients on this host; None if no one does.
         streams: Who may stream.
     """
 
     def __init__(
         self,
-        residents: Callable[[], Residents],
-        lender: Callable[[], Lender | None],
+        residents: Residents,
+        lender: Lender | None,
         streams: Admission,
     ) -> None:
         self._residents = residents
+        self._keeper = residents.keeper
         self._lender = lender
         self._streams = streams
 
@@ -72,8 +73,7 @@ class ResidentCalls:
                 breaks.
             hang_up: Ends the call, from any thread.
         """
-        residents = self._residents()
-        sessions = residents.sessions
+        sessions = self._residents.sessions
         first = next(signs, None)
         if first is None:
             raise InvalidArgumentError("a session must begin with a message, got none")
@@ -86,7 +86,9 @@ class ResidentCalls:
         call.on_cancel(partial(sessions.lose, session, hang_up))
         call.on_cancel(broke.set)
         yield pb.HoldSessionResponse(
-            session=session.name, lease_s=residents.lease_s, quota_bytes=residents.tenant_bytes
+            session=session.name,
+            lease_s=self._residents.lease_s,
+            quota_bytes=self._residents.tenant_bytes,
         )
         for _ in signs:
             sessions.sign_of_life(session)
@@ -97,18 +99,17 @@ class ResidentCalls:
         self, reader: PartReader[pb.PutTensorRequest], call: Call
     ) -> pb.PutTensorResponse:
         """Serve PutTensor."""
-        residents = self._residents()
         header = reader.header().header
-        session = residents.join(header.session, call)
+        session = self._residents.join(header.session, call)
         spec = spec_from_message("tensor", header.tensor)
-        engine = residents.engines.least_loaded()
-        kept = residents.keeper.make(session, spec, engine, call)
+        engine = self._residents.engines.least_loaded()
+        kept = self._keeper.make(session, spec, engine, call)
         try:
             self._fill(kept, header.tensor, reader, engine, call)
             name = new_name()
-            residents.keeper.name(kept, session, name)
+            self._keeper.name(kept, session, name)
         finally:
-            residents.keeper.release(kept)
+            self._keeper.release(kept)
         return pb.PutTensorResponse(resident=pb.Resident(handle=name))
 
     def _fill(
@@ -122,7 +123,7 @@ class ResidentCalls:
         """Set a tensor's elements, from wherever its message says that they are."""
         payload = message.WhichOneof("payload")
         if payload == "shared":
-            with CallTensors(self._lender()) as shared:
+            with CallTensors(self._lender) as shared:
                 lies_at = SharedSlice.from_message(message.shared)
                 array = shared.host_place("tensor", kept.spec, lies_at)
                 engine.write(kept.device_tensor, array, call)
@@ -140,35 +141,34 @@ class ResidentCalls:
 
     def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: Call) -> Parts:
         """Serve GetTensor."""
-        message, residents = request.message, self._residents()
-        keeper = residents.keeper
-        session = residents.join(message.session, call)
-        kept = keeper.by_name(session, message.resident.handle, "resident", call)
+        message = request.message
+        session = self._residents.join(message.session, call)
+        kept = self._keeper.by_name(session, message.resident.handle, "resident", call)
         try:
             if message.HasField("place"):
-                yield self._put_into_place(kept, message.place, residents, call)
+                yield self._put_into_place(kept, message.place, call)
             else:
-                yield from self._sent(kept, residents, call)
+                yield from self._sent(kept, call)
         finally:
-            keeper.release(kept)
+            self._keeper.release(kept)
 
     def _put_into_place(
-        self, kept: Kept, place: pb.SharedSlice, residents: Residents, call: Call
+        self, kept: Kept, place: pb.SharedSlice, call: Call
     ) -> pb.GetTensorResponse:
         """Copy a tensor into shared memory; return the message that says so."""
-        with CallTensors(self._lender()) as shared:
+        with CallTensors(self._lender) as shared:
             lies_at = SharedSlice.from_message(place)
-            residents.keeper.array(kept, call, shared.host_place("place", kept.spec, lies_at))
+            self._keeper.array(kept, call, shared.host_place("place", kept.spec, lies_at))
         header = message_from_spec(kept.spec)
         header.shared.CopyFrom(place)
         return pb.GetTensorResponse(header=header)
 
-    def _sent(self, kept: Kept, residents: Residents, call: Call) -> Iterator[Part]:
+    def _sent(self, kept: Kept, call: Call) -> Iterator[Part]:
         """Yield the parts that carry a tensor."""
         yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
         engine = kept.shelf.engine
         if engine is None:
-            yield elements_part(residents.keeper.array(kept, call))
+            yield elements_part(self._keeper.array(kept, call))
             return
         with self._streams.admitted(_piece_bytes(kept.spec), call):
             for view in _views(kept.device_tensor):
@@ -178,9 +178,9 @@ class ResidentCalls:
         self, request: Envelope[pb.DropTensorsRequest], call: Call
     ) -> Envelope[pb.DropTensorsResponse]:
         """Serve DropTensors."""
-        message, residents = request.message, self._residents()
-        session = residents.join(message.session, call)
-        residents.keeper.drop(session, [resident.handle for resident in message.residents])
+        message = request.message
+        session = self._residents.join(message.session, call)
+        self._keeper.drop(session, [resident.handle for resident in message.residents])
         return Envelope(pb.DropTensorsResponse(), {})
 
 

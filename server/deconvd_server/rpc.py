@@ -1,41 +1,67 @@
 """The service by gRPC: behaviours as its handlers. See `serve` for what is served.
 
 Requests are parsed here rather than by gRPC, which would blame the server (INTERNAL) for garbage.
+The server listens before there is a service, and gRPC takes no new handlers then: they are behind a `Gate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
 from deconvd.chunks import ChunkSource, messages_of
 from deconvd.codec import encode
-from deconvd.errors import CallCancelledError
+from deconvd.errors import CallCancelledError, UnavailableError
+from deconvd.parts import PartReader
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.serve import Observer, Serving
 
-__all__ = ["handler"]
+__all__ = ["Gate"]
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
+_STARTING_RETRY_S: Final = 0.2
+"""When a client may try again whether the devices are ready."""
 
-def handler(
-    service_name: str, behaviours: Mapping[str, Behaviour], observers: Sequence[Observer]
-) -> grpc.GenericRpcHandler:
-    """Return what a gRPC server needs to serve a service.
+
+class Gate(grpc.GenericRpcHandler):
+    """What a gRPC server needs to serve a service. Until it is opened each method answers UNAVAILABLE.
 
     Args:
-        service_name: In full.
-        behaviours: What serves each method, by its name.
+        service: Has the methods.
         observers: Hear of every call.
     """
-    handlers = {name: _handler(behaviour, observers) for name, behaviour in behaviours.items()}
-    return grpc.method_handlers_generic_handler(service_name, handlers)
+
+    def __init__(self, service: ServiceDescriptor, observers: Sequence[Observer]) -> None:
+        self._service_name = service.full_name
+        self._observers = observers
+        # sinks, whatever the methods are: they need read nothing to answer
+        refusals = (Sink(GetMessageClass(m.input_type), _refuse) for m in service.methods)
+        self.open({refusal.name: refusal for refusal in refusals})
+
+    def open(self, behaviours: Mapping[str, Behaviour]) -> None:
+        """Serve calls from now on with behaviours, by the names of the methods."""
+        self._handlers = {
+            f"/{self._service_name}/{name}": _handler(behaviour, self._observers)
+            for name, behaviour in behaviours.items()
+        }
+
+    def service(self, call: grpc.HandlerCallDetails) -> _Handler | None:
+        """Return what handles a call; None if there is no such method."""
+        return self._handlers.get(call.method)
+
+
+def _refuse(_reader: PartReader[Any], _call: Call) -> NoReturn:
+    raise UnavailableError(
+        "the server is starting: its device is not ready yet", retry_after_s=_STARTING_RETRY_S
+    )
 
 
 def _handler(behaviour: Behaviour, observers: Sequence[Observer]) -> _Handler:

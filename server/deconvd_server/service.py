@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from google.protobuf.message import Message
 import deconvd
 from deconvd.codec import Envelope
 from deconvd.dtypes import ELEMENT_TYPES
-from deconvd.errors import ExhaustedError, UnavailableError
+from deconvd.errors import ExhaustedError
 from deconvd.messages import messages_for
 from deconvd.operation import OPERATIONS, Operation
 from deconvd.parts import EARLY_BYTES, PartReader
@@ -34,53 +33,47 @@ from deconvd_server.residents import Residents
 from deconvd_server.shared_memory import Lender
 from deconvd_server.streaming import SlicedProblem, Slices
 
-__all__ = ["SERVICE_NAME", "DeconvolutionService"]
-
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DeconvolutionService"].full_name
+__all__ = ["DeconvolutionService"]
 
 _FEATURES = ("resident_tensors",)
-
-_STARTING_RETRY_S = 0.2
-"""When a client may try again whether the devices are ready."""
 
 _FRAMING_BYTES = 1024
 """More than the fields of a response take beside its tensors' elements."""
 
 
 class DeconvolutionService:
-    """Serves `deconvd.v1.DeconvolutionService`. Until it has engines it answers UNAVAILABLE.
-
-    Attributes:
-        residents: What computes, and what stays there; None until the devices are ready.
-        instance_id: As GetServerInfo tells it.
-        unix_sockets: Absolute paths of the sockets that it is served on.
-        side_sockets: What listens beside each of them.
-        memory_socket: Absolute path of one where memory is lent; empty if none is.
-        direct_port: The TCP port for direct calls; 0 if there is none.
-        lender: Lends memory to clients on this host; None if no one does.
+    """Serves `deconvd.v1.DeconvolutionService`.
 
     Args:
+        residents: What computes, and what stays there.
+        lender: Lends memory to clients on this host; None if no one does.
+        ways: How the server is reached: the instance id, sockets and port that GetServerInfo tells.
         max_message_bytes: The largest request and the largest response.
         streams: Who may stream: what streams hold of host memory.
         executor: Computes the slices of streams; has a thread for each slice that streams may have
             in flight.
     """
 
-    def __init__(self, max_message_bytes: int, *, streams: Admission, executor: Executor) -> None:
+    def __init__(
+        self,
+        residents: Residents,
+        lender: Lender | None,
+        ways: pb.GetServerInfoResponse,
+        *,
+        max_message_bytes: int,
+        streams: Admission,
+        executor: Executor,
+    ) -> None:
+        self._residents = residents
+        self._lender = lender
+        self._ways = ways
         self._max_message_bytes = max_message_bytes
         self._streams = streams
         self._executor = executor
-        self.instance_id = secrets.token_hex(16)
-        self.residents: Residents | None = None
-        self.unix_sockets: Sequence[str] = ()
-        self.side_sockets: Sequence[pb.SideSockets] = ()
-        self.memory_socket = ""
-        self.direct_port = 0
-        self.lender: Lender | None = None
 
     def behaviours(self) -> dict[str, Behaviour]:
         """Return what serves each method, by its name."""
-        resident_calls = ResidentCalls(self._ready, lambda: self.lender, self._streams)
+        resident_calls = ResidentCalls(self._residents, self._lender, self._streams)
         behaviours: dict[str, Behaviour] = {}
         for operation in OPERATIONS:
             messages = messages_for(operation)
@@ -99,7 +92,7 @@ class DeconvolutionService:
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
         parsed = parse_request(operation, request.message)
-        with Exchange(request.message, parsed, self.lender, self._ready(), call) as exchange:
+        with Exchange(request.message, parsed, self._lender, self._residents, call) as exchange:
             exchange.take(request)
             self._check_result_size(parsed.sent_bytes)
             engine = exchange.choose_engine()
@@ -116,7 +109,7 @@ class DeconvolutionService:
         parsed = replace(parse_request(operation, header.request), slices={})
         sliced = SlicedProblem(parsed.problem, header.slice_samples_count)
         response = messages_for(operation).stream_response
-        with Exchange(header.request, parsed, self.lender, self._ready(), call) as exchange:
+        with Exchange(header.request, parsed, self._lender, self._residents, call) as exchange:
             missing = exchange.find()
             with self._admitted(sliced, parsed, missing, call):
                 engine = exchange.choose_engine()
@@ -151,28 +144,16 @@ class DeconvolutionService:
         self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
     ) -> Envelope[pb.GetServerInfoResponse]:
         """Serve GetServerInfo."""
-        residents = self._ready()
+        residents = self._residents
         info = pb.GetServerInfoResponse(
             version=deconvd.__version__,
             devices=[_device_message(engine, residents) for engine in residents.engines.all],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             features=_FEATURES,
-            instance_id=self.instance_id,
-            unix_sockets=self.unix_sockets,
-            direct_port=self.direct_port,
-            shared_memory_socket=self.memory_socket,
-            side_sockets=self.side_sockets,
         )
+        info.MergeFrom(self._ways)
         return Envelope(info, {})
-
-    def _ready(self) -> Residents:
-        if self.residents is None:
-            raise UnavailableError(
-                "the server is starting: its device is not ready yet",
-                retry_after_s=_STARTING_RETRY_S,
-            )
-        return self.residents
 
     def _check_result_size(self, result_bytes: int) -> None:
         """Refuse results that could not be sent, before they are computed."""

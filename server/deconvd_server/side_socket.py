@@ -18,13 +18,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from deconvd.system import MAX_UNIX_PATH_BYTES
+from deconvd.system import unix_path_fits
 from deconvd_server.unix_socket import Access
 
-__all__ = ["MEND_S", "Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
-
-MEND_S: Final = 5.0
-"""How often a server that is otherwise idle looks after its sockets' files."""
+__all__ = ["Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
 
 _BACKLOG: Final = 64
 _PEER: Final = struct.Struct("3i")  # struct ucred of unix(7)
@@ -59,7 +56,7 @@ class SideSocket:
     systemd-tmpfiles, a socket lives if its path is in /proc/net/unix.
 
     Args:
-        path: At most `MAX_UNIX_PATH_BYTES` long.
+        path: One for which `unix_path_fits`.
         kind: Type of socket.
         access: Who may open it; None for whom the process's umask lets.
         has_directory: Whether its directory is its own, and to be removed with it.
@@ -180,7 +177,7 @@ def _path_beside(grpc_path: Path, purpose: Purpose, taken: Sequence[Path]) -> Pa
     digest = hashlib.sha256(os.fsencode(grpc_path.name)).hexdigest()
     names = f"{grpc_path.name}.{purpose.word}", f".{digest[:6]}{purpose.word[0]}"
     free = (path for path in map(grpc_path.with_name, names) if path not in taken)
-    return next((path for path in free if len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES), None)
+    return next(filter(unix_path_fits, free), None)
 
 
 def _remove_socket(path: Path) -> None:

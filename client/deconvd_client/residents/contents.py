@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from typing import Final
 
 from deconvd.errors import DeconvdError, UnimplementedError
 from deconvd.forks import new_lock
+from deconvd.lru import Lru
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
@@ -46,7 +46,7 @@ class Contents:
         self._lock = new_lock()
         self._is_off = False
         self._not_before_s = 0.0
-        self._known: OrderedDict[tuple[bytes, TensorSpec, bytes], None] = OrderedDict()
+        self._known: Lru[tuple[bytes, TensorSpec, bytes], bool] = Lru(_KNOWN_COUNT)
 
     def is_worth(self, field: str, array: Array, deadline: Deadline) -> bool:
         """Return whether an operand is to be named by its digest."""
@@ -58,21 +58,17 @@ class Contents:
     def knows(self, session: bytes, spec: TensorSpec, digest: pb.Digest) -> bool:
         """Return whether the server had a content for a session when it was last named."""
         with self._lock:
-            return (session, spec, digest.blake3) in self._known
+            return self._known.get((session, spec, digest.blake3)) is not None
 
     def learn(self, session: bytes, spec: TensorSpec, digest: pb.Digest) -> None:
         """Take note that the server has it."""
-        key = session, spec, digest.blake3
         with self._lock:
-            self._known[key] = None
-            self._known.move_to_end(key)
-            if len(self._known) > _KNOWN_COUNT:
-                self._known.popitem(last=False)
+            self._known.put((session, spec, digest.blake3), True)
 
     def forget(self, session: bytes, spec: TensorSpec, digest: pb.Digest) -> None:
         """Take note that the server does not have it."""
         with self._lock:
-            self._known.pop((session, spec, digest.blake3), None)
+            self._known.drop((session, spec, digest.blake3))
 
     def pause(self) -> None:
         """Offer nothing for a while: calls seem to go to servers that do not know the session."""

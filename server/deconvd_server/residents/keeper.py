@@ -12,9 +12,9 @@ from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device import Tensor
 from deconvd_server.engine import Engine
-from deconvd_server.residents.kept import Kept, counted_bytes
+from deconvd_server.residents.kept import Kept, Quotas, counted_bytes
 from deconvd_server.residents.shelving import Shelving
-from deconvd_server.residents.tenant import Session, SessionState
+from deconvd_server.residents.tenant import Session, SessionState, Tenant
 from deconvd_server.secret_names import Named
 
 __all__ = ["Keeper"]
@@ -41,9 +41,28 @@ class Keeper:
     ) -> None:
         self._changed = threading.Condition()
         self._names: Named[Kept] = Named()
+        self._names_by_session: dict[Session, set[bytes]] = {}
+        # what tenants sent for a digest, by the digest and the form that it was sent in
+        self._contents: dict[Tenant, dict[Hashable, Kept]] = {}
+        self._quotas = Quotas()
         self._shelving = Shelving(
-            engines, self._changed, self._forget, limit_bytes=limit_bytes, host_bytes=host_bytes
+            engines,
+            self._changed,
+            self._quotas,
+            self._forget,
+            limit_bytes=limit_bytes,
+            host_bytes=host_bytes,
         )
+
+    def names_of(self, session: Session) -> frozenset[bytes]:
+        """Return the names of the tensors that are kept for a session."""
+        with self._changed:
+            return frozenset(self._names_by_session.get(session, ()))
+
+    def used_bytes(self, tenant: Tenant) -> int:
+        """Return what is kept for a tenant, wherever that is."""
+        with self._changed:
+            return self._quotas.used_bytes(tenant)
 
     def make(self, session: Session, spec: TensorSpec, engine: Engine, call: Call) -> Kept:
         """Return a new tensor on an engine's device, with any elements. The caller is its user.
@@ -64,7 +83,7 @@ class Keeper:
             return self._shelving.make(session.tenant, spec, engine, call)
         except BaseException:
             with self._changed:
-                session.tenant.used_bytes -= size_bytes
+                self._quotas.give_back(session.tenant, size_bytes)
             raise
 
     def name(self, kept: Kept, session: Session, name: bytes) -> None:
@@ -78,7 +97,7 @@ class Keeper:
             if not kept.is_live:
                 raise RuntimeError("a tensor that is dropped cannot be named")
             self._names.put(name, kept)
-            session.names.add(name)
+            self._names_by_session.setdefault(session, set()).add(name)
             kept.names[name] = session
 
     def offer(self, kept: Kept, session: Session, content_key: Hashable) -> None:
@@ -86,9 +105,11 @@ class Keeper:
 
         Nothing changes if it stands for one already, or if the session has ended.
         """
-        contents = session.tenant.contents
         with self._changed:
-            if session.state is not SessionState.ENDED and content_key not in contents:
+            if session.state is SessionState.ENDED:
+                return
+            contents = self._contents.setdefault(session.tenant, {})
+            if content_key not in contents:
                 contents[content_key] = kept
                 kept.content_key = content_key
                 kept.shelf.misses_count += 1
@@ -96,19 +117,21 @@ class Keeper:
     def drop(self, session: Session, names: Iterable[bytes]) -> None:
         """Let names of a session stand for nothing. Those that it does not have are passed over."""
         with self._changed:
-            for name in session.names.intersection(names):
+            for name in self._names_by_session.get(session, set()).intersection(names):
                 self._drop_name(name)
         self._shelving.sweep()
 
     def end(self, session: Session, is_last: bool) -> None:
         """Drop what was kept for a session that has ended, and its tenant's contents if it was the last."""
         with self._changed:
-            for name in tuple(session.names):
+            for name in tuple(self._names_by_session.get(session, ())):
                 self._drop_name(name)
+            self._names_by_session.pop(session, None)
             if is_last:
-                for kept in tuple(session.tenant.contents.values()):
+                for kept in self._contents_of(session.tenant):
                     self._forget_content(kept)
                     _retire_unless_wanted(kept)
+                self._contents.pop(session.tenant, None)
         self._shelving.sweep()
 
     def by_name(self, session: Session, name: bytes, argument: str, call: Call) -> Kept:
@@ -136,10 +159,14 @@ class Keeper:
 
     def by_content(self, session: Session, content_key: Hashable, call: Call) -> Kept | None:
         """Return the tensor of a content, or None. The caller is its user."""
-        contents = session.tenant.contents
-        kept = self._acquired(lambda: contents.get(content_key), call)
+
+        def find() -> Kept | None:
+            return self._contents.get(session.tenant, {}).get(content_key)
+
+        kept = self._acquired(find, call)
         with self._changed:
             if kept is not None and kept.content_key is not None:
+                contents = self._contents[session.tenant]
                 contents[content_key] = contents.pop(content_key)  # the oldest come first
         return kept
 
@@ -177,16 +204,20 @@ class Keeper:
     def _take_quota(self, session: Session, size_bytes: int) -> None:
         tenant = session.tenant
         # what content alone stands for can be sent again: it makes room, the oldest first
-        idle = (kept for kept in tuple(tenant.contents.values()) if kept.is_idle)
-        while not tenant.has_quota_for(size_bytes):
+        idle = (kept for kept in self._contents_of(tenant) if kept.is_idle)
+        while not self._quotas.have_room(tenant, size_bytes):
             kept = next((kept for kept in idle if not kept.names), None)
             if kept is None or size_bytes > tenant.quota_bytes:
                 raise ExhaustedError(
                     f"a tenant may keep {tenant.quota_bytes} bytes of tensors, and this one keeps "
-                    f"{tenant.used_bytes}: {size_bytes} more are over its quota"
+                    f"{self._quotas.used_bytes(tenant)}: {size_bytes} more are over its quota"
                 )
             self._shelving.evict(kept)
-        tenant.used_bytes += size_bytes
+        self._quotas.take(tenant, size_bytes)
+
+    def _contents_of(self, tenant: Tenant) -> tuple[Kept, ...]:
+        """Return what content stands for, the least recently found first."""
+        return tuple(self._contents.get(tenant, {}).values())
 
     def _forget(self, kept: Kept) -> None:
         """Let nothing stand for a tensor."""
@@ -196,12 +227,12 @@ class Keeper:
 
     def _forget_name(self, name: bytes) -> Kept:
         kept = self._names.pop(name)
-        kept.names.pop(name).names.remove(name)
+        self._names_by_session[kept.names.pop(name)].remove(name)
         return kept
 
     def _forget_content(self, kept: Kept) -> None:
         if kept.content_key is not None:
-            del kept.tenant.contents[kept.content_key]
+            del self._contents[kept.tenant][kept.content_key]
             kept.content_key = None
 
     def _drop_name(self, name: bytes) -> None:
@@ -214,6 +245,8 @@ def _retire_unless_wanted(kept: Kept) -> None:
 
 
 def _check_alive(session: Session) -> None:
+    # Without the lock of `Sessions`: it calls `end` once it has set the state, so what is named
+    # meanwhile is dropped again.
     if session.state is SessionState.ENDED:
         raise LostSessionError(
             "session must be one that this server holds, and this one has ended", argument="session"

@@ -14,7 +14,7 @@ from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents.tenant import Session, Tenant
 
-__all__ = ["Kept", "Shelf", "counted_bytes"]
+__all__ = ["Kept", "Quotas", "Shelf", "counted_bytes"]
 
 _LEAST_BYTES = 512
 """What the smallest tensor counts for: it takes as much of a card's memory, and some of the host's."""
@@ -82,6 +82,31 @@ class Kept:
     def is_idle(self) -> bool:
         """Whether it is live and nobody uses it."""
         return self.is_live and not self.life.users_count
+
+
+class Quotas:
+    """What each tenant keeps, wherever that is, of what it may."""
+
+    def __init__(self) -> None:
+        self._used_bytes: Counter[Tenant] = Counter()
+
+    def used_bytes(self, tenant: Tenant) -> int:
+        """Return what a tenant keeps."""
+        return self._used_bytes[tenant]
+
+    def have_room(self, tenant: Tenant, size_bytes: int) -> bool:
+        """Return whether a tenant may keep that many bytes more."""
+        return self._used_bytes[tenant] + size_bytes <= tenant.quota_bytes
+
+    def take(self, tenant: Tenant, size_bytes: int) -> None:
+        """Count bytes as a tenant's."""
+        self._used_bytes[tenant] += size_bytes
+
+    def give_back(self, tenant: Tenant, size_bytes: int) -> None:
+        """Count bytes as a tenant's no more."""
+        self._used_bytes[tenant] -= size_bytes
+        if not self._used_bytes[tenant]:
+            del self._used_bytes[tenant]
 
 
 class Shelf:

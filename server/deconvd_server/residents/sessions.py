@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._sessions: Named[Session] = Named()
         self._tenants: Named[Tenant] = Named()
+        self._counts: Counter[Tenant] = Counter()  # of sessions that have not ended
         self._is_draining = False
 
     def open(self, tenant_key: bytes, hang_up: Callable[[], None]) -> Session:
@@ -84,7 +86,7 @@ class Sessions:
         with self._lock:
             self._check_room()
             session = Session(new_name(), self._tenant(tenant_key), hang_up, self._lease_end_s())
-            session.tenant.sessions_count += 1
+            self._counts[session.tenant] += 1
             self._sessions.put(session.name, session)
         return session
 
@@ -208,10 +210,13 @@ class Sessions:
         session.state = SessionState.ENDED
         self._sessions.pop(session.name)
         tenant = session.tenant
-        tenant.sessions_count -= 1
-        if not tenant.sessions_count and tenant.key:
+        self._counts[tenant] -= 1
+        if self._counts[tenant]:
+            return False
+        del self._counts[tenant]
+        if tenant.key:
             self._tenants.pop(tenant.key)
-        return not tenant.sessions_count
+        return True
 
     def _lease_end_s(self) -> float:
         return self._clock() + self._limits.lease_s

@@ -18,7 +18,7 @@ from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
-from deconvd_server.residents.kept import Kept, Shelf, counted_bytes
+from deconvd_server.residents.kept import Kept, Quotas, Shelf, counted_bytes
 from deconvd_server.residents.tenant import Tenant
 
 __all__ = ["Shelving"]
@@ -44,6 +44,7 @@ class Shelving:
     Args:
         engines: Whose devices tensors are kept on.
         changed: The lock; what is freed is notified.
+        quotas: Of tenants, guarded by the lock.
         forget: Called, under the lock, with a tensor that is about to be dropped to make room: lets
             nothing stand for it any more.
         limit_bytes: Returns what may lie on an engine's device.
@@ -55,12 +56,14 @@ class Shelving:
         self,
         engines: Sequence[Engine],
         changed: threading.Condition,
+        quotas: Quotas,
         forget: Callable[[Kept], None],
         *,
         limit_bytes: Callable[[Engine], int],
         host_bytes: int,
     ) -> None:
         self._changed = changed
+        self._quotas = quotas
         self._forget = forget
         self._host = Shelf(host_bytes, None)
         self._garbage: list[Kept] = []
@@ -140,7 +143,7 @@ class Shelving:
     def _discard(self, kept: Kept) -> None:
         """Take, under the lock, a tensor that was dropped and that nobody uses any more."""
         kept.shelf.leave(kept)
-        kept.tenant.used_bytes -= kept.held_bytes
+        self._quotas.give_back(kept.tenant, kept.held_bytes)
         self._garbage.append(kept)
 
     def _free(self, shelf: Shelf, operand: Tensor, grown_bytes: int = 0) -> None:
@@ -231,10 +234,10 @@ class Shelving:
         else:
             engine.release(-size_bytes)
         with self._changed:
-            has_room = kept.shelf.fits(size_bytes) and tenant.has_quota_for(size_bytes)
+            has_room = kept.shelf.fits(size_bytes) and self._quotas.have_room(tenant, size_bytes)
             if size_bytes <= 0 or has_room:
                 kept.shelf.take(tenant, size_bytes)
-                tenant.used_bytes += size_bytes
+                self._quotas.take(tenant, size_bytes)
                 kept.grown_bytes += size_bytes
                 return True
         engine.release(size_bytes)
@@ -332,7 +335,7 @@ class Shelving:
     def _reshelve(self, kept: Kept, shelf: Shelf, operand: Tensor) -> None:
         """Let a tensor lie elsewhere, under the lock. Its old memory is still to be freed, and to have `left`."""
         kept.shelf.leave(kept)
-        kept.tenant.used_bytes -= kept.grown_bytes
+        self._quotas.give_back(kept.tenant, kept.grown_bytes)
         kept.grown_bytes = 0
         kept.shelf, kept.operand = shelf, operand
         shelf.put(kept)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,18 +14,16 @@ from typing import Final
 
 from deconvd.errors import StaleRegionError
 from deconvd.shared_memory import REGION_NAME_BYTES, Answer, Operation, Reply, Request
+from deconvd_server.listener import Listener
 from deconvd_server.log_text import excerpt
 from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
-from deconvd_server.side_socket import MEND_S, Peer, SideSocket, peer_of
+from deconvd_server.side_socket import Peer, SideSocket, peer_of
 
 __all__ = ["Lender"]
 
 _MAX_PACKET_BYTES: Final = 64  # more than a request has: what is longer is seen to be
-_PAUSE_S: Final = 1.0
-"""For how long no one is accepted after the system has run out of descriptors."""
-
 _NO_INSTANCE: Final = bytes(REGION_NAME_BYTES)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -74,17 +70,9 @@ class Lender:
         # of clients that have gone, but for their processes: what takes back what they have
         self._borrowings: dict[Borrowing, Callable[[], None]] = {}
         self._loans: Loans[Memory] = Loans(limits)
-        self._sides = tuple(sides)
-        self._selector = selectors.DefaultSelector()
         self._clients: list[_Client] = []
-        self._todo: deque[Callable[[], None]] = deque()
         self._is_closing = False
-        self._pause_s: float | None = None
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._wake_sender.setblocking(False)
-        self._wake_receiver.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._woken)
-        self._listen()
+        self._listener = Listener("clients of shared memory", sides, (), self._take)
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
         self._thread = threading.Thread(target=self._serve, name="memory-lender", daemon=True)
         self._thread.start()
@@ -116,47 +104,25 @@ class Lender:
 
     def withdraw(self) -> None:
         """Take no more clients, and give up the path, so that a successor can have it."""
-        self._remove_files()
-        self._run(self._stop_listening)
+        self._listener.withdraw()
 
     def close(self) -> None:
         """Withdraw, and take back all that is lent. What calls still use stays mapped until they end."""
-        self._remove_files()
-        self._run(self._begin_closing)
+        self._listener.withdraw()
+        self._listener.call_soon(self._begin_closing)
         self._thread.join()
         self._mapper.shutdown()
-        self._woken()  # what the mapper left to deliver
+        self._listener.close()  # after it has done what the mapper left to deliver
 
     def wait_until_unused(self, timeout_s: float) -> bool:
         """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
         return self._loans.wait_until_none(timeout_s)
 
-    def _remove_files(self) -> None:
-        for side in self._sides:
-            side.remove()
-
     # What follows runs in the lender's thread, up to what says that it runs in the mapper's.
-
-    def _run(self, action: Callable[[], None]) -> None:
-        """Have the lender's thread run something soon. Any thread may call it."""
-        self._todo.append(action)
-        with suppress(OSError):  # it is full, so the thread wakes anyway; or the thread has ended
-            self._wake_sender.send(b"\0")
-
-    def _woken(self) -> None:
-        with suppress(OSError):
-            self._wake_receiver.recv(4096)
-        while self._todo:
-            self._todo.popleft()()
 
     def _serve(self) -> None:
         try:
-            while not self._is_closing:
-                events = self._selector.select(self._pause_s or MEND_S)
-                for key, _ in events:
-                    key.data()
-                if not events:
-                    self._tend_sockets()
+            self._listener.run()
         except Exception:
             _log.exception("no more shared memory is lent: unforeseen error")
         finally:
@@ -164,52 +130,15 @@ class Lender:
 
     def _begin_closing(self) -> None:
         self._is_closing = True
+        self._listener.stop()
 
     def _end(self) -> None:
-        self._stop_listening()
         for client in tuple(self._clients):
             self._drop(client)
         for forget in tuple(self._borrowings.values()):
             forget()
-        self._selector.close()
-        self._wake_receiver.close()
-        self._wake_sender.close()
 
-    def _listen(self) -> None:
-        for side in self._sides:
-            accept = partial(self._accept, side.socket)
-            self._selector.register(side.socket, selectors.EVENT_READ, accept)
-        self._pause_s = None
-
-    def _tend_sockets(self) -> None:
-        """End a pause; listen again to sockets that had to be made anew."""
-        for side in self._sides:
-            if side.mend():
-                self._pause()
-        if self._pause_s is not None:
-            self._listen()
-
-    def _stop_listening(self) -> None:
-        self._pause()
-        for side in self._sides:
-            side.socket.close()
-        self._pause_s = None
-
-    def _pause(self) -> None:
-        for side in self._sides:
-            with suppress(KeyError, ValueError):  # it is paused or closed already
-                self._selector.unregister(side.socket)
-        self._pause_s = _PAUSE_S
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            connection, _ = listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            _log.warning("clients of shared memory cannot be accepted now: %s", error)
-            self._pause()
-            return
+    def _take(self, connection: socket.socket, _address: object) -> None:
         connection.setblocking(False)
         client = _Client(connection, peer_of(connection))
         if client.peer.user not in self._users:
@@ -217,8 +146,8 @@ class Lender:
         elif not self._has_room():
             self._refuse(client, f"the server has {len(self._clients)} clients, the most it takes")
         else:
-            self._clients.append(client)
             self._listen_to(client)
+            self._clients.append(client)
 
     def _has_room(self) -> bool:
         """Return whether one more client may come, at the cost of the oldest that asked for nothing."""
@@ -237,12 +166,9 @@ class Lender:
         client.close()
 
     def _listen_to(self, client: _Client) -> None:
-        read = partial(self._read, client)
-        self._selector.register(client.connection, selectors.EVENT_READ, read)
+        self._listener.watch(client.connection.fileno(), partial(self._read, client))
 
     def _read(self, client: _Client) -> None:
-        if not client.account.is_open:
-            return  # dropped by what came before it in the same round
         try:
             packet = client.connection.recv(_MAX_PACKET_BYTES)
         except BlockingIOError:
@@ -267,8 +193,7 @@ class Lender:
         self._mapper.submit(self._perform, client, request)
 
     def _stop_reading(self, client: _Client) -> None:
-        with suppress(KeyError):  # its request is being performed
-            self._selector.unregister(client.connection)
+        self._listener.unwatch(client.connection.fileno())
 
     def _deliver(self, client: _Client, reply: Reply, memory: Memory | None) -> None:
         descriptors = () if memory is None else (memory.descriptor,)
@@ -304,11 +229,10 @@ class Lender:
         if borrowing.is_empty:
             forget()
         else:
-            self._selector.register(borrowing.process_end, selectors.EVENT_READ, forget)
+            self._listener.watch(borrowing.process_end, forget)
 
     def _forget(self, borrowing: Borrowing, cards: Cards) -> None:
-        with suppress(KeyError):  # it was not waited for
-            self._selector.unregister(borrowing.process_end)
+        self._listener.unwatch(borrowing.process_end)
         del self._borrowings[borrowing]
         self._mapper.submit(cards.close, borrowing)
 
@@ -324,7 +248,7 @@ class Lender:
             reply = Reply(Answer.DONE, region=request.region)
         else:
             reply = Reply(Answer.MALFORMED, text="this client has no region of that name")
-        self._run(partial(self._deliver, client, reply, memory))
+        self._listener.call_soon(partial(self._deliver, client, reply, memory))
 
     def _lend_on_card(self, client: _Client, request: Request) -> Reply:
         if self._cards is None:

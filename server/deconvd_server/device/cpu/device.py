@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
+from deconvd.malloc import LARGE_BYTES
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -36,7 +37,6 @@ from deconvd_server.device.no_products import sum_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 from deconvd_server.ledger import Stage
-from deconvd_server.malloc import LARGE_BYTES
 
 __all__ = ["CpuDevice"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
 
 from deconvd.copying import copy_into
+from deconvd.lru import Lru
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Arriving, Operand, array_in, require
@@ -80,7 +80,7 @@ class Lane:
         )
         self._marks = Marks(self.stream)
         self.pipeline = Pipeline(self.stream, memory, self._staging, host_memory, self._pinned)
-        self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
+        self._kinds: Lru[Hashable, Kind] = Lru(_KINDS_COUNT)
 
     def run(
         self,
@@ -108,7 +108,9 @@ class Lane:
         operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, places))
         is_mirrored = not any(map(self._is_direct, (*operands, *places)))
         whole_key = (key, is_mirrored, *operands_at, *results_at)
-        kind = self._kind(whole_key, lambda: Kind(prepare(), operands_at, results_at))
+        kind = self._kinds.get(whole_key)
+        if kind is None:
+            kind = self._kinds.put(whole_key, Kind(prepare(), operands_at, results_at))
         call.check()
         is_large = kind.frame.total_bytes > ARENA_BYTES
         if is_large and self.pipeline.run_steps(kind, operands, places, call):
@@ -143,7 +145,9 @@ class Lane:
         """
         at = [*map(self._pointer, operands)]
         whole_key = (key, count, *at)
-        kind = self._kind(whole_key, lambda: Kind(prepare(), at, [None], parts_count=count))
+        kind = self._kinds.get(whole_key)
+        if kind is None:
+            kind = self._kinds.put(whole_key, Kind(prepare(), at, [None], parts_count=count))
         self.pipeline.run(kind, operands, y, places, call)
 
     def upload(self, array: Array, tensor: CudaTensor, call: Call) -> None:
@@ -180,16 +184,6 @@ class Lane:
             and tensor.nbytes >= _DIRECT_BYTES
             and self._host_memory.holds(tensor)
         )
-
-    def _kind(self, key: Hashable, make: Callable[[], Kind]) -> Kind:
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = self._kinds[key] = make()
-            if len(self._kinds) > _KINDS_COUNT:
-                self._kinds.popitem(last=False)
-        else:
-            self._kinds.move_to_end(key)
-        return kind
 
     def _run_mirrored(
         self, kind: Kind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from deconvd.lru import Lru
 from deconvd_server.cache import Cache, CacheStats, Resource
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Plan
@@ -77,7 +77,7 @@ class PlanBook:
         self._store = store
         self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
         self._lock = threading.Lock()
-        self._choices: OrderedDict[PlanKey, Choice] = OrderedDict()
+        self._choices: Lru[PlanKey, Choice] = Lru(_CHOICES_COUNT)
         self._chosen_count = 0
         self._revived_count = 0
 
@@ -143,7 +143,5 @@ class PlanBook:
             self._store.save(key, candidate.choice)
         with self._lock:
             self._chosen_count += 1
-            self._choices[key] = candidate.choice
-            if len(self._choices) > _CHOICES_COUNT:
-                self._choices.popitem(last=False)
+            self._choices.put(key, candidate.choice)
         return candidate

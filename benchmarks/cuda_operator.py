@@ -1,13 +1,13 @@
-"""Operations on arrays that lie on the card already: stream-ordered, without a wait of the host."""
+"""Our plans as an operator on arrays that are on a card already: stream-ordered, without a wait of the host."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from typing import Any
 
 from deconvd.errors import InvalidArgumentError
+from deconvd.lru import Lru
 from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd_server.device.cuda import kernels
@@ -75,7 +75,7 @@ class Operator:
         self._workspace = ExitStack()
         self._workspace_pointer = 0
         self._workspace_bytes = 0
-        self._works: OrderedDict[Hashable, _Work] = OrderedDict()
+        self._works: Lru[Hashable, _Work] = Lru(_GRAPHS_COUNT)
 
     def run(
         self,
@@ -161,9 +161,7 @@ class Operator:
         # once without a graph: what is loaded at first use cannot be captured
         work.enqueue(self._workspace_pointer, [self._stream])
         work.graph = self._captured(work)
-        self._works[key] = work
-        if len(self._works) > _GRAPHS_COUNT:
-            self._works.popitem(last=False)
+        self._works.put(key, work)
 
     def _captured(self, work: _Work) -> Graph | None:
         """Return work as a graph, of what may run side by side in the arrangement that is faster.

@@ -1,0 +1,203 @@
+"""What serves calls once there are devices: engines, tensors that stay, lent memory, direct connections."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.admission import Admission
+from deconvd_server.behaviours import Behaviour
+from deconvd_server.device import Device
+from deconvd_server.direct import DirectServer
+from deconvd_server.engine import Engines
+from deconvd_server.listen import listen_beside, unix_sockets
+from deconvd_server.residents import Residents
+from deconvd_server.serve import Observer
+from deconvd_server.service import DeconvolutionService
+from deconvd_server.settings import Settings
+from deconvd_server.shared_memory import Cards, Lender, Limits
+from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
+from deconvd_server.streaming import SLICES_IN_FLIGHT
+from deconvd_server.unix_socket import AddressInUseError
+
+__all__ = ["STREAMS_COUNT", "Backend"]
+
+_WAITING_CALLS_COUNT: Final = 96
+_WAITING_STREAMS_COUNT: Final = 16
+
+STREAMS_COUNT: Final = 16
+"""How many streams may be under way."""
+
+_log = logging.getLogger(__name__)
+
+
+class Backend:
+    """All that serves calls, whole once it is made.
+
+    Attributes:
+        behaviours: What serves each method, by its name.
+        residents: What computes, and what stays there.
+        lender: Lends memory to clients on this host; None if no one does.
+        streams: Who may stream.
+
+    Args:
+        devices: At least one. It closes them.
+        addresses: Those of the settings, as `bind` has returned them.
+        observers: Hear of every direct call.
+
+    Raises:
+        AddressInUseError: Another process has the port for direct calls.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        devices: Sequence[Device],
+        addresses: Sequence[str],
+        observers: Sequence[Observer],
+    ) -> None:
+        instance = secrets.token_bytes(16)
+        listeners = _listen_for_direct_calls(settings, addresses)  # first, since it may fail
+        grpc_paths = [Path(path) for path in unix_sockets(addresses)]
+        memory_sides = _open_for_memory(settings, grpc_paths)
+        call_sides = _open_for_calls(settings, grpc_paths)
+        ways = pb.GetServerInfoResponse(
+            instance_id=instance.hex(),
+            unix_sockets=[str(path) for path in grpc_paths],
+            side_sockets=[
+                pb.SideSockets(
+                    calls=_name_for_clients(path, call_sides),
+                    memory=_name_for_clients(path, memory_sides),
+                )
+                for path in grpc_paths
+            ],
+            shared_memory_socket=next((str(side.path) for side in memory_sides.values()), ""),
+            direct_port=listeners[0].getsockname()[1] if listeners else 0,
+        )
+        self._engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
+        self.residents = Residents(self._engines, settings.residents)
+        self.lender = _lender(settings, self._engines, list(memory_sides.values()), instance)
+        self.streams = Admission(
+            STREAMS_COUNT,
+            _stream_budget_bytes(),
+            _WAITING_STREAMS_COUNT,
+            memory="the host's memory for streams",
+        )
+        self._slices = ThreadPoolExecutor(
+            STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
+        )
+        service = DeconvolutionService(
+            self.residents,
+            self.lender,
+            ways,
+            max_message_bytes=settings.max_message_bytes,
+            streams=self.streams,
+            executor=self._slices,
+        )
+        self.behaviours: Mapping[str, Behaviour] = service.behaviours()
+        self._direct: DirectServer | None = None
+        if settings.takes_direct_calls:
+            self._direct = DirectServer(
+                list(call_sides.values()), listeners, self.behaviours, instance, observers
+            )
+
+    def withdraw(self) -> None:
+        """Take no more clients, direct calls and sessions, and give up the paths. Calls under way go on."""
+        if self.lender is not None:
+            self.lender.withdraw()
+        if self._direct is not None:
+            self._direct.withdraw()
+        self.residents.drain()
+
+    def cancel_direct_calls(self) -> None:
+        """Cancel the direct calls under way."""
+        if self._direct is not None:
+            self._direct.cancel()
+
+    def end_direct_calls(self, timeout_s: float) -> None:
+        """Return once no direct call is under way: after `timeout_s` they are cancelled."""
+        if self._direct is not None:
+            self._direct.close(timeout_s)
+
+    def close(self) -> None:
+        """Close all but the direct connections, once no call is under way."""
+        self._slices.shutdown()
+        if self.lender is not None:
+            self.lender.close()
+        self.residents.close()
+        self._engines.close()
+
+
+def _listen_for_direct_calls(settings: Settings, addresses: Sequence[str]) -> list[socket.socket]:
+    if not settings.takes_direct_calls:
+        return []
+    try:
+        return listen_beside(addresses, settings.direct_port)
+    except AddressInUseError as error:
+        if settings.direct_port:
+            raise
+        _log.warning("calls over TCP are made by gRPC: %s", error)
+        return []
+
+
+def _open_for_memory(settings: Settings, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
+    """Return the sockets where memory is lent, by those for gRPC: a server without any has one, too."""
+    if not settings.shared_memory_bytes:
+        return {}
+    if grpc_paths:
+        return open_beside(grpc_paths, Purpose.MEMORY, settings.access)
+    try:
+        alone = open_alone(Purpose.MEMORY, settings.access)
+    except OSError as error:
+        _log.warning("no memory is lent to clients on this host: %s", error)
+        return {}
+    return {alone.path: alone}
+
+
+def _open_for_calls(settings: Settings, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
+    if not settings.takes_direct_calls:
+        return {}
+    return open_beside(grpc_paths, Purpose.CALLS, settings.access)
+
+
+def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
+    """Return what clients are told of the socket beside one for gRPC: its name if it is in the same directory."""
+    side = sides.get(grpc_path)
+    if side is None:
+        return ""
+    return side.path.name if side.path.parent == grpc_path.parent else str(side.path)
+
+
+def _lender(
+    settings: Settings, engines: Engines, sides: Sequence[SideSocket], instance: bytes
+) -> Lender | None:
+    if not sides:
+        return None
+    limit_bytes = settings.shared_memory_bytes
+    return Lender(
+        sides,
+        Limits(limit_bytes, limit_bytes // 2),
+        on_map=engines.register,
+        users={0, os.geteuid(), *settings.shared_memory_users},
+        cards=_cards(engines),
+        instance=instance,
+    )
+
+
+def _cards(engines: Engines) -> Cards | None:
+    """Return who lends memory of cards, up to half of what there is; None if there is no card."""
+    by_card = {engine.info.card: engine for engine in engines.all if engine.info.card}
+    budget_bytes = sum(engine.info.budget_bytes for engine in by_card.values())
+    return Cards(by_card, Limits(budget_bytes // 2, budget_bytes // 4)) if by_card else None
+
+
+def _stream_budget_bytes() -> int:
+    """Return what streams may hold of the host's memory: half of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
