@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +14,11 @@ from deconvd.options import Options
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device import Operand
+from deconvd_server.device import Device, Operand, Tensor
+from deconvd_server.device.arriving import Arriving, Progress
+from deconvd_server.engine import Engine
 
-__all__ = ["Runner", "deconvolve", "gradients", "results_named"]
+__all__ = ["Runner", "arriving", "deconvolve", "gradients", "runner"]
 
 
 class Runner(Protocol):
@@ -26,13 +29,24 @@ class Runner(Protocol):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Operand],
+        places: Mapping[str, Tensor],
         options: Options,
         call: Call,
     ) -> None: ...
 
 
-def results_named(wanted: Wanted) -> list[str]:
+def runner(device: Device, problem: Problem) -> Runner:
+    """Return what computes a problem: the device, or an engine for it if there are no products."""
+    return device if problem.has_products else Engine(device, waiting_count=0)
+
+
+def arriving(progress: Progress, *arrays: Array) -> list[Arriving]:
+    """Return arrays as operands that come one behind the other."""
+    begins = accumulate((array.nbytes for array in arrays), initial=0)
+    return [Arriving(array, progress, begin) for array, begin in zip(arrays, begins, strict=False)]
+
+
+def _named(wanted: Wanted) -> list[str]:
     """Return the names of the fields of gradients."""
     fields = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
     return [field for field, is_wanted in fields.items() if is_wanted]
@@ -46,7 +60,7 @@ def deconvolve(
     b: Operand | None,
     options: Options,
     call: Call,
-    out: Operand | None = None,
+    out: Tensor | None = None,
 ) -> Array:
     """Return y: in a new array unless `out` says where to put it, which is returned if it is an array."""
     operands = {"x": x, "w": W} if b is None else {"x": x, "w": W, "b": b}
@@ -65,13 +79,13 @@ def gradients(
     wanted: Wanted,
     options: Options,
     call: Call,
-    out: Mapping[str, Operand] | None = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> Gradients:
     """Return the wanted gradients: in new arrays but for those that `out` has places for; None for one in a tensor."""
     given = {"x": x, "w": W, "gy": gy}
     operands = {field: operand for field, operand in given.items() if operand is not None}
-    places: dict[str, Operand] = {}
-    for field in results_named(wanted):
+    places: dict[str, Tensor] = {}
+    for field in _named(wanted):
         spec = spec_of_field(problem, field)
         new = np.full(spec.shape, 77, spec.dtype)
         places[field] = new if out is None else out.get(field, new)

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 import deconvd_client
-from deconvd.direct import Answer, CallHead, Method
-from deconvd.line import FrameKind, Line
+from deconvd.direct_events import Answer, CallHead, End, Failed, Method
+from deconvd.line import Line
+from deconvd.parts import Ahead
+from deconvd.status import error_from_status
 from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct_ways import way_to
@@ -22,6 +24,7 @@ __all__ = [
     "X",
     "answer",
     "calls_path",
+    "failure",
     "open_line",
     "send_call",
     "serves",
@@ -60,24 +63,32 @@ def open_line(server: ServerProcess, transport: str = "unix") -> Line:
 def send_call(
     line: Line, method: Method, message: bytes, *, timeout_s: float = 30, is_early: bool = False
 ) -> None:
-    line.send((FrameKind.CALL, CallHead(method, timeout_s, message, is_early).pack()))
+    line.send(CallHead(method, timeout_s, message, is_early))
 
 
-def answer(line: Line) -> tuple[FrameKind, bytes]:
-    """Return the frame that a call ends with, and what it holds."""
+def answer(line: Line) -> Answer | End | Failed:
+    """Return what a call ends with."""
     while True:
-        kind, size_bytes = line.receive()
-        payload = line.take(size_bytes)
-        if kind in (FrameKind.ANSWER, FrameKind.END, FrameKind.FAILED):
-            return kind, payload
+        event = line.next_event()
+        if isinstance(event, Ahead):
+            line.read_into(np.empty(event.size_bytes, np.uint8))
+        elif isinstance(event, (Answer, End, Failed)):
+            return event
+
+
+def failure(line: Line) -> Exception:
+    """Return the error that a call ends with."""
+    event = answer(line)
+    assert isinstance(event, Failed), event
+    return error_from_status(event.status)
 
 
 def serves(line: Line) -> bool:
     """Make a call, and return whether it was answered well."""
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
-    kind, payload = answer(line)
-    response = pb.DeconvolveResponse.FromString(Answer.parse(payload).message)
-    return (kind, list(response.y.shape)) == (FrameKind.ANSWER, [1, 2, 4, 4])
+    event = answer(line)
+    assert isinstance(event, Answer), event
+    return list(pb.DeconvolveResponse.FromString(event.message).y.shape) == [1, 2, 4, 4]
 
 
 def wait_until_idle(server: ServerProcess) -> None:

@@ -29,9 +29,8 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cpu import device as cpu_device
 from deconvd_server.device.cpu.blocking import useful_threads_count
 from deconvd_server.device.cpu.products import Products
-from deconvd_server.engine import Engine
 from tests import definition
-from tests.devices import Runner, deconvolve, gradients
+from tests.devices import deconvolve, gradients, runner
 from tests.strategies import FLOAT64, Operands, operands
 
 TIMEOUT_S = 60
@@ -51,11 +50,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
         patches.setattr(cpu_device, "useful_threads_count", lambda _, threads_count: threads_count)
         yield device
     device.close()
-
-
-def runner(device: CpuDevice, problem: Problem) -> Runner:
-    """Return what computes a problem: the device, or for one without products its engine."""
-    return device if problem.has_products else Engine(device, waiting_count=0)
 
 
 def y_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,26 +15,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from deconvd.direct import tell_written
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
-from deconvd.line import Line, LineBrokenError
+from deconvd.line import Line, tell_written
+from deconvd.line_errors import LineBrokenError
 from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
-from deconvd_server import writing
 from deconvd_server.call import Call
 from deconvd_server.device import Operand
+from deconvd_server.device import arriving as device_arriving
+from deconvd_server.device.arriving import LateError, wait_for
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine
-from deconvd_server.writing import LateError, Writing
+from deconvd_server.writing import Writing
 from tests import definition
-from tests.devices import deconvolve, gradients
+from tests.devices import arriving, deconvolve, gradients, runner
 from tests.golden import GoldenCase, golden_cases, tolerance
+from tests.line_pairs import early_ends
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice, Limits
@@ -87,8 +87,9 @@ def golden_problem(case: GoldenCase) -> Problem:
 def test_results_agree_with_chainer(cuda: CudaDevice, case: GoldenCase, options: Options) -> None:
     a, problem = case.arrays, golden_problem(case)
 
-    y = deconvolve(cuda, problem, a["x"], a["W"], a.get("b"), options, Call())
-    found = gradients(cuda, problem, a["x"], a["W"], a["gy"], Wanted(), options, Call())
+    by = runner(cuda, problem)
+    y = deconvolve(by, problem, a["x"], a["W"], a.get("b"), options, Call())
+    found = gradients(by, problem, a["x"], a["W"], a["gy"], Wanted(), options, Call())
 
     np.testing.assert_allclose(y, a["y"], **vars(tolerance(case, 0)))
     expected = Gradients(
@@ -172,7 +173,7 @@ def test_empty_operands_give_what_the_cpu_gives(
     problem = Problem(x_spec, W_spec, Geometry())
     x, W, b, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.b, problem.y))
 
-    on_card, on_host = (Engine(device, waiting_count=0) for device in (cuda, cpu))
+    on_card, on_host = (runner(device, problem) for device in (cuda, cpu))
     y = deconvolve(on_card, problem, x, W, b, Options(), Call())
     found = gradients(on_card, problem, x, W, gy, Wanted(), Options(), Call())
 
@@ -519,8 +520,7 @@ class TestEarlyCalls:
 
     @pytest.fixture
     def ends(self) -> Iterator[tuple[Line, Line]]:
-        client, server = (Line(end) for end in socket.socketpair())
-        with client, server:
+        with early_ends() as (client, server):
             yield client, server
 
     def arrays(self, registered: Array) -> tuple[Array, Array]:
@@ -547,22 +547,21 @@ class TestEarlyCalls:
         client, server = ends
         x, y = self.arrays(registered)
         deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
-        monkeypatch.setattr(writing, "_GRACE_S", 10)
+        monkeypatch.setattr(device_arriving, "_GRACE_S", 10)
         for seed in range(4):
             x, y = self.arrays(registered)
             source = random_array(self.PROBLEM.x, seed)
             call = Call()
-            call.writing = Writing(server)
-            call.writing.total_bytes = x.nbytes
+            (late_x,) = arriving(Writing(server), x)
             writer = threading.Thread(target=write, args=(client, x, source, steps_count))
             writer.start()
             if is_written_before:
                 writer.join()
-            deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, call, y)
             writer.join()
 
             self.check(cuda, y, source)
-            assert not server.has_come(1, 0)  # all that was said was heard
+            assert not server.has_come(0)  # all that was said was heard
             assert FOLLOW_ENTRY in dict(call.ledger.as_metadata())[METADATA_KEY]
 
     @pytest.mark.parametrize(
@@ -580,17 +579,15 @@ class TestEarlyCalls:
         x = view_of(registered, 0, problem.x)
         W = view_of(registered, x.nbytes, problem.W)
         y = view_of(registered, registered.size - problem.y.nbytes, problem.y)
-        monkeypatch.setattr(writing, "_GRACE_S", 10)
+        monkeypatch.setattr(device_arriving, "_GRACE_S", 10)
         for seed in range(4):
             x[...], W[...], y[...] = np.nan, np.nan, np.nan
             sources = random_array(problem.W, seed + 9), random_array(problem.x, seed)
-            call = Call()
-            call.writing = Writing(server)
-            call.writing.total_bytes = W.nbytes + x.nbytes
+            late_W, late_x = arriving(Writing(server), W, x)
             writer = threading.Thread(target=write_both, args=(client, (W, x), sources))
             later = threading.Timer(0.05, writer.start)
             later.start()
-            deconvolve(cuda, problem, x, W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, problem, late_x, late_W, None, self.OPTIONS, Call(), y)
             later.join()
             writer.join()
 
@@ -615,7 +612,7 @@ class TestEarlyCalls:
     ) -> None:
         client, server = ends
         problem = layer(np.dtype(np.float32), n=14, ins=32, outs=2 if W_is_small else 32, image=64)
-        monkeypatch.setattr(writing, "_GRACE_S", 10)
+        monkeypatch.setattr(device_arriving, "_GRACE_S", 10)
         for seed in range(4):
             sources = [
                 random_array(spec, 7 * seed + number)
@@ -629,19 +626,28 @@ class TestEarlyCalls:
                 begin += source.nbytes + 512
                 lent[-1][...] = np.nan
             lent_W, lent_gy, lent_x, gx = lent
-            pairs = [(lent_gy, gy)]
-            pairs += [(lent_x, x)] if wanted.gW else []
-            if not W_is_small:  # else it comes with the call
-                pairs = [(lent_W, W), *pairs] if wanted.gx else pairs
+            pairs = {"w": (lent_W, W), "gy": (lent_gy, gy), "x": (lent_x, x)}
+            if W_is_small or not wanted.gx:  # W comes with the call, or is not used
+                del pairs["w"]
+            if not wanted.gW:
+                del pairs["x"]
+            late: dict[str, Operand] = {"x": lent_x, "w": W, "gy": lent_gy}
+            targets = [target for target, _ in pairs.values()]
+            late |= dict(zip(pairs, arriving(Writing(server), *targets), strict=True))
             call = Call()
-            call.writing = Writing(server)
-            call.writing.total_bytes = sum(target.nbytes for target, _ in pairs)
-            writer = threading.Thread(target=write_in_turn, args=(client, pairs))
+            writer = threading.Thread(target=write_in_turn, args=(client, [*pairs.values()]))
             later = threading.Timer(0.05, writer.start)
             later.start()
-            given_W, out = W if W_is_small else lent_W, {"gx": gx}
             found = gradients(
-                cuda, problem, lent_x, given_W, lent_gy, wanted, self.OPTIONS, call, out
+                cuda,
+                problem,
+                late["x"],
+                late["w"],
+                late["gy"],
+                wanted,
+                self.OPTIONS,
+                call,
+                {"gx": gx},
             )
             later.join()
             writer.join()
@@ -659,19 +665,18 @@ class TestEarlyCalls:
         x, y = self.arrays(registered)
         x[...] = source = random_array(self.PROBLEM.x)
         deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
-        call = Call()
-        call.writing = Writing(server)
-        call.writing.total_bytes = x.nbytes
+        (late_x,) = arriving(Writing(server), x)
         tell_written(client, x[:5].nbytes)
 
         begun_s = time.monotonic()
         with pytest.raises(LateError):
-            deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
         assert time.monotonic() - begun_s < 30  # and not for as long as the client is silent
 
         tell_written(client, x.nbytes)
-        call.wait_until_written()
-        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+        call = Call()
+        there = wait_for(late_x, call)
+        deconvolve(cuda, self.PROBLEM, there, self.W, None, self.OPTIONS, call, y)
         self.check(cuda, y, source)
         assert FOLLOW_ENTRY not in dict(call.ledger.as_metadata())[METADATA_KEY]
 
@@ -681,17 +686,15 @@ class TestEarlyCalls:
         client, server = ends
         x, y = self.arrays(registered)
         for told_bytes in (0, x[:5].nbytes):
-            call = Call()
-            call.writing = Writing(server)
-            call.writing.total_bytes = x.nbytes
+            (late_x,) = arriving(Writing(server), x)
             tell_written(client, told_bytes)
             if told_bytes:
                 client.shut()
                 with pytest.raises(LineBrokenError):
-                    deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+                    deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
             else:
                 with pytest.raises(LateError):
-                    deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+                    deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
 
         x[...] = source = random_array(self.PROBLEM.x)
         deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)
@@ -705,13 +708,11 @@ class TestEarlyCalls:
         _, server = ends
         x, y = self.arrays(registered)
         x, y = (x, y) if is_reached else (x.copy(), y.copy())
-        call = Call()
-        call.writing = Writing(server)
-        call.writing.total_bytes = x.nbytes
+        (late_x,) = arriving(Writing(server), x)
 
         begun_s = time.monotonic()
         with cuda._working(Call()) if is_reached else nullcontext(), pytest.raises(LateError):
-            deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, call, y)
+            deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
         assert time.monotonic() - begun_s < 30
 
 

@@ -22,10 +22,10 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
-from deconvd_server.device import Device, DeviceTensor, Operand
+from deconvd_server.device import Device, DeviceTensor, Tensor
 from deconvd_server.device import cuda as cuda_device
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.device.protocol import never
+from deconvd_server.device.tensor import never
 from deconvd_server.engine import Engine, Engines
 from tests.devices import deconvolve, gradients
 
@@ -156,7 +156,7 @@ def test_y_of_any_mix_of_operands_has_the_same_bits(
 ) -> None:
     arrays = operands(problem)[:3]
     expected = deconvolve(device, problem, *arrays, STEADY, Call())
-    given: list[Operand] = [
+    given: list[Tensor] = [
         put(device, array) if resident >> bit & 1 else array for bit, array in enumerate(arrays)
     ]
     x, W, b = given
@@ -172,7 +172,7 @@ def test_y_of_any_mix_of_operands_has_the_same_bits(
     free_all(device, kept, *given)
 
 
-def free_all(device: Device, *tensors: Operand) -> None:
+def free_all(device: Device, *tensors: Tensor) -> None:
     for tensor in tensors:
         if not isinstance(tensor, np.ndarray):
             device.free(tensor)

@@ -21,7 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import ANY_INSTANCE, Answer, FrameSource, Method, be_greeted, greet
+from deconvd.direct_events import (
+    ANY_INSTANCE,
+    Answer,
+    CallHead,
+    End,
+    Failed,
+    FrameKind,
+    Hello,
+    Method,
+    frame,
+)
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -29,7 +39,8 @@ from deconvd.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd.line import FrameSource, Line
+from deconvd.line_errors import LineBrokenError
 from deconvd.parts import Ahead, Elements, PartReader, elements_part
 from deconvd.problem import TensorSpec
 from deconvd.status import error_from_status, status_from_error
@@ -46,6 +57,7 @@ from tests.direct_calls import (
     X,
     answer,
     calls_path,
+    failure,
     open_line,
     send_call,
     serves,
@@ -53,6 +65,7 @@ from tests.direct_calls import (
     told_by,
     wait_until_idle,
 )
+from tests.line_pairs import client_line, send_raw, server_line
 from tests.lines import CLEAN, bad_line
 from tests.processes import held_by, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
@@ -263,7 +276,7 @@ def test_a_response_too_large_for_a_message_is_refused_and_streams(running: Serv
     request.geometry.outsize.h = request.geometry.outsize.w = 256
     line = open_line(running)
     send_call(line, Method.Deconvolve, request.SerializeToString())
-    assert b"too many for a message of a direct call" in answer(line)[1]
+    assert "too many for a message of a direct call" in str(failure(line))
     assert serves(line)
     line.close()
     with deconvd_client.connect(running.target, transport="unix") as F:
@@ -276,9 +289,9 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
 ) -> None:
     line = open_line(running, transport)
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=0)
-    assert b"DeadlineError" in answer(line)[1]
+    assert isinstance(failure(line), DeadlineError)
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=1e12)
-    assert answer(line)[0] is FrameKind.ANSWER
+    assert isinstance(answer(line), Answer)
     assert serves(line)
     line.close()
     with deconvd_client.connect(
@@ -289,17 +302,6 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(*SLOW)
     wait_until_idle(running)
-
-
-@given(st.binary(max_size=300), st.text("abc=;_0123", max_size=300))
-def test_an_answer_is_read_as_it_was_written(message: bytes, ledger: str) -> None:
-    assert Answer.parse(Answer(message, ledger).pack()) == (message, ledger)
-
-
-@given(st.binary(max_size=30))
-def test_an_answer_of_any_bytes_is_read_or_refused(payload: bytes) -> None:
-    with suppress(LineBrokenError):
-        Answer.parse(payload)
 
 
 FRAMES = st.lists(
@@ -318,20 +320,19 @@ def test_frames_that_make_no_sense_hurt_nobody(
 ) -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.fspath(calls_path(running)))
-    line = Line(connection)
+    line = client_line(connection)
     line.set_deadline(30)
     with suppress(LineBrokenError):
         if begins:
-            greet(line, ANY_INSTANCE)
+            line.send(Hello(ANY_INSTANCE))
+            line.next_event()
             message = data if isinstance(data, bytes) else data[0][1]
             send_call(line, method, message, timeout_s=5)
         if isinstance(data, bytes):
-            connection.sendall(data)
+            send_raw(line, data)
         else:
-            line.send(*data)
-        connection.shutdown(socket.SHUT_WR)
-        while True:
-            answer(line)
+            send_raw(line, b"".join(frame(kind, payload) for kind, payload in data))
+        line.end_gently(30)
     line.close()
     other = open_line(running)
     assert serves(other)
@@ -364,7 +365,7 @@ def test_y_flows_back_while_x_is_still_coming(running: ServerProcess, transport:
     reader.header()
     np.testing.assert_array_equal(reader.read("y", spec_of(x[:1])), x[:1])
     line.send_part(elements_part(x[3:]))
-    line.send((FrameKind.END, b""))
+    line.send(End())
     np.testing.assert_array_equal(reader.read("y", spec_of(x[1:])), x[1:])
     reader.expect_end()
     assert serves(line)
@@ -401,7 +402,7 @@ def test_more_or_less_than_the_tensors_is_refused(running: ServerProcess, transp
             send_call(line, Method.DeconvolveStream, header(spec_of(LARGE[:1])))
             elements = ONE.tobytes() + LARGE[:1].tobytes() + bytes(4)
             line.send_part(Elements(memoryview(elements)[: len(elements) - 4 + surplus]))
-            line.send((FrameKind.END, b""))
+            line.send(End())
             with pytest.raises(InvalidArgumentError, match=message):
                 _read_y(reader_of(line), spec_of(LARGE[:1]))
 
@@ -493,8 +494,9 @@ def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(
         with open_line(server, transport) as line:
             line.set_deadline(2)
             with suppress(LineBrokenError):  # once the server waits for its answers to be read
+                call = CallHead(Method.Deconvolve, 30, request.SerializeToString()).pack()
                 while True:
-                    send_call(line, Method.Deconvolve, request.SerializeToString())
+                    send_raw(line, call)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
 
@@ -704,20 +706,20 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
             yield Elements(memoryview(bytes(1 << 20)))
 
     def serve(listener: socket.socket) -> None:
-        with Line(listener.accept()[0]) as line:
+        with server_line(listener.accept()[0], instance) as line:
             line.set_deadline(30)
-            be_greeted(line, instance)
-            line.receive_payload(line.receive()[1])
+            line.next_event()
+            line.send(Hello(instance))
+            line.next_event()
             if is_refused:
-                told = status_from_error(ExhaustedError("too much")).SerializeToString()
-                line.send((FrameKind.FAILED, told))
+                line.send(Failed(status_from_error(ExhaustedError("too much"))))
                 line.end_gently(30)
                 return
             line.send_part(pb.PutTensorResponse())
             source = FrameSource(line, pb.PutTensorRequest)
             while isinstance(ahead := source.next(), Ahead):
                 source.read_into(np.empty(ahead.size_bytes, np.uint8))
-            line.send((FrameKind.END, b""))
+            line.send(End())
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         port = listener.getsockname()[1]

@@ -2,43 +2,66 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from deconvd.direct import tell_written
 from deconvd.geometry import Geometry
 from deconvd.gradients import Wanted
-from deconvd.line import Line
+from deconvd.line import Line, tell_written
+from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceInfo
+from deconvd_server.device import DeviceInfo, Operand, Tensor
+from deconvd_server.device.arriving import Arriving, array_in, wait_for
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine import Engine
 from deconvd_server.writing import Writing
-from tests.devices import deconvolve, gradients
+from tests.devices import arriving, deconvolve, gradients
+from tests.line_pairs import early_ends
 
 F32 = np.dtype(np.float32)
 
 
 class EagerDevice(CpuDevice):
-    """Takes calls early and reads what is there, written or not."""
+    """Takes operands that are arriving and reads what is there."""
 
     @property
     def info(self) -> DeviceInfo:
         """See `Device`."""
-        return replace(super().info, takes_early=True)
+        return replace(super().info, takes_arriving=True)
+
+    def run(
+        self,
+        operation: Operation,
+        problem: Problem,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Tensor],
+        options: Options,
+        call: Call,
+    ) -> None:
+        """See `Device`."""
+        read = {field: array_in(operand) for field, operand in operands.items()}
+        super().run(operation, problem, read, places, options, call)
+
+
+class LateDevice(CpuDevice):
+    """Takes operands that are arriving, and waits for none of them."""
+
+    @property
+    def info(self) -> DeviceInfo:
+        """See `Device`."""
+        return replace(super().info, takes_arriving=True)
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Line, Line]]:
-    client, server = map(Line, socket.socketpair())
-    with client, server:
+    with early_ends() as (client, server):
         yield client, server
 
 
@@ -53,29 +76,42 @@ def problem_of(c_I: int) -> Problem:
     return Problem(TensorSpec((3, c_I, 4, 4), F32), TensorSpec((c_I, 2, 3, 3), F32), Geometry())
 
 
-def written_late(client: Line, server: Line, target: np.ndarray, source: np.ndarray) -> Call:
-    """Return a call whose only operand in shared memory is written a little later."""
+def written_late(client: Line, server: Line, target: Array, source: Array) -> Arriving:
+    """Return an operand in shared memory, which is written a little later."""
     target[...] = np.nan
-    call = Call()
-    call.writing = Writing(server)
-    call.writing.total_bytes = target.nbytes
 
     def write() -> None:
         target[...] = source
         tell_written(client, target.nbytes)
 
     threading.Timer(0.1, write).start()
-    return call
+    (operand,) = arriving(Writing(server), target)
+    return operand
 
 
-def test_a_device_that_takes_early_calls_has_them_at_once(
+def test_a_device_that_takes_what_is_arriving_has_it_at_once(
     engine: Engine, ends: tuple[Line, Line]
 ) -> None:
     problem = problem_of(1)
     x, W = np.empty(problem.x.shape, F32), np.ones(problem.W.shape, F32)
-    call = written_late(*ends, x, np.ones_like(x))
-    assert np.isnan(deconvolve(engine, problem, x, W, None, Options(), call)).all()
-    call.wait_until_written()
+    late_x = written_late(*ends, x, np.ones_like(x))
+    assert np.isnan(deconvolve(engine, problem, late_x, W, None, Options(), Call())).all()
+    wait_for(late_x, Call())
+
+
+@pytest.mark.parametrize("device", [CpuDevice(1), LateDevice(1)], ids=["takes none", "is left"])
+def test_a_device_has_what_it_does_not_take_or_wait_for_once_all_is_there(
+    device: CpuDevice, ends: tuple[Line, Line]
+) -> None:
+    engine, problem = Engine(device, waiting_count=1), problem_of(1)
+    W, source = np.ones(problem.W.shape, F32), np.ones(problem.x.shape, F32)
+    late_x = written_late(*ends, np.empty_like(source), source)
+    y = deconvolve(engine, problem, late_x, W, None, Options(), Call())
+    np.testing.assert_array_equal(
+        y, deconvolve(engine, problem, source, W, None, Options(), Call())
+    )
+    assert engine.load.running_count == 0
+    engine.close()
 
 
 def test_results_without_products_are_not_computed_of_what_is_not_written(
@@ -85,11 +121,11 @@ def test_results_without_products_are_not_computed_of_what_is_not_written(
     x, W = np.empty(problem.x.shape, F32), np.empty(problem.W.shape, F32)
 
     gy, source = np.empty(problem.y.shape, F32), np.ones(problem.y.shape, F32)
-    call = written_late(*ends, gy, source)
-    found = gradients(engine, problem, x, W, gy, Wanted(), Options(), call)
+    late_gy = written_late(*ends, gy, source)
+    found = gradients(engine, problem, x, W, late_gy, Wanted(), Options(), Call())
     np.testing.assert_array_equal(found.gb, source.sum((0, 2, 3)))
 
     b, bias = np.empty(2, F32), np.arange(2, dtype=F32)
-    call = written_late(*ends, b, bias)
-    y = deconvolve(engine, problem, x, W, b, Options(), call)
+    late_b = written_late(*ends, b, bias)
+    y = deconvolve(engine, problem, x, W, late_b, Options(), Call())
     np.testing.assert_array_equal(y, np.broadcast_to(bias[:, None, None], problem.y.shape))

@@ -16,15 +16,14 @@ import pytest
 
 import deconvd_client
 from deconvd import errors
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeconvdError
 from deconvd.ledger import ledger_in, parse_ledger
-from deconvd.line import LineBrokenError
 from deconvd.status import error_from_status
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client.direct_ways import way_to
-from deconvd_server.call import Call
+from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.ledger import Stage
@@ -326,7 +325,7 @@ def test_an_unforeseen_error_of_a_caller_who_has_gone_is_nothing_to_look_into(
     assert recorder.statuses("Deconvolve") == [None, "CANCELLED"]
 
 
-@pytest.mark.parametrize("error", [LineBrokenError("reset by peer"), GeneratorExit()])
+@pytest.mark.parametrize("error", [CallerGoneError("reset by peer"), GeneratorExit()])
 def test_what_nobody_can_be_told_of_cancels_the_call_and_is_the_transports(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.ledger import parse_ledger

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Final
 
 from deconvd.codec import Buffer, Envelope
+from deconvd.direct_events import MAX_MESSAGE_BYTES
 from deconvd.errors import LostTensorError
-from deconvd.line import MAX_MESSAGE_BYTES
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
 from deconvd_client.asked import Answered, Asked, LastLedger, received

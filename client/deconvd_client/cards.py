@@ -9,7 +9,6 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Final
 
 import cupy
@@ -23,6 +22,7 @@ from deconvd.tensor import Array
 from deconvd_client.asked import Asked
 from deconvd_client.calls import Calls
 from deconvd_client.deadline import Deadline
+from deconvd_client.frameworks import host_array
 from deconvd_client.residents import Call, Kept
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError
@@ -53,23 +53,18 @@ class Cards:
         self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
-    def arrays(self, call: Call, like: object) -> dict[str, Array]:
-        """Make a call of which some arrays are cupy's, once what was enqueued on the current stream is done.
+    def arrays(self, call: Call) -> dict[str, Array]:
+        """Make a call whose results are wanted on a card, once what was enqueued on the current stream is done.
 
         Returns:
-            Its results, by the names of their fields: of the kind of `like`, and on its card.
+            Its results, by the names of their fields: on that card, or else numpy's.
 
         Raises:
             LostTensorError: As `Calls.arrays` does.
         """
-        if not isinstance(like, cupy.ndarray):
-            return self._calls.arrays(_on_host(call))
-        with cupy.cuda.Device(like.device.id) as card:
-            try:
-                return self._on_card(call, card.id)
-            except _NotOnCardError:
-                arrays = self._calls.arrays(_on_host(call))
-                return {field: cupy.asarray(array) for field, array in arrays.items()}
+        with suppress(_NotOnCardError), cupy.cuda.Device(call.at.device.id) as card:
+            return self._on_card(call, card.id)
+        return self._calls.arrays(call.on_host())
 
     def close(self, deadline: Deadline) -> None:
         """Give all back that no array lies in, and borrow no more."""
@@ -122,15 +117,6 @@ class _CardBorrower(Borrower):
         raise _NotOnCardError
 
 
-def _on_host(call: Call) -> Call:
-    """Return the same call with numpy arrays."""
-    operands: dict[str, Array | Kept] = {
-        field: cupy.asnumpy(operand) if isinstance(operand, cupy.ndarray) else operand
-        for field, operand in call.operands.items()
-    }
-    return replace(call, operands=operands)
-
-
 class _Card:
     """Memory of a card, and cupy arrays. See `Place`."""
 
@@ -174,7 +160,7 @@ class _Card:
         if isinstance(source, cupy.ndarray) and source.device.id == self._ordinal:
             target[...] = source
         else:
-            target.set(np.ascontiguousarray(cupy.asnumpy(source), target.dtype))
+            target.set(np.ascontiguousarray(host_array(source), target.dtype))
 
 
 class _CardRegion(Region):

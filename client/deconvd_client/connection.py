@@ -28,9 +28,10 @@ from deconvd_client.arguments import (
 from deconvd_client.channel import MAX_MESSAGE_BYTES
 from deconvd_client.config import Config
 from deconvd_client.deadline import Deadline
+from deconvd_client.frameworks import arrays_like, host_array
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.nearest import TransportName
-from deconvd_client.operations import GRADIENTS, Operations, checked_array
+from deconvd_client.operations import GRADIENTS, Operations
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
 from deconvd_client.residents import RemoteTensor
@@ -124,7 +125,6 @@ class Connection:
         )
         self._config = Config()
         self._operations = Operations(self._server.residents, self._config)
-        self._any_operations = Operations(self._server.residents, self._config, takes_cupy=True)
         self._remote = Remote(self._operations, self._server)
 
     @refuses_unknown_keywords
@@ -165,8 +165,8 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._any_operations.deconvolution(x, W, b, geometry)
-        return self._server.arrays(call, like=x)["y"]
+        call = self._operations.deconvolution(x, W, b, geometry)
+        return arrays_like(x, self._server.arrays(call))["y"]
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -200,8 +200,8 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._any_operations.differentiation(x, W, b, gy, geometry, wanted)
-        arrays = self._server.arrays(call, like=x)
+        call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
+        arrays = arrays_like(x, self._server.arrays(call))
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     @refuses_unknown_keywords
@@ -220,7 +220,8 @@ class Connection:
         """Return the deconvolution, and the function from its gradient to those of `x`, `W` and `b`.
 
         The server keeps x and W meanwhile, so that gradients take gy alone; arrays that they are
-        made of are referred to, to be sent again at need.
+        made of are referred to, to be sent again at need, and of cupy arrays copies on the host. The
+        result is of the kind of x, and gradients are of that of gy.
 
         Args:
             x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
@@ -233,9 +234,9 @@ class Connection:
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         images, filters = self._operations.lasting("x", x), self._operations.lasting("W", W)
         call = self._operations.deconvolution(images, filters, b, geometry)
-        y = self._server.calls.arrays(call)["y"]
+        y = arrays_like(x, self._server.arrays(call))["y"]
         pullback = Pullback(
-            self._operations, self._server.calls, call.problem, images, filters, has_b=b is not None
+            self._operations, self._server, call.problem, images, filters, has_b=b is not None
         )
         return y, pullback
 
@@ -243,7 +244,7 @@ class Connection:
         """Have the server keep an array, and return what stands for it in calls.
 
         It means what the array holds now. The array is referred to, and sent again if the server
-        loses the tensor and the array still holds the same.
+        loses the tensor and the array still holds the same. Of a cupy array that is a copy on the host.
 
         Args:
             array: Or a RemoteTensor, whose value is kept for as long as either of them. One of
@@ -260,10 +261,11 @@ class Connection:
             if array.is_of(residents):
                 return RemoteTensor(residents, array.kept_for(residents, "array").shared())
             array = array.numpy()
-        spec = spec_of(checked_array("array", array))
+        elements = host_array(self._operations.operand("array", array))
+        spec = spec_of(elements)
         element_type("array", spec.dtype)
         check_extents("array", spec)
-        return RemoteTensor(residents, residents.put(array))
+        return RemoteTensor(residents, residents.put(elements))
 
     @property
     def remote(self) -> Remote:

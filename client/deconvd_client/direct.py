@@ -1,4 +1,4 @@
-"""Direct calls: without gRPC, on lines that are kept for the next calls. See `deconvd.direct`."""
+"""Direct calls: without gRPC, on lines that are kept for the next calls. See `deconvd.direct_protocol`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
 from deconvd.busy_polling import BusyPolling
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.forks import begin_anew_in_children, new_lock
 from deconvd.ledger import FOLLOW_ENTRY
-from deconvd.line import Line, LineBrokenError, LineTimeoutError
+from deconvd.line import Line
+from deconvd.line_errors import LineBrokenError, LineTimeoutError
 from deconvd.trials import Trials
 from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
@@ -193,7 +194,9 @@ class DirectTransport:
     def _give_back(self, lent: LentLine, error: BaseException | None) -> None:
         with self._lock:
             self._busy.discard(weakref.ref(lent.line))
-            is_kept = lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT
+            is_kept = (
+                lent.line.protocol.is_idle and not self._is_closed and len(self._idle) < _IDLE_COUNT
+            )
             if is_kept:
                 self._idle.append(lent.line)
         if is_kept:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from deconvd.array_memory import ArrayMemory
+from deconvd.direct_events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.forks import new_lock
 from deconvd.ledger import parse_ledger
-from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.tensor import Array
 from deconvd.transport import unix_path
 from deconvd_client.advice import Advice
@@ -19,10 +21,9 @@ from deconvd_client.channel import open_channel
 from deconvd_client.deadline import Deadline
 from deconvd_client.direct_ways import way_to
 from deconvd_client.grpc_transport import GrpcTransport
-from deconvd_client.kinds import is_from_cupy
 from deconvd_client.nearest import Nearest, TransportName
 from deconvd_client.proxies import proxy_to
-from deconvd_client.residents import Call, Residents
+from deconvd_client.residents import Call, Kept, Residents
 from deconvd_client.retries import Retries
 from deconvd_client.rpcs import Rpcs
 from deconvd_client.server_info import ServerInfo
@@ -40,6 +41,9 @@ _CLOSE_S: Final = 0.8
 
 _KEPT_BYTES: Final = 256 << 20
 """Memory of dropped results that is kept for the next ones: fresh memory costs more than a copy into it."""
+
+_ON_HOST: Final = frozenset((np.ndarray, Kept))
+"""Types of operands that are on no card; classes derived from them are neither."""
 
 _WITHOUT_SHARED_MEMORY: Final = (TransportName.UNIX, TransportName.TCP, TransportName.GRPC)
 
@@ -94,11 +98,16 @@ class Server:
         self._lock = new_lock()
         self._is_closed = False
 
-    def arrays(self, call: Call, like: object) -> dict[str, Array]:
-        """Make a call that may have cupy arrays; results are of the kind of `like`."""
-        if not is_from_cupy(like, *call.operands.values()):
+    def arrays(self, call: Call) -> dict[str, Array]:
+        """Make a call that may have arrays on cards, and return its results, by the names of their fields.
+
+        They are numpy's, or cupy's where `call.at` is. Raises LostTensorError, as `Calls.arrays` does.
+        """
+        if _ON_HOST.issuperset(map(type, (call.at, *call.operands.values()))):
             return self.calls.arrays(call)
-        return self._opened_cards().arrays(call, like)
+        if isinstance(call.at, (np.ndarray, Kept)):
+            return self.calls.arrays(call.on_host())
+        return self._opened_cards().arrays(call)
 
     def info(self) -> ServerInfo:
         """Return what it is, what it runs on and how much it takes."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any, Final, TypeAlias
 
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import InvalidArgumentError
 from deconvd.messages import messages_for
 from deconvd.parts import Elements, Part, PartReader, PartSource, elements_parts, slices

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.parts import Part, PartSource
 from deconvd_client.deadline import Deadline
 from deconvd_client.late_copy import LateCopy

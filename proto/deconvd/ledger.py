@@ -11,7 +11,7 @@ METADATA_KEY: Final = "deconvd-ledger"
 """Its value is ``name=integer`` pairs, separated by ``;``; each name ends in its unit."""
 
 FOLLOW_ENTRY: Final = "follow_us"
-"""What of an early call tells whether it was worth it: see `deconvd.direct`."""
+"""What of an early call tells whether it was worth it: see `deconvd.direct_protocol`."""
 
 
 def ledger_in(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -14,14 +14,32 @@ from deconvd.errors import InvalidArgumentError
 from deconvd.malloc import LARGE_BYTES
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd_server.call import Call
+from deconvd_server.device.arriving import Progress
 
-__all__ = ["Behaviour", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
+__all__ = ["Behaviour", "EarlyRequest", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
 
 Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. Who does not want the rest closes it."""
 
 _ARRIVALS: Final = ArrayMemory(256 << 20, smallest_bytes=LARGE_BYTES)
 """Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
+
+
+class EarlyRequest(Envelope[Any]):
+    """A request whose operands in shared memory are still arriving.
+
+    Attributes:
+        progress: How far they are, one behind the other, in the order of `Operation.write_order`.
+    """
+
+    progress: Progress
+
+    @classmethod
+    def of(cls, request: Envelope[Any], progress: Progress) -> EarlyRequest:
+        """Return a request with its progress."""
+        early = cls(*request)
+        early.progress = progress
+        return early
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
 
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd_server.ledger import Ledger
-from deconvd_server.writing import Writing
 
-__all__ = ["Call"]
+__all__ = ["Call", "CallerGoneError"]
 
-_LOOK_S: Final = 0.5
-"""How often one who waits for operands looks whether the call is still wanted."""
+
+class CallerGoneError(Exception):
+    """The caller has gone, as its transport found out: nobody is there to be told what comes of the call."""
 
 
 class Call:
@@ -26,7 +25,6 @@ class Call:
         peer: Who calls, for the log.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
-        writing: How far its operands are written, if it is early; None if they are there.
 
     Args:
         timeout_s: Seconds until the deadline; None for no deadline.
@@ -36,7 +34,6 @@ class Call:
         self.peer = peer
         self.ledger = Ledger()
         self.tenant: object = None
-        self.writing: Writing | None = None
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._cancelled = False
@@ -68,23 +65,6 @@ class Call:
         if self._deadline_s is None:
             return None
         return max(self._deadline_s - time.monotonic(), 0.0)
-
-    def wait_until_written(self) -> None:
-        """Return once all operands have been written: at once unless the call is early.
-
-        Raises:
-            CallCancelledError, DeadlineError: As `check`.
-            LineBrokenError: The client has gone.
-        """
-        if self.writing is None:
-            return
-        while True:
-            self.check()
-            remaining_s = self.remaining_s()
-            wait_s = _LOOK_S if remaining_s is None else min(remaining_s, _LOOK_S)
-            if self.writing.has_within(wait_s, self.writing.total_bytes):
-                self.writing = None
-                return
 
     def check(self) -> None:
         """Return if the work is still wanted.

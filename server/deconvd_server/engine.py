@@ -22,10 +22,11 @@ from deconvd_server.device import (
     DeviceTensor,
     LentMemory,
     Operand,
+    Tensor,
     resident_bytes,
 )
+from deconvd_server.device.arriving import Arriving, LateError, wait_for_all
 from deconvd_server.device.no_products import result_without_products
-from deconvd_server.writing import LateError
 
 __all__ = ["Engine", "Engines"]
 
@@ -61,7 +62,7 @@ class Engine:
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Operand],
+        places: Mapping[str, Tensor],
         options: Options,
         call: Call,
     ) -> None:
@@ -73,28 +74,29 @@ class Engine:
 
         Raises as `Admission.admitted` and `Device.run` do.
         """
-        present_bytes = resident_bytes(operands.values()) + resident_bytes(places.values())
+        present_bytes = resident_bytes(*operands.values(), *places.values())
         footprint_bytes = self._device.footprint_bytes(operation, problem, places, present_bytes)
-        self._admission.check_fits(footprint_bytes)  # before its client has written all operands
-        if call.writing is not None and self.info.takes_early and problem.has_products:
+        self._admission.check_fits(footprint_bytes)  # before all operands have arrived
+        is_taken_early = self.info.takes_arriving and problem.has_products
+        if is_taken_early and any(isinstance(o, Arriving) for o in operands.values()):
             with suppress(LateError), self._admission.admitted(footprint_bytes, call):
                 self._device.run(operation, problem, operands, places, options, call)
                 return
-        call.wait_until_written()  # without a place that others could have
+        tensors = wait_for_all(operands, call)  # without a turn that others could have
         with self._admission.admitted(footprint_bytes, call):
             if problem.has_products:
-                self._device.run(operation, problem, operands, places, options, call)
+                self._device.run(operation, problem, tensors, places, options, call)
             else:
-                self._run_without_products(problem, operands, places, call)
+                self._run_without_products(problem, tensors, places, call)
 
     def _run_without_products(
         self,
         problem: Problem,
-        operands: Mapping[str, Operand],
-        places: Mapping[str, Operand],
+        operands: Mapping[str, Tensor],
+        places: Mapping[str, Tensor],
         call: Call,
     ) -> None:
-        def fetch(operand: Operand) -> Array:
+        def fetch(operand: Tensor) -> Array:
             return operand if isinstance(operand, np.ndarray) else self._device.read(operand, call)
 
         for field, place in places.items():
@@ -200,13 +202,13 @@ class Engines:
         """Return the engine with the fewest calls, and of several the one with the most free memory."""
         return self.all[0] if len(self.all) == 1 else min(self.all, key=_burden)
 
-    def having(self, *tensors: Operand) -> Engine | None:
-        """Return the engine on whose device tensors lie; None if all are arrays.
+    def having(self, *operands: Operand) -> Engine | None:
+        """Return the engine on whose device operands are; None if all are arrays.
 
         Raises:
             InvalidArgumentError: They lie on several devices.
         """
-        on_devices = [tensor for tensor in tensors if not isinstance(tensor, np.ndarray)]
+        on_devices = [o for o in operands if not isinstance(o, (np.ndarray, Arriving))]
         if not on_devices:
             return None
         ids = {tensor.device_id for tensor in on_devices}

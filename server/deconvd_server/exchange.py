@@ -11,7 +11,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from deconvd.array_memory import ArrayMemory
-from deconvd.codec import Buffer, Envelope
+from deconvd.codec import Envelope
 from deconvd.digest import digest_of
 from deconvd.errors import (
     ExhaustedError,
@@ -24,8 +24,10 @@ from deconvd.operation import argument_of
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.behaviours import EarlyRequest
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor, Operand
+from deconvd_server.device import DeviceTensor, Operand, Tensor
+from deconvd_server.device.arriving import Arriving, Progress, wait_for
 from deconvd_server.engine import Engine
 from deconvd_server.requests import ParsedRequest
 from deconvd_server.residents import CallResidents, Residents
@@ -92,7 +94,7 @@ class Exchange:
             session = residents.join(request.session, call)
             self._residents = CallResidents(residents.keeper, session, call)
         self._given: dict[str, Operand] = {}
-        self._places: dict[str, Operand] = {}
+        self._places: dict[str, Tensor] = {}
         self._sent: dict[str, Array] = {}
 
     def __enter__(self) -> Exchange:
@@ -110,11 +112,8 @@ class Exchange:
 
     # From the request
 
-    def take(self, raw: Mapping[str, Buffer]) -> None:
-        """Take all operands of a message, and the places of its results.
-
-        Args:
-            raw: Elements, by the names of their fields.
+    def take(self, request: Envelope[Message]) -> None:
+        """Take all operands of a request, those that are still arriving too, and the places of its results.
 
         Raises:
             InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
@@ -126,7 +125,7 @@ class Exchange:
             if field in slices:
                 self._given[field] = self._shared.operand(argument, spec, slices[field])
             elif self._residents is None or field not in self.parsed.named:
-                self._given[field] = array_of_spec(argument, spec, tensor, raw.get(field))
+                self._given[field] = array_of_spec(argument, spec, tensor, request.raw.get(field))
             elif not self._residents.find(field, spec, tensor):
                 raise LostTensorError(
                     f"{argument} must be sent: the server has nothing with its digest",
@@ -135,6 +134,18 @@ class Exchange:
         for field, spec in self.parsed.results.items():
             if field in slices:
                 self._places[field] = self._shared.place(f"{field}_place", spec, slices[field])
+        if isinstance(request, EarlyRequest):
+            self._let_arrive(request.progress)
+
+    def _let_arrive(self, progress: Progress) -> None:
+        """Take the operands in shared memory for arriving, one behind the other."""
+        begin_bytes = 0
+        for field in self.parsed.operation.write_order:
+            if field in self.parsed.operands and field in self.parsed.slices:
+                operand = self._given[field]
+                if isinstance(operand, np.ndarray):  # and not memory of a card
+                    self._given[field] = Arriving(operand, progress, begin_bytes)
+                begin_bytes += self.parsed.operands[field].nbytes
 
     def find(self) -> dict[str, TensorSpec]:
         """Find the operands of a stream that are here already; return what is missing of the others.
@@ -200,8 +211,8 @@ class Exchange:
     def bring_operands(self, engine: Engine) -> dict[str, Operand]:
         """Bring the operands that were taken or found to where an engine can use them, and return them.
 
-        Those that are to be kept are copied to its device first, unless they are kept already, and
-        get new handles.
+        Those that are to be kept are copied to its device first, once they are there, unless they are kept
+        already, and get new handles.
 
         Raises:
             ExhaustedError, UnavailableError, LostSessionError: What is to be kept cannot be.
@@ -237,7 +248,7 @@ class Exchange:
             if field in self.parsed.keep and field not in residents
         }
 
-    def make_places(self, engine: Engine) -> dict[str, Operand]:
+    def make_places(self, engine: Engine) -> dict[str, Tensor]:
         """Return a place for every result.
 
         It is a new tensor on the engine's device for one that is to be kept, a new array for one that is
@@ -283,8 +294,9 @@ class Exchange:
         return messages_for(self.parsed.operation).response(**fields)
 
     def _array(self, operand: Operand, engine: Engine) -> Array:
-        """Return an operand as an array, which may have to be read from an engine's device."""
-        return operand if isinstance(operand, np.ndarray) else engine.read(operand, self._call)
+        """Return the elements of an operand: it may have to be waited for, or read from an engine's device."""
+        tensor = wait_for(operand, self._call)
+        return tensor if isinstance(tensor, np.ndarray) else engine.read(tensor, self._call)
 
 
 def _resident(description: pb.Tensor, handle: bytes) -> pb.Tensor:

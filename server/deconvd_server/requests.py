@@ -74,16 +74,6 @@ class ParsedRequest:
         return {name: spec_of_field(self.problem, name) for name in self.wanted}
 
     @cached_property
-    def keeps_operands(self) -> bool:
-        """Whether operands are to be kept."""
-        return not self.keep.isdisjoint(self.operands)
-
-    @cached_property
-    def shared_bytes(self) -> int:
-        """What the operands have that are in shared memory, together."""
-        return sum(spec.nbytes for name, spec in self.operands.items() if name in self.slices)
-
-    @cached_property
     def sent(self) -> dict[str, TensorSpec]:
         """Those of its results that go into the response with their elements."""
         return {

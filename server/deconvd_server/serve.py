@@ -14,9 +14,8 @@ from typing import Final, Protocol
 from google.rpc import status_pb2
 
 from deconvd.errors import CallCancelledError, DeconvdError, InternalError
-from deconvd.line import LineBrokenError
 from deconvd.status import status_from_error
-from deconvd_server.call import Call
+from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.log_text import excerpt
 
 __all__ = ["CallLog", "Observer", "Serving"]
@@ -68,7 +67,7 @@ class Serving:
     """A call, and the ``with`` block that serves it: the block's value is the call.
 
     An error that the block raises becomes its failure, and is not raised further. Two kinds are, and
-    cancel the call, since nobody is there to be told: `LineBrokenError`, and what is no `Exception`,
+    cancel the call, since nobody is there to be told: `CallerGoneError`, and what is no `Exception`,
     such as the GeneratorExit of a response that is not read to its end.
 
     Attributes:
@@ -108,7 +107,7 @@ class Serving:
             for observer in self._observers:
                 observer.end(self._method, self.call, _OK, None)
             return False
-        if isinstance(error, LineBrokenError) or not isinstance(error, Exception):
+        if isinstance(error, CallerGoneError) or not isinstance(error, Exception):
             self.call.cancel()
             self._end(CallCancelledError.status, None)
             return False

@@ -93,13 +93,9 @@ class DeconvolutionService:
         """Serve an operation's RPC."""
         parsed = parse_request(operation, request.message)
         with Exchange(request.message, parsed, self._lender, self._residents, call) as exchange:
-            exchange.take(request.raw)
+            exchange.take(request)
             self._check_result_size(parsed.sent_bytes)
             engine = exchange.choose_engine()
-            if call.writing is not None:
-                call.writing.total_bytes = parsed.shared_bytes
-            if parsed.keeps_operands:
-                call.wait_until_written()
             operands = exchange.bring_operands(engine)
             places = exchange.make_places(engine)
             engine.run(operation, parsed.problem, operands, places, parsed.options, call)

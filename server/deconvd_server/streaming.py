@@ -21,7 +21,7 @@ from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import Array
 from deconvd_server.arrivals import Arrivals
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor, Operand
+from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import new_results
 from deconvd_server.requests import ParsedRequest
@@ -153,7 +153,7 @@ class Slices:
         self.operands.expect_end()
 
     def _begin_slice(
-        self, part: slice, problem: Problem, operands: Mapping[str, Operand]
+        self, part: slice, problem: Problem, operands: Mapping[str, Tensor]
     ) -> Future[dict[str, Array]]:
         """Have a slice computed while the next arrives; at once if there is no next."""
         if self.sliced.slices_count > 1:
@@ -163,7 +163,7 @@ class Slices:
         return done
 
     def _run(
-        self, part: slice, problem: Problem, operands: Mapping[str, Operand]
+        self, part: slice, problem: Problem, operands: Mapping[str, Tensor]
     ) -> dict[str, Array]:
         """Compute a slice, and return those results that are not where they are kept."""
         operation, options = self.parsed.operation, self.parsed.options

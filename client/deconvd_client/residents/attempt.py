@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deconvd.digest import digest_of
@@ -14,8 +14,9 @@ from deconvd.tensor import Array, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Asked, Request, Response, argument_of
 from deconvd_client.deadline import Deadline
+from deconvd_client.frameworks import host_array
 from deconvd_client.residents.contents import Contents
-from deconvd_client.residents.kept import Kept
+from deconvd_client.residents.kept import Kept, KeptState
 from deconvd_client.residents.session import Handle
 from deconvd_client.residents.source import Source
 
@@ -33,6 +34,8 @@ class Call:
         operands: By the names of their fields, in the order of streams.
         results: What they will be, by the names of their fields.
         stay: Whether the results stay on the server.
+        at: The operand that results are wanted beside, which need not be sent: an array of numpy's, one of
+            cupy's on its card, or a Kept.
     """
 
     operation: Operation
@@ -41,6 +44,14 @@ class Call:
     operands: Mapping[str, Array | Kept]
     results: Mapping[str, TensorSpec]
     stay: bool
+    at: Any
+
+    def on_host(self) -> Call:
+        """Return the same call with numpy arrays in place of those that are on cards."""
+        operands = {
+            f: o if isinstance(o, Kept) else host_array(o) for f, o in self.operands.items()
+        }
+        return replace(self, operands=operands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +171,7 @@ class Attempt:
         handle = kept.handle_in(self._means.session)
         if handle is None:
             source = kept.source_unchanged(argument_of(field))
-            if kept.is_unsent and isinstance(self._request, pb.DeconvolveRequest):
+            if kept.state is KeptState.UNSENT and isinstance(self._request, pb.DeconvolveRequest):
                 setattr(self._request.keep, field, True)
                 self._unsent[field] = kept, source
                 self._name(field, source.array, source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import StaleRegionError
 from deconvd.parts import Part, PartReader, PartSource, elements_parts
 from deconvd.problem import TensorSpec

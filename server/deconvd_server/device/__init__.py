@@ -1,14 +1,8 @@
-"""What computes: one protocol, a package for each kind of device. Nothing here knows of gRPC."""
+"""What computes: one protocol, a package for each kind of device. Nothing here knows a transport."""
 
-from deconvd_server.device.protocol import (
-    CacheState,
-    Device,
-    DeviceInfo,
-    DeviceTensor,
-    LentMemory,
-    Operand,
-    resident_bytes,
-)
+from deconvd_server.device.arriving import Operand
+from deconvd_server.device.protocol import CacheState, Device, DeviceInfo, resident_bytes
+from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
 __all__ = [
     "CacheState",
@@ -17,5 +11,6 @@ __all__ = [
     "DeviceTensor",
     "LentMemory",
     "Operand",
+    "Tensor",
     "resident_bytes",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from deconvd.operation import spec_of_field
 from deconvd.problem import Problem
 from deconvd.tensor import Array
-from deconvd_server.device.protocol import Operand
+from deconvd_server.device.tensor import Tensor
 
 __all__ = ["result_without_products", "sum_gb"]
 
@@ -17,10 +17,10 @@ __all__ = ["result_without_products", "sum_gb"]
 def result_without_products(
     problem: Problem,
     field: str,
-    operands: Mapping[str, Operand],
-    fetch: Callable[[Operand], Array],
+    operands: Mapping[str, Tensor],
+    fetch: Callable[[Tensor], Array],
 ) -> Array:
-    """Return a result, perhaps read-only: zeros, but for a bias in y and for gb where y has elements.
+    """Return a result, read-only: zeros, but for a bias in y and for gb where y has elements.
 
     Args:
         field: Its name.
@@ -32,7 +32,7 @@ def result_without_products(
         return np.broadcast_to(fetch(operands["b"])[:, None, None], spec.shape)
     if field == "gb":
         return sum_gb(fetch(operands["gy"]))
-    return np.zeros(spec.shape, spec.dtype)
+    return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
 
 
 def sum_gb(gy: Array) -> Array:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 
@@ -14,15 +14,13 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
+from deconvd_server.device.arriving import Arriving, Operand
+from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
 __all__ = [
     "CacheState",
     "Device",
     "DeviceInfo",
-    "DeviceTensor",
-    "LentMemory",
-    "Operand",
-    "never",
     "resident_bytes",
 ]
 
@@ -40,7 +38,7 @@ class DeviceInfo:
             all together.
         calls_count: How many calls it computes at once; more would only wait inside it.
         has_own_memory: Whether its memory is apart from the host's.
-        takes_early: Whether it computes calls whose operands are still being written.
+        takes_arriving: Whether it takes operands that are still arriving.
         card: A card's `card_id`, by which all processes of its host know it; empty where
             there is none, and so no memory to lend.
     """
@@ -52,74 +50,13 @@ class DeviceInfo:
     budget_bytes: int
     calls_count: int
     has_own_memory: bool = False
-    takes_early: bool = False
+    takes_arriving: bool = False
     card: bytes = b""
 
 
-def never(_size_bytes: int) -> bool:
-    """Let no tensor grow."""
-    return False
-
-
-class DeviceTensor(Protocol):
-    """A tensor in a device's own memory: C-contiguous, in native byte order. Made by `Device.empty`.
-
-    It is of use to calls of that device alone: others raise ValueError, as all do for a tensor that
-    is freed already. Whoever has it sees to it that no call reads it while another writes it, and
-    that none is under way with it, or a view of it, when it is freed.
-
-    Attributes:
-        may_grow: Asked, with a number of bytes, whether the device may keep so much more with the
-            tensor: what it has made of it, so as not to make it again, and frees with it. The
-            answer True counts them; what comes to nothing is given back as a negative number. At
-            first it is never allowed.
-    """
-
-    may_grow: Callable[[int], bool]
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Its shape and element type."""
-
-    @property
-    def device_id(self) -> str:
-        """The `DeviceInfo.id` of its device."""
-
-    def samples(self, start: int, stop: int) -> DeviceTensor:
-        """Return a view of ``tensor[start:stop]``; bounds as ``0 <= start <= stop <= shape[0]``.
-
-        A view is never freed itself, and is of no use once the tensor is.
-        """
-
-
-class LentMemory(Protocol):
-    """A card's memory that another process may open too. Made by `Device.lend`.
-
-    The other process may change it at any time.
-    """
-
-    @property
-    def size_bytes(self) -> int:
-        """Its size."""
-
-    @property
-    def handle(self) -> bytes:
-        """What the other process opens it by: a ``cudaIpcMemHandle_t``."""
-
-    def tensor(self, spec: TensorSpec, offset_bytes: int) -> DeviceTensor:
-        """Return a part of it as a tensor, which is never freed itself."""
-
-    def free(self) -> None:
-        """Give it back, once. No call may be under way with a part of it, and no other process have it open."""
-
-
-Operand: TypeAlias = Array | DeviceTensor
-"""What a device reads or writes: an array in host memory, or a tensor in its own."""
-
-
-def resident_bytes(tensors: Iterable[Operand]) -> int:
-    """Return what those of the tensors that are in a device's memory take there."""
-    return sum([t.spec.nbytes for t in tensors if not isinstance(t, np.ndarray)])
+def resident_bytes(*operands: Operand) -> int:
+    """Return what those of a call's operands or places that are in a device's memory take there."""
+    return sum([o.spec.nbytes for o in operands if not isinstance(o, (np.ndarray, Arriving))])
 
 
 class Device(Protocol):
@@ -162,21 +99,21 @@ class Device(Protocol):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Operand],
+        places: Mapping[str, Tensor],
         options: Options,
         call: Call,
     ) -> None:
         """Compute those results of an operation that have places, into them.
 
         Args:
-            problem: Has products; for others see `no_products`.
-            operands: By the names of their fields: those that the results need, and perhaps others.
+            problem: It has products: the engine computes others itself, see
+                `no_products`.
+            operands: By the names of their fields: those that the results need, and perhaps others. None
+                is arriving, unless the device `takes_arriving`.
             places: By the names of their fields: at least one.
 
-        Operands may still be under way, as ``call.writing`` says, if the device `takes_early` calls.
-
         Raises:
-            LateError: They were not written in time; the call is to be made again once they are.
+            LateError: An operand did not arrive in time: the call is to be made again once all are there.
         """
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:

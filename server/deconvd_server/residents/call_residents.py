@@ -11,7 +11,7 @@ from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor, Operand
+from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents.keeper import Keeper
 from deconvd_server.residents.kept import Kept
@@ -98,7 +98,7 @@ class CallResidents:
         """Give a tensor a new name."""
         self.handles[field] = new_name()
 
-    def operand(self, field: str, engine: Engine) -> Operand:
+    def operand(self, field: str, engine: Engine) -> Tensor:
         """Return a tensor where an engine can use it. May copy it there: see `Keeper.operand`."""
         return self._keeper.operand(self._by_field[field], engine, self._call)
 

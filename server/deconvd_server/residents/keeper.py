@@ -10,7 +10,7 @@ from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device import Operand
+from deconvd_server.device import Tensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents.kept import Kept, Quotas, counted_bytes
 from deconvd_server.residents.shelving import Shelving
@@ -178,7 +178,7 @@ class Keeper:
                 _retire_unless_wanted(kept)
         self._shelving.sweep()
 
-    def operand(self, kept: Kept, engine: Engine, call: Call) -> Operand:
+    def operand(self, kept: Kept, engine: Engine, call: Call) -> Tensor:
         """Return the elements of a tensor that the caller uses. See `Shelving.operand`."""
         return self._shelving.operand(kept, engine, call)
 

@@ -10,7 +10,7 @@ import numpy as np
 from deconvd.cache_state import CacheState
 from deconvd.problem import TensorSpec
 from deconvd_server.cache import Entry, Resource, State
-from deconvd_server.device import DeviceTensor, Operand
+from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents.tenant import Session, Tenant
 
@@ -47,7 +47,7 @@ class Kept:
         tenant: Tenant,
         spec: TensorSpec,
         shelf: Shelf,
-        operand: Operand,
+        operand: Tensor,
         on_unused: Callable[[Kept], None],
     ) -> None:
         self.tenant = tenant

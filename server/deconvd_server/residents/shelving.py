@@ -16,7 +16,7 @@ from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor, Operand
+from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents.kept import Kept, Quotas, Shelf, counted_bytes
 from deconvd_server.residents.tenant import Tenant
@@ -89,7 +89,7 @@ class Shelving:
             shelf.put(kept)
         return kept
 
-    def operand(self, kept: Kept, engine: Engine, call: Call) -> Operand:
+    def operand(self, kept: Kept, engine: Engine, call: Call) -> Tensor:
         """Return the elements of a tensor that the caller uses, as an operand for an engine.
 
         What lies on another device is copied through the host. What lies in host memory is brought
@@ -146,7 +146,7 @@ class Shelving:
         self._quotas.give_back(kept.tenant, kept.held_bytes)
         self._garbage.append(kept)
 
-    def _free(self, shelf: Shelf, operand: Operand, grown_bytes: int = 0) -> None:
+    def _free(self, shelf: Shelf, operand: Tensor, grown_bytes: int = 0) -> None:
         if isinstance(operand, np.ndarray):
             return  # the memory goes with the last reference
         try:
@@ -332,7 +332,7 @@ class Shelving:
             shelf.leave_unused(kept.tenant, kept.size_bytes)
             shelf.left(kept.size_bytes)
 
-    def _reshelve(self, kept: Kept, shelf: Shelf, operand: Operand) -> None:
+    def _reshelve(self, kept: Kept, shelf: Shelf, operand: Tensor) -> None:
         """Let a tensor lie elsewhere, under the lock. Its old memory is still to be freed, and to have `left`."""
         kept.shelf.leave(kept)
         self._quotas.give_back(kept.tenant, kept.grown_bytes)

@@ -13,7 +13,7 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer
 from deconvd.shared_slice import SharedSlice
 from deconvd_server.cache import Entry, Resource
-from deconvd_server.device import Operand
+from deconvd_server.device import Tensor
 from deconvd_server.secret_names import Named, new_name
 
 __all__ = ["Account", "Lendable", "Limits", "Loans", "OverLimitError", "Use"]
@@ -85,7 +85,7 @@ class Lendable(Protocol):
 
     def tensor(
         self, name: str, spec: TensorSpec, lies_at: SharedSlice, *, is_writable: bool
-    ) -> Operand:
+    ) -> Tensor:
         """Return a part of it as a tensor: an array, or a tensor on a card, which can be written in any case.
 
         Args:

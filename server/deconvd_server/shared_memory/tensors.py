@@ -10,7 +10,7 @@ from deconvd.errors import InvalidArgumentError, StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
-from deconvd_server.device import Operand
+from deconvd_server.device import Tensor
 from deconvd_server.shared_memory.lender import Lender
 from deconvd_server.shared_memory.loans import Lendable, Use
 
@@ -40,7 +40,7 @@ class CallTensors:
         for use in self._uses.values():
             use.end()
 
-    def operand(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Operand:
+    def operand(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Tensor:
         """Return a tensor to be read: a read-only array, unless it lies on a card.
 
         Args:
@@ -52,7 +52,7 @@ class CallTensors:
         """
         return self._memory(name, lies_at).tensor(name, spec, lies_at, is_writable=False)
 
-    def place(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Operand:
+    def place(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Tensor:
         """Return where a tensor is to be put: a writable array, or a tensor on a card. Otherwise as `operand`."""
         return self._memory(name, lies_at).tensor(name, spec, lies_at, is_writable=True)
 

@@ -23,6 +23,7 @@ from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
+from deconvd_server.device.arriving import Operand, require
 from deconvd_server.device.cpu.blocking import (
     Blocking,
     ranges,
@@ -33,13 +34,8 @@ from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
 from deconvd_server.device.cpu.tensor import DEVICE_ID, HostTensor, array_of, own, plain
 from deconvd_server.device.no_products import sum_gb
-from deconvd_server.device.protocol import (
-    CacheState,
-    DeviceInfo,
-    DeviceTensor,
-    LentMemory,
-    Operand,
-)
+from deconvd_server.device.protocol import CacheState, DeviceInfo
+from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 from deconvd_server.ledger import Stage
 
 __all__ = ["CpuDevice"]
@@ -125,17 +121,23 @@ class CpuDevice:
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Operand],
+        places: Mapping[str, Tensor],
         options: Options,
         call: Call,
     ) -> None:
         """Compute results into their places. `options` are for GPUs. See `Device`."""
         set_result = {"y": self._set_y, "gx": self._set_gx, "gw": self._set_gW, "gb": _set_gb}
-        arrays = {field: array_of(operand) for field, operand in operands.items()}
+        arrays = {
+            field: operand if isinstance(operand, np.ndarray) else array_of(require(operand))
+            for field, operand in operands.items()
+        }
         with self._computing(problem, call):
             for field, place in places.items():
-                with plain(place) as result:
-                    set_result[field](result, problem, arrays, call)
+                target = array_of(place)
+                result = plain(target)
+                set_result[field](result, problem, arrays, call)
+                if result is not target:
+                    copy_into(target, result)
 
     def _set_y(self, y: Array, problem: Problem, operands: Mapping[str, Array], call: Call) -> None:
         y[...] = operands["b"][:, None, None] if "b" in operands else 0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 
-from deconvd.copying import copy_into
 from deconvd.tensor import Array, spec_of
-from deconvd_server.device.protocol import DeviceTensor, Operand, never
+from deconvd_server.device.tensor import DeviceTensor, Tensor, never
 
 __all__ = ["DEVICE_ID", "HostTensor", "array_of", "own", "plain"]
 
@@ -49,7 +47,7 @@ class HostTensor:
         self._array = None
 
 
-def array_of(operand: Operand) -> Array:
+def array_of(operand: Tensor) -> Array:
     """Return the elements of an operand or a place."""
     return operand if isinstance(operand, np.ndarray) else own(operand).array
 
@@ -61,16 +59,8 @@ def own(tensor: DeviceTensor) -> HostTensor:
     return tensor
 
 
-@contextmanager
-def plain(place: Operand) -> Iterator[Array]:
-    """Give the block an array to write a result into: the place itself if it is C-contiguous and in native byte order.
-
-    Otherwise what the block has written is copied to the place.
-    """
-    target = array_of(place)
+def plain(target: Array) -> Array:
+    """Return what a result can be written into: the target if it is C-contiguous and native, else a new array."""
     if target.flags.c_contiguous and target.dtype.isnative:
-        yield target
-        return
-    array = np.empty(target.shape, target.dtype.newbyteorder("="))
-    yield array
-    copy_into(target, array)
+        return target
+    return np.empty(target.shape, target.dtype.newbyteorder("="))

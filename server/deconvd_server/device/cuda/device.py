@@ -19,6 +19,7 @@ from deconvd.operation import DECONVOLVE, Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.call import Call
+from deconvd_server.device.arriving import Arriving, Operand, array_in, require_all
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.guard import Guard
@@ -50,7 +51,8 @@ from deconvd_server.device.cuda.sizing import Sizing
 from deconvd_server.device.cuda.stats import CudaStats
 from deconvd_server.device.cuda.tensors import CardTensors
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
-from deconvd_server.device.protocol import CacheState, DeviceInfo, Operand
+from deconvd_server.device.protocol import CacheState, DeviceInfo
+from deconvd_server.device.tensor import Tensor
 
 __all__ = ["CudaDevice", "Limits"]
 
@@ -193,7 +195,7 @@ class CudaDevice(CardTensors):
             budget_bytes=self._budget_bytes,
             calls_count=self._limits.lanes_count,
             has_own_memory=True,
-            takes_early=True,
+            takes_arriving=True,
             card=self._card.id,
         )
 
@@ -232,7 +234,7 @@ class CudaDevice(CardTensors):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Operand],
+        places: Mapping[str, Tensor],
         options: Options,
         call: Call,
     ) -> None:
@@ -240,11 +242,11 @@ class CudaDevice(CardTensors):
         used = _used(operation, tuple(places), tuple(operands))
         divided = None
         if operation is DECONVOLVE:  # gradients are computed in steps, which overlap as well
-            divided = _HOST_MEMORY.places(operands["x"], places["y"])
+            divided = _HOST_MEMORY.places(array_in(operands["x"]), places["y"])
         parts_count = 1 if divided is None else count_parts(problem)
         is_followed = operation is not DECONVOLVE or parts_count > 1
-        if call.writing is not None and not (is_followed and self._lanes.are_idle):
-            call.writing.require()  # to follow it would take time from others
+        if not (is_followed and self._lanes.are_idle):
+            operands = require_all(operands)  # to follow any would take time from others
         part = _part(problem, parts_count)
         with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
             ready = self._prepared(used, part, operands, options, call, lane)
@@ -281,7 +283,7 @@ class CudaDevice(CardTensors):
         if used.product_of_W is None:
             return _NO_W
         W, product = operands["w"], PRODUCTS[used.product_of_W]
-        if isinstance(W, np.ndarray):
+        if isinstance(W, (np.ndarray, Arriving)):
             return Prepared(W)
         return prepared(
             W,

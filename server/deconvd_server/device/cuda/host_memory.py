@@ -14,7 +14,7 @@ import numpy as np
 
 from deconvd.addresses import address_of
 from deconvd.tensor import Array
-from deconvd_server.device.protocol import Operand
+from deconvd_server.device.tensor import Tensor
 
 __all__ = ["HostMemory", "HostPlaces"]
 
@@ -74,7 +74,7 @@ class HostMemory:
         """Return whether cards reach an array: it lies here, C-contiguous and in native byte order."""
         return self._address(array) is not None
 
-    def places(self, x: Operand, y: Operand) -> HostPlaces | None:
+    def places(self, x: Tensor, y: Tensor) -> HostPlaces | None:
         """Return where two arrays lie; None if one is none, or cards do not reach it."""
         if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
             return None

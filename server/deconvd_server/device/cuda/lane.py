@@ -11,6 +11,7 @@ from deconvd.copying import copy_into
 from deconvd.lru import Lru
 from deconvd.tensor import Array
 from deconvd_server.call import Call
+from deconvd_server.device.arriving import Arriving, Operand, array_in, require
 from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
 from deconvd_server.device.cuda.job import Job
 from deconvd_server.device.cuda.kind import Kind
@@ -20,7 +21,7 @@ from deconvd_server.device.cuda.pipeline import Pipeline
 from deconvd_server.device.cuda.runtime import PinnedBuffer, Stream, download, upload
 from deconvd_server.device.cuda.staging import Staging, bytes_of
 from deconvd_server.device.cuda.tensor import CudaTensor, own
-from deconvd_server.device.protocol import Operand
+from deconvd_server.device.tensor import Tensor
 from deconvd_server.ledger import Ledger, Stage
 
 __all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]
@@ -86,7 +87,7 @@ class Lane:
         key: Hashable,
         prepare: Callable[[], Job],
         operands: Sequence[Operand],
-        places: Sequence[Operand],
+        places: Sequence[Tensor],
         call: Call,
     ) -> None:
         """Compute the results of a call.
@@ -102,7 +103,7 @@ class Lane:
             ExhaustedError: The card has not the memory now.
             CudaError, CudnnError: The card or cuDNN failed.
             CallCancelledError, DeadlineError: The call has ended.
-            LateError: Its operands are not written in time.
+            LateError: Its operands do not arrive in time.
         """
         operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, places))
         is_mirrored = not any(map(self._is_direct, (*operands, *places)))
@@ -114,14 +115,13 @@ class Lane:
         is_large = kind.frame.total_bytes > ARENA_BYTES
         if is_large and self.pipeline.run_steps(kind, operands, places, call):
             return
-        if call.writing is not None:
-            call.writing.require()
+        tensors = [*map(require, operands)]
         if is_large:
-            self._run_large(kind, operands, places, call)
+            self._run_large(kind, tensors, places, call)
         elif is_mirrored:
-            self._run_mirrored(kind, operands, places, call.ledger)
+            self._run_mirrored(kind, tensors, places, call.ledger)
         else:
-            self._run_direct(kind, operands, places, call.ledger)
+            self._run_direct(kind, tensors, places, call.ledger)
 
     def run_in_parts(
         self,
@@ -170,14 +170,15 @@ class Lane:
         """Forget all kinds of calls and their graphs. No call may be under way."""
         self._kinds.clear()
 
-    def _pointer(self, tensor: Operand) -> int | None:
-        """Return where a tensor lies on the card; None for an array."""
-        if isinstance(tensor, np.ndarray):
+    def _pointer(self, operand: Operand) -> int | None:
+        """Return where a tensor is on the card; None for an array."""
+        if isinstance(operand, (np.ndarray, Arriving)):
             return None
-        return own(tensor, self._device_id).pointer
+        return own(operand, self._device_id).pointer
 
-    def _is_direct(self, tensor: Operand) -> bool:
+    def _is_direct(self, operand: Operand) -> bool:
         """Return whether the card is to copy an array by itself, be the call small or large."""
+        tensor = array_in(operand)
         return (
             isinstance(tensor, np.ndarray)
             and tensor.nbytes >= _DIRECT_BYTES
@@ -185,7 +186,7 @@ class Lane:
         )
 
     def _run_mirrored(
-        self, kind: Kind, operands: Sequence[Operand], places: Sequence[Operand], ledger: Ledger
+        self, kind: Kind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
     ) -> None:
         """Run a small call: its arrays go through pinned memory that mirrors the arena."""
         with ledger.timing(Stage.UPLOAD):
@@ -211,7 +212,7 @@ class Lane:
             download(results, self._arena + frame.operands_bytes, stream)
 
     def _run_direct(
-        self, kind: Kind, operands: Sequence[Operand], places: Sequence[Operand], ledger: Ledger
+        self, kind: Kind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
     ) -> None:
         """Run a small call of which the card reaches some arrays; the others are mirrored one by one."""
         stream, mirrored = self.stream.pointer, []
@@ -240,7 +241,7 @@ class Lane:
         self._marks.account(ledger)
 
     def _run_large(
-        self, kind: Kind, operands: Sequence[Operand], places: Sequence[Operand], call: Call
+        self, kind: Kind, operands: Sequence[Tensor], places: Sequence[Tensor], call: Call
     ) -> None:
         frame = kind.frame
         with self._memory.take(frame.total_bytes) as base:
@@ -274,7 +275,7 @@ class Lane:
 
 
 def _moved(
-    regions: Sequence[Region | None], tensors: Sequence[Operand]
+    regions: Sequence[Region | None], tensors: Sequence[Tensor]
 ) -> Iterator[tuple[Region, Array]]:
     """Yield the arrays that are to be copied to the card or from it, each with its region there."""
     for region, tensor in zip(regions, tensors, strict=True):

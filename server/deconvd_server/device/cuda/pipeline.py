@@ -11,6 +11,7 @@ import numpy as np
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
+from deconvd_server.device.arriving import Arriving, Following, Operand, array_in
 from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
 from deconvd_server.device.cuda.kind import Kind, addresses
 from deconvd_server.device.cuda.marks import Marks
@@ -18,9 +19,8 @@ from deconvd_server.device.cuda.memory import DeviceMemory, Regions
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
 from deconvd_server.device.cuda.runtime import Bytes, Stream, copy, download, upload
 from deconvd_server.device.cuda.staging import Staging, bytes_of
-from deconvd_server.device.protocol import Operand
+from deconvd_server.device.tensor import Tensor
 from deconvd_server.ledger import Stage
-from deconvd_server.writing import LateError, Writing
 
 __all__ = ["Pipeline", "count_parts"]
 
@@ -39,7 +39,7 @@ _SMALL_BYTES = 16 << 10
 """What is sooner copied than looked up."""
 
 _FOLLOWED_BYTES = 2 << 20
-"""In pieces of this size an operand that is used whole is uploaded while it is written."""
+"""In pieces of this size an operand that is used whole is uploaded while it arrives."""
 
 _REMEMBERED_COUNT = 1024
 
@@ -48,7 +48,7 @@ class _Reached(NamedTuple):
     """A tensor where the card reaches it: on the card, in lent memory, or as a mirror in pinned memory.
 
     Attributes:
-        lent: Itself, if that is in lent memory; else None.
+        lent: Its array, if that is in lent memory; else None.
     """
 
     operand: Operand
@@ -105,7 +105,7 @@ class Pipeline:
     ) -> None:
         """Compute y in parts.
 
-        Operands that are still being written are followed piece by piece.
+        Operands that are still arriving are followed piece by piece.
 
         Args:
             kind: Of the call, with as many parts as `count_parts` returns.
@@ -114,25 +114,21 @@ class Pipeline:
 
         Raises as `Lane.run` does, and LateError.
         """
-        x, *others = operands
-        assert isinstance(x, np.ndarray)
-        writing = _unfinished(call)
+        following = Following(operands)
+        x, *others = following.operands
 
         def enqueue(base: int) -> None:
-            if writing is not None and not self._can_follow(operands, writing):
-                writing.expect(writing.total_bytes - x.nbytes)
-            reached = self._reached(others, Regions())
+            reached = self._reached(others, Regions(), following)
             if reached is not None:
-                self._launch_parts(kind, base, x, reached, y, places, writing)
+                self._launch_parts(kind, base, x, reached, y, places, following)
                 return
-            if writing is not None:
-                writing.expect(writing.total_bytes - x.nbytes)
-            self._enqueue_parts(kind, base, operands, y, self._staged(call), writing)
+            upload_whole = self._staged(call)
+            self._enqueue_parts(kind, base, [x, *others], y, upload_whole, following)
 
-        self._run(kind, call, enqueue)
+        self._run(kind, call, enqueue, following)
 
     def run_steps(
-        self, kind: Kind, operands: Sequence[Operand], results: Sequence[Operand], call: Call
+        self, kind: Kind, operands: Sequence[Operand], results: Sequence[Tensor], call: Call
     ) -> bool:
         """Compute the results of a job in its steps; return False if they are to be computed in another way.
 
@@ -142,37 +138,36 @@ class Pipeline:
             kind: Of the call, in one part.
             operands, results: In the job's order.
         """
-        writing = _unfinished(call)
-        if writing is not None and not self._can_follow(operands, writing):
-            raise LateError
+        following = Following(operands)
         generation, mirrors = self._host_memory.generation, Regions()
-        targets = self._reached(results, mirrors, is_to_be_read=False)
-        sources = None if targets is None else self._reached(operands, mirrors)
+        targets = self._reached(results, mirrors, None)
+        sources = None if targets is None else self._reached(following.operands, mirrors, following)
         if targets is None or sources is None:
             return False
+        made = [array_in(target.operand) for target in targets]
         tensors = [*sources, *targets]
         places = HostPlaces.of(generation, [t.lent for t in tensors if t.lent is not None])
 
         def enqueue_steps(base: int) -> None:
-            upload_whole = self._upload if writing is None else self._followed(writing)
             given = [source.operand for source in sources]
-            made = [target.operand for target in targets]
-            self._enqueue_steps(kind, base, given, made, upload_whole)
+            self._enqueue_steps(kind, base, given, made, following)
 
         def enqueue(base: int) -> None:
-            if writing is not None:
+            if not following.is_over:
                 enqueue_steps(base)
                 return
             at = base, *(tensor.lent is None for tensor in tensors)
             self._launch(kind, partial(enqueue_steps, base), at, places)
 
-        self._run(kind, call, enqueue)
-        for result, target in zip(results, targets, strict=True):
-            if isinstance(result, np.ndarray) and target.operand is not result:
-                result[...] = target.operand
+        self._run(kind, call, enqueue, following)
+        for result, target in zip(results, made, strict=True):
+            if isinstance(result, np.ndarray) and target is not result:
+                result[...] = target
         return True
 
-    def _run(self, kind: Kind, call: Call, enqueue: Callable[[int], None]) -> None:
+    def _run(
+        self, kind: Kind, call: Call, enqueue: Callable[[int], None], following: Following
+    ) -> None:
         """Have a call enqueued, given the address of a block for the kind's frame, and wait for it."""
         with self._memory.take(kind.frame.total_bytes) as base:
             call.check()
@@ -184,27 +179,26 @@ class Pipeline:
                     stream.wait()
                 raise
             self._marks.account(call.ledger)
-            if call.writing is not None:  # though it may have written all before it was looked at
-                call.ledger.add(Stage.FOLLOW, call.writing.waited_s)
+            if following.is_early:  # though all may have been there before it was looked at
+                call.ledger.add(Stage.FOLLOW, following.waited_s)
 
     def _launch_parts(
         self,
         kind: Kind,
         base: int,
-        x: Array,
+        x: Operand,
         others: Sequence[_Reached],
         y: Array,
         places: HostPlaces,
-        writing: Writing | None,
+        following: Following,
     ) -> None:
         """Enqueue a call in parts whose arrays the card all reaches."""
 
         def enqueue() -> None:
             operands = [x, *(other.operand for other in others)]
-            upload_whole = self._upload if writing is None else self._followed(writing)
-            self._enqueue_parts(kind, base, operands, y, upload_whole, writing)
+            self._enqueue_parts(kind, base, operands, y, self._upload, following)
 
-        if writing is not None:
+        if not following.is_over:
             enqueue()
             return
         lent = [other.lent for other in others if other.lent is not None]
@@ -234,7 +228,7 @@ class Pipeline:
         operands: Sequence[Operand],
         y: Array,
         upload_whole: Callable[[Array, int], None],
-        writing: Writing | None,
+        following: Following,
     ) -> None:
         """Enqueue a call in parts, between a beginning and an end on the stream for the way up.
 
@@ -242,30 +236,31 @@ class Pipeline:
             base: Address of a block for the kind's frame.
             upload_whole: Enqueues a copy of an operand that is not divided, on the stream for the way up or for
                 the work.
-            writing: How far operands are written; None if they are there.
+            following: Waits for operands that are still arriving.
 
         Raises:
-            LateError: They are not written in time.
+            LateError: They do not arrive in time.
         """
         up, work, down = self._up, self._work, self._down
         x, *others = operands
-        assert isinstance(x, np.ndarray)
+        source = array_in(x)
+        assert isinstance(source, np.ndarray)
         x_at, *used_at = addresses(base, kind.frame.operands, kind.operands_at)
         (y_at,) = addresses(base, kind.frame.results, kind.results_at)
         workspace = base + kind.frame.workspace.offset
         self._begin()
         for other, lies_at, target in zip(others, kind.operands_at[1:], used_at, strict=True):
-            self._bring(other, lies_at, target, upload_whole)
-        written_bytes = 0 if writing is None else writing.total_bytes - x.nbytes
+            self._bring(other, lies_at, target, upload_whole, following)
+        end_bytes = 0
         for x_part, y_part in zip(
-            _parts(x, kind.parts_count), _parts(y, kind.parts_count), strict=True
+            _parts(source, kind.parts_count), _parts(y, kind.parts_count), strict=True
         ):
-            if writing is not None:
-                written_bytes += x_part.nbytes
-                writing.expect(written_bytes)
+            if isinstance(x, Arriving):
+                end_bytes += x_part.nbytes
+                following.expect(x, end_bytes)
             upload(x_at, x_part, up.pointer)
             up.fork(work)
-            self._compute(kind, [x_at, *used_at], y_at, workspace, is_alone=writing is not None)
+            self._compute(kind, [x_at, *used_at], y_at, workspace, is_alone=not following.is_over)
             work.fork(down)
             download(y_part, y_at, down.pointer)
             x_at, y_at = x_at + x_part.nbytes, y_at + y_part.nbytes
@@ -276,8 +271,8 @@ class Pipeline:
         kind: Kind,
         base: int,
         operands: Sequence[Operand],
-        results: Sequence[Operand],
-        upload_whole: Callable[[Array, int], None],
+        results: Sequence[Tensor],
+        following: Following,
     ) -> None:
         """Enqueue a call in steps, in the manner of `_enqueue_parts`."""
         up, work, down = self._up, self._work, self._down
@@ -290,7 +285,7 @@ class Pipeline:
             for number in step.operands:
                 if not is_there[number]:
                     lies_at, target = kind.operands_at[number], operands_at[number]
-                    self._bring(operands[number], lies_at, target, upload_whole)
+                    self._bring(operands[number], lies_at, target, self._upload, following)
                     is_there[number] = True
             up.fork(work)
             step.enqueue(operands_at, results_at, workspace, work.pointer)
@@ -322,9 +317,12 @@ class Pipeline:
         lies_at: int | None,
         target: int,
         upload_array: Callable[[Array, int], None],
+        following: Following,
     ) -> None:
         """Enqueue a copy of an operand to where it is used, unless it is there."""
-        if isinstance(operand, np.ndarray):
+        if isinstance(operand, Arriving):
+            self._follow(operand, target, upload_array, following)
+        elif isinstance(operand, np.ndarray):
             upload_array(operand, target)
         elif lies_at is not None and lies_at != target:
             copy(target, lies_at, operand.spec.nbytes, self._up.pointer)
@@ -335,7 +333,7 @@ class Pipeline:
         """Enqueue the work of a part.
 
         Args:
-            is_alone: Whether it is to be a graph of its own: so that the host keeps up with who writes x.
+            is_alone: Whether it is to be a graph of its own: so that the host keeps up with x as it arrives.
         """
 
         def enqueue() -> None:
@@ -347,28 +345,30 @@ class Pipeline:
             enqueue()
 
     def _reached(
-        self, tensors: Sequence[Operand], mirrors: Regions, *, is_to_be_read: bool = True
+        self, operands: Sequence[Operand], mirrors: Regions, following: Following | None
     ) -> list[_Reached] | None:
-        """Return tensors as the card reaches them. None if one that it does not reach is large.
+        """Return operands or places as the card reaches them. None if one that it does not reach is large.
 
         Args:
             mirrors: Those of the call so far.
-            is_to_be_read: Whether they have elements that the card is to read.
+            following: Waits for operands that are mirrored; None for places.
         """
         reached: list[_Reached] = []
-        for tensor in tensors:
-            if not isinstance(tensor, np.ndarray):
-                reached.append(_Reached(tensor))
-            elif self._is_lent(tensor):
-                reached.append(_Reached(tensor, lent=tensor))
+        for operand in operands:
+            array = array_in(operand)
+            if not isinstance(array, np.ndarray):
+                reached.append(_Reached(operand))
+            elif self._is_lent(array):
+                reached.append(_Reached(operand, lent=array))
             else:
-                region = mirrors.add(tensor.nbytes)
+                region = mirrors.add(array.nbytes)
                 if mirrors.total_bytes > _MIRRORED_BYTES:
                     return None
-                dtype = tensor.dtype.newbyteorder("=")
-                mirror = np.ndarray(tensor.shape, dtype, self._pinned, region.offset)
-                if is_to_be_read:
-                    mirror[...] = tensor
+                dtype = array.dtype.newbyteorder("=")
+                mirror = np.ndarray(array.shape, dtype, self._pinned, region.offset)
+                if following is not None:
+                    following.expect_all(operand)
+                    mirror[...] = array
                 reached.append(_Reached(mirror))
         return reached
 
@@ -379,37 +379,26 @@ class Pipeline:
     def _upload(self, array: Array, target: int) -> None:
         upload(target, bytes_of(array), self._up.pointer)
 
-    def _can_follow(self, operands: Sequence[Operand], writing: Writing) -> bool:
-        """Return whether what is written is just what the card is to copy from where it lies."""
-        arrays = (operand for operand in operands if isinstance(operand, np.ndarray))
-        lent_bytes = sum(array.nbytes for array in arrays if self._is_lent(array))
-        return lent_bytes == writing.total_bytes
-
-    def _followed(self, writing: Writing) -> Callable[[Array, int], None]:
-        """Return what uploads operands while they are written, one behind the other."""
-        written_bytes = 0
-
-        def upload_followed(array: Array, target: int) -> None:
-            nonlocal written_bytes
-            if not self._is_lent(array):
-                self._upload(array, target)
-                return
-            whole = bytes_of(array)
-            for begin in range(0, whole.size, _FOLLOWED_BYTES):
-                piece = whole[begin : begin + _FOLLOWED_BYTES]
-                written_bytes += piece.size
-                writing.expect(written_bytes)
-                upload(target + begin, piece, self._up.pointer)
-
-        return upload_followed
+    def _follow(
+        self,
+        operand: Arriving,
+        target: int,
+        upload_array: Callable[[Array, int], None],
+        following: Following,
+    ) -> None:
+        """Enqueue copies of an operand, piece by piece as it arrives if the card reaches it."""
+        if not self._is_lent(operand.array):
+            following.expect_all(operand)
+            upload_array(operand.array, target)
+            return
+        whole = bytes_of(operand.array)
+        for begin in range(0, whole.size, _FOLLOWED_BYTES):
+            piece = whole[begin : begin + _FOLLOWED_BYTES]
+            following.expect(operand, begin + piece.size)
+            upload(target + begin, piece, self._up.pointer)
 
     def _staged(self, call: Call) -> Callable[[Array, int], None]:
         return lambda array, target: self._staging.upload(array, target, call.check)
-
-
-def _unfinished(call: Call) -> Writing | None:
-    """Return how far a call's operands are written; None if all are there."""
-    return None if call.writing is None or call.writing.is_done() else call.writing
 
 
 def _parts(array: Array, count: int) -> list[Bytes]:

@@ -10,11 +10,12 @@ import numpy as np
 
 from deconvd.errors import ExhaustedError
 from deconvd.problem import TensorSpec
+from deconvd_server.device.arriving import Operand
 from deconvd_server.device.cuda.forms import Forms
 from deconvd_server.device.cuda.memory import DeviceMemory, Lease
 from deconvd_server.device.cuda.plan import Plan, Preparation, preparation_of
 from deconvd_server.device.cuda.tensor import CudaTensor
-from deconvd_server.device.protocol import Operand, never
+from deconvd_server.device.tensor import Tensor, never
 
 __all__ = ["Prepared", "prepared"]
 
@@ -45,7 +46,7 @@ class Prepared:
 
 
 def prepared(
-    W: Operand,
+    W: Tensor,
     kind: Hashable,
     find_plan: Callable[[], Plan],
     memory: DeviceMemory,

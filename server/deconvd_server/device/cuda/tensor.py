@@ -8,7 +8,7 @@ from deconvd.problem import TensorSpec
 from deconvd_server.device.cuda.forms import Forms
 from deconvd_server.device.cuda.memory import Lease
 from deconvd_server.device.cuda.plan import Preparation
-from deconvd_server.device.protocol import DeviceTensor, never
+from deconvd_server.device.tensor import DeviceTensor, never
 
 __all__ = ["CudaLentMemory", "CudaTensor", "own"]
 

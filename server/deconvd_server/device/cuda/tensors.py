@@ -13,7 +13,7 @@ from deconvd_server.device.cuda.lane import Lane
 from deconvd_server.device.cuda.memory import DeviceMemory
 from deconvd_server.device.cuda.runtime import PinnedBuffer, ipc_handle
 from deconvd_server.device.cuda.tensor import CudaLentMemory, CudaTensor, own
-from deconvd_server.device.protocol import DeviceTensor
+from deconvd_server.device.tensor import DeviceTensor
 
 __all__ = ["CardTensors"]
 

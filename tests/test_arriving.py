@@ -1,0 +1,140 @@
+"""Operands that are still arriving: each is asked for by its own bytes, and a device is held for as long as is fair."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from deconvd.errors import CallCancelledError
+from deconvd_server.call import Call
+from deconvd_server.device import arriving as module
+from deconvd_server.device.arriving import (
+    Following,
+    LateError,
+    array_in,
+    require,
+    require_all,
+    wait_for_all,
+)
+from tests.devices import arriving
+
+
+class Receiving:
+    """Operands that are received while they are waited for, some bytes each time: see `Progress`."""
+
+    def __init__(self, step_bytes: int) -> None:
+        self.step_bytes = step_bytes
+        self.there_bytes = 0
+        self.waits: list[tuple[int, float]] = []
+
+    def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
+        self.waits.append((size_bytes, timeout_s))
+        if timeout_s > 0:
+            come_bytes = min(self.there_bytes + self.step_bytes, size_bytes)
+            self.there_bytes = max(self.there_bytes, come_bytes)
+        return self.there_bytes >= size_bytes
+
+
+class Silent:
+    """Operands of which there are some bytes, and never more."""
+
+    def __init__(self, there_bytes: int = 0) -> None:
+        self.there_bytes = there_bytes
+        self.timeouts_s: list[float] = []
+
+    def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
+        self.timeouts_s.append(timeout_s)
+        if size_bytes > self.there_bytes:
+            time.sleep(max(timeout_s, 0))
+        return self.there_bytes >= size_bytes
+
+
+W, X = np.zeros(3, np.float32), np.zeros(5, np.float32)
+
+
+def test_operands_come_one_behind_the_other() -> None:
+    w, x = arriving(Silent(W.nbytes + 4), W, X)
+    assert w.is_there()
+    assert x.wait_for(4, 0)
+    assert not x.wait_for(5, 0)
+    assert not x.is_there()
+    assert array_in(x) is X
+
+
+def test_only_what_is_there_is_given_to_who_requires_it() -> None:
+    w, x = arriving(Silent(W.nbytes), W, X)
+    assert require(w) is W
+    assert require_all({"w": w, "b": X}) == {"w": W, "b": X}
+    with pytest.raises(LateError):
+        require(x)
+    with pytest.raises(LateError):
+        require_all({"w": w, "x": x})
+
+
+def test_who_waits_for_all_has_arrays_once_all_is_there() -> None:
+    progress = Receiving(8)
+    w, x = arriving(progress, W, X)
+    operands = wait_for_all({"x": x, "w": w, "b": W}, Call())
+    assert [*operands] == ["x", "w", "b"]
+    assert operands["x"] is X
+    assert operands["w"] is operands["b"] is W
+    assert progress.there_bytes == W.nbytes + X.nbytes
+
+
+def test_who_waits_for_all_looks_whether_the_call_is_wanted() -> None:
+    _, x = arriving(Silent(), W, X)
+    call = Call()
+    call.cancel()
+    with pytest.raises(CallCancelledError):
+        wait_for_all({"x": x}, call)
+
+
+def test_following_knows_what_is_there_already() -> None:
+    w, x = arriving(Silent(W.nbytes), W, X)
+    following = Following([x, w, X])
+    assert following.operands[0] is x
+    assert following.operands[1] is W
+    assert following.operands[2] is X
+    assert following.is_early
+    assert not following.is_over
+
+
+def test_there_is_nothing_to_follow_where_all_is_there() -> None:
+    there = Following(arriving(Silent(1000), W, X))
+    assert there.is_early
+    assert there.is_over
+    never = Following([W, X])
+    assert not never.is_early
+    assert never.is_over
+
+
+def test_what_comes_is_followed_piece_by_piece() -> None:
+    progress = Receiving(4)
+    _, x = arriving(progress, W, X)
+    following = Following([x])
+    progress.there_bytes = W.nbytes
+    for end in (4, 8, 12):
+        following.expect(x, end)
+    assert [size_bytes for size_bytes, _ in progress.waits[1:]] == [16, 20, 24]
+    assert following.waited_s > 0
+
+
+def test_a_device_is_held_as_long_as_a_slow_copy_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_GRACE_S", 0.3)
+    monkeypatch.setattr(module, "_SLOWEST_BYTES_PER_S", 80)
+    fair_s = 0.3 + (W.nbytes + X.nbytes) / 80
+    progress = Silent(W.nbytes)
+    w, x = arriving(progress, W, X)
+    following = Following([x, w])
+    began_s = time.monotonic()
+    following.expect(w, W.nbytes)
+    with pytest.raises(LateError):
+        following.expect(x, X.nbytes)
+    assert time.monotonic() - began_s >= fair_s
+    with pytest.raises(LateError):
+        following.expect(x, X.nbytes)
+    first, second, third = progress.timeouts_s[-3:]
+    assert first == pytest.approx(fair_s)
+    assert third <= 0 < second <= first  # for all waits together
