@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 import deconvd_client
-from deconvd.direct import Answer, CallHead, Method
-from deconvd.line import FrameKind, Line
+from deconvd.direct_events import Answer, CallHead, End, Failed, Method
+from deconvd.line import Line
+from deconvd.parts import Ahead
+from deconvd.status import error_from_status
 from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct_ways import way_to
@@ -22,6 +24,7 @@ __all__ = [
     "X",
     "answer",
     "calls_path",
+    "failure",
     "open_line",
     "send_call",
     "serves",
@@ -43,7 +46,7 @@ def target_of(server: ServerProcess, transport: str) -> str:
 def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
     """Return what a server says of itself."""
     with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
-        return F._nearest.server_info(soon())
+        return F._server.nearest.server_info(soon())
 
 
 def calls_path(server: ServerProcess) -> Path:
@@ -54,30 +57,40 @@ def calls_path(server: ServerProcess) -> Path:
 def open_line(server: ServerProcess, transport: str = "unix") -> Line:
     way = way_to(target_of(server, transport))
     assert way is not None
-    return way.open(lambda: told_by(server), 5)
+    line = way.open(lambda: told_by(server), 5)
+    line.set_deadline(60)  # what it was opened with is short
+    return line
 
 
 def send_call(
     line: Line, method: Method, message: bytes, *, timeout_s: float = 30, is_early: bool = False
 ) -> None:
-    line.send((FrameKind.CALL, CallHead(method, timeout_s, message, is_early).pack()))
+    line.send(CallHead(method, timeout_s, message, is_early))
 
 
-def answer(line: Line) -> tuple[FrameKind, bytes]:
-    """Return the frame that a call ends with, and what it holds."""
+def answer(line: Line) -> Answer | End | Failed:
+    """Return what a call ends with."""
     while True:
-        kind, size_bytes = line.receive()
-        payload = line.take(size_bytes)
-        if kind in (FrameKind.ANSWER, FrameKind.END, FrameKind.FAILED):
-            return kind, payload
+        event = line.next_event()
+        if isinstance(event, Ahead):
+            line.read_into(np.empty(event.size_bytes, np.uint8))
+        elif isinstance(event, (Answer, End, Failed)):
+            return event
+
+
+def failure(line: Line) -> Exception:
+    """Return the error that a call ends with."""
+    event = answer(line)
+    assert isinstance(event, Failed), event
+    return error_from_status(event.status)
 
 
 def serves(line: Line) -> bool:
     """Make a call, and return whether it was answered well."""
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
-    kind, payload = answer(line)
-    response = pb.DeconvolveResponse.FromString(Answer.parse(payload).message)
-    return (kind, list(response.y.shape)) == (FrameKind.ANSWER, [1, 2, 4, 4])
+    event = answer(line)
+    assert isinstance(event, Answer), event
+    return list(pb.DeconvolveResponse.FromString(event.message).y.shape) == [1, 2, 4, 4]
 
 
 def wait_until_idle(server: ServerProcess) -> None:

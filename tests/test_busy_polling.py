@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ import pytest
 import deconvd_client
 from deconvd import busy_polling
 from deconvd.busy_polling import BusyPolling
-from deconvd.line import FrameKind, Line, LineBrokenError, LineTimeoutError
+from deconvd.byte_stream import SocketStream
+from deconvd.direct_events import Written
+from deconvd.line_errors import LineClosedError, LineTimeoutError
 from deconvd_server.attention import Attention
+from tests.line_pairs import early_ends
 from tests.servers import server_process
 
 
-class CountedLine(Line):
+class CountedStream(SocketStream):
     """Counts how often it is polled, and notes for how long; does not sleep after that."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -28,22 +32,21 @@ class CountedLine(Line):
         self.polls_count = 0
         self.timeouts_s: list[float] = []
 
-    def has_come(self, size_bytes: int, timeout_s: float) -> bool:
-        """See `Line`."""
+    def has_come(self, timeout_s: float) -> bool:
+        """See `ByteStream`."""
         self.polls_count += 1
         self.timeouts_s.append(timeout_s)
-        return super().has_come(size_bytes, timeout_s)
+        return super().has_come(timeout_s)
 
     def wait(self) -> None:
-        """See `Line`: here it returns at once."""
+        """See `ByteStream`: here it returns at once."""
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Line, CountedLine]]:
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SocketStream, CountedStream]]:
     monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", True)
     one, other = socket.socketpair()
-    near, far = Line(one), CountedLine(other)
-    with near, far:
+    with closing(SocketStream(one)) as near, closing(CountedStream(other)) as far:
         yield near, far
 
 
@@ -51,27 +54,32 @@ def yes() -> bool:
     return True
 
 
-def is_polled(polling: BusyPolling, line: CountedLine) -> bool:
-    """Wait, and return whether the line was polled meanwhile."""
-    before_count = line.polls_count
-    polling.wait(line, yes)
-    return line.polls_count > before_count
+def taken(stream: SocketStream) -> bytes:
+    """Return what has come."""
+    space = bytearray(100)
+    return bytes(space[: stream.read_into(memoryview(space))])
 
 
-def test_what_comes_ends_the_wait(ends: tuple[Line, CountedLine]) -> None:
+def is_polled(polling: BusyPolling, stream: CountedStream) -> bool:
+    """Wait, and return whether the stream was polled meanwhile."""
+    before_count = stream.polls_count
+    polling.wait(stream, yes)
+    return stream.polls_count > before_count
+
+
+def test_what_comes_ends_the_wait(ends: tuple[SocketStream, CountedStream]) -> None:
     near, far = ends
     polling = BusyPolling(1000)
     for _ in range(3):
-        later = threading.Timer(0.02, near.send, [(FrameKind.MESSAGE, b"abc")])
+        later = threading.Timer(0.02, near.write, [b"abc"])
         later.start()
         assert is_polled(polling, far)
-        assert far.receive() == (FrameKind.MESSAGE, 3)
-        assert far.receive_payload(3) == b"abc"
+        assert taken(far) == b"abc"
         later.join()
 
 
 def test_what_does_not_come_is_polled_for_ever_more_seldom(
-    ends: tuple[Line, CountedLine],
+    ends: tuple[SocketStream, CountedStream],
 ) -> None:
     _, far = ends
     polling = BusyPolling(0.01)
@@ -79,36 +87,38 @@ def test_what_does_not_come_is_polled_for_ever_more_seldom(
 
 
 def test_it_begins_shortly_before_what_is_waited_for_usually_comes(
-    ends: tuple[Line, CountedLine],
+    ends: tuple[SocketStream, CountedStream],
 ) -> None:
     near, far = ends
     polling = BusyPolling(1000, ahead_s=0.05)
     slept_s = []
     for _ in range(4):
-        later = threading.Timer(0.3, near.send, [(FrameKind.MESSAGE, b"")])
+        later = threading.Timer(0.3, near.write, [b"a"])
         later.start()
         far.timeouts_s.clear()
         polling.wait(far, yes)
-        assert far.receive() == (FrameKind.MESSAGE, 0)
+        assert taken(far) == b"a"
         slept_s.append(sum(far.timeouts_s))
         later.join()
     assert slept_s[0] == 0
     assert 0 < slept_s[1] < slept_s[3]
 
 
-def test_what_comes_sooner_than_usual_is_seen_at_once(ends: tuple[Line, CountedLine]) -> None:
+def test_what_comes_sooner_than_usual_is_seen_at_once(
+    ends: tuple[SocketStream, CountedStream],
+) -> None:
     near, far = ends
     polling = BusyPolling(0.3, ahead_s=0.1)
     polling.wait(far, yes)  # in vain: it takes at least that long
     assert not is_polled(polling, far)
-    near.send((FrameKind.MESSAGE, b""))
+    near.write(b"a")
     far.timeouts_s.clear()
     polling.wait(far, yes)
     (slept_s,) = far.timeouts_s
     assert slept_s > 0
 
 
-def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[Line, CountedLine]) -> None:
+def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[SocketStream, CountedStream]) -> None:
     _, far = ends
     answers = iter([True, True, True, False])
     BusyPolling(1000).wait(far, lambda: next(answers))
@@ -119,34 +129,46 @@ def test_it_is_left_off_once_it_is_not_worth_it(ends: tuple[Line, CountedLine]) 
 @pytest.mark.parametrize("longest_s", [1000, 0.01])
 def test_whether_or_not_it_is_polled_what_comes_is_waited_for(longest_s: float) -> None:
     one, other = socket.socketpair()
-    with Line(one) as near, Line(other) as far:
+    with closing(SocketStream(one)) as near, closing(SocketStream(other)) as far:
         polling = BusyPolling(longest_s)
         for _ in range(3):
-            later = threading.Timer(0.05, near.send, [(FrameKind.MESSAGE, b"")])
+            later = threading.Timer(0.05, near.write, [b"a"])
             later.start()
             polling.wait(far, yes)
-            assert far.has_come(8, 0)
-            assert far.receive() == (FrameKind.MESSAGE, 0)
+            assert far.has_come(0)
+            assert taken(far) == b"a"
             later.join()
 
 
 def test_nothing_is_waited_for_beyond_the_deadline() -> None:
     one, other = socket.socketpair()
-    with Line(one), Line(other) as far:
+    with closing(SocketStream(one)), closing(SocketStream(other)) as far:
         far.set_deadline(0.05)
         with pytest.raises(LineTimeoutError):
             BusyPolling(0.01).wait(far, yes)
 
 
-def test_the_end_of_a_line_is_seen(ends: tuple[Line, CountedLine]) -> None:
+def test_the_end_of_a_stream_is_seen(ends: tuple[SocketStream, CountedStream]) -> None:
     near, far = ends
     near.close()
-    with pytest.raises(LineBrokenError):
-        BusyPolling(1000).wait(far, yes)
+    BusyPolling(1000).wait(far, yes)
+    assert far.polls_count == 1
+    with pytest.raises(LineClosedError):
+        taken(far)
+
+
+def test_what_a_line_has_read_ahead_is_not_waited_for() -> None:
+    with early_ends() as (client, server):
+        for size_bytes in (1, 2):
+            client.send(Written(size_bytes))
+        assert server.next_event() == Written(1)
+        assert not server._stream.has_come(0)  # the other came with it
+        BusyPolling(1000).wait(server, yes)
+        assert server.next_event() == Written(2)
 
 
 def test_with_one_processor_nobody_polls(
-    ends: tuple[Line, CountedLine], monkeypatch: pytest.MonkeyPatch
+    ends: tuple[SocketStream, CountedStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", False)
     assert not is_polled(BusyPolling(1000), ends[1])

@@ -112,7 +112,7 @@ def test_a_key_from_the_environment_is_in_no_pickle(monkeypatch: pytest.MonkeyPa
 
 def tenant_key_of(F: Connection) -> bytes:
     """Return what a connection tells the server."""
-    key: bytes = F._residents._session._tenant_key
+    key: bytes = F._server.residents._session._tenant_key
     return key
 
 
@@ -197,7 +197,10 @@ def test_a_connections_text_says_where_it_goes_and_how() -> None:
         deconvd_client.connect("unix:s", timeout_s=0.5, transport="unix") as other,
     ):
         assert repr(F) == "<deconvd_client.Connection to gpu-host:50051, timeout 60 s>"
-        assert repr(other) == "<deconvd_client.Connection to unix:s, timeout 0.5 s, transport unix>"
+        assert repr(other) == (
+            "<deconvd_client.Connection to unix:s, by a Unix socket, no direct connection, "
+            "timeout 0.5 s, transport unix>"
+        )
 
 
 def test_every_error_survives_a_pickle() -> None:

@@ -59,8 +59,8 @@ def operands(n: int = 3, channels: int = 16, image: int = 24) -> tuple[Array, Ar
 
 def is_lent(F: Connection, array: Any) -> bool:
     """Return whether an array lies in memory that the server lends."""
-    assert F._cards is not None
-    borrowers = F._cards._borrowers.values()
+    assert F._server._cards is not None
+    borrowers = F._server._cards._borrowers.values()
     return any(borrower.locate(array) is not None for borrower in borrowers)
 
 
@@ -125,7 +125,7 @@ def test_results_are_operands_of_the_next_call_where_they_lie(F: Connection) -> 
     expected = F.deconvolution_2d(F.deconvolution_2d(x, W, **GEOMETRY), W, **GEOMETRY)
 
     y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
-    (borrower,) = F._cards._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = F._server._cards._borrowers.values()  # type: ignore[union-attr]
     taken_bytes = borrower.taken_bytes
     z = F.deconvolution_2d(y, cupy.asarray(W), **GEOMETRY)
 
@@ -145,7 +145,7 @@ def test_results_stay_as_they_are_while_they_are_held_and_their_memory_is_used_a
     base = F.deconvolution_2d(x, W, **GEOMETRY)[1:3, ::2]
     for n, y in held:
         np.testing.assert_allclose(cupy.asnumpy(y), n * base, rtol=1e-4, atol=1e-3)
-    (borrower,) = F._cards._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = F._server._cards._borrowers.values()  # type: ignore[union-attr]
     del held, y
     gc.collect()
     assert borrower.taken_bytes < 2 * W_card.nbytes
@@ -211,6 +211,57 @@ def test_a_remote_tensor_and_a_cupy_array_meet_on_the_host(F: Connection) -> Non
     np.testing.assert_array_equal(cupy.asnumpy(y), F.deconvolution_2d(x, W, **GEOMETRY))
 
 
+def test_what_stays_on_the_server_may_be_made_of_cupy_arrays(F: Connection) -> None:
+    x, W, b, gy = operands()
+    expected = F.deconvolution_2d(x, W, b, **GEOMETRY)
+    on_card = [cupy.asarray(array) for array in (x, W, b, gy)]
+
+    np.testing.assert_array_equal(F.put(on_card[0]).numpy(), x)
+    y = F.remote.deconvolution_2d(*on_card[:3], **GEOMETRY)
+    np.testing.assert_array_equal(y.numpy(), expected)
+    gradients = F.remote.deconvolution_2d_grad(*on_card, **GEOMETRY)
+    right = F.deconvolution_2d_grad(x, W, b, gy, **GEOMETRY)
+    for tensor, array in zip(gradients, right, strict=True):
+        assert tensor is not None
+        np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+def test_a_pullback_answers_in_the_kind_of_what_it_is_given(F: Connection) -> None:
+    x, W, b, gy = operands()
+    y, pullback = F.vjp(*map(cupy.asarray, (x, W, b)), **GEOMETRY)
+    expected = F.deconvolution_2d_grad(x, W, b, gy, **GEOMETRY)
+
+    assert isinstance(y, cupy.ndarray)
+    np.testing.assert_array_equal(cupy.asnumpy(y), F.deconvolution_2d(x, W, b, **GEOMETRY))
+    for given, kind in ((cupy.asarray(gy), cupy.ndarray), (gy, np.ndarray)):
+        for found, right in zip(pullback(given), expected, strict=True):
+            assert isinstance(found, kind)
+            np.testing.assert_array_equal(cupy.asnumpy(found), right)
+
+
+def test_gradients_of_a_remote_tensor_are_numpys(F: Connection) -> None:
+    x, W, _, gy = operands()
+    on_card = cupy.asarray(W), None, cupy.asarray(gy)
+    for wanted in (["gx"], ["gx", "gW"]):
+        found = F.deconvolution_2d_grad(F.put(x), *on_card, **GEOMETRY, wanted=wanted)
+        expected = F.deconvolution_2d_grad(x, W, None, gy, **GEOMETRY, wanted=wanted)
+        assert isinstance(found.gx, np.ndarray)
+        np.testing.assert_array_equal(found.gx, expected.gx)
+
+
+@pytest.mark.parametrize("wanted", ["gx", "gW", "gb"])
+def test_one_gradient_of_cupy_arrays_is_a_cupy_array(F: Connection, wanted: str) -> None:
+    x, W, b, gy = operands()
+    expected = getattr(F.deconvolution_2d_grad(x, W, b, gy, **GEOMETRY, wanted=[wanted]), wanted)
+
+    gradients = F.deconvolution_2d_grad(cupy.asarray(x), W, b, gy, **GEOMETRY, wanted=[wanted])
+
+    found = getattr(gradients, wanted)
+    assert isinstance(found, cupy.ndarray)
+    assert is_lent(F, found)
+    np.testing.assert_array_equal(cupy.asnumpy(found), expected)
+
+
 def test_a_server_in_the_same_process_is_reached_by_way_of_the_host(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,7 +289,7 @@ import deconvd_client
 F = deconvd_client.connect(sys.argv[1])
 x = cupy.ones((4, 8, 16, 16), np.float32)
 y = F.deconvolution_2d(x, cupy.ones((8, 4, 4, 4), np.float32))
-borrower, = F._cards._borrowers.values()
+borrower, = F._server._cards._borrowers.values()
 print(borrower.locate(y) is not None, borrower.borrowed_bytes, flush=True)
 input()
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from deconvd.direct import tell_written
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients, Wanted
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
-from deconvd.line import Line, LineBrokenError
+from deconvd.line import Line, tell_written
+from deconvd.line_errors import LineBrokenError
 from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
@@ -36,6 +35,7 @@ from deconvd_server.writing import Writing
 from tests import definition
 from tests.devices import arriving, deconvolve, gradients, runner
 from tests.golden import GoldenCase, golden_cases, tolerance
+from tests.line_pairs import early_ends
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice, Limits
@@ -520,8 +520,7 @@ class TestEarlyCalls:
 
     @pytest.fixture
     def ends(self) -> Iterator[tuple[Line, Line]]:
-        client, server = (Line(end) for end in socket.socketpair())
-        with client, server:
+        with early_ends() as (client, server):
             yield client, server
 
     def arrays(self, registered: Array) -> tuple[Array, Array]:
@@ -562,7 +561,7 @@ class TestEarlyCalls:
             writer.join()
 
             self.check(cuda, y, source)
-            assert not server.has_come(1, 0)  # all that was said was heard
+            assert not server.has_come(0)  # all that was said was heard
             assert FOLLOW_ENTRY in dict(call.ledger.as_metadata())[METADATA_KEY]
 
     @pytest.mark.parametrize(

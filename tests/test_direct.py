@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct import ANY_INSTANCE, Answer, FrameSource, Method, be_greeted, greet
+from deconvd.direct_events import (
+    ANY_INSTANCE,
+    Answer,
+    CallHead,
+    End,
+    Failed,
+    FrameKind,
+    Hello,
+    Method,
+    frame,
+)
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -28,16 +39,17 @@ from deconvd.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd.line import FrameSource, Line
+from deconvd.line_errors import LineBrokenError
 from deconvd.parts import Ahead, Elements, PartReader, elements_part
 from deconvd.problem import TensorSpec
 from deconvd.status import error_from_status, status_from_error
 from deconvd.tensor import message_from_array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
-from deconvd_client.direct import DirectLines, NoLineError
-from deconvd_client.direct_call import Conversation
+from deconvd_client.direct import DirectTransport
 from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
+from deconvd_client.transport import Conversation, NoLineError
 from tests.deadlines import soon
 from tests.direct_calls import (
     REQUEST,
@@ -45,6 +57,7 @@ from tests.direct_calls import (
     X,
     answer,
     calls_path,
+    failure,
     open_line,
     send_call,
     serves,
@@ -52,6 +65,7 @@ from tests.direct_calls import (
     told_by,
     wait_until_idle,
 )
+from tests.line_pairs import client_line, send_raw, server_line
 from tests.lines import CLEAN, bad_line
 from tests.processes import held_by, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
@@ -218,21 +232,21 @@ def test_errors_come_back_as_they_were(running: ServerProcess, transport: str) -
     wrong = pb.DeconvolveRequest(x=REQUEST.x, w=message_from_array(W[:3]))
     way = way_to(target_of(running, transport))
     assert way is not None
-    lines = DirectLines(way, lambda: told_by(running))
+    lines = DirectTransport(way, lambda: told_by(running))
     wait_until(lambda: _gets_line(lines))
     for message in (wrong.SerializeToString(), b"\xff" * 40):
         with pytest.raises(InvalidArgumentError) as raised:
-            lines.call(Method.Deconvolve, message, soon())
+            lines.unary("Deconvolve", message, soon())
     assert "not a valid deconvd.v1.DeconvolveRequest" in str(raised.value)
-    reply = lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
-    assert pb.DeconvolveResponse.FromString(reply.message).y.shape == [1, 2, 4, 4]
-    assert b"server_us=" in reply.ledger.encode()
+    message, ledger = lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+    assert pb.DeconvolveResponse.FromString(message).y.shape == [1, 2, 4, 4]
+    assert "server_us=" in ledger
     lines.close()
 
 
-def _gets_line(lines: DirectLines) -> bool:
+def _gets_line(lines: DirectTransport) -> bool:
     try:
-        lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
+        lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
     except NoLineError:
         return False
     return True
@@ -262,7 +276,7 @@ def test_a_response_too_large_for_a_message_is_refused_and_streams(running: Serv
     request.geometry.outsize.h = request.geometry.outsize.w = 256
     line = open_line(running)
     send_call(line, Method.Deconvolve, request.SerializeToString())
-    assert b"too many for a message of a direct call" in answer(line)[1]
+    assert "too many for a message of a direct call" in str(failure(line))
     assert serves(line)
     line.close()
     with deconvd_client.connect(running.target, transport="unix") as F:
@@ -275,9 +289,9 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
 ) -> None:
     line = open_line(running, transport)
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=0)
-    assert b"DeadlineError" in answer(line)[1]
+    assert isinstance(failure(line), DeadlineError)
     send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=1e12)
-    assert answer(line)[0] is FrameKind.ANSWER
+    assert isinstance(answer(line), Answer)
     assert serves(line)
     line.close()
     with deconvd_client.connect(
@@ -288,17 +302,6 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(*SLOW)
     wait_until_idle(running)
-
-
-@given(st.binary(max_size=300), st.text("abc=;_0123", max_size=300))
-def test_an_answer_is_read_as_it_was_written(message: bytes, ledger: str) -> None:
-    assert Answer.parse(Answer(message, ledger).pack()) == (message, ledger)
-
-
-@given(st.binary(max_size=30))
-def test_an_answer_of_any_bytes_is_read_or_refused(payload: bytes) -> None:
-    with suppress(LineBrokenError):
-        Answer.parse(payload)
 
 
 FRAMES = st.lists(
@@ -317,20 +320,19 @@ def test_frames_that_make_no_sense_hurt_nobody(
 ) -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.fspath(calls_path(running)))
-    line = Line(connection)
+    line = client_line(connection)
     line.set_deadline(30)
     with suppress(LineBrokenError):
         if begins:
-            greet(line, ANY_INSTANCE)
+            line.send(Hello(ANY_INSTANCE))
+            line.next_event()
             message = data if isinstance(data, bytes) else data[0][1]
             send_call(line, method, message, timeout_s=5)
         if isinstance(data, bytes):
-            connection.sendall(data)
+            send_raw(line, data)
         else:
-            line.send(*data)
-        connection.shutdown(socket.SHUT_WR)
-        while True:
-            answer(line)
+            send_raw(line, b"".join(frame(kind, payload) for kind, payload in data))
+        line.end_gently(30)
     line.close()
     other = open_line(running)
     assert serves(other)
@@ -363,7 +365,7 @@ def test_y_flows_back_while_x_is_still_coming(running: ServerProcess, transport:
     reader.header()
     np.testing.assert_array_equal(reader.read("y", spec_of(x[:1])), x[:1])
     line.send_part(elements_part(x[3:]))
-    line.send((FrameKind.END, b""))
+    line.send(End())
     np.testing.assert_array_equal(reader.read("y", spec_of(x[1:])), x[1:])
     reader.expect_end()
     assert serves(line)
@@ -400,7 +402,7 @@ def test_more_or_less_than_the_tensors_is_refused(running: ServerProcess, transp
             send_call(line, Method.DeconvolveStream, header(spec_of(LARGE[:1])))
             elements = ONE.tobytes() + LARGE[:1].tobytes() + bytes(4)
             line.send_part(Elements(memoryview(elements)[: len(elements) - 4 + surplus]))
-            line.send((FrameKind.END, b""))
+            line.send(End())
             with pytest.raises(InvalidArgumentError, match=message):
                 _read_y(reader_of(line), spec_of(LARGE[:1]))
 
@@ -492,8 +494,9 @@ def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(
         with open_line(server, transport) as line:
             line.set_deadline(2)
             with suppress(LineBrokenError):  # once the server waits for its answers to be read
+                call = CallHead(Method.Deconvolve, 30, request.SerializeToString()).pack()
                 while True:
-                    send_call(line, Method.Deconvolve, request.SerializeToString())
+                    send_raw(line, call)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
 
@@ -510,8 +513,8 @@ def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -
                     waiting.enter_context(other).setblocking(False)
                     other.connect(path)
             with pytest.raises(NoLineError):
-                DirectLines(UnixWay(path), pb.GetServerInfoResponse).call(
-                    Method.Deconvolve, b"", soon()
+                DirectTransport(UnixWay(path), pb.GetServerInfoResponse).unary(
+                    "Deconvolve", b"", soon()
                 )
 
 
@@ -544,10 +547,10 @@ def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
     with server_process(tmp_path, "--log-level", "debug", listen=("127.0.0.1:0",)) as server:
         told = told_by(server)
         told.instance_id = "00112233445566778899aabbccddeeff"
-        lines = DirectLines(TcpWay("127.0.0.1"), lambda: told)
+        lines = DirectTransport(TcpWay("127.0.0.1"), lambda: told)
         for _ in range(10):
             with pytest.raises(NoLineError):
-                lines.call(Method.Deconvolve, REQUEST.SerializeToString(), soon())
+                lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
         wait_until(lambda: "from or to another server" in server.log.read_text())
         lines.close()
         assert not direct_calls(server, "tcp")
@@ -605,19 +608,19 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
         way = way_to(running.target)
         assert way is not None
         told = told_by(running)
-        lines = DirectLines(way, lambda: told)
+        lines = DirectTransport(way, lambda: told)
         request = REQUEST.SerializeToString()
-        assert lines.call(Method.Deconvolve, request, soon()).message
+        assert lines.unary("Deconvolve", request, soon())[0]
         child = os.fork()
         if not child:
-            replies = [lines.call(Method.Deconvolve, request, soon()) for _ in range(200)]
-            os._exit(0 if all(reply.message for reply in replies) else 1)
-        replies = [lines.call(Method.Deconvolve, request, soon()) for _ in range(200)]
+            replies = [lines.unary("Deconvolve", request, soon()) for _ in range(200)]
+            os._exit(0 if all(message for message, _ in replies) else 1)
+        replies = [lines.unary("Deconvolve", request, soon()) for _ in range(200)]
         _, status = os.waitpid(child, 0)
         lines.close()
         assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
     assert status == 0
-    assert all(reply.message for reply in replies)
+    assert all(message for message, _ in replies)
 
 
 @TRANSPORTS
@@ -666,25 +669,25 @@ def _processor_s(pid: int) -> float:
 
 
 def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
-    lines = DirectLines(UnixWay(running.target.removeprefix("unix:")), lambda: told_by(running))
+    lines = DirectTransport(UnixWay(running.target.removeprefix("unix:")), lambda: told_by(running))
 
     def parts() -> Iterator[pb.DeconvolveStreamRequest | Elements]:
         yield pb.DeconvolveStreamRequest.FromString(header(spec_of(LARGE)))
         yield elements_part(ONE)
         raise ZeroDivisionError("a fault of the caller's")
 
+    def begin(*, beside: bool) -> Conversation[list[object]]:
+        return Conversation(
+            Method.DeconvolveStream,
+            parts(),
+            lambda source: [source.next() for _ in range(2)],
+            pb.DeconvolveStreamResponse,
+            at_once=beside,
+        )
+
     for beside in (False, True):
         with pytest.raises(ZeroDivisionError):
-            lines.converse(
-                Conversation(
-                    Method.DeconvolveStream,
-                    parts(),
-                    lambda source: [source.next() for _ in range(2)],
-                    pb.DeconvolveStreamResponse,
-                    at_once=beside,
-                ),
-                soon(),
-            )
+            lines.stream(partial(begin, beside=beside), soon())
     wait_until_idle(running)
     lines.close()
 
@@ -703,25 +706,25 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
             yield Elements(memoryview(bytes(1 << 20)))
 
     def serve(listener: socket.socket) -> None:
-        with Line(listener.accept()[0]) as line:
+        with server_line(listener.accept()[0], instance) as line:
             line.set_deadline(30)
-            be_greeted(line, instance)
-            line.receive_payload(line.receive()[1])
+            line.next_event()
+            line.send(Hello(instance))
+            line.next_event()
             if is_refused:
-                told = status_from_error(ExhaustedError("too much")).SerializeToString()
-                line.send((FrameKind.FAILED, told))
+                line.send(Failed(status_from_error(ExhaustedError("too much"))))
                 line.end_gently(30)
                 return
             line.send_part(pb.PutTensorResponse())
             source = FrameSource(line, pb.PutTensorRequest)
             while isinstance(ahead := source.next(), Ahead):
                 source.read_into(np.empty(ahead.size_bytes, np.uint8))
-            line.send((FrameKind.END, b""))
+            line.send(End())
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         port = listener.getsockname()[1]
         info = pb.GetServerInfoResponse(direct_port=port, instance_id=instance.hex())
-        lines = DirectLines(TcpWay("127.0.0.1"), lambda: info)
+        lines = DirectTransport(TcpWay("127.0.0.1"), lambda: info)
         serving = pool.submit(serve, listener)
         talk = Conversation(
             Method.PutTensor,
@@ -731,10 +734,10 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
         )
         if is_refused:
             with pytest.raises(ExhaustedError, match="too much"):
-                lines.converse(talk, soon())
+                lines.stream(lambda: talk, soon())
             assert len(taken) < pieces_count
         else:
-            assert lines.converse(talk, soon())[0] == [pb.PutTensorResponse(), None]
+            assert lines.stream(lambda: talk, soon())[0] == [pb.PutTensorResponse(), None]
             assert len(taken) == pieces_count
         lines.close()
         serving.result(timeout=30)

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from google.rpc import status_pb2
 
 import deconvd_client
 from deconvd import copying
-from deconvd.direct import Answer, CallHead, Method, tell_written
+from deconvd.direct_events import FRAME_HEAD_BYTES, Answer, CallHead, FrameKind, Method, frame
 from deconvd.errors import DeadlineError, ExhaustedError, InvalidArgumentError
 from deconvd.geometry import Geometry
-from deconvd.line import FRAME_HEAD_BYTES, FrameKind, Line, LineBrokenError
+from deconvd.line import Line, tell_written
+from deconvd.line_errors import LineBrokenError
 from deconvd.messages import message_from_geometry
 from deconvd.problem import Problem
-from deconvd.status import error_from_status
 from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
@@ -32,6 +31,7 @@ from tests.deadlines import soon
 from tests.direct_calls import (
     answer,
     calls_path,
+    failure,
     open_line,
     send_call,
     serves,
@@ -39,6 +39,7 @@ from tests.direct_calls import (
     wait_until_idle,
 )
 from tests.holders import by_handle, holder
+from tests.line_pairs import send_raw
 from tests.processes import held_by, lent_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 
@@ -154,7 +155,7 @@ class TestClient:
                 made.append(copy.is_made)
 
         def refused_by_now(line: Line, _size_bytes: int) -> None:
-            assert line.has_come(FRAME_HEAD_BYTES, 30)
+            assert line.has_come(30)
 
         monkeypatch.setattr(LateCopy, "make", watched)
         monkeypatch.setattr(direct_call, "tell_written", refused_by_now)
@@ -414,21 +415,16 @@ class TestServer:
         data = request.SerializeToString()
         send_call(line, Method.Deconvolve, data, timeout_s=timeout_s, is_early=True)
 
-    def failure(self, line: Line) -> Exception:
-        kind, payload = answer(line)
-        assert kind is FrameKind.FAILED
-        return error_from_status(status_pb2.Status.FromString(payload))
-
     def test_it_waits_for_all_of_x(self, borrower: Borrower, x: Array, line: Line) -> None:
         for seed in range(3):
             x[...] = np.nan
             source, (request, y) = random_x(seed), self.request(borrower, x)
             self.begin(line, request)
             for end in (7, 30, 60):
-                assert not line.has_come(1, 0.05)
+                assert not line.has_come(0.05)
                 x[:end] = source[:end]
                 tell_written(line, x[:end].nbytes)
-            assert answer(line)[0] is FrameKind.ANSWER
+            assert isinstance(answer(line), Answer)
             np.testing.assert_array_equal(y, source * 3)
 
     def test_others_are_served_meanwhile(
@@ -445,7 +441,7 @@ class TestServer:
         x[...] = 1
         for other in (*waiting, line):
             tell_written(other, x.nbytes)
-            assert answer(other)[0] is FrameKind.ANSWER
+            assert isinstance(answer(other), Answer)
         for other in waiting:
             other.close()
 
@@ -457,7 +453,7 @@ class TestServer:
             if written_bytes is not None:
                 tell_written(line, written_bytes)
             began_s = time.monotonic()
-            assert isinstance(self.failure(line), DeadlineError)
+            assert isinstance(failure(line), DeadlineError)
             assert time.monotonic() - began_s < 5
             tell_written(line, x.nbytes)  # too late
             assert serves(line)
@@ -466,10 +462,10 @@ class TestServer:
         self, borrower: Borrower, x: Array, line: Line
     ) -> None:
         self.begin(line, self.request(borrower, x)[0], timeout_s=0.5)
-        frame = bytes([FrameKind.WRITTEN, 0, 0, 0, 8, 0, 0, 0]) + x.nbytes.to_bytes(8, "little")
-        line._socket.sendall(frame[:9])
-        assert isinstance(self.failure(line), DeadlineError)
-        line._socket.sendall(frame[9:])
+        told = frame(FrameKind.WRITTEN, x.nbytes.to_bytes(8, "little"))
+        send_raw(line, told[:9])
+        assert isinstance(failure(line), DeadlineError)
+        send_raw(line, told[9:])
         assert serves(line)
 
     def test_a_call_that_is_refused_is_answered_before_x_is_written(
@@ -478,7 +474,7 @@ class TestServer:
         request, _ = self.request(borrower, x)
         request.geometry.stride.h = 0
         self.begin(line, request)
-        assert isinstance(self.failure(line), InvalidArgumentError)
+        assert isinstance(failure(line), InvalidArgumentError)
         for end in range(10, 61, 10):
             tell_written(line, x[:end].nbytes)
         assert serves(line)
@@ -490,7 +486,7 @@ class TestServer:
         for lie in (x.nbytes, 2**64 - 1):
             self.begin(line, self.request(borrower, x)[0])
             tell_written(line, lie)
-            assert answer(line)[0] is FrameKind.ANSWER
+            assert isinstance(answer(line), Answer)
             assert serves(line)
 
     def test_what_is_not_said_in_order_is_waited_for(
@@ -500,10 +496,10 @@ class TestServer:
         self.begin(line, request)
         for written_bytes in (1000, 10, 0, 1000):
             tell_written(line, written_bytes)
-        assert not line.has_come(1, 0.1)
+        assert not line.has_come(0.1)
         x[...] = 1
         tell_written(line, x.nbytes)
-        assert answer(line)[0] is FrameKind.ANSWER
+        assert isinstance(answer(line), Answer)
         np.testing.assert_array_equal(y, x * 3)
 
     @pytest.mark.parametrize(
@@ -526,7 +522,7 @@ class TestServer:
         payload: bytes,
     ) -> None:
         self.begin(line, self.request(borrower, x)[0])
-        line.send((kind, payload))
+        send_raw(line, frame(kind, payload))
         with pytest.raises(LineBrokenError):
             answer(line)
         wait_until_idle(server)
@@ -544,7 +540,7 @@ class TestServer:
             answer(line)
         assert f"early call of {method.name}" in server.log.read_text()
         with pytest.raises(LineBrokenError, match="early"):
-            CallHead.parse(CallHead(method, 1, b"", is_early=True).pack())
+            CallHead.parse(CallHead(method, 1, b"", is_early=True).pack()[FRAME_HEAD_BYTES:])
 
     @pytest.mark.parametrize("field", ["x", "w"])
     def test_what_is_to_be_kept_is_waited_for(
@@ -560,13 +556,15 @@ class TestServer:
             request.session = held.session
             setattr(request.keep, field, True)
             self.begin(line, request)
-            assert not line.has_come(1, 0.2)
+            assert not line.has_come(0.2)
             lent_W[...] = W
             tell_written(line, W.nbytes)
-            assert not line.has_come(1, 0.2)
+            assert not line.has_come(0.2)
             x[...] = source
             tell_written(line, W.nbytes + x.nbytes)
-            response = pb.DeconvolveResponse.FromString(Answer.parse(answer(line)[1]).message)
+            answered = answer(line)
+            assert isinstance(answered, Answer), answered
+            response = pb.DeconvolveResponse.FromString(answered.message)
             kept = getattr(response.kept, field)
             np.testing.assert_array_equal(y, source * 3)
             operand, origin = (x, source) if field == "x" else (lent_W, W)
@@ -604,7 +602,7 @@ class TestServer:
         wait_until(lambda: not socket_path.exists())  # it drains
         x[...] = 1
         tell_written(line, x.nbytes)
-        assert answer(line)[0] is FrameKind.ANSWER  # it was under way
+        assert isinstance(answer(line), Answer)  # it was under way
         assert server.process.wait(30) == 0
 
 

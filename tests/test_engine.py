@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,10 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deconvd.direct import tell_written
 from deconvd.geometry import Geometry
 from deconvd.gradients import Wanted
-from deconvd.line import Line
+from deconvd.line import Line, tell_written
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -25,6 +23,7 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine import Engine
 from deconvd_server.writing import Writing
 from tests.devices import arriving, deconvolve, gradients
+from tests.line_pairs import early_ends
 
 F32 = np.dtype(np.float32)
 
@@ -62,8 +61,7 @@ class LateDevice(CpuDevice):
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Line, Line]]:
-    client, server = map(Line, socket.socketpair())
-    with client, server:
+    with early_ends() as (client, server):
         yield client, server
 
 

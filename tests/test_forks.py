@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
-from deconvd.forks import UnforkedWork, begin_anew_in_children, new_lock
+from deconvd.forks import (
+    UnforkedWork,
+    begin_anew_in_children,
+    new_lock,
+    new_reentrant_lock,
+)
 from tests.processes import exit_code
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -30,8 +36,11 @@ def test_owners_begin_anew_in_each_child_and_in_no_other_process() -> None:
     assert len(owner.pids) == 1
 
 
-def test_a_lock_that_another_thread_holds_is_free_in_a_child() -> None:
-    lock, let_go = new_lock(), threading.Event()
+@pytest.mark.parametrize("new", [new_lock, new_reentrant_lock])
+def test_a_lock_that_another_thread_holds_is_free_in_a_child(
+    new: Callable[[], threading.Lock | threading.RLock],
+) -> None:
+    lock, let_go = new(), threading.Event()
 
     def hold() -> None:
         with lock:
@@ -41,7 +50,7 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_child() -> None:
     holder.start()
     try:
         assert exit_code(lambda: lock.acquire(timeout=5)) == 0
-        assert lock.locked()
+        assert not lock.acquire(blocking=False)
     finally:
         let_go.set()
         holder.join()

@@ -147,9 +147,9 @@ def G(both: ServerProcess, way: str) -> Iterator[Connection]:
 def check_way(G: Connection, way: str) -> None:
     """Check that calls go by the way that they went before."""
     array = G.empty(MIDDLE.x.shape, "f4")
-    assert (G._memory.locate(array) is not None) == (way == "shared_memory")
-    assert G._memory.borrowed_bytes <= _BORROWED_BYTES
-    direct = G._nearest.far._direct
+    assert (G._server.memory.locate(array) is not None) == (way == "shared_memory")
+    assert G._server.memory.borrowed_bytes <= _BORROWED_BYTES
+    direct = G._server.nearest.far.direct
     assert (direct is None) == (way == "grpc")
     if direct is not None:
         assert direct.is_worth_asking

@@ -64,8 +64,10 @@ def callers(leak_server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iter
             for target, transport in ((unix, "shared_memory"), (unix, "unix"), (tcp, "tcp"))
         ]
         stub = pb_grpc.DeconvolutionServiceStub(stack.enter_context(grpc.insecure_channel(tcp)))
+        direct = connections[0]._server.nearest.far.direct
+        assert direct is not None
         # although the processor follows no copy
-        monkeypatch.setattr(connections[0]._nearest.far._early_calls, "is_due", lambda: True)
+        monkeypatch.setattr(direct._early_calls, "is_due", lambda: True)
         yield Callers(connections[0], connections[1], connections[2], stub)
 
 

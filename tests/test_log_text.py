@@ -17,13 +17,14 @@ from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from deconvd.direct import Answer, Method
-from deconvd.line import FrameKind, LineBrokenError
+from deconvd.direct_events import Answer, Failed, FrameKind, MessagePart, Method
+from deconvd.line_errors import LineBrokenError
 from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.log_text import LogFormatter, excerpt
 from tests.direct_calls import REQUEST, X, open_line, send_call, serves, told_by
+from tests.line_pairs import send_raw
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
 
@@ -61,9 +62,9 @@ def put_header() -> bytes:
 
 
 SERVERS_FRAMES = {
-    FrameKind.FAILED: status_pb2.Status(code=2, message=FORGED).SerializeToString(),
+    FrameKind.FAILED: Failed(status_pb2.Status(code=2, message=FORGED)).pack(),
     FrameKind.ANSWER: Answer(FORGED.encode(), "").pack(),
-    FrameKind.MESSAGE: stream_header(),
+    FrameKind.MESSAGE: MessagePart(stream_header()).pack(),
 }
 
 
@@ -75,14 +76,16 @@ def test_a_frame_that_only_servers_send_breaks_a_clients_line_and_says_nothing(
     line = open_line(running, transport)
     line.set_deadline(30)
     send_call(line, Method.DeconvolveStream, stream_header())
-    line.send((kind, SERVERS_FRAMES[kind]))
+    send_raw(line, SERVERS_FRAMES[kind])
 
     with suppress(LineBrokenError):
         while True:
-            line.take(1)
+            line.next_event()
     line.close()
 
-    wait_until(lambda: f"{kind.name} in the middle of a call" in running.log.read_text())
+    wait_until(
+        lambda: bool(re.search(f"{kind.name} of .* where the client may", running.log.read_text()))
+    )
     assert "a device is lost" not in running.log.read_text()
 
 
@@ -92,10 +95,10 @@ def test_such_a_frame_where_a_call_was_to_begin_says_nothing_either(
 ) -> None:
     line = open_line(running)
     line.set_deadline(30)
-    line.send((kind, SERVERS_FRAMES[kind]))
+    send_raw(line, SERVERS_FRAMES[kind])
 
     with pytest.raises(LineBrokenError):
-        line.take(1)
+        line.next_event()
 
     line.close()
     other = open_line(running)

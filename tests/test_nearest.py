@@ -228,7 +228,7 @@ def test_a_socket_that_does_not_answer_at_first_is_taken_once_it_does(
         pool.submit(answer_again)
         with deconvd_client.connect(server.target, transport=transport, timeout_s=20) as F:
             assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
-            wait_until(lambda: F._nearest._near is not None)
+            wait_until(lambda: F._server.nearest._near is not None)
 
 
 def test_an_unknown_transport_is_refused() -> None:
@@ -246,7 +246,7 @@ def test_a_target_without_a_server_is_said_and_looked_at_again(socket_directory:
             F.deconvolution_2d(X, W)
         with server_process(socket_directory, listen=(target, "unix")):
             assert call_until_served(F, X, W).shape == (1, 2, 4, 4)
-            assert F._nearest._near is not None
+            assert F._server.nearest._near is not None
 
 
 @pytest.mark.parametrize("transport", ["auto", "unix"])

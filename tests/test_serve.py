@@ -16,9 +16,9 @@ import pytest
 
 import deconvd_client
 from deconvd import errors
-from deconvd.direct import Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeconvdError
-from deconvd.ledger import ledger_from_metadata
+from deconvd.ledger import ledger_in, parse_ledger
 from deconvd.status import error_from_status
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
@@ -124,7 +124,7 @@ def test_an_observer_hears_who_calls_what_and_where_the_time_went(
         )
 
     begin, end = recorder.of("Deconvolve", peer)[-2:]
-    ledger = ledger_from_metadata(end.call.ledger.as_metadata())
+    ledger = parse_ledger(ledger_in(end.call.ledger.as_metadata()))
     assert (begin.status, end.status, end.error) == (None, "OK", None)
     assert begin.call is end.call
     assert ledger[Stage.COMPUTE] <= ledger[Stage.SERVER]
@@ -203,7 +203,7 @@ def test_a_caller_that_goes_has_cancelled_its_direct_call(
 
     with observed(device, recorder) as address:
         with deconvd_client.connect(address, transport="grpc") as F:
-            info = F._nearest.server_info(soon())
+            info = F._server.nearest.server_info(soon())
         way = way_to(address)
         assert way is not None
         line = way.open(lambda: info, 5)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from deconvd.addresses import address_of
 from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError, StaleRegionError
 from deconvd.geometry import Geometry
+from deconvd.operation import DECONVOLVE
 from deconvd.problem import Problem, TensorSpec
 from deconvd.shared_memory import Answer, Operation, Reply, Request
 from deconvd.shared_slice import SharedSlice
@@ -180,8 +182,14 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
     lender: Lender, borrower: Borrower
 ) -> None:
     def rpc(
-        request: Envelope[pb.DeconvolveRequest], late_copy: LateCopy | None
-    ) -> Envelope[pb.DeconvolveResponse]:
+        operation: object,
+        request: Envelope[Any],
+        deadline: object,
+        late_copy: LateCopy | None,
+        *,
+        is_brief: bool,
+    ) -> tuple[Envelope[Any], str]:
+        assert is_brief
         assert request.message.x.WhichOneof("payload") == "shared"
         assert late_copy is None  # x is small
         raise StaleRegionError("x must lie in shared memory that this server lends", argument="x")
@@ -191,7 +199,7 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
     request = pb.DeconvolveRequest(x=message_from_spec(problem.x))
 
     answered = call_with_shared_memory(
-        borrower, rpc, Asked(request, problem, {"x": x}, {"y": problem.y}, soon())
+        borrower, rpc, Asked(DECONVOLVE, request, problem, {"x": x}, {"y": problem.y}, soon())
     )
 
     assert answered is None

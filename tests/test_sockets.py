@@ -43,8 +43,10 @@ def open_directory() -> Iterator[Path]:
 
 def has_all(F: Connection) -> bool:
     """Return whether a connection has direct calls and shared memory."""
-    wait_until(lambda: F.deconvolution_2d(X, W).shape == (1, 2, 4, 4) and F._nearest.far.is_direct)
-    direct = F._nearest.far._direct
+    wait_until(
+        lambda: F.deconvolution_2d(X, W).shape == (1, 2, 4, 4) and F._server.nearest.far.is_direct
+    )
+    direct = F._server.nearest.far.direct
     assert direct is not None
     wait_until(lambda: bool(F.deconvolution_2d(X, W).size and direct._idle))
     return lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
@@ -281,7 +283,7 @@ with deconvd_client.connect(target, timeout_s=20, fail_fast=True) as F:
         y, pullback = F.vjp(x, there)
         pullback(y)
         F.remote.deconvolution_2d(x, there).numpy()
-        print(F.health(), F._nearest.far.is_direct, F._memory.borrowed_bytes > 0)
+        print(F.health(), F._server.nearest.far.is_direct, F._server.memory.borrowed_bytes > 0)
     except deconvd_client.UnavailableError as error:
         print("refused", error)
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -11,19 +10,19 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deconvd.direct import tell_written
+from deconvd.direct_events import FrameKind, frame
 from deconvd.errors import DeadlineError
-from deconvd.line import FrameKind, Line
+from deconvd.line import Line, tell_written
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Following, LateError, wait_for
 from deconvd_server.writing import Writing
 from tests.devices import arriving
+from tests.line_pairs import descriptor_of, early_ends
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Line, Line]]:
-    near, far = map(Line, socket.socketpair())
-    with near, far:
+    with early_ends() as (near, far):
         yield near, far
 
 
@@ -39,12 +38,13 @@ while True:
 def chatterer(ends: tuple[Line, Line]) -> Iterator[Writing]:
     """What is heard of a client that says the same again and again, faster than it can be heard."""
     near, far = ends
-    frame = bytes([FrameKind.WRITTEN, 0, 0, 0, 8, 0, 0, 0]) + (1).to_bytes(8, "little")
-    arguments = [str(near.descriptor), frame.hex()]
+    told = frame(FrameKind.WRITTEN, (1).to_bytes(8, "little"))
+    descriptor = descriptor_of(near)
+    arguments = [str(descriptor), told.hex()]
     with subprocess.Popen(
-        [sys.executable, "-c", _CHATTER, *arguments], pass_fds=[near.descriptor]
+        [sys.executable, "-c", _CHATTER, *arguments], pass_fds=[descriptor]
     ) as process:
-        assert far.has_come(len(frame), 30)
+        assert far.has_come(30)
         yield Writing(far)
         process.kill()
 
@@ -63,8 +63,7 @@ def test_what_was_said_is_known_without_waiting(ends: tuple[Line, Line]) -> None
 
 
 def test_what_was_written_before_is_there() -> None:
-    near, far = map(Line, socket.socketpair())
-    with near, far:
+    with early_ends() as (_, far):
         heard = Writing(far, 10)
         assert heard.wait_for(10, 0)
         assert not heard.wait_for(11, 0)

@@ -13,7 +13,7 @@ from deconvd.dtypes import BFLOAT16
 from deconvd.errors import InvalidArgumentError
 from deconvd.system import LONGEST_S
 from deconvd_client.channel import MAX_MESSAGE_BYTES
-from deconvd_client.nearest import Transport
+from deconvd_client.nearest import TransportName
 
 __all__ = [
     "TENANT_KEY_VARIABLE",
@@ -72,13 +72,14 @@ def parse_max_message_bytes(size_bytes: object) -> int:
     return size
 
 
-def parse_transport(name: object) -> Transport:
+def parse_transport(name: object) -> TransportName:
     """Return the transport of a name. Raises InvalidArgumentError if no transport has it."""
     try:
-        return Transport(name)  # type: ignore[arg-type]  # whether it is a name is asked here
+        return TransportName(name)  # type: ignore[arg-type]  # whether it is a name is asked here
     except ValueError:
         raise InvalidArgumentError(
-            f"transport must be one of {', '.join(Transport)}, got {name!r}", argument="transport"
+            f"transport must be one of {', '.join(TransportName)}, got {name!r}",
+            argument="transport",
         ) from None
 
 

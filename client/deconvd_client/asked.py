@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 
 from deconvd.codec import Envelope
-from deconvd.gradients import Wanted
-from deconvd.messages import message_from_geometry, message_from_options
+from deconvd.messages import message_from_geometry, message_from_options, messages_for
+from deconvd.operation import Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_from_message, message_from_spec
@@ -21,16 +22,16 @@ from deconvd_client.deadline import Deadline
 __all__ = [
     "Answered",
     "Asked",
-    "RequestT",
-    "ResponseT",
+    "LastLedger",
+    "Request",
+    "Response",
     "argument_of",
-    "deconvolution",
-    "differentiation",
     "received",
+    "request_of",
 ]
 
-RequestT = TypeVar("RequestT", pb.DeconvolveRequest, pb.DeconvolveGradRequest)
-ResponseT = TypeVar("ResponseT", pb.DeconvolveResponse, pb.DeconvolveGradResponse)
+Request: TypeAlias = pb.DeconvolveRequest | pb.DeconvolveGradRequest
+Response: TypeAlias = pb.DeconvolveResponse | pb.DeconvolveGradResponse
 
 _REMEMBERED_COUNT: Final = 1024
 """Kinds of calls whose descriptions are kept: most calls are made again and again."""
@@ -44,12 +45,13 @@ def argument_of(field: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked(Generic[RequestT]):
+class Asked:
     """A call to be made.
 
     Attributes:
+        operation: What is computed.
         request: Describes the operands, or says where they are. It is not to be changed.
-        problem: What is computed.
+        problem: Of what shapes, types and geometry.
         operands: Those to be sent, by the names of their fields, in the order of streams.
         results: What is to be returned, likewise.
         deadline: When the caller must have an answer.
@@ -58,7 +60,8 @@ class Asked(Generic[RequestT]):
         is_sure: Whether the server is known to have them.
     """
 
-    request: RequestT
+    operation: Operation
+    request: Request
     problem: Problem
     operands: Mapping[str, Array]
     results: Mapping[str, TensorSpec]
@@ -68,44 +71,57 @@ class Asked(Generic[RequestT]):
 
 
 @dataclass(frozen=True, slots=True)
-class Answered(Generic[ResponseT]):
+class Answered:
     """A call that was answered.
 
     Attributes:
         response: Says under which handles tensors are kept; it carries no elements.
         arrays: The results that were returned, by the names of their fields.
+        ledger: Where the time went on the server, as `deconvd.ledger` has it.
     """
 
-    response: ResponseT
+    response: Response
     arrays: dict[str, Array]
+    ledger: str
 
 
-def received(response: Envelope[ResponseT], field: str) -> Array:
+class LastLedger(threading.local):
+    """The ledger of the last call that a thread was answered: each thread has its own.
+
+    Attributes:
+        text: As `deconvd.ledger` has it; empty before the first.
+    """
+
+    text = ""
+
+
+def received(response: Envelope[Any], field: str) -> Array:
     """Return a result that a response carries, as an array of the caller's own."""
     message: pb.Tensor = getattr(response.message, field)
     return np.array(array_from_message(argument_of(field), message, response.raw.get(field)))
 
 
 @lru_cache(_REMEMBERED_COUNT)
-def deconvolution(problem: Problem, options: Options, *, with_b: bool) -> pb.DeconvolveRequest:
-    """Return what describes a call of Deconvolve. It is not to be changed: it serves every such call."""
-    return pb.DeconvolveRequest(
-        x=message_from_spec(problem.x),
-        w=message_from_spec(problem.W),
-        b=message_from_spec(problem.b) if with_b else None,
+def request_of(
+    operation: Operation,
+    problem: Problem,
+    options: Options,
+    results: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> Request:
+    """Return what describes a call. It is not to be changed: it serves every such call.
+
+    Args:
+        results: Fields of the results that are wanted.
+        optional: Fields of those operands that are given, though they may be left out.
+    """
+    request: Any = messages_for(operation).request(
         geometry=message_from_geometry(problem.geometry),
         options=message_from_options(options),
     )
-
-
-@lru_cache(_REMEMBERED_COUNT)
-def differentiation(problem: Problem, options: Options, wanted: Wanted) -> pb.DeconvolveGradRequest:
-    """Return what describes a call of DeconvolveGrad, in the manner of `deconvolution`."""
-    return pb.DeconvolveGradRequest(
-        x=message_from_spec(problem.x),
-        w=message_from_spec(problem.W),
-        gy=message_from_spec(problem.y),
-        geometry=message_from_geometry(problem.geometry),
-        options=message_from_options(options),
-        wanted=pb.GradientMask(gx=wanted.gx, gw=wanted.gW, gb=wanted.gb),
-    )
+    for name in operation.operands:
+        if name not in operation.optional or name in optional:
+            getattr(request, name).CopyFrom(message_from_spec(spec_of_field(problem, name)))
+    if len(operation.all_results) > 1:  # else there is no choice
+        request.wanted.CopyFrom(pb.GradientMask(**dict.fromkeys(results, True)))
+    return cast("Request", request)

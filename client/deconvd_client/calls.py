@@ -1,21 +1,25 @@
-"""Calls by the nearest way: through shared memory, small ones in one message, large ones in a stream."""
+"""How a call is made: which of its operands stay on the server, by which way it goes, and what is tried again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from deconvd.codec import Buffer, Envelope
-from deconvd.line import MAX_MESSAGE_BYTES
-from deconvd.tensor import elements_of
-from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
-from deconvd_client.late_copy import LateCopy
+from deconvd.direct_events import MAX_MESSAGE_BYTES
+from deconvd.errors import LostTensorError
+from deconvd.problem import TensorSpec
+from deconvd.tensor import Array, elements_of
+from deconvd_client.asked import Answered, Asked, LastLedger, received
+from deconvd_client.deadline import Deadline
+from deconvd_client.nearest import Nearest
+from deconvd_client.residents import Attempt, Call, Kept, Residents
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
-from deconvd_client.streams import Exchange, slice_samples_count
+from deconvd_client.streams import begin_exchange
 from deconvd_client.stub import Stub
 
-__all__ = ["deconvolve", "differentiate"]
+__all__ = ["Calls"]
 
 _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 """Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
@@ -24,59 +28,134 @@ _MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES - (16 << 10)
 """Operands and results together, of a direct call in one message: to copy so little costs less than a stream."""
 
 
-def deconvolve(
-    stub: Stub, memory: Borrower, asked: Asked[pb.DeconvolveRequest]
-) -> Answered[pb.DeconvolveResponse]:
-    """Call Deconvolve. Raises a DeconvdError, as `Stub` does."""
+class Calls:
+    """Makes the calls of one server. Thread-safe.
 
-    def streamed() -> Answered[pb.DeconvolveResponse]:
-        step = slice_samples_count(asked.problem)
-        header = pb.DeconvolveStreamHeader(request=asked.request, slice_samples_count=step)
-        opening = pb.DeconvolveStreamRequest(header=header)
-        return stub.deconvolve_stream(lambda: Exchange(asked, opening, step), asked.deadline)
+    The way of a call, and where each turning is taken:
 
-    return _answered(stub, memory, asked, stub.deconvolve, streamed)
+        here, `arrays`     operands as they are | some stay there, or are named by their digests: `Residents`
+        `Nearest.call`     the server's Unix socket | its target; and again, after a pause
+        here, `_answered`  tensors in shared memory | all in one message | slice by slice in a stream
+        `Stub`             by `Failover`, what is brief and streams | by gRPC, the rest
+        `Failover`         by a direct connection | by gRPC, if there is none
+
+    Args:
+        nearest: The ways to the server.
+        memory: Memory that it may lend; None if tensors are not to go that way.
+        residents: What it keeps.
+        empty: Returns new memory for a result.
+        last: Takes note of the ledgers.
+        timeout_s: How long each call may take.
+    """
+
+    def __init__(
+        self,
+        nearest: Nearest,
+        memory: Borrower | None,
+        residents: Residents,
+        empty: Callable[[TensorSpec], Array],
+        last: LastLedger,
+        timeout_s: float,
+    ) -> None:
+        self._nearest = nearest
+        self._memory = memory
+        self._residents = residents
+        self._empty = empty
+        self._timeout_s = timeout_s
+        self._last = last
+
+    def arrays(self, call: Call) -> dict[str, Array]:
+        """Make a call and return its results, by the names of their fields.
+
+        Raises:
+            LostTensorError: The server no longer has an operand, and it cannot be sent again.
+        """
+        deadline = Deadline(self._timeout_s)
+        operands: dict[str, Array] = {}
+        for field, operand in call.operands.items():
+            if isinstance(operand, Kept) or (
+                field in call.operation.constants
+                and self._residents.contents.is_worth(operand, deadline)
+            ):
+                return self._made(call, deadline)[1].arrays
+            operands[field] = operand
+        asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
+        return self.send(asked, self._memory).arrays
+
+    def kept(self, call: Call) -> dict[str, Kept]:
+        """Make a call whose results stay on the server, and return what stands for them.
+
+        Raises:
+            LostTensorError: As for `arrays`.
+        """
+        attempt, answered = self._made(call, Deadline(self._timeout_s))
+        return attempt.results(answered.response)
+
+    def send(self, asked: Asked, memory: Borrower | None) -> Answered:
+        """Make a call whose operands are as they are to be.
+
+        Args:
+            memory: For large tensors: on the host or on a card, if there may be any.
+        """
+        work = partial(self._answered, memory=memory, asked=asked)
+        answered = self._nearest.call(work, asked.deadline)
+        self._last.text = answered.ledger
+        return answered
+
+    def _made(self, call: Call, deadline: Deadline) -> tuple[Attempt, Answered]:
+        """Make a call that has residents, and return the attempt that was answered."""
+        work = partial(self._made_in, call=call, deadline=deadline)
+        return self._residents.in_session(work, deadline)
+
+    def _made_in(self, session: bytes, call: Call, deadline: Deadline) -> tuple[Attempt, Answered]:
+        """Make a call in a session: again, once the server has said what it has lost."""
+        means = self._residents.means(session, deadline)
+        for _ in call.operands:
+            attempt = Attempt(call, means)
+            try:
+                return attempt, self._sent(attempt)
+            except LostTensorError as error:
+                if not attempt.forget(error.argument):
+                    raise
+        last = Attempt(call, means, send_all=True)
+        return last, self._sent(last)
+
+    def _sent(self, attempt: Attempt) -> Answered:
+        asked = attempt.asked
+        with attempt.beside():
+            if attempt.keeps:
+                work = partial(self.send, asked, self._memory)
+                answered = self._residents.with_room(work, asked.deadline)
+            else:
+                answered = self.send(asked, self._memory)
+        attempt.settle(answered.response)
+        return answered
+
+    def _answered(self, stub: Stub, memory: Borrower | None, asked: Asked) -> Answered:
+        """Make a call once: through shared memory, in one message, or in a stream."""
+        if memory is not None:
+            shared = call_with_shared_memory(memory, stub.call, asked)
+            if shared is not None:
+                return shared
+        tensors_bytes = _tensors_bytes(asked)
+        max_message_bytes = _MAX_BRIEF_BYTES if stub.is_direct else _MAX_UNARY_BYTES
+        if not asked.is_sure or tensors_bytes > max_message_bytes:
+            (message, arrays), ledger = stub.stream(
+                partial(begin_exchange, asked, self._empty), asked.deadline
+            )
+            return Answered(message, arrays, ledger)
+        raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
+        response, ledger = stub.call(
+            asked.operation,
+            Envelope(asked.request, raw),
+            asked.deadline,
+            is_brief=tensors_bytes <= _MAX_BRIEF_BYTES,
+        )
+        results = {field: received(response, field) for field in asked.results}
+        return Answered(response.message, results, ledger)
 
 
-def differentiate(
-    stub: Stub, memory: Borrower, asked: Asked[pb.DeconvolveGradRequest]
-) -> Answered[pb.DeconvolveGradResponse]:
-    """Call DeconvolveGrad, in the manner of `deconvolve`."""
-
-    def streamed() -> Answered[pb.DeconvolveGradResponse]:
-        step = slice_samples_count(asked.problem)
-        header = pb.DeconvolveGradStreamHeader(request=asked.request, slice_samples_count=step)
-        opening = pb.DeconvolveGradStreamRequest(header=header)
-        return stub.deconvolve_grad_stream(lambda: Exchange(asked, opening, step), asked.deadline)
-
-    return _answered(stub, memory, asked, stub.deconvolve_grad, streamed)
-
-
-def _answered(
-    stub: Stub,
-    memory: Borrower,
-    asked: Asked[RequestT],
-    in_message: Callable[..., Envelope[ResponseT]],
-    streamed: Callable[[], Answered[ResponseT]],
-) -> Answered[ResponseT]:
-    def briefly(request: Envelope[RequestT], late_copy: LateCopy | None) -> Envelope[ResponseT]:
-        # what is not in shared memory then is small
-        return in_message(request, asked.deadline, is_brief=True, late_copy=late_copy)
-
-    shared = call_with_shared_memory(memory, briefly, asked)
-    if shared is not None:
-        return shared
-    tensors_bytes = _tensors_bytes(asked)
-    is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
-    max_message_bytes = _MAX_BRIEF_BYTES if stub.is_direct else _MAX_UNARY_BYTES
-    if not asked.is_sure or tensors_bytes > max_message_bytes:
-        return streamed()
-    raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
-    response = in_message(Envelope(asked.request, raw), asked.deadline, is_brief=is_brief)
-    return Answered(response.message, {field: received(response, field) for field in asked.results})
-
-
-def _tensors_bytes(asked: Asked[RequestT]) -> int:
+def _tensors_bytes(asked: Asked) -> int:
     """Return what the tensors have that a call would carry, to and fro."""
     operands_bytes = sum(array.nbytes for array in asked.operands.values())
     return operands_bytes + sum(spec.nbytes for spec in asked.results.values())

@@ -9,7 +9,6 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Final
 
 import cupy
@@ -20,10 +19,11 @@ from deconvd.forks import new_lock
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import card_id
 from deconvd.tensor import Array
-from deconvd_client.asked import Asked, RequestT, ResponseT
+from deconvd_client.asked import Asked
+from deconvd_client.calls import Calls
 from deconvd_client.deadline import Deadline
-from deconvd_client.nearest import Nearest
-from deconvd_client.residents import Call, Kept, Residents
+from deconvd_client.frameworks import host_array
+from deconvd_client.residents import Call, Kept
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError
 from deconvd_client.shared_memory.region import Block, Region
@@ -35,44 +35,36 @@ class Cards:
     """Makes calls that have cupy arrays, in memory that the server lends on their cards. Thread-safe.
 
     Args:
-        nearest: The ways to the server.
-        residents: Makes calls with numpy arrays.
+        calls: Makes calls, those with numpy arrays too.
         find_socket: As for `Borrower`.
         timeout_s: How long each call may take.
     """
 
     def __init__(
         self,
-        nearest: Nearest,
-        residents: Residents,
+        calls: Calls,
         find_socket: Callable[[Deadline], str],
         timeout_s: float,
     ) -> None:
-        self._nearest = nearest
-        self._residents = residents
+        self._calls = calls
         self._find_socket = find_socket
         self._timeout_s = timeout_s
         self._is_closed = False
         self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
-    def arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
-        """Make a call of which some arrays are cupy's, once what was enqueued on the current stream is done.
+    def arrays(self, call: Call) -> dict[str, Array]:
+        """Make a call whose results are wanted on a card, once what was enqueued on the current stream is done.
 
         Returns:
-            Its results, by the names of their fields: of the kind of `like`, and on its card.
+            Its results, by the names of their fields: on that card, or else numpy's.
 
         Raises:
-            LostTensorError: As `Residents.arrays` does.
+            LostTensorError: As `Calls.arrays` does.
         """
-        if not isinstance(like, cupy.ndarray):
-            return self._residents.arrays(_on_host(call))
-        with cupy.cuda.Device(like.device.id) as card:
-            try:
-                return self._on_card(call, card.id)
-            except _NotOnCardError:
-                arrays = self._residents.arrays(_on_host(call))
-                return {field: cupy.asarray(array) for field, array in arrays.items()}
+        with suppress(_NotOnCardError), cupy.cuda.Device(call.at.device.id) as card:
+            return self._on_card(call, card.id)
+        return self._calls.arrays(call.on_host())
 
     def close(self, deadline: Deadline) -> None:
         """Give all back that no array lies in, and borrow no more."""
@@ -84,7 +76,7 @@ class Cards:
             borrower.give_back_unused(deadline)
             borrower.close()
 
-    def _on_card(self, call: Call[RequestT, ResponseT], ordinal: int) -> dict[str, Array]:
+    def _on_card(self, call: Call, ordinal: int) -> dict[str, Array]:
         """Make a call whose tensors all lie on a card; operands that lie elsewhere are copied there.
 
         Raises:
@@ -99,9 +91,9 @@ class Cards:
         if len(operands) < len(call.operands) or not all(tensor.nbytes for tensor in tensors):
             raise _NotOnCardError
         deadline = Deadline(self._timeout_s)
-        asked = Asked(call.request, call.problem, operands, call.results, deadline)
+        asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
         borrower = self._borrower(ordinal)
-        return self._nearest.call(lambda stub: call.send(stub, borrower, asked), deadline).arrays
+        return self._calls.send(asked, borrower).arrays
 
     def _borrower(self, ordinal: int) -> _CardBorrower:
         with self._lock:
@@ -123,15 +115,6 @@ class _CardBorrower(Borrower):
     def allow_other_ways(self) -> None:
         """Have the call made by way of the host. Raises _NotOnCardError."""
         raise _NotOnCardError
-
-
-def _on_host(call: Call[RequestT, ResponseT]) -> Call[RequestT, ResponseT]:
-    """Return the same call with numpy arrays."""
-    operands: dict[str, Array | Kept] = {
-        field: cupy.asnumpy(operand) if isinstance(operand, cupy.ndarray) else operand
-        for field, operand in call.operands.items()
-    }
-    return replace(call, operands=operands)
 
 
 class _Card:
@@ -177,7 +160,7 @@ class _Card:
         if isinstance(source, cupy.ndarray) and source.device.id == self._ordinal:
             target[...] = source
         else:
-            target.set(np.ascontiguousarray(cupy.asnumpy(source), target.dtype))
+            target.set(np.ascontiguousarray(host_array(source), target.dtype))
 
 
 class _CardRegion(Region):

@@ -18,7 +18,7 @@ from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.options import UseCudnn
 from deconvd_client import arrays
 from deconvd_client.connection import connect
-from deconvd_client.nearest import Transport
+from deconvd_client.nearest import TransportName
 from deconvd_client.server_info import DeviceDescription, ServerInfo
 
 __all__ = ["main"]
@@ -60,8 +60,8 @@ _timeout = click.option(
 )
 _transport = click.option(
     "--transport",
-    type=click.Choice([way.value for way in Transport]),
-    default=Transport.AUTO.value,
+    type=click.Choice([way.value for way in TransportName]),
+    default=TransportName.AUTO.value,
     show_default=True,
     help="How tensors go: auto is the nearest way that works; any other is that way or an error.",
 )

@@ -6,20 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, SupportsIndex
+from typing import SupportsIndex
 
 import numpy.typing as npt
 
 from deconvd.dtypes import element_type
-from deconvd.forks import new_lock
 from deconvd.geometry import Geometry, IntOrPair
 from deconvd.gradients import Gradients
-from deconvd.line import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.malloc import learn_large_blocks
 from deconvd.problem import check_extents
 from deconvd.tensor import Array, spec_of
-from deconvd.transport import unix_path
-from deconvd_client.advice import Advice
 from deconvd_client.arguments import (
     parse_dtype,
     parse_fail_fast,
@@ -29,36 +25,21 @@ from deconvd_client.arguments import (
     parse_timeout,
     parse_transport,
 )
-from deconvd_client.asked import RequestT, ResponseT
-from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
+from deconvd_client.channel import MAX_MESSAGE_BYTES
 from deconvd_client.config import Config
 from deconvd_client.deadline import Deadline
-from deconvd_client.direct_ways import way_to
+from deconvd_client.frameworks import arrays_like, host_array
 from deconvd_client.keywords import refuses_unknown_keywords
-from deconvd_client.kinds import is_from_cupy
-from deconvd_client.nearest import Nearest, Transport
-from deconvd_client.operations import GRADIENTS, Operations, checked_array
-from deconvd_client.proxies import proxy_to
+from deconvd_client.nearest import TransportName
+from deconvd_client.operations import GRADIENTS, Operations
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
-from deconvd_client.residents import Call, RemoteTensor, Residents
-from deconvd_client.retries import Retries
-from deconvd_client.rpcs import Rpcs
+from deconvd_client.residents import RemoteTensor
+from deconvd_client.server import Server
 from deconvd_client.server_info import ServerInfo
-from deconvd_client.shared_memory import Borrower
-from deconvd_client.side_sockets import memory_socket
-from deconvd_client.stub import Stub
 from deconvd_client.targets import parse_target
 
-if TYPE_CHECKING:
-    from deconvd_client.cards import Cards
-
 __all__ = ["Connection", "connect"]
-
-_CLOSE_S: Final = 0.8
-"""How long `Connection.close` waits for a server that takes nothing any more."""
-
-_WITHOUT_SHARED_MEMORY: Final = (Transport.UNIX, Transport.TCP, Transport.GRPC)
 
 
 def connect(
@@ -66,7 +47,7 @@ def connect(
     *,
     timeout_s: float = 60.0,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
-    transport: str = Transport.AUTO,
+    transport: str = TransportName.AUTO,
     tenant_key: str | bytes | None = None,
     fail_fast: bool = False,
 ) -> Connection:
@@ -134,27 +115,17 @@ class Connection:
         secret = parse_tenant_key(tenant_key)
         learn_large_blocks()
 
-        def open_stub(target: str) -> Stub:
-            proxy = proxy_to(target)
-            rpcs = Rpcs(
-                lambda: open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
-            )
-            is_direct = way is not Transport.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
-            direct_way = way_to(target) if is_direct else None
-            return Stub(rpcs, direct_way, Advice(target, proxy))
-
-        self._nearest = Nearest(open_stub, target, way, Retries(fail_fast=self._fail_fast))
-        is_only_way = way is Transport.SHARED_MEMORY
-        self._memory = Borrower(self._find_memory, is_only_way=is_only_way)
-        if way in _WITHOUT_SHARED_MEMORY:
-            self._memory.close()
+        self._server = Server(
+            target,
+            transport=way,
+            max_message_bytes=max_message_bytes,
+            tenant_key=secret,
+            timeout_s=timeout_s,
+            fail_fast=self._fail_fast,
+        )
         self._config = Config()
-        self._cards: Cards | None = None
-        self._lock = new_lock()
-        self._residents = Residents(self._nearest, self._memory, secret, timeout_s)
-        self._operations = Operations(self._residents, self._config)
-        self._any_operations = Operations(self._residents, self._config, takes_cupy=True)
-        self._remote = Remote(self._operations, self._residents)
+        self._operations = Operations(self._server.residents, self._config)
+        self._remote = Remote(self._operations, self._server)
 
     @refuses_unknown_keywords
     def deconvolution_2d(
@@ -194,8 +165,8 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._any_operations.deconvolution(x, W, b, geometry)
-        return self._arrays(call, like=x)["y"]
+        call = self._operations.deconvolution(x, W, b, geometry)
+        return arrays_like(x, self._server.arrays(call))["y"]
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -229,8 +200,8 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._any_operations.differentiation(x, W, b, gy, geometry, wanted)
-        arrays = self._arrays(call, like=x)
+        call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
+        arrays = arrays_like(x, self._server.arrays(call))
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     @refuses_unknown_keywords
@@ -249,7 +220,8 @@ class Connection:
         """Return the deconvolution, and the function from its gradient to those of `x`, `W` and `b`.
 
         The server keeps x and W meanwhile, so that gradients take gy alone; arrays that they are
-        made of are referred to, to be sent again at need.
+        made of are referred to, to be sent again at need, and of cupy arrays copies on the host. The
+        result is of the kind of x, and gradients are of that of gy.
 
         Args:
             x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
@@ -262,9 +234,9 @@ class Connection:
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         images, filters = self._operations.lasting("x", x), self._operations.lasting("W", W)
         call = self._operations.deconvolution(images, filters, b, geometry)
-        y = self._residents.arrays(call)["y"]
+        y = arrays_like(x, self._server.arrays(call))["y"]
         pullback = Pullback(
-            self._operations, self._residents, call.problem, images, filters, has_b=b is not None
+            self._operations, self._server, call.problem, images, filters, has_b=b is not None
         )
         return y, pullback
 
@@ -272,7 +244,7 @@ class Connection:
         """Have the server keep an array, and return what stands for it in calls.
 
         It means what the array holds now. The array is referred to, and sent again if the server
-        loses the tensor and the array still holds the same.
+        loses the tensor and the array still holds the same. Of a cupy array that is a copy on the host.
 
         Args:
             array: Or a RemoteTensor, whose value is kept for as long as either of them. One of
@@ -284,16 +256,16 @@ class Connection:
             ExhaustedError: The server has no room for it.
             LostTensorError: It is another connection's RemoteTensor, and its server has lost it.
         """
+        residents = self._server.residents
         if isinstance(array, RemoteTensor):
-            if array.is_of(self._residents):
-                return RemoteTensor(
-                    self._residents, array.kept_for(self._residents, "array").shared()
-                )
+            if array.is_of(residents):
+                return RemoteTensor(residents, array.kept_for(residents, "array").shared())
             array = array.numpy()
-        spec = spec_of(checked_array("array", array))
+        elements = host_array(self._operations.operand("array", array))
+        spec = spec_of(elements)
         element_type("array", spec.dtype)
         check_extents("array", spec)
-        return RemoteTensor(self._residents, self._residents.put(array))
+        return RemoteTensor(residents, residents.put(elements))
 
     @property
     def remote(self) -> Remote:
@@ -309,7 +281,8 @@ class Connection:
         Raises:
             InvalidArgumentError: No operand can have that shape or element type.
         """
-        return self._memory.empty(parse_shape(shape), parse_dtype(dtype), Deadline(self._timeout_s))
+        deadline = Deadline(self._timeout_s)
+        return self._server.memory.empty(parse_shape(shape), parse_dtype(dtype), deadline)
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
@@ -325,11 +298,11 @@ class Connection:
 
     def server_info(self) -> ServerInfo:
         """Return what the server is, what it runs on and how much it takes."""
-        return ServerInfo.from_message(self._nearest.server_info(Deadline(self._timeout_s)))
+        return self._server.info()
 
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        return self._nearest.health(Deadline(self._timeout_s))
+        return self._server.health()
 
     @property
     def last_ledger(self) -> Mapping[str, int]:
@@ -340,39 +313,11 @@ class Connection:
         of a large call overlap. ``follow_us`` is there if the call was made while operands were being
         copied into shared memory: what of its time was spent waiting for the copy.
         """
-        return self._nearest.last_ledger
+        return self._server.last_ledger
 
     def close(self) -> None:
         """Close the connection, within a second. Calls under way, and later ones, raise CallCancelledError."""
-        deadline = Deadline(_CLOSE_S)
-        if self._cards is not None:
-            self._cards.close(deadline.within(_CLOSE_S / 4))
-        self._residents.close(deadline.within(_CLOSE_S / 2))
-        self._nearest.close(deadline)
-        self._memory.close()
-
-    def _arrays(self, call: Call[RequestT, ResponseT], like: object) -> dict[str, Array]:
-        """Make a call that may have cupy arrays; results are of the kind of `like`."""
-        if not is_from_cupy(like, *call.operands.values()):
-            return self._residents.arrays(call)
-        return self._opened_cards().arrays(call, like)
-
-    def _opened_cards(self) -> Cards:
-        from deconvd_client.cards import Cards
-
-        with self._lock:
-            if self._cards is None:
-                self._cards = Cards(
-                    self._nearest, self._residents, self._find_memory, self._timeout_s
-                )
-                if self._way in _WITHOUT_SHARED_MEMORY:
-                    self._cards.close(Deadline(0))
-            return self._cards
-
-    def _find_memory(self, deadline: Deadline) -> str:
-        """Return where the server lends memory; empty if it lends none here."""
-        info = self._nearest.far.get_server_info(deadline)
-        return memory_socket(info, unix_path(self.target))
+        self._server.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -398,5 +343,7 @@ class Connection:
         return again, ()
 
     def __repr__(self) -> str:
-        way = "" if self._way is Transport.AUTO else f", transport {self._way.value}"
-        return f"<deconvd_client.Connection to {self.target}, timeout {self._timeout_s:g} s{way}>"
+        words = [f"to {self.target}", *self._server.state(), f"timeout {self._timeout_s:g} s"]
+        if self._way is not TransportName.AUTO:
+            words.append(f"transport {self._way.value}")
+        return f"<deconvd_client.Connection {', '.join(words)}>"

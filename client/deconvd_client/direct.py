@@ -1,26 +1,31 @@
-"""Direct calls: without gRPC, on lines that are kept for the next calls. See `deconvd.direct`."""
+"""Direct calls: without gRPC, on lines that are kept for the next calls. See `deconvd.direct_protocol`."""
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
 from deconvd.busy_polling import BusyPolling
-from deconvd.direct import Answer, Method
+from deconvd.direct_events import Method
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.forks import begin_anew_in_children, new_lock
-from deconvd.line import MAX_MESSAGE_BYTES, Line, LineBrokenError, LineTimeoutError
+from deconvd.ledger import FOLLOW_ENTRY
+from deconvd.line import Line
+from deconvd.line_errors import LineBrokenError, LineTimeoutError
+from deconvd.trials import Trials
 from deconvd_client.backoff import Backoff
 from deconvd_client.deadline import Deadline
-from deconvd_client.direct_call import Conversation, LentLine
+from deconvd_client.direct_call import LentLine
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
+from deconvd_client.transport import Conversation, NoLineError
 from deconvd_client.uninterrupted import call_uninterrupted, do_beside
 
-__all__ = ["DirectLines", "NoLineError"]
+__all__ = ["DirectTransport"]
 
 _T = TypeVar("_T")
 
@@ -34,21 +39,16 @@ _AHEAD_S: Final = 4e-4
 _POLLED_S: Final = 8e-4
 """From so long before an answer usually comes, and for so long, a client that waits for it polls."""
 
-_HEAD_BYTES: Final = 1024
-"""More than a call has beside its message."""
-
 _IDLE_COUNT: Final = 16
 """Lines that are kept for later calls."""
+
+_METHODS: Final = {method.name: method for method in Method}
 
 _log = logging.getLogger(__name__)
 
 
-class NoLineError(Exception):
-    """There is no line, or it was lost: the call is to be made in another way."""
-
-
-class DirectLines:
-    """Lines by which calls are made directly, one at a time on each. Thread-safe.
+class DirectTransport:
+    """Carries calls directly, by lines of its own, one at a time on each. See `Transport`.
 
     Args:
         way: How a line is opened.
@@ -61,6 +61,7 @@ class DirectLines:
         self._is_closed = False
         self._backoff = Backoff()
         self._polling = BusyPolling(_POLLED_S, ahead_s=_AHEAD_S)
+        self._early_calls = Trials()
         self._lock = new_lock()  # never held while anything is sent, or waited for
         self.begin_anew_in_child()
         begin_anew_in_children(self)
@@ -79,14 +80,10 @@ class DirectLines:
         """Whether calls may get a line: the server has let the last one be opened, or was asked long ago."""
         return not self._is_closed and not self._backoff.is_pending
 
-    def call(
-        self, method: Method, message: bytes, deadline: Deadline, late_copy: LateCopy | None = None
-    ) -> Answer:
-        """Return the answer to a call of one message.
-
-        Args:
-            message: The request.
-            late_copy: Puts operands where the request says that they are; to be made once the call has begun.
+    def unary(
+        self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
+    ) -> tuple[bytes, str]:
+        """Return the response to a call of one message, and its ledger.
 
         Raises:
             NoLineError: It is to be made in another way.
@@ -94,21 +91,29 @@ class DirectLines:
             DeadlineError: There was no answer in time.
             CallCancelledError: `close` was called meanwhile.
         """
-        if len(message) > MAX_MESSAGE_BYTES - _HEAD_BYTES:
-            raise NoLineError
+        if late_copy is not None and not self._early_calls.is_due():
+            late_copy.make()
+        is_early = late_copy is not None and not late_copy.is_made
         with self._line(deadline) as lent:
-            lent.begin(method, message, deadline.remaining_s(), late_copy)
+            lent.begin(
+                _METHODS[method], request, deadline.remaining_s(), late_copy if is_early else None
+            )
             self._polling.wait(lent.line, self._is_alone)
-            return lent.answer()
+            answer = lent.answer()
+        if is_early:
+            # a server that computes on the host, or for others too, does not follow: then it costs both
+            # ends more to speak of progress than it saves
+            self._early_calls.note(has_paid=FOLLOW_ENTRY in answer.ledger)
+        return answer
 
-    def converse(self, talk: Conversation[_T], deadline: Deadline) -> tuple[_T, str]:
+    def stream(self, begin: Callable[[], Conversation[_T]], deadline: Deadline) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
 
         Raises:
-            As `call`, and what the conversation's functions raise.
+            As `unary`, and what the conversation's functions raise.
         """
         with self._line(deadline) as lent:
-            return lent.converse(talk, deadline.remaining_s())
+            return lent.converse(begin(), deadline.remaining_s())
 
     def close(self) -> None:
         """Close all lines. Calls under way end with CallCancelledError."""
@@ -120,6 +125,15 @@ class DirectLines:
             line.shut()
         for line in idle:
             line.close()
+
+    def __str__(self) -> str:
+        with self._lock:
+            busy_count = sum(known() is not None for known in self._busy)
+            count = busy_count + len(self._idle)
+        if not count:
+            return "no direct connection"
+        busy = f" ({busy_count} busy)" if busy_count else ""
+        return f"{count} direct connection{'s' if count > 1 else ''}{busy}"
 
     def _is_alone(self) -> bool:
         """Return whether no other thread has a call under way."""
@@ -180,7 +194,9 @@ class DirectLines:
     def _give_back(self, lent: LentLine, error: BaseException | None) -> None:
         with self._lock:
             self._busy.discard(weakref.ref(lent.line))
-            is_kept = lent.is_in_order and not self._is_closed and len(self._idle) < _IDLE_COUNT
+            is_kept = (
+                lent.line.protocol.is_idle and not self._is_closed and len(self._idle) < _IDLE_COUNT
+            )
             if is_kept:
                 self._idle.append(lent.line)
         if is_kept:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
-from deconvd.direct import Answer, CallHead, FrameSource, Method, failure, tell_written
-from deconvd.line import FrameKind, Line, LineBrokenError
+from deconvd.direct_events import Answer, CallHead, End, Failed, Method
+from deconvd.direct_protocol import State
+from deconvd.line import FrameSource, Line, tell_written
+from deconvd.line_errors import LineBrokenError
 from deconvd.parts import Elements, Part
+from deconvd.status import error_from_status
 from deconvd_client.late_copy import LateCopy
+from deconvd_client.transport import Conversation
 from deconvd_client.uninterrupted import NotYetError, Promise, do_beside
 
-__all__ = ["Conversation", "LentLine"]
+__all__ = ["LentLine"]
 
 _T = TypeVar("_T")
 
@@ -27,40 +30,17 @@ _SENT_S: Final = 5.0
 """How long a thread may take to notice that what it sends on is broken; only an interrupt lets it take so long."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation(Generic[_T]):
-    """A call of many parts, to be made once.
-
-    Attributes:
-        parts: The request; the first is a message.
-        receive: Makes something of the response.
-        response_type: The type of its messages.
-        at_once: Whether parts of the response may come before the request is whole: it is sent in a
-            thread of its own then.
-    """
-
-    method: Method
-    parts: Iterator[Part]
-    receive: Callable[[FrameSource], _T]
-    response_type: type[Message]
-    at_once: bool = False
-
-
 class LentLine(AbstractContextManager["LentLine"]):
     """A line that a call has to itself, for the length of a block.
 
     Args:
         on_end: Called at the block's end with this and the error that the block has raised, if any.
-
-    Attributes:
-        is_in_order: Whether the next call can be made on it.
     """
 
     def __init__(
         self, line: Line, on_end: Callable[[LentLine, BaseException | None], None]
     ) -> None:
         self.line = line
-        self.is_in_order = False
         self._on_end = on_end
 
     def __exit__(
@@ -74,48 +54,38 @@ class LentLine(AbstractContextManager["LentLine"]):
     def begin(
         self, method: Method, message: bytes, timeout_s: float, late_copy: LateCopy | None
     ) -> None:
-        """Make a call: see `DirectLines.call`."""
+        """Make a call: see `DirectTransport.unary`."""
         if late_copy is None:
-            self._send(CallHead(method, timeout_s, message))
+            self.line.send(CallHead(method, timeout_s, message))
             return
         written_bytes = late_copy.written_bytes
-        self._send(CallHead(method, timeout_s, message, True, written_bytes))
+        self.line.send(CallHead(method, timeout_s, message, True, written_bytes))
         with suppress(_AnsweredError):
             late_copy.make(self._tell_written)
 
     def answer(self) -> Answer:
         """Return the answer to a call that has begun."""
-        kind, size_bytes = self.line.receive()
-        payload = self.line.receive_payload(size_bytes)
-        if kind is FrameKind.ANSWER:
-            answer = Answer.parse(payload)
-            self.is_in_order = True
-            return answer
-        if kind is FrameKind.FAILED:
-            error = failure(payload)
-            self.is_in_order = True
-            raise error
-        raise LineBrokenError(f"a frame of kind {kind.name} where an answer was to come")
+        event = self.line.next_event()
+        if isinstance(event, Failed):
+            raise error_from_status(event.status)
+        assert isinstance(event, Answer), event  # nothing else may come
+        return event
 
     def converse(self, talk: Conversation[_T], timeout_s: float) -> tuple[_T, str]:
-        """See `DirectLines.converse`."""
+        """See `DirectTransport.stream`."""
         first = next(talk.parts)
         assert isinstance(first, Message)
-        self._send(CallHead(talk.method, timeout_s, first.SerializeToString()))
+        self.line.send(CallHead(talk.method, timeout_s, first.SerializeToString()))
         source = FrameSource(self.line, talk.response_type)
         with self._sending(talk):
             received = talk.receive(source)
-        self.is_in_order = source.is_over
         return received, source.ledger
 
     def _sending(self, talk: Conversation[_T]) -> AbstractContextManager[None]:
         """Send the rest of a request, if its method has one, while the block receives the response."""
-        if not talk.method.streams_request:
+        if self.line.protocol.state is not State.STREAMING:
             return nullcontext()
         return _Sending(self.line, talk.parts, at_once=talk.at_once)
-
-    def _send(self, head: CallHead) -> None:
-        self.line.send((FrameKind.CALL, head.pack()))
 
     def _tell_written(self, size_bytes: int) -> None:
         if not self.line.is_quiet():
@@ -170,7 +140,7 @@ class _Sending(AbstractContextManager[None]):
         with suppress(LineBrokenError):
             for part in self._parts:
                 for piece in part.pieces(_PIECE_BYTES) if isinstance(part, Elements) else (part,):
-                    if not self._at_once and self._line.next_kind() is FrameKind.FAILED:
+                    if not self._at_once and self._line.next_is_failure():
                         return  # the server does not want the rest; the block hears why
                     self._line.send_part(piece)
-            self._line.send((FrameKind.END, b""))
+            self._line.send(End())

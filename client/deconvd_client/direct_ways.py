@@ -1,4 +1,4 @@
-"""Ways by which direct calls can reach a server: how a line is opened. See `deconvd.direct`."""
+"""Ways by which direct calls can reach a server: how a line is opened. See `deconvd.direct_protocol`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
-from deconvd.direct import greet
+from deconvd.byte_stream import SocketStream
+from deconvd.direct_events import Hello
+from deconvd.direct_protocol import DirectProtocol, Role
 from deconvd.line import Line
 from deconvd.transport import unix_path
 from deconvd.v1 import deconvd_pb2 as pb
@@ -127,10 +129,11 @@ class TcpWay:
 
 def _greeted(connection: socket.socket, instance: bytes, timeout_s: float) -> Line:
     """Return a line to a server that has said that it is the one. Raises LineBrokenError otherwise."""
-    line = Line(connection)
+    line = Line(SocketStream(connection), DirectProtocol(Role.CLIENT, instance))
     line.set_deadline(timeout_s)
     try:
-        greet(line, instance)
+        line.send(Hello(instance))
+        line.next_event()
     except BaseException:
         line.close()
         raise

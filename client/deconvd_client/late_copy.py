@@ -31,7 +31,7 @@ class LateCopy:
     """Copies to be made once, however often their call is tried. For one thread.
 
     Args:
-        parts: All operands in shared memory, in the order of direct calls (see `deconvd.direct`).
+        parts: All operands in shared memory, in the order of `Operation.write_order`.
 
     Attributes:
         is_made: Whether all is copied.

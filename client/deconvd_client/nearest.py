@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from enum import Enum, StrEnum
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
@@ -18,7 +19,7 @@ from deconvd_client.retries import PinnedTransportError, Retries
 from deconvd_client.stub import Stub
 from deconvd_client.uninterrupted import do_beside
 
-__all__ = ["Nearest", "Transport"]
+__all__ = ["Nearest", "TransportName"]
 
 _T = TypeVar("_T")
 
@@ -34,8 +35,8 @@ _PROBE_TIMEOUT_S: Final = 2.0
 _log = logging.getLogger(__name__)
 
 
-class Transport(StrEnum):
-    """Which way tensors go."""
+class TransportName(StrEnum):
+    """Which way tensors are to go: what callers may ask for."""
 
     AUTO = "auto"
     """The nearest that works."""
@@ -88,12 +89,12 @@ class Nearest:
         self,
         open_stub: Callable[[str], Stub],
         target: str,
-        transport: Transport,
+        transport: TransportName,
         retries: Retries,
     ) -> None:
         self._far = open_stub(target)
         is_unix = target.startswith("unix:")
-        if is_unix and transport is Transport.TCP:
+        if is_unix and transport is TransportName.TCP:
             self._far.close(Deadline(0))
             raise InvalidArgumentError(
                 f"transport tcp must have a target of the form host:port, got {target}",
@@ -101,8 +102,8 @@ class Nearest:
             )
         self._open_stub = open_stub
         self._retries = retries
-        self._must_be_near = transport is Transport.UNIX and not is_unix
-        is_near_enough = is_unix or transport in (Transport.TCP, Transport.GRPC)
+        self._must_be_near = transport is TransportName.UNIX and not is_unix
+        is_near_enough = is_unix or transport in (TransportName.TCP, TransportName.GRPC)
         self._lock = new_lock()
         self._state = _State.FAR if is_near_enough else _State.UNSOUGHT
         self._is_sought = False
@@ -128,19 +129,19 @@ class Nearest:
             DeconvdError: What `work` raised last, or the server when it was asked for nearer ways.
             PinnedTransportError: There must be a nearer way, and there is none.
         """
-        return self._retries.run(lambda: self._try(work, deadline), deadline)
+        return self._retries.run(partial(self._try, work, deadline), deadline)
 
     def call_once(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
         """Return what `work` returns, as `call` does, without trying again."""
-        return self._retries.run_once(lambda: self._try(work, deadline), deadline)
+        return self._retries.run_once(partial(self._try, work, deadline), deadline)
 
     def server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
         """Return what the server says of itself, at the target as it was given."""
-        return self._retries.run(lambda: self._far.get_server_info(deadline), deadline)
+        return self._retries.run(partial(self._far.get_server_info, deadline), deadline)
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health, at the target as it was given: as it is now, so it is asked once."""
-        return self._retries.run_once(lambda: self._far.health(deadline), deadline)
+        return self._retries.run_once(partial(self._far.health, deadline), deadline)
 
     @property
     def far(self) -> Stub:
@@ -148,10 +149,9 @@ class Nearest:
         return self._far
 
     @property
-    def last_ledger(self) -> dict[str, int]:
-        """See `Stub.last_ledger`."""
-        near = self._near
-        return (near and near.last_ledger) or self._far.last_ledger
+    def taken(self) -> Stub | None:
+        """The stub by which calls go now; None while that is not known."""
+        return self._near or (None if self._state is _State.UNSOUGHT else self._far)
 
     def close(self, deadline: Deadline) -> None:
         """Close all ways. Calls under way end with CallCancelledError."""
@@ -172,7 +172,7 @@ class Nearest:
         try:
             return work(near)
         except UnavailableError as error:
-            if not _is_broken(error):
+            if error.was_reached or isinstance(error, PinnedTransportError):
                 raise
             self._lose(near, error)
             if self._must_be_near:
@@ -314,11 +314,6 @@ class _Probe:
 
 class _SilentError(Exception):
     """The server has a Unix socket here, and nobody answers there: it stops or starts, or has no time now."""
-
-
-def _is_broken(error: UnavailableError) -> bool:
-    """Return whether a connection broke: what a server itself says comes with when to try again."""
-    return error.retry_after_s is None and not isinstance(error, PinnedTransportError)
 
 
 def _why_not(info: pb.GetServerInfoResponse, here: list[str]) -> str:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
-from deconvd.gradients import Wanted
+from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import Array, spec_of
-from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import calls
-from deconvd_client.asked import deconvolution, differentiation
+from deconvd_client.asked import argument_of, request_of
 from deconvd_client.config import Config
-from deconvd_client.kinds import is_from_cupy
+from deconvd_client.frameworks import framework_of, host_array
 from deconvd_client.residents import Call, Kept, RemoteTensor, Residents, Source
 
-__all__ = ["GRADIENTS", "Operand", "Operations", "checked_array"]
+__all__ = ["GRADIENTS", "Operand", "Operations"]
 
 GRADIENTS: Final = ("gx", "gW", "gb")
 
@@ -34,46 +32,46 @@ class Operations:
     Args:
         residents: Whose RemoteTensors are taken.
         config: Says how to compute.
-        takes_cupy: Whether cupy arrays are taken as they are: whoever makes the calls knows them.
     """
 
-    def __init__(self, residents: Residents, config: Config, *, takes_cupy: bool = False) -> None:
+    def __init__(self, residents: Residents, config: Config) -> None:
         self._residents = residents
         self._config = config
-        self._takes_cupy = takes_cupy
 
     def operand(self, name: str, value: object) -> Operand:
-        """Return an argument as what calls take: the array, or what the server keeps."""
+        """Return an argument as what calls take: an array, or what the server keeps."""
         if isinstance(value, np.ndarray) and not isinstance(value, _MaskedArray):
             return value
         if isinstance(value, RemoteTensor):
             return value.kept_for(self._residents, name)
         if isinstance(value, Kept):  # of a pullback to be
             return value
-        if self._takes_cupy and is_from_cupy(value):
-            return cast("Array", value)
-        return checked_array(name, value)
+        framework = framework_of(value)
+        if framework is not None:
+            array: Array = framework.to_array(value)
+            return array
+        raise _wrong_kind(name, value)
 
     def lasting(self, name: str, value: object) -> Kept:
         """Return an argument as what the server is to keep beyond a call."""
         operand = self.operand(name, value)
         if isinstance(operand, Kept):
             return operand.shared()
-        return Kept(spec_of(operand), source=Source(operand))
+        array = host_array(operand)
+        return Kept(spec_of(array), source=Source(array))
 
     def deconvolution(
         self, x: object, W: object, b: object, geometry: Geometry, *, stay: bool = False
-    ) -> Call[pb.DeconvolveRequest, pb.DeconvolveResponse]:
+    ) -> Call:
         """Return the call that computes y."""
         images, filters = self.operand("x", x), self.operand("W", W)
-        problem = problem_of(spec_of_operand(images), spec_of_operand(filters), geometry)
+        problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
         operands = {"w": filters}
         if b is not None:
             operands["b"] = self.operand("b", b)
-            problem.check_b(spec_of_operand(operands["b"]))
+            problem.check_b(_spec_of(operands["b"]))
         operands["x"] = images
-        request = deconvolution(problem, self._config.options, with_b=b is not None)
-        return Call(request, problem, operands, {"y": problem.y}, stay, calls.deconvolve)
+        return self._call(DECONVOLVE, problem, operands, {"y": problem.y}, stay, images)
 
     def differentiation(
         self,
@@ -85,13 +83,15 @@ class Operations:
         wanted: Collection[str],
         *,
         stay: bool = False,
-    ) -> Call[pb.DeconvolveGradRequest, pb.DeconvolveGradResponse]:
+    ) -> Call:
         """Return the call that computes gradients; of b only the shape and the type count."""
         images, filters = self.operand("x", x), self.operand("W", W)
-        problem = problem_of(spec_of_operand(images), spec_of_operand(filters), geometry)
+        problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
         if b is not None:
-            problem.check_b(spec_of_operand(self.operand("b", b)))
-        return self.way_back(problem, images, filters, gy, wanted, has_b=b is not None, stay=stay)
+            problem.check_b(_spec_of(self.operand("b", b)))
+        return self.way_back(
+            problem, images, filters, gy, wanted, has_b=b is not None, stay=stay, at=images
+        )
 
     def way_back(
         self,
@@ -103,39 +103,49 @@ class Operations:
         *,
         has_b: bool,
         stay: bool = False,
-    ) -> Call[pb.DeconvolveGradRequest, pb.DeconvolveGradResponse]:
-        """Return the call that computes gradients of a problem whose operands are known to fit."""
+        at: Operand | None = None,
+    ) -> Call:
+        """Return the call that computes gradients of a problem whose operands are known to fit.
+
+        Args:
+            at: As in `Call`; None for gy.
+        """
         gradient = self.operand("gy", gy)
-        problem.check_gy(spec_of_operand(gradient))
-        mask = _wanted(wanted, has_b=has_b)
-        operands: dict[str, Operand] = {}
-        results: dict[str, TensorSpec] = {}
-        if mask.gx:
-            operands["w"], results["gx"] = W, problem.x
-        if mask.gW:
-            operands["x"], results["gw"] = x, problem.W
-        if mask.gb:
-            results["gb"] = problem.b
-        operands["gy"] = gradient
-        request = differentiation(problem, self._config.options, mask)
-        return Call(request, problem, operands, results, stay, calls.differentiate)
+        problem.check_gy(_spec_of(gradient))
+        given = {"x": x, "w": W, "gy": gradient}
+        results = {field: spec_of_field(problem, field) for field in _wanted(wanted, has_b=has_b)}
+        operands = {field: given[field] for field in DECONVOLVE_GRAD.operands_for(results)}
+        at = gradient if at is None else at
+        return self._call(DECONVOLVE_GRAD, problem, operands, results, stay, at)
+
+    def _call(
+        self,
+        operation: Operation,
+        problem: Problem,
+        operands: dict[str, Operand],
+        results: dict[str, TensorSpec],
+        stay: bool,
+        at: Operand,
+    ) -> Call:
+        options = self._config.options
+        request = request_of(operation, problem, options, tuple(results), tuple(operands))
+        call = Call(operation, request, problem, operands, results, stay, at)
+        return call.on_host() if stay else call
 
 
-def checked_array(name: str, value: object) -> Array:
-    """Return an argument that is an array. Raises InvalidArgumentError if it is none, or masked."""
+def _wrong_kind(name: str, value: object) -> InvalidArgumentError:
+    """Return what is wrong with an argument that is no array, or masked."""
     if isinstance(value, _MaskedArray):
-        raise InvalidArgumentError(
+        text = (
             f"{name} must not be a masked array, as its mask would be lost: give {name}.filled(value), "
-            f"or {name}.data for what is below the mask",
-            argument=name,
+            f"or {name}.data for what is below the mask"
         )
-    if not isinstance(value, np.ndarray):
-        raise InvalidArgumentError(
+    else:
+        text = (
             f"{name} must be a numpy.ndarray or a RemoteTensor, got {_kind_of(value)}"
-            f"{_remedy(name, value)}",
-            argument=name,
+            f"{_remedy(name, value)}"
         )
-    return value
+    return InvalidArgumentError(text, argument=name)
 
 
 def _kind_of(value: object) -> str:
@@ -148,8 +158,6 @@ def _kind_of(value: object) -> str:
 
 def _remedy(name: str, value: object) -> str:
     """Return how to make an array of what is none; empty if that cannot be told."""
-    if is_from_cupy(value):
-        return f": convert it with cupy.asnumpy({name})"
     if type(value).__module__.startswith("PIL."):
         return (
             f": convert it with numpy.asarray({name}, numpy.float32), which has the axes (h, w) or "
@@ -162,12 +170,13 @@ def _remedy(name: str, value: object) -> str:
     return ""
 
 
-def spec_of_operand(operand: Operand) -> TensorSpec:
+def _spec_of(operand: Operand) -> TensorSpec:
     """Return the shape and element type of an operand."""
     return operand.spec if isinstance(operand, Kept) else spec_of(operand)
 
 
-def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
+def _wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
+    """Return the fields of the gradients that are named, without gb if there is no b."""
     try:
         chosen = None if isinstance(names, str) else set(names)
     except TypeError:
@@ -177,4 +186,11 @@ def _wanted(names: Collection[str], *, has_b: bool) -> Wanted:
             f"wanted must be a collection of names from {', '.join(GRADIENTS)}, got {names!r}",
             argument="wanted",
         )
-    return Wanted(gx="gx" in chosen, gW="gW" in chosen, gb="gb" in chosen and has_b)
+    if not has_b:
+        chosen.discard("gb")
+    fields = tuple(f for f in DECONVOLVE_GRAD.all_results if argument_of(f) in chosen)
+    if not fields:
+        raise InvalidArgumentError(
+            "wanted must name at least one of gx, gW and gb, got none", argument="wanted"
+        )
+    return fields

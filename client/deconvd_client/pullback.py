@@ -10,8 +10,10 @@ from deconvd.errors import InvalidArgumentError
 from deconvd.gradients import Gradients
 from deconvd.problem import Problem
 from deconvd.tensor import Array
+from deconvd_client.frameworks import arrays_like
 from deconvd_client.operations import GRADIENTS, Operations
-from deconvd_client.residents import Kept, RemoteTensor, Residents
+from deconvd_client.residents import Kept, RemoteTensor
+from deconvd_client.server import Server
 
 __all__ = ["Pullback"]
 
@@ -27,7 +29,7 @@ class Pullback:
     def __init__(
         self,
         operations: Operations,
-        residents: Residents,
+        server: Server,
         problem: Problem,
         x: Kept,
         W: Kept,
@@ -35,7 +37,7 @@ class Pullback:
         has_b: bool,
     ) -> None:
         self._operations = operations
-        self._residents = residents
+        self._server = server
         self._problem = problem
         self._x = x
         self._W = W
@@ -44,7 +46,7 @@ class Pullback:
     def __call__(
         self, gy: Array | RemoteTensor, *, wanted: Collection[str] = GRADIENTS
     ) -> Gradients:
-        """Return the gradients of a loss with respect to x, W and b.
+        """Return the gradients of a loss with respect to x, W and b, as arrays of the kind of `gy`.
 
         Args:
             gy: Its gradient with respect to the result, of that shape and element type.
@@ -59,7 +61,7 @@ class Pullback:
         call = self._operations.way_back(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
         )
-        arrays = self._residents.arrays(call)
+        arrays = arrays_like(gy, self._server.arrays(call))
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def close(self) -> None:

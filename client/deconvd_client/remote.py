@@ -9,7 +9,8 @@ from deconvd.geometry import Geometry, IntOrPair
 from deconvd.tensor import Array
 from deconvd_client.keywords import refuses_unknown_keywords
 from deconvd_client.operations import GRADIENTS, Operations
-from deconvd_client.residents import RemoteGradients, RemoteTensor, Residents
+from deconvd_client.residents import Call, RemoteGradients, RemoteTensor
+from deconvd_client.server import Server
 
 __all__ = ["Remote"]
 
@@ -20,9 +21,9 @@ class Remote:
     So a chain of calls moves nothing. They raise what the connection's own raise.
     """
 
-    def __init__(self, operations: Operations, residents: Residents) -> None:
+    def __init__(self, operations: Operations, server: Server) -> None:
         self._operations = operations
-        self._residents = residents
+        self._server = server
 
     @refuses_unknown_keywords
     def deconvolution_2d(
@@ -40,7 +41,7 @@ class Remote:
         """Return what `Connection.deconvolution_2d` does, and leave it on the server."""
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.deconvolution(x, W, b, geometry, stay=True)
-        return RemoteTensor(self._residents, self._residents.kept(call)["y"])
+        return self._kept(call)["y"]
 
     @refuses_unknown_keywords
     def deconvolution_2d_grad(
@@ -60,11 +61,14 @@ class Remote:
         """Return what `Connection.deconvolution_2d_grad` does, and leave it on the server."""
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.differentiation(x, W, b, gy, geometry, wanted, stay=True)
-        kept = {
-            field: RemoteTensor(self._residents, result)
-            for field, result in self._residents.kept(call).items()
-        }
+        kept = self._kept(call)
         return RemoteGradients(gx=kept.get("gx"), gW=kept.get("gw"), gb=kept.get("gb"))
+
+    def _kept(self, call: Call) -> dict[str, RemoteTensor]:
+        return {
+            field: RemoteTensor(self._server.residents, result)
+            for field, result in self._server.calls.kept(call).items()
+        }
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -101,10 +101,9 @@ class Retries:
             return None
         # a random part, so that many callers do not come back at once
         pause_s = random.uniform(backoff_s / 2, backoff_s)
-        retry_after_s = getattr(error, "retry_after_s", None)
-        if retry_after_s is not None:
+        if isinstance(error, UnavailableError) and error.was_reached:
             self._was_reached = True
-            pause_s += retry_after_s
+            pause_s += error.retry_after_s or 0
             return pause_s if pause_s < deadline.remaining_s() else None
         if self._fail_fast and isinstance(error, UnavailableError):
             return None

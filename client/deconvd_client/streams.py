@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, Final, Generic
+from typing import Any, Final, TypeAlias
 
-from google.protobuf.message import Message
-
+from deconvd.direct_events import Method
 from deconvd.errors import InvalidArgumentError
-from deconvd.parts import Elements, Part, PartReader, elements_parts, slices
-from deconvd.problem import Problem
-from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
+from deconvd.messages import messages_for
+from deconvd.parts import Elements, Part, PartReader, PartSource, elements_parts, slices
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import Array
+from deconvd_client.asked import Asked, Response, argument_of
+from deconvd_client.transport import Conversation
 
-__all__ = ["Exchange", "slice_samples_count"]
+__all__ = ["begin_exchange"]
+
+_Exchanged: TypeAlias = tuple[Response, dict[str, Array]]
+"""The response, and the results that were returned, by the names of their fields."""
 
 _SLICE_BYTES: Final = 8 << 20
 """Operands and results of a slice: enough to keep a GPU busy, little enough to flow."""
@@ -24,29 +29,33 @@ _UNANSWERED_BYTES: Final = 64 << 20
 _PIECE_BYTES: Final = 1 << 20
 """What is sent between two looks at whether it has."""
 
-_CONSTANTS: Final = ("w", "b")
-"""Operands that all samples have in common: they go whole, before the slices of the others."""
 
-
-def slice_samples_count(problem: Problem) -> int:
+def _slice_samples_count(problem: Problem) -> int:
     """Return how many samples a slice has."""
     sample_bytes = (problem.x.nbytes + problem.y.nbytes) // max(problem.n, 1)
     return max(_SLICE_BYTES // max(sample_bytes, 1), 1)
 
 
-class Exchange(Generic[RequestT, ResponseT]):
-    """One attempt at a call in a stream. Another thread may take the parts.
+def begin_exchange(asked: Asked, empty: Callable[[TensorSpec], Array]) -> Conversation[_Exchanged]:
+    """Begin an attempt at a call in a stream.
 
     Args:
-        asked: The call.
-        opening: The stream's first message.
-        step: Samples of a slice.
+        empty: Returns new memory for a result.
     """
+    exchange = _Exchange(asked, empty)
+    method = Method[asked.operation.stream_name]
+    response_type = messages_for(asked.operation).stream_response
+    return Conversation(method, exchange.parts(), exchange.receive, response_type, exchange.at_once)
 
-    def __init__(self, asked: Asked[RequestT], opening: Message, step: int) -> None:
-        self._asked: Asked[RequestT] = asked
-        self._opening = opening
-        self._step = step
+
+class _Exchange:
+    """One attempt at a call in a stream. Another thread may take the parts."""
+
+    def __init__(self, asked: Asked, empty: Callable[[TensorSpec], Array]) -> None:
+        self._asked = asked
+        self._empty = empty
+        self._messages = messages_for(asked.operation)
+        self._step = _slice_samples_count(asked.problem)
         # a queue, since an exception from a signal handler can leave an Event locked
         self._missing: SimpleQueue[Sequence[str]] = SimpleQueue()
 
@@ -57,25 +66,30 @@ class Exchange(Generic[RequestT, ResponseT]):
 
     def parts(self) -> Iterator[Part]:
         """Yield the request's parts."""
-        yield self._opening
+        header: Any = self._messages.stream_header(
+            request=self._asked.request, slice_samples_count=self._step
+        )
+        opening: Any = self._messages.stream_request
+        yield opening(header=header)
         yield from self._beside_offer() if self._asked.offered else self._elements()
 
-    def receive(self, reader: PartReader[Any]) -> Answered[ResponseT]:
+    def receive(self, source: PartSource) -> _Exchanged:
         """Return what the response's messages say.
 
         Raises:
             InvalidArgumentError: They are not those of such a response.
         """
+        reader: PartReader[Any] = PartReader(source, self._messages.stream_response, self._empty)
         try:
             if self._asked.offered:
                 self._missing.put(self._known(reader.missing()))
-            header: ResponseT = reader.header().header
+            response = reader.header().header
             arrays = {
                 field: reader.read(argument_of(field), spec)
                 for field, spec in self._asked.results.items()
             }
             reader.expect_end()
-            return Answered(header, arrays)
+            return response, arrays
         finally:
             self._missing.put(())  # or `parts` would wait for ever
 
@@ -105,11 +119,11 @@ class Exchange(Generic[RequestT, ResponseT]):
             yield from elements_parts(self._asked.offered[field], is_missing=True)
 
     def _elements(self) -> Iterator[Elements]:
-        operands = self._asked.operands
-        for field in _CONSTANTS:
+        operands, operation = self._asked.operands, self._asked.operation
+        for field in operation.constants:
             if field in operands:
                 yield from elements_parts(operands[field])
-        sliced = [array for field, array in operands.items() if field not in _CONSTANTS]
+        sliced = [operands[field] for field in operation.sliced if field in operands]
         for samples in slices(self._asked.problem.n, self._step) if sliced else ():
             for array in sliced:
                 yield from elements_parts(array[samples])

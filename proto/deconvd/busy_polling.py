@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
-from deconvd.line import Line
 from deconvd.system import processors_count
 from deconvd.trials import Trials
 
@@ -24,8 +23,18 @@ _SMOOTHING: Final = 1 / 4
 _IS_POSSIBLE: Final = processors_count() > 1
 
 
+class _Incoming(Protocol):
+    """Where something comes: a byte stream, or a line."""
+
+    def has_come(self, timeout_s: float) -> bool:
+        """Return whether something comes within so many seconds."""
+
+    def wait(self) -> None:
+        """Return once something comes."""
+
+
 class BusyPolling:
-    """Polls lines where that has paid: ever more seldom where it has not. Threads may use it together.
+    """Polls where that has paid: ever more seldom where it has not. Threads may use it together.
 
     Args:
         longest_s: Seconds of polling after which a thread sleeps.
@@ -39,29 +48,30 @@ class BusyPolling:
         self._usual_s = 0.0
         self._trials = Trials()
 
-    def wait(self, line: Line, is_worth_it: Callable[[], bool]) -> None:
-        """Return once something comes on a line.
+    def wait(self, incoming: _Incoming, is_worth_it: Callable[[], bool]) -> None:
+        """Return once something comes, if only the end.
 
         Args:
             is_worth_it: Whether no one else is likely to need the processor; asked again and again.
 
         Raises:
-            LineBrokenError: The line has ended: LineTimeoutError at its deadline.
+            LineTimeoutError: Nothing does until the deadline.
         """
-        if _IS_POSSIBLE and is_worth_it() and self._trials.is_due():
-            self._poll(line, is_worth_it)
-        line.wait()
+        is_polled = _IS_POSSIBLE and is_worth_it() and self._trials.is_due()
+        if not is_polled or not self._poll(incoming, is_worth_it):
+            incoming.wait()
 
-    def _poll(self, line: Line, is_worth_it: Callable[[], bool]) -> None:
-        """Return once something comes, or it is time to sleep until then."""
+    def _poll(self, incoming: _Incoming, is_worth_it: Callable[[], bool]) -> bool:
+        """Return whether something has come: False once it is time to sleep until then."""
         begin_s = time.monotonic()
         sleep_s = max(self._usual_s - self._ahead_s, 0)
         until_s = begin_s + sleep_s + self._longest_s
-        has_come = sleep_s > 0 and line.has_come(1, sleep_s)
+        has_come = sleep_s > 0 and incoming.has_come(sleep_s)
         while not has_come and is_worth_it() and time.monotonic() < until_s:
-            has_come = line.has_come(1, 0)
+            has_come = incoming.has_come(0)
         self._trials.note(has_paid=has_come)
         self._learn(time.monotonic() - begin_s, has_come=has_come)
+        return has_come
 
     def _learn(self, waited_s: float, *, has_come: bool) -> None:
         """Take note how long it took to come, or takes at least."""

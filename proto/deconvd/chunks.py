@@ -34,6 +34,7 @@ class ChunkSource:
     def __init__(self, messages: Iterator[bytes], part_type: type[Message]) -> None:
         self._messages = messages
         self._part_type = part_type
+        self._has_chunks = "part" in part_type.DESCRIPTOR.oneofs_by_name
         self._chunk: Bytes = np.empty(0, np.uint8)
 
     def next(self) -> Message | Ahead | None:
@@ -41,6 +42,8 @@ class ChunkSource:
         data = next(self._messages, None)
         if data is None:
             return None
+        if not self._has_chunks:
+            return parsed(self._part_type, data)
         chunk = chunk_from_bytes(data)
         if chunk is not None:
             return self._at(chunk)

@@ -99,6 +99,11 @@ class UnavailableError(DeconvdError, ConnectionError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    @property
+    def was_reached(self) -> bool:
+        """Whether the server was reached, and has ended the call: if not, a connection broke."""
+        return self.retry_after_s is not None
+
 
 class DeadlineError(DeconvdError, TimeoutError):
     """The call took longer than its timeout. Allow more time, or send less."""

@@ -14,7 +14,13 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
-__all__ = ["UnforkedWork", "begin_anew_in_children", "leave_to_parent", "new_lock"]
+__all__ = [
+    "UnforkedWork",
+    "begin_anew_in_children",
+    "leave_to_parent",
+    "new_lock",
+    "new_reentrant_lock",
+]
 
 _PATIENCE_S: Final = 2.0
 """How long a fork waits for work under way: what takes longer is rather not waited for."""
@@ -37,7 +43,7 @@ _NAME: Final = (_TASKS.parent / "comm").read_text().strip() if _TASKS.is_dir() e
 """The process's, and that of its first thread and of Python's."""
 
 _owners: Final[weakref.WeakSet[_BeginsAnew]] = weakref.WeakSet()
-_locks: Final[weakref.WeakSet[threading.Lock]] = weakref.WeakSet()
+_locks: Final[weakref.WeakSet[threading.Lock | threading.RLock]] = weakref.WeakSet()
 _parents: Final[list[object]] = []
 _under_way: Final[set[UnforkedWork]] = set()
 _forking: Final[set[int]] = set()
@@ -50,6 +56,13 @@ _ended_s = -_SETTLE_LIMIT_S
 def new_lock() -> threading.Lock:
     """Return a lock that nobody holds in a forked child."""
     lock = threading.Lock()
+    _locks.add(lock)
+    return lock
+
+
+def new_reentrant_lock() -> threading.RLock:
+    """Return such a lock that the thread that holds it may take again, as a finalizer does that runs there."""
+    lock = threading.RLock()
     _locks.add(lock)
     return lock
 
@@ -122,7 +135,7 @@ def _after_in_child() -> None:
     _forking.clear()
     _under_way.clear()
     for lock in _locks:
-        lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library's own modules do
+        lock._at_fork_reinit()  # type: ignore[union-attr]  # as the standard library's own modules do
     for owner in _owners:
         owner.begin_anew_in_child()
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["FOLLOW_ENTRY", "METADATA_KEY", "ledger_from_metadata"]
+__all__ = ["FOLLOW_ENTRY", "METADATA_KEY", "ledger_in", "parse_ledger"]
 
 METADATA_KEY: Final = "deconvd-ledger"
 """Its value is ``name=integer`` pairs, separated by ``;``; each name ends in its unit."""
 
 FOLLOW_ENTRY: Final = "follow_us"
-"""What of an early call tells whether it was worth it: see `deconvd.direct`."""
+"""What of an early call tells whether it was worth it: see `deconvd.direct_protocol`."""
 
 
-def ledger_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, int]:
-    """Return the ledger in trailing metadata, by name; empty if there is none."""
+def ledger_in(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """Return the ledger in trailing metadata, as text; empty if there is none."""
     for key, value in metadata:
         if key == METADATA_KEY and isinstance(value, str):
-            pairs = (pair.partition("=") for pair in value.split(";"))
-            return {name: int(number) for name, _, number in pairs if number.isdigit()}
-    return {}
+            return value
+    return ""
+
+
+def parse_ledger(text: str) -> dict[str, int]:
+    """Return the entries of a ledger, by name. What is none is left out."""
+    pairs = (pair.partition("=") for pair in text.split(";"))
+    return {name: int(number) for name, _, number in pairs if number.isdigit()}

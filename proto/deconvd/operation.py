@@ -39,7 +39,7 @@ class Operation:
         needs: The operands that each result is computed from, without those that may be left out.
         optional: Operands that may be left out.
         write_order: The order in which a client writes operands into shared memory during an early call:
-            first those that a device can use without the others. See `deconvd.direct`.
+            first those that a device can use without the others. See `deconvd.direct_protocol`.
     """
 
     name: str

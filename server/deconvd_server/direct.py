@@ -1,4 +1,4 @@
-"""Takes lines for direct calls, from this host and over TCP, and sees who goes. See `deconvd.direct`."""
+"""Takes lines for direct calls, from this host and over TCP, and sees who goes. See `deconvd.direct_protocol`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from deconvd.direct import Method
-from deconvd.line import Line
+from deconvd.byte_stream import SocketStream
+from deconvd.direct_events import Method
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.direct_line import DirectLine
@@ -107,7 +107,7 @@ class DirectServer:
                 connection.close()
                 return
             line = DirectLine(
-                Line(connection),
+                SocketStream(connection),
                 peer,
                 self._behaviours,
                 self._instance,

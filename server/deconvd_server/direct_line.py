@@ -1,4 +1,4 @@
-"""One client's line for direct calls: it serves one call after the other. See `deconvd.direct`.
+"""One client's line for direct calls: it serves one call after the other. See `deconvd.direct_protocol`.
 
     IDLE --a call comes--> BUSY --answered--> IDLE
       |                      |
@@ -15,16 +15,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
 from deconvd.busy_polling import BusyPolling
+from deconvd.byte_stream import SocketStream
 from deconvd.codec import encode
-from deconvd.direct import Answer, CallHead, FrameSource, Method, RequestSource, be_greeted
+from deconvd.direct_events import Answer, CallHead, End, Failed, Hello, Method, Written
+from deconvd.direct_protocol import DirectProtocol, Role, State
 from deconvd.errors import ExhaustedError
-from deconvd.line import MAX_MESSAGE_BYTES, FrameKind, Line, LineBrokenError
+from deconvd.line import FrameSource, Line
+from deconvd.line_errors import LineBrokenError, LineClosedError, OversizedError
+from deconvd.parts import PartReader
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour, EarlyRequest, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call, CallerGoneError
@@ -60,7 +64,7 @@ class DirectLine:
         idle_since_s: When its last call ended, on the monotonic clock.
 
     Args:
-        line: Is closed at its end.
+        stream: Is closed at the line's end.
         peer: Who calls, for the log.
         behaviours: What serves the methods.
         instance: The server's id.
@@ -71,7 +75,7 @@ class DirectLine:
 
     def __init__(
         self,
-        line: Line,
+        stream: SocketStream,
         peer: str,
         behaviours: Mapping[Method, Behaviour],
         instance: bytes,
@@ -79,10 +83,10 @@ class DirectLine:
         observers: Sequence[Observer],
         on_end: Callable[[DirectLine], None],
     ) -> None:
-        self.descriptor = line.descriptor
+        self.descriptor = stream.descriptor
         self.idle_since_s = time.monotonic()
         self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
-        self._line = line
+        self._line = Line(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
         self._behaviours = behaviours
         self._instance = instance
@@ -120,7 +124,8 @@ class DirectLine:
 
     def _serve(self) -> None:
         try:
-            be_greeted(self._line, self._instance)
+            self._line.next_event()
+            self._line.send(Hello(self._instance))
             while self._serve_one():
                 pass
         except (LineBrokenError, CallerGoneError) as error:
@@ -139,7 +144,10 @@ class DirectLine:
     def _serve_one(self) -> bool:
         """Serve the next call, and return whether there may be another."""
         self._polling.wait(self._line, self._is_awaited)
-        head = CallHead.parse(self._next_call())
+        head = self._line.next_event()
+        while isinstance(head, Written):  # what an early call was answered before
+            head = self._line.next_event()
+        assert isinstance(head, CallHead), head  # nothing else may come
         self._attention.note_call(self)
         self._answer(head)
         return self._is_idle_again()
@@ -147,15 +155,6 @@ class DirectLine:
     def _is_awaited(self) -> bool:
         """Return whether the next call is likely to come on this line."""
         return self._attention.is_undivided(self)
-
-    def _next_call(self) -> bytes:
-        kind, size_bytes = self._line.receive()
-        while kind is FrameKind.WRITTEN:  # what an early call was answered before
-            self._line.receive_payload(size_bytes)
-            kind, size_bytes = self._line.receive()
-        if kind is not FrameKind.CALL:
-            raise LineBrokenError(f"a frame of kind {kind.name} where a call was to begin")
-        return self._line.receive_payload(size_bytes)
 
     def _begin(self, call: Call, timeout_s: float) -> None:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
@@ -180,55 +179,49 @@ class DirectLine:
         behaviour = self._behaviours[head.method]
         serving = Serving(behaviour.name, self._peer, head.timeout_s, self._observers)
         self._begin(serving.call, head.timeout_s)
-        source = RequestSource(self._line, behaviour.request_type, head.message)
-        source.is_over = not head.method.streams_request
         with serving as call:
             try:
-                self._respond(behaviour, head, source, call)
+                self._respond(behaviour, head, call)
+            except OversizedError as error:
+                raise ExhaustedError(
+                    f"the response has {error}: it is to be made by gRPC"
+                ) from None
             except LineBrokenError as error:
                 raise CallerGoneError(str(error)) from error
         if serving.failure is not None:
-            self._fail(serving.failure, source)
+            self._fail(serving.failure)
 
-    def _respond(
-        self, behaviour: Behaviour, head: CallHead, source: FrameSource, call: Call
-    ) -> None:
+    def _respond(self, behaviour: Behaviour, head: CallHead, call: Call) -> None:
         match behaviour:
             case Unary():
                 request = behaviour.decoded(head.message)
                 if head.is_early:
                     request = EarlyRequest.of(request, Writing(self._line, head.written_bytes))
                 response = encode(behaviour.serve(request, call))
-                self._send_answer(Answer(response, call.ledger.as_text()))
+                self._line.send(Answer(response, call.ledger.as_text()))
                 return
             case Source():
                 parts = behaviour.serve(behaviour.decoded(head.message), call)
             case Stream():
-                parts = behaviour.serve(behaviour.reader(source), call)
+                parts = behaviour.serve(self._reader(behaviour, head.message), call)
             case Sink():
-                parts = _alone(behaviour.serve(behaviour.reader(source), call))
+                parts = _alone(behaviour.serve(self._reader(behaviour, head.message), call))
             case _:
                 raise LineBrokenError(f"{behaviour.name} is not served directly")
         with closing(parts):
             for part in parts:
                 self._line.send_part(part)
-        self._line.send((FrameKind.END, call.ledger.as_text().encode()))
+        self._line.send(End(call.ledger.as_text()))
 
-    def _send_answer(self, answer: Answer) -> None:
-        payload = answer.pack()
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise ExhaustedError(
-                f"the response has {len(answer.message)} bytes, too many for a message of a direct "
-                "call: it is to be made by gRPC"
-            )
-        self._line.send((FrameKind.ANSWER, payload))
+    def _reader(self, behaviour: Stream | Sink, message: bytes) -> PartReader[Any]:
+        return behaviour.reader(FrameSource(self._line, behaviour.request_type, message))
 
-    def _fail(self, failure: status_pb2.Status, source: FrameSource) -> None:
-        """Say what a call has failed with. The line is of no more use if its request is not whole."""
-        self._line.send((FrameKind.FAILED, failure.SerializeToString()))
-        if not source.is_over:
+    def _fail(self, failure: status_pb2.Status) -> None:
+        """Say what a call has failed with. That ends the line if the call has parts."""
+        self._line.send(Failed(failure))
+        if self._line.protocol.state is State.CLOSED:
             self._line.end_gently(_GOODBYE_S)
-            raise LineBrokenError("a call failed before its request was whole")
+            raise LineClosedError("a call in parts has failed")
 
 
 def _alone(message: Message) -> Parts:

@@ -1,12 +1,11 @@
-"""The progress of operands that their client is still writing into shared memory. See `deconvd.direct`."""
+"""The progress of operands that their client is still writing into shared memory. See `deconvd.direct_protocol`."""
 
 from __future__ import annotations
 
 import time
 from typing import Final
 
-from deconvd.direct import hear_written
-from deconvd.line import Line
+from deconvd.line import Line, hear_written
 
 __all__ = ["Writing"]
 

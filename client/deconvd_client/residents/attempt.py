@@ -4,44 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Generic
+from dataclasses import dataclass, replace
+from typing import Any
 
 from deconvd.digest import digest_of
+from deconvd.operation import Operation
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, argument_of
+from deconvd_client.asked import Asked, Request, Response, argument_of
 from deconvd_client.deadline import Deadline
+from deconvd_client.frameworks import host_array
 from deconvd_client.residents.contents import Contents
-from deconvd_client.residents.kept import Kept
+from deconvd_client.residents.kept import Kept, KeptState
 from deconvd_client.residents.session import Handle
 from deconvd_client.residents.source import Source
-from deconvd_client.shared_memory import Borrower
-from deconvd_client.stub import Stub
 
 __all__ = ["Attempt", "Call", "Means"]
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[RequestT, ResponseT]):
+class Call:
     """A call some of whose tensors may stay on the server.
 
     Attributes:
+        operation: What is computed.
         request: Describes it; it is not to be changed.
-        problem: What is computed.
+        problem: Of what shapes, types and geometry.
         operands: By the names of their fields, in the order of streams.
         results: What they will be, by the names of their fields.
         stay: Whether the results stay on the server.
-        send: Makes it.
+        at: The operand that results are wanted beside, which need not be sent: an array of numpy's, one of
+            cupy's on its card, or a Kept.
     """
 
-    request: RequestT
+    operation: Operation
+    request: Request
     problem: Problem
     operands: Mapping[str, Array | Kept]
     results: Mapping[str, TensorSpec]
     stay: bool
-    send: Callable[[Stub, Borrower, Asked[RequestT]], Answered[ResponseT]]
+    at: Any
+
+    def on_host(self) -> Call:
+        """Return the same call with numpy arrays in place of those that are on cards."""
+        operands = {
+            f: o if isinstance(o, Kept) else host_array(o) for f, o in self.operands.items()
+        }
+        return replace(self, operands=operands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,7 @@ class Means:
     handle: Callable[[pb.Resident, int], Handle]
 
 
-class Attempt(Generic[RequestT, ResponseT]):
+class Attempt:
     """Makes a call once.
 
     Args:
@@ -74,10 +84,8 @@ class Attempt(Generic[RequestT, ResponseT]):
         LostTensorError: The server no longer has an operand, and it cannot be sent again.
     """
 
-    def __init__(
-        self, call: Call[RequestT, ResponseT], means: Means, *, send_all: bool = False
-    ) -> None:
-        self._call: Call[RequestT, ResponseT] = call
+    def __init__(self, call: Call, means: Means, *, send_all: bool = False) -> None:
+        self._call = call
         self._means = means
         self._send_all = send_all
         self._sent: dict[str, Array] = {}
@@ -85,9 +93,10 @@ class Attempt(Generic[RequestT, ResponseT]):
         self._named: dict[str, tuple[TensorSpec, pb.Digest]] = {}
         self._handles: dict[str, tuple[Kept, Handle]] = {}
         self._unsent: dict[str, tuple[Kept, Source]] = {}
-        self._request: RequestT = type(call.request)()
-        self._request.CopyFrom(call.request)
-        self._request.session = means.session
+        request: Any = type(call.request)()
+        request.CopyFrom(call.request)
+        request.session = means.session
+        self._request: Request = request
         if call.stay:
             _keep_results(self._request)
         for field, operand in call.operands.items():
@@ -97,10 +106,11 @@ class Attempt(Generic[RequestT, ResponseT]):
                 self._name(field, operand)
 
     @property
-    def asked(self) -> Asked[RequestT]:
+    def asked(self) -> Asked:
         """The call, as it is made this time."""
         knows, session = self._means.contents.knows, self._means.session
         return Asked(
+            self._call.operation,
             self._request,
             self._call.problem,
             self._sent,
@@ -123,7 +133,7 @@ class Attempt(Generic[RequestT, ResponseT]):
                 stack.enter_context(source.beside())
             yield
 
-    def settle(self, response: ResponseT) -> None:
+    def settle(self, response: Response) -> None:
         """Take note of what the server has now."""
         for content in self._named.values():
             self._means.contents.learn(self._means.session, *content)
@@ -132,7 +142,7 @@ class Attempt(Generic[RequestT, ResponseT]):
             resident = getattr(response.kept, field)
             kept.adopt(self._means.handle(resident, kept.spec.nbytes))
 
-    def results(self, response: ResponseT) -> dict[str, Kept]:
+    def results(self, response: Response) -> dict[str, Kept]:
         """Return what stands for the results that stay."""
         kept: dict[str, Kept] = {}
         for field, spec in self._call.results.items():
@@ -161,7 +171,7 @@ class Attempt(Generic[RequestT, ResponseT]):
         handle = kept.handle_in(self._means.session)
         if handle is None:
             source = kept.source_unchanged(argument_of(field))
-            if kept.is_unsent and isinstance(self._request, pb.DeconvolveRequest):
+            if kept.state is KeptState.UNSENT and isinstance(self._request, pb.DeconvolveRequest):
                 setattr(self._request.keep, field, True)
                 self._unsent[field] = kept, source
                 self._name(field, source.array, source)
@@ -175,7 +185,9 @@ class Attempt(Generic[RequestT, ResponseT]):
 
     def _name(self, field: str, array: Array, source: Source | None = None) -> None:
         """Name an array by its digest where that pays, else send it."""
-        if self._send_all or not self._means.contents.is_worth(field, array, self._means.deadline):
+        is_constant = field in self._call.operation.constants
+        contents, deadline = self._means.contents, self._means.deadline
+        if self._send_all or not is_constant or not contents.is_worth(array, deadline):
             self._sent[field] = array
             return
         digest = digest_of(array) if source is None else source.digest
@@ -184,7 +196,7 @@ class Attempt(Generic[RequestT, ResponseT]):
         self._offered[field] = array
 
 
-def _keep_results(request: pb.DeconvolveRequest | pb.DeconvolveGradRequest) -> None:
+def _keep_results(request: Request) -> None:
     if isinstance(request, pb.DeconvolveRequest):
         request.keep_y = True
     else:

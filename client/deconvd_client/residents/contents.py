@@ -18,9 +18,6 @@ from deconvd_client.shared_memory import Borrower
 
 __all__ = ["Contents"]
 
-_FIELDS: Final = ("w", "b")
-"""Operands that are the same from call to call, as others are not."""
-
 _LEAST_BYTES: Final = 64 << 10
 """What is smaller is sent about as fast as its digest is computed and looked up."""
 
@@ -48,9 +45,12 @@ class Contents:
         self._not_before_s = 0.0
         self._known: Lru[tuple[bytes, TensorSpec, bytes], bool] = Lru(_KNOWN_COUNT)
 
-    def is_worth(self, field: str, array: Array, deadline: Deadline) -> bool:
-        """Return whether an operand is to be named by its digest."""
-        if field not in _FIELDS or array.nbytes < _LEAST_BYTES or self._memory.lends(deadline):
+    def is_worth(self, array: Array, deadline: Deadline) -> bool:
+        """Return whether an operand that all samples have in common is to be named by its digest.
+
+        Such are the same from call to call, as others are not.
+        """
+        if array.nbytes < _LEAST_BYTES or self._memory.lends(deadline):
             return False
         opened = self._opened(deadline)
         return opened is not None and array.nbytes <= opened.quota_bytes

@@ -8,11 +8,13 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Final
 
 from deconvd.errors import DeconvdError, LostSessionError, NotFoundError
+from deconvd.forks import new_lock
 from deconvd.system import LONGEST_S
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.deadline import Deadline
@@ -21,7 +23,7 @@ from deconvd_client.nearest import Nearest
 from deconvd_client.stub import Stub
 from deconvd_client.uninterrupted import Promise, do_beside
 
-__all__ = ["Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened"]
+__all__ = ["Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened", "SessionState"]
 
 _SIGNS_PER_LEASE: Final = 3
 _RESUME_PAUSE_S: Final = 0.1
@@ -102,17 +104,36 @@ Mailbox = SimpleQueue[Wish]
 """What the thread is to do. A finalizer may put something into it, wherever it happens to run."""
 
 
+class SessionState(Enum):
+    """How a keeper stands with the server.
+
+    NONE --asked for--> OPEN --its stream breaks--> BROKEN --resumed--> OPEN
+    OPEN or BROKEN --the server does not know it--> LOST --the stream is left--> NONE
+    BROKEN --its lease passes--> LOST
+    LOST --it was being resumed meanwhile--> OPEN
+    any of them --`end`--> ENDED
+    """
+
+    NONE = "none"
+    OPEN = "open"
+    BROKEN = "broken"
+    """The server keeps it until its lease passes: calls use it, and the thread tries to resume it."""
+
+    LOST = "lost"
+    """Calls need another. Any thread may find that out, and the keeper's own then leaves the stream."""
+
+    ENDED = "ended"
+
+
 class Keeper:
     """Holds one session at a time.
-
-        NONE --asked--> OPEN --its stream breaks--> BROKEN --resumed--> OPEN
-        OPEN or BROKEN --the server does not know it, or its lease has passed--> NONE
 
     It knows nothing of those who use it, so that it ends with the last of them.
 
     Attributes:
         mailbox: What it is to do.
-        opened: The session, while it is open or broken.
+        state: How it stands with the server. See `SessionState`.
+        opened: The session, while it is OPEN or BROKEN, else None.
 
     Args:
         nearest: The ways to the server.
@@ -121,12 +142,14 @@ class Keeper:
 
     def __init__(self, nearest: Nearest, tenant_key: bytes) -> None:
         self.mailbox: Mailbox = SimpleQueue()
-        self.opened: Opened | None = None
         self._nearest = nearest
         self._tenant_key = tenant_key
         self._is_held = threading.Lock()
         self._ended: SimpleQueue[None] = SimpleQueue()
-        self._hold: Hold | None = None  # None while there is no session, or it is broken
+        self._lock = new_lock()  # of what `_move` changes
+        self.state = SessionState.NONE
+        self.opened: Opened | None = None
+        self._hold: Hold | None = None  # while it is OPEN, and in LOST until it is left
         self._lease_s = 0.0
         self._due_s = 0.0  # of the next sign of life, or the next try to resume
         self._lost_s = 0.0  # when a broken session is given up
@@ -152,9 +175,15 @@ class Keeper:
 
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know a session. May be called in any thread."""
-        opened = self.opened
-        if opened is not None and opened.name == name:
-            self.opened = None
+        with self._lock:
+            if self.opened is not None and self.opened.name == name:
+                self._move(SessionState.LOST, hold=self._hold)
+
+    def _move(
+        self, to: SessionState, *, opened: Opened | None = None, hold: Hold | None = None
+    ) -> None:
+        """Change the state, and what belongs to it. Called with the lock held."""
+        self.state, self.opened, self._hold = to, opened, hold
 
     # What follows runs in the thread.
 
@@ -167,23 +196,20 @@ class Keeper:
                 self._ended.put(None)
 
     def _run(self) -> None:
-        while True:
+        while self.state is not SessionState.ENDED:
             wish = self._next()
-            if isinstance(wish, _End):
-                break
             if wish is not None:
                 self._fulfil(wish)
-            if self.opened is None:
-                self._let_go()
-            elif time.monotonic() >= self._due_s:
-                self._renew(self.opened)
+            if time.monotonic() >= self._due_s:
+                self._renew()
             if time.monotonic() >= self._drops_due_s:
                 self._drop()
-        self._finish()
+            if self.state is SessionState.LOST:
+                self._let_go()
 
     def _next(self) -> Wish | None:
         """Wait for a wish, or for the time to do something without one."""
-        if self.opened is None:
+        if self.state is SessionState.NONE:
             return self.mailbox.get()
         due_s = min(self._due_s, self._drops_due_s)
         try:
@@ -201,24 +227,22 @@ class Keeper:
                 self._drop()
                 answer.fulfil(None)
             case _Broken(hold):
-                if hold is self._hold:
-                    hold.cancel()
-                    self._hold = None
-                    self._pause_s = 0.0
-                    self._due_s = time.monotonic()
-                    self._lost_s = self._due_s + self._lease_s
+                self._note_end(hold)
+            case _End():
+                self._finish()
 
     def _answer(self, asking: Asking) -> None:
         try:
-            if self.opened is None:
-                self._let_go()
-                self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
-            assert self.opened is not None
-            asking.answer.fulfil(self.opened)
+            opened = self.opened
+            if opened is None:
+                if self.state is SessionState.LOST:
+                    self._let_go()
+                opened = self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
+            asking.answer.fulfil(opened)
         except Exception as error:  # whatever it is, it is the asker's
             asking.answer.fail(error)
 
-    def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> None:
+    def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> Opened:
         """Open a session, or resume that of a name."""
         opening = pb.HoldSessionRequest(session=name, tenant_key=self._tenant_key)
 
@@ -227,41 +251,60 @@ class Keeper:
 
         call = self._nearest.call_once if fail_fast else self._nearest.call
         hold = call(open_hold, deadline)
-        self._hold = hold
+        opened = Opened(hold.opened.session, hold.opened.quota_bytes)
         self._lease_s = min(LONGEST_S, hold.opened.lease_s)  # also where it is not a number
         self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
-        self.opened = Opened(hold.opened.session, hold.opened.quota_bytes)
+        with self._lock:
+            self._move(SessionState.OPEN, opened=opened, hold=hold)
         mailbox = self.mailbox
         hold.on_end(lambda: mailbox.put(_Broken(hold)))
+        return opened
 
-    def _renew(self, opened: Opened) -> None:
+    def _note_end(self, hold: Hold) -> None:
+        """Take note that a stream has ended: if it is the session's, that is to be resumed now."""
+        with self._lock:
+            if self.state is not SessionState.OPEN or hold is not self._hold:
+                return
+            self._move(SessionState.BROKEN, opened=self.opened)
+        hold.cancel()
+        self._pause_s = 0.0
+        self._due_s = time.monotonic()
+        self._lost_s = self._due_s + self._lease_s
+
+    def _renew(self) -> None:
         """Give a sign of life, or try to resume what is broken."""
-        if self._hold is not None:
-            self._hold.give_sign()
+        with self._lock:
+            opened, hold = self.opened, self._hold
+        if hold is not None:
+            hold.give_sign()
             self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
-            return
+        elif opened is not None:
+            self._resume(opened)
+
+    def _resume(self, opened: Opened) -> None:
+        """Try to open a broken session again; give it up once its lease has passed."""
         try:
             self._open(opened.name, Deadline(_RESUME_TIMEOUT_S), fail_fast=True)
         except NotFoundError as error:
-            self._give_up(error)
+            self._give_up(opened, error)
         except DeconvdError as error:
             if time.monotonic() >= self._lost_s:
-                self._give_up(error)
+                self._give_up(opened, error)
             self._pause_s = min(max(2 * self._pause_s, _RESUME_PAUSE_S), _RESUME_LONGEST_PAUSE_S)
             self._due_s = time.monotonic() + self._pause_s
 
-    def _give_up(self, error: DeconvdError) -> None:
+    def _give_up(self, opened: Opened, error: DeconvdError) -> None:
         _log.info("the session has ended, and tensors are sent again as they are used: %s", error)
-        self.opened = None
-        self._let_go()
+        self.lose(opened.name)
 
     def _let_go(self) -> None:
         """Leave a session that is no more."""
-        self._drops.clear()
-        self._drops_due_s, self._drops_bytes = math.inf, 0
-        if self._hold is not None:
-            self._hold.cancel()
-            self._hold = None
+        self._clear_drops()
+        with self._lock:
+            hold = self._hold
+            self._move(SessionState.NONE)
+        if hold is not None:
+            hold.cancel()
 
     def _gather(self, drop: Drop) -> None:
         if self.opened is None or self.opened.name != drop.session:
@@ -274,8 +317,7 @@ class Keeper:
 
     def _drop(self) -> None:
         """Drop what is to be dropped; what cannot be now stays for later."""
-        opened = self.opened
-        while self._drops and opened is not None:
+        while self._drops and (opened := self.opened) is not None:
             batch = self._drops[:_DROPS_PER_CALL]
             request = pb.DropTensorsRequest(session=opened.name, residents=batch)
             deadline = Deadline(_DROP_TIMEOUT_S)
@@ -289,11 +331,16 @@ class Keeper:
                 self._drops_due_s = time.monotonic() + _DROP_RETRY_S
                 return
             del self._drops[: len(batch)]
+        self._clear_drops()
+
+    def _clear_drops(self) -> None:
+        self._drops.clear()
         self._drops_due_s, self._drops_bytes = math.inf, 0
 
     def _finish(self) -> None:
-        hold, self._hold = self._hold, None
-        self.opened = None
+        with self._lock:
+            hold = self._hold
+            self._move(SessionState.ENDED)
         if hold is None:
             return
         ended = threading.Event()

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import Final
+
 from deconvd.errors import InvalidArgumentError, LostTensorError
+from deconvd.forks import new_reentrant_lock
 from deconvd.problem import TensorSpec
 from deconvd_client.residents.session import Handle
 from deconvd_client.residents.source import Source
 
-__all__ = ["Kept"]
+__all__ = ["Kept", "KeptState"]
+
+_lock: Final = new_reentrant_lock()
+"""For the transitions of all tensors. A caller's finalizer may close one in the midst of another's transition."""
+
+
+class KeptState(Enum):
+    """Where a tensor is.
+
+    UNSENT --adopted--> RESIDENT --lost--> LOST --adopted--> RESIDENT
+    RESIDENT --adopted, in a later session--> RESIDENT
+    any of them --closed--> CLOSED
+    """
+
+    UNSENT = "unsent"
+    """The server has never had it: its source holds what it holds."""
+
+    RESIDENT = "resident"
+    """The server has it, under a handle."""
+
+    LOST = "lost"
+    """The server no longer has it. It can be sent again if its source has not changed."""
+
+    CLOSED = "closed"
+    """Nobody wants it. What calls under way learn of it changes nothing."""
 
 
 class Kept:
     """A tensor that the server keeps, or is to keep. Thread-safe.
 
-        UNSENT --adopted--> RESIDENT --lost--> LOST --adopted--> RESIDENT
-        any of them --closed--> CLOSED
-
     Attributes:
         spec: Its shape and element type.
-        source: What it was made of; None if it was computed on the server.
+        state: Where it is. See `KeptState`.
+        source: What it was made of; None if it was computed on the server, or is CLOSED.
         handle: Under which the server keeps it; None unless it is RESIDENT.
-        is_unsent: Whether the server has never had it.
     """
 
     def __init__(
@@ -29,14 +54,19 @@ class Kept:
         self.spec = spec
         self.source = source
         self.handle = handle
-        self.is_unsent = handle is None
-        self.is_closed = False
+        self.state = KeptState.UNSENT if handle is None else KeptState.RESIDENT
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody wants it."""
+        return self.state is KeptState.CLOSED
 
     def shared(self) -> Kept:
         """Return another that stands for the same tensor and outlives this one's end."""
-        other = Kept(self.spec, source=self.source, handle=self.handle)
-        other.is_unsent = self.is_unsent
-        return other
+        with _lock:
+            other = Kept(self.spec, source=self.source, handle=self.handle)
+            other.state = self.state
+            return other
 
     def handle_in(self, session: bytes) -> Handle | None:
         """Return the handle that is good in a session, if there is one."""
@@ -45,20 +75,21 @@ class Kept:
 
     def adopt(self, handle: Handle) -> None:
         """Take note that the server keeps it."""
-        if not self.is_closed and self.handle_in(handle.session) is None:
-            self.handle = handle
-        self.is_unsent = False
+        with _lock:
+            if self.handle_in(handle.session) is None:
+                self._move(KeptState.RESIDENT, handle)
 
     def lose(self, handle: Handle) -> None:
         """Take note that the server does not know it by a handle."""
-        if self.handle is handle:
-            self.handle = None
+        with _lock:
+            if self.handle is handle:
+                self._move(KeptState.LOST)
 
     def close(self) -> None:
         """Have the server drop it, once no call under way uses it."""
-        self.is_closed = True
-        self.handle = None
-        self.source = None
+        with _lock:
+            self._move(KeptState.CLOSED)
+            self.source = None
 
     def check_open(self, argument: str) -> None:
         """Raise InvalidArgumentError if it is closed."""
@@ -73,16 +104,25 @@ class Kept:
         Raises:
             LostTensorError: There is none.
         """
-        source = self.source
-        if source is not None and (self.is_unsent or source.is_unchanged):
+        with _lock:
+            state, source = self.state, self.source
+        if source is not None and (state is KeptState.UNSENT or source.is_unchanged):
             return source
-        why = (
-            "it was a result that existed there alone"
-            if source is None
-            else "the array that it was made of has been changed since"
-        )
         raise LostTensorError(
             f"{argument} is lost: the server no longer has it (it was started anew, or ran short of "
-            f"memory), and {why}",
+            f"memory), and {_why_not_again(state, source)}",
             argument=argument,
         )
+
+    def _move(self, to: KeptState, handle: Handle | None = None) -> None:
+        """Change the state; CLOSED is for good. Called with the lock held."""
+        if not self.is_closed:
+            self.state, self.handle = to, handle
+
+
+def _why_not_again(state: KeptState, source: Source | None) -> str:
+    if state is KeptState.CLOSED:
+        return "it was closed during the call"
+    if source is None:
+        return "it was a result that existed there alone"
+    return "the array that it was made of has been changed since"

@@ -74,6 +74,11 @@ class Session:
         self._wish(Asking(answer, deadline, fail_fast))
         return _within(deadline, answer, "open a session")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open now, as far as is known."""
+        return self._keeper.opened is not None
+
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know the session of that name."""
         self._keeper.lose(name)

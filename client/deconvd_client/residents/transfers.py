@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from deconvd.direct_events import Method
 from deconvd.errors import StaleRegionError
-from deconvd.parts import Part, PartReader, elements_parts
+from deconvd.parts import Part, PartReader, PartSource, elements_parts
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -13,6 +15,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.shared_memory import Borrower, SharedCall
 from deconvd_client.stub import Stub
+from deconvd_client.transport import Conversation
 
 __all__ = ["Transfers"]
 
@@ -23,39 +26,45 @@ class Transfers:
     Args:
         nearest: The ways to the server.
         memory: Memory that it may lend.
+        empty: Returns new memory for a tensor.
     """
 
-    def __init__(self, nearest: Nearest, memory: Borrower) -> None:
+    def __init__(
+        self, nearest: Nearest, memory: Borrower, empty: Callable[[TensorSpec], Array]
+    ) -> None:
         self._nearest = nearest
         self._memory = memory
+        self._empty = empty
 
-    def put(self, session: bytes, array: Array, deadline: Deadline) -> pb.Resident:
-        """Have the server keep a tensor for a session, and return how it is called."""
+    def put(self, session: bytes, array: Array, deadline: Deadline) -> tuple[pb.Resident, str]:
+        """Have the server keep a tensor for a session; return how it is called, and the ledger."""
         return self._nearest.call(lambda stub: self._put(stub, session, array, deadline), deadline)
 
     def get(
         self, session: bytes, resident: pb.Resident, spec: TensorSpec, deadline: Deadline
-    ) -> Array:
-        """Return a tensor that the server keeps."""
+    ) -> tuple[Array, str]:
+        """Return a tensor that the server keeps, and the ledger."""
         request = pb.GetTensorRequest(session=session, resident=resident)
         return self._nearest.call(lambda stub: self._got(stub, request, spec, deadline), deadline)
 
-    def _put(self, stub: Stub, session: bytes, array: Array, deadline: Deadline) -> pb.Resident:
+    def _put(
+        self, stub: Stub, session: bytes, array: Array, deadline: Deadline
+    ) -> tuple[pb.Resident, str]:
         try:
             with SharedCall(self._memory, deadline) as call:
                 shared = call.tensor(array)
                 if shared is not None:
                     call.settle()
-                    return _sent(stub, session, shared, None, deadline)
+                    return self._sent(stub, session, shared, None, deadline)
         except StaleRegionError:
             pass  # it is sent in chunks
         if self._memory.is_large(array):
             self._memory.allow_other_ways()
-        return _sent(stub, session, message_from_spec(spec_of(array)), array, deadline)
+        return self._sent(stub, session, message_from_spec(spec_of(array)), array, deadline)
 
     def _got(
         self, stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec, deadline: Deadline
-    ) -> Array:
+    ) -> tuple[Array, str]:
         try:
             with SharedCall(self._memory, deadline) as call:
                 result = call.result(spec) if call.is_large(spec) else None
@@ -63,37 +72,60 @@ class Transfers:
                     placed = pb.GetTensorRequest()
                     placed.CopyFrom(request)
                     result.place.write_to(placed.place)
-                    _received(stub, placed, None, deadline)
-                    return result.array
+                    _, ledger = self._received(stub, placed, None, deadline)
+                    return result.array, ledger
         except StaleRegionError:
             pass  # it comes in chunks
         if self._memory.is_large(spec):
             self._memory.allow_other_ways()
-        array = _received(stub, request, spec, deadline)
+        array, ledger = self._received(stub, request, spec, deadline)
         assert array is not None
-        return array
+        return array, ledger
+
+    def _sent(
+        self,
+        stub: Stub,
+        session: bytes,
+        tensor: pb.Tensor,
+        array: Array | None,
+        deadline: Deadline,
+    ) -> tuple[pb.Resident, str]:
+        """Call PutTensor, with the elements of an array if it is given."""
+        header = pb.PutTensorHeader(session=session, tensor=tensor)
+
+        def begin() -> Conversation[pb.PutTensorResponse]:
+            parts = _parts(header, array)
+            return Conversation(Method.PutTensor, parts, _only_message, pb.PutTensorResponse)
+
+        response, ledger = stub.stream(begin, deadline)
+        return response.resident, ledger
+
+    def _received(
+        self, stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec | None, deadline: Deadline
+    ) -> tuple[Array | None, str]:
+        """Call GetTensor, and return the elements unless they go elsewhere."""
+
+        def receive(source: PartSource) -> Array | None:
+            reader = PartReader(source, pb.GetTensorResponse, self._empty)
+            reader.header()
+            array = None if spec is None else reader.read("resident", spec)
+            reader.expect_end()
+            return array
+
+        def begin() -> Conversation[Array | None]:
+            return Conversation(Method.GetTensor, iter([request]), receive, pb.GetTensorResponse)
+
+        return stub.stream(begin, deadline)
 
 
-def _sent(
-    stub: Stub, session: bytes, tensor: pb.Tensor, array: Array | None, deadline: Deadline
-) -> pb.Resident:
-    header = pb.PutTensorHeader(session=session, tensor=tensor)
-
-    def parts() -> Iterator[Part]:
-        yield pb.PutTensorRequest(header=header)
-        if array is not None:
-            yield from elements_parts(array)
-
-    return stub.put_tensor(parts, deadline).resident
+def _parts(header: pb.PutTensorHeader, array: Array | None) -> Iterator[Part]:
+    yield pb.PutTensorRequest(header=header)
+    if array is not None:
+        yield from elements_parts(array)
 
 
-def _received(
-    stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec | None, deadline: Deadline
-) -> Array | None:
-    def receive(reader: PartReader[pb.GetTensorResponse]) -> Array | None:
-        reader.header()
-        array = None if spec is None else reader.read("resident", spec)
-        reader.expect_end()
-        return array
-
-    return stub.get_tensor(request, receive, deadline)
+def _only_message(source: PartSource) -> Any:
+    """Return the message of a response that has one."""
+    message = source.next()
+    source.next()  # the end
+    return message

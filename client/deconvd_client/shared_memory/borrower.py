@@ -23,7 +23,7 @@ from deconvd.problem import TensorSpec, check_extents
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd_client.deadline import Deadline
-from deconvd_client.shared_memory.loans import Loan, Loans
+from deconvd_client.shared_memory.loans import LenderState, Loan, Loans
 from deconvd_client.shared_memory.places import HOST, Place
 from deconvd_client.shared_memory.pool import Pool
 from deconvd_client.shared_memory.region import Block, Region
@@ -167,13 +167,13 @@ class Borrower:
 
     def lends(self, deadline: Deadline) -> bool:
         """Return whether the server lends memory, as far as is known by the deadline; True if it must."""
-        if self._is_only_way or self._loans.link is not None:
+        if self._is_only_way or self._is_lending:
             return True
         with self._lock:
             loan = self._loans.request(0)
         if loan is not None:
             self._wait(loan, deadline)
-        return self._loans.link is not None
+        return self._is_lending
 
     @property
     def borrowed_bytes(self) -> int:
@@ -194,7 +194,7 @@ class Borrower:
             for region in self._pool.regions:
                 if region.is_empty:
                     region.close()
-            loan = self._loans.request(0) if self._loans.link is not None else None
+            loan = self._loans.request(0) if self._is_lending else None
         if loan is not None:
             loan.wait(deadline)
 
@@ -207,15 +207,18 @@ class Borrower:
         """Leave what was borrowed to the parent."""
         self._loans.begin_anew_in_child()
 
+    @property
+    def _is_lending(self) -> bool:
+        return self._loans.state is LenderState.LENDING
+
     def _wait(self, loan: Loan, deadline: Deadline) -> None:
         """Wait until a loan has ended, or for as long as its caller has to."""
         if self._is_only_way:
             loan.wait(deadline)
             return
-        is_brief = self._loans.link is None and not loan.is_first
-        if is_brief:
+        if not loan.is_first and not self._is_lending:
             has_ended = loan.wait(deadline.within(_BRIEF_PATIENCE_S))
-            if has_ended or self._loans.link is None:
+            if has_ended or not self._is_lending:
                 return
         loan.wait(deadline.within(_PATIENCE_S))
 
@@ -223,6 +226,6 @@ class Borrower:
 def has_ended(error: BaseException) -> bool:
     """Return whether only a server that has done with a call can have answered so."""
     if isinstance(error, UnavailableError):
-        return error.retry_after_s is not None
+        return error.was_reached
     refusals = (InvalidArgumentError, NotFoundError, ExhaustedError, UnimplementedError)
     return isinstance(error, refusals)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from deconvd.codec import Buffer, Envelope
-from deconvd.direct import EARLY_ORDER
 from deconvd.errors import StaleRegionError
+from deconvd.operation import Operation
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked, RequestT, ResponseT, received
-from deconvd_client.late_copy import LateCopy
+from deconvd_client.asked import Answered, Asked, Request, received
 from deconvd_client.shared_memory.borrower import Borrower
 from deconvd_client.shared_memory.shared_call import SharedCall, SharedResult
 
@@ -20,16 +20,16 @@ __all__ = ["call_with_shared_memory"]
 
 def call_with_shared_memory(
     borrower: Borrower,
-    rpc: Callable[[Envelope[RequestT], LateCopy | None], Envelope[ResponseT]],
-    asked: Asked[RequestT],
-) -> Answered[ResponseT] | None:
+    rpc: Callable[..., tuple[Envelope[Any], str]],
+    asked: Asked,
+) -> Answered | None:
     """Make a call and return its answer.
 
     None if it is to be made in another way: none of its tensors is large, or there is no room for
     one that is, or the server does not know the memory.
 
     Args:
-        rpc: Makes the call, and with it the copy that it is given, if any.
+        rpc: Makes the call, as `Stub.call` does.
 
     Raises:
         UnavailableError, ExhaustedError: There is no other way, as `Borrower.allow_other_ways` says.
@@ -48,28 +48,36 @@ def call_with_shared_memory(
 
 def _answered(
     borrower: Borrower,
-    rpc: Callable[[Envelope[RequestT], LateCopy | None], Envelope[ResponseT]],
-    asked: Asked[RequestT],
-) -> Answered[ResponseT] | None:
-    request = type(asked.request)()
+    rpc: Callable[..., tuple[Envelope[Any], str]],
+    asked: Asked,
+) -> Answered | None:
+    request: Any = type(asked.request)()
     request.CopyFrom(asked.request)
     with SharedCall(borrower, asked.deadline) as call:
         places = _want(call, request, asked.results)
         if places is None:
             return None
-        raw = _put(call, request, asked.operands)
+        raw = _put(call, request, asked.operation, asked.operands)
         if raw is None:
             return None
-        call.settle(may_be_late=_may_be_late(request, asked.operands))
-        response = rpc(Envelope(request, raw), call.late_copy)
+        call.settle(may_be_late=_may_be_late(request, asked))
+        # what is not in shared memory is small
+        response, ledger = rpc(
+            asked.operation,
+            Envelope(request, raw),
+            asked.deadline,
+            late_copy=call.late_copy,
+            is_brief=True,
+        )
         return Answered(
             response.message,
             {field: _received(response, field, places.get(field)) for field in asked.results},
+            ledger,
         )
 
 
 def _want(
-    call: SharedCall, request: RequestT, results: Mapping[str, TensorSpec]
+    call: SharedCall, request: Request, results: Mapping[str, TensorSpec]
 ) -> dict[str, SharedResult] | None:
     """Ask for the large results in shared memory; return where they will be."""
     places: dict[str, SharedResult] = {}
@@ -85,12 +93,14 @@ def _want(
 
 
 def _put(
-    call: SharedCall, request: RequestT, operands: Mapping[str, Array]
+    call: SharedCall, request: Request, operation: Operation, operands: Mapping[str, Array]
 ) -> dict[str, Buffer] | None:
     """Put the large operands into shared memory; return the others' elements."""
     raw: dict[str, Buffer] = {}
-    for field in sorted(operands, key=EARLY_ORDER.index):
-        array = operands[field]
+    for field in operation.write_order:
+        array = operands.get(field)
+        if array is None:
+            continue
         if not call.is_large(array):
             raw[field] = elements_of(array)
             continue
@@ -101,15 +111,14 @@ def _put(
     return raw
 
 
-def _may_be_late(request: RequestT, operands: Mapping[str, Array]) -> bool:
-    """Return whether a card could follow copies of operands: the one that is written last is in shared memory."""
-    if isinstance(request, pb.DeconvolveRequest):
-        return request.x.HasField("shared")
-    last = max(operands, key=EARLY_ORDER.index, default=None)
-    return last is not None and getattr(request, last).HasField("shared")
+def _may_be_late(request: Request, asked: Asked) -> bool:
+    """Return whether a card could follow copies of operands: one with samples is the last that is written."""
+    written = [field for field in asked.operation.write_order if field in asked.operands]
+    last = written[-1] if written else ""
+    return last in asked.operation.sliced and getattr(request, last).HasField("shared")
 
 
-def _received(response: Envelope[ResponseT], field: str, result: SharedResult | None) -> Array:
+def _received(response: Envelope[Any], field: str, result: SharedResult | None) -> Array:
     message: pb.Tensor = getattr(response.message, field)
     if result is not None and message.WhichOneof("payload") == "shared":
         return result.array

@@ -7,13 +7,14 @@ import os
 import select
 import socket
 from contextlib import suppress
+from enum import Enum
 from typing import Final
 
 from deconvd.forks import new_lock
 from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
 from deconvd_client.shared_memory.region import HostRegion
 
-__all__ = ["Link", "LinkLostError", "NeverLentError", "NotHereError", "NotLentError"]
+__all__ = ["Link", "LinkLostError", "LinkState", "NeverLentError", "NotHereError", "NotLentError"]
 
 _TIMEOUT_S: Final = 10.0
 """More than a server takes to make memory and to show it to its devices."""
@@ -35,10 +36,34 @@ class NeverLentError(Exception):
     """The server lends none of what was asked for, and never will."""
 
 
+class LinkState(Enum):
+    """What a link is doing.
+
+    IDLE --a thread asks--> ASKING --it has the answer, or an error--> IDLE
+    IDLE --close--> CLOSED
+    ASKING --close--> CLOSING --it has an error--> CLOSED
+    """
+
+    IDLE = "idle"
+    """Nothing comes from the server but the end of the socket."""
+
+    ASKING = "asking"
+    CLOSING = "closing"
+    """The socket is shut down. Its descriptor is the asking thread's until that has done: it would be another's."""
+
+    CLOSED = "closed"
+
+
+_AFTER_ASKING: Final = {LinkState.ASKING: LinkState.IDLE, LinkState.CLOSING: LinkState.CLOSED}
+
+
 class Link:
     """A connection to the server's side socket. What was borrowed by it is lent for as long as it is open.
 
     One thread asks; any may close it meanwhile, which ends the asking.
+
+    Attributes:
+        state: What it is doing. See `LinkState`.
 
     Raises:
         NotHereError: There is no such socket, or no one listens.
@@ -49,9 +74,8 @@ class Link:
             raise NotHereError("this system has no Unix sockets")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
-        self._asking = new_lock()  # never waited for
-        self._turns_count = 0  # of asking: odd while a thread asks
-        self._is_closed = False
+        self._lock = new_lock()  # of the state; never held while the server is waited for
+        self.state = LinkState.IDLE
         try:
             self._socket.connect(path)
         except OSError as error:
@@ -63,10 +87,12 @@ class Link:
     @property
     def is_open(self) -> bool:
         """Whether the server has not closed it."""
-        # What can be read is the socket's end, or what nobody asked for. While a thread asks it is
-        # the answer.
-        before = self._turns_count
-        return not self._poll.poll(0) or before % 2 == 1 or self._turns_count != before
+        if not self._poll.poll(0):
+            return self.state is not LinkState.CLOSED
+        with self._lock:  # so that no thread begins to ask: what could be read then is its answer
+            if self.state is LinkState.IDLE:
+                return not self._poll.poll(0)
+            return self.state is LinkState.ASKING
 
     def borrow(self, size_bytes: int) -> HostRegion:
         """Return new memory of the host of at least `size_bytes`.
@@ -105,32 +131,37 @@ class Link:
 
     def close(self) -> None:
         """Give all back."""
-        self._is_closed = True
-        with suppress(OSError):  # the server has gone
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._close_unless_asking()
+        with self._lock:
+            if self.state is LinkState.IDLE:
+                self._move(LinkState.CLOSED)
+            elif self.state is LinkState.ASKING:
+                self._move(LinkState.CLOSING)
 
     def leave_to_parent(self) -> None:
         """Have nothing to do with it any more, in a forked child: the parent goes on using it."""
-        self._socket.close()
+        with self._lock:
+            self._socket.close()  # before `_move` shuts it down, which would be felt by the parent
+            self._move(LinkState.CLOSED)
 
-    def _close_unless_asking(self) -> None:
-        # a descriptor that is closed under who waits for it may be another socket's by then
-        if self._asking.acquire(blocking=False):
+    def _move(self, to: LinkState) -> None:
+        """Change the state, and what becomes of the socket with it. Called with the lock held."""
+        if to in (LinkState.CLOSING, LinkState.CLOSED):
+            with suppress(OSError):  # the server has gone, or that is done already
+                self._socket.shutdown(socket.SHUT_RDWR)
+        if to is LinkState.CLOSED:
             self._socket.close()
-            self._asking.release()
+        self.state = to
 
     def _asked(self, request: Request) -> tuple[Reply, int | None]:
+        with self._lock:
+            if self.state is not LinkState.IDLE:
+                raise LinkLostError(f"the socket is {self.state.value}")
+            self._move(LinkState.ASKING)
         try:
-            with self._asking:
-                self._turns_count += 1
-                try:
-                    return self._exchanged(request)
-                finally:
-                    self._turns_count += 1
+            return self._exchanged(request)
         finally:
-            if self._is_closed:
-                self._close_unless_asking()
+            with self._lock:
+                self._move(_AFTER_ASKING[self.state])
 
     def _exchanged(self, request: Request) -> tuple[Reply, int | None]:
         descriptors: list[int] = []

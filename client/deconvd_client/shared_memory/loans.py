@@ -88,15 +88,24 @@ class Loan:
 class LenderState(Enum):
     """How a borrower stands with the server that lends.
 
-    UNKNOWN --a loan is wanted, and the server says where it lends--> LENDING
-    LENDING --the socket is lost--> UNKNOWN
-    LENDING --calls go to another server--> UNKNOWN
-    UNKNOWN or LENDING --the server lends none of this kind, or `close`--> CLOSED
+    UNTRIED --memory is wanted--> AWAY --the server lends--> LENDING
+    LENDING --the socket is lost, or calls go to another server--> AWAY
+    UNTRIED, AWAY or LENDING --the server lends none of this kind, and never will--> REFUSED
+    any of them --`close`--> CLOSED
     """
 
-    UNKNOWN = "unknown"
+    UNTRIED = "untried"
+    """Nobody has wanted memory yet: who is first waits for the server's answer for longer than others do."""
+
+    AWAY = "away"
+    """There is no link. Some loan will open one, unless the server is left in peace for now."""
+
     LENDING = "lending"
+    REFUSED = "refused"
     CLOSED = "closed"
+
+
+_FOR_GOOD: Final = LenderState.REFUSED, LenderState.CLOSED
 
 
 class Loans:
@@ -107,8 +116,8 @@ class Loans:
     socket without its answer.
 
     Attributes:
-        state: How the borrower stands with the server.
-        link: To the server, while it lends.
+        state: How the borrower stands with the server. See `LenderState`.
+        link: To the server, while it is LENDING, else None.
         refusal: Why there is no memory, once that is known.
 
     Args:
@@ -126,7 +135,7 @@ class Loans:
         is_only_way: bool,
         place: Place,
     ) -> None:
-        self.state = LenderState.UNKNOWN
+        self.state = LenderState.UNTRIED
         self.link: Link | None = None
         self.refusal: DeconvdError | None = None
         self._lock = lock
@@ -137,24 +146,20 @@ class Loans:
         self._begin()
 
     def _begin(self) -> None:
-        self._pool.clear()
         self._backoff = Backoff()
         self._away = Backoff(*_AWAY_PAUSES_S)
         self._disowned = Backoff(_FIRST_DISOWNED_PAUSE_S)
-        self._was_tried = False
-        self._is_missed = False
-        self._has_borrowed = False
+        self._loss_level = logging.INFO  # of the next loss in the log; on another host it is none
         self._is_talking = False
         self._waiting: deque[Loan] = deque()
-        if self.state is LenderState.LENDING:
-            self.state = LenderState.UNKNOWN
 
     def request(self, size_bytes: int) -> Loan | None:
         """Have memory borrowed, and return what to wait for; None if nothing is to be waited for."""
-        if self.state is LenderState.CLOSED or self._is_in_peace:
+        if self.state in _FOR_GOOD or self._is_in_peace:
             return None
-        loan = Loan(size_bytes, is_first=not self._was_tried)
-        self._was_tried = True
+        loan = Loan(size_bytes, is_first=self.state is LenderState.UNTRIED)
+        if self.state is LenderState.UNTRIED:
+            self._move(LenderState.AWAY)
         self._waiting.append(loan)
         if not self._is_talking:
             do_beside(self._talk)
@@ -183,35 +188,33 @@ class Loans:
 
     def close(self) -> None:
         """Give all back, for good."""
-        self.state = LenderState.CLOSED
+        self._move(LenderState.CLOSED)
         self.refusal = CallCancelledError("the connection is closed")
-        self._forget_link()
 
     def begin_anew_in_child(self) -> None:
         """Leave what was borrowed to the parent."""
         if self.link is not None:
             self.link.leave_to_parent()
-            self.link = None
+        if self.state not in _FOR_GOOD:
+            self._move(LenderState.UNTRIED)
         self._begin()
 
-    def _lose(self, why: UnavailableError, state: LenderState = LenderState.UNKNOWN) -> None:
-        """Do without the link, until it can be opened again or for good; say so once."""
-        if self.state is LenderState.CLOSED:
-            return
-        self.state = state
-        self.refusal = why
-        if not self._is_missed and not self._is_only_way:
-            # on another host it is no loss
-            level = logging.WARNING if self._has_borrowed else logging.INFO
-            _log.log(level, "%s: %s", self._place.loss, why)
-        self._is_missed = True
-        self._forget_link()
-
-    def _forget_link(self) -> None:
+    def _move(self, to: LenderState, link: Link | None = None) -> None:
+        """Change the state, and leave the link that it had, with all that was borrowed by it."""
+        old, self.link, self.state = self.link, link, to
         self._pool.clear()
-        if self.link is not None:
-            self.link.close()
-            self.link = None
+        if old is not None:
+            old.close()
+
+    def _lose(self, why: UnavailableError, to: LenderState = LenderState.AWAY) -> None:
+        """Do without the link, until it can be opened again or for good; say so once."""
+        if self.state in _FOR_GOOD:
+            return
+        self._move(to)
+        self.refusal = why
+        if self._loss_level and not self._is_only_way:
+            _log.log(self._loss_level, "%s: %s", self._place.loss, why)
+        self._loss_level = logging.NOTSET
 
     # What follows runs in the thread, and takes the lock itself.
 
@@ -233,7 +236,7 @@ class Loans:
 
     def _lend(self, loan: Loan) -> None:
         with self._lock:
-            if self.link is None and self._is_in_peace:
+            if self.state in _FOR_GOOD or (self.link is None and self._is_in_peace):
                 return  # it was asked for while an earlier one was failing
         try:
             link = self._open_link()
@@ -248,7 +251,7 @@ class Loans:
                 self._lose(_lost(str(error)))
         except NeverLentError as error:
             with self._lock:
-                self._lose(PinnedTransportError(str(error)), LenderState.CLOSED)
+                self._lose(PinnedTransportError(str(error)), LenderState.REFUSED)
         except DeconvdError as error:
             with self._lock:
                 self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
@@ -279,13 +282,12 @@ class Loans:
                     (self._away if is_away else self._backoff).note_failure()
             raise
         with self._lock:
-            if self.state is LenderState.CLOSED:
+            if self.state in _FOR_GOOD:
                 link.close()
                 raise LinkLostError("the connection is closed")
             self._backoff.note_success()
             self._away.note_success()
-            self.state = LenderState.LENDING
-            self.link = link
+            self._move(LenderState.LENDING, link)
         return link
 
     def _borrow(self, link: Link, loan: Loan) -> None:
@@ -302,14 +304,15 @@ class Loans:
                 region = self._place.borrow(link, region_bytes)
             except NotLentError as error:
                 _log.info("the server lends no more memory: %s", error)
-                self.refusal = ExhaustedError(f"the server lends no more: {error}")
+                with self._lock:
+                    if self.link is link:
+                        self.refusal = ExhaustedError(f"the server lends no more: {error}")
                 self._give_back(link, lambda _: True)
                 continue
             with self._lock:
                 if self.link is not link:
                     raise LinkLostError("the server has closed the socket")
-                self._is_missed = False
-                self._has_borrowed = True
+                self._loss_level = logging.WARNING
                 self._pool.add(region)
                 loan.block = region.take(loan.size_bytes)
 

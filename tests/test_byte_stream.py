@@ -1,0 +1,168 @@
+"""Sockets as byte streams: all bytes, in order, wherever the socket splits them, and bounded in time."""
+
+from __future__ import annotations
+
+import fcntl
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from itertools import cycle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deconvd.byte_stream import SocketStream
+from deconvd.line_errors import LineClosedError, LineTimeoutError
+
+_HIGH_DESCRIPTOR = 1500
+"""Beyond FD_SETSIZE, and below what systems allow."""
+
+Ends = tuple[SocketStream, SocketStream]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    one, other = socket.socketpair()
+    with closing(SocketStream(one)) as near, closing(SocketStream(other)) as far:
+        yield near, far
+
+
+def taken(stream: SocketStream, size_bytes: int) -> bytes:
+    """Return the next bytes."""
+    target = memoryview(bytearray(size_bytes))
+    filled = 0
+    while filled < size_bytes:
+        filled += stream.read_into(target[filled:])
+    return bytes(target)
+
+
+@given(
+    writes=st.lists(st.lists(st.integers(0, 300_000), max_size=4), max_size=4),
+    reads=st.lists(st.integers(1000, 100_000), min_size=1, max_size=4),
+)
+def test_bytes_arrive_as_they_were_written(writes: list[list[int]], reads: list[int]) -> None:
+    sent = [[bytes([len(write) + i]) * size for i, size in enumerate(write)] for write in writes]
+    expected = b"".join(buffer for buffers in sent for buffer in buffers)
+    one, other = socket.socketpair()
+    with (
+        closing(SocketStream(one)) as near,
+        closing(SocketStream(other)) as far,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        writing = [pool.submit(near.write, *buffers) for buffers in sent]
+        received, sizes = bytearray(), cycle(reads)
+        while len(received) < len(expected):
+            space = memoryview(bytearray(next(sizes)))
+            received += space[: far.read_into(space)]
+        for written in writing:
+            written.result()
+        assert received == expected
+        assert not far.has_come(0)
+
+
+def test_the_other_end_closes_it(ends: Ends) -> None:
+    near, far = ends
+    near.write(b"abc")
+    near.close()
+    assert taken(far, 3) == b"abc"
+    assert far.has_come(0)
+    far.wait()
+    with pytest.raises(LineClosedError, match="closed"):
+        taken(far, 1)
+
+
+def test_a_deadline_ends_whatever_waits(ends: Ends) -> None:
+    near, far = ends
+    for wait in (far.wait, lambda: taken(far, 1)):
+        far.set_deadline(0.05)
+        with pytest.raises(LineTimeoutError):
+            wait()
+    near.set_deadline(0.05)
+    with pytest.raises(LineTimeoutError):  # once the socket is full
+        near.write(bytes(16 << 20))
+    near.set_deadline(0)
+    with pytest.raises(LineTimeoutError):
+        near.write(b"a")
+
+
+def test_a_deadline_may_be_far_or_none(ends: Ends) -> None:
+    near, far = ends
+    for timeout_s in (1e15, None):
+        near.set_deadline(timeout_s)
+        far.set_deadline(timeout_s)
+        near.write(b"x")
+        far.wait()
+        assert taken(far, 1) == b"x"
+
+
+def test_shutting_it_ends_whoever_waits(ends: Ends) -> None:
+    near, far = ends
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(taken, far, 1)
+        threading.Timer(0.05, far.shut).start()
+        with pytest.raises(LineClosedError):
+            reading.result()
+    with pytest.raises(LineClosedError):
+        taken(near, 1)
+    near.shut()  # harmless, however often
+    near.shut()
+
+
+def test_what_was_written_last_is_read_before_the_end(ends: Ends) -> None:
+    near, far = ends
+    near.set_deadline(1)
+    with suppress(LineTimeoutError):
+        near.write(np.ones(16 << 20, np.uint8).data)
+    near.set_deadline(30)
+    far.write(b"why")
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(far.end_gently, 30)
+        assert taken(near, 3) == b"why"
+        near.close()
+        ending.result()
+
+
+def test_an_end_is_waited_for_no_longer_than_was_said(ends: Ends) -> None:
+    _, far = ends
+    began_s = time.monotonic()
+    far.end_gently(0.05)
+    assert 0.05 <= time.monotonic() - began_s < 30
+
+
+def test_a_socket_among_very_many_descriptors_is_waited_for_too() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], _HIGH_DESCRIPTOR + 1), limits[1]))
+    one, other = socket.socketpair()
+    with other:
+        high = socket.socket(fileno=fcntl.fcntl(other, fcntl.F_DUPFD_CLOEXEC, _HIGH_DESCRIPTOR))
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with closing(SocketStream(one)) as near, closing(SocketStream(high)) as far:
+        assert far.descriptor >= _HIGH_DESCRIPTOR
+        assert not far.has_come(0)
+        assert not far.has_come(0.002)
+        near.write(b"abc")
+        assert far.has_come(0.002)
+        assert taken(far, 3) == b"abc"
+
+
+def test_what_comes_is_waited_for_as_long_as_was_said(ends: Ends) -> None:
+    near, far = ends
+    began_s = time.monotonic()
+    assert not far.has_come(0.05)
+    assert time.monotonic() - began_s >= 0.05
+    threading.Timer(0.05, near.write, [b"a"]).start()
+    assert far.has_come(30)
+
+
+def test_nothing_is_waited_for_beyond_the_deadline(ends: Ends) -> None:
+    near, _ = ends
+    near.set_deadline(0.05)
+    assert not near.has_come(10_000)
+    with pytest.raises(LineTimeoutError):
+        taken(near, 1)

@@ -1,0 +1,436 @@
+"""The direct protocol without any I/O: whatever comes is an event or the peer's fault, and both ends agree."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import cycle
+
+import numpy as np
+import pytest
+from google.rpc import status_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deconvd import direct_events
+from deconvd.direct_events import (
+    ANY_INSTANCE,
+    FRAME_HEAD_BYTES,
+    MAX_MESSAGE_BYTES,
+    Answer,
+    CallHead,
+    End,
+    Event,
+    Failed,
+    FrameKind,
+    Hello,
+    MessagePart,
+    Method,
+    Written,
+    frame,
+)
+from deconvd.direct_protocol import TRANSITIONS, DirectProtocol, Role, State
+from deconvd.line_errors import LineClosedError, LocalProtocolError, RemoteProtocolError
+from deconvd.parts import Ahead
+from deconvd.v1 import deconvd_pb2 as pb
+from tests.direct_calls import REQUEST, calls_path
+from tests.servers import ServerProcess
+
+INSTANCE = bytes(range(16))
+STATUS = status_pb2.Status(code=8, message="no room")
+
+CALL = CallHead(Method.Deconvolve, 30, b"x")
+EARLY_CALL = CallHead(Method.DeconvolveGrad, 30, b"x", is_early=True, written_bytes=7)
+STREAM_CALL = CallHead(Method.PutTensor, 30, b"x")
+FETCH_CALL = CallHead(Method.GetTensor, 30, b"x")
+
+GREETED: list[tuple[Role, Event]] = [(Role.CLIENT, Hello(INSTANCE))]
+IDLE: list[tuple[Role, Event]] = [*GREETED, (Role.SERVER, Hello(INSTANCE))]
+STREAMING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, STREAM_CALL)]
+WRITING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, EARLY_CALL)]
+WAYS: dict[State, list[tuple[Role, Event]]] = {
+    State.NEW: [],
+    State.GREETED: GREETED,
+    State.IDLE: IDLE,
+    State.ANSWERING: [*IDLE, (Role.CLIENT, CALL)],
+    State.WRITING: WRITING,
+    State.TRAILING: [*WRITING, (Role.SERVER, Answer(b"y", ""))],
+    State.STREAMING: STREAMING,
+    State.RESPONDING: [*STREAMING, (Role.CLIENT, End())],
+    State.CLOSED: [*STREAMING, (Role.SERVER, Failed(STATUS))],
+}
+"""What is said before a line is in each state."""
+
+EXAMPLES: dict[FrameKind, Event | Ahead] = {
+    FrameKind.HELLO: Hello(INSTANCE),
+    FrameKind.CALL: CALL,
+    FrameKind.EARLY_CALL: EARLY_CALL,
+    FrameKind.STREAM_CALL: STREAM_CALL,
+    FrameKind.FETCH_CALL: FETCH_CALL,
+    FrameKind.MESSAGE: MessagePart(b"abc"),
+    FrameKind.ELEMENTS: Ahead(3),
+    FrameKind.MISSING_ELEMENTS: Ahead(3, is_missing=True),
+    FrameKind.END: End("server_us=1"),
+    FrameKind.FAILED: Failed(STATUS),
+    FrameKind.WRITTEN: Written(1 << 40),
+    FrameKind.ANSWER: Answer(b"y", "server_us=1"),
+}
+
+FRAMES = {
+    FrameKind.HELLO: "01000000 14000000 64636435" + INSTANCE.hex(),
+    FrameKind.CALL: "02000000 19000000 01 00 000000000000 80c3c90100000000 0000000000000000 78",
+    FrameKind.EARLY_CALL: "02000000 19000000 02 01 000000000000 80c3c90100000000 0700000000000000 78",
+    FrameKind.STREAM_CALL: "02000000 19000000 05 00 000000000000 80c3c90100000000 0000000000000000 78",
+    FrameKind.FETCH_CALL: "02000000 19000000 06 00 000000000000 80c3c90100000000 0000000000000000 78",
+    FrameKind.MESSAGE: "03000000 03000000 616263",
+    FrameKind.ELEMENTS: "04000000 03000000",
+    FrameKind.MISSING_ELEMENTS: "05000000 03000000",
+    FrameKind.END: "06000000 0b000000" + b"server_us=1".hex(),
+    FrameKind.FAILED: "07000000 0b000000 0808 1207" + b"no room".hex(),
+    FrameKind.WRITTEN: "08000000 08000000 0000000000010000",
+    FrameKind.ANSWER: "09000000 14000000 0b00 000000000000" + b"server_us=1y".hex(),
+}
+"""Each example on the line: what both ends of the version "dcd5" rely on."""
+
+KINDS = pytest.mark.parametrize("kind", FrameKind, ids=lambda kind: kind.name)
+ROLES = pytest.mark.parametrize("role", Role, ids=lambda role: role.name)
+STATES = pytest.mark.parametrize("state", State, ids=lambda state: state.name)
+
+CHUNKS = st.lists(st.integers(1, 9) | st.integers(1, 100_000), min_size=1, max_size=5)
+MESSAGES = st.binary(max_size=40) | st.integers(0, MAX_MESSAGE_BYTES - 60_000).map(bytes)
+LEDGERS = st.text("abc_=;0123456789", max_size=40)
+TIMEOUTS = st.integers(0, 10**6).map(float)
+
+
+def calls(*methods: Method, is_early: bool = False) -> st.SearchStrategy[CallHead]:
+    return st.builds(
+        CallHead,
+        st.sampled_from(methods),
+        TIMEOUTS,
+        MESSAGES,
+        st.just(is_early),
+        st.integers(0, 2**64 - 1),
+    )
+
+
+EVENTS: dict[FrameKind, st.SearchStrategy[Event | Ahead]] = {
+    FrameKind.HELLO: st.sampled_from([Hello(INSTANCE), Hello(ANY_INSTANCE)]),
+    FrameKind.CALL: calls(Method.Deconvolve, Method.DeconvolveGrad),
+    FrameKind.EARLY_CALL: calls(Method.Deconvolve, Method.DeconvolveGrad, is_early=True),
+    FrameKind.STREAM_CALL: calls(
+        Method.DeconvolveStream, Method.DeconvolveGradStream, Method.PutTensor
+    ),
+    FrameKind.FETCH_CALL: calls(Method.GetTensor),
+    FrameKind.MESSAGE: st.builds(MessagePart, MESSAGES),
+    FrameKind.ELEMENTS: st.builds(Ahead, st.integers(0, 100_000)),
+    FrameKind.MISSING_ELEMENTS: st.builds(Ahead, st.integers(0, 100_000), st.just(True)),
+    FrameKind.END: st.builds(End, LEDGERS),
+    FrameKind.FAILED: st.builds(Failed, st.builds(status_pb2.Status, message=LEDGERS)),
+    FrameKind.WRITTEN: st.builds(Written, st.integers(0, 2**64 - 1)),
+    FrameKind.ANSWER: st.builds(Answer, MESSAGES, LEDGERS),
+}
+
+
+def said(end: DirectProtocol, event: Event | Ahead) -> bytes:
+    """Return what an end sends for an event; elements with it, if those are ahead."""
+    if isinstance(event, Ahead):
+        return end.begin_elements(event) + elements(event)
+    return end.send(event)
+
+
+def elements(ahead: Ahead) -> bytes:
+    return bytes(n % 251 for n in range(ahead.size_bytes))
+
+
+def heard(
+    end: DirectProtocol, data: bytes, sizes: Sequence[int] = (1 << 20,)
+) -> list[Event | Ahead]:
+    """Return the events of bytes that come in chunks of these sizes, in turn, until the line is closed."""
+    stream, chunks, events = memoryview(data), cycle(sizes), list[Event | Ahead]()
+    while end.state is not State.CLOSED:
+        event = end.next_event()
+        if event is not None:
+            events.append(event)
+        elif stream:
+            space = end.space()
+            count = min(len(space), next(chunks), len(stream))
+            assert count
+            space[:count] = stream[:count]
+            end.note_received(count)
+            stream = stream[count:]
+        else:
+            break
+        if isinstance(event, Ahead):
+            if event.size_bytes > end.unread_bytes + len(stream):
+                break  # they have not all come
+            stream = taken(end, event, stream)
+    return events
+
+
+def taken(end: DirectProtocol, ahead: Ahead, stream: memoryview) -> memoryview:
+    """Take elements, of which those that the end has not read come next; return what comes after them."""
+    target = np.zeros(ahead.size_bytes, np.uint8)
+    count = end.take_elements(target)
+    rest = len(target) - count
+    target[count:] = np.frombuffer(stream[:rest], np.uint8)
+    return stream[rest:]
+
+
+def end_in(role: Role, state: State) -> DirectProtocol:
+    """Return an end of a line that has come into a state."""
+    end = DirectProtocol(role, INSTANCE)
+    for sender, event in WAYS[state]:
+        if sender is role:
+            end.send(event)
+        else:
+            assert heard(end, event.pack()) == [event]
+    assert end.state is state
+    return end
+
+
+@KINDS
+def test_frames_are_those_of_this_version(kind: FrameKind) -> None:
+    state = next(state for state in State if kind in TRANSITIONS[_sender(kind)][state])
+    sender, receiver = end_in(_sender(kind), state), end_in(Role(1 - _sender(kind)), state)
+    event = EXAMPLES[kind]
+
+    data = said(sender, event)
+
+    assert data[: len(bytes.fromhex(FRAMES[kind]))] == bytes.fromhex(FRAMES[kind])
+    assert heard(receiver, data) == [event]
+
+
+def _sender(kind: FrameKind) -> Role:
+    may_send = any(kind in allowed for allowed in TRANSITIONS[Role.CLIENT].values())
+    return Role.CLIENT if may_send else Role.SERVER
+
+
+@ROLES
+@STATES
+@KINDS
+def test_what_an_end_may_send_in_which_state_is_what_the_table_says(
+    role: Role, state: State, kind: FrameKind
+) -> None:
+    end = end_in(role, state)
+    after = TRANSITIONS[role][state].get(kind)
+    if after is None:
+        error = LineClosedError if state is State.CLOSED else LocalProtocolError
+        with pytest.raises(error):
+            said(end, EXAMPLES[kind])
+        assert end.state is state  # nothing was sent
+    else:
+        said(end, EXAMPLES[kind])
+        assert end.state is after
+
+
+@ROLES
+@STATES
+@KINDS
+def test_what_an_end_may_hear_in_which_state_is_what_the_table_says(
+    role: Role, state: State, kind: FrameKind
+) -> None:
+    end = end_in(role, state)
+    after = TRANSITIONS[Role(1 - role)][state].get(kind)
+    if state is State.CLOSED:
+        with pytest.raises(LineClosedError):
+            end.next_event()
+    elif after is None:
+        with pytest.raises(RemoteProtocolError, match="may send"):
+            heard(end, bytes.fromhex(FRAMES[kind]))
+        assert end.state is State.CLOSED
+        with pytest.raises(LineClosedError):
+            end.next_event()
+    else:
+        assert heard(end, bytes.fromhex(FRAMES[kind])) == [EXAMPLES[kind]]
+        assert end.state is after
+
+
+def test_no_kind_of_frame_is_said_by_both_but_the_greeting_and_parts() -> None:
+    client, server = (
+        {kind for allowed in TRANSITIONS[role].values() for kind in allowed} for role in Role
+    )
+    assert client & server == {FrameKind.HELLO, FrameKind.ELEMENTS, FrameKind.END}
+    assert client | server == set(FrameKind)
+
+
+@ROLES
+@STATES
+def test_whose_parts_are_over_follows_from_the_table(role: Role, state: State) -> None:
+    end = end_in(role, state)
+    may_come = {
+        Role.CLIENT: (State.STREAMING, State.RESPONDING),
+        Role.SERVER: (State.STREAMING,),
+    }
+    assert end.is_peer_done == (state not in (*may_come[role], State.CLOSED))
+    assert end.is_idle == (state in (State.IDLE, State.TRAILING))
+
+
+NONSENSE = st.lists(
+    st.binary(max_size=30)
+    | st.builds(frame, st.sampled_from(FrameKind), st.binary(max_size=60))
+    | st.sampled_from([bytes.fromhex(data) for data in FRAMES.values()])
+    | st.builds(
+        lambda number, size, rest: bytes([number, 0, 0, 0]) + size.to_bytes(4, "little") + rest,
+        st.integers(0, 12),
+        st.integers(0, 2**32 - 1) | st.integers(MAX_MESSAGE_BYTES - 1, MAX_MESSAGE_BYTES + 1),
+        st.binary(max_size=60),
+    ),
+    max_size=6,
+).map(b"".join)
+
+
+@given(st.sampled_from(Role), st.sampled_from(State), NONSENSE, CHUNKS)
+def test_whatever_comes_is_an_event_or_the_peers_fault_however_it_is_cut(
+    role: Role, state: State, data: bytes, sizes: list[int]
+) -> None:
+    whole, cut = end_in(role, state), end_in(role, state)
+
+    assert _outcome(cut, data, sizes) == _outcome(whole, data, [1 << 20])
+    assert cut.state is whole.state
+
+
+def _outcome(end: DirectProtocol, data: bytes, sizes: list[int]) -> list[Event | Ahead] | str:
+    try:
+        return heard(end, data, sizes)
+    except RemoteProtocolError as error:
+        assert end.state is State.CLOSED
+        return str(error)
+
+
+@given(st.data())
+def test_two_ends_understand_each_other_whatever_crosses_on_the_way(data: st.DataObject) -> None:
+    state = data.draw(st.sampled_from([State.NEW, State.IDLE, State.TRAILING]))
+    ends = {role: end_in(role, state) for role in Role}
+    way = dict.fromkeys(Role, b"")
+    sent: dict[Role, list[Event | Ahead]] = {role: [] for role in Role}
+    received: dict[Role, list[Event | Ahead]] = {role: [] for role in Role}
+
+    def deliver(role: Role, count: int) -> None:
+        # whole frames: how they are cut is another test's
+        sender = Role(1 - role)
+        for _ in range(count):
+            size_bytes = FRAME_HEAD_BYTES + int.from_bytes(way[role][4:8], "little")
+            frame_bytes, way[role] = way[role][:size_bytes], way[role][size_bytes:]
+            received[sender] += heard(ends[role], frame_bytes)
+
+    for _ in range(data.draw(st.integers(0, 30))):
+        role = data.draw(st.sampled_from(Role))
+        kinds, speaks = sorted(TRANSITIONS[role][ends[role].state]), data.draw(st.booleans())
+        if kinds and speaks:
+            event = data.draw(EVENTS[FrameKind(data.draw(st.sampled_from(kinds)))])
+            way[Role(1 - role)] += said(ends[role], event)
+            sent[role].append(event)
+        elif way[role]:
+            deliver(role, 1)
+    while any(way.values()):
+        for role in Role:
+            deliver(role, 1 if way[role] else 0)
+
+    assert ends[Role.CLIENT].state is ends[Role.SERVER].state
+    for role in Role:
+        assert received[role] == sent[role][: len(received[role])]
+        if ends[role].state is not State.CLOSED:
+            assert len(received[role]) == len(sent[role])
+
+
+def test_an_end_of_a_request_beside_a_part_of_the_response_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    end = end_in(Role.CLIENT, State.STREAMING)
+
+    def parse(payload: bytes) -> MessagePart:
+        end.send(End())  # as another thread may
+        return MessagePart(payload)
+
+    monkeypatch.setitem(direct_events.PARSERS, FrameKind.MESSAGE, parse)
+    heard(end, MessagePart(b"a").pack())
+
+    assert end.state is State.RESPONDING
+
+
+def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() -> None:
+    end = end_in(Role.SERVER, State.STREAMING)
+    data = frame(FrameKind.ELEMENTS, b"abcd") + End().pack()
+    end.space()[: len(data)] = data
+    end.note_received(len(data))
+    assert end.next_event() == Ahead(4)
+    target = np.zeros(3, np.uint8)
+    with pytest.raises(LocalProtocolError, match="4 bytes of elements are to be taken first"):
+        end.next_event()
+    assert end.next_kind() is None
+    assert end.take_elements(target) == 3
+    assert target.tobytes() == b"abc"
+    with pytest.raises(LocalProtocolError, match="3 bytes of the 1"):
+        end.take_elements(target)
+    assert end.take_elements(target[:1]) == 1
+    assert end.next_kind() == FrameKind.END
+    assert end.next_event() == End()
+
+
+@pytest.mark.parametrize(
+    ("state", "data", "fault"),
+    [
+        (
+            State.ANSWERING,
+            frame(FrameKind.ANSWER, b"\x09" + bytes(7) + b"12345678"),
+            "an answer of 16 b",
+        ),
+        (State.RESPONDING, frame(FrameKind.FAILED, b"\xff"), "no google.rpc.Status"),
+        (State.GREETED, frame(FrameKind.HELLO, b"dcd4" + INSTANCE), "another protocol"),
+        (State.GREETED, frame(FrameKind.HELLO, b"dcd5" + bytes(range(1, 17))), "another server"),
+        (State.IDLE, frame(FrameKind.CALL, b"\x07" + bytes(23)), "unknown method 7"),
+        (State.IDLE, frame(FrameKind.CALL, b"\x06\x01" + bytes(22)), "an early call of GetTensor"),
+        (State.IDLE, frame(77, b""), "unknown kind 77"),
+    ],
+)
+def test_what_makes_no_sense_is_the_peers_fault(state: State, data: bytes, fault: str) -> None:
+    end = end_in(Role.SERVER if state is State.IDLE else Role.CLIENT, state)
+    with pytest.raises(RemoteProtocolError, match=fault):
+        heard(end, data)
+    assert end.state is State.CLOSED
+
+
+def test_a_frame_is_read_whole_wherever_it_lies_in_what_was_read_ahead() -> None:
+    parts = [MessagePart(bytes(size)) for size in (10_000, 28_000, 20_000, 31_000, 32_760, 0)]
+    data = b"".join(part.pack() for part in parts)
+    assert heard(end_in(Role.CLIENT, State.STREAMING), data) == parts
+
+
+def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
+    end = end_in(Role.CLIENT, State.STREAMING)
+    usual_bytes = len(end.space())
+    long = MessagePart(bytes(MAX_MESSAGE_BYTES))
+    assert heard(end, long.pack(), [10_000]) == [long]
+    assert len(end.space()) == usual_bytes < MAX_MESSAGE_BYTES
+
+
+def test_a_deadline_that_has_passed_is_now() -> None:
+    call = CallHead(Method.Deconvolve, -1, b"")
+    assert heard(end_in(Role.SERVER, State.IDLE), call.pack()) == [call._replace(timeout_s=0)]
+
+
+def test_asyncio_shares_it(server: ServerProcess) -> None:
+    end = DirectProtocol(Role.CLIENT, ANY_INSTANCE)
+
+    async def next_event(reader: asyncio.StreamReader) -> Event | Ahead:
+        while (event := end.next_event()) is None:
+            space = end.space()
+            data = await reader.read(len(space))
+            assert data
+            space[: len(data)] = data
+            end.note_received(len(data))
+        return event
+
+    async def call() -> pb.DeconvolveResponse:
+        reader, writer = await asyncio.open_unix_connection(calls_path(server))
+        writer.write(end.send(Hello(ANY_INSTANCE)))
+        await next_event(reader)
+        writer.write(end.send(CallHead(Method.Deconvolve, 30, REQUEST.SerializeToString())))
+        answer = await next_event(reader)
+        assert isinstance(answer, Answer), answer
+        writer.close()
+        await writer.wait_closed()
+        return pb.DeconvolveResponse.FromString(answer.message)
+
+    assert list(asyncio.run(call()).y.shape) == [1, 2, 4, 4]
+    assert end.is_idle

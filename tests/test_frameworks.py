@@ -1,0 +1,201 @@
+"""Frameworks at the edge: every function takes arrays of one that is registered, and answers in kind."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deconvd.tensor import Array
+from deconvd_client import Connection, InvalidArgumentError, frameworks
+from deconvd_client.frameworks import framework_of, host_array
+from tests.stand_in import CardTensor, StandIn, Tensor
+
+random = np.random.default_rng(0)
+X = random.standard_normal((2, 3, 8, 8), np.float32)
+W = random.standard_normal((3, 2, 3, 3), np.float32)
+B = random.standard_normal(2, np.float32)
+GY = random.standard_normal((2, 2, 10, 10), np.float32)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[StandIn]]:
+    """The stand-in is registered; what is opened of it, one after another."""
+    found: list[StandIn] = []
+
+    def open_framework() -> StandIn:
+        found.append(StandIn())
+        return found[-1]
+
+    frameworks.register("tests", open_framework)
+    yield found
+    del frameworks._registered["tests"]
+    frameworks._framework_of_type.cache_clear()
+
+
+def elements(tensor: object) -> Array:
+    assert isinstance(tensor, Tensor)
+    return np.from_dlpack(tensor)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_results_are_of_the_kind_of_x_and_on_its_device(
+    F: Connection, opened: list[StandIn]
+) -> None:
+    x: Any = Tensor(X, "there")
+    y: Any = F.deconvolution_2d(x, Tensor(W), Tensor(B))  # type: ignore[arg-type]
+    gradients: Any = F.deconvolution_2d_grad(x, W, B, Tensor(GY))  # type: ignore[arg-type]
+
+    np.testing.assert_array_equal(elements(y), F.deconvolution_2d(X, W, B))
+    assert_same(map(elements, gradients), F.deconvolution_2d_grad(X, W, B, GY))
+    assert {y.device, *(gradient.device for gradient in gradients)} == {"there"}
+
+
+def test_operands_are_made_into_arrays_once(F: Connection, opened: list[StandIn]) -> None:
+    x: Any = Tensor(X)
+    F.deconvolution_2d(x, Tensor(W))  # type: ignore[arg-type]
+    F.deconvolution_2d_grad(x, W, None, GY, wanted=["gx"])
+
+    assert [framework.arrays_count for framework in opened] == [3]
+
+
+def test_gradients_that_are_not_wanted_stay_none(F: Connection, opened: list[StandIn]) -> None:
+    x: Any = Tensor(X)
+    gradients = F.deconvolution_2d_grad(x, W, None, GY, wanted=["gx"])
+    expected = F.deconvolution_2d_grad(X, W, None, GY, wanted=["gx"])
+
+    assert gradients.gW is gradients.gb is None
+    np.testing.assert_array_equal(elements(gradients.gx), expected.gx)
+
+
+def test_with_another_x_the_results_are_numpys(F: Connection, opened: list[StandIn]) -> None:
+    w: Any = Tensor(W)
+    for x in (X, F.put(X)):
+        y = F.deconvolution_2d(x, w)
+        assert isinstance(y, np.ndarray)
+        np.testing.assert_array_equal(y, F.deconvolution_2d(X, W))
+
+
+def test_a_gradient_of_a_remote_tensor_is_numpys_though_all_that_is_sent_is_on_a_card(
+    F: Connection, opened: list[StandIn]
+) -> None:
+    gy: Any = CardTensor(GY)
+    gradients = F.deconvolution_2d_grad(F.put(X), W, None, gy, wanted=["gx"])
+
+    assert isinstance(gradients.gx, np.ndarray)
+    expected = F.deconvolution_2d_grad(X, W, None, GY, wanted=["gx"])
+    np.testing.assert_array_equal(gradients.gx, expected.gx)
+
+
+@pytest.mark.parametrize("kind", [Tensor, CardTensor])
+def test_what_stays_on_the_server_may_be_made_of_them(
+    F: Connection, opened: list[StandIn], kind: Callable[[Array], Any]
+) -> None:
+    expected = F.deconvolution_2d(X, W, B)
+    gradients = F.deconvolution_2d_grad(X, W, B, GY)
+
+    with F.put(kind(X)) as there:
+        np.testing.assert_array_equal(there.numpy(), X)
+        np.testing.assert_array_equal(F.deconvolution_2d(there, kind(W), kind(B)), expected)
+    remote = F.remote.deconvolution_2d(kind(X), kind(W), kind(B))
+    np.testing.assert_array_equal(remote.numpy(), expected)
+    there_too = F.remote.deconvolution_2d_grad(kind(X), kind(W), kind(B), kind(GY))
+    assert_same((tensor.numpy() for tensor in there_too if tensor is not None), gradients)
+
+
+def test_a_pullback_answers_in_the_kind_of_what_it_is_given(
+    F: Connection, opened: list[StandIn]
+) -> None:
+    x: Any = Tensor(X)
+    gy: Any = Tensor(GY, "elsewhere")
+    y, pullback = F.vjp(x, W, B)
+    expected = F.deconvolution_2d_grad(X, W, B, GY)
+
+    np.testing.assert_array_equal(elements(y), F.deconvolution_2d(X, W, B))
+    gradients: Any = pullback(gy)
+    assert_same(map(elements, gradients), expected)
+    assert {gradient.device for gradient in gradients} == {"elsewhere"}
+    assert_same(pullback(GY), expected)
+
+
+def test_elements_on_the_host_are_shared_and_those_on_a_card_copied_once(
+    F: Connection, opened: list[StandIn]
+) -> None:
+    on_card = CardTensor(X)
+    F.put(on_card)  # type: ignore[arg-type]
+
+    assert on_card.copies_count == 1
+    assert opened[0].arrays_count == 1
+    assert host_array(X) is X
+    assert np.shares_memory(StandIn().to_array(Tensor(X)), X)
+
+
+def test_arguments_are_checked_as_of_arrays(F: Connection, opened: list[StandIn]) -> None:
+    x: Any = Tensor(X)
+    with pytest.raises(InvalidArgumentError, match="input channels"):
+        F.deconvolution_2d(x, Tensor(W[:2]))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="x must have 4 dimensions"):
+        F.deconvolution_2d(Tensor(B), W)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="int64"):
+        F.put(Tensor(np.arange(3)))  # type: ignore[arg-type]
+
+
+def test_a_framework_is_opened_by_its_own_arrays_alone(
+    F: Connection, opened: list[StandIn]
+) -> None:
+    F.deconvolution_2d(X, W)
+    with pytest.raises(InvalidArgumentError, match="got list: convert it"):
+        F.deconvolution_2d(X.tolist(), W)
+    assert not opened
+
+    class Derived(Tensor):
+        pass
+
+    for tensor in (Tensor(X), Derived(X), Tensor(X)):
+        assert framework_of(tensor) is not None
+    assert len(opened) == 2  # once a type
+    assert framework_of(opened) is None
+
+
+def test_what_a_framework_has_beside_its_arrays_is_refused(
+    F: Connection, opened: list[StandIn]
+) -> None:
+    framework: Any = StandIn()
+    with pytest.raises(InvalidArgumentError, match=r"got tests\.stand_in\.StandIn$"):
+        F.deconvolution_2d(framework, W)
+
+
+def test_a_type_that_only_says_it_is_of_a_framework_imports_none(F: Connection) -> None:
+    impostor: Any = type("ndarray", (), {"__module__": "cupy"})()
+    if "cupy" in sys.modules:
+        pytest.skip("cupy is imported already")
+    with pytest.raises(InvalidArgumentError, match=r"got cupy\.ndarray"):
+        F.deconvolution_2d(impostor, W)
+    assert "cupy" not in sys.modules
+
+
+def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
+    return [*inspect.signature(function).parameters.values()]
+
+
+def test_all_functions_have_chainers_arguments(F: Connection) -> None:
+    """They are written out five times, so that editors show them."""
+    ours = parameters(F.deconvolution_2d)
+    assert parameters(F.remote.deconvolution_2d) == ours
+    assert parameters(F.vjp) == ours
+
+    gradients = parameters(F.deconvolution_2d_grad)
+    assert parameters(F.remote.deconvolution_2d_grad) == gradients
+    assert [p.name for p in gradients if p.name not in ("gy", "wanted")] == [p.name for p in ours]
+    for theirs in gradients:
+        own = next((p for p in ours if p.name == theirs.name), None)
+        if own is not None and own.name != "b":  # which must be given before gy
+            assert theirs == own
