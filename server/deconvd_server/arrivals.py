@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.operation import argument_of
+from deconvd.operation import ARGUMENTS
 from deconvd.parts import PartReader
 from deconvd.problem import TensorSpec
 from deconvd_server.call import Call
@@ -45,7 +45,7 @@ class Arrivals:
 
         Raises as `PartReader.read_missing` and `Exchange.take_missing` do.
         """
-        specs = {argument_of(field): spec for field, spec in missing.items()}
+        specs = {ARGUMENTS[field]: spec for field, spec in missing.items()}
         arrays = self._reader.read_missing(specs)
         self._exchange.take_missing(dict(zip(missing, arrays.values(), strict=True)), self._engine)
 
@@ -80,7 +80,7 @@ class Arrivals:
         spec = self._specs[field]
         if part is not None:
             spec = TensorSpec((part.stop - part.start, *spec.shape[1:]), spec.dtype)
-        array = self._reader.read(argument_of(field), spec)
+        array = self._reader.read(ARGUMENTS[field], spec)
         kept = self._kept.get(field)
         if kept is None:
             return array

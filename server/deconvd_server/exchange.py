@@ -20,7 +20,7 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd.messages import messages_for
-from deconvd.operation import argument_of
+from deconvd.operation import ARGUMENTS
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -121,7 +121,7 @@ class Exchange:
         """
         slices = self.parsed.slices
         for field, spec in self.parsed.operands.items():
-            argument, tensor = argument_of(field), getattr(self._request, field)
+            argument, tensor = ARGUMENTS[field], getattr(self._request, field)
             if field in slices:
                 self._given[field] = self._shared.operand(argument, spec, slices[field])
             elif self._residents is None or field not in self.parsed.named:
@@ -158,7 +158,7 @@ class Exchange:
         """
         missing = {}
         for field, spec in self.parsed.operands.items():
-            argument, tensor = argument_of(field), getattr(self._request, field)
+            argument, tensor = ARGUMENTS[field], getattr(self._request, field)
             payload = tensor.WhichOneof("payload")
             if payload in ("raw", "shared"):
                 raise InvalidArgumentError(
@@ -195,7 +195,7 @@ class Exchange:
         for field, array in arrays.items():
             digest = getattr(self._request, field).digest
             if digest_of(array) != digest:
-                argument = argument_of(field)
+                argument = ARGUMENTS[field]
                 raise InvalidArgumentError(
                     f"{argument} must be what its digest says, and its elements have another",
                     argument=argument,

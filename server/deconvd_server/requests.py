@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.messages import geometry_from_message, messages_for, options_from_message
-from deconvd.operation import Operation, argument_of, spec_of_field
+from deconvd.operation import ARGUMENTS, Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.shared_slice import SharedSlice
@@ -155,7 +155,7 @@ def _wanted(operation: Operation, message: Any) -> tuple[str, ...]:
         return results
     wanted = tuple(name for name in results if getattr(message.wanted, name))
     if not wanted:
-        *others, last = map(argument_of, results)
+        *others, last = (ARGUMENTS[name] for name in results)
         raise InvalidArgumentError(
             f"wanted must name at least one of {', '.join(others)} and {last}, got none",
             argument="wanted",
