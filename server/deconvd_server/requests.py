@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from google.protobuf.message import Message
 
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.messages import geometry_from_message, messages_for, options_from_message
 from deconvd.operation import ARGUMENTS, Operation, spec_of_field
 from deconvd.options import Options
@@ -27,6 +27,9 @@ __all__ = ["ParsedRequest", "parse_request"]
 _REMEMBERED_COUNT: Final = 2048
 _REMEMBERED_BYTES: Final = 1024
 """More than any request has beside elements: what is longer is read anew each time."""
+
+_FRAMING_BYTES: Final = 1024
+"""More than the fields of a response take beside its tensors' elements."""
 
 _CHECKS: Final = {"b": Problem.check_b, "gy": Problem.check_gy}
 """What checks those operands that a problem is not made of."""
@@ -84,8 +87,17 @@ class ParsedRequest:
 
     @cached_property
     def sent_bytes(self) -> int:
-        """What they have, together."""
+        """What those have, together."""
         return sum(spec.nbytes for spec in self.sent.values())
+
+    def check_sent(self, max_message_bytes: int) -> None:
+        """Raise ExhaustedError if the response would be larger than a message may be."""
+        if self.sent_bytes + _FRAMING_BYTES > max_message_bytes:
+            raise ExhaustedError(
+                f"the result would have {self.sent_bytes} bytes, and the server sends messages of at "
+                f"most {max_message_bytes}: send fewer samples at a time, or start it with a larger "
+                "--max-message-bytes"
+            )
 
     @cached_property
     def described(self) -> dict[str, pb.Tensor]:
@@ -102,15 +114,21 @@ class ParsedRequest:
         return messages_for(self.operation).response(**self.described)
 
 
-def parse_request(operation: Operation, message: Message) -> ParsedRequest:
+def parse_request(
+    operation: Operation, message: Message, data: bytes | None = None
+) -> ParsedRequest:
     """Return what the request of an operation asks for.
+
+    Args:
+        data: Its bytes, where they are known.
 
     Raises:
         InvalidArgumentError: It asks for what cannot be.
     """
-    if message.ByteSize() > _REMEMBERED_BYTES:
+    data = message.SerializeToString() if data is None else data
+    if len(data) > _REMEMBERED_BYTES:
         return _parse(operation, message)
-    return _parse_bytes(operation, message.SerializeToString())
+    return _parse_bytes(operation, data)
 
 
 @lru_cache(_REMEMBERED_COUNT)

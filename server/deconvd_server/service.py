@@ -14,7 +14,6 @@ from google.protobuf.message import Message
 import deconvd
 from deconvd.codec import Envelope
 from deconvd.dtypes import ELEMENT_TYPES
-from deconvd.errors import ExhaustedError
 from deconvd.messages import messages_for
 from deconvd.operation import OPERATIONS, Operation
 from deconvd.parts import EARLY_BYTES, PartReader
@@ -36,9 +35,6 @@ from deconvd_server.streaming import SlicedProblem, Slices
 __all__ = ["DeconvolutionService"]
 
 _FEATURES = ("resident_tensors",)
-
-_FRAMING_BYTES = 1024
-"""More than the fields of a response take beside its tensors' elements."""
 
 
 class DeconvolutionService:
@@ -91,15 +87,12 @@ class DeconvolutionService:
         self, operation: Operation, request: Envelope[Message], call: Call
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
-        parsed = parse_request(operation, request.message)
+        parsed = parse_request(operation, request.message, request.data)
         with Exchange(request.message, parsed, self._lender, self._residents, call) as exchange:
             exchange.take(request)
-            self._check_result_size(parsed.sent_bytes)
-            engine = exchange.choose_engine()
-            operands = exchange.bring_operands(engine)
-            places = exchange.make_places(engine)
+            parsed.check_sent(self._max_message_bytes)
+            engine, operands, places = exchange.prepare()
             engine.run(operation, parsed.problem, operands, places, parsed.options, call)
-            exchange.commit()
             return exchange.answer()
 
     def stream(self, operation: Operation, reader: PartReader[Any], call: Call) -> Parts:
@@ -154,15 +147,6 @@ class DeconvolutionService:
         )
         info.MergeFrom(self._ways)
         return Envelope(info, {})
-
-    def _check_result_size(self, result_bytes: int) -> None:
-        """Refuse results that could not be sent, before they are computed."""
-        if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
-            raise ExhaustedError(
-                f"the result would have {result_bytes} bytes, and the server sends messages of at "
-                f"most {self._max_message_bytes}: send fewer samples at a time, or start it with a "
-                "larger --max-message-bytes"
-            )
 
 
 def _device_message(engine: Engine, residents: Residents) -> pb.Device:
