@@ -29,6 +29,11 @@ class TensorSpec:
         """Size of its elements, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @cached_property
+    def raw(self) -> TensorSpec:
+        """Its spec where its elements are as in `Tensor.raw`: of little-endian byte order."""
+        return TensorSpec(self.shape, self.dtype.newbyteorder("<"))
+
     def __str__(self) -> str:
         shown = ", ".join(str(extent) for extent in self.shape[:_MAX_DIMENSIONS_SHOWN])
         more = ", ..." if len(self.shape) > _MAX_DIMENSIONS_SHOWN else ""
