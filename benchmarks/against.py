@@ -47,13 +47,13 @@ def main(other: Path, benchmark: str, options: Sequence[str], rounds_count: int)
 
 def _times_ms(checkout: Path, benchmark: str, options: Sequence[str]) -> dict[str, float]:
     """Run a checkout's benchmark. Return each time that it measured, by what its row says it is of."""
-    path = os.pathsep.join(str(checkout / source) for source in _SOURCES)
+    path = [*(str(checkout / source) for source in _SOURCES), os.environ.get("PYTHONPATH", "")]
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         subprocess.run(
             [sys.executable, "-m", f"benchmarks.{benchmark}", *options, "--json", results],
             cwd=checkout,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdout=subprocess.DEVNULL,
             check=True,
         )

@@ -57,7 +57,9 @@ def calls_path(server: ServerProcess) -> Path:
 def open_line(server: ServerProcess, transport: str = "unix") -> Line:
     way = way_to(target_of(server, transport))
     assert way is not None
-    return way.open(lambda: told_by(server), 5)
+    line = way.open(lambda: told_by(server), 5)
+    line.set_deadline(60)  # what it was opened with is short
+    return line
 
 
 def send_call(

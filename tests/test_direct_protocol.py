@@ -367,6 +367,35 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
     assert end.next_event() == End()
 
 
+@pytest.mark.parametrize(
+    ("state", "data", "fault"),
+    [
+        (
+            State.ANSWERING,
+            frame(FrameKind.ANSWER, b"\x09" + bytes(7) + b"12345678"),
+            "an answer of 16 b",
+        ),
+        (State.RESPONDING, frame(FrameKind.FAILED, b"\xff"), "no google.rpc.Status"),
+        (State.GREETED, frame(FrameKind.HELLO, b"dcd4" + INSTANCE), "another protocol"),
+        (State.GREETED, frame(FrameKind.HELLO, b"dcd5" + bytes(range(1, 17))), "another server"),
+        (State.IDLE, frame(FrameKind.CALL, b"\x07" + bytes(23)), "unknown method 7"),
+        (State.IDLE, frame(FrameKind.CALL, b"\x06\x01" + bytes(22)), "an early call of GetTensor"),
+        (State.IDLE, frame(77, b""), "unknown kind 77"),
+    ],
+)
+def test_what_makes_no_sense_is_the_peers_fault(state: State, data: bytes, fault: str) -> None:
+    end = end_in(Role.SERVER if state is State.IDLE else Role.CLIENT, state)
+    with pytest.raises(RemoteProtocolError, match=fault):
+        heard(end, data)
+    assert end.state is State.CLOSED
+
+
+def test_a_frame_is_read_whole_wherever_it_lies_in_what_was_read_ahead() -> None:
+    parts = [MessagePart(bytes(size)) for size in (10_000, 28_000, 20_000, 31_000, 32_760, 0)]
+    data = b"".join(part.pack() for part in parts)
+    assert heard(end_in(Role.CLIENT, State.STREAMING), data) == parts
+
+
 def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
     end = end_in(Role.CLIENT, State.STREAMING)
     usual_bytes = len(end.space())

@@ -44,9 +44,7 @@ class Stub:
         self.target = target
         self._by_grpc = by_grpc
         self.direct = None if way is None else DirectTransport(way, self._told_by_server)
-        self._nearest: Transport = (
-            by_grpc if self.direct is None else Failover(self.direct, by_grpc)
-        )
+        self._by_any: Transport = by_grpc if self.direct is None else Failover(self.direct, by_grpc)
 
     def call(
         self,
@@ -63,7 +61,7 @@ class Stub:
             late_copy: Puts operands where the request says that they are: meanwhile, if the call is direct.
             is_brief: Whether request and response are small enough for a direct call.
         """
-        transport = self._nearest if is_brief else self._by_grpc
+        transport = self._by_any if is_brief else self._by_grpc
         response, ledger = transport.unary(operation.name, encode(request), deadline, late_copy)
         return decode(messages_for(operation).response, response), ledger
 
@@ -73,7 +71,7 @@ class Stub:
         Args:
             begin: Called once for each attempt: again, if a direct line was lost.
         """
-        return self._nearest.stream(begin, deadline)
+        return self._by_any.stream(begin, deadline)
 
     @property
     def is_direct(self) -> bool:
