@@ -6,11 +6,11 @@ import pytest
 from deconvd.geometry import Geometry
 from deconvd.messages import messages_for
 from deconvd.operation import (
+    ARGUMENTS,
     DECONVOLVE,
     DECONVOLVE_GRAD,
     OPERATIONS,
     Operation,
-    argument_of,
     spec_of_field,
 )
 from deconvd.problem import Problem, TensorSpec
@@ -67,5 +67,5 @@ def test_fields_of_a_problem_have_the_specs_of_its_tensors() -> None:
 
 
 def test_fields_have_the_names_of_the_arguments_that_they_are_for() -> None:
-    assert [argument_of(field) for field in DECONVOLVE.operands] == ["W", "b", "x"]
-    assert [argument_of(field) for field in DECONVOLVE_GRAD.all_results] == ["gx", "gW", "gb"]
+    assert [ARGUMENTS[field] for field in DECONVOLVE.operands] == ["W", "b", "x"]
+    assert [ARGUMENTS[field] for field in DECONVOLVE_GRAD.all_results] == ["gx", "gW", "gb"]

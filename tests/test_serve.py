@@ -237,7 +237,7 @@ def test_a_response_that_nobody_wants_the_rest_of_ends_its_call_once() -> None:
 
 def served(work: Callable[[Call], None], recorder: Recorder) -> Serving:
     """Serve a call by `work`, and return how it went."""
-    serving = Serving("Deconvolve", "tcp: here", 30, [recorder, CallLog()])
+    serving = Serving("Deconvolve", Call(30, "tcp: here"), [recorder, CallLog()])
     with serving as call:
         work(call)
     return serving
@@ -353,7 +353,7 @@ def test_a_failed_call_keeps_nothing_that_its_work_held() -> None:
 
     gc.disable()
     try:
-        serving = Serving("Deconvolve", "", 30, [CallLog()])
+        serving = Serving("Deconvolve", Call(30), [CallLog()])
         with serving as call:
             work(call)
         assert serving.failure is not None

@@ -29,8 +29,7 @@ from deconvd.tensor import message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import Connection
-from deconvd_server.requests import ParsedRequest, parse_request
-from deconvd_server.streaming import SlicedProblem
+from deconvd_server.requests import ParsedRequest, SlicedRequest, parse_stream_header
 from tests.processes import peak_memory_bytes
 from tests.servers import ServerProcess, server_process
 
@@ -149,12 +148,12 @@ def test_a_stream_of_no_samples_is_empty(device_F: Connection) -> None:
 
 @pytest.mark.parametrize(("slice_samples_count", "held"), [(1, 3), (2, 4), (3, 6), (4, 4), (9, 4)])
 def test_a_stream_counts_the_slices_that_it_can_hold(slice_samples_count: int, held: int) -> None:
-    sliced = SlicedProblem(PROBLEM, slice_samples_count)
+    stream_header = header(PROBLEM, slice_samples_count).header
+    sliced = parse_stream_header(DECONVOLVE, stream_header)
 
     # three slices in flight, or as many as there are
     samples_bytes = held * (PROBLEM.x.nbytes + PROBLEM.y.nbytes) // PROBLEM.n
-    parsed = parse_request(DECONVOLVE, header(PROBLEM).header.request)
-    assert sliced.footprint_bytes(parsed) == PROBLEM.W.nbytes + samples_bytes
+    assert sliced.footprint_bytes == PROBLEM.W.nbytes + samples_bytes
 
 
 @pytest.mark.parametrize("wanted", [("gx",), ("gw",), ("gb",), ("gx", "gw", "gb")], ids="-".join)
@@ -174,7 +173,7 @@ def test_a_stream_of_gradients_counts_what_it_needs(wanted: tuple[str, ...]) -> 
     whole_bytes = wide.W.nbytes if "gx" in wanted else 0
     whole_bytes += 2 * wide.W.nbytes if "gw" in wanted else 0
     whole_bytes += 2 * wide.c_O * 8 if "gb" in wanted else 0  # summed in float64
-    assert SlicedProblem(wide, 4).footprint_bytes(parsed) == whole_bytes + sliced_bytes
+    assert SlicedRequest(parsed, 4).footprint_bytes == whole_bytes + sliced_bytes
 
 
 def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:

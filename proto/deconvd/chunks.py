@@ -67,13 +67,11 @@ class ChunkSource:
 
 
 def messages_of(part: Part) -> Iterator[bytes]:
-    """Yield the messages that carry a part."""
+    """Yield the messages that carry a part: elements are copied only when their message is asked for."""
     if isinstance(part, Message):
-        yield part.SerializeToString()
-        return
+        return iter((part.SerializeToString(),))
     to_bytes = missing_chunk_to_bytes if part.is_missing else chunk_to_bytes
-    for piece in part.pieces(_CHUNK_BYTES):
-        yield to_bytes(piece.data)
+    return map(to_bytes, [piece.data for piece in part.pieces(_CHUNK_BYTES)])
 
 
 def chunks_of(array: Array) -> Iterator[bytes]:

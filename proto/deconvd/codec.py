@@ -60,10 +60,12 @@ class Envelope(NamedTuple, Generic[M]):
     Attributes:
         message: Its tensors have no raw payload. It may be another's too: it is not to be changed.
         raw: The elements of each tensor that has some, by the name of its field.
+        data: The bytes that the message was read from, without elements; None if they are not known.
     """
 
     message: M
     raw: Mapping[str, Buffer]
+    data: bytes | None = None
 
 
 _known: Final[dict[tuple[type[Message], bytes], Envelope[Any]]] = {}
@@ -115,7 +117,7 @@ def _read(message_type: type[M], data: bytes) -> Envelope[M]:
             return _decode_large(message_type, memoryview(data))
         except _UnusualError:
             pass  # not wrong, as far as is known here: the generated class decides
-    return _taken_apart(message_type.FromString(data))
+    return _taken_apart(message_type, data)
 
 
 def _remember(message_type: type[M], data: bytes, envelope: Envelope[M]) -> None:
@@ -185,7 +187,8 @@ def _decode_large(message_type: type[M], data: memoryview) -> Envelope[M]:
         small += [_prefix(field.number, len(header)), header]
         if elements is not None:
             raw[tensors[field.number]] = elements
-    return Envelope(message_type.FromString(b"".join(small)), raw)
+    rest = b"".join(small)
+    return Envelope(message_type.FromString(rest), raw, rest)
 
 
 def _tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
@@ -215,15 +218,16 @@ def _put_together(envelope: Envelope[M]) -> M:
     return message
 
 
-def _taken_apart(message: M) -> Envelope[M]:
-    """Return an envelope of a message that the generated class has parsed."""
+def _taken_apart(message_type: type[M], data: bytes) -> Envelope[M]:
+    """Return an envelope of a message that the generated class parses."""
+    message = message_type.FromString(data)
     raw: dict[str, Buffer] = {}
     for name in _tensor_fields(message.DESCRIPTOR).values():
         tensor = getattr(message, name)
         if tensor.HasField("raw"):
             raw[name] = tensor.raw
             tensor.ClearField("raw")
-    return Envelope(message, raw)
+    return Envelope(message, raw, None if raw else data)
 
 
 @cache

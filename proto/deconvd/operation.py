@@ -14,16 +14,16 @@ from typing import Final
 from deconvd.problem import Problem, TensorSpec
 
 __all__ = [
+    "ARGUMENTS",
     "DECONVOLVE",
     "DECONVOLVE_GRAD",
     "OPERATIONS",
     "Operation",
-    "argument_of",
     "spec_of_field",
 ]
 
-_ARGUMENTS: Final = {"w": "W", "gw": "gW"}
-"""What fields are called in Python, where that is otherwise."""
+ARGUMENTS: Final = {name.lower(): name for name in ("x", "W", "b", "y", "gx", "gW", "gb", "gy")}
+"""What operands and results are called in Python, by the names of their fields."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,11 +103,6 @@ DECONVOLVE_GRAD: Final = Operation(
 """The gradients of a loss with respect to ``x``, ``w`` and ``b``, from ``gy``, that with respect to ``y``."""
 
 OPERATIONS: Final = (DECONVOLVE, DECONVOLVE_GRAD)
-
-
-def argument_of(field: str) -> str:
-    """Return what an operand or a result is called in Python, by the name of its field."""
-    return _ARGUMENTS.get(field, field)
 
 
 def spec_of_field(problem: Problem, name: str) -> TensorSpec:

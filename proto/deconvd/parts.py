@@ -55,10 +55,10 @@ class Elements:
     data: memoryview
     is_missing: bool = False
 
-    def pieces(self, size_bytes: int) -> Iterator[Elements]:
-        """Yield them in pieces of a size; the last may have less."""
-        for start in range(0, len(self.data), size_bytes):
-            yield Elements(self.data[start : start + size_bytes], self.is_missing)
+    def pieces(self, size_bytes: int) -> list[Elements]:
+        """Return them in pieces of a size, which are views; the last may have less."""
+        starts = range(0, len(self.data), size_bytes)
+        return [Elements(self.data[i : i + size_bytes], self.is_missing) for i in starts]
 
 
 Part: TypeAlias = Message | Elements
@@ -202,7 +202,7 @@ class PartReader(Generic[_PartT]):
         Raises:
             InvalidArgumentError: The stream ends before it is whole, or has something else.
         """
-        array = self._empty(TensorSpec(spec.shape, spec.dtype.newbyteorder("<")))
+        array = self._empty(spec.raw)
         target = _bytes_of(array)
         filled = self._fill_from_early(target)
         self._fill(name, target[filled:], is_missing=False)
@@ -219,7 +219,7 @@ class PartReader(Generic[_PartT]):
         """
         arrays: dict[str, Array] = {}
         for name, spec in specs.items():
-            array = self._empty(TensorSpec(spec.shape, spec.dtype.newbyteorder("<")))
+            array = self._empty(spec.raw)
             self._fill(name, _bytes_of(array), is_missing=True)
             arrays[name] = array.astype(spec.dtype, copy=False)
         if self._left_bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from deconvd.dtypes import DType, compute_type, element_type
 from deconvd.errors import InvalidArgumentError
@@ -17,17 +17,22 @@ _MAX_NBYTES = 2**62
 """Sizes beyond this overflow numpy's index arithmetic, also where a zero extent makes the array empty."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorSpec:
     """The shape and the element type of a tensor."""
 
     shape: tuple[int, ...]
     dtype: DType
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of its elements, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @cached_property
+    def raw(self) -> TensorSpec:
+        """Its spec where its elements are as in `Tensor.raw`: of little-endian byte order."""
+        return TensorSpec(self.shape, self.dtype.newbyteorder("<"))
 
     def __str__(self) -> str:
         shown = ", ".join(str(extent) for extent in self.shape[:_MAX_DIMENSIONS_SHOWN])
@@ -35,9 +40,11 @@ class TensorSpec:
         return f"{self.dtype} of shape ({shown}{more})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """A deconvolution of `x` by `W`: hashable, and checked when it is made.
+
+    What follows from its operands is worked out once: most calls are made again and again, and ask for it.
 
     Attributes:
         x: Shape ``(n, c_I, h_I, w_I)``.
@@ -88,47 +95,47 @@ class Problem:
                 argument="groups",
             )
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Batch size."""
         return self.x.shape[0]
 
-    @property
+    @cached_property
     def c_I(self) -> int:
         """Number of input channels."""
         return self.x.shape[1]
 
-    @property
+    @cached_property
     def c_O(self) -> int:
         """Number of output channels."""
         return self.W.shape[1] * self.groups
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Number of groups."""
         return self.geometry.groups
 
-    @property
+    @cached_property
     def image(self) -> Pair:
         """Size ``(h_I, w_I)`` of the input image, in pixels."""
         return self.x.shape[2], self.x.shape[3]
 
-    @property
+    @cached_property
     def kernel(self) -> Pair:
         """Size ``(h_K, w_K)`` of the filter, in taps."""
         return self.W.shape[2], self.W.shape[3]
 
-    @property
+    @cached_property
     def has_products(self) -> bool:
         """Whether any product of x and W is in y at all: no operand is empty."""
         return self.x.nbytes > 0 and self.W.nbytes > 0
 
-    @property
+    @cached_property
     def b(self) -> TensorSpec:
         """The bias: shape ``(c_O,)``, of x's element type. gb has the same."""
         return TensorSpec((self.c_O,), self.x.dtype)
 
-    @property
+    @cached_property
     def compute_type(self) -> DType:
         """The type that products are taken and summed in."""
         return compute_type(self.x.dtype, self.W.dtype)

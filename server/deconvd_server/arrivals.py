@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.operation import argument_of
+from deconvd.operation import ARGUMENTS
 from deconvd.parts import PartReader
 from deconvd.problem import TensorSpec
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor, Tensor
-from deconvd_server.device.arriving import require_all
+from deconvd_server.device import DeviceTensor, Operand, Tensor
+from deconvd_server.device.arriving import require
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import Exchange
 
@@ -37,7 +37,7 @@ class Arrivals:
         self._reader = reader
         self._engine = engine
         self._call = call
-        self._present: Mapping[str, Tensor] = {}
+        self._present: Mapping[str, Operand] = {}
         self._kept: Mapping[str, DeviceTensor] = {}
 
     def take_missing(self, missing: Mapping[str, TensorSpec]) -> None:
@@ -45,7 +45,7 @@ class Arrivals:
 
         Raises as `PartReader.read_missing` and `Exchange.take_missing` do.
         """
-        specs = {argument_of(field): spec for field, spec in missing.items()}
+        specs = {ARGUMENTS[field]: spec for field, spec in missing.items()}
         arrays = self._reader.read_missing(specs)
         self._exchange.take_missing(dict(zip(missing, arrays.values(), strict=True)), self._engine)
 
@@ -54,20 +54,20 @@ class Arrivals:
 
         Raises as `Exchange.bring_operands` and `Exchange.make_kept` do.
         """
-        operands = self._exchange.bring_operands(self._engine)
-        self._present = require_all(operands)  # what streams is read here, and none is `Arriving`
+        self._present = self._exchange.bring_operands(self._engine)
         self._kept = self._exchange.make_kept(self._specs, self._engine)
 
     def whole(self, field: str) -> Tensor:
         """Return an operand. Raises as `PartReader.read` and `Engine.write` do."""
-        present = self._present.get(field)
-        return self._arrived(field, None) if present is None else present
+        if field not in self._present:
+            return self._arrived(field, self._specs[field], None)
+        return require(self._present[field])  # what streams is read here, and none is `Arriving`
 
-    def samples(self, field: str, part: slice) -> Tensor:
-        """Return the next samples of an operand. Raises as `whole` does."""
-        present = self._present.get(field)
-        if present is None:
-            return self._arrived(field, part)
+    def samples(self, field: str, spec: TensorSpec, part: slice) -> Tensor:
+        """Return the next samples of an operand, which have that form. Raises as `whole` does."""
+        if field not in self._present:
+            return self._arrived(field, spec, part)
+        present = require(self._present[field])
         if isinstance(present, np.ndarray):
             return present[part]
         return present.samples(part.start, part.stop)
@@ -76,11 +76,8 @@ class Arrivals:
         """Raise InvalidArgumentError if more arrives."""
         self._reader.expect_end()
 
-    def _arrived(self, field: str, part: slice | None) -> Tensor:
-        spec = self._specs[field]
-        if part is not None:
-            spec = TensorSpec((part.stop - part.start, *spec.shape[1:]), spec.dtype)
-        array = self._reader.read(argument_of(field), spec)
+    def _arrived(self, field: str, spec: TensorSpec, part: slice | None) -> Tensor:
+        array = self._reader.read(ARGUMENTS[field], spec)
         kept = self._kept.get(field)
         if kept is None:
             return array

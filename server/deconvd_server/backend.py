@@ -18,13 +18,13 @@ from deconvd_server.device import Device
 from deconvd_server.direct import DirectServer
 from deconvd_server.engine import Engines
 from deconvd_server.listen import listen_beside, unix_sockets
+from deconvd_server.requests import SLICES_IN_FLIGHT
 from deconvd_server.residents import Residents
 from deconvd_server.serve import Observer
 from deconvd_server.service import DeconvolutionService
 from deconvd_server.settings import Settings
 from deconvd_server.shared_memory import Cards, Lender, Limits
 from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
-from deconvd_server.streaming import SLICES_IN_FLIGHT
 from deconvd_server.unix_socket import AddressInUseError
 
 __all__ = ["STREAMS_COUNT", "Backend"]

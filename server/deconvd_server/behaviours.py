@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, TypeAlias
 
 from google.protobuf.message import DecodeError, Message
@@ -42,7 +43,7 @@ class EarlyRequest(Envelope[Any]):
         return early
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _OfRequest:
     """Of a method with one request.
 
@@ -52,7 +53,7 @@ class _OfRequest:
 
     request_type: type[Message]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The method's name."""
         return self.request_type.DESCRIPTOR.name.removesuffix("Request")
@@ -71,35 +72,35 @@ class _OfRequest:
         return PartReader(source, self.request_type, _ARRIVALS.empty)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unary(_OfRequest):
     """One request, one response."""
 
     serve: Callable[[Envelope[Any], Call], Envelope[Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source(_OfRequest):
     """One request, a stream of responses."""
 
     serve: Callable[[Envelope[Any], Call], Parts]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sink(_OfRequest):
     """A stream of requests, one response."""
 
     serve: Callable[[PartReader[Any], Call], Message]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stream(_OfRequest):
     """A stream of requests, a stream of responses."""
 
     serve: Callable[[PartReader[Any], Call], Parts]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Held(_OfRequest):
     """A call that is open for long: it is given the messages that come, and what ends it."""
 

@@ -156,8 +156,9 @@ class DirectLine:
         """Return whether the next call is likely to come on this line."""
         return self._attention.is_undivided(self)
 
-    def _begin(self, call: Call, timeout_s: float) -> None:
+    def _begin(self, timeout_s: float) -> Call:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
+        call = Call(timeout_s, self._peer)
         with self._lock:
             self._state = _State.BUSY
             self._call = call
@@ -165,6 +166,7 @@ class DirectLine:
         self._line.set_deadline(timeout_s + _GOODBYE_S)
         if is_cancelled:
             call.cancel()
+        return call
 
     def _is_idle_again(self) -> bool:
         self._line.set_deadline(None)
@@ -177,8 +179,7 @@ class DirectLine:
 
     def _answer(self, head: CallHead) -> None:
         behaviour = self._behaviours[head.method]
-        serving = Serving(behaviour.name, self._peer, head.timeout_s, self._observers)
-        self._begin(serving.call, head.timeout_s)
+        serving = Serving(behaviour.name, self._begin(head.timeout_s), self._observers)
         with serving as call:
             try:
                 self._respond(behaviour, head, call)

@@ -23,7 +23,6 @@ from deconvd_server.device import (
     LentMemory,
     Operand,
     Tensor,
-    resident_bytes,
 )
 from deconvd_server.device.arriving import Arriving, LateError, wait_for_all
 from deconvd_server.device.no_products import result_without_products
@@ -74,15 +73,16 @@ class Engine:
 
         Raises as `Admission.admitted` and `Device.run` do.
         """
-        present_bytes = resident_bytes(*operands.values(), *places.values())
+        tensors = {f: o for f, o in operands.items() if not isinstance(o, Arriving)}
+        present_bytes = _resident_bytes(*tensors.values(), *places.values())
         footprint_bytes = self._device.footprint_bytes(operation, problem, places, present_bytes)
-        self._admission.check_fits(footprint_bytes)  # before all operands have arrived
-        is_taken_early = self.info.takes_arriving and problem.has_products
-        if is_taken_early and any(isinstance(o, Arriving) for o in operands.values()):
-            with suppress(LateError), self._admission.admitted(footprint_bytes, call):
-                self._device.run(operation, problem, operands, places, options, call)
-                return
-        tensors = wait_for_all(operands, call)  # without a turn that others could have
+        if len(tensors) < len(operands):
+            if self.info.takes_arriving and problem.has_products:
+                with suppress(LateError), self._admission.admitted(footprint_bytes, call):
+                    self._device.run(operation, problem, operands, places, options, call)
+                    return
+            self._admission.check_fits(footprint_bytes)  # before all operands have arrived
+            tensors = wait_for_all(operands, call)  # without a turn that others could have
         with self._admission.admitted(footprint_bytes, call):
             if problem.has_products:
                 self._device.run(operation, problem, tensors, places, options, call)
@@ -232,6 +232,11 @@ class Engines:
         """Close every device. No call may be running, and none may follow."""
         for engine in self.all:
             engine.close()
+
+
+def _resident_bytes(*tensors: Tensor) -> int:
+    """Return what those of a call's operands and places that are in a device's memory take there."""
+    return sum([tensor.spec.nbytes for tensor in tensors if not isinstance(tensor, np.ndarray)])
 
 
 def _burden(engine: Engine) -> tuple[int, float]:

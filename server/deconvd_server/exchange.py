@@ -20,7 +20,7 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd.messages import messages_for
-from deconvd.operation import argument_of
+from deconvd.operation import ARGUMENTS
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -59,10 +59,15 @@ def new_results(problem: Problem, specs: Mapping[str, TensorSpec]) -> dict[str, 
 class Exchange:
     """The tensors of one call, from its request to its response; to be used as a context.
 
-    Its methods are called in the order in which they stand here, each but `make_kept` at most once. A call
-    whose operands all come with its request takes them by `take`, and has places by `make_places`; one
-    whose operands stream finds by `find` what is here already. What is kept is good once `commit` is
-    called. At the end of the block everything is given back.
+    One whose operands come with its request calls these in turn:
+
+        take, prepare, answer
+
+    One whose operands stream calls these, and `make_kept` between them for what is to be kept:
+
+        find, choose_engine, take_missing, bring_operands, response, commit
+
+    What is kept is good once it is committed. At the end of the block everything is given back.
 
     Attributes:
         parsed: What the request asks for.
@@ -88,7 +93,8 @@ class Exchange:
         self._request = request
         self._call = call
         self._engines = residents.engines
-        self._shared = CallTensors(lender)
+        self._lender = lender
+        self._shared: CallTensors | None = None
         self._residents: CallResidents | None = None
         if parsed.needs_session:
             session = residents.join(request.session, call)
@@ -108,7 +114,8 @@ class Exchange:
     ) -> None:
         if self._residents is not None:
             self._residents.release()
-        self._shared.__exit__(exc_type, exc, traceback)
+        if self._shared is not None:
+            self._shared.__exit__(exc_type, exc, traceback)
 
     # From the request
 
@@ -119,21 +126,29 @@ class Exchange:
             InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
             NotFoundError: Something that the request names is not there.
         """
-        slices = self.parsed.slices
+        if self.parsed.slices:
+            self._take_shared(request)
         for field, spec in self.parsed.operands.items():
-            argument, tensor = argument_of(field), getattr(self._request, field)
-            if field in slices:
-                self._given[field] = self._shared.operand(argument, spec, slices[field])
-            elif self._residents is None or field not in self.parsed.named:
+            if field in self.parsed.slices:
+                continue
+            argument, tensor = ARGUMENTS[field], getattr(self._request, field)
+            if self._residents is None or field not in self.parsed.named:
                 self._given[field] = array_of_spec(argument, spec, tensor, request.raw.get(field))
             elif not self._residents.find(field, spec, tensor):
                 raise LostTensorError(
                     f"{argument} must be sent: the server has nothing with its digest",
                     argument=argument,
                 )
-        for field, spec in self.parsed.results.items():
-            if field in slices:
-                self._places[field] = self._shared.place(f"{field}_place", spec, slices[field])
+
+    def _take_shared(self, request: Envelope[Message]) -> None:
+        """Take what lies in shared memory, or is to be put there."""
+        operands, results = self.parsed.operands, self.parsed.results
+        self._shared = shared = CallTensors(self._lender)
+        for field, lies_at in self.parsed.slices.items():
+            if field in operands:
+                self._given[field] = shared.operand(ARGUMENTS[field], operands[field], lies_at)
+            else:
+                self._places[field] = shared.place(f"{field}_place", results[field], lies_at)
         if isinstance(request, EarlyRequest):
             self._let_arrive(request.progress)
 
@@ -147,6 +162,22 @@ class Exchange:
                     self._given[field] = Arriving(operand, progress, begin_bytes)
                 begin_bytes += self.parsed.operands[field].nbytes
 
+    def prepare(self) -> tuple[Engine, Mapping[str, Operand], Mapping[str, Tensor]]:
+        """Return an engine, and on it the operands that were taken and a place for each result.
+
+        An operand may still be arriving. A place is where the client wants the result in shared memory, a new
+        tensor on the engine's device for one that is to be kept, and a new array for one that is to be sent.
+
+        Raises as `choose_engine`, `bring_operands` and `new_results` do.
+        """
+        self._sent = new_results(self.parsed.problem, self.parsed.sent)
+        engine = self.choose_engine()
+        if self._residents is None:
+            return engine, self._given, {**self._places, **self._sent}
+        operands = self.bring_operands(engine)
+        kept = self.make_kept(self.parsed.results, engine)
+        return engine, operands, {**self._places, **kept, **self._sent}
+
     def find(self) -> dict[str, TensorSpec]:
         """Find the operands of a stream that are here already; return what is missing of the others.
 
@@ -158,7 +189,7 @@ class Exchange:
         """
         missing = {}
         for field, spec in self.parsed.operands.items():
-            argument, tensor = argument_of(field), getattr(self._request, field)
+            argument, tensor = ARGUMENTS[field], getattr(self._request, field)
             payload = tensor.WhichOneof("payload")
             if payload in ("raw", "shared"):
                 raise InvalidArgumentError(
@@ -195,7 +226,7 @@ class Exchange:
         for field, array in arrays.items():
             digest = getattr(self._request, field).digest
             if digest_of(array) != digest:
-                argument = argument_of(field)
+                argument = ARGUMENTS[field]
                 raise InvalidArgumentError(
                     f"{argument} must be what its digest says, and its elements have another",
                     argument=argument,
@@ -248,18 +279,6 @@ class Exchange:
             if field in self.parsed.keep and field not in residents
         }
 
-    def make_places(self, engine: Engine) -> dict[str, Tensor]:
-        """Return a place for every result.
-
-        It is a new tensor on the engine's device for one that is to be kept, a new array for one that is
-        to be sent, and else where the client wants it in shared memory.
-
-        Raises as `make_kept` and `new_results` do.
-        """
-        kept = self.make_kept(self.parsed.results, engine)
-        self._sent = new_results(self.parsed.problem, self.parsed.sent)
-        return {**self._places, **kept, **self._sent}
-
     # To the response
 
     def commit(self) -> None:
@@ -272,9 +291,10 @@ class Exchange:
             self._residents.commit()
 
     def answer(self) -> Envelope[Message]:
-        """Return the response, with the elements of the results that are sent."""
-        raw = {field: elements_of(array) for field, array in self._sent.items()}
-        return Envelope(self.response(), raw)
+        """Commit, and return the response with the elements of the results that are sent."""
+        self.commit()
+        message = self.response()
+        return Envelope(message, {f: elements_of(array) for f, array in self._sent.items()})
 
     def response(self) -> Message:
         """Return the response without elements: not to be changed."""

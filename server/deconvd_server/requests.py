@@ -6,27 +6,42 @@ not to be changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from google.protobuf.message import Message
 
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.messages import geometry_from_message, messages_for, options_from_message
-from deconvd.operation import Operation, argument_of, spec_of_field
+from deconvd.operation import ARGUMENTS, Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["ParsedRequest", "parse_request"]
+__all__ = [
+    "SLICES_IN_FLIGHT",
+    "ParsedRequest",
+    "SlicedRequest",
+    "parse_request",
+    "parse_stream_header",
+]
+
+SLICES_IN_FLIGHT: Final = 2
+"""Slices of a stream: one is computed while the next arrives, and the one before leaves."""
+
+_SLICE_BYTES: Final = 64 << 20
+"""What every server takes, so that clients need not ask first."""
 
 _REMEMBERED_COUNT: Final = 2048
 _REMEMBERED_BYTES: Final = 1024
 """More than any request has beside elements: what is longer is read anew each time."""
+
+_FRAMING_BYTES: Final = 1024
+"""More than the fields of a response take beside its tensors' elements."""
 
 _CHECKS: Final = {"b": Problem.check_b, "gy": Problem.check_gy}
 """What checks those operands that a problem is not made of."""
@@ -84,8 +99,17 @@ class ParsedRequest:
 
     @cached_property
     def sent_bytes(self) -> int:
-        """What they have, together."""
+        """What those have, together."""
         return sum(spec.nbytes for spec in self.sent.values())
+
+    def check_sent(self, max_message_bytes: int) -> None:
+        """Raise ExhaustedError if the response would be larger than a message may be."""
+        if self.sent_bytes + _FRAMING_BYTES > max_message_bytes:
+            raise ExhaustedError(
+                f"the result would have {self.sent_bytes} bytes, and the server sends messages of at "
+                f"most {max_message_bytes}: send fewer samples at a time, or start it with a larger "
+                "--max-message-bytes"
+            )
 
     @cached_property
     def described(self) -> dict[str, pb.Tensor]:
@@ -102,20 +126,120 @@ class ParsedRequest:
         return messages_for(self.operation).response(**self.described)
 
 
-def parse_request(operation: Operation, message: Message) -> ParsedRequest:
+@dataclass(frozen=True)
+class SlicedRequest:
+    """What a stream's header asks for: a request whose samples come a slice at a time.
+
+    Attributes:
+        parsed: That of all samples. Its results are behind its headers, wherever else they might be put.
+        slice_samples_count: Samples of a slice, from 1; the last may have fewer.
+
+    Raises:
+        InvalidArgumentError: `slice_samples_count` is less than 1.
+    """
+
+    parsed: ParsedRequest
+    slice_samples_count: int
+
+    def __post_init__(self) -> None:
+        if self.slice_samples_count < 1:
+            raise InvalidArgumentError(
+                f"slice_samples_count must be at least 1, got {self.slice_samples_count}",
+                argument="slice_samples_count",
+            )
+
+    @cached_property
+    def slices_count(self) -> int:
+        """How many slices there are."""
+        return -(-self.parsed.problem.n // self.slice_samples_count)
+
+    def slices(self) -> Iterator[tuple[slice, ParsedRequest]]:
+        """Yield each slice of samples, and what is asked for of it."""
+        n = self.parsed.problem.n
+        for start in range(0, n, self.slice_samples_count):
+            stop = min(start + self.slice_samples_count, n)
+            yield slice(start, stop), self._first if stop < n else self._last
+
+    @cached_property
+    def _first(self) -> ParsedRequest:
+        """That of the largest slice; that of all samples if there are none."""
+        return self._of_samples(min(self.slice_samples_count, self.parsed.problem.n))
+
+    @cached_property
+    def _last(self) -> ParsedRequest:
+        return self._of_samples((self.parsed.problem.n - 1) % self.slice_samples_count + 1)
+
+    def _of_samples(self, count: int) -> ParsedRequest:
+        whole = self.parsed.problem
+        x = TensorSpec((count, *whole.x.shape[1:]), whole.x.dtype)
+        return replace(self.parsed, problem=problem_of(x, whole.W, whole.geometry))
+
+    @cached_property
+    def footprint_bytes(self) -> int:
+        """What a stream of it holds of host memory: what is whole, sums, and slices in flight."""
+        operation, first = self.parsed.operation, self._first
+        whole_bytes = sliced_bytes = 0
+        for name, spec in (*first.operands.items(), *first.results.items()):
+            if name in operation.constants:
+                whole_bytes += spec.nbytes
+            elif name in operation.summed:  # that of the slices so far, and that of the next
+                wide_bytes = (
+                    spec.nbytes * first.problem.compute_type.itemsize // spec.dtype.itemsize
+                )
+                whole_bytes += 2 * wide_bytes
+            else:
+                sliced_bytes += spec.nbytes
+        return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * sliced_bytes
+
+    def check_slice(self, max_message_bytes: int) -> None:
+        """Raise ExhaustedError if a slice of several samples is larger than the contract allows."""
+        limit_bytes = max(max_message_bytes, _SLICE_BYTES)
+        problem = self._first.problem
+        slice_bytes = problem.x.nbytes + problem.y.nbytes
+        if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
+            raise ExhaustedError(
+                f"a slice of {self.slice_samples_count} samples has {slice_bytes} bytes, and the "
+                f"server takes {limit_bytes}: send fewer samples at a time"
+            )
+
+
+def parse_request(
+    operation: Operation, message: Message, data: bytes | None = None
+) -> ParsedRequest:
     """Return what the request of an operation asks for.
+
+    Args:
+        data: Its bytes, where they are known.
 
     Raises:
         InvalidArgumentError: It asks for what cannot be.
     """
-    if message.ByteSize() > _REMEMBERED_BYTES:
+    data = message.SerializeToString() if data is None else data
+    if len(data) > _REMEMBERED_BYTES:
         return _parse(operation, message)
-    return _parse_bytes(operation, message.SerializeToString())
+    return _parse_bytes(operation, data)
 
 
 @lru_cache(_REMEMBERED_COUNT)
 def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
     return _parse(operation, messages_for(operation).request.FromString(data))
+
+
+def parse_stream_header(operation: Operation, header: Any) -> SlicedRequest:
+    """Return what the header of an operation's stream asks for. Raises InvalidArgumentError as `parse_request`."""
+    data = header.request.SerializeToString()
+    if len(data) > _REMEMBERED_BYTES:
+        return _sliced(_parse(operation, header.request), header.slice_samples_count)
+    return _parse_header_bytes(operation, data, header.slice_samples_count)
+
+
+@lru_cache(_REMEMBERED_COUNT)
+def _parse_header_bytes(operation: Operation, data: bytes, samples_count: int) -> SlicedRequest:
+    return _sliced(_parse_bytes(operation, data), samples_count)
+
+
+def _sliced(parsed: ParsedRequest, samples_count: int) -> SlicedRequest:
+    return SlicedRequest(replace(parsed, slices={}), samples_count)
 
 
 def _parse(operation: Operation, message: Any) -> ParsedRequest:
@@ -155,7 +279,7 @@ def _wanted(operation: Operation, message: Any) -> tuple[str, ...]:
         return results
     wanted = tuple(name for name in results if getattr(message.wanted, name))
     if not wanted:
-        *others, last = map(argument_of, results)
+        *others, last = (ARGUMENTS[name] for name in results)
         raise InvalidArgumentError(
             f"wanted must name at least one of {', '.join(others)} and {last}, got none",
             argument="wanted",

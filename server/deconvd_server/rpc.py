@@ -169,10 +169,10 @@ def _serving(
     behaviour: Behaviour, context: grpc.ServicerContext, observers: Sequence[Observer]
 ) -> Serving:
     """Return what serves the call of a context, which ends with it."""
-    serving = Serving(behaviour.name, context.peer(), context.time_remaining(), observers)
-    if not context.add_callback(serving.call.cancel):
-        serving.call.cancel()  # it ended before we could ask to be told
-    return serving
+    call = Call(context.time_remaining(), context.peer())
+    if not context.add_callback(call.cancel):
+        call.cancel()  # it ended before we could ask to be told
+    return Serving(behaviour.name, call, observers)
 
 
 def _end(serving: Serving, context: grpc.ServicerContext) -> None:

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from google.protobuf.message import Message
 
 import deconvd
 from deconvd.codec import Envelope
 from deconvd.dtypes import ELEMENT_TYPES
-from deconvd.errors import ExhaustedError
 from deconvd.messages import messages_for
 from deconvd.operation import OPERATIONS, Operation
-from deconvd.parts import EARLY_BYTES, PartReader
-from deconvd.problem import TensorSpec
 from deconvd.tensor import element_type_number
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
-from deconvd_server.arrivals import Arrivals
-from deconvd_server.behaviours import Behaviour, Parts, Stream, Unary
+from deconvd_server.behaviours import Behaviour, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.engine import Engine
 from deconvd_server.exchange import Exchange
-from deconvd_server.requests import ParsedRequest, parse_request
+from deconvd_server.requests import parse_request
 from deconvd_server.resident_calls import ResidentCalls
 from deconvd_server.residents import Residents
 from deconvd_server.shared_memory import Lender
-from deconvd_server.streaming import SlicedProblem, Slices
+from deconvd_server.streaming import Streams
 
 __all__ = ["DeconvolutionService"]
 
 _FEATURES = ("resident_tensors",)
-
-_FRAMING_BYTES = 1024
-"""More than the fields of a response take beside its tensors' elements."""
 
 
 class DeconvolutionService:
@@ -68,22 +57,21 @@ class DeconvolutionService:
         self._lender = lender
         self._ways = ways
         self._max_message_bytes = max_message_bytes
-        self._streams = streams
-        self._executor = executor
+        self._resident_calls = ResidentCalls(residents, lender, streams)
+        self._streams = Streams(residents, lender, max_message_bytes, streams, executor)
 
     def behaviours(self) -> dict[str, Behaviour]:
         """Return what serves each method, by its name."""
-        resident_calls = ResidentCalls(self._residents, self._lender, self._streams)
         behaviours: dict[str, Behaviour] = {}
         for operation in OPERATIONS:
             messages = messages_for(operation)
             behaviours[operation.name] = Unary(messages.request, partial(self.run, operation))
             behaviours[operation.stream_name] = Stream(
-                messages.stream_request, partial(self.stream, operation)
+                messages.stream_request, partial(self._streams.serve, operation)
             )
         return {
             **behaviours,
-            **resident_calls.behaviours(),
+            **self._resident_calls.behaviours(),
             "GetServerInfo": Unary(pb.GetServerInfoRequest, self.get_server_info),
         }
 
@@ -91,54 +79,13 @@ class DeconvolutionService:
         self, operation: Operation, request: Envelope[Message], call: Call
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
-        parsed = parse_request(operation, request.message)
+        parsed = parse_request(operation, request.message, request.data)
         with Exchange(request.message, parsed, self._lender, self._residents, call) as exchange:
             exchange.take(request)
-            self._check_result_size(parsed.sent_bytes)
-            engine = exchange.choose_engine()
-            operands = exchange.bring_operands(engine)
-            places = exchange.make_places(engine)
+            parsed.check_sent(self._max_message_bytes)
+            engine, operands, places = exchange.prepare()
             engine.run(operation, parsed.problem, operands, places, parsed.options, call)
-            exchange.commit()
             return exchange.answer()
-
-    def stream(self, operation: Operation, reader: PartReader[Any], call: Call) -> Parts:
-        """Serve an operation's RPC in a stream."""
-        header = reader.header().header
-        # its results are behind its headers, wherever else they might be put
-        parsed = replace(parse_request(operation, header.request), slices={})
-        sliced = SlicedProblem(parsed.problem, header.slice_samples_count)
-        response = messages_for(operation).stream_response
-        with Exchange(header.request, parsed, self._lender, self._residents, call) as exchange:
-            missing = exchange.find()
-            with self._admitted(sliced, parsed, missing, call):
-                engine = exchange.choose_engine()
-                kept = exchange.make_kept(parsed.results, engine)
-                operands = Arrivals(exchange, reader, engine, call)
-                if missing:
-                    yield response(missing=pb.Missing(fields=missing))
-                    operands.take_missing(missing)
-                operands.prepare()
-                yield response(header=exchange.response())
-                slices = Slices(parsed, sliced, engine, operands, kept, self._executor, call)
-                yield from slices.results()
-            exchange.commit()
-
-    @contextmanager
-    def _admitted(
-        self,
-        sliced: SlicedProblem,
-        parsed: ParsedRequest,
-        missing: Mapping[str, TensorSpec],
-        call: Call,
-    ) -> Iterator[None]:
-        """Give the block a place among the streams."""
-        sliced.check_slice(self._max_message_bytes)
-        footprint_bytes = sliced.footprint_bytes(parsed)
-        if missing:
-            footprint_bytes += EARLY_BYTES + sum(spec.nbytes for spec in missing.values())
-        with self._streams.admitted(footprint_bytes, call):
-            yield
 
     def get_server_info(
         self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
@@ -154,15 +101,6 @@ class DeconvolutionService:
         )
         info.MergeFrom(self._ways)
         return Envelope(info, {})
-
-    def _check_result_size(self, result_bytes: int) -> None:
-        """Refuse results that could not be sent, before they are computed."""
-        if result_bytes + _FRAMING_BYTES > self._max_message_bytes:
-            raise ExhaustedError(
-                f"the result would have {result_bytes} bytes, and the server sends messages of at "
-                f"most {self._max_message_bytes}: send fewer samples at a time, or start it with a "
-                "larger --max-message-bytes"
-            )
 
 
 def _device_message(engine: Engine, residents: Residents) -> pb.Device:

@@ -9,114 +9,97 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from deconvd.dtypes import DType
-from deconvd.errors import ExhaustedError, InvalidArgumentError
-from deconvd.operation import spec_of_field
-from deconvd.parts import Elements, elements_part, slices
-from deconvd.problem import Problem, TensorSpec, problem_of
+from deconvd.messages import messages_for
+from deconvd.operation import Operation
+from deconvd.parts import EARLY_BYTES, Elements, PartReader, elements_part
+from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.admission import Admission
 from deconvd_server.arrivals import Arrivals
+from deconvd_server.behaviours import Parts
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine import Engine
-from deconvd_server.exchange import new_results
-from deconvd_server.requests import ParsedRequest
+from deconvd_server.exchange import Exchange, new_results
+from deconvd_server.requests import (
+    SLICES_IN_FLIGHT,
+    ParsedRequest,
+    SlicedRequest,
+    parse_stream_header,
+)
+from deconvd_server.residents import Residents
+from deconvd_server.shared_memory import Lender
 
-__all__ = ["SLICES_IN_FLIGHT", "SlicedProblem", "Slices"]
+__all__ = ["Streams"]
 
 _T = TypeVar("_T")
 
-_SLICE_BYTES = 64 << 20
-"""What every server takes, so that clients need not ask first."""
 
-SLICES_IN_FLIGHT = 2
-"""One is computed while the next arrives, and the one before leaves."""
+class Streams:
+    """Serves the operations' RPCs in streams. Its arguments are those of `DeconvolutionService`."""
+
+    def __init__(
+        self,
+        residents: Residents,
+        lender: Lender | None,
+        max_message_bytes: int,
+        admission: Admission,
+        executor: Executor,
+    ) -> None:
+        self._residents = residents
+        self._lender = lender
+        self._max_message_bytes = max_message_bytes
+        self._admission = admission
+        self._executor = executor
+
+    def serve(self, operation: Operation, reader: PartReader[Any], call: Call) -> Parts:
+        """Serve an operation's RPC."""
+        header = reader.header().header
+        sliced = parse_stream_header(operation, header)
+        response = messages_for(operation).stream_response
+        request, parsed = header.request, sliced.parsed
+        with Exchange(request, parsed, self._lender, self._residents, call) as exchange:
+            missing = exchange.find()
+            sliced.check_slice(self._max_message_bytes)
+            with self._admission.admitted(_footprint_bytes(sliced, missing), call):
+                engine = exchange.choose_engine()
+                kept = exchange.make_kept(parsed.results, engine)
+                operands = Arrivals(exchange, reader, engine, call)
+                if missing:
+                    yield response(missing=pb.Missing(fields=missing))
+                    operands.take_missing(missing)
+                operands.prepare()
+                yield response(header=exchange.response())
+                yield from _Slices(sliced, engine, operands, kept, self._executor, call).results()
+            exchange.commit()
 
 
-@dataclass(frozen=True, slots=True)
-class SlicedProblem:
-    """A problem whose samples come a slice at a time.
-
-    Attributes:
-        slice_samples_count: Samples of a slice, from 1; the last may have fewer.
-
-    Raises:
-        InvalidArgumentError: `slice_samples_count` is less than 1.
-    """
-
-    problem: Problem
-    slice_samples_count: int
-
-    def __post_init__(self) -> None:
-        if self.slice_samples_count < 1:
-            raise InvalidArgumentError(
-                f"slice_samples_count must be at least 1, got {self.slice_samples_count}",
-                argument="slice_samples_count",
-            )
-
-    @property
-    def slices_count(self) -> int:
-        """How many slices there are."""
-        return -(-self.problem.n // self.slice_samples_count)
-
-    def slices(self) -> Iterator[tuple[slice, Problem]]:
-        """Yield each slice of samples, and its problem."""
-        x, W, geometry = self.problem.x, self.problem.W, self.problem.geometry
-        for part in slices(self.problem.n, self.slice_samples_count):
-            shape = (part.stop - part.start, *x.shape[1:])
-            yield part, problem_of(TensorSpec(shape, x.dtype), W, geometry)
-
-    def _largest(self) -> Problem:
-        """Return the problem of the first slice; that of all if there is none."""
-        return next((problem for _, problem in self.slices()), self.problem)
-
-    def footprint_bytes(self, parsed: ParsedRequest) -> int:
-        """Return what a stream of it holds of host memory: what is whole, sums, and slices in flight."""
-        operation, first = parsed.operation, self._largest()
-        whole_bytes = sliced_bytes = 0
-        for field, spec in (*parsed.operands.items(), *parsed.results.items()):
-            if field in operation.constants:
-                whole_bytes += spec.nbytes
-            elif field in operation.summed:  # that of the slices so far, and that of the next
-                wide_bytes = spec.nbytes * self.problem.compute_type.itemsize // spec.dtype.itemsize
-                whole_bytes += 2 * wide_bytes
-            else:
-                sliced_bytes += spec_of_field(first, field).nbytes
-        return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * sliced_bytes
-
-    def check_slice(self, message_bytes: int) -> None:
-        """Raise ExhaustedError if a slice of several samples is larger than the contract allows.
-
-        Args:
-            message_bytes: The largest message.
-        """
-        limit_bytes = max(message_bytes, _SLICE_BYTES)
-        first = self._largest()
-        slice_bytes = first.x.nbytes + first.y.nbytes
-        if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
-            raise ExhaustedError(
-                f"a slice of {self.slice_samples_count} samples has {slice_bytes} bytes, and the "
-                f"server takes {limit_bytes}: send fewer samples at a time"
-            )
+def _footprint_bytes(sliced: SlicedRequest, missing: Mapping[str, TensorSpec]) -> int:
+    """Return what a stream holds of host memory."""
+    if not missing:
+        return sliced.footprint_bytes
+    missing_bytes = sum(spec.nbytes for spec in missing.values())
+    return sliced.footprint_bytes + missing_bytes + EARLY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Slices:
+class _Slices:
     """The slices of one call, computed as they arrive.
 
     Attributes:
-        parsed: What is to be computed.
+        sliced: What is to be computed.
         operands: From what.
         kept: Where results go that are kept, by the names of their fields.
         executor: Has a thread for each slice in flight.
     """
 
-    parsed: ParsedRequest
-    sliced: SlicedProblem
+    sliced: SlicedRequest
     engine: Engine
     operands: Arrivals
     kept: Mapping[str, DeviceTensor]
@@ -128,9 +111,10 @@ class Slices:
 
         Raises as `Arrivals` and `Engine.run` do.
         """
-        operation, specs = self.parsed.operation, self.parsed.results
+        parsed = self.sliced.parsed
+        operation, specs = parsed.operation, parsed.results
         summed = {field: specs[field] for field in operation.summed if field in specs}
-        sums = _Sums(summed, self.parsed.problem.compute_type)
+        sums = _Sums(summed, parsed.problem.compute_type)
         for arrays in _in_flight(self._begin_slices(), self.call):
             sums.add(arrays)
             for field in arrays:
@@ -144,37 +128,38 @@ class Slices:
 
     def _begin_slices(self) -> Iterator[Future[dict[str, Array]]]:
         """Begin each slice once its operands have come."""
-        operation, given = self.parsed.operation, self.parsed.operands
+        operation, given = self.sliced.parsed.operation, self.sliced.parsed.operands
         constants = {f: self.operands.whole(f) for f in operation.constants if f in given}
         sliced = [field for field in operation.sliced if field in given]
-        for part, problem in self.sliced.slices():
-            operands = {field: self.operands.samples(field, part) for field in sliced}
-            yield self._begin_slice(part, problem, {**constants, **operands})
+        for part, parsed in self.sliced.slices():
+            operands = {f: self.operands.samples(f, parsed.operands[f], part) for f in sliced}
+            yield self._begin_slice(part, parsed, {**constants, **operands})
         self.operands.expect_end()
 
     def _begin_slice(
-        self, part: slice, problem: Problem, operands: Mapping[str, Tensor]
+        self, part: slice, parsed: ParsedRequest, operands: Mapping[str, Tensor]
     ) -> Future[dict[str, Array]]:
         """Have a slice computed while the next arrives; at once if there is no next."""
         if self.sliced.slices_count > 1:
-            return self.executor.submit(self._run, part, problem, operands)
+            return self.executor.submit(self._run, part, parsed, operands)
         done: Future[dict[str, Array]] = Future()
-        done.set_result(self._run(part, problem, operands))
+        done.set_result(self._run(part, parsed, operands))
         return done
 
     def _run(
-        self, part: slice, problem: Problem, operands: Mapping[str, Tensor]
+        self, part: slice, parsed: ParsedRequest, operands: Mapping[str, Tensor]
     ) -> dict[str, Array]:
         """Compute a slice, and return those results that are not where they are kept."""
-        operation, options = self.parsed.operation, self.parsed.options
+        operation, problem = parsed.operation, parsed.problem
         kept = {
             field: tensor.samples(part.start, part.stop)
             for field, tensor in self.kept.items()
             if field in operation.results
         }
-        sent = {f: spec_of_field(problem, f) for f in self.parsed.wanted if f not in kept}
+        sent = {field: spec for field, spec in parsed.results.items() if field not in kept}
         arrays = new_results(problem, sent)
-        self.engine.run(operation, problem, operands, {**kept, **arrays}, options, self.call)
+        places: dict[str, Tensor] = {**kept, **arrays}
+        self.engine.run(operation, problem, operands, places, parsed.options, self.call)
         return arrays
 
 

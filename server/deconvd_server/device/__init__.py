@@ -1,7 +1,7 @@
 """What computes: one protocol, a package for each kind of device. Nothing here knows a transport."""
 
 from deconvd_server.device.arriving import Operand
-from deconvd_server.device.protocol import CacheState, Device, DeviceInfo, resident_bytes
+from deconvd_server.device.protocol import CacheState, Device, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "LentMemory",
     "Operand",
     "Tensor",
-    "resident_bytes",
 ]

@@ -6,22 +6,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from deconvd.cache_state import CacheState
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
-from deconvd_server.device.arriving import Arriving, Operand
+from deconvd_server.device.arriving import Operand
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
 __all__ = [
     "CacheState",
     "Device",
     "DeviceInfo",
-    "resident_bytes",
 ]
 
 
@@ -52,11 +49,6 @@ class DeviceInfo:
     has_own_memory: bool = False
     takes_arriving: bool = False
     card: bytes = b""
-
-
-def resident_bytes(*operands: Operand) -> int:
-    """Return what those of a call's operands or places that are in a device's memory take there."""
-    return sum([o.spec.nbytes for o in operands if not isinstance(o, (np.ndarray, Arriving))])
 
 
 class Device(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from deconvd.digest import DIGEST_BYTES
 from deconvd.errors import InvalidArgumentError
-from deconvd.operation import argument_of
+from deconvd.operation import ARGUMENTS
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
@@ -48,7 +48,7 @@ class CallResidents:
             InvalidArgumentError: It is of another form, or its digest is none of such a tensor.
             LostTensorError: There is no tensor with its handle.
         """
-        argument = argument_of(field)
+        argument = ARGUMENTS[field]
         if message.HasField("resident"):
             handle = message.resident.handle
             kept = self._keeper.by_name(self._session, handle, argument, self._call)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import TypeVarTuple
@@ -45,6 +47,9 @@ T = TypeVarTuple("T")
 _KEPT_BYTES = 256 << 20
 """Memory of tensors that were freed, for the next ones: what is too large for the allocator to keep."""
 
+_REMEMBERED_COUNT = 4096
+"""Problems whose footprints are remembered."""
+
 
 class CpuDevice:
     """Computes on the processor. See `Device`.
@@ -65,6 +70,8 @@ class CpuDevice:
         self._budget_bytes = memory_limit_bytes or self._memory_bytes
         self._team = Team(threads_count or len(os.sched_getaffinity(0)))
         self._memory = ArrayMemory(_KEPT_BYTES, smallest_bytes=LARGE_BYTES)
+        # every call is asked for its footprint, and most have come before
+        self._sizes = lru_cache(_REMEMBERED_COUNT)(self._counted)
         # The threads are ours: BLAS's own would only compete with them for the processors.
         threadpool_limits(1, user_api="blas")
 
@@ -97,17 +104,19 @@ class CpuDevice:
         That is its operands and results, those in wider types, what each thread works on, and the
         partial sums of gW.
         """
+        wide_bytes, least_bytes = self._sizes(problem, "gw" in results)
+        return max(wide_bytes - resident_bytes, 0) + least_bytes
+
+    def _counted(self, problem: Problem, has_gW: bool) -> tuple[int, int]:
+        """Return what operands and results take in wider types, and what a call takes beside that."""
         tensors = (problem.x, problem.W, problem.y)
         elements_count = sum(math.prod(spec.shape) for spec in tensors)
         working_count = self._team.threads_count * working_elements_count(problem)
-        if "gw" in results:
+        if has_gW:
             working_count += self._gW_elements_count(problem)
         tensors_bytes = sum(spec.nbytes for spec in tensors)
         wide_bytes = elements_count * np.dtype(np.float64).itemsize
-        return (
-            max(tensors_bytes + wide_bytes - resident_bytes, tensors_bytes)
-            + working_count * problem.compute_type.itemsize
-        )
+        return wide_bytes, tensors_bytes + working_count * problem.compute_type.itemsize
 
     def _gW_elements_count(self, problem: Problem) -> int:
         """Return a bound on the elements of gW's partial sums, and of the products added to them."""
@@ -131,7 +140,7 @@ class CpuDevice:
             field: operand if isinstance(operand, np.ndarray) else array_of(require(operand))
             for field, operand in operands.items()
         }
-        with self._computing(problem, call):
+        with _computing(problem, call):
             for field, place in places.items():
                 target = array_of(place)
                 result = plain(target)
@@ -176,15 +185,6 @@ class CpuDevice:
 
     def _threads_count(self, problem: Problem) -> int:
         return useful_threads_count(problem, self._team.threads_count)
-
-    @contextmanager
-    def _computing(self, problem: Problem, call: Call) -> Iterator[None]:
-        with (
-            call.ledger.timing(Stage.COMPUTE),
-            _out_of_memory_as_error(problem),
-            _out_of_range_as_infinite(),
-        ):
-            yield
 
     def _share(self, task: Callable[[*T], None], arguments: Iterable[tuple[*T]]) -> None:
         def quiet_task(*mine: *T) -> None:
@@ -255,10 +255,15 @@ def _out_of_range_as_infinite() -> np.errstate:
 
 
 @contextmanager
-def _out_of_memory_as_error(problem: Problem) -> Iterator[None]:
+def _computing(problem: Problem, call: Call) -> Iterator[None]:
+    """Note how long a block takes to compute a problem. Raises ExhaustedError if it runs out of memory."""
+    begin_s = time.perf_counter()
     try:
-        yield
+        with _out_of_range_as_infinite():
+            yield
     except MemoryError:
         raise ExhaustedError(
             f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
         ) from None
+    finally:
+        call.ledger.add(Stage.COMPUTE, time.perf_counter() - begin_s)
