@@ -9,7 +9,7 @@ import numpy as np
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, argument_of, spec_of_field
+from deconvd.operation import ARGUMENTS, DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
 from deconvd.problem import Problem, TensorSpec, problem_of
 from deconvd.tensor import Array, spec_of
 from deconvd_client.asked import request_of
@@ -188,7 +188,7 @@ def _wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
         )
     if not has_b:
         chosen.discard("gb")
-    fields = tuple(f for f in DECONVOLVE_GRAD.all_results if argument_of(f) in chosen)
+    fields = tuple(f for f in DECONVOLVE_GRAD.all_results if ARGUMENTS[f] in chosen)
     if not fields:
         raise InvalidArgumentError(
             "wanted must name at least one of gx, gW and gb, got none", argument="wanted"

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 from deconvd.direct_events import Method
 from deconvd.errors import InvalidArgumentError
 from deconvd.messages import messages_for
-from deconvd.operation import argument_of
+from deconvd.operation import ARGUMENTS
 from deconvd.parts import Elements, Part, PartReader, PartSource, elements_parts, slices
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -86,7 +86,7 @@ class _Exchange:
                 self._missing.put(self._known(reader.missing()))
             response = reader.header().header
             arrays = {
-                field: reader.read(argument_of(field), spec)
+                field: reader.read(ARGUMENTS[field], spec)
                 for field, spec in self._asked.results.items()
             }
             reader.expect_end()

@@ -9,7 +9,7 @@ import numpy as np
 
 from deconvd.codec import Envelope, decode, encode
 from deconvd.messages import messages_for
-from deconvd.operation import argument_of
+from deconvd.operation import ARGUMENTS
 from deconvd.tensor import Array, array_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked
@@ -122,7 +122,7 @@ def _result(response: Envelope[Any], field: str, placed: Array | None) -> Array:
     message: pb.Tensor = getattr(response.message, field)
     if placed is not None and message.WhichOneof("payload") == "shared":
         return placed
-    return np.array(array_from_message(argument_of(field), message, response.raw.get(field)))
+    return np.array(array_from_message(ARGUMENTS[field], message, response.raw.get(field)))
 
 
 class Failover:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deconvd.digest import digest_of
-from deconvd.operation import Operation, argument_of
+from deconvd.operation import ARGUMENTS, Operation
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -157,7 +157,7 @@ class Attempt:
             argument: Its name; empty if the server does not say.
         """
         fields = [*self._handles, *self._named]
-        lost = [f for f in fields if argument in ("", argument_of(f))]
+        lost = [f for f in fields if argument in ("", ARGUMENTS[f])]
         for field in lost:
             if field in self._handles:
                 kept, handle = self._handles[field]
@@ -170,7 +170,7 @@ class Attempt:
         """Name a tensor by its handle, or send it so that the server keeps it."""
         handle = kept.handle_in(self._means.session)
         if handle is None:
-            source = kept.source_unchanged(argument_of(field))
+            source = kept.source_unchanged(ARGUMENTS[field])
             if kept.state is KeptState.UNSENT and isinstance(self._request, pb.DeconvolveRequest):
                 setattr(self._request.keep, field, True)
                 self._unsent[field] = kept, source
