@@ -22,6 +22,7 @@ from deconvd_client import (
     UnavailableError,
 )
 from deconvd_client.deadline import Deadline
+from tests.interrupts import interrupted_everywhere
 from tests.lenders import lies_in_shared_memory
 from tests.processes import wait_until
 from tests.servers import ServerProcess, call_until_served, server_process
@@ -284,3 +285,19 @@ def test_a_connection_that_breaks_as_it_is_closed_stays_closed(
     with pytest.raises(CallCancelledError):
         F.deconvolution_2d(X, W)
     assert nearest._state.value == "closed"
+
+
+def test_a_way_is_looked_for_wherever_an_interrupt_strikes_as_it_is_lost(
+    server: ServerProcess,
+) -> None:
+    with deconvd_client.connect(server.target, timeout_s=20) as F:
+        F.deconvolution_2d(X, W)
+        nearest = F._server.nearest
+
+        def lose() -> None:
+            near = nearest._near
+            assert near is not None
+            nearest._lose(near, UnavailableError("its connection broke"))
+
+        for _ in interrupted_everywhere(lose):
+            wait_until(lambda: nearest._near is not None)

@@ -214,8 +214,8 @@ class Nearest:
         with self._lock:
             if self._state is not _State.UNSOUGHT:
                 return
+            self._probe()
             self._move(_State.LOST)
-        self._probe()
 
     def _found(self, deadline: Deadline) -> tuple[Stub | None, str]:
         """Return a stub of a Unix socket at which the server answers; if there is none, why.
@@ -259,10 +259,12 @@ class Nearest:
         with self._lock:
             if self._near is not near:
                 return
-            self._move(_State.UNSOUGHT if self._must_be_near else _State.LOST)
-        if not self._must_be_near:
-            _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
-            self._probe()
+            if self._must_be_near:
+                self._move(_State.UNSOUGHT)
+                return
+            self._probe()  # first: after an interrupt nobody would look for what is LOST
+            self._move(_State.LOST)
+        _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
 
     def _move(self, to: _State, near: Stub | None = None) -> None:
         """Change the state; CLOSED is for good. Called with the lock held."""
