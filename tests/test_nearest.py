@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
@@ -20,6 +21,8 @@ from deconvd_client import (
     InvalidArgumentError,
     UnavailableError,
 )
+from deconvd_client.deadline import Deadline
+from tests.interrupts import interrupted_everywhere
 from tests.lenders import lies_in_shared_memory
 from tests.processes import wait_until
 from tests.servers import ServerProcess, call_until_served, server_process
@@ -262,3 +265,39 @@ def test_closing_waits_for_no_server_that_says_nothing(transport: str) -> None:
         with pytest.raises(CallCancelledError):
             calling.result(timeout=30)
         connection.close()
+
+
+def test_a_connection_that_breaks_as_it_is_closed_stays_closed(
+    server: ServerProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    F = deconvd_client.connect(server.target, timeout_s=20)
+    F.deconvolution_2d(X, W)
+
+    def close_and_lose(_stub: object) -> None:
+        F.close()
+        raise UnavailableError("the server has gone")
+
+    nearest = F._server.nearest
+    with caplog.at_level(logging.WARNING), contextlib.suppress(UnavailableError):
+        nearest.call_once(close_and_lose, Deadline(20))
+
+    assert not caplog.records
+    with pytest.raises(CallCancelledError):
+        F.deconvolution_2d(X, W)
+    assert nearest._state.value == "closed"
+
+
+def test_a_way_is_looked_for_wherever_an_interrupt_strikes_as_it_is_lost(
+    server: ServerProcess,
+) -> None:
+    with deconvd_client.connect(server.target, timeout_s=20) as F:
+        F.deconvolution_2d(X, W)
+        nearest = F._server.nearest
+
+        def lose() -> None:
+            near = nearest._near
+            assert near is not None
+            nearest._lose(near, UnavailableError("its connection broke"))
+
+        for _ in interrupted_everywhere(lose):
+            wait_until(lambda: nearest._near is not None)

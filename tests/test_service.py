@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.settings import Settings
+from deconvd_server.unix_socket import AddressInUseError
 from tests.servers import ServerProcess
 
 X = np.ones((1, 2, 3, 3), np.float32)
@@ -47,6 +49,16 @@ class FailingDevice(CpuDevice):
 
     def run(self, *args: Any) -> None:
         raise self.error
+
+
+class ClosingDevice(CpuDevice):
+    """A device that says whether it was closed."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        super().close()
+        self.is_closed = True
 
 
 @contextmanager
@@ -218,6 +230,20 @@ def test_calls_are_unavailable_and_health_not_serving_until_the_device_is_ready(
             assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
     finally:
         daemon.drain()
+
+
+def test_a_device_is_closed_where_what_serves_calls_cannot_be_made() -> None:
+    device = ClosingDevice(1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        settings = Settings(["127.0.0.1:0"], 1 << 20, 10, direct_port=other.getsockname()[1])
+        daemon = Daemon(settings)
+        try:
+            with pytest.raises(AddressInUseError, match="cannot listen for direct calls"):
+                daemon.serve(lambda: [device])
+        finally:
+            daemon.drain()
+
+    assert device.is_closed
 
 
 def test_every_method_is_unavailable_until_the_device_is_ready() -> None:

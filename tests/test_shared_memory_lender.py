@@ -315,6 +315,19 @@ class TestLife:
             first.close()
             connect().borrowed(2 * MIB)
 
+    def test_what_a_lender_has_left_is_the_successors_whatever_its_inode(self, path: Path) -> None:
+        spare = path.with_name("spare")
+        first = Lender([memory_side(path)], Limits(MIB, MIB))
+        spare.hardlink_to(path)
+        first.withdraw()
+        spare.rename(
+            path
+        )  # as a successor's that gets the number of the inode, which is free by then
+
+        first.close()
+
+        assert path.is_socket()
+
     def test_the_socket_of_a_dead_lender_is_replaced(self, path: Path, connect: Connect) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
             dead.bind(str(path))

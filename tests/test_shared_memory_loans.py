@@ -21,6 +21,7 @@ from deconvd_client.shared_memory.link import Link, LinkLostError, LinkState
 from deconvd_client.shared_memory.loans import LenderState, Loans
 from deconvd_server.shared_memory import Lender
 from tests.deadlines import soon
+from tests.interrupts import interrupted_everywhere
 from tests.lenders import MIB, lending
 from tests.processes import exit_code, wait_until
 
@@ -83,6 +84,25 @@ class TestLenderState:
         assert loans(borrower).state is LenderState.CLOSED
         with pytest.raises(CallCancelledError, match="connection is closed"):
             borrower.allow_other_ways()
+
+    def test_a_loss_that_an_interrupt_breaks_off_is_noted_the_next_time(self, path: Path) -> None:
+        def lose_one() -> tuple[Borrower, Link]:
+            borrower = Borrower(lambda _: str(path))
+            with lending(path):
+                assert borrower.take(MIB, soon()) is not None
+                link = loans(borrower).link
+            assert link is not None
+            return borrower, link
+
+        lost = [lose_one()]
+        for _ in interrupted_everywhere(lambda: lost[-1][0].look_after_link()):
+            borrower, link = lost[-1]
+            borrower.look_after_link()
+            assert loans(borrower).state is LenderState.AWAY
+            assert borrower.borrowed_bytes == 0
+            assert link.state is LinkState.CLOSED
+            lost.append(lose_one())
+        lost[-1][0].close()
 
     def test_calls_that_go_to_another_server_end_the_lending(
         self, path: Path, lender: Lender

@@ -60,6 +60,9 @@ class _State(Enum):
     UNSOUGHT --found--> NEAR --its connection broke--> LOST --found again--> NEAR
     UNSOUGHT --it does not answer--> LOST
     UNSOUGHT --there is none--> FAR
+    NEAR, where there must be one, --its connection broke--> UNSOUGHT
+    LOST --in a forked child--> UNSOUGHT
+    any of them --`close`--> CLOSED
     """
 
     UNSOUGHT = "unsought"
@@ -117,7 +120,7 @@ class Nearest:
         self._is_sought = False
         self._closed = SimpleQueue()
         if self._state is _State.LOST:
-            self._state = _State.UNSOUGHT
+            self._move(_State.UNSOUGHT)
 
     def call(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
         """Return what `work` returns for the nearest stub; if that has no server, for the far one.
@@ -158,7 +161,7 @@ class Nearest:
         self._retries.stop()
         self._closed.put(None)
         with self._lock:
-            self._state = _State.CLOSED
+            self._move(_State.CLOSED)
             stubs = [self._far, *self._stubs.values()]
         for stub in stubs:
             stub.close(deadline)
@@ -198,9 +201,9 @@ class Nearest:
         with self._lock:
             if self._state is _State.UNSOUGHT:
                 if near is not None:
-                    self._state, self._near = _State.NEAR, near
+                    self._move(_State.NEAR, near)
                 elif not self._must_be_near:
-                    self._state = _State.FAR
+                    self._move(_State.FAR)
         if near is None and self._must_be_near:
             raise PinnedTransportError(f"no call can go by a Unix socket: {why_not}")
 
@@ -211,8 +214,8 @@ class Nearest:
         with self._lock:
             if self._state is not _State.UNSOUGHT:
                 return
-            self._state = _State.LOST
-        self._probe()
+            self._probe()
+            self._move(_State.LOST)
 
     def _found(self, deadline: Deadline) -> tuple[Stub | None, str]:
         """Return a stub of a Unix socket at which the server answers; if there is none, why.
@@ -256,11 +259,17 @@ class Nearest:
         with self._lock:
             if self._near is not near:
                 return
-            self._near = None
-            self._state = _State.UNSOUGHT if self._must_be_near else _State.LOST
-        if not self._must_be_near:
-            _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
-            self._probe()
+            if self._must_be_near:
+                self._move(_State.UNSOUGHT)
+                return
+            self._probe()  # first: after an interrupt nobody would look for what is LOST
+            self._move(_State.LOST)
+        _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
+
+    def _move(self, to: _State, near: Stub | None = None) -> None:
+        """Change the state; CLOSED is for good. Called with the lock held."""
+        if self._state is not _State.CLOSED:
+            self._state, self._near = to, near
 
     def _probe(self) -> None:
         """Look for the nearer way until it is there."""
@@ -276,9 +285,11 @@ class Nearest:
         if near is None:
             return False
         with self._lock:
-            if self._state is _State.LOST:
-                self._state, self._near = _State.NEAR, near
-        _log.info("the server's Unix socket is back")
+            is_back = self._state is _State.LOST
+            if is_back:
+                self._move(_State.NEAR, near)
+        if is_back:
+            _log.info("the server's Unix socket is back")
         return True
 
 

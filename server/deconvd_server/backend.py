@@ -48,7 +48,7 @@ class Backend:
         streams: Who may stream.
 
     Args:
-        devices: At least one. It closes them.
+        devices: At least one. It closes them, once it is made.
         addresses: Those of the settings, as `bind` has returned them.
         observers: Hear of every direct call.
 

@@ -85,7 +85,13 @@ class Daemon:
         Raises:
             AddressInUseError: Another process has the port for direct calls.
         """
-        backend = Backend(self._settings, open_devices(), self.addresses, self._observers)
+        devices = open_devices()
+        try:
+            backend = Backend(self._settings, devices, self.addresses, self._observers)
+        except BaseException:
+            for device in devices:
+                device.close()
+            raise
         with self._lock:
             if self.state is State.LISTENING:
                 self.backend = backend

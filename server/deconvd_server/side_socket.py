@@ -91,12 +91,15 @@ class SideSocket:
             raise
 
     def remove(self) -> None:
-        """Remove the file, unless a successor has replaced it. What is left is to close the socket."""
+        """Remove the file, unless a successor has replaced it. What is left is to close the socket.
+
+        Later times nothing is done: once the socket is closed, a successor's file may have its inode's number.
+        """
         with self._lock:
-            self._is_kept = False
+            was_kept, self._is_kept = self._is_kept, False
         try:
             with suppress(FileNotFoundError):
-                if self.path.stat().st_ino == self._inode:
+                if was_kept and self.path.stat().st_ino == self._inode:
                     self.path.unlink()
         except OSError as error:
             _log.warning("a socket's file cannot be removed: %s", error)

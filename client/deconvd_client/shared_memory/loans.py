@@ -185,8 +185,8 @@ class Loans:
 
     def close(self) -> None:
         """Give all back, for good."""
-        self._move(LenderState.CLOSED)
         self.refusal = CallCancelledError("the connection is closed")
+        self._move(LenderState.CLOSED)
 
     def begin_anew_in_child(self) -> None:
         """Leave what was borrowed to the parent."""
@@ -197,21 +197,24 @@ class Loans:
         self._begin()
 
     def _move(self, to: LenderState, link: Link | None = None) -> None:
-        """Change the state, and leave the link that it had, with all that was borrowed by it."""
-        old, self.link, self.state = self.link, link, to
+        """Change the state, and leave the link that it had, with all that was borrowed by it.
+
+        The state is last: if an interrupt breaks this off, whoever looks next finds it as it was, and begins anew.
+        """
         self._pool.clear()
-        if old is not None:
-            old.close()
+        if self.link is not None:
+            self.link.close()
+        self.link, self.state = link, to
 
     def _lose(self, why: UnavailableError, to: LenderState = LenderState.AWAY) -> None:
         """Do without the link, until it can be opened again or for good; say so once."""
         if self.state in _FOR_GOOD:
             return
-        self._move(to)
         self.refusal = why
         if self._loss_level and not self._is_only_way:
             _log.log(self._loss_level, "%s: %s", self._place.loss, why)
         self._loss_level = logging.NOTSET
+        self._move(to)
 
     # What follows runs in the thread, and takes the lock itself.
 

@@ -168,9 +168,9 @@ class SharedSlice(_message.Message):
       with INVALID_ARGUMENT  that does not lie wholly in its region, or whose offset is not a multiple of the element's size.
 
     The client MUST NOT change what a call reads, nor use what it writes, before the call has ended (but for calls of our own
-    ends that are early, see deconvd/direct.py). If it does, or if places overlap, the results are arbitrary numbers; nobody else
-    is harmed. A call that ended with CANCELLED, DEADLINE_EXCEEDED or UNAVAILABLE MAY write into its places for a while yet. The
-    server MUST keep memory mapped that a call uses.
+    ends that are early, see deconvd/direct_protocol.py). If it does, or if places overlap, the results are arbitrary numbers;
+    nobody else is harmed. A call that ended with CANCELLED, DEADLINE_EXCEEDED or UNAVAILABLE MAY write into its places for a
+    while yet. The server MUST keep memory mapped that a call uses.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1198,7 +1198,7 @@ class GetServerInfoResponse(_message.Message):
     """Random, and new whenever the server starts: two targets that tell the same are one server."""
     direct_port: _builtins.int
     """The TCP port where it takes direct calls, on the same hosts; 0 if there is none. Direct calls are these methods without
-    gRPC, for clients that know how: deconvd/direct.py.
+    gRPC, for clients that know how: deconvd/direct_protocol.py.
     """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
@@ -1259,7 +1259,7 @@ class SideSockets(_message.Message):
     CALLS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     calls: _builtins.str
-    """Where it takes direct calls: deconvd/direct.py."""
+    """Where it takes direct calls: deconvd/direct_protocol.py."""
     memory: _builtins.str
     """Where it lends memory: deconvd/shared_memory.py."""
     def __init__(
