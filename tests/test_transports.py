@@ -27,6 +27,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.direct import DirectTransport
 from deconvd_client.direct_ways import UnixWay
 from deconvd_client.grpc_transport import GrpcTransport
+from deconvd_client.late_copy import LateCopy
 from deconvd_client.rpcs import Rpcs
 from deconvd_client.stub import Failover
 from deconvd_client.transport import Conversation, NoLineError, Transport
@@ -178,6 +179,32 @@ def test_a_line_that_was_lost_has_the_call_begun_again_by_the_second(
 
     np.testing.assert_array_equal(y, X)
     assert len(began) == 2
+
+
+class CountingTransport(DirectTransport):
+    """Direct connections that count how often a call is brought to them."""
+
+    tries_count = 0
+
+    def unary(
+        self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
+    ) -> tuple[bytes, str]:
+        self.tries_count += 1
+        return super().unary(method, request, deadline, late_copy)
+
+
+def test_a_transport_that_is_known_to_carry_nothing_is_not_tried(running: ServerProcess) -> None:
+    way = UnixWay(running.target.removeprefix("unix:"))
+    with (
+        by_grpc(running) as second,
+        closing(CountingTransport(way, pb.GetServerInfoResponse)) as first,
+    ):
+        transport = Failover(first, second)
+        for _ in range(3):
+            transport.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+
+        assert not first.may_carry
+        assert first.tries_count == 1
 
 
 def test_a_closed_transport_says_so(running: ServerProcess) -> None:

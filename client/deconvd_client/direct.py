@@ -84,6 +84,11 @@ class DirectTransport:
         """Whether calls may get a line: the server has let the last one be opened, or was asked long ago."""
         return not self._is_closed and not self._backoff.is_pending
 
+    @property
+    def may_carry(self) -> bool:
+        """Whether there is a line for a call, or may be one."""
+        return bool(self._idle) or self.is_worth_asking
+
     def unary(
         self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
     ) -> tuple[bytes, str]:

@@ -43,6 +43,11 @@ class GrpcTransport:
         self._advice = advice
         self._is_closed = False
 
+    @property
+    def may_carry(self) -> bool:
+        """Always: what it cannot carry nothing can."""
+        return True
+
     def unary(
         self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
     ) -> tuple[bytes, str]:

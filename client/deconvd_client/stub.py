@@ -126,7 +126,9 @@ def _result(response: Envelope[Any], field: str, placed: Array | None) -> Array:
 
 
 class Failover:
-    """Has calls carried by one transport, and by another if that finds that it cannot. See `Transport`.
+    """Has calls carried by one transport if it may carry them, else by another. See `Transport`.
+
+    The other carries what the first finds that it cannot carry, too.
 
     Both have the same deadline: what the first has used of it the second lacks.
     """
@@ -135,20 +137,27 @@ class Failover:
         self._first = first
         self._second = second
 
+    @property
+    def may_carry(self) -> bool:
+        """Whether either may."""
+        return self._first.may_carry or self._second.may_carry
+
     def unary(
         self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
     ) -> tuple[bytes, str]:
         """Return the response to a call of one message, and its ledger."""
-        try:
-            return self._first.unary(method, request, deadline, late_copy)
-        except NoLineError:
-            pass
+        if self._first.may_carry:
+            try:
+                return self._first.unary(method, request, deadline, late_copy)
+            except NoLineError:
+                pass
         return self._second.unary(method, request, deadline, late_copy)
 
     def stream(self, begin: Callable[[], Conversation[_T]], deadline: Deadline) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger."""
-        try:
-            return self._first.stream(begin, deadline)
-        except NoLineError:
-            pass
+        if self._first.may_carry:
+            try:
+                return self._first.stream(begin, deadline)
+            except NoLineError:
+                pass
         return self._second.stream(begin, deadline)

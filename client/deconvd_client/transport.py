@@ -47,6 +47,10 @@ class Transport(Protocol):
     Its methods raise a DeconvdError, by the deadline at the latest, or a moment later.
     """
 
+    @property
+    def may_carry(self) -> bool:
+        """Whether it may carry a call now; False if it is known beforehand that it cannot."""
+
     def unary(
         self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
     ) -> tuple[bytes, str]:
