@@ -110,7 +110,7 @@ def _written(store: Path) -> dict[Path, int]:
 
 
 _LOSING_SERVER = """
-import sys, threading, cupy
+import faulthandler, sys, threading, cupy
 import deconvd_server.daemon as daemon
 from deconvd_server.__main__ import main
 
@@ -120,6 +120,7 @@ class LosingDaemon(daemon.Daemon):
         # an illegal address breaks the process's hold on the card for good
         kernel = cupy.RawKernel('extern "C" __global__ void k(int *p) { *p = 1; }', "k")
         kernel((1,), (1,), (cupy.int64(16),))
+        faulthandler.dump_traceback_later(60)  # where it hangs, if it does
 
 import deconvd_server.__main__ as command
 command.Daemon = LosingDaemon
@@ -129,25 +130,34 @@ main()
 
 def test_a_lost_card_ends_the_process_with_its_own_exit_code(tmp_path: Path) -> None:
     target = f"unix:{tmp_path}/deconvd.sock"
-    with subprocess.Popen(
-        [sys.executable, "-c", _LOSING_SERVER, "--device", "cuda", "--listen", target],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    log = (
+        tmp_path / "log"
+    )  # a file takes all that a server says, as a pipe that nobody reads does not
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", _LOSING_SERVER, "--device", "cuda", "--listen", target],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout is not None
         assert "listening" in process.stdout.readline()
-        with (
-            deconvd_client.connect(target, timeout_s=30) as F,
-            pytest.raises(deconvd_client.DeconvdError),
-        ):
-            F.deconvolution_2d(X, W)
-        exit_code = process.wait(60)
-        assert process.stderr is not None
-        log = process.stderr.read()
+        try:
+            with (
+                deconvd_client.connect(target, timeout_s=30) as F,
+                pytest.raises(deconvd_client.DeconvdError),
+            ):
+                F.deconvolution_2d(X, W)
+            exit_code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the server has not ended:\n{log.read_text()}")
+        finally:
+            process.kill()
 
     assert exit_code == 3
-    assert "a device is lost" in log
+    assert "a device is lost" in log.read_text()
 
 
 def test_the_ledger_tells_the_stages_apart(server: ServerProcess) -> None:
