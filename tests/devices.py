@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
-from deconvd.gradients import Gradients, Wanted
+from deconvd.gradients import Gradients
 from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem
@@ -18,7 +19,7 @@ from deconvd_server.device import Device, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, Progress
 from deconvd_server.engine import Engine
 
-__all__ = ["Runner", "arriving", "deconvolve", "gradients", "runner"]
+__all__ = ["Runner", "Wanted", "arriving", "deconvolve", "gradients", "runner"]
 
 
 class Runner(Protocol):
@@ -44,6 +45,15 @@ def arriving(progress: Progress, *arrays: Array) -> list[Arriving]:
     """Return arrays as operands that come one behind the other."""
     begins = accumulate((array.nbytes for array in arrays), initial=0)
     return [Arriving(array, progress, begin) for array, begin in zip(arrays, begins, strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which gradients are wanted: at least one."""
+
+    gx: bool = True
+    gW: bool = True
+    gb: bool = True
 
 
 def _named(wanted: Wanted) -> list[str]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients, Wanted
+from deconvd.gradients import Gradients
 from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -30,7 +30,7 @@ from deconvd_server.device.cpu import device as cpu_device
 from deconvd_server.device.cpu.blocking import useful_threads_count
 from deconvd_server.device.cpu.products import Products
 from tests import definition
-from tests.devices import deconvolve, gradients, runner
+from tests.devices import Wanted, deconvolve, gradients, runner
 from tests.strategies import FLOAT64, Operands, operands
 
 TIMEOUT_S = 60

@@ -18,7 +18,7 @@ import pytest
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients, Wanted
+from deconvd.gradients import Gradients
 from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
 from deconvd.line import Line, tell_written
 from deconvd.line_errors import LineBrokenError
@@ -33,7 +33,7 @@ from deconvd_server.device.arriving import LateError, wait_for
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.writing import Writing
 from tests import definition
-from tests.devices import arriving, deconvolve, gradients, runner
+from tests.devices import Wanted, arriving, deconvolve, gradients, runner
 from tests.golden import GoldenCase, golden_cases, tolerance
 from tests.line_pairs import early_ends
 

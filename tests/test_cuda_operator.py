@@ -15,14 +15,13 @@ import pytest
 from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
 from deconvd.geometry import Geometry
-from deconvd.gradients import Wanted
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cuda.plan import Product
-from tests.devices import deconvolve, gradients
+from tests.devices import Wanted, deconvolve, gradients
 
 if TYPE_CHECKING:
     from benchmarks.cuda_operator import Operator

@@ -11,13 +11,12 @@ import pytest
 
 from deconvd.dtypes import BFLOAT16, DType
 from deconvd.geometry import Geometry
-from deconvd.gradients import Wanted
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cuda.plan import Plan, Product, preparation_of
-from tests.devices import deconvolve, gradients
+from tests.devices import Wanted, deconvolve, gradients
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice

@@ -16,7 +16,7 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients, Wanted
+from deconvd.gradients import Gradients
 from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -27,7 +27,7 @@ from deconvd_server.device import cuda as cuda_device
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.tensor import never
 from deconvd_server.engine import Engine, Engines
-from tests.devices import deconvolve, gradients
+from tests.devices import Wanted, deconvolve, gradients
 
 FLOAT32 = np.dtype(np.float32)
 STEADY = Options(cudnn_deterministic=True)

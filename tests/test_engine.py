@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from deconvd.geometry import Geometry
-from deconvd.gradients import Wanted
 from deconvd.line import Line, tell_written
 from deconvd.operation import Operation
 from deconvd.options import Options
@@ -22,7 +21,7 @@ from deconvd_server.device.arriving import Arriving, array_in, wait_for
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine import Engine
 from deconvd_server.writing import Writing
-from tests.devices import arriving, deconvolve, gradients
+from tests.devices import Wanted, arriving, deconvolve, gradients
 from tests.line_pairs import early_ends
 
 F32 = np.dtype(np.float32)
