@@ -126,10 +126,10 @@ class Exchange:
             InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
             NotFoundError: Something that the request names is not there.
         """
-        if self.parsed.slices:
+        if self.parsed.shared:
             self._take_shared(request)
         for field, spec in self.parsed.operands.items():
-            if field in self.parsed.slices:
+            if field in self.parsed.shared:
                 continue
             argument, tensor = ARGUMENTS[field], getattr(self._request, field)
             if self._residents is None or field not in self.parsed.named:
@@ -144,7 +144,7 @@ class Exchange:
         """Take what lies in shared memory, or is to be put there."""
         operands, results = self.parsed.operands, self.parsed.results
         self._shared = shared = CallTensors(self._lender)
-        for field, lies_at in self.parsed.slices.items():
+        for field, lies_at in self.parsed.shared.items():
             if field in operands:
                 self._given[field] = shared.operand(ARGUMENTS[field], operands[field], lies_at)
             else:
@@ -156,7 +156,7 @@ class Exchange:
         """Take the operands in shared memory for arriving, one behind the other."""
         begin_bytes = 0
         for field in self.parsed.operation.write_order:
-            if field in self.parsed.operands and field in self.parsed.slices:
+            if field in self.parsed.operands and field in self.parsed.shared:
                 operand = self._given[field]
                 if isinstance(operand, np.ndarray):  # and not memory of a card
                     self._given[field] = Arriving(operand, progress, begin_bytes)

@@ -59,7 +59,7 @@ class ParsedRequest:
         wanted: The results that are wanted.
         optional: The operands that are given though they may be left out.
         keep: The operands and results that are to be kept, without operands that are kept already.
-        slices: Where those are, or are to be put, that have their place in shared memory.
+        shared: Where those are, or are to be put, that have their place in shared memory.
         named: The operands that are named by a handle or a digest.
     """
 
@@ -69,7 +69,7 @@ class ParsedRequest:
     wanted: tuple[str, ...]
     optional: tuple[str, ...] = ()
     keep: frozenset[str] = frozenset()
-    slices: Mapping[str, SharedSlice] = field(default_factory=dict)
+    shared: Mapping[str, SharedSlice] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
 
     @cached_property
@@ -94,7 +94,7 @@ class ParsedRequest:
         return {
             name: spec
             for name, spec in self.results.items()
-            if name not in self.slices and name not in self.keep
+            if name not in self.shared and name not in self.keep
         }
 
     @cached_property
@@ -116,8 +116,8 @@ class ParsedRequest:
         """The messages of its results without elements: not to be changed."""
         described = {name: message_from_spec(spec) for name, spec in self.results.items()}
         for name, message in described.items():
-            if name in self.slices:
-                self.slices[name].write_to(message.shared)
+            if name in self.shared:
+                self.shared[name].write_to(message.shared)
         return described
 
     @cached_property
@@ -239,7 +239,7 @@ def _parse_header_bytes(operation: Operation, data: bytes, samples_count: int) -
 
 
 def _sliced(parsed: ParsedRequest, samples_count: int) -> SlicedRequest:
-    return SlicedRequest(replace(parsed, slices={}), samples_count)
+    return SlicedRequest(replace(parsed, shared={}), samples_count)
 
 
 def _parse(operation: Operation, message: Any) -> ParsedRequest:
@@ -267,7 +267,7 @@ def _parse(operation: Operation, message: Any) -> ParsedRequest:
         wanted=wanted,
         optional=optional,
         keep=keep,
-        slices=_slices(message, operands, wanted),
+        shared=_shared(message, operands, wanted),
         named=frozenset(name for name in operands if payloads[name] in ("resident", "digest")),
     )
 
@@ -301,16 +301,16 @@ def _check_places(message: Any, keep: Iterable[str]) -> None:
             )
 
 
-def _slices(
+def _shared(
     message: Any, operands: Iterable[str], results: Iterable[str]
 ) -> dict[str, SharedSlice]:
     """Return where tensors are, or are to be put, in shared memory."""
-    slices = {}
+    shared = {}
     for name in operands:
         tensor: pb.Tensor = getattr(message, name)
         if tensor.HasField("shared"):
-            slices[name] = SharedSlice.from_message(tensor.shared)
+            shared[name] = SharedSlice.from_message(tensor.shared)
     for name in results:
         if message.HasField(f"{name}_place"):
-            slices[name] = SharedSlice.from_message(getattr(message, f"{name}_place"))
-    return slices
+            shared[name] = SharedSlice.from_message(getattr(message, f"{name}_place"))
+    return shared
