@@ -81,7 +81,7 @@ class Limits:
             or what the card allows.
         plans_bytes: Host memory for plans.
         tuning_s: How long plans are timed for one kind of request.
-        results_bytes: Host memory that is kept for later results.
+        results_bytes: Host memory that is kept for tensors that are read later.
     """
 
     lanes_count: int = 4
@@ -304,17 +304,17 @@ class CudaDevice(CardTensors):
 
         return unregister
 
-    def key(self, operation: Product, problem: Problem, options: Options) -> PlanKey:
-        """Return the key of an operation's plan on this device."""
+    def key(self, product: Product, problem: Problem, options: Options) -> PlanKey:
+        """Return the key of a product's plan on this device."""
         limit_bytes = self._sizing.workspace_limit_bytes(problem)
-        return PlanKey.of(operation, problem, options, limit_bytes)
+        return PlanKey.of(product, problem, options, limit_bytes)
 
-    def _fallback_bytes(self, operation: Product, problem: Problem) -> int:
-        key = self.key(operation, problem, Options())
+    def _fallback_bytes(self, product: Product, problem: Problem) -> int:
+        key = self.key(product, problem, Options())
         return self._candidates.fallback(key).plan.workspace_bytes
 
-    def _plan(self, operation: Product, problem: Problem, options: Options, call: Call) -> Plan:
-        return self.plans.get(self.key(operation, problem, options), call.check)
+    def _plan(self, product: Product, problem: Problem, options: Options, call: Call) -> Plan:
+        return self.plans.get(self.key(product, problem, options), call.check)
 
     @contextmanager
     def _working(self, call: Call) -> Iterator[Lane]:
@@ -339,7 +339,7 @@ class CudaDevice(CardTensors):
             self._cudnn.forget(stream)
 
     def new_stream(self) -> Stream:
-        """Return a stream of the card; whoever has it ends by `forget`."""
+        """Return a stream of the card. Its owner must call `forget` before the stream ends."""
         with current_device(self._card.ordinal):
             return Stream()
 
