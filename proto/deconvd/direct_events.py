@@ -101,7 +101,7 @@ class Method(IntEnum):
     GetTensor = 6
 
 
-_CALLKINDS: Final = {
+_CALL_KINDS: Final = {
     Method.Deconvolve: FrameKind.CALL,
     Method.DeconvolveGrad: FrameKind.CALL,
     Method.DeconvolveStream: FrameKind.STREAM_CALL,
@@ -160,7 +160,7 @@ class CallHead(NamedTuple):
     @property
     def kind(self) -> FrameKind:
         """Which kind of call it is."""
-        return FrameKind.EARLY_CALL if self.is_early else _CALLKINDS[self.method]
+        return FrameKind.EARLY_CALL if self.is_early else _CALL_KINDS[self.method]
 
     def pack(self) -> bytes:
         """Return its frame."""
@@ -179,7 +179,7 @@ class CallHead(NamedTuple):
         method = _METHODS.get(number)
         if method is None:
             raise RemoteProtocolError(f"a call of the unknown method {number}")
-        if is_early and _CALLKINDS[method] is not FrameKind.CALL:
+        if is_early and _CALL_KINDS[method] is not FrameKind.CALL:
             raise RemoteProtocolError(f"an early call of {method.name}")
         return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early, written_bytes)
 

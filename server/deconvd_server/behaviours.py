@@ -1,4 +1,4 @@
-"""What serves a method, whichever way a call comes: by gRPC (`rpc`) or directly (`direct`)."""
+"""What serves a method, whichever way a call comes: by gRPC (`rpc`) or directly (`direct_line`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The service by gRPC: behaviours as its handlers. See `serve` for what is served.
+"""The service by gRPC: behaviours as its handlers. See `serve` for how a call begins and ends.
 
 Requests are parsed here rather than by gRPC, which would blame the server (INTERNAL) for garbage.
 The server listens before there is a service, and gRPC takes no new handlers then: they are behind a `Gate`.

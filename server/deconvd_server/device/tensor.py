@@ -20,8 +20,8 @@ class DeviceTensor(Protocol):
     """A tensor in a device's own memory: C-contiguous, in native byte order. Made by `Device.empty`.
 
     It is of use to calls of that device alone: others raise ValueError, as all do for a tensor that
-    is freed already. Whoever has it sees to it that no call reads it while another writes it, and
-    that none is under way with it, or a view of it, when it is freed.
+    is freed already. Its owner must see that no call reads it while another writes it, and that none
+    is under way with it, or a view of it, when it is freed.
 
     Attributes:
         may_grow: Asked, with a number of bytes, whether the device may keep so much more with the
