@@ -25,7 +25,7 @@ from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import direct
-from deconvd_client.late_copy import LateCopy, Part
+from deconvd_client.late_copy import LateCopy, SharedOperand
 from deconvd_client.shared_memory import Borrower
 from tests.deadlines import soon
 from tests.direct_calls import (
@@ -205,7 +205,7 @@ class TestClient:
 
     def test_copies_are_made_once(self) -> None:
         source, target = np.ones(4, np.float32), np.zeros(4, np.float32)
-        copy, told = LateCopy([Part(16, (target, source))]), list[int]()
+        copy, told = LateCopy([SharedOperand(16, (target, source))]), list[int]()
 
         copy.make(told.append)
         target[:] = 2
@@ -219,8 +219,12 @@ class TestClient:
     def test_what_is_there_at_first_counts(self) -> None:
         source, target = np.ones(3 << 20, np.float32), np.zeros(3 << 20, np.float32)
         size_bytes = source.nbytes
-        parts = [Part(100, None), Part(size_bytes, (target, source)), Part(7, None)]
-        copy, told = LateCopy(parts), list[int]()
+        operands = [
+            SharedOperand(100, None),
+            SharedOperand(size_bytes, (target, source)),
+            SharedOperand(7, None),
+        ]
+        copy, told = LateCopy(operands), list[int]()
 
         copy.make(told.append)
 
@@ -234,7 +238,9 @@ class TestClient:
         monkeypatch.setattr(copying, "processors_count", lambda: 1)  # piece by piece
         sizes_bytes = (2 << 20, 40 << 20)
         arrays = [(np.zeros(n, np.uint8), np.ones(n, np.uint8)) for n in sizes_bytes]
-        copy = LateCopy([Part(n, pair) for n, pair in zip(sizes_bytes, arrays, strict=True)])
+        copy = LateCopy(
+            [SharedOperand(n, pair) for n, pair in zip(sizes_bytes, arrays, strict=True)]
+        )
         told: list[int] = []
 
         copy.make(told.append)

@@ -9,14 +9,14 @@ from typing import Final, NamedTuple
 from deconvd.copying import copy_all
 from deconvd.tensor import Array
 
-__all__ = ["LateCopy", "Part"]
+__all__ = ["LateCopy", "SharedOperand"]
 
 _STEPS_COUNT: Final = 8
 """How often progress is told, at most, beside the ends of operands: in as many parts a card takes x."""
 
 
-class Part(NamedTuple):
-    """One of the operands in shared memory.
+class SharedOperand(NamedTuple):
+    """One of the operands that a call has in shared memory.
 
     Attributes:
         size_bytes: Its size.
@@ -31,28 +31,30 @@ class LateCopy:
     """Copies to be made once, however often their call is tried. For one thread.
 
     Args:
-        parts: All operands in shared memory, in the order of `Operation.write_order`.
+        operands: All operands in shared memory, in the order of `Operation.write_order`.
 
     Attributes:
         is_made: Whether all is copied.
-        written_bytes: How many bytes of the parts, one behind the other, are there at first.
+        written_bytes: How many bytes of the operands, one behind the other, are there at first.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, operands: Sequence[SharedOperand]) -> None:
+        self._operands = operands
         self.is_made = False
-        self.written_bytes = sum(p.size_bytes for p in takewhile(lambda p: p.copy is None, parts))
+        self.written_bytes = sum(
+            o.size_bytes for o in takewhile(lambda o: o.copy is None, operands)
+        )
 
     def make(self, tell: Callable[[int], None] | None = None) -> None:
         """Make them, unless they are made.
 
         Args:
-            tell: Told how many bytes of the parts are there, as `copy_all` does, but not as often.
+            tell: Told how many bytes of the operands are there, as `copy_all` does, but not as often.
         """
         if self.is_made:
             return
-        copies = [part.copy for part in self._parts if part.copy is not None]
-        copy_all(copies, tell and _Seldom(tell, self._parts))
+        copies = [operand.copy for operand in self._operands if operand.copy is not None]
+        copy_all(copies, tell and _Seldom(tell, self._operands))
         self.is_made = True
 
 
@@ -60,13 +62,13 @@ class _Seldom:
     """Passes progress on once it is worth telling.
 
     Args:
-        tell: Told how many bytes of the parts are there.
+        tell: Told how many bytes of the operands are there.
     """
 
-    def __init__(self, tell: Callable[[int], None], parts: Sequence[Part]) -> None:
+    def __init__(self, tell: Callable[[int], None], operands: Sequence[SharedOperand]) -> None:
         self._tell = tell
-        self._parts = parts
-        self._ends = [*_ends(parts)]
+        self._operands = operands
+        self._ends = [*_ends(operands)]
         self._told_bytes = 0
 
     def __call__(self, copied_bytes: int) -> None:
@@ -80,19 +82,19 @@ class _Seldom:
 
     def _there_bytes(self, copied_bytes: int) -> int:
         there_bytes = 0
-        for part in self._parts:
-            part_bytes = part.size_bytes
-            if part.copy is not None:
-                part_bytes = min(copied_bytes, part_bytes)
-                copied_bytes -= part_bytes
-            there_bytes += part_bytes
-            if part_bytes < part.size_bytes:
+        for operand in self._operands:
+            operand_bytes = operand.size_bytes
+            if operand.copy is not None:
+                operand_bytes = min(copied_bytes, operand_bytes)
+                copied_bytes -= operand_bytes
+            there_bytes += operand_bytes
+            if operand_bytes < operand.size_bytes:
                 break
         return there_bytes
 
 
-def _ends(parts: Sequence[Part]) -> Iterator[int]:
+def _ends(operands: Sequence[SharedOperand]) -> Iterator[int]:
     end_bytes = 0
-    for part in parts:
-        end_bytes += part.size_bytes
+    for operand in operands:
+        end_bytes += operand.size_bytes
         yield end_bytes

@@ -14,7 +14,7 @@ from deconvd.tensor import Array, elements_of, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.asked import Answered, Asked, Request
 from deconvd_client.deadline import Deadline
-from deconvd_client.late_copy import LateCopy, Part
+from deconvd_client.late_copy import LateCopy, SharedOperand
 from deconvd_client.shared_memory.borrower import Borrower, has_ended
 from deconvd_client.shared_memory.region import Block
 
@@ -57,7 +57,7 @@ class SharedCall:
         self._deadline = deadline
         self._kept: list[Array] = []
         self._blocks: list[Block] = []
-        self._parts: list[Part] = []
+        self._operands: list[SharedOperand] = []
         self._copied_bytes = 0
 
     def place(self, array: Array) -> SharedSlice | None:
@@ -68,9 +68,9 @@ class SharedCall:
         place, there = placed
         self._kept.append(there)
         if there is array:
-            self._parts.append(Part(array.nbytes, None))
+            self._operands.append(SharedOperand(array.nbytes, None))
         else:
-            self._parts.append(Part(array.nbytes, (there, array)))
+            self._operands.append(SharedOperand(array.nbytes, (there, array)))
             self._copied_bytes += array.nbytes
         return place
 
@@ -106,11 +106,14 @@ class SharedCall:
             place.settle(())
             return
         is_late = may_be_late and self._copied_bytes >= place.smallest_late_bytes
-        at_once = [part for part in self._parts if not (is_late and _is_large(part))]
-        place.settle([part.copy for part in at_once if part.copy is not None])
+        at_once = [o for o in self._operands if not (is_late and _is_worth_telling(o))]
+        place.settle([operand.copy for operand in at_once if operand.copy is not None])
         if is_late:
             self.late_copy = LateCopy(
-                [part if _is_large(part) else Part(part.size_bytes, None) for part in self._parts]
+                [
+                    o if _is_worth_telling(o) else SharedOperand(o.size_bytes, None)
+                    for o in self._operands
+                ]
             )
 
     def __enter__(self) -> SharedCall:
@@ -130,8 +133,8 @@ class SharedCall:
             self._borrower.note_failure(exc, {block.region for block in self._blocks})
 
 
-def _is_large(part: Part) -> bool:
-    return part.size_bytes >= _LATE_BYTES
+def _is_worth_telling(operand: SharedOperand) -> bool:
+    return operand.size_bytes >= _LATE_BYTES
 
 
 def call_with_shared_memory(
