@@ -109,6 +109,11 @@ def test_wanted_must_name_gradients(F: Connection, wanted: Any) -> None:
         F.deconvolution_2d_grad(X, W, B, F.deconvolution_2d(X, W), wanted=wanted)
 
 
+def test_wanted_must_name_more_than_gb_where_there_is_no_b(F: Connection) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"there is no b, got \['gb'\]"):
+        F.deconvolution_2d_grad(X, W, None, F.deconvolution_2d(X, W), wanted=["gb"])
+
+
 def test_the_gradient_of_a_single_operand_can_be_had_alone(F: Connection) -> None:
     gy = F.deconvolution_2d(X, W, B)
     all_three = F.deconvolution_2d_grad(X, W, B, gy)

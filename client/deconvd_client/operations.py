@@ -190,7 +190,8 @@ def _wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
         chosen.discard("gb")
     fields = tuple(f for f in DECONVOLVE_GRAD.all_results if ARGUMENTS[f] in chosen)
     if not fields:
+        allowed = "gx, gW and gb" if has_b else "gx and gW, as there is no b"
         raise InvalidArgumentError(
-            "wanted must name at least one of gx, gW and gb, got none", argument="wanted"
+            f"wanted must name at least one of {allowed}, got {names!r}", argument="wanted"
         )
     return fields
