@@ -44,7 +44,8 @@ class Conversation(Generic[_T]):
 class Transport(Protocol):
     """Carries calls to one server. Thread-safe.
 
-    Its methods raise a DeconvdError, by the deadline at the latest, or a moment later.
+    Its methods raise a DeconvdError, by the deadline at the latest, or a moment later. One that is not
+    for all calls raises NoLineError for what another transport is to carry.
     """
 
     @property
