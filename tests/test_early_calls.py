@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from deconvd.problem import Problem
 from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
 from deconvd.trials import Trials
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import direct
+from deconvd_client import Connection, direct
 from deconvd_client.late_copy import LateCopy, SharedOperand
 from deconvd_client.shared_memory import Borrower
 from tests.deadlines import soon
@@ -78,10 +79,18 @@ def random_x(seed: int = 0) -> Array:
     return np.random.default_rng(seed).integers(-4, 5, SHAPE).astype(np.float32)
 
 
-def goes_directly(F: deconvd_client.Connection, server: ServerProcess) -> bool:
+def goes_directly(F: Connection, server: ServerProcess) -> bool:
     before = server.log.read_text()
     F.deconvolution_2d(W, W)
     return "Deconvolve from unix: process" in server.log.read_text().removeprefix(before)
+
+
+@contextmanager
+def directly_connected(server: ServerProcess) -> Iterator[Connection]:
+    """Connect for the block, whose calls are direct: the first of a connection may come before there is a line."""
+    with deconvd_client.connect(server.target) as F:
+        wait_until(lambda: goes_directly(F, server))
+        yield F
 
 
 @pytest.mark.usefixtures("always")
@@ -103,7 +112,7 @@ class TestClient:
     def test_x_of_any_layout_arrives_as_it_is(
         self, server: ServerProcess, told: list[int], layout: Callable[[Array], Array]
     ) -> None:
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             for seed in range(3):
                 x = layout(random_x(seed))
                 y = F.deconvolution_2d(x, W.astype(x.dtype))
@@ -123,7 +132,7 @@ class TestClient:
     ) -> None:
         monkeypatch.setattr("deconvd.copying.processors_count", lambda: processors_count)
         x = np.concatenate([random_x(seed) for seed in range(6)])
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
 
         assert len(told) > 4 or processors_count > 1  # how many pieces end at once is chance
@@ -134,7 +143,7 @@ class TestClient:
         self, server: ServerProcess, told: list[int]
     ) -> None:
         x = random_x()
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             lent = F.empty(x.shape, x.dtype)
             lent[...] = x
             np.testing.assert_array_equal(F.deconvolution_2d(lent, W), x * 3)
@@ -163,8 +172,7 @@ class TestClient:
         with server_process(
             tmp_path, "--device-memory-bytes", "16Mi", "--log-level", "debug"
         ) as little:
-            with deconvd_client.connect(little.target) as F:
-                wait_until(lambda: goes_directly(F, little))
+            with directly_connected(little) as F:
                 with pytest.raises(ExhaustedError, match="of which calls may take"):
                     F.deconvolution_2d(x, W)
 
@@ -183,8 +191,9 @@ class TestClient:
             tell_written(line, size_bytes)
 
         monkeypatch.setattr(direct, "tell_written", tell)
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             for seed in range(4):
+                wait_until(lambda: goes_directly(F, server))  # there is a line again
                 x = random_x(seed)
                 np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
         assert len(broken) > 4
@@ -194,7 +203,7 @@ class TestClient:
         self, server: ServerProcess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         x = random_x()
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
             with monkeypatch.context() as interrupted:
                 interrupted.setattr(direct, "tell_written", _interrupt)
@@ -255,7 +264,7 @@ class TestClient:
         self, server: ServerProcess, told: list[int], always: None, lent: tuple[str, ...]
     ) -> None:
         random = np.random.default_rng(0)
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             for _ in range(3):
                 x = random.integers(-9, 9, (2, 2048, 24, 24)).astype(np.float32)
                 W = random.integers(-9, 9, (2048, 1100, 1, 1)).astype(np.float32)
@@ -281,7 +290,7 @@ class TestClient:
     ) -> None:
         random = np.random.default_rng(0)
         shapes = {"x": (2, 2048, 24, 24), "W": (2048, 1100, 1, 1), "gy": (2, 1100, 24, 24)}
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             given: dict[str, Array] = {}
             for name, shape in shapes.items():
                 plain = random.integers(-3, 4, shape).astype(np.float32)
@@ -313,7 +322,7 @@ class TestClient:
         x = np.ones((1, 2048, 1, 1), np.float32)  # comes with the call
         W = np.full((2048, 1100, 1, 1), 2, np.float32)
         gy = np.ones((1, 1100, 1, 1), np.float32)
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             assert (F.deconvolution_2d(x, W) == 4096).all()
             gx, gW, _ = F.deconvolution_2d_grad(x, W, None, gy)
             large_x = np.ones((8, 2048, 8, 8), np.float32)
@@ -328,7 +337,7 @@ class TestClient:
 
     def test_a_client_that_dies_while_copying_leaves_nothing(self, server: ServerProcess) -> None:
         x = random_x()
-        with deconvd_client.connect(server.target) as F:
+        with directly_connected(server) as F:
             F.deconvolution_2d(x, W)  # whatever is made once is made
         wait_until_idle(server)
         pid = server.process.pid
@@ -347,7 +356,7 @@ def test_a_server_that_follows_no_copy_is_seldom_called_early(
     server: ServerProcess, told: list[int]
 ) -> None:
     x = random_x()
-    with deconvd_client.connect(server.target) as F:
+    with directly_connected(server) as F:
         for _ in range(60):
             F.deconvolution_2d(x, W)
     assert told.count(x.nbytes) == 5  # then after 1, 3, 7 and 15 others
@@ -361,7 +370,7 @@ _DYING_CLIENT = """
 import os, signal, sys
 import numpy as np
 import deconvd_client
-from deconvd_client import direct
+from deconvd_client import Connection, direct
 
 told = 0
 
@@ -373,7 +382,9 @@ def tell(line, size_bytes):
 
 direct.tell_written = tell
 with deconvd_client.connect(sys.argv[1]) as F:
-    F.deconvolution_2d(np.ones((1, 16, 2048, 2048), np.float32), np.ones((16, 1, 1, 1), np.float32))
+    x, W = np.ones((1, 16, 2048, 2048), np.float32), np.ones((16, 1, 1, 1), np.float32)
+    while True:  # the first calls may come before there is a line
+        F.deconvolution_2d(x, W)
 """
 
 
@@ -439,7 +450,7 @@ class TestServer:
         waiting = [open_line(server) for _ in range(8)]
         for other in (*waiting, line):
             self.begin(other, self.request(borrower, x)[0])
-        with deconvd_client.connect(server.target, timeout_s=10) as F:
+        with deconvd_client.connect(server.target, timeout_s=30) as F:
             for _ in range(3):
                 np.testing.assert_array_equal(F.deconvolution_2d(W, W), W * 3)
             (device,) = F.server_info().devices

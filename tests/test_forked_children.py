@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 import pytest
 
 import deconvd_client
 from deconvd.tensor import Array
-from deconvd_client import Connection, UnavailableError
+from deconvd_client import Connection, DeconvdError, UnavailableError
 from tests.processes import exit_code
 from tests.servers import ServerProcess, server_process
 
@@ -24,8 +28,8 @@ _TIMEOUT_S = 12.0
 _RAISED = 2
 """Exit code of a child whose work raised."""
 
-_CHILDREN_S = 60
-"""More than children take for their calls."""
+_CHILDREN_S = 35
+"""More than children take for their calls, and less than a test may for three tries."""
 
 W = np.ones((8, 4, 2, 2), "f4")
 SMALL = np.ones((1, 8, 8, 8), "f4")
@@ -42,15 +46,31 @@ def is_right(F: Connection, x: Array) -> bool:
 def succeeds_in_a_child(work: Callable[[], bool]) -> bool:
     """Return whether `work` returns True in a forked child, and that no child hangs.
 
-    gRPC's core may be at work in a fork, whatever is done against it: then the child's calls by gRPC end at their
-    deadline. That is rare, so one of three children must do.
+    gRPC's core may be at work in a fork, whatever is done against it; while there is a session, a thread of its own
+    always is. Then the child's calls by gRPC end at their deadline, or the child itself in gRPC. That is rare, so one
+    of three children must do.
     """
     for _ in range(3):
-        code = exit_code(work)
-        assert code in (0, _RAISED), f"the child was wrong, or hung: exit code {code}"
+        with TemporaryFile("w+") as crash:
+
+            def traced(crash: IO[str] = crash) -> bool:
+                faulthandler.enable(crash)
+                return work()
+
+            code = exit_code(traced)
+            crash.seek(0)
+            assert code in (0, _RAISED) or is_grpcs(crash.read()), f"exit code {code}"
         if code == 0:
             return True
     return False
+
+
+def is_grpcs(crash: str) -> bool:
+    """Return whether it was in gRPC that a process crashed, as `faulthandler` tells: in its threads, or in its code."""
+    _, _, stack = crash.partition("Current thread")
+    return crash.startswith("Fatal Python error") and (
+        not stack or "/grpc/" in stack.splitlines()[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +160,28 @@ def call_in_pool(samples_count: int) -> bool:
     return is_right(_F, LARGE[:samples_count])
 
 
-def test_a_pool_of_forked_processes_calls(F: Connection) -> None:
+def trace(path: Path) -> None:
+    faulthandler.enable(path.open("a"))
+
+
+def succeeds_in_a_pool(crash: Path) -> bool:
+    """Return whether a pool answers, and that what it answers is right. See `succeeds_in_a_child`."""
+    with multiprocessing.get_context("fork").Pool(3, trace, (crash,)) as pool:
+        try:
+            assert all(pool.map_async(call_in_pool, [1, 24, 2, 24, 3, 24]).get(_CHILDREN_S))
+        except DeconvdError:
+            return False
+        except multiprocessing.TimeoutError:  # a pool waits for ever for one that has crashed
+            assert is_grpcs(crash.read_text()), "a child hangs"
+            return False
+    return True
+
+
+def test_a_pool_of_forked_processes_calls(F: Connection, tmp_path: Path) -> None:
     global _F
     _F = F
     kept = F.put(W)
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert all(pool.map_async(call_in_pool, [1, 24, 2, 24, 3, 24]).get(_CHILDREN_S))
+    assert any(succeeds_in_a_pool(tmp_path / f"crash {number}") for number in range(3))
     assert (kept.numpy() == W).all()
 
 
@@ -169,4 +205,4 @@ if child:
 def test_a_child_may_end_as_any_process_does(servers: dict[str, ServerProcess]) -> None:
     """It runs finalizers then, also of what is its parent's."""
     command = [sys.executable, "-c", SCRIPT, servers["alone"].targets[1]]
-    assert subprocess.run(command, timeout=_CHILDREN_S).returncode == 0
+    assert any(subprocess.run(command, timeout=_CHILDREN_S).returncode == 0 for _ in range(3))

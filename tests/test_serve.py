@@ -30,7 +30,7 @@ from deconvd_server.ledger import Stage
 from deconvd_server.serve import CallLog, Serving
 from deconvd_server.settings import Settings
 from tests.deadlines import soon
-from tests.direct_calls import REQUEST, W, X, send_call
+from tests.direct_calls import REQUEST, W, X, open_patiently, send_call
 from tests.processes import wait_until
 
 TRANSPORTS = pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_caller_that_goes_has_cancelled_its_direct_call(
             info = F._server.nearest.server_info(soon())
         way = way_to(address)
         assert way is not None
-        line = way.open(lambda: info, 5)
+        line = open_patiently(way, lambda: info)
         send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
         assert device.is_at_work.wait(30)
         line.close()

@@ -116,7 +116,7 @@ def test_a_lost_session_is_left_without_another_need(F: Connection) -> None:
 
 
 def test_it_is_given_up_when_its_lease_has_passed(tmp_path: Path) -> None:
-    with server_process(tmp_path, "--session-lease-s", "1", listen=("127.0.0.1:0",)) as server:
+    with server_process(tmp_path, "--session-lease-s", "3", listen=("127.0.0.1:0",)) as server:
         F = deconvd_client.connect(server.target, transport="tcp", timeout_s=2)
         F.put(ONE)
         server.process.kill()

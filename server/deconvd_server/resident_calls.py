@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from deconvd.codec import Envelope
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import CallCancelledError, InvalidArgumentError
 from deconvd.parts import Part, PartReader, elements_part, slices
 from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
@@ -92,8 +92,9 @@ class ResidentCalls:
         )
         for _ in signs:
             sessions.sign_of_life(session)
-        if not broke.wait(_BREAK_S):
-            sessions.end(session, hang_up)
+        if broke.wait(_BREAK_S):
+            raise CallCancelledError("the stream broke")
+        sessions.end(session, hang_up)
 
     def put_tensor(
         self, reader: PartReader[pb.PutTensorRequest], call: Call
