@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,8 +38,10 @@ def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProce
         yield server
 
 
-def connected(target: str, timeout_s: float = 60.0) -> Connection:
-    return deconvd_client.connect(target, timeout_s=timeout_s, transport="grpc")
+def connected(target: str, timeout_s: float = 60.0, *, fail_fast: bool = False) -> Connection:
+    return deconvd_client.connect(
+        target, timeout_s=timeout_s, transport="grpc", fail_fast=fail_fast
+    )
 
 
 @contextmanager
@@ -208,9 +211,10 @@ def test_cut_calls_leave_nothing_on_the_server(tcp_server: ServerProcess, fault:
             for way in Way
             for part in range(1, 6)
         ]
+        timeout_s = 0.15 if fault is Fault.HANG else 10.0
         with bad_line(tcp_server.target, *cuts) as proxy:
             while proxy.faults_count <= STREAMS_COUNT:
-                with connected(proxy.target, timeout_s=0.15) as hasty:
+                with connected(proxy.target, timeout_s=timeout_s, fail_fast=True) as hasty:
                     with suppress(UnavailableError, DeadlineError):
                         hasty.deconvolution_2d(LARGE, TWICE)
 
@@ -232,12 +236,18 @@ def test_direct_calls_that_are_cut_leave_nothing_on_the_server(
             for part in range(1, 6)
         ]
         with directly_connected(tcp_server, *cuts, timeout_s=0.5) as (proxy, hasty):
-            while proxy.faults_count <= STREAMS_COUNT:
-                with suppress(UnavailableError, DeadlineError):
-                    hasty.deconvolution_2d(LARGE, TWICE)
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda _: call_until_many_fail(proxy, hasty), range(4)))
 
         wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
         assert_idle(F)
+
+
+def call_until_many_fail(proxy: Proxy, F: Connection) -> None:
+    """Call until more lines were bad than there may be streams."""
+    while proxy.faults_count <= STREAMS_COUNT:
+        with suppress(UnavailableError, DeadlineError):
+            F.deconvolution_2d(LARGE, TWICE)
 
 
 def assert_idle(F: Connection) -> None:

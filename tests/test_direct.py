@@ -438,7 +438,7 @@ def test_a_slow_reader_does_not_make_the_servers_memory_grow(
 @TRANSPORTS
 def test_a_client_that_goes_has_its_call_cancelled(running: ServerProcess, transport: str) -> None:
     target = target_of(running, transport)
-    command = [sys.executable, "-c", _ENDLESS_CALL, target, transport, running.log]
+    command = [sys.executable, "-c", _ENDLESS_CALL, target, transport, str(running.log)]
     with deconvd_client.connect(running.target, transport="grpc") as F:
         with subprocess.Popen(command) as child:
             wait_until(lambda: "DeconvolveStream" in direct_calls(running, transport))

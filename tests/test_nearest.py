@@ -241,7 +241,10 @@ def test_an_unknown_transport_is_refused() -> None:
         deconvd_client.connect("gpu-host:50051", transport="pigeon")
 
 
-def test_a_target_without_a_server_is_said_and_looked_at_again(socket_directory: Path) -> None:
+def test_a_target_without_a_server_is_said_and_looked_at_again(
+    socket_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deconvd_client.retries._CONTACT_S", 0.5)
     with server_process(socket_directory, listen=("127.0.0.1:0",)) as gone:
         target = gone.target
     with deconvd_client.connect(target, timeout_s=20) as F:
