@@ -17,13 +17,16 @@ import pytest
 
 import deconvd_client
 from deconvd.errors import DeadlineError, InvalidArgumentError
+from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_client.shared_memory import Borrower
+from deconvd_client.shared_memory import Borrower, SharedCall
+from deconvd_client.shared_memory.calls import SharedResult
 from tests.deadlines import soon
 from tests.lenders import lies_in_shared_memory
-from tests.servers import ServerProcess, server_process
+from tests.processes import wait_until
+from tests.servers import ServerProcess, server_process, stopped
 
 MIB = 1 << 20
 
@@ -264,3 +267,46 @@ def test_an_argument_at_fault_is_named_as_ever(F: deconvd_client.Connection) -> 
     with pytest.raises(InvalidArgumentError) as raised:
         F.deconvolution_2d(x, W[:4], b)
     assert raised.value.argument == "W"
+
+
+@pytest.mark.parametrize("is_fetched", [False, True], ids=["computed", "fetched"])
+def test_what_is_called_again_since_its_line_was_cut_has_its_result_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fetched: bool
+) -> None:
+    """The server may be writing the result of the first call when the second one's is there already."""
+    given: list[Array] = []
+    make_result = SharedCall.result
+
+    def result(call: SharedCall, spec: TensorSpec) -> SharedResult | None:
+        made = make_result(call, spec)
+        assert made is not None
+        given.append(made.array)
+        return made
+
+    x, W, b = operands()
+    with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
+        kept = F.remote.deconvolution_2d(x, W, b)
+        expected = F.deconvolution_2d(x, W, b)
+        stub = F._server.nearest.taken
+        assert stub is not None
+        direct = stub.direct
+        assert direct is not None
+        wait_until(lambda: kept.numpy() is not None and bool(direct._idle))
+        monkeypatch.setattr(SharedCall, "result", result)
+        with ThreadPoolExecutor(1) as pool:
+            with stopped(server):
+                called = (
+                    pool.submit(kept.numpy)
+                    if is_fetched
+                    else pool.submit(F.deconvolution_2d, x, W, b)
+                )
+                wait_until(lambda: bool(direct._busy))
+                (line,) = (known() for known in direct._busy)
+                assert line is not None
+                wait_until(lambda: not line.protocol.is_idle)
+                line.shut()
+            y = called.result()
+
+        assert lies_in_shared_memory(y)
+        assert not np.shares_memory(y, given[0])
+        np.testing.assert_array_equal(y, expected)

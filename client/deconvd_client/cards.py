@@ -181,6 +181,13 @@ class _CardRegion(Region):
         array: Array = cupy.ndarray(spec.shape, spec.dtype, pointer)
         return array
 
+    def take_again(self, size_bytes: int) -> Block | None:
+        """Return the block that went last anew, in the manner of `collect`: any stream may be reading it yet."""
+        block = super().take_again(size_bytes)
+        if block is not None:
+            self._await_card()
+        return block
+
     def collect(self) -> None:
         """Make room of the blocks that have gone, once the card is done with what was enqueued on them."""
         if self._gone:

@@ -26,7 +26,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.direct_call import converse
 from deconvd_client.direct_ways import Ask, Way
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.transport import Conversation, NoLineError
+from deconvd_client.transport import Conversation, LostLineError, NoLineError
 from deconvd_client.uninterrupted import call_uninterrupted, do_beside
 
 __all__ = ["DirectTransport"]
@@ -171,7 +171,7 @@ class DirectTransport:
             if self._is_closed:
                 raise CallCancelledError("the connection is closed") from None
             _log.debug("a direct line was lost: %s", error)
-            raise NoLineError from None
+            raise LostLineError from None
 
     def _take(self, deadline: Deadline) -> Line:
         """Return a line for one call. Raises NoLineError if there is none."""

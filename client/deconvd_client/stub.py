@@ -19,7 +19,7 @@ from deconvd_client.direct_ways import Way
 from deconvd_client.grpc_transport import GrpcTransport
 from deconvd_client.hold import Hold
 from deconvd_client.late_copy import LateCopy
-from deconvd_client.transport import Conversation, NoLineError, Transport
+from deconvd_client.transport import Conversation, LostLineError, NoLineError, Transport
 
 __all__ = ["Failover", "Stub"]
 
@@ -47,7 +47,11 @@ class Stub:
         self.target = target
         self._by_grpc = by_grpc
         self.direct = None if way is None else DirectTransport(way, self._told_by_server)
-        self._by_any: Transport = by_grpc if self.direct is None else Failover(self.direct, by_grpc)
+        self._by_any: Transport = by_grpc
+        self._by_one: Transport = by_grpc
+        if self.direct is not None:
+            self._by_any = Failover(self.direct, by_grpc)
+            self._by_one = Failover(self.direct, by_grpc, only_unsent=True)
 
     def call(
         self,
@@ -65,21 +69,35 @@ class Stub:
             placed: Memory for results that the request wants to have there.
             late_copy: Puts operands where the request says that they are: meanwhile, if the call is direct.
             is_brief: Whether request and response are small enough for a direct call.
+
+        Raises:
+            LostLineError: The server may be writing to `placed`: the call is to be made anew, with other memory.
         """
-        transport = self._by_any if is_brief else self._by_grpc
+        brief = self._by_one if placed else self._by_any
+        transport = brief if is_brief else self._by_grpc
         operation = asked.operation
         data, ledger = transport.unary(operation.name, encode(request), asked.deadline, late_copy)
         response: Envelope[Any] = decode(messages_for(operation).response, data)
         arrays = {field: _result(response, field, placed.get(field)) for field in asked.results}
         return Answered(response.message, arrays, ledger)
 
-    def stream(self, begin: Callable[[], Conversation[_T]], deadline: Deadline) -> tuple[_T, str]:
+    def stream(
+        self,
+        begin: Callable[[], Conversation[_T]],
+        deadline: Deadline,
+        *,
+        is_placed: bool = False,
+    ) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
 
         Args:
             begin: Called once for each attempt: again, if a direct line was lost.
+            is_placed: Whether the server is to write the result into memory of ours.
+
+        Raises:
+            LostLineError: It may be writing there: the call is to be made anew, with other memory.
         """
-        return self._by_any.stream(begin, deadline)
+        return (self._by_one if is_placed else self._by_any).stream(begin, deadline)
 
     @property
     def is_direct(self) -> bool:
@@ -131,11 +149,16 @@ class Failover:
     The other carries what the first finds that it cannot carry, too.
 
     Both have the same deadline: what the first has used of it the second lacks.
+
+    Args:
+        only_unsent: Raise LostLineError, and leave to the caller what the first has lost in the midst: the server
+            may be at it still, and write into memory of ours what the other would have written there too.
     """
 
-    def __init__(self, first: Transport, second: Transport) -> None:
+    def __init__(self, first: Transport, second: Transport, *, only_unsent: bool = False) -> None:
         self._first = first
         self._second = second
+        self._only_unsent = only_unsent
 
     @property
     def may_carry(self) -> bool:
@@ -149,6 +172,9 @@ class Failover:
         if self._first.may_carry:
             try:
                 return self._first.unary(method, request, deadline, late_copy)
+            except LostLineError:
+                if self._only_unsent:
+                    raise
             except NoLineError:
                 pass
         return self._second.unary(method, request, deadline, late_copy)
@@ -158,6 +184,9 @@ class Failover:
         if self._first.may_carry:
             try:
                 return self._first.stream(begin, deadline)
+            except LostLineError:
+                if self._only_unsent:
+                    raise
             except NoLineError:
                 pass
         return self._second.stream(begin, deadline)

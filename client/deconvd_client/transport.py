@@ -13,13 +13,17 @@ from deconvd.parts import Part, PartSource
 from deconvd_client.deadline import Deadline
 from deconvd_client.late_copy import LateCopy
 
-__all__ = ["Conversation", "NoLineError", "Transport"]
+__all__ = ["Conversation", "LostLineError", "NoLineError", "Transport"]
 
 _T = TypeVar("_T")
 
 
 class NoLineError(Exception):
     """A transport has found that it cannot carry a call, or not to its end: the call is to be made in another way."""
+
+
+class LostLineError(NoLineError):
+    """It was lost while the server may have been at the call, and the server may be at it still."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from deconvd.direct_events import Method
-from deconvd.errors import StaleRegionError
+from deconvd.errors import CallCancelledError, StaleRegionError
 from deconvd.parts import Part, PartReader, PartSource, elements_parts
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, message_from_spec, spec_of
@@ -15,7 +15,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.nearest import Nearest
 from deconvd_client.shared_memory import Borrower, SharedCall
 from deconvd_client.stub import Stub
-from deconvd_client.transport import Conversation
+from deconvd_client.transport import Conversation, LostLineError
 
 __all__ = ["Transfers"]
 
@@ -76,6 +76,8 @@ class Transfers:
                     return result.array, ledger
         except StaleRegionError:
             pass  # it comes in chunks
+        except LostLineError:  # it may be written there yet: it is tried again, in other memory
+            raise CallCancelledError("a direct connection was lost") from None
         if self._memory.is_large(spec):
             self._memory.allow_other_ways()
         array, ledger = self._received(stub, request, spec, deadline)
@@ -115,7 +117,7 @@ class Transfers:
         def begin() -> Conversation[Array | None]:
             return Conversation(Method.GetTensor, iter([request]), receive, pb.GetTensorResponse)
 
-        return stub.stream(begin, deadline)
+        return stub.stream(begin, deadline, is_placed=spec is None)
 
 
 def _parts(header: pb.PutTensorHeader, array: Array | None) -> Iterator[Part]:

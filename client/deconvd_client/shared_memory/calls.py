@@ -17,6 +17,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.late_copy import LateCopy, SharedOperand
 from deconvd_client.shared_memory.borrower import Borrower, has_ended
 from deconvd_client.shared_memory.region import Block
+from deconvd_client.transport import LostLineError
 
 __all__ = ["SharedCall", "SharedResult", "call_with_shared_memory"]
 
@@ -167,6 +168,21 @@ def call_with_shared_memory(
 def _answered(
     borrower: Borrower, rpc: Callable[..., Answered], asked: Asked, large: Collection[str]
 ) -> Answered | None:
+    try:
+        return _answered_once(borrower, rpc, asked, large, is_brief=True)
+    except LostLineError:
+        # in other memory, and by gRPC: the server may be writing the results of the lost call for a while yet
+        return _answered_once(borrower, rpc, asked, large, is_brief=False)
+
+
+def _answered_once(
+    borrower: Borrower,
+    rpc: Callable[..., Answered],
+    asked: Asked,
+    large: Collection[str],
+    *,
+    is_brief: bool,
+) -> Answered | None:
     request: Any = type(asked.request)()
     request.CopyFrom(asked.request)
     with SharedCall(borrower, asked.deadline) as call:
@@ -178,9 +194,8 @@ def _answered(
             return None
         call.settle(may_be_late=_may_be_late(asked, large))
         # what is not in shared memory is small
-        return rpc(
-            asked, Envelope(request, raw), placed=results, late_copy=call.late_copy, is_brief=True
-        )
+        envelope = Envelope(request, raw)
+        return rpc(asked, envelope, placed=results, late_copy=call.late_copy, is_brief=is_brief)
 
 
 def _want(
