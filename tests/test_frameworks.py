@@ -34,7 +34,6 @@ def opened() -> Iterator[list[StandIn]]:
     frameworks.register("tests", open_framework)
     yield found
     del frameworks._registered["tests"]
-    frameworks._framework_of_type.cache_clear()
 
 
 def elements(tensor: object) -> Array:
@@ -184,6 +183,22 @@ def test_a_type_that_only_says_it_is_of_a_framework_imports_none(F: Connection) 
 
 def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
     return [*inspect.signature(function).parameters.values()]
+
+
+class _Unhashable(type):
+    """What a type is an instance of that no dictionary takes."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+def test_a_type_without_a_hash_is_refused_as_any_other(F: Connection) -> None:
+    x: Any = _Unhashable("Odd", (), {})()
+
+    with pytest.raises(InvalidArgumentError, match=r"x must be a numpy.ndarray .* got .*Odd"):
+        F.deconvolution_2d(x, W)
 
 
 def test_all_functions_have_chainers_arguments(F: Connection) -> None:
