@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,9 +17,21 @@ from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device import Device, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, Progress
+from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine import Engine
 
-__all__ = ["Runner", "Wanted", "arriving", "deconvolve", "gradients", "runner"]
+__all__ = ["FailingDevice", "Runner", "Wanted", "arriving", "deconvolve", "gradients", "runner"]
+
+
+class FailingDevice(CpuDevice):
+    """A device of which every deconvolution raises `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+    def run(self, *args: Any) -> None:
+        raise self.error
 
 
 class Runner(Protocol):

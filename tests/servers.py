@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deconvd.tensor import Array
 from deconvd_client import Connection, UnavailableError
+from tests.processes import wait_until
 
 __all__ = ["ServerProcess", "call_until_served", "server_process", "stopped"]
 
@@ -73,9 +74,8 @@ def server_process(
 def stopped(server: ServerProcess) -> Iterator[None]:
     """Stop a server for the block, as a debugger or a full swap does: it is there and says nothing."""
     server.process.send_signal(signal.SIGSTOP)
-    while not _has_stopped(server.process.pid):  # a thread may be about to answer
-        time.sleep(0.001)
     try:
+        wait_until(lambda: _has_stopped(server.process.pid))  # a thread may be about to answer
         yield
     finally:
         server.process.send_signal(signal.SIGCONT)

@@ -13,7 +13,7 @@ import pytest
 from deconvd import copying
 from deconvd.copying import copy_all, copy_into
 from tests.interrupts import interrupted_everywhere
-from tests.processes import exit_code
+from tests.processes import exit_code, wait_until
 
 _MIB = 1 << 20
 
@@ -135,10 +135,7 @@ def test_others_copy_while_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wait_for_the_rest(done_bytes: int) -> None:
         told.append(done_bytes)
-        end_s = time.monotonic() + 30
-        while not np.array_equal(target, source):
-            assert time.monotonic() < end_s
-            time.sleep(0.001)
+        wait_until(lambda: np.array_equal(target, source))
 
     copy_all([(target, source)], wait_for_the_rest)
 

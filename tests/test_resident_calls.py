@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -27,7 +26,6 @@ B = rng.standard_normal(3).astype(np.float32)
 GEOMETRY = message_from_geometry(Geometry(stride=(2, 1), pad=(1, 0)))
 STEADY = pb.Options(cudnn_deterministic=True)
 MIB = 1 << 20
-_WAIT_S = 30
 
 
 @pytest.fixture
@@ -39,13 +37,6 @@ def held(device_server: ServerProcess) -> Iterator[Holder]:
 
 def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
     return error_from_rpc(failure.value)  # type: ignore[arg-type]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + _WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
 
 
 def deconvolve(held: Holder, x: pb.Tensor, w: pb.Tensor, **fields: Any) -> pb.DeconvolveResponse:

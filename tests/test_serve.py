@@ -30,6 +30,7 @@ from deconvd_server.ledger import Stage
 from deconvd_server.serve import CallLog, Serving
 from deconvd_server.settings import Settings
 from tests.deadlines import soon
+from tests.devices import FailingDevice
 from tests.direct_calls import REQUEST, W, X, open_patiently, send_call
 from tests.processes import wait_until
 
@@ -66,17 +67,6 @@ class Recorder:
 
     def statuses(self, method: str, peer: str = "") -> list[str | None]:
         return [event.status for event in self.of(method, peer)]
-
-
-class FailingDevice(CpuDevice):
-    """A device of which every deconvolution raises `error`."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(1)
-        self.error = error
-
-    def run(self, *args: Any) -> None:
-        raise self.error
 
 
 class PatientDevice(CpuDevice):

@@ -33,22 +33,12 @@ from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.settings import Settings
 from deconvd_server.unix_socket import AddressInUseError
+from tests.devices import FailingDevice
 from tests.servers import ServerProcess
 
 X = np.ones((1, 2, 3, 3), np.float32)
 W = np.ones((2, 2, 2, 2), np.float32)
 METHODS = ("Deconvolve", "DeconvolveGrad", "GetServerInfo")
-
-
-class FailingDevice(CpuDevice):
-    """A device of which every deconvolution raises `error`."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(1)
-        self.error = error
-
-    def run(self, *args: Any) -> None:
-        raise self.error
 
 
 class ClosingDevice(CpuDevice):

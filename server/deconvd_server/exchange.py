@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -106,16 +105,11 @@ class Exchange:
     def __enter__(self) -> Exchange:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._residents is not None:
             self._residents.release()
         if self._shared is not None:
-            self._shared.__exit__(exc_type, exc, traceback)
+            self._shared.__exit__()
 
     # From the request
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import numpy as np
 
 from deconvd.errors import InvalidArgumentError, StaleRegionError
@@ -31,12 +29,7 @@ class CallTensors:
     def __enter__(self) -> CallTensors:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for use in self._uses.values():
             use.end()
 
