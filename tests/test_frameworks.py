@@ -34,6 +34,7 @@ def opened() -> Iterator[list[StandIn]]:
     frameworks.register("tests", open_framework)
     yield found
     del frameworks._registered["tests"]
+    frameworks._framework_of_type.cache_clear()
 
 
 def elements(tensor: object) -> Array:

@@ -7,7 +7,8 @@ imported, only once a caller has handed over one of its arrays.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -15,6 +16,9 @@ import numpy as np
 from deconvd.tensor import Array
 
 __all__ = ["Framework", "arrays_like", "framework_of", "host_array", "register"]
+
+_TYPES_COUNT: Final = 256
+"""Of how many types it is remembered what framework they are of."""
 
 
 class Framework(Protocol):
@@ -46,14 +50,17 @@ def register(module: str, open_framework: Callable[[], Framework]) -> None:
 
     Args:
         module: The top-level module that its arrays' types are from.
-        open_framework: Called whenever such an array comes: may import the framework.
+        open_framework: Called, perhaps more than once, when such an array comes: may import the framework.
     """
     _registered[module] = open_framework
+    _framework_of_type.cache_clear()
 
 
 def framework_of(value: object) -> Framework | None:
     """Return the framework whose array a value is; None if it is numpy's, or no array that is known here."""
-    framework = _framework_of_type(type(value))
+    kind: object = type(value)
+    # a metaclass of the caller's may leave a type without a hash
+    framework = _framework_of_type(kind) if isinstance(kind, Hashable) else None
     return framework if framework is not None and framework.owns(value) else None
 
 
@@ -70,6 +77,7 @@ def host_array(array: Any) -> Array:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+@lru_cache(_TYPES_COUNT)
 def _framework_of_type(kind: type) -> Framework | None:
     for base in kind.__mro__:  # callers may have derived it
         module = base.__module__.partition(".")[0]
