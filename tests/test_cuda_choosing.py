@@ -4,109 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from deconvd.geometry import Geometry
 from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
-from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.cudnn.enums import Note
 from deconvd_server.device.cuda.cudnn.search import Rules
-from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.plans.book import PlanBook
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
-from deconvd_server.device.cuda.plans.chooser import Chooser
-from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
-
-FAILS = float("inf")
-
-
-@dataclass(frozen=True)
-class FakePlan:
-    """A plan that takes so long; infinity for one that cannot be executed."""
-
-    name: str
-    ms: float
-    workspace_bytes: int = 0
-    deterministic: bool = True
-
-    def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
-        raise AssertionError("no test executes it")
-
-
-class FakeCandidates:
-    """Offers plans, and notes which were closed. The fallback takes 9 ms."""
-
-    def __init__(self, *plans: FakePlan) -> None:
-        self.plans = plans
-        self.closed: list[str] = []
-        self.damaged = False
-
-    def promising(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        yield from map(self._candidate, self.plans)
-        yield self.fallback(key)
-
-    all = promising
-
-    def fallback(self, key: PlanKey) -> Candidate:
-        return self._candidate(FakePlan("fallback", 9.0))
-
-    def revived(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
-        if self.damaged:
-            raise CudnnError("cudnnBackendFinalize", 2000, "no plan")
-        return self._candidate(FakePlan(choice.name, 0.0))
-
-    def _candidate(self, plan: FakePlan) -> Candidate:
-        choice = Choice(Provider.CUDNN_NCHW, plan.name, plan.deterministic)
-        return Candidate(plan, choice, lambda: self.closed.append(plan.name))
-
-
-class FakeBench:
-    def runs(self, plan: FakePlan) -> bool:
-        return plan.ms < FAILS
-
-    def time_ms(self, plan: FakePlan, *, give_up_ms: float) -> float:
-        return plan.ms
-
-
-class FakeBuilders:
-    """A thread without a card."""
-
-    class stream:
-        pointer = 0
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1)
-
-    def executor(self, *, tunes: bool) -> Executor:
-        return self._executor
-
-    def close(self) -> None:
-        self._executor.shutdown()
-
-
-@contextmanager
-def open_bench(key: PlanKey, workspace_bytes: int, stream: Any) -> Iterator[Any]:
-    yield FakeBench()
-
-
-def chooser_of(candidates: Any, tuning_limit_s: float = 5) -> Chooser:
-    return Chooser(candidates, open_bench, tuning_limit_s=tuning_limit_s)
-
-
-def key_of(options: Options, dtype: type = np.float32) -> PlanKey:
-    x = TensorSpec((1, 4, 8, 8), np.dtype(dtype))
-    problem = Problem(x, TensorSpec((4, 2, 4, 4), np.dtype(dtype)), Geometry())
-    return PlanKey.of(Product.Y, problem, options, 100)
+from tests.fake_plans import (
+    FAILS,
+    FakeBuilders,
+    FakeCandidates,
+    FakePlan,
+    book_of,
+    chooser_of,
+    key_of,
+)
 
 
 def chosen(candidates: FakeCandidates, options: Options) -> Candidate:
@@ -178,15 +97,6 @@ def test_one_candidate_is_timed_however_long_they_took_to_make() -> None:
 
     runs = chooser_of(FakeCandidates(FakePlan("b", 1.0)), tuning_limit_s=0)
     assert runs.choose(key_of(TUNED), FakeBuilders.stream).choice.name == "b"  # type: ignore[arg-type]
-
-
-def book_of(
-    candidates: Any, store: PlanStore | None = None, limit_bytes: int = 1 << 20
-) -> PlanBook:
-    builders: Any = FakeBuilders()
-    return PlanBook(
-        candidates, chooser_of(candidates), builders, limit_bytes=limit_bytes, store=store
-    )
 
 
 def get(book: PlanBook, options: Options = TUNED) -> str:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+from deconvd_server.device.cuda.cudnn.library import check_version
+from deconvd_server.device.faults import DeviceUnavailableError
 
 _HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
@@ -49,11 +55,67 @@ def test_without_a_card_to_see_it_says_that_a_driver_is_needed() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("before", "fault"),
-    [(_HIDDEN_CUDNN, "cuDNN 9 cannot be loaded"), (_OLD_CUDNN, "is too old, 1000000 or newer")],
+    [(_HIDDEN_CUDNN, "cuDNN 9 cannot be loaded"), (_OLD_CUDNN, "100.0.0 or newer is needed")],
 )
 def test_without_a_cudnn_that_will_do_it_says_what_to_install(before: str, fault: str) -> None:
     assert fault in (said := _last_words(before))
     assert "pip install '.[server,cuda13]'" in said
+
+
+@pytest.mark.gpu
+def test_the_cudnn_that_will_not_do_is_named_with_where_it_is() -> None:
+    assert re.search(
+        r"cuDNN 9\.\d+\.\d+, loaded from /.*libcudnn.*, is too old", _last_words(_OLD_CUDNN)
+    )
+
+
+@pytest.mark.gpu
+def test_with_a_cudnn_that_will_not_do_the_processor_computes_where_it_may() -> None:
+    command = f"{_OLD_CUDNN}\nfrom deconvd_server.__main__ import main\nmain()"
+    options = ("--device", "auto", "--listen", "127.0.0.1:0", "--log-level", "warning")
+    with subprocess.Popen(
+        [sys.executable, "-c", command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert "listening" in process.stdout.readline()
+        finally:
+            process.terminate()
+            _, log = process.communicate(timeout=60)
+    assert "computing on the processor, since no GPU can be used: cuDNN 9" in log
+
+
+@pytest.mark.parametrize("version", [8907, 91000, 91400, 91899])
+def test_a_cudnn_older_than_the_one_that_is_tested_is_refused_in_one_line(version: int) -> None:
+    with pytest.raises(DeviceUnavailableError) as refused:
+        check_version(version, "/usr/lib/libcudnn.so.9")
+    said = str(refused.value)
+    assert "loaded from /usr/lib/libcudnn.so.9, is too old" in said
+    assert "9.19.0 or newer is needed" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("version", [91900, 91901, 92000, 100000])
+def test_a_cudnn_as_new_as_the_one_that_is_tested_will_do(version: int) -> None:
+    check_version(version, "/usr/lib/libcudnn.so.9")
+
+
+def test_what_is_installed_will_do() -> None:
+    root = Path(__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (least,) = (
+        re.fullmatch(r"nvidia-cudnn-cu13>=9\.(\d+),<10", one) for one in extras["cuda13"][1:]
+    )
+    assert least is not None
+    minor = int(least[1])
+    check_version(90000 + 100 * minor, "")
+    with pytest.raises(DeviceUnavailableError):
+        check_version(90000 + 100 * minor - 1, "")
 
 
 @pytest.mark.gpu

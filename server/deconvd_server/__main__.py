@@ -170,7 +170,9 @@ def _group_id(
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
     show_default="none",
-    help="Folder where GPU plans are kept, so that a restarted server is warm.",
+    help="Folder where GPU plans are kept, so that a restarted server is warm. It also keeps what the server before "
+    "died at while it asked cuDNN for a plan, so that this one does without cuDNN there; without a folder a "
+    "crash comes again.",
 )
 @click.option(
     "--max-message-bytes",

@@ -52,7 +52,7 @@ def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
 
     Args:
         name: ``cpu``; ``cuda`` for all cards; ``cuda:N``, or several of them with commas; ``auto``
-            for all cards, or the processor where none can be used.
+            for all cards, or the processor where none can be used, which the log tells.
 
     Raises:
         InvalidArgumentError: It is no such name, or one of a card that the host does not have.
@@ -62,11 +62,16 @@ def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
     if name == "cpu":
         return [_open_processor(settings)]
     if name != "auto":
-        return _open_cards(name, settings)
+        return _open_cards(_ordinals(name), settings)
     try:
-        return _open_cards("cuda", settings)
+        ordinals = _ordinals("cuda")
     except DeviceUnavailableError as error:
-        _log.info("computing on the processor, since no GPU can be used: %s", error)
+        _log.info("computing on the processor, since there is no GPU: %s", error)
+        return [_open_processor(settings)]
+    try:
+        return _open_cards(ordinals, settings)
+    except DeviceUnavailableError as error:
+        _log.warning("computing on the processor, since no GPU can be used: %s", error)
         return [_open_processor(settings)]
 
 
@@ -74,7 +79,7 @@ def _open_processor(settings: DeviceSettings) -> Device:
     return CpuDevice(settings.threads_count, memory_limit_bytes=settings.memory_limit_bytes)
 
 
-def _open_cards(name: str, settings: DeviceSettings) -> list[Device]:
+def _open_cards(ordinals: Sequence[int], settings: DeviceSettings) -> list[Device]:
     return [
         cuda.open_device(
             ordinal,
@@ -82,7 +87,7 @@ def _open_cards(name: str, settings: DeviceSettings) -> list[Device]:
             plan_store=settings.plan_store,
             on_lost=settings.on_lost,
         )
-        for ordinal in _ordinals(name)
+        for ordinal in ordinals
     ]
 
 

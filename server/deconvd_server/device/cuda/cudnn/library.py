@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from deconvd_server.device.faults import DeviceUnavailableError
 
-__all__ = ["Cudnn", "CudnnError", "Handle"]
+__all__ = ["Cudnn", "CudnnError", "Handle", "check_version"]
 
-_OLDEST_VERSION = 91000
+_OLDEST_VERSION = 91900
+"""The oldest that deconvd is tested with: 9.14 ends the process by SIGFPE for some problems."""
+
 _INSTALL = "pip install '.[server,cuda13]' in a checkout of deconvd"
 _MESSAGE_BYTES = 1024
 
@@ -48,10 +50,11 @@ class Cudnn:
     """
 
     def __init__(self) -> None:
-        self._library = _load()
+        self._library, path = _load()
         self._handles: dict[int, Handle] = {}
         self._lock = threading.Lock()
         self.version = self._read_version()
+        check_version(self.version, path)
 
     def call(self, function: str, *arguments: object) -> None:
         """Call a function that returns a status. The interpreter's lock is free meanwhile.
@@ -99,12 +102,7 @@ class Cudnn:
     def _read_version(self) -> int:
         read = self._library.cudnnGetVersion
         read.restype = ctypes.c_size_t
-        version = int(read())
-        if version < _OLDEST_VERSION:
-            raise DeviceUnavailableError(
-                f"cuDNN {version} is too old, {_OLDEST_VERSION} or newer is needed: {_INSTALL}"
-            )
-        return version
+        return int(read())
 
     def _last_error(self) -> str:
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
@@ -112,12 +110,32 @@ class Cudnn:
         return message.value.decode(errors="replace").strip()
 
 
-def _load() -> ctypes.CDLL:
+def check_version(version: int, path: str) -> None:
+    """Raise DeviceUnavailableError if a version of cuDNN is not to be used.
+
+    Args:
+        version: As `cudnnGetVersion` has it.
+        path: Where the library was loaded from.
+    """
+    if version < _OLDEST_VERSION:
+        raise DeviceUnavailableError(
+            f"cuDNN {_text(version)}, loaded from {path}, is too old, as it may crash: "
+            f"{_text(_OLDEST_VERSION)} or newer is needed: {_INSTALL}; if that is done, start the server "
+            "where the older one is not found first (LD_LIBRARY_PATH, packages of the system)"
+        )
+
+
+def _text(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def _load() -> tuple[ctypes.CDLL, str]:
+    """Return the library, and where it was loaded from."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
-        found = load_nvidia_dynamic_lib("cudnn")
-        return ctypes.CDLL(found.abs_path or "libcudnn.so.9")
+        path = load_nvidia_dynamic_lib("cudnn").abs_path or "libcudnn.so.9"
+        return ctypes.CDLL(path), path
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise DeviceUnavailableError(f"cuDNN 9 cannot be loaded ({reason}): {_INSTALL}") from None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from deconvd.lru import Lru
+from deconvd.options import UseCudnn
 from deconvd_server.cache import Cache, CacheStats, Resource
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Plan
@@ -59,7 +61,7 @@ class PlanBook:
 
     Args:
         limit_bytes: Host memory that plans may take.
-        store: Where choices are kept on disk; None to keep none.
+        store: Where choices are kept on disk, and what processes died at; None to keep none.
     """
 
     def __init__(
@@ -109,11 +111,22 @@ class PlanBook:
         self._cache.close()
 
     def _resource(self, key: PlanKey) -> Resource[Plan]:
-        candidate = self._revived(key) or self._chosen(key)
+        candidate = self._candidate(key)
         own = candidate.choice.provider is Provider.OWN
         size_bytes = _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES
         # not closed with the cache's entry: graphs that it was captured into may refer to it still
         return Resource(candidate.plan, size_bytes)
+
+    def _candidate(self, key: PlanKey) -> Candidate:
+        """Return the candidate that was chosen before, or is chosen now from what no process has died at."""
+        known = self._revived(key)
+        if known is not None:
+            return known
+        if self._store is None or not self._store.quarantine.holds(key):
+            return self._chosen(key)
+        if key.options.use_cudnn is UseCudnn.NEVER:
+            return self._candidates.fallback(key)
+        return self._candidate(key.without_cudnn())
 
     def _revived(self, key: PlanKey) -> Candidate | None:
         choice = self._choice(key)
@@ -137,7 +150,8 @@ class PlanBook:
         return choice
 
     def _chosen(self, key: PlanKey) -> Candidate:
-        candidate = self._chooser.choose(key, self._builders.stream)
+        with self._noted(key):
+            candidate = self._chooser.choose(key, self._builders.stream)
         log.info("chose %s for %s of %s", candidate.choice.name, key.operation, key.problem)
         if self._store is not None:
             self._store.save(key, candidate.choice)
@@ -145,3 +159,9 @@ class PlanBook:
             self._chosen_count += 1
             self._choices.put(key, candidate.choice)
         return candidate
+
+    def _noted(self, key: PlanKey) -> AbstractContextManager[None]:
+        """Keep on disk, for the length of a with-block, that a plan is being searched."""
+        if self._store is None:
+            return nullcontext()
+        return self._store.quarantine.noted(key, self._builders.is_card_lost)

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from deconvd_server.device.cuda.cudnn import Cudnn
-from deconvd_server.device.cuda.runtime import Stream, use_device
+from deconvd_server.device.cuda.runtime import CudaError, Stream, synchronize, use_device
 
 __all__ = ["Builders"]
 
@@ -41,6 +41,14 @@ class Builders:
         """The calling builder's stream."""
         stream: Stream = self._local.stream
         return stream
+
+    def is_card_lost(self) -> bool:
+        """Return whether the calling builder's card is of no use to this process any more."""
+        try:
+            synchronize()
+        except CudaError:
+            return True
+        return False
 
     def close(self) -> None:
         """End the threads once they are idle."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.options import Options
+from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 
@@ -48,9 +48,25 @@ class PlanKey:
             workspace_limit_bytes,
         )
 
+    def without_cudnn(self) -> PlanKey:
+        """Return the key of the same request, where cuDNN may not be used."""
+        return replace(self, options=replace(self.options, use_cudnn=UseCudnn.NEVER))
+
     def fields(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        geometry, options = self.problem.geometry, self.options
+        options = self.options
+        return {
+            **self.product_fields(),
+            "cudnn_deterministic": options.cudnn_deterministic,
+            "autotune": options.autotune,
+            "use_cudnn": str(options.use_cudnn),
+            "allow_tf32": options.allow_tf32,
+            "workspace_limit_bytes": self.workspace_limit_bytes,
+        }
+
+    def product_fields(self) -> dict[str, Any]:
+        """Return what is computed, and of what, as JSON has it."""
+        geometry = self.problem.geometry
         return {
             "operation": str(self.operation),
             "x": _tensor(self.problem.x),
@@ -60,11 +76,6 @@ class PlanKey:
             "dilate": list(geometry.dilate),
             "groups": geometry.groups,
             "outsize": list(self.problem.output),
-            "cudnn_deterministic": options.cudnn_deterministic,
-            "autotune": options.autotune,
-            "use_cudnn": str(options.use_cudnn),
-            "allow_tf32": options.allow_tf32,
-            "workspace_limit_bytes": self.workspace_limit_bytes,
         }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from deconvd_server.device.cuda.plans.choice import Choice
 from deconvd_server.device.cuda.plans.key import PlanKey, digest_of
+from deconvd_server.device.cuda.plans.quarantine import Quarantine
 
 __all__ = ["PlanStore"]
 
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 _SCHEMA = 1
 """Counted up whenever a file's form or the meaning of a choice changes."""
+
+_JOURNALS = "journals"
+"""The folder in it where servers note what they are about to search."""
 
 
 class PlanStore:
@@ -32,6 +36,9 @@ class PlanStore:
         folder: Made if it is not there.
         origin: All that a choice depends on beside its key: versions, and the card.
 
+    Attributes:
+        quarantine: What is not searched, since a server died at it. A new version of deconvd alone changes nothing.
+
     Raises:
         OSError: The folder cannot be made.
     """
@@ -40,6 +47,8 @@ class PlanStore:
         self._folder = folder
         self._origin = dict(origin)
         folder.mkdir(parents=True, exist_ok=True)
+        libraries = {name: value for name, value in origin.items() if name != "deconvd"}
+        self.quarantine = Quarantine(folder / _JOURNALS, libraries)
 
     def load(self, key: PlanKey) -> Choice | None:
         """Return the choice that was made for `key`; None if none is known here."""
