@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -46,17 +46,22 @@ class Quarantine:
         self._told: set[str] = set()
 
     def holds(self, key: PlanKey) -> bool:
-        """Return whether a plan for `key` is not to be searched. The first time for a search, the log says so."""
+        """Return whether a plan for `key` is not to be searched. The log says so, once for each search."""
         search = _search(key)
-        reason = self._reason(search)
-        if reason is None:
+        way = "with our most general kernels alone" if _is_own(key) else "without cuDNN"
+        remnants = self._remnants()
+        reason = _reason(remnants, search)
+        if reason is not None:
+            what = f"{key.operation} of {key.problem}"
+            self._tell(digest_of(search), "computing %s %s: %s", what, way, reason)
+            return True
+        crashes = [r for r in remnants if r.crashed and _is_own_search(r) == _is_own(key)]
+        if len({digest_of(crash.fields["search"]) for crash in crashes}) < _MAX_CRASHES_COUNT:
             return False
-        with self._lock:
-            is_told = digest_of(search) in self._told
-            self._told.add(digest_of(search))
-        if not is_told:
-            way = "with our most general kernels alone" if _is_own(key) else "without cuDNN"
-            log.warning("computing %s of %s %s: %s", key.operation, key.problem, way, reason)
+        folder = crashes[0].path.parent
+        self._tell(
+            way, "computing all that is new %s: servers crash again and again, see %s", way, folder
+        )
         return True
 
     @contextmanager
@@ -78,24 +83,34 @@ class Quarantine:
         finally:
             self._journal.end(number)
 
-    def _reason(self, search: Mapping[str, Any]) -> str | None:
-        """Return why a search is not to be made; None if it may be."""
-        remnants = [
+    def _remnants(self) -> list[Remnant]:
+        """Return the searches that processes died at, with the same versions on the same kind of card."""
+        return [
             remnant
             for remnant in self._journal.remnants()
             if remnant.fields.get("origin") == self._origin
+            and isinstance(remnant.fields.get("search"), dict)
         ]
-        crashes = [remnant for remnant in remnants if remnant.crashed]
-        for remnant in crashes:
-            if remnant.fields.get("search") == search:
-                return f"a server crashed while it tried that with this version of cuDNN, see {remnant.path}"
-        for remnant in remnants:
-            if remnant.fields.get("search") == search and _is_recent(remnant):
-                return f"for a day, as a server was ended while it tried that, see {remnant.path}"
-        if _searches_count(crashes, cudnn=search["cudnn"]) >= _MAX_CRASHES_COUNT:
-            folder = crashes[0].path.parent
-            return f"servers crashed at {_MAX_CRASHES_COUNT} other problems, see {folder}"
-        return None
+
+    def _tell(self, about: str, message: str, *args: object) -> None:
+        """Log a warning, unless there was one about the same."""
+        with self._lock:
+            is_told = about in self._told
+            self._told.add(about)
+        if not is_told:
+            log.warning(message, *args)
+
+
+def _reason(remnants: Sequence[Remnant], search: Mapping[str, Any]) -> str | None:
+    """Return why a search is not to be made; None if it may be."""
+    same = [remnant for remnant in remnants if remnant.fields["search"] == search]
+    for remnant in same:
+        if remnant.crashed:
+            return f"a server crashed while it tried that with this version of cuDNN, see {remnant.path}"
+    for remnant in same:
+        if time.time() - remnant.ended_s < _SUSPICION_S:
+            return f"for a day, as a server was ended while it tried that, see {remnant.path}"
+    return None
 
 
 def _search(key: PlanKey) -> dict[str, Any]:
@@ -106,10 +121,5 @@ def _is_own(key: PlanKey) -> bool:
     return key.options.use_cudnn is UseCudnn.NEVER
 
 
-def _is_recent(remnant: Remnant) -> bool:
-    return time.time() - remnant.ended_s < _SUSPICION_S
-
-
-def _searches_count(crashes: list[Remnant], *, cudnn: bool) -> int:
-    searches = [remnant.fields.get("search") for remnant in crashes]
-    return len({digest_of(s) for s in searches if isinstance(s, dict) and s.get("cudnn") is cudnn})
+def _is_own_search(remnant: Remnant) -> bool:
+    return remnant.fields["search"].get("cudnn") is False
