@@ -14,6 +14,7 @@ from deconvd.geometry import Geometry
 from deconvd.options import Options, UseCudnn
 from deconvd.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
+from deconvd_server.device.cuda.plans import store as store_module
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
@@ -136,6 +137,21 @@ def test_a_store_that_cannot_be_written_only_warns(
 
     assert "could not store" in caplog.text
     assert store.load(KEY) is None
+
+
+def test_a_full_store_keeps_what_it_has_and_says_once_that_it_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_module, "_PLANS_COUNT", 2)
+    PlanStore(tmp_path, ORIGIN).save(KEY, CHOICE)
+    store = PlanStore(tmp_path, ORIGIN)
+
+    for other in OTHERS.values():
+        store.save(other, CHOICE)
+
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert store.load(KEY) == CHOICE
+    assert caplog.text.count("takes no more") == 1
 
 
 @pytest.mark.parametrize(

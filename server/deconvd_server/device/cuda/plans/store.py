@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 _SCHEMA = 1
 """Counted up whenever a file's form or the meaning of a choice changes."""
 
+_PLANS_COUNT = 1 << 16
+"""Files in a folder, of some 3 KB each. A client can make the server choose a new plan by each call."""
+
 _JOURNALS = "journals"
 """The folder in it where servers note what they are about to search."""
 
@@ -30,7 +34,8 @@ class PlanStore:
 
     A file that is damaged, or is not what its name says, is ignored with a warning. One that
     another card or version wrote has another name and is never looked at. The folder is trusted:
-    who can write to it decides which plans run.
+    who can write to it decides which plans run. A full one takes no more: what it has is not to be displaced by
+    whoever asks for new shapes all the time.
 
     Args:
         folder: Made if it is not there.
@@ -46,8 +51,11 @@ class PlanStore:
     def __init__(self, folder: Path, origin: Mapping[str, str | int]) -> None:
         self._folder = folder
         self._origin = dict(origin)
+        self._lock = threading.Lock()
+        self._is_full = False
         folder.mkdir(parents=True, exist_ok=True)
         libraries = {name: value for name, value in origin.items() if name != "deconvd"}
+        self._count = sum(1 for _ in folder.glob("*.json"))
         self.quarantine = Quarantine(folder / _JOURNALS, libraries)
 
     def load(self, key: PlanKey) -> Choice | None:
@@ -63,6 +71,8 @@ class PlanStore:
 
     def save(self, key: PlanKey, choice: Choice) -> None:
         """Remember a choice. Where that fails, it is logged and the server goes on without."""
+        if not self._has_room():
+            return
         content = {
             "identity": self._identity(key),
             "choice": choice.fields(),
@@ -72,6 +82,19 @@ class PlanStore:
             self._replace(self._path(key), json.dumps(content, indent=1).encode())
         except OSError as error:
             log.warning("could not store the plan %s: %s", self._path(key), error)
+
+    def _has_room(self) -> bool:
+        """Count one more plan, if there is room; if not, say so once."""
+        with self._lock:
+            was_full, self._is_full = self._is_full, self._count >= _PLANS_COUNT
+            self._count += not self._is_full
+        if self._is_full and not was_full:
+            log.warning(
+                "%s holds %d plans, and takes no more: delete it to begin anew",
+                self._folder,
+                _PLANS_COUNT,
+            )
+        return not self._is_full
 
     def _identity(self, key: PlanKey) -> dict[str, Any]:
         return {"schema": _SCHEMA, "origin": self._origin, "key": key.fields()}
