@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -19,8 +20,10 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import ExhaustedError, connect
 from deconvd_server.shared_memory import Lender, Limits
+from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd_server.shared_memory.memory import Memory
 from tests.cgroups import cgroup
-from tests.lenders import MIB, Peer, child, lending, lies_in_shared_memory
+from tests.lenders import MIB, Peer, Watch, child, lending, lies_in_shared_memory
 from tests.processes import wait_until
 from tests.servers import server_process
 
@@ -237,6 +240,41 @@ def test_results_outlive_their_connection_and_count_until_they_go(tmp_path: Path
         del x, y
         with connect(server.target, transport="shared_memory") as F:
             assert F.deconvolution_2d(X, W).shape == (1, 4, 19, 19)
+
+
+def test_memory_that_cannot_be_made_or_watched_leaves_nothing_behind() -> None:
+    """With each number of descriptors from none to enough: the memfd's, the mapping's and the watch's."""
+    shown, ends = Watch(), FileEnds()
+    made: list[Memory] = []
+    shown_count = 0
+
+    def show(address: int, size_bytes: int) -> Callable[[], None]:
+        nonlocal shown_count
+        shown_count += 1
+        return shown(address, size_bytes)
+
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fillers = [os.dup(0) for _ in range(64)]
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        for spare_count in range(4):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(fillers) + 1 + spare_count, hard))
+            with suppress(OSError):
+                made.append(Memory(MIB, show, ends))
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert made or not shown.mapped
+            assert made or len(os.listdir("/proc/self/fd")) == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for filler in fillers:
+            os.close(filler)
+
+    (memory,) = made
+    assert shown_count == 2  # so it was mapped once before it could not be watched
+    memory.close_descriptor()
+    memory.unmap()
+    assert shown.mapped == {}
+    ends.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
