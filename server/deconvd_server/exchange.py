@@ -24,6 +24,7 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.behaviours import EarlyRequest
+from deconvd_server.budgets import budgets
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, Progress, wait_for
@@ -34,7 +35,7 @@ from deconvd_server.shared_memory import CallTensors, Lender
 
 __all__ = ["Exchange", "new_results"]
 
-_RESULTS: Final = ArrayMemory(256 << 20)
+_RESULTS: Final = ArrayMemory(budgets().pool_bytes)
 """Memory for results that are sent."""
 
 
