@@ -135,6 +135,8 @@ class DirectLine:
                 self._peer,
                 excerpt(error),
             )
+        except MemoryError:
+            _log.warning("the direct line of %s has ended: memory has run out", self._peer)
         finally:
             with self._lock:
                 self._state = _State.ENDED
