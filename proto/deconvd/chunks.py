@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from deconvd.codec import (
+    check_rest,
     chunk_from_bytes,
     chunk_to_bytes,
     missing_chunk_from_bytes,
@@ -43,14 +44,14 @@ class ChunkSource:
         if data is None:
             return None
         if not self._has_chunks:
-            return parsed(self._part_type, data)
+            return self._parsed(data)
         chunk = chunk_from_bytes(data)
         if chunk is not None:
             return self._at(chunk)
         missing = missing_chunk_from_bytes(data)
         if missing is not None:
             return self._at(missing, is_missing=True)
-        message = parsed(self._part_type, data)
+        message = self._parsed(data)
         unusual = message.WhichOneof("part")
         if unusual in ("chunk", "missing_chunk"):
             return self._at(getattr(message, unusual), is_missing=unusual == "missing_chunk")
@@ -60,6 +61,10 @@ class ChunkSource:
         """Read the next of the elements ahead."""
         target[:] = self._chunk[: len(target)]
         self._chunk = self._chunk[len(target) :]
+
+    def _parsed(self, data: bytes) -> Message:
+        check_rest(self._part_type, data)
+        return parsed(self._part_type, data)
 
     def _at(self, chunk: bytes | memoryview, *, is_missing: bool = False) -> Ahead:
         self._chunk = np.frombuffer(chunk, np.uint8)
