@@ -171,8 +171,9 @@ def test_a_stream_of_gradients_counts_what_it_needs(wanted: tuple[str, ...]) -> 
     sliced_bytes += 2 * wide.x.nbytes if {"gx", "gw"} <= {*wanted} else 0
     sliced_bytes += wide.x.nbytes if len({"gx", "gw"} & {*wanted}) == 1 else 0
     whole_bytes = wide.W.nbytes if "gx" in wanted else 0
-    whole_bytes += 2 * wide.W.nbytes if "gw" in wanted else 0
-    whole_bytes += 2 * wide.c_O * 8 if "gb" in wanted else 0  # summed in float64
+    # the sum so far, in float64, and those of three slices
+    whole_bytes += 4 * wide.W.nbytes if "gw" in wanted else 0
+    whole_bytes += wide.c_O * (8 + 3 * 2) if "gb" in wanted else 0
     assert SlicedRequest(parsed, 4).footprint_bytes == whole_bytes + sliced_bytes
 
 

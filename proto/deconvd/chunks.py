@@ -23,6 +23,8 @@ __all__ = ["ChunkSource", "chunks_of", "messages_of"]
 _CHUNK_BYTES: Final = 1 << 20
 """The size at which a gRPC stream is fastest: larger messages cost more than their bytes."""
 
+_EMPTY: Final[Bytes] = np.empty(0, np.uint8)
+
 
 class ChunkSource:
     """The parts that gRPC's messages carry. See `PartSource`.
@@ -36,7 +38,7 @@ class ChunkSource:
         self._messages = messages
         self._part_type = part_type
         self._has_chunks = "part" in part_type.DESCRIPTOR.oneofs_by_name
-        self._chunk: Bytes = np.empty(0, np.uint8)
+        self._chunk: Bytes = _EMPTY
 
     def next(self) -> Message | Ahead | None:
         """Return the next part; None at the end."""
@@ -60,7 +62,8 @@ class ChunkSource:
     def read_into(self, target: Bytes) -> None:
         """Read the next of the elements ahead."""
         target[:] = self._chunk[: len(target)]
-        self._chunk = self._chunk[len(target) :]
+        rest = self._chunk[len(target) :]
+        self._chunk = rest if len(rest) else _EMPTY  # a view of none would keep the message
 
     def _parsed(self, data: bytes) -> Message:
         check_rest(self._part_type, data)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
 from deconvd_server.ledger import Stage
 
-__all__ = ["Admission", "Load"]
+__all__ = ["Admission", "Both", "Load"]
+
+_LEAVING_S: Final = 2.0
+_LEAVING_BYTES_PER_S: Final = 16e6
+"""How long an answer may take to leave where others wait for its memory: two seconds, and what a line of
+128 Mbit/s takes. Who reads no answer keeps others for no longer than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,9 @@ class Load:
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
+    A call's bytes are taken all at once, since who waits with some of them could wait for itself. Of these, some may
+    last until its answer has left: a call that waits for them ends calls whose answers take too long.
+
     Some of the bytes may be held for longer than a call. A call waits for others to end, but never
     for what is held: it is refused if it cannot fit beside that, and while it waits no more is held
     than leaves it room.
@@ -36,6 +47,8 @@ class Admission:
         calls_count: How many calls may be under way at once.
         budget_bytes: What they may take, all together.
         waiting_count: How many more may wait; the next is refused at once.
+        waiting_bytes: What those who wait may hold all together, beside the budget; None for a quarter of it. One
+            may hold more, if no other waits.
         memory: What the bytes are of, for errors.
         make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
             bytes that it lacks and the call: may `release` some.
@@ -50,6 +63,7 @@ class Admission:
         budget_bytes: int,
         waiting_count: int,
         *,
+        waiting_bytes: int | None = None,
         memory: str = "the device's memory",
         make_room: Callable[[int, Call], None] = lambda *_: None,
     ) -> None:
@@ -61,27 +75,38 @@ class Admission:
         self._free_bytes = budget_bytes
         self._held_bytes = 0
         self._waiting_count = waiting_count
+        self._waiting_bytes = budget_bytes // 4 if waiting_bytes is None else waiting_bytes
+        self._leaving: dict[Call, _Leaving] = {}  # the first has left off computing first
         self._line: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
-    def admitted(self, footprint_bytes: int, call: Call) -> AbstractContextManager[None]:
+    def admitted(
+        self, footprint_bytes: int, call: Call, *, lasting_bytes: int = 0, brought_bytes: int = 0
+    ) -> AbstractContextManager[None]:
         """Hold a place and `footprint_bytes` for the block, after waiting for them.
+
+        Args:
+            lasting_bytes: How many of them the call keeps after the block, until its end (`Call.at_end`); if the
+                block raises, none.
+            brought_bytes: How many of them it holds already while it waits.
 
         Raises:
             ExhaustedError: It would never fit.
-            UnavailableError: Too many calls wait already, or what is held leaves no room for it.
+            UnavailableError: Too many calls wait already, or too large ones, or what is held leaves no room for it.
             CallCancelledError, DeadlineError: The call ended while it waited.
         """
-        return _Admitted(self, footprint_bytes, call)
+        return _Admitted(self, call, footprint_bytes, lasting_bytes, brought_bytes)
 
-    def enter(self, footprint_bytes: int, call: Call) -> None:
+    def enter(self, footprint_bytes: int, call: Call, brought_bytes: int = 0) -> None:
         """Take a place and bytes, to be given back by `leave`. Otherwise as `admitted`."""
         with self._lock:
             if not self._line and self._has_room(footprint_bytes):
                 self._take(footprint_bytes)
                 return
         with call.ledger.timing(Stage.QUEUE):
-            self._wait(footprint_bytes, call)
+            self._wait(
+                _Ticket(footprint_bytes, brought_bytes, threading.Condition(self._lock)), call
+            )
 
     def check_fits(self, footprint_bytes: int) -> None:
         """Return if a call with such a footprint can ever be admitted. Raises ExhaustedError if not."""
@@ -97,6 +122,14 @@ class Admission:
             self._free_places += 1
             self._free_bytes += footprint_bytes
             self._wake_first()
+
+    def leave_until_end(self, footprint_bytes: int, lasting_bytes: int, call: Call) -> None:
+        """Give back what `enter` took: `lasting_bytes` of it at the call's end."""
+        until_s = time.monotonic() + _LEAVING_S + lasting_bytes / _LEAVING_BYTES_PER_S
+        with self._lock:
+            self._leaving[call] = _Leaving(lasting_bytes, until_s)
+        self.leave(footprint_bytes - lasting_bytes)
+        call.at_end(partial(self._note_end, lasting_bytes, call))
 
     def hold(self, size_bytes: int) -> None:
         """Take bytes until they are released, at once or not at all.
@@ -140,27 +173,63 @@ class Admission:
         """What calls may take, all together, as long as what is held stays."""
         return self._budget_bytes - self._held_bytes
 
-    def _wait(self, footprint_bytes: int, call: Call) -> None:
-        self.check_fits(footprint_bytes)
+    def _note_end(self, lasting_bytes: int, call: Call) -> None:
         with self._lock:
-            missing_bytes = footprint_bytes - self._beside_held_bytes
+            self._leaving.pop(call, None)
+            self._free_bytes += lasting_bytes
+            self._wake_first()
+
+    def _wait(self, ticket: _Ticket, call: Call) -> None:
+        self.check_fits(ticket.footprint_bytes)
+        with self._lock:
+            missing_bytes = ticket.footprint_bytes - self._beside_held_bytes
         if missing_bytes > 0:
             self._make_room(missing_bytes, call)
-        ticket = _Ticket(footprint_bytes, threading.Condition(self._lock))
         call.on_cancel(lambda: self._wake(ticket))
         with self._lock:
-            self._check_room_beside_held(footprint_bytes)
+            self._check_room_beside_held(ticket.footprint_bytes)
+            if self._line or not self._has_room(ticket.footprint_bytes):
+                self._check_room_to_wait(ticket)
             self._line.append(ticket)
-            try:
-                if not self._may_start(ticket):
-                    self._check_room_to_wait()
-                while not self._may_start(ticket):
-                    ticket.changed.wait(_wait_s(call))
-                    call.check()
-                self._take(footprint_bytes)
-            finally:
+        try:
+            while not self._starts(ticket, call):
+                self._hang_up_on_late(ticket)
+        finally:
+            with self._lock:
                 self._line.remove(ticket)
                 self._wake_first()
+
+    def _starts(self, ticket: _Ticket, call: Call) -> bool:
+        """Start a call if it may, and return whether it has; if not, after a wait for what may let it."""
+        with self._lock:
+            if self._may_start(ticket):
+                self._take(ticket.footprint_bytes)
+                return True
+            call.check()  # with the lock held: who ends it from now on wakes it
+            ticket.changed.wait(self._wait_s(ticket, call))
+            return False
+
+    def _wait_s(self, ticket: _Ticket, call: Call) -> float | None:
+        """Return when to look again: at the call's deadline, or when an answer is late whose bytes it needs."""
+        remaining_s = call.remaining_s()
+        # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
+        wait_s = None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
+        if not self._leaving or not self._lacks_bytes(ticket):
+            return wait_s
+        late_s = min(leaving.until_s for leaving in self._leaving.values()) - time.monotonic()
+        return max(late_s if wait_s is None else min(late_s, wait_s), 0.0)
+
+    def _hang_up_on_late(self, ticket: _Ticket) -> None:
+        """End the calls whose answers are late, if the first in line lacks their bytes."""
+        with self._lock:
+            if not self._leaving or not self._lacks_bytes(ticket):
+                return
+            now_s = time.monotonic()
+            late = [call for call, leaving in self._leaving.items() if leaving.until_s <= now_s]
+            for call in late:  # their bytes are free once they have ended
+                del self._leaving[call]
+        for call in late:  # without the lock, which their ends take
+            call.hang_up()
 
     def _check_room_beside_held(self, footprint_bytes: int) -> None:
         if footprint_bytes > self._beside_held_bytes:
@@ -170,13 +239,23 @@ class Admission:
                 retry_after_s=self.RETRY_AFTER_S,
             )
 
-    def _check_room_to_wait(self) -> None:
-        others_count = len(self._line) - 1
-        if others_count >= self._waiting_count:
+    def _check_room_to_wait(self, ticket: _Ticket) -> None:
+        if len(self._line) >= self._waiting_count:
             raise UnavailableError(
-                f"the server is full: {others_count} calls wait already",
+                f"the server is full: {len(self._line)} calls wait already",
                 retry_after_s=self.RETRY_AFTER_S,
             )
+        others_bytes = sum([other.brought_bytes for other in self._line])
+        if others_bytes and others_bytes + ticket.brought_bytes > self._waiting_bytes:
+            raise UnavailableError(
+                f"the server is full: calls that wait have brought {others_bytes} bytes already, of "
+                f"{self._waiting_bytes} that they may, and this one has {ticket.brought_bytes}",
+                retry_after_s=self.RETRY_AFTER_S,
+            )
+
+    def _lacks_bytes(self, ticket: _Ticket) -> bool:
+        """Return whether it is bytes that the first in line waits for."""
+        return self._line[0] is ticket and self._free_bytes < ticket.footprint_bytes
 
     def _may_start(self, ticket: _Ticket) -> bool:
         return self._line[0] is ticket and self._has_room(ticket.footprint_bytes)
@@ -201,18 +280,52 @@ class Admission:
 class _Admitted(AbstractContextManager[None]):
     """A call's place, for the length of a block. See `Admission.admitted`."""
 
-    __slots__ = ("_admission", "_call", "_footprint_bytes")
+    __slots__ = ("_admission", "_brought_bytes", "_call", "_footprint_bytes", "_lasting_bytes")
 
-    def __init__(self, admission: Admission, footprint_bytes: int, call: Call) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        call: Call,
+        footprint_bytes: int,
+        lasting_bytes: int,
+        brought_bytes: int,
+    ) -> None:
         self._admission = admission
-        self._footprint_bytes = footprint_bytes
         self._call = call
+        self._footprint_bytes = footprint_bytes
+        self._lasting_bytes = lasting_bytes
+        self._brought_bytes = brought_bytes
 
     def __enter__(self) -> None:
-        self._admission.enter(self._footprint_bytes, self._call)
+        self._admission.enter(self._footprint_bytes, self._call, self._brought_bytes)
 
-    def __exit__(self, *_: object) -> None:
-        self._admission.leave(self._footprint_bytes)
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        if self._lasting_bytes and exc_type is None:
+            self._admission.leave_until_end(self._footprint_bytes, self._lasting_bytes, self._call)
+        else:
+            self._admission.leave(self._footprint_bytes)
+
+
+class Both(AbstractContextManager[None]):
+    """A call's place in two admissions, one taken after the other: in the same order by all calls."""
+
+    def __init__(
+        self, first: AbstractContextManager[None], second: AbstractContextManager[None]
+    ) -> None:
+        self._first = first
+        self._second = second
+
+    def __enter__(self) -> None:
+        self._first.__enter__()
+        try:
+            self._second.__enter__()
+        except BaseException as error:
+            self._first.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        self._second.__exit__(*error)
+        self._first.__exit__(*error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,14 +333,22 @@ class _Ticket:
     """A call in the line.
 
     Attributes:
+        brought_bytes: What it holds already.
         changed: Notified when it is first and may start, or when its caller has gone.
     """
 
     footprint_bytes: int
+    brought_bytes: int
     changed: threading.Condition
 
 
-def _wait_s(call: Call) -> float | None:
-    remaining_s = call.remaining_s()
-    # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
-    return None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """An answer on its way.
+
+    Attributes:
+        until_s: When it is late, on the monotonic clock.
+    """
+
+    size_bytes: int
+    until_s: float

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server import machine
 from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.device import Device
@@ -81,7 +82,15 @@ class Backend:
             shared_memory_socket=next((str(side.path) for side in memory_sides.values()), ""),
             direct_port=listeners[0].getsockname()[1] if listeners else 0,
         )
-        self._engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
+        messages = Admission(
+            _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
+            machine.memory_bytes() // 2,
+            _WAITING_CALLS_COUNT,
+            memory="the host's memory for messages",
+        )
+        self._engines = Engines(
+            devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=messages
+        )
         self.residents = Residents(self._engines, settings.residents)
         self.lender = _lender(settings, self._engines, list(memory_sides.values()), instance)
         self.streams = Admission(
@@ -200,4 +209,4 @@ def _cards(engines: Engines) -> Cards | None:
 
 def _stream_budget_bytes() -> int:
     """Return what streams may hold of the host's memory: half of it."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return machine.memory_bytes() // 2

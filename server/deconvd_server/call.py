@@ -25,6 +25,8 @@ class Call:
         peer: Who calls, for the log.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
+        hang_up: Ends the call's transport without a word, from any thread: for an answer that nobody takes. It
+            must not wait. The transport sets it; by default it does nothing.
 
     Args:
         timeout_s: Seconds until the deadline; None for no deadline.
@@ -34,10 +36,13 @@ class Call:
         self.peer = peer
         self.ledger = Ledger()
         self.tenant: object = None
+        self.hang_up: Callable[[], None] = _do_nothing
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []
+        self._has_ended = False
+        self._at_end: list[Callable[[], None]] = []
 
     @property
     def is_cancelled(self) -> bool:
@@ -60,6 +65,26 @@ class Call:
                 return
         callback()
 
+    def end(self) -> None:
+        """Note that nothing is held for the call any more, and tell those who asked by `at_end`.
+
+        The transport calls it, whatever came of the call: once the method has returned or raised, and the last byte
+        of the answer has left, or never will. Again, it does nothing.
+        """
+        with self._lock:
+            self._has_ended = True
+            callbacks, self._at_end = self._at_end, []
+        for callback in callbacks:
+            callback()
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the last byte of the answer has left: at once if it has already."""
+        with self._lock:
+            if not self._has_ended:
+                self._at_end.append(callback)
+                return
+        callback()
+
     def remaining_s(self) -> float | None:
         """Return the seconds until the deadline, 0 once it has passed; None if there is none."""
         if self._deadline_s is None:
@@ -77,3 +102,7 @@ class Call:
             raise CallCancelledError("the caller gave the call up")
         if self.remaining_s() == 0:
             raise DeadlineError("the call's deadline passed before its work was done")
+
+
+def _do_nothing() -> None:
+    pass

@@ -161,6 +161,7 @@ class DirectLine:
     def _begin(self, timeout_s: float) -> Call:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
         call = Call(timeout_s, self._peer)
+        call.hang_up = self._line.shut
         with self._lock:
             self._state = _State.BUSY
             self._call = call
@@ -182,17 +183,20 @@ class DirectLine:
     def _answer(self, head: CallHead) -> None:
         behaviour = self._behaviours[head.method]
         serving = Serving(behaviour.name, self._begin(head.timeout_s), self._observers)
-        with serving as call:
-            try:
-                self._respond(behaviour, head, call)
-            except OversizedError as error:
-                raise ExhaustedError(
-                    f"the response has {error}: it is to be made by gRPC"
-                ) from None
-            except LineBrokenError as error:
-                raise CallerGoneError(str(error)) from error
-        if serving.failure is not None:
-            self._fail(serving.failure)
+        try:
+            with serving as call:
+                try:
+                    self._respond(behaviour, head, call)
+                except OversizedError as error:
+                    raise ExhaustedError(
+                        f"the response has {error}: it is to be made by gRPC"
+                    ) from None
+                except LineBrokenError as error:
+                    raise CallerGoneError(str(error)) from error
+            if serving.failure is not None:
+                self._fail(serving.failure)
+        finally:
+            serving.call.end()
 
     def _respond(self, behaviour: Behaviour, head: CallHead, call: Call) -> None:
         match behaviour:

@@ -8,24 +8,20 @@ from functools import partial
 
 from deconvd.codec import Envelope
 from deconvd.errors import CallCancelledError, InvalidArgumentError
-from deconvd.parts import Part, PartReader, elements_part, slices
-from deconvd.problem import TensorSpec
+from deconvd.parts import Part, PartReader, elements_part
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unary
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor
+from deconvd_server.device.pieces import piece_bytes, pieces
 from deconvd_server.engine import Engine
 from deconvd_server.residents import Kept, Residents
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
 
 __all__ = ["ResidentCalls"]
-
-_PIECE_BYTES = 16 << 20
-"""What is held of a tensor in host memory while it arrives or leaves, unless one sample has more."""
 
 _BREAK_S = 0.2
 """How long after a stream's last message gRPC may take to say that it broke rather than was closed."""
@@ -129,8 +125,8 @@ class ResidentCalls:
                 array = shared.host_place("tensor", kept.spec, lies_at)
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
-            with self._streams.admitted(_piece_bytes(kept.spec), call):
-                for view in _views(kept.device_tensor):
+            with self._streams.admitted(piece_bytes(kept.spec), call):
+                for view in pieces(kept.device_tensor):
                     engine.write(view, reader.read("tensor", view.spec), call)
         else:
             raise InvalidArgumentError(
@@ -171,8 +167,8 @@ class ResidentCalls:
         if engine is None:
             yield elements_part(self._keeper.array(kept, call))
             return
-        with self._streams.admitted(_piece_bytes(kept.spec), call):
-            for view in _views(kept.device_tensor):
+        with self._streams.admitted(piece_bytes(kept.spec), call):
+            for view in pieces(kept.device_tensor):
                 yield elements_part(engine.read(view, call))
 
     def drop_tensors(
@@ -183,25 +179,3 @@ class ResidentCalls:
         session = self._residents.join(message.session, call)
         self._keeper.drop(session, [resident.handle for resident in message.residents])
         return Envelope(pb.DropTensorsResponse(), {})
-
-
-def _piece_samples_count(spec: TensorSpec) -> int:
-    """Return how many samples of a tensor have about _PIECE_BYTES together: at least one."""
-    sample_bytes = spec.nbytes // max(spec.shape[0], 1)
-    return max(_PIECE_BYTES // max(sample_bytes, 1), 1)
-
-
-def _piece_bytes(spec: TensorSpec) -> int:
-    """Return what the largest of a tensor's `_views` takes."""
-    if not spec.shape or not spec.shape[0]:
-        return spec.nbytes
-    return min(_piece_samples_count(spec), spec.shape[0]) * (spec.nbytes // spec.shape[0])
-
-
-def _views(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
-    """Yield the tensor in pieces that are small enough to be held in host memory, if that can be."""
-    if not tensor.spec.shape:
-        yield tensor
-        return
-    for part in slices(tensor.spec.shape[0], _piece_samples_count(tensor.spec)):
-        yield tensor.samples(part.start, part.stop)

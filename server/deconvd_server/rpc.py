@@ -7,7 +7,7 @@ The server listens before there is a service, and gRPC takes no new handlers the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
@@ -80,10 +80,10 @@ def _handler(behaviour: Behaviour, observers: Sequence[Observer]) -> _Handler:
 
 def _unary(behaviour: Unary, observers: Sequence[Observer]) -> _Handler:
     def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        serving = _serving(behaviour, context, observers)
-        with serving as call:
-            response = encode(behaviour.serve(behaviour.decoded(data), call))
-        _end(serving, context)
+        with _serving(behaviour, context, observers) as serving:
+            with serving as call:
+                response = encode(behaviour.serve(behaviour.decoded(data), call))
+            _end(serving, context)
         return response
 
     return grpc.unary_unary_rpc_method_handler(handle)
@@ -101,11 +101,11 @@ def _source(behaviour: Source, observers: Sequence[Observer]) -> _Handler:
 
 def _sink(behaviour: Sink, observers: Sequence[Observer]) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        serving = _serving(behaviour, context, observers)
-        with serving as call:
-            reader = behaviour.reader(_source_of(messages, behaviour))
-            response = behaviour.serve(reader, call).SerializeToString()
-        _end(serving, context)
+        with _serving(behaviour, context, observers) as serving:
+            with serving as call:
+                reader = behaviour.reader(_source_of(messages, behaviour))
+                response = behaviour.serve(reader, call).SerializeToString()
+            _end(serving, context)
         return response
 
     return grpc.stream_unary_rpc_method_handler(handle)
@@ -158,21 +158,27 @@ def _streamed(
     context: grpc.ServicerContext,
     observers: Sequence[Observer],
 ) -> Iterator[bytes]:
-    serving = _serving(behaviour, context, observers)
-    with serving as call, closing(respond(call)) as parts:
-        for part in parts:
-            yield from messages_of(part)
-    _end(serving, context)
+    with _serving(behaviour, context, observers) as serving:
+        with serving as call, closing(respond(call)) as parts:
+            for part in parts:
+                yield from messages_of(part)
+        _end(serving, context)
 
 
+@contextmanager
 def _serving(
     behaviour: Behaviour, context: grpc.ServicerContext, observers: Sequence[Observer]
-) -> Serving:
-    """Return what serves the call of a context, which ends with it."""
+) -> Iterator[Serving]:
+    """Give what serves the call of a context, which is cancelled with it, and ends with it and the block."""
     call = Call(context.time_remaining(), context.peer())
+    call.hang_up = context.cancel
     if not context.add_callback(call.cancel):
         call.cancel()  # it ended before we could ask to be told
-    return Serving(behaviour.name, call, observers)
+    try:
+        yield Serving(behaviour.name, call, observers)
+    finally:
+        if not context.add_callback(call.end):
+            call.end()
 
 
 def _end(serving: Serving, context: grpc.ServicerContext) -> None:

@@ -84,8 +84,17 @@ class DeconvolutionService:
             exchange.take(request)
             parsed.check_sent(self._max_message_bytes)
             engine, operands, places = exchange.prepare()
-            engine.run(operation, parsed.problem, operands, places, parsed.options, call)
-            return exchange.answer()
+            sent = engine.run(
+                operation,
+                parsed.problem,
+                operands,
+                places,
+                parsed.options,
+                call,
+                brought_bytes=sum(map(len, request.raw.values())),
+                sent_bytes=parsed.sent_bytes,
+            )
+            return exchange.answer(sent)
 
     def get_server_info(
         self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
