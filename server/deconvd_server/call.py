@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ class Call:
         peer: Who calls, for the log.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
+        sendable_bytes: What the elements of its answer may have, all together, that its transport can send. The
+            transport sets it; by default there is no limit.
         hang_up: Ends the call's transport without a word, from any thread: for an answer that nobody takes. It
             must not wait. The transport sets it; by default it does nothing.
 
@@ -36,6 +39,7 @@ class Call:
         self.peer = peer
         self.ledger = Ledger()
         self.tenant: object = None
+        self.sendable_bytes = sys.maxsize
         self.hang_up: Callable[[], None] = _do_nothing
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._lock = threading.Lock()

@@ -23,7 +23,16 @@ from google.rpc import status_pb2
 from deconvd.busy_polling import BusyPolling
 from deconvd.byte_stream import SocketStream
 from deconvd.codec import encode
-from deconvd.direct_events import Answer, CallHead, End, Failed, Hello, Method, Written
+from deconvd.direct_events import (
+    MAX_MESSAGE_BYTES,
+    Answer,
+    CallHead,
+    End,
+    Failed,
+    Hello,
+    Method,
+    Written,
+)
 from deconvd.direct_protocol import DirectProtocol, Role, State
 from deconvd.errors import ExhaustedError
 from deconvd.line import FrameSource, Line
@@ -161,6 +170,7 @@ class DirectLine:
     def _begin(self, timeout_s: float) -> Call:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
         call = Call(timeout_s, self._peer)
+        call.sendable_bytes = MAX_MESSAGE_BYTES
         call.hang_up = self._line.shut
         with self._lock:
             self._state = _State.BUSY

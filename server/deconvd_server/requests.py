@@ -109,8 +109,13 @@ class ParsedRequest:
         names = self.operation.sliced + self.operation.results
         return sum(tensors[name].nbytes for name in names if name in tensors)
 
-    def check_sent(self, max_message_bytes: int) -> None:
-        """Raise ExhaustedError if the response would be larger than a message may be."""
+    def check_sent(self, max_message_bytes: int, sendable_bytes: int) -> None:
+        """Raise ExhaustedError if the response would be larger than a message may be, or than its transport sends."""
+        if self.sent_bytes > sendable_bytes:
+            raise ExhaustedError(
+                f"the response would have {self.sent_bytes} bytes of elements, too many for a message of a "
+                "direct call: it is to be made by gRPC"
+            )
         if self.sent_bytes + _FRAMING_BYTES > max_message_bytes:
             raise ExhaustedError(
                 f"the result would have {self.sent_bytes} bytes, and the server sends messages of at "

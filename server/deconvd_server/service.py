@@ -82,7 +82,7 @@ class DeconvolutionService:
         parsed = parse_request(operation, request.message, request.data)
         with Exchange(request.message, parsed, self._lender, self._residents, call) as exchange:
             exchange.take(request)
-            parsed.check_sent(self._max_message_bytes)
+            parsed.check_sent(self._max_message_bytes, call.sendable_bytes)
             engine, operands, places = exchange.prepare()
             sent = engine.run(
                 operation,
