@@ -24,11 +24,8 @@ _ARENAS_COUNT: Final = 2
 _log = logging.getLogger(__name__)
 
 
-def keep_freed_memory(limit_bytes: int = _KEPT_BYTES) -> None:
+def keep_freed_memory() -> None:
     """Set it for a process that is a server, with many threads.
-
-    Args:
-        limit_bytes: What it keeps of what was freed, in each of a few arenas.
 
     What threads free it keeps apart for each of them, up to eight times as many as there are processors: memory
     then grows for ten thousand calls before it stays. Few such arenas cost no time, since the interpreter's lock
@@ -39,7 +36,7 @@ def keep_freed_memory(limit_bytes: int = _KEPT_BYTES) -> None:
         _log.debug("this C library has no mallopt")
         return
     mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, min(limit_bytes, _KEPT_BYTES))
+    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
     mallopt(_M_ARENA_MAX, _ARENAS_COUNT)
 
 

@@ -22,7 +22,6 @@ from deconvd.malloc import keep_freed_memory
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.log_text import LogFormatter
-from deconvd_server.machine import idle_bytes
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.settings import Settings
@@ -270,7 +269,7 @@ def main(
     """
     _log_to_standard_error(log_level)
     _warn_of_unknown_variables()
-    keep_freed_memory(idle_bytes())
+    keep_freed_memory()
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

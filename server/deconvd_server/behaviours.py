@@ -16,14 +16,13 @@ from deconvd.malloc import LARGE_BYTES
 from deconvd.parts import Part, PartReader, PartSource
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Progress
-from deconvd_server.machine import idle_bytes
 
 __all__ = ["Behaviour", "EarlyRequest", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
 
 Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. Who does not want the rest closes it."""
 
-_ARRIVALS: Final = ArrayMemory(idle_bytes(), smallest_bytes=LARGE_BYTES)
+_ARRIVALS: Final = ArrayMemory(256 << 20, smallest_bytes=LARGE_BYTES)
 """Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
 
 

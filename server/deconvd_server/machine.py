@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-__all__ = ["idle_bytes", "memory_bytes", "processors_count"]
+__all__ = ["memory_bytes", "processors_count"]
 
 _ROOT: Final = Path("/")
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
@@ -27,14 +27,6 @@ def memory_bytes(root: Path = _ROOT) -> int:
     """
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([host_bytes, *_limits(root, "memory", _memory_limits)])
-
-
-def idle_bytes() -> int:
-    """Return what each of a few stores of memory may keep that nobody uses now: a sixteenth, and at most 256 MiB.
-
-    No budget counts it.
-    """
-    return min(memory_bytes() // 16, 256 << 20)
 
 
 def processors_count(root: Path = _ROOT) -> int:

@@ -39,11 +39,13 @@ from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products,
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 from deconvd_server.ledger import Stage
-from deconvd_server.machine import idle_bytes
 
 __all__ = ["CpuDevice"]
 
 T = TypeVarTuple("T")
+
+_KEPT_BYTES = 256 << 20
+"""Memory of tensors that were freed, for the next ones: what is too large for the allocator to keep."""
 
 _REMEMBERED_COUNT = 4096
 """Problems whose footprints are remembered."""
@@ -67,8 +69,7 @@ class CpuDevice:
         self._memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._budget_bytes = memory_limit_bytes or self._memory_bytes
         self._team = Team(threads_count or len(os.sched_getaffinity(0)))
-        # that of tensors that were freed, for the next ones: what is too large for the allocator to keep
-        self._memory = ArrayMemory(idle_bytes(), smallest_bytes=LARGE_BYTES)
+        self._memory = ArrayMemory(_KEPT_BYTES, smallest_bytes=LARGE_BYTES)
         # every call is asked for its footprint, and most have come before
         self._sizes = lru_cache(_REMEMBERED_COUNT)(self._counted)
         # The threads are ours: BLAS's own would only compete with them for the processors.
