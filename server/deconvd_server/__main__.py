@@ -19,6 +19,7 @@ import deconvd
 from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.malloc import keep_freed_memory
+from deconvd_server.budgets import LEAST_MESSAGE_BYTES, budgets
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.log_text import LogFormatter
@@ -43,10 +44,7 @@ __all__ = ["EXIT_DEVICE_LOST", "main"]
 EXIT_DEVICE_LOST = 3
 """The exit code that tells a supervisor to start the server anew."""
 
-_GIBIBYTE = 1 << 30
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
-_LEAST_MESSAGE_BYTES = 4 << 20
-"""What clients send in one message, gRPC's own default, must fit."""
 
 _USER_ID = re.compile(r"[0-9]{1,10}")
 _MAX_THREADS_COUNT = 1024
@@ -162,7 +160,7 @@ def _group_id(
     "--device-memory-bytes",
     type=ByteSize(min=1),
     default=None,
-    show_default="nine tenths of a GPU's free memory; all of the processor's",
+    show_default="nine tenths of a GPU's free memory; three eighths of the processor's",
     help="What calls may take of each device's memory, all together.",
 )
 @click.option(
@@ -174,15 +172,16 @@ def _group_id(
 )
 @click.option(
     "--max-message-bytes",
-    type=ByteSize(_LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
-    default=_GIBIBYTE,
+    type=ByteSize(LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
+    default=None,
+    show_default="1 GiB, or an eighth of the memory if that is less",
     help="The largest request and the largest response.",
 )
 @click.option(
     "--shared-memory-bytes",
     type=ByteSize(min=0),
     default=None,
-    show_default="a quarter of the host's memory",
+    show_default="a quarter of the memory",
     help="What clients on this host may borrow, all together, to pass tensors in; 0 for nothing.",
 )
 @click.option(
@@ -205,7 +204,7 @@ def _group_id(
     "--spill-memory-bytes",
     type=ByteSize(min=0),
     default=None,
-    show_default="an eighth of the host's memory",
+    show_default="an eighth of the memory",
     help="What they may take of the host's memory when a GPU has no room for them.",
 )
 @click.option(
@@ -247,7 +246,7 @@ def main(
     threads: int | None,
     device_memory_bytes: int | None,
     plan_store: Path | None,
-    max_message_bytes: int,
+    max_message_bytes: int | None,
     shared_memory_bytes: int | None,
     shared_memory_users: tuple[int, ...],
     resident_memory_bytes: int | None,
@@ -264,19 +263,24 @@ def main(
     --no-direct-calls as DECONVD_DIRECT_CALLS=no. A SIZE is in bytes, or as in 512M (times 10^6)
     or 4Gi (times 2^30).
 
+    Memory is the host's, or what the cgroup may take if that is less, as in a container; processors
+    likewise.
+
     Exits with 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if a GPU is lost
     and the server must be started anew.
     """
     _log_to_standard_error(log_level)
     _warn_of_unknown_variables()
-    keep_freed_memory()
+    shares = budgets()
+    keep_freed_memory(shares.pool_bytes)
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if max_message_bytes is None:
+        max_message_bytes = shares.largest_message_bytes
     if shared_memory_bytes is None:
-        shared_memory_bytes = host_bytes // 4
+        shared_memory_bytes = shares.shared_memory_bytes
     if spill_memory_bytes is None:
-        spill_memory_bytes = host_bytes // 8
+        spill_memory_bytes = shares.spill_bytes
     residents = ResidentLimits(
         resident_memory_bytes, spill_memory_bytes, tenant_bytes, lease_s=session_lease_s
     )

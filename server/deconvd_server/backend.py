@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server import machine
 from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour
+from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
 from deconvd_server.direct import DirectServer
 from deconvd_server.engine import Engines
@@ -84,7 +84,7 @@ class Backend:
         )
         messages = Admission(
             _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
-            machine.memory_bytes() // 2,
+            2 * budgets().messages_bytes,  # and nothing for a processor's calls
             _WAITING_CALLS_COUNT,
             memory="the host's memory for messages",
         )
@@ -95,7 +95,7 @@ class Backend:
         self.lender = _lender(settings, self._engines, list(memory_sides.values()), instance)
         self.streams = Admission(
             STREAMS_COUNT,
-            _stream_budget_bytes(),
+            budgets().streams_bytes,
             _WAITING_STREAMS_COUNT,
             memory="the host's memory for streams",
         )
@@ -205,8 +205,3 @@ def _cards(engines: Engines) -> Cards | None:
     by_card = {engine.info.card: engine for engine in engines.all if engine.info.card}
     budget_bytes = sum(engine.info.budget_bytes for engine in by_card.values())
     return Cards(by_card, Limits(budget_bytes // 2, budget_bytes // 4)) if by_card else None
-
-
-def _stream_budget_bytes() -> int:
-    """Return what streams may hold of the host's memory: half of it."""
-    return machine.memory_bytes() // 2

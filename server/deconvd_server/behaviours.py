@@ -14,6 +14,7 @@ from deconvd.codec import Envelope, decode
 from deconvd.errors import InvalidArgumentError
 from deconvd.malloc import LARGE_BYTES
 from deconvd.parts import Part, PartReader, PartSource
+from deconvd_server.budgets import budgets
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Progress
 
@@ -22,7 +23,7 @@ __all__ = ["Behaviour", "EarlyRequest", "Held", "Parts", "Sink", "Source", "Stre
 Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. Who does not want the rest closes it."""
 
-_ARRIVALS: Final = ArrayMemory(256 << 20, smallest_bytes=LARGE_BYTES)
+_ARRIVALS: Final = ArrayMemory(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
 """Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
 
 

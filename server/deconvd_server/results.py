@@ -8,11 +8,11 @@ from deconvd.array_memory import ArrayMemory
 from deconvd.errors import ExhaustedError
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
-from deconvd_server.machine import idle_bytes
+from deconvd_server.budgets import budgets
 
 __all__ = ["new_result"]
 
-_RESULTS: Final = ArrayMemory(idle_bytes())
+_RESULTS: Final = ArrayMemory(budgets().pool_bytes)
 """Memory for results that are sent."""
 
 

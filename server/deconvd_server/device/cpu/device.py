@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from deconvd.operation import Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
+from deconvd_server.budgets import budgets
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Operand, require
 from deconvd_server.device.cpu.blocking import (
@@ -39,13 +39,11 @@ from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products,
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 from deconvd_server.ledger import Stage
+from deconvd_server.machine import memory_bytes, processors_count
 
 __all__ = ["CpuDevice"]
 
 T = TypeVarTuple("T")
-
-_KEPT_BYTES = 256 << 20
-"""Memory of tensors that were freed, for the next ones: what is too large for the allocator to keep."""
 
 _REMEMBERED_COUNT = 4096
 """Problems whose footprints are remembered."""
@@ -59,17 +57,17 @@ class CpuDevice:
 
     Args:
         threads_count: Threads that compute for one call; by default, one for each processor that
-            the process may use.
-        memory_limit_bytes: What calls may take of its memory; by default, all of it.
+            the machine leaves to the process.
+        memory_limit_bytes: What calls may take of its memory; by default, three eighths of it.
     """
 
     def __init__(
         self, threads_count: int | None = None, *, memory_limit_bytes: int | None = None
     ) -> None:
-        self._memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self._budget_bytes = memory_limit_bytes or self._memory_bytes
-        self._team = Team(threads_count or len(os.sched_getaffinity(0)))
-        self._memory = ArrayMemory(_KEPT_BYTES, smallest_bytes=LARGE_BYTES)
+        self._budget_bytes = memory_limit_bytes or budgets().device_bytes
+        self._team = Team(threads_count or processors_count())
+        # of tensors that were freed, for the next ones: what is too large for the allocator to keep
+        self._memory = ArrayMemory(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
         # every call is asked for its footprint, and most have come before
         self._sizes = lru_cache(_REMEMBERED_COUNT)(self._counted)
         # The threads are ours: BLAS's own would only compete with them for the processors.
@@ -81,7 +79,7 @@ class CpuDevice:
         return DeviceInfo(
             id=DEVICE_ID,
             name=_processor_name(),
-            memory_bytes=self._memory_bytes,
+            memory_bytes=memory_bytes(),
             threads_count=self._team.threads_count,
             budget_bytes=self._budget_bytes,
             calls_count=self._team.threads_count,
