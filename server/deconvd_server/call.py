@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from deconvd.errors import CallCancelledError, DeadlineError
+from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd_server.ledger import Ledger
 
 __all__ = ["Call", "CallerGoneError"]
@@ -23,15 +23,21 @@ class Call:
 
     Attributes:
         peer: Who calls, for the log.
+        counted_by: By what who calls is counted, where peers share. See `deconvd_server.peers`.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
+        stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
 
     Args:
         timeout_s: Seconds until the deadline; None for no deadline.
     """
 
-    def __init__(self, timeout_s: float | None = None, peer: str = "") -> None:
+    def __init__(
+        self, timeout_s: float | None = None, peer: str = "", counted_by: str = ""
+    ) -> None:
         self.peer = peer
+        self.counted_by = counted_by
+        self.stopped_by: DeconvdError | None = None
         self.ledger = Ledger()
         self.tenant: object = None
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -51,6 +57,14 @@ class Call:
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
+
+    def stop(self, error: DeconvdError) -> None:
+        """End it as `cancel` does, on the server's own account: its caller, who may be there, is told the error."""
+        with self._lock:
+            if self._cancelled:
+                return
+            self.stopped_by = error
+        self.cancel()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call `callback` once the caller goes: at once if it has gone already."""

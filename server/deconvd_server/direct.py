@@ -17,6 +17,7 @@ from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour
 from deconvd_server.direct_line import DirectLine
 from deconvd_server.listener import Listener
+from deconvd_server.peers import counted_by_connection
 from deconvd_server.serve import Observer
 from deconvd_server.side_socket import SideSocket, peer_of
 
@@ -109,6 +110,7 @@ class DirectServer:
             line = DirectLine(
                 SocketStream(connection),
                 peer,
+                counted_by_connection(connection, address),
                 self._behaviours,
                 self._instance,
                 self._attention,

@@ -66,6 +66,7 @@ class DirectLine:
     Args:
         stream: Is closed at the line's end.
         peer: Who calls, for the log.
+        counted_by: By what the peer is counted. See `deconvd_server.peers`.
         behaviours: What serves the methods.
         instance: The server's id.
         attention: That of the server.
@@ -77,6 +78,7 @@ class DirectLine:
         self,
         stream: SocketStream,
         peer: str,
+        counted_by: str,
         behaviours: Mapping[Method, Behaviour],
         instance: bytes,
         attention: Attention,
@@ -88,6 +90,7 @@ class DirectLine:
         self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
         self._line = Line(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
+        self._counted_by = counted_by
         self._behaviours = behaviours
         self._instance = instance
         self._attention = attention
@@ -158,7 +161,7 @@ class DirectLine:
 
     def _begin(self, timeout_s: float) -> Call:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
-        call = Call(timeout_s, self._peer)
+        call = Call(timeout_s, self._peer, self._counted_by)
         with self._lock:
             self._state = _State.BUSY
             self._call = call

@@ -120,6 +120,8 @@ class Serving:
 
 def _told(error: Exception, call: Call) -> DeconvdError:
     """Return what the caller is told of an error: nothing of what was not foreseen."""
+    if call.stopped_by is not None:
+        return call.stopped_by
     if isinstance(error, DeconvdError):
         return error
     if call.is_cancelled:
