@@ -5,11 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd_server.ledger import Ledger
 
-__all__ = ["Call", "CallerGoneError"]
+__all__ = ["STALL_LIMIT_S", "Call", "CallerGoneError"]
+
+STALL_LIMIT_S: Final = 30.0
+"""How long a call may wait for its client to send or to take anything: more than a network is gone while a switch or
+a wireless link starts anew, and less than those wait whose places it holds.
+"""
+
+_LONGEST_S: Final = 365 * 24 * 3600.0
+"""A year. Clients may name deadlines that clocks and locks do not reach: 2^64 - 1 microseconds, 292 billion years."""
 
 
 class CallerGoneError(Exception):
@@ -29,7 +38,7 @@ class Call:
         stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
 
     Args:
-        timeout_s: Seconds until the deadline; None for no deadline.
+        timeout_s: Seconds until the deadline, which is a year away at most; None for no deadline.
     """
 
     def __init__(
@@ -40,7 +49,9 @@ class Call:
         self.stopped_by: DeconvdError | None = None
         self.ledger = Ledger()
         self.tenant: object = None
-        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._deadline_s = (
+            None if timeout_s is None else time.monotonic() + min(timeout_s, _LONGEST_S)
+        )
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []
