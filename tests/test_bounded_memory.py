@@ -52,7 +52,9 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 @contextmanager
-def bounded(server: ServerProcess, limit_bytes: int = BUDGET_BYTES + BESIDE_BYTES) -> Iterator[None]:
+def bounded(
+    server: ServerProcess, limit_bytes: int = BUDGET_BYTES + BESIDE_BYTES
+) -> Iterator[None]:
     """Fail if a server ever takes much more in the block than before."""
     first_bytes = memory_bytes(server.process.pid)
     yield
@@ -121,6 +123,8 @@ def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
     ):
         wait_until(lambda: used_bytes(server) > BUDGET_BYTES // 2)
         waiting = [call.future(message, timeout=100) for _ in range(20)]
-        refused = [future for future in waiting if isinstance(error_of(future.result), UnavailableError)]
+        refused = [
+            future for future in waiting if isinstance(error_of(future.result), UnavailableError)
+        ]
         assert len(refused) > 10
         assert any("calls that wait have brought" in future.details() for future in refused)

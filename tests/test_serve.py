@@ -258,6 +258,18 @@ def test_a_call_begins_with_its_deadline_and_its_peer() -> None:
     assert serving.failure is None
 
 
+def test_a_call_that_the_server_has_stopped_is_told_why_whatever_came_of_it() -> None:
+    serving = Serving("Deconvolve", Call(), ())
+
+    with serving as call:
+        call.stop(errors.UnavailableError("others ask", retry_after_s=1))
+        call.check()
+
+    assert serving.failure is not None
+    with pytest.raises(errors.UnavailableError, match="others ask"):
+        raise error_from_status(serving.failure)
+
+
 @pytest.mark.parametrize("cls", DeconvdError.__subclasses__())
 def test_a_foreseen_error_is_told_whole(cls: type[DeconvdError]) -> None:
     recorder = Recorder()

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -52,6 +52,8 @@ class Backend:
         devices: At least one. It closes them, once it is made.
         addresses: Those of the settings, as `bind` has returned them.
         observers: Hear of every direct call.
+        on_lost: Called with what is lost, in any thread, if an error that was not foreseen ends a thread that
+            everyone depends on. Only a new process can help then.
 
     Raises:
         AddressInUseError: Another process has the port for direct calls.
@@ -63,6 +65,7 @@ class Backend:
         devices: Sequence[Device],
         addresses: Sequence[str],
         observers: Sequence[Observer],
+        on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
         instance = secrets.token_bytes(16)
         listeners = _listen_for_direct_calls(settings, addresses)  # first, since it may fail
@@ -92,7 +95,9 @@ class Backend:
             devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=messages
         )
         self.residents = Residents(self._engines, settings.residents)
-        self.lender = _lender(settings, self._engines, list(memory_sides.values()), instance)
+        self.lender = _lender(
+            settings, self._engines, list(memory_sides.values()), instance, on_lost
+        )
         self.streams = Admission(
             STREAMS_COUNT,
             budgets().streams_bytes,
@@ -114,7 +119,7 @@ class Backend:
         self._direct: DirectServer | None = None
         if settings.takes_direct_calls:
             self._direct = DirectServer(
-                list(call_sides.values()), listeners, self.behaviours, instance, observers
+                list(call_sides.values()), listeners, self.behaviours, instance, observers, on_lost
             )
 
     def withdraw(self) -> None:
@@ -185,7 +190,11 @@ def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
 
 
 def _lender(
-    settings: Settings, engines: Engines, sides: Sequence[SideSocket], instance: bytes
+    settings: Settings,
+    engines: Engines,
+    sides: Sequence[SideSocket],
+    instance: bytes,
+    on_lost: Callable[[str], None],
 ) -> Lender | None:
     if not sides:
         return None
@@ -197,6 +206,7 @@ def _lender(
         users={0, os.geteuid(), *settings.shared_memory_users},
         cards=_cards(engines),
         instance=instance,
+        on_lost=on_lost,
     )
 
 

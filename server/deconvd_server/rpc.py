@@ -21,6 +21,7 @@ from deconvd.errors import CallCancelledError, UnavailableError
 from deconvd.parts import PartReader
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
 from deconvd_server.call import Call
+from deconvd_server.peers import counted_by_grpc
 from deconvd_server.serve import Observer, Serving
 
 __all__ = ["Gate"]
@@ -170,7 +171,8 @@ def _serving(
     behaviour: Behaviour, context: grpc.ServicerContext, observers: Sequence[Observer]
 ) -> Iterator[Serving]:
     """Give what serves the call of a context, which is cancelled with it, and ends with it and the block."""
-    call = Call(context.time_remaining(), context.peer())
+    peer = context.peer()
+    call = Call(context.time_remaining(), peer, counted_by_grpc(peer))
     call.hang_up = context.cancel
     if not context.add_callback(call.cancel):
         call.cancel()  # it ended before we could ask to be told

@@ -123,6 +123,8 @@ def _told(error: Exception, call: Call) -> DeconvdError:
 
     Memory may run out anywhere, so that is foreseen here for all.
     """
+    if call.stopped_by is not None:
+        return call.stopped_by
     if isinstance(error, DeconvdError):
         return error
     if call.is_cancelled:
