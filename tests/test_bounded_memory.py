@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +12,16 @@ import numpy as np
 import pytest
 
 import deconvd_client
+from deconvd.direct_events import Method
 from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
 from deconvd.geometry import Geometry
 from deconvd.grpc_status import error_from_rpc
 from deconvd.messages import message_from_geometry
-from deconvd.operation import DECONVOLVE_GRAD, spec_of_field
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import message_from_array, message_from_spec
 from deconvd.v1 import deconvd_pb2 as pb
-from tests.direct_calls import W, X, failure, open_line
+from deconvd_client.server_info import DeviceDescription
+from tests.direct_calls import failure, open_line, send_call
 from tests.processes import memory_bytes, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 from tests.unread import unread_calls
@@ -63,9 +63,9 @@ def bounded(
 
 
 @contextmanager
-def caller(server: ServerProcess, method: str) -> Iterator[Callable[..., bytes]]:
+def caller(target: str, method: str) -> Iterator[grpc.UnaryUnaryMultiCallable[bytes, bytes]]:
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-    with grpc.insecure_channel(server.target, options=options) as channel:
+    with grpc.insecure_channel(target, options=options) as channel:
         yield channel.unary_unary(f"/deconvd.v1.DeconvolutionService/{method}")
 
 
@@ -73,12 +73,17 @@ def error_of(call: Callable[[], object]) -> DeconvdError:
     """Return what a call by gRPC fails with."""
     with pytest.raises(grpc.RpcError) as raised:
         call()
+    assert isinstance(raised.value, grpc.Call)
     return error_from_rpc(raised.value)
 
 
-def used_bytes(server: ServerProcess) -> int:
+def device_of(server: ServerProcess) -> DeviceDescription:
     with deconvd_client.connect(server.target, transport="grpc") as F:
-        return F.server_info().devices[0].used_bytes
+        return F.server_info().devices[0]
+
+
+def used_bytes(server: ServerProcess) -> int:
+    return device_of(server).used_bytes
 
 
 # On the way out
@@ -88,20 +93,25 @@ def test_answers_that_nobody_reads_count_until_they_have_left(server: ServerProc
     message = answered_with(32 * MIB).SerializeToString()
     with bounded(server):
         with unread_calls(server.target, 24, message):
-            wait_until(lambda: used_bytes(server) > BUDGET_BYTES // 2)
-            # who comes next waits until the answers are late, and then has what they held
-            begin_s = time.monotonic()
-            with caller(server, "Deconvolve") as call:
-                for _ in range(3):
-                    call(answered_with(16 * MIB).SerializeToString(), timeout=60)
-            assert time.monotonic() - begin_s < 30
+            wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)
+            # another peer is served meanwhile
+            with caller(server.targets[1], "Deconvolve") as call:
+                for _ in range(6):
+                    call(answered_with(16 * MIB).SerializeToString(), timeout=20)
+            assert used_bytes(server) >= 2 * 32 * MIB
         wait_until(lambda: used_bytes(server) == 0)
 
 
-def test_an_answer_that_a_line_cannot_carry_is_not_computed(server: ServerProcess) -> None:
-    from deconvd.direct_events import Method
-    from tests.direct_calls import send_call
+def test_a_peer_that_reads_its_answers_gets_all_of_them(server: ServerProcess) -> None:
+    message = answered_with(32 * MIB).SerializeToString()
+    with bounded(server), caller(server.target, "Deconvolve") as call:
+        answers = [call.future(message, timeout=60) for _ in range(12)]
+        for answer in answers:
+            assert len(answer.result()) > 32 * MIB
+    wait_until(lambda: used_bytes(server) == 0)
 
+
+def test_an_answer_that_a_line_cannot_carry_is_not_computed(server: ServerProcess) -> None:
     with bounded(server, 20 * MIB), open_line(server) as line:
         send_call(line, Method.Deconvolve, answered_with(32 * MIB).SerializeToString())
         assert "too many for a message of a direct call" in str(failure(line))
@@ -111,20 +121,67 @@ def test_an_answer_that_a_line_cannot_carry_is_not_computed(server: ServerProces
 
 
 def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
-    x = np.ones((1, 1, 2048, 2048), np.float32)
-    large = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(ONE))
-    large.geometry.pad.h = large.geometry.pad.w = 1023
+    large = pb.DeconvolveRequest(
+        x=message_from_array(np.ones((1, 1, 2048, 2048), np.float32)),
+        w=message_from_array(ONE),
+        geometry=message_from_geometry(Geometry(pad=(1023, 1023))),
+    )
     message = large.SerializeToString()
-    hog = answered_with(60 * MIB).SerializeToString()
+    hog = answered_with(32 * MIB).SerializeToString()
     with (
-        bounded(server),
-        unread_calls(server.target, 8, hog),
-        caller(server, "Deconvolve") as call,
+        bounded(server, BUDGET_BYTES + BUDGET_BYTES // 4 + BESIDE_BYTES),
+        unread_calls(server.target, 1, hog),
+        caller(server.target, "Deconvolve") as call,
     ):
-        wait_until(lambda: used_bytes(server) > BUDGET_BYTES // 2)
-        waiting = [call.future(message, timeout=100) for _ in range(20)]
-        refused = [
-            future for future in waiting if isinstance(error_of(future.result), UnavailableError)
-        ]
-        assert len(refused) > 10
-        assert any("calls that wait have brought" in future.details() for future in refused)
+        wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)
+        # of the peer that has its share already: they wait for ever
+        waiting = [call.future(message, timeout=30) for _ in range(3)]
+        wait_until(lambda: device_of(server).waiting_calls_count == 3)
+        for _ in range(6):
+            error = error_of(lambda: call(message, timeout=20))
+            assert isinstance(error, UnavailableError)
+            assert "calls that wait have brought" in str(error)
+        for future in waiting:
+            future.cancel()
+
+
+# Tensors
+
+
+HUGE = Problem(
+    TensorSpec((0, 0, 1, 1), np.dtype(np.float32)),
+    TensorSpec((0, 1 << 26, 1, 1), np.dtype(np.float32)),
+    Geometry(),
+)
+"""Without an element, but for a bias of 256 MiB."""
+
+
+def test_results_count_where_nothing_else_has_elements(server: ServerProcess) -> None:
+    request = pb.DeconvolveGradRequest(
+        x=message_from_spec(HUGE.x),
+        w=message_from_spec(HUGE.W),
+        gy=message_from_array(np.empty(HUGE.y.shape, np.float32)),
+        wanted=pb.GradientMask(gb=True),
+    )
+    with bounded(server, BESIDE_BYTES), caller(server.target, "DeconvolveGrad") as call:
+        error = error_of(lambda: call(request.SerializeToString(), timeout=20))
+    assert isinstance(error, ExhaustedError)
+    assert f"of which calls may take {BUDGET_BYTES}" in str(error)
+
+
+def test_a_shortage_is_told_to_the_caller_that_meets_it(tmp_path: Path) -> None:
+    with server_process(tmp_path) as server, caller(server.target, "Deconvolve") as call:
+        call(answered_with(1 * MIB).SerializeToString(), timeout=20)
+        limit_memory(server.process.pid, 100 * MIB)
+        error = error_of(lambda: call(answered_with(512 * MIB).SerializeToString(), timeout=20))
+        assert isinstance(error, ExhaustedError)
+        assert "memory" in str(error)
+        call(answered_with(1 * MIB).SerializeToString(), timeout=20)
+        assert "Traceback" not in server.log.read_text()
+
+
+def limit_memory(pid: int, size_bytes: int) -> None:
+    """Let a process map no more than so much in addition."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[0]
+    limit_bytes = int(pages) * resource.getpagesize() + size_bytes
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))

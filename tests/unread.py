@@ -44,7 +44,8 @@ def _main(target: str, count: int, message: bytes) -> None:
     grpc.channel_ready_future(channel).result(30)
     call = channel.unary_unary(_METHOD)
     calls = [call.future(message, timeout=300) for _ in range(count)]
-    print("sent", flush=True)
+    sys.stdout.write("sent\n")
+    sys.stdout.flush()
     for answer in calls:
         answer.result()
 

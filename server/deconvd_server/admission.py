@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,10 +16,13 @@ from deconvd_server.ledger import Stage
 
 __all__ = ["Admission", "Both", "Load"]
 
-_LEAVING_S: Final = 2.0
-_LEAVING_BYTES_PER_S: Final = 16e6
-"""How long an answer may take to leave where others wait for its memory: two seconds, and what a line of
-128 Mbit/s takes. Who reads no answer keeps others for no longer than that."""
+_SHARES_COUNT: Final = 4
+"""A peer's calls may keep this part of the budget until their answers have left. Who reads none of its answers, be it
+from four addresses at once, leaves others some."""
+
+_SMALL_BYTES: Final = 256 << 10
+"""What of that is not counted by peer: what a direct line's answer takes, and so little that what calls there may be
+at once bounds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
     A call's bytes are taken all at once, since who waits with some of them could wait for itself. Of these, some may
-    last until its answer has left: a call that waits for them ends calls whose answers take too long.
+    last until its answer has left. Who reads no answers keeps them for as long as it likes, so these are shared by peer
+    (`Call.counted_by`): a call whose peer has its share already waits for the peer's other calls, and keeps nobody else
+    waiting meanwhile. One that lasts may have more, if it is the peer's only one.
 
     Some of the bytes may be held for longer than a call. A call waits for others to end, but never
     for what is held: it is refused if it cannot fit beside that, and while it waits no more is held
@@ -47,6 +51,7 @@ class Admission:
         calls_count: How many calls may be under way at once.
         budget_bytes: What they may take, all together.
         waiting_count: How many more may wait; the next is refused at once.
+        reserved_count: How many of those are for peers of which no call waits.
         waiting_bytes: What those who wait may hold all together, beside the budget; None for a quarter of it. One
             may hold more, if no other waits.
         memory: What the bytes are of, for errors.
@@ -63,6 +68,7 @@ class Admission:
         budget_bytes: int,
         waiting_count: int,
         *,
+        reserved_count: int = 0,
         waiting_bytes: int | None = None,
         memory: str = "the device's memory",
         make_room: Callable[[int, Call], None] = lambda *_: None,
@@ -76,7 +82,8 @@ class Admission:
         self._held_bytes = 0
         self._waiting_count = waiting_count
         self._waiting_bytes = budget_bytes // 4 if waiting_bytes is None else waiting_bytes
-        self._leaving: dict[Call, _Leaving] = {}  # the first has left off computing first
+        self._reserved_count = reserved_count
+        self._lasting_bytes: dict[str, int] = {}  # by peer
         self._line: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
@@ -97,16 +104,23 @@ class Admission:
         """
         return _Admitted(self, call, footprint_bytes, lasting_bytes, brought_bytes)
 
-    def enter(self, footprint_bytes: int, call: Call, brought_bytes: int = 0) -> None:
+    def enter(
+        self, footprint_bytes: int, call: Call, lasting_bytes: int = 0, brought_bytes: int = 0
+    ) -> None:
         """Take a place and bytes, to be given back by `leave`. Otherwise as `admitted`."""
+        peer = call.counted_by
         with self._lock:
-            if not self._line and self._has_room(footprint_bytes):
-                self._take(footprint_bytes)
+            if (
+                not self._line
+                and self._has_room(footprint_bytes)
+                and (lasting_bytes <= _SMALL_BYTES or self._is_within_share(peer, lasting_bytes))
+            ):
+                self._take(footprint_bytes, peer, lasting_bytes)
                 return
+        changed = threading.Condition(self._lock)
+        ticket = _Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, changed)
         with call.ledger.timing(Stage.QUEUE):
-            self._wait(
-                _Ticket(footprint_bytes, brought_bytes, threading.Condition(self._lock)), call
-            )
+            self._wait(ticket, call)
 
     def check_fits(self, footprint_bytes: int) -> None:
         """Return if a call with such a footprint can ever be admitted. Raises ExhaustedError if not."""
@@ -123,13 +137,15 @@ class Admission:
             self._free_bytes += footprint_bytes
             self._wake_first()
 
-    def leave_until_end(self, footprint_bytes: int, lasting_bytes: int, call: Call) -> None:
-        """Give back what `enter` took: `lasting_bytes` of it at the call's end."""
-        until_s = time.monotonic() + _LEAVING_S + lasting_bytes / _LEAVING_BYTES_PER_S
+    def end(self, lasting_bytes: int, peer: str) -> None:
+        """Give back what a call has kept, and `leave` was not told of."""
         with self._lock:
-            self._leaving[call] = _Leaving(lasting_bytes, until_s)
-        self.leave(footprint_bytes - lasting_bytes)
-        call.at_end(partial(self._note_end, lasting_bytes, call))
+            if lasting_bytes > _SMALL_BYTES:
+                self._lasting_bytes[peer] -= lasting_bytes
+                if not self._lasting_bytes[peer]:
+                    del self._lasting_bytes[peer]
+            self._free_bytes += lasting_bytes
+            self._wake_first()
 
     def hold(self, size_bytes: int) -> None:
         """Take bytes until they are released, at once or not at all.
@@ -173,12 +189,6 @@ class Admission:
         """What calls may take, all together, as long as what is held stays."""
         return self._budget_bytes - self._held_bytes
 
-    def _note_end(self, lasting_bytes: int, call: Call) -> None:
-        with self._lock:
-            self._leaving.pop(call, None)
-            self._free_bytes += lasting_bytes
-            self._wake_first()
-
     def _wait(self, ticket: _Ticket, call: Call) -> None:
         self.check_fits(ticket.footprint_bytes)
         with self._lock:
@@ -193,7 +203,7 @@ class Admission:
             self._line.append(ticket)
         try:
             while not self._starts(ticket, call):
-                self._hang_up_on_late(ticket)
+                pass
         finally:
             with self._lock:
                 self._line.remove(ticket)
@@ -203,33 +213,11 @@ class Admission:
         """Start a call if it may, and return whether it has; if not, after a wait for what may let it."""
         with self._lock:
             if self._may_start(ticket):
-                self._take(ticket.footprint_bytes)
+                self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
                 return True
             call.check()  # with the lock held: who ends it from now on wakes it
-            ticket.changed.wait(self._wait_s(ticket, call))
+            ticket.changed.wait(_wait_s(call))
             return False
-
-    def _wait_s(self, ticket: _Ticket, call: Call) -> float | None:
-        """Return when to look again: at the call's deadline, or when an answer is late whose bytes it needs."""
-        remaining_s = call.remaining_s()
-        # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
-        wait_s = None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
-        if not self._leaving or not self._lacks_bytes(ticket):
-            return wait_s
-        late_s = min(leaving.until_s for leaving in self._leaving.values()) - time.monotonic()
-        return max(late_s if wait_s is None else min(late_s, wait_s), 0.0)
-
-    def _hang_up_on_late(self, ticket: _Ticket) -> None:
-        """End the calls whose answers are late, if the first in line lacks their bytes."""
-        with self._lock:
-            if not self._leaving or not self._lacks_bytes(ticket):
-                return
-            now_s = time.monotonic()
-            late = [call for call, leaving in self._leaving.items() if leaving.until_s <= now_s]
-            for call in late:  # their bytes are free once they have ended
-                del self._leaving[call]
-        for call in late:  # without the lock, which their ends take
-            call.hang_up()
 
     def _check_room_beside_held(self, footprint_bytes: int) -> None:
         if footprint_bytes > self._beside_held_bytes:
@@ -240,7 +228,9 @@ class Admission:
             )
 
     def _check_room_to_wait(self, ticket: _Ticket) -> None:
-        if len(self._line) >= self._waiting_count:
+        is_first = all(other.peer != ticket.peer for other in self._line)
+        reserved_count = 0 if is_first else self._reserved_count
+        if len(self._line) >= self._waiting_count - reserved_count:
             raise UnavailableError(
                 f"the server is full: {len(self._line)} calls wait already",
                 retry_after_s=self.RETRY_AFTER_S,
@@ -253,24 +243,34 @@ class Admission:
                 retry_after_s=self.RETRY_AFTER_S,
             )
 
-    def _lacks_bytes(self, ticket: _Ticket) -> bool:
-        """Return whether it is bytes that the first in line waits for."""
-        return self._line[0] is ticket and self._free_bytes < ticket.footprint_bytes
+    def _first(self) -> _Ticket | None:
+        """Return whose turn is next: the first in line that does not wait for calls of its own peer alone."""
+        for ticket in self._line:
+            lasting_bytes = ticket.lasting_bytes
+            if lasting_bytes <= _SMALL_BYTES or self._is_within_share(ticket.peer, lasting_bytes):
+                return ticket
+        return None
 
     def _may_start(self, ticket: _Ticket) -> bool:
-        return self._line[0] is ticket and self._has_room(ticket.footprint_bytes)
+        return self._first() is ticket and self._has_room(ticket.footprint_bytes)
+
+    def _is_within_share(self, peer: str, lasting_bytes: int) -> bool:
+        own_bytes = self._lasting_bytes.get(peer, 0)
+        return not own_bytes or own_bytes + lasting_bytes <= self._budget_bytes // _SHARES_COUNT
 
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
 
-    def _take(self, footprint_bytes: int) -> None:
+    def _take(self, footprint_bytes: int, peer: str, lasting_bytes: int) -> None:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
+        if lasting_bytes > _SMALL_BYTES:
+            self._lasting_bytes[peer] = self._lasting_bytes.get(peer, 0) + lasting_bytes
 
     def _wake_first(self) -> None:
-        """Let the first in line see whether it may start: to wake all who wait would take long, where they are many."""
-        if self._line:
-            self._line[0].changed.notify()
+        """Let who is next see whether it may start: to wake all who wait would take long, where they are many."""
+        if self._line and (first := self._first()) is not None:
+            first.changed.notify()
 
     def _wake(self, ticket: _Ticket) -> None:
         with self._lock:
@@ -297,13 +297,19 @@ class _Admitted(AbstractContextManager[None]):
         self._brought_bytes = brought_bytes
 
     def __enter__(self) -> None:
-        self._admission.enter(self._footprint_bytes, self._call, self._brought_bytes)
+        self._admission.enter(
+            self._footprint_bytes, self._call, self._lasting_bytes, self._brought_bytes
+        )
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if self._lasting_bytes and exc_type is None:
-            self._admission.leave_until_end(self._footprint_bytes, self._lasting_bytes, self._call)
-        else:
-            self._admission.leave(self._footprint_bytes)
+        admission, lasting_bytes = self._admission, self._lasting_bytes
+        admission.leave(self._footprint_bytes - lasting_bytes)
+        if lasting_bytes:
+            end = partial(admission.end, lasting_bytes, self._call.counted_by)
+            if exc_type is None:
+                self._call.at_end(end)
+            else:
+                end()
 
 
 class Both(AbstractContextManager[None]):
@@ -333,22 +339,19 @@ class _Ticket:
     """A call in the line.
 
     Attributes:
-        brought_bytes: What it holds already.
+        lasting_bytes, brought_bytes: See `Admission.admitted`.
+        peer: By what its peer is counted.
         changed: Notified when it is first and may start, or when its caller has gone.
     """
 
     footprint_bytes: int
+    lasting_bytes: int
     brought_bytes: int
+    peer: str
     changed: threading.Condition
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaving:
-    """An answer on its way.
-
-    Attributes:
-        until_s: When it is late, on the monotonic clock.
-    """
-
-    size_bytes: int
-    until_s: float
+def _wait_s(call: Call) -> float | None:
+    remaining_s = call.remaining_s()
+    # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
+    return None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)

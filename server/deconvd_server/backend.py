@@ -89,6 +89,7 @@ class Backend:
             _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
             2 * budgets().messages_bytes,  # and nothing for a processor's calls
             _WAITING_CALLS_COUNT,
+            reserved_count=_WAITING_CALLS_COUNT // 4,
             memory="the host's memory for messages",
         )
         self._engines = Engines(

@@ -39,8 +39,6 @@ class Call:
         stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
         sendable_bytes: What the elements of its answer may have, all together, that its transport can send. The
             transport sets it; by default there is no limit.
-        hang_up: Ends the call's transport without a word, from any thread: for an answer that nobody takes. It
-            must not wait. The transport sets it; by default it does nothing.
 
     Args:
         timeout_s: Seconds until the deadline, which is a year away at most; None for no deadline.
@@ -55,14 +53,13 @@ class Call:
         self.ledger = Ledger()
         self.tenant: object = None
         self.sendable_bytes = sys.maxsize
-        self.hang_up: Callable[[], None] = _do_nothing
         self._deadline_s = (
             None if timeout_s is None else time.monotonic() + min(timeout_s, _LONGEST_S)
         )
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []
-        self._has_ended = False
+        self._holders_count = 1
         self._at_end: list[Callable[[], None]] = []
 
     @property
@@ -94,22 +91,29 @@ class Call:
                 return
         callback()
 
-    def end(self) -> None:
-        """Note that nothing is held for the call any more, and tell those who asked by `at_end`.
-
-        The transport calls it, whatever came of the call: once the method has returned or raised, and the last byte
-        of the answer has left, or never will. Again, it does nothing.
-        """
+    def hold(self) -> None:
+        """Have it end only after one more `end`: for a worker, which may outlast what it works for."""
         with self._lock:
-            self._has_ended = True
-            callbacks, self._at_end = self._at_end, []
+            self._holders_count += 1
+
+    def end(self) -> None:
+        """Let it end, and so all that was counted for it (`at_end`), unless another holds it.
+
+        The transport calls it once, whatever comes of the call, and once for each `hold`: when the last byte of the
+        answer has left, or never will, and when a worker has returned.
+        """
+        callbacks: list[Callable[[], None]] = []
+        with self._lock:
+            self._holders_count -= 1
+            if not self._holders_count:
+                callbacks, self._at_end = self._at_end, callbacks
         for callback in callbacks:
             callback()
 
     def at_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once the last byte of the answer has left: at once if it has already."""
+        """Call `callback` once it ends: at once if it has already."""
         with self._lock:
-            if not self._has_ended:
+            if self._holders_count > 0:
                 self._at_end.append(callback)
                 return
         callback()
@@ -131,7 +135,3 @@ class Call:
             raise CallCancelledError("the caller gave the call up")
         if self.remaining_s() == 0:
             raise DeadlineError("the call's deadline passed before its work was done")
-
-
-def _do_nothing() -> None:
-    pass

@@ -195,7 +195,6 @@ class DirectLine:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
         call = Call(timeout_s, self._peer, self._counted_by)
         call.sendable_bytes = MAX_MESSAGE_BYTES
-        call.hang_up = self._line.shut
         with self._lock:
             self._state = _State.BUSY
             self._place.is_idle = False

@@ -62,6 +62,7 @@ class Engine:
             self.info.calls_count,
             self.info.budget_bytes,
             waiting_count,
+            reserved_count=waiting_count // 4,
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
         )
 

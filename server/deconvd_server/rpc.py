@@ -132,7 +132,7 @@ class Gate:
                     context, InvalidArgumentError("the call must have a request, got none")
                 )
             response = await self._served(
-                partial(_answer_to_one, behaviour, first, serving), context
+                partial(_answer_to_one, behaviour, first, serving), serving.call, context
             )
         else:
             assert isinstance(behaviour, Sink), behaviour
@@ -140,7 +140,7 @@ class Gate:
             receiving = asyncio.create_task(requests.receive())
             try:
                 response = await self._served(
-                    partial(_answer_to_many, behaviour, requests, serving), context
+                    partial(_answer_to_many, behaviour, requests, serving), serving.call, context
                 )
             finally:
                 receiving.cancel()
@@ -176,7 +176,8 @@ class Gate:
         responses = Responses(serving.call)
         receiving = asyncio.create_task(requests.receive())
         try:
-            await self._submit(partial(_respond, behaviour, requests, responses, serving), context)
+            work = partial(_respond, behaviour, requests, responses, serving)
+            await self._submit(work, serving.call, context)
             await responses.send(context)
         finally:
             receiving.cancel()
@@ -189,13 +190,14 @@ class Gate:
         with serving as call, hanging_up:
             holding = await self._served(
                 lambda: behaviour.serve(_held_message(behaviour, first), call, hanging_up.begin),
+                call,
                 context,
             )
             await context.write(holding.response.SerializeToString())
             while (data := await context.read()) is not grpc.aio.EOF:
-                await self._served(partial(_note, behaviour, holding, data), context)
+                await self._served(partial(_note, behaviour, holding, data), call, context)
             await asyncio.sleep(_BREAK_S)  # if it broke, we are cancelled meanwhile
-            await self._served(holding.end, context)
+            await self._served(holding.end, call, context)
 
     async def _first_message(self, context: _Context) -> bytes | None:
         """Return a call's first message; None if its caller sends none."""
@@ -228,11 +230,12 @@ class Gate:
             if not self.calls_count:
                 self._ended.set()
             call.cancel()
+            call.end()
 
         context.add_done_callback(end)  # type: ignore[arg-type]  # of which its stub has no instance
         return Serving(behaviour.name, call, self._observers)
 
-    async def _served(self, work: Callable[[], _T], context: _Context) -> _T:
+    async def _served(self, work: Callable[[], _T], call: Call, context: _Context) -> _T:
         """Return what a worker returns. Raises what it raises."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
@@ -244,13 +247,23 @@ class Gate:
                 settle = partial(_set_error, future, error)
             loop.call_soon_threadsafe(settle)
 
-        await self._submit(run, context)
+        await self._submit(run, call, context)
         return await future
 
-    async def _submit(self, work: Callable[[], None], context: _Context) -> None:
+    async def _submit(self, work: Callable[[], None], call: Call, context: _Context) -> None:
+        """Have a worker do something for a call, which it may outlast: what is counted for that is held until then."""
+
+        def run() -> None:
+            try:
+                work()
+            finally:
+                call.end()
+
+        call.hold()
         try:
-            self._workers.submit(work)
+            self._workers.submit(run)
         except UnavailableError as error:
+            call.end()
             await _abort(context, error)
 
 
