@@ -6,6 +6,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -73,8 +74,8 @@ def error_of(call: Callable[[], object]) -> DeconvdError:
     """Return what a call by gRPC fails with."""
     with pytest.raises(grpc.RpcError) as raised:
         call()
-    assert isinstance(raised.value, grpc.Call)
-    return error_from_rpc(raised.value)
+    failure: Any = raised.value
+    return error_from_rpc(failure)
 
 
 def device_of(server: ServerProcess) -> DeviceDescription:
@@ -169,12 +170,20 @@ def test_results_count_where_nothing_else_has_elements(server: ServerProcess) ->
     assert f"of which calls may take {BUDGET_BYTES}" in str(error)
 
 
-def test_a_shortage_is_told_to_the_caller_that_meets_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spare_bytes", [50 * MIB, 200 * MIB], ids=["for y", "to encode it"])
+def test_a_shortage_is_told_to_the_caller_that_meets_it(tmp_path: Path, spare_bytes: int) -> None:
+    nothing = np.ones(
+        (1, 0, 8192, 4096), np.float32
+    )  # and so nothing is computed, but y has 128 MiB
+    request = pb.DeconvolveRequest(
+        x=message_from_array(nothing),
+        w=message_from_array(np.ones((0, 1, 1, 1), np.float32)),
+    )
     with server_process(tmp_path) as server, caller(server.target, "Deconvolve") as call:
         call(answered_with(1 * MIB).SerializeToString(), timeout=20)
-        limit_memory(server.process.pid, 100 * MIB)
-        error = error_of(lambda: call(answered_with(512 * MIB).SerializeToString(), timeout=20))
-        assert isinstance(error, ExhaustedError)
+        limit_memory(server.process.pid, spare_bytes)
+        error = error_of(lambda: call(request.SerializeToString(), timeout=20))
+        assert isinstance(error, ExhaustedError), error
         assert "memory" in str(error)
         call(answered_with(1 * MIB).SerializeToString(), timeout=20)
         assert "Traceback" not in server.log.read_text()

@@ -110,6 +110,8 @@ def test_a_call_takes_no_more_of_a_card_than_its_footprint(name: str) -> None:
     sizing = Sizing(1 << 40, 4, 1 << 20, lambda _product, _problem: 0)
     for operation, wanted, optional in kinds_of_call():
         operands = operation.operands_for(wanted, optional)
-        specs = ([spec_of_field(problem, f) for f in fields] for fields in (operands, wanted))
-        needed_bytes = Frame(*specs, 1 << 20).total_bytes if problem.has_products else 0
+        operand_specs = [spec_of_field(problem, field) for field in operands]
+        result_specs = [spec_of_field(problem, field) for field in wanted]
+        frame = Frame(operand_specs, result_specs, 1 << 20)
+        needed_bytes = frame.total_bytes if problem.has_products else 0
         assert needed_bytes <= sizing.footprint_bytes(problem, wanted)

@@ -42,7 +42,7 @@ def unread_calls(target: str, count: int, message: bytes) -> Iterator[None]:
 def _main(target: str, count: int, message: bytes) -> None:
     channel = grpc.insecure_channel(target, options=[("grpc.max_receive_message_length", -1)])
     grpc.channel_ready_future(channel).result(30)
-    call = channel.unary_unary(_METHOD)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_METHOD)
     calls = [call.future(message, timeout=300) for _ in range(count)]
     sys.stdout.write("sent\n")
     sys.stdout.flush()
