@@ -136,8 +136,8 @@ def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
     ):
         wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)
         # of the peer that has its share already: they wait for ever
-        waiting = [call.future(message, timeout=30) for _ in range(3)]
-        wait_until(lambda: device_of(server).waiting_calls_count == 3)
+        waiting = [call.future(message, timeout=30) for _ in range(2)]
+        wait_until(lambda: device_of(server).waiting_calls_count == 2)
         for _ in range(6):
             error = error_of(lambda: call(message, timeout=20))
             assert isinstance(error, UnavailableError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,8 +22,13 @@ _SHARES_COUNT: Final = 4
 from four addresses at once, leaves others some."""
 
 _SMALL_BYTES: Final = 256 << 10
-"""What of that is not counted by peer: what a direct line's answer takes, and so little that what calls there may be
-at once bounds it."""
+"""What is not counted by peer, nor in the line: what a direct line's answer takes, and so little that the number of
+calls bounds it."""
+
+
+_PATIENCE_S: Final = 2.0
+"""How long after it came a call may keep others waiting while it lacks bytes of answers that are leaving: most leave
+within milliseconds, and some never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,8 @@ class Admission:
         calls_count: How many calls may be under way at once.
         budget_bytes: What they may take, all together.
         waiting_count: How many more may wait; the next is refused at once.
-        reserved_count: How many of those are for peers of which no call waits.
+        reserved_count: How many of those are for peers of which no call waits; and the same part of
+            `waiting_bytes`.
         waiting_bytes: What those who wait may hold all together, beside the budget; None for a quarter of it. One
             may hold more, if no other waits.
         memory: What the bytes are of, for errors.
@@ -84,6 +91,7 @@ class Admission:
         self._waiting_bytes = budget_bytes // 4 if waiting_bytes is None else waiting_bytes
         self._reserved_count = reserved_count
         self._lasting_bytes: dict[str, int] = {}  # by peer
+        self._leaving_bytes = 0
         self._line: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
@@ -118,7 +126,8 @@ class Admission:
                 self._take(footprint_bytes, peer, lasting_bytes)
                 return
         changed = threading.Condition(self._lock)
-        ticket = _Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, changed)
+        until_s = time.monotonic() + _PATIENCE_S
+        ticket = _Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, until_s, changed)
         with call.ledger.timing(Stage.QUEUE):
             self._wait(ticket, call)
 
@@ -130,16 +139,18 @@ class Admission:
                 f"take {self._budget_bytes}: send fewer samples at a time"
             )
 
-    def leave(self, footprint_bytes: int) -> None:
-        """Give back what `enter` took."""
+    def leave(self, footprint_bytes: int, lasting_bytes: int = 0) -> None:
+        """Give back what `enter` took; what lasts by `end`."""
         with self._lock:
             self._free_places += 1
-            self._free_bytes += footprint_bytes
+            self._free_bytes += footprint_bytes - lasting_bytes
+            self._leaving_bytes += lasting_bytes
             self._wake_first()
 
     def end(self, lasting_bytes: int, peer: str) -> None:
-        """Give back what a call has kept, and `leave` was not told of."""
+        """Give back what lasted."""
         with self._lock:
+            self._leaving_bytes -= lasting_bytes
             if lasting_bytes > _SMALL_BYTES:
                 self._lasting_bytes[peer] -= lasting_bytes
                 if not self._lasting_bytes[peer]:
@@ -216,7 +227,8 @@ class Admission:
                 self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
                 return True
             call.check()  # with the lock held: who ends it from now on wakes it
-            ticket.changed.wait(_wait_s(call))
+            ticket.changed.wait(_wait_s(ticket, call))
+            self._wake_first()  # which may be another by now
             return False
 
     def _check_room_beside_held(self, footprint_bytes: int) -> None:
@@ -228,26 +240,34 @@ class Admission:
             )
 
     def _check_room_to_wait(self, ticket: _Ticket) -> None:
-        is_first = all(other.peer != ticket.peer for other in self._line)
-        reserved_count = 0 if is_first else self._reserved_count
-        if len(self._line) >= self._waiting_count - reserved_count:
+        # the reserve, of either, is for peers of which no call waits
+        has_none = all(other.peer != ticket.peer for other in self._line)
+        limit_count = self._waiting_count - (0 if has_none else self._reserved_count)
+        if len(self._line) >= limit_count:
             raise UnavailableError(
                 f"the server is full: {len(self._line)} calls wait already",
                 retry_after_s=self.RETRY_AFTER_S,
             )
+        if ticket.brought_bytes <= _SMALL_BYTES:
+            return
         others_bytes = sum([other.brought_bytes for other in self._line])
-        if others_bytes and others_bytes + ticket.brought_bytes > self._waiting_bytes:
+        limit_bytes = self._waiting_bytes * limit_count // self._waiting_count
+        if others_bytes and others_bytes + ticket.brought_bytes > limit_bytes:
             raise UnavailableError(
                 f"the server is full: calls that wait have brought {others_bytes} bytes already, of "
-                f"{self._waiting_bytes} that they may, and this one has {ticket.brought_bytes}",
+                f"{limit_bytes} that they may, and this one has {ticket.brought_bytes}",
                 retry_after_s=self.RETRY_AFTER_S,
             )
 
     def _first(self) -> _Ticket | None:
-        """Return whose turn is next: the first in line that does not wait for calls of its own peer alone."""
+        """Return whose turn is next: the first in line, but for those who wait for answers that may never leave."""
         for ticket in self._line:
             lasting_bytes = ticket.lasting_bytes
-            if lasting_bytes <= _SMALL_BYTES or self._is_within_share(ticket.peer, lasting_bytes):
+            is_within_share = lasting_bytes <= _SMALL_BYTES or self._is_within_share(
+                ticket.peer, lasting_bytes
+            )
+            fits = ticket.footprint_bytes <= self._beside_held_bytes - self._leaving_bytes
+            if is_within_share and (fits or time.monotonic() < ticket.patient_until_s):
                 return ticket
         return None
 
@@ -303,7 +323,7 @@ class _Admitted(AbstractContextManager[None]):
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         admission, lasting_bytes = self._admission, self._lasting_bytes
-        admission.leave(self._footprint_bytes - lasting_bytes)
+        admission.leave(self._footprint_bytes, lasting_bytes)
         if lasting_bytes:
             end = partial(admission.end, lasting_bytes, self._call.counted_by)
             if exc_type is None:
@@ -341,6 +361,7 @@ class _Ticket:
     Attributes:
         lasting_bytes, brought_bytes: See `Admission.admitted`.
         peer: By what its peer is counted.
+        patient_until_s: Until when it may keep others waiting for answers to leave, on the monotonic clock.
         changed: Notified when it is first and may start, or when its caller has gone.
     """
 
@@ -348,10 +369,16 @@ class _Ticket:
     lasting_bytes: int
     brought_bytes: int
     peer: str
+    patient_until_s: float
     changed: threading.Condition
 
 
-def _wait_s(call: Call) -> float | None:
+def _wait_s(ticket: _Ticket, call: Call) -> float | None:
+    """Return when a call in the line is to look again, unless it is told to before."""
+    patient_s = ticket.patient_until_s - time.monotonic()
     remaining_s = call.remaining_s()
     # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
-    return None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
+    wait_s = None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
+    if patient_s <= 0:
+        return wait_s
+    return patient_s if wait_s is None else min(patient_s, wait_s)
