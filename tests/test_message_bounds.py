@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.message import Message
 
@@ -106,3 +107,15 @@ def test_a_tensor_in_pieces_must_not_be_large() -> None:
     raw = b"\x7a" + varint(8 << 20) + bytes(8 << 20)
     with pytest.raises(ExhaustedError, match=r"a tensor in pieces, .* at most 16777216 bytes"):
         decode(pb.DeconvolveRequest, tensor_of(raw) * 2)
+
+
+def test_a_chunk_that_was_read_is_not_kept() -> None:
+    data = bytearray(pb.DeconvolveStreamRequest(chunk=bytes(MAX_REST_BYTES)).SerializeToString())
+    source = ChunkSource(iter([data]), pb.DeconvolveStreamRequest)  # type: ignore[list-item]  # to see it used
+    source.next()
+    with pytest.raises(BufferError):
+        data.clear()
+
+    source.read_into(np.empty(MAX_REST_BYTES, np.uint8))
+
+    data.clear()
