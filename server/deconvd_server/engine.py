@@ -169,9 +169,15 @@ class Engine:
         """Count memory that was held as free."""
         self._admission.release(size_bytes)
 
-    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
-        """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do."""
-        with self._admission.admitted(0, call):
+    def write(
+        self, tensor: DeviceTensor, array: Array, call: Call, *, brought_bytes: int = 0
+    ) -> None:
+        """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do.
+
+        Args:
+            brought_bytes: What the call holds of the host's memory while it waits.
+        """
+        with self._admission.admitted(0, call, brought_bytes=brought_bytes):
             self._device.write(tensor, array, call)
 
     def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:

@@ -49,6 +49,7 @@ class Exchange:
 
     Attributes:
         parsed: What the request asks for.
+        brought_bytes: What elements the request has come with, in host memory that is its own.
 
     Args:
         request: The call's message, without elements.
@@ -68,6 +69,7 @@ class Exchange:
         call: Call,
     ) -> None:
         self.parsed = parsed
+        self.brought_bytes = 0
         self._request = request
         self._call = call
         self._engines = residents.engines
@@ -98,6 +100,7 @@ class Exchange:
             InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
             NotFoundError: Something that the request names is not there.
         """
+        self.brought_bytes = sum(map(len, request.raw.values()))
         if self.parsed.shared:
             self._take_shared(request)
         for field, spec in self.parsed.operands.items():
@@ -226,7 +229,8 @@ class Exchange:
         for field in self.parsed.operands:
             is_to_be_kept = field in self.parsed.keep
             if is_to_be_kept and field in operands and field not in residents:
-                residents.copy(field, self._array(operands[field], engine), engine)
+                tensor = wait_for(operands[field], self._call)
+                residents.copy(field, tensor, engine, self.brought_bytes)
             if field in residents:
                 operands[field] = residents.operand(field, engine)
                 if is_to_be_kept:
@@ -283,11 +287,6 @@ class Exchange:
         if kept:
             fields["kept"] = pb.KeptOperands(**kept)
         return messages_for(self.parsed.operation).response(**fields)
-
-    def _array(self, operand: Operand, engine: Engine) -> Array:
-        """Return the elements of an operand: it may have to be waited for, or read from an engine's device."""
-        tensor = wait_for(operand, self._call)
-        return tensor if isinstance(tensor, np.ndarray) else engine.read(tensor, self._call)
 
 
 def _resident(description: pb.Tensor, handle: bytes) -> pb.Tensor:

@@ -91,7 +91,7 @@ class DeconvolutionService:
                 places,
                 parsed.options,
                 call,
-                brought_bytes=sum(map(len, request.raw.values())),
+                brought_bytes=exchange.brought_bytes,
                 sent_bytes=parsed.sent_bytes,
             )
             return exchange.answer(sent)
