@@ -173,7 +173,7 @@ def test_health_is_answered_while_every_place_is_taken_on_every_device() -> None
         codes = Counter(call.code() for call in calls)
     daemon.drain()
 
-    # 2 run and 24 wait on each device, and 8 more might for others: who comes after them is refused, and they are served
+    # 2 run and 24 wait on each device, where 8 more might for others: whoever comes after is refused
     assert loads == [(2, 24)] * 3
     assert health == "SERVING"
     assert codes[grpc.StatusCode.OK] == 3 * (2 + 24)
