@@ -141,9 +141,11 @@ class Rpc:
         with self._lock:
             if self._call is None or (self._is_over and not is_last):
                 return False
-            error: int = self._call.start_server_batch(operations, batch)
-            self._due_count += error == cygrpc.CallError.ok
-        return error == cygrpc.CallError.ok
+            is_begun: bool = (
+                self._call.start_server_batch(operations, batch) == cygrpc.CallError.ok
+            )
+            self._due_count += is_begun
+        return is_begun
 
     def _close(self, _event: Any) -> None:
         with self._lock:
