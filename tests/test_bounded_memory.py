@@ -32,6 +32,7 @@ BUDGET_BYTES = 200 * MIB
 BESIDE_BYTES = 150 * MIB
 """What a server takes beside its budget: pools of freed memory, and messages that are just arriving."""
 
+DECONVOLVE = "/deconvd.v1.DeconvolutionService/Deconvolve"
 ONE = np.ones((1, 1, 1, 1), np.float32)
 
 
@@ -101,6 +102,28 @@ def test_answers_that_nobody_reads_count_until_they_have_left(server: ServerProc
                     call(answered_with(16 * MIB).SerializeToString(), timeout=20)
             assert used_bytes(server) >= 2 * 32 * MIB
         wait_until(lambda: used_bytes(server) == 0)
+
+
+def test_an_answer_that_nobody_reads_is_cut_in_the_end(tmp_path: Path) -> None:
+    constants = {
+        "deconvd_server.gate:STALL_LIMIT_S": 1.0,
+        "deconvd_server.gate:_SLOWEST_BYTES_PER_S": 1e9,
+    }
+    message = answered_with(64 * MIB).SerializeToString()
+    with (
+        server_process(tmp_path, constants=constants) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        first_bytes = memory_bytes(server.process.pid)
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(DECONVOLVE)
+        unread = [
+            call(message) for _ in range(6)
+        ]  # as long as nobody asks for a message, none comes
+        wait_until(lambda: memory_bytes(server.process.pid) > first_bytes + 400 * MIB)
+        wait_until(lambda: used_bytes(server) == 0)
+        wait_until(lambda: memory_bytes(server.process.pid) < first_bytes + 300 * MIB)
+        for answers in unread:
+            answers.cancel()
 
 
 def test_a_peer_that_reads_its_answers_gets_all_of_them(server: ServerProcess) -> None:

@@ -43,8 +43,8 @@ _FIRST_MESSAGE_S: Final = 60.0
 
 _LARGE_BYTES: Final = 1 << 20
 _SLOWEST_BYTES_PER_S: Final = 1e6
-"""How fast an answer of more than a mebibyte has to leave: over a line of 8 Mbit/s, after as long as any call may stall.
-gRPC does not tell how much of one has. Until then it holds its peer's share of memory, and smaller ones hold little."""
+"""How fast an answer of more than a mebibyte has to leave, as over a line of 8 Mbit/s, after as long as any call may
+stall. gRPC does not tell how much of one has. Until then it has a part of its peer's memory; small ones have little."""
 
 _LOOK_S: Final = 1.0
 """How often calls are looked for that are without it for longer."""
@@ -142,6 +142,7 @@ class Gate:
         call = Call(rpc.remaining_s, rpc.peer, counted_by_grpc(rpc.peer))
         self._count(1)
         rpc.on_close = partial(self._close, call)
+        rpc.on_done = call.end
         behaviour = self._behaviours[name]
         serving = Serving(behaviour.name, call, self._observers)
         try:
@@ -193,7 +194,6 @@ class Gate:
         """Note that a call's caller has gone, or has its answer."""
         self._count(-1)
         call.cancel()
-        call.end()
 
     def _count(self, more_count: int) -> None:
         with self._changed:

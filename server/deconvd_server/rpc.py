@@ -42,6 +42,7 @@ class Rpc:
         later: Does something in gRPC's thread after so many seconds.
         on_close: Called once the caller has gone, or has all of the answer.
         is_closed: Whether that is so.
+        on_done: Called once nothing of it is under way, and gRPC holds none of its messages any more: after `on_close`.
 
     Args:
         event: With it the call came.
@@ -52,6 +53,7 @@ class Rpc:
         self.path: str = event.call_details.method.decode(errors="replace")
         self.later = later
         self.on_close: Callable[[], None] = _do_nothing
+        self.on_done: Callable[[], None] = _do_nothing
         self.is_closed = False
         self._deadline_s: float = event.call_details.deadline
         self._call = event.call
@@ -158,6 +160,7 @@ class Rpc:
             if is_end:
                 self._call = None
         if is_end:
+            self.on_done()
             self._on_end(self)
 
 
