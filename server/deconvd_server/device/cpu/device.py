@@ -19,7 +19,7 @@ from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
 from deconvd.malloc import LARGE_BYTES
-from deconvd.operation import Operation
+from deconvd.operation import Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
@@ -35,7 +35,7 @@ from deconvd_server.device.cpu.blocking import (
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
 from deconvd_server.device.cpu.tensor import DEVICE_ID, HostTensor, array_of, own, plain
-from deconvd_server.device.no_products import sum_gb
+from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products, set_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 from deconvd_server.ledger import Stage
@@ -94,34 +94,48 @@ class CpuDevice:
         self,
         operation: Operation,
         problem: Problem,
+        operands: Collection[str],
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the memory that a call takes beside what lies there already.
+        """Return a bound on the memory that a call takes beside what is there already.
 
-        That is its operands and results, those in wider types, what each thread works on, and the
-        partial sums of gW.
+        That is its operands and results, W and y in the type that they are computed in, what each thread works
+        on, and the partial sums of gW.
         """
-        wide_bytes, least_bytes = self._sizes(problem, "gw" in results)
-        return max(wide_bytes - resident_bytes, 0) + least_bytes
+        tensors_bytes, working_bytes = self._sizes(problem, tuple(operands), tuple(results))
+        return max(tensors_bytes - resident_bytes, 0) + working_bytes
 
-    def _counted(self, problem: Problem, has_gW: bool) -> tuple[int, int]:
-        """Return what operands and results take in wider types, and what a call takes beside that."""
-        tensors = (problem.x, problem.W, problem.y)
-        elements_count = sum(math.prod(spec.shape) for spec in tensors)
-        working_count = self._team.threads_count * working_elements_count(problem)
-        if has_gW:
-            working_count += self._gW_elements_count(problem)
-        tensors_bytes = sum(spec.nbytes for spec in tensors)
-        wide_bytes = elements_count * np.dtype(np.float64).itemsize
-        return wide_bytes, tensors_bytes + working_count * problem.compute_type.itemsize
+    def _counted(
+        self, problem: Problem, operands: Sequence[str], results: Sequence[str]
+    ) -> tuple[int, int]:
+        """Return what a call's tensors take, and what it takes beside them."""
+        specs = [spec_of_field(problem, field) for field in (*operands, *results)]
+        tensors_bytes = sum([spec.nbytes for spec in specs])
+        if not problem.has_products:
+            return tensors_bytes, bytes_without_products(problem, operands, results)
+        elements_count = max([self._wide_elements_count(problem, field) for field in results])
+        elements_count += self._team.threads_count * working_elements_count(problem)
+        working_bytes = elements_count * problem.compute_type.itemsize
+        return tensors_bytes, working_bytes + SUM_BYTES * ("gb" in results)
 
-    def _gW_elements_count(self, problem: Problem) -> int:
-        """Return a bound on the elements of gW's partial sums, and of the products added to them."""
+    def _wide_elements_count(self, problem: Problem, result: str) -> int:
+        """Return a bound on the elements in the compute type that a result takes, beside what threads work on."""
+        W_count = math.prod(problem.W.shape)
+        match result:
+            case "y":  # that of each block is summed by itself
+                return W_count + math.prod(problem.y.shape)
+            case "gx":
+                return W_count
+            case "gw":  # partial sums, and the products that are added to them
+                return 2 * W_count * self._parts_count(problem)
+        return 0
+
+    def _parts_count(self, problem: Problem) -> int:
+        """Return a bound on the parts of the samples of which each has a sum of its own in gW."""
         threads_count = self._team.threads_count
         tasks_count = max(min(threads_count, problem.c_O), 1)  # of each part, at least
-        parts_count = min(-(-threads_count // tasks_count), problem.n)
-        return 2 * parts_count * math.prod(problem.W.shape)
+        return min(-(-threads_count // tasks_count), problem.n)
 
     def run(
         self,
@@ -244,7 +258,7 @@ def _parts(blocks: list[slice], parts_count: int) -> list[list[slice]]:
 
 
 def _set_gb(gb: Array, _problem: Problem, operands: Mapping[str, Array], _call: Call) -> None:
-    gb[...] = sum_gb(operands["gy"])
+    set_gb(gb, operands["gy"])
 
 
 def _out_of_range_as_infinite() -> np.errstate:

@@ -224,10 +224,14 @@ class CudaDevice(CardTensors):
         self,
         operation: Operation,
         problem: Problem,
+        operands: Collection[str],
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the memory of the card that a call takes, trying plans included."""
+        """Return a bound on the memory of the card that a call takes, trying plans included.
+
+        All operands and results that a problem has are counted, whichever the call has.
+        """
         return self._sizing.footprint_bytes(problem, results, resident_bytes)
 
     def run(
