@@ -27,8 +27,9 @@ from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cpu import device as cpu_device
-from deconvd_server.device.cpu.blocking import useful_threads_count
+from deconvd_server.device.cpu.blocking import is_small
 from deconvd_server.device.cpu.products import Products
+from deconvd_server.device.cpu.team import Steps
 from tests import definition
 from tests.devices import Wanted, deconvolve, gradients, runner
 from tests.strategies import FLOAT64, Operands, operands
@@ -47,7 +48,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
     """
     device = CpuDevice(request.param)
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(cpu_device, "useful_threads_count", lambda _, threads_count: threads_count)
+        patches.setattr(cpu_device, "is_small", lambda _: False)
         yield device
     device.close()
 
@@ -557,15 +558,15 @@ def test_small_calls_are_computed_by_the_thread_that_makes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads: set[int] = set()
-    run = Products.add_to_y
+    set_y = Products.set_y
 
-    def noted(products: Products, *task: Any) -> None:
+    def noted(products: Products, *task: Any) -> Steps:
         threads.add(threading.get_ident())
         time.sleep(0.01)  # so that helpers had the time to take a task
-        run(products, *task)
+        yield from set_y(products, *task)
 
-    monkeypatch.setattr(Products, "add_to_y", noted)
-    monkeypatch.setattr(cpu_device, "useful_threads_count", useful_threads_count)
+    monkeypatch.setattr(Products, "set_y", noted)
+    monkeypatch.setattr(cpu_device, "is_small", is_small)
     device = CpuDevice(3)
     for image, is_alone in ((8, True), (100, False)):
         x, W = np.ones((1, 4, image, image), np.float32), np.ones((4, 8, 3, 3), np.float32)

@@ -20,7 +20,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from tests.direct_calls import answer, failure, open_line, send_call, wait_until_idle
 from tests.line_pairs import send_raw
-from tests.processes import wait_until
+from tests.processes import is_at_rest, wait_until
 from tests.servers import ServerProcess, server_process
 
 pytestmark = pytest.mark.timeout(60)
@@ -165,7 +165,7 @@ class TestEndlessSlices:
         call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S)
         assert next(call).header.gx.shape[0] == n
         call.cancel()
-        wait_until(lambda: is_at_rest(server))
+        wait_until(lambda: is_at_rest(server.process.pid))
         call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S * 6)
         assert next(call).header.gx.shape[0] == n
         begin_s = time.monotonic()
@@ -228,15 +228,19 @@ class TestManyChunks:
         assert isinstance(answer(line), End)
         assert time.monotonic() - begin_s < 20
 
-    @pytest.mark.parametrize("kind", ["chunk", "missing_chunk"])
+    @pytest.mark.parametrize(
+        "empty",
+        [pb.DeconvolveStreamRequest(chunk=b""), pb.DeconvolveStreamRequest(missing_chunk=b"")],
+        ids=["early", "missing"],
+    )
     def test_an_empty_chunk_is_refused(
         self,
         stub: pb_grpc.DeconvolutionServiceStub,
         parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
-        kind: str,
+        empty: pb.DeconvolveStreamRequest,
     ) -> None:
         header, _ = parts
-        requests = [header, pb.DeconvolveStreamRequest(**{kind: b""})]
+        requests = [header, empty]
 
         with pytest.raises(grpc.RpcError, match="a chunk must not be empty") as raised:
             list(stub.DeconvolveStream(iter(requests), timeout=TIMEOUT_S))
@@ -258,15 +262,3 @@ class TestManyChunks:
 
         assert isinstance(error, InvalidArgumentError)
         assert "a chunk must not be empty" in str(error)
-
-
-def is_at_rest(server: ServerProcess) -> bool:
-    """Return whether a server does nothing for a moment."""
-    before_s = _processor_s(server)
-    time.sleep(0.2)
-    return _processor_s(server) - before_s < 0.1
-
-
-def _processor_s(server: ServerProcess) -> float:
-    stat = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(stat[11]) + int(stat[12])) / 100

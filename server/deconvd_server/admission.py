@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
+from deconvd_server.device import TURN_S
 from deconvd_server.ledger import Stage
 
 __all__ = ["Admission", "Load"]
@@ -28,6 +30,9 @@ class Load:
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
+    A call that takes long passes its place on after each turn (`pass_on`). While both calls that are to start and
+    calls that are to go on wait, each have half of the time: neither keeps the other waiting.
+
     Some of the bytes may be held for longer than a call. A call waits for others to end, but never
     for what is held: it is refused if it cannot fit beside that, and while it waits no more is held
     than leaves it room.
@@ -40,6 +45,9 @@ class Admission:
         make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
             bytes that it lacks and the call: may `release` some.
     """
+
+    _LOOK_S = 0.5
+    """How often a call that waits to go on looks whether it is still wanted."""
 
     RETRY_AFTER_S = 0.5
     """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
@@ -62,6 +70,8 @@ class Admission:
         self._held_bytes = 0
         self._waiting_count = waiting_count
         self._line: deque[_Ticket] = deque()
+        self._passed_on: deque[_Ticket] = deque()  # have their bytes, and wait for a place
+        self._went_on_s = 0.0  # when the last of those did, on the monotonic clock
         self._lock = threading.Lock()
 
     def admitted(self, footprint_bytes: int, call: Call) -> AbstractContextManager[None]:
@@ -77,7 +87,7 @@ class Admission:
     def enter(self, footprint_bytes: int, call: Call) -> None:
         """Take a place and bytes, to be given back by `leave`. Otherwise as `admitted`."""
         with self._lock:
-            if not self._line and self._has_room(footprint_bytes):
+            if not self._line and not self._passed_on and self._has_room(footprint_bytes):
                 self._take(footprint_bytes)
                 return
         with call.ledger.timing(Stage.QUEUE):
@@ -97,6 +107,34 @@ class Admission:
             self._free_places += 1
             self._free_bytes += footprint_bytes
             self._wake_first()
+
+    def pass_on(self, call: Call) -> None:
+        """Let a call that waits have the place of one that runs; return once that has a place again.
+
+        It keeps its bytes. If no call waits for a place, nothing happens.
+
+        Raises:
+            CallCancelledError, DeadlineError: The call has ended. It has its place all the same, to be given back.
+        """
+        if not self._line and not self._passed_on:
+            return
+        with self._lock, call.ledger.timing(Stage.QUEUE):
+            ticket = _Ticket(0, threading.Condition(self._lock))
+            self._passed_on.append(ticket)
+            self._free_places += 1
+            self._wake_first()
+            try:
+                while not self._may_start(ticket):
+                    remaining_s = call.remaining_s()
+                    is_pressed = remaining_s is not None and remaining_s < self._LOOK_S
+                    ticket.changed.wait(remaining_s if is_pressed else self._LOOK_S)
+                    call.check()
+                    self._wake_other(ticket)
+            finally:
+                self._passed_on.remove(ticket)
+                self._take(0)
+                self._went_on_s = time.monotonic()
+                self._wake_first()
 
     def hold(self, size_bytes: int) -> None:
         """Take bytes until they are released, at once or not at all.
@@ -130,7 +168,7 @@ class Admission:
         with self._lock:
             return Load(
                 running_count=self._calls_count - self._free_places,
-                waiting_count=len(self._line),
+                waiting_count=len(self._line) + len(self._passed_on),
                 used_bytes=self._beside_held_bytes - self._free_bytes,
                 held_bytes=self._held_bytes,
             )
@@ -147,7 +185,11 @@ class Admission:
         if missing_bytes > 0:
             self._make_room(missing_bytes, call)
         ticket = _Ticket(footprint_bytes, threading.Condition(self._lock))
-        call.on_cancel(lambda: self._wake(ticket))
+
+        def wake() -> None:
+            self._wake(ticket)
+
+        call.on_cancel(wake)
         with self._lock:
             self._check_room_beside_held(footprint_bytes)
             self._line.append(ticket)
@@ -157,10 +199,12 @@ class Admission:
                 while not self._may_start(ticket):
                     ticket.changed.wait(_wait_s(call))
                     call.check()
+                    self._wake_other(ticket)
                 self._take(footprint_bytes)
             finally:
                 self._line.remove(ticket)
                 self._wake_first()
+                call.forget(wake)  # a call of many slices may wait for each of them
 
     def _check_room_beside_held(self, footprint_bytes: int) -> None:
         if footprint_bytes > self._beside_held_bytes:
@@ -179,7 +223,22 @@ class Admission:
             )
 
     def _may_start(self, ticket: _Ticket) -> bool:
-        return self._line[0] is ticket and self._has_room(ticket.footprint_bytes)
+        return self._next_ticket() is ticket
+
+    def _next_ticket(self) -> _Ticket | None:
+        """Return whose turn it is to have a place; None if nobody can have one."""
+        if self._free_places <= 0:
+            return None
+        starts = self._line[0] if self._line else None
+        if starts is not None and not self._has_room(starts.footprint_bytes):
+            starts = None
+        if not self._passed_on or (starts is not None and not self._is_time_to_go_on()):
+            return starts
+        return self._passed_on[0]
+
+    def _is_time_to_go_on(self) -> bool:
+        """Return whether calls that go on, each for a turn, have had less than half of the places lately."""
+        return time.monotonic() >= self._went_on_s + 2 * TURN_S / self._calls_count
 
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
@@ -189,9 +248,15 @@ class Admission:
         self._free_bytes -= footprint_bytes
 
     def _wake_first(self) -> None:
-        """Let the first in line see whether it may start: to wake all who wait would take long, where they are many."""
-        if self._line:
-            self._line[0].changed.notify()
+        """Let the next see that it may start: to wake all who wait would take long, where they are many."""
+        ticket = self._next_ticket()
+        if ticket is not None:
+            ticket.changed.notify()
+
+    def _wake_other(self, ticket: _Ticket) -> None:
+        """Let the next see that it may start, if that is another by now: whose turn it is depends on the time."""
+        if not self._may_start(ticket):
+            self._wake_first()
 
     def _wake(self, ticket: _Ticket) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd_server.ledger import Ledger
@@ -59,6 +60,11 @@ class Call:
                 self._callbacks.append(callback)
                 return
         callback()
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Have a callback not be called that `on_cancel` was given, unless it has been."""
+        with self._lock, suppress(ValueError):
+            self._callbacks.remove(callback)
 
     def remaining_s(self) -> float | None:
         """Return the seconds until the deadline, 0 once it has passed; None if there is none."""

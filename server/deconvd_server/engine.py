@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from typing import Final
 
 import numpy as np
 
 from deconvd.copying import copy_into
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import DeadlineError, InvalidArgumentError
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -22,12 +23,20 @@ from deconvd_server.device import (
     DeviceTensor,
     LentMemory,
     Operand,
+    TakesTurns,
     Tensor,
 )
 from deconvd_server.device.arriving import Arriving, LateError, wait_for_all
 from deconvd_server.device.no_products import result_without_products
 
 __all__ = ["Engine", "Engines"]
+
+_SURELY: Final = 4
+"""How many times as long as a call may take it must take at least, for it to be refused.
+
+That is at the best rate that the device reaches, which no problem comes near. What could just about end in time is
+tried.
+"""
 
 
 class Engine:
@@ -55,6 +64,9 @@ class Engine:
             waiting_count,
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
         )
+        self._turns = device if isinstance(device, TakesTurns) else None
+        if self._turns is not None:
+            self._turns.pass_on = self._admission.pass_on
 
     def run(
         self,
@@ -71,8 +83,10 @@ class Engine:
             operands: By the names of their fields: those that the results need, and perhaps others.
             places: By the names of their fields: at least one. Their shapes and element types are the problem's.
 
-        Raises as `Admission.admitted` and `Device.run` do.
+        Raises as `check_time`, `Admission.admitted` and `Device.run` do.
         """
+        if self._turns is not None and problem.has_products:
+            self.check_time(problem, places, call)
         tensors = {f: o for f, o in operands.items() if not isinstance(o, Arriving)}
         present_bytes = _resident_bytes(*tensors.values(), *places.values())
         footprint_bytes = self._device.footprint_bytes(operation, problem, places, present_bytes)
@@ -89,6 +103,23 @@ class Engine:
             else:
                 self._run_without_products(problem, tensors, places, call)
 
+    def check_time(self, problem: Problem, results: Collection[str], call: Call) -> None:
+        """Return if a call may end in time, as far as is known.
+
+        Args:
+            results: The names of those that are to be computed.
+
+        Raises:
+            DeadlineError: It would take several times as long as it has, if it were alone.
+        """
+        least_s = 0.0 if self._turns is None else self._turns.least_s(problem, results)
+        remaining_s = call.remaining_s() if least_s else None
+        if remaining_s is not None and least_s > _SURELY * remaining_s:
+            raise DeadlineError(
+                f"the call would take more than {least_s:.3g} s, as x {problem.x} and W {problem.W} are, and its "
+                f"deadline is in {remaining_s:.3g} s"
+            )
+
     def _run_without_products(
         self,
         problem: Problem,
@@ -100,7 +131,7 @@ class Engine:
             return operand if isinstance(operand, np.ndarray) else self._device.read(operand, call)
 
         for field, place in places.items():
-            result = result_without_products(problem, field, operands, fetch)
+            result = result_without_products(problem, field, operands, fetch, call.check)
             if isinstance(place, np.ndarray):
                 copy_into(place, result)
             else:

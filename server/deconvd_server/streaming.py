@@ -69,6 +69,8 @@ class Streams:
             sliced.check_slice(self._max_message_bytes)
             with self._admission.admitted(_footprint_bytes(sliced, missing), call):
                 engine = exchange.choose_engine()
+                if parsed.problem.has_products:
+                    engine.check_time(parsed.problem, parsed.results, call)
                 kept = exchange.make_kept(parsed.results, engine)
                 operands = Arrivals(exchange, reader, engine, call)
                 if missing:
