@@ -71,7 +71,7 @@ class Admission:
         self._waiting_count = waiting_count
         self._line: deque[_Ticket] = deque()
         self._passed_on: deque[_Ticket] = deque()  # have their bytes, and wait for a place
-        self._went_on_s = 0.0  # when the last of those did, on the monotonic clock
+        self._turned_s = 0.0  # when the last turn of those began or ended, on the monotonic clock
         self._lock = threading.Lock()
 
     def admitted(self, footprint_bytes: int, call: Call) -> AbstractContextManager[None]:
@@ -122,6 +122,7 @@ class Admission:
             ticket = _Ticket(0, threading.Condition(self._lock))
             self._passed_on.append(ticket)
             self._free_places += 1
+            self._turned_s = time.monotonic()
             self._wake_first()
             try:
                 while not self._may_start(ticket):
@@ -133,7 +134,7 @@ class Admission:
             finally:
                 self._passed_on.remove(ticket)
                 self._take(0)
-                self._went_on_s = time.monotonic()
+                self._turned_s = time.monotonic()
                 self._wake_first()
 
     def hold(self, size_bytes: int) -> None:
@@ -237,8 +238,8 @@ class Admission:
         return self._passed_on[0]
 
     def _is_time_to_go_on(self) -> bool:
-        """Return whether calls that go on, each for a turn, have had less than half of the places lately."""
-        return time.monotonic() >= self._went_on_s + 2 * TURN_S / self._calls_count
+        """Return whether a turn may begin while others wait to start: turns so far apart take half of the places."""
+        return time.monotonic() >= self._turned_s + TURN_S / self._calls_count
 
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
