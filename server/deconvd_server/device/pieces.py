@@ -1,37 +1,37 @@
-"""Arrays of any size in pieces that take one step each."""
+"""Tensors of devices in pieces that the host's memory has room for."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
-import numpy as np
+from deconvd.parts import slices
+from deconvd.problem import TensorSpec
+from deconvd_server.device.tensor import DeviceTensor
 
-from deconvd.tensor import Array
+__all__ = ["piece_bytes", "pieces"]
 
-__all__ = ["PIECE_ELEMENTS", "copied", "pieces"]
-
-PIECE_ELEMENTS: Final = 1 << 22
-"""What is copied or cast in some milliseconds."""
+_PIECE_BYTES: Final = 16 << 20
+"""What is held of a tensor in host memory while it arrives or leaves, unless one sample has more."""
 
 
-def pieces(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Yield the indices of pieces that cover an array of a shape: cut along its longest axis, if it is large."""
-    count = math.prod(shape)
-    if count <= PIECE_ELEMENTS:
-        yield ()
+def piece_bytes(spec: TensorSpec) -> int:
+    """Return what the largest of a tensor's `pieces` takes."""
+    if not spec.shape or not spec.shape[0]:
+        return spec.nbytes
+    return min(_piece_samples_count(spec), spec.shape[0]) * (spec.nbytes // spec.shape[0])
+
+
+def pieces(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
+    """Yield the tensor in pieces that are small enough to be held in host memory, if that can be."""
+    if not tensor.spec.shape:
+        yield tensor
         return
-    axis = int(np.argmax(shape))
-    before = (slice(None),) * axis
-    step = max(shape[axis] * PIECE_ELEMENTS // count, 1)
-    for start in range(0, shape[axis], step):
-        yield *before, slice(start, min(start + step, shape[axis]))
+    for part in slices(tensor.spec.shape[0], _piece_samples_count(tensor.spec)):
+        yield tensor.samples(part.start, part.stop)
 
 
-def copied(target: Array, source: Array | int) -> Iterator[None]:
-    """Copy an array, or a number, into another array whose shape it can take, a piece at a time."""
-    whole = np.broadcast_to(source, target.shape)
-    for piece in pieces(target.shape):
-        target[piece] = whole[piece]
-        yield
+def _piece_samples_count(spec: TensorSpec) -> int:
+    """Return how many samples of a tensor have about _PIECE_BYTES together: at least one."""
+    sample_bytes = spec.nbytes // max(spec.shape[0], 1)
+    return max(_PIECE_BYTES // max(sample_bytes, 1), 1)

@@ -17,10 +17,10 @@ import numpy as np
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
+from deconvd_server.device.array_pieces import PIECE_ELEMENTS, copied
 from deconvd_server.device.cpu.blocking import Blocking, ImageBlock
 from deconvd_server.device.cpu.columns import Links, pixels_linked, taps_linked
 from deconvd_server.device.cpu.team import Steps
-from deconvd_server.device.pieces import PIECE_ELEMENTS, copied
 
 __all__ = ["Products"]
 
@@ -53,8 +53,10 @@ class Products:
         if x is not None:
             self._x = _by_group(problem, x)
         if W is not None:
-            is_small = W.size <= PIECE_ELEMENTS  # if not, it is cast block by block
-            self._W = _filter_by_group(problem, W.astype(self._type, copy=False) if is_small else W)
+            if W.size <= PIECE_ELEMENTS:  # if not, it is cast block by block
+                # aligned, which messages need not have it: else each product would copy what it takes of it
+                W = np.require(W.astype(self._type, copy=False), requirements="A")
+            self._W = _filter_by_group(problem, W)
         self._b = None if b is None else b.reshape(problem.groups, -1, 1, 1)
         if gy is not None:
             self._gy = _by_group(problem, gy)
