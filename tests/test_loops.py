@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -53,10 +55,10 @@ def described(*shape: int) -> pb.Tensor:
     return pb.Tensor(element_type=FLOAT32, shape=shape)
 
 
-def forward_header(*, channels: int = 0, session: bytes = b"") -> pb.DeconvolveStreamHeader:
+def forward_header(*, channels: int = 0) -> pb.DeconvolveStreamHeader:
     """Ask for as many slices as there can be, of x without elements and y with so many channels."""
     x, W = described(MAX_EXTENT, 0, 1, 1), described(0, channels, 1, 1)
-    request = pb.DeconvolveRequest(x=x, w=W, session=session)
+    request = pb.DeconvolveRequest(x=x, w=W)
     return pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
 
 
@@ -71,15 +73,21 @@ def gradients_header() -> pb.DeconvolveGradStreamHeader:
     return pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=1)
 
 
-def session_of(stub: pb_grpc.DeconvolutionServiceStub) -> tuple[grpc.Call, bytes]:
-    """Open a session; return the call that holds it, and its name."""
-    call = stub.HoldSession(_held_open(), timeout=TIMEOUT_S)
-    return call, next(call).session
+@contextmanager
+def session(stub: pb_grpc.DeconvolutionServiceStub) -> Iterator[bytes]:
+    """Hold a session for the block; give its name."""
+    is_over = threading.Event()
 
+    def signs() -> Iterator[pb.HoldSessionRequest]:
+        yield pb.HoldSessionRequest()
+        is_over.wait()
 
-def _held_open() -> Iterator[pb.HoldSessionRequest]:
-    yield pb.HoldSessionRequest()
-    time.sleep(TIMEOUT_S)
+    call = stub.HoldSession(signs())
+    try:
+        yield next(call).session
+    finally:
+        is_over.set()
+        call.cancel()
 
 
 class TestEmptySlices:
@@ -145,35 +153,34 @@ class TestEndlessSlices:
     ) -> None:
         # gx of nothing from gy that is there: 30 million slices, of which nothing is sent
         n = 30_000_000
-        session_call, session = session_of(stub)
-        header = pb.PutTensorHeader(session=session, tensor=described(n, 1, 1, 1))
-        chunk = pb.PutTensorRequest(chunk=bytes(n * 4 // 40))
-        kept = stub.PutTensor(iter([pb.PutTensorRequest(header=header), *[chunk] * 40]))
-        gy = described(n, 1, 1, 1)
-        gy.resident.CopyFrom(kept.resident)
-        request = pb.DeconvolveGradRequest(
-            x=described(n, 0, 1, 1),
-            w=described(0, 1, 1, 1),
-            gy=gy,
-            wanted=pb.GradientMask(gx=True),
-            session=session,
-        )
-        part = pb.DeconvolveGradStreamRequest(
-            header=pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=1)
-        )
+        with session(stub) as name:
+            header = pb.PutTensorHeader(session=name, tensor=described(n, 1, 1, 1))
+            chunk = pb.PutTensorRequest(chunk=bytes(n * 4 // 40))
+            kept = stub.PutTensor(iter([pb.PutTensorRequest(header=header), *[chunk] * 40]))
+            gy = described(n, 1, 1, 1)
+            gy.resident.CopyFrom(kept.resident)
+            request = pb.DeconvolveGradRequest(
+                x=described(n, 0, 1, 1),
+                w=described(0, 1, 1, 1),
+                gy=gy,
+                wanted=pb.GradientMask(gx=True),
+                session=name,
+            )
+            part = pb.DeconvolveGradStreamRequest(
+                header=pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=1)
+            )
 
-        call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S)
-        assert next(call).header.gx.shape[0] == n
-        call.cancel()
-        wait_until(lambda: is_at_rest(server.process.pid))
-        call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S * 6)
-        assert next(call).header.gx.shape[0] == n
-        begin_s = time.monotonic()
-        server.end(signal.SIGTERM)
+            call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S)
+            assert next(call).header.gx.shape[0] == n
+            call.cancel()
+            wait_until(lambda: is_at_rest(server.process.pid))
+            call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S * 6)
+            assert next(call).header.gx.shape[0] == n
+            begin_s = time.monotonic()
+            server.end(signal.SIGTERM)
 
-        assert time.monotonic() - begin_s < 5
-        call.cancel()
-        session_call.cancel()
+            assert time.monotonic() - begin_s < 5
+            call.cancel()
 
 
 class TestManyChunks:
@@ -184,19 +191,17 @@ class TestManyChunks:
         self, stub: pb_grpc.DeconvolutionServiceStub
     ) -> Iterator[tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest]]:
         """The header of a call whose W is given by digest, and the chunk of W; x has a byte for each early chunk."""
-        session_call, session = session_of(stub)
         W = np.ones((1, 1, 1, 1), np.float32)
         w = described(*W.shape)
         w.digest.CopyFrom(digest_of(W))
-        request = pb.DeconvolveRequest(
-            x=described(1, 1, 1, EARLY_CHUNKS_COUNT // 4), w=w, session=session
-        )
-        header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
-        yield (
-            pb.DeconvolveStreamRequest(header=header),
-            pb.DeconvolveStreamRequest(missing_chunk=W.tobytes()),
-        )
-        session_call.cancel()
+        x = described(1, 1, 1, EARLY_CHUNKS_COUNT // 4)
+        with session(stub) as name:
+            request = pb.DeconvolveRequest(x=x, w=w, session=name)
+            header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+            yield (
+                pb.DeconvolveStreamRequest(header=header),
+                pb.DeconvolveStreamRequest(missing_chunk=W.tobytes()),
+            )
 
     def test_early_chunks_of_one_byte_are_taken_in_linear_time(
         self,
