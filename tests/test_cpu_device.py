@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients
@@ -131,6 +131,28 @@ def assert_agrees(given: Array, wanted: Array, compute_type: DType) -> None:
 @settings(max_examples=150, deadline=None)
 @given(o=operands())
 def test_results_agree_with_the_definition(device: CpuDevice, o: Operands) -> None:
+    for result, wanted in zip(results_of(device, o), defined(o), strict=True):
+        assert_agrees(result, wanted, o.problem.compute_type)
+
+
+LARGE_KERNELS = {
+    "of one pixel": problem_of((2, 4, 1, 1), (4, 3, 13, 17), Geometry(groups=2)),
+    "dilated": problem_of((1, 2, 2, 3), (2, 3, 14, 15), Geometry(dilate=(2, 3), stride=(3, 2))),
+    "of which few taps reach a pixel": problem_of(
+        (3, 2, 2, 2), (2, 2, 41, 40), Geometry(pad=(18, 19), stride=(7, 5))
+    ),
+    "on one axis": problem_of((1, 2, 9, 1), (2, 2, 3, 60), Geometry(pad=(1, 20))),
+    "whose rows are cut": problem_of((1, 1, 1, 256), (1, 1, 1, 1100), Geometry(pad=(0, 500))),
+    "of halves": problem_of((1, 2, 3, 2), (2, 2, 20, 21), types=(BFLOAT16, BFLOAT16)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_KERNELS)
+def test_results_of_kernels_larger_than_the_image_agree_with_the_definition(
+    device: CpuDevice, name: str
+) -> None:
+    o = drawn(LARGE_KERNELS[name])
+
     for result, wanted in zip(results_of(device, o), defined(o), strict=True):
         assert_agrees(result, wanted, o.problem.compute_type)
 
