@@ -17,6 +17,7 @@ __all__ = [
     "Peak",
     "exit_code",
     "held_by",
+    "is_at_rest",
     "lent_bytes",
     "memory_bytes",
     "peak_memory_bytes",
@@ -26,6 +27,7 @@ __all__ = [
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SAMPLE_S = 0.02
+_REST_S = 0.4
 _TIMEOUT_S = 30.0
 _CHILD_S = 60
 """More than a forked child takes for its work; one that hangs is killed then."""
@@ -53,6 +55,19 @@ def memory_bytes(pid: int) -> int:
     """Return what a process holds of the host's memory, memory that it shares included."""
     resident_pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     return int(resident_pages) * _PAGE_BYTES
+
+
+def is_at_rest(pid: int) -> bool:
+    """Return whether a process does next to nothing for a moment."""
+    before_s = _processor_s(pid)
+    time.sleep(_REST_S)
+    return _processor_s(pid) - before_s < _REST_S / 4
+
+
+def _processor_s(pid: int) -> float:
+    """Return what a process has used of processors."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def lent_bytes(pid: int) -> int:

@@ -13,6 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError, UnavailableError
 from deconvd_server.admission import Admission, Load
 from deconvd_server.call import Call
+from deconvd_server.device import TURN_S
+from tests.processes import wait_until
 
 TIMEOUT_S = 30
 IDLE = Load(running_count=0, waiting_count=0, used_bytes=0)
@@ -464,3 +466,102 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 TestAdmissionMachine = AdmissionMachine.TestCase
 TestAdmissionMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+class TestPassingOn:
+    """A call that takes long lets others have its place, and goes on with its bytes."""
+
+    def test_a_call_keeps_its_place_if_nobody_waits(self) -> None:
+        admission, call = Admission(1, 100, 1), Call()
+
+        with admission.admitted(60, call):
+            admission.pass_on(call)
+            assert admission.load == Load(running_count=1, waiting_count=0, used_bytes=60)
+
+        assert admission.load == IDLE
+
+    def test_one_that_waits_has_the_place_until_it_leaves(self) -> None:
+        admission, call = Admission(1, 100, 9), Call()
+        with ThreadPoolExecutor(1) as threads, admission.admitted(60, call):
+            small = waiting(admission, 40)
+            passing = threads.submit(admission.pass_on, call)
+            small.start()
+            assert admission.load.used_bytes == 100
+            assert not passing.done()
+            small.end()
+            passing.result(TIMEOUT_S)
+            assert admission.load == Load(running_count=1, waiting_count=0, used_bytes=60)
+
+        assert admission.load == IDLE
+
+    def test_one_that_lacks_bytes_does_not_have_the_place(self) -> None:
+        admission, call = Admission(1, 100, 9), Call()
+
+        with admission.admitted(60, call):
+            large = waiting(admission, 41)
+            admission.pass_on(call)
+            assert not large.has_started()
+        large.start()
+        large.end()
+
+        assert admission.load == IDLE
+
+    @pytest.mark.parametrize("places_count", [1, 3])
+    def test_calls_that_take_long_and_calls_that_come_do_not_keep_each_other_waiting(
+        self, places_count: int
+    ) -> None:
+        admission, is_over = Admission(places_count, 1000, 1000), threading.Event()
+        turns_count, ends_count = [0] * 6, [0] * 6
+
+        def take_long(number: int) -> None:
+            call = Call()
+            with admission.admitted(1, call):
+                while not is_over.is_set():
+                    is_over.wait(TURN_S / 10)
+                    turns_count[number] += 1
+                    admission.pass_on(call)
+
+        def come_again(number: int) -> None:
+            while not is_over.is_set():
+                with admission.admitted(1, Call()):
+                    is_over.wait(TURN_S / 100)
+                ends_count[number] += 1
+
+        with ThreadPoolExecutor(12) as threads:
+            futures = [threads.submit(take_long, i) for i in range(6)]
+            futures += [threads.submit(come_again, i) for i in range(6)]
+            wait_until(lambda: min(turns_count) > 2 and min(ends_count) > 10)
+            is_over.set()
+            for future in futures:
+                future.result()
+
+        assert admission.load == IDLE
+
+    def test_a_call_that_ends_meanwhile_gives_back_what_it_has(self) -> None:
+        admission = Admission(1, 100, 9)
+        for call, error in (
+            (Call(), CallCancelledError),
+            (Call(timeout_s=0.2), DeadlineError),
+        ):
+            admission.enter(60, call)
+            small = waiting(admission, 40)
+            if error is CallCancelledError:
+                threading.Timer(0.1, call.cancel).start()
+            with pytest.raises(error):
+                admission.pass_on(call)
+            admission.leave(60)
+            small.end()
+            assert admission.load == IDLE
+
+    def test_a_call_of_many_slices_leaves_nothing_behind_where_it_waited(self) -> None:
+        admission, call = Admission(1, 100, 9), Call()
+        for _ in range(3):
+            first = started(admission)
+            with ThreadPoolExecutor(1) as threads:
+                entered = threads.submit(admission.enter, 1, call)
+                wait_until(lambda: admission.load.waiting_count == 1)
+                first.end()
+                entered.result(TIMEOUT_S)
+            admission.leave(1)
+
+        assert call._callbacks == []

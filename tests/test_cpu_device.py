@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients
@@ -26,8 +26,9 @@ from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cpu import device as cpu_device
-from deconvd_server.device.cpu.blocking import useful_threads_count
+from deconvd_server.device.cpu.blocking import is_small
 from deconvd_server.device.cpu.products import Products
+from deconvd_server.device.cpu.team import Steps
 from tests import definition
 from tests.devices import Wanted, deconvolve, gradients, runner
 from tests.strategies import FLOAT64, Operands, operands
@@ -46,7 +47,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
     """
     device = CpuDevice(request.param)
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(cpu_device, "useful_threads_count", lambda _, threads_count: threads_count)
+        patches.setattr(cpu_device, "is_small", lambda _: False)
         yield device
     device.close()
 
@@ -130,6 +131,28 @@ def assert_agrees(given: Array, wanted: Array, compute_type: DType) -> None:
 @settings(max_examples=150, deadline=None)
 @given(o=operands())
 def test_results_agree_with_the_definition(device: CpuDevice, o: Operands) -> None:
+    for result, wanted in zip(results_of(device, o), defined(o), strict=True):
+        assert_agrees(result, wanted, o.problem.compute_type)
+
+
+LARGE_KERNELS = {
+    "of one pixel": problem_of((2, 4, 1, 1), (4, 3, 13, 17), Geometry(groups=2)),
+    "dilated": problem_of((1, 2, 2, 3), (2, 3, 14, 15), Geometry(dilate=(2, 3), stride=(3, 2))),
+    "of which few taps reach a pixel": problem_of(
+        (3, 2, 2, 2), (2, 2, 41, 40), Geometry(pad=(18, 19), stride=(7, 5))
+    ),
+    "on one axis": problem_of((1, 2, 9, 1), (2, 2, 3, 60), Geometry(pad=(1, 20))),
+    "whose rows are cut": problem_of((1, 1, 1, 256), (1, 1, 1, 1100), Geometry(pad=(0, 500))),
+    "of halves": problem_of((1, 2, 3, 2), (2, 2, 20, 21), types=(BFLOAT16, BFLOAT16)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_KERNELS)
+def test_results_of_kernels_larger_than_the_image_agree_with_the_definition(
+    device: CpuDevice, name: str
+) -> None:
+    o = drawn(LARGE_KERNELS[name])
+
     for result, wanted in zip(results_of(device, o), defined(o), strict=True):
         assert_agrees(result, wanted, o.problem.compute_type)
 
@@ -505,15 +528,15 @@ def test_small_calls_are_computed_by_the_thread_that_makes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads: set[int] = set()
-    run = Products.add_to_y
+    set_y = Products.set_y
 
-    def noted(products: Products, *task: Any) -> None:
+    def noted(products: Products, *task: Any) -> Steps:
         threads.add(threading.get_ident())
         time.sleep(0.01)  # so that helpers had the time to take a task
-        run(products, *task)
+        yield from set_y(products, *task)
 
-    monkeypatch.setattr(Products, "add_to_y", noted)
-    monkeypatch.setattr(cpu_device, "useful_threads_count", useful_threads_count)
+    monkeypatch.setattr(Products, "set_y", noted)
+    monkeypatch.setattr(cpu_device, "is_small", is_small)
     device = CpuDevice(3)
     for image, is_alone in ((8, True), (100, False)):
         x, W = np.ones((1, 4, image, image), np.float32), np.ones((4, 8, 3, 3), np.float32)

@@ -1,16 +1,31 @@
-"""The team: tasks are done once each, by the caller and its helpers, and an error stops the rest."""
+"""The team: tasks are done once each, by the caller and its helpers in turns, and an error stops the rest."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from deconvd_server.device.cpu.team import Team
+from deconvd_server.device import TURN_S
+from deconvd_server.device.cpu.team import Steps, Team
 
 TIMEOUT_S = 30
+SLICE_S = 0.02
+
+
+def in_one_step(task: Callable[[Any], object], argument: Any) -> Steps:
+    task(argument)
+    yield
+
+
+def do_all(team: Team, task: Callable[[int], object], numbers: Iterable[int]) -> None:
+    """Have a team call a function with each of some numbers."""
+    numbers = list(numbers)
+    team.run((in_one_step(task, number) for number in numbers), len(numbers))
 
 
 @pytest.fixture
@@ -24,14 +39,12 @@ def pair() -> Iterator[Team]:
 @pytest.mark.parametrize("threads_count", [1, 2, 5])
 @pytest.mark.parametrize("tasks_count", [0, 1, 2, 100])
 def test_every_task_is_done_once(threads_count: int, tasks_count: int) -> None:
-    team, done = Team(threads_count), list[tuple[int, str]]()
+    team, done = Team(threads_count), list[int]()
 
-    team.run(
-        lambda number, word: done.append((number, word)), [(i, "w") for i in range(tasks_count)]
-    )
+    do_all(team, done.append, range(tasks_count))
     team.close()
 
-    assert sorted(done) == [(i, "w") for i in range(tasks_count)]
+    assert sorted(done) == [*range(tasks_count)]
 
 
 def test_tasks_are_shared_with_the_helpers(pair: Team) -> None:
@@ -40,7 +53,7 @@ def test_tasks_are_shared_with_the_helpers(pair: Team) -> None:
     def meet(_: int) -> None:
         meeting.wait(TIMEOUT_S)  # raises unless a second thread comes
 
-    pair.run(meet, [(0,), (1,)])
+    do_all(pair, meet, range(2))
 
     assert not meeting.broken
 
@@ -48,7 +61,7 @@ def test_tasks_are_shared_with_the_helpers(pair: Team) -> None:
 def test_a_team_of_one_works_in_the_callers_thread_alone() -> None:
     team, threads = Team(1), set[threading.Thread]()
 
-    team.run(lambda _: threads.add(threading.current_thread()), [(i,) for i in range(10)])
+    do_all(team, lambda _: threads.add(threading.current_thread()), range(10))
     team.close()
 
     assert threads == {threading.current_thread()}
@@ -62,9 +75,9 @@ def test_a_call_makes_progress_while_the_helpers_are_busy_with_another(pair: Tea
         assert finish.wait(TIMEOUT_S)
 
     with ThreadPoolExecutor(1) as callers:
-        large = callers.submit(pair.run, hold, [(0,), (1,)])
+        large = callers.submit(do_all, pair, hold, range(2))
         both_busy.wait(TIMEOUT_S)
-        pair.run(done.append, [(i,) for i in range(5)])
+        do_all(pair, done.append, range(5))
         assert not large.done()
         finish.set()
         large.result(TIMEOUT_S)
@@ -81,37 +94,30 @@ def test_an_error_is_raised_and_no_further_task_is_begun() -> None:
             raise KeyError(number)
 
     with pytest.raises(KeyError, match="2"):
-        team.run(fail, [(i,) for i in range(100)])
+        do_all(team, fail, range(100))
     team.close()
 
     assert begun == [0, 1, 2]
 
 
-def test_after_an_error_the_helpers_begin_no_further_task_either(pair: Team) -> None:
-    caller, both_begun, dropped = (
-        threading.current_thread(),
-        threading.Barrier(2),
-        threading.Event(),
-    )
+def test_after_an_error_the_helpers_take_no_further_step_either(pair: Team) -> None:
+    both_begun, begun = threading.Barrier(2), list[str]()
 
-    class Argument:
-        """Tells when the team has let go of it."""
-
-        def __del__(self) -> None:
-            dropped.set()
-
-    seen = list[bool]()
-
-    def task(_: object) -> None:
+    def fail(_: None) -> None:
         both_begun.wait(TIMEOUT_S)
-        if threading.current_thread() is caller:
-            raise KeyError
-        seen.append(dropped.wait(5))
+        raise KeyError
 
+    def going_on() -> Steps:
+        both_begun.wait(TIMEOUT_S)
+        time.sleep(0.1)  # the other has failed by now
+        yield
+        begun.append("the next step")
+
+    tasks = [in_one_step(fail, None), going_on(), in_one_step(begun.append, "the third task")]
     with pytest.raises(KeyError):
-        pair.run(task, ((rest,) for rest in ("first", "second", Argument())))
+        pair.run(iter(tasks), len(tasks))
 
-    assert seen == [True]  # the third task was dropped while the helper was at the second
+    assert begun == []
 
 
 def test_an_error_in_a_helper_is_raised_to_the_caller(pair: Team) -> None:
@@ -123,7 +129,7 @@ def test_an_error_in_a_helper_is_raised_to_the_caller(pair: Team) -> None:
             raise ValueError("in a helper")
 
     with pytest.raises(ValueError, match="in a helper"):
-        pair.run(fail_in_helper, [(0,), (1,)])
+        do_all(pair, fail_in_helper, range(2))
 
 
 def test_an_error_is_raised_only_once_the_tasks_under_way_have_ended(pair: Team) -> None:
@@ -139,7 +145,7 @@ def test_an_error_is_raised_only_once_the_tasks_under_way_have_ended(pair: Team)
         ended.append("helper")
 
     with pytest.raises(ValueError, match="failed first"):
-        pair.run(task, [(0,), (1,)])
+        do_all(pair, task, range(2))
 
     assert ended == ["helper"]
 
@@ -149,10 +155,10 @@ def test_a_team_works_on_after_an_error(pair: Team) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        pair.run(fail, [(i,) for i in range(10)])
+        do_all(pair, fail, range(10))
 
     done = list[int]()
-    pair.run(done.append, [(i,) for i in range(10)])
+    do_all(pair, done.append, range(10))
 
     assert sorted(done) == list(range(10))
 
@@ -160,13 +166,86 @@ def test_a_team_works_on_after_an_error(pair: Team) -> None:
 def test_many_callers_each_get_their_own_tasks_done(pair: Team) -> None:
     def call(caller: int) -> list[tuple[int, int]]:
         done = list[tuple[int, int]]()
-        pair.run(lambda number: done.append((caller, number)), [(i,) for i in range(50)])
+        do_all(pair, lambda number: done.append((caller, number)), range(50))
         return sorted(done)
 
     with ThreadPoolExecutor(8) as callers:
         results = list(callers.map(call, range(8)))
 
     assert results == [[(caller, number) for number in range(50)] for caller in range(8)]
+
+
+def test_helpers_work_on_the_tasks_of_all_calls_in_turn(pair: Team) -> None:
+    """A long task does not keep the helper from another call's: each is put back after a slice."""
+    ended, met = threading.Event(), threading.Barrier(2)
+
+    def long() -> Steps:
+        while not ended.is_set():
+            time.sleep(0.001)
+            yield
+
+    with ThreadPoolExecutor(1) as callers:
+        large = callers.submit(pair.run, iter([long(), long(), long()]), 3)
+        try:
+            # two tasks that need two threads at once: its caller's own, and the helper
+            do_all(pair, lambda _: met.wait(TIMEOUT_S), range(2))
+            assert not large.done()
+        finally:
+            ended.set()
+        large.result(TIMEOUT_S)
+
+
+def test_a_call_pauses_after_each_turn_and_no_step_is_begun_meanwhile(pair: Team) -> None:
+    steps, pauses = list[float](), list[tuple[float, int, int]]()
+    begin_s = time.monotonic()
+
+    def task() -> Steps:
+        while len(pauses) < 3:
+            steps.append(time.monotonic())
+            time.sleep(0.001)
+            yield
+
+    def pause() -> None:
+        time.sleep(2 * SLICE_S)  # the helper ends its slice
+        before = len(steps)
+        time.sleep(2 * SLICE_S)
+        pauses.append((time.monotonic() - begin_s, before, len(steps)))
+
+    pair.run(iter([task(), task()]), 2, pause)
+
+    assert all(before == after for _, before, after in pauses)
+    assert [i for i, (at_s, _, _) in enumerate(pauses, 1) if at_s < i * TURN_S] == []
+
+
+def test_a_task_that_is_put_back_is_done_to_its_end(pair: Team) -> None:
+    done = list[int]()
+
+    def task(number: int) -> Steps:
+        for _ in range(5):
+            time.sleep(0.01)
+            yield
+        done.append(number)
+
+    pair.run((task(i) for i in range(4)), 4)
+
+    assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_an_error_of_the_pause_ends_the_call(pair: Team) -> None:
+    def task() -> Steps:
+        while True:
+            time.sleep(0.001)
+            yield
+
+    def pause() -> None:
+        raise ValueError("given up")
+
+    with pytest.raises(ValueError, match="given up"):
+        pair.run(iter([task(), task()]), 2, pause)
+
+    done = list[int]()
+    do_all(pair, done.append, range(3))
+    assert sorted(done) == [0, 1, 2]
 
 
 def test_close_ends_the_helpers() -> None:
@@ -176,7 +255,7 @@ def test_close_ends_the_helpers() -> None:
         meeting.wait(TIMEOUT_S)
         helpers.add(threading.current_thread())
 
-    team.run(note, [(i,) for i in range(3)])
+    do_all(team, note, range(3))
     team.close()
 
     assert len(helpers) == 3

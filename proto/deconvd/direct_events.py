@@ -7,15 +7,15 @@ the service. All numbers are little-endian. What may be said when is written in 
              CALL               method (1 byte), whether it is early (1 byte: 0 or 1), 6 zero bytes, timeout in
                                 microseconds (8 bytes), how many bytes are written (8 bytes), the request's message
              WRITTEN            in an early call: how many bytes are written by now (8 bytes)
-             ELEMENTS           for a method that streams its request: the next elements, as in Tensor.raw
-             MISSING_ELEMENTS   the next elements of what the server found missing
+             ELEMENTS           for a method that streams its request: the next elements, as in Tensor.raw; not empty
+             MISSING_ELEMENTS   the next elements of what the server found missing; not empty
              END                for such a method: the request is whole
 
     server   HELLO              "dcd5", and its own id: once
              ANSWER             a call of a method that streams nothing has ended well: how many bytes the ledger has
                                 (2 bytes), 6 zero bytes, the ledger (ASCII; as in `deconvd.ledger`), the response
              MESSAGE            of another method: the response, or a message of it
-             ELEMENTS           the next elements
+             ELEMENTS           the next elements; not empty
              END                a call of such a method has ended well: the ledger
              FAILED             the call has failed: a google.rpc.Status
 """

@@ -106,7 +106,7 @@ class UnavailableError(DeconvdError, ConnectionError):
 
 
 class DeadlineError(DeconvdError, TimeoutError):
-    """The call took longer than its timeout. Allow more time, or send less."""
+    """The call took longer than its timeout, or surely would. Allow more time, or send less."""
 
     status = "DEADLINE_EXCEEDED"
 

@@ -5,7 +5,6 @@ How parts cross is another's matter: as gRPC's messages (`deconvd.chunks`), or a
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeAlias, TypeVar
@@ -159,7 +158,8 @@ class PartReader(Generic[_PartT]):
         self._empty = empty
         self._peeked: _PartT | None = None
         self._left_bytes = 0  # of the elements that the source is at
-        self._early: deque[Bytes] = deque()
+        self._early = bytearray()  # one for all: many small chunks take what their bytes take
+        self._early_taken_bytes = 0
 
     def header(self) -> _PartT:
         """Return the stream's first message.
@@ -230,20 +230,20 @@ class PartReader(Generic[_PartT]):
 
     def expect_end(self) -> None:
         """Raise InvalidArgumentError if there is more."""
-        if self._left_bytes or self._early or self._source.next() is not None:
+        has_early = self._early_taken_bytes < len(self._early)
+        if self._left_bytes or has_early or self._source.next() is not None:
             raise InvalidArgumentError("a stream must end with its last tensor, and this has more")
 
     def _fill_from_early(self, target: Bytes) -> int:
         """Set bytes from elements that came early, and return how many."""
-        filled = 0
-        while self._early and filled < len(target):
-            elements = self._early.popleft()
-            taken = elements[: len(target) - filled]
-            target[filled : filled + len(taken)] = taken
-            filled += len(taken)
-            if len(taken) < len(elements):
-                self._early.appendleft(elements[len(taken) :])
-        return filled
+        begin = self._early_taken_bytes
+        count = min(len(target), len(self._early) - begin)
+        if count:
+            target[:count] = np.frombuffer(self._early, np.uint8, count, begin)
+            self._early_taken_bytes += count
+        if count and self._early_taken_bytes == len(self._early):
+            self._early, self._early_taken_bytes = bytearray(), 0
+        return count
 
     def _fill(self, name: str, target: Bytes, *, is_missing: bool) -> None:
         """Set bytes from the elements that come."""
@@ -266,13 +266,17 @@ class PartReader(Generic[_PartT]):
                 )
             if not isinstance(part, Ahead) or (part.is_missing and not is_missing):
                 raise InvalidArgumentError("a stream must have nothing but chunks after its header")
+            if not part.size_bytes:
+                raise InvalidArgumentError(
+                    f"a chunk must not be empty, and one with elements of {name} is", argument=name
+                )
             if part.is_missing == is_missing:
                 return part.size_bytes
             self._set_aside(name, part.size_bytes)
 
     def _set_aside(self, name: str, size_bytes: int) -> None:
         """Keep elements that have come before what is missing."""
-        if sum(map(len, self._early)) + size_bytes > EARLY_BYTES:
+        if len(self._early) + size_bytes > EARLY_BYTES:
             raise InvalidArgumentError(
                 f"a stream must have at most {EARLY_BYTES} bytes of chunks before {name}, which is "
                 "missing",
@@ -280,7 +284,7 @@ class PartReader(Generic[_PartT]):
             )
         elements = np.empty(size_bytes, np.uint8)
         self._source.read_into(elements)
-        self._early.append(elements)
+        self._early += elements.data
 
 
 def _bytes_of(array: Array) -> Bytes:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
+from deconvd_server.device import TURN_S
 from deconvd_server.ledger import Stage
 
 __all__ = ["Admission", "Both", "Load"]
@@ -44,6 +45,9 @@ class Load:
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
+    A call that takes long passes its place on after each turn (`pass_on`). While both calls that are to start and
+    calls that are to go on wait, each have half of the time: neither keeps the other waiting.
+
     A call's bytes are taken all at once, since who waits with some of them could wait for itself. Of these, some may
     last until its answer has left. Who reads no answers keeps them for as long as it likes, so these are shared by peer
     (`Call.counted_by`): a call whose peer has its share already waits for the peer's other calls, and keeps nobody else
@@ -65,6 +69,9 @@ class Admission:
         make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
             bytes that it lacks and the call: may `release` some.
     """
+
+    _LOOK_S = 0.5
+    """How often a call that waits to go on looks whether it is still wanted."""
 
     RETRY_AFTER_S = 0.5
     """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
@@ -93,6 +100,8 @@ class Admission:
         self._lasting_bytes: dict[str, int] = {}  # by peer
         self._leaving_bytes = 0
         self._line: deque[_Ticket] = deque()
+        self._passed_on: deque[_Ticket] = deque()  # have their bytes, and wait for a place
+        self._turned_s = 0.0  # when the last turn of those began or ended, on the monotonic clock
         self._lock = threading.Lock()
 
     def admitted(
@@ -120,6 +129,7 @@ class Admission:
         with self._lock:
             if (
                 not self._line
+                and not self._passed_on
                 and self._has_room(footprint_bytes)
                 and (lasting_bytes <= _SMALL_BYTES or self._is_within_share(peer, lasting_bytes))
             ):
@@ -158,6 +168,35 @@ class Admission:
             self._free_bytes += lasting_bytes
             self._wake_first()
 
+    def pass_on(self, call: Call) -> None:
+        """Let a call that waits have the place of one that runs; return once that has a place again.
+
+        It keeps its bytes. If no call waits for a place, nothing happens.
+
+        Raises:
+            CallCancelledError, DeadlineError: The call has ended. It has its place all the same, to be given back.
+        """
+        if not self._line and not self._passed_on:
+            return
+        with self._lock, call.ledger.timing(Stage.QUEUE):
+            ticket = _Ticket(0, 0, 0, call.counted_by, 0.0, threading.Condition(self._lock))
+            self._passed_on.append(ticket)
+            self._free_places += 1
+            self._turned_s = time.monotonic()
+            self._wake_first()
+            try:
+                while not self._may_start(ticket):
+                    remaining_s = call.remaining_s()
+                    is_pressed = remaining_s is not None and remaining_s < self._LOOK_S
+                    ticket.changed.wait(remaining_s if is_pressed else self._LOOK_S)
+                    call.check()
+                    self._wake_first()  # which may be another by now
+            finally:
+                self._passed_on.remove(ticket)
+                self._free_places -= 1
+                self._turned_s = time.monotonic()
+                self._wake_first()
+
     def hold(self, size_bytes: int) -> None:
         """Take bytes until they are released, at once or not at all.
 
@@ -190,7 +229,7 @@ class Admission:
         with self._lock:
             return Load(
                 running_count=self._calls_count - self._free_places,
-                waiting_count=len(self._line),
+                waiting_count=len(self._line) + len(self._passed_on),
                 used_bytes=self._beside_held_bytes - self._free_bytes,
                 held_bytes=self._held_bytes,
             )
@@ -206,7 +245,11 @@ class Admission:
             missing_bytes = ticket.footprint_bytes - self._beside_held_bytes
         if missing_bytes > 0:
             self._make_room(missing_bytes, call)
-        call.on_cancel(lambda: self._wake(ticket))
+
+        def wake() -> None:
+            self._wake(ticket)
+
+        call.on_cancel(wake)
         with self._lock:
             self._check_room_beside_held(ticket.footprint_bytes)
             if self._line or not self._has_room(ticket.footprint_bytes):
@@ -216,6 +259,7 @@ class Admission:
             while not self._starts(ticket, call):
                 pass
         finally:
+            call.forget(wake)  # a call of many slices may wait for each of them
             with self._lock:
                 self._line.remove(ticket)
                 self._wake_first()
@@ -272,7 +316,22 @@ class Admission:
         return None
 
     def _may_start(self, ticket: _Ticket) -> bool:
-        return self._first() is ticket and self._has_room(ticket.footprint_bytes)
+        return self._next() is ticket
+
+    def _next(self) -> _Ticket | None:
+        """Return who may have a place now; None if nobody may."""
+        if self._free_places <= 0:
+            return None
+        starts = self._first() if self._line else None
+        if starts is not None and not self._has_room(starts.footprint_bytes):
+            starts = None
+        if not self._passed_on or (starts is not None and not self._is_time_to_go_on()):
+            return starts
+        return self._passed_on[0]
+
+    def _is_time_to_go_on(self) -> bool:
+        """Return whether a turn may begin while others wait to start: turns so far apart take half of the places."""
+        return time.monotonic() >= self._turned_s + TURN_S / self._calls_count
 
     def _is_within_share(self, peer: str, lasting_bytes: int) -> bool:
         own_bytes = self._lasting_bytes.get(peer, 0)
@@ -289,8 +348,9 @@ class Admission:
 
     def _wake_first(self) -> None:
         """Let who is next see whether it may start: to wake all who wait would take long, where they are many."""
-        if self._line and (first := self._first()) is not None:
-            first.changed.notify()
+        following = self._next()
+        if following is not None:
+            following.changed.notify()
 
     def _wake(self, ticket: _Ticket) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
@@ -90,6 +91,11 @@ class Call:
                 self._callbacks.append(callback)
                 return
         callback()
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Have a callback not be called that `on_cancel` was given, unless it has been."""
+        with self._lock, suppress(ValueError):
+            self._callbacks.remove(callback)
 
     def hold(self) -> None:
         """Have it end only after one more `end`: for a worker, which may outlast what it works for."""

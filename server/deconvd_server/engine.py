@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import DeadlineError, InvalidArgumentError
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
@@ -22,6 +22,7 @@ from deconvd_server.device import (
     DeviceTensor,
     LentMemory,
     Operand,
+    TakesTurns,
     Tensor,
 )
 from deconvd_server.device.arriving import Arriving, LateError, require_all, wait_for_all
@@ -32,6 +33,13 @@ __all__ = ["Engine", "Engines", "Place"]
 
 Place: TypeAlias = Tensor | TensorSpec
 """Where a result is put: a spec stands for a new array in the host's memory, made once its call is admitted."""
+
+_SURELY: Final = 4
+"""How many times as long as a call may take it must take at least, for it to be refused.
+
+That is at the best rate that the device reaches, which no problem comes near. What could just about end in time is
+tried.
+"""
 
 
 class Engine:
@@ -65,6 +73,9 @@ class Engine:
             reserved_count=waiting_count // 4,
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
         )
+        self._turns = device if isinstance(device, TakesTurns) else None
+        if self._turns is not None:
+            self._turns.pass_on = self._admission.pass_on
 
     def run(
         self,
@@ -87,8 +98,10 @@ class Engine:
             sent_bytes: What those results have that are sent in a message: they are copied once more, and counted
                 until the call's end.
 
-        Raises as `Admission.admitted`, `new_result` and `Device.run` do.
+        Raises as `check_time`, `Admission.admitted`, `new_result` and `Device.run` do.
         """
+        if self._turns is not None and problem.has_products:
+            self.check_time(problem, places, call)
         tensors = {f: o for f, o in operands.items() if not isinstance(o, Arriving)}
         present_bytes = _resident_bytes(*tensors.values(), *places.values())
         footprint_bytes = self._device.footprint_bytes(
@@ -120,6 +133,23 @@ class Engine:
             tensors = wait_for_all(operands, call)  # without a turn that others could have
         with admitted:
             return self._compute(operation, problem, tensors, places, options, call)
+
+    def check_time(self, problem: Problem, results: Collection[str], call: Call) -> None:
+        """Return if a call may end in time, as far as is known.
+
+        Args:
+            results: The names of those that are to be computed.
+
+        Raises:
+            DeadlineError: It would take several times as long as it has, if it were alone.
+        """
+        least_s = 0.0 if self._turns is None else self._turns.least_s(problem, results)
+        remaining_s = call.remaining_s() if least_s else None
+        if remaining_s is not None and least_s > _SURELY * remaining_s:
+            raise DeadlineError(
+                f"the call would take more than {least_s:.3g} s, as x {problem.x} and W {problem.W} are, and its "
+                f"deadline is in {remaining_s:.3g} s"
+            )
 
     def _compute(
         self,

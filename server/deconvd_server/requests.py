@@ -163,23 +163,33 @@ class SlicedRequest:
     @cached_property
     def slices_count(self) -> int:
         """How many slices there are."""
-        return -(-self.parsed.problem.n // self.slice_samples_count)
+        return -(-self.parsed.problem.n // self._step)
 
     def slices(self) -> Iterator[tuple[slice, ParsedRequest]]:
         """Yield each slice of samples, and what is asked for of it."""
         n = self.parsed.problem.n
-        for start in range(0, n, self.slice_samples_count):
-            stop = min(start + self.slice_samples_count, n)
+        for start in range(0, n, self._step):
+            stop = min(start + self._step, n)
             yield slice(start, stop), self._first if stop < n else self._last
+
+    @cached_property
+    def _step(self) -> int:
+        """Samples of a slice: all of them if they have no elements, or thirty bytes could ask for 2^31 slices."""
+        parsed = self.parsed
+        names = (*parsed.operation.sliced, *parsed.operation.results)
+        specs = {**parsed.operands, **parsed.results}
+        if any(specs[name].nbytes for name in names if name in specs):
+            return self.slice_samples_count
+        return max(parsed.problem.n, 1)
 
     @cached_property
     def _first(self) -> ParsedRequest:
         """That of the largest slice; that of all samples if there are none."""
-        return self._of_samples(min(self.slice_samples_count, self.parsed.problem.n))
+        return self._of_samples(min(self._step, self.parsed.problem.n))
 
     @cached_property
     def _last(self) -> ParsedRequest:
-        return self._of_samples((self.parsed.problem.n - 1) % self.slice_samples_count + 1)
+        return self._of_samples((self.parsed.problem.n - 1) % self._step + 1)
 
     def _of_samples(self, count: int) -> ParsedRequest:
         whole = self.parsed.problem

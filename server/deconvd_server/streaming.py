@@ -69,6 +69,8 @@ class Streams:
             sliced.check_slice(self._max_message_bytes)
             with self._admission.admitted(_footprint_bytes(sliced, missing), call):
                 engine = exchange.choose_engine()
+                if parsed.problem.has_products:
+                    engine.check_time(parsed.problem, parsed.results, call)
                 kept = exchange.make_kept(parsed.results, engine)
                 operands = Arrivals(exchange, reader, engine, call)
                 if missing:
@@ -109,7 +111,7 @@ class _Slices:
     def results(self) -> Iterator[Elements]:
         """Yield the elements of results, in the stream's order, while those of operands arrive; not of what is kept.
 
-        Raises as `Arrivals` and `Engine.run` do.
+        Raises as `Arrivals`, `Engine.run` and `Call.check` do.
         """
         parsed = self.sliced.parsed
         operation, specs = parsed.operation, parsed.results
@@ -132,6 +134,7 @@ class _Slices:
         constants = {f: self.operands.whole(f) for f in operation.constants if f in given}
         sliced = [field for field in operation.sliced if field in given]
         for part, parsed in self.sliced.slices():
+            self.call.check()  # its client chooses how many there are
             operands = {f: self.operands.samples(f, parsed.operands[f], part) for f in sliced}
             yield self._begin_slice(part, parsed, {**constants, **operands})
         self.operands.expect_end()

@@ -15,7 +15,8 @@ Statuses, for every RPC:
                       lay there.
   RESOURCE_EXHAUSTED  The message, the result or the memory it needs is over a limit (see Limits). Send less.
   UNAVAILABLE         The server is starting, draining or full. Try again; google.rpc.RetryInfo MAY say when.
-  DEADLINE_EXCEEDED   The caller's deadline passed. The server has stopped, or will soon stop, the work.
+  DEADLINE_EXCEEDED   The caller's deadline passed. The server has stopped, or will soon stop, the work. Or the work would
+                      surely take longer, and was not begun: the message has an estimate.
   CANCELLED           The caller went away, likewise.
   INTERNAL            A fault of the server, written to its log.
 

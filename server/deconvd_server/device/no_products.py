@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -12,6 +12,7 @@ from deconvd.operation import spec_of_field
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
+from deconvd_server.device.array_pieces import piece_indices
 from deconvd_server.device.pieces import piece_bytes, pieces
 from deconvd_server.device.protocol import Device
 from deconvd_server.device.tensor import Tensor
@@ -38,7 +39,8 @@ def run_without_products(
     for field, place in places.items():
         if field == "gb" and problem.y.nbytes:
             gb = place if isinstance(place, np.ndarray) else np.empty(problem.c_O, problem.b.dtype)
-            set_gb(gb, fetch(operands["gy"]))
+            for _ in set_gb(gb, fetch(operands["gy"])):
+                call.check()
             if not isinstance(place, np.ndarray):
                 device.write(place, gb, call)
         elif field == "y" and "b" in operands:
@@ -59,13 +61,18 @@ def bytes_without_products(
     return read + written + ("gb" in results) * (problem.b.nbytes + SUM_BYTES)
 
 
-def set_gb(gb: Array, gy: Array) -> None:
-    """Set gb to sums of gy, of the same element type: a number beyond that type's range is infinite."""
+def set_gb(gb: Array, gy: Array) -> Iterator[None]:
+    """Set gb to sums of gy, of the same element type, step by step: a number beyond that type's range is infinite."""
     # Sums over whole batches lose digits in float32, and a column of gy is soon read.
-    with np.errstate(all="ignore"):
-        for begin in range(0, len(gb), _SUMMED_CHANNELS):
-            channels = slice(begin, begin + _SUMMED_CHANNELS)
-            gb[channels] = gy[:, channels].sum(axis=(0, 2, 3), dtype=np.float64)
+    for begin in range(0, len(gb), _SUMMED_CHANNELS):
+        some = gy[:, begin : begin + _SUMMED_CHANNELS]
+        total = np.zeros(some.shape[1], np.float64)
+        for piece in piece_indices(some.shape):
+            with np.errstate(all="ignore"):
+                total[piece[1:2]] += some[piece].sum(axis=(0, 2, 3), dtype=np.float64)
+            yield
+        with np.errstate(all="ignore"):
+            gb[begin : begin + len(total)] = total
 
 
 def _fill(device: Device, place: Tensor, value: Array, call: Call) -> None:

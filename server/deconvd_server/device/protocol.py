@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from deconvd.cache_state import CacheState
 from deconvd.operation import Operation
@@ -16,9 +16,11 @@ from deconvd_server.device.arriving import Operand
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
 __all__ = [
+    "TURN_S",
     "CacheState",
     "Device",
     "DeviceInfo",
+    "TakesTurns",
 ]
 
 
@@ -147,3 +149,30 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Free what the device holds. No call may be running, and none may follow."""
+
+
+TURN_S: Final = 0.1
+"""How long a call computes before it lets another have its place.
+
+That is about as long as a call waits for each other that is before it, and a call of less than this is done at once.
+It is much more than it takes to change over.
+"""
+
+
+@runtime_checkable
+class TakesTurns(Protocol):
+    """A device whose calls take turns: one that computes for long lets others have its place meanwhile.
+
+    Attributes:
+        pass_on: Set by its owner. Called in a call's thread, after each `TURN_S`, while the device does
+            nothing for the call: returns once the call has a place again, and raises as `Call.check` does.
+    """
+
+    pass_on: Callable[[Call], None]
+
+    def least_s(self, problem: Problem, results: Collection[str]) -> float:
+        """Return a bound below the seconds that a call takes, if it is alone; 0 if nothing is known.
+
+        Args:
+            results: The names of those that are computed.
+        """

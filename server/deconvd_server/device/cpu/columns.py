@@ -8,73 +8,128 @@ pixel i to output pixel s i + d k - p.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
+
+from deconvd.dtypes import DType
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.device.cpu.blocking import ImageBlock
 
-__all__ = ["gather", "scatter"]
+__all__ = ["Links", "pixels_linked", "taps_linked"]
+
+_FEW = 4
+"""How many times as many taps as pixels there must be for a loop over the pixels: taps have longer runs of memory."""
+
+_Index = int | slice
+_AxisLink = tuple[_Index, _Index, slice]
+"""A tap and the pixels that it links, or a pixel and the taps that link it; and which output pixels."""
 
 
-def scatter(problem: Problem, image: ImageBlock, taps: slice, columns: Array, y: Array) -> None:
-    """Add columns to the output pixels that they belong to.
+class Links:
+    """Which pixels of a block the taps of a block link to which output pixels.
+
+    Their loops are as long as a block has taps or pixels, whichever are fewer, but for a factor: a client chooses
+    both.
 
     Args:
-        columns: Shape ``(..., taps, h, w)``.
-        y: Shape ``(..., h_O, w_O)``; modified.
+        image: A block of the input image.
+        h_taps, w_taps: Whole rows of the filter, or a part of one.
     """
-    for tap, pixels, target in _links(problem, image, taps):
-        y[..., *target] += columns[..., tap, *pixels]
+
+    __slots__ = ("_h", "_size", "_w")
+
+    def __init__(self, problem: Problem, image: ImageBlock, h_taps: slice, w_taps: slice) -> None:
+        self._size = (h_taps.stop - h_taps.start, w_taps.stop - w_taps.start, *image.size)
+        self._h = [*_axis_links(problem, 0, image.h, h_taps)]
+        self._w = [*_axis_links(problem, 1, image.w, w_taps)] if self._h else []
+
+    def __bool__(self) -> bool:
+        """Whether there are any: else the columns are zeros."""
+        return bool(self._w)
+
+    def scatter(self, columns: Array, y: Array) -> None:
+        """Add columns to the output pixels that they belong to.
+
+        Args:
+            columns: Shape ``(..., channels and taps, pixels)``.
+            y: Shape ``(..., channels, h_O, w_O)``; modified.
+        """
+        by_axis = self._by_axis(columns, y)
+        for h_taps, h_pixels, h_outputs in self._h:
+            for w_taps, w_pixels, w_outputs in self._w:
+                y[..., h_outputs, w_outputs] += by_axis[..., h_taps, h_pixels, w_taps, w_pixels]
+
+    def gather(self, gy: Array, dtype: DType) -> Array:
+        """Return columns with the output pixels that they belong to, and 0 outside the image.
+
+        Args:
+            gy: Shape ``(..., channels, h_O, w_O)``.
+
+        Returns:
+            Shape ``(..., channels and taps, pixels)``.
+        """
+        h, w, *image = self._size
+        columns = np.zeros((*gy.shape[:-3], gy.shape[-3] * h * w, math.prod(image)), dtype)
+        by_axis = self._by_axis(columns, gy)
+        for h_taps, h_pixels, h_outputs in self._h:
+            for w_taps, w_pixels, w_outputs in self._w:
+                by_axis[..., h_taps, h_pixels, w_taps, w_pixels] = gy[..., h_outputs, w_outputs]
+        return columns
+
+    def _by_axis(self, columns: Array, images: Array) -> Array:
+        """View columns as (..., channels, h taps, h, w taps, w)."""
+        return columns.reshape(*images.shape[:-2], *self._size).swapaxes(-3, -2)
 
 
-def gather(problem: Problem, image: ImageBlock, taps: slice, gy: Array, columns: Array) -> None:
-    """Set columns to the output pixels that they belong to, and to 0 outside the image.
+def taps_linked(problem: Problem, axis: int, pixels: slice) -> tuple[int, int]:
+    """Return the first tap that may link any of some inputs to an output, and the one behind the last, on one axis."""
+    geometry = problem.geometry
+    return _span(geometry.dilate[axis], geometry.stride[axis], pixels, problem, axis)
 
-    Args:
-        gy: Shape ``(..., h_O, w_O)``.
-        columns: Shape ``(..., taps, h, w)``; overwritten.
+
+def pixels_linked(problem: Problem, axis: int, taps: slice) -> tuple[int, int]:
+    """Return the first input that any of some taps may link, and the one behind the last: as `taps_linked`."""
+    geometry = problem.geometry
+    return _span(geometry.stride[axis], geometry.dilate[axis], taps, problem, axis)
+
+
+def _span(
+    step: int, other_step: int, others: slice, problem: Problem, axis: int
+) -> tuple[int, int]:
+    p, output = problem.geometry.pad[axis], problem.output[axis]
+    first = -((other_step * (others.stop - 1) - p) // step)
+    last = (output - 1 + p - other_step * others.start) // step
+    return first, last + 1
+
+
+def _axis_links(problem: Problem, axis: int, pixels: slice, taps: slice) -> Iterator[_AxisLink]:
+    """Yield which of some inputs some taps link to which outputs, on one axis.
+
+    Inputs and taps are counted from the first of them.
     """
-    columns.fill(0)
-    for tap, pixels, source in _links(problem, image, taps):
-        columns[..., tap, *pixels] = gy[..., *source]
+    s, d = problem.geometry.stride[axis], problem.geometry.dilate[axis]
+    p, output = problem.geometry.pad[axis], problem.output[axis]
+    if (pixels.stop - pixels.start) * _FEW > taps.stop - taps.start:
+        for tap in range(taps.start, taps.stop):
+            if linked := _linked(s, d * tap - p, pixels, output):
+                yield tap - taps.start, *linked
+    else:
+        for pixel in range(pixels.start, pixels.stop):
+            if linked := _linked(d, s * pixel - p, taps, output):
+                yield linked[0], pixel - pixels.start, linked[1]
 
 
-_Index = tuple[slice, slice]
+def _linked(step: int, offset: int, some: slice, output: int) -> tuple[slice, slice] | None:
+    """Return which i of some have an output pixel ``step i + offset``, and those; None if there are none.
 
-
-def _links(
-    problem: Problem, image: ImageBlock, taps: slice
-) -> Iterator[tuple[int, _Index, _Index]]:
-    """Yield for each tap its place in the block, the pixels of the block that it links, and to which.
-
-    Taps that reach no output pixel are left out.
+    The former are counted from the first of them.
     """
-    w_K = problem.kernel[1]
-    h_links = _AxisLinks(problem, 0, image.h)
-    w_links = _AxisLinks(problem, 1, image.w)
-    for tap in range(taps.start, taps.stop):
-        h, w = h_links.of_tap(tap // w_K), w_links.of_tap(tap % w_K)
-        if h is not None and w is not None:
-            yield tap - taps.start, (h[0], w[0]), (h[1], w[1])
-
-
-class _AxisLinks:
-    """Which input and output pixels of one axis the taps link, for a range of inputs."""
-
-    def __init__(self, problem: Problem, axis: int, inputs: slice) -> None:
-        self._stride = problem.geometry.stride[axis]
-        self._pad = problem.geometry.pad[axis]
-        self._dilate = problem.geometry.dilate[axis]
-        self._output = problem.output[axis]
-        self._start, self._stop = inputs.start, inputs.stop
-
-    def of_tap(self, tap: int) -> tuple[slice, slice] | None:
-        """Return the linked inputs, counted from the range's start, and outputs; None if there are none."""
-        s, offset = self._stride, self._dilate * tap - self._pad
-        first = max(self._start, -(offset // s))  # the least i with s i + offset >= 0
-        last = min(self._stop - 1, (self._output - 1 - offset) // s)
-        if last < first:
-            return None
-        inputs = slice(first - self._start, last - self._start + 1)
-        return inputs, slice(s * first + offset, s * last + offset + 1, s)
+    first = max(some.start, -(offset // step))  # the least i with step i + offset >= 0
+    last = min(some.stop - 1, (output - 1 - offset) // step)
+    if last < first:
+        return None
+    outputs = slice(step * first + offset, step * last + offset + 1, step)
+    return slice(first - some.start, last - some.start + 1), outputs

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
-from typing import TypeVarTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -25,15 +23,17 @@ from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.budgets import budgets
 from deconvd_server.call import Call
+from deconvd_server.device.array_pieces import piece_indices
 from deconvd_server.device.arriving import Operand, require
 from deconvd_server.device.cpu.blocking import (
     Blocking,
-    ranges,
-    useful_threads_count,
+    Ranges,
+    is_small,
     working_elements_count,
 )
+from deconvd_server.device.cpu.pace import Pace
 from deconvd_server.device.cpu.products import Products
-from deconvd_server.device.cpu.team import Team
+from deconvd_server.device.cpu.team import Steps, Team
 from deconvd_server.device.cpu.tensor import DEVICE_ID, HostTensor, array_of, own, plain
 from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products, set_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
@@ -43,10 +43,8 @@ from deconvd_server.machine import memory_bytes, processors_count
 
 __all__ = ["CpuDevice"]
 
-T = TypeVarTuple("T")
-
-_REMEMBERED_COUNT = 4096
-"""Problems whose footprints are remembered."""
+_REMEMBERED_COUNT = 2048
+"""Problems whose footprints and blocks are remembered."""
 
 
 class CpuDevice:
@@ -54,6 +52,9 @@ class CpuDevice:
 
     Two runs give the same bits, whatever the options: tasks share no output and sums have a fixed
     order.
+
+    Attributes:
+        pass_on: See `TakesTurns`.
 
     Args:
         threads_count: Threads that compute for one call; by default, one for each processor that
@@ -65,13 +66,16 @@ class CpuDevice:
         self, threads_count: int | None = None, *, memory_limit_bytes: int | None = None
     ) -> None:
         self._budget_bytes = memory_limit_bytes or budgets().device_bytes
-        self._team = Team(threads_count or processors_count())
+        self.pass_on: Callable[[Call], None] = lambda _: None
+        self._team = Team(threads_count or processors_count(), _ignore_out_of_range)
         # of tensors that were freed, for the next ones: what is too large for the allocator to keep
         self._memory = ArrayMemory(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
         # every call is asked for its footprint, and most have come before
         self._sizes = lru_cache(_REMEMBERED_COUNT)(self._counted)
+        self._blocking = lru_cache(_REMEMBERED_COUNT)(Blocking.of)
         # The threads are ours: BLAS's own would only compete with them for the processors.
         threadpool_limits(1, user_api="blas")
+        self._pace = Pace(self._team.threads_count)
 
     @property
     def info(self) -> DeviceInfo:
@@ -137,6 +141,10 @@ class CpuDevice:
         tasks_count = max(min(threads_count, problem.c_O), 1)  # of each part, at least
         return min(-(-threads_count // tasks_count), problem.n)
 
+    def least_s(self, problem: Problem, results: Collection[str]) -> float:
+        """Return what a call takes at least. See `TakesTurns`."""
+        return self._pace.least_s(problem, results)
+
     def run(
         self,
         operation: Operation,
@@ -147,7 +155,7 @@ class CpuDevice:
         call: Call,
     ) -> None:
         """Compute results into their places. `options` are for GPUs. See `Device`."""
-        set_result = {"y": self._set_y, "gx": self._set_gx, "gw": self._set_gW, "gb": _set_gb}
+        set_result = {"y": self._set_y, "gx": self._set_gx, "gw": self._set_gW, "gb": self._set_gb}
         arrays = {
             field: operand if isinstance(operand, np.ndarray) else array_of(require(operand))
             for field, operand in operands.items()
@@ -161,49 +169,72 @@ class CpuDevice:
                     copy_into(target, result)
 
     def _set_y(self, y: Array, problem: Problem, operands: Mapping[str, Array], call: Call) -> None:
-        y[...] = operands["b"][:, None, None] if "b" in operands else 0
-        blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
-        products = Products(problem, blocking, call, x=operands["x"], W=operands["w"])
-        self._share(
-            lambda *task: products.add_to_y(y, *task),
-            product(blocking.samples, blocking.groups, blocking.channels),
+        blocking = self._blocking(problem, threads_count=self._threads_count(problem))
+        x, W, b = operands["x"], operands["w"], operands.get("b")
+        products = Products(problem, blocking, call, x=x, W=W, b=b)
+        tasks = (
+            products.set_y(y, samples, groups, channels)
+            for samples in blocking.samples
+            for groups in blocking.groups
+            for channels in blocking.channels
         )
+        counts = (len(blocking.samples), len(blocking.groups), len(blocking.channels))
+        self._share(tasks, math.prod(counts), problem, call)
 
     def _set_gx(
         self, gx: Array, problem: Problem, operands: Mapping[str, Array], call: Call
     ) -> None:
-        blocking = Blocking.of(problem, threads_count=self._threads_count(problem))
+        blocking = self._blocking(problem, threads_count=self._threads_count(problem))
         products = Products(problem, blocking, call, W=operands["w"], gy=operands["gy"])
-        self._share(
-            lambda *task: products.set_gx(gx, *task),
-            product(blocking.samples, blocking.groups, blocking.images),
+        tasks = (
+            products.set_gx(gx, samples, groups, image)
+            for samples in blocking.samples
+            for groups in blocking.groups
+            for image in blocking.images()
         )
+        images_count = len(blocking.h_pixels) * len(blocking.w_pixels)
+        tasks_count = len(blocking.samples) * len(blocking.groups) * images_count
+        self._share(tasks, tasks_count, problem, call)
 
     def _set_gW(
         self, gW: Array, problem: Problem, operands: Mapping[str, Array], call: Call
     ) -> None:
         threads_count = self._threads_count(problem)
-        blocking = Blocking.of(problem, threads_count=threads_count, sums_samples=True)
+        blocking = self._blocking(problem, threads_count=threads_count, sums_samples=True)
         # Where channels do not make tasks enough, samples do: each part of them has its own sum.
-        tasks_count = len(blocking.groups) * len(blocking.channels) * len(blocking.taps)
-        parts = _parts(blocking.samples, -(-threads_count // tasks_count))
+        taps_count = len(blocking.h_taps) * len(blocking.w_taps)
+        tasks_count = len(blocking.groups) * len(blocking.channels) * taps_count
+        parts = _parts(len(blocking.samples), -(-threads_count // tasks_count))
         sums = np.zeros((len(parts), *problem.W.shape), problem.compute_type)
         products = Products(problem, blocking, call, x=operands["x"], gy=operands["gy"])
-        self._share(
-            lambda part, *task: products.add_to_gW(sums[part], parts[part], *task),
-            product(range(len(parts)), blocking.groups, blocking.channels, blocking.taps),
+        tasks = (
+            products.add_to_gW(total, part, groups, channels, h_taps, w_taps)
+            for total, part in zip(sums, parts, strict=True)
+            for groups in blocking.groups
+            for channels in blocking.channels
+            for h_taps, w_taps in products.tap_blocks()
         )
-        gW[...] = sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0)
+        self._share(tasks, len(parts) * tasks_count, problem, call)
+        self._share(iter([_add_up(gW, sums, call)]), 1, problem, call)
+
+    def _set_gb(
+        self, gb: Array, problem: Problem, operands: Mapping[str, Array], call: Call
+    ) -> None:
+        self._share(iter([_checked(set_gb(gb, operands["gy"]), call)]), 1, problem, call)
 
     def _threads_count(self, problem: Problem) -> int:
-        return useful_threads_count(problem, self._team.threads_count)
+        return 1 if is_small(problem) else self._team.threads_count
 
-    def _share(self, task: Callable[[*T], None], arguments: Iterable[tuple[*T]]) -> None:
-        def quiet_task(*mine: *T) -> None:
-            with _out_of_range_as_infinite():  # NumPy asks each thread anew
-                task(*mine)
-
-        self._team.run(quiet_task, arguments)
+    def _share(
+        self, tasks: Iterator[Steps], tasks_count: int, problem: Problem, call: Call
+    ) -> None:
+        """Do tasks: here if that is soon done, else in turns with other calls, and with the helpers."""
+        if not is_small(problem):
+            self._team.run(tasks, tasks_count, lambda: self.pass_on(call))
+            return
+        for steps in tasks:
+            for _ in steps:
+                pass
 
     def empty(self, spec: TensorSpec) -> HostTensor:
         """Return a new tensor. See `Device`."""
@@ -252,18 +283,31 @@ def _processor_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _parts(blocks: list[slice], parts_count: int) -> list[list[slice]]:
+def _parts(blocks_count: int, parts_count: int) -> Ranges:
     """Share blocks among so many parts, or fewer."""
-    return [blocks[part] for part in ranges(len(blocks), -(-len(blocks) // parts_count))]
+    return Ranges(blocks_count, -(-blocks_count // parts_count))
 
 
-def _set_gb(gb: Array, _problem: Problem, operands: Mapping[str, Array], _call: Call) -> None:
-    set_gb(gb, operands["gy"])
+def _add_up(gW: Array, sums: Array, call: Call) -> Steps:
+    """Set gW to the total of some sums."""
+    for piece in piece_indices(gW.shape):
+        call.check()
+        some = sums[:, *piece]
+        gW[piece] = some[0] if len(some) == 1 else np.add.reduce(some, axis=0)
+        yield
 
 
-def _out_of_range_as_infinite() -> np.errstate:
-    """Take a number beyond an element type's range for the result it is, and not for a fault to warn of."""
-    return np.errstate(all="ignore")
+def _checked(steps: Steps, call: Call) -> Steps:
+    """Look at a call before each step."""
+    call.check()
+    for _ in steps:
+        yield
+        call.check()
+
+
+def _ignore_out_of_range() -> None:
+    """Have this thread take a number beyond an element type's range for the result it is, not for a fault."""
+    np.seterr(all="ignore")
 
 
 @contextmanager
@@ -271,7 +315,7 @@ def _computing(problem: Problem, call: Call) -> Iterator[None]:
     """Note how long a block takes to compute a problem. Raises ExhaustedError if it runs out of memory."""
     begin_s = time.perf_counter()
     try:
-        with _out_of_range_as_infinite():
+        with np.errstate(all="ignore"):  # see _ignore_out_of_range
             yield
     except MemoryError:
         raise ExhaustedError(

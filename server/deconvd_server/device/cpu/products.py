@@ -10,15 +10,17 @@ Products are taken and summed in the problem's compute type and rounded once, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from deconvd.problem import Problem
 from deconvd.tensor import Array
 from deconvd_server.call import Call
+from deconvd_server.device.array_pieces import PIECE_ELEMENTS, copied
 from deconvd_server.device.cpu.blocking import Blocking, ImageBlock
-from deconvd_server.device.cpu.columns import gather, scatter
+from deconvd_server.device.cpu.columns import Links, pixels_linked, taps_linked
+from deconvd_server.device.cpu.team import Steps
 
 __all__ = ["Products"]
 
@@ -26,11 +28,11 @@ __all__ = ["Products"]
 class Products:
     """A problem's operands, split by group and ready for products.
 
-    Each method is one task, to be run in any order and thread; it looks at the call before each
-    block and raises as `Call.check` does.
+    Each method returns the steps of one task, to be run in any order and thread: blocks of some ten milliseconds.
+    Each looks at the call first and raises as `Call.check` does.
 
     Args:
-        x, W, gy: Operands; those that the methods to be called do not need may be left out.
+        x, W, b, gy: Operands; those that the methods to be called do not need may be left out.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Products:
         *,
         x: Array | None = None,
         W: Array | None = None,
+        b: Array | None = None,
         gy: Array | None = None,
     ) -> None:
         self._problem = problem
@@ -50,61 +53,108 @@ class Products:
         if x is not None:
             self._x = _by_group(problem, x)
         if W is not None:
-            # aligned, which messages need not have it: else each product would copy what it takes of it
-            typed = _filter_by_group(problem, W).astype(self._type, copy=False)
-            self._W: Array = np.require(typed, requirements="A")
+            if W.size <= PIECE_ELEMENTS:  # if not, it is cast block by block
+                # aligned, which messages need not have it: else each product would copy what it takes of it
+                W = np.require(W.astype(self._type, copy=False), requirements="A")
+            self._W = _filter_by_group(problem, W)
+        self._b = None if b is None else b.reshape(problem.groups, -1, 1, 1)
         if gy is not None:
             self._gy = _by_group(problem, gy)
 
-    def add_to_y(self, y: Array, samples: slice, groups: slice, channels: slice) -> None:
-        """Add the products of x and W to some output channels of some samples."""
+    def set_y(self, y: Array, samples: slice, groups: slice, channels: slice) -> Steps:
+        """Set some output channels of some samples of y."""
         target = _by_group(self._problem, y)[samples, groups, channels]
-        total = target.astype(self._type)
-        for image in self._blocking.images:
+        is_wide = target.dtype == self._type
+        total = target if is_wide else np.empty(target.shape, self._type)
+        yield from self._copied(total, 0 if self._b is None else self._b[groups, channels])
+        for image in self._blocking.images():
             pixels = self._pixels(samples, groups, image)
-            for taps in self._blocking.taps:
+            for h_taps, w_taps in self._taps(image):
                 self._call.check()
-                W = _matrix(self._W[groups, :, channels, taps])
-                columns = np.matmul(W.swapaxes(1, 2), pixels)
-                shape = (*target.shape[:3], -1, *image.size)
-                scatter(self._problem, image, taps, columns.reshape(shape), total)
-        target[...] = total
+                if links := Links(self._problem, image, h_taps, w_taps):
+                    W = self._filter(groups, channels, h_taps, w_taps)
+                    links.scatter(np.matmul(W.swapaxes(1, 2), pixels), total)
+                yield
+        if not is_wide:
+            yield from self._copied(target, total)
 
-    def set_gx(self, gx: Array, samples: slice, groups: slice, image: ImageBlock) -> None:
+    def set_gx(self, gx: Array, samples: slice, groups: slice, image: ImageBlock) -> Steps:
         """Set a block of the image in some samples of gx."""
         target = _by_group(self._problem, gx)[samples, groups, :, image.h, image.w]
         total = np.zeros((*target.shape[:3], math.prod(image.size)), self._type)
         for channels in self._blocking.channels:
-            for taps in self._blocking.taps:
-                columns = self._columns(samples, groups, channels, taps, image)
-                total += np.matmul(_matrix(self._W[groups, :, channels, taps]), columns)
+            for h_taps, w_taps in self._taps(image):
+                self._call.check()
+                if links := Links(self._problem, image, h_taps, w_taps):
+                    columns = self._columns(links, samples, groups, channels)
+                    total += np.matmul(self._filter(groups, channels, h_taps, w_taps), columns)
+                yield
         target[...] = total.reshape(target.shape)
 
     def add_to_gW(
-        self, gW: Array, samples: Sequence[slice], groups: slice, channels: slice, taps: slice
-    ) -> None:
-        """Add the products of some samples' x and gy to a block of gW, which has the compute type."""
-        target = _filter_by_group(self._problem, gW)[groups, :, channels, taps]
-        for several in samples:
-            for image in self._blocking.images:
-                columns = _side_by_side(self._columns(several, groups, channels, taps, image))
-                pixels = _side_by_side(self._pixels(several, groups, image))
-                target += np.matmul(pixels, columns.swapaxes(1, 2)).reshape(target.shape)
+        self,
+        gW: Array,
+        blocks: slice,
+        groups: slice,
+        channels: slice,
+        h_taps: slice,
+        w_taps: slice,
+    ) -> Steps:
+        """Add the products of some samples' x and gy to a block of gW, which has the compute type.
+
+        Args:
+            blocks: Of samples.
+        """
+        target = _filter_by_group(self._problem, gW)[groups, :, channels, h_taps, w_taps]
+        for number in range(blocks.start, blocks.stop):
+            samples = self._blocking.samples[number]
+            for image in self._images(h_taps, w_taps):
+                self._call.check()
+                if links := Links(self._problem, image, h_taps, w_taps):
+                    columns = _side_by_side(self._columns(links, samples, groups, channels))
+                    pixels = _side_by_side(self._pixels(samples, groups, image))
+                    target += np.matmul(pixels, columns.swapaxes(1, 2)).reshape(target.shape)
+                yield
+
+    def tap_blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Yield the blocks of taps that may link any pixel of the image."""
+        h_I, w_I = self._problem.image
+        return self._taps(ImageBlock(slice(0, h_I), slice(0, w_I)))
+
+    def _taps(self, image: ImageBlock) -> Iterator[tuple[slice, slice]]:
+        """Yield the blocks of taps, but for most of those that link no pixel of a block."""
+        h = taps_linked(self._problem, 0, image.h)
+        w = taps_linked(self._problem, 1, image.w)
+        for h_taps in self._blocking.h_taps.touching(*h):
+            for w_taps in self._blocking.w_taps.touching(*w):
+                yield h_taps, w_taps
+
+    def _images(self, h_taps: slice, w_taps: slice) -> Iterator[ImageBlock]:
+        """Yield the blocks of the image, but for most of those that a block of taps does not link."""
+        h = pixels_linked(self._problem, 0, h_taps)
+        w = pixels_linked(self._problem, 1, w_taps)
+        for h_pixels in self._blocking.h_pixels.touching(*h):
+            for w_pixels in self._blocking.w_pixels.touching(*w):
+                yield ImageBlock(h_pixels, w_pixels)
+
+    def _copied(self, target: Array, source: Array | int) -> Steps:
+        for _ in copied(target, source):
+            self._call.check()
+            yield
 
     def _pixels(self, samples: slice, groups: slice, image: ImageBlock) -> Array:
         """Return a block of x, of shape (samples, groups, c_I / groups, pixels)."""
         block = self._x[samples, groups, :, image.h, image.w].astype(self._type, copy=False)
         return block.reshape(*block.shape[:3], -1)
 
-    def _columns(
-        self, samples: slice, groups: slice, channels: slice, taps: slice, image: ImageBlock
-    ) -> Array:
+    def _columns(self, links: Links, samples: slice, groups: slice, channels: slice) -> Array:
         """Return columns of gy, of shape (samples, groups, channels and taps, pixels)."""
-        self._call.check()
-        gy = self._gy[samples, groups, channels]
-        columns = np.empty((*gy.shape[:3], taps.stop - taps.start, *image.size), self._type)
-        gather(self._problem, image, taps, gy, columns)
-        return columns.reshape(*gy.shape[:2], -1, math.prod(image.size))
+        return links.gather(self._gy[samples, groups, channels], self._type)
+
+    def _filter(self, groups: slice, channels: slice, h_taps: slice, w_taps: slice) -> Array:
+        """Return a block of W, of shape (groups, c_I / groups, channels and taps)."""
+        block = self._W[groups, :, channels, h_taps, w_taps].astype(self._type, copy=False)
+        return block.reshape(*block.shape[:2], -1)
 
 
 def _side_by_side(blocks: Array) -> Array:
@@ -120,11 +170,6 @@ def _by_group(problem: Problem, images: Array) -> Array:
 
 
 def _filter_by_group(problem: Problem, W: Array) -> Array:
-    """View W as (groups, c_I / groups, c_O / groups, taps)."""
-    c_I, channels, h_K, w_K = W.shape
-    return W.reshape(problem.groups, c_I // problem.groups, channels, h_K * w_K)
-
-
-def _matrix(W: Array) -> Array:
-    """View a block of W as (groups, c_I / groups, channels and taps)."""
-    return W.reshape(*W.shape[:2], -1)
+    """View W as (groups, c_I / groups, c_O / groups, h_K, w_K)."""
+    c_I, *rest = W.shape
+    return W.reshape(problem.groups, c_I // problem.groups, *rest)

@@ -1,0 +1,37 @@
+"""Arrays of any size in pieces that take one step each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+
+from deconvd.tensor import Array
+
+__all__ = ["PIECE_ELEMENTS", "copied", "piece_indices"]
+
+PIECE_ELEMENTS: Final = 1 << 22
+"""What is copied or cast in some milliseconds."""
+
+
+def piece_indices(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Yield the indices of pieces that cover an array of a shape: cut along its longest axis, if it is large."""
+    count = math.prod(shape)
+    if count <= PIECE_ELEMENTS:
+        yield ()
+        return
+    axis = int(np.argmax(shape))
+    before = (slice(None),) * axis
+    step = max(shape[axis] * PIECE_ELEMENTS // count, 1)
+    for start in range(0, shape[axis], step):
+        yield *before, slice(start, min(start + step, shape[axis]))
+
+
+def copied(target: Array, source: Array | int) -> Iterator[None]:
+    """Copy an array, or a number, into another array whose shape it can take, a piece at a time."""
+    whole = np.broadcast_to(source, target.shape)
+    for piece in piece_indices(target.shape):
+        target[piece] = whole[piece]
+        yield

@@ -1,0 +1,115 @@
+"""How long a problem takes at least on this processor: what cannot end within its deadline is not begun.
+
+The work is counted as products of x, W or gy, and as columns: the links of a tap and a pixel, for each sample and each
+output channel. Each link is at least a number that is written and read, and each product at least one of a matrix
+product at its best.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from functools import cache, lru_cache
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from deconvd.problem import Problem
+
+__all__ = ["Pace", "links_count"]
+
+_REMEMBERED_COUNT: Final = 4096
+"""Problems whose work is remembered."""
+
+_LARGE_COUNT: Final = 1 << 30
+"""Products, if all taps link all pixels, from which a problem's links are counted. Fewer take some 50 ms."""
+
+_COUNTED_AT_ONCE: Final = 1 << 16
+
+_TRIALS_COUNT: Final = 5
+_TRIED_COLUMNS: Final = 1 << 17
+"""In a core's second-level cache, with their copy."""
+
+_TRIED_EXTENT: Final = 384
+"""Of square matrices: their product takes about a millisecond, and runs at full speed."""
+
+
+class _Work(NamedTuple):
+    """What a problem asks for, for each of y, gx and gW."""
+
+    products_count: int
+    columns_count: int
+
+
+class Pace:
+    """A bound below the time of calls.
+
+    Args:
+        threads_count: How many threads may work for a call.
+    """
+
+    def __init__(self, threads_count: int) -> None:
+        products_per_s, columns_per_s = _rates()
+        self._products_per_s = threads_count * products_per_s
+        self._columns_per_s = threads_count * columns_per_s
+        self._work = lru_cache(_REMEMBERED_COUNT)(_large_work)  # every call asks for it
+
+    def least_s(self, problem: Problem, results: Collection[str]) -> float:
+        """Return what a call takes at the best rate that this processor reaches; 0 for a problem that is not large."""
+        work = self._work(problem)
+        if work is None:
+            return 0.0
+        once_s = max(
+            work.products_count / self._products_per_s, work.columns_count / self._columns_per_s
+        )
+        return once_s * sum(result != "gb" for result in results)
+
+
+def _large_work(problem: Problem) -> _Work | None:
+    """Return the work of a problem; None if it is not large."""
+    (h_I, w_I), (h_K, w_K) = problem.image, problem.kernel
+    depth = max(problem.c_I // problem.groups, 1)
+    images_count = problem.n * problem.c_O
+    if images_count * h_K * w_K * h_I * w_I * depth < _LARGE_COUNT:
+        return None
+    columns_count = images_count * links_count(problem, 0) * links_count(problem, 1)
+    return _Work(columns_count * depth, columns_count)
+
+
+def links_count(problem: Problem, axis: int) -> int:
+    """Return how many pairs of a tap and an input there are on an axis that have an output pixel."""
+    s, d = problem.geometry.stride[axis], problem.geometry.dilate[axis]
+    taps_count, pixels_count = problem.kernel[axis], problem.image[axis]
+    fewer = (taps_count, d, pixels_count, s), (pixels_count, s, taps_count, d)
+    count, step, others_count, other_step = min(fewer)
+    total = 0
+    for start in range(0, count, _COUNTED_AT_ONCE):
+        some = np.arange(start, min(start + _COUNTED_AT_ONCE, count), dtype=np.int64)
+        offsets = step * some - problem.geometry.pad[axis]
+        first = np.maximum(-(offsets // other_step), 0)
+        last = np.minimum((problem.output[axis] - 1 - offsets) // other_step, others_count - 1)
+        total += int(np.maximum(last - first + 1, 0).sum())
+    return total
+
+
+@cache
+def _rates() -> tuple[float, float]:
+    """Return how many products and columns a thread takes in a second at best, measured when it is first asked.
+
+    The best of several trials is not slower because others use the processor too.
+    """
+    matrix = np.ones((_TRIED_EXTENT, _TRIED_EXTENT), np.float32)
+    columns, copy = np.ones((2, _TRIED_COLUMNS), np.float32)
+    return (
+        _TRIED_EXTENT**3 / _best_s(lambda: np.matmul(matrix, matrix)),
+        _TRIED_COLUMNS / _best_s(lambda: np.copyto(copy, columns)),
+    )
+
+
+def _best_s(trial: Callable[[], object]) -> float:
+    durations_s = []
+    for _ in range(_TRIALS_COUNT):
+        begin_s = time.perf_counter()
+        trial()
+        durations_s.append(time.perf_counter() - begin_s)
+    return min(durations_s)

@@ -1,0 +1,269 @@
+"""Loops whose count a client chooses: each ends with its call, and takes what its bytes take."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from deconvd.digest import digest_of
+from deconvd.direct_events import End, FrameKind, Method, frame
+from deconvd.errors import DeadlineError, InvalidArgumentError
+from deconvd.geometry import MAX_EXTENT
+from deconvd.line import Line
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from tests.direct_calls import answer, failure, open_line, send_call, wait_until_idle
+from tests.line_pairs import send_raw
+from tests.processes import is_at_rest, wait_until
+from tests.servers import ServerProcess, server_process
+
+pytestmark = pytest.mark.timeout(60)
+
+TIMEOUT_S = 10
+FLOAT32 = pb.ELEMENT_TYPE_FLOAT32
+EARLY_CHUNKS_COUNT = 80_000
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    """A server of the test's own: what is tried may take it away."""
+    with server_process(tmp_path, "--drain-timeout-s", "0.5") as running:
+        yield running
+
+
+@pytest.fixture
+def stub(server: ServerProcess) -> Iterator[pb_grpc.DeconvolutionServiceStub]:
+    with grpc.insecure_channel(server.target) as channel:
+        yield pb_grpc.DeconvolutionServiceStub(channel)
+
+
+@pytest.fixture
+def line(server: ServerProcess) -> Iterator[Line]:
+    with open_line(server) as line:
+        yield line
+
+
+def described(*shape: int) -> pb.Tensor:
+    return pb.Tensor(element_type=FLOAT32, shape=shape)
+
+
+def forward_header(*, channels: int = 0) -> pb.DeconvolveStreamHeader:
+    """Ask for as many slices as there can be, of x without elements and y with so many channels."""
+    x, W = described(MAX_EXTENT, 0, 1, 1), described(0, channels, 1, 1)
+    request = pb.DeconvolveRequest(x=x, w=W)
+    return pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+
+
+def gradients_header() -> pb.DeconvolveGradStreamHeader:
+    """Ask for the gradients of as many slices as there can be, without elements."""
+    request = pb.DeconvolveGradRequest(
+        x=described(MAX_EXTENT, 0, 1, 1),
+        w=described(0, 0, 1, 1),
+        gy=described(MAX_EXTENT, 0, 1, 1),
+        wanted=pb.GradientMask(gx=True, gw=True, gb=True),
+    )
+    return pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=1)
+
+
+@contextmanager
+def session(stub: pb_grpc.DeconvolutionServiceStub) -> Iterator[bytes]:
+    """Hold a session for the block; give its name."""
+    is_over = threading.Event()
+
+    def signs() -> Iterator[pb.HoldSessionRequest]:
+        yield pb.HoldSessionRequest()
+        is_over.wait()
+
+    call = stub.HoldSession(signs())
+    try:
+        yield next(call).session
+    finally:
+        is_over.set()
+        call.cancel()
+
+
+class TestEmptySlices:
+    """Slices without elements are one: there is nothing to loop over."""
+
+    def test_a_stream_of_them_by_grpc_is_over_at_once(
+        self, stub: pb_grpc.DeconvolutionServiceStub
+    ) -> None:
+        request = pb.DeconvolveStreamRequest(header=forward_header())
+
+        (response,) = stub.DeconvolveStream(iter([request]), timeout=TIMEOUT_S)
+
+        assert list(response.header.y.shape) == [MAX_EXTENT, 0, 1, 1]
+
+    def test_a_stream_of_their_gradients_by_grpc_is_over_at_once(
+        self, stub: pb_grpc.DeconvolutionServiceStub
+    ) -> None:
+        request = pb.DeconvolveGradStreamRequest(header=gradients_header())
+
+        (response,) = stub.DeconvolveGradStream(iter([request]), timeout=TIMEOUT_S)
+
+        assert list(response.header.gb.shape) == [0]
+
+    @pytest.mark.parametrize(
+        ("method", "part"),
+        [
+            (Method.DeconvolveStream, pb.DeconvolveStreamRequest(header=forward_header())),
+            (
+                Method.DeconvolveGradStream,
+                pb.DeconvolveGradStreamRequest(header=gradients_header()),
+            ),
+        ],
+        ids=["forward", "gradients"],
+    )
+    def test_a_direct_stream_of_them_is_over_at_once(
+        self,
+        line: Line,
+        method: Method,
+        part: pb.DeconvolveStreamRequest | pb.DeconvolveGradStreamRequest,
+    ) -> None:
+        line.set_deadline(TIMEOUT_S)
+        send_call(line, method, part.SerializeToString(), timeout_s=TIMEOUT_S)
+        line.send(End(""))
+
+        assert isinstance(answer(line), End)
+
+
+class TestEndlessSlices:
+    """Slices with elements are as many as their client asks for, and end with its call."""
+
+    def test_a_direct_stream_of_them_ends_at_its_deadline(
+        self, server: ServerProcess, line: Line
+    ) -> None:
+        part = pb.DeconvolveStreamRequest(header=forward_header(channels=1))
+        send_call(line, Method.DeconvolveStream, part.SerializeToString(), timeout_s=1)
+        line.send(End(""))
+
+        assert isinstance(failure(line), DeadlineError)
+        wait_until_idle(server)
+
+    def test_a_stream_of_them_whose_results_stay_ends_when_it_is_cancelled_or_the_server_is(
+        self, server: ServerProcess, stub: pb_grpc.DeconvolutionServiceStub
+    ) -> None:
+        # gx of nothing from gy that is there: 30 million slices, of which nothing is sent
+        n = 30_000_000
+        with session(stub) as name:
+            header = pb.PutTensorHeader(session=name, tensor=described(n, 1, 1, 1))
+            chunk = pb.PutTensorRequest(chunk=bytes(n * 4 // 40))
+            kept = stub.PutTensor(iter([pb.PutTensorRequest(header=header), *[chunk] * 40]))
+            gy = described(n, 1, 1, 1)
+            gy.resident.CopyFrom(kept.resident)
+            request = pb.DeconvolveGradRequest(
+                x=described(n, 0, 1, 1),
+                w=described(0, 1, 1, 1),
+                gy=gy,
+                wanted=pb.GradientMask(gx=True),
+                session=name,
+            )
+            part = pb.DeconvolveGradStreamRequest(
+                header=pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=1)
+            )
+
+            call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S)
+            assert next(call).header.gx.shape[0] == n
+            call.cancel()
+            wait_until(lambda: is_at_rest(server.process.pid))
+            call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S * 6)
+            assert next(call).header.gx.shape[0] == n
+            begin_s = time.monotonic()
+            server.end(signal.SIGTERM)
+
+            assert time.monotonic() - begin_s < 5
+            call.cancel()
+
+
+class TestManyChunks:
+    """What comes before what is missing takes what its bytes take, however it is cut."""
+
+    @pytest.fixture
+    def parts(
+        self, stub: pb_grpc.DeconvolutionServiceStub
+    ) -> Iterator[tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest]]:
+        """The header of a call whose W is given by digest, and the chunk of W; x has a byte for each early chunk."""
+        W = np.ones((1, 1, 1, 1), np.float32)
+        w = described(*W.shape)
+        w.digest.CopyFrom(digest_of(W))
+        x = described(1, 1, 1, EARLY_CHUNKS_COUNT // 4)
+        with session(stub) as name:
+            request = pb.DeconvolveRequest(x=x, w=w, session=name)
+            header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+            yield (
+                pb.DeconvolveStreamRequest(header=header),
+                pb.DeconvolveStreamRequest(missing_chunk=W.tobytes()),
+            )
+
+    def test_early_chunks_of_one_byte_are_taken_in_linear_time(
+        self,
+        stub: pb_grpc.DeconvolutionServiceStub,
+        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
+    ) -> None:
+        header, missing = parts
+        early = pb.DeconvolveStreamRequest(chunk=b"\0")
+        requests = [header, *[early] * EARLY_CHUNKS_COUNT, missing]
+
+        begin_s = time.monotonic()
+        responses = list(stub.DeconvolveStream(iter(requests), timeout=50))
+
+        assert sum(len(response.chunk) for response in responses) == EARLY_CHUNKS_COUNT
+        assert time.monotonic() - begin_s < 40
+
+    def test_direct_early_chunks_of_one_byte_are_taken_in_linear_time(
+        self,
+        line: Line,
+        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
+    ) -> None:
+        header, missing = parts
+        begin_s = time.monotonic()
+        send_call(line, Method.DeconvolveStream, header.SerializeToString(), timeout_s=50)
+        send_raw(line, frame(FrameKind.ELEMENTS, b"\0") * EARLY_CHUNKS_COUNT)
+        send_raw(line, frame(FrameKind.MISSING_ELEMENTS, missing.missing_chunk))
+        line.send(End(""))
+
+        assert isinstance(answer(line), End)
+        assert time.monotonic() - begin_s < 20
+
+    @pytest.mark.parametrize(
+        "empty",
+        [pb.DeconvolveStreamRequest(chunk=b""), pb.DeconvolveStreamRequest(missing_chunk=b"")],
+        ids=["early", "missing"],
+    )
+    def test_an_empty_chunk_is_refused(
+        self,
+        stub: pb_grpc.DeconvolutionServiceStub,
+        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
+        empty: pb.DeconvolveStreamRequest,
+    ) -> None:
+        header, _ = parts
+        requests = [header, empty]
+
+        with pytest.raises(grpc.RpcError, match="a chunk must not be empty") as raised:
+            list(stub.DeconvolveStream(iter(requests), timeout=TIMEOUT_S))
+
+        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+    @pytest.mark.parametrize("kind", [FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS])
+    def test_a_direct_chunk_that_is_empty_is_refused(
+        self,
+        line: Line,
+        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
+        kind: FrameKind,
+    ) -> None:
+        header, _ = parts
+        send_call(line, Method.DeconvolveStream, header.SerializeToString())
+        send_raw(line, frame(kind, b""))
+
+        error = failure(line)
+
+        assert isinstance(error, InvalidArgumentError)
+        assert "a chunk must not be empty" in str(error)
