@@ -24,6 +24,7 @@ from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
 from deconvd_server.residents import Session
+from deconvd_server.residents.elements import whole_array
 from tests.devices import deconvolve
 from tests.keepers import KIB, House, house
 
@@ -89,7 +90,7 @@ def test_what_a_call_uses_makes_no_room() -> None:
             built.put(session, b"f", array(6, 48 * KIB))
 
         for number, kept in enumerate(used):
-            np.testing.assert_array_equal(built.keeper.array(kept, Call()), array(number))
+            np.testing.assert_array_equal(whole_array(kept, Call()), array(number))
             built.keeper.release(kept)
 
 
@@ -103,7 +104,7 @@ def test_what_is_dropped_while_in_use_is_freed_after_its_last_user() -> None:
 
         assert not has(built, session, b"a")
         for kept in users:
-            np.testing.assert_array_equal(built.keeper.array(kept, Call()), array(1))
+            np.testing.assert_array_equal(whole_array(kept, Call()), array(1))
             assert built.held_bytes() == 16 * KIB
             built.keeper.release(kept)
         assert built.held_bytes() == 0
@@ -197,7 +198,7 @@ def test_content_is_there_until_its_tenants_last_session_ends() -> None:
         built.sessions.end(first, first.hang_up)
         found = built.keeper.by_content(second, "content", Call())
         assert found is not None
-        np.testing.assert_array_equal(built.keeper.array(found, Call()), array(7))
+        np.testing.assert_array_equal(whole_array(found, Call()), array(7))
         built.keeper.release(found)
 
         built.sessions.end(second, second.hang_up)
@@ -264,7 +265,7 @@ def test_what_has_no_room_moves_to_the_host_and_comes_back_when_used() -> None:
         for number, name in enumerate(names):
             built.put(session, name, array(number))
         assert built.held_bytes() == 64 * KIB
-        device, host = built.keeper.states(built.engine)
+        device, host = built.keeper.states(built.engine, session.tenant)
         assert (device.size_bytes, host.size_bytes) == (64 * KIB, 32 * KIB)
 
         for number, name in enumerate(names):
@@ -399,15 +400,15 @@ def test_room_that_is_being_made_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
             return read(*args)
 
         monkeypatch.setattr(built.engine, "read", slow_read)
-        first = pool.submit(built.put, session, b"e", array(5, 8 * KIB))
+        first = pool.submit(built.put, session, b"e", array(5, 5 * KIB))
         assert reading.wait(30)
-        second = pool.submit(built.put, session, b"f", array(6, 8 * KIB))
+        second = pool.submit(built.put, session, b"f", array(6, 5 * KIB))
         threading.Event().wait(0.2)  # by now it waits, or has displaced another in vain
         go_on.set()
         for put in (first, second):
             put.result(30)
 
-        device, host = built.keeper.states(built.engine)
+        device, host = built.keeper.states(built.engine, session.tenant)
         assert (device.count, host.count) == (5, 1)
 
 
@@ -449,7 +450,7 @@ def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> Non
         built.put(session, b"e", array(5))
 
         assert kept_names(built, session, b"abcde") == b"bcde"
-        device, host = built.keeper.states(built.engine)
+        device, host = built.keeper.states(built.engine, session.tenant)
         assert (device.count, host.count, host.size_bytes) == (4, 0, 0)
 
 
@@ -514,7 +515,7 @@ def test_a_session_is_resumed_in_time_or_not_at_all() -> None:
         built.clock.now_s += 4
         built.sessions.expire()
 
-        assert built.sessions.resume(session.name, lambda: None) is session
+        assert built.sessions.resume(session.name, b"", lambda: None) is session
         built.clock.now_s += 20
         built.sessions.expire()
         assert has(built, built.sessions.get(session.name), b"a")
@@ -523,7 +524,7 @@ def test_a_session_is_resumed_in_time_or_not_at_all() -> None:
         built.clock.now_s += 6
         built.sessions.expire()
         with pytest.raises(LostSessionError):
-            built.sessions.resume(session.name, lambda: None)
+            built.sessions.resume(session.name, b"", lambda: None)
         assert built.held_bytes() == 0
 
 
@@ -533,7 +534,7 @@ def test_a_stream_that_was_superseded_has_no_say() -> None:
         old, new = (lambda: hung_up.append("old")), (lambda: hung_up.append("new"))
         session = built.sessions.open(b"", old)
 
-        built.sessions.resume(session.name, new)
+        built.sessions.resume(session.name, b"", new)
         assert hung_up == ["old"]
         built.sessions.lose(session, old)
         built.sessions.end(session, old)
@@ -564,7 +565,7 @@ def test_a_sign_of_life_keeps_a_session_and_silence_ends_it() -> None:
 def test_there_are_no_more_sessions_than_may_be() -> None:
     with house() as built:
         sessions = [built.open() for _ in range(8)]
-        with pytest.raises(UnavailableError, match="8 sessions, as many as it may") as raised:
+        with pytest.raises(UnavailableError, match="no place for more sessions: 8 of 8") as raised:
             built.open()
         assert raised.value.retry_after_s
 
@@ -585,7 +586,7 @@ def test_a_drain_hangs_up_and_takes_no_sessions() -> None:
         with pytest.raises(UnavailableError, match="draining"):
             built.open()
         with pytest.raises(UnavailableError, match="draining"):
-            built.sessions.resume(session.name, nothing)
+            built.sessions.resume(session.name, b"", nothing)
 
 
 @pytest.mark.parametrize("name", [b"", b"short", bytes(17)])

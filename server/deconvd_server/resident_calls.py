@@ -16,9 +16,9 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unary
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents import Kept, Residents
+from deconvd_server.residents.elements import read_samples, whole_array, write_samples
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
 
@@ -79,9 +79,9 @@ class ResidentCalls:
             raise InvalidArgumentError("a session must begin with a message, got none")
         broke = threading.Event()
         session = (
-            sessions.resume(first.session, hang_up)
+            sessions.resume(first.session, first.tenant_key, hang_up)
             if first.session
-            else sessions.open(first.tenant_key, hang_up)
+            else sessions.open(first.tenant_key, hang_up, call.counted_by)
         )
         call.on_cancel(partial(sessions.lose, session, hang_up))
         call.on_cancel(broke.set)
@@ -130,8 +130,10 @@ class ResidentCalls:
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
             with self._streams.admitted(_piece_bytes(kept.spec), call):
-                for view in _views(kept.device_tensor):
-                    engine.write(view, reader.read("tensor", view.spec), call)
+                for samples, spec in _pieces(kept.spec):
+                    with self._keeper.resting(kept, call):
+                        array = reader.read("tensor", spec)
+                    write_samples(kept, samples, array, call)
         else:
             raise InvalidArgumentError(
                 "tensor must have its elements behind a stream's header, or in shared memory, got "
@@ -159,7 +161,7 @@ class ResidentCalls:
         """Copy a tensor into shared memory; return the message that says so."""
         with CallTensors(self._lender) as shared:
             lies_at = SharedSlice.from_message(place)
-            self._keeper.array(kept, call, shared.host_place("place", kept.spec, lies_at))
+            whole_array(kept, call, shared.host_place("place", kept.spec, lies_at))
         header = message_from_spec(kept.spec)
         header.shared.CopyFrom(place)
         return pb.GetTensorResponse(header=header)
@@ -167,13 +169,11 @@ class ResidentCalls:
     def _sent(self, kept: Kept, call: Call) -> Iterator[Part]:
         """Yield the parts that carry a tensor."""
         yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
-        engine = kept.shelf.engine
-        if engine is None:
-            yield elements_part(self._keeper.array(kept, call))
-            return
         with self._streams.admitted(_piece_bytes(kept.spec), call):
-            for view in _views(kept.device_tensor):
-                yield elements_part(engine.read(view, call))
+            for samples, _ in _pieces(kept.spec):
+                part = elements_part(read_samples(kept, samples, call))
+                with self._keeper.resting(kept, call):
+                    yield part
 
     def drop_tensors(
         self, request: Envelope[pb.DropTensorsRequest], call: Call
@@ -192,16 +192,19 @@ def _piece_samples_count(spec: TensorSpec) -> int:
 
 
 def _piece_bytes(spec: TensorSpec) -> int:
-    """Return what the largest of a tensor's `_views` takes."""
+    """Return what the largest of a tensor's `_pieces` takes."""
     if not spec.shape or not spec.shape[0]:
         return spec.nbytes
     return min(_piece_samples_count(spec), spec.shape[0]) * (spec.nbytes // spec.shape[0])
 
 
-def _views(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
-    """Yield the tensor in pieces that are small enough to be held in host memory, if that can be."""
-    if not tensor.spec.shape:
-        yield tensor
+def _pieces(spec: TensorSpec) -> Iterator[tuple[slice | None, TensorSpec]]:
+    """Yield the samples of a tensor in pieces that are small enough to be held in host memory, if that can be.
+
+    Each comes with what it is. A tensor without samples is one piece, None.
+    """
+    if not spec.shape:
+        yield None, spec
         return
-    for part in slices(tensor.spec.shape[0], _piece_samples_count(tensor.spec)):
-        yield tensor.samples(part.start, part.stop)
+    for samples in slices(spec.shape[0], _piece_samples_count(spec)):
+        yield samples, TensorSpec((samples.stop - samples.start, *spec.shape[1:]), spec.dtype)

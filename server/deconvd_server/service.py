@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 
 from google.protobuf.message import Message
 
 import deconvd
+from deconvd.cache_state import CacheState
 from deconvd.codec import Envelope
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.messages import messages_for
@@ -88,13 +90,17 @@ class DeconvolutionService:
             return exchange.answer()
 
     def get_server_info(
-        self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
+        self, request: Envelope[pb.GetServerInfoRequest], _call: Call
     ) -> Envelope[pb.GetServerInfoResponse]:
         """Serve GetServerInfo."""
         residents = self._residents
+        tenant = residents.sessions.tenant(request.message.session)
         info = pb.GetServerInfoResponse(
             version=deconvd.__version__,
-            devices=[_device_message(engine, residents) for engine in residents.engines.all],
+            devices=[
+                _device_message(engine, residents.keeper.states(engine, tenant))
+                for engine in residents.engines.all
+            ],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             features=_FEATURES,
@@ -103,9 +109,8 @@ class DeconvolutionService:
         return Envelope(info, {})
 
 
-def _device_message(engine: Engine, residents: Residents) -> pb.Device:
+def _device_message(engine: Engine, kept: Sequence[CacheState]) -> pb.Device:
     info, load = engine.info, engine.load
-    caches = [*engine.caches, *residents.keeper.states(engine)]
     return pb.Device(
         id=info.id,
         name=info.name,
@@ -115,5 +120,5 @@ def _device_message(engine: Engine, residents: Residents) -> pb.Device:
         used_bytes=load.used_bytes,
         running_calls_count=load.running_count,
         waiting_calls_count=load.waiting_count,
-        caches=[cache.as_message() for cache in caches],
+        caches=[cache.as_message() for cache in (*engine.caches, *kept)],
     )

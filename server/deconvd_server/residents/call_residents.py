@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from deconvd.digest import DIGEST_BYTES
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.operation import ARGUMENTS
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
@@ -107,9 +107,14 @@ class CallResidents:
 
         Raises:
             LostSessionError: It has ended.
+            ExhaustedError: A tensor has as many names as it may. None of the new ones stands for anything.
         """
-        for field, handle in self.handles.items():
-            self._keeper.name(self._by_field[field], self._session, handle)
+        try:
+            for field, handle in self.handles.items():
+                self._keeper.name(self._by_field[field], self._session, handle)
+        except ExhaustedError:
+            self._keeper.drop(self._session, self.handles.values())
+            raise
 
     def release(self) -> None:
         """Use the tensors no more."""

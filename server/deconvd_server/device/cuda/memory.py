@@ -48,6 +48,8 @@ class Lease:
     The card must be done with it then.
     """
 
+    __slots__ = ("_block", "_on_free")
+
     def __init__(self, block: _Block, on_free: Callable[[], None]) -> None:
         self._block: _Block | None = block
         self._on_free = on_free
