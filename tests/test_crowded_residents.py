@@ -31,6 +31,9 @@ ONE_BYTES = counted_bytes(spec_of(ONE))
 LONGEST_S = 1.0
 """What an honest client's small call, and health, may take beside whatever others do."""
 
+LONGEST_PER_TENSOR_S = 5e-4
+"""What each tensor that makes room may take: some ten times what it does. It must not grow with their number."""
+
 
 def image(value: float, size_bytes: int = MIB) -> Array:
     return np.full((size_bytes // MIB, 1, 512, 512), value, np.float32)
@@ -108,9 +111,12 @@ def test_room_among_many_tensors_is_made_while_others_go_on(
             assert held.kept_count() >= count
             with honest_client(server.target) as took:
                 large = np.zeros((1, 1, 1, (limit_bytes - MIB) // 4), np.float32)
+                begin_s = time.monotonic()
                 handle = held.put(large)  # for which nearly all must go
+                made_s = time.monotonic() - begin_s
                 held.sign()
                 held.get(handle)
+            assert made_s < count * LONGEST_PER_TENSOR_S
             assert max(took) < LONGEST_S
 
 
