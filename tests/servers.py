@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deconvd.tensor import Array
 from deconvd_client import Connection, UnavailableError
+from tests.cgroups import Cgroup
 from tests.processes import wait_until
 
 __all__ = ["ServerProcess", "call_until_served", "server_process", "stopped"]
@@ -46,15 +47,20 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    directory: Path, *options: str, device: str = "cpu", listen: tuple[str, ...] = ("unix",)
+    directory: Path,
+    *options: str,
+    device: str = "cpu",
+    listen: tuple[str, ...] = ("unix",),
+    within: Cgroup | None = None,
 ) -> Iterator[ServerProcess]:
-    """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default."""
+    """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default, within a cgroup."""
     addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]
     log = directory / "server.log"
+    command = [sys.executable, "-W", "error", "-m", "deconvd_server", "--device", device, *options]
+    command += [word for address in addresses for word in ("--listen", address)]
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "deconvd_server", "--device", device, *options]
-            + [word for address in addresses for word in ("--listen", address)],
+            within.command(command) if within else command,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

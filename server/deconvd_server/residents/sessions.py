@@ -32,7 +32,8 @@ class SessionLimits:
     """How many sessions there may be, and what each gets.
 
     Attributes:
-        sessions_count: How many, of all peers together; see `Shares`. Each takes some KiB.
+        sessions_count: How many, of all peers together; see `Shares`. Each takes some KiB, and no thread
+            while it is idle.
         lease_s: How long one outlives its client's last sign of life.
         tenant_bytes: What a tenant may keep, in all its sessions together.
     """
