@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import count
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from hypothesis.stateful import (
 from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError, UnavailableError
 from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
-from deconvd_server.residents import Kept, Session
+from deconvd_server.residents import Kept, Session, shelving
 from deconvd_server.residents.counting import counted_bytes
 from deconvd_server.residents.elements import whole_array
 from deconvd_server.residents.tenant import SessionState, Tenant
@@ -84,6 +85,8 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @initialize(host_kib=st.sampled_from([0, 32, 64]), devices_count=st.integers(1, 2))
     def begin(self, host_kib: int, devices_count: int) -> None:
+        patched = mock.patch.object(shelving, "_PROMISED_WAIT_S", 0.01)  # no call ends meanwhile
+        self._stack.enter_context(patched)
         self.house: House = self._stack.enter_context(
             house(
                 device_bytes=DEVICE_BYTES,
@@ -124,6 +127,9 @@ class KeeperMachine(RuleBasedStateMachine):
             assert session.state is SessionState.ENDED
             return multiple()
         except ExhaustedError:
+            return multiple()
+        except UnavailableError:  # it is promised, and others' calls use it
+            assert any(use.resting is None for use in self._uses)
             return multiple()
         finally:
             # whoever is within its share, on every shelf, has lost nothing
@@ -177,7 +183,7 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(use=uses, device=st.integers(0, 1))
     def compute(self, use: Use, device: int) -> None:
-        if use not in self._uses or use.resting is not None:
+        if use not in self._uses or use.resting is not None or use.kept.is_gone:
             return
         engine = self.house.engines.all[device % len(self.house.engines.all)]
         operand = self.house.keeper.operand(use.kept, engine, Call())
@@ -194,7 +200,7 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(use=uses)
     def rest(self, use: Use) -> None:
-        if use in self._uses and use.resting is None:
+        if use in self._uses and use.resting is None and not use.kept.is_gone:
             use.resting = self.house.keeper.resting(use.kept, Call())
             use.resting.__enter__()
 
