@@ -119,6 +119,43 @@ def test_a_session_that_is_unknown_is_not_resumed(server: ServerProcess) -> None
     assert error_of(failure).argument == "session"
 
 
+@pytest.mark.parametrize("wrong_key", [b"", b"another", b"Key", b"key\0"])
+def test_a_session_is_none_to_who_has_not_its_tenants_key(
+    server: ServerProcess, wrong_key: bytes
+) -> None:
+    texts = []
+    with holder(server.target, b"key") as held:
+        handle = held.put(image(1))
+        for session in (held.session, bytes(16)):
+            with pytest.raises(grpc.RpcError) as failure:
+                Holder(held.channel, wrong_key, resume=session)
+            assert isinstance(error_of(failure), LostSessionError)
+            texts.append(str(error_of(failure)))
+        assert texts[0] == texts[1]
+
+        held.sign()  # its stream was not hung up
+        np.testing.assert_array_equal(held.get(handle), image(1))
+        held.break_off()
+        with holder(server.target, b"key", resume=held.session) as again:
+            np.testing.assert_array_equal(again.get(handle), image(1))
+
+
+def test_what_others_keep_is_told_to_nobody(server: ServerProcess) -> None:
+    with holder(server.target, b"mine") as held, holder(server.target) as stranger:
+        handle = held.put(image(1))
+        held.get(handle)
+        for session in (b"", stranger.session, bytes(16), b"no name"):
+            info = held.stub.GetServerInfo(pb.GetServerInfoRequest(session=session))
+            caches = [cache for device in info.devices for cache in device.caches]
+            assert caches
+            for cache in caches:
+                assert cache.limit_bytes > 0
+                assert (cache.count, cache.size_bytes) == (0, 0)
+                assert (cache.hits_count, cache.misses_count) == (0, 0)
+        with holder(server.target, b"mine") as same:
+            assert (same.kept_count(), same.kept_bytes()) == (1, MIB)
+
+
 def test_a_client_that_gives_no_sign_of_life_loses_its_session(small: ServerProcess) -> None:
     with holder(small.target, b"key") as silent, holder(small.target, b"key") as lively:
         silent.put(image(1))
