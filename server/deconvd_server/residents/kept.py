@@ -45,6 +45,7 @@ class Kept:
         is_moving: Whether it is on its way from one shelf to another: it gets no users meanwhile.
         names: The names that stand for it, each with the session that it was given to.
         content_key: What stands for it among its tenant's contents; None if nothing does.
+        state: What has become of it.
         users_count: Its users.
         resting_count: Those that rest.
         row: That of its shelf in which it is; None while it is in use.
@@ -53,7 +54,6 @@ class Kept:
 
     __slots__ = (
         "_on_unused",
-        "_state",
         "content_key",
         "grown_bytes",
         "is_moving",
@@ -64,6 +64,7 @@ class Kept:
         "shelf",
         "size_bytes",
         "spec",
+        "state",
         "tenant",
         "used_at",
         "users_count",
@@ -90,7 +91,7 @@ class Kept:
         self.used_at = 0
         self.users_count = 0
         self.resting_count = 0
-        self._state = State.LIVE
+        self.state = State.LIVE
         self._on_unused = on_unused
 
     @property
@@ -113,27 +114,27 @@ class Kept:
     @property
     def is_live(self) -> bool:
         """Whether it can be named, and get users."""
-        return self._state is State.LIVE
+        return self.state is State.LIVE
 
     @property
     def is_gone(self) -> bool:
         """Whether its memory is given up."""
-        return self._state is State.FREED
+        return self.state is State.FREED
 
     @property
     def is_idle(self) -> bool:
         """Whether it is live and nobody uses it."""
-        return self._state is State.LIVE and not self.users_count
+        return self.state is State.LIVE and not self.users_count
 
     @property
     def is_resting(self) -> bool:
         """Whether it has users, all of which rest."""
-        return 0 < self.users_count == self.resting_count and self._state is not State.FREED
+        return 0 < self.users_count == self.resting_count and self.state is not State.FREED
 
     def acquire(self) -> None:
         """Add a user."""
-        if self._state is not State.LIVE:
-            raise RuntimeError(f"cannot acquire a tensor that is {self._state.value}")
+        if self.state is not State.LIVE:
+            raise RuntimeError(f"cannot acquire a tensor that is {self.state.value}")
         self.users_count += 1
         if self.row is not None:
             self.shelf.settle(self)
@@ -143,7 +144,10 @@ class Kept:
         if self.users_count <= self.resting_count:
             raise RuntimeError("released more often than acquired")
         self.users_count -= 1
-        self._settle()
+        if self.state is State.LIVE:
+            self.shelf.settle(self)
+        else:
+            self._settle()
 
     def rest(self) -> None:
         """Let a user rest."""
@@ -157,8 +161,8 @@ class Kept:
 
     def retire(self) -> None:
         """Take no new users. Retiring twice is harmless."""
-        if self._state is State.LIVE:
-            self._state = State.RETIRED
+        if self.state is State.LIVE:
+            self.state = State.RETIRED
         self._settle()
 
     def revoke(self) -> None:
@@ -168,15 +172,15 @@ class Kept:
             self._free()
 
     def _settle(self) -> None:
-        if self._state is State.FREED:
+        if self.state is State.FREED:
             return
-        if self._state is State.RETIRED and not self.users_count:
+        if self.state is State.RETIRED and not self.users_count:
             self._free()
         else:
             self.shelf.settle(self)
 
     def _free(self) -> None:
-        self._state = State.FREED
+        self.state = State.FREED
         self._on_unused(self)
 
 
@@ -266,9 +270,10 @@ class Shelf:
     def settle(self, kept: Kept) -> None:
         """Note whether a tensor here is in use, rests or is idle."""
         row: Row[Kept] | None = None
-        if kept.is_idle:
-            row = self._accounts[kept.tenant].idle
-        elif kept.is_resting:
+        if not kept.users_count:
+            if kept.state is State.LIVE:
+                row = self._accounts[kept.tenant].idle
+        elif kept.users_count == kept.resting_count:
             row = self._accounts[kept.tenant].resting
         if row is not kept.row:
             self._set_row(kept, row)
@@ -369,9 +374,14 @@ class Shelf:
         return self.limit_bytes // max(len(self._accounts) + is_new, 1)
 
     def _set_row(self, kept: Kept, row: Row[Kept] | None) -> None:
+        size_bytes = (
+            kept.size_bytes + kept.grown_bytes
+        )  # which does not change while it is in a row
         if kept.row is not None:
-            kept.row.remove(kept)
+            del kept.row[kept]
+            kept.row.size_bytes -= size_bytes
         kept.row = row
         if row is not None:
             kept.used_at = next(_CLOCK)
-            row.add(kept)
+            row[kept] = None
+            row.size_bytes += size_bytes
