@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
@@ -21,10 +22,11 @@ from deconvd.geometry import Geometry
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.call import Call, Waiting
 from deconvd_server.device import DeviceTensor
-from deconvd_server.residents import Session
-from deconvd_server.residents.elements import whole_array
+from deconvd_server.residents import CallResidents, Session
+from deconvd_server.residents.elements import read_samples, whole_array
 from tests.devices import deconvolve
 from tests.keepers import KIB, House, house
 
@@ -151,6 +153,75 @@ def test_a_tenant_beyond_its_share_makes_room_for_another() -> None:
         with pytest.raises(ExhaustedError, match="other tenants have within their share"):
             built.put(second, b"g", array(3, 48 * KIB))
         assert kept_names(built, first, b"abcd") == b"cd"
+
+
+def test_what_rests_makes_room_for_what_another_tenant_is_promised() -> None:
+    with house() as built:
+        greedy, modest = built.open(), built.open()
+        used = [built.make(greedy, array(number)) for number in range(4)]
+        for kept, name in zip(used, [b"a", b"b", b"c", b"d"], strict=True):
+            built.keeper.name(kept, greedy, name)
+        resting = [built.keeper.resting(kept, Call()) for kept in used]
+        for each in resting:
+            each.__enter__()
+
+        built.put(modest, b"e", array(5))
+        built.put(modest, b"f", array(6))
+        with pytest.raises(ExhaustedError):  # beyond its share it displaces nothing in use
+            built.put(modest, b"g", array(7, 33 * KIB))
+
+        assert kept_names(built, modest, b"ef") == b"ef"
+        for each in resting:
+            each.__exit__(None, None, None)
+        for kept, value in zip(used[2:], [2, 3], strict=True):
+            np.testing.assert_array_equal(read_samples(kept, None, Call()), array(value))
+        for kept in used[:2]:
+            with pytest.raises(UnavailableError, match="had to make room") as raised:
+                read_samples(kept, None, Call())
+            assert raised.value.retry_after_s
+        for kept in used:
+            built.keeper.release(kept)
+        assert kept_names(built, greedy, b"abcd") == b"cd"
+
+
+def test_what_rests_moves_to_the_host_if_there_is_room() -> None:
+    with house(host_bytes=32 * KIB) as built:
+        greedy, modest = built.open(), built.open()
+        used = [built.make(greedy, array(number)) for number in range(4)]
+        resting = [built.keeper.resting(kept, Call()) for kept in used]
+        for each in resting:
+            each.__enter__()
+
+        built.put(modest, b"a", array(5, 32 * KIB))
+
+        for each, kept, value in zip(resting, used, range(4), strict=True):
+            each.__exit__(None, None, None)
+            np.testing.assert_array_equal(read_samples(kept, None, Call()), array(value))
+            built.keeper.release(kept)
+
+
+def test_a_call_that_waits_for_its_client_is_stopped_for_what_is_promised() -> None:
+    with house() as built:
+        greedy, modest = built.open(), built.open()
+        built.put(greedy, b"a", array(1, 60 * KIB))
+        call = Call()
+        call.waiting = Waiting()
+        residents = CallResidents(built.keeper, greedy, call)
+        tensor = pb.Tensor(resident=pb.Resident(handle=b"a"))
+        assert residents.find("x", spec_of(array(1, 60 * KIB)), tensor)
+        call.hang_up = residents.release  # as its thread does
+
+        with pytest.raises(UnavailableError, match="within the tenant's share") as raised:
+            built.put(modest, b"b", array(2))  # the call works
+        assert raised.value.retry_after_s
+        assert not call.is_cancelled
+
+        call.waiting.waits_since_s = time.monotonic()
+        built.put(modest, b"b", array(2))
+
+        assert isinstance(call.stopped_by, UnavailableError)
+        assert call.stopped_by.retry_after_s
+        assert not has(built, greedy, b"a")
 
 
 def test_a_quota_is_named_when_it_is_met() -> None:

@@ -26,7 +26,7 @@ from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
 from deconvd_server.residents import Kept, Session, shelving
 from deconvd_server.residents.counting import counted_bytes
-from deconvd_server.residents.elements import whole_array
+from deconvd_server.residents.elements import read_samples, whole_array
 from deconvd_server.residents.tenant import SessionState, Tenant
 from tests.keepers import KIB, House, house
 
@@ -213,11 +213,11 @@ class KeeperMachine(RuleBasedStateMachine):
         if use.resting is None:
             return
         resting, use.resting = use.resting, None
-        try:
-            resting.__exit__(None, None, None)
-        except UnavailableError:
+        resting.__exit__(None, None, None)
+        if use.kept.is_gone:
             assert use.thing.may_be_displaced
-            assert use.kept.is_gone
+            with pytest.raises(UnavailableError, match="had to make room"):
+                read_samples(use.kept, None, Call())
 
     @rule(thing=things)
     def drop(self, thing: Thing) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,7 +115,9 @@ class ResidentCalls:
                 array = shared.host_place("tensor", kept.spec, lies_at)
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
-            with self._streams.admitted(_piece_bytes(kept.spec), call):
+            with ExitStack() as stack:
+                with self._keeper.resting(kept, call):  # who waits for a place keeps others waiting
+                    stack.enter_context(self._streams.admitted(_piece_bytes(kept.spec), call))
                 for samples, spec in _pieces(kept.spec):
                     with self._keeper.resting(kept, call):
                         array = reader.read("tensor", spec)
@@ -125,20 +128,23 @@ class ResidentCalls:
                 f"them as {payload}",
                 argument="tensor",
             )
-        reader.expect_end()
+        with self._keeper.resting(kept, call):
+            reader.expect_end()
 
     def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: Call) -> Parts:
         """Serve GetTensor."""
         message = request.message
         session = self._residents.join(message.session, call)
         kept = self._keeper.by_name(session, message.resident.handle, "resident", call)
+        placed: list[Part] = []
         try:
             if message.HasField("place"):
-                yield self._put_into_place(kept, message.place, call)
+                placed.append(self._put_into_place(kept, message.place, call))
             else:
                 yield from self._sent(kept, call)
         finally:
             self._keeper.release(kept)
+        yield from placed
 
     def _put_into_place(
         self, kept: Kept, place: pb.SharedSlice, call: Call
@@ -153,8 +159,10 @@ class ResidentCalls:
 
     def _sent(self, kept: Kept, call: Call) -> Iterator[Part]:
         """Yield the parts that carry a tensor."""
-        yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
-        with self._streams.admitted(_piece_bytes(kept.spec), call):
+        with ExitStack() as stack:
+            with self._keeper.resting(kept, call):
+                yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
+                stack.enter_context(self._streams.admitted(_piece_bytes(kept.spec), call))
             for samples, _ in _pieces(kept.spec):
                 part = elements_part(read_samples(kept, samples, call))
                 with self._keeper.resting(kept, call):

@@ -36,7 +36,7 @@ class CallResidents:
         self._session = session
         self._call = call
         self._by_field: dict[str, Kept] = {}
-        self._used: list[Kept] = []
+        self._use = keeper.begin_use(call)
 
     def __contains__(self, field: str) -> bool:
         return field in self._by_field
@@ -59,7 +59,7 @@ class CallResidents:
             if found is None:
                 return False
             kept = found
-        self._by_field[field] = self._use(kept)
+        self._by_field[field] = self._noted(kept)
         if kept.spec != spec:
             raise InvalidArgumentError(
                 f"{argument} must have the shape and element type that it was kept with, "
@@ -71,7 +71,7 @@ class CallResidents:
     def nearest_engine(self) -> Engine | None:
         """Return the engine on whose device most of the bytes are of what is used; None if none are."""
         bytes_on: dict[Engine, int] = {}
-        for kept in self._used:
+        for kept in self._use.tensors:
             engine = kept.shelf.engine
             if engine is not None:
                 bytes_on[engine] = bytes_on.get(engine, 0) + kept.spec.nbytes
@@ -118,15 +118,14 @@ class CallResidents:
 
     def release(self) -> None:
         """Use the tensors no more."""
-        for kept in self._used:
-            self._keeper.release(kept)
+        self._keeper.end_use(self._use)
 
     def _make(self, spec: TensorSpec, engine: Engine) -> Kept:
-        return self._use(self._keeper.make(self._session, spec, engine, self._call))
+        return self._noted(self._keeper.make(self._session, spec, engine, self._call))
 
-    def _use(self, kept: Kept) -> Kept:
+    def _noted(self, kept: Kept) -> Kept:
         """Note that a tensor is to be released."""
-        self._used.append(kept)
+        self._use.tensors.append(kept)
         return kept
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from deconvd.copying import copy_into
+from deconvd.errors import UnavailableError
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
 from deconvd_server.residents.kept import Kept
 
-__all__ = ["read_samples", "whole_array", "write_samples"]
+__all__ = ["check_there", "read_samples", "whole_array", "write_samples"]
+
+_RETRY_AFTER_S: Final = 0.5
+
+
+def check_there(kept: Kept) -> None:
+    """Return if a tensor did not have to make room while all its users rested. Raises UnavailableError if it had."""
+    if kept.is_gone:
+        raise UnavailableError(
+            "the tensor had to make room for what another tenant may keep, since its caller took so long",
+            retry_after_s=_RETRY_AFTER_S,
+        )
 
 
 def whole_array(kept: Kept, call: Call, out: Array | None = None) -> Array:
@@ -24,7 +38,8 @@ def whole_array(kept: Kept, call: Call, out: Array | None = None) -> Array:
 
 
 def read_samples(kept: Kept, samples: slice | None, call: Call) -> Array:
-    """Return a new array with the elements of some samples, or of all, of a tensor."""
+    """Return a new array with the elements of some samples, or of all, of a tensor. Raises as `check_there`."""
+    check_there(kept)
     operand = kept.operand
     if isinstance(operand, np.ndarray):
         return (operand if samples is None else operand[samples]).copy()
@@ -32,7 +47,8 @@ def read_samples(kept: Kept, samples: slice | None, call: Call) -> Array:
 
 
 def write_samples(kept: Kept, samples: slice | None, array: Array, call: Call) -> None:
-    """Set the elements of some samples, or of all, of a tensor that nobody else uses."""
+    """Set the elements of some samples, or of all, of a tensor that nobody else uses. Raises as `check_there`."""
+    check_there(kept)
     operand = kept.operand
     if isinstance(operand, np.ndarray):
         copy_into(operand if samples is None else operand[samples], array)

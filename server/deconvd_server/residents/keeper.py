@@ -13,16 +13,17 @@ from deconvd.errors import (
     ExhaustedError,
     LostSessionError,
     LostTensorError,
-    UnavailableError,
 )
 from deconvd.problem import TensorSpec
 from deconvd_server.call import Call
 from deconvd_server.device import Tensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents.counting import Quotas, counted_bytes, names_limit
+from deconvd_server.residents.elements import check_there
 from deconvd_server.residents.kept import Kept
 from deconvd_server.residents.shelving import Shelving
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
+from deconvd_server.residents.uses import Use
 from deconvd_server.secret_names import Named
 
 __all__ = ["Keeper"]
@@ -32,8 +33,6 @@ _WAIT_S = 0.05
 
 _STEP_COUNT: Final = 64
 """Names or contents that are looked at while the lock is held: others wait for less than a millisecond."""
-
-_RETRY_AFTER_S: Final = 0.5
 
 _T = TypeVar("_T")
 
@@ -105,10 +104,12 @@ class Keeper:
 
         Raises:
             LostSessionError: It has ended.
+            UnavailableError: As `check_there`.
             ExhaustedError: The tensor has as many names as it may.
         """
         with self._changed:
             _check_alive(session)
+            check_there(kept)
             if not kept.is_live:
                 raise RuntimeError("a tensor that is dropped cannot be named")
             if len(kept.names) >= names_limit(kept.spec):
@@ -205,14 +206,21 @@ class Keeper:
                 _retire_unless_wanted(kept)
         self._shelving.sweep()
 
+    def begin_use(self, call: Call) -> Use:
+        """Return what a call notes the tensors in that it uses, to be ended by `end_use`."""
+        return self._shelving.uses.begin(call)
+
+    def end_use(self, use: Use) -> None:
+        """Use the tensors of a call no more."""
+        self._shelving.uses.end(use)
+        for kept in use.tensors:
+            self.release(kept)
+
     def resting(self, kept: Kept, call: Call) -> AbstractContextManager[None]:
         """Let the caller, a user of a tensor, not use it for the block, in which it waits for its client.
 
-        Another tenant may have the tensor's memory then, as far as that is promised to it; the tensor
-        may be elsewhere after the block.
-
-        Raises:
-            UnavailableError: After the block: the tensor had to make room.
+        Another tenant may have the tensor's memory then, as far as that is promised to it. After the block
+        the tensor may be elsewhere, or gone: see `check_there`.
         """
         return _Resting(self._changed, kept, call)
 
@@ -308,12 +316,6 @@ class _Resting(AbstractContextManager[None]):
             while error is None and self._kept.is_moving and not self._call.is_cancelled:
                 self._changed.wait(_WAIT_S)
             self._kept.resume()
-            if error is None and self._kept.is_gone:
-                raise UnavailableError(
-                    "the tensor had to make room for what another tenant may keep, since its caller "
-                    "took so long",
-                    retry_after_s=_RETRY_AFTER_S,
-                )
 
 
 def _steps(items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:

@@ -257,6 +257,14 @@ class Shelf:
         """Return whether a tenant has no more than its share with so much more."""
         return tenant is not None and self._size_bytes(tenant) + size_bytes <= self._share(tenant)
 
+    def is_in_the_way(self, kept: Kept, tenant: object) -> bool:
+        """Return whether a tensor is here and its tenant, another one, has more than its share."""
+        return (
+            kept.shelf is self
+            and kept.tenant is not tenant
+            and self._size_bytes(kept.tenant) > self._share(tenant)
+        )
+
     def take(self, tenant: Tenant, size_bytes: int) -> None:
         """Count room as a tenant's, for what is about to come."""
         self.used_bytes += size_bytes

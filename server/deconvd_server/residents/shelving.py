@@ -25,6 +25,7 @@ from deconvd_server.residents.garbage import Garbage, free
 from deconvd_server.residents.growth import Growth
 from deconvd_server.residents.kept import Kept, Shelf
 from deconvd_server.residents.tenant import Tenant
+from deconvd_server.residents.uses import Uses
 
 __all__ = ["Shelving"]
 
@@ -64,6 +65,9 @@ class Shelving:
     it is, unless all its users rest. Room is made by what was used least recently of what nobody
     uses, in steps between which the lock is free; see `Shelf.displaceable`.
 
+    Attributes:
+        uses: The calls that use tensors.
+
     Args:
         engines: Whose devices tensors are kept on.
         changed: The lock; what is freed is notified.
@@ -89,6 +93,7 @@ class Shelving:
         self._quotas = quotas
         self._forget = forget
         self._host = Shelf(host_bytes, None)
+        self.uses = Uses()
         self._garbage = Garbage(changed, quotas)
         self._growth = Growth(changed, quotas)
         self.sweep = self._garbage.sweep
@@ -192,9 +197,11 @@ class Shelving:
                 elif is_late:
                     raise _no_room_yet(shelf, size_bytes)
                 else:
+                    moving = None
                     self._changed.wait(_WAIT_S)
-                    continue
             self._end_displacing(moving)
+            if is_promised:
+                self.uses.stop_stalled(lambda kept: shelf.is_in_the_way(kept, tenant))
 
     def _allocated(self, shelf: Shelf, tenant: Tenant, spec: TensorSpec) -> DeviceTensor:
         """Return memory of a device, of which calls may have taken what kept tensors left.

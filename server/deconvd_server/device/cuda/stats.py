@@ -20,7 +20,7 @@ class CudaStats:
         plans_limit_bytes: What they may take.
         memory: What calls and tensors take of the card's memory.
         held_bytes: The card's memory that is held, in use or kept for the next call.
-        held_for_calls_bytes: The part of it that is not of tensors that stay, nor lent: clients are not told of others'.
+        held_for_calls_bytes: The part of it that is for calls: of what clients keep nobody else is told.
         held_limit_bytes: What may be held.
         made_count: Blocks that no kept one could serve.
         pinned_count: Sets of pinned host buffers.
