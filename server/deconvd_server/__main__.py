@@ -19,8 +19,7 @@ from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.malloc import keep_freed_memory
 from deconvd_server.device.faults import DeviceUnavailableError
-from deconvd_server.ends import Ends, ServingLostError
-from deconvd_server.event_loop import the_loop
+from deconvd_server.ends import Ends
 from deconvd_server.log_text import LogFormatter
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
@@ -267,7 +266,6 @@ def main(
     keep_freed_memory()
     ends = Ends()
     drainer = Drainer(ends)
-    the_loop().on_lost(lambda: ends.put(ServingLostError("gRPC's event loop has ended")))
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if shared_memory_bytes is None:

@@ -5,7 +5,6 @@ LISTENING --devices ready--> SERVING --drain--> DRAINING --last call ended--> ST
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -17,12 +16,11 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
 from deconvd_server.device import Device
 from deconvd_server.ends import ServingLostError
-from deconvd_server.event_loop import the_loop
+from deconvd_server.gate import CALLS_COUNT, Gate
 from deconvd_server.grpc_server import GrpcServer
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release
 from deconvd_server.reflection import reflection_handlers
-from deconvd_server.rpc import Gate
 from deconvd_server.serve import CallLog, Observer
 from deconvd_server.settings import Settings
 from deconvd_server.workers import Workers
@@ -31,16 +29,11 @@ __all__ = ["Daemon", "State"]
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
-_WORKERS_COUNT: Final = 192
-"""More than the calls and streams that run and wait: those that run are one for each processor, or a few for each
-card, and 128 more may wait."""
+_WORKERS_COUNT: Final = CALLS_COUNT + 16
+"""One for each call, and some for the messages of sessions."""
 
 _EARLY_WORKERS_COUNT: Final = 16
 """Those that are there from the start, so that calls are served when the system has no thread left."""
-
-_LAST_CALLS_S: Final = 0.2
-"""How long calls that still come are told UNAVAILABLE before gRPC ends what comes with CANCELLED. A client that tries
-again does so later, and elsewhere."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,26 +75,21 @@ class Daemon:
         self.backend: Backend | None = None
         self._settings = settings
         self._observers = observers
-        self._on_lost = on_lost
         self._lock = threading.Lock()
-        self._loop = the_loop()
+        self._is_cut = False
         self._workers = Workers(_WORKERS_COUNT, _EARLY_WORKERS_COUNT)
-        self._loop.run(self._make())
+        self._gate = Gate(_SERVICE, self._workers, observers)
+        self._health = Health(_SERVICE.full_name)
+        self._server = GrpcServer(
+            {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
+            settings.max_message_bytes,
+            lambda: on_lost(ServingLostError("gRPC's thread has ended")),
+        )
         self.addresses = [
             bind(self._server, address, settings.access) for address in settings.addresses
         ]
-        self._loop.run(self._server.start())
-
-    async def _make(self) -> None:
-        """Make what belongs to the loop, in it."""
-        self._gate = Gate(_SERVICE, self._workers, self._observers)
-        self._health = Health(_SERVICE.full_name)
-        self._is_cut = asyncio.Event()
-        self._server = GrpcServer(
-            {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
-            self._settings.max_message_bytes,
-            lambda: self._on_lost(ServingLostError("gRPC's serving task has ended")),
-        )
+        self._server.start()
+        self._gate.expire(self._server.later)
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
         """Open the devices and serve calls with them; return once it can.
@@ -121,7 +109,7 @@ class Daemon:
                 self.backend = backend
                 self._gate.open(backend.behaviours)
                 self.state = State.SERVING
-                self._loop.loop.call_soon_threadsafe(self._health.set_serving, True)
+                self._health.set_serving(True)
                 return
         backend.withdraw()  # it drains already
         backend.end_direct_calls(0)
@@ -139,10 +127,11 @@ class Daemon:
             self.state = State.DRAINING
             backend = self.backend
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
-        self._loop.run(self._take_no_more())
+        self._health.fail()
+        self._gate.close()
         if backend is not None:
             backend.withdraw()  # while its paths are ours, like the socket beside them
-        is_whole = self._loop.run(self._stop(deadline_s))
+        is_whole = self._stop(deadline_s)
         if backend is not None:
             is_whole &= backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
         for address in self.addresses:
@@ -155,39 +144,23 @@ class Daemon:
 
     def fail(self) -> None:
         """Say NOT_SERVING for good: a device is lost, and only a new process can get it back."""
-        self._loop.loop.call_soon_threadsafe(self._health.fail)
+        self._health.fail()
 
     def cut_drain(self) -> None:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
-        self._loop.loop.call_soon_threadsafe(self._is_cut.set)
+        self._is_cut = True
+        self._gate.look()
         if self.backend is not None:
             self.backend.cancel_direct_calls()
 
-    async def _take_no_more(self) -> None:
-        self._health.fail()
-        self._gate.close()
-
-    async def _stop(self, deadline_s: float) -> bool:
+    def _stop(self, deadline_s: float) -> bool:
         """Stop gRPC once no call is under way, or they are to be cancelled; return whether none was."""
-        waits = [
-            asyncio.create_task(wait) for wait in (self._is_cut.wait(), self._ended(deadline_s))
-        ]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        is_whole = not self._gate.calls_count
-        for wait in waits:
-            wait.cancel()
-        await self._server.stop(None)
-        return is_whole
-
-    async def _ended(self, deadline_s: float) -> None:
-        """Return once no call is under way, or the time has come."""
-        await asyncio.sleep(min(_LAST_CALLS_S, max(deadline_s - time.monotonic(), 0)))
-        stopping = asyncio.create_task(self._server.stop(max(deadline_s - time.monotonic(), 0)))
+        self._server.take_no_more()
         self._health.end_watches()
-        ended = asyncio.create_task(self._gate.ended())
-        await asyncio.wait(
-            [stopping, ended],
-            timeout=max(deadline_s - time.monotonic(), 0),
-            return_when=asyncio.FIRST_COMPLETED,
+        is_whole = self._gate.wait_until_ended(
+            max(deadline_s - time.monotonic(), 0), lambda: self._is_cut
         )
+        self._server.cancel_all()
+        self._server.join()
+        return is_whole

@@ -1,38 +1,50 @@
-"""gRPC's server, in the event loop: what it serves, how it stops, and that it is missed if it ends by itself."""
+"""gRPC's server: one thread in which calls come and their batches end. See `rpc`."""
 
 from __future__ import annotations
 
-import asyncio
+import heapq
 import logging
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
 from typing import Any, Final, TypeAlias
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave out what is not public
 
 from deconvd.transport import TRANSPORT_OPTIONS
+from deconvd_server.rpc import Rpc
 
-__all__ = ["GrpcServer"]
+__all__ = ["GrpcServer", "Handlers"]
 
-_Handlers: TypeAlias = "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
+Handlers: TypeAlias = Mapping[str, Callable[[Rpc], None]]
+"""What serves a method's calls, by its path: called in gRPC's thread."""
+
+_AWAITED_COUNT: Final = 64
+"""How many calls may come at once: what comes beside them waits in gRPC, which ends it if the server stops."""
 
 _STREAMS_COUNT: Final = 512
 """Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
+
+_TICK_S: Final = 0.2
+"""How often it looks at its clock when nothing happens."""
 
 _log = logging.getLogger(__name__)
 
 
 class GrpcServer:
-    """Serves handlers by gRPC. To be used in the event loop alone.
+    """Serves calls by gRPC, in a thread of its own.
 
     Args:
-        handlers: By the methods' paths.
+        handlers: Serve the methods there are.
         max_message_bytes: The largest message that is taken or sent.
-        on_lost: Called in the loop if it ends without being stopped.
+        on_lost: Called if it ends without being stopped.
     """
 
     def __init__(
-        self, handlers: _Handlers, max_message_bytes: int, on_lost: Callable[[], None]
+        self, handlers: Handlers, max_message_bytes: int, on_lost: Callable[[], None]
     ) -> None:
         options: Sequence[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", max_message_bytes),
@@ -42,77 +54,119 @@ class GrpcServer:
             # With it, a second server would share the port in silence.
             ("grpc.so_reuseport", 0),
         ]
-        self._core = _core(handlers, options)
+        self._handlers = handlers
         self._on_lost = on_lost
+        self._queue = cygrpc.CompletionQueue()
+        self._server = cygrpc.Server(options, False)
+        self._server.register_completion_queue(self._queue)
+        self._rpcs: set[Rpc] = set()
+        self._lock = threading.Lock()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = count()
         self._is_stopping = False
+        self._has_shut_down = False
+        self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)
 
     def add_insecure_port(self, address: str) -> int:
         """Listen on an address; return its port. Raises RuntimeError if that cannot be."""
-        port: int = self._core.add_insecure_port(address.encode())
+        port: int = self._server.add_http2_port(address.encode())
         if not port:
             raise RuntimeError(f"gRPC cannot listen on {address}")
         return port
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Serve from now on."""
-        await self._core.start()
-        self._watch = asyncio.create_task(self._watched())
+        self._server.start()
+        for _ in range(_AWAITED_COUNT):
+            self._await_call()
+        self._thread.start()
 
-    async def stop(self, grace_s: float | None) -> None:
-        """Take no more calls, and return once there are none: they are cancelled after a time; None for now."""
+    def later(self, delay_s: float, work: Callable[[], None]) -> None:
+        """Do something in its thread after a while. Any thread may call this."""
+        entry = (time.monotonic() + delay_s, next(self._numbers), work)
+        with self._lock:
+            heapq.heappush(self._timers, entry)
+
+    def take_no_more(self) -> None:
+        """Take no more calls, and tell clients to go elsewhere. Calls under way go on."""
         self._is_stopping = True
-        await self._core.shutdown(grace_s)
+        self._server.shutdown(self._queue, self._note_shutdown)
 
-    async def _watched(self) -> None:
+    def cancel_all(self) -> None:
+        """Cancel the calls under way."""
+        self._server.cancel_all_calls()
+
+    def join(self) -> None:
+        """Return once it has stopped, after its last call. To be called after `take_no_more` has returned."""
+        self._thread.join()
+        self._server.destroy()
+
+    def _await_call(self) -> None:
+        with suppress(ValueError):  # it stops
+            self._server.request_call(self._queue, self._queue, self._take)
+
+    def _run(self) -> None:
         try:
-            await self._core.wait_for_termination(None)
-        except Exception:
-            _log.exception("gRPC has ended")
+            while not self._is_done:
+                self._run_once()
+            self._queue.shutdown()
+            while self._queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
+                pass
+        except BaseException:
+            _log.exception("gRPC's thread has ended")
         if not self._is_stopping:
             self._on_lost()
 
+    @property
+    def _is_done(self) -> bool:
+        return self._has_shut_down and not self._rpcs
 
-def _core(handlers: _Handlers, options: Sequence[tuple[str, Any]]) -> Any:
-    loop = asyncio.get_running_loop()
-    if not hasattr(cygrpc.AioServer, "add_registered_method_handlers"):
-        return cygrpc.AioServer(loop, None, (_Generic(handlers),), (), tuple(options), None)
-    core = _Core(loop, None, (), (), tuple(options), None)
-    core.add_registered_method_handlers(dict(handlers))
-    return core
+    def _run_once(self) -> None:
+        """Take the next event. No error in what comes of it ends the thread."""
+        wait_s = (
+            min(_TICK_S, max(self._timers[0][0] - time.monotonic(), 0)) if self._timers else _TICK_S
+        )
+        try:
+            event = self._queue.poll(time.time() + wait_s)
+            if event.completion_type != cygrpc.CompletionType.queue_timeout:
+                event.tag(event)
+            if self._timers:
+                self._do_what_is_due()
+        except MemoryError:
+            self._fail_those_lost()
+            self._await_call()  # one may have been lost
+        except Exception:
+            _log.exception("unforeseen error in gRPC's thread")
+
+    def _do_what_is_due(self) -> None:
+        now_s = time.monotonic()
+        while self._timers and self._timers[0][0] <= now_s:
+            with self._lock:
+                _, _, work = heapq.heappop(self._timers)
+            work()
+
+    def _note_shutdown(self, _event: Any) -> None:
+        self._has_shut_down = True
+
+    def _take(self, event: Any) -> None:
+        """Take a call."""
+        self._await_call()
+        if not event.success:  # the server stops
+            return
+        rpc = Rpc(event, self.later, self._rpcs.discard)
+        self._rpcs.add(rpc)
+        self._handlers.get(rpc.path, _refuse)(rpc)
+
+    def _fail_those_lost(self) -> None:
+        """Fail the calls whose message had come when there was no memory for it."""
+        _log.warning("there is no memory for a message that has come by gRPC")
+        for rpc in list(self._rpcs):
+            if rpc.has_lost_receipt():
+                rpc.fail_with(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "the server has no memory for such a message",
+                )
 
 
-class _Generic(grpc.GenericRpcHandler):
-    """Finds handlers by their paths."""
-
-    def __init__(self, handlers: _Handlers) -> None:
-        self._handlers = handlers
-
-    def service(self, call: grpc.HandlerCallDetails) -> Any:
-        """Return what handles a call; None if there is no such method."""
-        return self._handlers.get(call.method)
-
-
-class _Core(cygrpc.AioServer):  # type: ignore[misc]  # as above
-    """grpc.aio's server, less a fault: the path of a method that is not UTF-8 ends its serving task for good.
-
-    Versions with registered methods, from 1.84 on, decode a path in that task unless the method is a registered one.
-    Calls of others are answered here instead, whatever their path is.
-    """
-
-    def _make_request_call_future(self, method: bytes | None) -> Any:
-        if method is not None:
-            return super()._make_request_call_future(method)
-        return asyncio.get_running_loop().create_task(self._refuse_strays())
-
-    async def _refuse_strays(self) -> None:
-        """Answer calls of methods that there are not, until the server stops: by raising, as grpc.aio expects."""
-        loop = asyncio.get_running_loop()
-        answers: set[asyncio.Task[None]] = set()
-        while True:
-            rpc = await self._request_call()
-            refusal = cygrpc._ServicerContext(rpc, None, None, loop).abort(
-                grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
-            )
-            answer = loop.create_task(cygrpc._schedule_rpc_coro(refusal, rpc, loop, "?"))
-            answers.add(answer)
-            answer.add_done_callback(answers.discard)
+def _refuse(rpc: Rpc) -> None:
+    rpc.fail_with(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")

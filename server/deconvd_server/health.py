@@ -1,23 +1,22 @@
-"""Standard gRPC health, in the event loop: it is answered however busy the workers are."""
+"""Standard gRPC health, in gRPC's thread: it is answered however busy the workers are."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any, Final, NoReturn, TypeAlias
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 
+from deconvd_server.rpc import Rpc
+
 __all__ = ["Health"]
 
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
 _LARGEST_BYTES: Final = 4096
-"""More than the name of any service takes: a larger message is not parsed, as that would hold up the loop."""
-
-_MESSAGE_S: Final = 10.0
-"""How long a call may be without its message."""
+"""More than the name of any service takes: a larger message is not parsed, as that would hold up gRPC's thread."""
 
 _Status: Final = health_pb2.HealthCheckResponse
 _SERVING: Final = _Status(status=_Status.SERVING).SerializeToString()
@@ -26,12 +25,10 @@ _UNKNOWN: Final = _Status(status=_Status.SERVICE_UNKNOWN).SerializeToString()
 
 
 class Health:
-    """The standard health service for a server and the services it names. To be used in the loop alone.
-
-    grpcio's own is not used, since there one watcher who does not read keeps everybody's health from changing.
+    """The standard health service for a server and the services it names. Thread-safe.
 
     Attributes:
-        handlers: By the methods' paths; for `grpc.aio`.
+        handlers: By the methods' paths; see `Handlers`.
 
     Args:
         services: Names of the services; the server as a whole goes with them.
@@ -41,18 +38,21 @@ class Health:
         self._services = frozenset(("", *services))
         self._is_serving = False
         self._is_failing = False
-        self._is_ending = False
-        self._changed = asyncio.Event()
+        self._lock = threading.Lock()
+        self._watches: dict[Rpc, _Watch] = {}
         prefix = f"/{health.SERVICE_NAME}/"
-        self.handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            f"{prefix}Check": grpc.stream_unary_rpc_method_handler(self._check),
-            f"{prefix}Watch": grpc.stream_stream_rpc_method_handler(self._watch),
+        self.handlers: dict[str, Callable[[Rpc], None]] = {
+            f"{prefix}Check": lambda rpc: rpc.receive(partial(self._check, rpc)),
+            f"{prefix}Watch": lambda rpc: rpc.receive(partial(self._watch, rpc)),
         }
 
     def set_serving(self, is_serving: bool) -> None:
         """Say SERVING or NOT_SERVING of all."""
         self._is_serving = is_serving and not self._is_failing
-        self._tell()
+        with self._lock:
+            watches = list(self._watches.values())
+        for watch in watches:
+            watch.tell()
 
     def fail(self) -> None:
         """Say NOT_SERVING of all, for good."""
@@ -61,53 +61,76 @@ class Health:
 
     def end_watches(self) -> None:
         """End every watch: they would keep the server from stopping."""
-        self._is_ending = True
-        self._tell()
-
-    def _tell(self) -> None:
-        """Wake who watches. The next change is told by another event."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        with self._lock:
+            watches = list(self._watches)
+        for rpc in watches:
+            rpc.fail_with(grpc.StatusCode.CANCELLED, "the server is draining")
 
     def _answer(self, service: str) -> bytes:
         if service not in self._services:
             return _UNKNOWN
         return _SERVING if self._is_serving else _NOT_SERVING
 
-    async def _check(self, _messages: Any, context: _Context) -> bytes:
-        answer = self._answer(await _service_asked_for(context))
-        if answer == _UNKNOWN:
-            await _abort(context, grpc.StatusCode.NOT_FOUND, "there is no such service")
-        return answer
+    def _check(self, rpc: Rpc, request: bytes | None) -> None:
+        service = _service_in(request)
+        answer = None if service is None else self._answer(service)
+        if answer is None:
+            rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
+        elif answer == _UNKNOWN:
+            rpc.fail_with(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        else:
+            rpc.finish((), answer)
 
-    async def _watch(self, _messages: Any, context: _Context) -> None:
-        service = await _service_asked_for(context)
-        told = b""
-        while True:
-            changed, answer = self._changed, self._answer(service)
-            if answer != told:
-                await context.write(answer)
-                told = answer
-            if self._is_ending:
-                await _abort(context, grpc.StatusCode.CANCELLED, "the server is draining")
-            await changed.wait()
+    def _watch(self, rpc: Rpc, request: bytes | None) -> None:
+        service = _service_in(request)
+        if service is None:
+            rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
+            return
+        watch = _Watch(rpc, partial(self._answer, service))
+        with self._lock:
+            self._watches[rpc] = watch
+        rpc.on_close = partial(self._forget, rpc)
+        if rpc.is_closed:
+            self._forget(rpc)
+        watch.tell()
+
+    def _forget(self, rpc: Rpc) -> None:
+        with self._lock:
+            self._watches.pop(rpc, None)
 
 
-async def _service_asked_for(context: _Context) -> str:
-    """Return the service that a call asks about."""
+class _Watch:
+    """One who is told of each change, the last at least: changes are skipped while one is being sent."""
+
+    def __init__(self, rpc: Rpc, answer: Callable[[], bytes]) -> None:
+        self._rpc = rpc
+        self._answer = answer
+        self._lock = threading.Lock()
+        self._told = b""
+        self._is_sending = False
+
+    def tell(self) -> None:
+        """Send the status, if it is another than before."""
+        with self._lock:
+            answer = self._answer()
+            if self._is_sending or answer == self._told:
+                return
+            self._told = answer
+            self._is_sending = True
+        self._rpc.send(answer, self._sent)
+
+    def _sent(self) -> None:
+        with self._lock:
+            self._is_sending = False
+        if not self._rpc.is_closed:
+            self.tell()
+
+
+def _service_in(request: bytes | None) -> str | None:
+    """Return the service that a request asks about; None if it is none."""
+    if request is None or len(request) > _LARGEST_BYTES:
+        return None
     try:
-        async with asyncio.timeout(_MESSAGE_S):
-            message = await context.read()
-    except TimeoutError:
-        await _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, "the call has sent no message")
-    if message is grpc.aio.EOF or len(message) > _LARGEST_BYTES:
-        await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the request is none, or too large")
-    try:
-        return health_pb2.HealthCheckRequest.FromString(message).service
+        return health_pb2.HealthCheckRequest.FromString(request).service
     except DecodeError:
-        await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
-
-
-async def _abort(context: _Context, code: grpc.StatusCode, details: str) -> NoReturn:
-    await context.abort(code, details)
-    raise AssertionError  # `abort` has raised
+        return None

@@ -1,33 +1,49 @@
-"""Standard gRPC reflection, in the event loop."""
+"""Standard gRPC reflection, in gRPC's thread."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from deconvd_server.rpc import Rpc
 
 __all__ = ["reflection_handlers"]
 
 _LARGEST_BYTES: Final = 4096
-"""More than any name takes: a larger message is not parsed, as that would hold up the loop."""
+"""More than any name takes: a larger message is not parsed, as that would hold up gRPC's thread."""
 
 
-def reflection_handlers(service: ServiceDescriptor) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-    """Return what serves reflection about a service, by the method's path; for `grpc.aio`."""
+def reflection_handlers(service: ServiceDescriptor) -> dict[str, Callable[[Rpc], None]]:
+    """Return what serves reflection about a service, by the method's path; see `Handlers`."""
     names = (service.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    servicer = reflection.aio.ReflectionServicer(service_names=names)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        _parsed,
-        reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    return {f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": handler}
+    servicer = reflection.ReflectionServicer(names)
+
+    def answer(rpc: Rpc, data: bytes | None) -> None:
+        if data is None:
+            rpc.finish(())
+            return
+        request = _parsed(data)
+        if request is None:
+            rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
+            return
+        (response,) = servicer.ServerReflectionInfo(iter([request]), None)
+        rpc.send(response.SerializeToString(), partial(rpc.receive, partial(answer, rpc)))
+
+    path = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+    return {path: lambda rpc: rpc.receive(partial(answer, rpc))}
 
 
-def _parsed(data: bytes) -> reflection_pb2.ServerReflectionRequest:
+def _parsed(data: bytes) -> reflection_pb2.ServerReflectionRequest | None:
     if len(data) > _LARGEST_BYTES:
-        raise ValueError(f"a request for reflection has {len(data)} bytes")
-    return reflection_pb2.ServerReflectionRequest.FromString(data)
+        return None
+    try:
+        return reflection_pb2.ServerReflectionRequest.FromString(data)
+    except DecodeError:
+        return None

@@ -1,352 +1,194 @@
-"""The service by gRPC: behaviours as its handlers. See `serve` for how a call begins and ends.
+"""One gRPC call, as the server has it: messages, its end, and who is told of them. It knows no method.
 
-Calls are received and answered in an event loop, and served by workers once their first message has come: a call that
-sends none takes neither a thread nor a place. All methods receive as streams do, so that what waits for a first message
-can be told why it waits no more. Requests are parsed by workers rather than by gRPC, which would blame the server
-(INTERNAL) for garbage.
-
-The server listens before there is a service, and gRPC takes no new handlers then: they are behind a `Gate`.
+grpcio's servers, with threads or in an event loop, cannot serve calls that wait for their first message without a place
+for each, cannot end a call on a client that does not read, or are ended by a path that is no UTF-8. So the server is
+made here of what they are made of: completion queues and batches of operations.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, NoReturn, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.rpc import status_pb2
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave out what is not public
 from grpc_status import rpc_status
 
-from deconvd.chunks import ChunkSource, messages_of
-from deconvd.codec import encode
-from deconvd.errors import (
-    CallCancelledError,
-    DeadlineError,
-    DeconvdError,
-    ExhaustedError,
-    InvalidArgumentError,
-    UnavailableError,
-)
-from deconvd.status import status_from_error
-from deconvd_server.behaviours import Behaviour, Held, Holding, Parts, Sink, Source, Stream, Unary
-from deconvd_server.call import Call, CallerGoneError
-from deconvd_server.peers import counted_by_grpc
-from deconvd_server.rpc_messages import Requests, Responses
-from deconvd_server.serve import Observer, Serving
-from deconvd_server.workers import Workers
+__all__ = ["Later", "Metadata", "Rpc"]
 
-__all__ = ["Gate"]
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Later: TypeAlias = Callable[[float, Callable[[], None]], None]
 
-_T = TypeVar("_T")
+_NO_FLAGS: Final = 0
+_LONGEST_S: Final = 365 * 24 * 3600.0
+"""A deadline further away is none: gRPC has one in 292 billion years for a call without."""
 
-_FIRST_MESSAGE_S: Final = 60.0
-"""How long a call may be without its first message: enough for a large one over a slow network."""
-
-_BREAK_S: Final = 0.2
-"""How long after a stream's last message gRPC may take to say that it broke rather than was closed."""
-
-_SILENT: Final = DeadlineError(f"the call has sent no message for {_FIRST_MESSAGE_S:g} s")
-_STARTING: Final = UnavailableError(
-    "the server is starting: its device is not ready yet", retry_after_s=0.2
-)
-_DRAINING: Final = UnavailableError("the server is draining: it takes no calls", retry_after_s=0.2)
+_log = logging.getLogger(__name__)
 
 
-class Gate:
-    """What serves a service's methods. Until it is opened, and once it is closed, they answer UNAVAILABLE.
-
-    To be used in the event loop, but for `open`.
+class Rpc:
+    """A call. Callbacks are called in gRPC's thread, and must be quick; everything else may be done in any thread.
 
     Attributes:
-        handlers: By the methods' paths; for `grpc.aio`.
-        calls_count: Calls under way whose first message has come.
+        path: Of its method.
+        peer: Who calls, as gRPC tells it.
+        later: Does something in gRPC's thread after so many seconds.
+        on_close: Called once the caller has gone, or has all of the answer.
+        is_closed: Whether that is so.
 
     Args:
-        service: Has the methods.
-        workers: Serve the calls.
-        observers: Hear of every call.
+        event: With it the call came.
+        on_end: Called once nothing of it is under way.
     """
 
-    def __init__(
-        self, service: ServiceDescriptor, workers: Workers, observers: Sequence[Observer]
+    def __init__(self, event: Any, later: Later, on_end: Callable[[Rpc], None]) -> None:
+        self.path: str = event.call_details.method.decode(errors="replace")
+        self.later = later
+        self.on_close: Callable[[], None] = _do_nothing
+        self.is_closed = False
+        self._deadline_s: float = event.call_details.deadline
+        self._call = event.call
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._due_count = 0
+        self._has_begun_to_answer = False
+        self._is_over = False  # nothing more may be sent
+        self._receipt: weakref.ref[_Batch] | None = None
+        self.peer: str = self._call.peer().decode(errors="replace")
+        self._start((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), _Batch(self, self._close))
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until its deadline; None if it has none."""
+        remaining_s = self._deadline_s - time.time()
+        return max(remaining_s, 0.0) if remaining_s < _LONGEST_S else None
+
+    def receive(self, then: Callable[[bytes | None], None]) -> None:
+        """Call `then` with the next message; with None if there is no more, as after the call's end."""
+        operations = (cygrpc.ReceiveMessageOperation(_NO_FLAGS),)
+        batch = _Batch(self, partial(self._received, then))
+        self._receipt = weakref.ref(batch)  # gRPC alone holds it
+        if not self._start(operations, batch):
+            then(None)
+
+    def send(self, message: bytes, then: Callable[[], None]) -> None:
+        """Send a message, and call `then` once it has left, or never will. The one before must have."""
+        operations = (*self._beginning(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
+        if not self._start(operations, _Batch(self, lambda _event: then())):
+            then()
+
+    def finish(self, metadata: Metadata, message: bytes | None = None) -> None:
+        """End it well, with a last message. Once it has ended nothing is done."""
+        message_operations = (
+            () if message is None else (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
+        )
+        self._end(metadata, cygrpc.StatusCode.ok, "", message_operations)
+
+    def fail(self, failure: status_pb2.Status) -> None:
+        """End it with a failure. Once it has ended nothing is done."""
+        status = rpc_status.to_status(failure)
+        self._end(status.trailing_metadata, status.code.value[0], status.details)
+
+    def fail_with(self, code: grpc.StatusCode, details: str) -> None:
+        """End it with a status. Once it has ended nothing is done."""
+        self._end((), code.value[0], details)
+
+    def cancel(self) -> None:
+        """End it without a word, also on a client that does not read."""
+        with self._lock:
+            if self._call is not None:
+                self._call.cancel()
+
+    def has_lost_receipt(self) -> bool:
+        """Return whether a message came that there was no memory for, and note that it is under way no more."""
+        if self._receipt is None or self._receipt() is not None:
+            return False
+        self._receipt = None
+        self.note_done()
+        return True
+
+    def _received(self, then: Callable[[bytes | None], None], event: Any) -> None:
+        self._receipt = None
+        then(event.batch_operations[0].message())
+
+    def _beginning(self) -> tuple[Any, ...]:
+        if self._has_begun_to_answer:
+            return ()
+        self._has_begun_to_answer = True
+        return (cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),)
+
+    def _end(
+        self, metadata: Metadata, code: int, details: str, messages: tuple[Any, ...] = ()
     ) -> None:
-        self._workers = workers
-        self._observers = observers
-        self._behaviours: Mapping[str, Behaviour] = {}
-        self._refusal: DeconvdError | None = _STARTING
-        self._waiting: set[asyncio.Task[Any]] = set()
-        self._ended = asyncio.Event()
-        self.calls_count = 0
-        self.handlers = {
-            f"/{service.full_name}/{method.name}": self._handler(method)
-            for method in service.methods
-        }
+        status = cygrpc.SendStatusFromServerOperation(
+            tuple(metadata), code, details.encode(), _NO_FLAGS
+        )
+        with self._lock:
+            is_over, self._is_over = self._is_over, True
+        if not is_over:
+            batch = _Batch(self, _ignore)
+            self._start((*self._beginning(), *messages, status), batch, is_last=True)
 
-    def open(self, behaviours: Mapping[str, Behaviour]) -> None:
-        """Serve calls from now on with behaviours, by the names of the methods."""
-        self._behaviours = behaviours
-        self._refusal = None
-
-    def close(self) -> None:
-        """Take no more calls. Those that have sent no message yet are none."""
-        self._refusal = _DRAINING
-        for task in self._waiting:
-            task.cancel()
-
-    async def ended(self) -> None:
-        """Return once no call is under way."""
-        while self.calls_count:
-            self._ended.clear()
-            await self._ended.wait()
-
-    def _handler(self, method: MethodDescriptor) -> _Handler:
-        name: str = method.name
-
-        async def answer(_messages: Any, context: _Context) -> bytes:
-            return await self._answer(name, context)
-
-        async def stream(_messages: Any, context: _Context) -> None:
-            await self._stream(name, context)
-
-        if method.server_streaming:
-            return grpc.stream_stream_rpc_method_handler(stream)
-        return grpc.stream_unary_rpc_method_handler(answer)
-
-    async def _answer(self, name: str, context: _Context) -> bytes:
-        """Serve a method that has one response."""
-        if self._refusal is not None:
-            await _abort(context, self._refusal)
-        behaviour = self._behaviours[name]
-        first = await self._first_message(context)
-        serving = self._serving(behaviour, context)
-        if isinstance(behaviour, Unary):
-            if first is None:
-                await _abort(
-                    context, InvalidArgumentError("the call must have a request, got none")
-                )
-            response = await self._served(
-                partial(_answer_to_one, behaviour, first, serving), context
+    def _start(self, operations: tuple[Any, ...], batch: _Batch, *, is_last: bool = False) -> bool:
+        """Start a batch, and return whether it was: none is once the call is over."""
+        with self._lock:
+            if self._call is None or (self._is_over and not is_last):
+                return False
+            is_begun: bool = (
+                self._call.start_server_batch(operations, batch) == cygrpc.CallError.ok
             )
-        else:
-            assert isinstance(behaviour, Sink), behaviour
-            requests = Requests(first, context, serving.call)
-            receiving = asyncio.create_task(requests.receive())
-            try:
-                response = await self._served(
-                    partial(_answer_to_many, behaviour, requests, serving), context
-                )
-            finally:
-                receiving.cancel()
-        if serving.failure is not None:
-            await _abort_with(context, serving.failure)
-        context.set_trailing_metadata(serving.call.ledger.as_metadata())
-        return response
+            self._due_count += is_begun
+        return is_begun
 
-    async def _stream(self, name: str, context: _Context) -> None:
-        """Serve a method that has a stream of responses."""
-        if self._refusal is not None:
-            await _abort(context, self._refusal)
-        behaviour = self._behaviours[name]
-        first = await self._first_message(context)
-        serving = self._serving(behaviour, context)
-        if isinstance(behaviour, Held):
-            await self._hold(behaviour, first, serving, context)
-        else:
-            await self._respond(behaviour, first, serving, context)
-        if serving.failure is not None:
-            await _abort_with(context, serving.failure)
-        context.set_trailing_metadata(serving.call.ledger.as_metadata())
+    def _close(self, _event: Any) -> None:
+        with self._lock:
+            self._is_over = self.is_closed = True
+        self.on_close()
 
-    async def _respond(
-        self,
-        behaviour: Behaviour,
-        first: bytes | None,
-        serving: Serving,
-        context: _Context,
-    ) -> None:
-        """Send a stream of responses that a worker makes."""
-        requests = Requests(first, context, serving.call)
-        responses = Responses(serving.call)
-        receiving = asyncio.create_task(requests.receive())
+    def note_done(self) -> None:
+        """Note that a batch is under way no more. After the last of them the call is given up."""
+        with self._lock:
+            self._due_count -= 1
+            is_end = not self._due_count and self._is_over
+            if is_end:
+                self._call = None
+        if is_end:
+            self._on_end(self)
+
+
+class _Batch:
+    """Operations under way: gRPC's thread calls it once they are done.
+
+    Args:
+        then: Is called with gRPC's event.
+    """
+
+    __slots__ = ("__weakref__", "_rpc", "_then")
+
+    def __init__(self, rpc: Rpc, then: Callable[[Any], None]) -> None:
+        self._rpc = rpc
+        self._then = then
+
+    def __call__(self, event: Any) -> None:
         try:
-            await self._submit(partial(_respond, behaviour, requests, responses, serving), context)
-            await responses.send(context)
+            self._then(event)
+        except Exception:
+            _log.exception("unforeseen error in gRPC's thread")
+            self._rpc.fail_with(grpc.StatusCode.INTERNAL, "unforeseen error: see the server's log")
         finally:
-            receiving.cancel()
-
-    async def _hold(
-        self, behaviour: Held, first: bytes | None, serving: Serving, context: _Context
-    ) -> None:
-        """Serve a call that is open for long: a worker for each message, none in between."""
-        hanging_up = _HangingUp()
-        with serving as call, hanging_up:
-            holding = await self._served(
-                lambda: behaviour.serve(_held_message(behaviour, first), call, hanging_up.begin),
-                context,
-            )
-            await context.write(holding.response.SerializeToString())
-            while (data := await context.read()) is not grpc.aio.EOF:
-                await self._served(partial(_note, behaviour, holding, data), context)
-            await asyncio.sleep(_BREAK_S)  # if it broke, we are cancelled meanwhile
-            await self._served(holding.end, context)
-
-    async def _first_message(self, context: _Context) -> bytes | None:
-        """Return a call's first message; None if its caller sends none."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._waiting.add(task)
-        try:
-            async with asyncio.timeout(_FIRST_MESSAGE_S):
-                message = await context.read()
-        except TimeoutError:
-            await _abort(context, _SILENT)
-        except MemoryError:
-            await _abort(context, ExhaustedError("the server has no memory for such a message"))
-        except asyncio.CancelledError:
-            if self._refusal is None:
-                raise
-            await _abort(context, self._refusal)
-        finally:
-            self._waiting.discard(task)
-        return None if message is grpc.aio.EOF else message
-
-    def _serving(self, behaviour: Behaviour, context: _Context) -> Serving:
-        """Return what serves the call of a context, which ends with it."""
-        peer = context.peer()
-        call = Call(context.time_remaining(), peer, counted_by_grpc(peer))
-        self.calls_count += 1
-
-        def end(_context: _Context) -> None:
-            self.calls_count -= 1
-            if not self.calls_count:
-                self._ended.set()
-            call.cancel()
-
-        context.add_done_callback(end)  # type: ignore[arg-type]  # of which its stub has no instance
-        return Serving(behaviour.name, call, self._observers)
-
-    async def _served(self, work: Callable[[], _T], context: _Context) -> _T:
-        """Return what a worker returns. Raises what it raises."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[_T] = loop.create_future()
-
-        def run() -> None:
-            try:
-                settle = partial(_set_result, future, work())
-            except BaseException as error:
-                settle = partial(_set_error, future, error)
-            loop.call_soon_threadsafe(settle)
-
-        await self._submit(run, context)
-        return await future
-
-    async def _submit(self, work: Callable[[], None], context: _Context) -> None:
-        try:
-            self._workers.submit(work)
-        except UnavailableError as error:
-            await _abort(context, error)
+            self._rpc.note_done()
 
 
-def _answer_to_one(behaviour: Unary, data: bytes, serving: Serving) -> bytes:
-    with serving as call:
-        return encode(behaviour.serve(behaviour.decoded(data), call))
-    return b""
+def _ignore(_event: Any) -> None:
+    pass
 
 
-def _answer_to_many(behaviour: Sink, requests: Requests, serving: Serving) -> bytes:
-    with serving as call:
-        reader = behaviour.reader(ChunkSource(requests.messages(), behaviour.request_type))
-        return behaviour.serve(reader, call).SerializeToString()
-    return b""
-
-
-def _respond(
-    behaviour: Behaviour, requests: Requests, responses: Responses, serving: Serving
-) -> None:
-    try:
-        with serving as call, closing(_parts(behaviour, requests, call)) as parts:
-            for part in parts:
-                for message in messages_of(part):
-                    responses.put(message)
-    except CallerGoneError:
-        return  # nobody is there to be told
-    finally:
-        responses.end()
-
-
-def _held_message(behaviour: Held, data: bytes | None) -> Any:
-    if data is None:
-        raise InvalidArgumentError("a session must begin with a message, got none")
-    return behaviour.decoded(data).message
-
-
-def _note(behaviour: Held, holding: Holding, data: bytes) -> None:
-    holding.note(_held_message(behaviour, data))
-
-
-class _HangingUp:
-    """A block in the loop that may be ended from any thread: with CallCancelledError."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._is_inside = True
-        self._has_begun = False
-
-    def begin(self) -> None:
-        """End the block. Later times, and after its end, nothing is done."""
-        self._loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        if self._is_inside and not self._has_begun and self._task is not None:
-            self._has_begun = True
-            self._task.cancel()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        self._is_inside = False
-        if self._has_begun and isinstance(error, asyncio.CancelledError):
-            raise CallCancelledError("the server has hung up") from None
-
-
-def _parts(behaviour: Behaviour, requests: Requests, call: Call) -> Parts:
-    """Return the parts of a response."""
-    messages = requests.messages()
-    match behaviour:
-        case Source():
-            return behaviour.serve(behaviour.decoded(next(messages, b"")), call)
-        case Stream():
-            source = ChunkSource(messages, behaviour.request_type)
-            return behaviour.serve(behaviour.reader(source), call)
-        case _:
-            raise AssertionError(behaviour)
-
-
-def _set_result(future: asyncio.Future[_T], result: _T) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _set_error(future: asyncio.Future[_T], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
-
-
-async def _abort(context: _Context, error: DeconvdError) -> NoReturn:
-    await _abort_with(context, status_from_error(error))
-
-
-async def _abort_with(context: _Context, failure: status_pb2.Status) -> NoReturn:
-    """End a call with a failure: by raising."""
-    status = rpc_status.to_status(failure)
-    await context.abort(status.code, status.details, status.trailing_metadata)
-    raise AssertionError  # `abort` has raised
+def _do_nothing() -> None:
+    pass
