@@ -122,14 +122,16 @@ class ResidentCalls:
                     with self._keeper.resting(kept, call):
                         array = reader.read("tensor", spec)
                     write_samples(kept, samples, array, call)
+                with self._keeper.resting(kept, call):
+                    reader.expect_end()  # with the place held: who comes to no end holds no more than that
+            return
         else:
             raise InvalidArgumentError(
                 "tensor must have its elements behind a stream's header, or in shared memory, got "
                 f"them as {payload}",
                 argument="tensor",
             )
-        with self._keeper.resting(kept, call):
-            reader.expect_end()
+        reader.expect_end()
 
     def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: Call) -> Parts:
         """Serve GetTensor."""
