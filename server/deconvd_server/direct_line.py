@@ -91,6 +91,7 @@ class DirectLine:
     ) -> None:
         self.descriptor = stream.descriptor
         self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
+        self._stream = stream
         self._line = Line(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
         self._counted_by = counted_by
@@ -220,6 +221,8 @@ class DirectLine:
             self._fail(serving.failure)
 
     def _respond(self, behaviour: Behaviour, head: CallHead, call: Call) -> None:
+        if not isinstance(behaviour, Unary):
+            call.waiting, call.hang_up = self._stream, self._line.shut
         match behaviour:
             case Unary():
                 request = behaviour.decoded(head.message)

@@ -6,8 +6,11 @@ The server listens before there is a service, and gRPC takes no new handlers the
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
@@ -20,7 +23,7 @@ from deconvd.codec import encode
 from deconvd.errors import CallCancelledError, UnavailableError
 from deconvd.parts import PartReader
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
-from deconvd_server.call import Call
+from deconvd_server.call import Call, Waiting, WaitsForClient
 from deconvd_server.peers import counted_by_grpc
 from deconvd_server.serve import Observer, Serving
 
@@ -104,7 +107,7 @@ def _sink(behaviour: Sink, observers: Sequence[Observer]) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         serving = _serving(behaviour, context, observers)
         with serving as call:
-            reader = behaviour.reader(_source_of(messages, behaviour))
+            reader = behaviour.reader(_source_of(messages, behaviour, call))
             response = behaviour.serve(reader, call).SerializeToString()
         _end(serving, context)
         return response
@@ -115,7 +118,7 @@ def _sink(behaviour: Sink, observers: Sequence[Observer]) -> _Handler:
 def _stream(behaviour: Stream, observers: Sequence[Observer]) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         def respond(call: Call) -> Parts:
-            return behaviour.serve(behaviour.reader(_source_of(messages, behaviour)), call)
+            return behaviour.serve(behaviour.reader(_source_of(messages, behaviour, call)), call)
 
         return _streamed(respond, behaviour, context, observers)
 
@@ -124,7 +127,7 @@ def _stream(behaviour: Stream, observers: Sequence[Observer]) -> _Handler:
 
 def _held(behaviour: Held, observers: Sequence[Observer]) -> _Handler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        decoded = (behaviour.decoded(data).message for data in _heard(messages))
+        decoded = (behaviour.decoded(data).message for data in _heard(messages, Waiting()))
 
         def hang_up() -> None:
             context.cancel()
@@ -137,18 +140,23 @@ def _held(behaviour: Held, observers: Sequence[Observer]) -> _Handler:
     return grpc.stream_stream_rpc_method_handler(handle)
 
 
-def _source_of(messages: Iterator[bytes], behaviour: Sink | Stream) -> ChunkSource:
-    return ChunkSource(_heard(messages), behaviour.request_type)
+def _source_of(messages: Iterator[bytes], behaviour: Sink | Stream, call: Call) -> ChunkSource:
+    return ChunkSource(_heard(messages, call.waiting), behaviour.request_type)
 
 
-def _heard(messages: Iterator[bytes]) -> Iterator[bytes]:
+def _heard(messages: Iterator[bytes], waiting: WaitsForClient) -> Iterator[bytes]:
     """Yield a stream's messages; raise CallCancelledError once its caller has gone.
 
     gRPC keeps the error that it raises then, and the error keeps all frames that it passes through:
     with them what a call holds would stay until the garbage collector finds it.
     """
     try:
-        yield from messages
+        waiting.waits_since_s = time.monotonic()
+        for message in messages:
+            waiting.waits_since_s = math.inf
+            yield message
+            waiting.waits_since_s = time.monotonic()
+        waiting.waits_since_s = math.inf
     except Exception:
         raise CallCancelledError("the caller gave the call up") from None
 
@@ -162,7 +170,10 @@ def _streamed(
     serving = _serving(behaviour, context, observers)
     with serving as call, closing(respond(call)) as parts:
         for part in parts:
-            yield from messages_of(part)
+            for message in messages_of(part):
+                call.waiting.waits_since_s = time.monotonic()
+                yield message
+                call.waiting.waits_since_s = math.inf
     _end(serving, context)
 
 
@@ -172,9 +183,14 @@ def _serving(
     """Return what serves the call of a context, which ends with it."""
     peer = context.peer()
     call = Call(context.time_remaining(), peer, counted_by_grpc(peer))
+    call.waiting, call.hang_up = Waiting(), partial(_hang_up, context)
     if not context.add_callback(call.cancel):
         call.cancel()  # it ended before we could ask to be told
     return Serving(behaviour.name, call, observers)
+
+
+def _hang_up(context: grpc.ServicerContext) -> None:
+    context.cancel()
 
 
 def _end(serving: Serving, context: grpc.ServicerContext) -> None:
