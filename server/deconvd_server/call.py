@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from typing import Final, Protocol
 
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd_server.ledger import Ledger
 
-__all__ = ["Call", "CallerGoneError"]
+__all__ = ["STALL_LIMIT_S", "Call", "CallerGoneError", "Waiting", "WaitsForClient"]
+
+STALL_LIMIT_S: Final = 30.0
+"""How long a call may wait for its client to send or to take anything: more than a network is gone while a switch or
+a wireless link starts anew, and less than those wait whose places it holds.
+"""
+
+_LONGEST_S: Final = 365 * 24 * 3600.0
+"""A year. Clients may name deadlines that clocks and locks do not reach: 2^64 - 1 microseconds, 292 billion years."""
 
 
 class CallerGoneError(Exception):
     """The caller has gone, as its transport found out: nobody is there to be told what comes of the call."""
+
+
+class WaitsForClient(Protocol):
+    """What waits for a client, and says so.
+
+    Attributes:
+        waits_since_s: Since when it has waited for the client to send or to take anything, on the monotonic clock;
+            infinity while it does not wait.
+    """
+
+    waits_since_s: float
+
+
+class Waiting:
+    """Something that waits for a client, whose transport sets it. See `WaitsForClient`."""
+
+    __slots__ = ("waits_since_s",)
+
+    def __init__(self) -> None:
+        self.waits_since_s = math.inf
+
+
+_NEVER: Final = Waiting()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 class Call:
@@ -26,10 +63,13 @@ class Call:
         counted_by: By what who calls is counted, where peers share. See `deconvd_server.peers`.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
+        waiting: Since when its client is waited for. The transport sets it for a call in parts; by default it never is.
+        hang_up: Ends the call's transport without a word, from any thread: for a client that neither sends nor takes
+            anything. It must not wait. The transport sets it; by default it does nothing.
         stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
 
     Args:
-        timeout_s: Seconds until the deadline; None for no deadline.
+        timeout_s: Seconds until the deadline, which is a year away at most; None for no deadline.
     """
 
     def __init__(
@@ -37,10 +77,14 @@ class Call:
     ) -> None:
         self.peer = peer
         self.counted_by = counted_by
+        self.waiting: WaitsForClient = _NEVER
+        self.hang_up: Callable[[], None] = _do_nothing
         self.stopped_by: DeconvdError | None = None
         self.ledger = Ledger()
         self.tenant: object = None
-        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._deadline_s = (
+            None if timeout_s is None else time.monotonic() + min(timeout_s, _LONGEST_S)
+        )
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []

@@ -13,7 +13,6 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unary
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
@@ -23,6 +22,7 @@ from deconvd_server.residents.sessions import Sessions
 from deconvd_server.residents.tenant import Session
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
+from deconvd_server.stream_places import StreamPlaces
 
 __all__ = ["ResidentCalls"]
 
@@ -43,7 +43,7 @@ class ResidentCalls:
         self,
         residents: Residents,
         lender: Lender | None,
-        streams: Admission,
+        streams: StreamPlaces,
     ) -> None:
         self._residents = residents
         self._keeper = residents.keeper
@@ -117,6 +117,8 @@ class ResidentCalls:
             with self._streams.admitted(_piece_bytes(kept.spec), call):
                 for view in _views(kept.device_tensor):
                     engine.write(view, reader.read("tensor", view.spec), call)
+                reader.expect_end()  # with the place held: who does not come to an end holds no more than that
+            return
         else:
             raise InvalidArgumentError(
                 "tensor must have its elements behind a stream's header, or in shared memory, got "
@@ -152,11 +154,11 @@ class ResidentCalls:
     def _sent(self, kept: Kept, call: Call) -> Iterator[Part]:
         """Yield the parts that carry a tensor."""
         yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
-        engine = kept.shelf.engine
-        if engine is None:
-            yield elements_part(self._keeper.array(kept, call))
-            return
         with self._streams.admitted(_piece_bytes(kept.spec), call):
+            engine = kept.shelf.engine
+            if engine is None:
+                yield elements_part(self._keeper.array(kept, call))
+                return
             for view in _views(kept.device_tensor):
                 yield elements_part(engine.read(view, call))
 

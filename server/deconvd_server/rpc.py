@@ -141,9 +141,7 @@ class Rpc:
         with self._lock:
             if self._call is None or (self._is_over and not is_last):
                 return False
-            is_begun: bool = (
-                self._call.start_server_batch(operations, batch) == cygrpc.CallError.ok
-            )
+            is_begun: bool = self._call.start_server_batch(operations, batch) == cygrpc.CallError.ok
             self._due_count += is_begun
         return is_begun
 
