@@ -18,6 +18,7 @@ METHODS = (
 )
 """One of each kind."""
 
+_FRAME_BYTES = 1 << 14
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _SETTINGS = 0, 1, 4
 _END_STREAM, _END_HEADERS = 1, 4
@@ -55,9 +56,13 @@ class Http2Client:
         return number
 
     def send(self, number: int, message: bytes, *, is_last: bool = False) -> None:
-        """Send a message of a call."""
+        """Send a message of a call: not more than 64 KiB, which is as much as one may send unasked."""
         data = b"\0" + len(message).to_bytes(4, "big") + message
-        self.socket.sendall(_frame(_DATA, _END_STREAM if is_last else 0, number, data))
+        pieces = [data[i : i + _FRAME_BYTES] for i in range(0, len(data), _FRAME_BYTES)]
+        frames = [_frame(_DATA, 0, number, piece) for piece in pieces]
+        if is_last:
+            frames.append(_frame(_DATA, _END_STREAM, number, b""))
+        self.socket.sendall(b"".join(frames))
 
     def read_until(self, text: bytes) -> None:
         """Read until the server has sent a text."""
