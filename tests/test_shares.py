@@ -81,6 +81,29 @@ def test_the_place_without_progress_for_longest_gives_way_but_an_idle_one_first(
     assert gone == ["idle", "stale"]
 
 
+def test_an_idle_place_of_ones_own_makes_room_for_another_of_ones_own() -> None:
+    places = shares(4, 0)
+    gone: list[int] = []
+    held = [places.take("a", partial(gone.append, number)) for number in range(4)]
+    held[2].is_idle = True
+
+    places.take("a", nothing)
+
+    assert gone == [2]
+    with pytest.raises(UnavailableError):
+        places.take("a", nothing)
+
+
+def test_an_idle_place_of_a_peer_that_has_one_gives_way_to_a_peer_that_has_none() -> None:
+    places = shares(2, 0)
+    places.take("a", nothing)
+    places.take("b", nothing).is_idle = True
+
+    places.take("c", nothing)
+
+    assert [places.count_of(peer) for peer in "abc"] == [1, 0, 1]
+
+
 def test_what_gave_way_can_be_freed_and_freeing_twice_is_harmless() -> None:
     places = shares(2, 0)
     first, second = places.take("a", nothing), places.take("a", nothing)
@@ -163,7 +186,12 @@ class SharesMachine(RuleBasedStateMachine):
             taken.append(self.places.take(peer, lambda: self.give_way(taken)))
         except UnavailableError:
             assert free_count <= (2 if before[peer] else 0)
-            assert most < before[peer] + 2 or len(self.told) >= 6
+            may_go = [
+                place
+                for place in self.held
+                if place.is_idle and (place.peer == peer or before[place.peer] > before[peer])
+            ]
+            assert (most < before[peer] + 2 and not may_go) or len(self.told) >= 6
         else:
             self.held += taken
 
@@ -173,6 +201,13 @@ class SharesMachine(RuleBasedStateMachine):
         place = data.draw(st.sampled_from(self.held))
         self.held.remove(place)
         place.free()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), is_idle=st.booleans())
+    def begin_or_end(self, data: st.DataObject, is_idle: bool) -> None:
+        place = data.draw(st.sampled_from(self.held))
+        place.is_idle = is_idle
+        place.note_progress()
 
     @precondition(lambda self: self.told)
     @rule()

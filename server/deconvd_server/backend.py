@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ from deconvd_server.service import DeconvolutionService
 from deconvd_server.settings import Settings
 from deconvd_server.shared_memory import Cards, Lender, Limits
 from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
+from deconvd_server.stream_places import StreamPlaces
 from deconvd_server.unix_socket import AddressInUseError
 
 __all__ = ["STREAMS_COUNT", "Backend"]
@@ -33,7 +34,7 @@ _WAITING_CALLS_COUNT: Final = 96
 _WAITING_STREAMS_COUNT: Final = 16
 
 STREAMS_COUNT: Final = 16
-"""How many streams may be under way."""
+"""How many streams may be under way: those of one peer, an eighth less."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Backend:
         devices: At least one. It closes them, once it is made.
         addresses: Those of the settings, as `bind` has returned them.
         observers: Hear of every direct call.
+        on_lost: Called with what is lost, in any thread, if an error that was not foreseen ends a thread that
+            everyone depends on. Only a new process can help then.
 
     Raises:
         AddressInUseError: Another process has the port for direct calls.
@@ -62,6 +65,7 @@ class Backend:
         devices: Sequence[Device],
         addresses: Sequence[str],
         observers: Sequence[Observer],
+        on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
         instance = secrets.token_bytes(16)
         listeners = _listen_for_direct_calls(settings, addresses)  # first, since it may fail
@@ -83,12 +87,19 @@ class Backend:
         )
         self._engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
         self.residents = Residents(self._engines, settings.residents)
-        self.lender = _lender(settings, self._engines, list(memory_sides.values()), instance)
-        self.streams = Admission(
+        self.lender = _lender(
+            settings, self._engines, list(memory_sides.values()), instance, on_lost
+        )
+        self.streams = StreamPlaces(
+            Admission(
+                STREAMS_COUNT,
+                _stream_budget_bytes(),
+                _WAITING_STREAMS_COUNT,
+                memory="the host's memory for streams",
+            ),
             STREAMS_COUNT,
-            _stream_budget_bytes(),
             _WAITING_STREAMS_COUNT,
-            memory="the host's memory for streams",
+            on_lost,
         )
         self._slices = ThreadPoolExecutor(
             STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
@@ -105,7 +116,7 @@ class Backend:
         self._direct: DirectServer | None = None
         if settings.takes_direct_calls:
             self._direct = DirectServer(
-                list(call_sides.values()), listeners, self.behaviours, instance, observers
+                list(call_sides.values()), listeners, self.behaviours, instance, observers, on_lost
             )
 
     def withdraw(self) -> None:
@@ -127,6 +138,7 @@ class Backend:
 
     def close(self) -> None:
         """Close all but the direct connections, once no call is under way."""
+        self.streams.close()
         self._slices.shutdown()
         if self.lender is not None:
             self.lender.close()
@@ -175,7 +187,11 @@ def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
 
 
 def _lender(
-    settings: Settings, engines: Engines, sides: Sequence[SideSocket], instance: bytes
+    settings: Settings,
+    engines: Engines,
+    sides: Sequence[SideSocket],
+    instance: bytes,
+    on_lost: Callable[[str], None],
 ) -> Lender | None:
     if not sides:
         return None
@@ -187,6 +203,7 @@ def _lender(
         users={0, os.geteuid(), *settings.shared_memory_users},
         cards=_cards(engines),
         instance=instance,
+        on_lost=on_lost,
     )
 
 

@@ -10,6 +10,7 @@ A line that breaks, or whose client goes, is ENDED at once, whatever it was.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +35,16 @@ from deconvd_server.behaviours import Behaviour, EarlyRequest, Parts, Sink, Sour
 from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.log_text import excerpt
 from deconvd_server.serve import Observer, Serving
+from deconvd_server.shares import Place
 from deconvd_server.writing import Writing
 
 __all__ = ["DirectLine"]
 
 _GOODBYE_S: Final = 5.0
 """How long a client may take to hear that its call has failed."""
+
+_GREETING_S: Final = 10.0
+"""How long a client may take to say what it wants: it sends a few bytes, over a slow network at worst."""
 
 _POLLED_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call, if it does nothing in between."""
@@ -61,7 +66,6 @@ class DirectLine:
     Attributes:
         thread: Serves it.
         descriptor: Its socket's.
-        idle_since_s: When its last call ended, on the monotonic clock.
 
     Args:
         stream: Is closed at the line's end.
@@ -86,8 +90,8 @@ class DirectLine:
         on_end: Callable[[DirectLine], None],
     ) -> None:
         self.descriptor = stream.descriptor
-        self.idle_since_s = time.monotonic()
         self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
+        self._stream = stream
         self._line = Line(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
         self._counted_by = counted_by
@@ -108,6 +112,17 @@ class DirectLine:
         """Whether it has no call under way."""
         return self._state is _State.IDLE
 
+    def start(self, place: Place) -> None:
+        """Serve it from now on, in its thread; free its place at the end. Raises RuntimeError for want of threads."""
+        self._place = place
+        place.is_idle = True
+        place.progressed_s = -math.inf  # before its greeting it gives way first of all
+        self.thread.start()
+
+    def refuse(self) -> None:
+        """Close it instead of starting it."""
+        self._line.close()
+
     def take_no_more(self) -> None:
         """End once the call under way has been answered; if there is none, now."""
         with self._lock:
@@ -127,8 +142,7 @@ class DirectLine:
 
     def _serve(self) -> None:
         try:
-            self._line.next_event()
-            self._line.send(Hello(self._instance))
+            self._greet()
             while self._serve_one():
                 pass
         except (LineBrokenError, CallerGoneError) as error:
@@ -143,6 +157,14 @@ class DirectLine:
                 self._state = _State.ENDED
             self._on_end(self)
             self._line.close()
+            self._place.free()
+
+    def _greet(self) -> None:
+        self._line.set_deadline(_GREETING_S)
+        self._line.next_event()
+        self._line.send(Hello(self._instance))
+        self._line.set_deadline(None)
+        self._place.note_progress()
 
     def _serve_one(self) -> bool:
         """Serve the next call, and return whether there may be another."""
@@ -164,6 +186,8 @@ class DirectLine:
         call = Call(timeout_s, self._peer, self._counted_by)
         with self._lock:
             self._state = _State.BUSY
+            self._place.is_idle = False
+            self._place.progressed_s = time.monotonic()
             self._call = call
             is_cancelled = self._is_cancelled
         self._line.set_deadline(timeout_s + _GOODBYE_S)
@@ -177,7 +201,8 @@ class DirectLine:
             self._call = None
             if not self._is_last:
                 self._state = _State.IDLE
-                self.idle_since_s = time.monotonic()
+                self._place.is_idle = True
+                self._place.progressed_s = time.monotonic()
             return not self._is_last
 
     def _answer(self, head: CallHead) -> None:
@@ -196,6 +221,8 @@ class DirectLine:
             self._fail(serving.failure)
 
     def _respond(self, behaviour: Behaviour, head: CallHead, call: Call) -> None:
+        if not isinstance(behaviour, Unary):
+            call.waiting, call.hang_up = self._stream, self._line.shut
         match behaviour:
             case Unary():
                 request = behaviour.decoded(head.message)

@@ -14,7 +14,6 @@ from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unary
 from deconvd_server.call import Call
 from deconvd_server.engine import Engine
@@ -24,6 +23,7 @@ from deconvd_server.residents.sessions import Sessions
 from deconvd_server.residents.tenant import Session
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
+from deconvd_server.stream_places import StreamPlaces
 
 __all__ = ["ResidentCalls"]
 
@@ -44,7 +44,7 @@ class ResidentCalls:
         self,
         residents: Residents,
         lender: Lender | None,
-        streams: Admission,
+        streams: StreamPlaces,
     ) -> None:
         self._residents = residents
         self._keeper = residents.keeper

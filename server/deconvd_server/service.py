@@ -16,7 +16,6 @@ from deconvd.messages import messages_for
 from deconvd.operation import OPERATIONS, Operation
 from deconvd.tensor import element_type_number
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.engine import Engine
@@ -25,6 +24,7 @@ from deconvd_server.requests import parse_request
 from deconvd_server.resident_calls import ResidentCalls
 from deconvd_server.residents import Residents
 from deconvd_server.shared_memory import Lender
+from deconvd_server.stream_places import StreamPlaces
 from deconvd_server.streaming import Streams
 
 __all__ = ["DeconvolutionService"]
@@ -52,7 +52,7 @@ class DeconvolutionService:
         ways: pb.GetServerInfoResponse,
         *,
         max_message_bytes: int,
-        streams: Admission,
+        streams: StreamPlaces,
         executor: Executor,
     ) -> None:
         self._residents = residents

@@ -56,7 +56,7 @@ class Shares:
     A peer takes places while more than the reserve are free, and its first one of the reserve, too. When there are no
     more, and another peer has at least two more than the one that asks, a place of the peer that has most gives way:
     an idle one, or else that which made no progress for longest. So a peer that has none gets a place as long as
-    any has two.
+    any has two. If no peer has so many, an idle place gives way, of the one that asks or of one that has more.
 
     Args:
         places_count: How many there are. As many again, at most, are on their way out: those that gave way, and whose
@@ -125,14 +125,23 @@ class Shares:
         """Return what gives way to a peer. Raises UnavailableError if nothing does."""
         own_count = len(self._places.get(peer, ()))
         most = max(self._places.values(), key=len, default={})
-        if len(most) < own_count + 2 or len(self._leaving) >= self._places_count:
+        candidates = list(most)
+        if len(candidates) < own_count + 2:
+            candidates = [
+                place
+                for holder, places in self._places.items()
+                if holder == peer or len(places) > own_count
+                for place in places
+                if place.is_idle
+            ]
+        if not candidates or len(self._leaving) >= self._places_count:
             raise UnavailableError(
                 f"the server has no place for more {self._what}: {self._taken_count} of "
-                f"{self._places_count} are taken, {own_count} by {peer}, and {self._reserved_count} are for peers "
-                "that have none",
+                f"{self._places_count} are taken, {own_count} by {peer}, and "
+                f"{self._reserved_count} are for peers that have none",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        return min(most, key=lambda place: (not place.is_idle, place.progressed_s))
+        return min(candidates, key=lambda place: (not place.is_idle, place.progressed_s))
 
     def _remove(self, place: Place) -> None:
         places = self._places[place.peer]

@@ -11,8 +11,8 @@ from deconvd_server.residents.tenant import Tenant
 __all__ = ["Quotas", "counted_bytes", "names_limit"]
 
 _OBJECTS_BYTES: Final = 2560
-"""What a tensor counts for beside its elements: the objects that stand for it, a name and a content take that much of the
-server's own memory: measured 1.6 KiB on the processor, reckoned 2.5 on a card's host."""
+"""What a tensor counts for beside its elements: the objects that stand for it, a name and a content take that much of
+the server's own memory: measured 1.6 KiB on the processor, reckoned 2.5 on a card's host."""
 
 _SMALL_BYTES: Final = 16 << 10
 """From here on a tensor counts for its elements alone: the rest is less than a sixth of them."""
