@@ -238,3 +238,46 @@ def test_tensors_that_never_come_keep_no_tenant_from_its_share(small: ServerProc
         wait_until(lambda: greedy.kept_count() == 5)
 
         modest.put(image(1, 32 * MIB))
+
+
+@pytest.mark.parametrize("way", ["grpc", "direct"])
+def test_tensors_of_streams_that_wait_keep_no_tenant_from_its_share(
+    small: ServerProcess, way: str
+) -> None:
+    with holder(small.target) as greedy, holder(small.target) as modest, ExitStack() as stack:
+        for number in range(5):
+            stack.callback(stream_nothing(small, greedy, image(number, 12 * MIB), way))
+
+        handles = [modest.put(image(number, 8 * MIB)) for number in range(4)]
+
+        for number, handle in enumerate(handles):
+            np.testing.assert_array_equal(modest.get(handle), image(number, 8 * MIB))
+
+
+def stream_nothing(server: ServerProcess, held: Holder, x: Array, way: str) -> Callable[[], object]:
+    """Begin a stream with an x that is kept and a W that never comes; return what ends that."""
+    request = pb.DeconvolveRequest(
+        x=by_handle(x, held.put(x)), w=message_from_spec(spec_of(ONE)), session=held.session
+    )
+    header = pb.DeconvolveStreamRequest(
+        header=pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+    )
+    if way == "direct":
+        line = open_line(server)
+        send_call(line, Method.DeconvolveStream, header.SerializeToString(), timeout_s=600)
+        line.next_event()  # so the server has x
+        return line.close
+    ended = threading.Event()
+
+    def parts() -> Iterator[pb.DeconvolveStreamRequest]:
+        yield header
+        ended.wait()
+
+    responses = held.stub.DeconvolveStream(parts())
+    next(responses)
+
+    def end() -> None:
+        ended.set()
+        responses.cancel()
+
+    return end
