@@ -227,7 +227,9 @@ class DirectLine:
             case Unary():
                 request = behaviour.decoded(head.message)
                 if head.is_early:
-                    request = EarlyRequest.of(request, Writing(self._line, head.written_bytes))
+                    writing = Writing(self._line, head.written_bytes)
+                    call.waiting, call.hang_up = writing, self._line.shut
+                    request = EarlyRequest.of(request, writing)
                 response = encode(behaviour.serve(request, call))
                 self._line.send(Answer(response, call.ledger.as_text()))
                 return
