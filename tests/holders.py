@@ -91,16 +91,20 @@ class Holder:
         residents = [pb.Resident(handle=handle) for handle in handles]
         self.stub.DropTensors(pb.DropTensorsRequest(session=self.session, residents=residents))
 
+    def info(self) -> pb.GetServerInfoResponse:
+        """Return what the server says of itself to the session."""
+        return self.stub.GetServerInfo(pb.GetServerInfoRequest(session=self.session))
+
     def kept_bytes(self) -> int:
-        """Return what all that is kept takes of the server's devices, whoever keeps it."""
+        """Return what all that is kept for its tenant counts for on the server's devices."""
         return sum(cache.size_bytes for cache in self._kept())
 
     def kept_count(self) -> int:
-        """Return how many tensors are kept on the server's devices."""
+        """Return how many tensors are kept for its tenant on the server's devices."""
         return sum(cache.count for cache in self._kept())
 
     def _kept(self) -> Iterator[pb.Cache]:
-        for device in self.stub.GetServerInfo(pb.GetServerInfoRequest()).devices:
+        for device in self.info().devices:
             yield from (cache for cache in device.caches if cache.name == "resident tensors")
 
 

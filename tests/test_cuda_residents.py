@@ -41,7 +41,7 @@ def image(value: float) -> Array:
 
 def kept(held: Holder) -> dict[str, int]:
     """Return how many tensors are kept on the card, and how many in host memory."""
-    (device,) = held.stub.GetServerInfo(pb.GetServerInfoRequest()).devices
+    (device,) = held.info().devices
     return {cache.name: cache.count for cache in device.caches if "resident" in cache.name}
 
 
@@ -69,7 +69,7 @@ def test_what_the_card_has_no_room_for_is_used_as_if_it_had(small: ServerProcess
 
 
 def test_what_nothing_has_room_for_is_lost_and_said(small: ServerProcess) -> None:
-    with holder(small.target) as held:
+    with holder(small.target, b"key") as held, holder(small.target, b"key") as later:
         x = image(1)
         handles = [held.put(x) for _ in range(CARD_MIB + HOST_MIB + 2)]
 
@@ -81,7 +81,6 @@ def test_what_nothing_has_room_for_is_lost_and_said(small: ServerProcess) -> Non
         np.testing.assert_array_equal(held.get(handles[2]), x)
 
         held.close()
-    with holder(small.target) as later:
         assert sum(kept(later).values()) == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
@@ -21,9 +22,11 @@ from deconvd.geometry import Geometry
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.call import Call, Waiting
 from deconvd_server.device import DeviceTensor
-from deconvd_server.residents import Session
+from deconvd_server.residents import CallResidents, Session
+from deconvd_server.residents.elements import read_samples, whole_array
 from tests.devices import deconvolve
 from tests.keepers import KIB, House, house
 
@@ -89,7 +92,7 @@ def test_what_a_call_uses_makes_no_room() -> None:
             built.put(session, b"f", array(6, 48 * KIB))
 
         for number, kept in enumerate(used):
-            np.testing.assert_array_equal(built.keeper.array(kept, Call()), array(number))
+            np.testing.assert_array_equal(whole_array(kept, Call()), array(number))
             built.keeper.release(kept)
 
 
@@ -103,7 +106,7 @@ def test_what_is_dropped_while_in_use_is_freed_after_its_last_user() -> None:
 
         assert not has(built, session, b"a")
         for kept in users:
-            np.testing.assert_array_equal(built.keeper.array(kept, Call()), array(1))
+            np.testing.assert_array_equal(whole_array(kept, Call()), array(1))
             assert built.held_bytes() == 16 * KIB
             built.keeper.release(kept)
         assert built.held_bytes() == 0
@@ -152,6 +155,75 @@ def test_a_tenant_beyond_its_share_makes_room_for_another() -> None:
         assert kept_names(built, first, b"abcd") == b"cd"
 
 
+def test_what_rests_makes_room_for_what_another_tenant_is_promised() -> None:
+    with house() as built:
+        greedy, modest = built.open(), built.open()
+        used = [built.make(greedy, array(number)) for number in range(4)]
+        for kept, name in zip(used, [b"a", b"b", b"c", b"d"], strict=True):
+            built.keeper.name(kept, greedy, name)
+        resting = [built.keeper.resting(kept, Call()) for kept in used]
+        for each in resting:
+            each.__enter__()
+
+        built.put(modest, b"e", array(5))
+        built.put(modest, b"f", array(6))
+        with pytest.raises(ExhaustedError):  # beyond its share it displaces nothing in use
+            built.put(modest, b"g", array(7, 33 * KIB))
+
+        assert kept_names(built, modest, b"ef") == b"ef"
+        for each in resting:
+            each.__exit__(None, None, None)
+        for kept, value in zip(used[2:], [2, 3], strict=True):
+            np.testing.assert_array_equal(read_samples(kept, None, Call()), array(value))
+        for kept in used[:2]:
+            with pytest.raises(UnavailableError, match="had to make room") as raised:
+                read_samples(kept, None, Call())
+            assert raised.value.retry_after_s
+        for kept in used:
+            built.keeper.release(kept)
+        assert kept_names(built, greedy, b"abcd") == b"cd"
+
+
+def test_what_rests_moves_to_the_host_if_there_is_room() -> None:
+    with house(host_bytes=32 * KIB) as built:
+        greedy, modest = built.open(), built.open()
+        used = [built.make(greedy, array(number)) for number in range(4)]
+        resting = [built.keeper.resting(kept, Call()) for kept in used]
+        for each in resting:
+            each.__enter__()
+
+        built.put(modest, b"a", array(5, 32 * KIB))
+
+        for each, kept, value in zip(resting, used, range(4), strict=True):
+            each.__exit__(None, None, None)
+            np.testing.assert_array_equal(read_samples(kept, None, Call()), array(value))
+            built.keeper.release(kept)
+
+
+def test_a_call_that_waits_for_its_client_is_stopped_for_what_is_promised() -> None:
+    with house() as built:
+        greedy, modest = built.open(), built.open()
+        built.put(greedy, b"a", array(1, 60 * KIB))
+        call = Call()
+        call.waiting = Waiting()
+        residents = CallResidents(built.keeper, greedy, call)
+        tensor = pb.Tensor(resident=pb.Resident(handle=b"a"))
+        assert residents.find("x", spec_of(array(1, 60 * KIB)), tensor)
+        call.hang_up = residents.release  # as its thread does
+
+        with pytest.raises(UnavailableError, match="within the tenant's share") as raised:
+            built.put(modest, b"b", array(2))  # the call works
+        assert raised.value.retry_after_s
+        assert not call.is_cancelled
+
+        call.waiting.waits_since_s = time.monotonic()
+        built.put(modest, b"b", array(2))
+
+        assert isinstance(call.stopped_by, UnavailableError)
+        assert call.stopped_by.retry_after_s
+        assert not has(built, greedy, b"a")
+
+
 def test_a_quota_is_named_when_it_is_met() -> None:
     with house(quota_bytes=40 * KIB) as built:
         session = built.open(b"key")
@@ -197,7 +269,7 @@ def test_content_is_there_until_its_tenants_last_session_ends() -> None:
         built.sessions.end(first, first.hang_up)
         found = built.keeper.by_content(second, "content", Call())
         assert found is not None
-        np.testing.assert_array_equal(built.keeper.array(found, Call()), array(7))
+        np.testing.assert_array_equal(whole_array(found, Call()), array(7))
         built.keeper.release(found)
 
         built.sessions.end(second, second.hang_up)
@@ -264,7 +336,7 @@ def test_what_has_no_room_moves_to_the_host_and_comes_back_when_used() -> None:
         for number, name in enumerate(names):
             built.put(session, name, array(number))
         assert built.held_bytes() == 64 * KIB
-        device, host = built.keeper.states(built.engine)
+        device, host = built.keeper.states(built.engine, session.tenant)
         assert (device.size_bytes, host.size_bytes) == (64 * KIB, 32 * KIB)
 
         for number, name in enumerate(names):
@@ -399,15 +471,15 @@ def test_room_that_is_being_made_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
             return read(*args)
 
         monkeypatch.setattr(built.engine, "read", slow_read)
-        first = pool.submit(built.put, session, b"e", array(5, 8 * KIB))
+        first = pool.submit(built.put, session, b"e", array(5, 5 * KIB))
         assert reading.wait(30)
-        second = pool.submit(built.put, session, b"f", array(6, 8 * KIB))
+        second = pool.submit(built.put, session, b"f", array(6, 5 * KIB))
         threading.Event().wait(0.2)  # by now it waits, or has displaced another in vain
         go_on.set()
         for put in (first, second):
             put.result(30)
 
-        device, host = built.keeper.states(built.engine)
+        device, host = built.keeper.states(built.engine, session.tenant)
         assert (device.count, host.count) == (5, 1)
 
 
@@ -449,7 +521,7 @@ def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> Non
         built.put(session, b"e", array(5))
 
         assert kept_names(built, session, b"abcde") == b"bcde"
-        device, host = built.keeper.states(built.engine)
+        device, host = built.keeper.states(built.engine, session.tenant)
         assert (device.count, host.count, host.size_bytes) == (4, 0, 0)
 
 
@@ -514,7 +586,7 @@ def test_a_session_is_resumed_in_time_or_not_at_all() -> None:
         built.clock.now_s += 4
         built.sessions.expire()
 
-        assert built.sessions.resume(session.name, lambda: None) is session
+        assert built.sessions.resume(session.name, b"", lambda: None) is session
         built.clock.now_s += 20
         built.sessions.expire()
         assert has(built, built.sessions.get(session.name), b"a")
@@ -523,7 +595,7 @@ def test_a_session_is_resumed_in_time_or_not_at_all() -> None:
         built.clock.now_s += 6
         built.sessions.expire()
         with pytest.raises(LostSessionError):
-            built.sessions.resume(session.name, lambda: None)
+            built.sessions.resume(session.name, b"", lambda: None)
         assert built.held_bytes() == 0
 
 
@@ -533,7 +605,7 @@ def test_a_stream_that_was_superseded_has_no_say() -> None:
         old, new = (lambda: hung_up.append("old")), (lambda: hung_up.append("new"))
         session = built.sessions.open(b"", old)
 
-        built.sessions.resume(session.name, new)
+        built.sessions.resume(session.name, b"", new)
         assert hung_up == ["old"]
         built.sessions.lose(session, old)
         built.sessions.end(session, old)
@@ -564,7 +636,7 @@ def test_a_sign_of_life_keeps_a_session_and_silence_ends_it() -> None:
 def test_there_are_no_more_sessions_than_may_be() -> None:
     with house() as built:
         sessions = [built.open() for _ in range(8)]
-        with pytest.raises(UnavailableError, match="8 sessions, as many as it may") as raised:
+        with pytest.raises(UnavailableError, match="no place for more sessions: 8 of 8") as raised:
             built.open()
         assert raised.value.retry_after_s
 
@@ -585,7 +657,7 @@ def test_a_drain_hangs_up_and_takes_no_sessions() -> None:
         with pytest.raises(UnavailableError, match="draining"):
             built.open()
         with pytest.raises(UnavailableError, match="draining"):
-            built.sessions.resume(session.name, nothing)
+            built.sessions.resume(session.name, b"", nothing)
 
 
 @pytest.mark.parametrize("name", [b"", b"short", bytes(17)])

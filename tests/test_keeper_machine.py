@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from itertools import count
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from hypothesis.stateful import (
 )
 
 from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError, UnavailableError
-from deconvd.tensor import Array
+from deconvd.tensor import Array, spec_of
 from deconvd_server.call import Call
-from deconvd_server.residents import Kept, Session
+from deconvd_server.residents import Kept, Session, shelving
+from deconvd_server.residents.counting import counted_bytes
+from deconvd_server.residents.elements import read_samples, whole_array
 from deconvd_server.residents.tenant import SessionState, Tenant
 from tests.keepers import KIB, House, house
 
@@ -36,7 +39,7 @@ class Thing:
     """What the model knows of a tensor: what it is, and who may name it."""
 
     value: int
-    size_bytes: int
+    elements_bytes: int
     session: Session
     name: bytes
     is_dropped: bool = False
@@ -44,7 +47,12 @@ class Thing:
 
     @property
     def array(self) -> Array:
-        return np.full(self.size_bytes // 4, self.value, np.float32)
+        return np.full(self.elements_bytes // 4, self.value, np.float32)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it counts for."""
+        return counted_bytes(spec_of(self.array))
 
     @property
     def is_gone(self) -> bool:
@@ -58,7 +66,7 @@ class Use:
 
     thing: Thing
     kept: Kept
-    stack: ExitStack = field(default_factory=ExitStack)
+    resting: AbstractContextManager[None] | None = None
 
 
 class KeeperMachine(RuleBasedStateMachine):
@@ -77,6 +85,8 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @initialize(host_kib=st.sampled_from([0, 32, 64]), devices_count=st.integers(1, 2))
     def begin(self, host_kib: int, devices_count: int) -> None:
+        patched = mock.patch.object(shelving, "_PROMISED_WAIT_S", 0.01)  # no call ends meanwhile
+        self._stack.enter_context(patched)
         self.house: House = self._stack.enter_context(
             house(
                 device_bytes=DEVICE_BYTES,
@@ -88,6 +98,7 @@ class KeeperMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for use in self._uses:
+            self._go_on(use)
             self.house.keeper.release(use.kept)
         self._stack.close()  # sees that nothing is left
 
@@ -117,6 +128,9 @@ class KeeperMachine(RuleBasedStateMachine):
             return multiple()
         except ExhaustedError:
             return multiple()
+        except UnavailableError:  # it is promised, and others' calls use it
+            assert any(use.resting is None for use in self._uses)
+            return multiple()
         finally:
             # whoever is within its share, on every shelf, has lost nothing
             for other in safe:
@@ -130,7 +144,7 @@ class KeeperMachine(RuleBasedStateMachine):
         """Return what another tenant's put must not displace, and what no room is needed of."""
         tenants = {thing.session.tenant for thing in self._all if self._is_there(thing)} | {tenant}
         share_bytes = DEVICE_BYTES // len(tenants)
-        host_bytes = self.house.keeper.states(self.house.engine)[-1].limit_bytes
+        host_bytes = self.house.keeper.states(self.house.engine, None)[-1].limit_bytes
         modest = [
             other
             for other in tenants - {tenant}
@@ -169,7 +183,7 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(use=uses, device=st.integers(0, 1))
     def compute(self, use: Use, device: int) -> None:
-        if use not in self._uses:
+        if use not in self._uses or use.resting is not None or use.kept.is_gone:
             return
         engine = self.house.engines.all[device % len(self.house.engines.all)]
         operand = self.house.keeper.operand(use.kept, engine, Call())
@@ -180,8 +194,30 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(use=consumes(uses))
     def end_use(self, use: Use) -> None:
+        self._go_on(use)
         self._uses.remove(use)
         self.house.keeper.release(use.kept)
+
+    @rule(use=uses)
+    def rest(self, use: Use) -> None:
+        if use in self._uses and use.resting is None and not use.kept.is_gone:
+            use.resting = self.house.keeper.resting(use.kept, Call())
+            use.resting.__enter__()
+
+    @rule(use=uses)
+    def go_on(self, use: Use) -> None:
+        self._go_on(use)
+
+    def _go_on(self, use: Use) -> None:
+        """Let a use that rests go on; what had to make room meanwhile is used no more."""
+        if use.resting is None:
+            return
+        resting, use.resting = use.resting, None
+        resting.__exit__(None, None, None)
+        if use.kept.is_gone:
+            assert use.thing.may_be_displaced
+            with pytest.raises(UnavailableError, match="had to make room"):
+                read_samples(use.kept, None, Call())
 
     @rule(thing=things)
     def drop(self, thing: Thing) -> None:
@@ -205,7 +241,7 @@ class KeeperMachine(RuleBasedStateMachine):
     @rule(session=sessions)
     def resume(self, session: Session) -> None:
         try:
-            self.house.sessions.resume(session.name, lambda: None)
+            self.house.sessions.resume(session.name, session.tenant.key, lambda: None)
         except LostSessionError:
             assert session.state is SessionState.ENDED
 
@@ -224,17 +260,20 @@ class KeeperMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_used_is_as_it_was(self) -> None:
         for use in self._uses:
-            np.testing.assert_array_equal(
-                self.house.keeper.array(use.kept, Call()), use.thing.array
-            )
+            if use.resting is not None or use.kept.is_gone:
+                continue
+            np.testing.assert_array_equal(whole_array(use.kept, Call()), use.thing.array)
 
     @invariant()
     def the_limits_hold(self) -> None:
         if not hasattr(self, "house"):
             return
         for engine in self.house.engines.all:
-            for state in self.house.keeper.states(engine):
-                assert 0 <= state.size_bytes <= state.limit_bytes
+            limits = [state.limit_bytes for state in self.house.keeper.states(engine, None)]
+            for size_bytes, limit_bytes in zip(
+                self.house.shelved_bytes(engine), limits, strict=True
+            ):
+                assert 0 <= size_bytes <= limit_bytes
             assert engine.load.held_bytes <= DEVICE_BYTES
         for tenant in {thing.session.tenant for thing in self._all}:
             assert 0 <= self.house.keeper.used_bytes(tenant) <= QUOTA_BYTES
@@ -242,10 +281,16 @@ class KeeperMachine(RuleBasedStateMachine):
     @invariant()
     def what_has_a_name_counts(self) -> None:
         there = [thing for thing in self._all if self._is_there(thing)]
-        used = [use.thing for use in self._uses]
+        used = [use.thing for use in self._uses if not use.kept.is_gone]
         for tenant in {thing.session.tenant for thing in self._all}:
             known = {thing for thing in [*there, *used] if thing.session.tenant is tenant}
-            assert self.house.keeper.used_bytes(tenant) == sum(thing.size_bytes for thing in known)
+            counted = sum(thing.size_bytes for thing in known)
+            assert self.house.keeper.used_bytes(tenant) == counted
+            assert counted == sum(
+                state.size_bytes
+                for place, engine in enumerate(self.house.engines.all)
+                for state in self.house.keeper.states(engine, tenant)[: 2 if place == 0 else 1]
+            )  # the memory beneath is the same for all engines
 
 
 KeeperMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)

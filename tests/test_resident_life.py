@@ -67,19 +67,19 @@ def small(socket_directory: Path) -> Iterator[ServerProcess]:
 
 
 def test_a_session_that_is_closed_is_over_at_once(server: ServerProcess) -> None:
-    with holder(server.target) as watcher, holder(server.target) as held:
-        before_bytes = watcher.kept_bytes()
+    key = b"closed"
+    with holder(server.target, key) as watcher, holder(server.target, key) as held:
         handle = held.put(image(1))
-        assert watcher.kept_bytes() == before_bytes + MIB
+        assert watcher.kept_bytes() == MIB
 
         held.close()
 
-        assert watcher.kept_bytes() == before_bytes
+        assert watcher.kept_bytes() == 0
         assert_lost(held, handle, LostSessionError)
 
 
 def test_a_session_whose_stream_broke_is_over_after_a_while(small: ServerProcess) -> None:
-    with holder(small.target) as watcher, holder(small.target) as held:
+    with holder(small.target, b"key") as watcher, holder(small.target, b"key") as held:
         handle = held.put(image(1))
         held.break_off()
         np.testing.assert_array_equal(held.get(handle), image(1))
@@ -119,8 +119,45 @@ def test_a_session_that_is_unknown_is_not_resumed(server: ServerProcess) -> None
     assert error_of(failure).argument == "session"
 
 
+@pytest.mark.parametrize("wrong_key", [b"", b"another", b"Key", b"key\0"])
+def test_a_session_is_none_to_who_has_not_its_tenants_key(
+    server: ServerProcess, wrong_key: bytes
+) -> None:
+    texts = []
+    with holder(server.target, b"key") as held:
+        handle = held.put(image(1))
+        for session in (held.session, bytes(16)):
+            with pytest.raises(grpc.RpcError) as failure:
+                Holder(held.channel, wrong_key, resume=session)
+            assert isinstance(error_of(failure), LostSessionError)
+            texts.append(str(error_of(failure)))
+        assert texts[0] == texts[1]
+
+        held.sign()  # its stream was not hung up
+        np.testing.assert_array_equal(held.get(handle), image(1))
+        held.break_off()
+        with holder(server.target, b"key", resume=held.session) as again:
+            np.testing.assert_array_equal(again.get(handle), image(1))
+
+
+def test_what_others_keep_is_told_to_nobody(server: ServerProcess) -> None:
+    with holder(server.target, b"mine") as held, holder(server.target) as stranger:
+        handle = held.put(image(1))
+        held.get(handle)
+        for session in (b"", stranger.session, bytes(16), b"no name"):
+            info = held.stub.GetServerInfo(pb.GetServerInfoRequest(session=session))
+            caches = [cache for device in info.devices for cache in device.caches]
+            assert caches
+            for cache in caches:
+                assert cache.limit_bytes > 0
+                assert (cache.count, cache.size_bytes) == (0, 0)
+                assert (cache.hits_count, cache.misses_count) == (0, 0)
+        with holder(server.target, b"mine") as same:
+            assert (same.kept_count(), same.kept_bytes()) == (1, MIB)
+
+
 def test_a_client_that_gives_no_sign_of_life_loses_its_session(small: ServerProcess) -> None:
-    with holder(small.target) as silent, holder(small.target) as lively:
+    with holder(small.target, b"key") as silent, holder(small.target, b"key") as lively:
         silent.put(image(1))
         handle = lively.put(image(2))
         assert silent.opened.lease_s == 2
@@ -140,7 +177,7 @@ CLIENT = """
 import sys, time
 import grpc, numpy as np
 from tests.holders import Holder
-held = Holder(grpc.insecure_channel(sys.argv[1]))
+held = Holder(grpc.insecure_channel(sys.argv[1]), b"key")
 for number in range(3):
     held.put(np.ones(1 << 18, np.float32))
 print("kept", flush=True)
@@ -149,7 +186,7 @@ time.sleep(600)
 
 
 def test_what_a_killed_client_kept_is_dropped(small: ServerProcess) -> None:
-    with holder(small.target) as watcher:
+    with holder(small.target, b"key") as watcher:
         with subprocess.Popen(
             [sys.executable, "-c", CLIENT, small.target], stdout=subprocess.PIPE, text=True
         ) as client:
@@ -217,7 +254,8 @@ def test_what_a_call_uses_stays_while_others_press(small: ServerProcess) -> None
             other.sign()
             other.put(image(number))
         assert_lost(held, handle, LostTensorError)
-        assert held.kept_bytes() == 8 * MIB
+        assert held.kept_bytes() == 2 * MIB
+        assert other.kept_bytes() == 6 * MIB
         go_on.set()
 
         elements = b"".join(part.chunk for part in responses)
@@ -337,8 +375,12 @@ def test_many_clients_at_once_get_their_own(small: ServerProcess) -> None:
         list(pool.map(live, range(12)))
     # twelve tenants have less than a tensor each as their share, and so give way to each other
     assert {type(error) for error in errors} <= {LostTensorError, ExhaustedError}
-    with holder(small.target) as watcher:
-        assert watcher.kept_bytes() == 0
+    with holder(small.target) as alone:
+        handles = [
+            alone.put(image(number)) for number in range(8)
+        ]  # which is all the room there is
+        for number, handle in enumerate(handles):
+            np.testing.assert_array_equal(alone.get(handle), image(number))
 
 
 def test_there_is_room_for_so_many_sessions_and_calls_beside_them() -> None:
@@ -348,14 +390,17 @@ def test_there_is_room_for_so_many_sessions_and_calls_beside_them() -> None:
     try:
         target = daemon.addresses[0]
         with holder(target), holder(target) as second, holder(target) as third:
-            with pytest.raises(grpc.RpcError, match="3 sessions, as many as it may") as failure:
+            with pytest.raises(
+                grpc.RpcError, match="no place for more sessions: 3 of 3"
+            ) as failure:
                 with holder(target):
                     pass
             assert isinstance(error_of(failure), UnavailableError)
             third.close()
             with holder(target) as fourth:
                 fourth.put(image(1))
-                assert second.kept_bytes() == MIB
+                assert fourth.kept_bytes() == MIB
+                assert second.kept_bytes() == 0  # what others keep is none of its business
     finally:
         daemon.drain()
 
@@ -403,7 +448,7 @@ def test_two_devices_share_what_stays_and_work_goes_where_it_is() -> None:
 
 
 def _kept_count(held: Holder, device_id: str) -> int:
-    for device in held.stub.GetServerInfo(pb.GetServerInfoRequest()).devices:
+    for device in held.info().devices:
         for cache in device.caches:
             if (device.id, cache.name) == (device_id, "resident tensors"):
                 return cache.count

@@ -23,6 +23,7 @@ from benchmarks.wire import Wire, counted
 from deconvd.tensor import Array
 from deconvd_client import Connection, InvalidArgumentError, LostTensorError, RemoteTensor
 from tests.golden import GoldenCase, golden_cases
+from tests.holders import holder
 from tests.servers import ServerProcess, call_until_served, server_process
 
 MIB = 1 << 20
@@ -249,10 +250,9 @@ class TestOnTheWire:
     ) -> None:
         x, W, b = operands(n=1)
         with deconvd_client.connect(server.target) as F:
-            wait_until(lambda: kept_count(F) == 0)  # of connections that were closed
             F.deconvolution_2d(x, W, b)
 
-            assert kept_count(F) == 0
+            assert not F._server.residents.has_session  # without which nothing is kept
 
     def test_two_connections_of_one_tenant_share_contents(
         self, tcp_server: ServerProcess, wire: Wire
@@ -474,7 +474,6 @@ class TestLife:
     def test_what_is_collected_is_dropped(self, server: ServerProcess) -> None:
         x, W, b = operands()
         with deconvd_client.connect(server.target) as F:
-            wait_until(lambda: kept_count(F) == 0)  # of connections that were closed
             kept: list[object] = [F.put(x), F.remote.deconvolution_2d(x, W, b), F.vjp(x, W, b)[1]]
             assert kept_count(F) == 4
             kept.clear()
@@ -505,32 +504,32 @@ class TestLife:
 
     def test_a_closed_connection_keeps_nothing(self, tmp_path: Path) -> None:
         x, _, _ = operands()
-        with server_process(tmp_path) as server, deconvd_client.connect(server.target) as other:
-            with deconvd_client.connect(server.target) as F:
+        with server_process(tmp_path) as server, holder(server.target, b"key") as other:
+            with deconvd_client.connect(server.target, tenant_key="key") as F:
                 there = F.put(x)
-                assert kept_count(other) == 1
-            wait_until(lambda: kept_count(other) == 0)
+                assert other.kept_count() == 1
+            wait_until(lambda: other.kept_count() == 0)
             with pytest.raises(deconvd_client.CallCancelledError):
                 there.numpy()
 
     def test_a_connection_that_is_collected_keeps_nothing(self, tcp_server: ServerProcess) -> None:
-        with deconvd_client.connect(tcp_server.target) as other:
-            wait_until(lambda: kept_count(other) == 0)  # of connections that were closed
-            F = deconvd_client.connect(tcp_server.target, transport="tcp")
+        with holder(tcp_server.target, b"collected") as other:
+            F = deconvd_client.connect(tcp_server.target, transport="tcp", tenant_key="collected")
             there = F.put(operands()[0])
-            assert kept_count(other) == 1
+            assert other.kept_count() == 1
             del F, there
             gc.collect()
-            wait_until(lambda: kept_count(other) == 0)
+            wait_until(lambda: other.kept_count() == 0)
 
     def test_a_client_that_dies_leaves_nothing(self, tmp_path: Path) -> None:
         script = (
             "import sys, numpy, deconvd_client\n"
-            "there = deconvd_client.connect(sys.argv[1]).put(numpy.ones(9000, 'f4'))\n"
+            "F = deconvd_client.connect(sys.argv[1], tenant_key='key')\n"
+            "there = F.put(numpy.ones(9000, 'f4'))\n"
             "print('put', flush=True)\n"
             "sys.stdin.read()\n"
         )
-        with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
+        with server_process(tmp_path) as server, holder(server.target, b"key") as other:
             with subprocess.Popen(
                 [sys.executable, "-W", "error", "-c", script, server.target],
                 stdin=subprocess.PIPE,
@@ -538,9 +537,9 @@ class TestLife:
             ) as child:
                 assert child.stdout is not None
                 assert child.stdout.readline() == b"put\n"
-                assert kept_count(F) == 1
+                assert other.kept_count() == 1
                 child.kill()
-            wait_until(lambda: kept_count(F) == 0)
+            wait_until(lambda: other.kept_count() == 0)
 
     def test_a_session_does_not_keep_its_process_alive(self, server: ServerProcess) -> None:
         script = (
@@ -613,7 +612,7 @@ class TestLife:
 
 
 def kept_count(F: Connection) -> int:
-    """Return how many tensors the server keeps."""
+    """Return how many tensors the server keeps for a connection's tenant."""
     (device,) = F.server_info().devices
     return sum(cache.count for cache in device.caches if cache.name.startswith("resident"))
 

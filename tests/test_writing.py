@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -89,3 +91,23 @@ def test_who_says_the_same_again_and_again_has_its_deadline(chatterer: Writing) 
     (operand,) = arriving(chatterer, TWO)
     with pytest.raises(DeadlineError):
         wait_for(operand, Call(timeout_s=0.1))
+
+
+def test_it_says_since_when_its_client_is_waited_for(ends: tuple[Line, Line]) -> None:
+    near, far = ends
+    begun_s = time.monotonic()
+    heard = Writing(far)
+    assert heard.waits_since_s == math.inf
+
+    assert not heard.wait_for(2, 0.01)
+    since_s = heard.waits_since_s
+    assert begun_s <= since_s < time.monotonic()
+    assert not heard.wait_for(2, 0.01)
+    assert heard.waits_since_s == since_s  # nothing has come
+
+    tell_written(near, 1)
+    assert not heard.wait_for(2, 1)
+    assert heard.waits_since_s > since_s
+    tell_written(near, 2)
+    assert heard.wait_for(2, 30)
+    assert heard.waits_since_s == math.inf

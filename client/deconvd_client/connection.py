@@ -296,7 +296,11 @@ class Connection:
         return self._config.using(name, value)
 
     def server_info(self) -> ServerInfo:
-        """Return what the server is, what it runs on and how much it takes."""
+        """Return what the server is, what it runs on and how much it takes.
+
+        Of the tensors that stay on the server, those are counted that are this connection's, and those of
+        others that share its ``tenant_key``.
+        """
         return self._server.info()
 
     def health(self) -> str:

@@ -138,9 +138,9 @@ class Nearest:
         """Return what `work` returns, as `call` does, without trying again."""
         return self._retries.run_once(partial(self._try, work, deadline), deadline)
 
-    def server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
-        """Return what the server says of itself, at the target as it was given."""
-        return self._retries.run(partial(self._far.get_server_info, deadline), deadline)
+    def server_info(self, deadline: Deadline, session: bytes = b"") -> pb.GetServerInfoResponse:
+        """Return what the server says of itself to a session, at the target as it was given."""
+        return self._retries.run(partial(self._far.get_server_info, deadline, session), deadline)
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health, at the target as it was given: as it is now, so it is asked once."""

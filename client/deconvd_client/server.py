@@ -111,7 +111,9 @@ class Server:
 
     def info(self) -> ServerInfo:
         """Return what it is, what it runs on and how much it takes."""
-        return ServerInfo.from_message(self.nearest.server_info(Deadline(self._timeout_s)))
+        deadline = Deadline(self._timeout_s)
+        session = self.residents.session_name
+        return ServerInfo.from_message(self.nearest.server_info(deadline, session))
 
     def health(self) -> str:
         """Return its health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""

@@ -24,7 +24,8 @@ class DeviceDescription:
         used_bytes: What they take now.
         running_calls_count: How many calls run.
         waiting_calls_count: How many wait for their turn.
-        caches: What it keeps between calls.
+        caches: What it keeps between calls; of tensors that stay on the server, those of the connection's own
+            tenant.
     """
 
     id: str

@@ -112,9 +112,10 @@ class Stub:
         """Call HoldSession, and return once the server has answered the first message."""
         return self._by_grpc.hold_session(opening, deadline)
 
-    def get_server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
+    def get_server_info(self, deadline: Deadline, session: bytes = b"") -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
-        response, _ = self._by_grpc.unary("GetServerInfo", b"", deadline)
+        request = pb.GetServerInfoRequest(session=session).SerializeToString()
+        response, _ = self._by_grpc.unary("GetServerInfo", request, deadline)
         return pb.GetServerInfoResponse.FromString(response)
 
     def health(self, deadline: Deadline) -> str:

@@ -20,7 +20,7 @@ from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.malloc import keep_freed_memory
 from deconvd_server.budgets import LEAST_MESSAGE_BYTES, budgets
 from deconvd_server.device.faults import DeviceUnavailableError
-from deconvd_server.ends import Ends
+from deconvd_server.ends import Ends, ServingLostError
 from deconvd_server.log_text import LogFormatter
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
@@ -294,7 +294,7 @@ def main(
                 direct_port=direct_port,
                 access=_access(socket_mode, socket_group, shared_memory_users),
             ),
-            on_lost=ends.put,
+            on_lost=lambda what: ends.put(ServingLostError(what)),
         )
     except (OSError, DeconvdError) as error:
         _give_up(error)

@@ -26,6 +26,7 @@ from deconvd_server.service import DeconvolutionService
 from deconvd_server.settings import Settings
 from deconvd_server.shared_memory import Cards, Lender, Limits
 from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
+from deconvd_server.stream_places import StreamPlaces
 from deconvd_server.unix_socket import AddressInUseError
 
 __all__ = ["STREAMS_COUNT", "Backend"]
@@ -34,7 +35,7 @@ _WAITING_CALLS_COUNT: Final = 96
 _WAITING_STREAMS_COUNT: Final = 16
 
 STREAMS_COUNT: Final = 16
-"""How many streams may be under way."""
+"""How many streams may be under way: those of one peer, an eighth less."""
 
 _log = logging.getLogger(__name__)
 
@@ -99,11 +100,16 @@ class Backend:
         self.lender = _lender(
             settings, self._engines, list(memory_sides.values()), instance, on_lost
         )
-        self.streams = Admission(
+        self.streams = StreamPlaces(
+            Admission(
+                STREAMS_COUNT,
+                budgets().streams_bytes,
+                _WAITING_STREAMS_COUNT,
+                memory="the host's memory for streams",
+            ),
             STREAMS_COUNT,
-            budgets().streams_bytes,
             _WAITING_STREAMS_COUNT,
-            memory="the host's memory for streams",
+            on_lost,
         )
         self._slices = ThreadPoolExecutor(
             STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
@@ -142,6 +148,7 @@ class Backend:
 
     def close(self) -> None:
         """Close all but the direct connections, once no call is under way."""
+        self.streams.close()
         self._slices.shutdown()
         if self.lender is not None:
             self.lender.close()

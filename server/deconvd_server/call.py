@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd_server.ledger import Ledger
 
-__all__ = ["STALL_LIMIT_S", "Call", "CallerGoneError"]
+__all__ = ["STALL_LIMIT_S", "Call", "CallerGoneError", "Waiting", "WaitsForClient"]
 
 STALL_LIMIT_S: Final = 30.0
 """How long a call may wait for its client to send or to take anything: more than a network is gone while a switch or
@@ -27,6 +28,33 @@ class CallerGoneError(Exception):
     """The caller has gone, as its transport found out: nobody is there to be told what comes of the call."""
 
 
+class WaitsForClient(Protocol):
+    """What waits for a client, and says so.
+
+    Attributes:
+        waits_since_s: Since when it has waited for the client to send or to take anything, on the monotonic clock;
+            infinity while it does not wait.
+    """
+
+    waits_since_s: float
+
+
+class Waiting:
+    """Something that waits for a client, whose transport sets it. See `WaitsForClient`."""
+
+    __slots__ = ("waits_since_s",)
+
+    def __init__(self) -> None:
+        self.waits_since_s = math.inf
+
+
+_NEVER: Final = Waiting()
+
+
+def _do_nothing() -> None:
+    pass
+
+
 class Call:
     """One caller's claim on the server: it ends at its deadline, or when the caller goes.
 
@@ -37,6 +65,9 @@ class Call:
         counted_by: By what who calls is counted, where peers share. See `deconvd_server.peers`.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
+        waiting: Since when its client is waited for. The transport sets it for a call in parts; by default it never is.
+        hang_up: Ends the call's transport without a word, from any thread: for a client that neither sends nor takes
+            anything. It must not wait. The transport sets it; by default it does nothing.
         stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
         sendable_bytes: What the elements of its answer may have, all together, that its transport can send. The
             transport sets it; by default there is no limit.
@@ -50,6 +81,8 @@ class Call:
     ) -> None:
         self.peer = peer
         self.counted_by = counted_by
+        self.waiting: WaitsForClient = _NEVER
+        self.hang_up: Callable[[], None] = _do_nothing
         self.stopped_by: DeconvdError | None = None
         self.ledger = Ledger()
         self.tenant: object = None

@@ -15,7 +15,6 @@ from typing import Final
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
 from deconvd_server.device import Device
-from deconvd_server.ends import ServingLostError
 from deconvd_server.gate import CALLS_COUNT, Gate
 from deconvd_server.grpc_server import GrpcServer
 from deconvd_server.health import Health
@@ -59,7 +58,8 @@ class Daemon:
 
     Args:
         observers: Hear of every call.
-        on_lost: Called, in any thread, if a part that serves has ended by itself: the process must be started anew.
+        on_lost: Called, in any thread, with what has ended by itself and everyone depends on: the process must be
+            started anew.
 
     Raises:
         InvalidArgumentError, AddressInUseError: It cannot listen on one of the addresses.
@@ -69,12 +69,13 @@ class Daemon:
         self,
         settings: Settings,
         observers: Sequence[Observer] = (CallLog(),),
-        on_lost: Callable[[ServingLostError], None] = lambda _error: None,
+        on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
         self.state = State.LISTENING
         self.backend: Backend | None = None
         self._settings = settings
         self._observers = observers
+        self._on_lost = on_lost
         self._lock = threading.Lock()
         self._is_cut = False
         self._workers = Workers(_WORKERS_COUNT, _EARLY_WORKERS_COUNT)
@@ -83,7 +84,7 @@ class Daemon:
         self._server = GrpcServer(
             {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
             settings.max_message_bytes,
-            lambda: on_lost(ServingLostError("gRPC's thread has ended")),
+            lambda: on_lost("gRPC's thread"),
         )
         self.addresses = [
             bind(self._server, address, settings.access) for address in settings.addresses
@@ -99,7 +100,9 @@ class Daemon:
         """
         devices = open_devices()
         try:
-            backend = Backend(self._settings, devices, self.addresses, self._observers)
+            backend = Backend(
+                self._settings, devices, self.addresses, self._observers, self._on_lost
+            )
         except BaseException:
             for device in devices:
                 device.close()

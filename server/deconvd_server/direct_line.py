@@ -100,6 +100,7 @@ class DirectLine:
     ) -> None:
         self.descriptor = stream.descriptor
         self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
+        self._stream = stream
         self._line = Line(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
         self._counted_by = counted_by
@@ -235,11 +236,15 @@ class DirectLine:
             serving.call.end()
 
     def _respond(self, behaviour: Behaviour, head: CallHead, call: Call) -> None:
+        if not isinstance(behaviour, Unary):
+            call.waiting, call.hang_up = self._stream, self._line.shut
         match behaviour:
             case Unary():
                 request = behaviour.decoded(head.message)
                 if head.is_early:
-                    request = EarlyRequest.of(request, Writing(self._line, head.written_bytes))
+                    writing = Writing(self._line, head.written_bytes)
+                    call.waiting, call.hang_up = writing, self._line.shut
+                    request = EarlyRequest.of(request, writing)
                 response = encode(behaviour.serve(request, call))
                 self._line.send(Answer(response, call.ledger.as_text()))
                 return

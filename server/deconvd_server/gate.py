@@ -21,7 +21,7 @@ from deconvd.codec import encode
 from deconvd.errors import DeadlineError, DeconvdError, InvalidArgumentError, UnavailableError
 from deconvd.status import status_from_error
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
-from deconvd_server.call import STALL_LIMIT_S, Call, CallerGoneError
+from deconvd_server.call import STALL_LIMIT_S, Call, CallerGoneError, Waiting
 from deconvd_server.held_rpc import HeldRpc
 from deconvd_server.peers import counted_by_grpc
 from deconvd_server.rpc import Later, Rpc
@@ -140,6 +140,7 @@ class Gate:
             rpc.fail(status_from_error(self._refusal))
             return
         call = Call(rpc.remaining_s, rpc.peer, counted_by_grpc(rpc.peer))
+        call.waiting, call.hang_up = Waiting(), rpc.cancel
         self._count(1)
         rpc.on_close = partial(self._close, call)
         rpc.on_done = call.end

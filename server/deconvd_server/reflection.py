@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -18,6 +18,9 @@ __all__ = ["reflection_handlers"]
 
 _LARGEST_BYTES: Final = 4096
 """More than any name takes: a larger message is not parsed, as that would hold up gRPC's thread."""
+
+_NO_CONTEXT: Final[Any] = None
+"""The servicer asks nothing of it."""
 
 
 def reflection_handlers(service: ServiceDescriptor) -> dict[str, Callable[[Rpc], None]]:
@@ -33,7 +36,7 @@ def reflection_handlers(service: ServiceDescriptor) -> dict[str, Callable[[Rpc],
         if request is None:
             rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
             return
-        (response,) = servicer.ServerReflectionInfo(iter([request]), None)
+        (response,) = servicer.ServerReflectionInfo(iter([request]), _NO_CONTEXT)
         rpc.send(response.SerializeToString(), partial(rpc.receive, partial(answer, rpc)))
 
     path = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,16 +13,17 @@ from deconvd.parts import Part, PartReader, elements_part
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unary
 from deconvd_server.call import Call
-from deconvd_server.device.pieces import piece_bytes, pieces
+from deconvd_server.device.pieces import piece_bytes, sample_pieces
 from deconvd_server.engine import Engine
 from deconvd_server.residents import Kept, Residents
+from deconvd_server.residents.elements import read_samples, whole_array, write_samples
 from deconvd_server.residents.sessions import Sessions
 from deconvd_server.residents.tenant import Session
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
+from deconvd_server.stream_places import StreamPlaces
 
 __all__ = ["ResidentCalls"]
 
@@ -39,7 +41,7 @@ class ResidentCalls:
         self,
         residents: Residents,
         lender: Lender | None,
-        streams: Admission,
+        streams: StreamPlaces,
     ) -> None:
         self._residents = residents
         self._keeper = residents.keeper
@@ -65,9 +67,9 @@ class ResidentCalls:
         """
         sessions = self._residents.sessions
         session = (
-            sessions.resume(first.session, hang_up)
+            sessions.resume(first.session, first.tenant_key, hang_up)
             if first.session
-            else sessions.open(first.tenant_key, hang_up)
+            else sessions.open(first.tenant_key, hang_up, call.counted_by)
         )
         call.on_cancel(partial(sessions.lose, session, hang_up))
         response = pb.HoldSessionResponse(
@@ -110,9 +112,16 @@ class ResidentCalls:
                 array = shared.host_place("tensor", kept.spec, lies_at)
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
-            with self._streams.admitted(piece_bytes(kept.spec), call):
-                for view in pieces(kept.device_tensor):
-                    engine.write(view, reader.read("tensor", view.spec), call)
+            with ExitStack() as stack:
+                with self._keeper.resting(kept, call):  # who waits for a place keeps others waiting
+                    stack.enter_context(self._streams.admitted(piece_bytes(kept.spec), call))
+                for samples, spec in sample_pieces(kept.spec):
+                    with self._keeper.resting(kept, call):
+                        array = reader.read("tensor", spec)
+                    write_samples(kept, samples, array, call)
+                with self._keeper.resting(kept, call):
+                    reader.expect_end()  # with the place held: who comes to no end holds no more than that
+            return
         else:
             raise InvalidArgumentError(
                 "tensor must have its elements behind a stream's header, or in shared memory, got "
@@ -126,13 +135,15 @@ class ResidentCalls:
         message = request.message
         session = self._residents.join(message.session, call)
         kept = self._keeper.by_name(session, message.resident.handle, "resident", call)
+        placed: list[Part] = []
         try:
             if message.HasField("place"):
-                yield self._put_into_place(kept, message.place, call)
+                placed.append(self._put_into_place(kept, message.place, call))
             else:
                 yield from self._sent(kept, call)
         finally:
             self._keeper.release(kept)
+        yield from placed
 
     def _put_into_place(
         self, kept: Kept, place: pb.SharedSlice, call: Call
@@ -140,21 +151,21 @@ class ResidentCalls:
         """Copy a tensor into shared memory; return the message that says so."""
         with CallTensors(self._lender) as shared:
             lies_at = SharedSlice.from_message(place)
-            self._keeper.array(kept, call, shared.host_place("place", kept.spec, lies_at))
+            whole_array(kept, call, shared.host_place("place", kept.spec, lies_at))
         header = message_from_spec(kept.spec)
         header.shared.CopyFrom(place)
         return pb.GetTensorResponse(header=header)
 
     def _sent(self, kept: Kept, call: Call) -> Iterator[Part]:
         """Yield the parts that carry a tensor."""
-        yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
-        engine = kept.shelf.engine
-        if engine is None:
-            yield elements_part(self._keeper.array(kept, call))
-            return
-        with self._streams.admitted(piece_bytes(kept.spec), call):
-            for view in pieces(kept.device_tensor):
-                yield elements_part(engine.read(view, call))
+        with ExitStack() as stack:
+            with self._keeper.resting(kept, call):
+                yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
+                stack.enter_context(self._streams.admitted(piece_bytes(kept.spec), call))
+            for samples, _ in sample_pieces(kept.spec):
+                part = elements_part(read_samples(kept, samples, call))
+                with self._keeper.resting(kept, call):
+                    yield part
 
     def drop_tensors(
         self, request: Envelope[pb.DropTensorsRequest], call: Call

@@ -6,6 +6,8 @@ slower, or faster, than its call.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from queue import SimpleQueue
 
@@ -46,7 +48,9 @@ class Requests:
             yield message
 
     def _next(self) -> bytes | None:
+        self._call.waiting.waits_since_s = time.monotonic()
         message = self._come.get()
+        self._call.waiting.waits_since_s = math.inf
         if self._call.is_cancelled:
             raise CallCancelledError("the caller gave the call up")
         self._place.note_progress()
@@ -87,7 +91,9 @@ class Responses:
         self._wait()
 
     def _wait(self) -> None:
+        self._call.waiting.waits_since_s = time.monotonic()
         self._room.get()
+        self._call.waiting.waits_since_s = math.inf
         if self._call.is_cancelled:
             raise self._call.stopped_by or CallerGoneError("the caller gave the call up")
         self._place.note_progress()

@@ -67,7 +67,7 @@ def run(daemon: Daemon, ends: Ends, drainer: Drainer, drain_timeout_s: float) ->
     end = ends.take()
     is_lost = isinstance(end, DeviceLostError | ServingLostError)
     if is_lost:
-        what = "a device is lost" if isinstance(end, DeviceLostError) else "what serves is lost"
+        what = "a device is lost" if isinstance(end, DeviceLostError) else "a thread is lost"
         _log.error("%s: the server must be started anew: %s", what, end)
         daemon.fail()
         drain_timeout_s = min(drain_timeout_s, _LAST_DRAIN_S)

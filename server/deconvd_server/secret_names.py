@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import secrets
 from typing import Final, Generic, TypeVar
 
-__all__ = ["NAME_BYTES", "Named", "new_name"]
+__all__ = ["NAME_BYTES", "Named", "are_same", "new_name"]
 
 NAME_BYTES: Final = 16
 
@@ -16,6 +17,11 @@ _V = TypeVar("_V")
 def new_name() -> bytes:
     """Return a name that nobody can guess."""
     return secrets.token_bytes(NAME_BYTES)
+
+
+def are_same(secret: bytes, other: bytes) -> bool:
+    """Return whether two secrets are the same, in a time that says nothing of either."""
+    return hmac.compare_digest(_digest(secret), _digest(other))
 
 
 class Named(Generic[_V]):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 
 from google.protobuf.message import Message
 
 import deconvd
+from deconvd.cache_state import CacheState
 from deconvd.codec import Envelope
 from deconvd.dtypes import ELEMENT_TYPES
 from deconvd.messages import messages_for
 from deconvd.operation import OPERATIONS, Operation
 from deconvd.tensor import element_type_number
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Stream, Unary
 from deconvd_server.call import Call
 from deconvd_server.engine import Engine
@@ -23,6 +24,7 @@ from deconvd_server.requests import parse_request
 from deconvd_server.resident_calls import ResidentCalls
 from deconvd_server.residents import Residents
 from deconvd_server.shared_memory import Lender
+from deconvd_server.stream_places import StreamPlaces
 from deconvd_server.streaming import Streams
 
 __all__ = ["DeconvolutionService"]
@@ -50,7 +52,7 @@ class DeconvolutionService:
         ways: pb.GetServerInfoResponse,
         *,
         max_message_bytes: int,
-        streams: Admission,
+        streams: StreamPlaces,
         executor: Executor,
     ) -> None:
         self._residents = residents
@@ -97,13 +99,17 @@ class DeconvolutionService:
             return exchange.answer(sent)
 
     def get_server_info(
-        self, _request: Envelope[pb.GetServerInfoRequest], _call: Call
+        self, request: Envelope[pb.GetServerInfoRequest], _call: Call
     ) -> Envelope[pb.GetServerInfoResponse]:
         """Serve GetServerInfo."""
         residents = self._residents
+        tenant = residents.sessions.tenant(request.message.session)
         info = pb.GetServerInfoResponse(
             version=deconvd.__version__,
-            devices=[_device_message(engine, residents) for engine in residents.engines.all],
+            devices=[
+                _device_message(engine, residents.keeper.states(engine, tenant))
+                for engine in residents.engines.all
+            ],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             features=_FEATURES,
@@ -112,9 +118,8 @@ class DeconvolutionService:
         return Envelope(info, {})
 
 
-def _device_message(engine: Engine, residents: Residents) -> pb.Device:
+def _device_message(engine: Engine, kept: Sequence[CacheState]) -> pb.Device:
     info, load = engine.info, engine.load
-    caches = [*engine.caches, *residents.keeper.states(engine)]
     return pb.Device(
         id=info.id,
         name=info.name,
@@ -124,5 +129,5 @@ def _device_message(engine: Engine, residents: Residents) -> pb.Device:
         used_bytes=load.used_bytes,
         running_calls_count=load.running_count,
         waiting_calls_count=load.waiting_count,
-        caches=[cache.as_message() for cache in caches],
+        caches=[cache.as_message() for cache in (*engine.caches, *kept)],
     )

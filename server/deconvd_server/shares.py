@@ -124,7 +124,8 @@ class Shares:
     def _leaver(self, peer: str) -> Place:
         """Return what gives way to a peer. Raises UnavailableError if nothing does."""
         own_count = len(self._places.get(peer, ()))
-        candidates = list(max(self._places.values(), key=len, default={}))
+        most = max(self._places.values(), key=len, default={})
+        candidates = list(most)
         if len(candidates) < own_count + 2:
             candidates = [
                 place

@@ -20,7 +20,6 @@ from deconvd.parts import EARLY_BYTES, Elements, PartReader, elements_part
 from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
 from deconvd_server.arrivals import Arrivals
 from deconvd_server.behaviours import Parts
 from deconvd_server.call import Call
@@ -35,6 +34,7 @@ from deconvd_server.requests import (
 )
 from deconvd_server.residents import Residents
 from deconvd_server.shared_memory import Lender
+from deconvd_server.stream_places import StreamPlaces
 
 __all__ = ["Streams"]
 
@@ -49,13 +49,13 @@ class Streams:
         residents: Residents,
         lender: Lender | None,
         max_message_bytes: int,
-        admission: Admission,
+        streams: StreamPlaces,
         executor: Executor,
     ) -> None:
         self._residents = residents
         self._lender = lender
         self._max_message_bytes = max_message_bytes
-        self._admission = admission
+        self._places = streams
         self._executor = executor
 
     def serve(self, operation: Operation, reader: PartReader[Any], call: Call) -> Parts:
@@ -67,7 +67,7 @@ class Streams:
         with Exchange(request, parsed, self._lender, self._residents, call) as exchange:
             missing = exchange.find()
             sliced.check_slice(self._max_message_bytes)
-            with self._admission.admitted(_footprint_bytes(sliced, missing), call):
+            with self._places.admitted(_footprint_bytes(sliced, missing), call):
                 engine = exchange.choose_engine()
                 if parsed.problem.has_products:
                     engine.check_time(parsed.problem, parsed.results, call)

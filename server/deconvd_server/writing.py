@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
@@ -24,6 +25,9 @@ class Writing:
     For the thread that serves its line. What the client says may be wrong: that harms its own results
     alone.
 
+    Attributes:
+        waits_since_s: As in `WaitsForClient`.
+
     Args:
         written_bytes: How many bytes it has written already.
     """
@@ -32,6 +36,7 @@ class Writing:
         self._line = line
         self._written_bytes = written_bytes
         self._progressed_s = time.monotonic()
+        self.waits_since_s = math.inf
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
         """Return whether that many bytes are there, as soon as they are, or once the time is up.
@@ -49,10 +54,12 @@ class Writing:
             )
             if written_bytes is None:
                 self._check_progress()
+                self.waits_since_s = self._progressed_s
                 return False
             if written_bytes > self._written_bytes:
                 self._progressed_s = time.monotonic()
             self._written_bytes = written_bytes
+        self.waits_since_s = math.inf
         return True
 
     def _check_progress(self) -> None:

@@ -82,6 +82,11 @@ class Residents:
         """Whether a session is open now, as far as is known."""
         return self._session.is_open
 
+    @property
+    def session_name(self) -> bytes:
+        """The name of the session that is open now, as far as is known; empty if there is none."""
+        return self._session.name
+
     def means(self, session: bytes, deadline: Deadline) -> Means:
         """Return what an attempt needs to make a call in a session."""
         return Means(

@@ -79,6 +79,12 @@ class Session:
         """Whether it is open now, as far as is known."""
         return self._keeper.opened is not None
 
+    @property
+    def name(self) -> bytes:
+        """Its name, if it is open now, as far as is known; else empty."""
+        opened = self._keeper.opened
+        return b"" if opened is None else opened.name
+
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know the session of that name."""
         self._keeper.lose(name)

@@ -927,7 +927,8 @@ class HoldSessionRequest(_message.Message):
     """The name of a session to resume; empty to open one."""
     tenant_key: _builtins.bytes
     """A secret, of up to 64 bytes. All who tell the same are one tenant: they have one quota, can use each other's residents and
-    find what another of them sent by its digest. Empty: the session is a tenant of its own.
+    find what another of them sent by its digest. Empty: the session is a tenant of its own. Who resumes a session MUST tell
+    what it was opened with: to others there is no such session.
     """
     def __init__(
         self,
@@ -1158,16 +1159,23 @@ Global___DropTensorsResponse: _TypeAlias = DropTensorsResponse  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
-    """Empty."""
+    """Says who asks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SESSION_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """The session whose tenant's resident tensors are counted in `Device.caches`. Where it is left out, or is none that the
+    server holds, none are counted: what others keep is told to nobody.
+    """
     def __init__(
         self,
+        *,
+        session: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1308,7 +1316,7 @@ class Device(_message.Message):
     waiting_calls_count: _builtins.int
     @_builtins.property
     def caches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cache]:
-        """What it keeps between calls."""
+        """What it keeps between calls; of resident tensors, those of the caller's own tenant."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from deconvd.parts import slices
 from deconvd.problem import TensorSpec
 from deconvd_server.device.tensor import DeviceTensor
 
-__all__ = ["piece_bytes", "pieces"]
+__all__ = ["piece_bytes", "pieces", "sample_pieces"]
 
 _PIECE_BYTES: Final = 16 << 20
 """What is held of a tensor in host memory while it arrives or leaves, unless one sample has more."""
@@ -22,13 +22,22 @@ def piece_bytes(spec: TensorSpec) -> int:
     return min(_piece_samples_count(spec), spec.shape[0]) * (spec.nbytes // spec.shape[0])
 
 
-def pieces(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
-    """Yield the tensor in pieces that are small enough to be held in host memory, if that can be."""
-    if not tensor.spec.shape:
-        yield tensor
+def sample_pieces(spec: TensorSpec) -> Iterator[tuple[slice | None, TensorSpec]]:
+    """Yield the samples of a tensor in pieces that are small enough to be held in host memory, if that can be.
+
+    Each comes with what it is. A tensor without samples is one piece, None.
+    """
+    if not spec.shape:
+        yield None, spec
         return
-    for part in slices(tensor.spec.shape[0], _piece_samples_count(tensor.spec)):
-        yield tensor.samples(part.start, part.stop)
+    for samples in slices(spec.shape[0], _piece_samples_count(spec)):
+        yield samples, TensorSpec((samples.stop - samples.start, *spec.shape[1:]), spec.dtype)
+
+
+def pieces(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
+    """Yield a tensor in the pieces of `sample_pieces`."""
+    for samples, _ in sample_pieces(tensor.spec):
+        yield tensor if samples is None else tensor.samples(samples.start, samples.stop)
 
 
 def _piece_samples_count(spec: TensorSpec) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import numpy as np
 
 from deconvd.digest import DIGEST_BYTES
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.operation import ARGUMENTS
 from deconvd.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
@@ -38,7 +38,7 @@ class CallResidents:
         self._session = session
         self._call = call
         self._by_field: dict[str, Kept] = {}
-        self._used: list[Kept] = []
+        self._use = keeper.begin_use(call)
 
     def __contains__(self, field: str) -> bool:
         return field in self._by_field
@@ -61,7 +61,7 @@ class CallResidents:
             if found is None:
                 return False
             kept = found
-        self._by_field[field] = self._use(kept)
+        self._by_field[field] = self._noted(kept)
         if kept.spec != spec:
             raise InvalidArgumentError(
                 f"{argument} must have the shape and element type that it was kept with, "
@@ -73,7 +73,7 @@ class CallResidents:
     def nearest_engine(self) -> Engine | None:
         """Return the engine on whose device most of the bytes are of what is used; None if none are."""
         bytes_on: dict[Engine, int] = {}
-        for kept in self._used:
+        for kept in self._use.tensors:
             engine = kept.shelf.engine
             if engine is not None:
                 bytes_on[engine] = bytes_on.get(engine, 0) + kept.spec.nbytes
@@ -120,21 +120,25 @@ class CallResidents:
 
         Raises:
             LostSessionError: It has ended.
+            ExhaustedError: A tensor has as many names as it may. None of the new ones stands for anything.
         """
-        for field, handle in self.handles.items():
-            self._keeper.name(self._by_field[field], self._session, handle)
+        try:
+            for field, handle in self.handles.items():
+                self._keeper.name(self._by_field[field], self._session, handle)
+        except ExhaustedError:
+            self._keeper.drop(self._session, self.handles.values())
+            raise
 
     def release(self) -> None:
         """Use the tensors no more."""
-        for kept in self._used:
-            self._keeper.release(kept)
+        self._keeper.end_use(self._use)
 
     def _make(self, spec: TensorSpec, engine: Engine) -> Kept:
-        return self._use(self._keeper.make(self._session, spec, engine, self._call))
+        return self._noted(self._keeper.make(self._session, spec, engine, self._call))
 
-    def _use(self, kept: Kept) -> Kept:
+    def _noted(self, kept: Kept) -> Kept:
         """Note that a tensor is to be released."""
-        self._used.append(kept)
+        self._use.tensors.append(kept)
         return kept
 
 

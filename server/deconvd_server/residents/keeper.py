@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Final, TypeVar
 
 from deconvd.cache_state import CacheState
-from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError
+from deconvd.errors import (
+    ExhaustedError,
+    LostSessionError,
+    LostTensorError,
+)
 from deconvd.problem import TensorSpec
-from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device import Tensor
 from deconvd_server.engine import Engine
-from deconvd_server.residents.kept import Kept, Quotas, counted_bytes
+from deconvd_server.residents.counting import Quotas, counted_bytes, names_limit
+from deconvd_server.residents.elements import check_there
+from deconvd_server.residents.kept import Kept
 from deconvd_server.residents.shelving import Shelving
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
+from deconvd_server.residents.uses import Use
 from deconvd_server.secret_names import Named
 
 __all__ = ["Keeper"]
@@ -22,12 +31,19 @@ __all__ = ["Keeper"]
 _WAIT_S = 0.05
 """How often one who waits for a tensor on its way looks whether its call is still wanted."""
 
+_STEP_COUNT: Final = 64
+"""Names or contents that are looked at while the lock is held: others wait for less than a millisecond."""
+
+_T = TypeVar("_T")
+
 
 class Keeper:
     """Keeps tensors for sessions, each of a tenant's for all of the tenant's sessions. Thread-safe.
 
     Whoever gets a tensor from it is its user, and ends that by `release`: until then it stays where
-    it is, whatever is dropped. What nothing stands for is freed after its last user.
+    it is, whatever is dropped, but while its users are `resting`. What nothing stands for is freed
+    after its last user. Whatever concerns many tensors is done in steps, between which the lock is
+    free.
 
     Args:
         engines: Whose devices tensors are kept on.
@@ -75,10 +91,7 @@ class Keeper:
             UnavailableError: Calls take the memory now.
         """
         size_bytes = counted_bytes(spec)
-        with self._changed:
-            _check_alive(session)
-            self._take_quota(session, size_bytes)
-        self._shelving.sweep()
+        self._take_quota(session, size_bytes)
         try:
             return self._shelving.make(session.tenant, spec, engine, call)
         except BaseException:
@@ -91,13 +104,22 @@ class Keeper:
 
         Raises:
             LostSessionError: It has ended.
+            UnavailableError: As `check_there`.
+            ExhaustedError: The tensor has as many names as it may.
         """
         with self._changed:
             _check_alive(session)
+            check_there(kept)
             if not kept.is_live:
                 raise RuntimeError("a tensor that is dropped cannot be named")
+            if len(kept.names) >= names_limit(kept.spec):
+                raise ExhaustedError(
+                    f"a tensor of {kept.spec.nbytes} bytes may have {names_limit(kept.spec)} handles "
+                    "at once: drop some of them"
+                )
             self._names.put(name, kept)
             self._names_by_session.setdefault(session, set()).add(name)
+            session.place.is_idle = False
             kept.names[name] = session
 
     def offer(self, kept: Kept, session: Session, content_key: Hashable) -> None:
@@ -112,27 +134,33 @@ class Keeper:
             if content_key not in contents:
                 contents[content_key] = kept
                 kept.content_key = content_key
-                kept.shelf.misses_count += 1
+                session.tenant.misses[kept.shelf] += 1
 
     def drop(self, session: Session, names: Iterable[bytes]) -> None:
         """Let names of a session stand for nothing. Those that it does not have are passed over."""
-        with self._changed:
-            for name in self._names_by_session.get(session, set()).intersection(names):
-                self._drop_name(name)
-        self._shelving.sweep()
+        for step in _steps(names):
+            with self._changed:
+                for name in self._names_by_session.get(session, set()).intersection(step):
+                    self._drop_name(name)
+            self._shelving.sweep()
 
     def end(self, session: Session, is_last: bool) -> None:
         """Drop what was kept for a session that has ended, and its tenant's contents if it was the last."""
         with self._changed:
-            for name in tuple(self._names_by_session.get(session, ())):
-                self._drop_name(name)
+            names = tuple(self._names_by_session.get(session, ()))
+        self.drop(session, names)
+        with self._changed:
             self._names_by_session.pop(session, None)
-            if is_last:
-                for kept in self._contents_of(session.tenant):
+            contents = self._contents_of(session.tenant) if is_last else ()
+        for step in _steps(contents):
+            with self._changed:
+                for kept in step:
                     self._forget_content(kept)
                     _retire_unless_wanted(kept)
+            self._shelving.sweep()
+        if is_last:
+            with self._changed:
                 self._contents.pop(session.tenant, None)
-        self._shelving.sweep()
 
     def by_name(self, session: Session, name: bytes, argument: str, call: Call) -> Kept:
         """Return the tensor of a name. The caller is its user.
@@ -173,22 +201,36 @@ class Keeper:
     def release(self, kept: Kept) -> None:
         """Use a tensor no more."""
         with self._changed:
-            kept.life.release()
-            if not kept.life.users_count:
+            kept.release()
+            if not kept.users_count:
                 _retire_unless_wanted(kept)
         self._shelving.sweep()
+
+    def begin_use(self, call: Call) -> Use:
+        """Return what a call notes the tensors in that it uses, to be ended by `end_use`."""
+        return self._shelving.uses.begin(call)
+
+    def end_use(self, use: Use) -> None:
+        """Use the tensors of a call no more."""
+        self._shelving.uses.end(use)
+        for kept in use.tensors:
+            self.release(kept)
+
+    def resting(self, kept: Kept, call: Call) -> AbstractContextManager[None]:
+        """Let the caller, a user of a tensor, not use it for the block, in which it waits for its client.
+
+        Another tenant may have the tensor's memory then, as far as that is promised to it. After the block
+        the tensor may be elsewhere, or gone: see `check_there`.
+        """
+        return _Resting(self._changed, kept, call)
 
     def operand(self, kept: Kept, engine: Engine, call: Call) -> Tensor:
         """Return the elements of a tensor that the caller uses. See `Shelving.operand`."""
         return self._shelving.operand(kept, engine, call)
 
-    def array(self, kept: Kept, call: Call, out: Array | None = None) -> Array:
-        """Return the elements of a tensor that the caller uses. See `Shelving.array`."""
-        return self._shelving.array(kept, call, out)
-
-    def states(self, engine: Engine) -> list[CacheState]:
-        """Return what is kept on an engine's device now, and beneath it."""
-        return self._shelving.states(engine)
+    def states(self, engine: Engine, tenant: Tenant | None) -> list[CacheState]:
+        """Return what is kept for a tenant on an engine's device now, and beneath it; nothing for None."""
+        return self._shelving.states(engine, tenant)
 
     def _acquired(self, find: Callable[[], Kept | None], call: Call) -> Kept | None:
         """Return what is found, with one more user, once it is not on its way elsewhere."""
@@ -197,23 +239,36 @@ class Keeper:
                 self._changed.wait(_WAIT_S)
                 call.check()
             if kept is not None:
-                kept.life.acquire()
-                kept.shelf.touch(kept)
+                kept.acquire()
             return kept
 
     def _take_quota(self, session: Session, size_bytes: int) -> None:
+        """Count bytes as kept for a session's tenant.
+
+        What content alone stands for can be sent again: it makes room, the oldest first.
+        """
         tenant = session.tenant
-        # what content alone stands for can be sent again: it makes room, the oldest first
-        idle = (kept for kept in self._contents_of(tenant) if kept.is_idle)
-        while not self._quotas.have_room(tenant, size_bytes):
-            kept = next((kept for kept in idle if not kept.names), None)
-            if kept is None or size_bytes > tenant.quota_bytes:
-                raise ExhaustedError(
-                    f"a tenant may keep {tenant.quota_bytes} bytes of tensors, and this one keeps "
-                    f"{self._quotas.used_bytes(tenant)}: {size_bytes} more are over its quota"
-                )
-            self._shelving.evict(kept)
-        self._quotas.take(tenant, size_bytes)
+        contents: Iterator[Kept] | None = None
+        while True:
+            with self._changed:
+                _check_alive(session)
+                if self._quotas.have_room(tenant, size_bytes):
+                    self._quotas.take(tenant, size_bytes)
+                    return
+                if contents is None:
+                    contents = iter(self._contents_of(tenant))
+                step = tuple(islice(contents, _STEP_COUNT))
+                if not step or size_bytes > tenant.quota_bytes:
+                    raise ExhaustedError(
+                        f"a tenant may keep {tenant.quota_bytes} bytes of tensors, and this one keeps "
+                        f"{self._quotas.used_bytes(tenant)}: {size_bytes} more are over its quota"
+                    )
+                for kept in step:
+                    if self._quotas.have_room(tenant, size_bytes):
+                        break
+                    if kept.is_idle and not kept.names:
+                        self._shelving.evict(kept)
+            self._shelving.sweep()
 
     def _contents_of(self, tenant: Tenant) -> tuple[Kept, ...]:
         """Return what content stands for, the least recently found first."""
@@ -227,7 +282,10 @@ class Keeper:
 
     def _forget_name(self, name: bytes) -> Kept:
         kept = self._names.pop(name)
-        self._names_by_session[kept.names.pop(name)].remove(name)
+        session = kept.names.pop(name)
+        names = self._names_by_session[session]
+        names.remove(name)
+        session.place.is_idle = not names
         return kept
 
     def _forget_content(self, kept: Kept) -> None:
@@ -239,9 +297,37 @@ class Keeper:
         _retire_unless_wanted(self._forget_name(name))
 
 
+class _Resting(AbstractContextManager[None]):
+    """A user that rests, for the length of a block. See `Keeper.resting`."""
+
+    __slots__ = ("_call", "_changed", "_kept")
+
+    def __init__(self, changed: threading.Condition, kept: Kept, call: Call) -> None:
+        self._changed = changed
+        self._kept = kept
+        self._call = call
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._kept.rest()
+
+    def __exit__(self, error: object, *_: object) -> None:
+        with self._changed:
+            while error is None and self._kept.is_moving and not self._call.is_cancelled:
+                self._changed.wait(_WAIT_S)
+            self._kept.resume()
+
+
+def _steps(items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:
+    """Yield items, a few at a time."""
+    rest = iter(items)
+    while step := tuple(islice(rest, _STEP_COUNT)):
+        yield step
+
+
 def _retire_unless_wanted(kept: Kept) -> None:
     if not kept.names and kept.content_key is None:
-        kept.life.retire()
+        kept.retire()
 
 
 def _check_alive(session: Session) -> None:

@@ -27,7 +27,7 @@ class ResidentLimits:
         device_bytes: On each device; None for a quarter of what calls may take.
         host_bytes: In host memory, of what devices with memory of their own have no room for.
         tenant_bytes: The quota of a tenant; None for none: what it keeps then makes room for itself.
-        sessions_count: Sessions at once.
+        sessions_count: Sessions at once; one peer may have fifteen of sixteen while no other asks.
         lease_s: How long a session outlives its client's last sign of life.
     """
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from deconvd.errors import InvalidArgumentError, LostSessionError, UnavailableError
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
-from deconvd_server.secret_names import NAME_BYTES, Named, new_name
+from deconvd_server.secret_names import NAME_BYTES, Named, are_same, new_name
+from deconvd_server.shares import Place, Shares
 
 __all__ = ["Reaper", "SessionLimits", "Sessions"]
 
@@ -22,13 +23,17 @@ _MAX_TENANT_KEY_BYTES = 64
 _MAX_GRACE_S = 5.0
 _RETRY_AFTER_S = 1.0
 
+_RESERVED_PART = 16
+"""One session in so many is for peers that have none: whoever has all the others cannot keep a newcomer waiting."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
     """How many sessions there may be, and what each gets.
 
     Attributes:
-        sessions_count: Each has a stream, which takes no thread while it is idle.
+        sessions_count: How many, of all peers together; see `Shares`. Each takes some KiB, and no thread
+            while it is idle.
         lease_s: How long one outlives its client's last sign of life.
         tenant_bytes: What a tenant may keep, in all its sessions together.
     """
@@ -59,48 +64,55 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = limits
+        reserved_count = limits.sessions_count // _RESERVED_PART
+        self._shares = Shares(limits.sessions_count, reserved_count, "sessions")
+        self._given_way: list[tuple[Session, bool]] = []  # ended, though `on_end` is not called yet
+        self._due = threading.Event()
         self._on_end = on_end
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # one session's opening may be another's end
         self._sessions: Named[Session] = Named()
         self._tenants: Named[Tenant] = Named()
         self._counts: Counter[Tenant] = Counter()  # of sessions that have not ended
         self._is_draining = False
 
-    def open(self, tenant_key: bytes, hang_up: Callable[[], None]) -> Session:
-        """Return a new session.
+    def open(self, tenant_key: bytes, hang_up: Callable[[], None], peer: str = "") -> Session:
+        """Return a new session. One of the peer that has most may give way to it, and is lost then.
+
+        That is one in which nothing has a name, or else the one that gave no sign of life for longest.
 
         Args:
             tenant_key: What all who tell it are one tenant by; empty for a tenant of its own.
             hang_up: Ends the stream that holds the session.
+            peer: By what its client is counted.
 
         Raises:
             InvalidArgumentError: The key is too long.
             UnavailableError: There are too many sessions, or the server drains.
         """
-        if len(tenant_key) > _MAX_TENANT_KEY_BYTES:
-            raise InvalidArgumentError(
-                f"tenant_key must have at most {_MAX_TENANT_KEY_BYTES} bytes, got {len(tenant_key)}",
-                argument="tenant_key",
-            )
-        with self._lock:
-            self._check_room()
-            session = Session(new_name(), self._tenant(tenant_key), hang_up, self._lease_end_s())
-            self._counts[session.tenant] += 1
-            self._sessions.put(session.name, session)
+        _check_tenant_key(tenant_key)
+        with self._lock:  # so that the session is there before it can have to give way
+            self._check_not_draining()
+            place = self._shares.take(peer, lambda: self._give_way(session))
+            session = self._opened(tenant_key, hang_up, place)
         return session
 
-    def resume(self, name: bytes, hang_up: Callable[[], None]) -> Session:
+    def resume(self, name: bytes, tenant_key: bytes, hang_up: Callable[[], None]) -> Session:
         """Return a session, now held by another stream; the one that held it is hung up.
 
+        Args:
+            tenant_key: What the session was opened with: to others there is no such session.
+
         Raises:
-            InvalidArgumentError, LostSessionError: As `get`.
+            InvalidArgumentError: As `get` and `open`.
+            LostSessionError: As `get`.
             UnavailableError: The server drains.
         """
         _check_name(name)
+        _check_tenant_key(tenant_key)
         with self._lock:
             self._check_not_draining()
-            session = self._found(name)
+            session = self._found(name, tenant_key)
             superseded, session.hang_up = session.hang_up, hang_up
             session.state = SessionState.OPEN
             session.deadline_s = self._lease_end_s()
@@ -118,11 +130,18 @@ class Sessions:
         with self._lock:
             return self._found(name)
 
+    def tenant(self, name: bytes) -> Tenant | None:
+        """Return the tenant of a session's name; None if it is none of a session that there is."""
+        with self._lock:
+            session = self._sessions.get(name)
+        return None if session is None else session.tenant
+
     def sign_of_life(self, session: Session) -> None:
         """Note that the client of a session is there."""
         with self._lock:
             if session.state is SessionState.OPEN:
                 session.deadline_s = self._lease_end_s()
+                session.place.note_progress()
 
     def lose(self, session: Session, hang_up: Callable[[], None]) -> None:
         """Note that a stream broke: the session may be resumed for a while, if that stream held it.
@@ -144,8 +163,17 @@ class Sessions:
             self._on_end(session, is_last)
 
     def expire(self) -> None:
-        """End the sessions whose time has come."""
+        """End the sessions whose time has come, or that had to give way."""
         self._end_until(self._clock())
+
+    def await_due(self, timeout_s: float) -> None:
+        """Return once a session had to give way, `wake` was called, or the time is up."""
+        self._due.wait(timeout_s)
+        self._due.clear()
+
+    def wake(self) -> None:
+        """Let `await_due` return."""
+        self._due.set()
 
     def close(self) -> None:
         """End all sessions."""
@@ -162,7 +190,8 @@ class Sessions:
     def _end_until(self, deadline_s: float) -> None:
         with self._lock:
             due = [s for s in self._sessions.values() if s.deadline_s <= deadline_s]
-            ended = [(session, self._end(session)) for session in due]
+            ended, self._given_way = self._given_way, []
+            ended += [(session, self._end(session)) for session in due]
         for session, is_last in ended:
             session.hang_up()
             self._on_end(session, is_last)
@@ -173,14 +202,21 @@ class Sessions:
         with self._lock:
             return len(self._sessions)
 
-    def _check_room(self) -> None:
-        self._check_not_draining()
-        if len(self._sessions) >= self._limits.sessions_count:
-            raise UnavailableError(
-                f"the server holds {len(self._sessions)} sessions, as many as it may: close some, "
-                "or send tensors without keeping them",
-                retry_after_s=_RETRY_AFTER_S,
-            )
+    def _opened(self, tenant_key: bytes, hang_up: Callable[[], None], place: Place) -> Session:
+        """Return a new session, under the lock."""
+        place.is_idle = True
+        tenant = self._tenant(tenant_key)
+        session = Session(new_name(), tenant, hang_up, self._lease_end_s(), place)
+        self._counts[tenant] += 1
+        self._sessions.put(session.name, session)
+        return session
+
+    def _give_way(self, session: Session) -> None:
+        """End a session, and have another thread clear up after it."""
+        with self._lock:
+            if session.state is not SessionState.ENDED:
+                self._given_way.append((session, self._end(session)))
+        self.wake()
 
     def _check_not_draining(self) -> None:
         if self._is_draining:
@@ -188,9 +224,11 @@ class Sessions:
                 "the server is draining: it takes no sessions", retry_after_s=_RETRY_AFTER_S
             )
 
-    def _found(self, name: bytes) -> Session:
+    def _found(self, name: bytes, tenant_key: bytes | None = None) -> Session:
+        """Return the session of a name, under the lock; if a key is given, only one that was opened with it."""
         session = self._sessions.get(name)
-        if session is None:
+        key = b"" if session is None else session.tenant.key
+        if session is None or (tenant_key is not None and not are_same(key, tenant_key)):
             raise LostSessionError(
                 "session must be one that this server holds, and the one named is unknown or has ended",
                 argument="session",
@@ -209,6 +247,7 @@ class Sessions:
         """Note that a session has ended; return whether it was its tenant's last."""
         session.state = SessionState.ENDED
         self._sessions.pop(session.name)
+        session.place.free()
         tenant = session.tenant
         self._counts[tenant] -= 1
         if self._counts[tenant]:
@@ -220,6 +259,14 @@ class Sessions:
 
     def _lease_end_s(self) -> float:
         return self._clock() + self._limits.lease_s
+
+
+def _check_tenant_key(key: bytes) -> None:
+    if len(key) > _MAX_TENANT_KEY_BYTES:
+        raise InvalidArgumentError(
+            f"tenant_key must have at most {_MAX_TENANT_KEY_BYTES} bytes, got {len(key)}",
+            argument="tenant_key",
+        )
 
 
 def _check_name(name: bytes) -> None:
@@ -246,11 +293,13 @@ class Reaper:
     def close(self) -> None:
         """End the thread."""
         self._stop.set()
+        self._sessions.wake()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._period_s):
+        while not self._stop.is_set():
             try:
+                self._sessions.await_due(self._period_s)
                 self._sessions.expire()
             except Exception:
                 _log.exception("a session could not be ended in good order")

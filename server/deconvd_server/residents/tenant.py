@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from deconvd_server.shares import Place
 
 __all__ = ["Session", "SessionState", "Tenant"]
 
@@ -16,10 +19,14 @@ class Tenant:
     Attributes:
         quota_bytes: What it may keep.
         key: What its clients tell; empty if it is one session's own.
+        hits: Times that a tensor of its own was where it was needed, by where that is.
+        misses: Times that it had to be brought there.
     """
 
     quota_bytes: int
     key: bytes = b""
+    hits: Counter[object] = field(default_factory=Counter)
+    misses: Counter[object] = field(default_factory=Counter)
 
 
 class SessionState(StrEnum):
@@ -37,15 +44,18 @@ class Session:
         OPEN <--resume, stream breaks--> BROKEN
         OPEN --stream closed, or lease passed--> ENDED
         BROKEN --not resumed in time--> ENDED
+        OPEN, BROKEN --had to give way to another peer's--> ENDED
 
     Attributes:
         name: Its secret name.
         hang_up: Ends the stream that holds it.
         deadline_s: When it ends unless something happens before, on the clock of `Sessions`.
+        place: That of its peer. It is idle while nothing has a name in the session.
     """
 
     name: bytes
     tenant: Tenant
     hang_up: Callable[[], None]
     deadline_s: float
+    place: Place
     state: SessionState = SessionState.OPEN

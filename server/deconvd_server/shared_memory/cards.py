@@ -64,6 +64,7 @@ class Borrowing:
 
     Args:
         process: Id of the client's process.
+        counted_by: By what the client is counted. See `deconvd_server.peers`.
 
     Raises:
         OSError: There is no such process, as far as can be seen here.
@@ -72,8 +73,8 @@ class Borrowing:
         process_end: A descriptor that is readable once the process has ended.
     """
 
-    def __init__(self, process: int) -> None:
-        self.account = Account()
+    def __init__(self, process: int, counted_by: str) -> None:
+        self.account = Account(peer=counted_by)
         self.process_end = os.pidfd_open(process)
 
     @property

@@ -12,14 +12,23 @@ from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from deconvd.errors import StaleRegionError
+from deconvd.errors import StaleRegionError, UnavailableError
 from deconvd.shared_memory import REGION_NAME_BYTES, Answer, Operation, Reply, Request
 from deconvd_server.listener import Listener
 from deconvd_server.log_text import excerpt
+from deconvd_server.peers import counted_by_connection
 from deconvd_server.shared_memory.cards import Borrowing, Cards
 from deconvd_server.shared_memory.file_ends import FileEnds
-from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
+from deconvd_server.shared_memory.loans import (
+    RESERVED_PART,
+    Account,
+    Limits,
+    Loans,
+    OverLimitError,
+    Use,
+)
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
+from deconvd_server.shares import Place, Shares
 from deconvd_server.side_socket import Peer, SideSocket, peer_of
 
 __all__ = ["Lender"]
@@ -76,6 +85,10 @@ class Lender:
         self._loans: Loans[Memory] = Loans(limits)
         self._ends = FileEnds()
         self._clients: list[_Client] = []
+        clients_count = limits.clients_count
+        self._shares = Shares(
+            clients_count, clients_count // RESERVED_PART, "clients of shared memory"
+        )
         self._is_closing = False
         self._listener = Listener("clients of shared memory", sides, (), self._take, on_lost)
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
@@ -151,25 +164,24 @@ class Lender:
 
     def _take(self, connection: socket.socket, _address: object) -> None:
         connection.setblocking(False)
-        client = _Client(connection, peer_of(connection))
+        client = _Client(connection, peer_of(connection), counted_by_connection(connection, ""))
         if client.peer.user not in self._users:
             self._refuse(client, "the server lends memory to other users")
-        elif not self._has_room():
-            self._refuse(client, f"the server has {len(self._clients)} clients, the most it takes")
-        else:
+            return
+        for other in self._clients:
+            other.note_progress()
+        try:
+            client.place = self._shares.take(client.account.peer, partial(self._drop, client))
+        except UnavailableError as error:
+            self._refuse(client, str(error))
+            return
+        client.place.is_idle = True
+        try:
             self._listen_to(client)
-            self._clients.append(client)
-
-    def _has_room(self) -> bool:
-        """Return whether one more client may come, at the cost of the oldest that asked for nothing."""
-        if len(self._clients) < self._limits.clients_count:
-            return True
-        idle = next((client for client in self._clients if client.is_idle), None)
-        if idle is None:
-            return False
-        _log.info("%s has borrowed no memory, and makes room for another", idle.peer)
-        self._drop(idle)
-        return True
+        except BaseException:
+            client.place.free()
+            raise
+        self._clients.append(client)
 
     def _refuse(self, client: _Client, why: str) -> None:
         _log.warning("shared memory is refused to %s: %s", client.peer, why)
@@ -200,6 +212,7 @@ class Lender:
             if not client.send(Reply(Answer.DONE, region=self._instance)):
                 self._drop(client)
             return
+        client.place.note_progress()
         self._stop_reading(client)  # one request at a time
         self._mapper.submit(self._perform, client, request)
 
@@ -215,7 +228,7 @@ class Lender:
         else:
             self._part_with(client)  # it was dropped before it had its first region on a card
         if reply.answer is Answer.DONE:
-            client.is_idle = False
+            client.place.is_idle = False
         if memory is not None:
             memory.close_descriptor()
 
@@ -223,6 +236,7 @@ class Lender:
         self._stop_reading(client)
         client.close()
         self._clients.remove(client)
+        client.place.free()
         client.account.is_open = False
         self._mapper.submit(self._loans.close, client.account)
         self._part_with(client)
@@ -267,7 +281,7 @@ class Lender:
         borrowing = client.borrowing
         if borrowing is None:
             try:
-                borrowing = client.borrowing = Borrowing(client.peer.process)
+                borrowing = client.borrowing = Borrowing(client.peer.process, client.account.peer)
             except OSError as error:
                 text = f"the server cannot see the client's process: {error.strerror or error}"
                 return Reply(Answer.NO_SUCH_CARD, text=text)
@@ -301,16 +315,24 @@ class _Client:
     """One connection.
 
     Attributes:
-        is_idle: Whether it has never borrowed.
+        place: Among the clients, once it has one: idle as long as it has never borrowed.
         borrowing: What it has on cards; None if it never asked for that.
     """
 
-    def __init__(self, connection: socket.socket, peer: Peer) -> None:
+    place: Place
+
+    def __init__(self, connection: socket.socket, peer: Peer, counted_by: str) -> None:
         self.connection = connection
         self.peer = peer
-        self.account = Account()
-        self.is_idle = True
+        self.account = Account(peer=counted_by)
         self.borrowing: Borrowing | None = None
+
+    def note_progress(self) -> None:
+        """Let its place know when it last asked for anything, or a call used what it has."""
+        used_s = self.account.used_s
+        if self.borrowing is not None:
+            used_s = max(used_s, self.borrowing.account.used_s)
+        self.place.progressed_s = max(self.place.progressed_s, used_s)
 
     def send(self, reply: Reply, descriptors: tuple[int, ...] = ()) -> bool:
         """Send a reply; return False if the client has gone, or reads nothing."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import Answer
@@ -16,7 +19,10 @@ from deconvd_server.cache import Entry, Resource
 from deconvd_server.device import Tensor
 from deconvd_server.secret_names import Named, new_name
 
-__all__ = ["Account", "Lendable", "Limits", "Loans", "OverLimitError", "Use"]
+__all__ = ["RESERVED_PART", "Account", "Lendable", "Limits", "Loans", "OverLimitError", "Use"]
+
+RESERVED_PART: Final = 8
+"""One part in so many of all that is lent is for peers other than the one that has all the rest."""
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +32,9 @@ class Limits:
     """How much may be lent.
 
     Attributes:
-        all_bytes: To all clients together.
+        all_bytes: To all clients together: to those of one peer, an eighth less, as long as one may have its own.
         client_bytes: To one client: one connection of its.
-        all_regions_count: Regions in all. Each holds a file descriptor.
+        all_regions_count: Regions in all, and of one peer an eighth less.
         client_regions_count: Regions of one client.
         clients_count: Clients at once.
     """
@@ -69,11 +75,15 @@ class Account:
             while calls still use it, or while it still has it itself.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
+        peer: By what the client is counted, together with others. See `deconvd_server.peers`.
+        used_s: When a call last began to use what it has, on the monotonic clock.
     """
 
     sum: _Sum = field(default_factory=_Sum)
     names: set[bytes] = field(default_factory=set)
     is_open: bool = True
+    peer: str = ""
+    used_s: float = -math.inf
 
 
 class Lendable(Protocol):
@@ -117,6 +127,13 @@ class Use(NamedTuple):
     end: Callable[[], None]
 
 
+class _Lent(NamedTuple, Generic[_M]):
+    """A region that is lent, and to whom."""
+
+    entry: Entry[_M]
+    account: Account
+
+
 class Loans(Generic[_M]):
     """All that is lent of one kind. Thread-safe; memory is unmapped outside the lock, by whoever used it last.
 
@@ -131,7 +148,8 @@ class Loans(Generic[_M]):
         self._changed = threading.Condition(self._lock)
         self._sum = _Sum()
         self._kept = _Sum()
-        self._entries: Named[Entry[_M]] = Named()
+        self._sums_of_peers: defaultdict[str, _Sum] = defaultdict(_Sum)
+        self._lent: Named[_Lent[_M]] = Named()
         self._garbage: list[Resource[_M]] = []
 
     @property
@@ -167,7 +185,7 @@ class Loans(Generic[_M]):
         unmap = partial(self._unmap, account, memory)
         with self._lock:
             resource = Resource(memory, memory.size_bytes, unmap)
-            self._entries.put(name, Entry(resource, self._garbage.append))
+            self._lent.put(name, _Lent(Entry(resource, self._garbage.append), account))
             account.names.add(name)
             if not account.is_open:
                 self._retire(account, name)
@@ -197,10 +215,12 @@ class Loans(Generic[_M]):
     def find(self, name: bytes) -> Use | None:
         """Use a region; None if none of that name is lent."""
         with self._lock:
-            entry = self._entries.get(name)
-            if entry is None:
+            lent = self._lent.get(name)
+            if lent is None:
                 return None
+            entry, account = lent
             entry.acquire()
+            account.used_s = time.monotonic()
         return Use(entry.resource.value, partial(self._release, entry))
 
     def wait_until_none(self, timeout_s: float) -> bool:
@@ -233,14 +253,31 @@ class Loans(Generic[_M]):
                 f"server lends {limits.all_bytes} bytes and {limits.all_regions_count} regions",
             )
 
+        of_peer = self._sums_of_peers.get(account.peer, _Sum())
+        peer_bytes = max(limits.all_bytes - limits.all_bytes // RESERVED_PART, limits.client_bytes)
+        if (
+            of_peer.size_bytes + size_bytes > peer_bytes
+            or of_peer.regions_count
+            >= limits.all_regions_count - limits.all_regions_count // RESERVED_PART
+        ):
+            raise OverLimitError(
+                Answer.OVER_SERVER_LIMIT,
+                f"{size_bytes} bytes beside the {of_peer.size_bytes} that clients of {account.peer} "
+                f"have: of the {limits.all_bytes} bytes and {limits.all_regions_count} regions that "
+                "the server lends, an eighth is for others",
+            )
+
     def _count(self, account: Account, size_bytes: int, regions_count: int) -> None:
-        account.sum.add(size_bytes, regions_count)
-        self._sum.add(size_bytes, regions_count)
+        of_peer = self._sums_of_peers[account.peer]
+        for counted in (account.sum, of_peer, self._sum):
+            counted.add(size_bytes, regions_count)
+        if not of_peer.regions_count:
+            del self._sums_of_peers[account.peer]
         self._changed.notify_all()
 
     def _retire(self, account: Account, name: bytes) -> None:
         account.names.remove(name)
-        self._entries.pop(name).retire()
+        self._lent.pop(name).entry.retire()
 
     def _release(self, entry: Entry[_M]) -> None:
         with self._lock:

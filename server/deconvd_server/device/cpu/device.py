@@ -239,7 +239,7 @@ class CpuDevice:
     def empty(self, spec: TensorSpec) -> HostTensor:
         """Return a new tensor. See `Device`."""
         try:
-            return HostTensor(self._memory.empty(spec))
+            return HostTensor(self._memory.empty(spec), spec=spec)
         except MemoryError:
             raise ExhaustedError(f"the server has not the memory for {spec}") from None
 

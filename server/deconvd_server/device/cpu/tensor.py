@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, spec_of
 from deconvd_server.device.tensor import DeviceTensor, Tensor, never
 
@@ -19,12 +20,17 @@ class HostTensor:
 
     Args:
         whole: The tensor that it is a view of; None if it is none.
+        spec: The array's, if it is known.
     """
+
+    __slots__ = ("_array", "_whole", "may_grow", "spec")  # many are small, and kept
 
     device_id = DEVICE_ID
 
-    def __init__(self, array: Array, whole: HostTensor | None = None) -> None:
-        self.spec = spec_of(array)
+    def __init__(
+        self, array: Array, whole: HostTensor | None = None, spec: TensorSpec | None = None
+    ) -> None:
+        self.spec = spec or spec_of(array)
         self.may_grow: Callable[[int], bool] = never
         self._array: Array | None = array
         self._whole = whole or self

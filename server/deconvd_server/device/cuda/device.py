@@ -209,6 +209,7 @@ class CudaDevice(CardTensors):
             plans_limit_bytes=self._limits.plans_bytes,
             memory=self.memory.stats,
             held_bytes=self._pool.held_bytes(),
+            held_for_calls_bytes=self._pool.held_for_calls_bytes(),
             held_limit_bytes=self._pool.limit_bytes,
             made_count=self._pool.made_count,
             pinned_count=lanes_count,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Hashable
 
 from deconvd_server.device.cuda.memory import Lease
@@ -23,9 +22,11 @@ class Forms:
     Whoever uses the tensor may use its forms: they are freed with it.
     """
 
+    __slots__ = ("_leases", "_lock", "_uses")
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._uses: Counter[Hashable] = Counter()
+        self._uses: dict[Hashable, int] = {}
         self._leases: dict[Hashable, Lease | None] = {}
 
     def get(self, key: Hashable) -> Lease | None:
@@ -39,7 +40,7 @@ class Forms:
         That is asked of one caller at a time.
         """
         with self._lock:
-            self._uses[key] += 1
+            self._uses[key] = self._uses.get(key, 0) + 1
             if key in self._leases or self._uses[key] < _USES_COUNT:
                 return False
             self._leases[key] = None

@@ -26,11 +26,11 @@ class MemoryStats:
     """What calls and tensors take of the card's memory.
 
     Attributes:
-        blocks_count: Blocks in use.
-        used_bytes: What they take together.
+        blocks_count: Blocks that calls use: what clients keep is not to be told to others.
+        used_bytes: What all blocks in use take together.
         peak_bytes: What they took at most so far.
         limit_bytes: What they may take.
-        taken_count: Blocks that were lent so far.
+        taken_count: Blocks that were lent to calls so far.
         refused_count: Blocks that could not be lent.
     """
 
@@ -47,6 +47,8 @@ class Lease:
 
     The card must be done with it then.
     """
+
+    __slots__ = ("_block", "_on_free")
 
     def __init__(self, block: _Block, on_free: Callable[[], None]) -> None:
         self._block: _Block | None = block
@@ -110,7 +112,7 @@ class DeviceMemory:
         Raises:
             ExhaustedError: The limit does not allow it now, or the card has not the memory.
         """
-        return self._leased(size_bytes, self._allocate)
+        return self._leased(size_bytes, self._allocate, is_of_call=True)
 
     def take_to_stay(self, size_bytes: int) -> Lease:
         """Lend a block for long. Raises as `take` does."""
@@ -133,20 +135,22 @@ class DeviceMemory:
                 self._refused_count,
             )
 
-    def _leased(self, size_bytes: int, allocate: Callable[[int], _Block]) -> Lease:
-        self._reserve(size_bytes)
+    def _leased(
+        self, size_bytes: int, allocate: Callable[[int], _Block], *, is_of_call: bool = False
+    ) -> Lease:
+        self._reserve(size_bytes, is_of_call)
         try:
-            return Lease(allocate(size_bytes), partial(self._give_back, size_bytes))
+            return Lease(allocate(size_bytes), partial(self._give_back, size_bytes, is_of_call))
         except MemoryError as error:
-            self._give_back(size_bytes)
+            self._give_back(size_bytes, is_of_call)
             raise ExhaustedError(
                 f"the card has not the {size_bytes} bytes of memory that are needed: {error}"
             ) from None
         except BaseException:
-            self._give_back(size_bytes)
+            self._give_back(size_bytes, is_of_call)
             raise
 
-    def _reserve(self, size_bytes: int) -> None:
+    def _reserve(self, size_bytes: int, is_of_call: bool) -> None:
         with self._lock:
             free_bytes = self._limit_bytes - self._used_bytes
             if size_bytes > free_bytes:
@@ -156,14 +160,14 @@ class DeviceMemory:
                     f"{self._limit_bytes} are free"
                 )
             self._used_bytes += size_bytes
-            self._blocks_count += 1
-            self._taken_count += 1
+            self._blocks_count += is_of_call
+            self._taken_count += is_of_call
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
 
-    def _give_back(self, size_bytes: int) -> None:
+    def _give_back(self, size_bytes: int, is_of_call: bool) -> None:
         with self._lock:
             self._used_bytes -= size_bytes
-            self._blocks_count -= 1
+            self._blocks_count -= is_of_call
 
 
 @dataclass(frozen=True, slots=True)

@@ -393,6 +393,10 @@ class Pool:
         stream.wait()
         return block
 
+    def held_for_calls_bytes(self) -> int:
+        """Return what blocks of calls take of the card, in use and kept for the next."""
+        return int(self._pool.total_bytes())
+
     def held_bytes(self) -> int:
         """Return what blocks in use and blocks kept take of the card."""
         kept_bytes = self._pool.total_bytes() + self._pool_to_stay.total_bytes()

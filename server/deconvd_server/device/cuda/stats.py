@@ -18,8 +18,9 @@ class CudaStats:
     Attributes:
         plans: The plans.
         plans_limit_bytes: What they may take.
-        memory: What calls take of the card's memory.
+        memory: What calls and tensors take of the card's memory.
         held_bytes: The card's memory that is held, in use or kept for the next call.
+        held_for_calls_bytes: The part of it that is for calls: of what clients keep nobody else is told.
         held_limit_bytes: What may be held.
         made_count: Blocks that no kept one could serve.
         pinned_count: Sets of pinned host buffers.
@@ -30,6 +31,7 @@ class CudaStats:
     plans_limit_bytes: int
     memory: MemoryStats
     held_bytes: int
+    held_for_calls_bytes: int
     held_limit_bytes: int
     made_count: int
     pinned_count: int
@@ -57,7 +59,7 @@ class CudaStats:
         return CacheState(
             name="device buffers",
             count=self.memory.blocks_count,
-            size_bytes=self.held_bytes,
+            size_bytes=self.held_for_calls_bytes,
             limit_bytes=self.held_limit_bytes,
             hits_count=max(self.memory.taken_count - self.made_count, 0),
             misses_count=self.made_count,

@@ -25,6 +25,16 @@ class CudaTensor:
         preparations: What the plans of its calls would make of it, by kinds of calls.
     """
 
+    __slots__ = (  # many are small, and kept
+        "_lease",
+        "_offset_bytes",
+        "device_id",
+        "forms",
+        "may_grow",
+        "preparations",
+        "spec",
+    )
+
     def __init__(
         self, spec: TensorSpec, device_id: str, lease: Lease, offset_bytes: int = 0
     ) -> None:

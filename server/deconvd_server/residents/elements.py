@@ -1,0 +1,60 @@
+"""The elements of a kept tensor, wherever it lies. For who uses it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from deconvd.copying import copy_into
+from deconvd.errors import UnavailableError
+from deconvd.tensor import Array
+from deconvd_server.call import Call
+from deconvd_server.device import DeviceTensor
+from deconvd_server.residents.kept import Kept
+
+__all__ = ["check_there", "read_samples", "whole_array", "write_samples"]
+
+_RETRY_AFTER_S: Final = 0.5
+
+
+def check_there(kept: Kept) -> None:
+    """Return if a tensor did not have to make room while all its users rested. Raises UnavailableError if it had."""
+    if kept.is_gone:
+        raise UnavailableError(
+            "the tensor had to make room for what another tenant may keep, since its caller took so long",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
+
+def whole_array(kept: Kept, call: Call, out: Array | None = None) -> Array:
+    """Return the elements of a tensor: in `out`, if given, an array of its form."""
+    if not isinstance(kept.operand, np.ndarray):
+        return kept.shelf.device_engine.read(kept.operand, call, out)
+    if out is None:
+        return kept.operand
+    copy_into(out, kept.operand)
+    return out
+
+
+def read_samples(kept: Kept, samples: slice | None, call: Call) -> Array:
+    """Return a new array with the elements of some samples, or of all, of a tensor. Raises as `check_there`."""
+    check_there(kept)
+    operand = kept.operand
+    if isinstance(operand, np.ndarray):
+        return (operand if samples is None else operand[samples]).copy()
+    return kept.shelf.device_engine.read(_view(operand, samples), call)
+
+
+def write_samples(kept: Kept, samples: slice | None, array: Array, call: Call) -> None:
+    """Set the elements of some samples, or of all, of a tensor that nobody else uses. Raises as `check_there`."""
+    check_there(kept)
+    operand = kept.operand
+    if isinstance(operand, np.ndarray):
+        copy_into(operand if samples is None else operand[samples], array)
+    else:
+        kept.shelf.device_engine.write(_view(operand, samples), array, call)
+
+
+def _view(tensor: DeviceTensor, samples: slice | None) -> DeviceTensor:
+    return tensor if samples is None else tensor.samples(samples.start, samples.stop)

@@ -1,0 +1,54 @@
+"""What devices keep with tensors beside their elements: asked for by them, and counted here."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+from deconvd.errors import ExhaustedError
+from deconvd_server.device import DeviceTensor
+from deconvd_server.residents.counting import Quotas
+from deconvd_server.residents.kept import Kept, Shelf
+
+__all__ = ["Growth"]
+
+
+class Growth:
+    """Lets tensors grow where there is room.
+
+    Args:
+        changed: The lock.
+        quotas: Of tenants, guarded by the lock.
+    """
+
+    def __init__(self, changed: threading.Condition, quotas: Quotas) -> None:
+        self._changed = changed
+        self._quotas = quotas
+
+    def let_grow(self, kept: Kept, operand: DeviceTensor, shelf: Shelf) -> None:
+        """Let a device that makes copies of tensors ask whether it may keep more with one."""
+        if shelf.device_engine.info.has_own_memory:
+            operand.may_grow = partial(self._may_grow, kept)
+
+    def _may_grow(self, kept: Kept, size_bytes: int) -> bool:
+        """Count so many bytes more with a tensor, if there is room for them as it is.
+
+        The device asks in the midst of a call that uses the tensor: it stays where it is meanwhile.
+        """
+        engine, tenant = kept.shelf.device_engine, kept.tenant
+        if size_bytes > 0:
+            try:
+                engine.hold(size_bytes)
+            except ExhaustedError:
+                return False
+        else:
+            engine.release(-size_bytes)
+        with self._changed:
+            has_room = kept.shelf.fits(size_bytes) and self._quotas.have_room(tenant, size_bytes)
+            if size_bytes <= 0 or has_room:
+                kept.shelf.take(tenant, size_bytes)
+                self._quotas.take(tenant, size_bytes)
+                kept.grown_bytes += size_bytes
+                return True
+        engine.release(size_bytes)
+        return False

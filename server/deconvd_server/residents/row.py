@@ -1,0 +1,25 @@
+"""Things in the order in which they came, which can be taken out wherever they are. No locks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TypeVar
+
+__all__ = ["Row"]
+
+_T = TypeVar("_T")
+
+
+class Row(OrderedDict[_T, None]):
+    """Things in the order in which they came.
+
+    Attributes:
+        size_bytes: What they count for: for who adds and removes them to say.
+    """
+
+    size_bytes = 0
+
+    @property
+    def first(self) -> _T | None:
+        """The one that came first."""
+        return next(iter(self), None)
