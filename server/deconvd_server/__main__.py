@@ -19,6 +19,7 @@ import deconvd
 from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.malloc import keep_freed_memory
+from deconvd_server.descriptors import DescriptorGuard, raise_limit
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.ends import Drained, Ends
 from deconvd_server.log_text import LogFormatter
@@ -270,6 +271,7 @@ def main(
     _log_to_standard_error(log_level)
     _warn_of_unknown_variables()
     keep_freed_memory()
+    _begin_to_guard_descriptors()
     ends = Ends()
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -303,6 +305,15 @@ def main(
         _give_up(error)
     _greet(daemon.addresses)
     _run(daemon, ends)
+
+
+def _begin_to_guard_descriptors() -> None:
+    try:
+        raise_limit()
+        guard = DescriptorGuard()
+    except OSError as error:
+        sys.exit(f"deconvd-server: {error.strerror}")
+    guard.start()
 
 
 def _access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
+from deconvd_server.descriptors import connections_count
 from deconvd_server.device import Device
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release
@@ -145,6 +146,7 @@ class Daemon:
             options=[
                 ("grpc.max_receive_message_length", self._settings.max_message_bytes),
                 ("grpc.max_send_message_length", self._settings.max_message_bytes),
+                ("grpc.max_allowed_incoming_connections", connections_count()),
                 *TRANSPORT_OPTIONS,
                 # With it, a second server would share the port in silence.
                 ("grpc.so_reuseport", 0),
