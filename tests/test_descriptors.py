@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -40,7 +41,7 @@ def health_s(target: str) -> float:
     while True:
         assert time.monotonic() - begin_s < 30, "health is not answered"
         with grpc.insecure_channel(target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
             with suppress(grpc.RpcError):
                 response = stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
                 assert response.status == health_pb2.HealthCheckResponse.SERVING

@@ -94,11 +94,16 @@ def _reserve_count() -> int:
 
 
 class DescriptorGuard:
-    """Keeps a reserve of descriptors free, in a thread of its own, for as long as the process lives."""
+    """Keeps a reserve of descriptors free, in a thread of its own, for as long as the process lives.
+
+    To be made once the limit is raised.
+    """
 
     def __init__(self) -> None:
         self._null = os.open(os.devnull, os.O_RDONLY)
         self._hand = os.dup(self._null)
+        self._limit_count, self._reserve_count = _limit_count(), _reserve_count()
+        self._most_count = connections_count() - self._reserve_count // 2  # before gRPC refuses any
         self._is_short = False
         self._thread = threading.Thread(target=self._run, name="descriptor-guard", daemon=True)
 
@@ -118,25 +123,24 @@ class DescriptorGuard:
             time.sleep(max(_LOOK_S, (time.monotonic() - begin_s) * _LOOKING_PART))
 
     def _look(self) -> None:
-        open_count, reserve_count = _open_count(), _reserve_count()
-        most_count = connections_count() - reserve_count // 2  # before gRPC refuses any
-        if open_count <= min(most_count, _limit_count() - reserve_count):
+        open_count = _open_count()
+        if open_count <= min(self._most_count, self._limit_count - self._reserve_count):
             self._is_short = False
             return
         connections = self._connections()
-        free_count = _limit_count() - open_count
-        missing_count = max(reserve_count - free_count, len(connections) - most_count)
+        free_count = self._limit_count - open_count
+        missing_count = max(self._reserve_count - free_count, len(connections) - self._most_count)
         if missing_count <= 0:
             self._is_short = False
             return
-        leavers = _longest_idle(connections, missing_count + reserve_count // 2)
+        leavers = _longest_idle(connections, missing_count + self._reserve_count // 2)
         if leavers and not self._is_short:
             _log.warning(
                 "there are %d connections, and %d file descriptors are left of %d: connections of %s "
                 "are shut down, those first that are idle",
                 len(connections),
                 free_count,
-                _limit_count(),
+                self._limit_count,
                 leavers[0].peer,
             )
         self._is_short = True
@@ -221,7 +225,8 @@ def _idle_s(connection: socket.socket) -> float:
     if connection.family == socket.AF_UNIX:
         return 0.0  # nobody knows
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    return min(_TCP_IDLE.unpack(info)) / 1e3
+    sent_ms, received_ms = _TCP_IDLE.unpack(info)
+    return float(min(sent_ms, received_ms)) / 1e3
 
 
 def _longest_idle(connections: list[_Connection], count: int) -> list[_Connection]:
