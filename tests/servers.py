@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deconvd.tensor import Array
 from deconvd_client import Connection, UnavailableError
+from tests.cgroups import Cgroup
 from tests.processes import wait_until
 
 __all__ = ["ServerProcess", "call_until_served", "server_process", "stopped"]
@@ -52,25 +53,33 @@ def server_process(
     *options: str,
     device: str = "cpu",
     listen: tuple[str, ...] = ("unix",),
+    within: Cgroup | None = None,
     constants: Mapping[str, float] | None = None,
     descriptors_count: int | None = None,
+    limits: Mapping[int, int] | None = None,
 ) -> Iterator[ServerProcess]:
     """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default.
 
     Args:
         constants: Values for constants of its modules, by ``module:name``: limits that are too long for a test.
         descriptors_count: How many descriptors it may have; None for as many as this process.
+        within: A cgroup to run it in.
+        limits: Other limits, as of `resource.setrlimit`, by their numbers.
     """
     addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]
     log = directory / "server.log"
+    all_limits = dict(limits or {})
+    if descriptors_count is not None:
+        all_limits[resource.RLIMIT_NOFILE] = descriptors_count
+    command = [sys.executable, "-W", "error", *_module(constants), "--device", device, *options]
+    command += [word for address in addresses for word in ("--listen", address)]
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", *_module(constants), "--device", device, *options]
-            + [word for address in addresses for word in ("--listen", address)],
+            within.command(command) if within else command,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            preexec_fn=partial(_limit_descriptors, descriptors_count),
+            preexec_fn=partial(_limit, all_limits),
         )
     try:
         assert process.stdout is not None
@@ -100,9 +109,9 @@ def _module(constants: Mapping[str, float] | None) -> list[str]:
     return ["-c", script]
 
 
-def _limit_descriptors(count: int | None) -> None:
-    if count is not None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+def _limit(limits: Mapping[int, int]) -> None:
+    for number, limit in limits.items():
+        resource.setrlimit(number, (limit, limit))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import threading
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.malloc import keep_freed_memory
 from deconvd_server.descriptors import DescriptorGuard, raise_limit
-from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
-from deconvd_server.ends import Drained, Ends
+from deconvd_server.device.faults import DeviceUnavailableError
+from deconvd_server.ends import Ends, ServingLostError
 from deconvd_server.log_text import LogFormatter
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
@@ -31,6 +30,7 @@ from deconvd_server.unix_socket import Access
 try:
     from deconvd_server.daemon import Daemon
     from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
+    from deconvd_server.running import Drainer, run
 except ModuleNotFoundError as missing:
     if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings
         raise
@@ -39,10 +39,7 @@ except ModuleNotFoundError as missing:
         "from a checkout, pip install '.[server]'"
     )
 
-__all__ = ["EXIT_DEVICE_LOST", "main"]
-
-EXIT_DEVICE_LOST = 3
-"""The exit code that tells a supervisor to start the server anew."""
+__all__ = ["main"]
 
 _GIBIBYTE = 1 << 30
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
@@ -56,9 +53,6 @@ _LAST_ID = 2**32 - 2
 _FILE_MODE = re.compile(r"0?[0-7]{3}")
 _MODE_FOR_A_GROUP = 0o660
 _MODE_FOR_ALL = 0o666
-
-_LAST_DRAIN_S = 5.0
-"""How long the calls of other devices may take to end once one device is lost."""
 
 _log = logging.getLogger("deconvd_server")
 
@@ -265,14 +259,15 @@ def main(
     --no-direct-calls as DECONVD_DIRECT_CALLS=no. A SIZE is in bytes, or as in 512M (times 10^6)
     or 4Gi (times 2^30).
 
-    Exits with 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if a GPU is lost
-    and the server must be started anew.
+    Exit codes are 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if it must be
+    started anew, 4 after a drain that cut calls short; README.md has them in a table.
     """
     _log_to_standard_error(log_level)
     _warn_of_unknown_variables()
     keep_freed_memory()
     _begin_to_guard_descriptors()
     ends = Ends()
+    drainer = Drainer(ends)
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if shared_memory_bytes is None:
@@ -294,7 +289,8 @@ def main(
                 takes_direct_calls=takes_direct_calls,
                 direct_port=direct_port,
                 access=_access(socket_mode, socket_group, shared_memory_users),
-            )
+            ),
+            on_lost=lambda what: ends.put(ServingLostError(what)),
         )
     except (OSError, DeconvdError) as error:
         _give_up(error)
@@ -304,7 +300,7 @@ def main(
         daemon.drain()
         _give_up(error)
     _greet(daemon.addresses)
-    _run(daemon, ends)
+    run(daemon, ends, drainer, drain_timeout_s)
 
 
 def _begin_to_guard_descriptors() -> None:
@@ -351,37 +347,6 @@ def _give_up(error: Exception) -> NoReturn:
     if isinstance(error, InvalidArgumentError):
         raise error
     sys.exit(f"deconvd-server: {error}")
-
-
-def _run(daemon: Daemon, ends: Ends) -> None:
-    """Wait for a reason to end, then drain; cut the drain short at the next."""
-    end = ends.take()
-    if isinstance(end, DeviceLostError):
-        _end_without_device(daemon, end)
-    _log.info("%s: draining", getattr(end, "name", "stop"))
-    drainer = threading.Thread(target=_drain, args=(daemon, ends))
-    drainer.start()
-    while not isinstance(ends.take(), Drained):
-        daemon.cut_drain()
-    drainer.join()
-
-
-def _drain(daemon: Daemon, ends: Ends) -> None:
-    try:
-        daemon.drain()
-    finally:
-        ends.put(Drained())
-
-
-def _end_without_device(daemon: Daemon, loss: DeviceLostError) -> NoReturn:
-    """End the process: at once after the drain, since a lost card's libraries may hang at exit."""
-    _log.error("a device is lost: the server must be started anew: %s", loss)
-    daemon.fail()
-    drainer = threading.Thread(target=daemon.drain, daemon=True)
-    drainer.start()
-    drainer.join(_LAST_DRAIN_S)
-    logging.shutdown()
-    os._exit(EXIT_DEVICE_LOST)
 
 
 if __name__ == "__main__":

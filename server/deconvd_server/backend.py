@@ -132,10 +132,9 @@ class Backend:
         if self._direct is not None:
             self._direct.cancel()
 
-    def end_direct_calls(self, timeout_s: float) -> None:
-        """Return once no direct call is under way: after `timeout_s` they are cancelled."""
-        if self._direct is not None:
-            self._direct.close(timeout_s)
+    def end_direct_calls(self, timeout_s: float) -> bool:
+        """Return once no direct call is under way, and whether none was cancelled: they are after `timeout_s`."""
+        return self._direct is None or self._direct.close(timeout_s)
 
     def close(self) -> None:
         """Close all but the direct connections, once no call is under way."""

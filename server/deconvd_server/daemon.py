@@ -9,32 +9,30 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Final
 
-import grpc
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
-from deconvd_server.descriptors import connections_count
 from deconvd_server.device import Device
+from deconvd_server.gate import CALLS_COUNT, Gate
+from deconvd_server.grpc_server import GrpcServer
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release
-from deconvd_server.rpc import Gate
+from deconvd_server.reflection import reflection_handlers
 from deconvd_server.serve import CallLog, Observer
 from deconvd_server.settings import Settings
+from deconvd_server.workers import Workers
 
 __all__ = ["Daemon", "State"]
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
-_HANDLER_THREADS_COUNT: Final = 1024
-"""More than the calls and streams that run and wait, so that health is answered whatever the load:
-those that run are one for each processor, or a few for each card. Threads are made as they are needed.
-"""
+
+_WORKERS_COUNT: Final = CALLS_COUNT + 16
+"""One for each call, and some for the messages of sessions."""
+
+_EARLY_WORKERS_COUNT: Final = 16
+"""Those that are there from the start, so that calls are served when the system has no thread left."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,25 +58,39 @@ class Daemon:
 
     Args:
         observers: Hear of every call.
+        on_lost: Called, in any thread, with what has ended by itself and everyone depends on: the process must be
+            started anew.
 
     Raises:
         InvalidArgumentError, AddressInUseError: It cannot listen on one of the addresses.
     """
 
-    def __init__(self, settings: Settings, observers: Sequence[Observer] = (CallLog(),)) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        observers: Sequence[Observer] = (CallLog(),),
+        on_lost: Callable[[str], None] = lambda _what: None,
+    ) -> None:
         self.state = State.LISTENING
         self.backend: Backend | None = None
         self._settings = settings
         self._observers = observers
+        self._on_lost = on_lost
         self._lock = threading.Lock()
-        self._gate = Gate(_SERVICE, observers)
+        self._is_cut = False
+        self._workers = Workers(_WORKERS_COUNT, _EARLY_WORKERS_COUNT)
+        self._gate = Gate(_SERVICE, self._workers, observers)
         self._health = Health(_SERVICE.full_name)
-        self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
-        self._server = self._grpc_server()
+        self._server = GrpcServer(
+            {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
+            settings.max_message_bytes,
+            lambda: on_lost("gRPC's thread"),
+        )
         self.addresses = [
             bind(self._server, address, settings.access) for address in settings.addresses
         ]
         self._server.start()
+        self._gate.expire(self._server.later)
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
         """Open the devices and serve calls with them; return once it can.
@@ -88,7 +100,9 @@ class Daemon:
         """
         devices = open_devices()
         try:
-            backend = Backend(self._settings, devices, self.addresses, self._observers)
+            backend = Backend(
+                self._settings, devices, self.addresses, self._observers, self._on_lost
+            )
         except BaseException:
             for device in devices:
                 device.close()
@@ -104,57 +118,52 @@ class Daemon:
         backend.end_direct_calls(0)
         backend.close()
 
-    def drain(self) -> None:
+    def drain(self) -> bool:
         """Take no more calls, let those under way end, and stop: for good once it returns.
 
         Calls that outlast `drain_timeout_s` are cancelled.
+
+        Returns:
+            Whether no call was.
         """
         with self._lock:
             self.state = State.DRAINING
             backend = self.backend
-        self._health.enter_graceful_shutdown()
+        deadline_s = time.monotonic() + self._settings.drain_timeout_s
+        self._health.fail()
+        self._gate.close()
         if backend is not None:
             backend.withdraw()  # while its paths are ours, like the socket beside them
-        deadline_s = time.monotonic() + self._settings.drain_timeout_s
-        stopped = self._server.stop(self._settings.drain_timeout_s)
-        # A watcher of health would keep the server from stopping for as long as it cares to watch.
-        self._health.end_watches()
-        stopped.wait()
+        is_whole = self._stop(deadline_s)
         if backend is not None:
-            backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
-        self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
+            is_whole &= backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
         for address in self.addresses:
             release(address)
+        self._workers.close()  # a cancelled call's may still be on its way out
         if backend is not None:
             backend.close()
         self.state = State.STOPPED
+        return is_whole
 
     def fail(self) -> None:
         """Say NOT_SERVING for good: a device is lost, and only a new process can get it back."""
-        self._health.enter_graceful_shutdown()
+        self._health.fail()
 
     def cut_drain(self) -> None:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
-        self._server.stop(None)
+        self._is_cut = True
+        self._gate.look()
         if self.backend is not None:
             self.backend.cancel_direct_calls()
 
-    def _grpc_server(self) -> grpc.Server:
-        server = grpc.server(
-            self._handlers,
-            options=[
-                ("grpc.max_receive_message_length", self._settings.max_message_bytes),
-                ("grpc.max_send_message_length", self._settings.max_message_bytes),
-                ("grpc.max_allowed_incoming_connections", connections_count()),
-                *TRANSPORT_OPTIONS,
-                # With it, a second server would share the port in silence.
-                ("grpc.so_reuseport", 0),
-            ],
+    def _stop(self, deadline_s: float) -> bool:
+        """Stop gRPC once no call is under way, or they are to be cancelled; return whether none was."""
+        self._server.take_no_more()
+        self._health.end_watches()
+        is_whole = self._gate.wait_until_ended(
+            max(deadline_s - time.monotonic(), 0), lambda: self._is_cut
         )
-        server.add_generic_rpc_handlers((self._gate,))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
-        return server
+        self._server.cancel_all()
+        self._server.join()
+        return is_whole

@@ -67,6 +67,7 @@ class DirectServer:
         self._lines: dict[int, DirectLine] = {}  # by descriptor
         self._shares = Shares(_LINES_COUNT, _RESERVED_LINES_COUNT, "direct lines")
         self._is_withdrawn = False
+        self._is_whole = True  # no call was cut short
         self._listener = Listener("direct lines", sides, listeners, self._take, on_lost)
         self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
         self._thread.start()
@@ -82,19 +83,26 @@ class DirectServer:
     def cancel(self) -> None:
         """Cancel the calls under way."""
         for line in self._all_lines():
+            self._is_whole &= line.is_idle
             line.cancel()
 
-    def close(self, timeout_s: float) -> None:
-        """Withdraw, and return once no call is under way: after `timeout_s` they are cancelled."""
+    def close(self, timeout_s: float) -> bool:
+        """Withdraw, and return once no call is under way: after `timeout_s` they are cancelled.
+
+        Returns:
+            Whether none was.
+        """
         self.withdraw()
         deadline_s = time.monotonic() + timeout_s
         for line in self._all_lines():
             line.thread.join(max(deadline_s - time.monotonic(), 0))
+            self._is_whole &= not line.thread.is_alive()
             line.cancel()
             line.thread.join()
         self._listener.stop()
         self._thread.join()
         self._listener.close()
+        return self._is_whole
 
     def _all_lines(self) -> list[DirectLine]:
         with self._lock:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from deconvd.codec import Envelope
-from deconvd.errors import CallCancelledError, InvalidArgumentError
+from deconvd.errors import InvalidArgumentError
 from deconvd.parts import Part, PartReader, elements_part, slices
 from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
@@ -18,6 +18,8 @@ from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
 from deconvd_server.engine import Engine
 from deconvd_server.residents import Kept, Residents
+from deconvd_server.residents.sessions import Sessions
+from deconvd_server.residents.tenant import Session
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
 from deconvd_server.stream_places import StreamPlaces
@@ -26,9 +28,6 @@ __all__ = ["ResidentCalls"]
 
 _PIECE_BYTES = 16 << 20
 """What is held of a tensor in host memory while it arrives or leaves, unless one sample has more."""
-
-_BREAK_S = 0.2
-"""How long after a stream's last message gRPC may take to say that it broke rather than was closed."""
 
 
 class ResidentCalls:
@@ -61,40 +60,26 @@ class ResidentCalls:
         }
 
     def hold_session(
-        self,
-        signs: Iterator[pb.HoldSessionRequest],
-        call: Call,
-        hang_up: Callable[[], None],
-    ) -> Parts:
-        """Serve HoldSession.
+        self, first: pb.HoldSessionRequest, call: Call, hang_up: Callable[[], None]
+    ) -> _HeldSession:
+        """Serve HoldSession: return the session that its first message opens or resumes.
 
         Args:
-            signs: The client's messages; they end when it closes its side, and may when the stream
-                breaks.
             hang_up: Ends the call, from any thread.
         """
         sessions = self._residents.sessions
-        first = next(signs, None)
-        if first is None:
-            raise InvalidArgumentError("a session must begin with a message, got none")
-        broke = threading.Event()
         session = (
             sessions.resume(first.session, hang_up)
             if first.session
             else sessions.open(first.tenant_key, hang_up)
         )
         call.on_cancel(partial(sessions.lose, session, hang_up))
-        call.on_cancel(broke.set)
-        yield pb.HoldSessionResponse(
+        response = pb.HoldSessionResponse(
             session=session.name,
             lease_s=self._residents.lease_s,
             quota_bytes=self._residents.tenant_bytes,
         )
-        for _ in signs:
-            sessions.sign_of_life(session)
-        if broke.wait(_BREAK_S):
-            raise CallCancelledError("the stream broke")
-        sessions.end(session, hang_up)
+        return _HeldSession(response, sessions, session, hang_up)
 
     def put_tensor(
         self, reader: PartReader[pb.PutTensorRequest], call: Call
@@ -185,6 +170,24 @@ class ResidentCalls:
         session = self._residents.join(message.session, call)
         self._keeper.drop(session, [resident.handle for resident in message.residents])
         return Envelope(pb.DropTensorsResponse(), {})
+
+
+@dataclass(frozen=True)
+class _HeldSession:
+    """A session, as its stream holds it. See `Holding`."""
+
+    response: pb.HoldSessionResponse
+    sessions: Sessions
+    session: Session
+    hang_up: Callable[[], None]
+
+    def note(self, _message: pb.HoldSessionRequest) -> None:
+        """Take a message for a sign of life."""
+        self.sessions.sign_of_life(self.session)
+
+    def end(self) -> None:
+        """End the session."""
+        self.sessions.end(self.session, self.hang_up)
 
 
 def _piece_samples_count(spec: TensorSpec) -> int:

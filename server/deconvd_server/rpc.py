@@ -1,200 +1,192 @@
-"""The service by gRPC: behaviours as its handlers. See `serve` for how a call begins and ends.
+"""One gRPC call, as the server has it: messages, its end, and who is told of them. It knows no method.
 
-Requests are parsed here rather than by gRPC, which would blame the server (INTERNAL) for garbage.
-The server listens before there is a service, and gRPC takes no new handlers then: they are behind a `Gate`.
+grpcio's servers, with threads or in an event loop, cannot serve calls that wait for their first message without a place
+for each, cannot end a call on a client that does not read, or are ended by a path that is no UTF-8. So the server is
+made here of what they are made of: completion queues and batches of operations.
 """
 
 from __future__ import annotations
 
-import math
+import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
-from google.protobuf.descriptor import ServiceDescriptor
-from google.protobuf.message_factory import GetMessageClass
+from google.rpc import status_pb2
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave out what is not public
 from grpc_status import rpc_status
 
-from deconvd.chunks import ChunkSource, messages_of
-from deconvd.codec import encode
-from deconvd.errors import CallCancelledError, UnavailableError
-from deconvd.parts import PartReader
-from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Stream, Unary
-from deconvd_server.call import Call, Waiting, WaitsForClient
-from deconvd_server.peers import counted_by_grpc
-from deconvd_server.serve import Observer, Serving
+__all__ = ["Later", "Metadata", "Rpc"]
 
-__all__ = ["Gate"]
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
-_Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
+Later: TypeAlias = Callable[[float, Callable[[], None]], None]
 
-_STARTING_RETRY_S: Final = 0.2
-"""When a client may try again whether the devices are ready."""
+_NO_FLAGS: Final = 0
+_LONGEST_S: Final = 365 * 24 * 3600.0
+"""A deadline further away is none: gRPC has one in 292 billion years for a call without."""
+
+_log = logging.getLogger(__name__)
 
 
-class Gate(grpc.GenericRpcHandler):
-    """What a gRPC server needs to serve a service. Until it is opened each method answers UNAVAILABLE.
+class Rpc:
+    """A call. Callbacks are called in gRPC's thread, and must be quick; everything else may be done in any thread.
+
+    Attributes:
+        path: Of its method.
+        peer: Who calls, as gRPC tells it.
+        later: Does something in gRPC's thread after so many seconds.
+        on_close: Called once the caller has gone, or has all of the answer.
+        is_closed: Whether that is so.
 
     Args:
-        service: Has the methods.
-        observers: Hear of every call.
+        event: With it the call came.
+        on_end: Called once nothing of it is under way.
     """
 
-    def __init__(self, service: ServiceDescriptor, observers: Sequence[Observer]) -> None:
-        self._service_name = service.full_name
-        self._observers = observers
-        # sinks, whatever the methods are: they need read nothing to answer
-        refusals = (Sink(GetMessageClass(m.input_type), _refuse) for m in service.methods)
-        self.open({refusal.name: refusal for refusal in refusals})
+    def __init__(self, event: Any, later: Later, on_end: Callable[[Rpc], None]) -> None:
+        self.path: str = event.call_details.method.decode(errors="replace")
+        self.later = later
+        self.on_close: Callable[[], None] = _do_nothing
+        self.is_closed = False
+        self._deadline_s: float = event.call_details.deadline
+        self._call = event.call
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._due_count = 0
+        self._has_begun_to_answer = False
+        self._is_over = False  # nothing more may be sent
+        self._receipt: weakref.ref[_Batch] | None = None
+        self.peer: str = self._call.peer().decode(errors="replace")
+        self._start((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), _Batch(self, self._close))
 
-    def open(self, behaviours: Mapping[str, Behaviour]) -> None:
-        """Serve calls from now on with behaviours, by the names of the methods."""
-        self._handlers = {
-            f"/{self._service_name}/{name}": _handler(behaviour, self._observers)
-            for name, behaviour in behaviours.items()
-        }
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until its deadline; None if it has none."""
+        remaining_s = self._deadline_s - time.time()
+        return max(remaining_s, 0.0) if remaining_s < _LONGEST_S else None
 
-    def service(self, call: grpc.HandlerCallDetails) -> _Handler | None:
-        """Return what handles a call; None if there is no such method."""
-        return self._handlers.get(call.method)
+    def receive(self, then: Callable[[bytes | None], None]) -> None:
+        """Call `then` with the next message; with None if there is no more, as after the call's end."""
+        operations = (cygrpc.ReceiveMessageOperation(_NO_FLAGS),)
+        batch = _Batch(self, partial(self._received, then))
+        self._receipt = weakref.ref(batch)  # gRPC alone holds it
+        if not self._start(operations, batch):
+            then(None)
+
+    def send(self, message: bytes, then: Callable[[], None]) -> None:
+        """Send a message, and call `then` once it has left, or never will. The one before must have."""
+        operations = (*self._beginning(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
+        if not self._start(operations, _Batch(self, lambda _event: then())):
+            then()
+
+    def finish(self, metadata: Metadata, message: bytes | None = None) -> None:
+        """End it well, with a last message. Once it has ended nothing is done."""
+        message_operations = (
+            () if message is None else (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
+        )
+        self._end(metadata, cygrpc.StatusCode.ok, "", message_operations)
+
+    def fail(self, failure: status_pb2.Status) -> None:
+        """End it with a failure. Once it has ended nothing is done."""
+        status = rpc_status.to_status(failure)
+        self._end(status.trailing_metadata, status.code.value[0], status.details)
+
+    def fail_with(self, code: grpc.StatusCode, details: str) -> None:
+        """End it with a status. Once it has ended nothing is done."""
+        self._end((), code.value[0], details)
+
+    def cancel(self) -> None:
+        """End it without a word, also on a client that does not read."""
+        with self._lock:
+            if self._call is not None:
+                self._call.cancel()
+
+    def has_lost_receipt(self) -> bool:
+        """Return whether a message came that there was no memory for, and note that it is under way no more."""
+        if self._receipt is None or self._receipt() is not None:
+            return False
+        self._receipt = None
+        self.note_done()
+        return True
+
+    def _received(self, then: Callable[[bytes | None], None], event: Any) -> None:
+        self._receipt = None
+        then(event.batch_operations[0].message())
+
+    def _beginning(self) -> tuple[Any, ...]:
+        if self._has_begun_to_answer:
+            return ()
+        self._has_begun_to_answer = True
+        return (cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),)
+
+    def _end(
+        self, metadata: Metadata, code: int, details: str, messages: tuple[Any, ...] = ()
+    ) -> None:
+        status = cygrpc.SendStatusFromServerOperation(
+            tuple(metadata), code, details.encode(), _NO_FLAGS
+        )
+        with self._lock:
+            is_over, self._is_over = self._is_over, True
+        if not is_over:
+            batch = _Batch(self, _ignore)
+            self._start((*self._beginning(), *messages, status), batch, is_last=True)
+
+    def _start(self, operations: tuple[Any, ...], batch: _Batch, *, is_last: bool = False) -> bool:
+        """Start a batch, and return whether it was: none is once the call is over."""
+        with self._lock:
+            if self._call is None or (self._is_over and not is_last):
+                return False
+            is_begun: bool = self._call.start_server_batch(operations, batch) == cygrpc.CallError.ok
+            self._due_count += is_begun
+        return is_begun
+
+    def _close(self, _event: Any) -> None:
+        with self._lock:
+            self._is_over = self.is_closed = True
+        self.on_close()
+
+    def note_done(self) -> None:
+        """Note that a batch is under way no more. After the last of them the call is given up."""
+        with self._lock:
+            self._due_count -= 1
+            is_end = not self._due_count and self._is_over
+            if is_end:
+                self._call = None
+        if is_end:
+            self._on_end(self)
 
 
-def _refuse(_reader: PartReader[Any], _call: Call) -> NoReturn:
-    raise UnavailableError(
-        "the server is starting: its device is not ready yet", retry_after_s=_STARTING_RETRY_S
-    )
+class _Batch:
+    """Operations under way: gRPC's thread calls it once they are done.
 
-
-def _handler(behaviour: Behaviour, observers: Sequence[Observer]) -> _Handler:
-    match behaviour:
-        case Unary():
-            return _unary(behaviour, observers)
-        case Source():
-            return _source(behaviour, observers)
-        case Sink():
-            return _sink(behaviour, observers)
-        case Stream():
-            return _stream(behaviour, observers)
-        case Held():
-            return _held(behaviour, observers)
-
-
-def _unary(behaviour: Unary, observers: Sequence[Observer]) -> _Handler:
-    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        serving = _serving(behaviour, context, observers)
-        with serving as call:
-            response = encode(behaviour.serve(behaviour.decoded(data), call))
-        _end(serving, context)
-        return response
-
-    return grpc.unary_unary_rpc_method_handler(handle)
-
-
-def _source(behaviour: Source, observers: Sequence[Observer]) -> _Handler:
-    def handle(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        def respond(call: Call) -> Parts:
-            return behaviour.serve(behaviour.decoded(data), call)
-
-        return _streamed(respond, behaviour, context, observers)
-
-    return grpc.unary_stream_rpc_method_handler(handle)
-
-
-def _sink(behaviour: Sink, observers: Sequence[Observer]) -> _Handler:
-    def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        serving = _serving(behaviour, context, observers)
-        with serving as call:
-            reader = behaviour.reader(_source_of(messages, behaviour, call))
-            response = behaviour.serve(reader, call).SerializeToString()
-        _end(serving, context)
-        return response
-
-    return grpc.stream_unary_rpc_method_handler(handle)
-
-
-def _stream(behaviour: Stream, observers: Sequence[Observer]) -> _Handler:
-    def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        def respond(call: Call) -> Parts:
-            return behaviour.serve(behaviour.reader(_source_of(messages, behaviour, call)), call)
-
-        return _streamed(respond, behaviour, context, observers)
-
-    return grpc.stream_stream_rpc_method_handler(handle)
-
-
-def _held(behaviour: Held, observers: Sequence[Observer]) -> _Handler:
-    def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        decoded = (behaviour.decoded(data).message for data in _heard(messages, Waiting()))
-
-        def hang_up() -> None:
-            context.cancel()
-
-        def respond(call: Call) -> Parts:
-            return behaviour.serve(decoded, call, hang_up)
-
-        return _streamed(respond, behaviour, context, observers)
-
-    return grpc.stream_stream_rpc_method_handler(handle)
-
-
-def _source_of(messages: Iterator[bytes], behaviour: Sink | Stream, call: Call) -> ChunkSource:
-    return ChunkSource(_heard(messages, call.waiting), behaviour.request_type)
-
-
-def _heard(messages: Iterator[bytes], waiting: WaitsForClient) -> Iterator[bytes]:
-    """Yield a stream's messages; raise CallCancelledError once its caller has gone.
-
-    gRPC keeps the error that it raises then, and the error keeps all frames that it passes through:
-    with them what a call holds would stay until the garbage collector finds it.
+    Args:
+        then: Is called with gRPC's event.
     """
-    try:
-        waiting.waits_since_s = time.monotonic()
-        for message in messages:
-            waiting.waits_since_s = math.inf
-            yield message
-            waiting.waits_since_s = time.monotonic()
-        waiting.waits_since_s = math.inf
-    except Exception:
-        raise CallCancelledError("the caller gave the call up") from None
+
+    __slots__ = ("__weakref__", "_rpc", "_then")
+
+    def __init__(self, rpc: Rpc, then: Callable[[Any], None]) -> None:
+        self._rpc = rpc
+        self._then = then
+
+    def __call__(self, event: Any) -> None:
+        try:
+            self._then(event)
+        except Exception:
+            _log.exception("unforeseen error in gRPC's thread")
+            self._rpc.fail_with(grpc.StatusCode.INTERNAL, "unforeseen error: see the server's log")
+        finally:
+            self._rpc.note_done()
 
 
-def _streamed(
-    respond: Callable[[Call], Parts],
-    behaviour: Behaviour,
-    context: grpc.ServicerContext,
-    observers: Sequence[Observer],
-) -> Iterator[bytes]:
-    serving = _serving(behaviour, context, observers)
-    with serving as call, closing(respond(call)) as parts:
-        for part in parts:
-            for message in messages_of(part):
-                call.waiting.waits_since_s = time.monotonic()
-                yield message
-                call.waiting.waits_since_s = math.inf
-    _end(serving, context)
+def _ignore(_event: Any) -> None:
+    pass
 
 
-def _serving(
-    behaviour: Behaviour, context: grpc.ServicerContext, observers: Sequence[Observer]
-) -> Serving:
-    """Return what serves the call of a context, which ends with it."""
-    peer = context.peer()
-    call = Call(context.time_remaining(), peer, counted_by_grpc(peer))
-    call.waiting, call.hang_up = Waiting(), partial(_hang_up, context)
-    if not context.add_callback(call.cancel):
-        call.cancel()  # it ended before we could ask to be told
-    return Serving(behaviour.name, call, observers)
-
-
-def _hang_up(context: grpc.ServicerContext) -> None:
-    context.cancel()
-
-
-def _end(serving: Serving, context: grpc.ServicerContext) -> None:
-    """Let a call end with its ledger; end it now, by raising, if it has failed."""
-    if serving.failure is not None:
-        context.abort_with_status(rpc_status.to_status(serving.failure))
-    context.set_trailing_metadata(serving.call.ledger.as_metadata())
+def _do_nothing() -> None:
+    pass

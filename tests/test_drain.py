@@ -1,0 +1,221 @@
+"""A drain ends in time, whatever clients do, and every call that was accepted before ends well or is told."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd.geometry import Geometry
+from deconvd.messages import message_from_geometry
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd_client import UnavailableError
+from deconvd_server.exit_codes import ExitCode
+from tests.holders import holder, raw
+from tests.http2 import METHODS, Http2Client
+from tests.processes import wait_until
+from tests.servers import ServerProcess, server_process
+
+X = np.ones((1, 4, 8, 8), np.float32)
+W = np.ones((4, 4, 3, 3), np.float32)
+SPREAD = message_from_geometry(Geometry(stride=(64, 64)))  # makes much of little
+
+SLACK_S = 2.0
+"""What a drain may take over its limit."""
+
+CALLERS_COUNT = 8
+
+_STUCK_SERVER = """
+import sys, threading
+from deconvd_server.__main__ import main
+from deconvd_server.device.cpu import CpuDevice
+
+def run(*args):
+    print("stuck", flush=True)
+    threading.Event().wait()
+
+CpuDevice.run = run
+main()
+"""
+
+
+def ends(server: ServerProcess, number: int = signal.SIGTERM) -> tuple[int, float]:
+    """Send a signal; return the exit code, and how long the end took."""
+    began_s = time.monotonic()
+    return server.end(number), time.monotonic() - began_s
+
+
+def test_clients_that_do_nothing_hold_up_no_drain(tmp_path: Path) -> None:
+    with server_process(tmp_path, "--drain-timeout-s", "30", listen=("127.0.0.1:0",)) as server:
+        with ExitStack() as stack:
+            for path in METHODS:
+                stack.enter_context(Http2Client(server.target)).begin(path)
+            stack.enter_context(holder(server.target))
+            F = stack.enter_context(deconvd_client.connect(server.target, transport="tcp"))
+            F.deconvolution_2d(X, W)
+            exit_code, duration_s = ends(server)
+
+    assert exit_code == ExitCode.DRAINED
+    assert duration_s < SLACK_S
+
+
+def test_a_client_that_does_not_read_its_answer_does_not_hold_up_a_drain(tmp_path: Path) -> None:
+    with server_process(tmp_path, "--drain-timeout-s", "1", listen=("127.0.0.1:0",)) as server:
+        with Http2Client(server.target) as client:  # whose window is 64 KiB, for good
+            request = pb.DeconvolveRequest(x=raw(X), w=raw(W), geometry=SPREAD)
+            number = client.begin(METHODS[0])
+            client.send(number, request.SerializeToString(), is_last=True)
+            client.read_until(bytes(1 << 14))  # of what it has room for
+            exit_code, duration_s = ends(server)
+
+    assert exit_code == ExitCode.CUT_SHORT
+    assert duration_s < 1 + SLACK_S
+
+
+@contextmanager
+def stuck_server(directory: Path, drain_timeout_s: float) -> Iterator[ServerProcess]:
+    """A server with a call that never ends, by gRPC and directly."""
+    log = directory / "server.log"
+    options = "--device", "cpu", "--listen", "127.0.0.1:0", "--drain-timeout-s", drain_timeout_s
+    command = [sys.executable, "-c", _STUCK_SERVER, *map(str, options)]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        ThreadPoolExecutor(2) as callers,
+    ):
+        try:
+            assert process.stdout is not None
+            target = process.stdout.readline().split(" on ")[1].strip()
+            for transport in ("grpc", "tcp"):
+                callers.submit(_call_in_vain, target, transport)
+                assert process.stdout.readline() == "stuck\n"
+            yield ServerProcess(process, [target], log)
+        finally:
+            process.kill()
+
+
+def _call_in_vain(target: str, transport: str) -> None:
+    with deconvd_client.connect(target, transport=transport, timeout_s=60, fail_fast=True) as F:
+        with pytest.raises(UnavailableError):
+            F.deconvolution_2d(X, W)
+
+
+def test_a_call_that_never_ends_does_not_hold_up_a_drain(tmp_path: Path) -> None:
+    with stuck_server(tmp_path, 1) as server:
+        exit_code, duration_s = ends(server)
+
+    assert exit_code == ExitCode.CUT_SHORT
+    assert duration_s < 1 + SLACK_S
+    assert "the process ends without them" in server.log.read_text()
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    with stuck_server(tmp_path, 1000) as server:
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "draining" in server.log.read_text())
+        exit_code, duration_s = ends(server)
+
+    assert exit_code == ExitCode.CUT_SHORT
+    assert duration_s < SLACK_S
+
+
+@pytest.mark.parametrize("option", ["--drain-timeout-s", "--session-lease-s"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e300"])
+def test_what_is_no_duration_is_a_wrong_option(option: str, value: str) -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-m", "deconvd_server", "--device", "cpu", f"{option}={value}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert outcome.returncode == ExitCode.WRONG_OPTION
+    assert option in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+class Caller:
+    """Calls until the server is gone, and counts what came of each call that began before the signal."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self.outcomes: Counter[str] = Counter()
+
+    def run(self, is_over: threading.Event) -> None:
+        while not is_over.is_set():
+            self.outcomes[self._outcome()] += 1
+
+    def _outcome(self) -> str:
+        try:
+            self._call()
+        except UnavailableError:
+            return "UNAVAILABLE"
+        except grpc.RpcError as error:
+            return str(error.code().name)  # type: ignore[attr-defined]  # it is a call, too
+        except Exception as error:
+            return repr(error)
+        return "OK"
+
+
+def _stock(stack: ExitStack, target: str) -> Callable[[], Any]:
+    channel = stack.enter_context(
+        grpc.insecure_channel(target, [("grpc.use_local_subchannel_pool", 1)])
+    )
+    stub = pb_grpc.DeconvolutionServiceStub(channel)
+    request = pb.DeconvolveRequest(x=raw(X), w=raw(W))
+    return lambda: stub.Deconvolve(request, timeout=10)
+
+
+def _ours(transport: str) -> Callable[[ExitStack, str], Callable[[], Any]]:
+    def connect(stack: ExitStack, target: str) -> Callable[[], Any]:
+        F = stack.enter_context(
+            deconvd_client.connect(target, transport=transport, timeout_s=10, fail_fast=True)
+        )
+        return lambda: F.deconvolution_2d(X, W)
+
+    return connect
+
+
+CLIENTS = {
+    "stock": _stock,
+    "grpc": _ours("grpc"),
+    "tcp": _ours("tcp"),
+    "unix": _ours("unix"),
+    "shared_memory": _ours("shared_memory"),
+}
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+@pytest.mark.parametrize("way", ["unix", "127.0.0.1:0"])
+def test_no_call_is_lost_on_a_signal(kind: str, way: str, socket_directory: Path) -> None:
+    if (kind, way) in (("tcp", "unix"), ("unix", "127.0.0.1:0"), ("shared_memory", "127.0.0.1:0")):
+        pytest.skip("such a client does not go that way")
+    is_over = threading.Event()
+    with server_process(socket_directory, listen=(way,)) as server, ExitStack() as stack:
+        callers = [Caller(CLIENTS[kind](stack, server.target)) for _ in range(CALLERS_COUNT)]
+        with ThreadPoolExecutor(CALLERS_COUNT) as threads:
+            runs = [threads.submit(caller.run, is_over) for caller in callers]
+            wait_until(lambda: sum(caller.outcomes["OK"] for caller in callers) > 400)
+            exit_code = server.end()
+            is_over.set()
+            for run in runs:
+                run.result(30)
+
+    outcomes = sum((caller.outcomes for caller in callers), Counter())
+    assert exit_code == ExitCode.DRAINED
+    assert set(outcomes) <= {"OK", "UNAVAILABLE"}, outcomes
