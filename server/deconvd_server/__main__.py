@@ -19,6 +19,7 @@ from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.malloc import keep_freed_memory
 from deconvd_server.budgets import LEAST_MESSAGE_BYTES, budgets
+from deconvd_server.descriptors import DescriptorGuard, raise_limit
 from deconvd_server.device.faults import DeviceUnavailableError
 from deconvd_server.ends import Ends, ServingLostError
 from deconvd_server.log_text import LogFormatter
@@ -267,17 +268,18 @@ def main(
     """
     _log_to_standard_error(log_level)
     _warn_of_unknown_variables()
-    shares = budgets()
-    keep_freed_memory(shares.pool_bytes)
+    machine = budgets()
+    keep_freed_memory(machine.pool_bytes)
+    _begin_to_guard_descriptors()
     ends = Ends()
     drainer = Drainer(ends)
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     if max_message_bytes is None:
-        max_message_bytes = shares.largest_message_bytes
+        max_message_bytes = machine.largest_message_bytes
     if shared_memory_bytes is None:
-        shared_memory_bytes = shares.shared_memory_bytes
+        shared_memory_bytes = machine.shared_memory_bytes
     if spill_memory_bytes is None:
-        spill_memory_bytes = shares.spill_bytes
+        spill_memory_bytes = machine.spill_bytes
     residents = ResidentLimits(
         resident_memory_bytes, spill_memory_bytes, tenant_bytes, lease_s=session_lease_s
     )
@@ -305,6 +307,15 @@ def main(
         _give_up(error)
     _greet(daemon.addresses)
     run(daemon, ends, drainer, drain_timeout_s)
+
+
+def _begin_to_guard_descriptors() -> None:
+    try:
+        raise_limit()
+        guard = DescriptorGuard()
+    except OSError as error:
+        sys.exit(f"deconvd-server: {error.strerror}")
+    guard.start()
 
 
 def _access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:

@@ -15,6 +15,7 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave out what is not public
 
 from deconvd.transport import TRANSPORT_OPTIONS
+from deconvd_server.descriptors import connections_count
 from deconvd_server.rpc import Rpc
 
 __all__ = ["GrpcServer", "Handlers"]
@@ -50,6 +51,7 @@ class GrpcServer:
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_concurrent_streams", _STREAMS_COUNT),
+            ("grpc.max_allowed_incoming_connections", connections_count()),
             *TRANSPORT_OPTIONS,
             # With it, a second server would share the port in silence.
             ("grpc.so_reuseport", 0),
