@@ -166,7 +166,7 @@ class Caller:
         except UnavailableError:
             return "UNAVAILABLE"
         except grpc.RpcError as error:
-            return str(error.code().name)  # type: ignore[attr-defined]  # it is a call, too
+            return str(error.code().name)
         except Exception as error:
             return repr(error)
         return "OK"
