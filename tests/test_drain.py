@@ -166,7 +166,7 @@ class Caller:
         except UnavailableError:
             return "UNAVAILABLE"
         except grpc.RpcError as error:
-            return str(error.code().name)  # type: ignore[attr-defined]  # it is a call, too
+            return str(error.code().name)
         except Exception as error:
             return repr(error)
         return "OK"
@@ -200,11 +200,14 @@ CLIENTS = {
 }
 
 
-@pytest.mark.parametrize("kind", CLIENTS)
-@pytest.mark.parametrize("way", ["unix", "127.0.0.1:0"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        *((kind, "127.0.0.1:0") for kind in ("stock", "grpc", "tcp")),
+        *((kind, "unix") for kind in ("stock", "grpc", "unix", "shared_memory")),
+    ],
+)
 def test_no_call_is_lost_on_a_signal(kind: str, way: str, socket_directory: Path) -> None:
-    if (kind, way) in (("tcp", "unix"), ("unix", "127.0.0.1:0"), ("shared_memory", "127.0.0.1:0")):
-        pytest.skip("such a client does not go that way")
     is_over = threading.Event()
     with server_process(socket_directory, listen=(way,)) as server, ExitStack() as stack:
         callers = [Caller(CLIENTS[kind](stack, server.target)) for _ in range(CALLERS_COUNT)]
@@ -219,3 +222,30 @@ def test_no_call_is_lost_on_a_signal(kind: str, way: str, socket_directory: Path
     outcomes = sum((caller.outcomes for caller in callers), Counter())
     assert exit_code == ExitCode.DRAINED
     assert set(outcomes) <= {"OK", "UNAVAILABLE"}, outcomes
+
+
+_LOSING_SERVER = """
+import deconvd_server.grpc_server as grpc_server
+from deconvd_server.__main__ import main
+
+def lose(self):
+    raise SystemExit("lost")
+
+grpc_server.GrpcServer._do_what_is_due = lose  # about a second after its start
+main()
+"""
+
+
+def test_a_lost_thread_of_gRPC_ends_the_process_with_a_code_of_its_own(tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-c", _LOSING_SERVER, "--device", "cpu", "--listen", "127.0.0.1:0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert process.returncode == ExitCode.START_ANEW
+    assert "must be started anew: gRPC's thread" in process.stderr
+    assert time.monotonic() - began_s < 15

@@ -34,6 +34,12 @@ _WORKERS_COUNT: Final = CALLS_COUNT + 16
 _EARLY_WORKERS_COUNT: Final = 16
 """Those that are there from the start, so that calls are served when the system has no thread left."""
 
+_UNDER_WAY_S: Final = 0.1
+"""How long calls that clients have sent may take to come. What comes once gRPC stops it ends with CANCELLED,
+which clients need not try again. So calls are kept waiting for so long: who calls again only with an answer has none on its
+way then, and once told UNAVAILABLE it knows to go elsewhere.
+"""
+
 _log = logging.getLogger(__name__)
 
 
@@ -159,7 +165,9 @@ class Daemon:
 
     def _stop(self, deadline_s: float) -> bool:
         """Stop gRPC once no call is under way, or they are to be cancelled; return whether none was."""
+        time.sleep(min(_UNDER_WAY_S, max(deadline_s - time.monotonic(), 0)))
         self._server.take_no_more()
+        self._gate.refuse()
         self._health.end_watches()
         is_whole = self._gate.wait_until_ended(
             max(deadline_s - time.monotonic(), 0), lambda: self._is_cut

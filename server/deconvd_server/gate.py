@@ -80,6 +80,8 @@ class Gate:
         self._refusal: DeconvdError | None = _STARTING
         self._shares = Shares(CALLS_COUNT, _RESERVED_CALLS_COUNT, "calls by gRPC")
         self._silent: dict[Rpc, float] = {}  # since when they are there, the oldest first
+        self._late: list[Rpc] = []  # came once it was closed
+        self._is_refusing = False
         self._changed = threading.Condition()
         self._calls_count = 0
         self.handlers: dict[str, Callable[[Rpc], None]] = {
@@ -93,9 +95,13 @@ class Gate:
         self._refusal = None
 
     def close(self) -> None:
-        """Take no more calls. Those without a message are none yet."""
+        """Take no more calls. Those that come are kept waiting for `refuse`."""
         self._refusal = _DRAINING
-        for rpc in list(self._silent):
+
+    def refuse(self) -> None:
+        """Refuse the calls that have come since it was closed, all that come, and those without a message."""
+        self._is_refusing = True
+        for rpc in [*self._late, *self._silent]:
             rpc.fail(status_from_error(_DRAINING))
 
     @property
@@ -126,10 +132,17 @@ class Gate:
     def _begin(self, name: str, rpc: Rpc) -> None:
         """Wait for a call's first message."""
         if self._refusal is not None:
-            rpc.fail(status_from_error(self._refusal))
+            self._refuse(rpc, self._refusal)
             return
         self._silent[rpc] = time.monotonic()
         rpc.receive(partial(self._serve, name, rpc))
+
+    def _refuse(self, rpc: Rpc, refusal: DeconvdError) -> None:
+        if refusal is _DRAINING:
+            self._late.append(rpc)
+            if not self._is_refusing:
+                return
+        rpc.fail(status_from_error(refusal))
 
     def _serve(self, name: str, rpc: Rpc, first: bytes | None) -> None:
         """Have a worker serve a call, whose first message has come."""
@@ -137,7 +150,7 @@ class Gate:
         if rpc.is_closed:
             return
         if self._refusal is not None:
-            rpc.fail(status_from_error(self._refusal))
+            self._refuse(rpc, self._refusal)
             return
         call = Call(rpc.remaining_s, rpc.peer, counted_by_grpc(rpc.peer))
         call.waiting, call.hang_up = Waiting(), rpc.cancel

@@ -101,7 +101,8 @@ class GrpcServer:
     def join(self) -> None:
         """Return once it has stopped, after its last call. To be called after `take_no_more` has returned."""
         self._thread.join()
-        self._server.destroy()
+        if self._has_shut_down:  # which a thread that was lost has not seen
+            self._server.destroy()
 
     def _await_call(self) -> None:
         with suppress(ValueError):  # it stops
