@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -121,12 +120,11 @@ def tiny_tensors(a: Attacker) -> None:
 @hostile
 def two_byte_fields(a: Attacker) -> None:
     """Messages of 8 MB that are made of fields of two bytes."""
-    channel: Any = a.channel()
     shape = b"\x10\x01" * (2 << 20)
     x = b"\x0a" + varint(len(shape)) + shape
     for method, message in (("DropTensors", b"\x12\0" * (4 << 20)), ("Deconvolve", x)):
-        with suppress(grpc.RpcError):
-            channel.unary_unary(SERVICE + method)(message, timeout=10)
+        a.http2().call(SERVICE + method, message)
+    time.sleep(4)
 
 
 @hostile
@@ -141,18 +139,20 @@ def gzip_bombs(a: Attacker) -> None:
 @hostile
 def waiting_requests(a: Attacker) -> None:
     """Large requests that wait for each other."""
-    x = tensor((10, 1, 1024, 1024), bytes(40 << 20))
-    request = pb.DeconvolveRequest(x=x, w=tensor((1, 1, 5, 5), bytes(100)))
-    message = request.SerializeToString()
-    call: Any = a.channel().unary_unary(f"{SERVICE}Deconvolve")
+    x, w = tensor((10, 1, 1024, 1024), bytes(40 << 20)), tensor((1, 1, 9, 9), bytes(324))
+    message = pb.DeconvolveRequest(x=x, w=w).SerializeToString()
+    for _ in range(32):
+        a.http2().call(f"{SERVICE}Deconvolve", message)
 
-    def ask() -> None:
-        with suppress(grpc.RpcError):
-            call(message, timeout=15)
 
-    with ThreadPoolExecutor(12) as threads:
-        for _ in range(12):
-            threads.submit(ask)
+@hostile
+def half_messages(a: Attacker) -> None:
+    """Messages of 60 MB of which the last byte never comes."""
+    for _ in range(8):
+        connection = a.http2()
+        for _ in range(8):
+            stream = connection.begin(f"{SERVICE}Deconvolve")
+            connection.send(stream, bytes(60 << 20), lacking_bytes=1)
 
 
 @hostile

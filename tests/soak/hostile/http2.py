@@ -18,20 +18,23 @@ _END_HEADERS = 4
 _INITIAL_WINDOW_SIZE = 4
 _ALL_WINDOW_BYTES = 2**31 - 1
 _FRAME_BYTES = 16384
+_FIRST_WINDOW_BYTES = 65535
+_WHOLE = 0
+"""Stands for the connection where a stream does."""
+
 _CANCEL = 8
 
 
 class Http2:
-    """A connection. What it sends must fit into the windows that the server gives at first: 64 KiB in all.
-
-    It closes the socket.
-    """
+    """A connection, which closes the socket. What the server sends is read for its windows alone."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._last_stream = -1
+        self._initial_window_bytes = _FIRST_WINDOW_BYTES
+        self._windows = {_WHOLE: _FIRST_WINDOW_BYTES}  # by stream
         settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, _ALL_WINDOW_BYTES)
-        window = struct.pack(">I", _ALL_WINDOW_BYTES - 65535)
+        window = struct.pack(">I", _ALL_WINDOW_BYTES - _FIRST_WINDOW_BYTES)
         self._write(
             _PREFACE
             + _frame(_SETTINGS, settings)
@@ -42,19 +45,29 @@ class Http2:
     def begin(self, path: str) -> int:
         """Begin a call: send its headers, and return its stream."""
         self._last_stream += 2
+        self._windows[self._last_stream] = self._initial_window_bytes
         fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "soak"}
         fields |= {"te": "trailers", "content-type": "application/grpc"}
         block = b"".join(_field(name, value) for name, value in fields.items())
         self._write(_frame(_HEADERS, block, _END_HEADERS, self._last_stream))
         return self._last_stream
 
-    def send(self, stream: int, message: bytes, *, is_last: bool = False) -> None:
-        """Send a message of a call."""
-        data = struct.pack(">?I", False, len(message)) + message
-        for begin in range(0, len(data), _FRAME_BYTES):
-            piece = data[begin : begin + _FRAME_BYTES]
-            ends = is_last and begin + len(piece) == len(data)
-            self._write(_frame(_DATA, piece, _END_STREAM if ends else 0, stream))
+    def send(
+        self, stream: int, message: bytes, *, is_last: bool = False, lacking_bytes: int = 0
+    ) -> None:
+        """Send a message of a call, or one of which so many bytes never come."""
+        data = struct.pack(">?I", False, len(message) + lacking_bytes) + message
+        view = memoryview(data)
+        while view:
+            size = min(len(view), _FRAME_BYTES, self._windows[_WHOLE], self._windows[stream])
+            if size <= 0:
+                self._hear()
+                continue
+            for window in (_WHOLE, stream):
+                self._windows[window] -= size
+            flags = _END_STREAM if is_last and size == len(view) else 0
+            self._write(_frame(_DATA, bytes(view[:size]), flags, stream))
+            view = view[size:]
 
     def call(self, path: str, message: bytes, *, is_last: bool = True) -> int:
         """Begin a call, send its message, and return its stream."""
@@ -75,6 +88,33 @@ class Http2:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
+
+    def _hear(self) -> None:
+        """Read a frame. Raises OSError if none comes."""
+        head = self._read(9)
+        kind, flags, stream = struct.unpack_from(">BBI", head, 3)
+        payload = self._read(int.from_bytes(head[:3]))
+        if kind == _WINDOW_UPDATE:
+            self._windows[stream] = self._windows.get(stream, 0) + int.from_bytes(payload)
+        elif kind == _SETTINGS and not flags & _ACK:
+            for number, value in struct.iter_unpack(">HI", payload):
+                if number == _INITIAL_WINDOW_SIZE:
+                    self._change_windows(value)
+
+    def _change_windows(self, initial_bytes: int) -> None:
+        for stream in self._windows:
+            if stream != _WHOLE:
+                self._windows[stream] += initial_bytes - self._initial_window_bytes
+        self._initial_window_bytes = initial_bytes
+
+    def _read(self, size_bytes: int) -> bytes:
+        data = b""
+        while len(data) < size_bytes:
+            piece = self._socket.recv(size_bytes - len(data))
+            if not piece:
+                raise ConnectionResetError("the server has closed the connection")
+            data += piece
+        return data
 
     def _write(self, data: bytes) -> None:
         self._socket.sendall(data)
