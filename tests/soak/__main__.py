@@ -22,7 +22,6 @@ import click
 import pytest
 
 from tests.cgroups import Cgroup, cgroup
-from tests.processes import wait_until
 from tests.soak.clients import Client, Hostile
 from tests.soak.honest import CALL_TIMEOUT_S, WAYS
 from tests.soak.hostile.kinds import KINDS
@@ -39,6 +38,9 @@ _ADDRESSES_COUNT = 8
 
 _CALM_S = 8.0, 20.0
 """How long the server is left to itself, from and to."""
+
+_READY_S = 60.0
+"""How long all honest clients may take to make their first calls, before there are hostile ones."""
 
 _STEP_S = 0.05
 
@@ -69,7 +71,9 @@ class Soak:
             honest = [self._client("honest", way, stack) for way in WAYS]
             health = self._client("health", "health", stack)
             steady = [*honest, health]
-            wait_until(lambda: all(c.is_ready or c.process.poll() is not None for c in steady))
+            until_s = time.monotonic() + _READY_S
+            while not all(client.is_ready for client in steady) and time.monotonic() < until_s:
+                time.sleep(_STEP_S)
             self._run(stack)
             for hostile in self._hostile:
                 hostile.end()
@@ -117,7 +121,7 @@ class Soak:
             number, kind = len(self._hostile), self._order.pop()
             source = f"127.0.0.{2 + number % _ADDRESSES_COUNT}"
             words = (f"{number:03}-{kind}", kind, *self.words, source)
-            seconds = self.seconds if self.is_calm else _HOSTILE_S
+            seconds = 2 * self.seconds if self.is_calm else _HOSTILE_S  # alone, it is not killed
             hostile = Hostile(self.directory, *words, random=self.random, seconds=seconds)
             stack.callback(hostile.end)
             self._hostile.append(hostile)
