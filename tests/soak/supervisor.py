@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,13 +96,16 @@ class Supervisor:
         if code is not None:
             self.faults.append(f"{_now()}: the server ended by itself, with exit code {code}")
             self._restart(time.monotonic())
-        pid = self._server.process.pid
+        if self._group is not None:
+            self.group_bytes = max(self.group_bytes, self._group.kept_memory_bytes)
+        with suppress(OSError, ValueError):  # it is just ending, which the next look sees
+            self._note_held(self._server.process.pid)
+
+    def _note_held(self, pid: int) -> None:
         held = held_by(pid)
         self.memory_bytes = max(self.memory_bytes, peak_memory_bytes(pid))
         self.threads_count = max(self.threads_count, held.threads_count)
         self.descriptors_count = max(self.descriptors_count, held.descriptors_count)
-        if self._group is not None:
-            self.group_bytes = max(self.group_bytes, self._group.kept_memory_bytes)
 
     def kill(self) -> None:
         """Kill it, and start it anew."""
