@@ -52,6 +52,7 @@ def value_of(name: str) -> float | None:
     if owner is Budgets:
         return float(getattr(Budgets.of(MEMORY_BYTES), constant))
     (default,) = [field.default for field in fields(owner) if field.name == constant]
+    assert isinstance(default, int)
     return float(default)
 
 

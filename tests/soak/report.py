@@ -27,6 +27,9 @@ _UNDER_WAY_S = 0.2
 """How long before SIGTERM a call must have begun to be accepted: before that it may be on its way."""
 
 _SHOWN_COUNT = 4
+_FAULTS = "unforeseen", "Unexpected [", "Exception in thread", "can't start new thread"
+"""What is in the server's log, or gRPC's part of it, where something was not thought of."""
+
 _MIB = 1 << 20
 
 
@@ -127,7 +130,7 @@ class Results:
                 yield f"memory: {size_bytes // _MIB} MiB in the {name}, of {BOUND_BYTES // _MIB}"
         for log in self.logs:
             text = log.read_text(errors="replace")
-            for mark in (" ERROR ", "Exception in thread", "can't start new thread"):
+            for mark in _FAULTS:
                 if mark in text:
                     yield f"{log}: {mark!r}"
 
