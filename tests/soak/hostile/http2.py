@@ -18,6 +18,7 @@ _END_HEADERS = 4
 _INITIAL_WINDOW_SIZE = 4
 _ALL_WINDOW_BYTES = 2**31 - 1
 _FRAME_BYTES = 16384
+_PIECE_BYTES = 1 << 20
 _FIRST_WINDOW_BYTES = 65535
 _WHOLE = 0
 """Stands for the connection where a stream does."""
@@ -56,18 +57,19 @@ class Http2:
         self, stream: int, message: bytes, *, is_last: bool = False, lacking_bytes: int = 0
     ) -> None:
         """Send a message of a call, or one of which so many bytes never come."""
-        data = struct.pack(">?I", False, len(message) + lacking_bytes) + message
-        view = memoryview(data)
+        view = memoryview(struct.pack(">?I", False, len(message) + lacking_bytes) + message)
         while view:
-            size = min(len(view), _FRAME_BYTES, self._windows[_WHOLE], self._windows[stream])
+            size = min(len(view), _PIECE_BYTES, self._windows[_WHOLE], self._windows[stream])
             if size <= 0:
                 self._hear()
                 continue
             for window in (_WHOLE, stream):
                 self._windows[window] -= size
-            flags = _END_STREAM if is_last and size == len(view) else 0
-            self._write(_frame(_DATA, bytes(view[:size]), flags, stream))
-            view = view[size:]
+            piece, view = view[:size], view[size:]
+            flags = _END_STREAM if is_last and not view else 0
+            frames = [piece[i : i + _FRAME_BYTES] for i in range(0, size, _FRAME_BYTES)]
+            last = _frame(_DATA, bytes(frames.pop()), flags, stream)
+            self._write(b"".join([_frame(_DATA, bytes(one), 0, stream) for one in frames]) + last)
 
     def call(self, path: str, message: bytes, *, is_last: bool = True) -> int:
         """Begin a call, send its message, and return its stream."""
