@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,6 +49,11 @@ class Cgroup:
         """What is charged to it now that cannot be dropped: anonymous memory and shared memory."""
         stat = dict(line.split() for line in self._text("memory.stat").splitlines())
         return int(stat["rss"]) + int(stat["shmem"])
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most that was ever charged to it."""
+        return self._number("memory.max_usage_in_bytes")
 
     @property
     def kills_count(self) -> int:
@@ -107,9 +112,7 @@ def _new_folder(controller: str) -> Path:
     mount = _MOUNTS / controller
     if not (mount / "cgroup.clone_children").exists():
         pytest.skip(f"no cgroups of version 1 for {controller} are mounted at {mount}")
-    folder = mount / f"deconvd-test-{os.getpid()}"
     try:
-        folder.mkdir()
+        return Path(tempfile.mkdtemp(prefix="deconvd-test-", dir=mount))
     except OSError as error:
-        pytest.skip(f"a cgroup cannot be made at {folder}: {error.strerror}")
-    return folder
+        pytest.skip(f"no cgroup can be made in {mount}: {error.strerror}")

@@ -45,7 +45,7 @@ class Runner(Protocol):
         places: Mapping[str, Tensor],
         options: Options,
         call: Call,
-    ) -> None: ...
+    ) -> object: ...
 
 
 def runner(device: Device, problem: Problem) -> Runner:

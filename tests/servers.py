@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from deconvd.tensor import Array
@@ -52,11 +54,19 @@ def server_process(
     device: str = "cpu",
     listen: tuple[str, ...] = ("unix",),
     within: Cgroup | None = None,
+    constants: Mapping[str, float] | None = None,
+    descriptors_count: int | None = None,
 ) -> Iterator[ServerProcess]:
-    """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default, within a cgroup."""
+    """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default.
+
+    Args:
+        within: The cgroup that it is to be in.
+        constants: Values for constants of its modules, by ``module:name``: limits that are too long for a test.
+        descriptors_count: How many descriptors it may have; None for as many as this process.
+    """
     addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]
     log = directory / "server.log"
-    command = [sys.executable, "-W", "error", "-m", "deconvd_server", "--device", device, *options]
+    command = [sys.executable, "-W", "error", *_module(constants), "--device", device, *options]
     command += [word for address in addresses for word in ("--listen", address)]
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -64,6 +74,7 @@ def server_process(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            preexec_fn=partial(_limit_descriptors, descriptors_count),
         )
     try:
         assert process.stdout is not None
@@ -74,6 +85,28 @@ def server_process(
         process.kill()
         process.wait()
         process.communicate()
+
+
+def _module(constants: Mapping[str, float] | None) -> list[str]:
+    """Return the words that have Python run the server, with other values for some constants."""
+    if not constants:
+        return ["-m", "deconvd_server"]
+    settings = [(*name.split(":"), value) for name, value in constants.items()]
+    script = (
+        "import importlib\n"
+        f"for module, name, value in {settings!r}:\n"
+        "    module = importlib.import_module(module)\n"
+        "    assert hasattr(module, name)\n"
+        "    setattr(module, name, value)\n"
+        "from deconvd_server.__main__ import main\n"
+        "main()"
+    )
+    return ["-c", script]
+
+
+def _limit_descriptors(count: int | None) -> None:
+    if count is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from deconvd.errors import CallCancelledError, DeadlineError
+from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
 from deconvd_server.call import Call
 
 
@@ -122,3 +122,26 @@ def test_of_askers_who_race_with_the_end_each_is_told_once(
                 pool.map(ask, [call] * threads_count, [told] * threads_count, range(threads_count))
             )
             assert sorted(told) == [1, 2, 3]
+
+
+def test_a_call_that_the_server_stops_ends_as_cancelled_and_says_why() -> None:
+    call, why = Call(), UnavailableError("others ask", retry_after_s=1)
+    heard: list[Call] = []
+    call.on_cancel(lambda: heard.append(call))
+
+    call.stop(why)
+    call.stop(DeadlineError("too late to be the reason"))
+
+    assert heard == [call]
+    assert call.stopped_by is why
+    with pytest.raises(CallCancelledError):
+        call.check()
+
+
+def test_a_call_whose_caller_has_gone_is_not_stopped_any_more() -> None:
+    call = Call()
+    call.cancel()
+
+    call.stop(DeadlineError("nobody hears it"))
+
+    assert call.stopped_by is None

@@ -6,7 +6,6 @@ import itertools
 import math
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
+from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.gradients import Gradients
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
+from deconvd.operation import DECONVOLVE
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array, spec_of
@@ -497,57 +496,6 @@ def test_operands_without_bytes_take_no_time_whatever_they_declare(device: CpuDe
     np.testing.assert_array_equal(y, np.broadcast_to(b[:, None, None], p.y.shape))
     assert (gx.shape, gW.shape) == (p.x.shape, p.W.shape)
     np.testing.assert_array_equal(gb, [32, 32])
-
-
-HUNGRY = {
-    # the columns of all pixels and taps at once would have 170 MB
-    "many taps": problem_of((1, 8, 256, 256), (8, 8, 9, 9), Geometry(pad=(4, 4), stride=(1, 2))),
-    "half precision": problem_of((4, 64, 48, 48), (64, 32, 3, 3), types=(BFLOAT16, BFLOAT16)),
-    "one output channel": problem_of((8, 512, 2, 2), (512, 1, 40, 40)),
-    "one pixel, many samples": problem_of((128, 512, 1, 1), (512, 16, 4, 4)),
-    "many groups": problem_of((2, 256, 40, 40), (256, 1, 5, 5), Geometry(groups=256)),
-    "columns of 2 MB": problem_of((1, 1, 32, 32), (1, 16, 4, 4), types=(F64, F64)),
-    "mixed": problem_of((2, 64, 64, 64), (64, 16, 3, 3), types=(np.dtype(np.float16), F64)),
-}
-
-_PYTHON_BYTES = 1 << 20
-"""What Python's own objects may take besides: tasks, futures, views."""
-
-
-@pytest.mark.parametrize("threads_count", [1, 8])
-@pytest.mark.parametrize("name", HUNGRY)
-def test_a_call_takes_no_more_memory_than_its_footprint(name: str, threads_count: int) -> None:
-    problem, device = HUNGRY[name], CpuDevice(threads_count)
-    o = drawn(problem)
-    operands_bytes = problem.x.nbytes + problem.W.nbytes + problem.y.nbytes
-
-    peaks = {}
-    tracemalloc.start()
-    try:
-        for run_name, run, operand in (
-            ("y", RUNS["y"], problem.y),
-            ("gx", RUNS["gx"], problem.x),
-            ("gW", RUNS["gW"], problem.W),
-        ):
-            tracemalloc.reset_peak()
-            before, _ = tracemalloc.get_traced_memory()
-            run(device, o, Call())
-            peaks[run_name] = tracemalloc.get_traced_memory()[1] - before - operand.nbytes
-    finally:
-        tracemalloc.stop()
-        device.close()
-
-    results = {
-        "y": (DECONVOLVE, "y"),
-        "gx": (DECONVOLVE_GRAD, "gx"),
-        "gW": (DECONVOLVE_GRAD, "gw"),
-    }
-    allowed = {
-        run_name: device.footprint_bytes(operation, problem, {field}) - operands_bytes
-        for run_name, (operation, field) in results.items()
-    }
-    over = {k: (peaks[k], allowed[k]) for k in peaks if peaks[k] > allowed[k] + _PYTHON_BYTES}
-    assert not over
 
 
 # What it is

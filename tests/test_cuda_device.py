@@ -177,7 +177,7 @@ def test_empty_operands_give_what_the_cpu_gives(
     y = deconvolve(on_card, problem, x, W, b, Options(), Call())
     found = gradients(on_card, problem, x, W, gy, Wanted(), Options(), Call())
 
-    assert cuda.footprint_bytes(DECONVOLVE, problem, {"y"}) == 0
+    assert cuda.footprint_bytes(DECONVOLVE, problem, ("w", "x"), ("y",)) == 0
     np.testing.assert_array_equal(y, deconvolve(on_host, problem, x, W, b, Options(), Call()))
     for result, expected in zip(
         found, gradients(on_host, problem, x, W, gy, Wanted(), Options(), Call()), strict=True
@@ -806,7 +806,7 @@ def test_a_call_beyond_the_memory_fails_alone() -> None:
     with pytest.raises(ExhaustedError, match="bytes"):
         deconvolve(device, large, random_array(large.x), W, None, steady, Call())
 
-    assert device.footprint_bytes(DECONVOLVE, large, {"y"}) > device.info.budget_bytes
+    assert device.footprint_bytes(DECONVOLVE, large, ("w", "x"), ("y",)) > device.info.budget_bytes
     np.testing.assert_array_equal(deconvolve(device, small, x, W, None, steady, Call()), before)
     device.close()
 
@@ -838,11 +838,15 @@ def test_the_footprint_bounds_what_calls_take() -> None:
         problem = replace_batch(random_problem(seed), 400)
         x, W, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.y))
         deconvolve(device, problem, x, W, None, Options(), Call())
-        assert device.stats.memory.peak_bytes <= device.footprint_bytes(DECONVOLVE, problem, {"y"})
+        assert device.stats.memory.peak_bytes <= device.footprint_bytes(
+            DECONVOLVE, problem, ("w", "x"), ("y",)
+        )
         gradients(device, problem, x, W, gy, Wanted(), Options(), Call())
         assert device.stats.memory.peak_bytes <= max(
-            device.footprint_bytes(DECONVOLVE_GRAD, problem, DECONVOLVE_GRAD.all_results),
-            device.footprint_bytes(DECONVOLVE, problem, {"y"}),
+            device.footprint_bytes(
+                DECONVOLVE_GRAD, problem, DECONVOLVE_GRAD.operands, DECONVOLVE_GRAD.all_results
+            ),
+            device.footprint_bytes(DECONVOLVE, problem, ("w", "x"), ("y",)),
         )
         device.close()
 

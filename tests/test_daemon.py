@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import deconvd_client
 from deconvd_client import UnavailableError
+from deconvd_server.exit_codes import ExitCode
 from tests.servers import ServerProcess, server_process
 
 X = np.ones((8, 16, 48, 48), np.float32)
@@ -132,7 +133,7 @@ def test_a_drain_is_bounded(socket_directory: Path) -> None:
         endless = _endless_call(F, server)
         exit_code = server.end()
 
-    assert exit_code == 0
+    assert exit_code == ExitCode.CUT_SHORT
     assert isinstance(endless.exception(timeout=60), deconvd_client.DeconvdError)
 
 
@@ -148,7 +149,7 @@ def test_a_second_signal_cuts_the_drain_short(socket_directory: Path) -> None:
         _wait_for_log(server, "draining")
         exit_code = server.end()
 
-    assert exit_code == 0
+    assert exit_code == ExitCode.CUT_SHORT
     assert isinstance(endless.exception(timeout=60), deconvd_client.DeconvdError)
 
 
@@ -157,7 +158,7 @@ def _endless_call(F: deconvd_client.Connection, server: ServerProcess) -> Future
     caller = ThreadPoolExecutor(1)
     endless = caller.submit(F.deconvolution_2d, ENDLESS_X, ENDLESS_W)
     caller.shutdown(wait=False)
-    _wait_for_log(server, ": begun")
+    _wait_for_log(server, "Deconvolve from")  # others tell where the server is
     return endless
 
 

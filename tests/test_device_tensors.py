@@ -293,10 +293,10 @@ def test_a_call_that_has_ended_moves_nothing(device: Device) -> None:
 
 
 def test_what_lies_on_the_device_is_not_counted_for_the_call(device: Device) -> None:
-    whole = device.footprint_bytes(DECONVOLVE, LARGE, {"y"})
+    whole = device.footprint_bytes(DECONVOLVE, LARGE, ("w", "x"), ("y",))
     resident_bytes = LARGE.x.nbytes + LARGE.y.nbytes
 
-    without = device.footprint_bytes(DECONVOLVE, LARGE, {"y"}, resident_bytes)
+    without = device.footprint_bytes(DECONVOLVE, LARGE, ("w", "x"), ("y",), resident_bytes)
 
     assert without <= whole - resident_bytes * 0.9
 

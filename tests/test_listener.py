@@ -6,14 +6,17 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
+from deconvd_server import listener as listener_module
 from deconvd_server.listener import Listener
+from deconvd_server.side_socket import Purpose, SideSocket
 from tests.processes import wait_until
 
 TIMEOUT_S = 30
@@ -42,8 +45,14 @@ def listening() -> socket.socket:
 
 
 @contextmanager
-def run(taker: Taker, *sockets: socket.socket) -> Iterator[Listener]:
-    listener = Listener("those of the test", (), sockets, taker.take)
+def run(
+    taker: Taker,
+    *sockets: socket.socket,
+    sides: Sequence[SideSocket] = (),
+    lost: list[str] | None = None,
+) -> Iterator[Listener]:
+    on_lost = pytest.fail if lost is None else lost.append
+    listener = Listener("those of the test", sides, sockets, taker.take, on_lost)
     thread = threading.Thread(target=listener.run)
     thread.start()
     try:
@@ -85,6 +94,73 @@ def test_who_cannot_be_taken_is_let_go_and_the_next_is_taken_once_it_can_be(
             pass
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "those of the test are not accepted for now: can't start new thread" in caplog.text
+
+
+@contextmanager
+def traffic(listener: Listener) -> Iterator[None]:
+    """Have something come all the time for the block."""
+    ours, theirs = socket.socketpair()
+    theirs.send(b"always there to be read")
+    with ours, theirs:
+        listener.call_soon(lambda: listener.watch(ours.fileno(), lambda: None))
+        try:
+            yield
+        finally:
+            done = threading.Event()
+            listener.call_soon(lambda: listener.unwatch(ours.fileno()))
+            listener.call_soon(done.set)
+            assert done.wait(TIMEOUT_S)
+
+
+def test_traffic_does_not_keep_it_from_taking_connections_again() -> None:
+    taker = Taker()
+    taker.error = OSError("Too many open files")
+    sock = listening()
+    address = sock.getsockname()
+    with run(taker, sock) as listener, traffic(listener):
+        with socket.create_connection(address, TIMEOUT_S) as refused:
+            assert refused.recv(1) == b""
+        taker.error = None
+        with socket.create_connection(address, TIMEOUT_S), taker.next():
+            pass
+
+
+def test_traffic_does_not_keep_it_from_making_a_file_anew(
+    socket_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_MEND_S", 0.1)
+    path = socket_directory / "calls"
+    side = SideSocket(path, kind=Purpose.CALLS.kind)
+    with run(Taker(), sides=[side]) as listener, traffic(listener):
+        path.unlink()
+        wait_until(path.exists)
+        listener.withdraw()
+
+
+def test_an_error_that_nobody_foresaw_is_logged_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    taker = Taker()
+    taker.error = ValueError("on purpose")
+    lost: list[str] = []
+    sock = listening()
+    with run(taker, sock, lost=lost), socket.create_connection(sock.getsockname(), TIMEOUT_S):
+        wait_until(lambda: bool(lost))
+    assert lost == ["the thread for those of the test"]
+    assert "those of the test are served no more: unforeseen error" in caplog.text
+    assert "on purpose" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_shortage_that_one_connection_meets_ends_nothing(error: Exception) -> None:
+    taker = Taker()
+    taker.error = error
+    sock = listening()
+    address = sock.getsockname()
+    with run(taker, sock):
+        with socket.create_connection(address, TIMEOUT_S) as refused:
+            assert refused.recv(1) == b""
+        taker.error = None
+        with socket.create_connection(address, TIMEOUT_S), taker.next():
+            pass
 
 
 def test_what_is_watched_is_acted_on_until_it_is_not() -> None:

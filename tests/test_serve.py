@@ -140,13 +140,16 @@ def test_an_observer_hears_of_streams(transport: str, peer: str) -> None:
 
 @TRANSPORTS
 @pytest.mark.parametrize(
-    "error", [errors.ExhaustedError("no room"), ZeroDivisionError("swordfish")]
+    "error",
+    [errors.ExhaustedError("no room"), ZeroDivisionError("swordfish"), MemoryError("swordfish")],
 )
 def test_an_observer_hears_what_a_call_failed_with(
     error: Exception, transport: str, peer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder()
     told = error if isinstance(error, DeconvdError) else errors.InternalError()
+    if isinstance(error, MemoryError):
+        told = errors.ExhaustedError()
 
     with (
         observed(FailingDevice(error), recorder) as address,
@@ -164,6 +167,7 @@ def test_an_observer_hears_what_a_call_failed_with(
     end = recorder.of("Deconvolve", peer)[-1]
     assert (end.status, end.error) == (told.status, error)
     assert f"Deconvolve from {peer}" in caplog.text
+    assert ("Traceback" in caplog.text) == isinstance(error, ZeroDivisionError)
 
 
 GONE = pytest.mark.parametrize("error", [CallCancelledError("gone"), ValueError("it is closed")])
@@ -252,6 +256,18 @@ def test_a_call_begins_with_its_deadline_and_its_peer() -> None:
     assert call.peer == "tcp: here"
     assert call is serving.call
     assert serving.failure is None
+
+
+def test_a_call_that_the_server_has_stopped_is_told_why_whatever_came_of_it() -> None:
+    serving = Serving("Deconvolve", Call(), ())
+
+    with serving as call:
+        call.stop(errors.UnavailableError("others ask", retry_after_s=1))
+        call.check()
+
+    assert serving.failure is not None
+    with pytest.raises(errors.UnavailableError, match="others ask"):
+        raise error_from_status(serving.failure)
 
 
 @pytest.mark.parametrize("cls", DeconvdError.__subclasses__())

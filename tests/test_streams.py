@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import deconvd_client
 from deconvd.chunks import ChunkSource, chunks_of
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import ExhaustedError, InvalidArgumentError
 from deconvd.geometry import Geometry
 from deconvd.messages import message_from_geometry
 from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
@@ -171,9 +171,39 @@ def test_a_stream_of_gradients_counts_what_it_needs(wanted: tuple[str, ...]) -> 
     sliced_bytes += 2 * wide.x.nbytes if {"gx", "gw"} <= {*wanted} else 0
     sliced_bytes += wide.x.nbytes if len({"gx", "gw"} & {*wanted}) == 1 else 0
     whole_bytes = wide.W.nbytes if "gx" in wanted else 0
-    whole_bytes += 2 * wide.W.nbytes if "gw" in wanted else 0
-    whole_bytes += 2 * wide.c_O * 8 if "gb" in wanted else 0  # summed in float64
+    # the sum so far, in float64, and those of three slices
+    whole_bytes += 4 * wide.W.nbytes if "gw" in wanted else 0
+    whole_bytes += wide.c_O * (8 + 3 * 2) if "gb" in wanted else 0
     assert SlicedRequest(parsed, 4).footprint_bytes == whole_bytes + sliced_bytes
+
+
+def test_a_stream_counts_a_bias() -> None:
+    parsed, with_b = (
+        ParsedRequest(
+            operation=DECONVOLVE,
+            problem=PROBLEM,
+            options=Options(),
+            wanted=("y",),
+            optional=optional,
+        )
+        for optional in ((), ("b",))
+    )
+    without_bytes = SlicedRequest(parsed, 1).footprint_bytes
+    assert SlicedRequest(with_b, 1).footprint_bytes == without_bytes + PROBLEM.b.nbytes
+
+
+def test_a_slice_of_gradients_has_x_and_gy_and_gx() -> None:
+    large = Problem(
+        TensorSpec((9, 1, 1024, 1024), np.dtype(np.float64)),
+        TensorSpec((1, 1, 1, 1), np.dtype(np.float64)),
+        Geometry(),
+    )
+    parsed = ParsedRequest(
+        operation=DECONVOLVE_GRAD, problem=large, options=Options(), wanted=("gx", "gw")
+    )
+    SlicedRequest(parsed, 2).check_slice(1)
+    with pytest.raises(ExhaustedError, match=r"of 3 samples has 75497472 bytes, .* takes 67108864"):
+        SlicedRequest(parsed, 3).check_slice(1)
 
 
 def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import time
@@ -73,13 +74,21 @@ class ByteStream(Protocol):
 class SocketStream:
     """A stream socket as a byte stream.
 
+    Attributes:
+        waits_since_s: Since when it has waited for the other end to send or to take anything, on the monotonic clock;
+            infinity while it does not wait. Any thread may look.
+
     Args:
         connection: This object closes it. It is made non-blocking: where there is something to read, or room for
             what is written, that is one call of the system.
+        stall_limit_s: As long as there is a deadline, the other end must send or take something within so many
+            seconds, or whatever waits raises LineTimeoutError.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, stall_limit_s: float = math.inf) -> None:
+        self.waits_since_s = math.inf
         self._socket = connection
+        self._stall_limit_s = stall_limit_s
         self._deadline_s: float | None = None
         self._is_readable, self._is_writable = _readable(connection), _writable(connection)
         connection.setblocking(False)
@@ -167,14 +176,22 @@ class SocketStream:
 
     def _await(self, is_ready: Callable[[float], bool]) -> None:
         """Wait until the socket is ready."""
+        self.waits_since_s = began_s = time.monotonic()
+        deadline_s = math.inf if self._deadline_s is None else self._deadline_s
+        stalled_s = math.inf if self._deadline_s is None else began_s + self._stall_limit_s
         is_so = False
-        while not is_so:
-            remaining_s: float = _LONGEST_S
-            if self._deadline_s is not None:
-                remaining_s = min(self._deadline_s - time.monotonic(), _LONGEST_S)
+        try:
+            while not is_so:
+                remaining_s = min(deadline_s, stalled_s) - time.monotonic()
                 if remaining_s <= 0:
-                    raise LineTimeoutError("the deadline has passed")
-            is_so = is_ready(remaining_s)
+                    raise LineTimeoutError(
+                        "the deadline has passed"
+                        if deadline_s <= stalled_s
+                        else f"the other end has sent and taken nothing for {self._stall_limit_s:g} s"
+                    )
+                is_so = is_ready(min(remaining_s, _LONGEST_S))
+        finally:
+            self.waits_since_s = math.inf
 
 
 def _readable(connection: socket.socket) -> Callable[[float], bool]:

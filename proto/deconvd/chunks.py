@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from deconvd.codec import (
+    check_rest,
     chunk_from_bytes,
     chunk_to_bytes,
     missing_chunk_from_bytes,
@@ -21,6 +22,8 @@ __all__ = ["ChunkSource", "chunks_of", "messages_of"]
 
 _CHUNK_BYTES: Final = 1 << 20
 """The size at which a gRPC stream is fastest: larger messages cost more than their bytes."""
+
+_EMPTY: Final[Bytes] = np.empty(0, np.uint8)
 
 
 class ChunkSource:
@@ -35,7 +38,7 @@ class ChunkSource:
         self._messages = messages
         self._part_type = part_type
         self._has_chunks = "part" in part_type.DESCRIPTOR.oneofs_by_name
-        self._chunk: Bytes = np.empty(0, np.uint8)
+        self._chunk: Bytes = _EMPTY
 
     def next(self) -> Message | Ahead | None:
         """Return the next part; None at the end."""
@@ -43,14 +46,14 @@ class ChunkSource:
         if data is None:
             return None
         if not self._has_chunks:
-            return parsed(self._part_type, data)
+            return self._parsed(data)
         chunk = chunk_from_bytes(data)
         if chunk is not None:
             return self._at(chunk)
         missing = missing_chunk_from_bytes(data)
         if missing is not None:
             return self._at(missing, is_missing=True)
-        message = parsed(self._part_type, data)
+        message = self._parsed(data)
         unusual = message.WhichOneof("part")
         if unusual in ("chunk", "missing_chunk"):
             return self._at(getattr(message, unusual), is_missing=unusual == "missing_chunk")
@@ -59,7 +62,12 @@ class ChunkSource:
     def read_into(self, target: Bytes) -> None:
         """Read the next of the elements ahead."""
         target[:] = self._chunk[: len(target)]
-        self._chunk = self._chunk[len(target) :]
+        rest = self._chunk[len(target) :]
+        self._chunk = rest if len(rest) else _EMPTY  # a view of none would keep the message
+
+    def _parsed(self, data: bytes) -> Message:
+        check_rest(self._part_type, data)
+        return parsed(self._part_type, data)
 
     def _at(self, chunk: bytes | memoryview, *, is_missing: bool = False) -> Ahead:
         self._chunk = np.frombuffer(chunk, np.uint8)

@@ -11,7 +11,7 @@ classes as a whole: slower, and right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -19,11 +19,14 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
+from deconvd.errors import ExhaustedError
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = [
+    "MAX_REST_BYTES",
     "Buffer",
     "Envelope",
+    "check_rest",
     "chunk_from_bytes",
     "chunk_to_bytes",
     "decode",
@@ -38,6 +41,15 @@ Buffer = bytes | memoryview
 
 _SMALL_BYTES: Final = 16 << 10
 """Up to this size the generated classes are faster than any framing in Python."""
+
+MAX_REST_BYTES: Final = 128 << 10
+"""What a message may have beside the elements of tensors. Parsed, it takes up to a hundred times as much.
+
+As much as a direct line's messages have in all. The longest of ours, 4096 handles to drop, has 82 KB.
+"""
+
+_MAX_UNUSUAL_BYTES: Final = 16 << 20
+"""What the generated classes are given: they take a message three times."""
 
 _REMEMBERED_BYTES: Final = 1 << 10
 _REMEMBERED_COUNT: Final = 1024
@@ -100,6 +112,7 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
 
     Raises:
         DecodeError: They hold no such message.
+        ExhaustedError: They have more than `MAX_REST_BYTES` beside elements: nothing is parsed.
     """
     if len(data) > _REMEMBERED_BYTES:
         return _read(message_type, data)
@@ -111,13 +124,60 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
     return envelope
 
 
+def check_rest(message_type: type[Message], data: bytes) -> None:
+    """Raise ExhaustedError if bytes have more than `MAX_REST_BYTES` beside elements, whatever else they are."""
+    if len(data) <= MAX_REST_BYTES:
+        return
+    descriptor = message_type.DESCRIPTOR
+    if _rest_bytes(memoryview(data), _chunk_fields(descriptor), _tensor_fields(descriptor)) > (
+        MAX_REST_BYTES
+    ):
+        raise ExhaustedError(
+            f"the message has more than {MAX_REST_BYTES} bytes beside the elements of tensors, "
+            f"which is what a {descriptor.full_name} may have"
+        )
+
+
+def _rest_bytes(data: memoryview, elements: Collection[int], tensors: Collection[int] = ()) -> int:
+    """Return how many bytes of a message are no elements; some of them, once they are too many.
+
+    Args:
+        elements: Numbers of the fields that are elements.
+        tensors: Numbers of the fields that are tensors.
+    """
+    rest_bytes = end = 0
+    try:
+        for field in _fields(data):
+            end, value = field.end, field.value
+            rest_bytes += end - field.start
+            if value is not None and field.number in elements:
+                rest_bytes -= len(value)
+            elif value is not None and field.number in tensors:
+                rest_bytes += _rest_bytes(value, (_RAW_NUMBER,)) - len(value)
+            if rest_bytes > MAX_REST_BYTES:
+                return rest_bytes
+    except _UnusualError:
+        pass  # all that follows is read by the generated class, if it can
+    return rest_bytes + len(data) - end
+
+
 def _read(message_type: type[M], data: bytes) -> Envelope[M]:
+    check_rest(message_type, data)
     if len(data) > _SMALL_BYTES:
         try:
             return _decode_large(message_type, memoryview(data))
-        except _UnusualError:
-            pass  # not wrong, as far as is known here: the generated class decides
+        except _UnusualError as unusual:
+            # not wrong, as far as is known here: the generated class decides
+            _check_unusual(data, unusual)
     return _taken_apart(message_type, data)
+
+
+def _check_unusual(data: bytes, unusual: _UnusualError) -> None:
+    if len(data) > _MAX_UNUSUAL_BYTES:
+        raise ExhaustedError(
+            f"the message has {len(data)} bytes and {unusual}: such a message may have at most "
+            f"{_MAX_UNUSUAL_BYTES} bytes"
+        )
 
 
 def _remember(message_type: type[M], data: bytes, envelope: Envelope[M]) -> None:
@@ -238,6 +298,13 @@ def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
         for field in message_type.fields
         if field.message_type is pb.Tensor.DESCRIPTOR
     }
+
+
+@cache
+def _chunk_fields(message_type: Descriptor) -> frozenset[int]:
+    """Return the numbers of a message's fields that are elements themselves."""
+    names = ("chunk", "missing_chunk")
+    return frozenset(field.number for field in message_type.fields if field.name in names)
 
 
 def _fields(data: memoryview) -> Iterator[_Field]:

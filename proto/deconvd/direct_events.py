@@ -64,6 +64,9 @@ FRAME_HEAD: Final = struct.Struct("<B3xI")
 
 FRAME_HEAD_BYTES: Final = FRAME_HEAD.size
 
+_LONGEST_S: Final = 1e12
+"""Some 30,000 years: what a timeout is at most on the line, where it has 64 bits for its microseconds."""
+
 _MAGIC: Final = b"dcd5"
 _HELLO: Final = struct.Struct("<4s16s")
 _CALL: Final = struct.Struct("<B?6xQQ")
@@ -165,7 +168,7 @@ class CallHead(NamedTuple):
     def pack(self) -> bytes:
         """Return its frame."""
         method, timeout_s, message, is_early, written_bytes = self
-        timeout_us = max(int(timeout_s * 1e6), 0)
+        timeout_us = max(int(min(timeout_s, _LONGEST_S) * 1e6), 0)
         payload_bytes = _CALL.size + len(message)
         head = _CALL_FRAME.pack(
             FrameKind.CALL, payload_bytes, method, is_early, timeout_us, written_bytes

@@ -24,8 +24,8 @@ _ARENAS_COUNT: Final = 2
 _log = logging.getLogger(__name__)
 
 
-def keep_freed_memory() -> None:
-    """Set it for a process that is a server, with many threads.
+def keep_freed_memory(kept_bytes: int = _KEPT_BYTES) -> None:
+    """Set it for a process that is a server, with many threads, to keep no more than `kept_bytes`.
 
     What threads free it keeps apart for each of them, up to eight times as many as there are processors: memory
     then grows for ten thousand calls before it stays. Few such arenas cost no time, since the interpreter's lock
@@ -35,8 +35,10 @@ def keep_freed_memory() -> None:
     if mallopt is None:
         _log.debug("this C library has no mallopt")
         return
-    mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    mallopt(
+        _M_MMAP_THRESHOLD, min(kept_bytes // 8, LARGE_BYTES)
+    )  # beyond it, holes would be kept as well
+    mallopt(_M_TRIM_THRESHOLD, kept_bytes)
     mallopt(_M_ARENA_MAX, _ARENAS_COUNT)
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import threading
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,10 @@ import deconvd
 from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.malloc import keep_freed_memory
-from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
-from deconvd_server.ends import Drained, Ends
+from deconvd_server.budgets import LEAST_MESSAGE_BYTES, budgets
+from deconvd_server.device.faults import DeviceUnavailableError
+from deconvd_server.ends import Ends, ServingLostError
+from deconvd_server.event_loop import the_loop
 from deconvd_server.log_text import LogFormatter
 from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
@@ -30,6 +31,7 @@ from deconvd_server.unix_socket import Access
 try:
     from deconvd_server.daemon import Daemon
     from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
+    from deconvd_server.running import Drainer, run
 except ModuleNotFoundError as missing:
     if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings
         raise
@@ -38,15 +40,9 @@ except ModuleNotFoundError as missing:
         "from a checkout, pip install '.[server]'"
     )
 
-__all__ = ["EXIT_DEVICE_LOST", "main"]
+__all__ = ["main"]
 
-EXIT_DEVICE_LOST = 3
-"""The exit code that tells a supervisor to start the server anew."""
-
-_GIBIBYTE = 1 << 30
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
-_LEAST_MESSAGE_BYTES = 4 << 20
-"""What clients send in one message, gRPC's own default, must fit."""
 
 _USER_ID = re.compile(r"[0-9]{1,10}")
 _MAX_THREADS_COUNT = 1024
@@ -55,9 +51,6 @@ _LAST_ID = 2**32 - 2
 _FILE_MODE = re.compile(r"0?[0-7]{3}")
 _MODE_FOR_A_GROUP = 0o660
 _MODE_FOR_ALL = 0o666
-
-_LAST_DRAIN_S = 5.0
-"""How long the calls of other devices may take to end once one device is lost."""
 
 _log = logging.getLogger("deconvd_server")
 
@@ -162,7 +155,7 @@ def _group_id(
     "--device-memory-bytes",
     type=ByteSize(min=1),
     default=None,
-    show_default="nine tenths of a GPU's free memory; all of the processor's",
+    show_default="nine tenths of a GPU's free memory; three eighths of the processor's",
     help="What calls may take of each device's memory, all together.",
 )
 @click.option(
@@ -174,15 +167,16 @@ def _group_id(
 )
 @click.option(
     "--max-message-bytes",
-    type=ByteSize(_LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
-    default=_GIBIBYTE,
+    type=ByteSize(LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
+    default=None,
+    show_default="1 GiB, or an eighth of the memory if that is less",
     help="The largest request and the largest response.",
 )
 @click.option(
     "--shared-memory-bytes",
     type=ByteSize(min=0),
     default=None,
-    show_default="a quarter of the host's memory",
+    show_default="a quarter of the memory",
     help="What clients on this host may borrow, all together, to pass tensors in; 0 for nothing.",
 )
 @click.option(
@@ -205,7 +199,7 @@ def _group_id(
     "--spill-memory-bytes",
     type=ByteSize(min=0),
     default=None,
-    show_default="an eighth of the host's memory",
+    show_default="an eighth of the memory",
     help="What they may take of the host's memory when a GPU has no room for them.",
 )
 @click.option(
@@ -247,7 +241,7 @@ def main(
     threads: int | None,
     device_memory_bytes: int | None,
     plan_store: Path | None,
-    max_message_bytes: int,
+    max_message_bytes: int | None,
     shared_memory_bytes: int | None,
     shared_memory_users: tuple[int, ...],
     resident_memory_bytes: int | None,
@@ -264,19 +258,26 @@ def main(
     --no-direct-calls as DECONVD_DIRECT_CALLS=no. A SIZE is in bytes, or as in 512M (times 10^6)
     or 4Gi (times 2^30).
 
-    Exits with 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if a GPU is lost
-    and the server must be started anew.
+    Memory is the host's, or what the cgroup may take if that is less, as in a container; processors
+    likewise.
+
+    Exit codes are 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if it must be
+    started anew, 4 after a drain that cut calls short; README.md has them in a table.
     """
     _log_to_standard_error(log_level)
     _warn_of_unknown_variables()
-    keep_freed_memory()
+    shares = budgets()
+    keep_freed_memory(shares.pool_bytes)
     ends = Ends()
+    drainer = Drainer(ends)
+    the_loop().on_lost(lambda: ends.put(ServingLostError("gRPC's event loop has ended")))
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if max_message_bytes is None:
+        max_message_bytes = shares.largest_message_bytes
     if shared_memory_bytes is None:
-        shared_memory_bytes = host_bytes // 4
+        shared_memory_bytes = shares.shared_memory_bytes
     if spill_memory_bytes is None:
-        spill_memory_bytes = host_bytes // 8
+        spill_memory_bytes = shares.spill_bytes
     residents = ResidentLimits(
         resident_memory_bytes, spill_memory_bytes, tenant_bytes, lease_s=session_lease_s
     )
@@ -292,7 +293,8 @@ def main(
                 takes_direct_calls=takes_direct_calls,
                 direct_port=direct_port,
                 access=_access(socket_mode, socket_group, shared_memory_users),
-            )
+            ),
+            on_lost=ends.put,
         )
     except (OSError, DeconvdError) as error:
         _give_up(error)
@@ -302,7 +304,7 @@ def main(
         daemon.drain()
         _give_up(error)
     _greet(daemon.addresses)
-    _run(daemon, ends)
+    run(daemon, ends, drainer, drain_timeout_s)
 
 
 def _access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:
@@ -340,37 +342,6 @@ def _give_up(error: Exception) -> NoReturn:
     if isinstance(error, InvalidArgumentError):
         raise error
     sys.exit(f"deconvd-server: {error}")
-
-
-def _run(daemon: Daemon, ends: Ends) -> None:
-    """Wait for a reason to end, then drain; cut the drain short at the next."""
-    end = ends.take()
-    if isinstance(end, DeviceLostError):
-        _end_without_device(daemon, end)
-    _log.info("%s: draining", getattr(end, "name", "stop"))
-    drainer = threading.Thread(target=_drain, args=(daemon, ends))
-    drainer.start()
-    while not isinstance(ends.take(), Drained):
-        daemon.cut_drain()
-    drainer.join()
-
-
-def _drain(daemon: Daemon, ends: Ends) -> None:
-    try:
-        daemon.drain()
-    finally:
-        ends.put(Drained())
-
-
-def _end_without_device(daemon: Daemon, loss: DeviceLostError) -> NoReturn:
-    """End the process: at once after the drain, since a lost card's libraries may hang at exit."""
-    _log.error("a device is lost: the server must be started anew: %s", loss)
-    daemon.fail()
-    drainer = threading.Thread(target=daemon.drain, daemon=True)
-    drainer.start()
-    drainer.join(_LAST_DRAIN_S)
-    logging.shutdown()
-    os._exit(EXIT_DEVICE_LOST)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call import Call
 from deconvd_server.ledger import Stage
 
-__all__ = ["Admission", "Load"]
+__all__ = ["Admission", "Both", "Load"]
+
+_SHARES_COUNT: Final = 4
+"""A peer's calls may keep this part of the budget until their answers have left. Who reads none of its answers, be it
+from four addresses at once, leaves others some."""
+
+_SMALL_BYTES: Final = 256 << 10
+"""What is not counted by peer, nor in the line: what a direct line's answer takes, and so little that the number of
+calls bounds it."""
+
+
+_PATIENCE_S: Final = 2.0
+"""How long after it came a call may keep others waiting while it lacks bytes of answers that are leaving: most leave
+within milliseconds, and some never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +44,11 @@ class Load:
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
+    A call's bytes are taken all at once, since who waits with some of them could wait for itself. Of these, some may
+    last until its answer has left. Who reads no answers keeps them for as long as it likes, so these are shared by peer
+    (`Call.counted_by`): a call whose peer has its share already waits for the peer's other calls, and keeps nobody else
+    waiting meanwhile. One that lasts may have more, if it is the peer's only one.
+
     Some of the bytes may be held for longer than a call. A call waits for others to end, but never
     for what is held: it is refused if it cannot fit beside that, and while it waits no more is held
     than leaves it room.
@@ -36,6 +57,10 @@ class Admission:
         calls_count: How many calls may be under way at once.
         budget_bytes: What they may take, all together.
         waiting_count: How many more may wait; the next is refused at once.
+        reserved_count: How many of those are for peers of which no call waits; and the same part of
+            `waiting_bytes`.
+        waiting_bytes: What those who wait may hold all together, beside the budget; None for a quarter of it. One
+            may hold more, if no other waits.
         memory: What the bytes are of, for errors.
         make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
             bytes that it lacks and the call: may `release` some.
@@ -50,6 +75,8 @@ class Admission:
         budget_bytes: int,
         waiting_count: int,
         *,
+        reserved_count: int = 0,
+        waiting_bytes: int | None = None,
         memory: str = "the device's memory",
         make_room: Callable[[int, Call], None] = lambda *_: None,
     ) -> None:
@@ -61,27 +88,48 @@ class Admission:
         self._free_bytes = budget_bytes
         self._held_bytes = 0
         self._waiting_count = waiting_count
+        self._waiting_bytes = budget_bytes // 4 if waiting_bytes is None else waiting_bytes
+        self._reserved_count = reserved_count
+        self._lasting_bytes: dict[str, int] = {}  # by peer
+        self._leaving_bytes = 0
         self._line: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
-    def admitted(self, footprint_bytes: int, call: Call) -> AbstractContextManager[None]:
+    def admitted(
+        self, footprint_bytes: int, call: Call, *, lasting_bytes: int = 0, brought_bytes: int = 0
+    ) -> AbstractContextManager[None]:
         """Hold a place and `footprint_bytes` for the block, after waiting for them.
+
+        Args:
+            lasting_bytes: How many of them the call keeps after the block, until its end (`Call.at_end`); if the
+                block raises, none.
+            brought_bytes: How many of them it holds already while it waits.
 
         Raises:
             ExhaustedError: It would never fit.
-            UnavailableError: Too many calls wait already, or what is held leaves no room for it.
+            UnavailableError: Too many calls wait already, or too large ones, or what is held leaves no room for it.
             CallCancelledError, DeadlineError: The call ended while it waited.
         """
-        return _Admitted(self, footprint_bytes, call)
+        return _Admitted(self, call, footprint_bytes, lasting_bytes, brought_bytes)
 
-    def enter(self, footprint_bytes: int, call: Call) -> None:
+    def enter(
+        self, footprint_bytes: int, call: Call, lasting_bytes: int = 0, brought_bytes: int = 0
+    ) -> None:
         """Take a place and bytes, to be given back by `leave`. Otherwise as `admitted`."""
+        peer = call.counted_by
         with self._lock:
-            if not self._line and self._has_room(footprint_bytes):
-                self._take(footprint_bytes)
+            if (
+                not self._line
+                and self._has_room(footprint_bytes)
+                and (lasting_bytes <= _SMALL_BYTES or self._is_within_share(peer, lasting_bytes))
+            ):
+                self._take(footprint_bytes, peer, lasting_bytes)
                 return
+        changed = threading.Condition(self._lock)
+        until_s = time.monotonic() + _PATIENCE_S
+        ticket = _Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, until_s, changed)
         with call.ledger.timing(Stage.QUEUE):
-            self._wait(footprint_bytes, call)
+            self._wait(ticket, call)
 
     def check_fits(self, footprint_bytes: int) -> None:
         """Return if a call with such a footprint can ever be admitted. Raises ExhaustedError if not."""
@@ -91,11 +139,23 @@ class Admission:
                 f"take {self._budget_bytes}: send fewer samples at a time"
             )
 
-    def leave(self, footprint_bytes: int) -> None:
-        """Give back what `enter` took."""
+    def leave(self, footprint_bytes: int, lasting_bytes: int = 0) -> None:
+        """Give back what `enter` took; what lasts by `end`."""
         with self._lock:
             self._free_places += 1
-            self._free_bytes += footprint_bytes
+            self._free_bytes += footprint_bytes - lasting_bytes
+            self._leaving_bytes += lasting_bytes
+            self._wake_first()
+
+    def end(self, lasting_bytes: int, peer: str) -> None:
+        """Give back what lasted."""
+        with self._lock:
+            self._leaving_bytes -= lasting_bytes
+            if lasting_bytes > _SMALL_BYTES:
+                self._lasting_bytes[peer] -= lasting_bytes
+                if not self._lasting_bytes[peer]:
+                    del self._lasting_bytes[peer]
+            self._free_bytes += lasting_bytes
             self._wake_first()
 
     def hold(self, size_bytes: int) -> None:
@@ -140,27 +200,36 @@ class Admission:
         """What calls may take, all together, as long as what is held stays."""
         return self._budget_bytes - self._held_bytes
 
-    def _wait(self, footprint_bytes: int, call: Call) -> None:
-        self.check_fits(footprint_bytes)
+    def _wait(self, ticket: _Ticket, call: Call) -> None:
+        self.check_fits(ticket.footprint_bytes)
         with self._lock:
-            missing_bytes = footprint_bytes - self._beside_held_bytes
+            missing_bytes = ticket.footprint_bytes - self._beside_held_bytes
         if missing_bytes > 0:
             self._make_room(missing_bytes, call)
-        ticket = _Ticket(footprint_bytes, threading.Condition(self._lock))
         call.on_cancel(lambda: self._wake(ticket))
         with self._lock:
-            self._check_room_beside_held(footprint_bytes)
+            self._check_room_beside_held(ticket.footprint_bytes)
+            if self._line or not self._has_room(ticket.footprint_bytes):
+                self._check_room_to_wait(ticket)
             self._line.append(ticket)
-            try:
-                if not self._may_start(ticket):
-                    self._check_room_to_wait()
-                while not self._may_start(ticket):
-                    ticket.changed.wait(_wait_s(call))
-                    call.check()
-                self._take(footprint_bytes)
-            finally:
+        try:
+            while not self._starts(ticket, call):
+                pass
+        finally:
+            with self._lock:
                 self._line.remove(ticket)
                 self._wake_first()
+
+    def _starts(self, ticket: _Ticket, call: Call) -> bool:
+        """Start a call if it may, and return whether it has; if not, after a wait for what may let it."""
+        with self._lock:
+            if self._may_start(ticket):
+                self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
+                return True
+            call.check()  # with the lock held: who ends it from now on wakes it
+            ticket.changed.wait(_wait_s(ticket, call))
+            self._wake_first()  # which may be another by now
+            return False
 
     def _check_room_beside_held(self, footprint_bytes: int) -> None:
         if footprint_bytes > self._beside_held_bytes:
@@ -170,28 +239,58 @@ class Admission:
                 retry_after_s=self.RETRY_AFTER_S,
             )
 
-    def _check_room_to_wait(self) -> None:
-        others_count = len(self._line) - 1
-        if others_count >= self._waiting_count:
+    def _check_room_to_wait(self, ticket: _Ticket) -> None:
+        # the reserve, of either, is for peers of which no call waits
+        has_none = all(other.peer != ticket.peer for other in self._line)
+        limit_count = self._waiting_count - (0 if has_none else self._reserved_count)
+        if len(self._line) >= limit_count:
             raise UnavailableError(
-                f"the server is full: {others_count} calls wait already",
+                f"the server is full: {len(self._line)} calls wait already",
+                retry_after_s=self.RETRY_AFTER_S,
+            )
+        if ticket.brought_bytes <= _SMALL_BYTES:
+            return
+        others_bytes = sum([other.brought_bytes for other in self._line])
+        limit_bytes = self._waiting_bytes * limit_count // self._waiting_count
+        if others_bytes and others_bytes + ticket.brought_bytes > limit_bytes:
+            raise UnavailableError(
+                f"the server is full: calls that wait have brought {others_bytes} bytes already, of "
+                f"{limit_bytes} that they may, and this one has {ticket.brought_bytes}",
                 retry_after_s=self.RETRY_AFTER_S,
             )
 
+    def _first(self) -> _Ticket | None:
+        """Return whose turn is next: the first in line, but for those who wait for answers that may never leave."""
+        for ticket in self._line:
+            lasting_bytes = ticket.lasting_bytes
+            is_within_share = lasting_bytes <= _SMALL_BYTES or self._is_within_share(
+                ticket.peer, lasting_bytes
+            )
+            fits = ticket.footprint_bytes <= self._beside_held_bytes - self._leaving_bytes
+            if is_within_share and (fits or time.monotonic() < ticket.patient_until_s):
+                return ticket
+        return None
+
     def _may_start(self, ticket: _Ticket) -> bool:
-        return self._line[0] is ticket and self._has_room(ticket.footprint_bytes)
+        return self._first() is ticket and self._has_room(ticket.footprint_bytes)
+
+    def _is_within_share(self, peer: str, lasting_bytes: int) -> bool:
+        own_bytes = self._lasting_bytes.get(peer, 0)
+        return not own_bytes or own_bytes + lasting_bytes <= self._budget_bytes // _SHARES_COUNT
 
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
 
-    def _take(self, footprint_bytes: int) -> None:
+    def _take(self, footprint_bytes: int, peer: str, lasting_bytes: int) -> None:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
+        if lasting_bytes > _SMALL_BYTES:
+            self._lasting_bytes[peer] = self._lasting_bytes.get(peer, 0) + lasting_bytes
 
     def _wake_first(self) -> None:
-        """Let the first in line see whether it may start: to wake all who wait would take long, where they are many."""
-        if self._line:
-            self._line[0].changed.notify()
+        """Let who is next see whether it may start: to wake all who wait would take long, where they are many."""
+        if self._line and (first := self._first()) is not None:
+            first.changed.notify()
 
     def _wake(self, ticket: _Ticket) -> None:
         with self._lock:
@@ -201,18 +300,58 @@ class Admission:
 class _Admitted(AbstractContextManager[None]):
     """A call's place, for the length of a block. See `Admission.admitted`."""
 
-    __slots__ = ("_admission", "_call", "_footprint_bytes")
+    __slots__ = ("_admission", "_brought_bytes", "_call", "_footprint_bytes", "_lasting_bytes")
 
-    def __init__(self, admission: Admission, footprint_bytes: int, call: Call) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        call: Call,
+        footprint_bytes: int,
+        lasting_bytes: int,
+        brought_bytes: int,
+    ) -> None:
         self._admission = admission
-        self._footprint_bytes = footprint_bytes
         self._call = call
+        self._footprint_bytes = footprint_bytes
+        self._lasting_bytes = lasting_bytes
+        self._brought_bytes = brought_bytes
 
     def __enter__(self) -> None:
-        self._admission.enter(self._footprint_bytes, self._call)
+        self._admission.enter(
+            self._footprint_bytes, self._call, self._lasting_bytes, self._brought_bytes
+        )
 
-    def __exit__(self, *_: object) -> None:
-        self._admission.leave(self._footprint_bytes)
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        admission, lasting_bytes = self._admission, self._lasting_bytes
+        admission.leave(self._footprint_bytes, lasting_bytes)
+        if lasting_bytes:
+            end = partial(admission.end, lasting_bytes, self._call.counted_by)
+            if exc_type is None:
+                self._call.at_end(end)
+            else:
+                end()
+
+
+class Both(AbstractContextManager[None]):
+    """A call's place in two admissions, one taken after the other: in the same order by all calls."""
+
+    def __init__(
+        self, first: AbstractContextManager[None], second: AbstractContextManager[None]
+    ) -> None:
+        self._first = first
+        self._second = second
+
+    def __enter__(self) -> None:
+        self._first.__enter__()
+        try:
+            self._second.__enter__()
+        except BaseException as error:
+            self._first.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        self._second.__exit__(*error)
+        self._first.__exit__(*error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,14 +359,26 @@ class _Ticket:
     """A call in the line.
 
     Attributes:
+        lasting_bytes, brought_bytes: See `Admission.admitted`.
+        peer: By what its peer is counted.
+        patient_until_s: Until when it may keep others waiting for answers to leave, on the monotonic clock.
         changed: Notified when it is first and may start, or when its caller has gone.
     """
 
     footprint_bytes: int
+    lasting_bytes: int
+    brought_bytes: int
+    peer: str
+    patient_until_s: float
     changed: threading.Condition
 
 
-def _wait_s(call: Call) -> float | None:
+def _wait_s(ticket: _Ticket, call: Call) -> float | None:
+    """Return when a call in the line is to look again, unless it is told to before."""
+    patient_s = ticket.patient_until_s - time.monotonic()
     remaining_s = call.remaining_s()
     # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
-    return None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
+    wait_s = None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
+    if patient_s <= 0:
+        return wait_s
+    return patient_s if wait_s is None else min(patient_s, wait_s)

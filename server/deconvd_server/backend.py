@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ from typing import Final
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour
+from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
 from deconvd_server.direct import DirectServer
 from deconvd_server.engine import Engines
@@ -51,6 +52,8 @@ class Backend:
         devices: At least one. It closes them, once it is made.
         addresses: Those of the settings, as `bind` has returned them.
         observers: Hear of every direct call.
+        on_lost: Called with what is lost, in any thread, if an error that was not foreseen ends a thread that
+            everyone depends on. Only a new process can help then.
 
     Raises:
         AddressInUseError: Another process has the port for direct calls.
@@ -62,6 +65,7 @@ class Backend:
         devices: Sequence[Device],
         addresses: Sequence[str],
         observers: Sequence[Observer],
+        on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
         instance = secrets.token_bytes(16)
         listeners = _listen_for_direct_calls(settings, addresses)  # first, since it may fail
@@ -81,12 +85,23 @@ class Backend:
             shared_memory_socket=next((str(side.path) for side in memory_sides.values()), ""),
             direct_port=listeners[0].getsockname()[1] if listeners else 0,
         )
-        self._engines = Engines(devices, waiting_count=_WAITING_CALLS_COUNT // len(devices))
+        messages = Admission(
+            _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
+            2 * budgets().messages_bytes,  # and nothing for a processor's calls
+            _WAITING_CALLS_COUNT,
+            reserved_count=_WAITING_CALLS_COUNT // 4,
+            memory="the host's memory for messages",
+        )
+        self._engines = Engines(
+            devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=messages
+        )
         self.residents = Residents(self._engines, settings.residents)
-        self.lender = _lender(settings, self._engines, list(memory_sides.values()), instance)
+        self.lender = _lender(
+            settings, self._engines, list(memory_sides.values()), instance, on_lost
+        )
         self.streams = Admission(
             STREAMS_COUNT,
-            _stream_budget_bytes(),
+            budgets().streams_bytes,
             _WAITING_STREAMS_COUNT,
             memory="the host's memory for streams",
         )
@@ -105,7 +120,7 @@ class Backend:
         self._direct: DirectServer | None = None
         if settings.takes_direct_calls:
             self._direct = DirectServer(
-                list(call_sides.values()), listeners, self.behaviours, instance, observers
+                list(call_sides.values()), listeners, self.behaviours, instance, observers, on_lost
             )
 
     def withdraw(self) -> None:
@@ -121,10 +136,9 @@ class Backend:
         if self._direct is not None:
             self._direct.cancel()
 
-    def end_direct_calls(self, timeout_s: float) -> None:
-        """Return once no direct call is under way: after `timeout_s` they are cancelled."""
-        if self._direct is not None:
-            self._direct.close(timeout_s)
+    def end_direct_calls(self, timeout_s: float) -> bool:
+        """Return once no direct call is under way, and whether none was cancelled: they are after `timeout_s`."""
+        return self._direct is None or self._direct.close(timeout_s)
 
     def close(self) -> None:
         """Close all but the direct connections, once no call is under way."""
@@ -176,7 +190,11 @@ def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
 
 
 def _lender(
-    settings: Settings, engines: Engines, sides: Sequence[SideSocket], instance: bytes
+    settings: Settings,
+    engines: Engines,
+    sides: Sequence[SideSocket],
+    instance: bytes,
+    on_lost: Callable[[str], None],
 ) -> Lender | None:
     if not sides:
         return None
@@ -188,6 +206,7 @@ def _lender(
         users={0, os.geteuid(), *settings.shared_memory_users},
         cards=_cards(engines),
         instance=instance,
+        on_lost=on_lost,
     )
 
 
@@ -196,8 +215,3 @@ def _cards(engines: Engines) -> Cards | None:
     by_card = {engine.info.card: engine for engine in engines.all if engine.info.card}
     budget_bytes = sum(engine.info.budget_bytes for engine in by_card.values())
     return Cards(by_card, Limits(budget_bytes // 2, budget_bytes // 4)) if by_card else None
-
-
-def _stream_budget_bytes() -> int:
-    """Return what streams may hold of the host's memory: half of it."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

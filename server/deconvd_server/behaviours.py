@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from google.protobuf.message import DecodeError, Message
 
@@ -14,15 +14,26 @@ from deconvd.codec import Envelope, decode
 from deconvd.errors import InvalidArgumentError
 from deconvd.malloc import LARGE_BYTES
 from deconvd.parts import Part, PartReader, PartSource
+from deconvd_server.budgets import budgets
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Progress
 
-__all__ = ["Behaviour", "EarlyRequest", "Held", "Parts", "Sink", "Source", "Stream", "Unary"]
+__all__ = [
+    "Behaviour",
+    "EarlyRequest",
+    "Held",
+    "Holding",
+    "Parts",
+    "Sink",
+    "Source",
+    "Stream",
+    "Unary",
+]
 
 Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. Who does not want the rest closes it."""
 
-_ARRIVALS: Final = ArrayMemory(256 << 20, smallest_bytes=LARGE_BYTES)
+_ARRIVALS: Final = ArrayMemory(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
 """Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
 
 
@@ -100,11 +111,29 @@ class Stream(_OfRequest):
     serve: Callable[[PartReader[Any], Call], Parts]
 
 
+class Holding(Protocol):
+    """What a held call holds, from its first message on."""
+
+    @property
+    def response(self) -> Message:
+        """What its caller is told of it."""
+
+    def note(self, message: Any) -> None:
+        """Take note of another message."""
+
+    def end(self) -> None:
+        """End it, as its caller has closed the call in good order."""
+
+
 @dataclass(frozen=True)
 class Held(_OfRequest):
-    """A call that is open for long: it is given the messages that come, and what ends it."""
+    """A call that is open for long, and takes no thread meanwhile.
 
-    serve: Callable[[Iterator[Any], Call, Callable[[], None]], Parts]
+    What serves it is given the first message, the call, which is cancelled if it breaks, and what ends it from any
+    thread.
+    """
+
+    serve: Callable[[Any, Call, Callable[[], None]], Holding]
 
 
 Behaviour: TypeAlias = Unary | Source | Sink | Stream | Held

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
-from deconvd.errors import CallCancelledError, DeadlineError
+from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd_server.ledger import Ledger
 
-__all__ = ["Call", "CallerGoneError"]
+__all__ = ["STALL_LIMIT_S", "Call", "CallerGoneError"]
+
+STALL_LIMIT_S: Final = 30.0
+"""How long a call may wait for its client to send or to take anything: more than a network is gone while a switch or
+a wireless link starts anew, and less than those wait whose places it holds.
+"""
+
+_LONGEST_S: Final = 365 * 24 * 3600.0
+"""A year. Clients may name deadlines that clocks and locks do not reach: 2^64 - 1 microseconds, 292 billion years."""
 
 
 class CallerGoneError(Exception):
@@ -23,21 +33,34 @@ class Call:
 
     Attributes:
         peer: Who calls, for the log.
+        counted_by: By what who calls is counted, where peers share. See `deconvd_server.peers`.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
+        stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
+        sendable_bytes: What the elements of its answer may have, all together, that its transport can send. The
+            transport sets it; by default there is no limit.
 
     Args:
-        timeout_s: Seconds until the deadline; None for no deadline.
+        timeout_s: Seconds until the deadline, which is a year away at most; None for no deadline.
     """
 
-    def __init__(self, timeout_s: float | None = None, peer: str = "") -> None:
+    def __init__(
+        self, timeout_s: float | None = None, peer: str = "", counted_by: str = ""
+    ) -> None:
         self.peer = peer
+        self.counted_by = counted_by
+        self.stopped_by: DeconvdError | None = None
         self.ledger = Ledger()
         self.tenant: object = None
-        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self.sendable_bytes = sys.maxsize
+        self._deadline_s = (
+            None if timeout_s is None else time.monotonic() + min(timeout_s, _LONGEST_S)
+        )
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []
+        self._holders_count = 1
+        self._at_end: list[Callable[[], None]] = []
 
     @property
     def is_cancelled(self) -> bool:
@@ -52,11 +75,46 @@ class Call:
         for callback in callbacks:
             callback()
 
+    def stop(self, error: DeconvdError) -> None:
+        """End it as `cancel` does, on the server's own account: its caller, who may be there, is told the error."""
+        with self._lock:
+            if self._cancelled:
+                return
+            self.stopped_by = error
+        self.cancel()
+
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call `callback` once the caller goes: at once if it has gone already."""
         with self._lock:
             if not self._cancelled:
                 self._callbacks.append(callback)
+                return
+        callback()
+
+    def hold(self) -> None:
+        """Have it end only after one more `end`: for a worker, which may outlast what it works for."""
+        with self._lock:
+            self._holders_count += 1
+
+    def end(self) -> None:
+        """Let it end, and so all that was counted for it (`at_end`), unless another holds it.
+
+        The transport calls it once, whatever comes of the call, and once for each `hold`: when the last byte of the
+        answer has left, or never will, and when a worker has returned.
+        """
+        callbacks: list[Callable[[], None]] = []
+        with self._lock:
+            self._holders_count -= 1
+            if not self._holders_count:
+                callbacks, self._at_end = self._at_end, callbacks
+        for callback in callbacks:
+            callback()
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once it ends: at once if it has already."""
+        with self._lock:
+            if self._holders_count > 0:
+                self._at_end.append(callback)
                 return
         callback()
 

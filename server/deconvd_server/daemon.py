@@ -5,35 +5,42 @@ LISTENING --devices ready--> SERVING --drain--> DRAINING --last call ended--> ST
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Final
 
-import grpc
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
 from deconvd_server.device import Device
+from deconvd_server.ends import ServingLostError
+from deconvd_server.event_loop import the_loop
+from deconvd_server.grpc_server import GrpcServer
 from deconvd_server.health import Health
 from deconvd_server.listen import bind, release
+from deconvd_server.reflection import reflection_handlers
 from deconvd_server.rpc import Gate
 from deconvd_server.serve import CallLog, Observer
 from deconvd_server.settings import Settings
+from deconvd_server.workers import Workers
 
 __all__ = ["Daemon", "State"]
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
-_HANDLER_THREADS_COUNT: Final = 1024
-"""More than the calls and streams that run and wait, so that health is answered whatever the load:
-those that run are one for each processor, or a few for each card. Threads are made as they are needed.
-"""
+
+_WORKERS_COUNT: Final = 192
+"""More than the calls and streams that run and wait: those that run are one for each processor, or a few for each
+card, and 128 more may wait."""
+
+_EARLY_WORKERS_COUNT: Final = 16
+"""Those that are there from the start, so that calls are served when the system has no thread left."""
+
+_LAST_CALLS_S: Final = 0.2
+"""How long calls that still come are told UNAVAILABLE before gRPC ends what comes with CANCELLED. A client that tries
+again does so later, and elsewhere."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,25 +66,42 @@ class Daemon:
 
     Args:
         observers: Hear of every call.
+        on_lost: Called, in any thread, if a part that serves has ended by itself: the process must be started anew.
 
     Raises:
         InvalidArgumentError, AddressInUseError: It cannot listen on one of the addresses.
     """
 
-    def __init__(self, settings: Settings, observers: Sequence[Observer] = (CallLog(),)) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        observers: Sequence[Observer] = (CallLog(),),
+        on_lost: Callable[[ServingLostError], None] = lambda _error: None,
+    ) -> None:
         self.state = State.LISTENING
         self.backend: Backend | None = None
         self._settings = settings
         self._observers = observers
+        self._on_lost = on_lost
         self._lock = threading.Lock()
-        self._gate = Gate(_SERVICE, observers)
-        self._health = Health(_SERVICE.full_name)
-        self._handlers = ThreadPoolExecutor(_HANDLER_THREADS_COUNT, thread_name_prefix="handler")
-        self._server = self._grpc_server()
+        self._loop = the_loop()
+        self._workers = Workers(_WORKERS_COUNT, _EARLY_WORKERS_COUNT)
+        self._loop.run(self._make())
         self.addresses = [
             bind(self._server, address, settings.access) for address in settings.addresses
         ]
-        self._server.start()
+        self._loop.run(self._server.start())
+
+    async def _make(self) -> None:
+        """Make what belongs to the loop, in it."""
+        self._gate = Gate(_SERVICE, self._workers, self._observers)
+        self._health = Health(_SERVICE.full_name)
+        self._is_cut = asyncio.Event()
+        self._server = GrpcServer(
+            {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
+            self._settings.max_message_bytes,
+            lambda: self._on_lost(ServingLostError("gRPC's serving task has ended")),
+        )
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
         """Open the devices and serve calls with them; return once it can.
@@ -97,62 +121,73 @@ class Daemon:
                 self.backend = backend
                 self._gate.open(backend.behaviours)
                 self.state = State.SERVING
-                self._health.set_serving(True)
+                self._loop.loop.call_soon_threadsafe(self._health.set_serving, True)
                 return
         backend.withdraw()  # it drains already
         backend.end_direct_calls(0)
         backend.close()
 
-    def drain(self) -> None:
+    def drain(self) -> bool:
         """Take no more calls, let those under way end, and stop: for good once it returns.
 
         Calls that outlast `drain_timeout_s` are cancelled.
+
+        Returns:
+            Whether no call was.
         """
         with self._lock:
             self.state = State.DRAINING
             backend = self.backend
-        self._health.enter_graceful_shutdown()
+        deadline_s = time.monotonic() + self._settings.drain_timeout_s
+        self._loop.run(self._take_no_more())
         if backend is not None:
             backend.withdraw()  # while its paths are ours, like the socket beside them
-        deadline_s = time.monotonic() + self._settings.drain_timeout_s
-        stopped = self._server.stop(self._settings.drain_timeout_s)
-        # A watcher of health would keep the server from stopping for as long as it cares to watch.
-        self._health.end_watches()
-        stopped.wait()
+        is_whole = self._loop.run(self._stop(deadline_s))
         if backend is not None:
-            backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
-        self._handlers.shutdown()  # a cancelled call's handler may still be on its way out
+            is_whole &= backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
         for address in self.addresses:
             release(address)
+        self._workers.close()  # a cancelled call's may still be on its way out
         if backend is not None:
             backend.close()
         self.state = State.STOPPED
+        return is_whole
 
     def fail(self) -> None:
         """Say NOT_SERVING for good: a device is lost, and only a new process can get it back."""
-        self._health.enter_graceful_shutdown()
+        self._loop.loop.call_soon_threadsafe(self._health.fail)
 
     def cut_drain(self) -> None:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
-        self._server.stop(None)
+        self._loop.loop.call_soon_threadsafe(self._is_cut.set)
         if self.backend is not None:
             self.backend.cancel_direct_calls()
 
-    def _grpc_server(self) -> grpc.Server:
-        server = grpc.server(
-            self._handlers,
-            options=[
-                ("grpc.max_receive_message_length", self._settings.max_message_bytes),
-                ("grpc.max_send_message_length", self._settings.max_message_bytes),
-                *TRANSPORT_OPTIONS,
-                # With it, a second server would share the port in silence.
-                ("grpc.so_reuseport", 0),
-            ],
+    async def _take_no_more(self) -> None:
+        self._health.fail()
+        self._gate.close()
+
+    async def _stop(self, deadline_s: float) -> bool:
+        """Stop gRPC once no call is under way, or they are to be cancelled; return whether none was."""
+        waits = [
+            asyncio.create_task(wait) for wait in (self._is_cut.wait(), self._ended(deadline_s))
+        ]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        is_whole = not self._gate.calls_count
+        for wait in waits:
+            wait.cancel()
+        await self._server.stop(None)
+        return is_whole
+
+    async def _ended(self, deadline_s: float) -> None:
+        """Return once no call is under way, or the time has come."""
+        await asyncio.sleep(min(_LAST_CALLS_S, max(deadline_s - time.monotonic(), 0)))
+        stopping = asyncio.create_task(self._server.stop(max(deadline_s - time.monotonic(), 0)))
+        self._health.end_watches()
+        ended = asyncio.create_task(self._gate.ended())
+        await asyncio.wait(
+            [stopping, ended],
+            timeout=max(deadline_s - time.monotonic(), 0),
+            return_when=asyncio.FIRST_COMPLETED,
         )
-        server.add_generic_rpc_handlers((self._gate,))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
-        return server

@@ -7,17 +7,21 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 from deconvd.byte_stream import SocketStream
 from deconvd.direct_events import Method
+from deconvd.errors import UnavailableError
 from deconvd_server.attention import Attention
 from deconvd_server.behaviours import Behaviour
+from deconvd_server.call import STALL_LIMIT_S
 from deconvd_server.direct_line import DirectLine
 from deconvd_server.listener import Listener
+from deconvd_server.peers import counted_by_connection
 from deconvd_server.serve import Observer
+from deconvd_server.shares import Place, Shares
 from deconvd_server.side_socket import SideSocket, peer_of
 
 __all__ = ["DirectServer"]
@@ -25,8 +29,8 @@ __all__ = ["DirectServer"]
 _LINES_COUNT: Final = 256
 """Each takes a thread, which costs little while it waits."""
 
-_ROOM_S: Final = 1.0
-"""How long an idle line may take to end, so that another can be taken."""
+_RESERVED_LINES_COUNT: Final = 32
+"""For peers that have none: as many as may well come at once, while one peer has all the others."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ _log = logging.getLogger(__name__)
 class DirectServer:
     """Serves direct calls: each line in a thread of its own, while one takes new lines and sees who goes.
 
-    When there are too many lines, one that is idle makes room; if none is, a new one is not taken.
+    Peers share the lines (`deconvd_server.shares`): when there are too many, one of the peer that has most gives way,
+    an idle one if there is any. A connection for which none does is closed: its client calls by gRPC.
 
     Args:
         sides: Listen for processes of this host. All that may open them are served.
@@ -42,6 +47,7 @@ class DirectServer:
         behaviours: What serves each method, by its name.
         instance: The server's id.
         observers: Hear of every call.
+        on_lost: Called with what is lost, if an error that was not foreseen ends the thread that takes lines.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class DirectServer:
         behaviours: Mapping[str, Behaviour],
         instance: bytes,
         observers: Sequence[Observer],
+        on_lost: Callable[[str], None],
     ) -> None:
         self._behaviours = {method: behaviours[method.name] for method in Method}
         self._instance = instance
@@ -58,8 +65,10 @@ class DirectServer:
         self._attention = Attention()
         self._lock = threading.Lock()
         self._lines: dict[int, DirectLine] = {}  # by descriptor
+        self._shares = Shares(_LINES_COUNT, _RESERVED_LINES_COUNT, "direct lines")
         self._is_withdrawn = False
-        self._listener = Listener("direct lines", sides, listeners, self._take)
+        self._is_whole = True  # no call was cut short
+        self._listener = Listener("direct lines", sides, listeners, self._take, on_lost)
         self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
         self._thread.start()
 
@@ -74,19 +83,26 @@ class DirectServer:
     def cancel(self) -> None:
         """Cancel the calls under way."""
         for line in self._all_lines():
+            self._is_whole &= line.is_idle
             line.cancel()
 
-    def close(self, timeout_s: float) -> None:
-        """Withdraw, and return once no call is under way: after `timeout_s` they are cancelled."""
+    def close(self, timeout_s: float) -> bool:
+        """Withdraw, and return once no call is under way: after `timeout_s` they are cancelled.
+
+        Returns:
+            Whether none was.
+        """
         self.withdraw()
         deadline_s = time.monotonic() + timeout_s
         for line in self._all_lines():
             line.thread.join(max(deadline_s - time.monotonic(), 0))
+            self._is_whole &= not line.thread.is_alive()
             line.cancel()
             line.thread.join()
         self._listener.stop()
         self._thread.join()
         self._listener.close()
+        return self._is_whole
 
     def _all_lines(self) -> list[DirectLine]:
         with self._lock:
@@ -99,37 +115,38 @@ class DirectServer:
 
     def _take(self, connection: socket.socket, address: Any) -> None:
         peer = _description(connection, address)
-        self._make_room()
-        with self._lock:
-            has_room = len(self._lines) < _LINES_COUNT and not self._is_withdrawn
-            if not has_room:
-                _log.info("%s is not served directly", peer)
-                connection.close()
-                return
-            line = DirectLine(
-                SocketStream(connection),
-                peer,
-                self._behaviours,
-                self._instance,
-                self._attention,
-                self._observers,
-                self._forget,
-            )
-            see_off = partial(self._see_off, line)
-            self._listener.watch(line.descriptor, see_off, select.EPOLLRDHUP)
-            line.thread.start()
-            self._lines[line.descriptor] = line
+        counted_by = counted_by_connection(connection, address)
+        line = DirectLine(
+            SocketStream(connection, stall_limit_s=STALL_LIMIT_S),
+            peer,
+            counted_by,
+            self._behaviours,
+            self._instance,
+            self._attention,
+            self._observers,
+            self._forget,
+        )
+        try:
+            place = self._shares.take(counted_by, line.cancel)
+        except UnavailableError as error:
+            _log.info("%s is not served directly: %s", peer, error)
+            connection.close()
+            return
+        try:
+            self._begin(line, place)
+        except BaseException:
+            place.free()
+            raise
 
-    def _make_room(self) -> None:
-        """End the line that has been idle for longest, if there are too many."""
+    def _begin(self, line: DirectLine, place: Place) -> None:
         with self._lock:
-            if len(self._lines) < _LINES_COUNT:
+            if self._is_withdrawn:
+                place.free()
+                line.refuse()
                 return
-            idle = [line for line in self._lines.values() if line.is_idle]
-        if idle:
-            oldest = min(idle, key=lambda line: line.idle_since_s)
-            oldest.take_no_more()
-            oldest.thread.join(_ROOM_S)
+            self._listener.watch(line.descriptor, partial(self._see_off, line), select.EPOLLRDHUP)
+            line.start(place)
+            self._lines[line.descriptor] = line
 
     def _forget(self, line: DirectLine) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ A line that breaks, or whose client goes, is ENDED at once, whatever it was.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,16 @@ from google.rpc import status_pb2
 from deconvd.busy_polling import BusyPolling
 from deconvd.byte_stream import SocketStream
 from deconvd.codec import encode
-from deconvd.direct_events import Answer, CallHead, End, Failed, Hello, Method, Written
+from deconvd.direct_events import (
+    MAX_MESSAGE_BYTES,
+    Answer,
+    CallHead,
+    End,
+    Failed,
+    Hello,
+    Method,
+    Written,
+)
 from deconvd.direct_protocol import DirectProtocol, Role, State
 from deconvd.errors import ExhaustedError
 from deconvd.line import FrameSource, Line
@@ -34,12 +44,16 @@ from deconvd_server.behaviours import Behaviour, EarlyRequest, Parts, Sink, Sour
 from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.log_text import excerpt
 from deconvd_server.serve import Observer, Serving
+from deconvd_server.shares import Place
 from deconvd_server.writing import Writing
 
 __all__ = ["DirectLine"]
 
 _GOODBYE_S: Final = 5.0
 """How long a client may take to hear that its call has failed."""
+
+_GREETING_S: Final = 10.0
+"""How long a client may take to say what it wants: it sends a few bytes, over a slow network at worst."""
 
 _POLLED_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call, if it does nothing in between."""
@@ -61,11 +75,11 @@ class DirectLine:
     Attributes:
         thread: Serves it.
         descriptor: Its socket's.
-        idle_since_s: When its last call ended, on the monotonic clock.
 
     Args:
         stream: Is closed at the line's end.
         peer: Who calls, for the log.
+        counted_by: By what the peer is counted. See `deconvd_server.peers`.
         behaviours: What serves the methods.
         instance: The server's id.
         attention: That of the server.
@@ -77,6 +91,7 @@ class DirectLine:
         self,
         stream: SocketStream,
         peer: str,
+        counted_by: str,
         behaviours: Mapping[Method, Behaviour],
         instance: bytes,
         attention: Attention,
@@ -84,10 +99,10 @@ class DirectLine:
         on_end: Callable[[DirectLine], None],
     ) -> None:
         self.descriptor = stream.descriptor
-        self.idle_since_s = time.monotonic()
         self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
         self._line = Line(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
+        self._counted_by = counted_by
         self._behaviours = behaviours
         self._instance = instance
         self._attention = attention
@@ -104,6 +119,17 @@ class DirectLine:
     def is_idle(self) -> bool:
         """Whether it has no call under way."""
         return self._state is _State.IDLE
+
+    def start(self, place: Place) -> None:
+        """Serve it from now on, in its thread; free its place at the end. Raises RuntimeError for want of threads."""
+        self._place = place
+        place.is_idle = True
+        place.progressed_s = -math.inf  # before its greeting it gives way first of all
+        self.thread.start()
+
+    def refuse(self) -> None:
+        """Close it instead of starting it."""
+        self._line.close()
 
     def take_no_more(self) -> None:
         """End once the call under way has been answered; if there is none, now."""
@@ -124,8 +150,7 @@ class DirectLine:
 
     def _serve(self) -> None:
         try:
-            self._line.next_event()
-            self._line.send(Hello(self._instance))
+            self._greet()
             while self._serve_one():
                 pass
         except (LineBrokenError, CallerGoneError) as error:
@@ -135,11 +160,21 @@ class DirectLine:
                 self._peer,
                 excerpt(error),
             )
+        except MemoryError:
+            _log.warning("the direct line of %s has ended: memory has run out", self._peer)
         finally:
             with self._lock:
                 self._state = _State.ENDED
             self._on_end(self)
             self._line.close()
+            self._place.free()
+
+    def _greet(self) -> None:
+        self._line.set_deadline(_GREETING_S)
+        self._line.next_event()
+        self._line.send(Hello(self._instance))
+        self._line.set_deadline(None)
+        self._place.note_progress()
 
     def _serve_one(self) -> bool:
         """Serve the next call, and return whether there may be another."""
@@ -158,9 +193,12 @@ class DirectLine:
 
     def _begin(self, timeout_s: float) -> Call:
         """Begin a call, which `cancel` ends: at once, if it was asked for before."""
-        call = Call(timeout_s, self._peer)
+        call = Call(timeout_s, self._peer, self._counted_by)
+        call.sendable_bytes = MAX_MESSAGE_BYTES
         with self._lock:
             self._state = _State.BUSY
+            self._place.is_idle = False
+            self._place.progressed_s = time.monotonic()
             self._call = call
             is_cancelled = self._is_cancelled
         self._line.set_deadline(timeout_s + _GOODBYE_S)
@@ -174,23 +212,27 @@ class DirectLine:
             self._call = None
             if not self._is_last:
                 self._state = _State.IDLE
-                self.idle_since_s = time.monotonic()
+                self._place.is_idle = True
+                self._place.progressed_s = time.monotonic()
             return not self._is_last
 
     def _answer(self, head: CallHead) -> None:
         behaviour = self._behaviours[head.method]
         serving = Serving(behaviour.name, self._begin(head.timeout_s), self._observers)
-        with serving as call:
-            try:
-                self._respond(behaviour, head, call)
-            except OversizedError as error:
-                raise ExhaustedError(
-                    f"the response has {error}: it is to be made by gRPC"
-                ) from None
-            except LineBrokenError as error:
-                raise CallerGoneError(str(error)) from error
-        if serving.failure is not None:
-            self._fail(serving.failure)
+        try:
+            with serving as call:
+                try:
+                    self._respond(behaviour, head, call)
+                except OversizedError as error:
+                    raise ExhaustedError(
+                        f"the response has {error}: it is to be made by gRPC"
+                    ) from None
+                except LineBrokenError as error:
+                    raise CallerGoneError(str(error)) from error
+            if serving.failure is not None:
+                self._fail(serving.failure)
+        finally:
+            serving.call.end()
 
     def _respond(self, behaviour: Behaviour, head: CallHead, call: Call) -> None:
         match behaviour:

@@ -8,14 +8,28 @@ from queue import SimpleQueue
 
 from deconvd_server.device.faults import DeviceLostError
 
-__all__ = ["Drained", "End", "Ends"]
+__all__ = ["Drained", "End", "Ends", "ServingLostError"]
+
+
+class ServingLostError(Exception):
+    """A part of the server that all calls depend on has ended by itself: the process must be started anew."""
 
 
 class Drained:
-    """The daemon has drained."""
+    """The daemon has drained.
+
+    Attributes:
+        is_whole: Whether no call was cut short.
+    """
+
+    def __init__(self, is_whole: bool) -> None:
+        self.is_whole = is_whole
 
 
-End = signal.Signals | DeviceLostError | Drained
+End = signal.Signals | DeviceLostError | ServingLostError | Drained
+
+_SOON_S = 1e-3
+"""Zero would mean not to wait, and raise another error."""
 
 _OTHER = 0
 """The byte that stands for an end that is no signal."""
@@ -31,17 +45,21 @@ class Ends:
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._others: SimpleQueue[DeviceLostError | Drained] = SimpleQueue()
+        self._others: SimpleQueue[DeviceLostError | ServingLostError | Drained] = SimpleQueue()
         signal.set_wakeup_fd(self._writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: None)
 
-    def put(self, end: DeviceLostError | Drained) -> None:
+    def put(self, end: DeviceLostError | ServingLostError | Drained) -> None:
         """Add an end. May be called from any thread."""
         self._others.put(end)
         self._writer.send(bytes([_OTHER]))
 
-    def take(self) -> End:
-        """Wait for an end, and return it."""
-        (number,) = self._reader.recv(1)
+    def take(self, timeout_s: float | None = None) -> End | None:
+        """Wait for an end, and return it; None if there is none for so long."""
+        self._reader.settimeout(timeout_s if timeout_s is None else max(timeout_s, _SOON_S))
+        try:
+            (number,) = self._reader.recv(1)
+        except TimeoutError:
+            return None
         return self._others.get() if number == _OTHER else signal.Signals(number)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import TypeAlias
 
 import numpy as np
 
-from deconvd.copying import copy_into
 from deconvd.errors import InvalidArgumentError
 from deconvd.operation import Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
-from deconvd_server.admission import Admission, Load
+from deconvd_server.admission import Admission, Both, Load
 from deconvd_server.call import Call
 from deconvd_server.device import (
     CacheState,
@@ -24,10 +24,14 @@ from deconvd_server.device import (
     Operand,
     Tensor,
 )
-from deconvd_server.device.arriving import Arriving, LateError, wait_for_all
-from deconvd_server.device.no_products import result_without_products
+from deconvd_server.device.arriving import Arriving, LateError, require_all, wait_for_all
+from deconvd_server.device.no_products import bytes_without_products, run_without_products
+from deconvd_server.results import new_result
 
-__all__ = ["Engine", "Engines"]
+__all__ = ["Engine", "Engines", "Place"]
+
+Place: TypeAlias = Tensor | TensorSpec
+"""Where a result is put: a spec stands for a new array in the host's memory, made once its call is admitted."""
 
 
 class Engine:
@@ -38,6 +42,8 @@ class Engine:
 
     Args:
         waiting_count: How many calls may wait for their turn; the next is refused.
+        messages: What calls hold of the host's memory for what is sent and received, where the device's memory is
+            apart. Where it is not, the device's budget counts that too.
 
     Attributes:
         on_shortage: Called, in the thread of a call that does not fit beside the tensors there are,
@@ -45,14 +51,18 @@ class Engine:
             is refused with UnavailableError.
     """
 
-    def __init__(self, device: Device, *, waiting_count: int) -> None:
+    def __init__(
+        self, device: Device, *, waiting_count: int, messages: Admission | None = None
+    ) -> None:
         self._device = device
         self.info: DeviceInfo = device.info
+        self._messages = messages if self.info.has_own_memory else None
         self.on_shortage: Callable[[int, Call], None] = lambda *_: None
         self._admission = Admission(
             self.info.calls_count,
             self.info.budget_bytes,
             waiting_count,
+            reserved_count=waiting_count // 4,
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
         )
 
@@ -61,50 +71,77 @@ class Engine:
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: Call,
-    ) -> None:
-        """Compute those results of an operation that have places, into them.
+        *,
+        brought_bytes: int = 0,
+        sent_bytes: int = 0,
+    ) -> dict[str, Array]:
+        """Compute those results of an operation that have places, into them; return those that are new arrays.
 
         Args:
             operands: By the names of their fields: those that the results need, and perhaps others.
             places: By the names of their fields: at least one. Their shapes and element types are the problem's.
+            brought_bytes: What the call holds of the host's memory already: its request's elements.
+            sent_bytes: What those results have that are sent in a message: they are copied once more, and counted
+                until the call's end.
 
-        Raises as `Admission.admitted` and `Device.run` do.
+        Raises as `Admission.admitted`, `new_result` and `Device.run` do.
         """
         tensors = {f: o for f, o in operands.items() if not isinstance(o, Arriving)}
         present_bytes = _resident_bytes(*tensors.values(), *places.values())
-        footprint_bytes = self._device.footprint_bytes(operation, problem, places, present_bytes)
+        footprint_bytes = self._device.footprint_bytes(
+            operation, problem, operands, places, present_bytes
+        )
+        lasting_bytes = brought_bytes + 2 * sent_bytes
+        if self._messages is None:
+            footprint_bytes += brought_bytes + sent_bytes
+            admitted = self._admission.admitted(
+                footprint_bytes, call, lasting_bytes=lasting_bytes, brought_bytes=brought_bytes
+            )
+        else:
+            admitted = self._admission.admitted(footprint_bytes, call)
+            host_bytes = lasting_bytes
+            if not problem.has_products:
+                host_bytes += bytes_without_products(problem, operands, places)
+            if host_bytes:
+                admitted = Both(
+                    self._messages.admitted(
+                        host_bytes, call, lasting_bytes=lasting_bytes, brought_bytes=brought_bytes
+                    ),
+                    admitted,
+                )
         if len(tensors) < len(operands):
             if self.info.takes_arriving and problem.has_products:
-                with suppress(LateError), self._admission.admitted(footprint_bytes, call):
-                    self._device.run(operation, problem, operands, places, options, call)
-                    return
+                with suppress(LateError), admitted:
+                    return self._compute(operation, problem, operands, places, options, call)
             self._admission.check_fits(footprint_bytes)  # before all operands have arrived
             tensors = wait_for_all(operands, call)  # without a turn that others could have
-        with self._admission.admitted(footprint_bytes, call):
-            if problem.has_products:
-                self._device.run(operation, problem, tensors, places, options, call)
-            else:
-                self._run_without_products(problem, tensors, places, call)
+        with admitted:
+            return self._compute(operation, problem, tensors, places, options, call)
 
-    def _run_without_products(
+    def _compute(
         self,
+        operation: Operation,
         problem: Problem,
-        operands: Mapping[str, Tensor],
-        places: Mapping[str, Tensor],
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Place],
+        options: Options,
         call: Call,
-    ) -> None:
-        def fetch(operand: Tensor) -> Array:
-            return operand if isinstance(operand, np.ndarray) else self._device.read(operand, call)
-
+    ) -> dict[str, Array]:
+        new: dict[str, Array] = {}
+        targets: dict[str, Tensor] = {}
         for field, place in places.items():
-            result = result_without_products(problem, field, operands, fetch)
-            if isinstance(place, np.ndarray):
-                copy_into(place, result)
+            if isinstance(place, TensorSpec):
+                targets[field] = new[field] = new_result(problem, place)
             else:
-                self._device.write(place, result, call)
+                targets[field] = place
+        if problem.has_products:
+            self._device.run(operation, problem, operands, targets, options, call)
+        else:  # all operands were waited for
+            run_without_products(self._device, problem, require_all(operands), targets, call)
+        return new
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
         """Return a new tensor in the device's memory, with any elements; end it by `free`.
@@ -132,9 +169,15 @@ class Engine:
         """Count memory that was held as free."""
         self._admission.release(size_bytes)
 
-    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
-        """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do."""
-        with self._admission.admitted(0, call):
+    def write(
+        self, tensor: DeviceTensor, array: Array, call: Call, *, brought_bytes: int = 0
+    ) -> None:
+        """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do.
+
+        Args:
+            brought_bytes: What the call holds of the host's memory while it waits.
+        """
+        with self._admission.admitted(0, call, brought_bytes=brought_bytes):
             self._device.write(tensor, array, call)
 
     def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
@@ -193,10 +236,15 @@ class Engines:
 
     Args:
         waiting_count: How many calls may wait for their turn on each device.
+        messages: See `Engine`.
     """
 
-    def __init__(self, devices: Sequence[Device], *, waiting_count: int) -> None:
-        self.all = tuple(Engine(device, waiting_count=waiting_count) for device in devices)
+    def __init__(
+        self, devices: Sequence[Device], *, waiting_count: int, messages: Admission | None = None
+    ) -> None:
+        self.all = tuple(
+            Engine(device, waiting_count=waiting_count, messages=messages) for device in devices
+        )
 
     def least_loaded(self) -> Engine:
         """Return the engine with the fewest calls, and of several the one with the most free memory."""
@@ -234,9 +282,9 @@ class Engines:
             engine.close()
 
 
-def _resident_bytes(*tensors: Tensor) -> int:
+def _resident_bytes(*places: Place) -> int:
     """Return what those of a call's operands and places that are in a device's memory take there."""
-    return sum([tensor.spec.nbytes for tensor in tensors if not isinstance(tensor, np.ndarray)])
+    return sum([p.spec.nbytes for p in places if not isinstance(p, (np.ndarray, TensorSpec))])
 
 
 def _burden(engine: Engine) -> tuple[int, float]:

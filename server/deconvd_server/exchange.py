@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import Message
 
-from deconvd.array_memory import ArrayMemory
 from deconvd.codec import Envelope
 from deconvd.digest import digest_of
 from deconvd.errors import (
@@ -20,39 +19,19 @@ from deconvd.errors import (
 )
 from deconvd.messages import messages_for
 from deconvd.operation import ARGUMENTS
-from deconvd.problem import Problem, TensorSpec
+from deconvd.problem import TensorSpec
 from deconvd.tensor import Array, array_of_spec, elements_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.behaviours import EarlyRequest
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, Progress, wait_for
-from deconvd_server.engine import Engine
+from deconvd_server.engine import Engine, Place
 from deconvd_server.requests import ParsedRequest
 from deconvd_server.residents import CallResidents, Residents
 from deconvd_server.shared_memory import CallTensors, Lender
 
-__all__ = ["Exchange", "new_results"]
-
-_RESULTS: Final = ArrayMemory(256 << 20)
-"""Memory for results that are sent."""
-
-
-def new_results(problem: Problem, specs: Mapping[str, TensorSpec]) -> dict[str, Array]:
-    """Return new arrays for results of a problem: C-contiguous, in native byte order, with any elements.
-
-    Args:
-        specs: What the results will be, by the names of their fields.
-
-    Raises:
-        ExhaustedError: There is no memory for them.
-    """
-    try:
-        return dict(zip(specs, map(_RESULTS.empty, specs.values()), strict=True))
-    except MemoryError:
-        raise ExhaustedError(
-            f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
-        ) from None
+__all__ = ["Exchange"]
 
 
 class Exchange:
@@ -70,6 +49,7 @@ class Exchange:
 
     Attributes:
         parsed: What the request asks for.
+        brought_bytes: What elements the request has come with, in host memory that is its own.
 
     Args:
         request: The call's message, without elements.
@@ -89,6 +69,7 @@ class Exchange:
         call: Call,
     ) -> None:
         self.parsed = parsed
+        self.brought_bytes = 0
         self._request = request
         self._call = call
         self._engines = residents.engines
@@ -100,7 +81,6 @@ class Exchange:
             self._residents = CallResidents(residents.keeper, session, call)
         self._given: dict[str, Operand] = {}
         self._places: dict[str, Tensor] = {}
-        self._sent: dict[str, Array] = {}
 
     def __enter__(self) -> Exchange:
         return self
@@ -120,6 +100,7 @@ class Exchange:
             InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
             NotFoundError: Something that the request names is not there.
         """
+        self.brought_bytes = sum(map(len, request.raw.values()))
         if self.parsed.shared:
             self._take_shared(request)
         for field, spec in self.parsed.operands.items():
@@ -156,21 +137,20 @@ class Exchange:
                     self._given[field] = Arriving(operand, progress, begin_bytes)
                 begin_bytes += self.parsed.operands[field].nbytes
 
-    def prepare(self) -> tuple[Engine, Mapping[str, Operand], Mapping[str, Tensor]]:
+    def prepare(self) -> tuple[Engine, Mapping[str, Operand], Mapping[str, Place]]:
         """Return an engine, and on it the operands that were taken and a place for each result.
 
         An operand may still be arriving. A place is where the client wants the result in shared memory, a new
-        tensor on the engine's device for one that is to be kept, and a new array for one that is to be sent.
+        tensor on the engine's device for one that is to be kept, and what it will be for one that is to be sent.
 
-        Raises as `choose_engine`, `bring_operands` and `new_results` do.
+        Raises as `choose_engine` and `bring_operands` do.
         """
-        self._sent = new_results(self.parsed.problem, self.parsed.sent)
         engine = self.choose_engine()
         if self._residents is None:
-            return engine, self._given, {**self._places, **self._sent}
+            return engine, self._given, {**self._places, **self.parsed.sent}
         operands = self.bring_operands(engine)
         kept = self.make_kept(self.parsed.results, engine)
-        return engine, operands, {**self._places, **kept, **self._sent}
+        return engine, operands, {**self._places, **kept, **self.parsed.sent}
 
     def find(self) -> dict[str, TensorSpec]:
         """Find the operands of a stream that are here already; return what is missing of the others.
@@ -249,7 +229,8 @@ class Exchange:
         for field in self.parsed.operands:
             is_to_be_kept = field in self.parsed.keep
             if is_to_be_kept and field in operands and field not in residents:
-                residents.copy(field, self._array(operands[field], engine), engine)
+                tensor = wait_for(operands[field], self._call)
+                residents.copy(field, tensor, engine, self.brought_bytes)
             if field in residents:
                 operands[field] = residents.operand(field, engine)
                 if is_to_be_kept:
@@ -284,11 +265,11 @@ class Exchange:
         if self._residents is not None:
             self._residents.commit()
 
-    def answer(self) -> Envelope[Message]:
+    def answer(self, sent: Mapping[str, Array]) -> Envelope[Message]:
         """Commit, and return the response with the elements of the results that are sent."""
         self.commit()
         message = self.response()
-        return Envelope(message, {f: elements_of(array) for f, array in self._sent.items()})
+        return Envelope(message, {f: elements_of(array) for f, array in sent.items()})
 
     def response(self) -> Message:
         """Return the response without elements: not to be changed."""
@@ -306,11 +287,6 @@ class Exchange:
         if kept:
             fields["kept"] = pb.KeptOperands(**kept)
         return messages_for(self.parsed.operation).response(**fields)
-
-    def _array(self, operand: Operand, engine: Engine) -> Array:
-        """Return the elements of an operand: it may have to be waited for, or read from an engine's device."""
-        tensor = wait_for(operand, self._call)
-        return tensor if isinstance(tensor, np.ndarray) else engine.read(tensor, self._call)
 
 
 def _resident(description: pb.Tensor, handle: bytes) -> pb.Tensor:

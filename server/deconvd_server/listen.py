@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import grpc
+from typing import Protocol
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.system import MAX_UNIX_PATH_BYTES, unix_path_fits
@@ -41,7 +40,14 @@ _CLOSED_MASK = 0o777
 _log = logging.getLogger(__name__)
 
 
-def bind(server: grpc.Server, address: str, access: Access | None = None) -> str:
+class Listens(Protocol):
+    """A gRPC server."""
+
+    def add_insecure_port(self, address: str) -> int:
+        """Listen on an address, and return its port. Raises RuntimeError if that cannot be."""
+
+
+def bind(server: Listens, address: str, access: Access | None = None) -> str:
     """Make `server` listen on an address, and return the address with the port that it got.
 
     Args:
@@ -181,7 +187,7 @@ def _unix_error(allowed: str, address: str) -> InvalidArgumentError:
     return InvalidArgumentError(message, argument="listen")
 
 
-def _bind_unix(server: grpc.Server, path: Path, address: str, access: Access | None) -> None:
+def _bind_unix(server: Listens, path: Path, address: str, access: Access | None) -> None:
     with _locked(path):
         remove_dead_socket(path)
         if access is None:
@@ -248,7 +254,7 @@ def _lock(path: Path) -> int | None:
     return None
 
 
-def _add_port(server: grpc.Server, grpc_address: str, address: str) -> int:
+def _add_port(server: Listens, grpc_address: str, address: str) -> int:
     try:
         return server.add_insecure_port(grpc_address)
     except RuntimeError as error:  # all that grpcio says; its log has the reason

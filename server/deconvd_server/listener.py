@@ -16,7 +16,7 @@ from deconvd_server.side_socket import SideSocket
 __all__ = ["Listener"]
 
 _MEND_S: Final = 5.0
-"""How often one that is otherwise idle looks after its sockets' files."""
+"""How often it looks after its sockets' files."""
 
 _PAUSE_S: Final = 0.1
 """How long no connection is taken after one could not be."""
@@ -30,14 +30,18 @@ class Listener:
     """Accepts connections, and acts on events of other descriptors, in the thread that runs it.
 
     While the system has no descriptors or threads left, it tries again every now and then; the log says so
-    once. It makes the file of a Unix socket anew if someone removes it.
+    once. It makes the file of a Unix socket anew if someone removes it. All that is to be done at its time is
+    looked at in every round: a timer that begins anew whenever something comes is one that traffic stops.
 
     Args:
         who: Those who connect, in the plural, for the log.
         sides: Unix sockets to listen on. It removes and closes them.
         sockets: Others that listen, and do not block. It closes them.
         on_connection: Called in the thread with each connection and its peer's address: it owns the
-            connection, unless it raises OSError or RuntimeError for want of descriptors or threads.
+            connection, unless it raises OSError, RuntimeError or MemoryError: for want of descriptors, threads or
+            memory.
+        on_lost: Called in the thread, with what is lost, if an error that was not foreseen ends `run`: nobody is
+            taken any more.
     """
 
     def __init__(
@@ -46,14 +50,17 @@ class Listener:
         sides: Sequence[SideSocket],
         sockets: Sequence[socket.socket],
         on_connection: Callable[[socket.socket, Any], None],
+        on_lost: Callable[[str], None],
     ) -> None:
         self._who = who
         self._sides = tuple(sides)
         self._sockets = {s.fileno(): s for s in (*sockets, *(side.socket for side in sides))}
         self._on_connection = on_connection
+        self._on_lost = on_lost
         self._is_stopped = False
         self._is_short = False  # of descriptors or threads
         self._resumes_s: float | None = None
+        self._mends_s = time.monotonic() + _MEND_S
         self._actions: dict[int, _Action] = {}  # by descriptor
         self._todo: deque[_Action] = deque()
         self._events = select.epoll()
@@ -64,10 +71,13 @@ class Listener:
         self._listen()
 
     def run(self) -> None:
-        """Accept and act until it is stopped."""
+        """Accept and act until it is stopped, or lost."""
         try:
             while not self._is_stopped:
                 self._run_once()
+        except Exception:
+            _log.exception("%s are served no more: unforeseen error", self._who)
+            self._on_lost(f"the thread for {self._who}")
         finally:
             self._stop_listening()
 
@@ -106,10 +116,8 @@ class Listener:
         self._wake_sender.close()
 
     def _run_once(self) -> None:
-        wait_s = _MEND_S
-        if self._resumes_s is not None:
-            wait_s = max(self._resumes_s - time.monotonic(), 0)
-        ready = [descriptor for descriptor, _ in self._events.poll(wait_s)]
+        until_s = min(self._mends_s, self._resumes_s or self._mends_s)
+        ready = [fd for fd, _ in self._events.poll(max(until_s - time.monotonic(), 0))]
         # those who go before those who come, who may get the same descriptor
         for descriptor in ready:
             if (action := self._actions.get(descriptor)) is not None:
@@ -117,12 +125,14 @@ class Listener:
         for descriptor in ready:
             if (listening := self._sockets.get(descriptor)) is not None:
                 self._accept(listening)
-        if not ready:
-            self._mend()
-        if self._resumes_s is not None and time.monotonic() >= self._resumes_s:
+        now_s = time.monotonic()
+        if now_s >= self._mends_s:
+            self._mend(now_s)
+        if self._resumes_s is not None and now_s >= self._resumes_s:
             self._listen()
 
-    def _mend(self) -> None:
+    def _mend(self, now_s: float) -> None:
+        self._mends_s = now_s + _MEND_S
         for side in self._sides:
             if side.mend():
                 self._listen()
@@ -137,10 +147,13 @@ class Listener:
             return
         try:
             self._on_connection(connection, address)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             self.unwatch(connection.fileno())
             connection.close()
             self._pause(error)
+        except BaseException:
+            connection.close()
+            raise
         else:
             self._is_short = False
 

@@ -102,8 +102,20 @@ class ParsedRequest:
         """What those have, together."""
         return sum(spec.nbytes for spec in self.sent.values())
 
-    def check_sent(self, max_message_bytes: int) -> None:
-        """Raise ExhaustedError if the response would be larger than a message may be."""
+    @cached_property
+    def sliced_bytes(self) -> int:
+        """What those of its operands and results have, together, that have samples."""
+        tensors = {**self.operands, **self.results}
+        names = self.operation.sliced + self.operation.results
+        return sum(tensors[name].nbytes for name in names if name in tensors)
+
+    def check_sent(self, max_message_bytes: int, sendable_bytes: int) -> None:
+        """Raise ExhaustedError if the response would be larger than a message may be, or than its transport sends."""
+        if self.sent_bytes > sendable_bytes:
+            raise ExhaustedError(
+                f"the response would have {self.sent_bytes} bytes of elements, too many for a message of a "
+                "direct call: it is to be made by gRPC"
+            )
         if self.sent_bytes + _FRAMING_BYTES > max_message_bytes:
             raise ExhaustedError(
                 f"the result would have {self.sent_bytes} bytes, and the server sends messages of at "
@@ -177,25 +189,26 @@ class SlicedRequest:
     @cached_property
     def footprint_bytes(self) -> int:
         """What a stream of it holds of host memory: what is whole, sums, and slices in flight."""
-        operation, first = self.parsed.operation, self._first
-        whole_bytes = sliced_bytes = 0
-        for name, spec in (*first.operands.items(), *first.results.items()):
-            if name in operation.constants:
-                whole_bytes += spec.nbytes
-            elif name in operation.summed:  # that of the slices so far, and that of the next
-                wide_bytes = (
-                    spec.nbytes * first.problem.compute_type.itemsize // spec.dtype.itemsize
-                )
-                whole_bytes += 2 * wide_bytes
-            else:
-                sliced_bytes += spec.nbytes
-        return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * sliced_bytes
+        parsed, first = self.parsed, self._first
+        whole = [*parsed.operands.items(), *parsed.results.items()]
+        whole_bytes = sum(self._whole_bytes(name, spec) for name, spec in whole)
+        return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * first.sliced_bytes
+
+    def _whole_bytes(self, name: str, spec: TensorSpec) -> int:
+        """Return what a stream holds of a tensor that all samples have in common."""
+        parsed = self.parsed
+        if name in parsed.operation.constants:
+            return spec.nbytes
+        if name not in parsed.operation.summed:
+            return 0
+        # that of the slices so far in the compute type, those of slices in flight, and the total in its own type
+        wide_bytes = spec.nbytes // spec.dtype.itemsize * parsed.problem.compute_type.itemsize
+        return wide_bytes + (SLICES_IN_FLIGHT + 1) * spec.nbytes
 
     def check_slice(self, max_message_bytes: int) -> None:
         """Raise ExhaustedError if a slice of several samples is larger than the contract allows."""
         limit_bytes = max(max_message_bytes, _SLICE_BYTES)
-        problem = self._first.problem
-        slice_bytes = problem.x.nbytes + problem.y.nbytes
+        slice_bytes = self._first.sliced_bytes
         if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
             raise ExhaustedError(
                 f"a slice of {self.slice_samples_count} samples has {slice_bytes} bytes, and the "

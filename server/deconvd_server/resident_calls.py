@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from deconvd.codec import Envelope
-from deconvd.errors import CallCancelledError, InvalidArgumentError
-from deconvd.parts import Part, PartReader, elements_part, slices
-from deconvd.problem import TensorSpec
+from deconvd.errors import InvalidArgumentError
+from deconvd.parts import Part, PartReader, elements_part
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import message_from_spec, spec_from_message
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.admission import Admission
 from deconvd_server.behaviours import Behaviour, Held, Parts, Sink, Source, Unary
 from deconvd_server.call import Call
-from deconvd_server.device import DeviceTensor
+from deconvd_server.device.pieces import piece_bytes, pieces
 from deconvd_server.engine import Engine
 from deconvd_server.residents import Kept, Residents
+from deconvd_server.residents.sessions import Sessions
+from deconvd_server.residents.tenant import Session
 from deconvd_server.secret_names import new_name
 from deconvd_server.shared_memory import CallTensors, Lender
 
 __all__ = ["ResidentCalls"]
-
-_PIECE_BYTES = 16 << 20
-"""What is held of a tensor in host memory while it arrives or leaves, unless one sample has more."""
-
-_BREAK_S = 0.2
-"""How long after a stream's last message gRPC may take to say that it broke rather than was closed."""
 
 
 class ResidentCalls:
@@ -61,40 +56,26 @@ class ResidentCalls:
         }
 
     def hold_session(
-        self,
-        signs: Iterator[pb.HoldSessionRequest],
-        call: Call,
-        hang_up: Callable[[], None],
-    ) -> Parts:
-        """Serve HoldSession.
+        self, first: pb.HoldSessionRequest, call: Call, hang_up: Callable[[], None]
+    ) -> _HeldSession:
+        """Serve HoldSession: return the session that its first message opens or resumes.
 
         Args:
-            signs: The client's messages; they end when it closes its side, and may when the stream
-                breaks.
             hang_up: Ends the call, from any thread.
         """
         sessions = self._residents.sessions
-        first = next(signs, None)
-        if first is None:
-            raise InvalidArgumentError("a session must begin with a message, got none")
-        broke = threading.Event()
         session = (
             sessions.resume(first.session, hang_up)
             if first.session
             else sessions.open(first.tenant_key, hang_up)
         )
         call.on_cancel(partial(sessions.lose, session, hang_up))
-        call.on_cancel(broke.set)
-        yield pb.HoldSessionResponse(
+        response = pb.HoldSessionResponse(
             session=session.name,
             lease_s=self._residents.lease_s,
             quota_bytes=self._residents.tenant_bytes,
         )
-        for _ in signs:
-            sessions.sign_of_life(session)
-        if broke.wait(_BREAK_S):
-            raise CallCancelledError("the stream broke")
-        sessions.end(session, hang_up)
+        return _HeldSession(response, sessions, session, hang_up)
 
     def put_tensor(
         self, reader: PartReader[pb.PutTensorRequest], call: Call
@@ -129,8 +110,8 @@ class ResidentCalls:
                 array = shared.host_place("tensor", kept.spec, lies_at)
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
-            with self._streams.admitted(_piece_bytes(kept.spec), call):
-                for view in _views(kept.device_tensor):
+            with self._streams.admitted(piece_bytes(kept.spec), call):
+                for view in pieces(kept.device_tensor):
                     engine.write(view, reader.read("tensor", view.spec), call)
         else:
             raise InvalidArgumentError(
@@ -171,8 +152,8 @@ class ResidentCalls:
         if engine is None:
             yield elements_part(self._keeper.array(kept, call))
             return
-        with self._streams.admitted(_piece_bytes(kept.spec), call):
-            for view in _views(kept.device_tensor):
+        with self._streams.admitted(piece_bytes(kept.spec), call):
+            for view in pieces(kept.device_tensor):
                 yield elements_part(engine.read(view, call))
 
     def drop_tensors(
@@ -185,23 +166,19 @@ class ResidentCalls:
         return Envelope(pb.DropTensorsResponse(), {})
 
 
-def _piece_samples_count(spec: TensorSpec) -> int:
-    """Return how many samples of a tensor have about _PIECE_BYTES together: at least one."""
-    sample_bytes = spec.nbytes // max(spec.shape[0], 1)
-    return max(_PIECE_BYTES // max(sample_bytes, 1), 1)
+@dataclass(frozen=True)
+class _HeldSession:
+    """A session, as its stream holds it. See `Holding`."""
 
+    response: pb.HoldSessionResponse
+    sessions: Sessions
+    session: Session
+    hang_up: Callable[[], None]
 
-def _piece_bytes(spec: TensorSpec) -> int:
-    """Return what the largest of a tensor's `_views` takes."""
-    if not spec.shape or not spec.shape[0]:
-        return spec.nbytes
-    return min(_piece_samples_count(spec), spec.shape[0]) * (spec.nbytes // spec.shape[0])
+    def note(self, _message: pb.HoldSessionRequest) -> None:
+        """Take a message for a sign of life."""
+        self.sessions.sign_of_life(self.session)
 
-
-def _views(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
-    """Yield the tensor in pieces that are small enough to be held in host memory, if that can be."""
-    if not tensor.spec.shape:
-        yield tensor
-        return
-    for part in slices(tensor.spec.shape[0], _piece_samples_count(tensor.spec)):
-        yield tensor.samples(part.start, part.stop)
+    def end(self) -> None:
+        """End the session."""
+        self.sessions.end(self.session, self.hang_up)

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from google.rpc import status_pb2
 
-from deconvd.errors import CallCancelledError, DeconvdError, InternalError
+from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError, InternalError
 from deconvd.status import status_from_error
 from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.log_text import excerpt
@@ -53,7 +53,7 @@ class CallLog:
         """Log what a call has failed with: its traceback, too, if that was not foreseen."""
         if error is None:
             return
-        if isinstance(error, DeconvdError):
+        if isinstance(error, (DeconvdError, MemoryError)):
             # that a caller goes is nothing to look into
             level = logging.INFO if isinstance(error, CallCancelledError) else logging.WARNING
             _log.log(level, "%s from %s: %s: %s", method, call.peer, status, excerpt(error))
@@ -119,9 +119,19 @@ class Serving:
 
 
 def _told(error: Exception, call: Call) -> DeconvdError:
-    """Return what the caller is told of an error: nothing of what was not foreseen."""
+    """Return what the caller is told of an error: nothing of what was not foreseen.
+
+    Memory may run out anywhere, so that is foreseen here for all.
+    """
+    if call.stopped_by is not None:
+        return call.stopped_by
     if isinstance(error, DeconvdError):
         return error
     if call.is_cancelled:
         return CallCancelledError("the caller has gone")
+    if isinstance(error, MemoryError):
+        return ExhaustedError(
+            "the server's memory has run out for this call: send fewer samples at a time, or try "
+            "again later"
+        )
     return InternalError("unforeseen error: see the server's log")

@@ -82,10 +82,19 @@ class DeconvolutionService:
         parsed = parse_request(operation, request.message, request.data)
         with Exchange(request.message, parsed, self._lender, self._residents, call) as exchange:
             exchange.take(request)
-            parsed.check_sent(self._max_message_bytes)
+            parsed.check_sent(self._max_message_bytes, call.sendable_bytes)
             engine, operands, places = exchange.prepare()
-            engine.run(operation, parsed.problem, operands, places, parsed.options, call)
-            return exchange.answer()
+            sent = engine.run(
+                operation,
+                parsed.problem,
+                operands,
+                places,
+                parsed.options,
+                call,
+                brought_bytes=exchange.brought_bytes,
+                sent_bytes=parsed.sent_bytes,
+            )
+            return exchange.answer(sent)
 
     def get_server_info(
         self, _request: Envelope[pb.GetServerInfoRequest], _call: Call

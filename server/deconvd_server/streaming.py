@@ -25,8 +25,8 @@ from deconvd_server.arrivals import Arrivals
 from deconvd_server.behaviours import Parts
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Tensor
-from deconvd_server.engine import Engine
-from deconvd_server.exchange import Exchange, new_results
+from deconvd_server.engine import Engine, Place
+from deconvd_server.exchange import Exchange
 from deconvd_server.requests import (
     SLICES_IN_FLIGHT,
     ParsedRequest,
@@ -157,10 +157,8 @@ class _Slices:
             if field in operation.results
         }
         sent = {field: spec for field, spec in parsed.results.items() if field not in kept}
-        arrays = new_results(problem, sent)
-        places: dict[str, Tensor] = {**kept, **arrays}
-        self.engine.run(operation, problem, operands, places, parsed.options, self.call)
-        return arrays
+        places: dict[str, Place] = {**kept, **sent}
+        return self.engine.run(operation, problem, operands, places, parsed.options, self.call)
 
 
 class _Sums:

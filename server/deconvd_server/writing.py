@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from typing import Final
 
+from deconvd.errors import UnavailableError
 from deconvd.line import Line, hear_written
+from deconvd_server.call import STALL_LIMIT_S
 
 __all__ = ["Writing"]
 
 _HEARD_S: Final = 1e-3
 """Longer than it takes to hear all that an honest client says."""
+
+_RETRY_AFTER_S: Final = 0.1
+"""What a client is told that has stopped: whatever held it up, the server has no reason to."""
 
 
 class Writing:
@@ -26,12 +31,14 @@ class Writing:
     def __init__(self, line: Line, written_bytes: int = 0) -> None:
         self._line = line
         self._written_bytes = written_bytes
+        self._progressed_s = time.monotonic()
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
         """Return whether that many bytes are there, as soon as they are, or once the time is up.
 
         Raises:
             LineBrokenError: The client goes, or says something else.
+            UnavailableError: It has written nothing for so long that it is not waited for.
         """
         until_s = time.monotonic() + timeout_s
         while self._written_bytes < size_bytes:
@@ -41,6 +48,17 @@ class Writing:
                 hear_written(self._line, remaining_s) if remaining_s > -_HEARD_S else None
             )
             if written_bytes is None:
+                self._check_progress()
                 return False
+            if written_bytes > self._written_bytes:
+                self._progressed_s = time.monotonic()
             self._written_bytes = written_bytes
         return True
+
+    def _check_progress(self) -> None:
+        if time.monotonic() - self._progressed_s > STALL_LIMIT_S:
+            raise UnavailableError(
+                f"the client has written nothing of the call's operands for {STALL_LIMIT_S:g} s: "
+                f"{self._written_bytes} bytes are there",
+                retry_after_s=_RETRY_AFTER_S,
+            )

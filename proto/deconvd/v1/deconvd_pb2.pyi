@@ -1377,7 +1377,9 @@ class Limits(_message.Message):
 
     MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     message_bytes: _builtins.int
-    """The largest request and the largest response."""
+    """The largest request and the largest response. A message MUST NOT have more than 128 KiB beside the elements of its tensors,
+    and more than 16 MiB only if it has each tensor once and each of these one payload.
+    """
     def __init__(
         self,
         *,

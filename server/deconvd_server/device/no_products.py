@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from typing import Final
 
 import numpy as np
 
+from deconvd.copying import copy_into
 from deconvd.operation import spec_of_field
 from deconvd.problem import Problem
 from deconvd.tensor import Array
+from deconvd_server.call import Call
+from deconvd_server.device.pieces import piece_bytes, pieces
+from deconvd_server.device.protocol import Device
 from deconvd_server.device.tensor import Tensor
 
-__all__ = ["result_without_products", "sum_gb"]
+__all__ = ["SUM_BYTES", "bytes_without_products", "run_without_products", "set_gb"]
+
+_SUMMED_CHANNELS: Final = 1 << 16
+SUM_BYTES: Final = 4 * 8 * _SUMMED_CHANNELS
+"""What `set_gb` takes beside its operands: the sums of some channels, and what numpy takes to make them."""
 
 
-def result_without_products(
+def run_without_products(
+    device: Device,
     problem: Problem,
-    field: str,
     operands: Mapping[str, Tensor],
-    fetch: Callable[[Tensor], Array],
-) -> Array:
-    """Return a result, read-only: zeros, but for a bias in y and for gb where y has elements.
+    places: Mapping[str, Tensor],
+    call: Call,
+) -> None:
+    """Set results: zeros, but for a bias in y and for gb where gy has elements. See `Device.run`."""
 
-    Args:
-        field: Its name.
-        operands: By the names of their fields.
-        fetch: Returns an operand's elements.
+    def fetch(operand: Tensor) -> Array:
+        return operand if isinstance(operand, np.ndarray) else device.read(operand, call)
+
+    for field, place in places.items():
+        if field == "gb" and problem.y.nbytes:
+            gb = place if isinstance(place, np.ndarray) else np.empty(problem.c_O, problem.b.dtype)
+            set_gb(gb, fetch(operands["gy"]))
+            if not isinstance(place, np.ndarray):
+                device.write(place, gb, call)
+        elif field == "y" and "b" in operands:
+            _fill(device, place, fetch(operands["b"])[:, None, None], call)
+        else:
+            _fill(device, place, np.zeros((), spec_of_field(problem, field).dtype), call)
+
+
+def bytes_without_products(
+    problem: Problem, operands: Collection[str], results: Collection[str]
+) -> int:
+    """Return a bound on the host's memory that `run_without_products` takes, beside operands and results.
+
+    That is what it reads of those that are a device's, and what it writes there.
     """
-    spec = spec_of_field(problem, field)
-    if field == "y" and "b" in operands:
-        return np.broadcast_to(fetch(operands["b"])[:, None, None], spec.shape)
-    if field == "gb":
-        return sum_gb(fetch(operands["gy"]))
-    return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
+    read = sum(spec_of_field(problem, field).nbytes for field in operands if field in ("b", "gy"))
+    written = max(piece_bytes(spec_of_field(problem, field)) for field in results)
+    return read + written + ("gb" in results) * (problem.b.nbytes + SUM_BYTES)
 
 
-def sum_gb(gy: Array) -> Array:
-    """Return gb, in the element type of gy: a number beyond that type's range is infinite."""
+def set_gb(gb: Array, gy: Array) -> None:
+    """Set gb to sums of gy, of the same element type: a number beyond that type's range is infinite."""
     # Sums over whole batches lose digits in float32, and a column of gy is soon read.
     with np.errstate(all="ignore"):
-        gb: Array = gy.sum(axis=(0, 2, 3), dtype=np.float64).astype(gy.dtype)
-    return gb
+        for begin in range(0, len(gb), _SUMMED_CHANNELS):
+            channels = slice(begin, begin + _SUMMED_CHANNELS)
+            gb[channels] = gy[:, channels].sum(axis=(0, 2, 3), dtype=np.float64)
+
+
+def _fill(device: Device, place: Tensor, value: Array, call: Call) -> None:
+    """Set each sample of a place to the same."""
+    if isinstance(place, np.ndarray):
+        copy_into(place, np.broadcast_to(value, place.shape))
+        return
+    for piece in pieces(place):
+        call.check()
+        filled = np.empty(piece.spec.shape, piece.spec.dtype)
+        filled[...] = value
+        device.write(piece, filled, call)

@@ -76,13 +76,14 @@ class Device(Protocol):
         self,
         operation: Operation,
         problem: Problem,
+        operands: Collection[str],
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
         """Return a bound on the device memory that a call takes, in addition to what is there already.
 
         Args:
-            results: The names of those that are computed.
+            operands, results: The names of those that it has, and that are computed.
             resident_bytes: What its operands and places that are tensors of the device take.
         """
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import numpy as np
+
 from deconvd.digest import DIGEST_BYTES
 from deconvd.errors import InvalidArgumentError
 from deconvd.operation import ARGUMENTS
 from deconvd.problem import TensorSpec
-from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor, Tensor
+from deconvd_server.device.pieces import pieces
 from deconvd_server.engine import Engine
 from deconvd_server.residents.keeper import Keeper
 from deconvd_server.residents.kept import Kept
@@ -83,10 +85,21 @@ class CallResidents:
         self.give_handle(field)
         return kept.device_tensor
 
-    def copy(self, field: str, array: Array, engine: Engine) -> None:
-        """Make a tensor on an engine's device with an array's elements. Raises as `make` and `Engine.write`."""
-        kept = self._make(TensorSpec(array.shape, array.dtype), engine)
-        engine.write(kept.device_tensor, array, self._call)
+    def copy(self, field: str, tensor: Tensor, engine: Engine, brought_bytes: int = 0) -> None:
+        """Make a tensor on an engine's device with another's elements, by way of the host if that is on a device.
+
+        Args:
+            brought_bytes: See `Engine.write`.
+
+        Raises as `make` and `Engine.write` do.
+        """
+        if isinstance(tensor, np.ndarray):
+            kept = self._make(TensorSpec(tensor.shape, tensor.dtype), engine)
+            engine.write(kept.device_tensor, tensor, self._call, brought_bytes=brought_bytes)
+        else:
+            kept = self._make(tensor.spec, engine)
+            for source, target in zip(pieces(tensor), pieces(kept.device_tensor), strict=True):
+                engine.write(target, engine.read(source, self._call), self._call)
         self._by_field[field] = kept
 
     def offer(self, field: str, digest: pb.Digest) -> None:

@@ -28,7 +28,7 @@ class SessionLimits:
     """How many sessions there may be, and what each gets.
 
     Attributes:
-        sessions_count: Each takes a thread while its stream lasts.
+        sessions_count: Each has a stream, which takes no thread while it is idle.
         lease_s: How long one outlives its client's last sign of life.
         tenant_bytes: What a tenant may keep, in all its sessions together.
     """

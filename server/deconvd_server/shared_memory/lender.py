@@ -50,6 +50,7 @@ class Lender:
         users: Ids of the users that it lends to. By default its own and root.
         cards: Lends memory of cards; None if there is none.
         instance: The server's id, for clients that ask whose socket it is.
+        on_lost: Called with what is lost, if an error that was not foreseen ends the thread that talks to clients.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Lender:
         users: Collection[int] | None = None,
         cards: Cards | None = None,
         instance: bytes = _NO_INSTANCE,
+        on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
         self._users = frozenset({0, os.geteuid()} if users is None else users)
         self._instance = instance
@@ -72,8 +74,11 @@ class Lender:
         self._loans: Loans[Memory] = Loans(limits)
         self._clients: list[_Client] = []
         self._is_closing = False
-        self._listener = Listener("clients of shared memory", sides, (), self._take)
+        self._listener = Listener("clients of shared memory", sides, (), self._take, on_lost)
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
+        self._mapper.submit(
+            lambda: None
+        )  # starts its thread now, while there are threads to be had
         self._thread = threading.Thread(target=self._serve, name="memory-lender", daemon=True)
         self._thread.start()
 
@@ -121,12 +126,8 @@ class Lender:
     # What follows runs in the lender's thread, up to what says that it runs in the mapper's.
 
     def _serve(self) -> None:
-        try:
-            self._listener.run()
-        except Exception:
-            _log.exception("no more shared memory is lent: unforeseen error")
-        finally:
-            self._end()
+        self._listener.run()
+        self._end()
 
     def _begin_closing(self) -> None:
         self._is_closing = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,11 @@ from deconvd.array_memory import ArrayMemory
 from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
 from deconvd.malloc import LARGE_BYTES
-from deconvd.operation import Operation
+from deconvd.operation import Operation, spec_of_field
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
 from deconvd.tensor import Array
+from deconvd_server.budgets import budgets
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Operand, require
 from deconvd_server.device.cpu.blocking import (
@@ -35,17 +35,15 @@ from deconvd_server.device.cpu.blocking import (
 from deconvd_server.device.cpu.products import Products
 from deconvd_server.device.cpu.team import Team
 from deconvd_server.device.cpu.tensor import DEVICE_ID, HostTensor, array_of, own, plain
-from deconvd_server.device.no_products import sum_gb
+from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products, set_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 from deconvd_server.ledger import Stage
+from deconvd_server.machine import memory_bytes, processors_count
 
 __all__ = ["CpuDevice"]
 
 T = TypeVarTuple("T")
-
-_KEPT_BYTES = 256 << 20
-"""Memory of tensors that were freed, for the next ones: what is too large for the allocator to keep."""
 
 _REMEMBERED_COUNT = 4096
 """Problems whose footprints are remembered."""
@@ -59,17 +57,17 @@ class CpuDevice:
 
     Args:
         threads_count: Threads that compute for one call; by default, one for each processor that
-            the process may use.
-        memory_limit_bytes: What calls may take of its memory; by default, all of it.
+            the machine leaves to the process.
+        memory_limit_bytes: What calls may take of its memory; by default, three eighths of it.
     """
 
     def __init__(
         self, threads_count: int | None = None, *, memory_limit_bytes: int | None = None
     ) -> None:
-        self._memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self._budget_bytes = memory_limit_bytes or self._memory_bytes
-        self._team = Team(threads_count or len(os.sched_getaffinity(0)))
-        self._memory = ArrayMemory(_KEPT_BYTES, smallest_bytes=LARGE_BYTES)
+        self._budget_bytes = memory_limit_bytes or budgets().device_bytes
+        self._team = Team(threads_count or processors_count())
+        # of tensors that were freed, for the next ones: what is too large for the allocator to keep
+        self._memory = ArrayMemory(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
         # every call is asked for its footprint, and most have come before
         self._sizes = lru_cache(_REMEMBERED_COUNT)(self._counted)
         # The threads are ours: BLAS's own would only compete with them for the processors.
@@ -81,7 +79,7 @@ class CpuDevice:
         return DeviceInfo(
             id=DEVICE_ID,
             name=_processor_name(),
-            memory_bytes=self._memory_bytes,
+            memory_bytes=memory_bytes(),
             threads_count=self._team.threads_count,
             budget_bytes=self._budget_bytes,
             calls_count=self._team.threads_count,
@@ -96,34 +94,48 @@ class CpuDevice:
         self,
         operation: Operation,
         problem: Problem,
+        operands: Collection[str],
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the memory that a call takes beside what lies there already.
+        """Return a bound on the memory that a call takes beside what is there already.
 
-        That is its operands and results, those in wider types, what each thread works on, and the
-        partial sums of gW.
+        That is its operands and results, W and y in the type that they are computed in, what each thread works
+        on, and the partial sums of gW.
         """
-        wide_bytes, least_bytes = self._sizes(problem, "gw" in results)
-        return max(wide_bytes - resident_bytes, 0) + least_bytes
+        tensors_bytes, working_bytes = self._sizes(problem, tuple(operands), tuple(results))
+        return max(tensors_bytes - resident_bytes, 0) + working_bytes
 
-    def _counted(self, problem: Problem, has_gW: bool) -> tuple[int, int]:
-        """Return what operands and results take in wider types, and what a call takes beside that."""
-        tensors = (problem.x, problem.W, problem.y)
-        elements_count = sum(math.prod(spec.shape) for spec in tensors)
-        working_count = self._team.threads_count * working_elements_count(problem)
-        if has_gW:
-            working_count += self._gW_elements_count(problem)
-        tensors_bytes = sum(spec.nbytes for spec in tensors)
-        wide_bytes = elements_count * np.dtype(np.float64).itemsize
-        return wide_bytes, tensors_bytes + working_count * problem.compute_type.itemsize
+    def _counted(
+        self, problem: Problem, operands: Sequence[str], results: Sequence[str]
+    ) -> tuple[int, int]:
+        """Return what a call's tensors take, and what it takes beside them."""
+        specs = [spec_of_field(problem, field) for field in (*operands, *results)]
+        tensors_bytes = sum([spec.nbytes for spec in specs])
+        if not problem.has_products:
+            return tensors_bytes, bytes_without_products(problem, operands, results)
+        elements_count = max([self._wide_elements_count(problem, field) for field in results])
+        elements_count += self._team.threads_count * working_elements_count(problem)
+        working_bytes = elements_count * problem.compute_type.itemsize
+        return tensors_bytes, working_bytes + SUM_BYTES * ("gb" in results)
 
-    def _gW_elements_count(self, problem: Problem) -> int:
-        """Return a bound on the elements of gW's partial sums, and of the products added to them."""
+    def _wide_elements_count(self, problem: Problem, result: str) -> int:
+        """Return a bound on the elements in the compute type that a result takes, beside what threads work on."""
+        W_count = math.prod(problem.W.shape)
+        match result:
+            case "y":  # that of each block is summed by itself
+                return W_count + math.prod(problem.y.shape)
+            case "gx":
+                return W_count
+            case "gw":  # partial sums, and the products that are added to them
+                return 2 * W_count * self._parts_count(problem)
+        return 0
+
+    def _parts_count(self, problem: Problem) -> int:
+        """Return a bound on the parts of the samples of which each has a sum of its own in gW."""
         threads_count = self._team.threads_count
         tasks_count = max(min(threads_count, problem.c_O), 1)  # of each part, at least
-        parts_count = min(-(-threads_count // tasks_count), problem.n)
-        return 2 * parts_count * math.prod(problem.W.shape)
+        return min(-(-threads_count // tasks_count), problem.n)
 
     def run(
         self,
@@ -246,7 +258,7 @@ def _parts(blocks: list[slice], parts_count: int) -> list[list[slice]]:
 
 
 def _set_gb(gb: Array, _problem: Problem, operands: Mapping[str, Array], _call: Call) -> None:
-    gb[...] = sum_gb(operands["gy"])
+    set_gb(gb, operands["gy"])
 
 
 def _out_of_range_as_infinite() -> np.errstate:

@@ -50,7 +50,9 @@ class Products:
         if x is not None:
             self._x = _by_group(problem, x)
         if W is not None:
-            self._W = _filter_by_group(problem, W).astype(self._type, copy=False)
+            # aligned, which messages need not have it: else each product would copy what it takes of it
+            typed = _filter_by_group(problem, W).astype(self._type, copy=False)
+            self._W: Array = np.require(typed, requirements="A")
         if gy is not None:
             self._gy = _by_group(problem, gy)
 

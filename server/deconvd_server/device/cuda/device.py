@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from deconvd.array_memory import ArrayMemory
 from deconvd.operation import DECONVOLVE, Operation
 from deconvd.options import Options
 from deconvd.problem import Problem, TensorSpec
+from deconvd_server.budgets import budgets
 from deconvd_server.call import Call
 from deconvd_server.device.arriving import Arriving, Operand, array_in, require_all
 from deconvd_server.device.cuda import kernels
@@ -53,6 +53,7 @@ from deconvd_server.device.cuda.tensors import CardTensors
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import Tensor
+from deconvd_server.machine import processors_count
 
 __all__ = ["CudaDevice", "Limits"]
 
@@ -86,9 +87,9 @@ class Limits:
 
     lanes_count: int = 4
     workspace_bytes: int | None = None
-    plans_bytes: int = 256 << 20
+    plans_bytes: int = field(default_factory=lambda: budgets().pool_bytes)
     tuning_s: float = 5.0
-    results_bytes: int = 1 << 30
+    results_bytes: int = field(default_factory=lambda: budgets().card_results_bytes)
 
 
 class CudaDevice(CardTensors):
@@ -223,10 +224,14 @@ class CudaDevice(CardTensors):
         self,
         operation: Operation,
         problem: Problem,
+        operands: Collection[str],
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the memory of the card that a call takes, trying plans included."""
+        """Return a bound on the memory of the card that a call takes, trying plans included.
+
+        All operands and results that a problem has are counted, whichever the call has.
+        """
         return self._sizing.footprint_bytes(problem, results, resident_bytes)
 
     def run(
@@ -356,7 +361,7 @@ class CudaDevice(CardTensors):
 
 
 def _helpers_count() -> int:
-    return min(len(os.sched_getaffinity(0)), _MAX_HELPERS)
+    return min(processors_count(), _MAX_HELPERS)
 
 
 @lru_cache(_REMEMBERED_COUNT)

@@ -10,7 +10,7 @@ from deconvd.errors import ExhaustedError
 from deconvd.geometry import Geometry
 from deconvd.operation import DECONVOLVE_GRAD, spec_of_field
 from deconvd.problem import Problem, TensorSpec
-from deconvd_server.exchange import new_results
+from deconvd_server.results import new_result
 
 FILTER = TensorSpec((1, 1, 1, 1), np.dtype(np.float64))
 
@@ -21,30 +21,27 @@ def problem_of(*shape: int) -> Problem:
 
 def test_results_are_new_arrays_as_messages_have_them() -> None:
     problem = problem_of(2, 1, 3, 5)
-    specs = {field: spec_of_field(problem, field) for field in DECONVOLVE_GRAD.all_results}
+    specs = [spec_of_field(problem, field) for field in DECONVOLVE_GRAD.all_results]
 
-    arrays = new_results(problem, specs)
-
-    assert list(arrays) == list(specs)
-    for field, array in arrays.items():
-        assert (array.shape, array.dtype) == (specs[field].shape, specs[field].dtype)
+    for spec in specs:
+        array = new_result(problem, spec)
+        assert (array.shape, array.dtype) == (spec.shape, spec.dtype)
         assert array.flags.c_contiguous
         assert array.dtype.isnative
 
 
 def test_memory_of_a_large_result_is_used_again_once_it_was_dropped_and_not_before() -> None:
     problem = problem_of(1, 1, 1, 12345678)
-    specs = {"y": problem.y}
 
-    dropped = new_results(problem, specs)["y"].ctypes.data
-    held = new_results(problem, specs)["y"]
+    dropped = new_result(problem, problem.y).ctypes.data
+    held = new_result(problem, problem.y)
 
     assert held.ctypes.data == dropped
-    assert new_results(problem, specs)["y"].ctypes.data != dropped
+    assert new_result(problem, problem.y).ctypes.data != dropped
 
 
 def test_a_result_that_no_memory_can_hold_is_refused() -> None:
     problem = problem_of(1 << 24, 1, 1, 1 << 30)
 
     with pytest.raises(ExhaustedError, match=r"the server has not the memory for x .*, W .*, y "):
-        new_results(problem, {"y": problem.y})
+        new_result(problem, problem.y)

@@ -1,0 +1,37 @@
+"""Tensors of devices in pieces that the host's memory has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from deconvd.parts import slices
+from deconvd.problem import TensorSpec
+from deconvd_server.device.tensor import DeviceTensor
+
+__all__ = ["piece_bytes", "pieces"]
+
+_PIECE_BYTES: Final = 16 << 20
+"""What is held of a tensor in host memory while it arrives or leaves, unless one sample has more."""
+
+
+def piece_bytes(spec: TensorSpec) -> int:
+    """Return what the largest of a tensor's `pieces` takes."""
+    if not spec.shape or not spec.shape[0]:
+        return spec.nbytes
+    return min(_piece_samples_count(spec), spec.shape[0]) * (spec.nbytes // spec.shape[0])
+
+
+def pieces(tensor: DeviceTensor) -> Iterator[DeviceTensor]:
+    """Yield the tensor in pieces that are small enough to be held in host memory, if that can be."""
+    if not tensor.spec.shape:
+        yield tensor
+        return
+    for part in slices(tensor.spec.shape[0], _piece_samples_count(tensor.spec)):
+        yield tensor.samples(part.start, part.stop)
+
+
+def _piece_samples_count(spec: TensorSpec) -> int:
+    """Return how many samples of a tensor have about _PIECE_BYTES together: at least one."""
+    sample_bytes = spec.nbytes // max(spec.shape[0], 1)
+    return max(_PIECE_BYTES // max(sample_bytes, 1), 1)

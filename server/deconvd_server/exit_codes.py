@@ -1,0 +1,26 @@
+"""With what the server's process ends."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = ["ExitCode"]
+
+
+class ExitCode(IntEnum):
+    """With what the server's process ends. README.md has them in a table."""
+
+    DRAINED = 0
+    """It was told to end, and every call under way did."""
+
+    FAILED = 1
+    """It could not start."""
+
+    WRONG_OPTION = 2
+    """An option is wrong: starting it again would not help."""
+
+    START_ANEW = 3
+    """A card, or a thread that serves, is lost: only another process gets it back."""
+
+    CUT_SHORT = 4
+    """It was told to end, and calls were cut short: by the time limit of the drain, or a second signal."""

@@ -1,0 +1,99 @@
+"""Runs a daemon until there is a reason to end, and ends the process: whatever clients do, and without a new thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Final, NoReturn
+
+from deconvd_server.daemon import Daemon
+from deconvd_server.device.faults import DeviceLostError
+from deconvd_server.ends import Drained, Ends, ServingLostError
+from deconvd_server.exit_codes import ExitCode
+
+__all__ = ["Drainer", "run"]
+
+_LAST_DRAIN_S: Final = 5.0
+"""How long the calls of other devices may take to end once one device, or a thread that serves, is lost."""
+
+_OVER_S: Final = 1.5
+"""How long a drain may take to end calls that it has cancelled."""
+
+_CUT_S: Final = 0.5
+"""The same, after a second signal."""
+
+_log = logging.getLogger("deconvd_server")
+
+
+class Drainer:
+    """A thread that drains a daemon once it is told to. It is started early: none may be left when it is time.
+
+    Args:
+        ends: Is told when the daemon has drained.
+    """
+
+    def __init__(self, ends: Ends) -> None:
+        self._ends = ends
+        self._daemon: Daemon | None = None
+        self._begins = threading.Event()
+        threading.Thread(target=self._run, name="drain", daemon=True).start()
+
+    def begin(self, daemon: Daemon) -> None:
+        """Drain a daemon."""
+        self._daemon = daemon
+        self._begins.set()
+
+    def _run(self) -> None:
+        self._begins.wait()
+        assert self._daemon is not None
+        is_whole = False
+        try:
+            is_whole = self._daemon.drain()
+        except Exception:
+            _log.exception("the drain has failed")
+        finally:
+            self._ends.put(Drained(is_whole))
+
+
+def run(daemon: Daemon, ends: Ends, drainer: Drainer, drain_timeout_s: float) -> NoReturn:
+    """Wait for a reason to end, drain, and end the process.
+
+    It ends at the next signal, or soon after the time limit, even if calls do not.
+    """
+    end = ends.take()
+    is_lost = isinstance(end, DeviceLostError | ServingLostError)
+    if is_lost:
+        what = "a device is lost" if isinstance(end, DeviceLostError) else "what serves is lost"
+        _log.error("%s: the server must be started anew: %s", what, end)
+        daemon.fail()
+        drain_timeout_s = min(drain_timeout_s, _LAST_DRAIN_S)
+    _log.info("%s: draining", getattr(end, "name", "stop"))
+    drainer.begin(daemon)
+    is_whole = _wait(daemon, ends, time.monotonic() + drain_timeout_s + _OVER_S)
+    if is_lost:
+        _end(ExitCode.START_ANEW)
+    _end(ExitCode.DRAINED if is_whole else ExitCode.CUT_SHORT)
+
+
+def _wait(daemon: Daemon, ends: Ends, deadline_s: float) -> bool:
+    """Wait until the daemon has drained, but not for longer; return whether no call was cut short."""
+    while (end := ends.take(deadline_s - time.monotonic())) is not None:
+        if isinstance(end, Drained):
+            return end.is_whole
+        if not isinstance(end, DeviceLostError | ServingLostError):  # another signal
+            daemon.cut_drain()
+            deadline_s = min(deadline_s, time.monotonic() + _CUT_S)
+    _log.error("calls that were cancelled do not end: the process ends without them")
+    return False
+
+
+def _end(code: ExitCode) -> NoReturn:
+    """End the process at once: a lost card's libraries may hang at exit, and so may threads at work."""
+    logging.shutdown()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,88 @@
+"""Threads that serve calls, each for as long as one takes. None that cannot be started ends anything."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final, TypeAlias
+
+from deconvd.errors import UnavailableError
+
+__all__ = ["Workers"]
+
+_RETRY_AFTER_S: Final = 1.0
+
+_Work: TypeAlias = Callable[[], None]
+
+_log = logging.getLogger(__name__)
+
+
+class Workers:
+    """A number of threads, of which a few are started at once and others as they are needed.
+
+    While the system has no thread left, there is one fewer: work waits for those there are.
+
+    Args:
+        threads_count: The most there are.
+        early_count: How many of them are started now.
+    """
+
+    def __init__(self, threads_count: int, early_count: int) -> None:
+        self._threads_count = threads_count
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        for _ in range(early_count):
+            if not self._start():
+                break
+            self._idle.release()
+
+    def submit(self, work: _Work) -> None:
+        """Have a thread do something, which must not raise. Returns at once.
+
+        Raises:
+            UnavailableError: There is no thread, and none can be started.
+        """
+        if not self._idle.acquire(blocking=False) and not self._start() and not self._threads:
+            raise UnavailableError(
+                "the server has no thread to serve the call", retry_after_s=_RETRY_AFTER_S
+            )
+        self._work.put(work)
+
+    def close(self) -> None:
+        """Let the threads end, and return once they have."""
+        with self._lock:
+            threads, self._threads_count = list(self._threads), 0
+        for _ in threads:
+            self._work.put(None)
+        for thread in threads:
+            thread.join()
+
+    def _start(self) -> bool:
+        """Start another thread, and return whether there is one more."""
+        with self._lock:
+            if len(self._threads) >= self._threads_count:
+                return False
+            thread = threading.Thread(target=self._run, name="worker", daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:
+                _log.warning(
+                    "calls are served by %d threads: there is none left", len(self._threads)
+                )
+                _log.debug("a thread cannot be started: %s", error)
+                return False
+            self._threads.append(thread)
+            return True
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            try:
+                work()
+            except BaseException:
+                _log.exception("unforeseen error in a worker")
+            del work
+            self._idle.release()

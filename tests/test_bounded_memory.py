@@ -1,0 +1,196 @@
+"""What one client can make a server take of memory: no more than its budgets and what is said here."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd.direct_events import Method
+from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
+from deconvd.geometry import Geometry
+from deconvd.grpc_status import error_from_rpc
+from deconvd.messages import message_from_geometry
+from deconvd.problem import Problem, TensorSpec
+from deconvd.tensor import message_from_array, message_from_spec
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.server_info import DeviceDescription
+from tests.direct_calls import failure, open_line, send_call
+from tests.processes import memory_bytes, peak_memory_bytes, wait_until
+from tests.servers import ServerProcess, server_process
+from tests.unread import unread_calls
+
+MIB = 1 << 20
+BUDGET_BYTES = 200 * MIB
+BESIDE_BYTES = 150 * MIB
+"""What a server takes beside its budget: pools of freed memory, and messages that are just arriving."""
+
+ONE = np.ones((1, 1, 1, 1), np.float32)
+
+
+def answered_with(size_bytes: int) -> pb.DeconvolveRequest:
+    """Return a request of some 50 bytes whose y has so many."""
+    geometry = Geometry(stride=(1 << 20, 1 << 20), outsize=(size_bytes // 4096, 1024))
+    return pb.DeconvolveRequest(
+        x=message_from_array(ONE),
+        w=message_from_array(ONE),
+        geometry=message_from_geometry(geometry),
+    )
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    options = ("--device-memory-bytes", str(BUDGET_BYTES), "--threads", "2")
+    with server_process(tmp_path, *options, listen=("unix", "127.0.0.1:0")) as running:
+        yield running
+
+
+@contextmanager
+def bounded(
+    server: ServerProcess, limit_bytes: int = BUDGET_BYTES + BESIDE_BYTES
+) -> Iterator[None]:
+    """Fail if a server ever takes much more in the block than before."""
+    first_bytes = memory_bytes(server.process.pid)
+    yield
+    grown_bytes = peak_memory_bytes(server.process.pid) - first_bytes
+    assert grown_bytes < limit_bytes, f"{grown_bytes >> 20} MiB"
+
+
+@contextmanager
+def caller(target: str, method: str) -> Iterator[grpc.UnaryUnaryMultiCallable[bytes, bytes]]:
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(target, options=options) as channel:
+        yield channel.unary_unary(f"/deconvd.v1.DeconvolutionService/{method}")
+
+
+def error_of(call: Callable[[], object]) -> DeconvdError:
+    """Return what a call by gRPC fails with."""
+    with pytest.raises(grpc.RpcError) as raised:
+        call()
+    failure: Any = raised.value
+    return error_from_rpc(failure)
+
+
+def device_of(server: ServerProcess) -> DeviceDescription:
+    with deconvd_client.connect(server.target, transport="grpc") as F:
+        return F.server_info().devices[0]
+
+
+def used_bytes(server: ServerProcess) -> int:
+    return device_of(server).used_bytes
+
+
+# On the way out
+
+
+def test_answers_that_nobody_reads_count_until_they_have_left(server: ServerProcess) -> None:
+    message = answered_with(32 * MIB).SerializeToString()
+    with bounded(server):
+        with unread_calls(server.target, 24, message):
+            wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)
+            # another peer is served meanwhile
+            with caller(server.targets[1], "Deconvolve") as call:
+                for _ in range(6):
+                    call(answered_with(16 * MIB).SerializeToString(), timeout=20)
+            assert used_bytes(server) >= 2 * 32 * MIB
+        wait_until(lambda: used_bytes(server) == 0)
+
+
+def test_a_peer_that_reads_its_answers_gets_all_of_them(server: ServerProcess) -> None:
+    message = answered_with(32 * MIB).SerializeToString()
+    with bounded(server), caller(server.target, "Deconvolve") as call:
+        answers = [call.future(message, timeout=60) for _ in range(12)]
+        for answer in answers:
+            assert len(answer.result()) > 32 * MIB
+    wait_until(lambda: used_bytes(server) == 0)
+
+
+def test_an_answer_that_a_line_cannot_carry_is_not_computed(server: ServerProcess) -> None:
+    with bounded(server, 20 * MIB), open_line(server) as line:
+        send_call(line, Method.Deconvolve, answered_with(32 * MIB).SerializeToString())
+        assert "too many for a message of a direct call" in str(failure(line))
+
+
+# On the way in
+
+
+def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
+    large = pb.DeconvolveRequest(
+        x=message_from_array(np.ones((1, 1, 2048, 2048), np.float32)),
+        w=message_from_array(ONE),
+        geometry=message_from_geometry(Geometry(pad=(1023, 1023))),
+    )
+    message = large.SerializeToString()
+    hog = answered_with(32 * MIB).SerializeToString()
+    with (
+        bounded(server, BUDGET_BYTES + BUDGET_BYTES // 4 + BESIDE_BYTES),
+        unread_calls(server.target, 1, hog),
+        caller(server.target, "Deconvolve") as call,
+    ):
+        wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)
+        # of the peer that has its share already: they wait for ever
+        waiting = [call.future(message, timeout=30) for _ in range(2)]
+        wait_until(lambda: device_of(server).waiting_calls_count == 2)
+        for _ in range(6):
+            error = error_of(lambda: call(message, timeout=20))
+            assert isinstance(error, UnavailableError)
+            assert "calls that wait have brought" in str(error)
+        for future in waiting:
+            future.cancel()
+
+
+# Tensors
+
+
+HUGE = Problem(
+    TensorSpec((0, 0, 1, 1), np.dtype(np.float32)),
+    TensorSpec((0, 1 << 26, 1, 1), np.dtype(np.float32)),
+    Geometry(),
+)
+"""Without an element, but for a bias of 256 MiB."""
+
+
+def test_results_count_where_nothing_else_has_elements(server: ServerProcess) -> None:
+    request = pb.DeconvolveGradRequest(
+        x=message_from_spec(HUGE.x),
+        w=message_from_spec(HUGE.W),
+        gy=message_from_array(np.empty(HUGE.y.shape, np.float32)),
+        wanted=pb.GradientMask(gb=True),
+    )
+    with bounded(server, BESIDE_BYTES), caller(server.target, "DeconvolveGrad") as call:
+        error = error_of(lambda: call(request.SerializeToString(), timeout=20))
+    assert isinstance(error, ExhaustedError)
+    assert f"of which calls may take {BUDGET_BYTES}" in str(error)
+
+
+@pytest.mark.parametrize("spare_bytes", [50 * MIB, 200 * MIB], ids=["for y", "to encode it"])
+def test_a_shortage_is_told_to_the_caller_that_meets_it(tmp_path: Path, spare_bytes: int) -> None:
+    nothing = np.ones(
+        (1, 0, 8192, 4096), np.float32
+    )  # and so nothing is computed, but y has 128 MiB
+    request = pb.DeconvolveRequest(
+        x=message_from_array(nothing),
+        w=message_from_array(np.ones((0, 1, 1, 1), np.float32)),
+    )
+    with server_process(tmp_path) as server, caller(server.target, "Deconvolve") as call:
+        call(answered_with(1 * MIB).SerializeToString(), timeout=20)
+        limit_memory(server.process.pid, spare_bytes)
+        error = error_of(lambda: call(request.SerializeToString(), timeout=20))
+        assert isinstance(error, ExhaustedError), error
+        assert "memory" in str(error)
+        call(answered_with(1 * MIB).SerializeToString(), timeout=20)
+        assert "Traceback" not in server.log.read_text()
+
+
+def limit_memory(pid: int, size_bytes: int) -> None:
+    """Let a process map no more than so much in addition."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[0]
+    limit_bytes = int(pages) * resource.getpagesize() + size_bytes
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))

@@ -1,0 +1,228 @@
+"""Direct lines, which peers share: what one client does with all that it can get takes none from another."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd.direct_events import ANY_INSTANCE, Answer, CallHead, End, Hello, Method
+from deconvd.errors import UnavailableError
+from deconvd.line import Line, tell_written
+from deconvd.line_errors import LineBrokenError
+from deconvd.parts import elements_part
+from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.shared_memory import Borrower
+from tests.deadlines import soon
+from tests.direct_calls import (
+    REQUEST,
+    W,
+    X,
+    answer,
+    calls_path,
+    failure,
+    open_line,
+    serves,
+    told_by,
+)
+from tests.line_pairs import client_line, send_raw
+from tests.processes import held_by, wait_until
+from tests.servers import ServerProcess, server_process
+
+OTHER_HOST = "127.0.0.2"
+LINES_COUNT = 256
+TIMEOUT_PLACE = slice(16, 24)
+"""Where a call's frame has its timeout: 64 bits."""
+
+STALL_S = 1.0
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[ServerProcess]:
+    with server_process(tmp_path, listen=("unix", "127.0.0.1:0")) as server:
+        yield server
+
+
+@pytest.fixture
+def hasty(tmp_path: Path) -> Iterator[ServerProcess]:
+    """A server that waits for clients for a second where others wait for half a minute."""
+    constants = {
+        "deconvd_server.call:STALL_LIMIT_S": STALL_S,
+        "deconvd_server.direct_line:_GREETING_S": STALL_S,
+    }
+    with server_process(tmp_path, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
+        yield server
+
+
+def connect_from(host: str, port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 5, source_address=(host, 0))
+
+
+def line_from(host: str, port: int) -> Line:
+    line = client_line(connect_from(host, port))
+    line.set_deadline(10)
+    line.send(Hello(ANY_INSTANCE))
+    assert isinstance(line.next_event(), Hello)
+    return line
+
+
+def send_for_ever(line: Line, method: Method, message: bytes, *, is_early: bool = False) -> None:
+    """Make a call with the longest timeout that can be written."""
+    data = bytearray(line.protocol.send(CallHead(method, 1, message, is_early)))
+    data[TIMEOUT_PLACE] = b"\xff" * 8
+    send_raw(line, bytes(data))
+
+
+def early_call(line: Line, region: bytes = bytes(16)) -> None:
+    """Begin a call whose operands never come."""
+    x = message_from_spec(spec_of(X))
+    x.shared.region = region
+    request = pb.DeconvolveRequest(x=x, w=message_from_array(W))
+    send_for_ever(line, Method.Deconvolve, request.SerializeToString(), is_early=True)
+
+
+def test_connections_without_a_greeting_throw_out_nobody_who_is_idle(
+    running: ServerProcess,
+) -> None:
+    port = told_by(running).direct_port
+    with line_from(OTHER_HOST, port) as honest, ExitStack() as stack:
+        assert serves(honest)
+        for _ in range(300):
+            stack.enter_context(connect_from("127.0.0.1", port))
+        with line_from("127.0.0.3", port) as newcomer:
+            assert serves(newcomer)
+        assert honest.is_quiet()
+        assert serves(honest)
+
+
+def test_a_connection_without_a_greeting_goes_before_a_line_of_the_same_peer(
+    running: ServerProcess,
+) -> None:
+    port = told_by(running).direct_port
+    with line_from("127.0.0.1", port) as honest, ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(connect_from("127.0.0.1", port))
+        assert serves(honest)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x02", b"\x01\x00\x00\x00"])
+def test_a_greeting_has_a_time_limit(hasty: ServerProcess, sent: bytes) -> None:
+    before = held_by(hasty.process.pid).threads_count
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(calls_path(hasty)))
+        connection.send(sent)
+        connection.settimeout(10)
+        assert connection.recv(1) == b""
+    wait_until(lambda: held_by(hasty.process.pid).threads_count <= before)
+
+
+def test_a_greeted_line_may_be_idle_for_as_long_as_it_likes(hasty: ServerProcess) -> None:
+    with open_line(hasty) as line:
+        time.sleep(3 * STALL_S)
+        assert serves(line)
+
+
+@contextmanager
+def borrowed(server: ServerProcess) -> Iterator[bytes]:
+    """Give the name of a region of shared memory for the block."""
+    borrower = Borrower(lambda _: f"{server.target.removeprefix('unix:')}.memory")
+    block = borrower.take(1 << 16, soon())
+    assert block is not None
+    try:
+        yield block.place.region
+    finally:
+        borrower.close()
+
+
+def test_early_calls_that_never_go_on_leave_lines_to_others(running: ServerProcess) -> None:
+    port = told_by(running).direct_port
+    with borrowed(running) as region, ExitStack() as stack:
+        for _ in range(LINES_COUNT):
+            try:
+                line = stack.enter_context(line_from("127.0.0.1", port))
+            except LineBrokenError:
+                continue  # there are no more for this peer
+            early_call(line, region)
+        for host in (OTHER_HOST, "127.0.0.3"):
+            for _ in range(40):
+                line = stack.enter_context(line_from(host, port))
+                assert serves(line)
+
+
+def test_an_early_call_that_does_not_go_on_ends(hasty: ServerProcess) -> None:
+    with borrowed(hasty) as region, open_line(hasty) as line:
+        early_call(line, region)
+        error = failure(line)
+
+        assert isinstance(error, UnavailableError)
+        assert error.retry_after_s is not None
+        assert "written nothing of the call's operands for 1 s" in str(error)
+        assert serves(line)
+
+
+def test_to_say_the_same_again_is_no_progress(hasty: ServerProcess) -> None:
+    with borrowed(hasty) as region, open_line(hasty) as line:
+        early_call(line, region)
+        while line.is_quiet():
+            tell_written(line, 8)
+            time.sleep(STALL_S / 10)  # as often as a client that copies says how far it is
+
+        assert isinstance(failure(line), UnavailableError)
+
+
+def stream_header(x: Array, w: Array) -> bytes:
+    request = pb.DeconvolveRequest(x=message_from_spec(spec_of(x)), w=message_from_spec(spec_of(w)))
+    header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+    return pb.DeconvolveStreamRequest(header=header).SerializeToString()
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_an_answer_that_nobody_reads_ends_its_line(hasty: ServerProcess, transport: str) -> None:
+    with open_line(hasty, transport) as line:
+        line.set_deadline(10)
+        x, w = np.ones((128, 1, 256, 256), np.float32), np.ones((1, 1, 1, 1), np.float32)
+        with suppress(LineBrokenError):  # the server does not wait for the rest
+            send_for_ever(line, Method.DeconvolveStream, stream_header(x, w))
+            line.send_part(elements_part(w))
+            line.send_part(elements_part(x))
+        wait_until(
+            lambda: "has ended: the other end has sent and taken nothing" in hasty.log.read_text()
+        )
+    assert "Traceback" not in hasty.log.read_text()
+
+
+def test_a_stream_that_stops_coming_ends_its_line(hasty: ServerProcess) -> None:
+    with open_line(hasty) as line:
+        send_for_ever(line, Method.DeconvolveStream, stream_header(X, W))
+        with pytest.raises(LineBrokenError):
+            answer(line)
+
+
+def test_the_longest_deadline_is_like_any_other(running: ServerProcess) -> None:
+    with open_line(running) as line:
+        send_for_ever(line, Method.Deconvolve, REQUEST.SerializeToString())
+        assert isinstance(answer(line), Answer)
+        send_for_ever(line, Method.DeconvolveStream, stream_header(X, W))
+        line.send_part(elements_part(W))
+        line.send_part(elements_part(X))
+        line.send(End(""))
+        assert isinstance(answer(line), End)
+    with deconvd_client.connect(running.target, timeout_s=1e18) as F:
+        assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_a_client_whose_line_gave_way_makes_its_calls_all_the_same(running: ServerProcess) -> None:
+    port = told_by(running).direct_port
+    with deconvd_client.connect(running.targets[1], transport="tcp") as F, ExitStack() as stack:
+        for number in range(300):
+            stack.enter_context(connect_from("127.0.0.1", port))
+            if number % 60 == 0:
+                assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)

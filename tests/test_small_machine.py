@@ -1,0 +1,76 @@
+"""Servers in real cgroups, where the host has more than they may take."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deconvd.tensor import Array
+from deconvd_client import Connection, ExhaustedError, RemoteTensor, connect
+from tests.cgroups import cgroup
+from tests.servers import server_process
+
+MEMORY_BYTES = 600_000_000
+X = np.ones((1, 8, 16, 16), np.float32)
+W = np.ones((8, 4, 4, 4), np.float32)
+
+
+def tensor(size_bytes: int, value: float) -> Array:
+    return np.full((1, 1, 1000, size_bytes // 4000), value, np.float32)
+
+
+def put_tensors(F: Connection, count: int) -> list[RemoteTensor]:
+    """Put tensors of 16 MB, and return those that the server has room for."""
+    kept = []
+    for number in range(count):
+        with suppress(ExhaustedError):
+            kept.append(F.put(tensor(16_000_000, number)))
+    return kept
+
+
+@pytest.mark.parametrize("transport", ["grpc", "unix", "shared_memory"])
+def test_puts_beyond_the_memory_of_a_container_do_not_end_its_server(
+    tmp_path: Path, transport: str
+) -> None:
+    with (
+        cgroup(memory_bytes=MEMORY_BYTES) as group,
+        server_process(tmp_path, within=group) as server,
+        connect(server.target, transport=transport) as F,
+    ):
+        kept = put_tensors(F, 40)
+        with pytest.raises(ExhaustedError):
+            F.put(tensor(64_000_000, 1))
+
+        assert kept
+        assert F.deconvolution_2d(X, W).shape == (1, 4, 19, 19)
+        assert group.kills_count == 0
+        assert group.peak_memory_bytes < MEMORY_BYTES * 0.9
+
+
+def test_many_who_put_do_not_end_it_either_and_calls_go_on_being_served(tmp_path: Path) -> None:
+    with (
+        cgroup(memory_bytes=MEMORY_BYTES) as group,
+        server_process(tmp_path, within=group) as server,
+        ExitStack() as stack,
+    ):
+        connections = [stack.enter_context(connect(server.target)) for _ in range(8)]
+        kept = [put_tensors(F, 5) for F in connections]
+
+        assert all(kept)
+        assert all(F.deconvolution_2d(X, W).shape == (1, 4, 19, 19) for F in connections)
+        assert group.kills_count == 0
+
+
+def test_a_server_says_what_its_container_leaves_it(tmp_path: Path) -> None:
+    with (
+        cgroup(memory_bytes=MEMORY_BYTES, processors_count=1) as group,
+        server_process(tmp_path, within=group) as server,
+        connect(server.target) as F,
+    ):
+        (device,) = F.server_info().devices
+
+    assert device.memory_bytes == pytest.approx(MEMORY_BYTES, abs=4096)
+    assert device.threads_count == 1
