@@ -19,6 +19,7 @@ import click
 
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
+from deconvd_server.shared_memory.file_ends import FileEnds
 from deconvd_server.shared_memory.memory import Memory
 
 _SIZES = tuple(1 << exponent for exponent in range(18, 29, 2))
@@ -81,11 +82,12 @@ def _rows(device: str, sizes: Sequence[int]) -> Iterator[Row]:
     (card,) = open_devices(device if ":" in device else f"{device}:0", settings)
     with current_device(int(card.info.id.partition(":")[2])):
         stream, block = Stream(), Pool(max(sizes)).take(max(sizes))
-        registered = Memory(max(sizes), card.register)
+        ends = FileEnds()
+        registered = Memory(max(sizes), card.register, ends)
         memory_of = {
             "pinned": PinnedBuffer(max(sizes)).bytes,
             "registered": registered.bytes,
-            "unregistered": Memory(max(sizes), lambda _address, _size_bytes: lambda: None).bytes,
+            "unregistered": Memory(max(sizes), lambda _address, _size: lambda: None, ends).bytes,
         }
         for size in sizes:
             for name, memory in memory_of.items():

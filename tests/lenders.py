@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deconvd.problem import TensorSpec
+from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
@@ -18,6 +21,7 @@ from deconvd_server.unix_socket import Access
 __all__ = [
     "MIB",
     "Child",
+    "Peer",
     "Watch",
     "child",
     "lending",
@@ -118,6 +122,50 @@ class Child:
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+
+class Peer:
+    """A client that speaks the protocol by hand, and keeps the descriptors of what it was lent."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(_TIMEOUT_S)
+        self.socket.connect(str(path))
+        self.descriptors: list[int] = []
+
+    def ask(self, request: Request) -> Reply:
+        return self.ask_raw(request.pack())
+
+    def ask_raw(self, packet: bytes) -> Reply:
+        self.socket.send(packet)
+        answer, descriptors, _, _ = socket.recv_fds(self.socket, MAX_REPLY_BYTES, 4)
+        self.descriptors += descriptors
+        return Reply.parse(answer)
+
+    def lend(self, size_bytes: int) -> Reply:
+        return self.ask(Request(Operation.LEND, size_bytes))
+
+    def borrowed(self, size_bytes: int) -> bytes:
+        reply = self.lend(size_bytes)
+        assert reply.answer is Answer.DONE
+        return reply.region
+
+    def is_dropped(self) -> bool:
+        """Wait for the end of the connection; False if there is something to read instead."""
+        return self.socket.recv(MAX_REPLY_BYTES) == b""
+
+    def give_back(self, region: bytes) -> Reply:
+        return self.ask(Request(Operation.RETURN, region=region))
+
+    def let_go(self) -> None:
+        """Keep no memory that was lent."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = []
+
+    def close(self) -> None:
+        self.socket.close()
+        self.let_go()
 
 
 _PRELUDE = """

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from deconvd.errors import InvalidArgumentError, StaleRegionError
 from deconvd.problem import TensorSpec
 from deconvd.shared_memory import (
-    MAX_REPLY_BYTES,
     Answer,
     Operation,
     Reply,
@@ -38,50 +37,13 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.shared_memory import Lender, Limits
 from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
 from deconvd_server.unix_socket import Access
-from tests.lenders import MIB, Watch, child, lending, lent_tensor, memory_side
+from tests.lenders import MIB, Peer, Watch, child, lending, lent_tensor, memory_side
 from tests.servers import ServerProcess, server_process
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-
-class Peer:
-    """A client that speaks the protocol by hand."""
-
-    def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(TIMEOUT_S)
-        self.socket.connect(str(path))
-        self.descriptors: list[int] = []
-
-    def ask(self, request: Request) -> Reply:
-        return self.ask_raw(request.pack())
-
-    def ask_raw(self, packet: bytes) -> Reply:
-        self.socket.send(packet)
-        answer, descriptors, _, _ = socket.recv_fds(self.socket, MAX_REPLY_BYTES, 4)
-        self.descriptors += descriptors
-        return Reply.parse(answer)
-
-    def lend(self, size_bytes: int) -> Reply:
-        return self.ask(Request(Operation.LEND, size_bytes))
-
-    def borrowed(self, size_bytes: int) -> bytes:
-        reply = self.lend(size_bytes)
-        assert reply.answer is Answer.DONE
-        return reply.region
-
-    def is_dropped(self) -> bool:
-        """Wait for the end of the connection; False if there is something to read instead."""
-        return self.socket.recv(MAX_REPLY_BYTES) == b""
-
-    def close(self) -> None:
-        self.socket.close()
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-        self.descriptors = []
 
 
 Connect = Callable[..., Peer]
@@ -368,7 +330,8 @@ while True:
                 assert first.hear() == second.hear() == "begun"
                 witness = connect()
                 for _ in range(random.Random(seed).randrange(60)):
-                    witness.ask(Request(Operation.RETURN, region=witness.borrowed(4096)))
+                    witness.give_back(witness.borrowed(4096))
+                    witness.let_go()
                 for victim in (first, second):
                     victim.process.send_signal(signal.SIGKILL)
                     victim.process.wait()
@@ -392,7 +355,9 @@ class TestLimits:
             assert str(2 * MIB) in reply.text
             assert greedy.lend(2**64 - 1).answer is Answer.OVER_CLIENT_LIMIT
 
-            greedy.ask(Request(Operation.RETURN, region=first))
+            greedy.give_back(first)
+            assert greedy.lend(MIB).answer is Answer.OVER_CLIENT_LIMIT  # it has it still
+            greedy.let_go()
             greedy.borrowed(MIB)
 
     def test_all_clients_together_get_no_more_than_all(self, path: Path, connect: Connect) -> None:
@@ -421,7 +386,8 @@ class TestLimits:
             client = connect()
             region = client.borrowed(MIB)
             with used(lender, region):
-                client.ask(Request(Operation.RETURN, region=region))
+                client.give_back(region)
+                client.let_go()
                 assert client.lend(MIB).answer is Answer.OVER_CLIENT_LIMIT
             client.borrowed(MIB)
 

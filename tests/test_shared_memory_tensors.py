@@ -32,6 +32,7 @@ from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import HostRegion
 from deconvd_server.device.cpu.tensor import array_of
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
+from deconvd_server.shared_memory.file_ends import FileEnds
 from deconvd_server.shared_memory.loans import Account, Loans
 from deconvd_server.shared_memory.memory import Memory
 from tests.deadlines import soon
@@ -116,7 +117,7 @@ def test_memory_that_is_ready_after_its_client_has_gone_is_freed_at_once() -> No
     loans: Loans[Memory] = Loans(Limits(MIB, MIB))
     account = Account()
     loans.reserve(account, MIB)
-    memory = Memory(MIB, watch)
+    memory = Memory(MIB, watch, FileEnds())
     loans.close(account)
 
     name = loans.lend(account, memory)
@@ -327,7 +328,7 @@ class TestFalseLenders:
     def test_sealed_memory_of_another_size_is_refused(
         self, listener: socket.socket, path: Path
     ) -> None:
-        memory = Memory(4096, Watch())
+        memory = Memory(4096, Watch(), FileEnds())
         thread = self.serve(
             listener, Reply(Answer.DONE, MIB, bytes(16)).pack(), [memory.descriptor]
         )

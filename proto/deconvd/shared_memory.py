@@ -12,9 +12,10 @@ memory on that card, in hexadecimal digits: all zeros at first, of at least the 
 reached by it. A client asks who is there (IDENTIFY) before it puts anything into memory: the path may be another
 server's. Whoever knows a region's name may name slices of it in calls: it is a secret of the client.
 
-Everything is lent until the client gives it back or closes the socket, be it by dying. CUDA has memory freed only once
-no other process has it open. So a client MUST close what it opened before it gives the region back; and memory on cards
-that a client has when it closes the socket is kept until its process ends.
+Everything is lent until the client gives it back or closes the socket, be it by dying. A region of the host's memory
+stays the client's to read and write then, and counts as lent until no process has a descriptor or a mapping of it. CUDA
+has memory freed only once no other process has it open. So a client MUST close what it opened before it gives the
+region back; and memory on cards that a client has when it closes the socket is kept until its process ends.
 """
 
 from __future__ import annotations

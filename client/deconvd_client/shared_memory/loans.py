@@ -319,9 +319,12 @@ class Loans:
     def _give_back(self, link: Link, is_unused: Callable[[Region], bool]) -> None:
         with self._lock:
             unused = self._pool.withdraw(is_unused)
-        for region in unused:
+        while unused:
+            region = unused.pop()
             region.unmap()
-            link.give_back(region.name)
+            name = region.name
+            del region  # and with it the mapping: it counts as lent until nobody has it
+            link.give_back(name)
 
 
 def _lost(why: str) -> UnavailableError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from deconvd.errors import DeconvdError, ExhaustedError
@@ -50,6 +50,10 @@ class _Memory:
     def unmap(self) -> None:
         """Give it back to the card."""
         self._engine.take_back(self.lent)
+
+    def when_gone(self, then: Callable[[], None]) -> None:
+        """Call `then` now: whether another process has it open still, CUDA does not tell."""
+        then()
 
 
 class Borrowing:

@@ -17,6 +17,7 @@ from deconvd.shared_memory import REGION_NAME_BYTES, Answer, Operation, Reply, R
 from deconvd_server.listener import Listener
 from deconvd_server.log_text import excerpt
 from deconvd_server.shared_memory.cards import Borrowing, Cards
+from deconvd_server.shared_memory.file_ends import FileEnds
 from deconvd_server.shared_memory.loans import Account, Limits, Loans, OverLimitError, Use
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
 from deconvd_server.side_socket import Peer, SideSocket, peer_of
@@ -39,7 +40,8 @@ class Lender:
 
     It makes all memory itself, so a client cannot name any that is not its own. What a client has
     is retired once its connection closes, however it dies, and unmapped once the last call that
-    uses it has ended. One thread talks to all clients, another maps memory for them.
+    uses it has ended. It counts until the client has let go of it, too. One thread talks to all
+    clients, another maps memory for them.
 
     Args:
         sides: The sockets where it listens. It removes and closes them.
@@ -72,6 +74,7 @@ class Lender:
         # of clients that have gone, but for their processes: what takes back what they have
         self._borrowings: dict[Borrowing, Callable[[], None]] = {}
         self._loans: Loans[Memory] = Loans(limits)
+        self._ends = FileEnds()
         self._clients: list[_Client] = []
         self._is_closing = False
         self._listener = Listener("clients of shared memory", sides, (), self._take, on_lost)
@@ -86,6 +89,12 @@ class Lender:
     def lent_bytes(self) -> int:
         """What is lent, or retired and still in use, now."""
         return self._loans.size_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What was given back, or lost its client's connection, and that clients still have, now."""
+        self._ends.look()
+        return self._loans.kept_bytes
 
     def use(self, name: str, region: bytes) -> Use:
         """Use a region, of the host's memory or a card's: until that ends it stays mapped.
@@ -118,6 +127,7 @@ class Lender:
         self._thread.join()
         self._mapper.shutdown()
         self._listener.close()  # after it has done what the mapper left to deliver
+        self._ends.close()
 
     def wait_until_unused(self, timeout_s: float) -> bool:
         """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
@@ -271,13 +281,14 @@ class Lender:
 
     def _lend(self, client: _Client, wanted_bytes: int) -> tuple[Reply, Memory | None]:
         size_bytes = -(-max(wanted_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES
+        self._ends.look()
         try:
             self._loans.reserve(client.account, size_bytes)
         except OverLimitError as error:
             _log.info("%s borrows no more shared memory: %s", client.peer, error)
             return Reply(error.answer, text=str(error)), None
         try:
-            memory = Memory(size_bytes, self._on_map)
+            memory = Memory(size_bytes, self._on_map, self._ends)
         except Exception:
             _log.exception("%d bytes of shared memory could not be made", size_bytes)
             self._loans.cancel(client.account, size_bytes)

@@ -66,7 +66,7 @@ class Account:
 
     Attributes:
         sum: What counts against its limits: what is being mapped for it too, and what it gave back
-            while calls still use it.
+            while calls still use it, or while it still has it itself.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
     """
@@ -98,6 +98,9 @@ class Lendable(Protocol):
     def unmap(self) -> None:
         """Let go of it. Called once, when no one uses it."""
 
+    def when_gone(self, then: Callable[[], None]) -> None:
+        """Call `then` once no one else has it either, as far as can be known. Called once, after `unmap`."""
+
 
 _M = TypeVar("_M", bound=Lendable)
 
@@ -118,7 +121,8 @@ class Loans(Generic[_M]):
     """All that is lent of one kind. Thread-safe; memory is unmapped outside the lock, by whoever used it last.
 
     A region is lent, then retired, when its client gives it back or goes, then unmapped, when the
-    last call that uses it has ended.
+    last call that uses it has ended, then gone, when its client has let go of it too. Until then it counts: a client
+    may go on to use its own mapping, as for results that it has yet to read, and its pages are there for as long.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -126,6 +130,7 @@ class Loans(Generic[_M]):
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._sum = _Sum()
+        self._kept = _Sum()
         self._entries: Named[Entry[_M]] = Named()
         self._garbage: list[Resource[_M]] = []
 
@@ -133,7 +138,13 @@ class Loans(Generic[_M]):
     def size_bytes(self) -> int:
         """All that is mapped, or about to be."""
         with self._lock:
-            return self._sum.size_bytes
+            return self._sum.size_bytes - self._kept.size_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is mapped here no more, and that clients still have."""
+        with self._lock:
+            return self._kept.size_bytes
 
     def reserve(self, account: Account, size_bytes: int) -> None:
         """Count memory that is about to be made for a client.
@@ -195,7 +206,10 @@ class Loans(Generic[_M]):
     def wait_until_none(self, timeout_s: float) -> bool:
         """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
         with self._lock:
-            return self._changed.wait_for(lambda: self._sum.regions_count == 0, timeout_s)
+            return self._changed.wait_for(self._is_none_mapped, timeout_s)
+
+    def _is_none_mapped(self) -> bool:
+        return self._sum.regions_count == self._kept.regions_count
 
     def _check(self, account: Account, size_bytes: int) -> None:
         limits = self._limits
@@ -205,7 +219,7 @@ class Loans(Generic[_M]):
         ):
             raise OverLimitError(
                 Answer.OVER_CLIENT_LIMIT,
-                f"{size_bytes} bytes beside the {account.sum.size_bytes} that this client has: the "
+                f"{size_bytes} bytes beside the {account.sum.size_bytes} that this client has or still keeps: the "
                 f"server lends a client {limits.client_bytes} bytes and "
                 f"{limits.client_regions_count} regions",
             )
@@ -215,7 +229,7 @@ class Loans(Generic[_M]):
         ):
             raise OverLimitError(
                 Answer.OVER_SERVER_LIMIT,
-                f"{size_bytes} bytes beside the {self._sum.size_bytes} that all clients have: the "
+                f"{size_bytes} bytes beside the {self._sum.size_bytes} that all clients have or still keep: the "
                 f"server lends {limits.all_bytes} bytes and {limits.all_regions_count} regions",
             )
 
@@ -247,7 +261,14 @@ class Loans(Generic[_M]):
         except Exception:
             _log.exception("shared memory could not be unmapped in good order")
         with self._lock:
-            self._count(account, -memory.size_bytes, -1)
+            self._kept.add(memory.size_bytes, 1)
+            self._changed.notify_all()
+        memory.when_gone(partial(self._forget, account, memory.size_bytes))
+
+    def _forget(self, account: Account, size_bytes: int) -> None:
+        with self._lock:
+            self._kept.add(-size_bytes, -1)
+            self._count(account, -size_bytes, -1)
 
 
 def _free(garbage: Iterable[Resource[_M]]) -> None:

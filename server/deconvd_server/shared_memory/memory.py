@@ -16,6 +16,7 @@ from deconvd.addresses import PlacedArray, address_of
 from deconvd.problem import TensorSpec
 from deconvd.shared_slice import SharedSlice
 from deconvd.tensor import Array
+from deconvd_server.shared_memory.file_ends import FileEnds
 
 __all__ = ["Memory", "OnMap", "Unmap"]
 
@@ -36,17 +37,19 @@ class Memory:
     Args:
         size_bytes: A multiple of the page size.
         on_map: Told of the mapping; what it raises, this raises.
+        ends: Watches the memfd.
 
     Raises:
-        OSError: The system has none to give.
+        OSError: The system has none to give, or cannot watch it.
 
     Attributes:
         descriptor: The memfd, to be sent and then closed by `close_descriptor`; the mapping stays.
         bytes: The mapping. It is unmapped once `unmap` was called and the last view of it has gone.
     """
 
-    def __init__(self, size_bytes: int, on_map: OnMap) -> None:
+    def __init__(self, size_bytes: int, on_map: OnMap, ends: FileEnds) -> None:
         self.size_bytes = size_bytes
+        self._ends = ends
         self._tensors: dict[tuple[TensorSpec, int, bool], Array] = {}
         self.descriptor = _sealed_file(size_bytes)
         try:
@@ -56,6 +59,7 @@ class Memory:
             self.bytes: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
             self._address = address_of(self.bytes)
             self._undo = on_map(self._address, size_bytes)
+            self._watch = self._watched()
         except BaseException:
             self.close_descriptor()
             raise
@@ -88,6 +92,13 @@ class Memory:
         tensor.flags.writeable = is_writable
         return tensor
 
+    def _watched(self) -> int:
+        try:
+            return self._ends.watch(self.descriptor)
+        except BaseException:
+            self._undo()
+            raise
+
     def close_descriptor(self) -> None:
         """Close the memfd, once it was sent."""
         os.close(self.descriptor)
@@ -99,6 +110,13 @@ class Memory:
         finally:
             self.bytes = np.empty(0, np.uint8)
             self._tensors.clear()
+
+    def when_gone(self, then: Callable[[], None]) -> None:
+        """Call `then` once no other process has it either: now, or later in another thread.
+
+        To be called once, after `unmap`.
+        """
+        self._ends.when_gone(self._watch, then)
 
 
 def _sealed_file(size_bytes: int) -> int:
