@@ -12,7 +12,7 @@ from tests.soak.clients import Client, Hostile
 from tests.soak.health import Check
 from tests.soak.honest import BARE_WAYS, Outcome
 from tests.soak.places import Interval
-from tests.soak.supervisor import BOUND_BYTES, Supervisor
+from tests.soak.supervisor import Supervisor
 
 __all__ = ["Results"]
 
@@ -96,7 +96,7 @@ class Results:
             f"errors by kind: {_listed(kinds)}",
             f"health: {len(late)} checks, worst {_latency(late[-1]) if late else 0:.2f} s, missed {misses}",
             f"memory: {s.memory_bytes // _MIB} MiB in the process, {s.group_bytes // _MIB} in its cgroup, of "
-            f"{BOUND_BYTES // _MIB}; {s.threads_count} threads, {s.descriptors_count} descriptors",
+            f"{s.bound_bytes // _MIB}; {s.threads_count} threads, {s.descriptors_count} descriptors",
             f"server: started {s.starts_count} times, killed {s.kills_count}, drained {len(s.drains)}, with exit "
             f"codes {_listed(codes)}, the slowest in {max((d.took_s for d in s.drains), default=0):.1f} s",
             f"calls under way at SIGTERM: {sum(map(len, under_way))}, lost {sum(map(sum, under_way))}",
@@ -122,12 +122,13 @@ class Results:
             lost = sum(self._under_way(drain.when[0]))
             if lost:
                 yield f"{lost} calls under way at a SIGTERM were neither answered nor told"
+        bound_bytes = self.supervisor.bound_bytes
         for name, size_bytes in (
             ("process", self.supervisor.memory_bytes),
             ("cgroup", self.supervisor.group_bytes),
         ):
-            if size_bytes > BOUND_BYTES:
-                yield f"memory: {size_bytes // _MIB} MiB in the {name}, of {BOUND_BYTES // _MIB}"
+            if size_bytes > bound_bytes:
+                yield f"memory: {size_bytes // _MIB} MiB in the {name}, of {bound_bytes // _MIB}"
         for log in self.logs:
             text = log.read_text(errors="replace")
             for mark in _FAULTS:

@@ -9,12 +9,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from deconvd_server.budgets import Budgets
+from deconvd_server.machine import memory_bytes
 from tests.cgroups import Cgroup
 from tests.processes import held_by, peak_memory_bytes
 from tests.servers import ServerProcess, server_process
 from tests.soak.places import Interval, Places
 
-__all__ = ["BOUND_BYTES", "GROUP_BYTES", "Drain", "Supervisor"]
+__all__ = ["GROUP_BYTES", "Drain", "Supervisor"]
 
 _MIB = 1 << 20
 
@@ -22,15 +24,10 @@ _DEVICE_BYTES, _SHARED_BYTES, _MESSAGE_BYTES = 192 * _MIB, 384 * _MIB, 64 * _MIB
 _DRAIN_TIMEOUT_S = 4.0
 
 GROUP_BYTES = 1280 * _MIB
-"""What the kernel lets the server have. Without options for them, streams and messages take an eighth of it each, and
-four pools a 64th.
-"""
+"""What the kernel lets the server have."""
 
 _PROCESS_BYTES = 160 * _MIB
 """What a server has that serves nobody, and its threads' stacks."""
-
-BOUND_BYTES = _DEVICE_BYTES + _SHARED_BYTES + GROUP_BYTES * 5 // 16 + _PROCESS_BYTES
-"""What it is to keep within."""
 
 _LATE_S = 2.0
 """How long after the drain's timeout, or a second signal, the process may end."""
@@ -74,6 +71,7 @@ class Supervisor:
 
     Attributes:
         absences: From when to when it was away.
+        bound_bytes: The memory that it is to keep within.
         faults: When it ended by itself, and other things that must not be.
         memory_bytes: The most that one of its processes held.
         group_bytes: The most that was charged to its cgroup, and could not be dropped.
@@ -87,6 +85,13 @@ class Supervisor:
         self.kills_count = self.starts_count = 0
         self.memory_bytes = self.group_bytes = self.threads_count = self.descriptors_count = 0
         self._directory, self._places, self._group = directory, places, group
+        parts = Budgets.of(memory_bytes() if group is None else GROUP_BYTES)
+        self.bound_bytes = (
+            _DEVICE_BYTES
+            + _SHARED_BYTES
+            + _PROCESS_BYTES
+            + (parts.streams_bytes + parts.messages_bytes + 4 * parts.pool_bytes)
+        )
         self._running = ExitStack()
         self._server = self._started()
 
