@@ -81,7 +81,9 @@ class Soak:
                 client.process.terminate()
             clients = [*steady, *self._hostile]
             faults = [client.fault(2 * CALL_TIMEOUT_S) for client in clients]
-        return Results.of(self.directory, self.supervisor, honest, health, self._hostile, faults)
+        return Results.of(
+            self.directory, self.supervisor.record, honest, health, self._hostile, faults
+        )
 
     def _run(self, stack: ExitStack) -> None:
         until_s = time.monotonic() + self.seconds

@@ -12,7 +12,7 @@ from tests.soak.clients import Client, Hostile
 from tests.soak.health import Check
 from tests.soak.honest import BARE_WAYS, Outcome
 from tests.soak.places import Interval
-from tests.soak.supervisor import Supervisor
+from tests.soak.supervisor import Record
 
 __all__ = ["Results"]
 
@@ -44,7 +44,7 @@ class Results:
 
     outcomes: Sequence[Outcome]
     checks: Sequence[Check]
-    supervisor: Supervisor
+    record: Record
     failed_clients: Sequence[str]
     attacks_count: Counter[str]
     logs: Sequence[Path]
@@ -53,7 +53,7 @@ class Results:
     def of(
         cls,
         directory: Path,
-        supervisor: Supervisor,
+        record: Record,
         honest: Sequence[Client],
         health: Client,
         hostile: Sequence[Hostile],
@@ -67,7 +67,7 @@ class Results:
         return cls(
             outcomes=[Outcome.of(client.report) for client in ended],
             checks=[Check.of(*fields) for fields in json.loads(health.report or "[]")],
-            supervisor=supervisor,
+            record=record,
             failed_clients=[fault for fault in faults if fault],
             attacks_count=attacks,
             logs=sorted(directory.glob("server-*/server.log")),
@@ -75,11 +75,11 @@ class Results:
 
     def violations(self) -> list[str]:
         """Return what must not be."""
-        return [*self.supervisor.faults, *self.failed_clients, *self._violations()]
+        return [*self.record.faults, *self.failed_clients, *self._violations()]
 
     def written(self) -> str:
         """Return the report."""
-        s = self.supervisor
+        s = self.record
         late = sorted((check for check in self.checks if self._counts(check.when)), key=_latency)
         misses = sum(check.text != "SERVING" for check in late)
         codes = Counter(f"{drain.code} x" for drain in s.drains)
@@ -118,14 +118,14 @@ class Results:
         yield from _few("health was missed", missed)
         late = [f"in {_latency(c):.1f} s" for c in checks if _latency(c) > _HEALTH_S]
         yield from _few("health was late", late)
-        for drain in self.supervisor.drains:
+        for drain in self.record.drains:
             lost = sum(self._under_way(drain.when[0]))
             if lost:
                 yield f"{lost} calls under way at a SIGTERM were neither answered nor told"
-        bound_bytes = self.supervisor.bound_bytes
+        bound_bytes = self.record.bound_bytes
         for name, size_bytes in (
-            ("process", self.supervisor.memory_bytes),
-            ("cgroup", self.supervisor.group_bytes),
+            ("process", self.record.memory_bytes),
+            ("cgroup", self.record.group_bytes),
         ):
             if size_bytes > bound_bytes:
                 yield f"memory: {size_bytes // _MIB} MiB in the {name}, of {bound_bytes // _MIB}"
@@ -147,27 +147,17 @@ class Results:
         """Return for how long of it the server was there, and had been for a moment."""
         away_s = (
             min(when[1], end + _SETTLING_S) - max(when[0], begin)
-            for begin, end in self.supervisor.absences
+            for begin, end in self.record.absences
         )
         return _length_s(when) - sum(max(one_s, 0.0) for one_s in away_s)
 
     def _under_way(self, at_s: float) -> list[bool]:
         """Return of each call of bare clients that was under way then whether it was lost."""
         begun_s = at_s - _UNDER_WAY_S
-        answered = [
-            False
-            for o in self.outcomes
-            for begin, end in o.answered
-            if begin < begun_s and end > at_s
-        ]
-        failed = [
-            not f.was_told
-            for o in self.outcomes
-            if o.way in BARE_WAYS
-            for f in o.failures
-            if f.when[0] < begun_s and f.when[1] > at_s
-        ]
-        return answered + failed
+        bare = [o for o in self.outcomes if o.way in BARE_WAYS]
+        tries = [(when, True) for o in bare for when in o.answered]
+        tries += [(failure.when, failure.was_told) for o in bare for failure in o.failures]
+        return [not was_told for (begin, end), was_told in tries if begin < begun_s and end > at_s]
 
 
 def _length_s(interval: Interval) -> float:

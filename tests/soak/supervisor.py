@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deconvd_server.budgets import Budgets
@@ -16,7 +16,7 @@ from tests.processes import held_by, peak_memory_bytes
 from tests.servers import ServerProcess, server_process
 from tests.soak.places import Interval, Places
 
-__all__ = ["GROUP_BYTES", "Drain", "Supervisor"]
+__all__ = ["GROUP_BYTES", "Drain", "Record", "Supervisor"]
 
 _MIB = 1 << 20
 
@@ -66,56 +66,65 @@ class Drain:
         return "" if self.code in (0, 4) else f"a drain ended with exit code {self.code}"
 
 
-class Supervisor:
-    """Runs the server.
+@dataclass
+class Record:
+    """What became of the server.
 
     Attributes:
-        absences: From when to when it was away.
         bound_bytes: The memory that it is to keep within.
+        absences: From when to when it was away.
         faults: When it ended by itself, and other things that must not be.
         memory_bytes: The most that one of its processes held.
         group_bytes: The most that was charged to its cgroup, and could not be dropped.
-        threads_count: The most threads that it had.
     """
 
+    bound_bytes: int
+    absences: list[Interval] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    drains: list[Drain] = field(default_factory=list)
+    starts_count: int = 0
+    kills_count: int = 0
+    memory_bytes: int = 0
+    group_bytes: int = 0
+    threads_count: int = 0
+    descriptors_count: int = 0
+
+
+class Supervisor:
+    """Runs the server, and keeps a record of it."""
+
     def __init__(self, directory: Path, places: Places, group: Cgroup | None) -> None:
-        self.absences: list[Interval] = []
-        self.faults: list[str] = []
-        self.drains: list[Drain] = []
-        self.kills_count = self.starts_count = 0
-        self.memory_bytes = self.group_bytes = self.threads_count = self.descriptors_count = 0
-        self._directory, self._places, self._group = directory, places, group
         parts = Budgets.of(memory_bytes() if group is None else GROUP_BYTES)
-        self.bound_bytes = (
-            _DEVICE_BYTES
-            + _SHARED_BYTES
-            + _PROCESS_BYTES
-            + (parts.streams_bytes + parts.messages_bytes + 4 * parts.pool_bytes)
-        )
+        own_bytes = parts.streams_bytes + parts.messages_bytes + 4 * parts.pool_bytes
+        self.record = Record(_DEVICE_BYTES + _SHARED_BYTES + own_bytes + _PROCESS_BYTES)
+        self._directory, self._places, self._group = directory, places, group
         self._running = ExitStack()
         self._server = self._started()
+        self._seen_s = time.monotonic()
 
     def watch(self) -> None:
         """Note what it takes, and start it anew if it has ended by itself."""
         code = self._server.process.poll()
         if code is not None:
-            self.faults.append(f"{_now()}: the server ended by itself, with exit code {code}")
-            self._restart(time.monotonic())
-        if self._group is not None:
-            self.group_bytes = max(self.group_bytes, self._group.kept_memory_bytes)
+            fault = f"{_now()}: the server ended by itself, with exit code {code}"
+            self.record.faults.append(fault)
+            self._restart(self._seen_s)
+        self._seen_s = time.monotonic()
         with suppress(OSError, ValueError):  # it is just ending, which the next look sees
             self._note_held(self._server.process.pid)
 
     def _note_held(self, pid: int) -> None:
-        held = held_by(pid)
-        self.memory_bytes = max(self.memory_bytes, peak_memory_bytes(pid))
-        self.threads_count = max(self.threads_count, held.threads_count)
-        self.descriptors_count = max(self.descriptors_count, held.descriptors_count)
+        held, record = held_by(pid), self.record
+        if self._group is not None:
+            record.group_bytes = max(record.group_bytes, self._group.kept_memory_bytes)
+        record.threads_count = max(record.threads_count, held.threads_count)
+        record.descriptors_count = max(record.descriptors_count, held.descriptors_count)
+        record.memory_bytes = max(record.memory_bytes, peak_memory_bytes(pid))
 
     def kill(self) -> None:
         """Kill it, and start it anew."""
         began_s = time.monotonic()
-        self.kills_count += 1
+        self.record.kills_count += 1
         self._server.process.kill()
         self._restart(began_s)
 
@@ -134,9 +143,9 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             code = None
         drain = Drain((began_s, time.monotonic()), code, is_cut)
-        self.drains.append(drain)
+        self.record.drains.append(drain)
         if drain.fault:
-            self.faults.append(f"{_now()}: {drain.fault}{', cut short' * is_cut}")
+            self.record.faults.append(f"{_now()}: {drain.fault}{', cut short' * is_cut}")
         self._restart(began_s)
 
     def __enter__(self) -> Supervisor:
@@ -148,11 +157,11 @@ class Supervisor:
     def _restart(self, away_s: float) -> None:
         self._running.close()
         self._server = self._started()
-        self.absences.append((away_s, time.monotonic()))
+        self.record.absences.append((away_s, time.monotonic()))
 
     def _started(self) -> ServerProcess:
-        self.starts_count += 1
-        folder = self._directory / f"server-{self.starts_count}"
+        self.record.starts_count += 1
+        folder = self._directory / f"server-{self.record.starts_count}"
         folder.mkdir()
         listen = self._places.unix, self._places.tcp
         options = (*_OPTIONS, "--direct-port", str(self._places.direct_port))
