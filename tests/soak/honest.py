@@ -52,6 +52,9 @@ __all__ = ["BARE_WAYS", "CALL_TIMEOUT_S", "WAYS", "Failure", "Outcome"]
 CALL_TIMEOUT_S = 30.0
 """How long a call may take: longer than the server is away."""
 
+_TOLD_BY_GRPC = "Cancelling all calls"
+"""What the server's gRPC says by itself to calls that a drain cuts short."""
+
 _PAUSE_S = 0.05
 """The most between two calls: all honest clients together leave processors to the server."""
 
@@ -311,7 +314,7 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
 def _was_told(error: DeconvdError) -> bool:
     """Return whether the server has told what became of a call."""
     if isinstance(error, UnavailableError):
-        return error.was_reached
+        return error.was_reached or str(error) == _TOLD_BY_GRPC
     return isinstance(error, (CallCancelledError, DeadlineError))
 
 
