@@ -42,8 +42,9 @@ check: .venv/installed-dev ## Check format, lint, types, import rules and the sc
 	$(BIN)/python -m pytest -q tests/test_schema.py
 	$(MAKE) test PYTEST_ARGS='--ignore=tests/test_schema.py $(PYTEST_ARGS)'
 
-check-all: check test-oldest ## All checks but those on a GPU: also slow tests, and tests with the oldest packages
+check-all: check test-oldest ## All checks but those on a GPU: also slow tests, a soak, and tests with the oldest packages
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m tests.soak --seconds 90
 
 # Neither the demo nor the benchmarks, which need packages that want a newer numpy; nor the schema's tools.
 test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that pyproject.toml allows

@@ -71,9 +71,18 @@ class Proxy:
         lines: How the first connections behave, in turn, and then all others, as the last.
         host: Where it listens.
         own_port: Its port; 0 for any free one.
+        source: The address that it connects from; None for any.
     """
 
-    def __init__(self, target: str, lines: tuple[Line, ...], host: str, own_port: int) -> None:
+    def __init__(
+        self,
+        target: str,
+        lines: tuple[Line, ...],
+        host: str,
+        own_port: int,
+        source: str | None = None,
+    ) -> None:
+        self._source = (source, 0) if source else None
         self._host, _, port = target.rpartition(":")
         self._port = int(port)
         self._lines = lines
@@ -106,7 +115,9 @@ class Proxy:
         line = self._lines[min(self.connections_count, len(self._lines) - 1)]
         self.connections_count += 1
         with suppress(OSError):  # one end has gone, so the other goes too
-            far, forth = await asyncio.open_connection(self._host, self._port)
+            far, forth = await asyncio.open_connection(
+                self._host, self._port, local_addr=self._source
+            )
             ends = {back, forth}
             self._ends |= ends
             try:
@@ -166,10 +177,14 @@ def _reset(end: asyncio.StreamWriter) -> None:
 
 @contextmanager
 def bad_line(
-    target: str, *lines: Line, host: str = "127.0.0.1", own_port: int = 0
+    target: str,
+    *lines: Line,
+    host: str = "127.0.0.1",
+    own_port: int = 0,
+    source: str | None = None,
 ) -> Iterator[Proxy]:
     """Run a proxy before a server for the block."""
-    proxy = Proxy(target, lines, host, own_port)
+    proxy = Proxy(target, lines, host, own_port, source)
     try:
         yield proxy
     finally:

@@ -1,0 +1,1 @@
+"""A soak: honest and hostile clients, by every way, of a server that is killed and drained."""

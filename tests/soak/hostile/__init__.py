@@ -1,0 +1,1 @@
+"""Hostile clients, a small class for each kind."""

@@ -1,0 +1,66 @@
+"""What hostile clients have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from random import Random
+
+import grpc
+
+from deconvd.line import Line
+from tests.holders import Holder
+from tests.lines import CLEAN, bad_line
+from tests.soak.hostile.http2 import Http2
+from tests.soak.places import Places, connected, open_line
+
+__all__ = ["KINDS", "Attacker", "hostile"]
+
+
+@dataclass
+class Attacker:
+    """A hostile client.
+
+    Attributes:
+        source: The address that it comes from.
+        held: What it opens: that stays open for a while after it has attacked.
+    """
+
+    places: Places
+    source: str
+    random: Random
+    held: ExitStack
+
+    def http2(self) -> Http2:
+        """Return a connection to gRPC's port that sends what it likes."""
+        return self.held.enter_context(Http2(connected(self.places.port, self.source)))
+
+    def channel(self) -> grpc.Channel:
+        """Return a stock channel, for what is too large for `http2`."""
+        proxy = self.held.enter_context(bad_line(self.places.tcp, CLEAN, source=self.source))
+        return self.held.enter_context(grpc.insecure_channel(proxy.target))
+
+    def session(self) -> Holder:
+        """Return a session. Raises ConnectionError if the server opens none."""
+        try:
+            holder = Holder(self.channel())
+        except grpc.RpcError as failure:
+            raise ConnectionRefusedError("the server opens no session") from failure
+        self.held.callback(holder.break_off)
+        return holder
+
+    def line(self) -> Line:
+        """Return a line, by TCP or a Unix socket."""
+        is_unix = self.random.random() < 0.5
+        return self.held.enter_context(open_line(self.places, is_unix=is_unix, source=self.source))
+
+
+KINDS: dict[str, Callable[[Attacker], None]] = {}
+"""How each kind attacks, by its name. What the server does to it is an OSError to it, and no matter."""
+
+
+def hostile(attack: Callable[[Attacker], None]) -> Callable[[Attacker], None]:
+    """Make a function a kind of hostile client."""
+    KINDS[attack.__name__] = attack
+    return attack
