@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from deconvd_server.budgets import Budgets
 
 from deconvd_server.__main__ import main
+from deconvd_server.budgets import Budgets
 
 SECURITY = Path(__file__).parent.parent / "SECURITY.md"
 
