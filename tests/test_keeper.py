@@ -636,6 +636,8 @@ def test_a_sign_of_life_keeps_a_session_and_silence_ends_it() -> None:
 def test_there_are_no_more_sessions_than_may_be() -> None:
     with house() as built:
         sessions = [built.open() for _ in range(8)]
+        for number, session in enumerate(sessions):
+            built.put(session, b"%d" % number, array(number, 1 * KIB))
         with pytest.raises(UnavailableError, match="no place for more sessions: 8 of 8") as raised:
             built.open()
         assert raised.value.retry_after_s

@@ -77,9 +77,10 @@ class Sessions:
         self._is_draining = False
 
     def open(self, tenant_key: bytes, hang_up: Callable[[], None], peer: str = "") -> Session:
-        """Return a new session. One of the peer that has most may give way to it, and is lost then.
+        """Return a new session. Where there are too many, another may give way to it, and is lost then.
 
-        That is one in which nothing has a name, or else the one that gave no sign of life for longest.
+        That is one in which nothing has a name, or else, of the peer that has most, the one that gave no
+        sign of life for longest. See `Shares`.
 
         Args:
             tenant_key: What all who tell it are one tenant by; empty for a tenant of its own.
