@@ -79,7 +79,7 @@ def server_process(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            preexec_fn=partial(_limit, all_limits),
+            preexec_fn=partial(_limit, all_limits) if all_limits else None,  # else it is no fork
         )
     try:
         assert process.stdout is not None

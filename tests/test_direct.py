@@ -50,6 +50,7 @@ from deconvd_client import Connection, direct, direct_ways
 from deconvd_client.direct import DirectTransport
 from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
 from deconvd_client.transport import Conversation, NoLineError
+from deconvd_server.exit_codes import ExitCode
 from tests.deadlines import soon
 from tests.direct_calls import (
     REQUEST,
@@ -511,7 +512,7 @@ def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(
                 while True:
                     send_raw(line, call)
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(20) == 0
+            assert server.process.wait(20) == ExitCode.CUT_SHORT
 
 
 def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -> None:

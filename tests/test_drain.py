@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
 from deconvd.geometry import Geometry
@@ -121,6 +122,21 @@ def test_a_call_that_never_ends_does_not_hold_up_a_drain(tmp_path: Path) -> None
     assert exit_code == ExitCode.CUT_SHORT
     assert duration_s < 1 + SLACK_S
     assert "the process ends without them" in server.log.read_text()
+
+
+def test_health_is_answered_while_no_worker_is_free(tmp_path: Path) -> None:
+    with stuck_server(tmp_path, 1) as server, grpc.insecure_channel(server.target) as channel:
+        request = pb.DeconvolveRequest(x=raw(X), w=raw(W))
+        stub = pb_grpc.DeconvolutionServiceStub(channel)
+        calls = [stub.Deconvolve.future(request) for _ in range(400)]
+        wait_until(lambda: any(call.done() for call in calls))  # some are refused
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        response = health.Check(health_pb2.HealthCheckRequest(), timeout=1)
+        exit_code, duration_s = ends(server)
+
+    assert response.status == health_pb2.HealthCheckResponse.SERVING
+    assert exit_code == ExitCode.CUT_SHORT
+    assert duration_s < 1 + SLACK_S
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:

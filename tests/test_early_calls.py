@@ -28,6 +28,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection, direct
 from deconvd_client.late_copy import LateCopy, SharedOperand
 from deconvd_client.shared_memory import Borrower
+from deconvd_server.exit_codes import ExitCode
 from tests.deadlines import soon
 from tests.direct_calls import (
     answer,
@@ -624,15 +625,16 @@ class TestServer:
 
 
 def test_a_drain_ends_what_is_never_written(tmp_path: Path) -> None:
-    with server_process(tmp_path, "--drain-timeout-s", "1") as server:
+    with server_process(tmp_path, "--drain-timeout-s", "1", "--log-level", "debug") as server:
         lends = Borrower(lambda _: told_by(server).shared_memory_socket, is_only_way=True)
         x = lends.empty(SHAPE, np.float32, soon())
         helper = TestServer()
         with open_line(server) as line:
             line.set_deadline(30)
             helper.begin(line, helper.request(lends, x)[0])
+            wait_until(lambda: "Deconvolve from" in server.log.read_text())
             server.process.send_signal(signal.SIGTERM)
             with pytest.raises(LineBrokenError):
                 answer(line)
-            assert server.process.wait(30) == 0
+            assert server.process.wait(30) == ExitCode.CUT_SHORT
         lends.close()

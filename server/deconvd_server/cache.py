@@ -219,10 +219,12 @@ class Cache(Generic[K, V]):
             return
         try:
             executor.submit(self._build, key, build, future)
-        except RuntimeError as error:  # it was shut down
+        except RuntimeError as error:  # it was shut down, or cannot start a thread now
             self._fail(key, future, error)
 
     def _build(self, key: K, build: Callable[[], Resource[V]], future: Future[Entry[V]]) -> None:
+        if future.done():  # it was queued all the same when the executor could start no thread
+            return
         try:
             resource = build()
         except BaseException as error:

@@ -36,8 +36,8 @@ _EARLY_WORKERS_COUNT: Final = 16
 
 _UNDER_WAY_S: Final = 0.1
 """How long calls that clients have sent may take to come. What comes once gRPC stops it ends with CANCELLED,
-which clients need not try again. So calls are kept waiting for so long: who calls again only with an answer has none on
-its way then, and once told UNAVAILABLE it knows to go elsewhere.
+which clients need not try again. So calls are kept waiting for so long: who calls again only with an answer has none
+on its way then, and once told UNAVAILABLE it knows to go elsewhere.
 """
 
 _log = logging.getLogger(__name__)

@@ -14,6 +14,9 @@ __all__ = ["Builders"]
 class Builders:
     """Threads of one card, each with a stream of its own.
 
+    A stream is made in the first build that asks for it: an error in the start of a thread would end the executor, and
+    nobody would hear that the card is lost.
+
     Args:
         ordinal: The card's number.
         count: How many plans may be chosen at once.
@@ -38,13 +41,18 @@ class Builders:
 
     @property
     def stream(self) -> Stream:
-        """The calling builder's stream."""
-        stream: Stream = self._local.stream
+        """The calling builder's stream, on the card. Raises CudaError if there can be none."""
+        stream: Stream | None = getattr(self._local, "stream", None)
+        if stream is None:
+            use_device(self._ordinal)
+            stream = self._local.stream = Stream()
+            self._streams.append(stream)
         return stream
 
     def is_card_lost(self) -> bool:
         """Return whether the calling builder's card is of no use to this process any more."""
         try:
+            use_device(self._ordinal)
             synchronize()
         except CudaError:
             return True
@@ -58,10 +66,4 @@ class Builders:
             self._cudnn.forget(stream.pointer)
 
     def _executor(self, count: int, purpose: str) -> ThreadPoolExecutor:
-        name = f"cuda:{self._ordinal}-{purpose}"
-        return ThreadPoolExecutor(count, name, initializer=self._begin)
-
-    def _begin(self) -> None:
-        use_device(self._ordinal)
-        self._local.stream = Stream()
-        self._streams.append(self._local.stream)
+        return ThreadPoolExecutor(count, f"cuda:{self._ordinal}-{purpose}")
