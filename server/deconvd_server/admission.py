@@ -12,20 +12,17 @@ from functools import partial
 from typing import Any, Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
+from deconvd_server.answer_shares import SMALL_BYTES, AnswerShares
 from deconvd_server.call import Call
 from deconvd_server.device import TURN_S
 from deconvd_server.ledger import Stage
+from deconvd_server.waiting_line import RETRY_AFTER_S, LineLimits, Ticket, wait_s
 
 __all__ = ["Admission", "Both", "Load"]
 
 _SHARES_COUNT: Final = 4
 """A peer's calls may keep this part of the budget until their answers have left. Who reads none of its answers, be it
 from four addresses at once, leaves others some."""
-
-_SMALL_BYTES: Final = 256 << 10
-"""What is not counted by peer, nor in the line: what a direct line's answer takes, and so little that the number of
-calls bounds it."""
-
 
 _PATIENCE_S: Final = 2.0
 """How long after it came a call may keep others waiting while it lacks bytes of answers that are leaving: most leave
@@ -73,9 +70,6 @@ class Admission:
     _LOOK_S = 0.5
     """How often a call that waits to go on looks whether it is still wanted."""
 
-    RETRY_AFTER_S = 0.5
-    """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
-
     def __init__(
         self,
         calls_count: int,
@@ -94,13 +88,15 @@ class Admission:
         self._budget_bytes = budget_bytes
         self._free_bytes = budget_bytes
         self._held_bytes = 0
-        self._waiting_count = waiting_count
-        self._waiting_bytes = budget_bytes // 4 if waiting_bytes is None else waiting_bytes
-        self._reserved_count = reserved_count
-        self._lasting_bytes: dict[str, int] = {}  # by peer
-        self._leaving_bytes = 0
-        self._line: deque[_Ticket] = deque()
-        self._passed_on: deque[_Ticket] = deque()  # have their bytes, and wait for a place
+        self._limits = LineLimits(
+            waiting_count,
+            reserved_count,
+            budget_bytes // 4 if waiting_bytes is None else waiting_bytes,
+        )
+        self._shares = AnswerShares(budget_bytes // _SHARES_COUNT)
+        self._leaving_bytes = 0  # of calls that are computed, and whose answers have not left
+        self._line: deque[Ticket] = deque()
+        self._passed_on: deque[Ticket] = deque()  # have their bytes, and wait for a place
         self._turned_s = 0.0  # when the last turn of those began or ended, on the monotonic clock
         self._lock = threading.Lock()
 
@@ -131,13 +127,13 @@ class Admission:
                 not self._line
                 and not self._passed_on
                 and self._has_room(footprint_bytes)
-                and (lasting_bytes <= _SMALL_BYTES or self._is_within_share(peer, lasting_bytes))
+                and (lasting_bytes <= SMALL_BYTES or self._shares.has_room(peer, lasting_bytes))
             ):
                 self._take(footprint_bytes, peer, lasting_bytes)
                 return
         changed = threading.Condition(self._lock)
         until_s = time.monotonic() + _PATIENCE_S
-        ticket = _Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, until_s, changed)
+        ticket = Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, until_s, changed)
         with call.ledger.timing(Stage.QUEUE):
             self._wait(ticket, call)
 
@@ -161,10 +157,8 @@ class Admission:
         """Give back what lasted."""
         with self._lock:
             self._leaving_bytes -= lasting_bytes
-            if lasting_bytes > _SMALL_BYTES:
-                self._lasting_bytes[peer] -= lasting_bytes
-                if not self._lasting_bytes[peer]:
-                    del self._lasting_bytes[peer]
+            if lasting_bytes > SMALL_BYTES:
+                self._shares.give_back(peer, lasting_bytes)
             self._free_bytes += lasting_bytes
             self._wake_first()
 
@@ -179,7 +173,7 @@ class Admission:
         if not self._line and not self._passed_on:
             return
         with self._lock, call.ledger.timing(Stage.QUEUE):
-            ticket = _Ticket(0, 0, 0, call.counted_by, 0.0, threading.Condition(self._lock))
+            ticket = Ticket(0, 0, 0, call.counted_by, 0.0, threading.Condition(self._lock))
             self._passed_on.append(ticket)
             self._free_places += 1
             self._turned_s = time.monotonic()
@@ -239,7 +233,7 @@ class Admission:
         """What calls may take, all together, as long as what is held stays."""
         return self._budget_bytes - self._held_bytes
 
-    def _wait(self, ticket: _Ticket, call: Call) -> None:
+    def _wait(self, ticket: Ticket, call: Call) -> None:
         self.check_fits(ticket.footprint_bytes)
         with self._lock:
             missing_bytes = ticket.footprint_bytes - self._beside_held_bytes
@@ -253,7 +247,7 @@ class Admission:
         with self._lock:
             self._check_room_beside_held(ticket.footprint_bytes)
             if self._line or not self._has_room(ticket.footprint_bytes):
-                self._check_room_to_wait(ticket)
+                self._limits.check(ticket, self._line)
             self._line.append(ticket)
         try:
             while not self._starts(ticket, call):
@@ -264,14 +258,14 @@ class Admission:
                 self._line.remove(ticket)
                 self._wake_first()
 
-    def _starts(self, ticket: _Ticket, call: Call) -> bool:
+    def _starts(self, ticket: Ticket, call: Call) -> bool:
         """Start a call if it may, and return whether it has; if not, after a wait for what may let it."""
         with self._lock:
             if self._may_start(ticket):
                 self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
                 return True
             call.check()  # with the lock held: who ends it from now on wakes it
-            ticket.changed.wait(_wait_s(ticket, call))
+            ticket.changed.wait(wait_s(ticket, call))
             self._wake_first()  # which may be another by now
             return False
 
@@ -280,34 +274,14 @@ class Admission:
             raise UnavailableError(
                 f"the call needs {footprint_bytes} bytes of {self._memory}, of which tensors that "
                 f"stay hold {self._held_bytes} now, and calls may take {self._budget_bytes} less that",
-                retry_after_s=self.RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S,
             )
 
-    def _check_room_to_wait(self, ticket: _Ticket) -> None:
-        # the reserve, of either, is for peers of which no call waits
-        has_none = all(other.peer != ticket.peer for other in self._line)
-        limit_count = self._waiting_count - (0 if has_none else self._reserved_count)
-        if len(self._line) >= limit_count:
-            raise UnavailableError(
-                f"the server is full: {len(self._line)} calls wait already",
-                retry_after_s=self.RETRY_AFTER_S,
-            )
-        if ticket.brought_bytes <= _SMALL_BYTES:
-            return
-        others_bytes = sum([other.brought_bytes for other in self._line])
-        limit_bytes = self._waiting_bytes * limit_count // self._waiting_count
-        if others_bytes and others_bytes + ticket.brought_bytes > limit_bytes:
-            raise UnavailableError(
-                f"the server is full: calls that wait have brought {others_bytes} bytes already, of "
-                f"{limit_bytes} that they may, and this one has {ticket.brought_bytes}",
-                retry_after_s=self.RETRY_AFTER_S,
-            )
-
-    def _first(self) -> _Ticket | None:
+    def _first(self) -> Ticket | None:
         """Return whose turn is next: the first in line, but for those who wait for answers that may never leave."""
         for ticket in self._line:
             lasting_bytes = ticket.lasting_bytes
-            is_within_share = lasting_bytes <= _SMALL_BYTES or self._is_within_share(
+            is_within_share = lasting_bytes <= SMALL_BYTES or self._shares.has_room(
                 ticket.peer, lasting_bytes
             )
             fits = ticket.footprint_bytes <= self._beside_held_bytes - self._leaving_bytes
@@ -315,10 +289,10 @@ class Admission:
                 return ticket
         return None
 
-    def _may_start(self, ticket: _Ticket) -> bool:
+    def _may_start(self, ticket: Ticket) -> bool:
         return self._next() is ticket
 
-    def _next(self) -> _Ticket | None:
+    def _next(self) -> Ticket | None:
         """Return who may have a place now; None if nobody may."""
         if self._free_places <= 0:
             return None
@@ -333,18 +307,14 @@ class Admission:
         """Return whether a turn may begin while others wait to start: turns so far apart take half of the places."""
         return time.monotonic() >= self._turned_s + TURN_S / self._calls_count
 
-    def _is_within_share(self, peer: str, lasting_bytes: int) -> bool:
-        own_bytes = self._lasting_bytes.get(peer, 0)
-        return not own_bytes or own_bytes + lasting_bytes <= self._budget_bytes // _SHARES_COUNT
-
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
 
     def _take(self, footprint_bytes: int, peer: str, lasting_bytes: int) -> None:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
-        if lasting_bytes > _SMALL_BYTES:
-            self._lasting_bytes[peer] = self._lasting_bytes.get(peer, 0) + lasting_bytes
+        if lasting_bytes > SMALL_BYTES:
+            self._shares.take(peer, lasting_bytes)
 
     def _wake_first(self) -> None:
         """Let who is next see whether it may start: to wake all who wait would take long, where they are many."""
@@ -352,7 +322,7 @@ class Admission:
         if following is not None:
             following.changed.notify()
 
-    def _wake(self, ticket: _Ticket) -> None:
+    def _wake(self, ticket: Ticket) -> None:
         with self._lock:
             ticket.changed.notify()
 
@@ -412,33 +382,3 @@ class Both(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         self._second.__exit__(*error)
         self._first.__exit__(*error)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ticket:
-    """A call in the line.
-
-    Attributes:
-        lasting_bytes, brought_bytes: See `Admission.admitted`.
-        peer: By what its peer is counted.
-        patient_until_s: Until when it may keep others waiting for answers to leave, on the monotonic clock.
-        changed: Notified when it is first and may start, or when its caller has gone.
-    """
-
-    footprint_bytes: int
-    lasting_bytes: int
-    brought_bytes: int
-    peer: str
-    patient_until_s: float
-    changed: threading.Condition
-
-
-def _wait_s(ticket: _Ticket, call: Call) -> float | None:
-    """Return when a call in the line is to look again, unless it is told to before."""
-    patient_s = ticket.patient_until_s - time.monotonic()
-    remaining_s = call.remaining_s()
-    # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
-    wait_s = None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
-    if patient_s <= 0:
-        return wait_s
-    return patient_s if wait_s is None else min(patient_s, wait_s)
