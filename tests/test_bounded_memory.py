@@ -6,7 +6,6 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -75,8 +74,7 @@ def error_of(call: Callable[[], object]) -> DeconvdError:
     """Return what a call by gRPC fails with."""
     with pytest.raises(grpc.RpcError) as raised:
         call()
-    failure: Any = raised.value
-    return error_from_rpc(failure)
+    return error_from_rpc(raised.value)
 
 
 def device_of(server: ServerProcess) -> DeviceDescription:

@@ -130,7 +130,7 @@ def test_a_message_that_there_is_no_memory_for_fails_its_call_alone(tmp_path: Pa
             request = pb.DeconvolveRequest(x=pb.Tensor(raw=bytes(64 << 20)))
             with pytest.raises(grpc.RpcError) as failure:
                 pb_grpc.DeconvolutionServiceStub(channel).Deconvolve(request, timeout=20)
-        assert error_from_rpc(failure.value).status == "RESOURCE_EXHAUSTED"  # type: ignore[arg-type]  # it is a call
+        assert error_from_rpc(failure.value).status == "RESOURCE_EXHAUSTED"
 
 
 @pytest.mark.parametrize(
