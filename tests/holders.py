@@ -17,7 +17,7 @@ from deconvd.tensor import Array, element_type_from_number, elements_of, message
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 
-__all__ = ["Holder", "array_of", "by_digest", "by_handle", "error_of", "holder", "raw"]
+__all__ = ["Holder", "array_of", "by_digest", "by_handle", "described", "error_of", "holder", "raw"]
 
 
 def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
@@ -30,6 +30,11 @@ def raw(array: Array) -> pb.Tensor:
     message = message_from_spec(spec_of(array))
     message.raw = bytes(elements_of(array))
     return message
+
+
+def described(*shape: int) -> pb.Tensor:
+    """Return the message of a tensor of float32, without elements."""
+    return pb.Tensor(element_type=pb.ELEMENT_TYPE_FLOAT32, shape=shape)
 
 
 def by_handle(array: Array, handle: bytes) -> pb.Tensor:
