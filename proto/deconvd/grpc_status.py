@@ -24,9 +24,8 @@ def error_from_rpc(failure: grpc.RpcError) -> DeconvdError:
     One that a deconvd server raised comes back as it was. Of others, gRPC's own and those of
     proxies, the status picks the class.
     """
-    call = cast(
-        "grpc.Call", failure
-    )  # what a channel raises is its call too: its types do not say so
+    # its types do not say that what a channel raises is its call too
+    call = cast("grpc.Call", failure)
     status = status_pb2.Status(
         code=call.code().value[0], message=call.details() or "", details=_details_of(call)
     )

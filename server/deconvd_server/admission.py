@@ -1,4 +1,4 @@
-"""Who may start now, who waits, and who is told to come back later."""
+"""Which calls may start now, which wait, and which are told to come back later. The line's limits: `waiting_line`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Admission", "Both", "Load"]
 
 _SHARES_COUNT: Final = 4
 """A peer's calls may keep this part of the budget until their answers have left. Who reads none of its answers, be it
-from four addresses at once, leaves others some."""
+from three addresses at once, leaves others some."""
 
 _PATIENCE_S: Final = 2.0
 """How long after it came a call may keep others waiting while it lacks bytes of answers that are leaving: most leave
@@ -42,17 +42,16 @@ class Load:
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
-    A call that takes long passes its place on after each turn (`pass_on`). While both calls that are to start and
-    calls that are to go on wait, each have half of the time: neither keeps the other waiting.
+    A call that takes long passes its place on after each turn (`pass_on`). While calls that are to start and calls that
+    are to go on both wait, each kind has half of the places.
 
-    A call's bytes are taken all at once, since who waits with some of them could wait for itself. Of these, some may
-    last until its answer has left. Who reads no answers keeps them for as long as it likes, so these are shared by peer
-    (`Call.counted_by`): a call whose peer has its share already waits for the peer's other calls, and keeps nobody else
-    waiting meanwhile. One that lasts may have more, if it is the peer's only one.
+    A call's bytes are taken all at once: a call that waited with some of them could wait for itself. Some of them may
+    last until its answer has left, and a client that reads no answers keeps them for as long as it likes. So these are
+    shared by peer (`AnswerShares`): a call whose peer has its share waits for that peer's other calls, and keeps no
+    other peer waiting meanwhile.
 
-    Some of the bytes may be held for longer than a call. A call waits for others to end, but never
-    for what is held: it is refused if it cannot fit beside that, and while it waits no more is held
-    than leaves it room.
+    Some bytes may be held for longer than a call. A call waits for others to end, but never for what is held: it is
+    refused if it cannot fit beside that. While it waits, no more is held than leaves it room.
 
     Args:
         calls_count: How many calls may be under way at once.
@@ -60,11 +59,10 @@ class Admission:
         waiting_count: How many more may wait; the next is refused at once.
         reserved_count: How many of those are for peers of which no call waits; and the same part of
             `waiting_bytes`.
-        waiting_bytes: What those who wait may hold all together, beside the budget; None for a quarter of it. One
-            may hold more, if no other waits.
+        waiting_bytes: What those who wait may have brought all together, beside the budget; None for a quarter of it.
         memory: What the bytes are of, for errors.
-        make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
-            bytes that it lacks and the call: may `release` some.
+        make_room: Called for a call that cannot fit beside what is held, in the call's thread, with the bytes that it
+            lacks and the call. It may `release` some.
     """
 
     _LOOK_S = 0.5
@@ -146,7 +144,7 @@ class Admission:
             )
 
     def leave(self, footprint_bytes: int, lasting_bytes: int = 0) -> None:
-        """Give back what `enter` took; what lasts by `end`."""
+        """Give back what `enter` took, but for the bytes that last: these are given back by `end`."""
         with self._lock:
             self._free_places += 1
             self._free_bytes += footprint_bytes - lasting_bytes
@@ -278,7 +276,7 @@ class Admission:
             )
 
     def _first(self) -> Ticket | None:
-        """Return whose turn is next: the first in line, but for those who wait for answers that may never leave."""
+        """Return the first in line, without those that wait for answers that may never leave; None if there is none."""
         for ticket in self._line:
             lasting_bytes = ticket.lasting_bytes
             is_within_share = lasting_bytes <= SMALL_BYTES or self._shares.has_room(
@@ -293,7 +291,7 @@ class Admission:
         return self._next() is ticket
 
     def _next(self) -> Ticket | None:
-        """Return who may have a place now; None if nobody may."""
+        """Return the call that may have a place now; None if none may."""
         if self._free_places <= 0:
             return None
         starts = self._first() if self._line else None
@@ -317,7 +315,7 @@ class Admission:
             self._shares.take(peer, lasting_bytes)
 
     def _wake_first(self) -> None:
-        """Let who is next see whether it may start: to wake all who wait would take long, where they are many."""
+        """Let the next call see whether it may start. To wake all that wait would take long, where they are many."""
         following = self._next()
         if following is not None:
             following.changed.notify()

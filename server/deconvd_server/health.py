@@ -100,7 +100,7 @@ class Health:
 
 
 class _Watch:
-    """One who is told of each change, the last at least: changes are skipped while one is being sent."""
+    """A client that watches. It is sent each change, or the last of those that come while one is being sent."""
 
     def __init__(self, rpc: Rpc, answer: Callable[[], bytes]) -> None:
         self._rpc = rpc

@@ -1,4 +1,4 @@
-"""The elements of a kept tensor, wherever it lies. For who uses it."""
+"""The elements of a kept tensor, wherever it lies, for the calls that use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RETRY_AFTER_S: Final = 0.5
 
 
 def check_there(kept: Kept) -> None:
-    """Return if a tensor did not have to make room while all its users rested. Raises UnavailableError if it had."""
+    """Raise UnavailableError if a tensor had to make room while all its users rested."""
     if kept.is_gone:
         raise UnavailableError(
             "the tensor had to make room for what another tenant may keep, since its caller took so long",

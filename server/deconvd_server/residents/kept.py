@@ -382,9 +382,7 @@ class Shelf:
         return self.limit_bytes // max(len(self._accounts) + is_new, 1)
 
     def _set_row(self, kept: Kept, row: Row[Kept] | None) -> None:
-        size_bytes = (
-            kept.size_bytes + kept.grown_bytes
-        )  # which does not change while it is in a row
+        size_bytes = kept.size_bytes + kept.grown_bytes  # does not change while it is in a row
         if kept.row is not None:
             del kept.row[kept]
             kept.row.size_bytes -= size_bytes
