@@ -115,12 +115,13 @@ class DescriptorGuard:
         while True:
             begin_s = time.monotonic()
             try:
-                self._look()
+                self._keep_reserve()
             except Exception:  # the guard goes on: it may succeed once some descriptors are closed
                 _log.exception("descriptors could not be looked after")
             time.sleep(max(_LOOK_S, (time.monotonic() - begin_s) * _LOOKING_PART))
 
-    def _look(self) -> None:
+    def _keep_reserve(self) -> None:
+        """Shut connections down if fewer descriptors are free than the reserve has."""
         open_count = _open_count()
         if open_count <= min(self._most_count, self._limit_count - self._reserve_count):
             self._is_short = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 
 from deconvd.copying import copy_into
@@ -11,11 +9,9 @@ from deconvd.errors import UnavailableError
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
-from deconvd_server.residents.kept import Kept
+from deconvd_server.residents.kept import RETRY_AFTER_S, Kept
 
 __all__ = ["check_there", "read_samples", "whole_array", "write_samples"]
-
-_RETRY_AFTER_S: Final = 0.5
 
 
 def check_there(kept: Kept) -> None:
@@ -23,7 +19,7 @@ def check_there(kept: Kept) -> None:
     if kept.is_gone:
         raise UnavailableError(
             "the tensor had to make room for what another tenant may keep, since its caller took so long",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=RETRY_AFTER_S,
         )
 
 

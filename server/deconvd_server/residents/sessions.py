@@ -20,6 +20,7 @@ __all__ = ["Reaper", "SessionLimits", "Sessions"]
 _log = logging.getLogger(__name__)
 
 _MAX_TENANT_KEY_BYTES = 64
+"""As the schema says: secrets, or digests of secrets."""
 
 _MAX_GRACE_S = 5.0
 """How long a session outlives its stream at most: a client whose stream broke resumes it within a second or two."""
