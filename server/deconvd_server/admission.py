@@ -23,9 +23,8 @@ _SHARES_COUNT: Final = 4
 from four addresses at once, leaves others some."""
 
 _SMALL_BYTES: Final = 256 << 10
-"""What is not counted by peer, nor in the line: what a direct line's answer takes, and so little that the number of
-calls bounds it."""
-
+"""A small call keeps no more, as those of a direct line do. A peer's small calls go on beside large ones that nobody
+reads: their answers may have half as much again. What so few bytes wait with is not counted: there are few places."""
 
 _PATIENCE_S: Final = 2.0
 """How long after it came a call may keep others waiting while it lacks bytes of answers that are leaving: most leave
@@ -131,7 +130,7 @@ class Admission:
                 not self._line
                 and not self._passed_on
                 and self._has_room(footprint_bytes)
-                and (lasting_bytes <= _SMALL_BYTES or self._is_within_share(peer, lasting_bytes))
+                and (not lasting_bytes or self._is_within_share(peer, lasting_bytes))
             ):
                 self._take(footprint_bytes, peer, lasting_bytes)
                 return
@@ -161,7 +160,7 @@ class Admission:
         """Give back what lasted."""
         with self._lock:
             self._leaving_bytes -= lasting_bytes
-            if lasting_bytes > _SMALL_BYTES:
+            if lasting_bytes:
                 self._lasting_bytes[peer] -= lasting_bytes
                 if not self._lasting_bytes[peer]:
                     del self._lasting_bytes[peer]
@@ -307,9 +306,7 @@ class Admission:
         """Return whose turn is next: the first in line, but for those who wait for answers that may never leave."""
         for ticket in self._line:
             lasting_bytes = ticket.lasting_bytes
-            is_within_share = lasting_bytes <= _SMALL_BYTES or self._is_within_share(
-                ticket.peer, lasting_bytes
-            )
+            is_within_share = not lasting_bytes or self._is_within_share(ticket.peer, lasting_bytes)
             fits = ticket.footprint_bytes <= self._beside_held_bytes - self._leaving_bytes
             if is_within_share and (fits or time.monotonic() < ticket.patient_until_s):
                 return ticket
@@ -335,7 +332,10 @@ class Admission:
 
     def _is_within_share(self, peer: str, lasting_bytes: int) -> bool:
         own_bytes = self._lasting_bytes.get(peer, 0)
-        return not own_bytes or own_bytes + lasting_bytes <= self._budget_bytes // _SHARES_COUNT
+        share_bytes = self._budget_bytes // _SHARES_COUNT
+        if lasting_bytes <= _SMALL_BYTES:
+            share_bytes += share_bytes // 2
+        return not own_bytes or own_bytes + lasting_bytes <= share_bytes
 
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
@@ -343,7 +343,7 @@ class Admission:
     def _take(self, footprint_bytes: int, peer: str, lasting_bytes: int) -> None:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
-        if lasting_bytes > _SMALL_BYTES:
+        if lasting_bytes:
             self._lasting_bytes[peer] = self._lasting_bytes.get(peer, 0) + lasting_bytes
 
     def _wake_first(self) -> None:
