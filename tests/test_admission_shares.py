@@ -114,6 +114,23 @@ def test_a_peer_waits_for_its_own_answers_and_keeps_nobody_else_waiting(
     assert admission.load == IDLE
 
 
+def test_answers_that_are_small_are_shared_as_well(threads: ThreadPoolExecutor) -> None:
+    admission = Admission(1, 16 * MIB, 8)
+    small_bytes = 128 << 10
+    kept = [computed(admission, "a", small_bytes, small_bytes) for _ in range(48)]
+
+    next_one = begun(threads, admission, "a", small_bytes)
+    assert not next_one.done()
+    begun(threads, admission, "b", small_bytes).result(TIMEOUT_S).end()
+    assert not next_one.done()
+
+    kept.pop().end()
+    kept.append(next_one.result(TIMEOUT_S))
+    for call in kept:
+        call.end()
+    assert admission.load == IDLE
+
+
 def test_one_answer_may_have_more_than_a_peers_share(threads: ThreadPoolExecutor) -> None:
     admission = Admission(4, 100 * MIB, 8)
 

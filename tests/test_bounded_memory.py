@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -23,6 +24,8 @@ from deconvd_client.server_info import DeviceDescription
 from tests.direct_calls import failure, open_line, send_call
 from tests.processes import limit_address_space, memory_bytes, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.soak.hostile.http2 import Http2
+from tests.soak.places import connected
 from tests.unread import unread_calls
 
 MIB = 1 << 20
@@ -99,6 +102,25 @@ def test_answers_that_nobody_reads_count_until_they_have_left(server: ServerProc
                     call(answered_with(16 * MIB).SerializeToString(), timeout=20)
             assert used_bytes(server) >= 2 * 32 * MIB
         wait_until(lambda: used_bytes(server) == 0)
+
+
+def test_small_answers_that_nobody_reads_keep_nobody_waiting(server: ServerProcess) -> None:
+    message = answered_with(100 << 10).SerializeToString()
+    _, port = server.targets[1].rsplit(":")
+    with bounded(server), ExitStack() as held:
+        for _ in range(6):
+            connection = held.enter_context(
+                Http2(connected(int(port), "127.0.0.2"), answer_bytes=0)
+            )
+            for _ in range(500):
+                connection.call(DECONVOLVE, message)
+        wait_until(lambda: used_bytes(server) > BUDGET_BYTES // 4)
+        with caller(server.targets[1], "Deconvolve") as call:
+            until_s = time.monotonic() + 4
+            while time.monotonic() < until_s:
+                call(answered_with(16 * MIB).SerializeToString(), timeout=3)
+        assert used_bytes(server) > BUDGET_BYTES // 4
+    wait_until(lambda: used_bytes(server) == 0)
 
 
 def test_an_answer_that_nobody_reads_is_cut_in_the_end(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
-from deconvd_server.answer_shares import SMALL_BYTES, AnswerShares
+from deconvd_server.answer_shares import AnswerShares
 from deconvd_server.call import Call
 from deconvd_server.device import TURN_S
 from deconvd_server.ledger import Stage
@@ -125,7 +125,7 @@ class Admission:
                 not self._line
                 and not self._passed_on
                 and self._has_room(footprint_bytes)
-                and (lasting_bytes <= SMALL_BYTES or self._shares.has_room(peer, lasting_bytes))
+                and (not lasting_bytes or self._shares.has_room(peer, lasting_bytes))
             ):
                 self._take(footprint_bytes, peer, lasting_bytes)
                 return
@@ -155,7 +155,7 @@ class Admission:
         """Give back what lasted."""
         with self._lock:
             self._leaving_bytes -= lasting_bytes
-            if lasting_bytes > SMALL_BYTES:
+            if lasting_bytes:
                 self._shares.give_back(peer, lasting_bytes)
             self._free_bytes += lasting_bytes
             self._wake_first()
@@ -279,9 +279,7 @@ class Admission:
         """Return the first in line, without those that wait for answers that may never leave; None if there is none."""
         for ticket in self._line:
             lasting_bytes = ticket.lasting_bytes
-            is_within_share = lasting_bytes <= SMALL_BYTES or self._shares.has_room(
-                ticket.peer, lasting_bytes
-            )
+            is_within_share = not lasting_bytes or self._shares.has_room(ticket.peer, lasting_bytes)
             fits = ticket.footprint_bytes <= self._beside_held_bytes - self._leaving_bytes
             if is_within_share and (fits or time.monotonic() < ticket.patient_until_s):
                 return ticket
@@ -311,7 +309,7 @@ class Admission:
     def _take(self, footprint_bytes: int, peer: str, lasting_bytes: int) -> None:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
-        if lasting_bytes > SMALL_BYTES:
+        if lasting_bytes:
             self._shares.take(peer, lasting_bytes)
 
     def _wake_first(self) -> None:

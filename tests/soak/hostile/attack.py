@@ -32,9 +32,10 @@ class Attacker:
     random: Random
     held: ExitStack
 
-    def http2(self) -> Http2:
-        """Return a connection to gRPC's port that sends what it likes."""
-        return self.held.enter_context(Http2(connected(self.places.port, self.source)))
+    def http2(self, **options: int) -> Http2:
+        """Return a connection to gRPC's port that sends what it likes. See `Http2` for the options."""
+        connection = connected(self.places.port, self.source)
+        return self.held.enter_context(Http2(connection, **options))
 
     def channel(self) -> grpc.Channel:
         """Return a stock channel, for what is too large for `http2`."""

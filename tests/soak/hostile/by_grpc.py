@@ -91,6 +91,17 @@ def unread_answers(a: Attacker) -> None:
 
 
 @hostile
+def small_unread_answers(a: Attacker) -> None:
+    """Answers of 100 KiB, by the thousand, of which gRPC may not send a byte."""
+    message = of_one_pixel(side=160).SerializeToString()
+    for _ in range(6):
+        connection = a.http2(answer_bytes=0)
+        for _ in range(500):
+            connection.call(f"{SERVICE}Deconvolve", message)
+            time.sleep(0.002)  # as fast as they are answered: what is refused keeps nothing
+
+
+@hostile
 def pinned_tensors(a: Attacker) -> None:
     """Tensors that are asked for, so that they cannot be displaced, and whose elements nobody reads."""
     holder = a.session()

@@ -27,14 +27,18 @@ _CANCEL = 8
 
 
 class Http2:
-    """A connection, which closes the socket. What the server sends is read for its windows alone."""
+    """A connection, which closes the socket. What the server sends is read for its windows alone.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Args:
+        answer_bytes: What the server may send of each answer; by default all.
+    """
+
+    def __init__(self, connection: socket.socket, answer_bytes: int = _ALL_WINDOW_BYTES) -> None:
         self._socket = connection
         self._last_stream = -1
         self._initial_window_bytes = _FIRST_WINDOW_BYTES
         self._windows = {_WHOLE: _FIRST_WINDOW_BYTES}  # by stream
-        settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, _ALL_WINDOW_BYTES)
+        settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, answer_bytes)
         window = struct.pack(">I", _ALL_WINDOW_BYTES - _FIRST_WINDOW_BYTES)
         self._write(
             _PREFACE

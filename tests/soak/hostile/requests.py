@@ -26,9 +26,9 @@ def tensor(shape: Collection[int], raw: bytes | None = None) -> pb.Tensor:
     return message
 
 
-def of_one_pixel(raw: bytes | None = _ONE) -> pb.DeconvolveRequest:
-    """Return a request for a y of 58 MB."""
-    pair = {"h": _SIDE, "w": _SIDE}
+def of_one_pixel(raw: bytes | None = _ONE, side: int = _SIDE) -> pb.DeconvolveRequest:
+    """Return a request for a y of 58 MB, or of another side."""
+    pair = {"h": side, "w": side}
     geometry = pb.Geometry(stride=pb.Pair(**pair), outsize=pb.OutputSize(**pair))
     one = tensor((1, 1, 1, 1), raw)
     return pb.DeconvolveRequest(x=one, w=one, geometry=geometry)
