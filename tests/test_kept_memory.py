@@ -21,6 +21,7 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import ExhaustedError, connect
 from deconvd_server.shared_memory import Lender, Limits
 from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd_server.shared_memory.loans import RESERVED_PART
 from deconvd_server.shared_memory.memory import Memory
 from tests.cgroups import cgroup
 from tests.lenders import MIB, Peer, Watch, child, lending, lies_in_shared_memory
@@ -87,7 +88,7 @@ def test_what_a_client_keeps_of_what_it_gave_back_stays_within_the_limit(tmp_pat
         with ExitStack() as keep:
             kept = hoard(path, stub, keep)
 
-            assert len(kept) == LIMIT_BYTES // REGION_BYTES
+            assert len(kept) == (LIMIT_BYTES - LIMIT_BYTES // RESERVED_PART) // REGION_BYTES
             for mapping in kept:
                 mapping[:] = bytes(REGION_BYTES)
             assert group.kept_memory_bytes - before_bytes < LIMIT_BYTES + 32 * MIB
@@ -168,9 +169,10 @@ def test_memory_counts_until_its_client_has_let_go_of_it(
     keep: Callable[[int], Callable[[], None]],
     leaves: str,
 ) -> None:
-    with lending(path, Limits(2 * MIB, MIB)) as lender:
+    half_bytes = 7 * MIB // 2  # of what one process may have
+    with lending(path, Limits(8 * MIB, half_bytes)) as lender:
         keeper, other = peers(), peers()
-        region = keeper.borrowed(MIB)
+        region = keeper.borrowed(half_bytes)
         let_go = keep(keeper.descriptors[0])
         if leaves == "gives back":
             assert keeper.give_back(region).answer is Answer.DONE
@@ -180,12 +182,14 @@ def test_memory_counts_until_its_client_has_let_go_of_it(
             keeper.close()
         assert lender.wait_until_unused(TIMEOUT_S)
 
-        assert lender.kept_bytes == MIB
-        other.borrowed(MIB)
-        assert peers().lend(1).answer is Answer.OVER_SERVER_LIMIT
+        assert lender.kept_bytes == half_bytes
+        other.borrowed(half_bytes)
+        refused = peers().lend(1)
+        assert refused.answer is Answer.OVER_SERVER_LIMIT
+        assert f"process {os.getpid()} have or still keep" in refused.text
         let_go()
         assert lender.kept_bytes == 0
-        peers().borrowed(MIB)
+        peers().borrowed(half_bytes)
 
 
 def test_what_a_client_keeps_it_cannot_make_larger(
