@@ -5,8 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -136,18 +137,25 @@ def leave_in_a_message(descriptor: int) -> Callable[[], None]:
 
 
 def leave_to_a_child(descriptor: int) -> Callable[[], None]:
-    mapping = mmap.mmap(descriptor, MIB)
-    child = os.fork()
-    if not child:
-        signal.alarm(TIMEOUT_S)
-        os.closerange(0, 1024)
-        signal.pause()
-        os._exit(0)
-    mapping.close()
+    script = (
+        "import mmap, os, sys\n"
+        "descriptor = int(sys.argv[1])\n"
+        f"kept = mmap.mmap(descriptor, {MIB})\n"
+        "os.close(descriptor)\n"
+        "print(flush=True)\n"
+        "input()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(descriptor)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[descriptor],
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline()
 
     def let_go() -> None:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.communicate(b"\n", TIMEOUT_S)
 
     return let_go
 
@@ -287,9 +295,8 @@ def test_memory_that_cannot_be_made_or_watched_leaves_nothing_behind() -> None:
 def test_memory_that_is_let_go_of_a_moment_after_it_was_given_back_is_borrowed_anew(
     path: Path, lender: Lender, borrower: Borrower
 ) -> None:
-    array = borrower.empty(
-        (MIB,), np.float16, soon()
-    )  # in a region of 64 MiB, of the 256 that a client may have
+    """The first region has 64 MiB, and a client may have 256."""
+    array = borrower.empty((MIB,), np.float16, soon())
     lies_at = borrower.locate(array)
     assert lies_at is not None
     use = lender.use("x", lies_at.region)
