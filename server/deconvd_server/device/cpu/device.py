@@ -160,13 +160,18 @@ class CpuDevice:
             field: operand if isinstance(operand, np.ndarray) else array_of(require(operand))
             for field, operand in operands.items()
         }
-        with _computing(problem, call):
-            for field, place in places.items():
-                target = array_of(place)
-                result = plain(target)
-                set_result[field](result, problem, arrays, call)
-                if result is not target:
-                    copy_into(target, result)
+        try:
+            with _computing(call):
+                for field, place in places.items():
+                    target = array_of(place)
+                    result = plain(target)
+                    set_result[field](result, problem, arrays, call)
+                    if result is not target:
+                        copy_into(target, result)
+        except MemoryError:
+            raise ExhaustedError(
+                f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
+            ) from None
 
     def _set_y(self, y: Array, problem: Problem, operands: Mapping[str, Array], call: Call) -> None:
         blocking = self._blocking(problem, threads_count=self._threads_count(problem))
@@ -311,15 +316,11 @@ def _ignore_out_of_range() -> None:
 
 
 @contextmanager
-def _computing(problem: Problem, call: Call) -> Iterator[None]:
-    """Note how long a block takes to compute a problem. Raises ExhaustedError if it runs out of memory."""
+def _computing(call: Call) -> Iterator[None]:
+    """Note how long a block computes for a call."""
     begin_s = time.perf_counter()
     try:
         with np.errstate(all="ignore"):  # see _ignore_out_of_range
             yield
-    except MemoryError:
-        raise ExhaustedError(
-            f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
-        ) from None
     finally:
         call.ledger.add(Stage.COMPUTE, time.perf_counter() - begin_s)

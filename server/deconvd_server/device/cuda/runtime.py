@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ __all__ = [
     "upload",
     "use_device",
 ]
+
+_T = TypeVar("_T")
 
 _INSTALL = "pip install '.[server,cuda13]' in a checkout of deconvd"
 _OLDEST_CAPABILITY = 80
@@ -156,8 +158,7 @@ class Event:
             in_graph: Whether each launch of the graph that is being captured is to do so.
         """
         if in_graph:
-            with _driver_errors():
-                record_event(self._event.ptr, stream)
+            _by_driver(record_event, self._event.ptr, stream)
         else:
             _cuda.eventRecord(self._event.ptr, stream)
 
@@ -186,27 +187,25 @@ class Graph:
 
     def launch(self, stream: int) -> None:
         """Enqueue the work on a stream. Raises CudaError."""
-        try:  # without `_driver_errors`, which takes as long: each call comes here
-            launch(self._executable, stream)
-        except DriverError as error:
-            raise CudaError(error.status) from error
+        _by_driver(launch, self._executable, stream)
 
     def copies(self) -> list[GraphCopy]:
         """Return the copies in it. Raises CudaError."""
-        with _driver_errors():
-            return copies_of(self._graph)
+        return _by_driver(copies_of, self._graph)
 
     def move(self, copy: GraphCopy, name: str, address: int) -> None:
         """Have later launches make one of its copies elsewhere: see `GraphCopy.move`. Raises CudaError."""
-        with _driver_errors():
-            copy.move(self._executable, name, address)
+        _by_driver(copy.move, self._executable, name, address)
 
 
-@contextmanager
-def _driver_errors() -> Iterator[None]:
-    """Raise what the driver's functions raise as CudaError: the numbers are the same."""
+def _by_driver(function: Callable[..., _T], *arguments: object) -> _T:
+    """Return what one of the driver's functions returns; what it raises is raised as CudaError: the numbers are the same.
+
+    A function, since an error that another one replaces in a context made of a generator refers to itself: what its
+    frames hold, a call's arrays, would stay until the garbage collector comes by.
+    """
     try:
-        yield
+        return function(*arguments)
     except DriverError as error:
         raise CudaError(error.status) from error
 
