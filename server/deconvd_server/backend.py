@@ -86,7 +86,7 @@ class Backend:
             shared_memory_socket=next((str(side.path) for side in memory_sides.values()), ""),
             direct_port=listeners[0].getsockname()[1] if listeners else 0,
         )
-        messages = Admission(
+        self._messages = Admission(
             _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
             2 * budgets().messages_bytes,  # and nothing for a processor's calls
             _WAITING_CALLS_COUNT,
@@ -94,7 +94,7 @@ class Backend:
             memory="the host's memory for messages",
         )
         self._engines = Engines(
-            devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=messages
+            devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=self._messages
         )
         self.residents = Residents(self._engines, settings.residents)
         self.lender = _lender(
@@ -128,6 +128,14 @@ class Backend:
             self._direct = DirectServer(
                 list(call_sides.values()), listeners, self.behaviours, instance, observers, on_lost
             )
+
+    @property
+    def counted_bytes(self) -> int:
+        """What budgets count of the host's memory now, but for what is lent to clients."""
+        streams_bytes = self.streams.load.used_bytes
+        loads = [engine.load for engine in self._engines.all if not engine.info.has_own_memory]
+        devices_bytes = sum(load.used_bytes + load.held_bytes for load in loads)
+        return streams_bytes + self._messages.load.used_bytes + devices_bytes
 
     def withdraw(self) -> None:
         """Take no more clients, direct calls and sessions, and give up the paths. Calls under way go on."""

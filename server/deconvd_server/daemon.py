@@ -14,6 +14,7 @@ from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
+from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
 from deconvd_server.gate import CALLS_COUNT, Gate
 from deconvd_server.grpc_server import GrpcServer
@@ -33,6 +34,9 @@ _WORKERS_COUNT: Final = CALLS_COUNT + 16
 
 _EARLY_WORKERS_COUNT: Final = 16
 """Those that are there from the start, so that calls are served when the system has no thread left."""
+
+_POOLS_COUNT: Final = 4
+"""Of memory that was freed and is used again: no budget counts what they keep."""
 
 _UNDER_WAY_S: Final = 0.1
 """How long calls that clients have sent may take to come. What comes once gRPC stops it ends with CANCELLED,
@@ -90,6 +94,7 @@ class Daemon:
         self._server = GrpcServer(
             {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
             settings.max_message_bytes,
+            budgets().messages_bytes + _POOLS_COUNT * budgets().pool_bytes,
             lambda: on_lost("gRPC's thread"),
         )
         self.addresses = [
@@ -116,6 +121,7 @@ class Daemon:
         with self._lock:
             if self.state is State.LISTENING:
                 self.backend = backend
+                self._server.receipts.count_with(lambda: backend.counted_bytes)
                 self._gate.open(backend.behaviours)
                 self.state = State.SERVING
                 self._health.set_serving(True)

@@ -147,7 +147,7 @@ class Gate:
     def _serve(self, name: str, rpc: Rpc, first: bytes | None) -> None:
         """Have a worker serve a call, whose first message has come."""
         self._silent.pop(rpc, None)
-        if rpc.is_closed:
+        if rpc.has_ended:
             return
         if self._refusal is not None:
             self._refuse(rpc, self._refusal)

@@ -16,6 +16,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave
 
 from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd_server.descriptors import connections_count
+from deconvd_server.receipts import Receipts
 from deconvd_server.rpc import Rpc
 
 __all__ = ["GrpcServer", "Handlers"]
@@ -29,6 +30,11 @@ _AWAITED_COUNT: Final = 64
 _STREAMS_COUNT: Final = 512
 """Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
 
+_LOOKAHEAD: Final = "grpc.http2.lookahead_bytes"
+_UNASKED_BYTES: Final = 65535
+"""What a client may send of a call before a message is asked for: HTTP/2 lets every client begin with so much. Of one
+that is asked for it may send all, so that nothing waits."""
+
 _TICK_S: Final = 0.2
 """How often it looks at its clock when nothing happens."""
 
@@ -38,21 +44,32 @@ _log = logging.getLogger(__name__)
 class GrpcServer:
     """Serves calls by gRPC, in a thread of its own.
 
+    Attributes:
+        receipts: Watches over the messages that are still arriving.
+
     Args:
         handlers: Serve the methods there are.
         max_message_bytes: The largest message that is taken or sent.
+        arriving_bytes: What messages may take that are not admitted yet.
         on_lost: Called if it ends without being stopped.
     """
 
     def __init__(
-        self, handlers: Handlers, max_message_bytes: int, on_lost: Callable[[], None]
+        self,
+        handlers: Handlers,
+        max_message_bytes: int,
+        arriving_bytes: int,
+        on_lost: Callable[[], None],
     ) -> None:
         options: Sequence[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_concurrent_streams", _STREAMS_COUNT),
             ("grpc.max_allowed_incoming_connections", connections_count()),
-            *TRANSPORT_OPTIONS,
+            *(option for option in TRANSPORT_OPTIONS if option[0] != _LOOKAHEAD),
+            (_LOOKAHEAD, _UNASKED_BYTES),
+            # It would have clients send more unasked, the faster they are.
+            ("grpc.http2.bdp_probe", 0),
             # With it, a second server would share the port in silence.
             ("grpc.so_reuseport", 0),
         ]
@@ -62,6 +79,7 @@ class GrpcServer:
         self._server = cygrpc.Server(options, False)
         self._server.register_completion_queue(self._queue)
         self._rpcs: set[Rpc] = set()
+        self.receipts = Receipts(self._rpcs, arriving_bytes, self.later)
         self._lock = threading.Lock()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -81,6 +99,7 @@ class GrpcServer:
         self._server.start()
         for _ in range(_AWAITED_COUNT):
             self._await_call()
+        self.receipts.look()
         self._thread.start()
 
     def later(self, delay_s: float, work: Callable[[], None]) -> None:
