@@ -177,6 +177,7 @@ class Gate:
         call = serving.call
         place = self._shares.take(call.counted_by, partial(call.stop, _GAVE_WAY))
         if isinstance(behaviour, Unary):
+            rpc.has_all = True
             place.progressed_s = math.inf  # nothing is awaited of its caller
             work: _Work = partial(_answer_one, behaviour, first, rpc, serving)
         else:

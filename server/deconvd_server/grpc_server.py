@@ -31,9 +31,14 @@ _STREAMS_COUNT: Final = 512
 """Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
 
 _LOOKAHEAD: Final = "grpc.http2.lookahead_bytes"
-_UNASKED_BYTES: Final = 65535
-"""What a client may send of a call before a message is asked for: HTTP/2 lets every client begin with so much. Of one
-that is asked for it may send all, so that nothing waits."""
+_MOST_UNASKED_BYTES: Final = 64 << 20
+_LEAST_UNASKED_BYTES: Final = 65535
+"""With what HTTP/2 lets every client begin."""
+
+_UNASKED_PART: Final = 64
+"""What a client may send of a call before its next message is asked for is one part in so many of what messages may
+take. The more it is, the faster calls are over long ways: gRPC asks for a mebibyte at a time, once for each round trip.
+"""
 
 _TICK_S: Final = 0.2
 """How often it looks at its clock when nothing happens."""
@@ -61,15 +66,16 @@ class GrpcServer:
         arriving_bytes: int,
         on_lost: Callable[[], None],
     ) -> None:
+        unasked_bytes = min(
+            max(arriving_bytes // _UNASKED_PART, _LEAST_UNASKED_BYTES), _MOST_UNASKED_BYTES
+        )
         options: Sequence[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_concurrent_streams", _STREAMS_COUNT),
             ("grpc.max_allowed_incoming_connections", connections_count()),
             *(option for option in TRANSPORT_OPTIONS if option[0] != _LOOKAHEAD),
-            (_LOOKAHEAD, _UNASKED_BYTES),
-            # It would have clients send more unasked, the faster they are.
-            ("grpc.http2.bdp_probe", 0),
+            (_LOOKAHEAD, unasked_bytes),
             # With it, a second server would share the port in silence.
             ("grpc.so_reuseport", 0),
         ]

@@ -12,6 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Final
 
 from deconvd.errors import UnavailableError
@@ -34,6 +35,11 @@ _FREED_S: Final = 0.02
 _FASTEST_BYTES_PER_S: Final = 2e9
 """How fast messages may come: gRPC takes less than that from all connections, on two processors."""
 
+_SAYS_NO_S: Final = 0.01
+"""How long gRPC is given to tell of a call that no more messages come."""
+
+_RETRY_AFTER_S: Final = 0.5
+
 _TOLD_S: Final = 0.2
 """How long a client has to take the status that its call ends with. What has come of its message is freed then."""
 
@@ -43,9 +49,10 @@ _log = logging.getLogger(__name__)
 class Receipts:
     """Ends calls whose messages are still arriving when gRPC holds too much of such. All in gRPC's thread.
 
-    The peer gives way that has kept it waiting for longest, over all its calls: of these the older half end. Sessions,
-    which are idle for most of their time, are the last to. So who sends little, or in little time, is hardly ever
-    meant, and a peer that begins many messages and ends none is.
+    The peer gives way that has kept it waiting for longest, over all its calls: of these the older half end. So who
+    sends little, or in little time, is hardly ever meant, and a peer that begins many messages and ends none is.
+    Streams that have more than they are asked for go if there is none of those, and at last sessions, which are idle
+    for most of their time.
 
     Args:
         rpcs: All calls that there are.
@@ -78,26 +85,48 @@ class Receipts:
 
     def _end_some(self) -> bool:
         """End some calls, and return whether there were any to end."""
-        waiting = [rpc for rpc in list(self._rpcs) if rpc.receives_since_s < math.inf]
-        brief = [rpc for rpc in waiting if not rpc.is_idle]
-        peer, leavers = _longest_waited_for(brief or waiting)
+        self._ask_who_has_sent_all()
+        peer, leavers = _longest_waited_for(self._first_to_go())
         if leavers:
             _log.warning(
-                "%d calls of %s end: messages that are still arriving take more than %d bytes",
+                "%d calls of %s end: messages that are not admitted yet take more than %d bytes",
                 *(len(leavers), peer, self._bound_bytes),
             )
-        failure = status_from_error(
-            UnavailableError(
-                "the server has no memory for this call's message beside others that are still "
-                f"arriving: together they may take {self._bound_bytes} bytes",
-                retry_after_s=0.5,
-            )
+        error = UnavailableError(
+            "the server has no memory for the call's messages beside others that are not admitted yet: "
+            f"together they may take {self._bound_bytes} bytes",
+            retry_after_s=_RETRY_AFTER_S,
         )
+        failure = status_from_error(error)
         for rpc in leavers:
-            rpc.receives_since_s = math.inf
             rpc.fail(failure)
             self._later(_TOLD_S, rpc.cancel)
         return bool(leavers)
+
+    def _ask_who_has_sent_all(self) -> None:
+        """Ask for more where none is to come: honest clients say at once that there is none."""
+        for rpc in list(self._rpcs):
+            if rpc.has_all and not rpc.is_receiving:
+                rpc.receive(partial(_note_more, rpc))
+
+    def _first_to_go(self) -> list[Rpc]:
+        """Return the calls of which some are to end: those of the first kind that there are any of."""
+        calls = [rpc for rpc in list(self._rpcs) if not rpc.has_ended]
+        receiving = [rpc for rpc in calls if rpc.is_receiving]
+        asked_until_s = time.monotonic() - _SAYS_NO_S
+        brief = [
+            rpc
+            for rpc in receiving
+            if not rpc.is_idle and not (rpc.has_all and rpc.asked_s > asked_until_s)
+        ]
+        streams = [rpc for rpc in calls if not rpc.is_idle and not rpc.has_all]
+        return brief or streams or receiving
+
+
+def _note_more(rpc: Rpc, message: bytes | None) -> None:
+    """End a call whose client has sent more than it was to."""
+    if message is not None:
+        rpc.cancel()
 
 
 def _longest_waited_for(rpcs: Sequence[Rpc]) -> tuple[str, list[Rpc]]:
@@ -108,8 +137,8 @@ def _longest_waited_for(rpcs: Sequence[Rpc]) -> tuple[str, list[Rpc]]:
     now_s = time.monotonic()
     peer = max(
         by_peer,
-        key=lambda one: sum(now_s - rpc.receives_since_s for rpc in by_peer[one]),
+        key=lambda one: sum(now_s - rpc.asked_s for rpc in by_peer[one]),
         default="",
     )
-    own = sorted(by_peer[peer], key=lambda rpc: rpc.receives_since_s)
+    own = sorted(by_peer[peer], key=lambda rpc: rpc.asked_s)
     return peer, own[: (len(own) + 1) // 2]
