@@ -30,6 +30,8 @@ _AWAITED_COUNT: Final = 64
 _STREAMS_COUNT: Final = 512
 """Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
 
+_CATCHING_UP_S: Final = 0.05
+
 _LOOKAHEAD: Final = "grpc.http2.lookahead_bytes"
 _MOST_UNASKED_BYTES: Final = 64 << 20
 _LEAST_UNASKED_BYTES: Final = 65535
@@ -85,7 +87,7 @@ class GrpcServer:
         self._server = cygrpc.Server(options, False)
         self._server.register_completion_queue(self._queue)
         self._rpcs: set[Rpc] = set()
-        self.receipts = Receipts(self._rpcs, arriving_bytes, self.later)
+        self.receipts = Receipts(self._rpcs, arriving_bytes, self.later, self._catch_up)
         self._lock = threading.Lock()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -155,9 +157,7 @@ class GrpcServer:
             min(_TICK_S, max(self._timers[0][0] - time.monotonic(), 0)) if self._timers else _TICK_S
         )
         try:
-            event = self._queue.poll(time.time() + wait_s)
-            if event.completion_type != cygrpc.CompletionType.queue_timeout:
-                event.tag(event)
+            self._take_event(wait_s)
             if self._timers:
                 self._do_what_is_due()
         except MemoryError:
@@ -165,6 +165,20 @@ class GrpcServer:
             self._await_call()  # one may have been lost
         except Exception:
             _log.exception("unforeseen error in gRPC's thread")
+
+    def _take_event(self, wait_s: float) -> bool:
+        """Take the next event, and return whether there was one."""
+        event = self._queue.poll(time.time() + wait_s)
+        if event.completion_type == cygrpc.CompletionType.queue_timeout:
+            return False
+        event.tag(event)
+        return True
+
+    def _catch_up(self) -> None:
+        """Take the events that have come already: of those that come meanwhile not too many."""
+        until_s = time.monotonic() + _CATCHING_UP_S
+        while time.monotonic() < until_s and self._take_event(0):
+            pass
 
     def _do_what_is_due(self) -> None:
         now_s = time.monotonic()

@@ -29,7 +29,7 @@ _LOOK_S: Final = 0.2
 _SOONEST_S: Final = 0.005
 """How soon it is looked again when there is hardly any."""
 
-_FREED_S: Final = 0.02
+_FREED_S: Final = 0.04
 """How long gRPC is given to free what the calls had that were ended."""
 
 _FASTEST_BYTES_PER_S: Final = 2e9
@@ -38,10 +38,13 @@ _FASTEST_BYTES_PER_S: Final = 2e9
 _SAYS_NO_S: Final = 0.01
 """How long gRPC is given to tell of a call that no more messages come."""
 
+_LONG_S: Final = 1.0
+"""A message that is awaited for longer counts no more than others: it may be a large one on a slow network."""
+
 _RETRY_AFTER_S: Final = 0.5
 
-_TOLD_S: Final = 0.2
-"""How long a client has to take the status that its call ends with. What has come of its message is freed then."""
+_TOLD_S: Final = 0.02
+"""How long gRPC has to send the status that a call ends with. What has come of its message is freed then, at latest."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +61,20 @@ class Receipts:
         rpcs: All calls that there are.
         bound_bytes: What messages may take that are not admitted yet.
         later: Has it look again.
+        catch_up: Takes the messages that have come whole already.
     """
 
-    def __init__(self, rpcs: Collection[Rpc], bound_bytes: int, later: Later) -> None:
+    def __init__(
+        self,
+        rpcs: Collection[Rpc],
+        bound_bytes: int,
+        later: Later,
+        catch_up: Callable[[], None],
+    ) -> None:
         self._rpcs = rpcs
         self._bound_bytes = bound_bytes
         self._later = later
+        self._catch_up = catch_up
         self._counted_bytes: Callable[[], int] = lambda: 0
         self._rest_bytes = math.inf
 
@@ -86,6 +97,7 @@ class Receipts:
     def _end_some(self) -> bool:
         """End some calls, and return whether there were any to end."""
         self._ask_who_has_sent_all()
+        self._catch_up()
         peer, leavers = _longest_waited_for(self._first_to_go())
         if leavers:
             _log.warning(
@@ -137,7 +149,7 @@ def _longest_waited_for(rpcs: Sequence[Rpc]) -> tuple[str, list[Rpc]]:
     now_s = time.monotonic()
     peer = max(
         by_peer,
-        key=lambda one: sum(now_s - rpc.asked_s for rpc in by_peer[one]),
+        key=lambda one: sum(min(now_s - rpc.asked_s, _LONG_S) for rpc in by_peer[one]),
         default="",
     )
     own = sorted(by_peer[peer], key=lambda rpc: rpc.asked_s)
