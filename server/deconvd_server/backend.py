@@ -7,7 +7,6 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +27,7 @@ from deconvd_server.shared_memory import Cards, Lender, Limits
 from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
 from deconvd_server.stream_places import StreamPlaces
 from deconvd_server.unix_socket import AddressInUseError
+from deconvd_server.workers import Workers, WorkersExecutor
 
 __all__ = ["STREAMS_COUNT", "Backend"]
 
@@ -111,8 +111,8 @@ class Backend:
             _WAITING_STREAMS_COUNT,
             on_lost,
         )
-        self._slices = ThreadPoolExecutor(
-            STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
+        self._slices = WorkersExecutor(
+            Workers(STREAMS_COUNT * SLICES_IN_FLIGHT, SLICES_IN_FLIGHT, name="slice")
         )
         service = DeconvolutionService(
             self.residents,
