@@ -34,6 +34,9 @@ __all__ = ["STREAMS_COUNT", "Backend"]
 _WAITING_CALLS_COUNT: Final = 96
 _WAITING_STREAMS_COUNT: Final = 16
 
+_POOLS_COUNT: Final = 4
+"""Of those that `Budgets.pool_bytes` speaks of."""
+
 STREAMS_COUNT: Final = 16
 """How many streams may be under way: those of one peer, an eighth less."""
 
@@ -136,6 +139,13 @@ class Backend:
         loads = [engine.load for engine in self._engines.all if not engine.info.has_own_memory]
         devices_bytes = sum(load.used_bytes + load.held_bytes for load in loads)
         return streams_bytes + self._messages.load.used_bytes + devices_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What pools may keep of it beside, of memory that was freed and is used again."""
+        cards_count = sum(engine.info.has_own_memory for engine in self._engines.all)
+        machine = budgets()
+        return _POOLS_COUNT * machine.pool_bytes + cards_count * machine.card_results_bytes
 
     def withdraw(self) -> None:
         """Take no more clients, direct calls and sessions, and give up the paths. Calls under way go on."""

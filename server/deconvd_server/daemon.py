@@ -35,9 +35,6 @@ _WORKERS_COUNT: Final = CALLS_COUNT + 16
 _EARLY_WORKERS_COUNT: Final = 16
 """Those that are there from the start, so that calls are served when the system has no thread left."""
 
-_POOLS_COUNT: Final = 4
-"""Of memory that was freed and is used again: no budget counts what they keep."""
-
 _UNDER_WAY_S: Final = 0.1
 """How long calls that clients have sent may take to come. What comes once gRPC stops it ends with CANCELLED,
 which clients need not try again. So calls are kept waiting for so long: who calls again only with an answer has none
@@ -94,7 +91,7 @@ class Daemon:
         self._server = GrpcServer(
             {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
             settings.max_message_bytes,
-            budgets().messages_bytes + _POOLS_COUNT * budgets().pool_bytes,
+            budgets().messages_bytes,
             lambda: on_lost("gRPC's thread"),
         )
         self.addresses = [
@@ -121,7 +118,7 @@ class Daemon:
         with self._lock:
             if self.state is State.LISTENING:
                 self.backend = backend
-                self._server.receipts.count_with(lambda: backend.counted_bytes)
+                self._server.receipts.count_with(lambda: backend.counted_bytes, backend.kept_bytes)
                 self._gate.open(backend.behaviours)
                 self.state = State.SERVING
                 self._health.set_serving(True)

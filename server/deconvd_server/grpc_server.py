@@ -157,7 +157,9 @@ class GrpcServer:
             min(_TICK_S, max(self._timers[0][0] - time.monotonic(), 0)) if self._timers else _TICK_S
         )
         try:
-            self._take_event(wait_s)
+            event = self._queue.poll(time.time() + wait_s)
+            if event.completion_type != cygrpc.CompletionType.queue_timeout:
+                event.tag(event)
             if self._timers:
                 self._do_what_is_due()
         except MemoryError:
@@ -166,19 +168,14 @@ class GrpcServer:
         except Exception:
             _log.exception("unforeseen error in gRPC's thread")
 
-    def _take_event(self, wait_s: float) -> bool:
-        """Take the next event, and return whether there was one."""
-        event = self._queue.poll(time.time() + wait_s)
-        if event.completion_type == cygrpc.CompletionType.queue_timeout:
-            return False
-        event.tag(event)
-        return True
-
     def _catch_up(self) -> None:
         """Take the events that have come already: of those that come meanwhile not too many."""
         until_s = time.monotonic() + _CATCHING_UP_S
-        while time.monotonic() < until_s and self._take_event(0):
-            pass
+        while time.monotonic() < until_s:
+            event = self._queue.poll(time.time())
+            if event.completion_type == cygrpc.CompletionType.queue_timeout:
+                break
+            event.tag(event)
 
     def _do_what_is_due(self) -> None:
         now_s = time.monotonic()

@@ -76,34 +76,49 @@ class Receipts:
         self._later = later
         self._catch_up = catch_up
         self._counted_bytes: Callable[[], int] = lambda: 0
+        self._kept_bytes = 0
         self._rest_bytes = math.inf
 
-    def count_with(self, counted_bytes: Callable[[], int]) -> None:
-        """Have it know from now on what budgets count of its memory, and that it is at rest."""
+    def count_with(self, counted_bytes: Callable[[], int], kept_bytes: int) -> None:
+        """Have it know from now on what budgets count of its memory, and that it is at rest.
+
+        Args:
+            kept_bytes: What it may come to keep beside.
+        """
         self._counted_bytes = counted_bytes
+        self._kept_bytes = kept_bytes
         self._rest_bytes = math.inf
 
     def look(self) -> None:
         """End calls if there is too much, now and from now on."""
+        wait_s = _FREED_S
+        try:
+            room_bytes = self._room_bytes()
+            if room_bytes > 0:
+                wait_s = min(max(room_bytes / _FASTEST_BYTES_PER_S, _SOONEST_S), _LOOK_S)
+            else:
+                self._make_room()
+        finally:  # memory may run out meanwhile
+            self._later(wait_s, self.look)
+
+    def _room_bytes(self) -> float:
+        """Return what messages may still take; less than nothing if they take too much."""
         beside_bytes = allocated_bytes() - self._counted_bytes()
         self._rest_bytes = min(self._rest_bytes, beside_bytes)
-        room_bytes = self._rest_bytes + self._bound_bytes - beside_bytes
-        if room_bytes < 0 and not self._end_some():
-            # it is no message's, whatever it is
-            self._rest_bytes = beside_bytes - self._bound_bytes / 2
-        wait_s = _FREED_S if room_bytes < 0 else room_bytes / _FASTEST_BYTES_PER_S
-        self._later(min(max(wait_s, _SOONEST_S), _LOOK_S), self.look)
+        return self._rest_bytes + self._kept_bytes + self._bound_bytes - beside_bytes
 
-    def _end_some(self) -> bool:
-        """End some calls, and return whether there were any to end."""
+    def _make_room(self) -> None:
+        """End some calls. If there are none, the memory is no message's, whatever it is."""
         self._ask_who_has_sent_all()
         self._catch_up()
         peer, leavers = _longest_waited_for(self._first_to_go())
-        if leavers:
-            _log.warning(
-                "%d calls of %s end: messages that are not admitted yet take more than %d bytes",
-                *(len(leavers), peer, self._bound_bytes),
-            )
+        if not leavers:
+            self._rest_bytes -= self._room_bytes() - self._bound_bytes / 2
+            return
+        _log.warning(
+            "%d calls of %s end: messages that are not admitted yet take more than %d bytes",
+            *(len(leavers), peer, self._bound_bytes),
+        )
         error = UnavailableError(
             "the server has no memory for the call's messages beside others that are not admitted yet: "
             f"together they may take {self._bound_bytes} bytes",
@@ -113,7 +128,6 @@ class Receipts:
         for rpc in leavers:
             rpc.fail(failure)
             self._later(_TOLD_S, rpc.cancel)
-        return bool(leavers)
 
     def _ask_who_has_sent_all(self) -> None:
         """Ask for more where none is to come: honest clients say at once that there is none."""
