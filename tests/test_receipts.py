@@ -147,7 +147,8 @@ def test_a_large_message_alone_is_served(tmp_path: Path) -> None:
         assert "not admitted yet" not in here.server.log.read_text()
 
 
-def test_a_proxy_with_a_hundred_small_calls_at_once_notices_nothing(tmp_path: Path) -> None:
+def test_a_proxy_with_many_small_calls_at_once_notices_nothing(tmp_path: Path) -> None:
+    """Of one peer 72 may wait for the processor."""
     path, before = WAYS["first message"]
     request = pb.DeconvolveRequest(x=tensor(X.shape, X.tobytes()), w=tensor(W.shape, W.tobytes()))
     with serving(tmp_path) as here, ExitStack() as stack:
@@ -159,7 +160,7 @@ def test_a_proxy_with_a_hundred_small_calls_at_once_notices_nothing(tmp_path: Pa
         ]
         until_s = time.monotonic() + 3
         while time.monotonic() < until_s:
-            calls = [stub.Deconvolve.future(request, timeout=10) for _ in range(100)]
+            calls = [stub.Deconvolve.future(request, timeout=10) for _ in range(64)]
             for call in calls:
                 assert call.code() is grpc.StatusCode.OK, call.details()
         for attack in attacks:
