@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from typing import Final
+import mmap
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["LARGE_BYTES", "keep_freed_memory", "learn_large_blocks"]
+__all__ = ["LARGE_BYTES", "allocated_bytes", "keep_freed_memory", "learn_large_blocks"]
 
 LARGE_BYTES: Final = 32 << 20
 """From this size on glibc can keep nothing."""
@@ -22,6 +24,32 @@ _KEPT_BYTES: Final = 256 << 20
 _ARENAS_COUNT: Final = 2
 
 _log = logging.getLogger(__name__)
+
+
+class _Allocated(ctypes.Structure):
+    """The C library's struct mallinfo2."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+_mallinfo2: Any = getattr(ctypes.CDLL(None), "mallinfo2", None)
+if _mallinfo2 is not None:
+    _mallinfo2.restype = _Allocated
+
+
+def allocated_bytes() -> int:
+    """Return what the process has allocated and not freed; with another C library than glibc, what it has in memory."""
+    if _mallinfo2 is None:
+        resident_pages, shared_pages = Path("/proc/self/statm").read_text().split()[1:3]
+        return (int(resident_pages) - int(shared_pages)) * mmap.PAGESIZE
+    info = _mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 def keep_freed_memory(kept_bytes: int = _KEPT_BYTES) -> None:

@@ -7,7 +7,6 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +27,7 @@ from deconvd_server.shared_memory import Cards, Lender, Limits
 from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
 from deconvd_server.stream_places import StreamPlaces
 from deconvd_server.unix_socket import AddressInUseError
+from deconvd_server.workers import Workers, WorkersExecutor
 
 __all__ = ["STREAMS_COUNT", "Backend"]
 
@@ -37,6 +37,9 @@ small."""
 
 _WAITING_STREAMS_COUNT: Final = 16
 """As many as run: a stream waits for one other on average."""
+
+_POOLS_COUNT: Final = 4
+"""Of those that `Budgets.pool_bytes` speaks of."""
 
 STREAMS_COUNT: Final = 16
 """How many streams may be under way: those of one peer, an eighth less."""
@@ -90,7 +93,7 @@ class Backend:
             shared_memory_socket=next((str(side.path) for side in memory_sides.values()), ""),
             direct_port=listeners[0].getsockname()[1] if listeners else 0,
         )
-        messages = Admission(
+        self._messages = Admission(
             _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
             2 * budgets().messages_bytes,  # and nothing for a processor's calls
             _WAITING_CALLS_COUNT,
@@ -98,7 +101,7 @@ class Backend:
             memory="the host's memory for messages",
         )
         self._engines = Engines(
-            devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=messages
+            devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=self._messages
         )
         self.residents = Residents(self._engines, settings.residents)
         self.lender = _lender(
@@ -115,8 +118,8 @@ class Backend:
             _WAITING_STREAMS_COUNT,
             on_lost,
         )
-        self._slices = ThreadPoolExecutor(
-            STREAMS_COUNT * SLICES_IN_FLIGHT, thread_name_prefix="slice"
+        self._slices = WorkersExecutor(
+            Workers(STREAMS_COUNT * SLICES_IN_FLIGHT, SLICES_IN_FLIGHT, name="slice")
         )
         service = DeconvolutionService(
             self.residents,
@@ -132,6 +135,21 @@ class Backend:
             self._direct = DirectServer(
                 list(call_sides.values()), listeners, self.behaviours, instance, observers, on_lost
             )
+
+    @property
+    def counted_bytes(self) -> int:
+        """What budgets count of the host's memory now, but for what is lent to clients."""
+        streams_bytes = self.streams.load.used_bytes
+        loads = [engine.load for engine in self._engines.all if not engine.info.has_own_memory]
+        devices_bytes = sum(load.used_bytes + load.held_bytes for load in loads)
+        return streams_bytes + self._messages.load.used_bytes + devices_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What pools may keep of it beside, of memory that was freed and is used again."""
+        cards_count = sum(engine.info.has_own_memory for engine in self._engines.all)
+        machine = budgets()
+        return _POOLS_COUNT * machine.pool_bytes + cards_count * machine.card_results_bytes
 
     def withdraw(self) -> None:
         """Take no more clients, direct calls and sessions, and give up the paths. Calls under way go on."""

@@ -14,6 +14,7 @@ from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
+from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
 from deconvd_server.gate import CALLS_COUNT, Gate
 from deconvd_server.grpc_server import GrpcServer
@@ -90,6 +91,7 @@ class Daemon:
         self._server = GrpcServer(
             {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
             settings.max_message_bytes,
+            budgets().messages_bytes,
             lambda: on_lost("gRPC's thread"),
         )
         self.addresses = [
@@ -116,6 +118,7 @@ class Daemon:
         with self._lock:
             if self.state is State.LISTENING:
                 self.backend = backend
+                self._server.receipts.count_with(lambda: backend.counted_bytes, backend.kept_bytes)
                 self._gate.open(backend.behaviours)
                 self.state = State.SERVING
                 self._health.set_serving(True)

@@ -147,7 +147,7 @@ class Gate:
     def _serve(self, name: str, rpc: Rpc, first: bytes | None) -> None:
         """Have a worker serve a call, whose first message has come."""
         self._silent.pop(rpc, None)
-        if rpc.is_closed:
+        if rpc.has_ended:
             return
         if self._refusal is not None:
             self._refuse(rpc, self._refusal)
@@ -177,6 +177,7 @@ class Gate:
         call = serving.call
         place = self._shares.take(call.counted_by, partial(call.stop, _GAVE_WAY))
         if isinstance(behaviour, Unary):
+            rpc.has_all = True
             place.progressed_s = math.inf  # nothing is awaited of its caller
             work: _Work = partial(_answer_one, behaviour, first, rpc, serving)
         else:

@@ -16,6 +16,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave
 
 from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd_server.descriptors import connections_count
+from deconvd_server.receipts import Receipts
 from deconvd_server.rpc import Rpc
 
 __all__ = ["GrpcServer", "Handlers"]
@@ -29,6 +30,18 @@ _AWAITED_COUNT: Final = 64
 _STREAMS_COUNT: Final = 512
 """Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
 
+_CATCHING_UP_S: Final = 0.05
+
+_LOOKAHEAD: Final = "grpc.http2.lookahead_bytes"
+_MOST_UNASKED_BYTES: Final = 64 << 20
+_LEAST_UNASKED_BYTES: Final = 65535
+"""With what HTTP/2 lets every client begin."""
+
+_UNASKED_PART: Final = 64
+"""What a client may send of a call before its next message is asked for is one part in so many of what messages may
+take. The more it is, the faster calls are over long ways: gRPC asks for a mebibyte at a time, once for each round trip.
+"""
+
 _TICK_S: Final = 0.2
 """How often it looks at its clock when nothing happens."""
 
@@ -38,21 +51,33 @@ _log = logging.getLogger(__name__)
 class GrpcServer:
     """Serves calls by gRPC, in a thread of its own.
 
+    Attributes:
+        receipts: Watches over the messages that are still arriving.
+
     Args:
         handlers: Serve the methods there are.
         max_message_bytes: The largest message that is taken or sent.
+        arriving_bytes: What messages may take that are not admitted yet.
         on_lost: Called if it ends without being stopped.
     """
 
     def __init__(
-        self, handlers: Handlers, max_message_bytes: int, on_lost: Callable[[], None]
+        self,
+        handlers: Handlers,
+        max_message_bytes: int,
+        arriving_bytes: int,
+        on_lost: Callable[[], None],
     ) -> None:
+        unasked_bytes = min(
+            max(arriving_bytes // _UNASKED_PART, _LEAST_UNASKED_BYTES), _MOST_UNASKED_BYTES
+        )
         options: Sequence[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_concurrent_streams", _STREAMS_COUNT),
             ("grpc.max_allowed_incoming_connections", connections_count()),
-            *TRANSPORT_OPTIONS,
+            *(option for option in TRANSPORT_OPTIONS if option[0] != _LOOKAHEAD),
+            (_LOOKAHEAD, unasked_bytes),
             # With it, a second server would share the port in silence.
             ("grpc.so_reuseport", 0),
         ]
@@ -62,6 +87,7 @@ class GrpcServer:
         self._server = cygrpc.Server(options, False)
         self._server.register_completion_queue(self._queue)
         self._rpcs: set[Rpc] = set()
+        self.receipts = Receipts(self._rpcs, arriving_bytes, self.later, self._catch_up)
         self._lock = threading.Lock()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -81,6 +107,7 @@ class GrpcServer:
         self._server.start()
         for _ in range(_AWAITED_COUNT):
             self._await_call()
+        self.receipts.look()
         self._thread.start()
 
     def later(self, delay_s: float, work: Callable[[], None]) -> None:
@@ -140,6 +167,15 @@ class GrpcServer:
             self._await_call()  # one may have been lost
         except Exception:
             _log.exception("unforeseen error in gRPC's thread")
+
+    def _catch_up(self) -> None:
+        """Take the events that have come already: of those that come meanwhile not too many."""
+        until_s = time.monotonic() + _CATCHING_UP_S
+        while time.monotonic() < until_s:
+            event = self._queue.poll(time.time())
+            if event.completion_type == cygrpc.CompletionType.queue_timeout:
+                break
+            event.tag(event)
 
     def _do_what_is_due(self) -> None:
         now_s = time.monotonic()

@@ -86,6 +86,7 @@ class Health:
         if service is None:
             rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
             return
+        rpc.is_idle = rpc.has_all = True
         watch = _Watch(rpc, partial(self._answer, service))
         with self._lock:
             self._watches[rpc] = watch

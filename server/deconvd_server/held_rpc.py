@@ -33,6 +33,7 @@ class HeldRpc:
     """
 
     def __init__(self, behaviour: Held, rpc: Rpc, serving: Serving, workers: Workers) -> None:
+        rpc.is_idle = True
         self._behaviour = behaviour
         self._rpc = rpc
         self._serving = serving

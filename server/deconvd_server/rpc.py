@@ -42,6 +42,10 @@ class Rpc:
         later: Does something in gRPC's thread after so many seconds.
         on_close: Called once the caller has gone, or has all of the answer.
         is_closed: Whether that is so.
+        has_all: Whether what serves it asks for no more messages. That sets it.
+        is_idle: Whether it may well be without a message for long. What serves it sets it.
+        is_receiving: Whether a message is awaited.
+        asked_s: When it was last asked for one, or came, on the monotonic clock.
         on_done: Called once nothing of it is under way, and gRPC holds none of its messages any more: after `on_close`.
 
     Args:
@@ -55,6 +59,10 @@ class Rpc:
         self.on_close: Callable[[], None] = _do_nothing
         self.on_done: Callable[[], None] = _do_nothing
         self.is_closed = False
+        self.has_all = False
+        self.is_idle = False
+        self.is_receiving = False
+        self.asked_s = time.monotonic()
         self._deadline_s: float = event.call_details.deadline
         self._call = event.call
         self._on_end = on_end
@@ -67,6 +75,11 @@ class Rpc:
         self._start((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), _Batch(self, self._close))
 
     @property
+    def has_ended(self) -> bool:
+        """Whether nothing more may be sent."""
+        return self._is_over
+
+    @property
     def remaining_s(self) -> float | None:
         """Seconds until its deadline; None if it has none."""
         remaining_s = self._deadline_s - time.time()
@@ -77,7 +90,10 @@ class Rpc:
         operations = (cygrpc.ReceiveMessageOperation(_NO_FLAGS),)
         batch = _Batch(self, partial(self._received, then))
         self._receipt = weakref.ref(batch)  # gRPC alone holds it
+        self.is_receiving = True
+        self.asked_s = time.monotonic()
         if not self._start(operations, batch):
+            self.is_receiving = False
             then(None)
 
     def send(self, message: bytes, then: Callable[[], None]) -> None:
@@ -118,6 +134,7 @@ class Rpc:
 
     def _received(self, then: Callable[[bytes | None], None], event: Any) -> None:
         self._receipt = None
+        self.is_receiving = False
         then(event.batch_operations[0].message())
 
     def _beginning(self) -> tuple[Any, ...]:

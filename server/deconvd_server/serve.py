@@ -13,7 +13,13 @@ from typing import Final, Protocol
 
 from google.rpc import status_pb2
 
-from deconvd.errors import CallCancelledError, DeconvdError, ExhaustedError, InternalError
+from deconvd.errors import (
+    CallCancelledError,
+    DeconvdError,
+    ExhaustedError,
+    InternalError,
+    UnavailableError,
+)
 from deconvd.status import status_from_error
 from deconvd_server.call import Call, CallerGoneError
 from deconvd_server.log_text import excerpt
@@ -21,6 +27,9 @@ from deconvd_server.log_text import excerpt
 __all__ = ["CallLog", "Observer", "Serving"]
 
 _OK: Final = "OK"
+
+_NO_THREAD: Final = "can't start new thread"
+"""What the interpreter says of that."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +62,7 @@ class CallLog:
         """Log what a call has failed with: its traceback, too, if that was not foreseen."""
         if error is None:
             return
-        if isinstance(error, (DeconvdError, MemoryError)):
+        if isinstance(error, (DeconvdError, MemoryError)) or status == UnavailableError.status:
             # that a caller goes is nothing to look into
             level = logging.INFO if isinstance(error, CallCancelledError) else logging.WARNING
             _log.log(level, "%s from %s: %s: %s", method, call.peer, status, excerpt(error))
@@ -121,7 +130,7 @@ class Serving:
 def _told(error: Exception, call: Call) -> DeconvdError:
     """Return what the caller is told of an error: nothing of what was not foreseen.
 
-    Memory may run out anywhere, so that is foreseen here for all.
+    Memory and threads may run out anywhere, so that is foreseen here for all.
     """
     if call.stopped_by is not None:
         return call.stopped_by
@@ -134,4 +143,6 @@ def _told(error: Exception, call: Call) -> DeconvdError:
             "the server's memory has run out for this call: send fewer samples at a time, or try "
             "again later"
         )
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        return UnavailableError("the server has no thread left for this call", retry_after_s=1.0)
     return InternalError("unforeseen error: see the server's log")

@@ -199,7 +199,7 @@ class Graph:
 
 
 def _by_driver(function: Callable[..., _T], *arguments: object) -> _T:
-    """Return what one of the driver's functions returns; what it raises is raised as CudaError: the numbers are the same.
+    """Return what one of the driver's functions returns. What it raises is CudaError here: the numbers are the same.
 
     A function, since an error that another one replaces in a context made of a generator refers to itself: what its
     frames hold, a call's arrays, would stay until the garbage collector comes by.
