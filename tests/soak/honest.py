@@ -47,13 +47,15 @@ from tests.test_stock_client import (
     tensor,
 )
 
-__all__ = ["BARE_WAYS", "CALL_TIMEOUT_S", "WAYS", "Failure", "Outcome"]
+__all__ = ["BARE_WAYS", "CALL_TIMEOUT_S", "TOLD_BY_GRPC", "WAYS", "Failure", "Outcome"]
 
 CALL_TIMEOUT_S = 30.0
 """How long a call may take: longer than the server is away."""
 
-_TOLD_BY_GRPC = "Cancelling all calls"
-"""What the server's gRPC says by itself to calls that a drain cuts short."""
+TOLD_BY_GRPC = "Cancelling all calls"
+"""What the server's gRPC says by itself to calls that a drain cuts short: with UNAVAILABLE, as of a connection that
+broke, so that a client may try again, though not that it was the server that ended the call, and not when to.
+"""
 
 _PAUSE_S = 0.05
 """The most between two calls: all honest clients together leave processors to the server."""
@@ -314,7 +316,7 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
 def _was_told(error: DeconvdError) -> bool:
     """Return whether the server has told what became of a call."""
     if isinstance(error, UnavailableError):
-        return error.was_reached or str(error) == _TOLD_BY_GRPC
+        return error.was_reached
     return isinstance(error, (CallCancelledError, DeadlineError))
 
 
