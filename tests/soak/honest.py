@@ -10,12 +10,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from random import Random
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import numpy as np
@@ -69,8 +69,14 @@ _EARLY = (10, 4, 230, 230)
 _WIDE = np.random.default_rng(0).integers(-1, 2, (64, 64, 4, 4)).astype(np.float32)
 """A filter that is sent only if the server lacks what it holds."""
 
+_HESITATION_S = 0.2
+"""Between the messages of a stream by the stock client: it is served within the drain's timeout all the same."""
+
 _NEWCOMERS = 0.1
 """The share of calls that are made by clients that have just come."""
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -220,10 +226,18 @@ class _Stock:
         assert_are_gradients(self._stub.DeconvolveGrad(request, timeout=CALL_TIMEOUT_S))
 
     def _stream(self) -> None:
-        parts = self._stub.DeconvolveStream(forward_parts(), timeout=CALL_TIMEOUT_S)
+        requests = _hesitant(forward_parts())
+        parts = self._stub.DeconvolveStream(requests, timeout=CALL_TIMEOUT_S)
         first, *rest = parts
         first.header.y.raw = b"".join(part.chunk for part in rest)
         assert_is_y(first.header)
+
+
+def _hesitant(messages: Iterable[_T]) -> Iterator[_T]:
+    """Yield messages with pauses, so that a call is under way at most SIGTERMs."""
+    for message in messages:
+        yield message
+        time.sleep(_HESITATION_S)
 
 
 class _Lines:
