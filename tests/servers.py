@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from deconvd.tensor import Array
@@ -73,13 +72,14 @@ def server_process(
         all_limits[resource.RLIMIT_NOFILE] = descriptors_count
     command = [sys.executable, "-W", "error", *_module(constants), "--device", device, *options]
     command += [word for address in addresses for word in ("--listen", address)]
+    if all_limits:
+        command = _limited(all_limits, command)
     with log.open("w") as errors:
         process = subprocess.Popen(
             within.command(command) if within else command,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            preexec_fn=partial(_limit, all_limits) if all_limits else None,  # else it is no fork
         )
     try:
         assert process.stdout is not None
@@ -109,9 +109,19 @@ def _module(constants: Mapping[str, float] | None) -> list[str]:
     return ["-c", script]
 
 
-def _limit(limits: Mapping[int, int]) -> None:
-    for number, limit in limits.items():
-        resource.setrlimit(number, (limit, limit))
+def _limited(limits: Mapping[int, int], command: list[str]) -> list[str]:
+    """Return a command that runs another one within limits, under the same process id.
+
+    They are not set between a fork of this process and the program's start (`preexec_fn`): gRPC's threads do not
+    outlive a fork.
+    """
+    script = (
+        "import os, resource, sys\n"
+        f"for number, limit in {dict(limits)!r}.items():\n"
+        "    resource.setrlimit(number, (limit, limit))\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", script, *command]
 
 
 @contextmanager

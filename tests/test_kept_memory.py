@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-import signal
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,12 +21,15 @@ from deconvd.shared_memory import Answer
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import ExhaustedError, connect
+from deconvd_client.shared_memory import Borrower
 from deconvd_server.shared_memory import Lender, Limits
 from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd_server.shared_memory.loans import RESERVED_PART
 from deconvd_server.shared_memory.memory import Memory
 from tests.cgroups import cgroup
+from tests.deadlines import soon
 from tests.lenders import MIB, Peer, Watch, child, lending, lies_in_shared_memory
-from tests.processes import wait_until
+from tests.processes import lent_bytes, wait_until
 from tests.servers import server_process
 
 LIMIT_BYTES = 64 * MIB
@@ -87,7 +92,7 @@ def test_what_a_client_keeps_of_what_it_gave_back_stays_within_the_limit(tmp_pat
         with ExitStack() as keep:
             kept = hoard(path, stub, keep)
 
-            assert len(kept) == LIMIT_BYTES // REGION_BYTES
+            assert len(kept) == (LIMIT_BYTES - LIMIT_BYTES // RESERVED_PART) // REGION_BYTES
             for mapping in kept:
                 mapping[:] = bytes(REGION_BYTES)
             assert group.kept_memory_bytes - before_bytes < LIMIT_BYTES + 32 * MIB
@@ -132,18 +137,25 @@ def leave_in_a_message(descriptor: int) -> Callable[[], None]:
 
 
 def leave_to_a_child(descriptor: int) -> Callable[[], None]:
-    mapping = mmap.mmap(descriptor, MIB)
-    child = os.fork()
-    if not child:
-        signal.alarm(TIMEOUT_S)
-        os.closerange(0, 1024)
-        signal.pause()
-        os._exit(0)
-    mapping.close()
+    script = (
+        "import mmap, os, sys\n"
+        "descriptor = int(sys.argv[1])\n"
+        f"kept = mmap.mmap(descriptor, {MIB})\n"
+        "os.close(descriptor)\n"
+        "print(flush=True)\n"
+        "input()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(descriptor)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[descriptor],
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline()
 
     def let_go() -> None:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.communicate(b"\n", TIMEOUT_S)
 
     return let_go
 
@@ -168,9 +180,10 @@ def test_memory_counts_until_its_client_has_let_go_of_it(
     keep: Callable[[int], Callable[[], None]],
     leaves: str,
 ) -> None:
-    with lending(path, Limits(2 * MIB, MIB)) as lender:
+    half_bytes = 7 * MIB // 2  # of what one process may have
+    with lending(path, Limits(8 * MIB, half_bytes)) as lender:
         keeper, other = peers(), peers()
-        region = keeper.borrowed(MIB)
+        region = keeper.borrowed(half_bytes)
         let_go = keep(keeper.descriptors[0])
         if leaves == "gives back":
             assert keeper.give_back(region).answer is Answer.DONE
@@ -180,12 +193,14 @@ def test_memory_counts_until_its_client_has_let_go_of_it(
             keeper.close()
         assert lender.wait_until_unused(TIMEOUT_S)
 
-        assert lender.kept_bytes == MIB
-        other.borrowed(MIB)
-        assert peers().lend(1).answer is Answer.OVER_SERVER_LIMIT
+        assert lender.kept_bytes == half_bytes
+        other.borrowed(half_bytes)
+        refused = peers().lend(1)
+        assert refused.answer is Answer.OVER_SERVER_LIMIT
+        assert f"process {os.getpid()} have or still keep" in refused.text
         let_go()
         assert lender.kept_bytes == 0
-        peers().borrowed(MIB)
+        peers().borrowed(half_bytes)
 
 
 def test_what_a_client_keeps_it_cannot_make_larger(
@@ -277,7 +292,45 @@ def test_memory_that_cannot_be_made_or_watched_leaves_nothing_behind() -> None:
     ends.close()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_that_is_let_go_of_a_moment_after_it_was_given_back_is_borrowed_anew(
+    path: Path, lender: Lender, borrower: Borrower
+) -> None:
+    """The first region has 64 MiB, and a client may have 256."""
+    array = borrower.empty((MIB,), np.float16, soon())
+    lies_at = borrower.locate(array)
+    assert lies_at is not None
+    use = lender.use("x", lies_at.region)
+    ending = threading.Timer(0.3, use.end)
+    ending.start()
+    del array
+
+    array = borrower.empty((100 * MIB,), np.float16, soon())
+
+    assert lies_in_shared_memory(array)
+    ending.join()
+
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@DEVICES
+def test_neither_end_keeps_mapped_what_was_given_back(tmp_path: Path, device: str) -> None:
+    """A first call may search plans, a second captures a graph, and those after it launch that."""
+    filters = np.ones((8, 1, 1, 1), np.float32)
+    with server_process(tmp_path, device=device) as server:
+        for calls_count in (1, 2, 4):
+            with connect(server.target, transport="shared_memory") as F:
+                x = F.empty((4, 8, 256, 256), np.float32)
+                x[...] = 1
+                for _ in range(calls_count):
+                    y = F.deconvolution_2d(x, filters)
+                assert lent_bytes(server.process.pid) == lent_bytes(os.getpid()) > 0
+                del x, y
+            wait_until(lambda: lent_bytes(os.getpid()) == 0)
+            wait_until(lambda: lent_bytes(server.process.pid) == 0)
+
+
+@DEVICES
 def test_what_was_let_go_is_borrowed_again(tmp_path: Path, device: str) -> None:
     """Two clients have all there is, so those before must be gone, to a card too; so must what one gave back."""
     filters = np.ones((8, 1, 1, 1), np.float32)

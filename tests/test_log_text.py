@@ -116,6 +116,11 @@ def test_an_argument_of_any_length_is_cut(running: ServerProcess) -> None:
     assert "INVALID_ARGUMENT: " in running.log.read_text()
 
 
+def asks_for(symbol: str) -> bytes:
+    request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+    return request.SerializeToString()
+
+
 def test_text_in_requests_paths_and_metadata_is_not_repeated(running: ServerProcess) -> None:
     forged = FORGED.encode()
     metadata = (("x-note-bin", forged), ("user-agent", "ERROR a device is lost"))
@@ -133,12 +138,13 @@ def test_text_in_requests_paths_and_metadata_is_not_repeated(running: ServerProc
             call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
             with pytest.raises(grpc.RpcError):
                 call(data, timeout=30, metadata=metadata)
-        asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol=FORGED)
         reflection: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
             "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
         )
-        for _ in reflection(iter([asked.SerializeToString()]), timeout=30):
+        for _ in reflection(iter([asks_for(FORGED[:1024])]), timeout=30):
             pass
+        with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):  # it is too long
+            list(reflection(iter([asks_for(FORGED)]), timeout=30))
 
     assert "a device is lost" not in running.log.read_text()
 

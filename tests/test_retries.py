@@ -26,6 +26,8 @@ from deconvd.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
+from deconvd.tensor import message_from_spec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import cli, nearest, retries
 from deconvd_client.deadline import Deadline
 from deconvd_client.retries import PinnedTransportError, Retries
@@ -196,12 +198,14 @@ def test_busy_is_not_gone(
 
 @contextmanager
 def unfinished_call(server: ServerProcess, target: str) -> Iterator[None]:
-    """Have a call under way at a server, for the block, whose request does not end."""
+    """Have a call under way at a server, for the block, whose request has begun and does not end."""
     let_go = threading.Event()
+    request = pb.DeconvolveRequest(x=message_from_spec(spec_of(X)), w=message_from_spec(spec_of(W)))
+    header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
 
     def requests() -> Iterator[bytes]:
+        yield pb.DeconvolveStreamRequest(header=header).SerializeToString()
         let_go.wait(60)
-        yield from ()
 
     with grpc.insecure_channel(target) as channel:
         path = "/deconvd.v1.DeconvolutionService/DeconvolveStream"

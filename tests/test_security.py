@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from deconvd_server.__main__ import main
-from deconvd_server.budgets import Budgets
+from deconvd_server.budgets import PROCESS_BYTES, Budgets
 
 SECURITY = Path(__file__).parent.parent / "SECURITY.md"
 
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"([\d.]+)(?:/(\d+))?(?: (s|bytes|KiB|MiB|GiB|MB))?\b")
 NAME = re.compile(r"`([\w.]+\.\w+|--[\w-]+)`")
 
 MEMORY_BYTES = 1 << 30
-"""Of which fractions are stated: so much that none of them is at its least or its most."""
+"""Of which, beside the process's own, fractions are stated: so much that none of them is at its least or its most."""
 
 
 def rows() -> list[tuple[list[float], list[str]]]:
@@ -50,7 +50,7 @@ def value_of(name: str) -> float | None:
         return float(getattr(module(module_name), constant))
     owner = getattr(module(module_name.rpartition(".")[0]), class_name)
     if owner is Budgets:
-        return float(getattr(Budgets.of(MEMORY_BYTES), constant))
+        return float(getattr(Budgets.of(MEMORY_BYTES + PROCESS_BYTES), constant))
     (default,) = [field.default for field in fields(owner) if field.name == constant]
     assert isinstance(default, int)
     return float(default)

@@ -8,7 +8,12 @@ from typing import Final
 
 from deconvd_server.machine import memory_bytes
 
-__all__ = ["LEAST_MESSAGE_BYTES", "Budgets", "budgets"]
+__all__ = ["LEAST_MESSAGE_BYTES", "PROCESS_BYTES", "Budgets", "budgets"]
+
+PROCESS_BYTES: Final = 160 << 20
+"""What a process takes itself, however small the machine is: its modules, 30 MB, and beside them the stacks of its
+threads, and buffers and bookkeeping for as many connections, calls and tensors as it takes. The soak holds it to that.
+"""
 
 LEAST_MESSAGE_BYTES: Final = 4 << 20
 """What clients send in one message, gRPC's own default, must fit."""
@@ -20,11 +25,11 @@ _LARGEST_RESULTS_BYTES: Final = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """The parts of the host's memory.
+    """The parts of what the host has of memory beside the process's own, `PROCESS_BYTES`.
 
-    Where the processor computes, seven eighths are given out, and a sixteenth to pools at most: what is left, a
-    sixteenth or more, is the process's own. Where cards do, `spill_bytes` and what cards keep on the host take the
-    place of `device_bytes`.
+    Where the processor computes, seven eighths are given out, and a sixteenth to pools at most; what is left, a
+    sixteenth or more, is for what nobody counts. Where cards do, `spill_bytes`, `messages_bytes` once more and what
+    cards keep on the host take the place of `device_bytes`.
 
     Attributes:
         device_bytes: Three eighths, for calls on the processor and tensors that stay there.
@@ -49,8 +54,9 @@ class Budgets:
 
     @staticmethod
     def of(whole_bytes: int) -> Budgets:
-        """Return the parts of as much memory."""
-        eighth_bytes = whole_bytes // 8
+        """Return the parts of as much memory, less the process's own: that is half of it at most."""
+        shared_out_bytes = max(whole_bytes - PROCESS_BYTES, whole_bytes // 2)
+        eighth_bytes = shared_out_bytes // 8
         messages_bytes = max(eighth_bytes, LEAST_MESSAGE_BYTES)
         return Budgets(
             device_bytes=3 * eighth_bytes,
@@ -59,8 +65,8 @@ class Budgets:
             messages_bytes=messages_bytes,
             spill_bytes=eighth_bytes,
             largest_message_bytes=min(messages_bytes, _LARGEST_MESSAGE_BYTES),
-            pool_bytes=min(whole_bytes // 64, _LARGEST_POOL_BYTES),
-            card_results_bytes=min(whole_bytes // 64, _LARGEST_RESULTS_BYTES),
+            pool_bytes=min(shared_out_bytes // 64, _LARGEST_POOL_BYTES),
+            card_results_bytes=min(shared_out_bytes // 64, _LARGEST_RESULTS_BYTES),
         )
 
 

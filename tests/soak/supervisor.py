@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deconvd_server.budgets import Budgets
+from deconvd_server.budgets import PROCESS_BYTES, Budgets
 from deconvd_server.machine import memory_bytes
 from tests.cgroups import Cgroup
 from tests.processes import held_by, peak_memory_bytes
@@ -26,9 +26,6 @@ _DRAIN_TIMEOUT_S = 4.0
 
 GROUP_BYTES = 1280 * _MIB
 """What the kernel lets the server have."""
-
-_PROCESS_BYTES = 160 * _MIB
-"""What a server has that serves nobody, and its threads' stacks."""
 
 _LATE_S = 2.0
 """How long after the drain's timeout, or a second signal, the process may end."""
@@ -115,7 +112,7 @@ class Supervisor:
     ) -> None:
         parts = Budgets.of(memory_bytes() if group is None else GROUP_BYTES)
         own_bytes = parts.streams_bytes + parts.messages_bytes + 4 * parts.pool_bytes
-        self.record = Record(_DEVICE_BYTES + _SHARED_BYTES + own_bytes + _PROCESS_BYTES)
+        self.record = Record(_DEVICE_BYTES + _SHARED_BYTES + own_bytes + PROCESS_BYTES)
         self._directory, self._places, self._group = directory, places, group
         self._constants = constants
         self._running = ExitStack()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -45,6 +46,12 @@ _AWAY_PAUSES_S: Final = 0.5, 2.0
 
 _FIRST_DISOWNED_PAUSE_S: Final = 1.0
 """How long a server whose memory the server of calls does not know is left in peace at first: it may be draining."""
+
+_NO_PAUSES_S: Final = (0.0,)
+_SETTLING_PAUSES_S: Final = 0.0, 0.01, 0.04, 0.15, 0.4
+"""When a server is asked for memory in the place of what was given back: that counts until it is unmapped there, too,
+which takes a while where a card has to let go of it, or a call that was given up still uses it.
+"""
 
 _PINNED_RETRY_S: Final = 0.1
 """When calls that have no other way may ask again."""
@@ -297,34 +304,44 @@ class Loans:
             self._pool.recover()
             loan.block = self._pool.take(loan.size_bytes)
             step_bytes = min(max(self._pool.open_bytes, _FIRST_REGION_BYTES), _LARGEST_STEP_BYTES)
-        for region_bytes in (max(needed_bytes, step_bytes), needed_bytes):
-            if loan.block is not None:
+        if loan.block is not None or self._is_lent(link, loan, max(needed_bytes, step_bytes)):
+            return
+        has_given_back = self._give_back(link, lambda _: True)
+        for pause_s in _SETTLING_PAUSES_S if has_given_back else _NO_PAUSES_S:
+            time.sleep(pause_s)
+            if self._is_lent(link, loan, needed_bytes):
                 return
-            try:
-                region = self._place.borrow(link, region_bytes)
-            except NotLentError as error:
-                _log.info("the server lends no more memory: %s", error)
-                with self._lock:
-                    if self.link is link:
-                        self.refusal = ExhaustedError(f"the server lends no more: {error}")
-                self._give_back(link, lambda _: True)
-                continue
-            with self._lock:
-                if self.link is not link:
-                    raise LinkLostError("the server has closed the socket")
-                self._loss_level = logging.WARNING
-                self._pool.add(region)
-                loan.block = region.take(loan.size_bytes)
 
-    def _give_back(self, link: Link, is_unused: Callable[[Region], bool]) -> None:
+    def _is_lent(self, link: Link, loan: Loan, region_bytes: int) -> bool:
+        """Fill a loan from a new region of so many bytes; return False if the server does not lend it."""
+        try:
+            region = self._place.borrow(link, region_bytes)
+        except NotLentError as error:
+            _log.info("the server lends no more memory: %s", error)
+            with self._lock:
+                if self.link is link:
+                    self.refusal = ExhaustedError(f"the server lends no more: {error}")
+            return False
+        with self._lock:
+            if self.link is not link:
+                raise LinkLostError("the server has closed the socket")
+            self._loss_level = logging.WARNING
+            self._pool.add(region)
+            loan.block = region.take(loan.size_bytes)
+        return True
+
+    def _give_back(self, link: Link, is_unused: Callable[[Region], bool]) -> bool:
+        """Give back empty regions; return whether there were any."""
         with self._lock:
             unused = self._pool.withdraw(is_unused)
+        is_any = bool(unused)
         while unused:
             region = unused.pop()
             region.unmap()
             name = region.name
             del region  # and with it the mapping: it counts as lent until nobody has it
             link.give_back(name)
+        return is_any
 
 
 def _lost(why: str) -> UnavailableError:

@@ -263,8 +263,8 @@ class Loans(Generic[_M]):
             raise OverLimitError(
                 Answer.OVER_SERVER_LIMIT,
                 f"{size_bytes} bytes beside the {of_peer.size_bytes} that clients of {account.peer} "
-                f"have: of the {limits.all_bytes} bytes and {limits.all_regions_count} regions that "
-                "the server lends, an eighth is for others",
+                f"have or still keep: of the {limits.all_bytes} bytes and "
+                f"{limits.all_regions_count} regions that the server lends, an eighth is for others",
             )
 
     def _count(self, account: Account, size_bytes: int, regions_count: int) -> None:
