@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
 
 import deconvd_client
-from deconvd.direct_events import Answer, CallHead, End, Failed, Method
+from deconvd.direct_events import ANY_INSTANCE, Answer, CallHead, End, Failed, Hello, Method
 from deconvd.line import Line
 from deconvd.line_errors import LineTimeoutError
 from deconvd.parts import Ahead
@@ -16,6 +17,7 @@ from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.direct_ways import Ask, Way, way_to
 from tests.deadlines import soon
+from tests.line_pairs import client_line
 from tests.processes import wait_until
 from tests.servers import ServerProcess
 
@@ -25,7 +27,9 @@ __all__ = [
     "X",
     "answer",
     "calls_path",
+    "connect_from",
     "failure",
+    "line_from",
     "open_line",
     "open_patiently",
     "send_call",
@@ -73,6 +77,20 @@ def open_patiently(way: Way, ask: Ask) -> Line:
         else:
             line.set_deadline(60)  # what it was opened with is short
             return line
+
+
+def connect_from(host: str, port: int) -> socket.socket:
+    """Return a connection to a port of this host, from any address of the loopback."""
+    return socket.create_connection(("127.0.0.1", port), 5, source_address=(host, 0))
+
+
+def line_from(host: str, port: int) -> Line:
+    """Return a line to a port of this host, from any address of the loopback."""
+    line = client_line(connect_from(host, port))
+    line.set_deadline(60)
+    line.send(Hello(ANY_INSTANCE))
+    assert isinstance(line.next_event(), Hello)
+    return line
 
 
 def send_call(

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 
 from deconvd.digest import digest_of
+from deconvd.grpc_status import error_from_rpc
 from deconvd.tensor import Array, element_type_from_number, elements_of, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 
-__all__ = ["Holder", "array_of", "by_digest", "by_handle", "holder", "raw"]
+__all__ = ["Holder", "array_of", "by_digest", "by_handle", "described", "error_of", "holder", "raw"]
+
+
+def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
+    """Return the error that a failed call stands for."""
+    return error_from_rpc(failure.value)
 
 
 def raw(array: Array) -> pb.Tensor:
@@ -22,6 +30,11 @@ def raw(array: Array) -> pb.Tensor:
     message = message_from_spec(spec_of(array))
     message.raw = bytes(elements_of(array))
     return message
+
+
+def described(*shape: int) -> pb.Tensor:
+    """Return the message of a tensor of float32, without elements."""
+    return pb.Tensor(element_type=pb.ELEMENT_TYPE_FLOAT32, shape=shape)
 
 
 def by_handle(array: Array, handle: bytes) -> pb.Tensor:

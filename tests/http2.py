@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from itertools import count
 
-__all__ = ["METHODS", "SERVICE", "Http2Client"]
+__all__ = ["METHODS", "SERVICE", "Http2Client", "frame"]
 
 SERVICE = "/deconvd.v1.DeconvolutionService/"
 
@@ -40,7 +40,7 @@ class Http2Client:
             host, _, port = target.rpartition(":")
             self.socket = socket.create_connection((host, int(port)), source_address=(address, 0))
         self._ids = count(1, 2)
-        self.socket.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, b""))
+        self.socket.sendall(_PREFACE + frame(_SETTINGS, 0, 0, b""))
 
     def __enter__(self) -> Http2Client:
         return self
@@ -52,16 +52,16 @@ class Http2Client:
         """Send a call's headers, and return its id."""
         path = path.encode() if isinstance(path, str) else path
         number = next(self._ids)
-        self.socket.sendall(_frame(_HEADERS, _END_HEADERS, number, _headers(path)))
+        self.socket.sendall(frame(_HEADERS, _END_HEADERS, number, _headers(path)))
         return number
 
     def send(self, number: int, message: bytes, *, is_last: bool = False) -> None:
         """Send a message of a call: not more than 64 KiB, which is as much as one may send unasked."""
         data = b"\0" + len(message).to_bytes(4, "big") + message
         pieces = [data[i : i + _FRAME_BYTES] for i in range(0, len(data), _FRAME_BYTES)]
-        frames = [_frame(_DATA, 0, number, piece) for piece in pieces]
+        frames = [frame(_DATA, 0, number, piece) for piece in pieces]
         if is_last:
-            frames.append(_frame(_DATA, _END_STREAM, number, b""))
+            frames.append(frame(_DATA, _END_STREAM, number, b""))
         self.socket.sendall(b"".join(frames))
 
     def read_until(self, text: bytes) -> None:
@@ -74,7 +74,8 @@ class Http2Client:
             received += more
 
 
-def _frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
+def frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
+    """Return a frame of a stream; of the connection as a whole if its number is 0."""
     return (
         len(payload).to_bytes(3, "big") + bytes([kind, flags]) + number.to_bytes(4, "big") + payload
     )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import cycle
 
+from tests.http2 import frame
+
 __all__ = ["CLEAN", "Fault", "Line", "Proxy", "Way", "bad_line", "deaf_server"]
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, and no time to linger
@@ -207,7 +209,7 @@ def deaf_server() -> Iterator[str]:
         with listener:
             connection, _ = listener.accept()
         accepted.append(connection)
-        connection.sendall(_frame(4, settings) + _frame(8, window_update))
+        connection.sendall(frame(4, 0, 0, settings) + frame(8, 0, 0, window_update))
 
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -219,8 +221,3 @@ def deaf_server() -> Iterator[str]:
         server.join()
         for connection in accepted:
             connection.close()
-
-
-def _frame(kind: int, payload: bytes) -> bytes:
-    """Return an HTTP/2 frame of the connection as a whole."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, 0]) + bytes(4) + payload

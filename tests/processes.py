@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ __all__ = [
     "held_by",
     "is_at_rest",
     "lent_bytes",
+    "limit_address_space",
     "memory_bytes",
     "peak_memory_bytes",
     "wait_until",
@@ -75,6 +77,13 @@ def lent_bytes(pid: int) -> int:
     maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
     ranges = [line.split("-", 1) for line in maps if "/memfd:deconvd" in line]
     return sum(int(end.split()[0], 16) - int(begin, 16) for begin, end in ranges)
+
+
+def limit_address_space(pid: int, spare_bytes: int) -> None:
+    """Let a process map only so much more than it has mapped."""
+    pages_count = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    limit_bytes = pages_count * _PAGE_BYTES + spare_bytes
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))
 
 
 def peak_memory_bytes(pid: int) -> int:

@@ -14,6 +14,7 @@ from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError, Un
 from deconvd_server.admission import Admission, Load
 from deconvd_server.call import Call
 from deconvd_server.device import TURN_S
+from deconvd_server.waiting_line import RETRY_AFTER_S
 from tests.processes import wait_until
 
 TIMEOUT_S = 30
@@ -193,7 +194,7 @@ def test_one_more_than_may_wait_is_refused_at_once_and_told_when_to_come_back() 
         pass
 
     assert str(raised.value) == "the server is full: 2 calls wait already"
-    assert raised.value.retry_after_s == Admission.RETRY_AFTER_S
+    assert raised.value.retry_after_s == RETRY_AFTER_S
     for caller in (first, second, third):
         caller.end()
     assert admission.load == IDLE

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -24,7 +22,7 @@ from deconvd.tensor import message_from_array, message_from_spec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.server_info import DeviceDescription
 from tests.direct_calls import failure, open_line, send_call
-from tests.processes import memory_bytes, peak_memory_bytes, wait_until
+from tests.processes import limit_address_space, memory_bytes, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 from tests.soak.hostile.http2 import Http2
 from tests.soak.places import connected
@@ -78,8 +76,7 @@ def error_of(call: Callable[[], object]) -> DeconvdError:
     """Return what a call by gRPC fails with."""
     with pytest.raises(grpc.RpcError) as raised:
         call()
-    failure: Any = raised.value
-    return error_from_rpc(failure)
+    return error_from_rpc(raised.value)
 
 
 def device_of(server: ServerProcess) -> DeviceDescription:
@@ -226,16 +223,9 @@ def test_a_shortage_is_told_to_the_caller_that_meets_it(tmp_path: Path, spare_by
     )
     with server_process(tmp_path) as server, caller(server.target, "Deconvolve") as call:
         call(answered_with(1 * MIB).SerializeToString(), timeout=20)
-        limit_memory(server.process.pid, spare_bytes)
+        limit_address_space(server.process.pid, spare_bytes)
         error = error_of(lambda: call(request.SerializeToString(), timeout=20))
         assert isinstance(error, ExhaustedError), error
         assert "memory" in str(error)
         call(answered_with(1 * MIB).SerializeToString(), timeout=20)
         assert "Traceback" not in server.log.read_text()
-
-
-def limit_memory(pid: int, size_bytes: int) -> None:
-    """Let a process map no more than so much in addition."""
-    pages = Path(f"/proc/{pid}/statm").read_text().split()[0]
-    limit_bytes = int(pages) * resource.getpagesize() + size_bytes
-    resource.prlimit(pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))

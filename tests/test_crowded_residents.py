@@ -168,7 +168,7 @@ def test_a_tensor_has_only_so_many_handles(server: ServerProcess) -> None:
         with pytest.raises(grpc.RpcError, match="handles at once: drop some") as failure:
             held.stub.Deconvolve(request)
 
-        assert isinstance(error_from_rpc(failure.value), ExhaustedError)  # type: ignore[arg-type]
+        assert isinstance(error_from_rpc(failure.value), ExhaustedError)
 
 
 @pytest.fixture

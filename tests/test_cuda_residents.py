@@ -76,7 +76,7 @@ def test_what_nothing_has_room_for_is_lost_and_said(small: ServerProcess) -> Non
         for handle in handles[:2]:
             with pytest.raises(grpc.RpcError) as failure:
                 scaled(held, x, handle)
-            error: Any = error_from_rpc(failure.value)  # type: ignore[arg-type]
+            error: Any = error_from_rpc(failure.value)
             assert isinstance(error, LostTensorError)
         np.testing.assert_array_equal(held.get(handles[2]), x)
 

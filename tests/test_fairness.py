@@ -23,6 +23,7 @@ from deconvd.tensor import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import Connection
+from tests.holders import described
 from tests.processes import is_at_rest, wait_until
 from tests.servers import ServerProcess, server_process
 
@@ -230,7 +231,3 @@ class TestWhatCannotEnd:
             y = deconvolved(F, x)
 
         assert y[0, 0, 47, 47] == 96 * 96
-
-
-def described(*shape: int) -> pb.Tensor:
-    return pb.Tensor(element_type=pb.ELEMENT_TYPE_FLOAT32, shape=shape)

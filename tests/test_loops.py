@@ -21,6 +21,7 @@ from deconvd.line import Line
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from tests.direct_calls import answer, failure, open_line, send_call, wait_until_idle
+from tests.holders import described
 from tests.line_pairs import send_raw
 from tests.processes import is_at_rest, wait_until
 from tests.servers import ServerProcess, server_process
@@ -28,7 +29,6 @@ from tests.servers import ServerProcess, server_process
 pytestmark = pytest.mark.timeout(60)
 
 TIMEOUT_S = 10
-FLOAT32 = pb.ELEMENT_TYPE_FLOAT32
 EARLY_CHUNKS_COUNT = 80_000
 
 
@@ -49,10 +49,6 @@ def stub(server: ServerProcess) -> Iterator[pb_grpc.DeconvolutionServiceStub]:
 def line(server: ServerProcess) -> Iterator[Line]:
     with open_line(server) as line:
         yield line
-
-
-def described(*shape: int) -> pb.Tensor:
-    return pb.Tensor(element_type=FLOAT32, shape=shape)
 
 
 def forward_header(*, channels: int = 0) -> pb.DeconvolveStreamHeader:

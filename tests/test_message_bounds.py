@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import grpc
 import numpy as np
@@ -111,7 +112,8 @@ def test_a_tensor_in_pieces_must_not_be_large() -> None:
 
 def test_a_chunk_that_was_read_is_not_kept() -> None:
     data = bytearray(pb.DeconvolveStreamRequest(chunk=bytes(MAX_REST_BYTES)).SerializeToString())
-    source = ChunkSource(iter([data]), pb.DeconvolveStreamRequest)  # type: ignore[list-item]  # to see it used
+    # a bytearray, which cannot be cleared while anything refers to it
+    source = ChunkSource(iter([cast("bytes", data)]), pb.DeconvolveStreamRequest)
     source.next()
     with pytest.raises(BufferError):
         data.clear()

@@ -12,11 +12,10 @@ import pytest
 
 from deconvd.errors import LostTensorError
 from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
 from deconvd.messages import message_from_geometry
 from deconvd.tensor import Array, elements_of, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from tests.holders import Holder, array_of, by_digest, by_handle, holder, raw
+from tests.holders import Holder, array_of, by_digest, by_handle, error_of, holder, raw
 from tests.servers import ServerProcess
 
 rng = np.random.default_rng(0)
@@ -33,10 +32,6 @@ def held(device_server: ServerProcess) -> Iterator[Holder]:
     """A client of a server on each kind of device in turn."""
     with holder(device_server.target) as held:
         yield held
-
-
-def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
-    return error_from_rpc(failure.value)  # type: ignore[arg-type]
 
 
 def deconvolve(held: Holder, x: pb.Tensor, w: pb.Tensor, **fields: Any) -> pb.DeconvolveResponse:

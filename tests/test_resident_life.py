@@ -35,7 +35,7 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.settings import Settings
 from tests.deadlines import soon
-from tests.holders import Holder, array_of, by_handle, holder, raw
+from tests.holders import Holder, array_of, by_handle, error_of, holder, raw
 from tests.processes import peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 
@@ -46,10 +46,6 @@ ONE = np.ones((1, 1, 1, 1), np.float32)
 
 def image(value: float, size_bytes: int = MIB) -> Array:
     return np.full((size_bytes // MIB, 1, 512, 512), value, np.float32)
-
-
-def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
-    return error_from_rpc(failure.value)  # type: ignore[arg-type]
 
 
 def assert_lost(held: Holder, handle: bytes, error: type[Exception]) -> None:
@@ -368,7 +364,7 @@ def test_many_clients_at_once_get_their_own(small: ServerProcess) -> None:
                     handle = held.put(image(value))
                     np.testing.assert_array_equal(held.get(handle), image(value))
                 except grpc.RpcError as error:
-                    errors.append(error_from_rpc(error))  # type: ignore[arg-type]
+                    errors.append(error_from_rpc(error))
             held.close()
 
     with ThreadPoolExecutor(12) as pool:

@@ -264,7 +264,7 @@ def _failure(stub: Any, method: MethodDescriptor) -> DeconvdError:
     call = getattr(stub, method.name)
     with pytest.raises(grpc.RpcError) as raised:
         list(call(iter([request]) if method.client_streaming else request, timeout=30))
-    return error_from_rpc(as_call(raised))
+    return error_from_rpc(raised.value)
 
 
 @pytest.mark.parametrize("method", METHODS)

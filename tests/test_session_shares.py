@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -21,17 +20,13 @@ from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits, SessionLimits, Sessions
 from deconvd_server.settings import Settings
-from tests.holders import Holder, holder
+from tests.holders import Holder, error_of, holder
 from tests.processes import memory_bytes, wait_until
 from tests.servers import server_process
 
 MIB = 1 << 20
 ONE = np.ones((1, 1, 1, 1), np.float32)
 RESERVED_COUNT = 16
-
-
-def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
-    return error_from_rpc(failure.value)  # type: ignore[arg-type]
 
 
 def open_many(target: str, count: int, stack: ExitStack) -> list[Holder]:
@@ -65,7 +60,7 @@ def is_lost(held: Holder) -> bool:
     try:
         held.drop(b"unknown")
     except grpc.RpcError as error:
-        return isinstance(error_from_rpc(error), LostSessionError)  # type: ignore[arg-type]
+        return isinstance(error_from_rpc(error), LostSessionError)
     return False
 
 

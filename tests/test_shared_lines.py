@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import ANY_INSTANCE, Answer, CallHead, End, Hello, Method
+from deconvd.direct_events import Answer, CallHead, End, Method
 from deconvd.errors import UnavailableError
 from deconvd.line import Line, tell_written
 from deconvd.line_errors import LineBrokenError
@@ -27,12 +27,14 @@ from tests.direct_calls import (
     X,
     answer,
     calls_path,
+    connect_from,
     failure,
+    line_from,
     open_line,
     serves,
     told_by,
 )
-from tests.line_pairs import client_line, send_raw
+from tests.line_pairs import send_raw
 from tests.processes import held_by, wait_until
 from tests.servers import ServerProcess, server_process
 
@@ -59,18 +61,6 @@ def hasty(tmp_path: Path) -> Iterator[ServerProcess]:
     }
     with server_process(tmp_path, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
         yield server
-
-
-def connect_from(host: str, port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), 5, source_address=(host, 0))
-
-
-def line_from(host: str, port: int) -> Line:
-    line = client_line(connect_from(host, port))
-    line.set_deadline(10)
-    line.send(Hello(ANY_INSTANCE))
-    assert isinstance(line.next_event(), Hello)
-    return line
 
 
 def send_for_ever(line: Line, method: Method, message: bytes, *, is_early: bool = False) -> None:

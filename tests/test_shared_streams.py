@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,18 +16,16 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import ANY_INSTANCE, CallHead, End, Hello, Method
+from deconvd.direct_events import CallHead, End, Method
 from deconvd.line import Line
 from deconvd.line_errors import LineBrokenError
 from deconvd.parts import elements_part
 from deconvd.tensor import Array, message_from_spec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from tests.direct_calls import answer, told_by
-from tests.line_pairs import client_line
+from tests.direct_calls import answer, line_from, told_by
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
-from tests.test_shared_lines import connect_from
 
 STREAMS_COUNT = 32
 """Those that run and those that wait."""
@@ -114,22 +112,14 @@ def hostile(running: ServerProcess) -> Iterator[GrpcClient]:
     client.close()
 
 
-@contextmanager
-def line_from(host: str, server: ServerProcess) -> Iterator[Line]:
-    with client_line(connect_from(host, told_by(server).direct_port)) as line:
-        line.set_deadline(60)
-        line.send(Hello(ANY_INSTANCE))
-        line.next_event()
-        yield line
-
-
 def send_header(line: Line) -> None:
     line.send(CallHead(Method.DeconvolveStream, 1e6, header().SerializeToString()))
 
 
 def begun_from(hosts: list[str], server: ServerProcess, stack: ExitStack) -> list[Line]:
     """Begin a stream from each host, and return their lines. As many as may run do by then."""
-    lines = [stack.enter_context(line_from(host, server)) for host in hosts]
+    port = told_by(server).direct_port
+    lines = [stack.enter_context(line_from(host, port)) for host in hosts]
     for number, line in enumerate(lines):
         send_header(line)
         if number < 14 or hosts is SEVERAL:
@@ -177,7 +167,7 @@ def test_idle_direct_streams_keep_nobody_from_streaming(
 ) -> None:
     with ExitStack() as stack:
         begun_from(hosts, running, stack)
-        with line_from("127.0.0.2", running) as line:
+        with line_from("127.0.0.2", told_by(running).direct_port) as line:
             assert_streams(line)
         assert_others_stream(running)
 
@@ -188,6 +178,7 @@ def test_streams_that_send_a_byte_now_and_then_keep_nobody_from_streaming(
 ) -> None:
     ended = threading.Event()
     byte = elements_part(np.ones(1, np.uint8))
+    port = told_by(running).direct_port
 
     def dribble(lines: list[Line]) -> None:
         while not ended.wait(0.2):
@@ -197,7 +188,7 @@ def test_streams_that_send_a_byte_now_and_then_keep_nobody_from_streaming(
                 except LineBrokenError:
                     lines.remove(line)
                     with suppress(LineBrokenError):  # it comes again at once
-                        lines.append(new := stack.enter_context(line_from(hosts[-1], running)))
+                        lines.append(new := stack.enter_context(line_from(hosts[-1], port)))
                         send_header(new)
 
     with ExitStack() as stack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from deconvd.grpc_status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.exit_codes import ExitCode
-from tests.cgroups import cgroup
+from tests.cgroups import Cgroup, cgroup
 from tests.holders import holder
 from tests.http2 import METHODS, SERVICE, Http2Client
-from tests.processes import held_by
+from tests.processes import held_by, limit_address_space
 from tests.servers import ServerProcess, server_process
 
 X = np.ones((1, 4, 8, 8), np.float32)
@@ -35,10 +35,13 @@ ENDED_S = DRAIN_S + 2.0
 
 
 @contextmanager
-def serving(directory: Path, **limits: object) -> Iterator[ServerProcess]:
+def serving(
+    directory: Path, *, within: Cgroup | None = None, limits: Mapping[int, int] | None = None
+) -> Iterator[ServerProcess]:
     """Serve by TCP for the block; then the server must answer, and end by a signal in time."""
     options = "--drain-timeout-s", str(DRAIN_S)
-    with server_process(directory, *options, listen=("127.0.0.1:0",), **limits) as server:  # type: ignore[arg-type]  # as there
+    listen = ("127.0.0.1:0",)
+    with server_process(directory, *options, listen=listen, within=within, limits=limits) as server:
         yield server
         assert server.process.poll() is None, server.log.read_text()
         assert_healthy(server)
@@ -108,29 +111,22 @@ def test_sessions_that_the_system_has_no_threads_for_stop_nobody(tmp_path: Path)
         ExitStack() as stack,
     ):
         assert_served(server)
-        limit_address_space(server, 8 * stack_bytes)
+        limit_address_space(server.process.pid, 8 * stack_bytes)
         for _ in range(60):
             stack.enter_context(holder(server.target))
         assert_served(server)
 
 
-def limit_address_space(server: ServerProcess, spare_bytes: int) -> None:
-    """Let a server have only so much more than it has."""
-    pages_count = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[0])
-    limit_bytes = pages_count * resource.getpagesize() + spare_bytes
-    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))
-
-
 def test_a_message_that_there_is_no_memory_for_fails_its_call_alone(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         assert_served(server)
-        limit_address_space(server, 80 << 20)
+        limit_address_space(server.process.pid, 80 << 20)
         options = [("grpc.max_send_message_length", -1)]
         with grpc.insecure_channel(server.target, options) as channel:
             request = pb.DeconvolveRequest(x=pb.Tensor(raw=bytes(64 << 20)))
             with pytest.raises(grpc.RpcError) as failure:
                 pb_grpc.DeconvolutionServiceStub(channel).Deconvolve(request, timeout=20)
-        assert error_from_rpc(failure.value).status == "RESOURCE_EXHAUSTED"  # type: ignore[arg-type]  # it is a call
+        assert error_from_rpc(failure.value).status == "RESOURCE_EXHAUSTED"
 
 
 @pytest.mark.parametrize(

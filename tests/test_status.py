@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, cast
+from typing import Protocol
 
 import grpc
 import pytest
@@ -56,7 +56,7 @@ def failure_of(channel: grpc.Channel, method: str) -> DeconvdError:
     rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/test/{method}")
     with pytest.raises(grpc.RpcError) as raised:
         rpc(b"", timeout=10)
-    return error_from_rpc(cast("grpc.Call", raised.value))
+    return error_from_rpc(raised.value)
 
 
 def raising(error: DeconvdError) -> Behaviour:

@@ -12,6 +12,7 @@ import pytest
 
 from deconvd_server.device import TURN_S
 from deconvd_server.device.cpu.team import Steps, Team
+from tests.processes import wait_until
 
 TIMEOUT_S = 30
 SLICE_S = 0.02
@@ -109,7 +110,8 @@ def test_after_an_error_the_helpers_take_no_further_step_either(pair: Team) -> N
 
     def going_on() -> Steps:
         both_begun.wait(TIMEOUT_S)
-        time.sleep(0.1)  # the other has failed by now
+        (job,) = pair._jobs
+        wait_until(lambda: job.is_dropped)  # the other has failed
         yield
         begun.append("the next step")
 

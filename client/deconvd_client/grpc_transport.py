@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -107,8 +107,7 @@ class GrpcTransport:
             # A stream's is the call itself, which frames hold that the error would hold: the caller's
             # arrays would stay until the garbage collector finds them.
             error.__traceback__ = None
-            # every RpcError of a channel is its Call too, which the types do not say
-            return self._advice.added_to(error_from_rpc(cast("grpc.Call", error)))
+            return self._advice.added_to(error_from_rpc(error))
         if isinstance(error, DeadlineError):
             return self._advice.added_to(error)
         if self._is_closed and not isinstance(error, DeconvdError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 import grpc
 from google.protobuf import any_pb2
@@ -18,26 +18,26 @@ __all__ = ["error_from_rpc"]
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 
 
-def error_from_rpc(failure: grpc.Call) -> DeconvdError:
-    """Return the error that a failed call stands for: the `grpc.RpcError` that it raised.
+def error_from_rpc(failure: grpc.RpcError) -> DeconvdError:
+    """Return the error that a failed call stands for.
 
     One that a deconvd server raised comes back as it was. Of others, gRPC's own and those of
     proxies, the status picks the class.
     """
+    # its types do not say that what a channel raises is its call too
+    call = cast("grpc.Call", failure)
     status = status_pb2.Status(
-        code=failure.code().value[0],
-        message=failure.details() or "",
-        details=_details_of(failure),
+        code=call.code().value[0], message=call.details() or "", details=_details_of(call)
     )
     return error_from_status(status)
 
 
-def _details_of(failure: grpc.Call) -> Sequence[any_pb2.Any]:
+def _details_of(call: grpc.Call) -> Sequence[any_pb2.Any]:
     """Return a call's google.rpc details; none if a stranger has sent what cannot be read.
 
     Unlike rpc_status.from_call, it takes those whose status a proxy has changed.
     """
-    for key, value in failure.trailing_metadata() or ():
+    for key, value in call.trailing_metadata() or ():
         if key == _DETAILS_KEY:
             try:
                 status = status_pb2.Status.FromString(value)

@@ -163,9 +163,8 @@ def _group_id(
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
     show_default="none",
-    help="Folder where GPU plans are kept, so that a restarted server is warm. It also keeps what the server before "
-    "died at while it asked cuDNN for a plan, so that this one does without cuDNN there; without a folder a "
-    "crash comes again.",
+    help="Folder where GPU plans are kept, so that a restarted server is warm. What a server died at while it searched "
+    "for a plan is kept there too, and the next one does not use cuDNN for it.",
 )
 @click.option(
     "--max-message-bytes",
@@ -223,8 +222,8 @@ def _group_id(
     type=Seconds(min=0),
     metavar="SECONDS",
     default=30.0,
-    help="How long calls under way may take to end after SIGTERM or SIGINT. A second signal cuts "
-    "it short.",
+    help="How long calls under way may take to end after SIGTERM or SIGINT. The process ends within two seconds more, "
+    "and at once at a second signal.",
 )
 @click.option(
     "--log-level",

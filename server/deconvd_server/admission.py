@@ -1,4 +1,4 @@
-"""Who may start now, who waits, and who is told to come back later."""
+"""Which calls may start now, which wait, and which are told to come back later. The line's limits: `waiting_line`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from functools import partial
 from typing import Any, Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
+from deconvd_server.answer_shares import AnswerShares
 from deconvd_server.call import Call
 from deconvd_server.device import TURN_S
 from deconvd_server.ledger import Stage
+from deconvd_server.waiting_line import RETRY_AFTER_S, LineLimits, Ticket, wait_s
 
 __all__ = ["Admission", "Both", "Load"]
 
 _SHARES_COUNT: Final = 4
 """A peer's calls may keep this part of the budget until their answers have left. Who reads none of its answers, be it
-from four addresses at once, leaves others some."""
-
-_SMALL_BYTES: Final = 256 << 10
-"""A small call keeps no more, as those of a direct line do. A peer's small calls go on beside large ones that nobody
-reads: their answers may have half as much again. What so few bytes wait with is not counted: there are few places."""
+from three addresses at once, leaves others some."""
 
 _PATIENCE_S: Final = 2.0
 """How long after it came a call may keep others waiting while it lacks bytes of answers that are leaving: most leave
@@ -44,17 +42,16 @@ class Load:
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
-    A call that takes long passes its place on after each turn (`pass_on`). While both calls that are to start and
-    calls that are to go on wait, each have half of the time: neither keeps the other waiting.
+    A call that takes long passes its place on after each turn (`pass_on`). While calls that are to start and calls that
+    are to go on both wait, each kind has half of the places.
 
-    A call's bytes are taken all at once, since who waits with some of them could wait for itself. Of these, some may
-    last until its answer has left. Who reads no answers keeps them for as long as it likes, so these are shared by peer
-    (`Call.counted_by`): a call whose peer has its share already waits for the peer's other calls, and keeps nobody else
-    waiting meanwhile. One that lasts may have more, if it is the peer's only one.
+    A call's bytes are taken all at once: a call that waited with some of them could wait for itself. Some of them may
+    last until its answer has left, and a client that reads no answers keeps them for as long as it likes. So these are
+    shared by peer (`AnswerShares`): a call whose peer has its share waits for that peer's other calls, and keeps no
+    other peer waiting meanwhile.
 
-    Some of the bytes may be held for longer than a call. A call waits for others to end, but never
-    for what is held: it is refused if it cannot fit beside that, and while it waits no more is held
-    than leaves it room.
+    Some bytes may be held for longer than a call. A call waits for others to end, but never for what is held: it is
+    refused if it cannot fit beside that. While it waits, no more is held than leaves it room.
 
     Args:
         calls_count: How many calls may be under way at once.
@@ -62,18 +59,14 @@ class Admission:
         waiting_count: How many more may wait; the next is refused at once.
         reserved_count: How many of those are for peers of which no call waits; and the same part of
             `waiting_bytes`.
-        waiting_bytes: What those who wait may hold all together, beside the budget; None for a quarter of it. One
-            may hold more, if no other waits.
+        waiting_bytes: What those who wait may have brought all together, beside the budget; None for a quarter of it.
         memory: What the bytes are of, for errors.
-        make_room: Called, in its thread, for a call that cannot fit beside what is held, with the
-            bytes that it lacks and the call: may `release` some.
+        make_room: Called for a call that cannot fit beside what is held, in the call's thread, with the bytes that it
+            lacks and the call. It may `release` some.
     """
 
     _LOOK_S = 0.5
     """How often a call that waits to go on looks whether it is still wanted."""
-
-    RETRY_AFTER_S = 0.5
-    """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
 
     def __init__(
         self,
@@ -93,13 +86,15 @@ class Admission:
         self._budget_bytes = budget_bytes
         self._free_bytes = budget_bytes
         self._held_bytes = 0
-        self._waiting_count = waiting_count
-        self._waiting_bytes = budget_bytes // 4 if waiting_bytes is None else waiting_bytes
-        self._reserved_count = reserved_count
-        self._lasting_bytes: dict[str, int] = {}  # by peer
-        self._leaving_bytes = 0
-        self._line: deque[_Ticket] = deque()
-        self._passed_on: deque[_Ticket] = deque()  # have their bytes, and wait for a place
+        self._limits = LineLimits(
+            waiting_count,
+            reserved_count,
+            budget_bytes // 4 if waiting_bytes is None else waiting_bytes,
+        )
+        self._shares = AnswerShares(budget_bytes // _SHARES_COUNT)
+        self._leaving_bytes = 0  # of calls that are computed, and whose answers have not left
+        self._line: deque[Ticket] = deque()
+        self._passed_on: deque[Ticket] = deque()  # have their bytes, and wait for a place
         self._turned_s = 0.0  # when the last turn of those began or ended, on the monotonic clock
         self._lock = threading.Lock()
 
@@ -130,13 +125,13 @@ class Admission:
                 not self._line
                 and not self._passed_on
                 and self._has_room(footprint_bytes)
-                and (not lasting_bytes or self._is_within_share(peer, lasting_bytes))
+                and (not lasting_bytes or self._shares.has_room(peer, lasting_bytes))
             ):
                 self._take(footprint_bytes, peer, lasting_bytes)
                 return
         changed = threading.Condition(self._lock)
         until_s = time.monotonic() + _PATIENCE_S
-        ticket = _Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, until_s, changed)
+        ticket = Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, until_s, changed)
         with call.ledger.timing(Stage.QUEUE):
             self._wait(ticket, call)
 
@@ -149,7 +144,7 @@ class Admission:
             )
 
     def leave(self, footprint_bytes: int, lasting_bytes: int = 0) -> None:
-        """Give back what `enter` took; what lasts by `end`."""
+        """Give back what `enter` took, but for the bytes that last: these are given back by `end`."""
         with self._lock:
             self._free_places += 1
             self._free_bytes += footprint_bytes - lasting_bytes
@@ -161,9 +156,7 @@ class Admission:
         with self._lock:
             self._leaving_bytes -= lasting_bytes
             if lasting_bytes:
-                self._lasting_bytes[peer] -= lasting_bytes
-                if not self._lasting_bytes[peer]:
-                    del self._lasting_bytes[peer]
+                self._shares.give_back(peer, lasting_bytes)
             self._free_bytes += lasting_bytes
             self._wake_first()
 
@@ -178,7 +171,7 @@ class Admission:
         if not self._line and not self._passed_on:
             return
         with self._lock, call.ledger.timing(Stage.QUEUE):
-            ticket = _Ticket(0, 0, 0, call.counted_by, 0.0, threading.Condition(self._lock))
+            ticket = Ticket(0, 0, 0, call.counted_by, 0.0, threading.Condition(self._lock))
             self._passed_on.append(ticket)
             self._free_places += 1
             self._turned_s = time.monotonic()
@@ -238,7 +231,7 @@ class Admission:
         """What calls may take, all together, as long as what is held stays."""
         return self._budget_bytes - self._held_bytes
 
-    def _wait(self, ticket: _Ticket, call: Call) -> None:
+    def _wait(self, ticket: Ticket, call: Call) -> None:
         self.check_fits(ticket.footprint_bytes)
         with self._lock:
             missing_bytes = ticket.footprint_bytes - self._beside_held_bytes
@@ -252,7 +245,7 @@ class Admission:
         with self._lock:
             self._check_room_beside_held(ticket.footprint_bytes)
             if self._line or not self._has_room(ticket.footprint_bytes):
-                self._check_room_to_wait(ticket)
+                self._limits.check(ticket, self._line)
             self._line.append(ticket)
         try:
             while not self._starts(ticket, call):
@@ -263,14 +256,14 @@ class Admission:
                 self._line.remove(ticket)
                 self._wake_first()
 
-    def _starts(self, ticket: _Ticket, call: Call) -> bool:
+    def _starts(self, ticket: Ticket, call: Call) -> bool:
         """Start a call if it may, and return whether it has; if not, after a wait for what may let it."""
         with self._lock:
             if self._may_start(ticket):
                 self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
                 return True
             call.check()  # with the lock held: who ends it from now on wakes it
-            ticket.changed.wait(_wait_s(ticket, call))
+            ticket.changed.wait(wait_s(ticket, call))
             self._wake_first()  # which may be another by now
             return False
 
@@ -279,44 +272,24 @@ class Admission:
             raise UnavailableError(
                 f"the call needs {footprint_bytes} bytes of {self._memory}, of which tensors that "
                 f"stay hold {self._held_bytes} now, and calls may take {self._budget_bytes} less that",
-                retry_after_s=self.RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S,
             )
 
-    def _check_room_to_wait(self, ticket: _Ticket) -> None:
-        # the reserve, of either, is for peers of which no call waits
-        has_none = all(other.peer != ticket.peer for other in self._line)
-        limit_count = self._waiting_count - (0 if has_none else self._reserved_count)
-        if len(self._line) >= limit_count:
-            raise UnavailableError(
-                f"the server is full: {len(self._line)} calls wait already",
-                retry_after_s=self.RETRY_AFTER_S,
-            )
-        if ticket.brought_bytes <= _SMALL_BYTES:
-            return
-        others_bytes = sum([other.brought_bytes for other in self._line])
-        limit_bytes = self._waiting_bytes * limit_count // self._waiting_count
-        if others_bytes and others_bytes + ticket.brought_bytes > limit_bytes:
-            raise UnavailableError(
-                f"the server is full: calls that wait have brought {others_bytes} bytes already, of "
-                f"{limit_bytes} that they may, and this one has {ticket.brought_bytes}",
-                retry_after_s=self.RETRY_AFTER_S,
-            )
-
-    def _first(self) -> _Ticket | None:
-        """Return whose turn is next: the first in line, but for those who wait for answers that may never leave."""
+    def _first(self) -> Ticket | None:
+        """Return the first in line, without those that wait for answers that may never leave; None if there is none."""
         for ticket in self._line:
             lasting_bytes = ticket.lasting_bytes
-            is_within_share = not lasting_bytes or self._is_within_share(ticket.peer, lasting_bytes)
+            is_within_share = not lasting_bytes or self._shares.has_room(ticket.peer, lasting_bytes)
             fits = ticket.footprint_bytes <= self._beside_held_bytes - self._leaving_bytes
             if is_within_share and (fits or time.monotonic() < ticket.patient_until_s):
                 return ticket
         return None
 
-    def _may_start(self, ticket: _Ticket) -> bool:
+    def _may_start(self, ticket: Ticket) -> bool:
         return self._next() is ticket
 
-    def _next(self) -> _Ticket | None:
-        """Return who may have a place now; None if nobody may."""
+    def _next(self) -> Ticket | None:
+        """Return the call that may have a place now; None if none may."""
         if self._free_places <= 0:
             return None
         starts = self._first() if self._line else None
@@ -330,13 +303,6 @@ class Admission:
         """Return whether a turn may begin while others wait to start: turns so far apart take half of the places."""
         return time.monotonic() >= self._turned_s + TURN_S / self._calls_count
 
-    def _is_within_share(self, peer: str, lasting_bytes: int) -> bool:
-        own_bytes = self._lasting_bytes.get(peer, 0)
-        share_bytes = self._budget_bytes // _SHARES_COUNT
-        if lasting_bytes <= _SMALL_BYTES:
-            share_bytes += share_bytes // 2
-        return not own_bytes or own_bytes + lasting_bytes <= share_bytes
-
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes
 
@@ -344,15 +310,15 @@ class Admission:
         self._free_places -= 1
         self._free_bytes -= footprint_bytes
         if lasting_bytes:
-            self._lasting_bytes[peer] = self._lasting_bytes.get(peer, 0) + lasting_bytes
+            self._shares.take(peer, lasting_bytes)
 
     def _wake_first(self) -> None:
-        """Let who is next see whether it may start: to wake all who wait would take long, where they are many."""
+        """Let the next call see whether it may start. To wake all that wait would take long, where they are many."""
         following = self._next()
         if following is not None:
             following.changed.notify()
 
-    def _wake(self, ticket: _Ticket) -> None:
+    def _wake(self, ticket: Ticket) -> None:
         with self._lock:
             ticket.changed.notify()
 
@@ -412,33 +378,3 @@ class Both(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         self._second.__exit__(*error)
         self._first.__exit__(*error)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ticket:
-    """A call in the line.
-
-    Attributes:
-        lasting_bytes, brought_bytes: See `Admission.admitted`.
-        peer: By what its peer is counted.
-        patient_until_s: Until when it may keep others waiting for answers to leave, on the monotonic clock.
-        changed: Notified when it is first and may start, or when its caller has gone.
-    """
-
-    footprint_bytes: int
-    lasting_bytes: int
-    brought_bytes: int
-    peer: str
-    patient_until_s: float
-    changed: threading.Condition
-
-
-def _wait_s(ticket: _Ticket, call: Call) -> float | None:
-    """Return when a call in the line is to look again, unless it is told to before."""
-    patient_s = ticket.patient_until_s - time.monotonic()
-    remaining_s = call.remaining_s()
-    # gRPC gives a call without a deadline some 292 billion years, more than a lock can wait
-    wait_s = None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX)
-    if patient_s <= 0:
-        return wait_s
-    return patient_s if wait_s is None else min(patient_s, wait_s)

@@ -32,7 +32,11 @@ from deconvd_server.unix_socket import AddressInUseError
 __all__ = ["STREAMS_COUNT", "Backend"]
 
 _WAITING_CALLS_COUNT: Final = 96
+"""Calls that wait for a device, on all of them together: each has a thread, and waits for seconds at most if calls are
+small."""
+
 _WAITING_STREAMS_COUNT: Final = 16
+"""As many as run: a stream waits for one other on average."""
 
 STREAMS_COUNT: Final = 16
 """How many streams may be under way: those of one peer, an eighth less."""

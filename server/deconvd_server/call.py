@@ -16,8 +16,10 @@ from deconvd_server.ledger import Ledger
 __all__ = ["STALL_LIMIT_S", "Call", "CallerGoneError", "Waiting", "WaitsForClient"]
 
 STALL_LIMIT_S: Final = 30.0
-"""How long a call may wait for its client to send or to take anything: more than a network is gone while a switch or
-a wireless link starts anew, and less than those wait whose places it holds.
+"""How long a call may wait for its client to send or to take anything.
+
+A switch or a wireless link that restarts is gone for less. Others who wait for the call's place wait for longer, as
+clients' timeouts are a minute by default.
 """
 
 _LONGEST_S: Final = 365 * 24 * 3600.0
@@ -62,12 +64,12 @@ class Call:
 
     Attributes:
         peer: Who calls, for the log.
-        counted_by: By what who calls is counted, where peers share. See `deconvd_server.peers`.
+        counted_by: The peer that it counts for, where peers share. See `deconvd_server.peers`.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
-        waiting: Since when its client is waited for. The transport sets it for a call in parts; by default it never is.
-        hang_up: Ends the call's transport without a word, from any thread: for a client that neither sends nor takes
-            anything. It must not wait. The transport sets it; by default it does nothing.
+        waiting: Since when it waits for its client. The transport sets it for a call in parts; others never wait.
+        hang_up: Breaks the client's connection or call, from any thread and without waiting: for a client that neither
+            sends nor takes anything. The transport sets it; by default it does nothing.
         stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
         sendable_bytes: What the elements of its answer may have, all together, that its transport can send. The
             transport sets it; by default there is no limit.
@@ -126,17 +128,17 @@ class Call:
         callback()
 
     def forget(self, callback: Callable[[], None]) -> None:
-        """Have a callback not be called that `on_cancel` was given, unless it has been."""
+        """Forget a callback that `on_cancel` was given."""
         with self._lock, suppress(ValueError):
             self._callbacks.remove(callback)
 
     def hold(self) -> None:
-        """Have it end only after one more `end`: for a worker, which may outlast what it works for."""
+        """Let it end only after one more `end`: for a worker, which may outlast the call that it works for."""
         with self._lock:
             self._holders_count += 1
 
     def end(self) -> None:
-        """Let it end, and so all that was counted for it (`at_end`), unless another holds it.
+        """Let it end, unless another holds it: all that was counted for it is given back (`at_end`).
 
         The transport calls it once, whatever comes of the call, and once for each `hold`: when the last byte of the
         answer has left, or never will, and when a worker has returned.

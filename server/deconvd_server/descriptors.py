@@ -40,7 +40,7 @@ _LOOK_S: Final = 0.1
 """How often the guard counts: more often than a client can fill the reserve without being refused by gRPC."""
 
 _LOOKING_PART: Final = 5
-"""It spends no more than one part in so many of its time, however many descriptors there are to look at."""
+"""The guard pauses for so many times as long as it has looked, however many descriptors there are."""
 
 _OPEN_DESCRIPTORS: Final = "/proc/self/fd"
 
@@ -115,14 +115,13 @@ class DescriptorGuard:
         while True:
             begin_s = time.monotonic()
             try:
-                self._look()
-            except (
-                Exception
-            ):  # it goes on: what it could not do now it can once others have given way
+                self._keep_reserve()
+            except Exception:  # the guard goes on: it may succeed once some descriptors are closed
                 _log.exception("descriptors could not be looked after")
             time.sleep(max(_LOOK_S, (time.monotonic() - begin_s) * _LOOKING_PART))
 
-    def _look(self) -> None:
+    def _keep_reserve(self) -> None:
+        """Shut connections down if fewer descriptors are free than the reserve has."""
         open_count = _open_count()
         if open_count <= min(self._most_count, self._limit_count - self._reserve_count):
             self._is_short = False
@@ -230,7 +229,7 @@ def _idle_s(connection: socket.socket) -> float:
 
 
 def _longest_idle(connections: list[_Connection], count: int) -> list[_Connection]:
-    """Return so many of the connections of peers that have most: of each, those that are idle for longest."""
+    """Return that many connections of the peers that have most: of each, those that are idle for longest."""
     by_peer: defaultdict[str, list[_Connection]] = defaultdict(list)
     for connection in sorted(connections, key=lambda one: one.idle_s):
         by_peer[connection.peer].append(connection)

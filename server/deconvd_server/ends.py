@@ -56,7 +56,7 @@ class Ends:
         self._writer.send(bytes([_OTHER]))
 
     def take(self, timeout_s: float | None = None) -> End | None:
-        """Wait for an end, and return it; None if there is none for so long."""
+        """Wait for an end, and return it; None if none comes in time."""
         self._reader.settimeout(timeout_s if timeout_s is None else max(timeout_s, _SOON_S))
         try:
             (number,) = self._reader.recv(1)

@@ -1,4 +1,4 @@
-"""With what the server's process ends."""
+"""Exit codes of the server's process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(IntEnum):
-    """With what the server's process ends. README.md has them in a table."""
+    """Exit codes of the server's process. README.md has them in a table."""
 
     DRAINED = 0
     """It was told to end, and every call under way did."""
@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     """An option is wrong: starting it again would not help."""
 
     START_ANEW = 3
-    """A card, or a thread that serves, is lost: only another process gets it back."""
+    """A card, or a thread that all calls need, is lost: only another process gets it back."""
 
     CUT_SHORT = 4
     """It was told to end, and calls were cut short: by the time limit of the drain, or a second signal."""

@@ -52,7 +52,7 @@ class Health:
         with self._lock:
             watches = list(self._watches.values())
         for watch in watches:
-            watch.tell()
+            watch.update()
 
     def fail(self) -> None:
         """Say NOT_SERVING of all, for good."""
@@ -92,7 +92,7 @@ class Health:
         rpc.on_close = partial(self._forget, rpc)
         if rpc.is_closed:
             self._forget(rpc)
-        watch.tell()
+        watch.update()
 
     def _forget(self, rpc: Rpc) -> None:
         with self._lock:
@@ -100,22 +100,22 @@ class Health:
 
 
 class _Watch:
-    """One who is told of each change, the last at least: changes are skipped while one is being sent."""
+    """A client that watches. It is sent each change, or the last of those that come while one is being sent."""
 
     def __init__(self, rpc: Rpc, answer: Callable[[], bytes]) -> None:
         self._rpc = rpc
         self._answer = answer
         self._lock = threading.Lock()
-        self._told = b""
+        self._sent_last = b""
         self._is_sending = False
 
-    def tell(self) -> None:
+    def update(self) -> None:
         """Send the status, if it is another than before."""
         with self._lock:
             answer = self._answer()
-            if self._is_sending or answer == self._told:
+            if self._is_sending or answer == self._sent_last:
                 return
-            self._told = answer
+            self._sent_last = answer
             self._is_sending = True
         self._rpc.send(answer, self._sent)
 
@@ -123,7 +123,7 @@ class _Watch:
         with self._lock:
             self._is_sending = False
         if not self._rpc.is_closed:
-            self.tell()
+            self.update()
 
 
 def _service_in(request: bytes | None) -> str | None:

@@ -56,7 +56,7 @@ class HeldRpc:
         self._rpc.receive(self._take)
 
     def _take(self, data: bytes | None) -> None:
-        """Have a worker take note of a message, or of the last one's having come."""
+        """Have a worker serve the next message, or the end of the messages."""
         if data is None:
             self._rpc.later(_BREAK_S, partial(self._submit, self._close))
         else:

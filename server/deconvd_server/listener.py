@@ -30,8 +30,8 @@ class Listener:
     """Accepts connections, and acts on events of other descriptors, in the thread that runs it.
 
     While the system has no descriptors or threads left, it tries again every now and then; the log says so
-    once. It makes the file of a Unix socket anew if someone removes it. All that is to be done at its time is
-    looked at in every round: a timer that begins anew whenever something comes is one that traffic stops.
+    once. It makes the file of a Unix socket anew if someone removes it. Every round looks at the clock, so that no
+    traffic puts off what is due.
 
     Args:
         who: Those who connect, in the plural, for the log.

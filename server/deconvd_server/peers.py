@@ -1,4 +1,4 @@
-"""By what a peer is counted, where peers share what the server has. See `deconvd_server.shares`.
+"""Who counts as one peer, where peers share what the server has. See `deconvd_server.shares`.
 
 A peer is an IPv4 address, an IPv6 network of 64 bits, since one host may use all addresses of such a network, or a
 process of this host. gRPC does not tell which process is at the other end of a Unix socket: all of them are one peer.
@@ -21,10 +21,11 @@ _UNSEEN_PROCESSES: Final = "processes that this one cannot see"
 """Those of another PID namespace: they have no ids here."""
 
 _NETWORK_BITS: Final = 64
+"""The least that a site of IPv6 is given."""
 
 
 def counted_by_connection(connection: socket.socket, address: Any) -> str:
-    """Return by what the peer of a connection is counted.
+    """Return the peer that a connection counts for.
 
     Args:
         address: The peer's, as `accept` returned it.
@@ -37,7 +38,7 @@ def counted_by_connection(connection: socket.socket, address: Any) -> str:
 
 @lru_cache(maxsize=1024)  # a connection's calls all come with the same text
 def counted_by_grpc(text: str) -> str:
-    """Return by what the peer of a gRPC call is counted.
+    """Return the peer that a gRPC call counts for.
 
     Args:
         text: What the call's context says of its peer: ``ipv4:127.0.0.1:34567``, ``ipv6:%5B::1%5D:34567``,

@@ -113,14 +113,14 @@ class ResidentCalls:
                 engine.write(kept.device_tensor, array, call)
         elif payload is None:
             with ExitStack() as stack:
-                with self._keeper.resting(kept, call):  # who waits for a place keeps others waiting
+                with self._keeper.resting(kept, call):  # the wait for a place may be long
                     stack.enter_context(self._streams.admitted(piece_bytes(kept.spec), call))
                 for samples, spec in sample_pieces(kept.spec):
                     with self._keeper.resting(kept, call):
                         array = reader.read("tensor", spec)
                     write_samples(kept, samples, array, call)
                 with self._keeper.resting(kept, call):
-                    reader.expect_end()  # with the place held: who comes to no end holds no more than that
+                    reader.expect_end()  # with the place held: a client that never ends takes one of those only
             return
         else:
             raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Runs a daemon until there is a reason to end, and ends the process: whatever clients do, and without a new thread."""
+"""Runs a daemon until there is a reason to end, then ends the process: whatever clients do, without a new thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAST_DRAIN_S: Final = 5.0
 """How long the calls of other devices may take to end once one device, or a thread that serves, is lost."""
 
 _OVER_S: Final = 1.5
-"""How long a drain may take to end calls that it has cancelled."""
+"""How long a drain may take to end calls that it has cancelled: with the rest of its work, two seconds."""
 
 _CUT_S: Final = 0.5
 """The same, after a second signal."""
@@ -30,7 +30,7 @@ _log = logging.getLogger("deconvd_server")
 
 
 class Drainer:
-    """A thread that drains a daemon once it is told to. It is started early: none may be left when it is time.
+    """A thread that drains a daemon once it is told to. It is started early: later the system may have none left.
 
     Args:
         ends: Is told when the daemon has drained.

@@ -27,9 +27,9 @@ class Place:
 
     Attributes:
         peer: Who holds it.
-        progressed_s: When it last made progress, on the monotonic clock; infinity while the server works for it, and
+        progressed_s: When it last made progress, on the monotonic clock; infinity while the server works for it and
             does not wait for its peer. Any thread may set it: a store is all that a hot path can afford.
-        is_idle: Whether nothing is under way there. It gives way before its peer's others then. May be set as well.
+        is_idle: Whether nothing is under way there: then it gives way before its peer's others. Any thread may set it.
     """
 
     __slots__ = ("_shares", "give_way", "is_idle", "peer", "progressed_s")
@@ -56,7 +56,7 @@ class Shares:
     A peer takes places while more than the reserve are free, and its first one of the reserve, too. When there are no
     more, and another peer has at least two more than the one that asks, a place of the peer that has most gives way:
     an idle one, or else that which made no progress for longest. So a peer that has none gets a place as long as
-    any has two. If no peer has so many, an idle place gives way, of the one that asks or of one that has more.
+    any has two. If no peer has so many, an idle place gives way: one of the asker's own, or of a peer that has more.
 
     Args:
         places_count: How many there are. As many again, at most, are on their way out: those that gave way, and whose
@@ -83,8 +83,8 @@ class Shares:
         """Take a place.
 
         Args:
-            give_way: Called, in any thread and without a lock, if the place is another's from then on. It must not
-                block, and has to see to it that the place is freed soon.
+            give_way: Called, in any thread and without a lock, when the place has become another's. It must not block.
+                The owner must free the place soon after.
 
         Raises:
             UnavailableError: There is none for this peer now.

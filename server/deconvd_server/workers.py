@@ -1,4 +1,4 @@
-"""Threads that serve calls, each for as long as one takes. None that cannot be started ends anything."""
+"""Threads that serve calls, one call after the other. A thread that cannot be started ends nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from deconvd.errors import UnavailableError
 __all__ = ["Workers"]
 
 _RETRY_AFTER_S: Final = 1.0
+"""What a caller is told whom no thread can serve: what took all of the system's threads is rarely gone at once."""
 
 _Work: TypeAlias = Callable[[], None]
 
@@ -20,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 
 class Workers:
-    """A number of threads, of which a few are started at once and others as they are needed.
+    """A number of threads, of which a few are started early and the others as they are needed.
 
-    While the system has no thread left, there is one fewer: work waits for those there are.
+    Where the system has no thread left, work waits for those that there are.
 
     Args:
         threads_count: The most there are.

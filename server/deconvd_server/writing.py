@@ -16,7 +16,7 @@ _HEARD_S: Final = 1e-3
 """Longer than it takes to hear all that an honest client says."""
 
 _RETRY_AFTER_S: Final = 0.1
-"""What a client is told that has stopped: whatever held it up, the server has no reason to."""
+"""What a client is told that has stopped writing: it may try again at once, as the server is ready."""
 
 
 class Writing:

@@ -1,4 +1,4 @@
-"""Arrays of any size in pieces that take one step each."""
+"""Arrays of any size in pieces that take one step of work each. Pieces of memory: `pieces`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deconvd.tensor import Array
 __all__ = ["PIECE_ELEMENTS", "copied", "piece_indices"]
 
 PIECE_ELEMENTS: Final = 1 << 22
-"""What is copied or cast in some milliseconds."""
+"""What a processor copies or casts in some milliseconds: a step looks at its call once."""
 
 
 def piece_indices(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:

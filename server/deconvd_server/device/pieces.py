@@ -1,4 +1,4 @@
-"""Tensors of devices in pieces that the host's memory has room for."""
+"""Tensors of devices in pieces that the host's memory has room for. Pieces of work: `array_pieces`."""
 
 from __future__ import annotations
 

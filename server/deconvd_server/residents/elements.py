@@ -1,8 +1,6 @@
-"""The elements of a kept tensor, wherever it lies. For who uses it."""
+"""The elements of a kept tensor, wherever it lies, for the calls that use it."""
 
 from __future__ import annotations
-
-from typing import Final
 
 import numpy as np
 
@@ -11,19 +9,17 @@ from deconvd.errors import UnavailableError
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device import DeviceTensor
-from deconvd_server.residents.kept import Kept
+from deconvd_server.residents.kept import RETRY_AFTER_S, Kept
 
 __all__ = ["check_there", "read_samples", "whole_array", "write_samples"]
 
-_RETRY_AFTER_S: Final = 0.5
-
 
 def check_there(kept: Kept) -> None:
-    """Return if a tensor did not have to make room while all its users rested. Raises UnavailableError if it had."""
+    """Raise UnavailableError if a tensor had to make room while all its users rested."""
     if kept.is_gone:
         raise UnavailableError(
             "the tensor had to make room for what another tenant may keep, since its caller took so long",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=RETRY_AFTER_S,
         )
 
 

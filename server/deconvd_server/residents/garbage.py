@@ -46,7 +46,7 @@ class Garbage:
             return
         for kept in tensors:
             free(kept.shelf, kept.operand, kept.grown_bytes)
-            kept.operand = _NOTHING  # who rests with it may refer to it for long
+            kept.operand = _NOTHING  # a call that rests with it may refer to it for long
         with self._changed:
             for kept in tensors:
                 kept.shelf.left(kept.held_bytes)

@@ -18,7 +18,10 @@ from deconvd_server.residents.counting import counted_bytes
 from deconvd_server.residents.row import Row
 from deconvd_server.residents.tenant import Session, Tenant
 
-__all__ = ["Kept", "Shelf"]
+__all__ = ["RETRY_AFTER_S", "Kept", "Shelf"]
+
+RETRY_AFTER_S: Final = 0.5
+"""What a caller is told whose tensors have to make room, or find none: about as long as calls use tensors."""
 
 _CLOCK: Final = count(1)
 """Tells what came into its row before what, whichever row that is."""
@@ -382,9 +385,7 @@ class Shelf:
         return self.limit_bytes // max(len(self._accounts) + is_new, 1)
 
     def _set_row(self, kept: Kept, row: Row[Kept] | None) -> None:
-        size_bytes = (
-            kept.size_bytes + kept.grown_bytes
-        )  # which does not change while it is in a row
+        size_bytes = kept.size_bytes + kept.grown_bytes  # does not change while it is in a row
         if kept.row is not None:
             del kept.row[kept]
             kept.row.size_bytes -= size_bytes

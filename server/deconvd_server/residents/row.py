@@ -14,7 +14,7 @@ class Row(OrderedDict[_T, None]):
     """Things in the order in which they came.
 
     Attributes:
-        size_bytes: What they count for: for who adds and removes them to say.
+        size_bytes: What they count for. Whoever adds or removes one sets it.
     """
 
     size_bytes = 0

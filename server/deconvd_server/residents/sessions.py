@@ -20,8 +20,13 @@ __all__ = ["Reaper", "SessionLimits", "Sessions"]
 _log = logging.getLogger(__name__)
 
 _MAX_TENANT_KEY_BYTES = 64
+"""As the schema says: secrets, or digests of secrets."""
+
 _MAX_GRACE_S = 5.0
+"""How long a session outlives its stream at most: a client whose stream broke resumes it within a second or two."""
+
 _RETRY_AFTER_S = 1.0
+"""What clients are told while the server drains: about as long as another takes to start in its place."""
 
 _RESERVED_PART = 16
 """One session in so many is for peers that have none: whoever has all the others cannot keep a newcomer waiting."""
@@ -132,7 +137,7 @@ class Sessions:
             return self._found(name)
 
     def tenant(self, name: bytes) -> Tenant | None:
-        """Return the tenant of a session's name; None if it is none of a session that there is."""
+        """Return the tenant of the session of a name; None if there is no such session."""
         with self._lock:
             session = self._sessions.get(name)
         return None if session is None else session.tenant

@@ -23,7 +23,7 @@ from deconvd_server.residents.counting import Quotas, counted_bytes
 from deconvd_server.residents.elements import whole_array
 from deconvd_server.residents.garbage import Garbage, free
 from deconvd_server.residents.growth import Growth
-from deconvd_server.residents.kept import Kept, Shelf
+from deconvd_server.residents.kept import RETRY_AFTER_S, Kept, Shelf
 from deconvd_server.residents.tenant import Tenant
 from deconvd_server.residents.uses import Uses
 
@@ -31,8 +31,6 @@ __all__ = ["Shelving"]
 
 _WAIT_S = 0.05
 """How often one who waits for memory that is being freed looks whether its call is still wanted."""
-
-_RETRY_AFTER_S = 0.5
 
 _TRIED_COUNT = 16
 """Tensors of which host memory is asked whether it has room: where it has none for these, it is full."""
@@ -217,7 +215,7 @@ class Shelving:
                     victims = shelf.displaceable(tenant)
                     first = next(victims, None)
                     if first is None or lacking_bytes <= 0:
-                        raise UnavailableError(str(error), retry_after_s=_RETRY_AFTER_S) from None
+                        raise UnavailableError(str(error), retry_after_s=RETRY_AFTER_S) from None
                     moving, freed_bytes = self._displace(chain([first], victims), lacking_bytes)
                 self._end_displacing(moving)
                 lacking_bytes -= freed_bytes
@@ -387,5 +385,5 @@ def _no_room_yet(shelf: Shelf, size_bytes: int) -> UnavailableError:
     return UnavailableError(
         f"{shelf.device_engine.info.id} has {shelf.limit_bytes} bytes for tensors that stay, and calls use "
         f"what is to make room for {size_bytes} more: they are within the tenant's share",
-        retry_after_s=_RETRY_AFTER_S,
+        retry_after_s=RETRY_AFTER_S,
     )

@@ -10,14 +10,12 @@ from typing import Final
 
 from deconvd.errors import UnavailableError
 from deconvd_server.call import Call
-from deconvd_server.residents.kept import Kept
+from deconvd_server.residents.kept import RETRY_AFTER_S, Kept
 
 __all__ = ["Use", "Uses"]
 
 _STALLED_S: Final = 0.5
 """How long a call may wait for its client to send or to take anything, while its tensors are in the way of a share."""
-
-_RETRY_AFTER_S: Final = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ class Uses:
                     UnavailableError(
                         "the call used tensors that had to make room for what another tenant may keep, "
                         f"and its client neither sent nor took anything for {_STALLED_S} s",
-                        retry_after_s=_RETRY_AFTER_S,
+                        retry_after_s=RETRY_AFTER_S,
                     )
                 )
                 use.call.hang_up()

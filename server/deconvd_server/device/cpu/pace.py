@@ -25,8 +25,11 @@ _LARGE_COUNT: Final = 1 << 30
 """Products, if all taps link all pixels, from which a problem's links are counted. Fewer take some 50 ms."""
 
 _COUNTED_AT_ONCE: Final = 1 << 16
+"""Taps whose links are counted in one array: half a MiB."""
 
 _TRIALS_COUNT: Final = 5
+"""The best of so many counts: one at least finds the processor free."""
+
 _TRIED_COLUMNS: Final = 1 << 17
 """In a core's second-level cache, with their copy."""
 

@@ -49,11 +49,11 @@ class Journal:
         begin --> a line, synced to the disk --end--> no line
                                              --death--> a remnant, for others to find
 
-    A process is alive as long as its file is locked: process ids come again, and mean others in other containers. The
-    file has its name only once it is locked. Python's fault handler writes into the file too, unless it writes
-    elsewhere already (PYTHONFAULTHANDLER): that is how a crash is told from a kill.
+    A process is alive as long as its file is locked. Its id would not tell: ids are used again, and other containers
+    have their own. The file has its name only once it is locked. Python's fault handler writes into the file too,
+    unless it writes elsewhere already (PYTHONFAULTHANDLER): that is how a crash is told from a kill.
 
-    A file that cannot be written, on a full disk, say, is told by one warning; then nothing is remembered.
+    If a file cannot be written, as on a full disk, there is one warning, and nothing is remembered.
 
     Args:
         folder: Made at first need, if its parent is there.
@@ -123,9 +123,8 @@ class Journal:
             if file is None or self._path is None:
                 return
             try:
-                self._path.unlink(
-                    missing_ok=True
-                )  # before it is unlocked, so that nobody takes it for a dead one's
+                # before it is unlocked, so that nobody takes it for a dead one's
+                self._path.unlink(missing_ok=True)
             except OSError as error:
                 self._warn(error)
             file.close()

@@ -19,12 +19,12 @@ __all__ = ["Quarantine"]
 log = logging.getLogger(__name__)
 
 _SUSPICION_S: Final = 24 * 3600.0
-"""How long nothing is tried that a process died at without a crash: it may have been killed for another reason. What
-crashes without a report takes a server away once a day at most."""
+"""How long a search is not made that a process died at without a crash: it may have been killed for another reason. A
+search that crashes without a report ends one server a day."""
 
 _MAX_CRASHES_COUNT: Final = 16
-"""Searches that may crash before no new one is made: a client that looks for such problems ends no more servers. It is
-well above the few that an honest one would come upon before its version is replaced."""
+"""Searches that may crash before no new one is made: a client that looks for such problems ends no more servers. Honest
+clients come upon a few at most before cuDNN is replaced."""
 
 
 class Quarantine:
