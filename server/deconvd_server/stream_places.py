@@ -4,6 +4,7 @@
     any of them --its end, or told to give way--> gone
 
 All of them are counted, and those that have their turn once more. The next turn is that of the peer that has fewest.
+One at a time waits for memory: it comes first there, whoever comes meanwhile, so nobody has several who do.
 A stream that waits for its client holds memory and a thread that others wait for:
 
     alone                           it ends after STALL_LIMIT_S
@@ -100,7 +101,7 @@ class StreamPlaces:
         try:
             self._wait_for_turn(stream)
             with self._admission.admitted(footprint_bytes, call):
-                stream.state = _State.RUNNING
+                self._run_on(stream)
                 yield
         finally:
             self._remove(stream)
@@ -135,12 +136,18 @@ class StreamPlaces:
                 call.check()
                 self._changed.wait(call.remaining_s())
             stream.state = _State.ADMITTING
-            self._changed.notify_all()  # there may be a place for another
+
+    def _run_on(self, stream: _Stream) -> None:
+        with self._changed:
+            stream.state = _State.RUNNING
+            self._changed.notify_all()  # the next may wait for memory
 
     def _next(self) -> _Stream | None:
         """Return the stream whose turn is next: of the peer that has fewest, the first. None if none can have it."""
+        if any(stream.state is _State.ADMITTING for stream in self._streams):
+            return None
         waiting = [s for s in self._streams if s.state is _State.WAITING and not s.is_ending]
-        counts = Counter(s.peer for s in self._streams if s.state is not _State.WAITING)
+        counts = Counter(s.peer for s in self._streams if s.state is _State.RUNNING)
         free_count = self._running_count - counts.total()
         reserved_count = self._running_count // _RESERVED_PART
         may_go = [s for s in waiting if free_count > (reserved_count if counts[s.peer] else 0)]

@@ -147,8 +147,21 @@ def _group(stack: ExitStack) -> Cgroup | None:
     help="One kind of hostile client alone, or none, and a server that is drained at the end alone.",
 )
 @click.option("--without", multiple=True, type=click.Choice([*KINDS]), help="A kind to leave out.")
+@click.option(
+    "--constant",
+    "constants",
+    multiple=True,
+    type=(str, float),
+    metavar="MODULE:NAME VALUE",
+    help="Another value for a constant of the server: whether it is missed shows what the soak sees.",
+)
 def main(
-    minutes: float, seconds: float, seed: int | None, only: str | None, without: Sequence[str]
+    minutes: float,
+    seconds: float,
+    seed: int | None,
+    only: str | None,
+    without: Sequence[str],
+    constants: Sequence[tuple[str, float]],
 ) -> None:
     """Soak a server, and exit with 1 if anything was violated."""
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
@@ -156,7 +169,9 @@ def main(
     directory = Path(tempfile.mkdtemp(prefix="deconvd-soak-"))
     places = free_places(directory)
     with ExitStack() as stack:
-        supervisor = stack.enter_context(Supervisor(directory, places, _group(stack)))
+        supervisor = stack.enter_context(
+            Supervisor(directory, places, _group(stack), dict(constants))
+        )
         results = Soak(
             *(directory, supervisor, places.words, Random(seed), kinds, 60 * minutes + seconds),
             is_calm=only is not None,

@@ -10,12 +10,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from random import Random
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import numpy as np
@@ -47,13 +47,15 @@ from tests.test_stock_client import (
     tensor,
 )
 
-__all__ = ["BARE_WAYS", "CALL_TIMEOUT_S", "WAYS", "Failure", "Outcome"]
+__all__ = ["BARE_WAYS", "CALL_TIMEOUT_S", "TOLD_BY_GRPC", "WAYS", "Failure", "Outcome"]
 
 CALL_TIMEOUT_S = 30.0
 """How long a call may take: longer than the server is away."""
 
-_TOLD_BY_GRPC = "Cancelling all calls"
-"""What the server's gRPC says by itself to calls that a drain cuts short."""
+TOLD_BY_GRPC = "Cancelling all calls"
+"""What the server's gRPC says by itself to calls that a drain cuts short: with UNAVAILABLE, as of a connection that
+broke, so that a client may try again, though not that it was the server that ended the call, and not when to.
+"""
 
 _PAUSE_S = 0.05
 """The most between two calls: all honest clients together leave processors to the server."""
@@ -67,8 +69,14 @@ _EARLY = (10, 4, 230, 230)
 _WIDE = np.random.default_rng(0).integers(-1, 2, (64, 64, 4, 4)).astype(np.float32)
 """A filter that is sent only if the server lacks what it holds."""
 
+_HESITATION_S = 0.2
+"""Between the messages of a stream by the stock client: it is served within the drain's timeout all the same."""
+
 _NEWCOMERS = 0.1
 """The share of calls that are made by clients that have just come."""
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -218,10 +226,18 @@ class _Stock:
         assert_are_gradients(self._stub.DeconvolveGrad(request, timeout=CALL_TIMEOUT_S))
 
     def _stream(self) -> None:
-        parts = self._stub.DeconvolveStream(forward_parts(), timeout=CALL_TIMEOUT_S)
+        requests = _hesitant(forward_parts())
+        parts = self._stub.DeconvolveStream(requests, timeout=CALL_TIMEOUT_S)
         first, *rest = parts
         first.header.y.raw = b"".join(part.chunk for part in rest)
         assert_is_y(first.header)
+
+
+def _hesitant(messages: Iterable[_T]) -> Iterator[_T]:
+    """Yield messages with pauses, so that a call is under way at most SIGTERMs."""
+    for message in messages:
+        yield message
+        time.sleep(_HESITATION_S)
 
 
 class _Lines:
@@ -314,7 +330,7 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
 def _was_told(error: DeconvdError) -> bool:
     """Return whether the server has told what became of a call."""
     if isinstance(error, UnavailableError):
-        return error.was_reached or str(error) == _TOLD_BY_GRPC
+        return error.was_reached
     return isinstance(error, (CallCancelledError, DeadlineError))
 
 

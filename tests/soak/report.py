@@ -10,15 +10,23 @@ from pathlib import Path
 
 from tests.soak.clients import Client, Hostile
 from tests.soak.health import Check
-from tests.soak.honest import BARE_WAYS, Outcome
+from tests.soak.honest import BARE_WAYS, TOLD_BY_GRPC, Failure, Outcome
 from tests.soak.places import Interval
-from tests.soak.supervisor import Record
+from tests.soak.supervisor import Drain, Record
 
 __all__ = ["Results"]
 
 _HEALTH_S = 1.0
-_CALL_S = 8.0
-"""How long an honest call may take of the time that the server is there: they are all small."""
+_LATEST_S = 2.0
+_LATE_PART = 100
+"""Health may be later than a second, but for two, once in so many times: other processes have the processors then, for
+longer than gRPC's thread of the server and the client, which asks by new connections, need them together.
+"""
+
+_CALL_S = 10.0
+"""How long an honest call may take of the time that the server is there. They are all small, but a stream may wait for
+five seconds for those of hostile peers, and for two more for one that came before; the rest is for a busy machine.
+"""
 
 _SETTLING_S = 1.0
 """How long after the server is there again clients may still find it away."""
@@ -83,7 +91,7 @@ class Results:
         late = sorted((check for check in self.checks if self._counts(check.when)), key=_latency)
         misses = sum(check.text != "SERVING" for check in late)
         codes = Counter(f"{drain.code} x" for drain in s.drains)
-        under_way = [self._under_way(drain.when[0]) for drain in s.drains]
+        under_way = [self._under_way(drain) for drain in s.drains]
         lines = [f"{'way':<18}{'calls':>7}{'wrong':>7}{'errors':>8}{'slowest':>9}"]
         for o in self.outcomes:
             errors = sum(failure.is_last for failure in o.failures)
@@ -117,9 +125,11 @@ class Results:
         missed = [check.text for check in checks if check.text != "SERVING"]
         yield from _few("health was missed", missed)
         late = [f"in {_latency(c):.1f} s" for c in checks if _latency(c) > _HEALTH_S]
-        yield from _few("health was late", late)
+        is_once = len(late) <= 1 + len(checks) // _LATE_PART
+        if not is_once or any(_latency(check) > _LATEST_S for check in checks):
+            yield from _few("health was late", late)
         for drain in self.record.drains:
-            lost = sum(self._under_way(drain.when[0]))
+            lost = sum(self._under_way(drain))
             if lost:
                 yield f"{lost} calls under way at a SIGTERM were neither answered nor told"
         bound_bytes = self.record.bound_bytes
@@ -151,13 +161,20 @@ class Results:
         )
         return _length_s(when) - sum(max(one_s, 0.0) for one_s in away_s)
 
-    def _under_way(self, at_s: float) -> list[bool]:
-        """Return of each call of bare clients that was under way then whether it was lost."""
+    def _under_way(self, drain: Drain) -> list[bool]:
+        """Return of each call of bare clients that was under way at a drain's begin whether it was lost."""
+        at_s = drain.when[0]
         begun_s = at_s - _UNDER_WAY_S
         bare = [o for o in self.outcomes if o.way in BARE_WAYS]
         tries = [(when, True) for o in bare for when in o.answered]
-        tries += [(failure.when, failure.was_told) for o in bare for failure in o.failures]
+        tries += [(f.when, _was_told(f, drain)) for o in bare for f in o.failures]
         return [not was_told for (begin, end), was_told in tries if begin < begun_s and end > at_s]
+
+
+def _was_told(failure: Failure, drain: Drain) -> bool:
+    """Return whether a call was told what became of it: what a drain cuts short in the end gRPC may tell."""
+    is_cut = failure.text == TOLD_BY_GRPC and failure.when[1] >= drain.cut_s
+    return failure.was_told or is_cut
 
 
 def _length_s(interval: Interval) -> float:

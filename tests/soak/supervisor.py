@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ GROUP_BYTES = 1280 * _MIB
 
 _LATE_S = 2.0
 """How long after the drain's timeout, or a second signal, the process may end."""
+
+_CUT_AFTER_S = 0.5
+"""How long after a first signal the second comes."""
 
 _OPTIONS = (
     *("--device-memory-bytes", str(_DEVICE_BYTES), "--resident-memory-bytes", str(48 * _MIB)),
@@ -54,6 +58,11 @@ class Drain:
     def took_s(self) -> float:
         """How long it took."""
         return self.when[1] - self.when[0]
+
+    @property
+    def cut_s(self) -> float:
+        """From when on it may end calls that were accepted, on the monotonic clock."""
+        return self.when[0] + (_CUT_AFTER_S if self.is_cut else _DRAIN_TIMEOUT_S)
 
     @property
     def fault(self) -> str:
@@ -88,13 +97,24 @@ class Record:
 
 
 class Supervisor:
-    """Runs the server, and keeps a record of it."""
+    """Runs the server, and keeps a record of it.
 
-    def __init__(self, directory: Path, places: Places, group: Cgroup | None) -> None:
+    Args:
+        constants: See `server_process`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        places: Places,
+        group: Cgroup | None,
+        constants: Mapping[str, float] | None = None,
+    ) -> None:
         parts = Budgets.of(memory_bytes() if group is None else GROUP_BYTES)
         own_bytes = parts.streams_bytes + parts.messages_bytes + 4 * parts.pool_bytes
         self.record = Record(_DEVICE_BYTES + _SHARED_BYTES + own_bytes + PROCESS_BYTES)
         self._directory, self._places, self._group = directory, places, group
+        self._constants = constants
         self._running = ExitStack()
         self._server = self._started()
         self._seen_s = time.monotonic()
@@ -132,7 +152,7 @@ class Supervisor:
         process.send_signal(signal.SIGTERM)
         allowed_s = _DRAIN_TIMEOUT_S + _LATE_S
         if is_cut:
-            time.sleep(0.5)
+            time.sleep(_CUT_AFTER_S)
             process.send_signal(signal.SIGTERM)
             allowed_s = _LATE_S
         try:
@@ -162,7 +182,9 @@ class Supervisor:
         folder.mkdir()
         listen = self._places.unix, self._places.tcp
         options = (*_OPTIONS, "--direct-port", str(self._places.direct_port))
-        server = server_process(folder, *options, listen=listen, within=self._group)
+        server = server_process(
+            folder, *options, listen=listen, within=self._group, constants=self._constants
+        )
         return self._running.enter_context(server)
 
 
