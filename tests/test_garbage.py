@@ -35,6 +35,36 @@ def test_a_failed_call_leaves_nothing_to_the_garbage_collector(x: Array) -> None
     assert left == []
 
 
+@pytest.mark.parametrize("transport", ["grpc", "tcp"])
+def test_calls_leave_no_circles(transport: str) -> None:
+    x, filters = np.ones((1, 4, 64, 64), np.float32), np.ones((4, 1, 2, 2), np.float32)
+    with served_by(CpuDevice(2), max_message_bytes=1 << 30) as F:
+        with deconvd_client.connect(F.target, transport=transport) as connection:
+            connection.deconvolution_2d(x, filters)
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(4):
+                    connection.deconvolution_2d(x, filters)
+                left = _of_calls_left()
+            finally:
+                gc.enable()
+
+    assert left == []
+
+
+def _of_calls_left() -> list[str]:
+    """Collect the garbage, and return the types of what the server has for each call and left to it."""
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+        types = [type(thing) for thing in gc.garbage]
+        return [kind.__qualname__ for kind in types if kind.__module__.startswith("deconvd_server")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
 def _call_in_vain(target: str, x: Array) -> None:
     with deconvd_client.connect(target, timeout_s=0.05, transport="tcp") as hasty:
         try:

@@ -178,6 +178,7 @@ class Rpc:
                 self._call = None
         if is_end:
             self.on_done()
+            self.on_close = self.on_done = _do_nothing  # who is told holds this call, too
             self._on_end(self)
 
 
