@@ -67,7 +67,11 @@ class Holder:
         self._signs: SimpleQueue[pb.HoldSessionRequest | None] = SimpleQueue()
         self._signs.put(pb.HoldSessionRequest(session=resume, tenant_key=tenant_key))
         self.stream = self.stub.HoldSession(iter(self._signs.get, None))
-        self.opened: pb.HoldSessionResponse = next(self.stream)
+        try:
+            self.opened: pb.HoldSessionResponse = next(self.stream)
+        except BaseException:
+            self._signs.put(None)
+            raise
         self.session: bytes = self.opened.session
 
     def sign(self) -> None:
@@ -82,6 +86,7 @@ class Holder:
     def break_off(self) -> None:
         """Let the stream break."""
         self.stream.cancel()
+        self._signs.put(None)  # lets gRPC's thread that takes signs end
 
     def put(self, array: Array, chunk_bytes: int = 1 << 20) -> bytes:
         """Keep an array, and return its handle."""
