@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 # Tests wait more than they compute: several processes run them, a module each.
-PYTEST := python -m pytest -n 3 --dist loadfile
+PYTEST := python -m pytest -n 4 --dist loadfile
 # What demo and bench compute on: cpu, cuda or cuda:N.
 DEVICE ?= cpu
 # What image holds, cpu or cuda; its name; what builds it; and more options for that.
