@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from deconvd_client import Connection, UnavailableError
 from tests.cgroups import Cgroup
 from tests.processes import wait_until
 
-__all__ = ["ServerProcess", "call_until_served", "server_process", "stopped"]
+__all__ = ["ServerProcess", "call_until_served", "free_port", "server_process", "stopped"]
 
 _END_TIMEOUT_S = 30
 
@@ -44,6 +46,17 @@ class ServerProcess:
         """Send it a signal, wait for its end, and return its exit code."""
         self.process.send_signal(number)
         return self.process.wait(_END_TIMEOUT_S)
+
+
+def free_port() -> int:
+    """Return a TCP port that is free, and that no connection is given while nobody listens there."""
+    while True:
+        with (
+            suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randrange(20000, 32000))) as listener,
+        ):
+            port: int = listener.getsockname()[1]
+            return port
 
 
 @contextmanager

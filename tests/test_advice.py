@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 import deconvd_client
 from deconvd_client import Connection, DeadlineError, UnavailableError
-from tests.servers import ServerProcess, server_process, stopped
+from tests.servers import ServerProcess, free_port, server_process, stopped
 
 X = np.ones((1, 4, 8, 8), np.float32)
 LARGE_X = np.ones((16, 4, 200, 200), np.float32)  # over 4 MiB: sent in a stream
@@ -46,12 +45,6 @@ def test_a_deadline_names_the_limit_and_the_options(
     assert "longer than the 0.75 s that timeout_s of connect() allows" in message
     assert "--timeout-s of the command" in message
     assert "Deadline Exceeded" not in message
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_nobody_at_a_port_is_asked_after() -> None:

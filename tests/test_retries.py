@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from deconvd_client.deadline import Deadline
 from deconvd_client.retries import PinnedTransportError, Retries
 from tests.lenders import lies_in_shared_memory
 from tests.processes import wait_until
-from tests.servers import ServerProcess, call_until_served, server_process
+from tests.servers import ServerProcess, call_until_served, free_port, server_process
 
 X = np.ones((1, 2, 3, 3), np.float32)
 W = np.ones((2, 2, 2, 2), np.float32)
@@ -163,8 +162,7 @@ class TestRetries:
 @pytest.fixture
 def addresses(socket_directory: Path) -> tuple[str, str]:
     """A TCP address, and a Unix socket, that servers listen at one after the other."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}", f"unix:{socket_directory}/deconvd.sock"
+    return f"127.0.0.1:{free_port()}", f"unix:{socket_directory}/deconvd.sock"
 
 
 @pytest.fixture
