@@ -34,7 +34,7 @@ def test_all_that_may_be_taken_is_less_than_there_is(whole_bytes: int) -> None:
 def test_a_machine_that_has_less_than_a_process_takes_gives_out_half() -> None:
     parts = Budgets.of(128 * MIB)
 
-    assert parts.device_bytes == 24 * MIB
+    assert parts.device_bytes == 20 * MIB
     assert parts.shared_memory_bytes == 16 * MIB
 
 

@@ -155,7 +155,7 @@ def _group_id(
     "--device-memory-bytes",
     type=ByteSize(min=1),
     default=None,
-    show_default="nine tenths of a GPU's free memory; three eighths of the processor's",
+    show_default="nine tenths of a GPU's free memory; five sixteenths of the processor's",
     help="What calls may take of each device's memory, all together.",
 )
 @click.option(

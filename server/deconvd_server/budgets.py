@@ -32,9 +32,9 @@ class Budgets:
     cards keep on the host take the place of `device_bytes`.
 
     Attributes:
-        device_bytes: Three eighths, for calls on the processor and tensors that stay there.
+        device_bytes: Five sixteenths, for calls on the processor and tensors that stay there.
         shared_memory_bytes: A quarter, lent to clients.
-        streams_bytes: An eighth, for what streams hold of their tensors.
+        streams_bytes: Three sixteenths, for what streams hold of their tensors: a large sample is a slice of its own.
         messages_bytes: An eighth, for what calls hold of requests and responses.
         spill_bytes: An eighth, for tensors that cards have no room for.
         largest_message_bytes: What messages have, 1 GiB at most.
@@ -59,9 +59,9 @@ class Budgets:
         eighth_bytes = shared_out_bytes // 8
         messages_bytes = max(eighth_bytes, LEAST_MESSAGE_BYTES)
         return Budgets(
-            device_bytes=3 * eighth_bytes,
+            device_bytes=5 * eighth_bytes // 2,
             shared_memory_bytes=2 * eighth_bytes,
-            streams_bytes=eighth_bytes,
+            streams_bytes=3 * eighth_bytes // 2,
             messages_bytes=messages_bytes,
             spill_bytes=eighth_bytes,
             largest_message_bytes=min(messages_bytes, _LARGEST_MESSAGE_BYTES),
