@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from deconvd.dtypes import BFLOAT16, DType
+from deconvd.dtypes import BFLOAT16
 from deconvd.geometry import Geometry
 from deconvd.operation import OPERATIONS, Operation, spec_of_field
 from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.problem import TensorSpec
 from deconvd.tensor import Array
 from deconvd_server.call import Call
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cuda.frame import Frame
 from deconvd_server.device.cuda.sizing import Sizing
 from deconvd_server.engine import Engine
+from tests.test_cpu_device import problem_of
 
 F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
-
-
-def problem_of(
-    x: Sequence[int],
-    W: Sequence[int],
-    geometry: Geometry = Geometry(),  # noqa: B008 - frozen
-    *,
-    types: tuple[DType, DType] = (F32, F32),
-) -> Problem:
-    return Problem(TensorSpec(tuple(x), types[0]), TensorSpec(tuple(W), types[1]), geometry)
 
 
 HUNGRY = {

@@ -22,6 +22,9 @@ from tests.soak.hostile.requests import (
 )
 from tests.wire import varint
 
+_PARSED_S = 4.0
+"""How long an attack waits for the server to be at what it was sent, which may take it long, before it goes."""
+
 _METHODS = [
     f"{SERVICE}{method.name}"
     for method in pb.DESCRIPTOR.services_by_name["DeconvolutionService"].methods
@@ -135,7 +138,7 @@ def two_byte_fields(a: Attacker) -> None:
     x = b"\x0a" + varint(len(shape)) + shape
     for method, message in (("DropTensors", b"\x12\0" * (4 << 20)), ("Deconvolve", x)):
         a.http2().call(SERVICE + method, message)
-    time.sleep(4)
+    time.sleep(_PARSED_S)
 
 
 @hostile
@@ -172,7 +175,7 @@ def huge_kernels(a: Attacker) -> None:
     connection = a.http2()
     for _ in range(4):
         connection.call(f"{SERVICE}DeconvolveGrad", of_a_huge_kernel().SerializeToString())
-    time.sleep(4)
+    time.sleep(_PARSED_S)
 
 
 @hostile

@@ -26,6 +26,9 @@ from tests.soak.hostile.requests import (
 )
 from tests.soak.places import connected, connected_on_host
 
+_HELD_S = 6.0
+"""How long an attack holds what it has before it goes."""
+
 _FOR_EVER_S = 2**44
 """About the longest timeout that a call can have."""
 
@@ -55,7 +58,7 @@ def early_calls(a: Attacker) -> None:
                     timeout_s=_FOR_EVER_S,
                     is_early=True,
                 )
-        time.sleep(6)
+        time.sleep(_HELD_S)
 
 
 @hostile
