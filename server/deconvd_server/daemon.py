@@ -162,7 +162,7 @@ class Daemon:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
         self._is_cut = True
-        self._gate.look()
+        self._gate.wake()
         if self.backend is not None:
             self.backend.cancel_direct_calls()
 

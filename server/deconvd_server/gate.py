@@ -115,7 +115,7 @@ class Gate:
             self._changed.wait_for(lambda: not self._calls_count or is_cut(), timeout_s)
             return not self._calls_count
 
-    def look(self) -> None:
+    def wake(self) -> None:
         """Wake who waits, to look whether enough is enough."""
         with self._changed:
             self._changed.notify_all()

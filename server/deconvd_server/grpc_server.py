@@ -12,10 +12,10 @@ from itertools import count
 from typing import Any, Final, TypeAlias
 
 import grpc
-from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave out what is not public
 
 from deconvd.transport import TRANSPORT_OPTIONS
 from deconvd_server.descriptors import connections_count
+from deconvd_server.grpc_core import cygrpc
 from deconvd_server.receipts import Receipts
 from deconvd_server.rpc import Rpc
 

@@ -17,8 +17,9 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 from google.rpc import status_pb2
-from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave out what is not public
 from grpc_status import rpc_status
+
+from deconvd_server.grpc_core import cygrpc
 
 __all__ = ["Later", "Metadata", "Rpc"]
 

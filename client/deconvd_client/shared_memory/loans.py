@@ -50,7 +50,7 @@ _FIRST_DISOWNED_PAUSE_S: Final = 1.0
 _NO_PAUSES_S: Final = (0.0,)
 _SETTLING_PAUSES_S: Final = 0.0, 0.01, 0.04, 0.15, 0.4
 """When a server is asked for memory in the place of what was given back: that counts until it is unmapped there, too,
-which takes a while where a card has to let go of it, or a call that was given up still uses it.
+which takes a while if a call that was given up still uses it.
 """
 
 _PINNED_RETRY_S: Final = 0.1
