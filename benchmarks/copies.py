@@ -19,7 +19,7 @@ import click
 
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
-from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd_server.shared_memory.file_lifetimes import FileEnds
 from deconvd_server.shared_memory.memory import Memory
 
 _SIZES = tuple(1 << exponent for exponent in range(18, 29, 2))
@@ -68,7 +68,7 @@ def main(device: str, json_file: Path | None, sizes: Sequence[int]) -> None:
 
 
 def _rows(device: str, sizes: Sequence[int]) -> Iterator[Row]:
-    from deconvd_server.device.cuda.runtime import (
+    from deconvd_server.device.cuda.api.runtime import (
         PinnedBuffer,
         Pool,
         Stream,

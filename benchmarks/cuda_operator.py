@@ -8,14 +8,14 @@ from typing import Any
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.lru import Lru
-from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.api.memory import Regions
+from deconvd_server.device.cuda.api.runtime import CudaError, Event, Graph, Stream
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.device import CudaDevice
-from deconvd_server.device.cuda.memory import Regions
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES, Plan, Product
-from deconvd_server.device.cuda.runtime import CudaError, Event, Graph, Stream
 
 __all__ = ["Operator"]
 

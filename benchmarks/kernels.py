@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.layers import LAYERS
 from benchmarks.reference import Operands, draw, expected, relative_error, tolerance
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.kernels import candidates, fallback
 from deconvd_server.device.cuda.plan import Plan, Product
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deconvd.dtypes import BFLOAT16, DType
+from deconvd.model.dtypes import BFLOAT16, DType
 
 __all__ = ["HEADER", "KINDS", "Kind", "Row", "mean_lines"]
 

@@ -15,8 +15,8 @@ from benchmarks.cuda_operator import Operator
 from benchmarks.layers import Layer
 from benchmarks.operator_rows import Kind, Row
 from benchmarks.reference import torch_type
-from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.device import CudaDevice, Limits
 from deconvd_server.device.cuda.plan import Product
 

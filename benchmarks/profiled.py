@@ -21,7 +21,7 @@ _PACKAGES = ("deconvd", "deconvd_client", "deconvd_server")
 
 LEFT_OUT = (
     # how often it looks is a matter of time
-    "deconvd.busy_polling",
+    "deconvd.direct.busy_polling",
     # how many there are is the problem's matter, and which thread does how much is chance
     "deconvd_server.device.cpu.blocking",
     "deconvd_server.device.cpu.columns",

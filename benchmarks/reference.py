@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deconvd.dtypes import DType
-from deconvd.problem import Problem
+from deconvd.model.dtypes import DType
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["Operands", "draw", "expected", "relative_error", "tolerance"]

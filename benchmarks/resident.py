@@ -36,8 +36,8 @@ from benchmarks.commit import commit
 from benchmarks.floor import card_name
 from benchmarks.layers import Layer
 from benchmarks.wire import counted
-from deconvd.gradients import Gradients
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.gradients import Gradients
 from deconvd_client import Connection, RemoteTensor
 from examples.local_server import local_server
 

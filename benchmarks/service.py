@@ -31,9 +31,8 @@ from benchmarks.commit import commit
 from benchmarks.floor import card_name, floor_ms
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.stock import StockCall, stock_operator, stock_service
-from deconvd.dtypes import DType
-from deconvd.ledger import FOLLOW_ENTRY
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array, DType
+from deconvd.wire.ledger import FOLLOW_ENTRY
 from deconvd_client import Connection
 from examples.local_server import local_server
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deconvd_client.deadline import Deadline
+from deconvd_client.calls.deadline import Deadline
 
 __all__ = ["soon"]
 

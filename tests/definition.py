@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deconvd.problem import Problem
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import Problem
 
 __all__ = ["deconvolve", "gb_of", "gradients"]
 

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from deconvd.gradients import Gradients
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.gradients import Gradients
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
+from deconvd_server.call.context import Call
 from deconvd_server.device import Device, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, Progress
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine
+from deconvd_server.engine.engine import Engine
 
 __all__ = ["FailingDevice", "Runner", "Wanted", "arriving", "deconvolve", "gradients", "runner"]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 import deconvd_client
-from deconvd.direct_events import ANY_INSTANCE, Answer, CallHead, End, Failed, Hello, Method
-from deconvd.line import Line
-from deconvd.line_errors import LineTimeoutError
-from deconvd.parts import Ahead
-from deconvd.status import error_from_status
-from deconvd.tensor import message_from_array
+from deconvd.direct.connection_errors import LineTimeoutError
+from deconvd.direct.events import ANY_INSTANCE, Answer, CallHead, End, Failed, Hello, Method
+from deconvd.direct.frame_stream import Line
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.direct_ways import Ask, Way, way_to
+from deconvd.wire.status import error_from_status
+from deconvd.wire.stream_parts import Ahead
+from deconvd.wire.tensor import message_from_array
+from deconvd_client.transports.direct.connectors import Ask, Way, way_to
 from tests.deadlines import soon
 from tests.line_pairs import client_line
 from tests.processes import wait_until

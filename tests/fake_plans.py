@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.geometry import Geometry
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Product
-from deconvd_server.device.cuda.plans.book import PlanBook
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
-from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.plan_cache import PlanBook
 from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.plans.tuner import Chooser
 
 __all__ = [
     "FAILS",

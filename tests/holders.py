@@ -11,11 +11,13 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.digest import digest_of
-from deconvd.grpc_status import error_from_rpc
-from deconvd.tensor import Array, element_type_from_number, elements_of, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.digest import digest_of
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.tensor import element_type_from_number, elements_of, message_from_spec
 
 __all__ = ["Holder", "array_of", "by_digest", "by_handle", "described", "error_of", "holder", "raw"]
 

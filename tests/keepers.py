@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine, Engines
+from deconvd_server.engine.engine import Engine, Engines
 from deconvd_server.residents import Keeper, Kept, Session, SessionLimits, Sessions
 from deconvd_server.residents.elements import whole_array
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
+from deconvd.lending.protocol import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_server.resources.socket_file import Access
+from deconvd_server.resources.unix_listener import Purpose, SideSocket
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
-from deconvd_server.side_socket import Purpose, SideSocket
-from deconvd_server.unix_socket import Access
 
 __all__ = [
     "MIB",

@@ -6,10 +6,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deconvd.byte_stream import SocketStream
-from deconvd.direct_events import ANY_INSTANCE, CallHead, Hello, Method
-from deconvd.direct_protocol import DirectProtocol, Role
-from deconvd.line import Line
+from deconvd.direct.byte_stream import SocketStream
+from deconvd.direct.events import ANY_INSTANCE, CallHead, Hello, Method
+from deconvd.direct.frame_stream import Line
+from deconvd.direct.protocol import DirectProtocol, Role
 
 __all__ = ["client_line", "descriptor_of", "early_ends", "greeted_ends", "send_raw", "server_line"]
 

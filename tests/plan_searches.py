@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deconvd.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, UnavailableError
 from tests.cgroups import Cgroup
 from tests.processes import wait_until

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 
 __all__ = ["CardTensor", "StandIn", "Tensor"]
 
@@ -40,7 +40,7 @@ class CardTensor:
 
 
 class StandIn:
-    """See `deconvd_client.frameworks.Framework`. It counts what it has turned into arrays."""
+    """See `deconvd_client.frameworks.framework.Framework`. It counts what it has turned into arrays."""
 
     def __init__(self) -> None:
         self.arrays_count = 0

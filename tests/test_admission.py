@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError, UnavailableError
-from deconvd_server.admission import Admission, Load
-from deconvd_server.call import Call
+from deconvd_server.call.context import Call
 from deconvd_server.device import TURN_S
-from deconvd_server.waiting_line import RETRY_AFTER_S
+from deconvd_server.engine.admission import Admission, Load
+from deconvd_server.engine.waiting_line import RETRY_AFTER_S
 from tests.processes import wait_until
 
 TIMEOUT_S = 30

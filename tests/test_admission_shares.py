@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from deconvd.errors import ExhaustedError, UnavailableError
-from deconvd_server.admission import Admission, Both, Load
-from deconvd_server.call import Call
+from deconvd_server.call.context import Call
+from deconvd_server.engine.admission import Admission, Both, Load
 from tests.processes import wait_until
 
 MIB = 1 << 20

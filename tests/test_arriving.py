@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deconvd.errors import CallCancelledError
-from deconvd_server.call import Call
+from deconvd_server.call.context import Call
 from deconvd_server.device import arriving as module
 from deconvd_server.device.arriving import (
     Following,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, DeadlineError, UnavailableError
 from tests.lines import CLEAN, Fault, Line, Proxy, Way, bad_line, deaf_server
 from tests.processes import held_by, wait_until
@@ -194,7 +194,7 @@ def test_a_connection_is_closed_although_its_server_takes_nothing() -> None:
 
 
 def test_a_connection_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deconvd_client.channel, "_UNTAKEN_S", 1)
+    monkeypatch.setattr("deconvd_client.transports.grpc.channel._UNTAKEN_S", 1)
     with deaf_server() as target, connected(target) as F:
         with pytest.raises(UnavailableError):
             F.deconvolution_2d(LARGE, TWICE)

@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cpu.blocking import Blocking, Ranges
 
 CACHE_ELEMENTS = 2**18  # of float32, a mebibyte: what a core's second-level cache has at least

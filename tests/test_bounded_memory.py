@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import Method
+from deconvd.direct.events import Method
 from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
-from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
-from deconvd.messages import message_from_geometry
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import message_from_array, message_from_spec
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client.server_info import DeviceDescription
 from tests.direct_calls import failure, open_line, send_call
 from tests.processes import limit_address_space, memory_bytes, peak_memory_bytes, wait_until
@@ -125,8 +125,8 @@ def test_small_answers_that_nobody_reads_keep_nobody_waiting(server: ServerProce
 
 def test_an_answer_that_nobody_reads_is_cut_in_the_end(tmp_path: Path) -> None:
     constants = {
-        "deconvd_server.gate:STALL_LIMIT_S": 1.0,
-        "deconvd_server.gate:_SLOWEST_BYTES_PER_S": 1e9,
+        "deconvd_server.transports.grpc.handlers:STALL_LIMIT_S": 1.0,
+        "deconvd_server.transports.grpc.handlers:_SLOWEST_BYTES_PER_S": 1e9,
     }
     message = answered_with(64 * MIB).SerializeToString()
     with (

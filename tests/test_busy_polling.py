@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd import busy_polling
-from deconvd.busy_polling import BusyPolling
-from deconvd.byte_stream import SocketStream
-from deconvd.direct_events import Written
-from deconvd.line_errors import LineClosedError, LineTimeoutError
-from deconvd_server.attention import Attention
+from deconvd.direct import busy_polling
+from deconvd.direct.busy_polling import BusyPolling
+from deconvd.direct.byte_stream import SocketStream
+from deconvd.direct.connection_errors import LineClosedError, LineTimeoutError
+from deconvd.direct.events import Written
+from deconvd_server.transports.direct.last_caller import Attention
 from tests.line_pairs import early_ends
 from tests.servers import server_process
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.byte_stream import SocketStream
-from deconvd.line_errors import LineClosedError, LineTimeoutError
+from deconvd.direct.byte_stream import SocketStream
+from deconvd.direct.connection_errors import LineClosedError, LineTimeoutError
 
 _HIGH_DESCRIPTOR = 1500
 """Beyond FD_SETSIZE, and below what systems allow."""

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from deconvd_server.cache import Cache, Entry, Resource, State
+from deconvd_server.resources.cache import Cache, Entry, Resource, State
 
 StrCache = Cache[str, str]
 

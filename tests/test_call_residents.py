@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from deconvd.problem import TensorSpec
-from deconvd_server.call import Call
+from deconvd.model.problem import TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.residents import CallResidents
 from tests.keepers import house
 

@@ -9,8 +9,9 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deconvd import codec
-from deconvd.codec import (
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire import codec
+from deconvd.wire.codec import (
     Envelope,
     chunk_from_bytes,
     chunk_to_bytes,
@@ -18,7 +19,6 @@ from deconvd.codec import (
     encode,
     missing_chunk_to_bytes,
 )
-from deconvd.v1 import deconvd_pb2 as pb
 from tests.wire import UNKNOWN_FIELDS, varint
 
 LARGE = bytes(range(256)) * 65  # 16,640 bytes: past the size from which messages are framed by hand

@@ -17,7 +17,7 @@ import deconvd_client
 from deconvd.command_line import variable_of
 from deconvd_client.cli import main as deconvd
 from deconvd_server.__main__ import main as deconvd_server
-from deconvd_server.options import ByteSize, unknown_variables
+from deconvd_server.command_options import ByteSize, unknown_variables
 from tests.servers import server_process
 
 OPTIONS = [

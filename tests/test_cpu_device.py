@@ -15,15 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
-from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients
-from deconvd.operation import DECONVOLVE
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.gradients import Gradients
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec, spec_of
+from deconvd_server.call.context import Call
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cpu import device as cpu_device
 from deconvd_server.device.cpu.blocking import is_small

@@ -14,12 +14,14 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.direct_events import Method
+from deconvd.direct.events import Method
 from deconvd.errors import ExhaustedError
-from deconvd.grpc_status import error_from_rpc
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.residents.counting import counted_bytes, names_limit
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.tensor import message_from_spec
+from deconvd_server.residents.quotas import counted_bytes, names_limit
 from tests.direct_calls import open_line, send_call
 from tests.holders import Holder, by_digest, by_handle, holder, raw
 from tests.processes import memory_bytes, wait_until

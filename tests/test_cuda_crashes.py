@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.geometry import Geometry
-from deconvd.options import Options
-from deconvd.problem import Problem
-from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, spec_of
+from deconvd_server.call.context import Call
 from deconvd_server.device.cpu import CpuDevice
 from tests.devices import deconvolve
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection
 from deconvd_server.daemon import Daemon
 from deconvd_server.settings import Settings

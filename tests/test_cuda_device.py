@@ -15,35 +15,34 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.direct.connection_errors import LineBrokenError
+from deconvd.direct.frame_stream import Line, tell_written
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
-from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients
-from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
-from deconvd.line import Line, tell_written
-from deconvd.line_errors import LineBrokenError
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.gradients import Gradients
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem, TensorSpec, spec_of
+from deconvd.wire.ledger import FOLLOW_ENTRY, METADATA_KEY
+from deconvd_server.call.context import Call
 from deconvd_server.device import Operand
 from deconvd_server.device import arriving as device_arriving
 from deconvd_server.device.arriving import LateError, wait_for
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.writing import Writing
+from deconvd_server.transports.direct.write_progress import Writing
 from tests import definition
 from tests.devices import Wanted, arriving, deconvolve, gradients, runner
 from tests.golden import GoldenCase, golden_cases, tolerance
 from tests.line_pairs import early_ends
 
 if TYPE_CHECKING:
+    from deconvd_server.device.cuda.api.runtime import Graph, Stream
     from deconvd_server.device.cuda.device import CudaDevice, Limits
-    from deconvd_server.device.cuda.runtime import Graph, Stream
 else:
     pytest.importorskip("cupy")
+    from deconvd_server.device.cuda.api.runtime import Graph, Stream
     from deconvd_server.device.cuda.device import CudaDevice, Limits
-    from deconvd_server.device.cuda.runtime import Graph, Stream
 
 pytestmark = pytest.mark.gpu
 

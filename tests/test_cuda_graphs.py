@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from deconvd_server.device.cuda.graphs import Graphs
+from deconvd_server.device.cuda.execution.graph_cache import Graphs
 
 
 class Card:

@@ -8,8 +8,8 @@ import mmap
 import numpy as np
 import pytest
 
-from deconvd.tensor import Array
-from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
+from deconvd.model.dtypes import Array
+from deconvd_server.device.cuda.api.host_memory import HostMemory, HostPlaces
 
 PAGES = 8
 SIZE_BYTES = PAGES * mmap.PAGESIZE

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deconvd.errors import ExhaustedError
-from deconvd_server.device.cuda.memory import ALIGNMENT_BYTES, DeviceMemory, Regions
+from deconvd_server.device.cuda.api.memory import ALIGNMENT_BYTES, DeviceMemory, Regions
 
 
 class Block:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cuda.plan import Product
 from tests.devices import Wanted, deconvolve, gradients

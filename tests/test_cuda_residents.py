@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from deconvd.errors import LostTensorError
-from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
-from deconvd.messages import message_from_geometry
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.messages import message_from_geometry
 from tests.holders import Holder, array_of, by_handle, holder, raw
 from tests.servers import ServerProcess, server_process
 

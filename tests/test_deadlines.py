@@ -13,7 +13,7 @@ import pytest
 
 import deconvd_client
 from deconvd_client import Connection, DeadlineError, DeconvdError
-from deconvd_client.deadline import Deadline
+from deconvd_client.calls.deadline import Deadline
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process, stopped
 

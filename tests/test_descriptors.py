@@ -18,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
-from deconvd_server.descriptors import DescriptorGuard, _longest_idle
+from deconvd_server.resources.descriptors import DescriptorGuard, _longest_idle
 from tests.direct_calls import calls_path, told_by
 from tests.processes import held_by
 from tests.servers import ServerProcess, server_process
@@ -85,7 +85,7 @@ def test_connections_to_unix_sockets_are_found_too(tmp_path: Path) -> None:
 
 
 def test_a_soft_limit_is_raised_to_the_hard_one(tmp_path: Path) -> None:
-    script = "import resource, sys; from deconvd_server.descriptors import raise_limit; "
+    script = "import resource, sys; from deconvd_server.resources.descriptors import raise_limit; "
     script += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 200)); print(raise_limit())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "200\n"

@@ -8,25 +8,24 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import (
     CallCancelledError,
     ExhaustedError,
     InvalidArgumentError,
     UnavailableError,
 )
-from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.gradients import Gradients
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec, spec_of
+from deconvd_server.call.context import Call
 from deconvd_server.device import Device, DeviceTensor, Tensor
 from deconvd_server.device import cuda as cuda_device
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.tensor import never
-from deconvd_server.engine import Engine, Engines
+from deconvd_server.engine.engine import Engine, Engines
 from tests.devices import Wanted, deconvolve, gradients
 
 FLOAT32 = np.dtype(np.float32)

@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct_events import (
+from deconvd.direct.connection_errors import LineBrokenError
+from deconvd.direct.events import (
     ANY_INSTANCE,
     Answer,
     CallHead,
@@ -33,6 +34,7 @@ from deconvd.direct_events import (
     Method,
     frame,
 )
+from deconvd.direct.frame_stream import FrameSource, Line
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -40,17 +42,16 @@ from deconvd.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from deconvd.line import FrameSource, Line
-from deconvd.line_errors import LineBrokenError
-from deconvd.parts import Ahead, Elements, PartReader, elements_part
-from deconvd.problem import TensorSpec
-from deconvd.status import error_from_status, status_from_error
-from deconvd.tensor import message_from_array, message_from_spec, spec_of
+from deconvd.model.problem import TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import Connection, direct, direct_ways
-from deconvd_client.direct import DirectTransport
-from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
-from deconvd_client.transport import Conversation, NoLineError
+from deconvd.wire.status import error_from_status, status_from_error
+from deconvd.wire.stream_parts import Ahead, Elements, PartReader, elements_part
+from deconvd.wire.tensor import message_from_array, message_from_spec
+from deconvd_client import Connection
+from deconvd_client.calls.transport import Conversation, NoLineError
+from deconvd_client.transports.direct import connectors, pool
+from deconvd_client.transports.direct.connectors import TcpWay, UnixWay, way_to
+from deconvd_client.transports.direct.pool import DirectTransport
 from deconvd_server.exit_codes import ExitCode
 from tests.deadlines import soon
 from tests.direct_calls import (
@@ -538,8 +539,8 @@ def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -
 @pytest.fixture
 def hopeful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let clients hope for a minute that a line is opened over TCP."""
-    monkeypatch.setattr(direct_ways, "_TCP_S", 60)
-    monkeypatch.setattr(direct, "_OPEN_S", 60)
+    monkeypatch.setattr(connectors, "_TCP_S", 60)
+    monkeypatch.setattr(pool, "_OPEN_S", 60)
 
 
 @pytest.mark.usefixtures("hopeful")

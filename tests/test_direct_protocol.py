@@ -12,8 +12,13 @@ from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd import direct_events
-from deconvd.direct_events import (
+from deconvd.direct import events
+from deconvd.direct.connection_errors import (
+    LineClosedError,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from deconvd.direct.events import (
     ANY_INSTANCE,
     FRAME_HEAD_BYTES,
     MAX_MESSAGE_BYTES,
@@ -29,10 +34,9 @@ from deconvd.direct_events import (
     Written,
     frame,
 )
-from deconvd.direct_protocol import TRANSITIONS, DirectProtocol, Role, State
-from deconvd.line_errors import LineClosedError, LocalProtocolError, RemoteProtocolError
-from deconvd.parts import Ahead
+from deconvd.direct.protocol import TRANSITIONS, DirectProtocol, Role, State
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.stream_parts import Ahead
 from tests.direct_calls import REQUEST, calls_path
 from tests.servers import ServerProcess
 
@@ -342,7 +346,7 @@ def test_an_end_of_a_request_beside_a_part_of_the_response_is_not_forgotten(
         end.send(End())  # as another thread may
         return MessagePart(payload)
 
-    monkeypatch.setitem(direct_events.PARSERS, FrameKind.MESSAGE, parse)
+    monkeypatch.setitem(events.PARSERS, FrameKind.MESSAGE, parse)
     heard(end, MessagePart(b"a").pack())
 
     assert end.state is State.RESPONDING

@@ -20,10 +20,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
-from deconvd.geometry import Geometry
-from deconvd.messages import message_from_geometry
+from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.messages import message_from_geometry
 from deconvd_client import UnavailableError
 from deconvd_server.exit_codes import ExitCode
 from tests.holders import holder, raw

@@ -14,20 +14,22 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd import copying
-from deconvd.direct_events import FRAME_HEAD_BYTES, Answer, CallHead, FrameKind, Method, frame
+from deconvd.direct.connection_errors import LineBrokenError
+from deconvd.direct.events import FRAME_HEAD_BYTES, Answer, CallHead, FrameKind, Method, frame
+from deconvd.direct.frame_stream import Line, tell_written
 from deconvd.errors import DeadlineError, ExhaustedError, InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.line import Line, tell_written
-from deconvd.line_errors import LineBrokenError
-from deconvd.messages import message_from_geometry
-from deconvd.problem import Problem
-from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
-from deconvd.trials import Trials
+from deconvd.host import parallel_copy
+from deconvd.host.adaptive_backoff import Trials
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import Connection, direct
-from deconvd_client.late_copy import LateCopy, SharedOperand
+from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.tensor import message_from_array, message_from_spec
+from deconvd_client import Connection
+from deconvd_client.calls.overlapped_copy import LateCopy, SharedOperand
 from deconvd_client.shared_memory import Borrower
+from deconvd_client.transports.direct import pool
 from deconvd_server.exit_codes import ExitCode
 from tests.deadlines import soon
 from tests.direct_calls import (
@@ -66,7 +68,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(size_bytes)
         tell_written(line, size_bytes)
 
-    monkeypatch.setattr(direct, "tell_written", tell)
+    monkeypatch.setattr(pool, "tell_written", tell)
     return sizes
 
 
@@ -131,7 +133,7 @@ class TestClient:
         monkeypatch: pytest.MonkeyPatch,
         processors_count: int,
     ) -> None:
-        monkeypatch.setattr("deconvd.copying.processors_count", lambda: processors_count)
+        monkeypatch.setattr("deconvd.host.parallel_copy.processors_count", lambda: processors_count)
         x = np.concatenate([random_x(seed) for seed in range(6)])
         with directly_connected(server) as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
@@ -168,7 +170,7 @@ class TestClient:
             assert line.has_come(30)
 
         monkeypatch.setattr(LateCopy, "make", watched)
-        monkeypatch.setattr(direct, "tell_written", refused_by_now)
+        monkeypatch.setattr(pool, "tell_written", refused_by_now)
         x = np.concatenate([random_x()] * 4)
         with server_process(
             tmp_path, "--device-memory-bytes", "16Mi", "--log-level", "debug"
@@ -191,7 +193,7 @@ class TestClient:
             broken.append(size_bytes)
             tell_written(line, size_bytes)
 
-        monkeypatch.setattr(direct, "tell_written", tell)
+        monkeypatch.setattr(pool, "tell_written", tell)
         with directly_connected(server) as F:
             for seed in range(4):
                 wait_until(lambda: goes_directly(F, server))  # there is a line again
@@ -207,7 +209,7 @@ class TestClient:
         with directly_connected(server) as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
             with monkeypatch.context() as interrupted:
-                interrupted.setattr(direct, "tell_written", _interrupt)
+                interrupted.setattr(pool, "tell_written", _interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     F.deconvolution_2d(x, W)
             wait_until_idle(server)
@@ -245,7 +247,7 @@ class TestClient:
         np.testing.assert_array_equal(target, source)
 
     def test_the_end_of_each_operand_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(copying, "processors_count", lambda: 1)  # piece by piece
+        monkeypatch.setattr(parallel_copy, "processors_count", lambda: 1)  # piece by piece
         sizes_bytes = (2 << 20, 40 << 20)
         arrays = [(np.zeros(n, np.uint8), np.ones(n, np.uint8)) for n in sizes_bytes]
         copy = LateCopy(

@@ -9,18 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deconvd.geometry import Geometry
-from deconvd.line import Line, tell_written
-from deconvd.operation import Operation
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.direct.frame_stream import Line, tell_written
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import Operation
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.device import DeviceInfo, Operand, Tensor
 from deconvd_server.device.arriving import Arriving, array_in, wait_for
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine
-from deconvd_server.writing import Writing
+from deconvd_server.engine.engine import Engine
+from deconvd_server.transports.direct.write_progress import Writing
 from tests.devices import Wanted, arriving, deconvolve, gradients
 from tests.line_pairs import early_ends
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from deconvd.errors import ExhaustedError
-from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.admission import Admission
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.engine import Engine
 
 MIB = 1 << 20
 F32 = np.dtype(np.float32)

@@ -17,11 +17,11 @@ from grpc_health.v1 import health_pb2
 
 import deconvd_client
 from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
-from deconvd.geometry import Geometry
-from deconvd.messages import message_from_geometry
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.messages import message_from_geometry
 from deconvd_client import Connection
 from tests.holders import described
 from tests.processes import is_at_rest, wait_until

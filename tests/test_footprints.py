@@ -8,17 +8,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from deconvd.dtypes import BFLOAT16
-from deconvd.geometry import Geometry
-from deconvd.operation import OPERATIONS, Operation, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import BFLOAT16, Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import OPERATIONS, Operation, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.device.cuda.frame import Frame
-from deconvd_server.device.cuda.sizing import Sizing
-from deconvd_server.engine import Engine
+from deconvd_server.device.cuda.execution.device_layout import Frame
+from deconvd_server.device.cuda.memory_estimate import Sizing
+from deconvd_server.engine.engine import Engine
 from tests.test_cpu_device import problem_of
 
 F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)

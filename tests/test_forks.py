@@ -9,12 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deconvd.forks import (
-    UnforkedWork,
-    begin_anew_in_children,
-    new_lock,
-    new_reentrant_lock,
-)
+from deconvd.host.forks import UnforkedWork, begin_anew_in_children, new_lock, new_reentrant_lock
 from tests.processes import exit_code
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

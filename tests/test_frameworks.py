@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deconvd.tensor import Array
-from deconvd_client import Connection, InvalidArgumentError, frameworks
-from deconvd_client.frameworks import framework_of, host_array
+from deconvd.model.dtypes import Array
+from deconvd_client import Connection, InvalidArgumentError
+from deconvd_client.frameworks import framework
+from deconvd_client.frameworks.framework import framework_of, host_array
 from tests.stand_in import CardTensor, StandIn, Tensor
 
 random = np.random.default_rng(0)
@@ -31,10 +32,10 @@ def opened() -> Iterator[list[StandIn]]:
         found.append(StandIn())
         return found[-1]
 
-    frameworks.register("tests", open_framework)
+    framework.register("tests", open_framework)
     yield found
-    del frameworks._registered["tests"]
-    frameworks._framework_of_type.cache_clear()
+    del framework._registered["tests"]
+    framework._framework_of_type.cache_clear()
 
 
 def elements(tensor: object) -> Array:

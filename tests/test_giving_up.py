@@ -11,15 +11,16 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.chunks import chunks_of
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem
-from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.chunks import chunks_of
+from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.backend import STREAMS_COUNT, Backend
-from deconvd_server.call import Call
+from deconvd_server.call.context import Call
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.settings import Settings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from tests.processes import peak_memory_bytes, watched_memory
 from tests.servers import server_process
 

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client import Connection
 from tests.processes import held_by, lent_bytes, wait_until
 from tests.servers import ServerProcess, server_process

@@ -17,11 +17,11 @@ from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from deconvd.direct_events import Answer, Failed, FrameKind, MessagePart, Method
-from deconvd.line_errors import LineBrokenError
-from deconvd.tensor import message_from_array
+from deconvd.direct.connection_errors import LineBrokenError
+from deconvd.direct.events import Answer, Failed, FrameKind, MessagePart, Method
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.tensor import message_from_array
 from deconvd_server.log_text import LogFormatter, excerpt
 from tests.direct_calls import REQUEST, X, open_line, send_call, serves, told_by
 from tests.line_pairs import send_raw

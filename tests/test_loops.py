@@ -13,13 +13,13 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.digest import digest_of
-from deconvd.direct_events import End, FrameKind, Method, frame
+from deconvd.direct.events import End, FrameKind, Method, frame
+from deconvd.direct.frame_stream import Line
 from deconvd.errors import DeadlineError, InvalidArgumentError
-from deconvd.geometry import MAX_EXTENT
-from deconvd.line import Line
+from deconvd.model.geometry import MAX_EXTENT
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.digest import digest_of
 from tests.direct_calls import answer, failure, open_line, send_call, wait_until_idle
 from tests.holders import described
 from tests.line_pairs import send_raw

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
-from deconvd.chunks import ChunkSource
-from deconvd.codec import MAX_REST_BYTES, decode
 from deconvd.errors import ExhaustedError
-from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.chunks import ChunkSource
+from deconvd.wire.codec import MAX_REST_BYTES, decode
+from deconvd.wire.tensor import message_from_array
 from tests.direct_calls import REQUEST, W
 from tests.processes import memory_bytes, peak_memory_bytes
 from tests.servers import ServerProcess

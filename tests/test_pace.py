@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd_server.call import Call
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.device.cpu import CpuDevice, pace
 from deconvd_server.device.cpu.pace import Pace, links_count
 

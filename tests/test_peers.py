@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd_server.peers import counted_by_connection, counted_by_grpc
+from deconvd_server.resources.peers import counted_by_connection, counted_by_grpc
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.digest import digest_of
 from deconvd.errors import (
     ExhaustedError,
     LostSessionError,
@@ -25,9 +24,12 @@ from deconvd.errors import (
     StaleRegionError,
     UnavailableError,
 )
-from deconvd.grpc_status import error_from_rpc
-from deconvd.tensor import Array, elements_of, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.digest import digest_of
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.tensor import elements_of, message_from_spec
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.daemon import Daemon
 from deconvd_server.device import DeviceInfo

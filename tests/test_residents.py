@@ -20,7 +20,7 @@ import pytest
 
 import deconvd_client
 from benchmarks.wire import Wire, counted
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, InvalidArgumentError, LostTensorError, RemoteTensor
 from tests.golden import GoldenCase, golden_cases
 from tests.holders import holder

@@ -16,19 +16,19 @@ import pytest
 
 import deconvd_client
 from deconvd import errors
-from deconvd.direct_events import Method
+from deconvd.direct.events import Method
 from deconvd.errors import CallCancelledError, DeconvdError
-from deconvd.ledger import ledger_in, parse_ledger
-from deconvd.status import error_from_status
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_client.direct_ways import way_to
-from deconvd_server.call import Call, CallerGoneError
+from deconvd.wire.ledger import ledger_in, parse_ledger
+from deconvd.wire.status import error_from_status
+from deconvd_client.transports.direct.connectors import way_to
+from deconvd_server.call.context import Call, CallerGoneError
+from deconvd_server.call.ledger import Stage
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.ledger import Stage
-from deconvd_server.serve import CallLog, Serving
 from deconvd_server.settings import Settings
+from deconvd_server.transports.serve import CallLog, Serving
 from tests.deadlines import soon
 from tests.devices import FailingDevice
 from tests.direct_calls import REQUEST, W, X, open_patiently, send_call

@@ -13,7 +13,7 @@ import deconvd_client
 from benchmarks.wire import Wire, counted
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
 from deconvd_client import Connection
-from deconvd_client.residents.keeper import Keeper, SessionState
+from deconvd_client.residents.session_thread import Keeper, SessionState
 from tests.deadlines import soon
 from tests.processes import wait_until
 from tests.servers import server_process

@@ -14,7 +14,7 @@ import pytest
 
 import deconvd_client
 from deconvd.errors import LostSessionError, UnavailableError
-from deconvd.grpc_status import error_from_rpc
+from deconvd.wire.grpc_status import error_from_rpc
 from deconvd_client import Connection
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice

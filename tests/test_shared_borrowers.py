@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.lending.protocol import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
 from deconvd_client import Connection
 from tests.lenders import child, lies_in_shared_memory
 from tests.servers import ServerProcess, server_process

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import Answer, CallHead, End, Method
+from deconvd.direct.connection_errors import LineBrokenError
+from deconvd.direct.events import Answer, CallHead, End, Method
+from deconvd.direct.frame_stream import Line, tell_written
 from deconvd.errors import UnavailableError
-from deconvd.line import Line, tell_written
-from deconvd.line_errors import LineBrokenError
-from deconvd.parts import elements_part
-from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.stream_parts import elements_part
+from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client.shared_memory import Borrower
 from tests.deadlines import soon
 from tests.direct_calls import (
@@ -56,8 +58,8 @@ def running(tmp_path: Path) -> Iterator[ServerProcess]:
 def hasty(tmp_path: Path) -> Iterator[ServerProcess]:
     """A server that waits for clients for a second where others wait for half a minute."""
     constants = {
-        "deconvd_server.call:STALL_LIMIT_S": STALL_S,
-        "deconvd_server.direct_line:_GREETING_S": STALL_S,
+        "deconvd_server.call.context:STALL_LIMIT_S": STALL_S,
+        "deconvd_server.transports.direct.connection:_GREETING_S": STALL_S,
     }
     with server_process(tmp_path, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
         yield server

@@ -30,11 +30,11 @@ from deconvd.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from deconvd.problem import TensorSpec
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.deadline import Deadline
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_client.calls.deadline import Deadline
 from deconvd_client.shared_memory import Borrower, SharedCall
 from deconvd_server.shared_memory import Lender, Limits
 from tests.deadlines import soon
@@ -588,7 +588,7 @@ x[...] = np.arange(x.size).reshape(x.shape)
 with SharedCall(borrower, soon()) as call:
     message = call.tensor(x)
     call.settle()
-    y = call.result(__import__("deconvd.problem").problem.TensorSpec(x.shape, x.dtype))
+    y = call.result(__import__("deconvd.model.problem").problem.TensorSpec(x.shape, x.dtype))
     say(message.SerializeToString().hex())
     say(y.place.region.hex(), y.place.offset_bytes)
     input()

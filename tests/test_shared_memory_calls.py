@@ -17,12 +17,13 @@ import pytest
 
 import deconvd_client
 from deconvd.errors import DeadlineError, InvalidArgumentError
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, message_from_array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.tensor import message_from_array
 from deconvd_client.shared_memory import Borrower, SharedCall
-from deconvd_client.shared_memory.calls import SharedResult
+from deconvd_client.shared_memory.shared_calls import SharedResult
 from tests.deadlines import soon
 from tests.lenders import lies_in_shared_memory
 from tests.processes import wait_until

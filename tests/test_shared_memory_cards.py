@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from deconvd.errors import ExhaustedError, InvalidArgumentError, StaleRegionError
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
+from deconvd.lending.protocol import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
 from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.device.cpu.tensor import HostTensor, array_of
-from deconvd_server.engine import Engine
+from deconvd_server.engine.engine import Engine
 from deconvd_server.shared_memory import CallTensors, Cards, Lender, Limits
 from tests.lenders import LIMITS, child, memory_side
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request, card_id
+from deconvd.lending.protocol import MAX_REPLY_BYTES, Answer, Operation, Reply, Request, card_id
 
 _REGIONS = st.binary(min_size=16, max_size=16)
 _SIZES = st.integers(0, 2**64 - 1)

@@ -24,19 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deconvd.errors import InvalidArgumentError, StaleRegionError
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import (
-    Answer,
-    Operation,
-    Reply,
-    Request,
-)
-from deconvd.shared_slice import SharedSlice
+from deconvd.lending.protocol import Answer, Operation, Reply, Request
+from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_server.resources.socket_file import Access
+from deconvd_server.resources.unix_listener import Purpose, SideSocket, open_alone, open_beside
 from deconvd_server.shared_memory import Lender, Limits
-from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
-from deconvd_server.unix_socket import Access
 from tests.lenders import MIB, Peer, Watch, child, lending, lent_tensor, memory_side
 from tests.servers import ServerProcess, server_process
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from deconvd.errors import CallCancelledError, StaleRegionError, UnavailableError
-from deconvd.shared_memory import Answer, Reply
-from deconvd_client.deadline import Deadline
-from deconvd_client.retries import PinnedTransportError
+from deconvd.lending.protocol import Answer, Reply
+from deconvd_client.calls.deadline import Deadline
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.shared_memory.link import Link, LinkLostError, LinkState
-from deconvd_client.shared_memory.loans import LenderState, Loans
+from deconvd_client.shared_memory.loan_thread import LenderState, Loans
+from deconvd_client.transports.retry_policy import PinnedTransportError
 from deconvd_server.shared_memory import Lender
 from tests.deadlines import soon
 from tests.interrupts import interrupted_everywhere

@@ -15,24 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deconvd.addresses import address_of
-from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError, StaleRegionError
-from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE
-from deconvd.problem import Problem, TensorSpec
-from deconvd.shared_memory import Answer, Operation, Reply, Request
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.host.array_address import address_of
+from deconvd.lending.protocol import Answer, Operation, Reply, Request
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked
-from deconvd_client.late_copy import LateCopy
+from deconvd.wire.codec import Envelope
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd.wire.tensor import message_from_spec
+from deconvd_client.calls.call_spec import Answered, Asked
+from deconvd_client.calls.overlapped_copy import LateCopy
 from deconvd_client.shared_memory import Borrower, SharedCall, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import HostRegion
 from deconvd_server.device.cpu.tensor import array_of
 from deconvd_server.shared_memory import CallTensors, Lender, Limits
-from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd_server.shared_memory.file_lifetimes import FileEnds
 from deconvd_server.shared_memory.loans import Account, Loans
 from deconvd_server.shared_memory.memory import Memory
 from tests.deadlines import soon

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import CallHead, End, Method
-from deconvd.line import Line
-from deconvd.line_errors import LineBrokenError
-from deconvd.parts import elements_part
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.direct.connection_errors import LineBrokenError
+from deconvd.direct.events import CallHead, End, Method
+from deconvd.direct.frame_stream import Line
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.stream_parts import elements_part
+from deconvd.wire.tensor import message_from_spec
 from tests.direct_calls import answer, line_from, told_by
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
@@ -52,7 +54,7 @@ def running(tmp_path: Path) -> Iterator[ServerProcess]:
 @pytest.fixture
 def hasty(tmp_path: Path) -> Iterator[ServerProcess]:
     """A server that waits for clients for a second where others wait for half a minute."""
-    constants = {"deconvd_server.call:STALL_LIMIT_S": STALL_S}
+    constants = {"deconvd_server.call.context:STALL_LIMIT_S": STALL_S}
     with server_process(tmp_path, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
         yield server
 

@@ -15,9 +15,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
-from deconvd.grpc_status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_status import error_from_rpc
 from deconvd_server.exit_codes import ExitCode
 from tests.cgroups import Cgroup, cgroup
 from tests.holders import holder

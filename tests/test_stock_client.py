@@ -18,9 +18,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from tests import definition

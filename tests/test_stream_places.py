@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from deconvd_server.admission import Admission
-from deconvd_server.call import Call
-from deconvd_server.stream_places import StreamPlaces
+from deconvd_server.call.context import Call
+from deconvd_server.engine.admission import Admission
+from deconvd_server.service.stream_places import StreamPlaces
 from tests.processes import wait_until
 
 ALL_BYTES = 100

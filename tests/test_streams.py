@@ -17,19 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.chunks import ChunkSource, chunks_of
 from deconvd.errors import ExhaustedError, InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.messages import message_from_geometry
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
-from deconvd.options import Options
-from deconvd.parts import PartReader
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import message_from_spec, spec_of
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.chunks import ChunkSource, chunks_of
+from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.stream_parts import PartReader
+from deconvd.wire.tensor import message_from_spec
 from deconvd_client import Connection
-from deconvd_server.requests import ParsedRequest, SlicedRequest, parse_stream_header
+from deconvd_server.service.parsed_request import ParsedRequest, SlicedRequest, parse_stream_header
 from tests.processes import peak_memory_bytes
 from tests.servers import ServerProcess, server_process
 

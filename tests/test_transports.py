@@ -10,27 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deconvd.direct_events import Method
+from deconvd.direct.events import Method
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.ledger import parse_ledger
-from deconvd.operation import DECONVOLVE
-from deconvd.options import Options
-from deconvd.parts import Part, PartReader, PartSource, elements_part
-from deconvd.problem import problem_of
-from deconvd.tensor import Array, array_from_message, message_from_array, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.options import Options
+from deconvd.model.problem import problem_of, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.advice import Advice
-from deconvd_client.asked import request_of
-from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
-from deconvd_client.deadline import Deadline
-from deconvd_client.direct import DirectTransport
-from deconvd_client.direct_ways import UnixWay
-from deconvd_client.grpc_transport import GrpcTransport
-from deconvd_client.late_copy import LateCopy
-from deconvd_client.rpcs import Rpcs
-from deconvd_client.stub import Failover
-from deconvd_client.transport import Conversation, NoLineError, Transport
+from deconvd.wire.ledger import parse_ledger
+from deconvd.wire.stream_parts import Part, PartReader, PartSource, elements_part
+from deconvd.wire.tensor import array_from_message, message_from_array
+from deconvd_client.calls.call_spec import request_of
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.overlapped_copy import LateCopy
+from deconvd_client.calls.transport import Conversation, NoLineError, Transport
+from deconvd_client.transports.direct.connectors import UnixWay
+from deconvd_client.transports.direct.pool import DirectTransport
+from deconvd_client.transports.failover import Failover
+from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES, open_channel
+from deconvd_client.transports.grpc.error_advice import Advice
+from deconvd_client.transports.grpc.rpcs import Rpcs
+from deconvd_client.transports.grpc.transport import GrpcTransport
 from tests.deadlines import soon
 from tests.direct_calls import REQUEST, W, told_by
 from tests.servers import ServerProcess, server_process, stopped

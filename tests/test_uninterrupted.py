@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deconvd_client.uninterrupted import Job, NotYetError, call_uninterrupted
+from deconvd_client.calls.uninterrupted import Job, NotYetError, call_uninterrupted
 from tests.interrupts import Outcome, interrupted_at_random, interrupted_everywhere
 from tests.processes import exit_code, wait_until
 

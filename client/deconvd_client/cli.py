@@ -15,11 +15,11 @@ import deconvd
 from deconvd.command_line import Command
 from deconvd.console import Group
 from deconvd.errors import DeconvdError, InvalidArgumentError
-from deconvd.options import UseCudnn
-from deconvd_client import arrays
+from deconvd.model.options import UseCudnn
+from deconvd_client import npy_files
 from deconvd_client.connection import connect
-from deconvd_client.nearest import TransportName
 from deconvd_client.server_info import DeviceDescription, ServerInfo
+from deconvd_client.transports.route import TransportName
 
 __all__ = ["main"]
 
@@ -131,15 +131,19 @@ def run(
         )
         for name, value in options.items():
             stack.enter_context(F.using_config(name, value))
-        operands = (arrays.load(x), arrays.load(w), None if bias is None else arrays.load(bias))
+        operands = (
+            npy_files.load(x),
+            npy_files.load(w),
+            None if bias is None else npy_files.load(bias),
+        )
         if grad is None:
             y = F.deconvolution_2d(*operands, stride, pad, outsize, dilate=dilate, groups=groups)
-            arrays.save(output, y)
+            npy_files.save(output, y)
         else:
             gradients = F.deconvolution_2d_grad(
-                *operands, arrays.load(grad), stride, pad, outsize, dilate=dilate, groups=groups
+                *operands, npy_files.load(grad), stride, pad, outsize, dilate=dilate, groups=groups
             )
-            arrays.save_all(output, gradients._asdict())
+            npy_files.save_all(output, gradients._asdict())
 
 
 @main.command(cls=Command)

@@ -9,13 +9,15 @@ from typing import SupportsIndex
 
 import numpy.typing as npt
 
-from deconvd.dtypes import element_type
-from deconvd.geometry import Geometry, IntOrPair
-from deconvd.gradients import Gradients
-from deconvd.malloc import learn_large_blocks
-from deconvd.problem import check_extents
-from deconvd.tensor import Array, spec_of
-from deconvd_client.arguments import (
+from deconvd.host.malloc import learn_large_blocks
+from deconvd.model.dtypes import Array, element_type
+from deconvd.model.geometry import Geometry, IntOrPair
+from deconvd.model.gradients import Gradients
+from deconvd.model.problem import check_extents, spec_of
+from deconvd_client.arguments import GRADIENTS, Operations
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.config import Config
+from deconvd_client.connect_options import (
     parse_dtype,
     parse_fail_fast,
     parse_max_message_bytes,
@@ -24,19 +26,16 @@ from deconvd_client.arguments import (
     parse_timeout,
     parse_transport,
 )
-from deconvd_client.channel import MAX_MESSAGE_BYTES
-from deconvd_client.config import Config
-from deconvd_client.deadline import Deadline
-from deconvd_client.frameworks import arrays_like, host_array
+from deconvd_client.frameworks.framework import arrays_like, host_array
 from deconvd_client.keywords import refuses_unknown_keywords
-from deconvd_client.nearest import TransportName
-from deconvd_client.operations import GRADIENTS, Operations
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
 from deconvd_client.residents import RemoteTensor
 from deconvd_client.server import Server
 from deconvd_client.server_info import ServerInfo
-from deconvd_client.targets import parse_target
+from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
+from deconvd_client.transports.route import TransportName
+from deconvd_client.transports.targets import parse_target
 
 __all__ = ["Connection", "connect"]
 

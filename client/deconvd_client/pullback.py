@@ -6,11 +6,11 @@ from collections.abc import Collection
 from typing import NoReturn
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.gradients import Gradients
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_client.frameworks import arrays_like
-from deconvd_client.operations import GRADIENTS, Operations
+from deconvd.model.dtypes import Array
+from deconvd.model.gradients import Gradients
+from deconvd.model.problem import Problem
+from deconvd_client.arguments import GRADIENTS, Operations
+from deconvd_client.frameworks.framework import arrays_like
 from deconvd_client.residents import Kept, RemoteTensor
 from deconvd_client.server import Server
 

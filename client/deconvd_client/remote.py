@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NoReturn, SupportsIndex
 
-from deconvd.geometry import Geometry, IntOrPair
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry, IntOrPair
+from deconvd_client.arguments import GRADIENTS, Operations
 from deconvd_client.keywords import refuses_unknown_keywords
-from deconvd_client.operations import GRADIENTS, Operations
 from deconvd_client.residents import Call, RemoteGradients, RemoteTensor
 from deconvd_client.server import Server
 

@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from deconvd.array_memory import ArrayMemory
-from deconvd.direct_events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
-from deconvd.forks import new_lock
-from deconvd.ledger import parse_ledger
-from deconvd.tensor import Array
-from deconvd.transport import unix_path
-from deconvd_client.advice import Advice
-from deconvd_client.asked import LastLedger
-from deconvd_client.calls import Calls
-from deconvd_client.channel import open_channel
-from deconvd_client.deadline import Deadline
-from deconvd_client.direct_ways import way_to
-from deconvd_client.grpc_transport import GrpcTransport
-from deconvd_client.nearest import Nearest, TransportName
-from deconvd_client.proxies import proxy_to
+from deconvd.direct.events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
+from deconvd.host.buffer_pool import ArrayMemory
+from deconvd.host.forks import new_lock
+from deconvd.model.dtypes import Array
+from deconvd.wire.grpc_options import unix_path
+from deconvd.wire.ledger import parse_ledger
+from deconvd_client.calls.call_spec import LastLedger
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.dispatch import Calls
 from deconvd_client.residents import Call, Kept, Residents
-from deconvd_client.retries import Retries
-from deconvd_client.rpcs import Rpcs
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
-from deconvd_client.side_sockets import memory_socket
-from deconvd_client.stub import Stub
+from deconvd_client.transports.direct.connectors import way_to
+from deconvd_client.transports.failover import Stub
+from deconvd_client.transports.grpc.channel import open_channel
+from deconvd_client.transports.grpc.error_advice import Advice
+from deconvd_client.transports.grpc.proxies import proxy_to
+from deconvd_client.transports.grpc.rpcs import Rpcs
+from deconvd_client.transports.grpc.transport import GrpcTransport
+from deconvd_client.transports.retry_policy import Retries
+from deconvd_client.transports.route import Nearest, TransportName
+from deconvd_client.transports.side_sockets import memory_socket
 
 if TYPE_CHECKING:
-    from deconvd_client.cards import Cards
+    from deconvd_client.card_calls import Cards
 
 __all__ = ["Server"]
 
@@ -153,7 +153,7 @@ class Server:
             yield "session open"
 
     def _opened_cards(self) -> Cards:
-        from deconvd_client.cards import Cards
+        from deconvd_client.card_calls import Cards
 
         with self._lock:
             if self._cards is None:

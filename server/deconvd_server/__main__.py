@@ -17,16 +17,16 @@ import click
 import deconvd
 from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
-from deconvd.malloc import keep_freed_memory
-from deconvd_server.budgets import LEAST_MESSAGE_BYTES, budgets
-from deconvd_server.descriptors import DescriptorGuard, raise_limit
+from deconvd.host.malloc import keep_freed_memory
+from deconvd_server.command_options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.device.faults import DeviceUnavailableError
-from deconvd_server.ends import Ends, ServingLostError
+from deconvd_server.exit_reasons import Ends, ServingLostError
 from deconvd_server.log_text import LogFormatter
-from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
+from deconvd_server.resources.budgets import LEAST_MESSAGE_BYTES, budgets
+from deconvd_server.resources.descriptors import DescriptorGuard, raise_limit
+from deconvd_server.resources.socket_file import Access
 from deconvd_server.settings import Settings
-from deconvd_server.unix_socket import Access
 
 try:
     from deconvd_server.daemon import Daemon

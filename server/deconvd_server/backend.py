@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
-from deconvd_server.behaviours import Behaviour
-from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
-from deconvd_server.direct import DirectServer
-from deconvd_server.engine import Engines
-from deconvd_server.listen import listen_beside, unix_sockets
-from deconvd_server.requests import SLICES_IN_FLIGHT
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.engine import Engines
 from deconvd_server.residents import Residents
-from deconvd_server.serve import Observer
-from deconvd_server.service import DeconvolutionService
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.socket_file import AddressInUseError
+from deconvd_server.resources.unix_listener import Purpose, SideSocket, open_alone, open_beside
+from deconvd_server.resources.worker_threads import Workers, WorkersExecutor
+from deconvd_server.service.deconvolution import DeconvolutionService
+from deconvd_server.service.method import Behaviour
+from deconvd_server.service.parsed_request import SLICES_IN_FLIGHT
+from deconvd_server.service.stream_places import StreamPlaces
 from deconvd_server.settings import Settings
 from deconvd_server.shared_memory import Cards, Lender, Limits
-from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
-from deconvd_server.stream_places import StreamPlaces
-from deconvd_server.unix_socket import AddressInUseError
-from deconvd_server.workers import Workers, WorkersExecutor
+from deconvd_server.transports.direct.server import DirectServer
+from deconvd_server.transports.listen import listen_beside, unix_sockets
+from deconvd_server.transports.serve import Observer
 
 __all__ = ["STREAMS_COUNT", "Backend"]
 

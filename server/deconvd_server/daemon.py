@@ -14,16 +14,16 @@ from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
-from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
-from deconvd_server.gate import CALLS_COUNT, Gate
-from deconvd_server.grpc_server import GrpcServer
-from deconvd_server.health import Health
-from deconvd_server.listen import bind, release
-from deconvd_server.reflection import reflection_handlers
-from deconvd_server.serve import CallLog, Observer
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.settings import Settings
-from deconvd_server.workers import Workers
+from deconvd_server.transports.grpc.handlers import CALLS_COUNT, Gate
+from deconvd_server.transports.grpc.health import Health
+from deconvd_server.transports.grpc.reflection import reflection_handlers
+from deconvd_server.transports.grpc.server import GrpcServer
+from deconvd_server.transports.listen import bind, release
+from deconvd_server.transports.serve import CallLog, Observer
 
 __all__ = ["Daemon", "State"]
 

@@ -12,8 +12,8 @@ from typing import Final, NoReturn
 
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.faults import DeviceLostError
-from deconvd_server.ends import Drained, Ends, ServingLostError
 from deconvd_server.exit_codes import ExitCode
+from deconvd_server.exit_reasons import Drained, Ends, ServingLostError
 
 __all__ = ["Drainer", "run"]
 

@@ -22,16 +22,15 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import Answer, Failed, Method
+from deconvd.direct.events import Answer, Failed, Method
+from deconvd.direct.frame_stream import Line
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
-from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
-from deconvd.line import Line
-from deconvd.problem import Problem
-from deconvd.status import error_from_status
-from deconvd.tensor import spec_of
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.status import error_from_status
 from deconvd_client import Connection
 from tests import definition
 from tests.direct_calls import REQUEST, W, X, answer, send_call

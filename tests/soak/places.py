@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from deconvd.direct_events import ANY_INSTANCE, Hello
-from deconvd.line import Line
+from deconvd.direct.events import ANY_INSTANCE, Hello
+from deconvd.direct.frame_stream import Line
 from tests.line_pairs import client_line
 
 __all__ = [

@@ -10,8 +10,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deconvd_server.budgets import PROCESS_BYTES, Budgets
-from deconvd_server.machine import memory_bytes
+from deconvd_server.resources.budgets import PROCESS_BYTES, Budgets
+from deconvd_server.resources.machine import memory_bytes
 from tests.cgroups import Cgroup
 from tests.processes import held_by, peak_memory_bytes
 from tests.servers import ServerProcess, server_process

@@ -7,18 +7,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deconvd.digest import digest_of
-from deconvd.operation import ARGUMENTS, Operation
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import ARGUMENTS, Operation
+from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Asked, Request, Response
-from deconvd_client.deadline import Deadline
-from deconvd_client.frameworks import host_array
-from deconvd_client.residents.contents import Contents
-from deconvd_client.residents.kept import Kept, KeptState
+from deconvd.wire.digest import digest_of
+from deconvd_client.calls.call_spec import Asked, Request, Response
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.frameworks.framework import host_array
+from deconvd_client.residents.known_digests import Contents
+from deconvd_client.residents.resident import Kept, KeptState
 from deconvd_client.residents.session import Handle
-from deconvd_client.residents.source import Source
+from deconvd_client.residents.source_array import Source
 
 __all__ = ["Attempt", "Call", "Means"]
 

@@ -6,11 +6,10 @@ from typing import NamedTuple, NoReturn
 
 import numpy.typing as npt
 
-from deconvd.dtypes import DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.tensor import Array
-from deconvd_client.residents.kept import Kept
-from deconvd_client.residents.residents import Residents
+from deconvd.model.dtypes import Array, DType
+from deconvd_client.residents.executor import Residents
+from deconvd_client.residents.resident import Kept
 
 __all__ = ["RemoteGradients", "RemoteTensor"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TypeVar
 
 from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
-from deconvd.forks import begin_anew_in_children, leave_to_parent, new_lock
+from deconvd.host.forks import begin_anew_in_children, leave_to_parent, new_lock
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.deadline import Deadline
-from deconvd_client.nearest import Nearest
-from deconvd_client.residents.keeper import Asking, Drop, Flush, Keeper, Mailbox, Opened
-from deconvd_client.uninterrupted import NotYetError, Promise
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.uninterrupted import NotYetError, Promise
+from deconvd_client.residents.session_thread import Asking, Drop, Flush, Keeper, Mailbox, Opened
+from deconvd_client.transports.route import Nearest
 
 __all__ = ["Handle", "Session"]
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deconvd.direct_events import Method
+from deconvd.direct.events import Method
 from deconvd.errors import CallCancelledError, StaleRegionError
-from deconvd.parts import Part, PartReader, PartSource, elements_parts
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.deadline import Deadline
-from deconvd_client.nearest import Nearest
+from deconvd.wire.stream_parts import Part, PartReader, PartSource, elements_parts
+from deconvd.wire.tensor import message_from_spec
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.transport import Conversation, LostLineError
 from deconvd_client.shared_memory import Borrower, SharedCall
-from deconvd_client.stub import Stub
-from deconvd_client.transport import Conversation, LostLineError
+from deconvd_client.transports.failover import Stub
+from deconvd_client.transports.route import Nearest
 
 __all__ = ["Transfers"]
 

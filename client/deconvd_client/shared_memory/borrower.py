@@ -8,7 +8,6 @@ from typing import Final, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from deconvd.dtypes import element_type
 from deconvd.errors import (
     DeadlineError,
     ExhaustedError,
@@ -18,13 +17,13 @@ from deconvd.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from deconvd.forks import begin_anew_in_children, new_lock
-from deconvd.problem import TensorSpec, check_extents
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array, spec_of
-from deconvd_client.deadline import Deadline
-from deconvd_client.shared_memory.loans import LenderState, Loan, Loans
-from deconvd_client.shared_memory.places import HOST, Place
+from deconvd.host.forks import begin_anew_in_children, new_lock
+from deconvd.model.dtypes import Array, element_type
+from deconvd.model.problem import TensorSpec, check_extents, spec_of
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.shared_memory.loan_thread import LenderState, Loan, Loans
+from deconvd_client.shared_memory.memory_kind import HOST, Place
 from deconvd_client.shared_memory.region import Block, Pool, Region
 
 __all__ = ["Borrower", "has_ended"]

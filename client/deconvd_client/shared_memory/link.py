@@ -10,8 +10,8 @@ from contextlib import suppress
 from enum import Enum
 from typing import Final
 
-from deconvd.forks import new_lock
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.host.forks import new_lock
+from deconvd.lending.protocol import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
 from deconvd_client.shared_memory.region import HostRegion
 
 __all__ = ["Link", "LinkLostError", "LinkState", "NeverLentError", "NotHereError", "NotLentError"]

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.problem import TensorSpec
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
 from deconvd_client.shared_memory.arena import Arena
 
 __all__ = ["Block", "HostRegion", "Pool", "Region", "State"]

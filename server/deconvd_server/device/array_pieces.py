@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 
 __all__ = ["PIECE_ELEMENTS", "copied", "piece_indices"]
 

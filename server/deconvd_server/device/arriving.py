@@ -15,8 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol, TypeAlias
 
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd_server.call.context import Call
 from deconvd_server.device.tensor import Tensor
 
 __all__ = [

@@ -7,11 +7,11 @@ from typing import Final
 
 import numpy as np
 
-from deconvd.copying import copy_into
-from deconvd.operation import spec_of_field
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.host.parallel_copy import copy_into
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import spec_of_field
+from deconvd.model.problem import Problem
+from deconvd_server.call.context import Call
 from deconvd_server.device.array_pieces import piece_indices
 from deconvd_server.device.pieces import piece_bytes, pieces
 from deconvd_server.device.protocol import Device

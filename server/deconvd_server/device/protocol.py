@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from deconvd.cache_state import CacheState
-from deconvd.operation import Operation
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import Operation
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd.wire.cache_state import CacheState
+from deconvd_server.call.context import Call
 from deconvd_server.device.arriving import Operand
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
@@ -54,7 +54,7 @@ class DeviceInfo:
 
 
 class Device(Protocol):
-    """Computes the operations of `deconvd.operation`. Its methods may be called from many threads.
+    """Computes the operations of `deconvd.model.operation`. Its methods may be called from many threads.
 
     Operands and places have the shapes and element types of the problem, and any mix of them may
     be in the device's memory. Those that are arrays may have any strides. Operands are in native

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
 
 __all__ = ["DeviceTensor", "LentMemory", "Tensor", "never"]
 

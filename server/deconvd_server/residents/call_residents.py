@@ -6,19 +6,19 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from deconvd.digest import DIGEST_BYTES
 from deconvd.errors import ExhaustedError, InvalidArgumentError
-from deconvd.operation import ARGUMENTS
-from deconvd.problem import TensorSpec
+from deconvd.model.operation import ARGUMENTS
+from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.call import Call
+from deconvd.wire.digest import DIGEST_BYTES
+from deconvd_server.call.context import Call
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.device.pieces import pieces
-from deconvd_server.engine import Engine
-from deconvd_server.residents.keeper import Keeper
-from deconvd_server.residents.kept import Kept
+from deconvd_server.engine.engine import Engine
+from deconvd_server.residents.entry import Kept
+from deconvd_server.residents.registry import Keeper
 from deconvd_server.residents.tenant import Session
-from deconvd_server.secret_names import new_name
+from deconvd_server.resources.capabilities import new_name
 
 __all__ = ["CallResidents"]
 

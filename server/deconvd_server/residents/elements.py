@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from deconvd.copying import copy_into
 from deconvd.errors import UnavailableError
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.host.parallel_copy import copy_into
+from deconvd.model.dtypes import Array
+from deconvd_server.call.context import Call
 from deconvd_server.device import DeviceTensor
-from deconvd_server.residents.kept import RETRY_AFTER_S, Kept
+from deconvd_server.residents.entry import RETRY_AFTER_S, Kept
 
 __all__ = ["check_there", "read_samples", "whole_array", "write_samples"]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from deconvd_server.device import Tensor
 from deconvd_server.device.tensor import never
-from deconvd_server.residents.counting import Quotas
-from deconvd_server.residents.kept import Kept, Shelf
+from deconvd_server.residents.entry import Kept, Shelf
+from deconvd_server.residents.quotas import Quotas
 
 __all__ = ["Garbage", "free"]
 

@@ -7,8 +7,8 @@ from functools import partial
 
 from deconvd.errors import ExhaustedError
 from deconvd_server.device import DeviceTensor
-from deconvd_server.residents.counting import Quotas
-from deconvd_server.residents.kept import Kept, Shelf
+from deconvd_server.residents.entry import Kept, Shelf
+from deconvd_server.residents.quotas import Quotas
 
 __all__ = ["Growth"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deconvd_server.call import Call
-from deconvd_server.engine import Engine, Engines
-from deconvd_server.residents.keeper import Keeper
+from deconvd_server.call.context import Call
+from deconvd_server.engine.engine import Engine, Engines
+from deconvd_server.residents.registry import Keeper
 from deconvd_server.residents.sessions import Reaper, SessionLimits, Sessions
 from deconvd_server.residents.tenant import Session
 

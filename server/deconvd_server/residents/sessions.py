@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from deconvd.errors import InvalidArgumentError, LostSessionError, UnavailableError
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
-from deconvd_server.secret_names import NAME_BYTES, Named, are_same, new_name
-from deconvd_server.shares import Place, Shares
+from deconvd_server.resources.capabilities import NAME_BYTES, Named, are_same, new_name
+from deconvd_server.resources.fair_shares import Place, Shares
 
 __all__ = ["Reaper", "SessionLimits", "Sessions"]
 

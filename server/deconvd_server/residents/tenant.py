@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from deconvd_server.shares import Place
+from deconvd_server.resources.fair_shares import Place
 
 __all__ = ["Session", "SessionState", "Tenant"]
 

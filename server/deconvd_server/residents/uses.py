@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from deconvd.errors import UnavailableError
-from deconvd_server.call import Call
-from deconvd_server.residents.kept import RETRY_AFTER_S, Kept
+from deconvd_server.call.context import Call
+from deconvd_server.residents.entry import RETRY_AFTER_S, Kept
 
 __all__ = ["Use", "Uses"]
 

@@ -13,12 +13,14 @@ from functools import partial
 from typing import Final
 
 from deconvd.errors import StaleRegionError, UnavailableError
-from deconvd.shared_memory import REGION_NAME_BYTES, Answer, Operation, Reply, Request
-from deconvd_server.listener import Listener
+from deconvd.lending.protocol import REGION_NAME_BYTES, Answer, Operation, Reply, Request
 from deconvd_server.log_text import excerpt
-from deconvd_server.peers import counted_by_connection
-from deconvd_server.shared_memory.cards import Borrowing, Cards
-from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd_server.resources.accept_loop import Listener
+from deconvd_server.resources.fair_shares import Place, Shares
+from deconvd_server.resources.peers import counted_by_connection
+from deconvd_server.resources.unix_listener import Peer, SideSocket, peer_of
+from deconvd_server.shared_memory.cuda_ipc import Borrowing, Cards
+from deconvd_server.shared_memory.file_lifetimes import FileEnds
 from deconvd_server.shared_memory.loans import (
     RESERVED_PART,
     Account,
@@ -28,8 +30,6 @@ from deconvd_server.shared_memory.loans import (
     Use,
 )
 from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
-from deconvd_server.shares import Place, Shares
-from deconvd_server.side_socket import Peer, SideSocket, peer_of
 
 __all__ = ["Lender"]
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import Answer
-from deconvd.shared_slice import SharedSlice
-from deconvd_server.cache import Entry, Resource
+from deconvd.lending.protocol import Answer
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
 from deconvd_server.device import Tensor
-from deconvd_server.secret_names import Named, new_name
+from deconvd_server.resources.cache import Entry, Resource
+from deconvd_server.resources.capabilities import Named, new_name
 
 __all__ = ["RESERVED_PART", "Account", "Lendable", "Limits", "Loans", "OverLimitError", "Use"]
 
@@ -75,7 +75,7 @@ class Account:
             while calls still use it, or while it still has it itself.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
-        peer: By what the client is counted, together with others. See `deconvd_server.peers`.
+        peer: By what the client is counted, together with others. See `deconvd_server.resources.peers`.
         used_s: When a call last began to use what it has, on the monotonic clock.
     """
 

@@ -12,11 +12,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from deconvd.addresses import PlacedArray, address_of
-from deconvd.problem import TensorSpec
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
-from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd.host.array_address import PlacedArray, address_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_server.shared_memory.file_lifetimes import FileEnds
 
 __all__ = ["Memory", "OnMap", "Unmap"]
 

@@ -9,7 +9,7 @@ from random import Random
 
 import grpc
 
-from deconvd.line import Line
+from deconvd.direct.frame_stream import Line
 from tests.holders import Holder
 from tests.lines import CLEAN, bad_line
 from tests.soak.hostile.http2 import Http2

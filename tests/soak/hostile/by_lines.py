@@ -6,8 +6,8 @@ import time
 from contextlib import suppress
 from random import Random
 
-from deconvd.direct_events import FRAME_HEAD, CallHead, FrameKind, Method, frame
-from deconvd.line import Line
+from deconvd.direct.events import FRAME_HEAD, CallHead, FrameKind, Method, frame
+from deconvd.direct.frame_stream import Line
 from deconvd.v1 import deconvd_pb2 as pb
 from tests.direct_calls import send_call
 from tests.line_pairs import send_raw

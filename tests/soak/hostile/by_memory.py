@@ -7,8 +7,8 @@ import os
 import socket
 from contextlib import suppress
 
-from deconvd.direct_events import Method
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.direct.events import Method
+from deconvd.lending.protocol import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
 from deconvd.v1 import deconvd_pb2 as pb
 from tests.direct_calls import answer, send_call
 from tests.soak.hostile.attack import Attacker, hostile

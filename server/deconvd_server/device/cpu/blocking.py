@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from deconvd.problem import Problem
+from deconvd.model.problem import Problem
 
 __all__ = [
     "Blocking",

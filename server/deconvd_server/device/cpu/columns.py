@@ -13,9 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deconvd.dtypes import DType
-from deconvd.problem import Problem
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array, DType
+from deconvd.model.problem import Problem
 from deconvd_server.device.cpu.blocking import ImageBlock
 
 __all__ = ["Links", "pixels_linked", "taps_linked"]

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from deconvd.array_memory import ArrayMemory
-from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
-from deconvd.malloc import LARGE_BYTES
-from deconvd.operation import Operation, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.budgets import budgets
-from deconvd_server.call import Call
+from deconvd.host.buffer_pool import ArrayMemory
+from deconvd.host.malloc import LARGE_BYTES
+from deconvd.host.parallel_copy import copy_into
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import Operation, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import Call
+from deconvd_server.call.ledger import Stage
 from deconvd_server.device.array_pieces import piece_indices
 from deconvd_server.device.arriving import Operand, require
 from deconvd_server.device.cpu.blocking import (
@@ -38,8 +38,8 @@ from deconvd_server.device.cpu.tensor import DEVICE_ID, HostTensor, array_of, ow
 from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products, set_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
-from deconvd_server.ledger import Stage
-from deconvd_server.machine import memory_bytes, processors_count
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.machine import memory_bytes, processors_count
 
 __all__ = ["CpuDevice"]
 

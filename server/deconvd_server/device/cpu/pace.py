@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from deconvd.problem import Problem
+from deconvd.model.problem import Problem
 
 __all__ = ["Pace", "links_count"]
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import Problem
+from deconvd_server.call.context import Call
 from deconvd_server.device.array_pieces import PIECE_ELEMENTS, copied
 from deconvd_server.device.cpu.blocking import Blocking, ImageBlock
 from deconvd_server.device.cpu.columns import Links, pixels_linked, taps_linked

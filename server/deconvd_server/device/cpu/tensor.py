@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec, spec_of
 from deconvd_server.device.tensor import DeviceTensor, Tensor, never
 
 __all__ = ["DEVICE_ID", "HostTensor", "array_of", "own", "plain"]

@@ -13,32 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 import deconvd
-from deconvd.array_memory import ArrayMemory
-from deconvd.operation import DECONVOLVE, Operation
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd_server.budgets import budgets
-from deconvd_server.call import Call
+from deconvd.host.buffer_pool import ArrayMemory
+from deconvd.model.operation import DECONVOLVE, Operation
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import Call
 from deconvd_server.device.arriving import Arriving, Operand, array_in, require_all
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.cudnn import Cudnn
-from deconvd_server.device.cuda.guard import Guard
-from deconvd_server.device.cuda.host_memory import HostMemory
-from deconvd_server.device.cuda.job import Job
-from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
-from deconvd_server.device.cuda.lanes import Lanes
-from deconvd_server.device.cuda.memory import DeviceMemory
-from deconvd_server.device.cuda.pipeline import count_parts
-from deconvd_server.device.cuda.plan import PRODUCTS, Plan, Product
-from deconvd_server.device.cuda.plans.bench import open_bench
-from deconvd_server.device.cuda.plans.book import PlanBook
-from deconvd_server.device.cuda.plans.builders import Builders
-from deconvd_server.device.cuda.plans.candidates import Candidates
-from deconvd_server.device.cuda.plans.chooser import Chooser
-from deconvd_server.device.cuda.plans.key import PlanKey
-from deconvd_server.device.cuda.plans.store import PlanStore
-from deconvd_server.device.cuda.prepared import Prepared, prepared
-from deconvd_server.device.cuda.runtime import (
+from deconvd_server.device.cuda.api.host_memory import HostMemory
+from deconvd_server.device.cuda.api.memory import DeviceMemory
+from deconvd_server.device.cuda.api.runtime import (
     Pool,
     Stream,
     current_device,
@@ -47,13 +31,29 @@ from deconvd_server.device.cuda.runtime import (
     synchronize,
     unregister_host,
 )
-from deconvd_server.device.cuda.sizing import Sizing
+from deconvd_server.device.cuda.card_tensors import CardTensors
+from deconvd_server.device.cuda.cudnn import Cudnn
+from deconvd_server.device.cuda.error_translation import Guard
+from deconvd_server.device.cuda.execution.job import Job
+from deconvd_server.device.cuda.execution.lane import ARENA_BYTES, PINNED_BYTES, Lane
+from deconvd_server.device.cuda.execution.lane_pool import Lanes
+from deconvd_server.device.cuda.execution.pipeline import count_parts
+from deconvd_server.device.cuda.memory_estimate import Sizing
+from deconvd_server.device.cuda.plan import PRODUCTS, Plan, Product
+from deconvd_server.device.cuda.plans.build_threads import Builders
+from deconvd_server.device.cuda.plans.candidates import Candidates
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.plan_cache import PlanBook
+from deconvd_server.device.cuda.plans.plan_timer import open_bench
+from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.plans.tuner import Chooser
 from deconvd_server.device.cuda.stats import CudaStats
-from deconvd_server.device.cuda.tensors import CardTensors
+from deconvd_server.device.cuda.tensors.prepacked import Prepared, prepared
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import Tensor
-from deconvd_server.machine import processors_count
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.machine import processors_count
 
 __all__ = ["CudaDevice", "Limits"]
 

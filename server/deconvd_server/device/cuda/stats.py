@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deconvd_server.device.cuda.memory import MemoryStats
-from deconvd_server.device.cuda.plans.book import BookStats
+from deconvd_server.device.cuda.api.memory import MemoryStats
+from deconvd_server.device.cuda.plans.plan_cache import BookStats
 from deconvd_server.device.protocol import CacheState
 
 __all__ = ["CudaStats"]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-from deconvd.dtypes import BFLOAT16, DType
-from deconvd.problem import Problem
+from deconvd.model.dtypes import BFLOAT16, DType
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, Scope
 from deconvd_server.device.cuda.cudnn.enums import (
     CROSS_CORRELATION,

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.cudnn.convolution import Layout, operation_graph
 from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, Scope
 from deconvd_server.device.cuda.cudnn.enums import Attribute, Behavior, Kind, Mode, Note, Type

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import math
 
-from deconvd.dtypes import BFLOAT16
-from deconvd.geometry import MAX_EXTENT, Pair
-from deconvd.problem import Problem
+from deconvd.model.dtypes import BFLOAT16
+from deconvd.model.geometry import MAX_EXTENT, Pair
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.launch import Kernel, element
 from deconvd_server.device.cuda.kernels.packing import Packing, padded
 from deconvd_server.device.cuda.kernels.steps import (

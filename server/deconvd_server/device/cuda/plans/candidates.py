@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from deconvd.options import UseCudnn
-from deconvd.problem import Problem
+from deconvd.model.options import UseCudnn
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.casting import CastPlan, uniform
-from deconvd_server.device.cuda.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.cudnn import Cudnn, CudnnError, CudnnPlan, Layout, Rules, Search
 from deconvd_server.device.cuda.cudnn.enums import Mode
 from deconvd_server.device.cuda.plan import Plan, Product
 from deconvd_server.device.cuda.plans.candidate import Candidate
+from deconvd_server.device.cuda.plans.casting import CastPlan, uniform
+from deconvd_server.device.cuda.plans.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
+from deconvd_server.device.cuda.plans.crop import WindowPlan, enlarged
 from deconvd_server.device.cuda.plans.key import PlanKey
-from deconvd_server.device.cuda.window import WindowPlan, enlarged
 
 __all__ = ["Candidates"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["PlanKey", "digest_of"]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from deconvd.options import UseCudnn
+from deconvd.model.options import UseCudnn
 from deconvd_server.device.cuda.plans.journal import Remnant, journal_in
 from deconvd_server.device.cuda.plans.key import PlanKey, digest_of
 
