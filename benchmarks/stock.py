@@ -114,7 +114,7 @@ def _torch_operator(device: str) -> _Operator:
 
 
 def _cpu_operator() -> _Operator:
-    from deconvd_server.call.context import Call
+    from deconvd_server.call.context import CallContext
     from deconvd_server.device.cpu import CpuDevice
 
     cpu = CpuDevice()
@@ -124,7 +124,7 @@ def _cpu_operator() -> _Operator:
         W_array = np.frombuffer(W, problem.W.dtype).reshape(problem.W.shape)
         y = np.empty(problem.y.shape, problem.y.dtype)
         operands = {"x": x_array, "w": W_array}
-        cpu.run(DECONVOLVE, problem, operands, {"y": y}, Options(), Call())
+        cpu.run(DECONVOLVE, problem, operands, {"y": y}, Options(), CallContext())
         return y.tobytes()
 
     return operator

@@ -19,7 +19,16 @@ from deconvd.wire.digest import digest_of
 from deconvd.wire.grpc_status import error_from_rpc
 from deconvd.wire.tensor import element_type_from_number, elements_of, message_from_spec
 
-__all__ = ["Holder", "array_of", "by_digest", "by_handle", "described", "error_of", "holder", "raw"]
+__all__ = [
+    "SessionClient",
+    "array_of",
+    "error_of",
+    "open_session",
+    "raw_tensor",
+    "tensor_by_digest",
+    "tensor_by_handle",
+    "tensor_header",
+]
 
 
 def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
@@ -27,26 +36,26 @@ def error_of(failure: pytest.ExceptionInfo[grpc.RpcError]) -> Any:
     return error_from_rpc(failure.value)
 
 
-def raw(array: Array) -> pb.Tensor:
+def raw_tensor(array: Array) -> pb.Tensor:
     """Return the message of an array with its elements."""
     message = message_from_spec(spec_of(array))
     message.raw = bytes(elements_of(array))
     return message
 
 
-def described(*shape: int) -> pb.Tensor:
+def tensor_header(*shape: int) -> pb.Tensor:
     """Return the message of a tensor of float32, without elements."""
     return pb.Tensor(element_type=pb.ELEMENT_TYPE_FLOAT32, shape=shape)
 
 
-def by_handle(array: Array, handle: bytes) -> pb.Tensor:
+def tensor_by_handle(array: Array, handle: bytes) -> pb.Tensor:
     """Return the message of an array that is kept under a handle."""
     message = message_from_spec(spec_of(array))
     message.resident.handle = handle
     return message
 
 
-def by_digest(array: Array) -> pb.Tensor:
+def tensor_by_digest(array: Array) -> pb.Tensor:
     """Return the message of an array by what it is."""
     message = message_from_spec(spec_of(array))
     message.digest.CopyFrom(digest_of(array))
@@ -60,35 +69,35 @@ def array_of(message: pb.Tensor, elements: bytes | None = None) -> Array:
     return flat.reshape(message.shape)
 
 
-class Holder:
+class SessionClient:
     """A client that holds a session."""
 
     def __init__(self, channel: grpc.Channel, tenant_key: bytes = b"", resume: bytes = b"") -> None:
         self.channel = channel
         self.stub = pb_grpc.DeconvolutionServiceStub(channel)
-        self._signs: SimpleQueue[pb.HoldSessionRequest | None] = SimpleQueue()
-        self._signs.put(pb.HoldSessionRequest(session=resume, tenant_key=tenant_key))
-        self.stream = self.stub.HoldSession(iter(self._signs.get, None))
+        self._heartbeats: SimpleQueue[pb.HoldSessionRequest | None] = SimpleQueue()
+        self._heartbeats.put(pb.HoldSessionRequest(session=resume, tenant_key=tenant_key))
+        self.stream = self.stub.HoldSession(iter(self._heartbeats.get, None))
         try:
             self.opened: pb.HoldSessionResponse = next(self.stream)
         except BaseException:
-            self._signs.put(None)
+            self._heartbeats.put(None)
             raise
         self.session: bytes = self.opened.session
 
-    def sign(self) -> None:
+    def send_heartbeat(self) -> None:
         """Give a sign of life."""
-        self._signs.put(pb.HoldSessionRequest())
+        self._heartbeats.put(pb.HoldSessionRequest())
 
     def close(self) -> None:
         """End the session, and wait until it has ended."""
-        self._signs.put(None)
+        self._heartbeats.put(None)
         assert list(self.stream) == []
 
-    def break_off(self) -> None:
+    def cancel(self) -> None:
         """Let the stream break."""
         self.stream.cancel()
-        self._signs.put(None)  # lets gRPC's thread that takes signs end
+        self._heartbeats.put(None)  # lets gRPC's thread that takes signs end
 
     def put(self, array: Array, chunk_bytes: int = 1 << 20) -> bytes:
         """Keep an array, and return its handle."""
@@ -115,25 +124,27 @@ class Holder:
         """Return what the server says of itself to the session."""
         return self.stub.GetServerInfo(pb.GetServerInfoRequest(session=self.session))
 
-    def kept_bytes(self) -> int:
+    def resident_bytes(self) -> int:
         """Return what all that is kept for its tenant counts for on the server's devices."""
-        return sum(cache.size_bytes for cache in self._kept())
+        return sum(cache.size_bytes for cache in self._resident_caches())
 
-    def kept_count(self) -> int:
+    def resident_count(self) -> int:
         """Return how many tensors are kept for its tenant on the server's devices."""
-        return sum(cache.count for cache in self._kept())
+        return sum(cache.count for cache in self._resident_caches())
 
-    def _kept(self) -> Iterator[pb.Cache]:
+    def _resident_caches(self) -> Iterator[pb.Cache]:
         for device in self.info().devices:
             yield from (cache for cache in device.caches if cache.name == "resident tensors")
 
 
 @contextmanager
-def holder(target: str, tenant_key: bytes = b"", resume: bytes = b"") -> Iterator[Holder]:
+def open_session(
+    target: str, tenant_key: bytes = b"", resume: bytes = b""
+) -> Iterator[SessionClient]:
     """Run a client for the block; its stream breaks at the end, if it is not closed before."""
     with grpc.insecure_channel(target) as channel:
-        held = Holder(channel, tenant_key, resume)
+        held = SessionClient(channel, tenant_key, resume)
         try:
             yield held
         finally:
-            held.break_off()
+            held.cancel()

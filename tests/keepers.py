@@ -10,14 +10,20 @@ import numpy as np
 
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine.engine import Engine, Engines
-from deconvd_server.residents import Keeper, Kept, Session, SessionLimits, Sessions
-from deconvd_server.residents.elements import whole_array
+from deconvd_server.residents import (
+    ResidentEntry,
+    ResidentRegistry,
+    Session,
+    SessionLimits,
+    Sessions,
+)
+from deconvd_server.residents.elements import read_array
 
-__all__ = ["KIB", "Clock", "House", "house"]
+__all__ = ["KIB", "Clock", "RegistryFixture", "make_registry_fixture"]
 
 KIB = 1 << 10
 
@@ -47,7 +53,7 @@ class Clock:
         return self.now_s
 
 
-class House:
+class RegistryFixture:
     """A keeper with its sessions and engines.
 
     Args:
@@ -64,12 +70,12 @@ class House:
             for number in range(devices_count)
         ]
         self.engines = Engines(devices, waiting_count=10)
-        self.keeper = Keeper(
+        self.keeper = ResidentRegistry(
             self.engines.all, lambda engine: device_bytes or engine.info.budget_bytes, host_bytes
         )
         self.clock = Clock()
         self.sessions = Sessions(
-            SessionLimits(8, self.LEASE_S, quota_bytes), self.keeper.end, self.clock
+            SessionLimits(8, self.LEASE_S, quota_bytes), self.keeper.end_session, self.clock
         )
 
     @property
@@ -83,51 +89,53 @@ class House:
 
     def put(
         self, session: Session, name: bytes, array: Array, engine: Engine | None = None
-    ) -> Kept:
+    ) -> ResidentEntry:
         """Keep an array under a name, and return it, not in use."""
         kept = self.make(session, array, engine)
         try:
-            self.keeper.name(kept, session, name)
+            self.keeper.bind_name(kept, session, name)
         finally:
             self.keeper.release(kept)
         return kept
 
-    def make(self, session: Session, array: Array, engine: Engine | None = None) -> Kept:
+    def make(self, session: Session, array: Array, engine: Engine | None = None) -> ResidentEntry:
         """Keep an array without a name, in use."""
         engine = engine or self.engine
-        kept = self.keeper.make(session, TensorSpec(array.shape, array.dtype), engine, Call())
+        kept = self.keeper.make(
+            session, TensorSpec(array.shape, array.dtype), engine, CallContext()
+        )
         assert not isinstance(kept.operand, np.ndarray)
-        engine.write(kept.operand, array, Call())
+        engine.write(kept.operand, array, CallContext())
         return kept
 
     def get(self, session: Session, name: bytes) -> Array:
         """Return the elements of what has a name."""
-        kept = self.keeper.by_name(session, name, "x", Call())
+        kept = self.keeper.acquire_by_name(session, name, "x", CallContext())
         try:
-            return whole_array(kept, Call()).copy()
+            return read_array(kept, CallContext()).copy()
         finally:
             self.keeper.release(kept)
 
-    def shelved_bytes(self, engine: Engine) -> list[int]:
+    def tier_bytes(self, engine: Engine) -> list[int]:
         """Return what counts on an engine's device, and beneath it, whoever's it is."""
-        shelf = self.keeper._shelving._shelves[engine.info.id]
-        return [each.used_bytes for each in (shelf, shelf.below) if each is not None]
+        shelf = self.keeper._placement._tiers[engine.info.id]
+        return [each.used_bytes for each in (shelf, shelf.lower_tier) if each is not None]
 
     def held_bytes(self) -> int:
         """Return what tensors hold of the devices."""
-        return sum(engine.load.held_bytes for engine in self.engines.all)
+        return sum(engine.load.reserved_bytes for engine in self.engines.all)
 
 
 @contextmanager
-def house(
+def make_registry_fixture(
     *,
     device_bytes: int | None = 64 * KIB,
     host_bytes: int = 0,
     quota_bytes: int = 1 << 30,
     devices_count: int = 1,
-) -> Iterator[House]:
+) -> Iterator[RegistryFixture]:
     """Run a house for the block, and see that nothing is left once all its sessions have ended."""
-    built = House(
+    built = RegistryFixture(
         device_bytes=device_bytes,
         host_bytes=host_bytes,
         quota_bytes=quota_bytes,
@@ -135,11 +143,11 @@ def house(
     )
     try:
         yield built
-        built.clock.now_s += 2 * House.LEASE_S
+        built.clock.now_s += 2 * RegistryFixture.LEASE_S
         built.sessions.expire()
         assert built.sessions.count == 0
         assert built.held_bytes() == 0
         for engine in built.engines.all:
-            assert built.shelved_bytes(engine) in ([0], [0, 0])
+            assert built.tier_bytes(engine) in ([0], [0, 0])
     finally:
         built.engines.close()

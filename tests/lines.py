@@ -15,7 +15,15 @@ from itertools import cycle
 
 from tests.http2 import frame
 
-__all__ = ["CLEAN", "Fault", "Line", "Proxy", "Way", "bad_line", "deaf_server"]
+__all__ = [
+    "CLEAN",
+    "Direction",
+    "Fault",
+    "FaultProxy",
+    "LinkConditions",
+    "faulty_proxy",
+    "unresponsive_server",
+]
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, and no time to linger
 
@@ -23,7 +31,7 @@ _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 4, 5  # of HTTP/2's settings
 _ALL_WINDOW_BYTES = 2**31 - 1
 
 
-class Way(Enum):
+class Direction(Enum):
     """A direction."""
 
     UP = "to the server"
@@ -39,7 +47,7 @@ class Fault(Enum):
 
 
 @dataclass(frozen=True)
-class Line:
+class LinkConditions:
     """How one connection behaves.
 
     Attributes:
@@ -52,15 +60,15 @@ class Line:
     pieces: tuple[int, ...] = (1 << 16,)
     pause_s: float = 0.0
     fault: Fault | None = None
-    way: Way = Way.UP
+    direction: Direction = Direction.UP
     after_bytes: int = 0
     hang_s: float | None = None
 
 
-CLEAN = Line()
+CLEAN = LinkConditions()
 
 
-class Proxy:
+class FaultProxy:
     """A TCP server that passes on what it gets. It runs in a thread of its own.
 
     Attributes:
@@ -79,7 +87,7 @@ class Proxy:
     def __init__(
         self,
         target: str,
-        lines: tuple[Line, ...],
+        lines: tuple[LinkConditions, ...],
         host: str,
         own_port: int,
         source: str | None = None,
@@ -105,7 +113,7 @@ class Proxy:
         self._loop.close()
 
     async def _run(self) -> None:
-        server = await asyncio.start_server(self._pass_on, sock=self._listener)
+        server = await asyncio.start_server(self._relay, sock=self._listener)
         await self._ended.wait()
         server.close()
         for end in self._ends:
@@ -113,7 +121,7 @@ class Proxy:
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others)
 
-    async def _pass_on(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+    async def _relay(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         line = self._lines[min(self.connections_count, len(self._lines) - 1)]
         self.connections_count += 1
         with suppress(OSError):  # one end has gone, so the other goes too
@@ -124,8 +132,8 @@ class Proxy:
             self._ends |= ends
             try:
                 await asyncio.gather(
-                    self._pump(line, Way.UP, near, forth, ends),
-                    self._pump(line, Way.DOWN, far, back, ends),
+                    self._pump(line, Direction.UP, near, forth, ends),
+                    self._pump(line, Direction.DOWN, far, back, ends),
                 )
             finally:
                 self._ends -= ends
@@ -134,28 +142,28 @@ class Proxy:
 
     async def _pump(
         self,
-        line: Line,
-        way: Way,
+        line: LinkConditions,
+        way: Direction,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         ends: set[asyncio.StreamWriter],
     ) -> None:
         sizes = cycle(line.pieces)
-        until_fault_bytes = line.after_bytes if line.fault and line.way is way else math.inf
+        until_fault_bytes = line.after_bytes if line.fault and line.direction is way else math.inf
         while data := await reader.read(next(sizes)):
             if line.pause_s:
                 await asyncio.sleep(line.pause_s)
             if until_fault_bytes <= len(data):
                 before, data = data[: int(until_fault_bytes)], data[int(until_fault_bytes) :]
                 writer.write(before)
-                await self._have_fault(line, ends)
+                await self._inject_fault(line, ends)
                 until_fault_bytes = math.inf
             until_fault_bytes -= len(data)
             writer.write(data)
             await writer.drain()
         writer.write_eof()
 
-    async def _have_fault(self, line: Line, ends: set[asyncio.StreamWriter]) -> None:
+    async def _inject_fault(self, line: LinkConditions, ends: set[asyncio.StreamWriter]) -> None:
         self.faults_count += 1
         if line.fault is Fault.HANG:
             with suppress(TimeoutError):
@@ -178,15 +186,15 @@ def _reset(end: asyncio.StreamWriter) -> None:
 
 
 @contextmanager
-def bad_line(
+def faulty_proxy(
     target: str,
-    *lines: Line,
+    *lines: LinkConditions,
     host: str = "127.0.0.1",
     own_port: int = 0,
     source: str | None = None,
-) -> Iterator[Proxy]:
+) -> Iterator[FaultProxy]:
     """Run a proxy before a server for the block."""
-    proxy = Proxy(target, lines, host, own_port, source)
+    proxy = FaultProxy(target, lines, host, own_port, source)
     try:
         yield proxy
     finally:
@@ -194,7 +202,7 @@ def bad_line(
 
 
 @contextmanager
-def deaf_server() -> Iterator[str]:
+def unresponsive_server() -> Iterator[str]:
     """Run a server that allows its first client to send anything, and reads nothing; others it does not let in.
 
     What that client writes fills the kernel's buffers and waits there.

@@ -8,10 +8,10 @@ import numpy as np
 
 from deconvd.model.dtypes import Array
 
-__all__ = ["CardTensor", "StandIn", "Tensor"]
+__all__ = ["FakeCardTensor", "FakeFramework", "FakeTensor"]
 
 
-class Tensor:
+class FakeTensor:
     """An array in the host's memory, which others see by DLPack alone. It belongs to a device by name."""
 
     def __init__(self, array: Array, device: str = "here") -> None:
@@ -25,7 +25,7 @@ class Tensor:
         return self._array.__dlpack_device__()
 
 
-class CardTensor:
+class FakeCardTensor:
     """An array whose elements the host can have by a copy alone, as with those of a card."""
 
     def __init__(self, array: Array) -> None:
@@ -39,18 +39,18 @@ class CardTensor:
         return self._array.copy()
 
 
-class StandIn:
+class FakeFramework:
     """See `deconvd_client.frameworks.framework.Framework`. It counts what it has turned into arrays."""
 
     def __init__(self) -> None:
         self.arrays_count = 0
 
     def owns(self, value: object) -> bool:
-        return isinstance(value, (Tensor, CardTensor))
+        return isinstance(value, (FakeTensor, FakeCardTensor))
 
     def to_array(self, value: Any) -> Any:
         self.arrays_count += 1
-        return np.from_dlpack(value) if isinstance(value, Tensor) else value
+        return np.from_dlpack(value) if isinstance(value, FakeTensor) else value
 
-    def like(self, array: Array, value: Any) -> Any:
-        return Tensor(array, value.device)
+    def from_array(self, array: Array, value: Any) -> Any:
+        return FakeTensor(array, value.device)

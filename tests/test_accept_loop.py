@@ -16,7 +16,7 @@ import pytest
 
 from deconvd_server.resources import accept_loop as listener_module
 from deconvd_server.resources.accept_loop import Listener
-from deconvd_server.resources.unix_listener import Purpose, SideSocket
+from deconvd_server.resources.unix_listener import SideSocket, SocketPurpose
 from tests.processes import wait_until
 
 TIMEOUT_S = 30
@@ -128,9 +128,9 @@ def test_traffic_does_not_keep_it_from_taking_connections_again() -> None:
 def test_traffic_does_not_keep_it_from_making_a_file_anew(
     socket_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_MEND_S", 0.1)
+    monkeypatch.setattr(listener_module, "_RESTORE_PERIOD_S", 0.1)
     path = socket_directory / "calls"
-    side = SideSocket(path, kind=Purpose.CALLS.kind)
+    side = SideSocket(path, kind=SocketPurpose.CALLS.kind)
     with run(Taker(), sides=[side]) as listener, traffic(listener):
         path.unlink()
         wait_until(path.exists)

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from benchmarks.against import main as against
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
-from benchmarks.profiled import LEFT_OUT, profiled
+from benchmarks.profiled import LEFT_OUT, start_profiling
 from benchmarks.service import main as service
 from benchmarks.stock import stock_service
 from benchmarks.transport_plot import main as plot
@@ -137,7 +137,7 @@ def test_functions_count_in_each_kind_of_thread(
         Geometry.from_arguments(1, 0)
         ended.put(None)
 
-    with profiled() as profile:
+    with start_profiling() as profile:
         profile.begin()
         start(work)
         ended.get(timeout=10)

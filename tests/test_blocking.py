@@ -50,7 +50,7 @@ def test_ranges_that_touch_a_span_are_those_that_have_anything_of_it(
 
     touching = [s for s in ranges if set(range(s.start, s.stop)) & set(range(first, last))]
 
-    assert [*ranges.touching(first, last)] == touching
+    assert [*ranges.cover(first, last)] == touching
 
 
 @given(st.integers(0, 50), st.integers(-3, 60))

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from deconvd.host.buffer_pool import ArrayMemory
+from deconvd.host.buffer_pool import BufferPool
 from deconvd.model.dtypes import ELEMENT_TYPES, DType
 from deconvd.model.problem import TensorSpec
-from tests.interrupts import interrupted_everywhere
+from tests.interrupts import interrupt_everywhere
 
 LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
 
@@ -20,7 +20,7 @@ LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
 @pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)
 def test_an_array_is_contiguous_writable_and_of_the_asked_kind(dtype: DType) -> None:
     for shape in ((2, 3, 512, 512), (2, 3)):
-        array = ArrayMemory(1 << 30).empty(TensorSpec(shape, dtype))
+        array = BufferPool(1 << 30).empty(TensorSpec(shape, dtype))
         array[...] = 1
         assert (array.shape, array.dtype) == (shape, dtype)
         assert array.flags.c_contiguous
@@ -28,7 +28,7 @@ def test_an_array_is_contiguous_writable_and_of_the_asked_kind(dtype: DType) -> 
 
 
 def test_memory_is_used_again_once_the_array_is_dropped() -> None:
-    memory = ArrayMemory(1 << 30)
+    memory = BufferPool(1 << 30)
     array = memory.empty(LARGE)
     address = array.ctypes.data
     del array
@@ -38,7 +38,7 @@ def test_memory_is_used_again_once_the_array_is_dropped() -> None:
 
 
 def test_memory_is_not_used_again_while_a_view_of_it_lives() -> None:
-    memory = ArrayMemory(1 << 30)
+    memory = BufferPool(1 << 30)
     array = memory.empty(LARGE)
     array[...] = 7
     view = array.reshape(-1)[5:].view(np.uint8).data
@@ -52,7 +52,7 @@ def test_memory_is_not_used_again_while_a_view_of_it_lives() -> None:
 
 
 def test_no_more_than_the_limit_is_kept() -> None:
-    memory = ArrayMemory(2 * LARGE.nbytes)
+    memory = BufferPool(2 * LARGE.nbytes)
     arrays = [memory.empty(LARGE) for _ in range(5)]
     assert memory.idle_bytes == 0
     arrays.clear()
@@ -62,7 +62,7 @@ def test_no_more_than_the_limit_is_kept() -> None:
 
 
 def test_what_is_over_the_limit_is_never_kept() -> None:
-    memory = ArrayMemory(LARGE.nbytes - 1)
+    memory = BufferPool(LARGE.nbytes - 1)
     array = memory.empty(LARGE)
 
     buffer = weakref.ref(array)
@@ -74,7 +74,7 @@ def test_what_is_over_the_limit_is_never_kept() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_memory_is_of_use_wherever_an_interrupt_strikes() -> None:
-    memory = ArrayMemory(2 * LARGE.nbytes)
+    memory = BufferPool(2 * LARGE.nbytes)
     held = memory.empty(LARGE)
     held[...] = 7
 
@@ -84,7 +84,7 @@ def test_memory_is_of_use_wherever_an_interrupt_strikes() -> None:
         for array in arrays:
             array[...] = 8
 
-    for _ in interrupted_everywhere(use):
+    for _ in interrupt_everywhere(use):
         array = memory.empty(LARGE)
         array[...] = 9
         address = array.ctypes.data
@@ -95,7 +95,7 @@ def test_memory_is_of_use_wherever_an_interrupt_strikes() -> None:
 
 
 def test_threads_never_share_memory() -> None:
-    memory = ArrayMemory(1 << 30)
+    memory = BufferPool(1 << 30)
 
     def work(thread: int) -> None:
         for _ in range(100):

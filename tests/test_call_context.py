@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def eager_switching() -> Iterator[None]:
 
 
 def test_a_call_without_a_deadline_goes_on() -> None:
-    call = Call()
+    call = CallContext()
 
     call.check()
 
@@ -31,7 +31,7 @@ def test_a_call_without_a_deadline_goes_on() -> None:
 
 
 def test_a_call_before_its_deadline_goes_on() -> None:
-    call = Call(timeout_s=1000)
+    call = CallContext(timeout_s=1000)
 
     call.check()
 
@@ -42,7 +42,7 @@ def test_a_call_before_its_deadline_goes_on() -> None:
 
 @pytest.mark.parametrize("timeout_s", [0.0, -5.0])
 def test_a_call_past_its_deadline_has_0_seconds_left_and_ends(timeout_s: float) -> None:
-    call = Call(timeout_s)
+    call = CallContext(timeout_s)
 
     assert call.remaining_s() == 0
     with pytest.raises(DeadlineError, match="deadline passed before its work was done"):
@@ -50,7 +50,7 @@ def test_a_call_past_its_deadline_has_0_seconds_left_and_ends(timeout_s: float) 
 
 
 def test_a_cancelled_call_ends_as_cancelled_though_its_deadline_passed_too() -> None:
-    call = Call(timeout_s=0)
+    call = CallContext(timeout_s=0)
 
     call.cancel()
 
@@ -59,7 +59,7 @@ def test_a_cancelled_call_ends_as_cancelled_though_its_deadline_passed_too() -> 
 
 
 def test_those_who_asked_are_told_once_and_in_order() -> None:
-    call, told = Call(), []
+    call, told = CallContext(), []
     call.on_cancel(lambda: told.append("first"))
     call.on_cancel(lambda: told.append("second"))
     assert told == []
@@ -71,7 +71,7 @@ def test_those_who_asked_are_told_once_and_in_order() -> None:
 
 
 def test_who_asks_after_the_end_is_told_at_once() -> None:
-    call, told = Call(), []
+    call, told = CallContext(), []
     call.cancel()
 
     call.on_cancel(lambda: told.append("late"))
@@ -80,7 +80,7 @@ def test_who_asks_after_the_end_is_told_at_once() -> None:
 
 
 def test_the_call_has_ended_by_the_time_anyone_is_told() -> None:
-    call, raised = Call(), []
+    call, raised = CallContext(), []
 
     def check() -> None:
         with pytest.raises(CallCancelledError):
@@ -94,7 +94,7 @@ def test_the_call_has_ended_by_the_time_anyone_is_told() -> None:
 
 
 def test_who_is_told_may_ask_again() -> None:
-    call, told = Call(), []
+    call, told = CallContext(), []
 
     call.on_cancel(lambda: call.on_cancel(lambda: told.append("again")))
     call.cancel()
@@ -108,7 +108,7 @@ def test_of_askers_who_race_with_the_end_each_is_told_once(
     threads_count, rounds_count = 4, 300
     start = threading.Barrier(threads_count)
 
-    def ask(call: Call, told: list[int], thread: int) -> None:
+    def ask(call: CallContext, told: list[int], thread: int) -> None:
         start.wait(10)
         if thread == 0:
             call.cancel()
@@ -117,7 +117,7 @@ def test_of_askers_who_race_with_the_end_each_is_told_once(
 
     with ThreadPoolExecutor(threads_count) as pool:
         for _ in range(rounds_count):
-            call, told = Call(), list[int]()
+            call, told = CallContext(), list[int]()
             list(
                 pool.map(ask, [call] * threads_count, [told] * threads_count, range(threads_count))
             )
@@ -125,23 +125,23 @@ def test_of_askers_who_race_with_the_end_each_is_told_once(
 
 
 def test_a_call_that_the_server_stops_ends_as_cancelled_and_says_why() -> None:
-    call, why = Call(), UnavailableError("others ask", retry_after_s=1)
-    heard: list[Call] = []
+    call, why = CallContext(), UnavailableError("others ask", retry_after_s=1)
+    heard: list[CallContext] = []
     call.on_cancel(lambda: heard.append(call))
 
     call.stop(why)
     call.stop(DeadlineError("too late to be the reason"))
 
     assert heard == [call]
-    assert call.stopped_by is why
+    assert call.stop_error is why
     with pytest.raises(CallCancelledError):
         call.check()
 
 
 def test_a_call_whose_caller_has_gone_is_not_stopped_any_more() -> None:
-    call = Call()
+    call = CallContext()
     call.cancel()
 
     call.stop(DeadlineError("nobody hears it"))
 
-    assert call.stopped_by is None
+    assert call.stop_error is None

@@ -6,7 +6,7 @@ import numpy as np
 
 from deconvd.model.geometry import Geometry
 from deconvd.model.problem import Problem, TensorSpec
-from deconvd_server.device.cuda.memory_estimate import Sizing
+from deconvd_server.device.cuda.memory_estimate import MemoryEstimate
 from deconvd_server.device.cuda.plan import Product
 
 FLOAT32 = np.dtype(np.float32)
@@ -19,8 +19,12 @@ def problem(n: int = 4) -> Problem:
     return Problem(x, TensorSpec((1, 1, 3, 3), FLOAT32), Geometry(pad=(1, 1)))
 
 
-def sizing(budget_bytes: int, *, fallback_bytes: int = 0, workspace_bytes: int = MIB) -> Sizing:
-    return Sizing(budget_bytes, 4, workspace_bytes, lambda operation, problem: fallback_bytes)
+def sizing(
+    budget_bytes: int, *, fallback_bytes: int = 0, workspace_bytes: int = MIB
+) -> MemoryEstimate:
+    return MemoryEstimate(
+        budget_bytes, 4, workspace_bytes, lambda operation, problem: fallback_bytes
+    )
 
 
 def test_a_footprint_holds_operands_results_and_a_workspace() -> None:
@@ -51,14 +55,16 @@ def test_only_the_wanted_gradients_workspaces_count() -> None:
     def fallback(operation: Product, problem: Problem) -> int:
         return 300 * MIB if operation is Product.GW else 0
 
-    split = Sizing(1000 * MIB, 4, MIB, fallback)
+    split = MemoryEstimate(1000 * MIB, 4, MIB, fallback)
     assert split.footprint_bytes(problem(), {"gx", "gb"}) < 100 * MIB
     assert split.footprint_bytes(problem(), {"gw", "gb"}) > 300 * MIB
 
 
 def test_a_little_more_or_less_free_memory_changes_no_limit() -> None:
     limits = {
-        Sizing(budget, 4, None, lambda operation, problem: 0).workspace_limit_bytes(problem())
+        MemoryEstimate(budget, 4, None, lambda operation, problem: 0).workspace_limit_bytes(
+            problem()
+        )
         for budget in (7000 * MIB, 7001 * MIB, 7100 * MIB)
     }
     assert len(limits) == 1

@@ -13,9 +13,9 @@ from deconvd.model.dtypes import BFLOAT16, Array, DType
 from deconvd.model.geometry import Geometry
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem, TensorSpec
-from deconvd_server.call.context import Call
-from deconvd_server.device.cuda.plan import Plan, Product, preparation_of
-from tests.devices import Wanted, deconvolve, gradients
+from deconvd_server.call.context import CallContext
+from deconvd_server.device.cuda.plan import Plan, Product, prepacking_of
+from tests.devices import GradientRequest, deconvolve, gradients
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.api.runtime import Stream
@@ -28,7 +28,7 @@ else:
     from deconvd_server.device.cuda.plans.candidates import Candidates
 
 from deconvd_server.device.cuda.cudnn import Cudnn
-from deconvd_server.device.cuda.cudnn.enums import Mode
+from deconvd_server.device.cuda.cudnn.enums import HeuristicMode
 from deconvd_server.device.cuda.plans.choice import Provider
 
 pytestmark = pytest.mark.gpu
@@ -76,9 +76,9 @@ def cuda() -> Iterator[CudaDevice]:
 
 @pytest.fixture
 def stream(cuda: CudaDevice) -> Iterator[Stream]:
-    stream = cuda.new_stream()
+    stream = cuda.make_stream()
     yield stream
-    cuda.forget(stream.pointer)
+    cuda.release_stream(stream.pointer)
 
 
 def random_array(spec: TensorSpec, seed: int) -> Array:
@@ -87,7 +87,7 @@ def random_array(spec: TensorSpec, seed: int) -> Array:
 
 def put(cuda: CudaDevice, array: Array) -> CudaTensor:
     tensor = cuda.empty(TensorSpec(array.shape, array.dtype))
-    cuda.write(tensor, array, Call())
+    cuda.write(tensor, array, CallContext())
     return tensor
 
 
@@ -95,10 +95,10 @@ def execute(
     cuda: CudaDevice, plan: Plan, a: CudaTensor, b: int, out: TensorSpec, stream: Stream
 ) -> Array:
     result = put(cuda, np.full(out.shape, np.nan, out.dtype))
-    with cuda.using(), cuda.memory.take(max(plan.workspace_bytes, 1)) as workspace:
+    with cuda.activate(), cuda.memory.lease(max(plan.workspace_bytes, 1)) as workspace:
         plan.execute(a.pointer, b, result.pointer, workspace, stream.pointer)
         stream.wait()
-    array = cuda.read(result, Call())
+    array = cuda.read(result, CallContext())
     cuda.free(result)
     return array
 
@@ -106,11 +106,13 @@ def execute(
 def plans(cuda: CudaDevice, operation: Product, problem: Problem, stream: Stream) -> list[Plan]:
     """Return a few plans of each kind that there is for a problem."""
     candidates = Candidates(Cudnn())
-    key = cuda.key(operation, problem, Options())
-    with cuda.using():
-        found = [*candidates.own(key), candidates.fallback(key)]
+    key = cuda.plan_key(operation, problem, Options())
+    with cuda.activate():
+        found = [*candidates.own_kernels(key), candidates.fallback(key)]
         for provider in (Provider.CUDNN_NCHW, Provider.CUDNN_NHWC):
-            some = candidates.cudnn(key, stream.pointer, provider, (Mode.A,), compiling=False)
+            some = candidates.cudnn_engines(
+                key, stream.pointer, provider, (HeuristicMode.A,), compiling=False
+            )
             found += islice(some, 2)
     return [candidate.plan for candidate in found]
 
@@ -133,7 +135,7 @@ def test_a_plan_for_a_prepared_W_gives_what_the_plan_for_W_gives(
     a, W = put(cuda, random_array(a_spec, 1)), put(cuda, random_array(problem.W, 2))
     prepared_count = 0
     for plan in plans(cuda, operation, problem, stream):
-        preparation = preparation_of(plan)
+        preparation = prepacking_of(plan)
         if preparation is None:
             continue
         prepared_count += 1
@@ -141,8 +143,8 @@ def test_a_plan_for_a_prepared_W_gives_what_the_plan_for_W_gives(
         assert preparation.plan.workspace_bytes <= plan.workspace_bytes
         # what is not written must not matter
         form = put(cuda, np.full(preparation.size_bytes, 0xFF, np.uint8))
-        with cuda.using():
-            preparation.make(W.pointer, form.pointer, stream.pointer)
+        with cuda.activate():
+            preparation.pack(W.pointer, form.pointer, stream.pointer)
             stream.wait()
 
         found = execute(cuda, preparation.plan, a, form.pointer, out, stream)
@@ -172,18 +174,20 @@ def test_calls_with_a_W_that_stays_give_what_calls_with_W_give(
         return True
 
     there.may_grow = may_grow
-    y = deconvolve(cuda, problem, x, W, None, options, Call())
-    right = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+    y = deconvolve(cuda, problem, x, W, None, options, CallContext())
+    right = gradients(cuda, problem, x, W, gy, GradientRequest(), options, CallContext())
 
     for seed in range(5):
-        np.testing.assert_array_equal(deconvolve(cuda, problem, x, there, None, options, Call()), y)
-        found = gradients(cuda, problem, x, there, gy, Wanted(), options, Call())
+        np.testing.assert_array_equal(
+            deconvolve(cuda, problem, x, there, None, options, CallContext()), y
+        )
+        found = gradients(cuda, problem, x, there, gy, GradientRequest(), options, CallContext())
         for result, expected in zip(found, right, strict=True):
             np.testing.assert_array_equal(result, expected)
         other = random_array(problem.x, 10 + seed)  # the same kind of call, from its graph
         np.testing.assert_array_equal(
-            deconvolve(cuda, problem, other, there, None, options, Call()),
-            deconvolve(cuda, problem, other, W, None, options, Call()),
+            deconvolve(cuda, problem, other, there, None, options, CallContext()),
+            deconvolve(cuda, problem, other, W, None, options, CallContext()),
         )
 
     assert all(size_bytes > 0 for size_bytes in grown)
@@ -199,8 +203,8 @@ def test_another_W_at_the_same_place_is_not_taken_for_the_last(cuda: CudaDevice)
         W = random_array(problem.W, seed)
         there = put(cuda, W)
         there.may_grow = lambda _: True
-        expected = deconvolve(cuda, problem, x, W, None, options, Call())
+        expected = deconvolve(cuda, problem, x, W, None, options, CallContext())
         for _ in range(4):
-            found = deconvolve(cuda, problem, x, there, None, options, Call())
+            found = deconvolve(cuda, problem, x, there, None, options, CallContext())
             np.testing.assert_array_equal(found, expected)
         cuda.free(there)

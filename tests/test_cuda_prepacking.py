@@ -11,9 +11,9 @@ import pytest
 
 from deconvd.model.problem import TensorSpec
 from deconvd_server.device.cuda.api.memory import DeviceMemory
-from deconvd_server.device.cuda.plan import Plan, Preparation
-from deconvd_server.device.cuda.tensors.prepacked import Prepared, prepared
-from deconvd_server.device.cuda.tensors.prepacking import Forms
+from deconvd_server.device.cuda.plan import Plan, Prepacking
+from deconvd_server.device.cuda.tensors.prepacked import PrepackedW, prepack
+from deconvd_server.device.cuda.tensors.prepacking import PrepackedForms
 from deconvd_server.device.cuda.tensors.tensor import CudaTensor
 
 SPEC = TensorSpec((4, 3, 2, 2), np.dtype(np.float32))
@@ -46,7 +46,7 @@ class Card:
 
     def tensor(self, *, may_grow: bool = True) -> Grown:
         """Return a tensor that counts what it grows by."""
-        return Grown(CudaTensor(SPEC, "cuda:0", self.memory.take_to_stay(SPEC.nbytes)), may_grow)
+        return Grown(CudaTensor(SPEC, "cuda:0", self.memory.lease_resident(SPEC.nbytes)), may_grow)
 
     def _allocate(self, size_bytes: int) -> Block:
         self._next += size_bytes + 256
@@ -80,15 +80,15 @@ class PlainPlan:
 
 
 @dataclass
-class PreparingPlan(PlainPlan):
+class PrepackingPlan(PlainPlan):
     """A plan that makes something of W first."""
 
     card: Card = field(default_factory=Card)
     inner: PlainPlan = field(default_factory=PlainPlan)
     error: Exception | None = None
 
-    def preparation(self) -> Preparation | None:
-        return Preparation("form", FORM_BYTES, self._make, self.inner)
+    def prepacking(self) -> Prepacking | None:
+        return Prepacking("form", FORM_BYTES, self._make, self.inner)
 
     def _make(self, W: int, form: int, stream: int) -> None:
         if self.error is not None:
@@ -96,16 +96,16 @@ class PreparingPlan(PlainPlan):
         self.card.enqueued.append((W, form, stream))
 
 
-def ready(card: Card, W: CudaTensor, plan: Plan) -> Prepared:
-    return prepared(W, "kind", lambda: plan, card.memory, card)
+def ready(card: Card, W: CudaTensor, plan: Plan) -> PrepackedW:
+    return prepack(W, "kind", lambda: plan, card.memory, card)
 
 
 def test_what_comes_once_is_left_and_what_comes_again_is_made_once() -> None:
     card = Card()
-    grown, plan = card.tensor(), PreparingPlan(card=card)
+    grown, plan = card.tensor(), PrepackingPlan(card=card)
 
     first = ready(card, grown.tensor, plan)
-    assert first == Prepared(grown.tensor)
+    assert first == PrepackedW(grown.tensor)
     assert grown.grown_bytes == 0
     later = [ready(card, grown.tensor, plan) for _ in range(3)]
 
@@ -122,7 +122,7 @@ def test_forms_are_freed_with_their_tensor() -> None:
     card = Card()
     grown = card.tensor()
     for _ in range(2):
-        ready(card, grown.tensor, PreparingPlan(card=card))
+        ready(card, grown.tensor, PrepackingPlan(card=card))
     assert card.memory.stats.used_bytes == SPEC.nbytes + FORM_BYTES
 
     grown.tensor.free()
@@ -136,7 +136,7 @@ def test_where_there_is_no_room_the_plan_makes_it_each_time(limit_bytes: int) ->
     grown = card.tensor(may_grow=limit_bytes < 1 << 20)
 
     for _ in range(5):
-        assert ready(card, grown.tensor, PreparingPlan(card=card)) == Prepared(grown.tensor)
+        assert ready(card, grown.tensor, PrepackingPlan(card=card)) == PrepackedW(grown.tensor)
 
     assert grown.grown_bytes == 0
     assert card.memory.stats.used_bytes == SPEC.nbytes
@@ -144,7 +144,7 @@ def test_where_there_is_no_room_the_plan_makes_it_each_time(limit_bytes: int) ->
 
 def test_a_making_that_fails_leaves_nothing_and_is_tried_again() -> None:
     card = Card()
-    grown, plan = card.tensor(), PreparingPlan(card=card, error=RuntimeError("no launch"))
+    grown, plan = card.tensor(), PrepackingPlan(card=card, error=RuntimeError("no launch"))
     ready(card, grown.tensor, plan)
     with pytest.raises(RuntimeError, match="no launch"):
         ready(card, grown.tensor, plan)
@@ -160,30 +160,30 @@ def test_views_arrays_and_plans_that_take_W_as_it_is_have_no_forms() -> None:
     tensor, array = card.tensor().tensor, np.zeros(SPEC.shape, SPEC.dtype)
     view = tensor.samples(0, 2)
     for _ in range(3):
-        assert ready(card, tensor, PlainPlan()) == Prepared(tensor)
-        assert ready(card, view, PreparingPlan(card=card)) == Prepared(view)
-        found = prepared(array, "kind", PreparingPlan, card.memory, card)
+        assert ready(card, tensor, PlainPlan()) == PrepackedW(tensor)
+        assert ready(card, view, PrepackingPlan(card=card)) == PrepackedW(view)
+        found = prepack(array, "kind", PrepackingPlan, card.memory, card)
         assert found.W is array
         assert found.plan is None
 
 
 def test_no_plan_is_asked_for_a_tensor_that_never_grows() -> None:
     card = Card()
-    tensor = CudaTensor(SPEC, "cuda:0", card.memory.take_to_stay(SPEC.nbytes))
+    tensor = CudaTensor(SPEC, "cuda:0", card.memory.lease_resident(SPEC.nbytes))
 
     def find_plan() -> Plan:
         raise AssertionError("nobody needs the plan yet")
 
-    assert prepared(tensor, "kind", find_plan, card.memory, card) == Prepared(tensor)
+    assert prepack(tensor, "kind", find_plan, card.memory, card) == PrepackedW(tensor)
 
 
 def test_one_of_many_threads_makes_a_form() -> None:
-    forms, barrier = Forms(), threading.Barrier(8)
-    forms.is_to_be_made("form")
+    forms, barrier = PrepackedForms(), threading.Barrier(8)
+    forms.claim_making("form")
 
     def ask() -> bool:
         barrier.wait(10)
-        return forms.is_to_be_made("form")
+        return forms.claim_making("form")
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(future.result() for future in [pool.submit(ask) for _ in range(8)]) == 1

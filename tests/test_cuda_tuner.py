@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 
 from deconvd.model.options import Options, UseCudnn
-from deconvd_server.device.cuda.cudnn.enums import Note
-from deconvd_server.device.cuda.cudnn.search import Rules
+from deconvd_server.device.cuda.cudnn.enums import NumericalNote
+from deconvd_server.device.cuda.cudnn.search import EngineRules
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
-from deconvd_server.device.cuda.plans.plan_cache import PlanBook
+from deconvd_server.device.cuda.plans.plan_cache import PlanCache
 from deconvd_server.device.cuda.plans.store import PlanStore
 from tests.fake_plans import (
     FAILS,
-    FakeBuilders,
+    FakeBuildThreads,
     FakeCandidates,
     FakePlan,
-    book_of,
-    chooser_of,
     key_of,
+    plan_cache_of,
+    tuner_of,
 )
 
 
 def chosen(candidates: FakeCandidates, options: Options) -> Candidate:
-    return chooser_of(candidates).choose(key_of(options), FakeBuilders.stream)  # type: ignore[arg-type]
+    return tuner_of(candidates).choose(key_of(options), FakeBuildThreads.stream)  # type: ignore[arg-type]
 
 
 TUNED = Options(autotune=True)
@@ -88,27 +88,27 @@ def test_the_fallback_is_taken_where_nothing_else_runs(options: Options) -> None
 
 def test_one_candidate_is_timed_however_long_they_took_to_make() -> None:
     candidates = FakeCandidates(FakePlan("a", FAILS), FakePlan("b", 1.0))
-    chooser = chooser_of(candidates, tuning_limit_s=0)
+    chooser = tuner_of(candidates, tuning_limit_s=0)
 
-    best = chooser.choose(key_of(TUNED), FakeBuilders.stream)  # type: ignore[arg-type]
+    best = chooser.choose(key_of(TUNED), FakeBuildThreads.stream)  # type: ignore[arg-type]
 
     # a is all that there was time to make, and does not run
     assert best.choice.name == "fallback"
 
-    runs = chooser_of(FakeCandidates(FakePlan("b", 1.0)), tuning_limit_s=0)
-    assert runs.choose(key_of(TUNED), FakeBuilders.stream).choice.name == "b"  # type: ignore[arg-type]
+    runs = tuner_of(FakeCandidates(FakePlan("b", 1.0)), tuning_limit_s=0)
+    assert runs.choose(key_of(TUNED), FakeBuildThreads.stream).choice.name == "b"  # type: ignore[arg-type]
 
 
-def get(book: PlanBook, options: Options = TUNED) -> str:
+def get(book: PlanCache, options: Options = TUNED) -> str:
     return book.get(key_of(options), lambda: None).name
 
 
-def counts(book: PlanBook) -> tuple[int, int]:
-    return book.stats.chosen_count, book.stats.revived_count
+def counts(book: PlanCache) -> tuple[int, int]:
+    return book.stats.chosen_count, book.stats.restored_count
 
 
 def test_a_plan_is_chosen_once() -> None:
-    book = book_of(FakeCandidates(FakePlan("a", 1.0)))
+    book = plan_cache_of(FakeCandidates(FakePlan("a", 1.0)))
     assert [get(book) for _ in range(3)] == ["a"] * 3
     assert counts(book) == (1, 0)
     book.close()
@@ -116,7 +116,7 @@ def test_a_plan_is_chosen_once() -> None:
 
 def test_a_plan_that_was_forgotten_comes_back_the_same() -> None:
     candidates = FakeCandidates(FakePlan("a", 1.0))
-    book = book_of(candidates, limit_bytes=0)
+    book = plan_cache_of(candidates, limit_bytes=0)
     get(book)
     candidates.plans = (FakePlan("faster by chance", 0.5),)
 
@@ -128,7 +128,7 @@ def test_a_plan_that_was_forgotten_comes_back_the_same() -> None:
 def test_the_next_process_takes_what_this_one_chose(tmp_path: Path) -> None:
     candidates = FakeCandidates(FakePlan("a", 1.0))
     for expected in ((1, 0), (0, 1)):
-        book = book_of(candidates, PlanStore(tmp_path, {"cudnn": 91900}))
+        book = plan_cache_of(candidates, PlanStore(tmp_path, {"cudnn": 91900}))
         assert get(book) == "a"
         assert counts(book) == expected
         book.close()
@@ -141,7 +141,7 @@ def test_a_stored_plan_that_cudnn_does_not_take_is_chosen_anew(
     store = PlanStore(tmp_path, {"cudnn": 91900})
     store.save(key_of(TUNED), Choice(Provider.CUDNN_NCHW, "old", True))
     candidates.damaged = True
-    book = book_of(candidates, store)
+    book = plan_cache_of(candidates, store)
 
     with caplog.at_level(logging.WARNING):
         assert get(book) == "a"
@@ -153,20 +153,20 @@ def test_a_stored_plan_that_cudnn_does_not_take_is_chosen_anew(
     book.close()
 
 
-def notes(options: Options, dtype: type) -> frozenset[Note]:
-    return Rules.of(key_of(options, dtype).problem, options, compiling=False).unwanted
+def notes(options: Options, dtype: type) -> frozenset[NumericalNote]:
+    return EngineRules.of(key_of(options, dtype).problem, options, compiling=False).unwanted
 
 
 def test_tf32_and_narrower_sums_are_kept_out_of_results_that_promise_more() -> None:
-    assert Note.TENSOR_CORE in notes(Options(), np.float32)
-    assert Note.TENSOR_CORE not in notes(Options(allow_tf32=True), np.float32)
-    assert Note.TENSOR_CORE not in notes(Options(), np.float16)
-    assert Note.TENSOR_CORE not in notes(Options(), np.float64)
+    assert NumericalNote.TENSOR_CORE in notes(Options(), np.float32)
+    assert NumericalNote.TENSOR_CORE not in notes(Options(allow_tf32=True), np.float32)
+    assert NumericalNote.TENSOR_CORE not in notes(Options(), np.float16)
+    assert NumericalNote.TENSOR_CORE not in notes(Options(), np.float64)
     for dtype in (np.float16, np.float32, np.float64):
-        always = {Note.DOWN_CONVERT_INPUTS, Note.REDUCED_PRECISION_REDUCTION}
+        always = {NumericalNote.DOWN_CONVERT_INPUTS, NumericalNote.REDUCED_PRECISION_REDUCTION}
         assert always <= notes(Options(allow_tf32=True), dtype)
-        assert Note.NONDETERMINISTIC in notes(STEADY, dtype)
-        assert Note.NONDETERMINISTIC not in notes(Options(), dtype)
+        assert NumericalNote.NONDETERMINISTIC in notes(STEADY, dtype)
+        assert NumericalNote.NONDETERMINISTIC not in notes(Options(), dtype)
 
 
 @pytest.mark.gpu
@@ -180,14 +180,14 @@ def test_only_tuning_may_compile() -> None:
 
         compiling: set[bool]
 
-        def cudnn(self, *_: object, compiling: bool) -> Iterator[Candidate]:
+        def cudnn_engines(self, *_: object, compiling: bool) -> Iterator[Candidate]:
             self.compiling.add(compiling)
             return iter(())
 
     asked = Asked(Cudnn())
     asked.compiling = set()
     with current_device(0):
-        list(asked.promising(key_of(Options()), 0))
+        list(asked.shortlist(key_of(Options()), 0))
         assert asked.compiling == {False}
-        list(asked.all(key_of(TUNED), 0))
+        list(asked.list_all(key_of(TUNED), 0))
         assert asked.compiling == {False, True}

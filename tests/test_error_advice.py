@@ -10,7 +10,7 @@ import pytest
 
 import deconvd_client
 from deconvd_client import Connection, DeadlineError, UnavailableError
-from tests.servers import ServerProcess, free_port, server_process, stopped
+from tests.servers import ServerProcess, free_port, server_process, stop_server
 
 X = np.ones((1, 4, 8, 8), np.float32)
 LARGE_X = np.ones((16, 4, 200, 200), np.float32)  # over 4 MiB: sent in a stream
@@ -38,7 +38,7 @@ def test_a_deadline_names_the_limit_and_the_options(
     target = two_ways.targets[index]
     with deconvd_client.connect(target, timeout_s=0.75, transport=transport) as F:
         F.deconvolution_2d(X, W)
-        with stopped(two_ways), pytest.raises(DeadlineError) as raised:
+        with stop_server(two_ways), pytest.raises(DeadlineError) as raised:
             CALLS[name](F)
 
     message = str(raised.value)

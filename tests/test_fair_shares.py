@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deconvd.errors import UnavailableError
-from deconvd_server.resources.fair_shares import Place, Shares
+from deconvd_server.resources.fair_shares import FairShares, PeerPlace
 
 PEERS = "abcd"
 
@@ -23,11 +23,11 @@ def nothing() -> None:
     """What gives way to nobody in these tests."""
 
 
-def shares(places_count: int = 8, reserved_count: int = 1) -> Shares:
-    return Shares(places_count, reserved_count, "streams")
+def shares(places_count: int = 8, reserved_count: int = 1) -> FairShares:
+    return FairShares(places_count, reserved_count, "streams")
 
 
-def take_all(places: Shares, peer: str) -> list[Place]:
+def take_all(places: FairShares, peer: str) -> list[PeerPlace]:
     taken = []
     with suppress(UnavailableError):
         while True:
@@ -160,7 +160,7 @@ def test_threads_that_take_and_free_at_once_lose_no_place() -> None:
             done.result()
 
     assert places.taken_count == 0
-    assert not places._leaving
+    assert not places._preempted
 
 
 class SharesMachine(RuleBasedStateMachine):
@@ -168,11 +168,11 @@ class SharesMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.places = Shares(6, 2, "streams")
-        self.held: list[Place] = []
-        self.told: list[Place] = []
+        self.places = FairShares(6, 2, "streams")
+        self.held: list[PeerPlace] = []
+        self.told: list[PeerPlace] = []
 
-    def give_way(self, taken: list[Place]) -> None:
+    def give_way(self, taken: list[PeerPlace]) -> None:
         self.held.remove(taken[0])
         self.told.append(taken[0])
 
@@ -181,7 +181,7 @@ class SharesMachine(RuleBasedStateMachine):
         before = Counter(place.peer for place in self.held)
         most = max(before.values(), default=0)
         free_count = 6 - before.total()
-        taken: list[Place] = []
+        taken: list[PeerPlace] = []
         try:
             taken.append(self.places.take(peer, lambda: self.give_way(taken)))
         except UnavailableError:

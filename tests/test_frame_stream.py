@@ -14,44 +14,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deconvd.direct.connection_errors import (
-    LineBrokenError,
-    LineClosedError,
-    LineTimeoutError,
+    ConnectionBrokenError,
+    ConnectionClosedError,
+    ConnectionTimeoutError,
     LocalProtocolError,
-    OversizedError,
+    MessageTooLargeError,
     RemoteProtocolError,
 )
 from deconvd.direct.events import (
     ANY_INSTANCE,
     MAX_MESSAGE_BYTES,
+    CallFailure,
     CallHead,
-    End,
-    Failed,
+    EndOfStream,
     FrameKind,
     Hello,
     MessagePart,
-    Method,
-    Written,
-    frame,
+    MethodCode,
+    ProgressReport,
+    pack_frame,
 )
-from deconvd.direct.frame_stream import FrameSource, Line, hear_written, tell_written
-from deconvd.direct.protocol import DirectProtocol, Role, State
+from deconvd.direct.frame_stream import FrameSource, FrameStream, receive_progress, report_progress
+from deconvd.direct.protocol import DirectProtocol, ProtocolState, Role
 from deconvd.errors import ExhaustedError
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Buffer
 from deconvd.wire.status import status_from_error
-from deconvd.wire.stream_parts import Ahead, Elements, elements_part
-from tests.line_pairs import early_ends, greeted_ends, send_raw, server_line
+from deconvd.wire.stream_parts import ElementsPart, PendingElements, elements_part
+from tests.line_pairs import connected_streams, overlapped_streams, send_raw, server_stream
 
-Ends = tuple[Line, Line]
+Ends = tuple[FrameStream, FrameStream]
 
-PUT = CallHead(Method.PutTensor, 30, b"")
+PUT = CallHead(MethodCode.PutTensor, 30, b"")
 
 
 @pytest.fixture
 def ends() -> Iterator[Ends]:
     """The client's and the server's end in the middle of a stream."""
-    with greeted_ends() as (client, server):
+    with connected_streams() as (client, server):
         client.send(PUT)
         assert server.next_event() == PUT
         yield client, server
@@ -70,7 +70,7 @@ class MemoryStream:
     def read_into(self, target: memoryview) -> int:
         """See `ByteStream`."""
         if not self._bytes:
-            raise LineClosedError("there is nothing left")
+            raise ConnectionClosedError("there is nothing left")
         count = min(len(target), len(self._bytes), self._longest_read_bytes)
         target[:count] = self._bytes[:count]
         del self._bytes[:count]
@@ -81,20 +81,20 @@ class MemoryStream:
         for buffer in buffers:
             self._bytes += buffer
 
-    def has_come(self, timeout_s: float) -> bool:
+    def poll(self, timeout_s: float) -> bool:
         """See `ByteStream`."""
         return bool(self._bytes)
 
     def wait(self) -> None:
         """See `ByteStream`: nobody writes meanwhile."""
 
-    def shut(self) -> None:
+    def shutdown(self) -> None:
         """See `ByteStream`."""
         self._bytes.clear()
 
-    def end_gently(self, timeout_s: float) -> None:
+    def half_close_and_drain(self, timeout_s: float) -> None:
         """See `ByteStream`."""
-        self.shut()
+        self.shutdown()
 
     def close(self) -> None:
         """See `ByteStream`."""
@@ -109,22 +109,22 @@ def test_elements_arrive_where_they_are_to_be_by_any_byte_stream(
     sizes: list[int], pieces: list[int], longest_read_bytes: int
 ) -> None:
     stream = MemoryStream(longest_read_bytes)
-    sender, receiver = (Line(stream, DirectProtocol(role, ANY_INSTANCE)) for role in Role)
+    sender, receiver = (FrameStream(stream, DirectProtocol(role, ANY_INSTANCE)) for role in Role)
     for line in (sender, receiver):
-        line.protocol.state = State.STREAMING
+        line.protocol.state = ProtocolState.STREAMING
     sent = [np.full(size, i + 1, np.uint8) for i, size in enumerate(sizes)]
     for array in sent:
         sender.send_part(elements_part(array, is_missing=array.size % 2 == 1))
-    sender.send(End())
+    sender.send(EndOfStream())
 
     for array in filter(len, sent):
-        assert receiver.next_event() == Ahead(array.size, is_missing=array.size % 2 == 1)
+        assert receiver.next_event() == PendingElements(array.size, is_missing=array.size % 2 == 1)
         received = np.zeros_like(array)  # in pieces, as for several tensors
         bounds = np.minimum(np.cumsum([0, *pieces]), array.size)
         for begin, end in zip(bounds, [*bounds[1:], array.size], strict=True):
             receiver.read_into(received[begin:end])
         np.testing.assert_array_equal(received, array)
-    assert receiver.next_event() == End()
+    assert receiver.next_event() == EndOfStream()
     assert receiver.is_quiet()
 
 
@@ -137,7 +137,7 @@ def test_elements_of_any_size_are_cut_into_frames(ends: Ends) -> None:
         filled = frames_count = 0
         while filled < len(received):
             ahead = server.next_event()
-            assert isinstance(ahead, Ahead)
+            assert isinstance(ahead, PendingElements)
             server.read_into(received[filled : filled + ahead.size_bytes])
             filled += ahead.size_bytes
             frames_count += 1
@@ -154,12 +154,13 @@ def test_a_message_may_be_as_long_as_is_said(ends: Ends) -> None:
         sending = pool.submit(server.send, part)
         assert client.next_event() == part
         sending.result()
-    with pytest.raises(OversizedError, match="131073 bytes"):
+    with pytest.raises(MessageTooLargeError, match="131073 bytes"):
         server.send(MessagePart(part.data + b"1"))
     server.send(MessagePart(b"short"))  # the line is as it was
     assert client.next_event() == MessagePart(b"short")
     send_raw(
-        server, frame(FrameKind.MESSAGE, b"")[:4] + (MAX_MESSAGE_BYTES + 1).to_bytes(4, "little")
+        server,
+        pack_frame(FrameKind.MESSAGE, b"")[:4] + (MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"),
     )
     with pytest.raises(RemoteProtocolError, match="131073 bytes, and from 0 to 131072 may be"):
         client.next_event()
@@ -170,7 +171,7 @@ def test_the_other_end_closes_it_anywhere(ends: Ends, begun: bytes) -> None:
     client, server = ends
     send_raw(client, begun)
     client.close()
-    with pytest.raises(LineClosedError, match="closed"):
+    with pytest.raises(ConnectionClosedError, match="closed"):
         server.next_event()
 
 
@@ -178,8 +179,8 @@ def test_it_is_closed_in_the_middle_of_elements(ends: Ends) -> None:
     client, server = ends
     send_raw(client, bytes([FrameKind.ELEMENTS, 0, 0, 0, 9, 0, 0, 0, 1]))
     client.close()
-    assert server.next_event() == Ahead(9)
-    with pytest.raises(LineClosedError, match="closed"):
+    assert server.next_event() == PendingElements(9)
+    with pytest.raises(ConnectionClosedError, match="closed"):
         server.read_into(np.zeros(9, np.uint8))
 
 
@@ -188,55 +189,55 @@ def test_a_deadline_ends_whatever_waits(ends: Ends) -> None:
     waits: list[Callable[[], object]] = [server.next_event, server.wait]
     for wait in waits:
         server.set_deadline(0.05)
-        with pytest.raises(LineTimeoutError):
+        with pytest.raises(ConnectionTimeoutError):
             wait()
     client.set_deadline(0.05)
-    with pytest.raises(LineTimeoutError):  # once the socket is full
+    with pytest.raises(ConnectionTimeoutError):  # once the socket is full
         client.send_part(elements_part(np.ones(16 << 20, np.uint8)))
     client.set_deadline(0)
-    with pytest.raises(LineTimeoutError):
-        client.send(End())
+    with pytest.raises(ConnectionTimeoutError):
+        client.send(EndOfStream())
 
 
 def test_shutting_it_ends_whoever_waits(ends: Ends) -> None:
     client, server = ends
     with ThreadPoolExecutor(1) as pool:
         receiving = pool.submit(server.next_event)
-        threading.Timer(0.05, server.shut).start()
-        with pytest.raises(LineBrokenError):
+        threading.Timer(0.05, server.shutdown).start()
+        with pytest.raises(ConnectionBrokenError):
             receiving.result()
-    with pytest.raises(LineBrokenError):
+    with pytest.raises(ConnectionBrokenError):
         client.next_event()
 
 
 def test_an_event_is_waited_for_until_it_is_whole(ends: Ends) -> None:
     client, server = ends
     began_s = time.monotonic()
-    assert server.event_within(0.05) is None
+    assert server.poll_event(0.05) is None
     assert time.monotonic() - began_s >= 0.05
-    told = frame(FrameKind.END, b"abc")
+    told = pack_frame(FrameKind.END, b"abc")
     for data in (told[:3], told[3:-1]):
         send_raw(client, data)
-        assert server.event_within(0) is None
-        assert server.event_within(0.01) is None
+        assert server.poll_event(0) is None
+        assert server.poll_event(0.01) is None
     threading.Timer(0.02, send_raw, [client, told[-1:]]).start()
-    assert server.event_within(30) == End("abc")
+    assert server.poll_event(30) == EndOfStream("abc")
     client.close()
-    with pytest.raises(LineClosedError):
-        server.event_within(30)
+    with pytest.raises(ConnectionClosedError):
+        server.poll_event(30)
 
 
 def test_what_is_written_is_heard_in_time() -> None:
-    with early_ends() as (client, server):
-        assert hear_written(server, 0.01) is None
+    with overlapped_streams() as (client, server):
+        assert receive_progress(server, 0.01) is None
         for size_bytes in (7, 2**64 - 1):
-            tell_written(client, size_bytes)
-        assert hear_written(server, 30) == 7
-        assert hear_written(server, 0) == 2**64 - 1
-        assert hear_written(server, 0) is None
+            report_progress(client, size_bytes)
+        assert receive_progress(server, 30) == 7
+        assert receive_progress(server, 0) == 2**64 - 1
+        assert receive_progress(server, 0) is None
         client.close()
-        with pytest.raises(LineClosedError):
-            hear_written(server, 30)
+        with pytest.raises(ConnectionClosedError):
+            receive_progress(server, 30)
 
 
 def test_a_line_is_quiet_until_something_comes(ends: Ends) -> None:
@@ -250,7 +251,7 @@ def test_a_line_is_quiet_until_something_comes(ends: Ends) -> None:
         server.send(MessagePart(b"a"))
     client.next_event()
     assert not client.is_quiet()  # the second was read ahead
-    assert client.has_come(0)
+    assert client.poll(0)
     client.wait()
     client.next_event()
     server.close()
@@ -259,32 +260,32 @@ def test_a_line_is_quiet_until_something_comes(ends: Ends) -> None:
 
 def test_a_failure_is_seen_before_it_is_taken(ends: Ends) -> None:
     client, server = ends
-    assert not client.next_is_failure()
+    assert not client.is_failure_next()
     server.send(MessagePart(b"a"))
-    assert not client.next_is_failure()
+    assert not client.is_failure_next()
     assert client.next_event() == MessagePart(b"a")
     status = status_from_error(ExhaustedError("no room"))
-    server.send(Failed(status))
-    assert client.next_is_failure()
-    assert client.next_event() == Failed(status)
+    server.send(CallFailure(status))
+    assert client.is_failure_next()
+    assert client.next_event() == CallFailure(status)
     for line in ends:
-        with pytest.raises(LineClosedError):
-            line.send(End())
+        with pytest.raises(ConnectionClosedError):
+            line.send(EndOfStream())
 
 
 def test_the_parts_of_a_response_are_read_to_their_end(ends: Ends) -> None:
     client, server = ends
     source = FrameSource(client, pb.PutTensorResponse)
     server.send_part(pb.PutTensorResponse())
-    server.send_part(Elements(memoryview(b"abc")))
+    server.send_part(ElementsPart(memoryview(b"abc")))
     assert source.next() == pb.PutTensorResponse()
-    assert source.next() == Ahead(3)
+    assert source.next() == PendingElements(3)
     elements = np.zeros(3, np.uint8)
     source.read_into(elements)
     assert elements.tobytes() == b"abc"
-    client.send(End())
-    assert server.next_event() == End()
-    server.send(End("server_us=1"))
+    client.send(EndOfStream())
+    assert server.next_event() == EndOfStream()
+    server.send(EndOfStream("server_us=1"))
     assert [source.next(), source.next()] == [None, None]
     assert source.ledger == "server_us=1"
     assert client.protocol.is_idle
@@ -293,23 +294,23 @@ def test_the_parts_of_a_response_are_read_to_their_end(ends: Ends) -> None:
 def test_what_was_cut_is_no_end(ends: Ends) -> None:
     client, server = ends
     source = FrameSource(client, pb.PutTensorResponse)
-    send_raw(server, frame(FrameKind.CALL, bytes(24)))
+    send_raw(server, pack_frame(FrameKind.CALL, bytes(24)))
     with pytest.raises(RemoteProtocolError):
         source.next()
-    with pytest.raises(LineClosedError):
+    with pytest.raises(ConnectionClosedError):
         source.next()
 
 
 def test_what_is_not_ours_to_say_is_not_sent(ends: Ends) -> None:
     client, server = ends
     with pytest.raises(LocalProtocolError, match="WRITTEN is not to be sent while STREAMING"):
-        client.send(Written(1))
+        client.send(ProgressReport(1))
     with pytest.raises(LocalProtocolError):
         client.send(PUT)
-    client.send(End())
+    client.send(EndOfStream())
     with pytest.raises(LocalProtocolError):
         client.send_part(elements_part(np.ones(1)))
-    assert server.next_event() == End()
+    assert server.next_event() == EndOfStream()
     assert server.is_quiet()
 
 
@@ -317,7 +318,7 @@ def test_what_is_not_ours_to_say_is_not_sent(ends: Ends) -> None:
 def test_a_server_is_the_one_that_is_meant_or_breaks_the_line(other: bytes) -> None:
     one, another = socket.socketpair()
     instance = bytes(range(16))
-    with server_line(one, instance) as server, server_line(another) as near:
+    with server_stream(one, instance) as server, server_stream(another) as near:
         send_raw(near, Hello(other).pack())
         if other in (ANY_INSTANCE, instance):
             assert server.next_event() == Hello(other)

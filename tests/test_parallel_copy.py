@@ -12,7 +12,7 @@ import pytest
 
 from deconvd.host import parallel_copy
 from deconvd.host.parallel_copy import copy_all, copy_into
-from tests.interrupts import interrupted_everywhere
+from tests.interrupts import interrupt_everywhere
 from tests.processes import exit_code, wait_until
 
 _MIB = 1 << 20
@@ -144,15 +144,15 @@ def test_others_copy_while_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_of_much_more_than_caches_hold_more_threads_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     threads_counts: list[int] = []
-    helpers = parallel_copy._helpers
+    helpers = parallel_copy._copy_threads
 
     class Counting:
-        def help(self, copy: parallel_copy._Copy, count: int) -> None:
+        def help(self, copy: parallel_copy._CopyJob, count: int) -> None:
             threads_counts.append(count + 1)
             helpers.help(copy, count)
 
     monkeypatch.setattr(parallel_copy, "processors_count", lambda: 16)
-    monkeypatch.setattr(parallel_copy, "_helpers", Counting())
+    monkeypatch.setattr(parallel_copy, "_copy_threads", Counting())
     for size_bytes in (64 * _MIB, 256 * _MIB):
         target = np.zeros(size_bytes, np.uint8)
         copy_into(target, np.ones(size_bytes, np.uint8))
@@ -180,7 +180,7 @@ def test_a_copy_touches_nothing_any_more_wherever_an_interrupt_strikes(
 ) -> None:
     monkeypatch.setattr(parallel_copy, "processors_count", lambda: 4)
     source, target = np.ones(3 * _MIB, np.float32), np.zeros(3 * _MIB, np.float32)
-    for _ in interrupted_everywhere(lambda: copy_into(target, source)):
+    for _ in interrupt_everywhere(lambda: copy_into(target, source)):
         target[:] = 0
         time.sleep(0.002)
         assert not target.any()
@@ -193,13 +193,13 @@ def test_nobody_holds_the_arrays_of_a_copy_that_is_made(monkeypatch: pytest.Monk
     monkeypatch.setattr(parallel_copy, "processors_count", lambda: 8)
     with monkeypatch.context() as asleep:
         asleep.setattr(
-            parallel_copy._helpers, "_waiting", SimpleQueue()
+            parallel_copy._copy_threads, "_requests", SimpleQueue()
         )  # of threads that never wake
         source, target = np.ones(8 * _MIB, np.float32), np.zeros(8 * _MIB, np.float32)
         told: list[int] = []
         copy_all([(target, source)], told.append)
         assert told[-1] == target.nbytes
-        assert parallel_copy._helpers._waiting.qsize() > 0
+        assert parallel_copy._copy_threads._queue.qsize() > 0
         alive = [weakref.ref(array) for array in (source, target)]
         del source, target
         assert [array() for array in alive] == [None, None]

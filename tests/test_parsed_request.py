@@ -112,7 +112,7 @@ def test_only_what_is_there_and_not_yet_kept_is_to_be_kept() -> None:
 
     assert parsed.keep == {"x"}
     assert parsed.named == {"w"}
-    assert list(parsed.sent) == ["y"]
+    assert list(parsed.sent_results) == ["y"]
 
 
 def test_gradients_that_are_not_wanted_are_not_kept() -> None:

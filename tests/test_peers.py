@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd_server.resources.peers import counted_by_connection, counted_by_grpc
+from deconvd_server.resources.peers import peer_key_of_connection, peer_key_of_grpc
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ from deconvd_server.resources.peers import counted_by_connection, counted_by_grp
     ],
 )
 def test_a_call_by_grpc_is_counted_by_its_host(text: str, peer: str) -> None:
-    assert counted_by_grpc(text) == peer
+    assert peer_key_of_grpc(text) == peer
 
 
 @given(st.text())
 def test_whatever_grpc_says_of_a_peer_is_something_to_count_by(text: str) -> None:
-    assert isinstance(counted_by_grpc(text), str)
+    assert isinstance(peer_key_of_grpc(text), str)
 
 
 @pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
@@ -45,17 +45,17 @@ def test_a_tcp_connection_is_counted_by_its_address_as_calls_by_grpc_from_there_
         client = socket.create_connection(listener.getsockname(), source_address=(source, 0))
         connection, address = listener.accept()
         with client, connection:
-            assert counted_by_connection(connection, address) == source
-            assert counted_by_grpc(f"ipv4:{address[0]}:{address[1]}") == source
+            assert peer_key_of_connection(connection, address) == source
+            assert peer_key_of_grpc(f"ipv4:{address[0]}:{address[1]}") == source
 
 
 def test_a_connection_of_ipv4_to_a_socket_for_both_is_counted_as_any_of_ipv4() -> None:
     address = ("::ffff:127.0.0.2", 34567, 0, 0)
     with socket.socket(socket.AF_INET6) as connection:
-        assert counted_by_connection(connection, address) == "127.0.0.2"
+        assert peer_key_of_connection(connection, address) == "127.0.0.2"
 
 
 def test_a_unix_connection_is_counted_by_its_process() -> None:
     one, other = socket.socketpair()
     with one, other:
-        assert counted_by_connection(one, "") == f"process {os.getpid()}"
+        assert peer_key_of_connection(one, "") == f"process {os.getpid()}"

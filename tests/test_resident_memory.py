@@ -17,18 +17,25 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.lending.protocol import Answer
+from deconvd.lending.protocol import ReplyStatus
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import ExhaustedError, connect
 from deconvd_client.shared_memory import Borrower
-from deconvd_server.shared_memory import Lender, Limits
-from deconvd_server.shared_memory.file_lifetimes import FileEnds
+from deconvd_server.shared_memory import Lender, LoanLimits
+from deconvd_server.shared_memory.file_lifetimes import MemfdWatcher
 from deconvd_server.shared_memory.loans import RESERVED_PART
-from deconvd_server.shared_memory.memory import Memory
+from deconvd_server.shared_memory.memory import SealedMemory
 from tests.cgroups import cgroup
-from tests.deadlines import soon
-from tests.lenders import MIB, Peer, Watch, child, lending, lies_in_shared_memory
+from tests.deadlines import short_deadline
+from tests.lenders import (
+    MIB,
+    MappingRecorder,
+    RawBorrower,
+    is_in_shared_memory,
+    start_borrower_process,
+    start_lender,
+)
 from tests.processes import lent_bytes, wait_until
 from tests.servers import server_process
 
@@ -42,11 +49,11 @@ W = np.ones((8, 4, 4, 4), np.float32)
 
 
 @pytest.fixture
-def peers(path: Path) -> Iterator[Callable[[], Peer]]:
+def peers(path: Path) -> Iterator[Callable[[], RawBorrower]]:
     with ExitStack() as stack:
 
-        def peer() -> Peer:
-            made = Peer(path)
+        def peer() -> RawBorrower:
+            made = RawBorrower(path)
             stack.callback(made.close)
             return made
 
@@ -67,13 +74,13 @@ def hoard(path: Path, stub: pb_grpc.DeconvolutionServiceStub, keep: ExitStack) -
     """Borrow, have the server fill it, give back and keep it, twelve times over; return what is kept."""
     kept = []
     for _ in range(REGIONS_COUNT):
-        peer = Peer(path)
-        keep.callback(peer.let_go)
+        peer = RawBorrower(path)
+        keep.callback(peer.close_descriptors)
         reply = peer.lend(REGION_BYTES)
-        if reply.answer is Answer.DONE:
+        if reply.status is ReplyStatus.DONE:
             fill(stub, reply.region)
             kept.append(keep.enter_context(mmap.mmap(peer.descriptors[0], REGION_BYTES)))
-            assert peer.give_back(reply.region).answer is Answer.DONE
+            assert peer.give_back(reply.region).status is ReplyStatus.DONE
         peer.socket.close()
     return kept
 
@@ -98,9 +105,9 @@ def test_what_a_client_keeps_of_what_it_gave_back_stays_within_the_limit(tmp_pat
             assert group.kept_memory_bytes - before_bytes < LIMIT_BYTES + 32 * MIB
             assert F.deconvolution_2d(X, W).shape == (1, 4, 19, 19)  # by messages
         with ExitStack() as keep:
-            peer = Peer(path)
+            peer = RawBorrower(path)
             keep.callback(peer.close)
-            assert peer.lend(LIMIT_BYTES // 2).answer is Answer.DONE
+            assert peer.lend(LIMIT_BYTES // 2).status is ReplyStatus.DONE
         assert group.kills_count == 0
 
 
@@ -176,38 +183,38 @@ def leave_to_a_child(descriptor: int) -> Callable[[], None]:
 )
 def test_memory_counts_until_its_client_has_let_go_of_it(
     path: Path,
-    peers: Callable[[], Peer],
+    peers: Callable[[], RawBorrower],
     keep: Callable[[int], Callable[[], None]],
     leaves: str,
 ) -> None:
     half_bytes = 7 * MIB // 2  # of what one process may have
-    with lending(path, Limits(8 * MIB, half_bytes)) as lender:
+    with start_lender(path, LoanLimits(8 * MIB, half_bytes)) as lender:
         keeper, other = peers(), peers()
-        region = keeper.borrowed(half_bytes)
+        region = keeper.borrow(half_bytes)
         let_go = keep(keeper.descriptors[0])
         if leaves == "gives back":
-            assert keeper.give_back(region).answer is Answer.DONE
-            keeper.let_go()
-            assert keeper.lend(1).answer is Answer.OVER_CLIENT_LIMIT
+            assert keeper.give_back(region).status is ReplyStatus.DONE
+            keeper.close_descriptors()
+            assert keeper.lend(1).status is ReplyStatus.OVER_CLIENT_LIMIT
         else:
             keeper.close()
         assert lender.wait_until_unused(TIMEOUT_S)
 
-        assert lender.kept_bytes == half_bytes
-        other.borrowed(half_bytes)
+        assert lender.lingering_bytes == half_bytes
+        other.borrow(half_bytes)
         refused = peers().lend(1)
-        assert refused.answer is Answer.OVER_SERVER_LIMIT
+        assert refused.status is ReplyStatus.OVER_SERVER_LIMIT
         assert f"process {os.getpid()} have or still keep" in refused.text
         let_go()
-        assert lender.kept_bytes == 0
-        peers().borrowed(half_bytes)
+        assert lender.lingering_bytes == 0
+        peers().borrow(half_bytes)
 
 
 def test_what_a_client_keeps_it_cannot_make_larger(
-    path: Path, lender: Lender, peers: Callable[[], Peer]
+    path: Path, lender: Lender, peers: Callable[[], RawBorrower]
 ) -> None:
     client = peers()
-    assert client.give_back(client.borrowed(MIB)).answer is Answer.DONE
+    assert client.give_back(client.borrow(MIB)).status is ReplyStatus.DONE
 
     for change in (
         lambda file: os.ftruncate(file, 2 * MIB),
@@ -216,7 +223,7 @@ def test_what_a_client_keeps_it_cannot_make_larger(
     ):
         with pytest.raises(PermissionError):
             change(client.descriptors[0])
-    assert lender.kept_bytes == MIB
+    assert lender.lingering_bytes == MIB
 
 
 def test_memory_of_a_client_that_is_killed_counts_no_more(path: Path, lender: Lender) -> None:
@@ -227,15 +234,15 @@ array[...] = 1
 say("borrowed")
 input()
 """
-    with child(script, path) as victim:
-        assert victim.hear() == "borrowed"
+    with start_borrower_process(script, path) as victim:
+        assert victim.read_line() == "borrowed"
         assert lender.lent_bytes > 0
 
         victim.process.kill()
         victim.process.wait()
 
         assert lender.wait_until_unused(TIMEOUT_S)
-        wait_until(lambda: lender.kept_bytes == 0)
+        wait_until(lambda: lender.lingering_bytes == 0)
 
 
 def test_results_outlive_their_connection_and_count_until_they_go(tmp_path: Path) -> None:
@@ -244,7 +251,7 @@ def test_results_outlive_their_connection_and_count_until_they_go(tmp_path: Path
             x = F.empty((1, 8, 256, 256), np.float32)
             x[...] = 1
             y = F.deconvolution_2d(x, W)
-        assert lies_in_shared_memory(y)
+        assert is_in_shared_memory(y)
         assert y.max() == 8 * 16
 
         with connect(server.target, transport="shared_memory") as F:
@@ -259,8 +266,8 @@ def test_results_outlive_their_connection_and_count_until_they_go(tmp_path: Path
 
 def test_memory_that_cannot_be_made_or_watched_leaves_nothing_behind() -> None:
     """With each number of descriptors from none to enough: the memfd's, the mapping's and the watch's."""
-    shown, ends = Watch(), FileEnds()
-    made: list[Memory] = []
+    shown, ends = MappingRecorder(), MemfdWatcher()
+    made: list[SealedMemory] = []
     shown_count = 0
 
     def show(address: int, size_bytes: int) -> Callable[[], None]:
@@ -275,7 +282,7 @@ def test_memory_that_cannot_be_made_or_watched_leaves_nothing_behind() -> None:
         for spare_count in range(4):
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(fillers) + 1 + spare_count, hard))
             with suppress(OSError):
-                made.append(Memory(MIB, show, ends))
+                made.append(SealedMemory(MIB, show, ends))
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
             assert made or not shown.mapped
             assert made or len(os.listdir("/proc/self/fd")) == before
@@ -296,7 +303,7 @@ def test_memory_that_is_let_go_of_a_moment_after_it_was_given_back_is_borrowed_a
     path: Path, lender: Lender, borrower: Borrower
 ) -> None:
     """The first region has 64 MiB, and a client may have 256."""
-    array = borrower.empty((MIB,), np.float16, soon())
+    array = borrower.empty((MIB,), np.float16, short_deadline())
     lies_at = borrower.locate(array)
     assert lies_at is not None
     use = lender.use("x", lies_at.region)
@@ -304,9 +311,9 @@ def test_memory_that_is_let_go_of_a_moment_after_it_was_given_back_is_borrowed_a
     ending.start()
     del array
 
-    array = borrower.empty((100 * MIB,), np.float16, soon())
+    array = borrower.empty((100 * MIB,), np.float16, short_deadline())
 
-    assert lies_in_shared_memory(array)
+    assert is_in_shared_memory(array)
     ending.join()
 
 
@@ -342,6 +349,6 @@ def test_what_was_let_go_is_borrowed_again(tmp_path: Path, device: str) -> None:
                     x = F.empty((samples_count, 8, 256, 256), np.float32)
                     x[...] = value
                     y = F.deconvolution_2d(x, filters)
-                    assert lies_in_shared_memory(x)
+                    assert is_in_shared_memory(x)
                     assert (y == 8 * value).all()
                     del x, y

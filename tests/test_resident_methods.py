@@ -17,7 +17,15 @@ from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import message_from_geometry
 from deconvd.wire.tensor import elements_of, message_from_spec
-from tests.holders import Holder, array_of, by_digest, by_handle, error_of, holder, raw
+from tests.holders import (
+    SessionClient,
+    array_of,
+    error_of,
+    open_session,
+    raw_tensor,
+    tensor_by_digest,
+    tensor_by_handle,
+)
 from tests.servers import ServerProcess
 
 rng = np.random.default_rng(0)
@@ -30,21 +38,23 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def held(device_server: ServerProcess) -> Iterator[Holder]:
+def held(device_server: ServerProcess) -> Iterator[SessionClient]:
     """A client of a server on each kind of device in turn."""
-    with holder(device_server.target) as held:
+    with open_session(device_server.target) as held:
         yield held
 
 
-def deconvolve(held: Holder, x: pb.Tensor, w: pb.Tensor, **fields: Any) -> pb.DeconvolveResponse:
+def deconvolve(
+    held: SessionClient, x: pb.Tensor, w: pb.Tensor, **fields: Any
+) -> pb.DeconvolveResponse:
     request = pb.DeconvolveRequest(
         x=x, w=w, geometry=GEOMETRY, options=STEADY, session=held.session, **fields
     )
     return held.stub.Deconvolve(request)
 
 
-def expected_y(held: Holder) -> Array:
-    return array_of(deconvolve(held, raw(X), raw(W), b=raw(B)).y)
+def expected_y(held: SessionClient) -> Array:
+    return array_of(deconvolve(held, raw_tensor(X), raw_tensor(W), b=raw_tensor(B)).y)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +69,7 @@ def expected_y(held: Holder) -> Array:
     ],
     ids=lambda array: str(array.shape),
 )
-def test_what_was_put_comes_back_until_it_is_dropped(held: Holder, array: Array) -> None:
+def test_what_was_put_comes_back_until_it_is_dropped(held: SessionClient, array: Array) -> None:
     handle = held.put(array)
 
     found = held.get(handle)
@@ -73,8 +83,8 @@ def test_what_was_put_comes_back_until_it_is_dropped(held: Holder, array: Array)
     assert error_of(failure).argument == "resident"
 
 
-def test_operands_may_be_residents_and_results_stay(held: Holder) -> None:
-    x, w, b = (by_handle(array, held.put(array)) for array in (X, W, B))
+def test_operands_may_be_residents_and_results_stay(held: SessionClient) -> None:
+    x, w, b = (tensor_by_handle(array, held.put(array)) for array in (X, W, B))
 
     response = deconvolve(held, x, w, b=b, keep_y=True)
 
@@ -84,15 +94,15 @@ def test_operands_may_be_residents_and_results_stay(held: Holder) -> None:
     np.testing.assert_array_equal(array_of(deconvolve(held, x, w, b=b).y), y)
 
 
-def test_operands_that_are_sent_may_stay(held: Holder) -> None:
+def test_operands_that_are_sent_may_stay(held: SessionClient) -> None:
     keep = pb.OperandsToKeep(x=True, w=True, b=True)
-    first = deconvolve(held, raw(X), raw(W), b=raw(B), keep=keep)
+    first = deconvolve(held, raw_tensor(X), raw_tensor(W), b=raw_tensor(B), keep=keep)
     kept = first.kept
     handles = [kept.x.handle, kept.w.handle, kept.b.handle]
 
     for handle, array in zip(handles, (X, W, B), strict=True):
         np.testing.assert_array_equal(held.get(handle), array)
-    x, w, b = map(by_handle, (X, W, B), handles)
+    x, w, b = map(tensor_by_handle, (X, W, B), handles)
     again = deconvolve(held, x, w, b=b, keep=keep)
 
     np.testing.assert_array_equal(array_of(again.y), array_of(first.y))
@@ -100,20 +110,25 @@ def test_operands_that_are_sent_may_stay(held: Holder) -> None:
 
 
 @pytest.mark.parametrize("keep", [["gx", "gw", "gb"], ["gw"], []], ids="-".join)
-def test_gradients_are_made_of_residents_and_stay(held: Holder, keep: list[str]) -> None:
+def test_gradients_are_made_of_residents_and_stay(held: SessionClient, keep: list[str]) -> None:
     gy = expected_y(held)
     mask = pb.GradientMask(gx=True, gw=True, gb=True)
     plain = held.stub.DeconvolveGrad(
         pb.DeconvolveGradRequest(
-            x=raw(X), w=raw(W), gy=raw(gy), geometry=GEOMETRY, options=STEADY, wanted=mask
+            x=raw_tensor(X),
+            w=raw_tensor(W),
+            gy=raw_tensor(gy),
+            geometry=GEOMETRY,
+            options=STEADY,
+            wanted=mask,
         )
     )
 
     response = held.stub.DeconvolveGrad(
         pb.DeconvolveGradRequest(
-            x=by_handle(X, held.put(X)),
-            w=by_handle(W, held.put(W)),
-            gy=by_handle(gy, held.put(gy)),
+            x=tensor_by_handle(X, held.put(X)),
+            w=tensor_by_handle(W, held.put(W)),
+            gy=tensor_by_handle(gy, held.put(gy)),
             geometry=GEOMETRY,
             options=STEADY,
             wanted=mask,
@@ -129,7 +144,7 @@ def test_gradients_are_made_of_residents_and_stay(held: Holder, keep: list[str])
         np.testing.assert_array_equal(found, array_of(getattr(plain, field)))
 
 
-def stream_header(held: Holder, x: pb.Tensor, w: pb.Tensor, **fields: Any) -> Any:
+def stream_header(held: SessionClient, x: pb.Tensor, w: pb.Tensor, **fields: Any) -> Any:
     request = pb.DeconvolveRequest(
         x=x, w=w, geometry=GEOMETRY, options=STEADY, session=held.session, **fields
     )
@@ -151,10 +166,10 @@ def elements(parts: list[Any]) -> bytes:
 
 
 @pytest.mark.parametrize("resident", [[], ["x"], ["w"], ["b"], ["x", "w", "b"]], ids="-".join)
-def test_a_stream_has_some_of_its_operands_here(held: Holder, resident: list[str]) -> None:
+def test_a_stream_has_some_of_its_operands_here(held: SessionClient, resident: list[str]) -> None:
     operands = {"w": W, "b": B, "x": X}
     messages = {
-        field: by_handle(array, held.put(array)) if field in resident else described(array)
+        field: tensor_by_handle(array, held.put(array)) if field in resident else described(array)
         for field, array in operands.items()
     }
     parts = [stream_header(held, **messages)]
@@ -166,7 +181,7 @@ def test_a_stream_has_some_of_its_operands_here(held: Holder, resident: list[str
     np.testing.assert_allclose(array_of(first.header.y, elements(rest)), y, rtol=1e-5, atol=1e-5)
 
 
-def test_a_stream_keeps_what_it_brings_and_what_it_makes(held: Holder) -> None:
+def test_a_stream_keeps_what_it_brings_and_what_it_makes(held: SessionClient) -> None:
     keep = pb.OperandsToKeep(x=True, w=True, b=True)
     header = stream_header(held, described(X), described(W), b=described(B), keep=keep, keep_y=True)
 
@@ -180,29 +195,36 @@ def test_a_stream_keeps_what_it_brings_and_what_it_makes(held: Holder) -> None:
     np.testing.assert_allclose(y, expected_y(held), rtol=1e-5, atol=1e-5)
 
 
-def test_a_stream_that_fails_keeps_nothing(held: Holder) -> None:
-    before_bytes = held.kept_bytes()
+def test_a_stream_that_fails_keeps_nothing(held: SessionClient) -> None:
+    before_bytes = held.resident_bytes()
     keep = pb.OperandsToKeep(x=True, w=True)
     header = stream_header(held, described(X), described(W), keep=keep, keep_y=True)
 
     with pytest.raises(grpc.RpcError, match="before x is whole"):
         list(held.stub.DeconvolveStream(iter([header, chunk(W)])))
 
-    assert held.kept_bytes() == before_bytes
+    assert held.resident_bytes() == before_bytes
 
 
 @pytest.mark.parametrize("keep", [["gx", "gw", "gb"], ["gx"], []], ids="-".join)
-def test_a_stream_of_gradients_takes_slices_of_residents(held: Holder, keep: list[str]) -> None:
+def test_a_stream_of_gradients_takes_slices_of_residents(
+    held: SessionClient, keep: list[str]
+) -> None:
     gy = expected_y(held)
     mask = pb.GradientMask(gx=True, gw=True, gb=True)
     plain = held.stub.DeconvolveGrad(
         pb.DeconvolveGradRequest(
-            x=raw(X), w=raw(W), gy=raw(gy), geometry=GEOMETRY, options=STEADY, wanted=mask
+            x=raw_tensor(X),
+            w=raw_tensor(W),
+            gy=raw_tensor(gy),
+            geometry=GEOMETRY,
+            options=STEADY,
+            wanted=mask,
         )
     )
     request = pb.DeconvolveGradRequest(
-        x=by_handle(X, held.put(X)),
-        w=by_handle(W, held.put(W)),
+        x=tensor_by_handle(X, held.put(X)),
+        w=tensor_by_handle(W, held.put(W)),
         gy=described(gy),
         geometry=GEOMETRY,
         options=STEADY,
@@ -231,10 +253,12 @@ def test_a_stream_of_gradients_takes_slices_of_residents(held: Holder, keep: lis
     assert not sent
 
 
-def test_what_is_offered_is_asked_for_once(held: Holder) -> None:
+def test_what_is_offered_is_asked_for_once(held: SessionClient) -> None:
     own = rng.standard_normal(W.shape).astype(np.float32)  # which nobody has sent before
     missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own)))
-    header = stream_header(held, described(X), by_digest(own), b=by_digest(B + own[0, 0, 0, 0]))
+    header = stream_header(
+        held, described(X), tensor_by_digest(own), b=tensor_by_digest(B + own[0, 0, 0, 0])
+    )
     b = B + own[0, 0, 0, 0]
     missing_b = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(b)))
     # x begins to come before the answer, and what was missing comes amid it
@@ -253,28 +277,28 @@ def test_what_is_offered_is_asked_for_once(held: Holder) -> None:
 
     again, *chunks = held.stub.DeconvolveStream(iter([header, chunk(X)]))
     np.testing.assert_array_equal(array_of(again.header.y, elements(chunks)), y)
-    unary = deconvolve(held, raw(X), by_digest(own), b=by_digest(b))
+    unary = deconvolve(held, raw_tensor(X), tensor_by_digest(own), b=tensor_by_digest(b))
     np.testing.assert_allclose(array_of(unary.y), y, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_offered_may_be_kept_under_a_handle_too(held: Holder) -> None:
+def test_what_is_offered_may_be_kept_under_a_handle_too(held: SessionClient) -> None:
     own = rng.standard_normal(W.shape).astype(np.float32)
     keep = pb.OperandsToKeep(w=True)
-    header = stream_header(held, described(X), by_digest(own), keep=keep)
+    header = stream_header(held, described(X), tensor_by_digest(own), keep=keep)
     missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own)))
-    before_count = held.kept_count()
+    before_count = held.resident_count()
 
     _, second, *_ = held.stub.DeconvolveStream(iter([header, missing, chunk(X)]))
-    third = deconvolve(held, raw(X), by_digest(own), keep=keep)
+    third = deconvolve(held, raw_tensor(X), tensor_by_digest(own), keep=keep)
 
     for kept in (second.header.kept, third.kept):
         np.testing.assert_array_equal(held.get(kept.w.handle), own)
-    assert held.kept_count() == before_count + 1  # once for all three
+    assert held.resident_count() == before_count + 1  # once for all three
 
 
-def test_what_is_not_what_its_digest_says_is_refused(held: Holder) -> None:
+def test_what_is_not_what_its_digest_says_is_refused(held: SessionClient) -> None:
     own = rng.standard_normal(W.shape).astype(np.float32)
-    header = stream_header(held, described(X), by_digest(own))
+    header = stream_header(held, described(X), tensor_by_digest(own))
     missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own + 1)))
 
     with pytest.raises(grpc.RpcError, match="W must be what its digest says") as failure:
@@ -282,7 +306,7 @@ def test_what_is_not_what_its_digest_says_is_refused(held: Holder) -> None:
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     with pytest.raises(grpc.RpcError) as failure:
-        deconvolve(held, raw(X), by_digest(own))
+        deconvolve(held, raw_tensor(X), tensor_by_digest(own))
     assert isinstance(error_of(failure), LostTensorError)
     assert error_of(failure).argument == "W"
 
@@ -294,18 +318,24 @@ def changed(tensor: pb.Tensor, **fields: Any) -> pb.Tensor:
     return result
 
 
-def test_requests_that_can_never_succeed_are_told_which_argument(held: Holder) -> None:
+def test_requests_that_can_never_succeed_are_told_which_argument(held: SessionClient) -> None:
     handle = held.put(W)
     wide = W.astype(np.float64)
     flat = W.reshape(4, 3, 2, 3)
-    wrong_size = by_digest(W)
+    wrong_size = tensor_by_digest(W)
     wrong_size.digest.size_bytes = 7
-    short_digest = by_digest(W)
+    short_digest = tensor_by_digest(W)
     short_digest.digest.blake3 = b"short"
     place = pb.SharedSlice(region=bytes(16))
     cases: list[tuple[str, dict[str, Any]]] = [
-        ("W must have the shape and element type that it was kept", {"w": by_handle(wide, handle)}),
-        ("W must have the shape and element type that it was kept", {"w": by_handle(flat, handle)}),
+        (
+            "W must have the shape and element type that it was kept",
+            {"w": tensor_by_handle(wide, handle)},
+        ),
+        (
+            "W must have the shape and element type that it was kept",
+            {"w": tensor_by_handle(flat, handle)},
+        ),
         ("of 288 bytes for float32", {"w": wrong_size}),
         ("got one of 5 bytes", {"w": short_digest}),
         ("y_place must be left out where y is to be kept", {"y_place": place, "keep_y": True}),
@@ -313,7 +343,7 @@ def test_requests_that_can_never_succeed_are_told_which_argument(held: Holder) -
         ("session must be a name of 16 bytes, got 0", {"session": b"", "keep_y": True}),
     ]
     for message, fields in cases:
-        request: dict[str, Any] = {"x": raw(X), "w": raw(W), "session": held.session}
+        request: dict[str, Any] = {"x": raw_tensor(X), "w": raw_tensor(W), "session": held.session}
         request |= fields
         with pytest.raises(grpc.RpcError, match=message) as failure:
             held.stub.Deconvolve(pb.DeconvolveRequest(geometry=GEOMETRY, options=STEADY, **request))
@@ -321,32 +351,32 @@ def test_requests_that_can_never_succeed_are_told_which_argument(held: Holder) -
 
 
 @pytest.mark.parametrize("payload", ["raw", "shared"])
-def test_a_streams_header_has_no_elements(held: Holder, payload: str) -> None:
-    tensor = raw(W)
+def test_a_streams_header_has_no_elements(held: SessionClient, payload: str) -> None:
+    tensor = raw_tensor(W)
     if payload == "shared":
         tensor.shared.region = bytes(16)
     with pytest.raises(grpc.RpcError, match="W must have its elements behind a stream's header"):
         list(held.stub.DeconvolveStream(iter([stream_header(held, described(X), tensor)])))
 
 
-def test_a_handle_and_a_digest_are_of_no_use_to_another_tenant(held: Holder) -> None:
+def test_a_handle_and_a_digest_are_of_no_use_to_another_tenant(held: SessionClient) -> None:
     own = rng.standard_normal(W.shape).astype(np.float32)
     handle = held.put(own)
-    header = stream_header(held, described(X), by_digest(own))
+    header = stream_header(held, described(X), tensor_by_digest(own))
     missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own)))
     list(held.stub.DeconvolveStream(iter([header, missing, chunk(X)])))
-    deconvolve(held, raw(X), by_digest(own))  # its own tenant has it
+    deconvolve(held, raw_tensor(X), tensor_by_digest(own))  # its own tenant has it
 
-    other = Holder(held.channel)
+    other = SessionClient(held.channel)
     texts = set()
-    for tensor in (by_handle(own, handle), by_handle(own, bytes(16))):
+    for tensor in (tensor_by_handle(own, handle), tensor_by_handle(own, bytes(16))):
         with pytest.raises(grpc.RpcError) as failure:
-            deconvolve(other, raw(X), tensor)
+            deconvolve(other, raw_tensor(X), tensor)
         assert isinstance(error_of(failure), LostTensorError)
         texts.add(str(error_of(failure)))
     assert len(texts) == 1  # nothing tells a stranger's from what never was
     with pytest.raises(grpc.RpcError) as failure:
-        deconvolve(other, raw(X), by_digest(own))
+        deconvolve(other, raw_tensor(X), tensor_by_digest(own))
     assert isinstance(error_of(failure), LostTensorError)
     other.drop(handle)
     other.close()

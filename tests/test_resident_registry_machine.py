@@ -24,12 +24,12 @@ from hypothesis.stateful import (
 from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError, UnavailableError
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import spec_of
-from deconvd_server.call.context import Call
-from deconvd_server.residents import Kept, Session, placement
-from deconvd_server.residents.elements import read_samples, whole_array
+from deconvd_server.call.context import CallContext
+from deconvd_server.residents import ResidentEntry, Session, placement
+from deconvd_server.residents.elements import read_array, read_samples
 from deconvd_server.residents.quotas import counted_bytes
 from deconvd_server.residents.tenant import SessionState, Tenant
-from tests.keepers import KIB, House, house
+from tests.keepers import KIB, RegistryFixture, make_registry_fixture
 
 QUOTA_BYTES = 96 * KIB
 DEVICE_BYTES = 64 * KIB
@@ -66,7 +66,7 @@ class Use:
     """A call that uses a tensor."""
 
     thing: Thing
-    kept: Kept
+    kept: ResidentEntry
     resting: AbstractContextManager[None] | None = None
 
 
@@ -86,10 +86,10 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @initialize(host_kib=st.sampled_from([0, 32, 64]), devices_count=st.integers(1, 2))
     def begin(self, host_kib: int, devices_count: int) -> None:
-        patched = mock.patch.object(placement, "_PROMISED_WAIT_S", 0.01)  # no call ends meanwhile
+        patched = mock.patch.object(placement, "_SHARE_WAIT_S", 0.01)  # no call ends meanwhile
         self._stack.enter_context(patched)
-        self.house: House = self._stack.enter_context(
-            house(
+        self.house: RegistryFixture = self._stack.enter_context(
+            make_registry_fixture(
                 device_bytes=DEVICE_BYTES,
                 host_bytes=host_kib * KIB,
                 quota_bytes=QUOTA_BYTES,
@@ -145,7 +145,7 @@ class KeeperMachine(RuleBasedStateMachine):
         """Return what another tenant's put must not displace, and what no room is needed of."""
         tenants = {thing.session.tenant for thing in self._all if self._is_there(thing)} | {tenant}
         share_bytes = DEVICE_BYTES // len(tenants)
-        host_bytes = self.house.keeper.states(self.house.engine, None)[-1].limit_bytes
+        host_bytes = self.house.keeper.cache_states(self.house.engine, None)[-1].limit_bytes
         modest = [
             other
             for other in tenants - {tenant}
@@ -175,7 +175,7 @@ class KeeperMachine(RuleBasedStateMachine):
     @rule(target=uses, thing=things)
     def use(self, thing: Thing) -> object:
         try:
-            kept = self.house.keeper.by_name(thing.session, thing.name, "x", Call())
+            kept = self.house.keeper.acquire_by_name(thing.session, thing.name, "x", CallContext())
         except LostTensorError:
             return multiple()
         use = Use(thing, kept)
@@ -184,13 +184,13 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(use=uses, device=st.integers(0, 1))
     def compute(self, use: Use, device: int) -> None:
-        if use not in self._uses or use.resting is not None or use.kept.is_gone:
+        if use not in self._uses or use.resting is not None or use.kept.is_freed:
             return
         engine = self.house.engines.all[device % len(self.house.engines.all)]
-        operand = self.house.keeper.operand(use.kept, engine, Call())
+        operand = self.house.keeper.operand(use.kept, engine, CallContext())
         for other in self._all:  # what comes back from the host makes room for itself
             other.may_be_displaced = True
-        found = operand if isinstance(operand, np.ndarray) else engine.read(operand, Call())
+        found = operand if isinstance(operand, np.ndarray) else engine.read(operand, CallContext())
         np.testing.assert_array_equal(found, use.thing.array)
 
     @rule(use=consumes(uses))
@@ -201,8 +201,8 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(use=uses)
     def rest(self, use: Use) -> None:
-        if use in self._uses and use.resting is None and not use.kept.is_gone:
-            use.resting = self.house.keeper.resting(use.kept, Call())
+        if use in self._uses and use.resting is None and not use.kept.is_freed:
+            use.resting = self.house.keeper.rest(use.kept, CallContext())
             use.resting.__enter__()
 
     @rule(use=uses)
@@ -215,10 +215,10 @@ class KeeperMachine(RuleBasedStateMachine):
             return
         resting, use.resting = use.resting, None
         resting.__exit__(None, None, None)
-        if use.kept.is_gone:
+        if use.kept.is_freed:
             assert use.thing.may_be_displaced
             with pytest.raises(UnavailableError, match="had to make room"):
-                read_samples(use.kept, None, Call())
+                read_samples(use.kept, None, CallContext())
 
     @rule(thing=things)
     def drop(self, thing: Thing) -> None:
@@ -227,17 +227,17 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(kib=st.sampled_from([1, 20, 200]))
     def calls_need_memory(self, kib: int) -> None:
-        self.house.engine.on_shortage(kib * KIB, Call())
+        self.house.engine.on_shortage(kib * KIB, CallContext())
         for thing in self._all:
             thing.may_be_displaced = True
 
     @rule(session=consumes(sessions))
     def close(self, session: Session) -> None:
-        self.house.sessions.end(session, session.hang_up)
+        self.house.sessions.end(session, session.close_stream)
 
     @rule(session=sessions)
     def lose(self, session: Session) -> None:
-        self.house.sessions.lose(session, session.hang_up)
+        self.house.sessions.mark_broken(session, session.close_stream)
 
     @rule(session=sessions)
     def resume(self, session: Session) -> None:
@@ -248,7 +248,7 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 6, 20, 31]), lively=sessions)
     def time_passes(self, seconds: int, lively: Session) -> None:
-        self.house.sessions.sign_of_life(lively)
+        self.house.sessions.heartbeat(lively)
         self.house.clock.now_s += seconds
         self.house.sessions.expire()
         if lively.state is SessionState.ENDED:
@@ -261,28 +261,26 @@ class KeeperMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_used_is_as_it_was(self) -> None:
         for use in self._uses:
-            if use.resting is not None or use.kept.is_gone:
+            if use.resting is not None or use.kept.is_freed:
                 continue
-            np.testing.assert_array_equal(whole_array(use.kept, Call()), use.thing.array)
+            np.testing.assert_array_equal(read_array(use.kept, CallContext()), use.thing.array)
 
     @invariant()
     def the_limits_hold(self) -> None:
         if not hasattr(self, "house"):
             return
         for engine in self.house.engines.all:
-            limits = [state.limit_bytes for state in self.house.keeper.states(engine, None)]
-            for size_bytes, limit_bytes in zip(
-                self.house.shelved_bytes(engine), limits, strict=True
-            ):
+            limits = [state.limit_bytes for state in self.house.keeper.cache_states(engine, None)]
+            for size_bytes, limit_bytes in zip(self.house.tier_bytes(engine), limits, strict=True):
                 assert 0 <= size_bytes <= limit_bytes
-            assert engine.load.held_bytes <= DEVICE_BYTES
+            assert engine.load.reserved_bytes <= DEVICE_BYTES
         for tenant in {thing.session.tenant for thing in self._all}:
             assert 0 <= self.house.keeper.used_bytes(tenant) <= QUOTA_BYTES
 
     @invariant()
     def what_has_a_name_counts(self) -> None:
         there = [thing for thing in self._all if self._is_there(thing)]
-        used = [use.thing for use in self._uses if not use.kept.is_gone]
+        used = [use.thing for use in self._uses if not use.kept.is_freed]
         for tenant in {thing.session.tenant for thing in self._all}:
             known = {thing for thing in [*there, *used] if thing.session.tenant is tenant}
             counted = sum(thing.size_bytes for thing in known)
@@ -290,7 +288,9 @@ class KeeperMachine(RuleBasedStateMachine):
             assert counted == sum(
                 state.size_bytes
                 for place, engine in enumerate(self.house.engines.all)
-                for state in self.house.keeper.states(engine, tenant)[: 2 if place == 0 else 1]
+                for state in self.house.keeper.cache_states(engine, tenant)[
+                    : 2 if place == 0 else 1
+                ]
             )  # the memory beneath is the same for all engines
 
 

@@ -31,8 +31,8 @@ from deconvd.wire.tensor import message_from_spec
 from deconvd_client import cli
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.transports import retry_policy, route
-from deconvd_client.transports.retry_policy import PinnedTransportError, Retries
-from tests.lenders import lies_in_shared_memory
+from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
+from tests.lenders import is_in_shared_memory
 from tests.processes import wait_until
 from tests.servers import ServerProcess, call_until_served, free_port, server_process
 
@@ -66,9 +66,9 @@ def forever(error: DeconvdError) -> Attempts:
     return Attempts(*[error] * 10_000)
 
 
-def reached() -> Retries:
+def reached() -> RetryPolicy:
     """Return the retries of a connection whose server has answered."""
-    retries = Retries()
+    retries = RetryPolicy()
     retries.run(Attempts(), Deadline(1))
     return retries
 
@@ -80,9 +80,9 @@ class TestRetries:
         self,
     ) -> None:
         stopping = CallCancelledError("it stops")
-        cases = [(reached(), AWAY, 7), (reached(), stopping, 7), (Retries(), AWAY, 60)]
+        cases = [(reached(), AWAY, 7), (reached(), stopping, 7), (RetryPolicy(), AWAY, 60)]
 
-        def tried_s(retries: Retries, error: DeconvdError, timeout_s: float) -> float:
+        def tried_s(retries: RetryPolicy, error: DeconvdError, timeout_s: float) -> float:
             attempts = forever(error)
             with pytest.raises(type(error)):
                 retries.run(attempts, Deadline(timeout_s))
@@ -109,14 +109,14 @@ class TestRetries:
 
     def test_a_server_that_says_when_to_come_back_is_not_tried_sooner(self) -> None:
         attempts = Attempts(FULL, FULL)
-        assert Retries().run(attempts, Deadline(30)) == "done"
+        assert RetryPolicy().run(attempts, Deadline(30)) == "done"
 
         assert min(np.diff(attempts.times_s)) >= 0.3
 
     def test_what_it_says_goes_beyond_the_deadline_is_raised_at_once(self) -> None:
         attempts = forever(UnavailableError("full", retry_after_s=100))
         with pytest.raises(UnavailableError, match="full"):
-            Retries().run(attempts, Deadline(10))
+            RetryPolicy().run(attempts, Deadline(10))
 
         assert len(attempts.times_s) == 1
 
@@ -133,7 +133,7 @@ class TestRetries:
     def test_fail_fast_raises_at_once_where_the_server_is_away_but_not_where_it_is_full(
         self,
     ) -> None:
-        retries = Retries(fail_fast=True)
+        retries = RetryPolicy(fail_fast=True)
         assert retries.run(Attempts(FULL), Deadline(30)) == "done"
         attempts = forever(AWAY)
         with pytest.raises(UnavailableError):
@@ -158,7 +158,7 @@ class TestRetries:
 
     def test_a_deadline_names_its_limit(self) -> None:
         with pytest.raises(DeadlineError, match=r"the 7\.5 s that timeout_s of connect\(\) allows"):
-            Retries().run(forever(DeadlineError("Deadline Exceeded")), Deadline(7.5))
+            RetryPolicy().run(forever(DeadlineError("Deadline Exceeded")), Deadline(7.5))
 
 
 @pytest.fixture
@@ -226,13 +226,13 @@ def test_a_server_that_drains_beside_its_successor_does_not_keep_memory_from_bei
 ) -> None:
     with deconvd_client.connect(addresses[index], transport=transport, timeout_s=30) as F:
         with serve() as first, unfinished_call(first, addresses[1]):
-            assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+            assert is_in_shared_memory(F.deconvolution_2d(LARGE, W))
             first.process.send_signal(signal.SIGTERM)
             wait_until(lambda: not Path(addresses[1].removeprefix("unix:")).exists())
             with serve():
                 assert first.process.poll() is None
                 assert F.deconvolution_2d(LARGE, W)[0, 0, 1, 1] == 8
-                wait_until(lambda: lies_in_shared_memory(F.deconvolution_2d(LARGE, W)))
+                wait_until(lambda: is_in_shared_memory(F.deconvolution_2d(LARGE, W)))
 
 
 def test_what_is_put_in_shared_memory_waits_for_a_restart(serve: Serve) -> None:
@@ -290,11 +290,11 @@ def test_the_nearer_way_comes_back_without_a_call_paying_for_it(
 ) -> None:
     with deconvd_client.connect(addresses[0], timeout_s=60) as F:
         with serve() as first:
-            assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+            assert is_in_shared_memory(F.deconvolution_2d(LARGE, W))
             first.end(signal.SIGKILL)
         with serve() as second:
             F.deconvolution_2d(X, W)
-            wait_until(lambda: lies_in_shared_memory(F.deconvolution_2d(LARGE, W)))
+            wait_until(lambda: is_in_shared_memory(F.deconvolution_2d(LARGE, W)))
 
             def goes_near() -> bool:
                 before = second.log.read_text()
@@ -306,7 +306,7 @@ def test_the_nearer_way_comes_back_without_a_call_paying_for_it(
             third_from = second.end(signal.SIGTERM)
         assert third_from == 0
         with serve():
-            wait_until(lambda: lies_in_shared_memory(F.deconvolution_2d(LARGE, W)))
+            wait_until(lambda: is_in_shared_memory(F.deconvolution_2d(LARGE, W)))
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["to tcp", "to unix"])
@@ -315,7 +315,7 @@ def test_memory_is_shared_again_soon_after_a_server_was_away_for_long(
 ) -> None:
     with deconvd_client.connect(addresses[index], fail_fast=True) as F:
         with serve() as first:
-            assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+            assert is_in_shared_memory(F.deconvolution_2d(LARGE, W))
             first.end(signal.SIGKILL)
         for _ in range(4):
             with pytest.raises(UnavailableError):
@@ -323,7 +323,7 @@ def test_memory_is_shared_again_soon_after_a_server_was_away_for_long(
             time.sleep(2)
         with serve():
             begun_s = time.monotonic()
-            wait_until(lambda: lies_in_shared_memory(call_until_served(F, LARGE, W)))
+            wait_until(lambda: is_in_shared_memory(call_until_served(F, LARGE, W)))
             assert time.monotonic() - begun_s < 5
 
 
@@ -334,7 +334,7 @@ def test_nobody_looks_for_a_nearer_way_once_the_connection_is_closed_or_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.ERROR)  # records of the loss would hold the connection
-    monkeypatch.setattr(route, "_LAST_PROBE_S", 0.2)
+    monkeypatch.setattr(route, "_MAX_PROBE_PAUSE_S", 0.2)
     with serve() as first:
         connections = [deconvd_client.connect(addresses[0], fail_fast=True) for _ in range(2)]
         for F in connections:
@@ -356,7 +356,7 @@ def test_nobody_looks_for_a_nearer_way_once_the_connection_is_closed_or_gone(
 def test_the_commands_fail_at_once_where_nobody_listens(
     addresses: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry_policy, "_CONTACT_S", 60)  # what else they would wait
+    monkeypatch.setattr(retry_policy, "_FIRST_CONTACT_TIMEOUT_S", 60)  # what else they would wait
     begun_s = time.monotonic()
     done = CliRunner().invoke(cli.main, ["status", "--target", addresses[0]])
     assert done.exit_code == 1

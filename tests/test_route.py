@@ -22,8 +22,8 @@ from deconvd_client import (
     UnavailableError,
 )
 from deconvd_client.calls.deadline import Deadline
-from tests.interrupts import interrupted_everywhere
-from tests.lenders import lies_in_shared_memory
+from tests.interrupts import interrupt_everywhere
+from tests.lenders import is_in_shared_memory
 from tests.processes import wait_until
 from tests.servers import ServerProcess, call_until_served, server_process
 
@@ -51,7 +51,7 @@ def test_calls_to_a_server_on_this_host_go_by_its_unix_socket(server: ServerProc
 def test_tcp_stays_tcp_where_there_are_nearer_ways(server: ServerProcess) -> None:
     with deconvd_client.connect(server.target, transport="tcp") as F:
         F.deconvolution_2d(X, W)
-        assert not lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+        assert not is_in_shared_memory(F.deconvolution_2d(LARGE, W))
 
     log = server.log.read_text()
     assert "Deconvolve from ipv4:" in log or "Deconvolve from tcp:" in log
@@ -64,8 +64,8 @@ def test_grpc_stays_at_the_target_and_has_nothing_beside_it(
 ) -> None:
     with deconvd_client.connect(server.targets[index], transport="grpc") as F:
         for x in (X, LARGE):
-            assert not lies_in_shared_memory(F.deconvolution_2d(x, W))
-        assert not lies_in_shared_memory(F.empty(LARGE.shape, LARGE.dtype))
+            assert not is_in_shared_memory(F.deconvolution_2d(x, W))
+        assert not is_in_shared_memory(F.empty(LARGE.shape, LARGE.dtype))
 
     log = server.log.read_text()
     assert ("Deconvolve from ipv4:" in log, "Deconvolve from unix:" in log) == (
@@ -80,8 +80,8 @@ def test_grpc_stays_at_the_target_and_has_nothing_beside_it(
 def test_unix_stays_a_unix_socket_where_memory_is_lent(server: ServerProcess, index: int) -> None:
     with deconvd_client.connect(server.targets[index], transport="unix") as F:
         F.deconvolution_2d(X, W)
-        assert not lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
-        assert not lies_in_shared_memory(F.empty(LARGE.shape, LARGE.dtype))
+        assert not is_in_shared_memory(F.deconvolution_2d(LARGE, W))
+        assert not is_in_shared_memory(F.empty(LARGE.shape, LARGE.dtype))
 
     assert "Deconvolve from unix:" in server.log.read_text()
     assert "Deconvolve from ipv4:" not in server.log.read_text()
@@ -94,9 +94,9 @@ def test_shared_memory_has_all_large_tensors(server: ServerProcess, index: int) 
         gradients = F.deconvolution_2d_grad(LARGE, W, None, y)
         assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
 
-    assert lies_in_shared_memory(y)
+    assert is_in_shared_memory(y)
     assert gradients.gx is not None
-    assert lies_in_shared_memory(gradients.gx)
+    assert is_in_shared_memory(gradients.gx)
 
 
 def test_a_unix_socket_that_the_server_does_not_have_is_said_and_looked_for_again(
@@ -170,10 +170,10 @@ def test_a_successors_memory_is_found_wherever_it_lends(tmp_path: Path) -> None:
     with server_process(tmp_path, listen=("127.0.0.1:0",)) as gone:
         target = gone.target
         F = deconvd_client.connect(target, transport="shared_memory", timeout_s=20)
-        assert lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+        assert is_in_shared_memory(F.deconvolution_2d(LARGE, W))
         gone.end(signal.SIGKILL)
     with F, server_process(tmp_path, listen=(target,)):
-        assert lies_in_shared_memory(call_until_served(F, LARGE, W))
+        assert is_in_shared_memory(call_until_served(F, LARGE, W))
 
 
 def test_tcp_to_a_unix_socket_is_refused() -> None:
@@ -231,7 +231,7 @@ def test_a_socket_that_does_not_answer_at_first_is_taken_once_it_does(
         pool.submit(answer_again)
         with deconvd_client.connect(server.target, transport=transport, timeout_s=20) as F:
             assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
-            wait_until(lambda: F._server.nearest._near is not None)
+            wait_until(lambda: F._server.route._near_stub is not None)
 
 
 def test_an_unknown_transport_is_refused() -> None:
@@ -244,7 +244,7 @@ def test_an_unknown_transport_is_refused() -> None:
 def test_a_target_without_a_server_is_said_and_looked_at_again(
     socket_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deconvd_client.transports.retry_policy._CONTACT_S", 0.5)
+    monkeypatch.setattr("deconvd_client.transports.retry_policy._FIRST_CONTACT_TIMEOUT_S", 0.5)
     with server_process(socket_directory, listen=("127.0.0.1:0",)) as gone:
         target = gone.target
     with deconvd_client.connect(target, timeout_s=20) as F:
@@ -252,7 +252,7 @@ def test_a_target_without_a_server_is_said_and_looked_at_again(
             F.deconvolution_2d(X, W)
         with server_process(socket_directory, listen=(target, "unix")):
             assert call_until_served(F, X, W).shape == (1, 2, 4, 4)
-            assert F._server.nearest._near is not None
+            assert F._server.route._near_stub is not None
 
 
 @pytest.mark.parametrize("transport", ["auto", "unix"])
@@ -280,7 +280,7 @@ def test_a_connection_that_breaks_as_it_is_closed_stays_closed(
         F.close()
         raise UnavailableError("the server has gone")
 
-    nearest = F._server.nearest
+    nearest = F._server.route
     with caplog.at_level(logging.WARNING), contextlib.suppress(UnavailableError):
         nearest.call_once(close_and_lose, Deadline(20))
 
@@ -295,12 +295,12 @@ def test_a_way_is_looked_for_wherever_an_interrupt_strikes_as_it_is_lost(
 ) -> None:
     with deconvd_client.connect(server.target, timeout_s=20) as F:
         F.deconvolution_2d(X, W)
-        nearest = F._server.nearest
+        nearest = F._server.route
 
         def lose() -> None:
-            near = nearest._near
+            near = nearest._near_stub
             assert near is not None
             nearest._lose(near, UnavailableError("its connection broke"))
 
-        for _ in interrupted_everywhere(lose):
-            wait_until(lambda: nearest._near is not None)
+        for _ in interrupt_everywhere(lose):
+            wait_until(lambda: nearest._near_stub is not None)

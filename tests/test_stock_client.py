@@ -25,7 +25,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from tests import definition
 from tests.servers import ServerProcess
-from tests.wire import scrambled
+from tests.wire import scramble
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 Stub = pb_grpc.DeconvolutionServiceStub
@@ -247,9 +247,9 @@ def test_fields_may_stand_in_any_order_among_unknown_ones(
     gradients: Any = unary(channel, "DeconvolveGrad", pb.DeconvolveGradResponse)
     info: Any = unary(channel, "GetServerInfo", pb.GetServerInfoResponse)
 
-    assert_is_y(y(scrambled(forward(tensor), random)))
-    assert_are_gradients(gradients(scrambled(backward(tensor), random)))
-    assert info(scrambled(pb.GetServerInfoRequest(), random)).devices
+    assert_is_y(y(scramble(forward(tensor), random)))
+    assert_are_gradients(gradients(scramble(backward(tensor), random)))
+    assert info(scramble(pb.GetServerInfoRequest(), random)).devices
 
 
 def unary(channel: grpc.Channel, name: str, response_type: type[Message]) -> Any:
@@ -270,7 +270,7 @@ def test_parts_of_a_stream_may_have_unknown_fields_too(
         raw: Any = channel.stream_stream(f"/{SERVICE.full_name}/{name}")
         stock: Any = getattr(Stub(channel), name)
 
-        answered = list(raw(iter([scrambled(part, random) for part in parts()])))
+        answered = list(raw(iter([scramble(part, random) for part in parts()])))
 
         assert answered == [part.SerializeToString() for part in stock(parts())]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.engine.admission import Admission
-from deconvd_server.service.stream_places import StreamPlaces
+from deconvd_server.service.stream_places import StreamAdmission
 from tests.processes import wait_until
 
 ALL_BYTES = 100
@@ -22,9 +22,9 @@ def admission() -> Admission:
 
 
 @pytest.fixture
-def places(admission: Admission) -> Iterator[StreamPlaces]:
+def places(admission: Admission) -> Iterator[StreamAdmission]:
     lost: list[str] = []
-    places = StreamPlaces(admission, 16, 16, lost.append)
+    places = StreamAdmission(admission, 16, 16, lost.append)
     yield places
     places.close()
     assert not lost
@@ -33,16 +33,16 @@ def places(admission: Admission) -> Iterator[StreamPlaces]:
 class Stream(threading.Thread):
     """A stream that takes all the memory from its turn on until it is ended."""
 
-    def __init__(self, places: StreamPlaces, peer: str) -> None:
+    def __init__(self, places: StreamAdmission, peer: str) -> None:
         super().__init__(daemon=True)
         self._places = places
-        self._call = Call(TIMEOUT_S, counted_by=peer)
+        self._call = CallContext(TIMEOUT_S, counted_by=peer)
         self.is_running = threading.Event()
         self.is_over = threading.Event()
         self.start()
 
     def run(self) -> None:
-        with self._places.admitted(ALL_BYTES, self._call):
+        with self._places.admit(ALL_BYTES, self._call):
             self.is_running.set()
             self.is_over.wait()
 
@@ -52,7 +52,7 @@ class Stream(threading.Thread):
 
 
 def test_who_waits_for_memory_with_many_streams_keeps_nobody_else_waiting_for_all_of_them(
-    places: StreamPlaces, admission: Admission
+    places: StreamAdmission, admission: Admission
 ) -> None:
     many = [Stream(places, "a") for _ in range(10)]
     wait_until(lambda: places.load.running_count == 1 and places.load.waiting_count == 9)

@@ -24,7 +24,7 @@ from deconvd.model.options import Options
 from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd.wire.chunks import ChunkSource, chunks_of
+from deconvd.wire.chunks import ChunkSource, chunk_messages
 from deconvd.wire.messages import message_from_geometry
 from deconvd.wire.stream_parts import PartReader
 from deconvd.wire.tensor import message_from_spec
@@ -201,9 +201,9 @@ def test_a_slice_of_gradients_has_x_and_gy_and_gx() -> None:
     parsed = ParsedRequest(
         operation=DECONVOLVE_GRAD, problem=large, options=Options(), wanted=("gx", "gw")
     )
-    SlicedRequest(parsed, 2).check_slice(1)
+    SlicedRequest(parsed, 2).check_slice_size(1)
     with pytest.raises(ExhaustedError, match=r"of 3 samples has 75497472 bytes, .* takes 67108864"):
-        SlicedRequest(parsed, 3).check_slice(1)
+        SlicedRequest(parsed, 3).check_slice_size(1)
 
 
 def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:
@@ -368,8 +368,8 @@ def test_a_slow_reader_does_not_make_the_servers_memory_grow(tmp_path: Path) -> 
 
     def parts() -> Iterator[bytes]:
         yield header(problem).SerializeToString()
-        yield from chunks_of(one)
-        for chunk in chunks_of(x):
+        yield from chunk_messages(one)
+        for chunk in chunk_messages(x):
             sent.append(len(chunk))
             yield chunk
 

@@ -12,19 +12,19 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deconvd.direct.events import FrameKind, frame
-from deconvd.direct.frame_stream import Line, tell_written
+from deconvd.direct.events import FrameKind, pack_frame
+from deconvd.direct.frame_stream import FrameStream, report_progress
 from deconvd.errors import DeadlineError
-from deconvd_server.call.context import Call
-from deconvd_server.device.arriving import Following, LateError, wait_for
-from deconvd_server.transports.direct.write_progress import Writing
-from tests.devices import arriving
-from tests.line_pairs import descriptor_of, early_ends
+from deconvd_server.call.context import CallContext
+from deconvd_server.device.arriving import ArrivalTimeoutError, OverlappedOperands, wait_for
+from deconvd_server.transports.direct.write_progress import WriteProgress
+from tests.devices import make_arriving
+from tests.line_pairs import descriptor_of, overlapped_streams
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Line, Line]]:
-    with early_ends() as (near, far):
+def ends() -> Iterator[tuple[FrameStream, FrameStream]]:
+    with overlapped_streams() as (near, far):
         yield near, far
 
 
@@ -37,77 +37,77 @@ while True:
 
 
 @pytest.fixture
-def chatterer(ends: tuple[Line, Line]) -> Iterator[Writing]:
+def chatterer(ends: tuple[FrameStream, FrameStream]) -> Iterator[WriteProgress]:
     """What is heard of a client that says the same again and again, faster than it can be heard."""
     near, far = ends
-    told = frame(FrameKind.WRITTEN, (1).to_bytes(8, "little"))
+    told = pack_frame(FrameKind.PROGRESS, (1).to_bytes(8, "little"))
     descriptor = descriptor_of(near)
     arguments = [str(descriptor), told.hex()]
     with subprocess.Popen(
         [sys.executable, "-c", _CHATTER, *arguments], pass_fds=[descriptor]
     ) as process:
-        assert far.has_come(30)
-        yield Writing(far)
+        assert far.poll(30)
+        yield WriteProgress(far)
         process.kill()
 
 
 TWO = np.zeros(2, np.uint8)
 
 
-def test_what_was_said_is_known_without_waiting(ends: tuple[Line, Line]) -> None:
+def test_what_was_said_is_known_without_waiting(ends: tuple[FrameStream, FrameStream]) -> None:
     near, far = ends
-    heard = Writing(far)
+    heard = WriteProgress(far)
     assert not heard.wait_for(1, 0)
     for size_bytes in (10, 20, 30):
-        tell_written(near, size_bytes)
+        report_progress(near, size_bytes)
     assert heard.wait_for(30, 0)
     assert not heard.wait_for(31, 0)
 
 
 def test_what_was_written_before_is_there() -> None:
-    with early_ends() as (_, far):
-        heard = Writing(far, 10)
+    with overlapped_streams() as (_, far):
+        heard = WriteProgress(far, 10)
         assert heard.wait_for(10, 0)
         assert not heard.wait_for(11, 0)
 
 
-def test_what_is_said_in_time_is_waited_for(ends: tuple[Line, Line]) -> None:
+def test_what_is_said_in_time_is_waited_for(ends: tuple[FrameStream, FrameStream]) -> None:
     near, far = ends
-    heard = Writing(far)
-    later = threading.Timer(0.02, tell_written, [near, 7])
+    heard = WriteProgress(far)
+    later = threading.Timer(0.02, report_progress, [near, 7])
     later.start()
     assert heard.wait_for(7, 30)
     later.join()
 
 
-def test_who_says_the_same_again_and_again_keeps_no_device(chatterer: Writing) -> None:
-    (operand,) = operands = arriving(chatterer, TWO)
-    assert not operand.is_there()  # and it is not waited for whether that is all
-    with pytest.raises(LateError):
-        Following(operands).expect(operand, 2)
+def test_who_says_the_same_again_and_again_keeps_no_device(chatterer: WriteProgress) -> None:
+    (operand,) = operands = make_arriving(chatterer, TWO)
+    assert not operand.has_arrived()  # and it is not waited for whether that is all
+    with pytest.raises(ArrivalTimeoutError):
+        OverlappedOperands(operands).wait_for(operand, 2)
 
 
-def test_who_says_the_same_again_and_again_has_its_deadline(chatterer: Writing) -> None:
-    (operand,) = arriving(chatterer, TWO)
+def test_who_says_the_same_again_and_again_has_its_deadline(chatterer: WriteProgress) -> None:
+    (operand,) = make_arriving(chatterer, TWO)
     with pytest.raises(DeadlineError):
-        wait_for(operand, Call(timeout_s=0.1))
+        wait_for(operand, CallContext(timeout_s=0.1))
 
 
-def test_it_says_since_when_its_client_is_waited_for(ends: tuple[Line, Line]) -> None:
+def test_it_says_since_when_its_client_is_waited_for(ends: tuple[FrameStream, FrameStream]) -> None:
     near, far = ends
     begun_s = time.monotonic()
-    heard = Writing(far)
-    assert heard.waits_since_s == math.inf
+    heard = WriteProgress(far)
+    assert heard.blocked_since_s == math.inf
 
     assert not heard.wait_for(2, 0.01)
-    since_s = heard.waits_since_s
+    since_s = heard.blocked_since_s
     assert begun_s <= since_s < time.monotonic()
     assert not heard.wait_for(2, 0.01)
-    assert heard.waits_since_s == since_s  # nothing has come
+    assert heard.blocked_since_s == since_s  # nothing has come
 
-    tell_written(near, 1)
+    report_progress(near, 1)
     assert not heard.wait_for(2, 1)
-    assert heard.waits_since_s > since_s
-    tell_written(near, 2)
+    assert heard.blocked_since_s > since_s
+    report_progress(near, 2)
     assert heard.wait_for(2, 30)
-    assert heard.waits_since_s == math.inf
+    assert heard.blocked_since_s == math.inf

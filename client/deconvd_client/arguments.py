@@ -12,21 +12,21 @@ from deconvd.model.dtypes import Array
 from deconvd.model.geometry import Geometry
 from deconvd.model.operation import ARGUMENTS, DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
 from deconvd.model.problem import Problem, TensorSpec, problem_of, spec_of
-from deconvd_client.calls.call_spec import request_of
+from deconvd_client.calls.call_spec import make_request
 from deconvd_client.config import Config
 from deconvd_client.frameworks.framework import framework_of, host_array
-from deconvd_client.residents import Call, Kept, RemoteTensor, Residents, Source
+from deconvd_client.residents import Call, RemoteTensor, Resident, ResidentExecutor, SourceArray
 
-__all__ = ["GRADIENTS", "Operand", "Operations"]
+__all__ = ["GRADIENT_NAMES", "CallBuilder", "Operand"]
 
-GRADIENTS: Final = ("gx", "gW", "gb")
+GRADIENT_NAMES: Final = ("gx", "gW", "gb")
 
-Operand = Array | Kept
+Operand = Array | Resident
 
 _MaskedArray: Final = np.ma.MaskedArray
 
 
-class Operations:
+class CallBuilder:
     """Makes calls of a connection's arguments; every method raises InvalidArgumentError.
 
     Args:
@@ -34,7 +34,7 @@ class Operations:
         config: Says how to compute.
     """
 
-    def __init__(self, residents: Residents, config: Config) -> None:
+    def __init__(self, residents: ResidentExecutor, config: Config) -> None:
         self._residents = residents
         self._config = config
 
@@ -43,22 +43,22 @@ class Operations:
         if isinstance(value, np.ndarray) and not isinstance(value, _MaskedArray):
             return value
         if isinstance(value, RemoteTensor):
-            return value.kept_for(self._residents, name)
-        if isinstance(value, Kept):  # of a pullback to be
+            return value.resident_for(self._residents, name)
+        if isinstance(value, Resident):  # of a pullback to be
             return value
         framework = framework_of(value)
         if framework is not None:
             array: Array = framework.to_array(value)
             return array
-        raise _wrong_kind(name, value)
+        raise _wrong_kind_error(name, value)
 
-    def lasting(self, name: str, value: object) -> Kept:
+    def make_resident(self, name: str, value: object) -> Resident:
         """Return an argument as what the server is to keep beyond a call."""
         operand = self.operand(name, value)
-        if isinstance(operand, Kept):
-            return operand.shared()
+        if isinstance(operand, Resident):
+            return operand.duplicate()
         array = host_array(operand)
-        return Kept(spec_of(array), source=Source(array))
+        return Resident(spec_of(array), source=SourceArray(array))
 
     def deconvolution(
         self, x: object, W: object, b: object, geometry: Geometry, *, stay: bool = False
@@ -89,11 +89,11 @@ class Operations:
         problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
         if b is not None:
             problem.check_b(_spec_of(self.operand("b", b)))
-        return self.way_back(
+        return self.backward(
             problem, images, filters, gy, wanted, has_b=b is not None, stay=stay, at=images
         )
 
-    def way_back(
+    def backward(
         self,
         problem: Problem,
         x: Operand,
@@ -113,7 +113,9 @@ class Operations:
         gradient = self.operand("gy", gy)
         problem.check_gy(_spec_of(gradient))
         given = {"x": x, "w": W, "gy": gradient}
-        results = {field: spec_of_field(problem, field) for field in _wanted(wanted, has_b=has_b)}
+        results = {
+            field: spec_of_field(problem, field) for field in _parse_wanted(wanted, has_b=has_b)
+        }
         operands = {field: given[field] for field in DECONVOLVE_GRAD.operands_for(results)}
         at = gradient if at is None else at
         return self._call(DECONVOLVE_GRAD, problem, operands, results, stay, at)
@@ -128,12 +130,12 @@ class Operations:
         at: Operand,
     ) -> Call:
         options = self._config.options
-        request = request_of(operation, problem, options, tuple(results), tuple(operands))
+        request = make_request(operation, problem, options, tuple(results), tuple(operands))
         call = Call(operation, request, problem, operands, results, stay, at)
-        return call.on_host() if stay else call
+        return call.with_host_arrays() if stay else call
 
 
-def _wrong_kind(name: str, value: object) -> InvalidArgumentError:
+def _wrong_kind_error(name: str, value: object) -> InvalidArgumentError:
     """Return what is wrong with an argument that is no array, or masked."""
     if isinstance(value, _MaskedArray):
         text = (
@@ -142,13 +144,13 @@ def _wrong_kind(name: str, value: object) -> InvalidArgumentError:
         )
     else:
         text = (
-            f"{name} must be a numpy.ndarray or a RemoteTensor, got {_kind_of(value)}"
+            f"{name} must be a numpy.ndarray or a RemoteTensor, got {_type_name(value)}"
             f"{_remedy(name, value)}"
         )
     return InvalidArgumentError(text, argument=name)
 
 
-def _kind_of(value: object) -> str:
+def _type_name(value: object) -> str:
     kind = type(value)
     if kind.__module__.startswith("PIL."):
         return f"a PIL image ({kind.__qualname__})"
@@ -172,18 +174,18 @@ def _remedy(name: str, value: object) -> str:
 
 def _spec_of(operand: Operand) -> TensorSpec:
     """Return the shape and element type of an operand."""
-    return operand.spec if isinstance(operand, Kept) else spec_of(operand)
+    return operand.spec if isinstance(operand, Resident) else spec_of(operand)
 
 
-def _wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
+def _parse_wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
     """Return the fields of the gradients that are named, without gb if there is no b."""
     try:
         chosen = None if isinstance(names, str) else set(names)
     except TypeError:
         chosen = None
-    if chosen is None or not chosen <= set(GRADIENTS):
+    if chosen is None or not chosen <= set(GRADIENT_NAMES):
         raise InvalidArgumentError(
-            f"wanted must be a collection of names from {', '.join(GRADIENTS)}, got {names!r}",
+            f"wanted must be a collection of names from {', '.join(GRADIENT_NAMES)}, got {names!r}",
             argument="wanted",
         )
     if not has_b:

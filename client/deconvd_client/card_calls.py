@@ -19,19 +19,19 @@ from deconvd.host.forks import new_lock
 from deconvd.lending.protocol import card_id
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
-from deconvd_client.calls.call_spec import Asked
+from deconvd_client.calls.call_spec import CallSpec
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.dispatch import Calls
+from deconvd_client.dispatch import Dispatcher
 from deconvd_client.frameworks.framework import host_array
-from deconvd_client.residents import Call, Kept
+from deconvd_client.residents import Call, Resident
 from deconvd_client.shared_memory import Borrower
-from deconvd_client.shared_memory.link import Link, LinkLostError, NeverLentError
-from deconvd_client.shared_memory.region import Block, Region
+from deconvd_client.shared_memory.link import LendingUnsupportedError, Link, LinkLostError
+from deconvd_client.shared_memory.region import BorrowedBlock, BorrowedRegion
 
-__all__ = ["Cards"]
+__all__ = ["CardDispatcher"]
 
 
-class Cards:
+class CardDispatcher:
     """Makes calls that have cupy arrays, in memory that the server lends on their cards. Thread-safe.
 
     Args:
@@ -42,7 +42,7 @@ class Cards:
 
     def __init__(
         self,
-        calls: Calls,
+        calls: Dispatcher,
         find_socket: Callable[[Deadline], str],
         timeout_s: float,
     ) -> None:
@@ -53,7 +53,7 @@ class Cards:
         self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
-    def arrays(self, call: Call) -> dict[str, Array]:
+    def execute(self, call: Call) -> dict[str, Array]:
         """Make a call whose results are wanted on a card, once what was enqueued on the current stream is done.
 
         Returns:
@@ -62,9 +62,9 @@ class Cards:
         Raises:
             LostTensorError: As `Calls.arrays` does.
         """
-        with suppress(_NotOnCardError), cupy.cuda.Device(call.at.device.id) as card:
-            return self._on_card(call, card.id)
-        return self._calls.arrays(call.on_host())
+        with suppress(_CardUnavailableError), cupy.cuda.Device(call.results_like.device.id) as card:
+            return self._execute_on_card(call, card.id)
+        return self._calls.execute(call.with_host_arrays())
 
     def close(self, deadline: Deadline) -> None:
         """Give all back that no array lies in, and borrow no more."""
@@ -76,59 +76,61 @@ class Cards:
             borrower.give_back_unused(deadline)
             borrower.close()
 
-    def _on_card(self, call: Call, ordinal: int) -> dict[str, Array]:
+    def _execute_on_card(self, call: Call, ordinal: int) -> dict[str, Array]:
         """Make a call whose tensors all lie on a card; operands that lie elsewhere are copied there.
 
         Raises:
-            _NotOnCardError: It is to be made in another way.
+            _CardUnavailableError: It is to be made in another way.
         """
         operands: dict[str, Array] = {
             field: operand
             for field, operand in call.operands.items()
-            if not isinstance(operand, Kept)
+            if not isinstance(operand, Resident)
         }
         tensors: list[Array | TensorSpec] = [*operands.values(), *call.results.values()]
         if len(operands) < len(call.operands) or not all(tensor.nbytes for tensor in tensors):
-            raise _NotOnCardError
+            raise _CardUnavailableError
         deadline = Deadline(self._timeout_s)
-        asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
+        asked = CallSpec(
+            call.operation, call.request, call.problem, operands, call.results, deadline
+        )
         borrower = self._borrower(ordinal)
         return self._calls.send(asked, borrower).arrays
 
     def _borrower(self, ordinal: int) -> _CardBorrower:
         with self._lock:
             if ordinal not in self._borrowers:
-                borrower = _CardBorrower(self._find_socket, place=_Card(ordinal))
+                borrower = _CardBorrower(self._find_socket, place=_CardMemoryKind(ordinal))
                 self._borrowers[ordinal] = borrower
                 if self._is_closed:
                     borrower.close()
             return self._borrowers[ordinal]
 
 
-class _NotOnCardError(Exception):
+class _CardUnavailableError(Exception):
     """A call cannot be made on a card, and is to be made by way of the host."""
 
 
 class _CardBorrower(Borrower):
     """A borrower whose arrays cannot be sent."""
 
-    def allow_other_ways(self) -> None:
-        """Have the call made by way of the host. Raises _NotOnCardError."""
-        raise _NotOnCardError
+    def check_fallback(self) -> None:
+        """Have the call made by way of the host. Raises _CardUnavailableError."""
+        raise _CardUnavailableError
 
 
-class _Card:
+class _CardMemoryKind:
     """Memory of a card, and cupy arrays. See `Place`."""
 
-    smallest_bytes: Final = 1  # whatever is sent must first be copied to the host
-    smallest_late_bytes: Final = math.inf  # the card's own copies take no time worth saving
-    loss: Final = "cupy arrays go by way of the host"
+    min_tensor_bytes: Final = 1  # whatever is sent must first be copied to the host
+    min_overlap_bytes: Final = math.inf  # the card's own copies take no time worth saving
+    loss_message: Final = "cupy arrays go by way of the host"
 
     def __init__(self, ordinal: int) -> None:
         self._ordinal = ordinal
         self._id = card_id(bytes(runtime.getDeviceProperties(ordinal)["uuid"]))
 
-    def borrow(self, link: Link, size_bytes: int) -> Region:
+    def borrow(self, link: Link, size_bytes: int) -> BorrowedRegion:
         """Return new memory. See `Place`."""
         reply = link.borrow_on_card(self._id, size_bytes)
         try:
@@ -140,7 +142,9 @@ class _Card:
                 address = runtime.ipcOpenMemHandle(handle)
         except runtime.CUDARuntimeError as error:
             link.give_back(reply.region)
-            raise NeverLentError(f"the server's memory cannot be opened here: {error}") from None
+            raise LendingUnsupportedError(
+                f"the server's memory cannot be opened here: {error}"
+            ) from None
         return _CardRegion(self._ordinal, reply.region, address, reply.size_bytes)
 
     def address(self, array: Array) -> int | None:
@@ -150,7 +154,7 @@ class _Card:
         address: int = array.data.ptr
         return address
 
-    def settle(self, copies: Sequence[tuple[Any, Array]]) -> None:
+    def copy_and_synchronize(self, copies: Sequence[tuple[Any, Array]]) -> None:
         """Make copies, and wait for the current stream. See `Place`."""
         for target, source in copies:
             self._copy(target, source)
@@ -163,7 +167,7 @@ class _Card:
             target.set(np.ascontiguousarray(host_array(source), target.dtype))
 
 
-class _CardRegion(Region):
+class _CardRegion(BorrowedRegion):
     """Memory of a card, open here until nothing lies in it any more."""
 
     def __init__(self, ordinal: int, name: bytes, address: int, size_bytes: int) -> None:
@@ -172,7 +176,7 @@ class _CardRegion(Region):
         self._close = weakref.finalize(self, _close_memory, ordinal, address)
         self._close.atexit = False  # CUDA may have gone before
 
-    def array(self, block: Block, spec: TensorSpec) -> Array:
+    def array(self, block: BorrowedBlock, spec: TensorSpec) -> Array:
         """Return a block as a cupy array. See `Region`."""
         memory = cupy.cuda.UnownedMemory(
             self.address + block.offset, spec.nbytes, block, self._ordinal
@@ -181,16 +185,16 @@ class _CardRegion(Region):
         array: Array = cupy.ndarray(spec.shape, spec.dtype, pointer)
         return array
 
-    def take_again(self, size_bytes: int) -> Block | None:
+    def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
         """Return the block that went last anew, in the manner of `collect`: any stream may be reading it yet."""
-        block = super().take_again(size_bytes)
+        block = super().reuse_last(size_bytes)
         if block is not None:
             self._await_card()
         return block
 
     def collect(self) -> None:
         """Make room of the blocks that have gone, once the card is done with what was enqueued on them."""
-        if self._gone:
+        if self._dead_references:
             self._await_card()
         super().collect()
 

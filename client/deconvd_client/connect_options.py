@@ -10,7 +10,7 @@ from typing import Any, Final, SupportsFloat, SupportsIndex
 import numpy as np
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.host.system import LONGEST_S
+from deconvd.host.system import MAX_TIMEOUT_S
 from deconvd.model.dtypes import BFLOAT16
 from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
 from deconvd_client.transports.route import TransportName
@@ -40,7 +40,7 @@ def parse_timeout(timeout_s: object) -> float:
         InvalidArgumentError: It is no number, or not positive and finite.
     """
     try:
-        seconds = _float(timeout_s)
+        seconds = _parse_float(timeout_s)
     except OverflowError:
         seconds = math.inf
     except (TypeError, ValueError):
@@ -51,7 +51,7 @@ def parse_timeout(timeout_s: object) -> float:
         raise InvalidArgumentError(
             f"timeout_s must be positive and finite, got {seconds}", argument="timeout_s"
         )
-    return min(seconds, LONGEST_S)
+    return min(seconds, MAX_TIMEOUT_S)
 
 
 def parse_max_message_bytes(size_bytes: object) -> int:
@@ -144,7 +144,7 @@ def parse_dtype(dtype: object) -> np.dtype[Any]:
     return made
 
 
-def _float(value: object) -> float:
+def _parse_float(value: object) -> float:
     """Return a number as a float. Raises TypeError, ValueError or OverflowError if it cannot.
 
     Text, booleans, masked numbers and spans of time with units of their own are no numbers here, even where

@@ -12,15 +12,15 @@ from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.codec import Buffer, Envelope
 from deconvd.wire.tensor import elements_of
-from deconvd_client.calls.call_spec import Answered, Asked, LastLedger
+from deconvd_client.calls.call_spec import CallResult, CallSpec, LastLedger
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.residents import Attempt, Call, Kept, Residents
+from deconvd_client.residents import Attempt, Call, Resident, ResidentExecutor
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.transports.failover import Stub
-from deconvd_client.transports.route import Nearest
-from deconvd_client.transports.sliced_stream import begin_exchange
+from deconvd_client.transports.route import Route
+from deconvd_client.transports.sliced_stream import begin_stream_attempt
 
-__all__ = ["Calls"]
+__all__ = ["Dispatcher"]
 
 _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 """Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
@@ -29,14 +29,14 @@ _MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES - (16 << 10)
 """Operands and results together, of a direct call in one message: to copy so little costs less than a stream."""
 
 
-class Calls:
+class Dispatcher:
     """Makes the calls of one server. Thread-safe.
 
     The way of a call, and where each turning is taken:
 
         here, `arrays`     operands as they are | some stay there, or are named by their digests: `Residents`
         `Nearest.call`     the server's Unix socket | its target; and again, after a pause
-        here, `_answered`  tensors in shared memory | all in one message | slice by slice in a stream
+        here, `_call_with_retry`  tensors in shared memory | all in one message | slice by slice in a stream
         `Stub`             by `Failover`, what is brief and streams | by gRPC, the rest
         `Failover`         by a direct connection | by gRPC, if there is none
 
@@ -51,21 +51,21 @@ class Calls:
 
     def __init__(
         self,
-        nearest: Nearest,
+        nearest: Route,
         memory: Borrower | None,
-        residents: Residents,
+        residents: ResidentExecutor,
         empty: Callable[[TensorSpec], Array],
         last: LastLedger,
         timeout_s: float,
     ) -> None:
-        self._nearest = nearest
-        self._memory = memory
+        self._route = nearest
+        self._borrower = memory
         self._residents = residents
         self._empty = empty
         self._timeout_s = timeout_s
-        self._last = last
+        self._ledger = last
 
-    def arrays(self, call: Call) -> dict[str, Array]:
+    def execute(self, call: Call) -> dict[str, Array]:
         """Make a call and return its results, by the names of their fields.
 
         Raises:
@@ -74,83 +74,87 @@ class Calls:
         deadline = Deadline(self._timeout_s)
         operands: dict[str, Array] = {}
         for field, operand in call.operands.items():
-            if isinstance(operand, Kept) or (
+            if isinstance(operand, Resident) or (
                 field in call.operation.constants
-                and self._residents.contents.is_worth(operand, deadline)
+                and self._residents.known_digests.is_worth_hashing(operand, deadline)
             ):
-                return self._made(call, deadline)[1].arrays
+                return self._execute_with_residents(call, deadline)[1].arrays
             operands[field] = operand
-        asked = Asked(call.operation, call.request, call.problem, operands, call.results, deadline)
-        return self.send(asked, self._memory).arrays
+        asked = CallSpec(
+            call.operation, call.request, call.problem, operands, call.results, deadline
+        )
+        return self.send(asked, self._borrower).arrays
 
-    def kept(self, call: Call) -> dict[str, Kept]:
+    def execute_and_keep(self, call: Call) -> dict[str, Resident]:
         """Make a call whose results stay on the server, and return what stands for them.
 
         Raises:
             LostTensorError: As for `arrays`.
         """
-        attempt, answered = self._made(call, Deadline(self._timeout_s))
+        attempt, answered = self._execute_with_residents(call, Deadline(self._timeout_s))
         return attempt.results(answered.response)
 
-    def send(self, asked: Asked, memory: Borrower | None) -> Answered:
+    def send(self, asked: CallSpec, memory: Borrower | None) -> CallResult:
         """Make a call whose operands are as they are to be.
 
         Args:
             memory: For large tensors: on the host or on a card, if there may be any.
         """
-        work = partial(self._answered, memory=memory, asked=asked)
-        answered = self._nearest.call(work, asked.deadline)
-        self._last.text = answered.ledger
+        work = partial(self._send_once, memory=memory, asked=asked)
+        answered = self._route.call(work, asked.deadline)
+        self._ledger.text = answered.ledger
         return answered
 
-    def _made(self, call: Call, deadline: Deadline) -> tuple[Attempt, Answered]:
+    def _execute_with_residents(self, call: Call, deadline: Deadline) -> tuple[Attempt, CallResult]:
         """Make a call that has residents, and return the attempt that was answered."""
-        work = partial(self._made_in, call=call, deadline=deadline)
-        return self._residents.in_session(work, deadline)
+        work = partial(self._execute_in_session, call=call, deadline=deadline)
+        return self._residents.run_in_session(work, deadline)
 
-    def _made_in(self, session: bytes, call: Call, deadline: Deadline) -> tuple[Attempt, Answered]:
+    def _execute_in_session(
+        self, session: bytes, call: Call, deadline: Deadline
+    ) -> tuple[Attempt, CallResult]:
         """Make a call in a session: again, once the server has said what it has lost."""
-        means = self._residents.means(session, deadline)
+        means = self._residents.attempt_context(session, deadline)
         for _ in call.operands:
             attempt = Attempt(call, means)
             try:
-                return attempt, self._sent(attempt)
+                return attempt, self._send_attempt(attempt)
             except LostTensorError as error:
                 if not attempt.forget(error.argument):
                     raise
         last = Attempt(call, means, send_all=True)
-        return last, self._sent(last)
+        return last, self._send_attempt(last)
 
-    def _sent(self, attempt: Attempt) -> Answered:
-        asked = attempt.asked
-        with attempt.beside():
-            if attempt.keeps:
-                work = partial(self.send, asked, self._memory)
-                answered = self._residents.with_room(work, asked.deadline)
+    def _send_attempt(self, attempt: Attempt) -> CallResult:
+        asked = attempt.call_spec
+        with attempt.hash_in_background():
+            if attempt.needs_room:
+                work = partial(self.send, asked, self._borrower)
+                answered = self._residents.retry_after_flush(work, asked.deadline)
             else:
-                answered = self.send(asked, self._memory)
-        attempt.settle(answered.response)
+                answered = self.send(asked, self._borrower)
+        attempt.record_response(answered.response)
         return answered
 
-    def _answered(self, stub: Stub, memory: Borrower | None, asked: Asked) -> Answered:
+    def _send_once(self, stub: Stub, memory: Borrower | None, asked: CallSpec) -> CallResult:
         """Make a call once: through shared memory, in one message, or in a stream."""
         if memory is not None:
             shared = call_with_shared_memory(memory, stub.call, asked)
             if shared is not None:
                 return shared
-        tensors_bytes = _tensors_bytes(asked)
+        tensors_bytes = _payload_bytes(asked)
         is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
         is_message = is_brief or (tensors_bytes <= _MAX_UNARY_BYTES and not stub.is_direct)
-        if not (asked.is_sure and is_message):
+        if not (asked.are_digests_known and is_message):
             (message, arrays), ledger = stub.stream(
-                partial(begin_exchange, asked, self._empty), asked.deadline
+                partial(begin_stream_attempt, asked, self._empty), asked.deadline
             )
-            return Answered(message, arrays, ledger)
+            return CallResult(message, arrays, ledger)
         raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
         return stub.call(asked, Envelope(asked.request, raw), placed={}, is_brief=is_brief)
 
 
-def _tensors_bytes(asked: Asked) -> int:
+def _payload_bytes(asked: CallSpec) -> int:
     """Return what the tensors have that a call would carry, to and fro."""
     tensors: list[Array | TensorSpec] = [*asked.operands.values(), *asked.results.values()]
     return sum(tensor.nbytes for tensor in tensors)

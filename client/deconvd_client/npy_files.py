@@ -19,16 +19,18 @@ __all__ = ["load", "save", "save_all"]
 _VOID_OF_BFLOAT16 = np.dtype("V2")
 """What the format, which has no name for bfloat16, makes of it."""
 
-_NPY: Final = b"\x93NUMPY"
+_NPY_MAGIC: Final = b"\x93NUMPY"
 _MAGIC_BYTES: Final = 16
-_DECODE: Final = ": decode it first, as Pillow does, and write what comes of it with numpy.save"
-_KINDS: Final = {
-    b"\x89PNG\r\n\x1a\n": f"a PNG image{_DECODE}",
-    b"\xff\xd8\xff": f"a JPEG image{_DECODE}",
-    b"GIF8": f"a GIF image{_DECODE}",
-    b"BM": f"a BMP image{_DECODE}",
-    b"II*\x00": f"a TIFF image{_DECODE}",
-    b"MM\x00*": f"a TIFF image{_DECODE}",
+_DECODE_HINT: Final = (
+    ": decode it first, as Pillow does, and write what comes of it with numpy.save"
+)
+_FORMATS_BY_MAGIC: Final = {
+    b"\x89PNG\r\n\x1a\n": f"a PNG image{_DECODE_HINT}",
+    b"\xff\xd8\xff": f"a JPEG image{_DECODE_HINT}",
+    b"GIF8": f"a GIF image{_DECODE_HINT}",
+    b"BM": f"a BMP image{_DECODE_HINT}",
+    b"II*\x00": f"a TIFF image{_DECODE_HINT}",
+    b"MM\x00*": f"a TIFF image{_DECODE_HINT}",
     b"PK\x03\x04": "a zip archive, as .npz files are: write the array that is meant with numpy.save",
     b"PK\x05\x06": "a zip archive without files",
     b"\x1f\x8b": "a gzip file: unpack it first",
@@ -46,10 +48,12 @@ def load(path: Path) -> Array:
         InvalidArgumentError: It is no such file, holds no numbers, or is larger than memory.
         OSError: It cannot be read.
     """
-    with _opened(path) as file:
+    with _open_seekable(path) as file:
         begin = file.read(_MAGIC_BYTES)
-        if not begin.startswith(_NPY):
-            raise InvalidArgumentError(f"{path} is not an .npy file of numbers: {_kind_of(begin)}")
+        if not begin.startswith(_NPY_MAGIC):
+            raise InvalidArgumentError(
+                f"{path} is not an .npy file of numbers: {_describe_format(begin)}"
+            )
         file.seek(0)
         try:
             array = np.lib.format.read_array(file, allow_pickle=False)
@@ -59,29 +63,29 @@ def load(path: Path) -> Array:
             raise InvalidArgumentError(f"{path} is too large: {error}") from None
         except Exception as error:  # whatever a damaged header makes numpy do
             raise InvalidArgumentError(
-                f"{path} is not an .npy file of numbers: {_why(error)}"
+                f"{path} is not an .npy file of numbers: {_damage_reason(error)}"
             ) from None
     return array.view(BFLOAT16) if array.dtype == _VOID_OF_BFLOAT16 else array
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open_seekable(path: Path) -> Iterator[BinaryIO]:
     """Open a file; of one without positions, as a pipe is, read all there is."""
     with path.open("rb") as file:
         yield file if file.seekable() else BytesIO(file.read())
 
 
-def _kind_of(begin: bytes) -> str:
+def _describe_format(begin: bytes) -> str:
     """Say what a file is that begins like this."""
     if not begin:
         return "it is empty"
     if begin.startswith(b"RIFF") and begin[8:12] == b"WEBP":
-        return f"it is a WebP image{_DECODE}"
-    kinds = (kind for magic, kind in _KINDS.items() if begin.startswith(magic))
+        return f"it is a WebP image{_DECODE_HINT}"
+    kinds = (kind for magic, kind in _FORMATS_BY_MAGIC.items() if begin.startswith(magic))
     return f"it is {next(kinds, 'something else')}"
 
 
-def _why(error: Exception) -> str:
+def _damage_reason(error: Exception) -> str:
     """Return what numpy says of a file, less its advice to trust it, which would run what is in it."""
     text = str(error)
     if text.startswith("Object arrays"):
@@ -112,14 +116,14 @@ def save_all(path: Path, by_name: Mapping[str, Array | None]) -> None:
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
     try:
         if path.exists() and not path.is_file():
-            _write_through(path, write)
+            _write_in_place(path, write)
         else:
-            _write_whole(Path(os.path.realpath(path)), write)
+            _write_atomically(Path(os.path.realpath(path)), write)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -129,7 +133,7 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _write_through(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _write_in_place(path: Path, write: Callable[[BinaryIO], None]) -> None:
     whole = BytesIO()  # numpy asks a file for positions, which this may not have
     write(whole)
     with path.open("wb") as file:

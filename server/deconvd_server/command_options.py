@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from deconvd.command_line import PREFIX, Command, variable_of
-from deconvd.host.system import LONGEST_S
+from deconvd.command_line import ENVVAR_PREFIX, CliCommand, envvar_of
+from deconvd.host.system import MAX_TIMEOUT_S
 
 __all__ = ["ByteSize", "Seconds", "ServerCommand", "unknown_variables"]
 
@@ -20,14 +20,14 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _MOST_BYTES = 2**63 - 1
 """What a message can say."""
 
-_OF_THE_CLIENT = frozenset({"DECONVD_TARGET", "DECONVD_TENANT_KEY"})
-_OF_KUBERNETES = re.compile(
+_CLIENT_VARIABLES = frozenset({"DECONVD_TARGET", "DECONVD_TENANT_KEY"})
+_KUBERNETES_VARIABLES = re.compile(
     r"DECONVD_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
 """Variables that every container gets where a Service is called deconvd."""
 
 
-class ServerCommand(Command):
+class ServerCommand(CliCommand):
     """A command each of whose options can come from the environment, by the option's own name.
 
     click would take the name of the Python parameter instead.
@@ -36,7 +36,7 @@ class ServerCommand(Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for option in self.settable:
-            option.envvar = variable_of(option)
+            option.envvar = envvar_of(option)
 
     @property
     def settable(self) -> list[click.Option]:
@@ -46,7 +46,7 @@ class ServerCommand(Command):
     @property
     def variables(self) -> list[str]:
         """The environment variables of all options."""
-        return [variable_of(option) for option in self.settable]
+        return [envvar_of(option) for option in self.settable]
 
 
 class ByteSize(click.IntRange):
@@ -82,8 +82,8 @@ class Seconds(click.FloatRange):
     ) -> float:
         """Return the seconds."""
         seconds = float(super().convert(value, param, ctx))
-        if not math.isfinite(seconds) or seconds > LONGEST_S:
-            self.fail(f"{value} is not a number up to {LONGEST_S:.0f}", param, ctx)
+        if not math.isfinite(seconds) or seconds > MAX_TIMEOUT_S:
+            self.fail(f"{value} is not a number up to {MAX_TIMEOUT_S:.0f}", param, ctx)
         return seconds
 
 
@@ -99,12 +99,16 @@ def unknown_variables(names: Iterable[str], known: list[str]) -> list[str]:
     unknown = sorted(
         name
         for name in names
-        if name.startswith(PREFIX)
-        and name not in _OF_THE_CLIENT.union(known)
-        and not _OF_KUBERNETES.fullmatch(name)
+        if name.startswith(ENVVAR_PREFIX)
+        and name not in _CLIENT_VARIABLES.union(known)
+        and not _KUBERNETES_VARIABLES.fullmatch(name)
     )
-    by_end = {name.removeprefix(PREFIX): name for name in known}  # what all share is no likeness
-    near = {name: get_close_matches(name.removeprefix(PREFIX), by_end, 1) for name in unknown}
+    by_end = {
+        name.removeprefix(ENVVAR_PREFIX): name for name in known
+    }  # what all share is no likeness
+    near = {
+        name: get_close_matches(name.removeprefix(ENVVAR_PREFIX), by_end, 1) for name in unknown
+    }
     return [
         f"{name} (is {by_end[ends[0]]} meant?)" if ends else name for name, ends in near.items()
     ]

@@ -13,17 +13,17 @@ from typing import Final, NoReturn
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.faults import DeviceLostError
 from deconvd_server.exit_codes import ExitCode
-from deconvd_server.exit_reasons import Drained, Ends, ServingLostError
+from deconvd_server.exit_reasons import DrainResult, ExitReasons, ServingLostError
 
 __all__ = ["Drainer", "run"]
 
 _LAST_DRAIN_S: Final = 5.0
 """How long the calls of other devices may take to end once one device, or a thread that serves, is lost."""
 
-_OVER_S: Final = 1.5
+_CANCELLED_DRAIN_S: Final = 1.5
 """How long a drain may take to end calls that it has cancelled: with the rest of its work, two seconds."""
 
-_CUT_S: Final = 0.5
+_CUT_DRAIN_S: Final = 0.5
 """The same, after a second signal."""
 
 _log = logging.getLogger("deconvd_server")
@@ -36,19 +36,19 @@ class Drainer:
         ends: Is told when the daemon has drained.
     """
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: ExitReasons) -> None:
         self._ends = ends
         self._daemon: Daemon | None = None
-        self._begins = threading.Event()
+        self._begin_event = threading.Event()
         threading.Thread(target=self._run, name="drain", daemon=True).start()
 
     def begin(self, daemon: Daemon) -> None:
         """Drain a daemon."""
         self._daemon = daemon
-        self._begins.set()
+        self._begin_event.set()
 
     def _run(self) -> None:
-        self._begins.wait()
+        self._begin_event.wait()
         assert self._daemon is not None
         is_whole = False
         try:
@@ -56,10 +56,10 @@ class Drainer:
         except Exception:
             _log.exception("the drain has failed")
         finally:
-            self._ends.put(Drained(is_whole))
+            self._ends.put(DrainResult(is_whole))
 
 
-def run(daemon: Daemon, ends: Ends, drainer: Drainer, drain_timeout_s: float) -> NoReturn:
+def run(daemon: Daemon, ends: ExitReasons, drainer: Drainer, drain_timeout_s: float) -> NoReturn:
     """Wait for a reason to end, drain, and end the process.
 
     It ends at the next signal, or soon after the time limit, even if calls do not.
@@ -73,25 +73,27 @@ def run(daemon: Daemon, ends: Ends, drainer: Drainer, drain_timeout_s: float) ->
         drain_timeout_s = min(drain_timeout_s, _LAST_DRAIN_S)
     _log.info("%s: draining", getattr(end, "name", "stop"))
     drainer.begin(daemon)
-    is_whole = _wait(daemon, ends, time.monotonic() + drain_timeout_s + _OVER_S)
+    is_whole = _wait_for_drain(
+        daemon, ends, time.monotonic() + drain_timeout_s + _CANCELLED_DRAIN_S
+    )
     if is_lost:
-        _end(ExitCode.START_ANEW)
-    _end(ExitCode.DRAINED if is_whole else ExitCode.CUT_SHORT)
+        _exit_process(ExitCode.START_ANEW)
+    _exit_process(ExitCode.DRAINED if is_whole else ExitCode.CUT_SHORT)
 
 
-def _wait(daemon: Daemon, ends: Ends, deadline_s: float) -> bool:
+def _wait_for_drain(daemon: Daemon, ends: ExitReasons, deadline_s: float) -> bool:
     """Wait until the daemon has drained, but not for longer; return whether no call was cut short."""
     while (end := ends.take(deadline_s - time.monotonic())) is not None:
-        if isinstance(end, Drained):
-            return end.is_whole
+        if isinstance(end, DrainResult):
+            return end.is_clean
         if not isinstance(end, DeviceLostError | ServingLostError):  # another signal
             daemon.cut_drain()
-            deadline_s = min(deadline_s, time.monotonic() + _CUT_S)
+            deadline_s = min(deadline_s, time.monotonic() + _CUT_DRAIN_S)
     _log.error("calls that were cancelled do not end: the process ends without them")
     return False
 
 
-def _end(code: ExitCode) -> NoReturn:
+def _exit_process(code: ExitCode) -> NoReturn:
     """End the process at once: a lost card's libraries may hang at exit, and so may threads at work."""
     logging.shutdown()
     with suppress(OSError, ValueError):

@@ -18,23 +18,23 @@ from deconvd.wire.tensor import message_from_spec
 from deconvd_client.calls.deadline import Deadline
 
 __all__ = [
-    "Answered",
-    "Asked",
+    "CallResult",
+    "CallSpec",
     "LastLedger",
     "Request",
     "Response",
-    "request_of",
+    "make_request",
 ]
 
 Request: TypeAlias = pb.DeconvolveRequest | pb.DeconvolveGradRequest
 Response: TypeAlias = pb.DeconvolveResponse | pb.DeconvolveGradResponse
 
-_REMEMBERED_COUNT: Final = 1024
+_REQUEST_CACHE_SIZE: Final = 1024
 """Kinds of calls whose descriptions are kept: most calls are made again and again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class CallSpec:
     """A call to be made.
 
     Attributes:
@@ -56,11 +56,11 @@ class Asked:
     results: Mapping[str, TensorSpec]
     deadline: Deadline
     offered: Mapping[str, Array] = field(default_factory=dict)
-    is_sure: bool = True
+    are_digests_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class CallResult:
     """A call that was answered.
 
     Attributes:
@@ -84,8 +84,8 @@ class LastLedger(threading.local):
     text = ""
 
 
-@lru_cache(_REMEMBERED_COUNT)
-def request_of(
+@lru_cache(_REQUEST_CACHE_SIZE)
+def make_request(
     operation: Operation,
     problem: Problem,
     options: Options,

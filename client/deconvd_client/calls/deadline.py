@@ -27,7 +27,7 @@ class Deadline:
         """Return the seconds that are left; 0 once it has passed."""
         return max(self._at_s - time.monotonic(), 0.0)
 
-    def within(self, limit_s: float) -> Deadline:
+    def with_limit(self, limit_s: float) -> Deadline:
         """Return the earlier of this and the moment `limit_s` seconds from now."""
         return Deadline(min(self.remaining_s(), limit_s))
 

@@ -9,9 +9,9 @@ from typing import Final, NamedTuple
 from deconvd.host.parallel_copy import copy_all
 from deconvd.model.dtypes import Array
 
-__all__ = ["LateCopy", "SharedOperand"]
+__all__ = ["OverlappedCopy", "SharedOperand"]
 
-_STEPS_COUNT: Final = 8
+_MAX_REPORTS_COUNT: Final = 8
 """How often progress is told, at most, beside the ends of operands: in as many parts a card takes x."""
 
 
@@ -27,7 +27,7 @@ class SharedOperand(NamedTuple):
     copy: tuple[Array, Array] | None
 
 
-class LateCopy:
+class OverlappedCopy:
     """Copies to be made once, however often their call is tried. For one thread.
 
     Args:
@@ -40,25 +40,25 @@ class LateCopy:
 
     def __init__(self, operands: Sequence[SharedOperand]) -> None:
         self._operands = operands
-        self.is_made = False
-        self.written_bytes = sum(
+        self.is_done = False
+        self.initial_bytes = sum(
             o.size_bytes for o in takewhile(lambda o: o.copy is None, operands)
         )
 
-    def make(self, tell: Callable[[int], None] | None = None) -> None:
+    def run(self, tell: Callable[[int], None] | None = None) -> None:
         """Make them, unless they are made.
 
         Args:
             tell: Told how many bytes of the operands are there, as `copy_all` does, but not as often.
         """
-        if self.is_made:
+        if self.is_done:
             return
         copies = [operand.copy for operand in self._operands if operand.copy is not None]
-        copy_all(copies, tell and _Seldom(tell, self._operands))
-        self.is_made = True
+        copy_all(copies, tell and _ProgressThrottle(tell, self._operands))
+        self.is_done = True
 
 
-class _Seldom:
+class _ProgressThrottle:
     """Passes progress on once it is worth telling.
 
     Args:
@@ -66,21 +66,21 @@ class _Seldom:
     """
 
     def __init__(self, tell: Callable[[int], None], operands: Sequence[SharedOperand]) -> None:
-        self._tell = tell
+        self._report = tell
         self._operands = operands
-        self._ends = [*_ends(operands)]
-        self._told_bytes = 0
+        self._end_offsets = [*_end_offsets(operands)]
+        self._reported_bytes = 0
 
     def __call__(self, copied_bytes: int) -> None:
         """Take note how many bytes of those that are to be copied, one behind the other, are there."""
-        there_bytes = self._there_bytes(copied_bytes)
-        step_bytes = self._ends[-1] / _STEPS_COUNT
-        is_at_an_end = any(self._told_bytes < end <= there_bytes for end in self._ends)
-        if is_at_an_end or there_bytes - self._told_bytes >= step_bytes:
-            self._told_bytes = there_bytes
-            self._tell(there_bytes)
+        there_bytes = self._present_bytes(copied_bytes)
+        step_bytes = self._end_offsets[-1] / _MAX_REPORTS_COUNT
+        is_at_an_end = any(self._reported_bytes < end <= there_bytes for end in self._end_offsets)
+        if is_at_an_end or there_bytes - self._reported_bytes >= step_bytes:
+            self._reported_bytes = there_bytes
+            self._report(there_bytes)
 
-    def _there_bytes(self, copied_bytes: int) -> int:
+    def _present_bytes(self, copied_bytes: int) -> int:
         there_bytes = 0
         for operand in self._operands:
             operand_bytes = operand.size_bytes
@@ -93,7 +93,7 @@ class _Seldom:
         return there_bytes
 
 
-def _ends(operands: Sequence[SharedOperand]) -> Iterator[int]:
+def _end_offsets(operands: Sequence[SharedOperand]) -> Iterator[int]:
     end_bytes = 0
     for operand in operands:
         end_bytes += operand.size_bytes

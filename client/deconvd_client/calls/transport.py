@@ -8,26 +8,26 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from deconvd.direct.events import Method
+from deconvd.direct.events import MethodCode
 from deconvd.wire.stream_parts import Part, PartSource
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.calls.overlapped_copy import LateCopy
+from deconvd_client.calls.overlapped_copy import OverlappedCopy
 
-__all__ = ["Conversation", "LostLineError", "NoLineError", "Transport"]
+__all__ = ["NotServedDirectlyError", "OutcomeUnknownError", "StreamAttempt", "Transport"]
 
 _T = TypeVar("_T")
 
 
-class NoLineError(Exception):
+class NotServedDirectlyError(Exception):
     """A transport has found that it cannot carry a call, or not to its end: the call is to be made in another way."""
 
 
-class LostLineError(NoLineError):
+class OutcomeUnknownError(NotServedDirectlyError):
     """It was lost while the server may have been at the call, and the server may be at it still."""
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation(Generic[_T]):
+class StreamAttempt(Generic[_T]):
     """A call of many parts, to be made once.
 
     Attributes:
@@ -38,18 +38,18 @@ class Conversation(Generic[_T]):
             thread of its own then.
     """
 
-    method: Method
+    method: MethodCode
     parts: Iterator[Part]
     receive: Callable[[PartSource], _T]
     response_type: type[Message]
-    at_once: bool = False
+    is_full_duplex: bool = False
 
 
 class Transport(Protocol):
     """Carries calls to one server. Thread-safe.
 
     Its methods raise a DeconvdError, by the deadline at the latest, or a moment later. One that is not
-    for all calls raises NoLineError for what another transport is to carry.
+    for all calls raises NotServedDirectlyError for what another transport is to carry.
     """
 
     @property
@@ -57,7 +57,11 @@ class Transport(Protocol):
         """Whether it may carry a call now; False if it is known beforehand that it cannot."""
 
     def unary(
-        self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
+        self,
+        method: str,
+        request: bytes,
+        deadline: Deadline,
+        late_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
         """Return the response to a call of one message, and its ledger.
 
@@ -66,7 +70,7 @@ class Transport(Protocol):
             late_copy: Puts operands where the request says that they are: before the call is made, or meanwhile.
         """
 
-    def stream(self, begin: Callable[[], Conversation[_T]], deadline: Deadline) -> tuple[_T, str]:
+    def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
 
         Args:

@@ -14,15 +14,21 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final, Generic, TypeAlias, TypeVar, cast
 
-from deconvd.host.forks import begin_anew_in_children
+from deconvd.host.forks import register_fork_reset
 
-__all__ = ["Job", "NotYetError", "Promise", "call_uninterrupted", "do_beside"]
+__all__ = [
+    "BackgroundTask",
+    "Promise",
+    "PromiseTimeoutError",
+    "call_uninterrupted",
+    "run_in_background",
+]
 
 _T = TypeVar("_T")
 
-_Mailbox: TypeAlias = SimpleQueue[Callable[[], object]]
+_WorkQueue: TypeAlias = SimpleQueue[Callable[[], object]]
 
-_IDLE_S: Final = 30.0
+_IDLE_TIMEOUT_S: Final = 30.0
 """How long a thread that has nothing to do waits for more."""
 
 
@@ -36,19 +42,19 @@ def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = l
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    return Job(work).do(give_up)
+    return BackgroundTask(work).run(give_up)
 
 
-def do_beside(work: Callable[[], object]) -> None:
+def run_in_background(work: Callable[[], object]) -> None:
     """Have something done soon in another thread, which does not keep the process alive.
 
     Unlike `threading.Thread.start` this is whole if an interrupt strikes: the work is done, or not begun.
     It must raise nothing.
     """
-    _threads.do(work)
+    _worker_pool.submit(work)
 
 
-class NotYetError(Exception):
+class PromiseTimeoutError(Exception):
     """What was promised has not been given in time."""
 
 
@@ -70,11 +76,11 @@ class Promise(Generic[_T]):
         self._outcome.put((None, error))
 
     def wait(self, within_s: float | None = None) -> _T:
-        """Return the value, or raise the error. Raises NotYetError if neither comes in time."""
+        """Return the value, or raise the error. Raises PromiseTimeoutError if neither comes in time."""
         try:
             value, error = self._outcome.get(timeout=within_s)
         except Empty:
-            raise NotYetError from None
+            raise PromiseTimeoutError from None
         if error is None:
             return cast("_T", value)
         try:
@@ -83,7 +89,7 @@ class Promise(Generic[_T]):
             del error  # it holds this frame
 
 
-class Job(Generic[_T]):
+class BackgroundTask(Generic[_T]):
     """Work that is done once, in another thread, and what came of it."""
 
     def __init__(self, work: Callable[[], _T]) -> None:
@@ -91,7 +97,9 @@ class Job(Generic[_T]):
         self._promise: Promise[_T] = Promise()
         self._has_ended = False
 
-    def do(self, give_up: Callable[[], object] = lambda: None, within_s: float | None = None) -> _T:
+    def run(
+        self, give_up: Callable[[], object] = lambda: None, within_s: float | None = None
+    ) -> _T:
         """Have it done; return or raise what came of it.
 
         Args:
@@ -99,21 +107,21 @@ class Job(Generic[_T]):
             within_s: How long to wait at most, in seconds; None if the work itself ends in time.
 
         Raises:
-            NotYetError: The work has not ended in time.
+            PromiseTimeoutError: The work has not ended in time.
         """
         try:
-            _threads.do(self._run)
+            _worker_pool.submit(self._execute)
             return self._promise.wait(within_s)
         except BaseException:
             if not self._has_ended:
-                _threads.do(give_up)
+                _worker_pool.submit(give_up)
             raise
 
     def fail(self, error: BaseException) -> None:
         """Let the caller raise an error, and wait no longer. It has no effect once the work has ended."""
         self._promise.fail(error)
 
-    def _run(self) -> None:
+    def _execute(self) -> None:
         try:
             value = self._work()
         except BaseException as error:
@@ -125,20 +133,20 @@ class Job(Generic[_T]):
         del self._work  # a thread that waits for the next must not hold what this one held
 
 
-class _Threads:
+class _WorkerPool:
     """Threads that do what the main thread hands them, each one thing at a time.
 
     The main thread holds no lock here, and waits for none. They do not keep the process alive.
     """
 
     def __init__(self) -> None:
-        self._idle: deque[_Mailbox] = deque()
-        begin_anew_in_children(self)
+        self._idle: deque[_WorkQueue] = deque()
+        register_fork_reset(self)
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         self._idle = deque()
 
-    def do(self, work: Callable[[], object]) -> None:
+    def submit(self, work: Callable[[], object]) -> None:
         try:
             mailbox = self._idle.pop()
         except IndexError:
@@ -150,11 +158,13 @@ class _Threads:
             mailbox.put(work)
 
     @staticmethod
-    def _serve(mailbox: _Mailbox, idle: deque[_Mailbox]) -> None:
+    def _serve(mailbox: _WorkQueue, idle: deque[_WorkQueue]) -> None:
         waits_count = 0
         while waits_count < 2:
             try:
-                mailbox.get(timeout=_IDLE_S)()  # without a name, which would keep it until the next
+                mailbox.get(
+                    timeout=_IDLE_TIMEOUT_S
+                )()  # without a name, which would keep it until the next
             except Empty:
                 try:
                     idle.remove(mailbox)
@@ -169,4 +179,4 @@ class _Threads:
                 idle.append(mailbox)
 
 
-_threads: Final = _Threads()
+_worker_pool: Final = _WorkerPool()

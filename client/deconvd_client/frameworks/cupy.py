@@ -8,10 +8,10 @@ import cupy
 
 from deconvd.model.dtypes import Array
 
-__all__ = ["CupyArrays"]
+__all__ = ["CupyFramework"]
 
 
-class CupyArrays:
+class CupyFramework:
     """See `Framework`."""
 
     def owns(self, value: object) -> bool:
@@ -22,7 +22,7 @@ class CupyArrays:
         """Return the array itself: calls know it."""
         return value
 
-    def like(self, array: Array, value: Any) -> Any:
+    def from_array(self, array: Array, value: Any) -> Any:
         """Return an array on the card of `value`: itself if it is there."""
         with cupy.cuda.Device(value.device.id):
             return cupy.asarray(array)

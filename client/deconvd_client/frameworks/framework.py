@@ -17,7 +17,7 @@ from deconvd.model.dtypes import Array
 
 __all__ = ["Framework", "arrays_like", "framework_of", "host_array", "register"]
 
-_TYPES_COUNT: Final = 256
+_TYPE_CACHE_SIZE: Final = 256
 """Of how many types it is remembered what framework they are of."""
 
 
@@ -33,7 +33,7 @@ class Framework(Protocol):
         It shares memory with `value` where that can be, as by DLPack.
         """
 
-    def like(self, array: Array, value: Any) -> Any:
+    def from_array(self, array: Array, value: Any) -> Any:
         """Return a result as one of this library's arrays, on the device that `value` is on.
 
         Args:
@@ -42,7 +42,7 @@ class Framework(Protocol):
         """
 
 
-_registered: Final[dict[str, Callable[[], Framework]]] = {}
+_openers: Final[dict[str, Callable[[], Framework]]] = {}
 
 
 def register(module: str, open_framework: Callable[[], Framework]) -> None:
@@ -52,7 +52,7 @@ def register(module: str, open_framework: Callable[[], Framework]) -> None:
         module: The top-level module that its arrays' types are from.
         open_framework: Called, perhaps more than once, when such an array comes: may import the framework.
     """
-    _registered[module] = open_framework
+    _openers[module] = open_framework
     _framework_of_type.cache_clear()
 
 
@@ -69,7 +69,7 @@ def arrays_like(like: object, arrays: dict[str, Array]) -> dict[str, Array]:
     framework = None if type(like) is np.ndarray else framework_of(like)
     if framework is None:
         return arrays
-    return {name: framework.like(array, like) for name, array in arrays.items()}
+    return {name: framework.from_array(array, like) for name, array in arrays.items()}
 
 
 def host_array(array: Any) -> Array:
@@ -77,19 +77,19 @@ def host_array(array: Any) -> Array:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
-@lru_cache(_TYPES_COUNT)
+@lru_cache(_TYPE_CACHE_SIZE)
 def _framework_of_type(kind: type) -> Framework | None:
     for base in kind.__mro__:  # callers may have derived it
         module = base.__module__.partition(".")[0]
-        if module in _registered and module in sys.modules:
-            return _registered[module]()
+        if module in _openers and module in sys.modules:
+            return _openers[module]()
     return None
 
 
 def _open_cupy() -> Framework:
-    from deconvd_client.frameworks.cupy import CupyArrays
+    from deconvd_client.frameworks.cupy import CupyFramework
 
-    return CupyArrays()
+    return CupyFramework()
 
 
 register("cupy", _open_cupy)

@@ -13,24 +13,24 @@ from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec, spec_of
 from deconvd_client.calls.call_spec import LastLedger
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.residents.attempt import Means
-from deconvd_client.residents.known_digests import Contents
-from deconvd_client.residents.resident import Kept
-from deconvd_client.residents.session import Handle, Session
-from deconvd_client.residents.source_array import Source
+from deconvd_client.residents.attempt import AttemptContext
+from deconvd_client.residents.known_digests import KnownDigests
+from deconvd_client.residents.resident import Resident
+from deconvd_client.residents.session import ClientSession, ResidentHandle
+from deconvd_client.residents.source_array import SourceArray
 from deconvd_client.residents.transfers import Transfers
 from deconvd_client.shared_memory import Borrower
-from deconvd_client.transports.route import Nearest
+from deconvd_client.transports.route import Route
 
-__all__ = ["Residents"]
+__all__ = ["ResidentExecutor"]
 
 _T = TypeVar("_T")
 
-_SESSIONS_COUNT: Final = 3
+_MAX_SESSIONS_COUNT: Final = 3
 """How many sessions one call may lose: more is no accident."""
 
 
-class Residents:
+class ResidentExecutor:
     """What the server keeps for a connection. Thread-safe.
 
     Args:
@@ -47,35 +47,35 @@ class Residents:
 
     def __init__(
         self,
-        nearest: Nearest,
+        nearest: Route,
         memory: Borrower,
         tenant_key: bytes,
         empty: Callable[[TensorSpec], Array],
         last: LastLedger,
         timeout_s: float,
     ) -> None:
-        self._last = last
+        self._ledger = last
         self._timeout_s = timeout_s
-        self._session = Session(nearest, tenant_key)
-        self.contents = Contents(self._session, memory)
+        self._session = ClientSession(nearest, tenant_key)
+        self.known_digests = KnownDigests(self._session, memory)
         self._transfers = Transfers(nearest, memory, empty)
 
-    def put(self, array: Array) -> Kept:
+    def put(self, array: Array) -> Resident:
         """Have the server keep an array; it is referred to, to be sent again at need."""
         deadline = Deadline(self._timeout_s)
-        source = Source(array)
-        kept = Kept(spec_of(array), source=source)
-        self.in_session(lambda session: self._put(session, kept, source, deadline), deadline)
+        source = SourceArray(array)
+        kept = Resident(spec_of(array), source=source)
+        self.run_in_session(lambda session: self._put(session, kept, source, deadline), deadline)
         return kept
 
-    def get(self, kept: Kept) -> Array:
+    def get(self, kept: Resident) -> Array:
         """Return the elements of a tensor that the server keeps.
 
         Raises:
             LostTensorError: The server no longer has it, and there is no array to take them from.
         """
         deadline = Deadline(self._timeout_s)
-        return self.in_session(lambda session: self._got(session, kept, deadline), deadline)
+        return self.run_in_session(lambda session: self._get(session, kept, deadline), deadline)
 
     @property
     def has_session(self) -> bool:
@@ -87,28 +87,28 @@ class Residents:
         """The name of the session that is open now, as far as is known; empty if there is none."""
         return self._session.name
 
-    def means(self, session: bytes, deadline: Deadline) -> Means:
+    def attempt_context(self, session: bytes, deadline: Deadline) -> AttemptContext:
         """Return what an attempt needs to make a call in a session."""
-        return Means(
+        return AttemptContext(
             session,
-            self.contents,
+            self.known_digests,
             deadline,
             put=lambda kept, source: self._put(session, kept, source, deadline),
-            handle=partial(self._session.handle, session),
+            make_handle=partial(self._session.make_handle, session),
         )
 
-    def in_session(self, work: Callable[[bytes], _T], deadline: Deadline) -> _T:
+    def run_in_session(self, work: Callable[[bytes], _T], deadline: Deadline) -> _T:
         """Return what `work` returns for the session, in a new one if the server does not know it."""
-        for _ in range(_SESSIONS_COUNT - 1):
+        for _ in range(_MAX_SESSIONS_COUNT - 1):
             session = self._session.open(deadline).name
             try:
                 return work(session)
             except LostSessionError:
                 self._session.lose(session)
-                self.contents.pause()
+                self.known_digests.pause()
         return work(self._session.open(deadline).name)
 
-    def with_room(self, work: Callable[[], _T], deadline: Deadline) -> _T:
+    def retry_after_flush(self, work: Callable[[], _T], deadline: Deadline) -> _T:
         """Return what `work` returns, once what nobody uses is dropped if the server has no room."""
         try:
             return work()
@@ -120,24 +120,26 @@ class Residents:
         """End the session: the server drops all that it keeps for it."""
         self._session.close(deadline)
 
-    def _put(self, session: bytes, kept: Kept, source: Source, deadline: Deadline) -> Handle:
-        with source.beside():
-            resident, self._last.text = self.with_room(
+    def _put(
+        self, session: bytes, kept: Resident, source: SourceArray, deadline: Deadline
+    ) -> ResidentHandle:
+        with source.hash_in_background():
+            resident, self._ledger.text = self.retry_after_flush(
                 lambda: self._transfers.put(session, source.array, deadline), deadline
             )
-        handle = self._session.handle(session, resident, kept.spec.nbytes)
+        handle = self._session.make_handle(session, resident, kept.spec.nbytes)
         kept.adopt(handle)
         return handle
 
-    def _got(self, session: bytes, kept: Kept, deadline: Deadline) -> Array:
-        handle = kept.handle_in(session)
+    def _get(self, session: bytes, kept: Resident, deadline: Deadline) -> Array:
+        handle = kept.handle_for(session)
         if handle is not None:
             try:
-                array, self._last.text = self._transfers.get(
+                array, self._ledger.text = self._transfers.get(
                     session, handle.resident, kept.spec, deadline
                 )
             except LostTensorError:
                 kept.lose(handle)
             else:
                 return array
-        return np.array(kept.source_unchanged("the tensor").array, kept.spec.dtype)
+        return np.array(kept.require_source("the tensor").array, kept.spec.dtype)

@@ -12,16 +12,16 @@ from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.residents.session import Session
-from deconvd_client.residents.session_thread import Opened
+from deconvd_client.residents.session import ClientSession
+from deconvd_client.residents.session_thread import SessionInfo
 from deconvd_client.shared_memory import Borrower
 
-__all__ = ["Contents"]
+__all__ = ["KnownDigests"]
 
-_LEAST_BYTES: Final = 64 << 10
+_MIN_BYTES: Final = 64 << 10
 """What is smaller is sent about as fast as its digest is computed and looked up."""
 
-_KNOWN_COUNT: Final = 4096
+_MAX_KNOWN_COUNT: Final = 4096
 _OPEN_TIMEOUT_S: Final = 2.0
 """A call that can do without a session does not wait for one longer, and not for a server that is not there."""
 
@@ -29,7 +29,7 @@ _PAUSE_S: Final = 2.0
 """How long nothing is offered once a session was lost, or could not be opened."""
 
 
-class Contents:
+class KnownDigests:
     """Which contents the server has for the session, by digest, shape and element type. Thread-safe.
 
     Args:
@@ -37,22 +37,22 @@ class Contents:
         memory: Where that is lent, operands lie in it, and none is.
     """
 
-    def __init__(self, session: Session, memory: Borrower) -> None:
+    def __init__(self, session: ClientSession, memory: Borrower) -> None:
         self._session = session
-        self._memory = memory
+        self._borrower = memory
         self._lock = new_lock()
         self._is_off = False
-        self._not_before_s = 0.0
-        self._known: Lru[tuple[bytes, TensorSpec, bytes], bool] = Lru(_KNOWN_COUNT)
+        self._paused_until_s = 0.0
+        self._known: Lru[tuple[bytes, TensorSpec, bytes], bool] = Lru(_MAX_KNOWN_COUNT)
 
-    def is_worth(self, array: Array, deadline: Deadline) -> bool:
+    def is_worth_hashing(self, array: Array, deadline: Deadline) -> bool:
         """Return whether an operand that all samples have in common is to be named by its digest.
 
         Such are the same from call to call, as others are not.
         """
-        if array.nbytes < _LEAST_BYTES or self._memory.lends(deadline):
+        if array.nbytes < _MIN_BYTES or self._borrower.has_lender(deadline):
             return False
-        opened = self._opened(deadline)
+        opened = self._try_open_session(deadline)
         return opened is not None and array.nbytes <= opened.quota_bytes
 
     def knows(self, session: bytes, spec: TensorSpec, digest: pb.Digest) -> bool:
@@ -72,14 +72,14 @@ class Contents:
 
     def pause(self) -> None:
         """Offer nothing for a while: calls seem to go to servers that do not know the session."""
-        self._not_before_s = time.monotonic() + _PAUSE_S
+        self._paused_until_s = time.monotonic() + _PAUSE_S
 
-    def _opened(self, deadline: Deadline) -> Opened | None:
+    def _try_open_session(self, deadline: Deadline) -> SessionInfo | None:
         """Return the session; None if there is none to be had, now or at all."""
-        if self._is_off or time.monotonic() < self._not_before_s:
+        if self._is_off or time.monotonic() < self._paused_until_s:
             return None
         try:
-            return self._session.open(deadline.within(_OPEN_TIMEOUT_S), fail_fast=True)
+            return self._session.open(deadline.with_limit(_OPEN_TIMEOUT_S), fail_fast=True)
         except UnimplementedError:
             self._is_off = True
         except DeconvdError:

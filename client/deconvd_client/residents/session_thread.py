@@ -15,17 +15,25 @@ from typing import Final
 
 from deconvd.errors import DeconvdError, LostSessionError, NotFoundError
 from deconvd.host.forks import new_lock
-from deconvd.host.system import LONGEST_S
+from deconvd.host.system import MAX_TIMEOUT_S
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.calls.uninterrupted import Promise, do_beside
+from deconvd_client.calls.uninterrupted import Promise, run_in_background
 from deconvd_client.transports.failover import Stub
-from deconvd_client.transports.route import Nearest
-from deconvd_client.transports.session_stream import Hold
+from deconvd_client.transports.route import Route
+from deconvd_client.transports.session_stream import SessionStream
 
-__all__ = ["Asking", "Drop", "Flush", "Keeper", "Mailbox", "Opened", "SessionState"]
+__all__ = [
+    "CommandQueue",
+    "DropTensor",
+    "FlushDrops",
+    "OpenSession",
+    "SessionInfo",
+    "SessionThread",
+    "SessionThreadState",
+]
 
-_SIGNS_PER_LEASE: Final = 3
+_HEARTBEATS_PER_LEASE: Final = 3
 _RESUME_PAUSE_S: Final = 0.1
 _RESUME_LONGEST_PAUSE_S: Final = 1.0
 _RESUME_TIMEOUT_S: Final = 5.0
@@ -33,7 +41,7 @@ _DROPS_PER_CALL: Final = 4096
 _DROP_DELAY_S: Final = 0.05
 """For how long drops are gathered, so that they do not disturb the calls among which tensors come and go."""
 
-_DROP_BYTES: Final = 32 << 20
+_URGENT_DROP_BYTES: Final = 32 << 20
 """What is not kept waiting, since it may soon be needed."""
 
 _DROP_TIMEOUT_S: Final = 5.0
@@ -45,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class SessionInfo:
     """A session that the server has opened.
 
     Attributes:
@@ -58,7 +66,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
+class DropTensor:
     """Wish: drop a tensor, unless its session has ended."""
 
     session: bytes
@@ -67,7 +75,7 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class OpenSession:
     """Wish: say which session is open, after opening one if need be.
 
     Attributes:
@@ -75,36 +83,36 @@ class Asking:
         fail_fast: Whether to try once.
     """
 
-    answer: Promise[Opened]
+    promise: Promise[SessionInfo]
     deadline: Deadline
     fail_fast: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Flush:
+class FlushDrops:
     """Wish: say when all earlier wishes have been seen to."""
 
-    answer: Promise[None]
+    promise: Promise[None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Broken:
+class _StreamEnded:
     """News: a stream has ended."""
 
-    hold: Hold
+    stream: SessionStream
 
 
-class _End:
+class _EndSession:
     """Wish: end the session, and the thread."""
 
 
-Wish = Drop | Asking | Flush | _Broken | _End
+SessionCommand = DropTensor | OpenSession | FlushDrops | _StreamEnded | _EndSession
 
-Mailbox = SimpleQueue[Wish]
+CommandQueue = SimpleQueue[SessionCommand]
 """What the thread is to do. A finalizer may put something into it, wherever it happens to run."""
 
 
-class SessionState(Enum):
+class SessionThreadState(Enum):
     """How a keeper stands with the server.
 
     NONE --asked for--> OPEN --its stream breaks--> BROKEN --resumed--> OPEN
@@ -125,7 +133,7 @@ class SessionState(Enum):
     ENDED = "ended"
 
 
-class Keeper:
+class SessionThread:
     """Holds one session at a time.
 
     It knows nothing of those who use it, so that it ends with the last of them.
@@ -140,16 +148,16 @@ class Keeper:
         tenant_key: As in HoldSessionRequest.
     """
 
-    def __init__(self, nearest: Nearest, tenant_key: bytes) -> None:
-        self.mailbox: Mailbox = SimpleQueue()
-        self._nearest = nearest
+    def __init__(self, nearest: Route, tenant_key: bytes) -> None:
+        self.commands: CommandQueue = SimpleQueue()
+        self._route = nearest
         self._tenant_key = tenant_key
-        self._is_held = threading.Lock()
-        self._ended: SimpleQueue[None] = SimpleQueue()
+        self._thread_lock = threading.Lock()
+        self._end_signal: SimpleQueue[None] = SimpleQueue()
         self._lock = new_lock()  # of what `_move` changes
-        self.state = SessionState.NONE
-        self.opened: Opened | None = None
-        self._hold: Hold | None = None  # while it is OPEN, and in LOST until it is left
+        self.state = SessionThreadState.NONE
+        self.session: SessionInfo | None = None
+        self._stream: SessionStream | None = None  # while it is OPEN, and in LOST until it is left
         self._lease_s = 0.0
         self._due_s = 0.0  # of the next sign of life, or the next try to resume
         self._lost_s = 0.0  # when a broken session is given up
@@ -160,112 +168,118 @@ class Keeper:
 
     def start(self) -> None:
         """Have a thread hold the session, if none does. It does not keep the process alive."""
-        if not self._is_held.locked():
-            do_beside(self._hold_session)
+        if not self._thread_lock.locked():
+            run_in_background(self._run_exclusively)
 
     def await_end(self, deadline: Deadline) -> None:
         """Return once the thread has ended, or at the deadline."""
         with suppress(Empty):
-            if self._is_held.locked():
-                self._ended.get(timeout=deadline.remaining_s())
+            if self._thread_lock.locked():
+                self._end_signal.get(timeout=deadline.remaining_s())
 
     def end(self) -> None:
         """Ask for the end of the session and of the thread."""
-        self.mailbox.put(_End())
+        self.commands.put(_EndSession())
 
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know a session. May be called in any thread."""
         with self._lock:
-            if self.opened is not None and self.opened.name == name:
-                self._move(SessionState.LOST, hold=self._hold)
+            if self.session is not None and self.session.name == name:
+                self._move(SessionThreadState.LOST, hold=self._stream)
 
     def _move(
-        self, to: SessionState, *, opened: Opened | None = None, hold: Hold | None = None
+        self,
+        to: SessionThreadState,
+        *,
+        opened: SessionInfo | None = None,
+        hold: SessionStream | None = None,
     ) -> None:
         """Change the state, and what belongs to it. Called with the lock held."""
-        self.state, self.opened, self._hold = to, opened, hold
+        self.state, self.session, self._stream = to, opened, hold
 
     # What follows runs in the thread.
 
-    def _hold_session(self) -> None:
-        if self._is_held.acquire(blocking=False):  # else another thread was asked at the same time
+    def _run_exclusively(self) -> None:
+        if self._thread_lock.acquire(
+            blocking=False
+        ):  # else another thread was asked at the same time
             try:
                 self._run()
             finally:
-                self._is_held.release()
-                self._ended.put(None)
+                self._thread_lock.release()
+                self._end_signal.put(None)
 
     def _run(self) -> None:
-        while self.state is not SessionState.ENDED:
-            wish = self._next()
+        while self.state is not SessionThreadState.ENDED:
+            wish = self._next_command()
             if wish is not None:
-                self._fulfil(wish)
+                self._execute(wish)
             if time.monotonic() >= self._due_s:
                 self._renew()
             if time.monotonic() >= self._drops_due_s:
-                self._drop()
-            if self.state is SessionState.LOST:
-                self._let_go()
+                self._send_drops()
+            if self.state is SessionThreadState.LOST:
+                self._leave_session()
 
-    def _next(self) -> Wish | None:
+    def _next_command(self) -> SessionCommand | None:
         """Wait for a wish, or for the time to do something without one."""
-        if self.state is SessionState.NONE:
-            return self.mailbox.get()
+        if self.state is SessionThreadState.NONE:
+            return self.commands.get()
         due_s = min(self._due_s, self._drops_due_s)
         try:
-            return self.mailbox.get(timeout=max(due_s - time.monotonic(), 0))
+            return self.commands.get(timeout=max(due_s - time.monotonic(), 0))
         except Empty:
             return None
 
-    def _fulfil(self, wish: Wish) -> None:
+    def _execute(self, wish: SessionCommand) -> None:
         match wish:
-            case Drop():
-                self._gather(wish)
-            case Asking():
-                self._answer(wish)
-            case Flush(answer):
-                self._drop()
+            case DropTensor():
+                self._queue_drop(wish)
+            case OpenSession():
+                self._execute_open(wish)
+            case FlushDrops(answer):
+                self._send_drops()
                 answer.fulfil(None)
-            case _Broken(hold):
+            case _StreamEnded(hold):
                 self._note_end(hold)
-            case _End():
-                self._finish()
+            case _EndSession():
+                self._end_session()
 
-    def _answer(self, asking: Asking) -> None:
+    def _execute_open(self, asking: OpenSession) -> None:
         try:
-            opened = self.opened
+            opened = self.session
             if opened is None:
-                if self.state is SessionState.LOST:
-                    self._let_go()
+                if self.state is SessionThreadState.LOST:
+                    self._leave_session()
                 opened = self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
-            asking.answer.fulfil(opened)
+            asking.promise.fulfil(opened)
         except Exception as error:  # whatever it is, it is the asker's
-            asking.answer.fail(error)
+            asking.promise.fail(error)
 
-    def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> Opened:
+    def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> SessionInfo:
         """Open a session, or resume that of a name."""
         opening = pb.HoldSessionRequest(session=name, tenant_key=self._tenant_key)
 
-        def open_hold(stub: Stub) -> Hold:
+        def open_stream(stub: Stub) -> SessionStream:
             return stub.hold_session(opening, deadline)
 
-        call = self._nearest.call_once if fail_fast else self._nearest.call
-        hold = call(open_hold, deadline)
-        opened = Opened(hold.opened.session, hold.opened.quota_bytes)
-        self._lease_s = min(LONGEST_S, hold.opened.lease_s)  # also where it is not a number
-        self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
+        call = self._route.call_once if fail_fast else self._route.call
+        hold = call(open_stream, deadline)
+        opened = SessionInfo(hold.response.session, hold.response.quota_bytes)
+        self._lease_s = min(MAX_TIMEOUT_S, hold.response.lease_s)  # also where it is not a number
+        self._due_s = time.monotonic() + self._lease_s / _HEARTBEATS_PER_LEASE
         with self._lock:
-            self._move(SessionState.OPEN, opened=opened, hold=hold)
-        mailbox = self.mailbox
-        hold.on_end(lambda: mailbox.put(_Broken(hold)))
+            self._move(SessionThreadState.OPEN, opened=opened, hold=hold)
+        mailbox = self.commands
+        hold.add_done_callback(lambda: mailbox.put(_StreamEnded(hold)))
         return opened
 
-    def _note_end(self, hold: Hold) -> None:
+    def _note_end(self, hold: SessionStream) -> None:
         """Take note that a stream has ended: if it is the session's, that is to be resumed now."""
         with self._lock:
-            if self.state is not SessionState.OPEN or hold is not self._hold:
+            if self.state is not SessionThreadState.OPEN or hold is not self._stream:
                 return
-            self._move(SessionState.BROKEN, opened=self.opened)
+            self._move(SessionThreadState.BROKEN, opened=self.session)
         hold.cancel()
         self._pause_s = 0.0
         self._due_s = time.monotonic()
@@ -274,14 +288,14 @@ class Keeper:
     def _renew(self) -> None:
         """Give a sign of life, or try to resume what is broken."""
         with self._lock:
-            opened, hold = self.opened, self._hold
+            opened, hold = self.session, self._stream
         if hold is not None:
-            hold.give_sign()
-            self._due_s = time.monotonic() + self._lease_s / _SIGNS_PER_LEASE
+            hold.send_heartbeat()
+            self._due_s = time.monotonic() + self._lease_s / _HEARTBEATS_PER_LEASE
         elif opened is not None:
             self._resume(opened)
 
-    def _resume(self, opened: Opened) -> None:
+    def _resume(self, opened: SessionInfo) -> None:
         """Try to open a broken session again; give it up once its lease has passed."""
         try:
             self._open(opened.name, Deadline(_RESUME_TIMEOUT_S), fail_fast=True)
@@ -293,37 +307,37 @@ class Keeper:
             self._pause_s = min(max(2 * self._pause_s, _RESUME_PAUSE_S), _RESUME_LONGEST_PAUSE_S)
             self._due_s = time.monotonic() + self._pause_s
 
-    def _give_up(self, opened: Opened, error: DeconvdError) -> None:
+    def _give_up(self, opened: SessionInfo, error: DeconvdError) -> None:
         _log.info("the session has ended, and tensors are sent again as they are used: %s", error)
         self.lose(opened.name)
 
-    def _let_go(self) -> None:
+    def _leave_session(self) -> None:
         """Leave a session that is no more."""
         self._clear_drops()
         with self._lock:
-            hold = self._hold
-            self._move(SessionState.NONE)
+            hold = self._stream
+            self._move(SessionThreadState.NONE)
         if hold is not None:
             hold.cancel()
 
-    def _gather(self, drop: Drop) -> None:
-        if self.opened is None or self.opened.name != drop.session:
+    def _queue_drop(self, drop: DropTensor) -> None:
+        if self.session is None or self.session.name != drop.session:
             return
         self._drops.append(drop.resident)
         self._drops_bytes += drop.size_bytes
         now_s = time.monotonic()
-        delay_s = _DROP_DELAY_S if self._drops_bytes < _DROP_BYTES else 0.0
+        delay_s = _DROP_DELAY_S if self._drops_bytes < _URGENT_DROP_BYTES else 0.0
         self._drops_due_s = min(self._drops_due_s, now_s + delay_s)
 
-    def _drop(self) -> None:
+    def _send_drops(self) -> None:
         """Drop what is to be dropped; what cannot be now stays for later."""
-        while self._drops and (opened := self.opened) is not None:
+        while self._drops and (opened := self.session) is not None:
             batch = self._drops[:_DROPS_PER_CALL]
             request = pb.DropTensorsRequest(session=opened.name, residents=batch)
             deadline = Deadline(_DROP_TIMEOUT_S)
             tell = partial(Stub.drop_tensors, request=request, deadline=deadline)
             try:
-                self._nearest.call_once(tell, deadline)
+                self._route.call_once(tell, deadline)
             except LostSessionError:
                 self.lose(opened.name)
             except DeconvdError as error:
@@ -337,14 +351,14 @@ class Keeper:
         self._drops.clear()
         self._drops_due_s, self._drops_bytes = math.inf, 0
 
-    def _finish(self) -> None:
+    def _end_session(self) -> None:
         with self._lock:
-            hold = self._hold
-            self._move(SessionState.ENDED)
+            hold = self._stream
+            self._move(SessionThreadState.ENDED)
         if hold is None:
             return
         ended = threading.Event()
-        hold.on_end(ended.set)
+        hold.add_done_callback(ended.set)
         hold.close()
         if not ended.wait(_END_TIMEOUT_S):
             hold.cancel()

@@ -10,50 +10,50 @@ from typing import Final
 from deconvd.model.dtypes import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.digest import digest_of
-from deconvd_client.calls.uninterrupted import do_beside
+from deconvd_client.calls.uninterrupted import run_in_background
 
-__all__ = ["Source"]
+__all__ = ["SourceArray"]
 
-_BESIDE_BYTES: Final = 1 << 20
+_MIN_BACKGROUND_BYTES: Final = 1 << 20
 """From this size on a thread of its own pays for a digest."""
 
 
-class _Digesting:
+class _DigestTask:
     """The work of another thread on an array's digest."""
 
     def __init__(self, array: Array) -> None:
         self._array = array
-        self._is_given_up = False
-        self._ended: SimpleQueue[pb.Digest | None] = SimpleQueue()
+        self._is_cancelled = False
+        self._outcome: SimpleQueue[pb.Digest | None] = SimpleQueue()
 
     def run(self) -> None:
         """Do it."""
         digest = None
         try:
             digest = digest_of(self._array, self._check)
-        except _GivenUpError:
+        except _DigestCancelledError:
             pass
         finally:
-            self._ended.put(digest)
+            self._outcome.put(digest)
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Have it ended soon."""
-        self._is_given_up = True
+        self._is_cancelled = True
 
     def wait(self) -> pb.Digest | None:
         """Return the digest once it is there; None if it was given up."""
-        return self._ended.get()
+        return self._outcome.get()
 
     def _check(self) -> None:
-        if self._is_given_up:
-            raise _GivenUpError
+        if self._is_cancelled:
+            raise _DigestCancelledError
 
 
-class _GivenUpError(Exception):
+class _DigestCancelledError(Exception):
     """The digest is wanted no longer."""
 
 
-class Source:
+class SourceArray:
     """An array, and the digest of what was in it once.
 
     Args:
@@ -72,18 +72,18 @@ class Source:
         return self._digest
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def hash_in_background(self) -> Iterator[None]:
         """Take the digest while the block, which does not change the array, runs; not if it fails."""
-        if self._digest is not None or self.array.nbytes < _BESIDE_BYTES:
+        if self._digest is not None or self.array.nbytes < _MIN_BACKGROUND_BYTES:
             self.digest  # noqa: B018  # it is kept
             yield
             return
-        work = _Digesting(self.array)
-        do_beside(work.run)
+        work = _DigestTask(self.array)
+        run_in_background(work.run)
         try:
             yield
         except BaseException:
-            work.give_up()
+            work.cancel()
             raise
         finally:
             self._digest = work.wait()

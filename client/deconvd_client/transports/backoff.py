@@ -7,8 +7,8 @@ from typing import Final
 
 __all__ = ["Backoff"]
 
-_FIRST_S: Final = 5.0
-_LAST_S: Final = 80.0
+_FIRST_PAUSE_S: Final = 5.0
+_MAX_PAUSE_S: Final = 80.0
 """At first, and at most."""
 
 
@@ -20,7 +20,7 @@ class Backoff:
         last_s: The longest.
     """
 
-    def __init__(self, first_s: float = _FIRST_S, last_s: float = _LAST_S) -> None:
+    def __init__(self, first_s: float = _FIRST_PAUSE_S, last_s: float = _MAX_PAUSE_S) -> None:
         self._last_s = last_s
         self._first_s = self._pause_s = first_s
         self._until_s = 0.0

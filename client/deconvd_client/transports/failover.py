@@ -13,20 +13,25 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Envelope, decode, encode
 from deconvd.wire.messages import messages_for
 from deconvd.wire.tensor import array_from_message
-from deconvd_client.calls.call_spec import Answered, Asked
+from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.calls.overlapped_copy import LateCopy
-from deconvd_client.calls.transport import Conversation, LostLineError, NoLineError, Transport
-from deconvd_client.transports.direct.connectors import Way
+from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.transport import (
+    NotServedDirectlyError,
+    OutcomeUnknownError,
+    StreamAttempt,
+    Transport,
+)
+from deconvd_client.transports.direct.connectors import Connector
 from deconvd_client.transports.direct.pool import DirectTransport
 from deconvd_client.transports.grpc.transport import GrpcTransport
-from deconvd_client.transports.session_stream import Hold
+from deconvd_client.transports.session_stream import SessionStream
 
 __all__ = ["Failover", "Stub"]
 
 _T = TypeVar("_T")
 
-_ASK_S: Final = 5.0
+_SERVER_INFO_TIMEOUT_S: Final = 5.0
 """How long a server may take to say where it takes direct calls: calls go by gRPC meanwhile."""
 
 
@@ -44,25 +49,25 @@ class Stub:
         direct: The direct connections, if there may be any.
     """
 
-    def __init__(self, target: str, by_grpc: GrpcTransport, way: Way | None) -> None:
+    def __init__(self, target: str, by_grpc: GrpcTransport, way: Connector | None) -> None:
         self.target = target
-        self._by_grpc = by_grpc
-        self.direct = None if way is None else DirectTransport(way, self._told_by_server)
-        self._by_any: Transport = by_grpc
-        self._by_one: Transport = by_grpc
+        self._grpc = by_grpc
+        self.direct = None if way is None else DirectTransport(way, self._fetch_server_info)
+        self._transport: Transport = by_grpc
+        self._at_most_once_transport: Transport = by_grpc
         if self.direct is not None:
-            self._by_any = Failover(self.direct, by_grpc)
-            self._by_one = Failover(self.direct, by_grpc, only_unsent=True)
+            self._transport = Failover(self.direct, by_grpc)
+            self._at_most_once_transport = Failover(self.direct, by_grpc, only_unsent=True)
 
     def call(
         self,
-        asked: Asked,
+        asked: CallSpec,
         request: Envelope[Any],
         *,
         placed: Mapping[str, Array],
-        late_copy: LateCopy | None = None,
+        late_copy: OverlappedCopy | None = None,
         is_brief: bool,
-    ) -> Answered:
+    ) -> CallResult:
         """Have an operation computed by a call of one message.
 
         Args:
@@ -72,19 +77,19 @@ class Stub:
             is_brief: Whether request and response are small enough for a direct call.
 
         Raises:
-            LostLineError: The server may be writing to `placed`: the call is to be made anew, with other memory.
+            OutcomeUnknownError: The server may be writing to `placed`: the call is to be made anew, with other memory.
         """
-        brief = self._by_one if placed else self._by_any
-        transport = brief if is_brief else self._by_grpc
+        brief = self._at_most_once_transport if placed else self._transport
+        transport = brief if is_brief else self._grpc
         operation = asked.operation
         data, ledger = transport.unary(operation.name, encode(request), asked.deadline, late_copy)
         response: Envelope[Any] = decode(messages_for(operation).response, data)
         arrays = {field: _result(response, field, placed.get(field)) for field in asked.results}
-        return Answered(response.message, arrays, ledger)
+        return CallResult(response.message, arrays, ledger)
 
     def stream(
         self,
-        begin: Callable[[], Conversation[_T]],
+        begin: Callable[[], StreamAttempt[_T]],
         deadline: Deadline,
         *,
         is_placed: bool = False,
@@ -96,32 +101,34 @@ class Stub:
             is_placed: Whether the server is to write the result into memory of ours.
 
         Raises:
-            LostLineError: It may be writing there: the call is to be made anew, with other memory.
+            OutcomeUnknownError: It may be writing there: the call is to be made anew, with other memory.
         """
-        return (self._by_one if is_placed else self._by_any).stream(begin, deadline)
+        return (self._at_most_once_transport if is_placed else self._transport).stream(
+            begin, deadline
+        )
 
     @property
     def is_direct(self) -> bool:
         """Whether calls are likely to be made directly, streams too."""
-        return self.direct is not None and self.direct.is_worth_asking
+        return self.direct is not None and self.direct.may_connect
 
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
         """Call DropTensors."""
-        self._by_grpc.unary("DropTensors", request.SerializeToString(), deadline)
+        self._grpc.unary("DropTensors", request.SerializeToString(), deadline)
 
-    def hold_session(self, opening: pb.HoldSessionRequest, deadline: Deadline) -> Hold:
+    def hold_session(self, opening: pb.HoldSessionRequest, deadline: Deadline) -> SessionStream:
         """Call HoldSession, and return once the server has answered the first message."""
-        return self._by_grpc.hold_session(opening, deadline)
+        return self._grpc.hold_session(opening, deadline)
 
     def get_server_info(self, deadline: Deadline, session: bytes = b"") -> pb.GetServerInfoResponse:
         """Call GetServerInfo."""
         request = pb.GetServerInfoRequest(session=session).SerializeToString()
-        response, _ = self._by_grpc.unary("GetServerInfo", request, deadline)
+        response, _ = self._grpc.unary("GetServerInfo", request, deadline)
         return pb.GetServerInfoResponse.FromString(response)
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        return self._by_grpc.health(deadline)
+        return self._grpc.health(deadline)
 
     def close(self, deadline: Deadline) -> None:
         """Close the connections. Calls under way end with CallCancelledError.
@@ -131,10 +138,10 @@ class Stub:
         """
         if self.direct is not None:
             self.direct.close()
-        self._by_grpc.close(deadline)
+        self._grpc.close(deadline)
 
-    def _told_by_server(self) -> pb.GetServerInfoResponse:
-        return self.get_server_info(Deadline(_ASK_S))
+    def _fetch_server_info(self) -> pb.GetServerInfoResponse:
+        return self.get_server_info(Deadline(_SERVER_INFO_TIMEOUT_S))
 
 
 def _result(response: Envelope[Any], field: str, placed: Array | None) -> Array:
@@ -153,14 +160,14 @@ class Failover:
     Both have the same deadline: what the first has used of it the second lacks.
 
     Args:
-        only_unsent: Raise LostLineError, and leave to the caller what the first has lost in the midst: the server
+        only_unsent: Raise OutcomeUnknownError, and leave to the caller what the first has lost in the midst: the server
             may be at it still, and write into memory of ours what the other would have written there too.
     """
 
     def __init__(self, first: Transport, second: Transport, *, only_unsent: bool = False) -> None:
         self._first = first
         self._second = second
-        self._only_unsent = only_unsent
+        self._at_most_once = only_unsent
 
     @property
     def may_carry(self) -> bool:
@@ -168,27 +175,31 @@ class Failover:
         return self._first.may_carry or self._second.may_carry
 
     def unary(
-        self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
+        self,
+        method: str,
+        request: bytes,
+        deadline: Deadline,
+        late_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
         """Return the response to a call of one message, and its ledger."""
         if self._first.may_carry:
             try:
                 return self._first.unary(method, request, deadline, late_copy)
-            except LostLineError:
-                if self._only_unsent:
+            except OutcomeUnknownError:
+                if self._at_most_once:
                     raise
-            except NoLineError:
+            except NotServedDirectlyError:
                 pass
         return self._second.unary(method, request, deadline, late_copy)
 
-    def stream(self, begin: Callable[[], Conversation[_T]], deadline: Deadline) -> tuple[_T, str]:
+    def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger."""
         if self._first.may_carry:
             try:
                 return self._first.stream(begin, deadline)
-            except LostLineError:
-                if self._only_unsent:
+            except OutcomeUnknownError:
+                if self._at_most_once:
                     raise
-            except NoLineError:
+            except NotServedDirectlyError:
                 pass
         return self._second.stream(begin, deadline)

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
 from deconvd_client.calls.deadline import Deadline
 
-__all__ = ["PinnedTransportError", "Retries"]
+__all__ = ["PinnedTransportError", "RetryPolicy"]
 
 _T = TypeVar("_T")
 
@@ -18,13 +18,13 @@ _FIRST_BACKOFF_S: Final = 0.05
 _MAX_BACKOFF_S: Final = 1.0
 _BACKOFF_FACTOR: Final = 2
 
-_CONTACT_S: Final = 5.0
+_FIRST_CONTACT_TIMEOUT_S: Final = 5.0
 """How long a server that has never answered is tried: it is more likely not to be there than to be starting."""
 
-_LAST_TRY_S: Final = 0.02
+_MIN_RETRY_S: Final = 0.02
 """With less time than this a call is not tried again."""
 
-_LOOK_S: Final = 0.1
+_CLOSE_CHECK_INTERVAL_S: Final = 0.1
 """How often a call that pauses looks whether its connection was closed."""
 
 
@@ -32,7 +32,7 @@ class PinnedTransportError(UnavailableError):
     """The one transport that the caller allows is not to be had. Trying again would not help."""
 
 
-class Retries:
+class RetryPolicy:
     """Tries the calls of a connection again until their deadlines. Thread-safe.
 
     A server that was reached before may be restarting, so it is tried until the deadline. One that
@@ -56,7 +56,7 @@ class Retries:
             DeadlineError: The deadline passed in the first attempt; the message says which limit to raise.
             DeconvdError: What the last attempt raised that was not cut short by the deadline.
         """
-        contact_s = time.monotonic() + _CONTACT_S
+        contact_s = time.monotonic() + _FIRST_CONTACT_TIMEOUT_S
         backoff_s = _FIRST_BACKOFF_S
         unavailable: DeconvdError | None = None
         while True:
@@ -115,12 +115,12 @@ class Retries:
         left_s = deadline.remaining_s()
         if not self._was_reached:
             left_s = min(left_s, contact_s - time.monotonic())
-        return min(pause_s, left_s / 2) if left_s >= _LAST_TRY_S else None
+        return min(pause_s, left_s / 2) if left_s >= _MIN_RETRY_S else None
 
     def _sleep(self, pause_s: float) -> None:
         until_s = time.monotonic() + pause_s
         while not self._is_closed and (left_s := until_s - time.monotonic()) > 0:
-            time.sleep(min(left_s, _LOOK_S))
+            time.sleep(min(left_s, _CLOSE_CHECK_INTERVAL_S))
 
 
 def _with_limit(error: DeadlineError, deadline: Deadline) -> DeadlineError:

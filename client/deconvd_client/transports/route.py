@@ -12,22 +12,22 @@ from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
 from deconvd.errors import CallCancelledError, DeconvdError, InvalidArgumentError, UnavailableError
-from deconvd.host.forks import begin_anew_in_children, new_lock
+from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.calls.uninterrupted import do_beside
+from deconvd_client.calls.uninterrupted import run_in_background
 from deconvd_client.transports.failover import Stub
-from deconvd_client.transports.retry_policy import PinnedTransportError, Retries
+from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
 
-__all__ = ["Nearest", "TransportName"]
+__all__ = ["Route", "TransportName"]
 
 _T = TypeVar("_T")
 
-_VERIFY_S: Final = 1.0
+_VERIFY_TIMEOUT_S: Final = 1.0
 """How long a server may take to answer at a Unix socket of this host, when it is asked who it is."""
 
-_FIRST_PROBE_S: Final = 0.2
-_LAST_PROBE_S: Final = 30.0
+_FIRST_PROBE_PAUSE_S: Final = 0.2
+_MAX_PROBE_PAUSE_S: Final = 30.0
 """How long after a nearer way was lost it is looked for again: at first, and at most."""
 
 _PROBE_TIMEOUT_S: Final = 2.0
@@ -54,7 +54,7 @@ class TransportName(StrEnum):
     """By gRPC to the target, and nothing beside it."""
 
 
-class _State(Enum):
+class _RouteState(Enum):
     """What is known of a nearer way.
 
     UNSOUGHT --found--> NEAR --its connection broke--> LOST --found again--> NEAR
@@ -65,14 +65,14 @@ class _State(Enum):
     any of them --`close`--> CLOSED
     """
 
-    UNSOUGHT = "unsought"
+    UNKNOWN = "unsought"
     NEAR = "near"
     LOST = "lost"
     FAR = "far"
     CLOSED = "closed"
 
 
-class Nearest:
+class Route:
     """Runs calls by the nearest way to a server that works, and tries them again where that may help.
 
     A way is lost only when its connection breaks: a server that answers that it is full has been
@@ -93,12 +93,12 @@ class Nearest:
         open_stub: Callable[[str], Stub],
         target: str,
         transport: TransportName,
-        retries: Retries,
+        retries: RetryPolicy,
     ) -> None:
-        self._far = open_stub(target)
+        self._target_stub = open_stub(target)
         is_unix = target.startswith("unix:")
         if is_unix and transport is TransportName.TCP:
-            self._far.close(Deadline(0))
+            self._target_stub.close(Deadline(0))
             raise InvalidArgumentError(
                 f"transport tcp must have a target of the form host:port, got {target}",
                 argument="transport",
@@ -108,19 +108,19 @@ class Nearest:
         self._must_be_near = transport is TransportName.UNIX and not is_unix
         is_near_enough = is_unix or transport in (TransportName.TCP, TransportName.GRPC)
         self._lock = new_lock()
-        self._state = _State.FAR if is_near_enough else _State.UNSOUGHT
-        self._is_sought = False
-        self._near: Stub | None = None
+        self._state = _RouteState.FAR if is_near_enough else _RouteState.UNKNOWN
+        self._is_searching = False
+        self._near_stub: Stub | None = None
         self._stubs: dict[str, Stub] = {}  # of Unix sockets: kept, since calls may be using them
-        self._closed: SimpleQueue[None] = SimpleQueue()  # gets something when it is
-        begin_anew_in_children(self)
+        self._close_signal: SimpleQueue[None] = SimpleQueue()  # gets something when it is
+        register_fork_reset(self)
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         """Look for a nearer way as at first: the thread that looked is not in a forked child."""
-        self._is_sought = False
-        self._closed = SimpleQueue()
-        if self._state is _State.LOST:
-            self._move(_State.UNSOUGHT)
+        self._is_searching = False
+        self._close_signal = SimpleQueue()
+        if self._state is _RouteState.LOST:
+            self._move(_RouteState.UNKNOWN)
 
     def call(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
         """Return what `work` returns for the nearest stub; if that has no server, for the far one.
@@ -140,38 +140,42 @@ class Nearest:
 
     def server_info(self, deadline: Deadline, session: bytes = b"") -> pb.GetServerInfoResponse:
         """Return what the server says of itself to a session, at the target as it was given."""
-        return self._retries.run(partial(self._far.get_server_info, deadline, session), deadline)
+        return self._retries.run(
+            partial(self._target_stub.get_server_info, deadline, session), deadline
+        )
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health, at the target as it was given: as it is now, so it is asked once."""
-        return self._retries.run_once(partial(self._far.health, deadline), deadline)
+        return self._retries.run_once(partial(self._target_stub.health, deadline), deadline)
 
     @property
-    def far(self) -> Stub:
+    def target_stub(self) -> Stub:
         """The stub of the target as it was given."""
-        return self._far
+        return self._target_stub
 
     @property
-    def taken(self) -> Stub | None:
+    def current_stub(self) -> Stub | None:
         """The stub by which calls go now; None while that is not known."""
-        return self._near or (None if self._state is _State.UNSOUGHT else self._far)
+        return self._near_stub or (
+            None if self._state is _RouteState.UNKNOWN else self._target_stub
+        )
 
     def close(self, deadline: Deadline) -> None:
         """Close all ways. Calls under way end with CallCancelledError."""
         self._retries.stop()
-        self._closed.put(None)
+        self._close_signal.put(None)
         with self._lock:
-            self._move(_State.CLOSED)
-            stubs = [self._far, *self._stubs.values()]
+            self._move(_RouteState.CLOSED)
+            stubs = [self._target_stub, *self._stubs.values()]
         for stub in stubs:
             stub.close(deadline)
 
     def _try(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
-        if self._state is _State.UNSOUGHT:
+        if self._state is _RouteState.UNKNOWN:
             self._seek(deadline)
-        near = self._near
+        near = self._near_stub
         if near is None:
-            return work(self._far)
+            return work(self._target_stub)
         try:
             return work(near)
         except UnavailableError as error:
@@ -180,7 +184,7 @@ class Nearest:
             self._lose(near, error)
             if self._must_be_near:
                 raise
-        return work(self._far)
+        return work(self._target_stub)
 
     def _seek(self, deadline: Deadline) -> None:
         """Look for a nearer way.
@@ -188,48 +192,48 @@ class Nearest:
         While one thread looks, others go the far way, unless there must be a near one.
         """
         with self._lock:
-            if self._is_sought and not self._must_be_near:
+            if self._is_searching and not self._must_be_near:
                 return
-            self._is_sought = True
+            self._is_searching = True
         try:
-            near, why_not = self._found(deadline)
-        except _SilentError as error:
-            self._miss(str(error))
+            near, why_not = self._find_near(deadline)
+        except _NoAnswerError as error:
+            self._search_later(str(error))
             return
         finally:
-            self._is_sought = False
+            self._is_searching = False
         with self._lock:
-            if self._state is _State.UNSOUGHT:
+            if self._state is _RouteState.UNKNOWN:
                 if near is not None:
-                    self._move(_State.NEAR, near)
+                    self._move(_RouteState.NEAR, near)
                 elif not self._must_be_near:
-                    self._move(_State.FAR)
+                    self._move(_RouteState.FAR)
         if near is None and self._must_be_near:
             raise PinnedTransportError(f"no call can go by a Unix socket: {why_not}")
 
-    def _miss(self, why: str) -> None:
+    def _search_later(self, why: str) -> None:
         """Do without a nearer way that may come: look for it beside the calls, or again if there must be one."""
         if self._must_be_near:
             raise UnavailableError(f"no call can go by a Unix socket: {why}")
         with self._lock:
-            if self._state is not _State.UNSOUGHT:
+            if self._state is not _RouteState.UNKNOWN:
                 return
-            self._probe()
-            self._move(_State.LOST)
+            self._start_probe()
+            self._move(_RouteState.LOST)
 
-    def _found(self, deadline: Deadline) -> tuple[Stub | None, str]:
+    def _find_near(self, deadline: Deadline) -> tuple[Stub | None, str]:
         """Return a stub of a Unix socket at which the server answers; if there is none, why.
 
         Raises:
             DeconvdError: What the server raised when it was asked where it listens.
-            _SilentError: It has a socket here, and nobody answers there.
+            _NoAnswerError: It has a socket here, and nobody answers there.
         """
-        info = self._far.get_server_info(deadline)
+        info = self._target_stub.get_server_info(deadline)
         here = [path for path in info.unix_sockets if Path(path).is_socket()]
         silent = ""
         for path in here:
             try:
-                stub = self._verified(f"unix:{path}", info.instance_id, deadline)
+                stub = self._verify(f"unix:{path}", info.instance_id, deadline)
             except CallCancelledError:
                 raise  # it stops, or the connection is closed
             except DeconvdError as error:
@@ -239,17 +243,17 @@ class Nearest:
                 if stub is not None:
                     return stub, ""
         if silent:
-            raise _SilentError(silent)
-        return None, _why_not(info, here)
+            raise _NoAnswerError(silent)
+        return None, _absence_reason(info, here)
 
-    def _verified(self, target: str, instance_id: str, deadline: Deadline) -> Stub | None:
+    def _verify(self, target: str, instance_id: str, deadline: Deadline) -> Stub | None:
         """Return a stub of a target if the same server answers there. Raises a DeconvdError if none does."""
         with self._lock:
-            if self._state is _State.CLOSED:
+            if self._state is _RouteState.CLOSED:
                 raise CallCancelledError("the connection is closed")
             stub = self._stubs.get(target) or self._open_stub(target)
             self._stubs[target] = stub
-        if stub.get_server_info(deadline.within(_VERIFY_S)).instance_id != instance_id:
+        if stub.get_server_info(deadline.with_limit(_VERIFY_TIMEOUT_S)).instance_id != instance_id:
             _log.debug("another server answers at %s", target)
             return None
         _log.debug("calls go by %s", target)
@@ -257,43 +261,43 @@ class Nearest:
 
     def _lose(self, near: Stub, error: UnavailableError) -> None:
         with self._lock:
-            if self._near is not near:
+            if self._near_stub is not near:
                 return
             if self._must_be_near:
-                self._move(_State.UNSOUGHT)
+                self._move(_RouteState.UNKNOWN)
                 return
-            self._probe()  # first: after an interrupt nobody would look for what is LOST
-            self._move(_State.LOST)
+            self._start_probe()  # first: after an interrupt nobody would look for what is LOST
+            self._move(_RouteState.LOST)
         _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
 
-    def _move(self, to: _State, near: Stub | None = None) -> None:
+    def _move(self, to: _RouteState, near: Stub | None = None) -> None:
         """Change the state; CLOSED is for good. Called with the lock held."""
-        if self._state is not _State.CLOSED:
-            self._state, self._near = to, near
+        if self._state is not _RouteState.CLOSED:
+            self._state, self._near_stub = to, near
 
-    def _probe(self) -> None:
+    def _start_probe(self) -> None:
         """Look for the nearer way until it is there."""
-        do_beside(_Probe(weakref.WeakMethod(self._find_again), self._closed).run)
+        run_in_background(_Prober(weakref.WeakMethod(self._probe_once), self._close_signal).run)
 
-    def _find_again(self) -> bool:
+    def _probe_once(self) -> bool:
         """Look once for what was lost; return whether there is an end of looking."""
         try:
-            near, _ = self._found(Deadline(_PROBE_TIMEOUT_S))
-        except (DeconvdError, _SilentError) as error:
+            near, _ = self._find_near(Deadline(_PROBE_TIMEOUT_S))
+        except (DeconvdError, _NoAnswerError) as error:
             _log.debug("no nearer way yet: %s", error)
             return False
         if near is None:
             return False
         with self._lock:
-            is_back = self._state is _State.LOST
+            is_back = self._state is _RouteState.LOST
             if is_back:
-                self._move(_State.NEAR, near)
+                self._move(_RouteState.NEAR, near)
         if is_back:
             _log.info("the server's Unix socket is back")
         return True
 
 
-class _Probe:
+class _Prober:
     """Looks for a lost way again and again, ever more seldom.
 
     Args:
@@ -303,31 +307,31 @@ class _Probe:
 
     def __init__(self, look: weakref.WeakMethod[Callable[[], bool]], closed: SimpleQueue[None]):
         self._look = look
-        self._closed = closed
+        self._close_signal = closed
 
     def run(self) -> None:
         """Look until the way is found, or nobody wants it any more."""
-        pause_s = _FIRST_PROBE_S
+        pause_s = _FIRST_PROBE_PAUSE_S
         while True:
             try:
-                self._closed.get(timeout=pause_s)
+                self._close_signal.get(timeout=pause_s)
             except Empty:
                 pass
             else:
-                self._closed.put(None)  # for other probes
+                self._close_signal.put(None)  # for other probes
                 return
             look = self._look()
             if look is None or look():
                 return
             del look
-            pause_s = min(2 * pause_s, _LAST_PROBE_S)
+            pause_s = min(2 * pause_s, _MAX_PROBE_PAUSE_S)
 
 
-class _SilentError(Exception):
+class _NoAnswerError(Exception):
     """The server has a Unix socket here, and nobody answers there: it stops or starts, or has no time now."""
 
 
-def _why_not(info: pb.GetServerInfoResponse, here: list[str]) -> str:
+def _absence_reason(info: pb.GetServerInfoResponse, here: list[str]) -> str:
     if not info.unix_sockets:
         return "the server listens at none"
     if not here:

@@ -13,10 +13,10 @@ import grpc
 from deconvd.errors import DeadlineError, InternalError
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["Hold"]
+__all__ = ["SessionStream"]
 
 
-class Hold:
+class SessionStream:
     """A call of HoldSession under way.
 
     Attributes:
@@ -27,8 +27,8 @@ class Hold:
         self, call: grpc.Call, signs: SimpleQueue[bytes | None], opened: pb.HoldSessionResponse
     ) -> None:
         self._call = call
-        self._signs = signs
-        self.opened = opened
+        self._requests = signs
+        self.response = opened
 
     @classmethod
     def open(
@@ -36,7 +36,7 @@ class Hold:
         rpc: grpc.StreamStreamMultiCallable[bytes, bytes],
         opening: pb.HoldSessionRequest,
         timeout_s: float,
-    ) -> Hold:
+    ) -> SessionStream:
         """Begin a call, and return once the server has answered the first message.
 
         Raises:
@@ -48,31 +48,31 @@ class Hold:
         signs.put(opening.SerializeToString())
         call = rpc(iter(signs.get, None))
         try:
-            return cls(call, signs, _answer_of(call, timeout_s))
+            return cls(call, signs, _receive_first(call, timeout_s))
         except BaseException:
             signs.put(None)  # or gRPC's thread would wait for more
             raise
 
-    def give_sign(self) -> None:
+    def send_heartbeat(self) -> None:
         """Give a sign of life."""
-        self._signs.put(pb.HoldSessionRequest().SerializeToString())
+        self._requests.put(pb.HoldSessionRequest().SerializeToString())
 
     def close(self) -> None:
         """End the session."""
-        self._signs.put(None)
+        self._requests.put(None)
 
     def cancel(self) -> None:
         """Break the call off; it does no harm if it has ended."""
-        self._signs.put(None)
+        self._requests.put(None)
         self._call.cancel()
 
-    def on_end(self, callback: Callable[[], None]) -> None:
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` in another thread once it has ended; at once if it has already."""
         if not self._call.add_callback(callback):
             callback()
 
 
-def _answer_of(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
+def _receive_first(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
     """Return the first response of a call that has no deadline."""
     deadline_s = time.monotonic() + timeout_s
     impatience = threading.Timer(timeout_s, call.cancel)

@@ -8,9 +8,9 @@ from typing import Final
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.host.system import MAX_UNIX_PATH_BYTES
-from deconvd.wire.grpc_options import names_authority, unix_path
+from deconvd.wire.grpc_options import has_authority, unix_path
 
-__all__ = ["host_of", "is_here", "parse_target", "resolver_of"]
+__all__ = ["host_of", "is_local", "parse_target", "resolver_of"]
 
 _MAX_PORT: Final = 65535
 
@@ -34,7 +34,7 @@ def parse_target(target: object) -> str:
         target.encode()
     except UnicodeEncodeError:  # gRPC's names are UTF-8
         raise _error(f"must be a name in UTF-8, got {target!r}") from None
-    if names_authority(target):
+    if has_authority(target):
         raise _error(
             f"must be host:port or unix:path (after unix:// the path begins with /), got {target!r}"
         )
@@ -71,7 +71,7 @@ def resolver_of(target: str) -> str:
     return (match and match["resolver"]) or ""
 
 
-def is_here(target: str) -> bool:
+def is_local(target: str) -> bool:
     """Return whether a target can only be on this host: a Unix socket, or a loopback address."""
     if target.startswith("unix:"):
         return True

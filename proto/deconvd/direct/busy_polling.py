@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from deconvd.host.adaptive_backoff import Trials
+from deconvd.host.adaptive_backoff import AdaptiveBackoff
 from deconvd.host.system import processors_count
 
 __all__ = ["BusyPolling"]
@@ -20,13 +20,13 @@ _SMOOTHING: Final = 1 / 4
 """How much of a longer wait goes into what is usual: the factor of exponential smoothing."""
 
 # with one processor, what is waited for could not happen meanwhile
-_IS_POSSIBLE: Final = processors_count() > 1
+_HAS_SEVERAL_PROCESSORS: Final = processors_count() > 1
 
 
-class _Incoming(Protocol):
+class _Readable(Protocol):
     """Where something comes: a byte stream, or a line."""
 
-    def has_come(self, timeout_s: float) -> bool:
+    def poll(self, timeout_s: float) -> bool:
         """Return whether something comes within so many seconds."""
 
     def wait(self) -> None:
@@ -43,41 +43,41 @@ class BusyPolling:
     """
 
     def __init__(self, longest_s: float, *, ahead_s: float = math.inf) -> None:
-        self._longest_s = longest_s
-        self._ahead_s = ahead_s
-        self._usual_s = 0.0
-        self._trials = Trials()
+        self._max_poll_s = longest_s
+        self._lead_s = ahead_s
+        self._usual_wait_s = 0.0
+        self._backoff = AdaptiveBackoff()
 
-    def wait(self, incoming: _Incoming, is_worth_it: Callable[[], bool]) -> None:
+    def wait(self, incoming: _Readable, is_worth_it: Callable[[], bool]) -> None:
         """Return once something comes, if only the end.
 
         Args:
             is_worth_it: Whether no one else is likely to need the processor; asked again and again.
 
         Raises:
-            LineTimeoutError: Nothing does until the deadline.
+            ConnectionTimeoutError: Nothing does until the deadline.
         """
-        is_polled = _IS_POSSIBLE and is_worth_it() and self._trials.is_due()
-        if not is_polled or not self._poll(incoming, is_worth_it):
+        is_polled = _HAS_SEVERAL_PROCESSORS and is_worth_it() and self._backoff.is_due()
+        if not is_polled or not self._busy_poll(incoming, is_worth_it):
             incoming.wait()
 
-    def _poll(self, incoming: _Incoming, is_worth_it: Callable[[], bool]) -> bool:
+    def _busy_poll(self, incoming: _Readable, is_worth_it: Callable[[], bool]) -> bool:
         """Return whether something has come: False once it is time to sleep until then."""
         begin_s = time.monotonic()
-        sleep_s = max(self._usual_s - self._ahead_s, 0)
-        until_s = begin_s + sleep_s + self._longest_s
-        has_come = sleep_s > 0 and incoming.has_come(sleep_s)
+        sleep_s = max(self._usual_wait_s - self._lead_s, 0)
+        until_s = begin_s + sleep_s + self._max_poll_s
+        has_come = sleep_s > 0 and incoming.poll(sleep_s)
         while not has_come and is_worth_it() and time.monotonic() < until_s:
-            has_come = incoming.has_come(0)
-        self._trials.note(has_paid=has_come)
-        self._learn(time.monotonic() - begin_s, has_come=has_come)
+            has_come = incoming.poll(0)
+        self._backoff.record_outcome(has_paid=has_come)
+        self._update_usual_wait(time.monotonic() - begin_s, has_come=has_come)
         return has_come
 
-    def _learn(self, waited_s: float, *, has_come: bool) -> None:
+    def _update_usual_wait(self, waited_s: float, *, has_come: bool) -> None:
         """Take note how long it took to come, or takes at least."""
         if not has_come:
-            self._usual_s = max(waited_s, self._usual_s)
-        elif waited_s < self._usual_s:
-            self._usual_s = waited_s  # what comes soon is what not to be late for
+            self._usual_wait_s = max(waited_s, self._usual_wait_s)
+        elif waited_s < self._usual_wait_s:
+            self._usual_wait_s = waited_s  # what comes soon is what not to be late for
         else:
-            self._usual_s += (waited_s - self._usual_s) * _SMOOTHING
+            self._usual_wait_s += (waited_s - self._usual_wait_s) * _SMOOTHING

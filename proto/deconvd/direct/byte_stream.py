@@ -10,37 +10,37 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, Protocol, TypeVar
 
-from deconvd.direct.connection_errors import LineClosedError, LineTimeoutError
+from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
 from deconvd.wire.codec import Buffer
 
 __all__ = ["ByteStream", "SocketStream"]
 
 _T = TypeVar("_T")
 
-_JOINED_BYTES: Final = 16 << 10
+_MAX_JOINED_BYTES: Final = 16 << 10
 """Up to this size a copy costs less than to tell the kernel of several places."""
 
-_LONGEST_S: Final = 24 * 60 * 60
+_MAX_WAIT_S: Final = 24 * 60 * 60
 """For one operation: the system's timers do not reach as far as a deadline may."""
 
-_FINE_S: Final = 0.05
+_MAX_SELECT_S: Final = 0.05
 """What is shorter is to be kept to the microsecond."""
 
-_SELECTABLE_COUNT: Final = 1024
+_FD_SETSIZE: Final = 1024
 """FD_SETSIZE: descriptors from this number on are none of select's."""
 
-_DEAD_AFTER_S: Final = 20
+_TCP_USER_TIMEOUT_S: Final = 20
 """How long the other host may take nothing, or give no sign, before a TCP connection is given up."""
 
-_ENDED_BYTES: Final = 32 << 10
+_DRAIN_BUFFER_BYTES: Final = 32 << 10
 """What is thrown away at once by `end_gently`."""
 
 
 class ByteStream(Protocol):
-    """One end of a connection. One thread may read while another writes; anyone may `shut`.
+    """One end of a connection. One thread may read while another writes; anyone may call `shutdown`.
 
-    Whatever waits raises LineTimeoutError at the deadline, and LineClosedError once the other end has closed the
-    connection or it was cut.
+    Methods that wait raise ConnectionTimeoutError at the deadline, and ConnectionClosedError once the other end has
+    closed the connection or it was cut.
     """
 
     def set_deadline(self, timeout_s: float | None) -> None:
@@ -52,7 +52,7 @@ class ByteStream(Protocol):
     def write(self, *buffers: Buffer) -> None:
         """Send all bytes of the buffers."""
 
-    def has_come(self, timeout_s: float) -> bool:
+    def poll(self, timeout_s: float) -> bool:
         """Return whether there is something to read within so many seconds, if only the end.
 
         At the deadline it is False.
@@ -61,10 +61,10 @@ class ByteStream(Protocol):
     def wait(self) -> None:
         """Return once there is something to read, if only the end."""
 
-    def shut(self) -> None:
+    def shutdown(self) -> None:
         """Break the connection, for both ends: whoever reads or writes stops at once."""
 
-    def end_gently(self, timeout_s: float) -> None:
+    def half_close_and_drain(self, timeout_s: float) -> None:
         """Send nothing more, and throw away what comes until the other end closes it, or time is up."""
 
     def close(self) -> None:
@@ -75,25 +75,28 @@ class SocketStream:
     """A stream socket as a byte stream.
 
     Attributes:
-        waits_since_s: Since when it has waited for the other end to send or to take anything, on the monotonic clock;
+        blocked_since_s: Since when it has waited for the other end to send or to take anything, on the monotonic clock;
             infinity while it does not wait. Any thread may look.
 
     Args:
         connection: This object closes it. It is made non-blocking: where there is something to read, or room for
             what is written, that is one call of the system.
         stall_limit_s: As long as there is a deadline, the other end must send or take something within so many
-            seconds, or whatever waits raises LineTimeoutError.
+            seconds, or whatever waits raises ConnectionTimeoutError.
     """
 
     def __init__(self, connection: socket.socket, *, stall_limit_s: float = math.inf) -> None:
-        self.waits_since_s = math.inf
+        self.blocked_since_s = math.inf
         self._socket = connection
         self._stall_limit_s = stall_limit_s
         self._deadline_s: float | None = None
-        self._is_readable, self._is_writable = _readable(connection), _writable(connection)
+        self._is_readable, self._is_writable = (
+            _make_read_poller(connection),
+            _make_write_poller(connection),
+        )
         connection.setblocking(False)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
-            _tune(connection)
+            _set_tcp_options(connection)
 
     @property
     def descriptor(self) -> int:
@@ -106,48 +109,48 @@ class SocketStream:
 
     def read_into(self, target: memoryview) -> int:
         """See `ByteStream`."""
-        count = self._moved(self._socket.recv_into, target, self._is_readable)
+        count = self._transfer(self._socket.recv_into, target, self._is_readable)
         if not count:
-            raise LineClosedError("the other end has closed the line")
+            raise ConnectionClosedError("the other end has closed the line")
         return count
 
     def write(self, *buffers: Buffer) -> None:
         """See `ByteStream`. Few bytes are sent at once."""
         if len(buffers) > 1:
-            if sum(map(len, buffers)) <= _JOINED_BYTES:
+            if sum(map(len, buffers)) <= _MAX_JOINED_BYTES:
                 buffers = (b"".join(buffers),)
             elif hasattr(
                 self._socket, "sendmsg"
             ):  # several together, as far as the kernel takes them
-                buffers = _after(
-                    buffers, self._moved(self._socket.sendmsg, buffers, self._is_writable)
+                buffers = _skip_bytes(
+                    buffers, self._transfer(self._socket.sendmsg, buffers, self._is_writable)
                 )
         for buffer in buffers:
-            sent = self._moved(self._socket.send, buffer, self._is_writable)
+            sent = self._transfer(self._socket.send, buffer, self._is_writable)
             while sent < len(buffer):
-                self._await(self._is_writable)
+                self._wait_until_ready(self._is_writable)
                 rest = memoryview(buffer)[sent:]
-                sent += self._moved(self._socket.send, rest, self._is_writable)
+                sent += self._transfer(self._socket.send, rest, self._is_writable)
 
-    def has_come(self, timeout_s: float) -> bool:
+    def poll(self, timeout_s: float) -> bool:
         """See `ByteStream`."""
         if timeout_s > 0 and self._deadline_s is not None:
             timeout_s = min(timeout_s, self._deadline_s - time.monotonic())
-        return self._is_readable(min(timeout_s, _LONGEST_S) if timeout_s > 0 else 0)
+        return self._is_readable(min(timeout_s, _MAX_WAIT_S) if timeout_s > 0 else 0)
 
     def wait(self) -> None:
         """See `ByteStream`."""
-        self._await(self._is_readable)
+        self._wait_until_ready(self._is_readable)
 
-    def shut(self) -> None:
+    def shutdown(self) -> None:
         """See `ByteStream`."""
         with suppress(OSError):  # it is broken already
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def end_gently(self, timeout_s: float) -> None:
+    def half_close_and_drain(self, timeout_s: float) -> None:
         """See `ByteStream`. A socket that is closed before it was read to its end would lose what was sent last."""
         self.set_deadline(timeout_s)
-        rest = memoryview(bytearray(_ENDED_BYTES))
+        rest = memoryview(bytearray(_DRAIN_BUFFER_BYTES))
         with suppress(OSError):  # it is broken, or takes too long
             self._socket.shutdown(socket.SHUT_WR)
             while self.read_into(rest):
@@ -160,23 +163,25 @@ class SocketStream:
     def __del__(self) -> None:
         self._socket.close()  # without a warning, if its owner has dropped it
 
-    def _moved(self, move: Callable[[_T], int], what: _T, is_ready: Callable[[float], bool]) -> int:
+    def _transfer(
+        self, move: Callable[[_T], int], what: _T, is_ready: Callable[[float], bool]
+    ) -> int:
         """Read or write some bytes, once that is possible; return how many."""
         while True:
             if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
-                raise LineTimeoutError("the deadline has passed")
+                raise ConnectionTimeoutError("the deadline has passed")
             try:
                 return move(what)
             except BlockingIOError:
-                self._await(is_ready)
+                self._wait_until_ready(is_ready)
             except OSError as error:
                 if error.errno is None:
                     raise  # not the system's: a signal handler's, a TimeoutError say
-                raise LineClosedError(f"the line broke: {error}") from None
+                raise ConnectionClosedError(f"the line broke: {error}") from None
 
-    def _await(self, is_ready: Callable[[float], bool]) -> None:
+    def _wait_until_ready(self, is_ready: Callable[[float], bool]) -> None:
         """Wait until the socket is ready."""
-        self.waits_since_s = began_s = time.monotonic()
+        self.blocked_since_s = began_s = time.monotonic()
         deadline_s = math.inf if self._deadline_s is None else self._deadline_s
         stalled_s = math.inf if self._deadline_s is None else began_s + self._stall_limit_s
         is_so = False
@@ -184,37 +189,37 @@ class SocketStream:
             while not is_so:
                 remaining_s = min(deadline_s, stalled_s) - time.monotonic()
                 if remaining_s <= 0:
-                    raise LineTimeoutError(
+                    raise ConnectionTimeoutError(
                         "the deadline has passed"
                         if deadline_s <= stalled_s
                         else f"the other end has sent and taken nothing for {self._stall_limit_s:g} s"
                     )
-                is_so = is_ready(min(remaining_s, _LONGEST_S))
+                is_so = is_ready(min(remaining_s, _MAX_WAIT_S))
         finally:
-            self.waits_since_s = math.inf
+            self.blocked_since_s = math.inf
 
 
-def _readable(connection: socket.socket) -> Callable[[float], bool]:
+def _make_read_poller(connection: socket.socket) -> Callable[[float], bool]:
     """Return what tells whether anything comes on a socket within so many seconds."""
     descriptor = connection.fileno()
 
-    def by_select(timeout_s: float) -> bool:
+    def select_readable(timeout_s: float) -> bool:
         return bool(select.select([descriptor], [], [], timeout_s)[0])
 
-    return _by_poll(descriptor, "POLLIN", by_select)
+    return _make_poller(descriptor, "POLLIN", select_readable)
 
 
-def _writable(connection: socket.socket) -> Callable[[float], bool]:
+def _make_write_poller(connection: socket.socket) -> Callable[[float], bool]:
     """Return what tells whether there is room for anything on a socket within so many seconds."""
     descriptor = connection.fileno()
 
-    def by_select(timeout_s: float) -> bool:
+    def select_writable(timeout_s: float) -> bool:
         return bool(select.select([], [descriptor], [], timeout_s)[1])
 
-    return _by_poll(descriptor, "POLLOUT", by_select)
+    return _make_poller(descriptor, "POLLOUT", select_writable)
 
 
-def _by_poll(
+def _make_poller(
     descriptor: int, event: str, by_select: Callable[[float], bool]
 ) -> Callable[[float], bool]:
     """Return what waits for an event of `select.poll`: by poll, where that is and does."""
@@ -225,14 +230,14 @@ def _by_poll(
 
     def is_ready(timeout_s: float) -> bool:
         # poll is quicker and takes all descriptors, and counts in milliseconds
-        if 0 < timeout_s < _FINE_S and descriptor < _SELECTABLE_COUNT:
+        if 0 < timeout_s < _MAX_SELECT_S and descriptor < _FD_SETSIZE:
             return by_select(timeout_s)
         return bool(poll.poll(timeout_s * 1e3))
 
     return is_ready
 
 
-def _after(buffers: Sequence[Buffer], count: int) -> tuple[Buffer, ...]:
+def _skip_bytes(buffers: Sequence[Buffer], count: int) -> tuple[Buffer, ...]:
     """Return what lies beyond so many bytes of the buffers."""
     rest: list[Buffer] = []
     for buffer in buffers:
@@ -242,14 +247,14 @@ def _after(buffers: Sequence[Buffer], count: int) -> tuple[Buffer, ...]:
     return tuple(rest)
 
 
-def _tune(connection: socket.socket) -> None:
+def _set_tcp_options(connection: socket.socket) -> None:
     """Set a TCP connection to send at once, and to notice that the other host is gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
-        "TCP_USER_TIMEOUT": _DEAD_AFTER_S * 1000,
-        "TCP_KEEPIDLE": _DEAD_AFTER_S // 2,
-        "TCP_KEEPINTVL": _DEAD_AFTER_S // 4,
+        "TCP_USER_TIMEOUT": _TCP_USER_TIMEOUT_S * 1000,
+        "TCP_KEEPIDLE": _TCP_USER_TIMEOUT_S // 2,
+        "TCP_KEEPINTVL": _TCP_USER_TIMEOUT_S // 4,
         "TCP_KEEPCNT": 2,
     }
     for name, value in options.items():

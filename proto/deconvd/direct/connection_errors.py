@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 __all__ = [
-    "LineBrokenError",
-    "LineClosedError",
-    "LineTimeoutError",
+    "ConnectionBrokenError",
+    "ConnectionClosedError",
+    "ConnectionTimeoutError",
     "LocalProtocolError",
-    "OversizedError",
+    "MessageTooLargeError",
     "RemoteProtocolError",
 ]
 
 
-class LineBrokenError(ConnectionError):
+class ConnectionBrokenError(ConnectionError):
     """A call cannot go on by its line. The base of what is nobody's bug here: the call can go another way."""
 
 
-class LineClosedError(LineBrokenError):
+class ConnectionClosedError(ConnectionBrokenError):
     """The other end has closed the line, or it was cut, or it has ended with the call that was on it."""
 
 
-class LineTimeoutError(LineBrokenError):
+class ConnectionTimeoutError(ConnectionBrokenError):
     """The deadline has passed, and the line is somewhere in the middle of things."""
 
 
-class RemoteProtocolError(LineBrokenError):
+class RemoteProtocolError(ConnectionBrokenError):
     """The other end has sent what it may not, or what makes no sense. The line is of no more use."""
 
 
-class OversizedError(LineBrokenError):
+class MessageTooLargeError(ConnectionBrokenError):
     """A message is larger than lines carry. Nothing was sent, and the line is as it was."""
 
 

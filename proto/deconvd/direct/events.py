@@ -34,23 +34,23 @@ from deconvd.direct.connection_errors import RemoteProtocolError
 
 __all__ = [
     "ANY_INSTANCE",
+    "EVENT_PARSERS",
     "FRAME_HEAD",
     "FRAME_HEAD_BYTES",
-    "KINDS",
+    "FRAME_KINDS",
     "MAX_MESSAGE_BYTES",
-    "PARSERS",
     "PAYLOAD_SIZES",
     "Answer",
+    "CallFailure",
     "CallHead",
-    "End",
+    "EndOfStream",
     "Event",
-    "Failed",
     "FrameKind",
     "Hello",
     "MessagePart",
-    "Method",
-    "Written",
-    "frame",
+    "MethodCode",
+    "ProgressReport",
+    "pack_frame",
 ]
 
 ANY_INSTANCE: Final = bytes(16)
@@ -64,13 +64,13 @@ FRAME_HEAD: Final = struct.Struct("<B3xI")
 
 FRAME_HEAD_BYTES: Final = FRAME_HEAD.size
 
-_LONGEST_S: Final = 1e12
+_MAX_TIMEOUT_S: Final = 1e12
 """Some 30,000 years: what a timeout is at most on the line, where it has 64 bits for its microseconds."""
 
 _MAGIC: Final = b"dcd5"
 _HELLO: Final = struct.Struct("<4s16s")
 _CALL: Final = struct.Struct("<B?6xQQ")
-_WRITTEN: Final = struct.Struct("<Q")
+_PROGRESS: Final = struct.Struct("<Q")
 _ANSWER: Final = struct.Struct("<H6x")
 _CALL_FRAME: Final = struct.Struct("<B3xIB?6xQQ")
 _ANSWER_FRAME: Final = struct.Struct("<B3xIH6x")
@@ -86,14 +86,14 @@ class FrameKind(IntEnum):
     MISSING_ELEMENTS = 5
     END = 6
     FAILED = 7
-    WRITTEN = 8
+    PROGRESS = 8
     ANSWER = 9
-    EARLY_CALL = 10
+    OVERLAPPED_CALL = 10
     STREAM_CALL = 11
     FETCH_CALL = 12
 
 
-class Method(IntEnum):
+class MethodCode(IntEnum):
     """A method of the service, by its name there."""
 
     Deconvolve = 1
@@ -105,19 +105,19 @@ class Method(IntEnum):
 
 
 _CALL_KINDS: Final = {
-    Method.Deconvolve: FrameKind.CALL,
-    Method.DeconvolveGrad: FrameKind.CALL,
-    Method.DeconvolveStream: FrameKind.STREAM_CALL,
-    Method.DeconvolveGradStream: FrameKind.STREAM_CALL,
-    Method.PutTensor: FrameKind.STREAM_CALL,
-    Method.GetTensor: FrameKind.FETCH_CALL,
+    MethodCode.Deconvolve: FrameKind.CALL,
+    MethodCode.DeconvolveGrad: FrameKind.CALL,
+    MethodCode.DeconvolveStream: FrameKind.STREAM_CALL,
+    MethodCode.DeconvolveGradStream: FrameKind.STREAM_CALL,
+    MethodCode.PutTensor: FrameKind.STREAM_CALL,
+    MethodCode.GetTensor: FrameKind.FETCH_CALL,
 }
 """What the call of a method is, if it is not early. One that can be early is answered by a message."""
 
-_METHODS: Final = {method.value: method for method in Method}
+_METHODS: Final = {method.value: method for method in MethodCode}
 
 
-def frame(kind: int, payload: bytes) -> bytes:
+def pack_frame(kind: int, payload: bytes) -> bytes:
     """Return a frame, whether or not it makes sense."""
     return FRAME_HEAD.pack(kind, len(payload)) + payload
 
@@ -133,7 +133,7 @@ class Hello(NamedTuple):
 
     def pack(self) -> bytes:
         """Return its frame."""
-        return frame(FrameKind.HELLO, _HELLO.pack(_MAGIC, self.instance))
+        return pack_frame(FrameKind.HELLO, _HELLO.pack(_MAGIC, self.instance))
 
     @classmethod
     def parse(cls, payload: bytes) -> Hello:
@@ -154,21 +154,21 @@ class CallHead(NamedTuple):
         written_bytes: How far they are.
     """
 
-    method: Method
+    method: MethodCode
     timeout_s: float
     message: bytes
-    is_early: bool = False
+    is_overlapped: bool = False
     written_bytes: int = 0
 
     @property
     def kind(self) -> FrameKind:
         """Which kind of call it is."""
-        return FrameKind.EARLY_CALL if self.is_early else _CALL_KINDS[self.method]
+        return FrameKind.OVERLAPPED_CALL if self.is_overlapped else _CALL_KINDS[self.method]
 
     def pack(self) -> bytes:
         """Return its frame."""
         method, timeout_s, message, is_early, written_bytes = self
-        timeout_us = max(int(min(timeout_s, _LONGEST_S) * 1e6), 0)
+        timeout_us = max(int(min(timeout_s, _MAX_TIMEOUT_S) * 1e6), 0)
         payload_bytes = _CALL.size + len(message)
         head = _CALL_FRAME.pack(
             FrameKind.CALL, payload_bytes, method, is_early, timeout_us, written_bytes
@@ -187,19 +187,19 @@ class CallHead(NamedTuple):
         return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early, written_bytes)
 
 
-class Written(NamedTuple):
+class ProgressReport(NamedTuple):
     """How many bytes of an early call's operands are written."""
 
-    size_bytes: int
+    written_bytes: int
 
     def pack(self) -> bytes:
         """Return its frame."""
-        return frame(FrameKind.WRITTEN, _WRITTEN.pack(self.size_bytes))
+        return pack_frame(FrameKind.PROGRESS, _PROGRESS.pack(self.written_bytes))
 
     @classmethod
-    def parse(cls, payload: bytes) -> Written:
+    def parse(cls, payload: bytes) -> ProgressReport:
         """Return what a frame's payload says."""
-        return cls(*_WRITTEN.unpack(payload))
+        return cls(*_PROGRESS.unpack(payload))
 
 
 class MessagePart(NamedTuple):
@@ -209,10 +209,10 @@ class MessagePart(NamedTuple):
 
     def pack(self) -> bytes:
         """Return its frame."""
-        return frame(FrameKind.MESSAGE, self.data)
+        return pack_frame(FrameKind.MESSAGE, self.data)
 
 
-class End(NamedTuple):
+class EndOfStream(NamedTuple):
     """A request or a response in parts is whole.
 
     Attributes:
@@ -223,10 +223,10 @@ class End(NamedTuple):
 
     def pack(self) -> bytes:
         """Return its frame."""
-        return frame(FrameKind.END, self.ledger.encode())
+        return pack_frame(FrameKind.END, self.ledger.encode())
 
     @classmethod
-    def parse(cls, payload: bytes) -> End:
+    def parse(cls, payload: bytes) -> EndOfStream:
         """Return what a frame's payload says."""
         return cls(payload.decode("ascii", errors="replace"))
 
@@ -259,17 +259,17 @@ class Answer(NamedTuple):
         return cls(payload[end:], payload[_ANSWER.size : end].decode("ascii", errors="replace"))
 
 
-class Failed(NamedTuple):
+class CallFailure(NamedTuple):
     """The call has failed."""
 
     status: status_pb2.Status
 
     def pack(self) -> bytes:
         """Return its frame."""
-        return frame(FrameKind.FAILED, self.status.SerializeToString())
+        return pack_frame(FrameKind.FAILED, self.status.SerializeToString())
 
     @classmethod
-    def parse(cls, payload: bytes) -> Failed:
+    def parse(cls, payload: bytes) -> CallFailure:
         """Return what a frame's payload says. Raises RemoteProtocolError if it is no status."""
         try:
             return cls(status_pb2.Status.FromString(payload))
@@ -277,26 +277,28 @@ class Failed(NamedTuple):
             raise RemoteProtocolError("a failure that is no google.rpc.Status") from None
 
 
-Event: TypeAlias = Hello | CallHead | Written | MessagePart | End | Answer | Failed
+Event: TypeAlias = (
+    Hello | CallHead | ProgressReport | MessagePart | EndOfStream | Answer | CallFailure
+)
 """What either end says in one frame. Elements are beside these: see `DirectProtocol`."""
 
-KINDS: Final[Mapping[type[Event], FrameKind]] = {
+FRAME_KINDS: Final[Mapping[type[Event], FrameKind]] = {
     Hello: FrameKind.HELLO,
     MessagePart: FrameKind.MESSAGE,
-    End: FrameKind.END,
-    Failed: FrameKind.FAILED,
-    Written: FrameKind.WRITTEN,
+    EndOfStream: FrameKind.END,
+    CallFailure: FrameKind.FAILED,
+    ProgressReport: FrameKind.PROGRESS,
     Answer: FrameKind.ANSWER,
 }
 """Those of all events but calls, which have several."""
 
-PARSERS: Final[Mapping[int, Callable[[bytes], Event]]] = {
+EVENT_PARSERS: Final[Mapping[int, Callable[[bytes], Event]]] = {
     FrameKind.HELLO: Hello.parse,
     FrameKind.CALL: CallHead.parse,
     FrameKind.MESSAGE: MessagePart,
-    FrameKind.END: End.parse,
-    FrameKind.FAILED: Failed.parse,
-    FrameKind.WRITTEN: Written.parse,
+    FrameKind.END: EndOfStream.parse,
+    FrameKind.FAILED: CallFailure.parse,
+    FrameKind.PROGRESS: ProgressReport.parse,
     FrameKind.ANSWER: Answer.parse,
 }
 
@@ -308,7 +310,7 @@ PAYLOAD_SIZES: Final[Mapping[int, range]] = {
     FrameKind.MISSING_ELEMENTS: range(1 << 32),
     FrameKind.END: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.FAILED: range(MAX_MESSAGE_BYTES + 1),
-    FrameKind.WRITTEN: range(_WRITTEN.size, _WRITTEN.size + 1),
+    FrameKind.PROGRESS: range(_PROGRESS.size, _PROGRESS.size + 1),
     FrameKind.ANSWER: range(_ANSWER.size, MAX_MESSAGE_BYTES + 1),
 }
 """How many bytes the payload of a frame may have, by its kind on the line."""

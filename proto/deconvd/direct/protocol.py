@@ -33,29 +33,29 @@ from enum import IntEnum, auto
 from typing import Final
 
 from deconvd.direct.connection_errors import (
-    LineClosedError,
+    ConnectionClosedError,
     LocalProtocolError,
-    OversizedError,
+    MessageTooLargeError,
     RemoteProtocolError,
 )
 from deconvd.direct.events import (
     ANY_INSTANCE,
+    EVENT_PARSERS,
     FRAME_HEAD,
     FRAME_HEAD_BYTES,
-    KINDS,
+    FRAME_KINDS,
     MAX_MESSAGE_BYTES,
-    PARSERS,
     PAYLOAD_SIZES,
     CallHead,
     Event,
     FrameKind,
     Hello,
 )
-from deconvd.wire.stream_parts import Ahead, Bytes
+from deconvd.wire.stream_parts import PendingElements, Uint8Array
 
-__all__ = ["TRANSITIONS", "DirectProtocol", "Role", "State"]
+__all__ = ["TRANSITIONS", "DirectProtocol", "ProtocolState", "Role"]
 
-_BUFFER_BYTES: Final = 32 << 10
+_RECEIVE_BUFFER_BYTES: Final = 32 << 10
 """What is read ahead: whole brief calls, and little of elements that belong elsewhere."""
 
 
@@ -66,65 +66,71 @@ class Role(IntEnum):
     SERVER = 1
 
 
-class State(IntEnum):
+class ProtocolState(IntEnum):
     """Where a line is: what may be said next, and by whom."""
 
     NEW = auto()
     GREETED = auto()
     IDLE = auto()
     ANSWERING = auto()
-    WRITING = auto()
+    OVERLAPPING = auto()
     TRAILING = auto()
     STREAMING = auto()
     RESPONDING = auto()
     CLOSED = auto()
 
 
-_CLOSED: Final = State.CLOSED  # quicker to find
+_CLOSED: Final = ProtocolState.CLOSED  # quicker to find
 _read_head: Final = FRAME_HEAD.unpack_from
 
-_CALLS: Final[Mapping[int, State]] = {
-    FrameKind.CALL: State.ANSWERING,
-    FrameKind.EARLY_CALL: State.WRITING,
-    FrameKind.STREAM_CALL: State.STREAMING,
-    FrameKind.FETCH_CALL: State.RESPONDING,
+_CALL_STATES: Final[Mapping[int, ProtocolState]] = {
+    FrameKind.CALL: ProtocolState.ANSWERING,
+    FrameKind.OVERLAPPED_CALL: ProtocolState.OVERLAPPING,
+    FrameKind.STREAM_CALL: ProtocolState.STREAMING,
+    FrameKind.FETCH_CALL: ProtocolState.RESPONDING,
 }
 
-TRANSITIONS: Final[Mapping[Role, Mapping[State, Mapping[int, State]]]] = {
+TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolState]]]] = {
     Role.CLIENT: {
-        State.NEW: {FrameKind.HELLO: State.GREETED},
-        State.GREETED: {},
-        State.IDLE: _CALLS,
-        State.ANSWERING: {},
-        State.WRITING: {FrameKind.WRITTEN: State.WRITING},
-        State.TRAILING: {FrameKind.WRITTEN: State.TRAILING, **_CALLS},
-        State.STREAMING: {
-            FrameKind.ELEMENTS: State.STREAMING,
-            FrameKind.MISSING_ELEMENTS: State.STREAMING,
-            FrameKind.END: State.RESPONDING,
+        ProtocolState.NEW: {FrameKind.HELLO: ProtocolState.GREETED},
+        ProtocolState.GREETED: {},
+        ProtocolState.IDLE: _CALL_STATES,
+        ProtocolState.ANSWERING: {},
+        ProtocolState.OVERLAPPING: {FrameKind.PROGRESS: ProtocolState.OVERLAPPING},
+        ProtocolState.TRAILING: {FrameKind.PROGRESS: ProtocolState.TRAILING, **_CALL_STATES},
+        ProtocolState.STREAMING: {
+            FrameKind.ELEMENTS: ProtocolState.STREAMING,
+            FrameKind.MISSING_ELEMENTS: ProtocolState.STREAMING,
+            FrameKind.END: ProtocolState.RESPONDING,
         },
-        State.RESPONDING: {},
-        State.CLOSED: {},
+        ProtocolState.RESPONDING: {},
+        ProtocolState.CLOSED: {},
     },
     Role.SERVER: {
-        State.NEW: {},
-        State.GREETED: {FrameKind.HELLO: State.IDLE},
-        State.IDLE: {},
-        State.ANSWERING: {FrameKind.ANSWER: State.IDLE, FrameKind.FAILED: State.IDLE},
-        State.WRITING: {FrameKind.ANSWER: State.TRAILING, FrameKind.FAILED: State.TRAILING},
-        State.TRAILING: {},
-        State.STREAMING: {
-            FrameKind.MESSAGE: State.STREAMING,
-            FrameKind.ELEMENTS: State.STREAMING,
-            FrameKind.FAILED: State.CLOSED,
+        ProtocolState.NEW: {},
+        ProtocolState.GREETED: {FrameKind.HELLO: ProtocolState.IDLE},
+        ProtocolState.IDLE: {},
+        ProtocolState.ANSWERING: {
+            FrameKind.ANSWER: ProtocolState.IDLE,
+            FrameKind.FAILED: ProtocolState.IDLE,
         },
-        State.RESPONDING: {
-            FrameKind.MESSAGE: State.RESPONDING,
-            FrameKind.ELEMENTS: State.RESPONDING,
-            FrameKind.END: State.IDLE,
-            FrameKind.FAILED: State.CLOSED,
+        ProtocolState.OVERLAPPING: {
+            FrameKind.ANSWER: ProtocolState.TRAILING,
+            FrameKind.FAILED: ProtocolState.TRAILING,
         },
-        State.CLOSED: {},
+        ProtocolState.TRAILING: {},
+        ProtocolState.STREAMING: {
+            FrameKind.MESSAGE: ProtocolState.STREAMING,
+            FrameKind.ELEMENTS: ProtocolState.STREAMING,
+            FrameKind.FAILED: ProtocolState.CLOSED,
+        },
+        ProtocolState.RESPONDING: {
+            FrameKind.MESSAGE: ProtocolState.RESPONDING,
+            FrameKind.ELEMENTS: ProtocolState.RESPONDING,
+            FrameKind.END: ProtocolState.IDLE,
+            FrameKind.FAILED: ProtocolState.CLOSED,
+        },
+        ProtocolState.CLOSED: {},
     },
 }
 """What each end may send in which state, and the state that follows."""
@@ -149,63 +155,67 @@ class DirectProtocol:
     """
 
     def __init__(self, role: Role, instance: bytes) -> None:
-        self.state = State.NEW
+        self.state = ProtocolState.NEW
         self.unread_bytes = 0
         self._instance = instance
         self._peer = Role(1 - role)
-        self._sends = TRANSITIONS[role]
-        self._receives = TRANSITIONS[self._peer]
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._may_send = TRANSITIONS[role]
+        self._may_receive = TRANSITIONS[self._peer]
+        self._buffer = memoryview(bytearray(_RECEIVE_BUFFER_BYTES))
         self._begin = 0  # of what has come and is not taken
-        self._ahead_bytes = 0  # elements that are not taken
+        self._pending_bytes = 0  # elements that are not taken
 
     @property
     def is_idle(self) -> bool:
         """Whether the next call may begin."""
-        return self.state is State.IDLE or self.state is State.TRAILING
+        return self.state is ProtocolState.IDLE or self.state is ProtocolState.TRAILING
 
     @property
     def is_peer_done(self) -> bool:
         """Whether the peer has sent all parts that it has in the call under way."""
         state = self.state
-        return state is not State.CLOSED and FrameKind.ELEMENTS not in self._receives[state]
+        return (
+            state is not ProtocolState.CLOSED and FrameKind.ELEMENTS not in self._may_receive[state]
+        )
 
     def send(self, event: Event) -> bytes:
         """Return the bytes to send for an event.
 
         Raises:
             LocalProtocolError: It is not ours to say in this state.
-            LineClosedError: The line has ended.
-            OversizedError: Its message is too large.
+            ConnectionClosedError: The line has ended.
+            MessageTooLargeError: Its message is too large.
         """
         before = self.state
-        kind = event.kind if isinstance(event, CallHead) else KINDS[type(event)]
-        state = self._sends[before].get(kind)
+        kind = event.kind if isinstance(event, CallHead) else FRAME_KINDS[type(event)]
+        state = self._may_send[before].get(kind)
         if state is None:
-            raise _error_of_ours(kind, before)
+            raise _send_error(kind, before)
         data = event.pack()
         if len(data) > FRAME_HEAD_BYTES + MAX_MESSAGE_BYTES:
             size_bytes = len(data) - FRAME_HEAD_BYTES
-            raise OversizedError(f"{size_bytes} bytes, too many for a message of a direct call")
+            raise MessageTooLargeError(
+                f"{size_bytes} bytes, too many for a message of a direct call"
+            )
         if state is not before:  # or one thread could undo what another has just done
             self.state = state
         return data
 
-    def begin_elements(self, ahead: Ahead) -> bytes:
+    def begin_elements(self, ahead: PendingElements) -> bytes:
         """Return the bytes to send before elements. Raises as `send`."""
         kind = FrameKind.MISSING_ELEMENTS if ahead.is_missing else FrameKind.ELEMENTS
-        if kind not in self._sends[self.state]:
-            raise _error_of_ours(kind, self.state)
+        if kind not in self._may_send[self.state]:
+            raise _send_error(kind, self.state)
         return FRAME_HEAD.pack(kind, ahead.size_bytes)  # they leave the state as it is
 
-    def space(self) -> memoryview:
+    def receive_buffer(self) -> memoryview:
         """Return where the next bytes are to be put, from its begin. Not empty once there is no next event."""
         end = self._begin + self.unread_bytes
         if not self.unread_bytes:
             self._begin = end = 0
-            if len(self._buffer) > _BUFFER_BYTES:
-                self._buffer = memoryview(bytearray(_BUFFER_BYTES))
-        elif end == len(self._buffer) or self._begin > _BUFFER_BYTES // 2:
+            if len(self._buffer) > _RECEIVE_BUFFER_BYTES:
+                self._buffer = memoryview(bytearray(_RECEIVE_BUFFER_BYTES))
+        elif end == len(self._buffer) or self._begin > _RECEIVE_BUFFER_BYTES // 2:
             self._move_to(self._buffer)
             end = self.unread_bytes
         return self._buffer[end:]
@@ -214,37 +224,41 @@ class DirectProtocol:
         """Note that so many bytes were put into `space`."""
         self.unread_bytes += size_bytes
 
-    def next_kind(self) -> int | None:
+    def peek_kind(self) -> int | None:
         """Return the kind of the next frame, which is not taken; None until it has come."""
-        has_come = not self._ahead_bytes and self.unread_bytes >= FRAME_HEAD_BYTES
+        has_come = not self._pending_bytes and self.unread_bytes >= FRAME_HEAD_BYTES
         return self._buffer[self._begin] if has_come else None
 
-    def next_event(self) -> Event | Ahead | None:
+    def next_event(self) -> Event | PendingElements | None:
         """Return the next event; None until more bytes have come.
 
         Raises:
             RemoteProtocolError: The peer has sent what it may not.
             LocalProtocolError: Elements that are ahead were not taken.
-            LineClosedError: The line has ended.
+            ConnectionClosedError: The line has ended.
         """
         before, unread_bytes, begin = self.state, self.unread_bytes, self._begin
-        if self._ahead_bytes:
-            raise LocalProtocolError(f"{self._ahead_bytes} bytes of elements are to be taken first")
+        if self._pending_bytes:
+            raise LocalProtocolError(
+                f"{self._pending_bytes} bytes of elements are to be taken first"
+            )
         if before is _CLOSED:
-            raise LineClosedError("the line has ended")
+            raise ConnectionClosedError("the line has ended")
         if unread_bytes < FRAME_HEAD_BYTES:
             return None
         number, size_bytes = _read_head(self._buffer, begin)
-        allowed = self._receives[before]
+        allowed = self._may_receive[before]
         if number not in allowed or size_bytes not in PAYLOAD_SIZES.get(number, ()):
-            self.state = State.CLOSED
-            raise self._error_of_peer(number, size_bytes, allowed)
-        parse = PARSERS.get(number)
+            self.state = ProtocolState.CLOSED
+            raise self._remote_protocol_error(number, size_bytes, allowed)
+        parse = EVENT_PARSERS.get(number)
         if parse is None:
             self._begin = begin + FRAME_HEAD_BYTES
             self.unread_bytes = unread_bytes - FRAME_HEAD_BYTES
-            self._ahead_bytes = size_bytes
-            return Ahead(size_bytes, number == FrameKind.MISSING_ELEMENTS)  # the state stays
+            self._pending_bytes = size_bytes
+            return PendingElements(
+                size_bytes, number == FrameKind.MISSING_ELEMENTS
+            )  # the state stays
         frame_bytes = FRAME_HEAD_BYTES + size_bytes
         if unread_bytes < frame_bytes:
             if len(self._buffer) < frame_bytes:
@@ -256,25 +270,25 @@ class DirectProtocol:
         try:
             event = parse(payload)
             if isinstance(event, Hello):
-                self._check_meant(event)
+                self._check_instance(event)
         except RemoteProtocolError:
-            self.state = State.CLOSED
+            self.state = ProtocolState.CLOSED
             raise
         state = allowed[event.kind if isinstance(event, CallHead) else number]
         if state is not before:  # see `send`
             self.state = state
         return event
 
-    def take_elements(self, target: Bytes) -> int:
+    def take_elements(self, target: Uint8Array) -> int:
         """Set the begin of `target` to elements that have come too early, and return how many bytes they are.
 
         The next bytes of the stream are the rest of `target`. Raises LocalProtocolError if fewer are ahead.
         """
-        if len(target) > self._ahead_bytes:
+        if len(target) > self._pending_bytes:
             raise LocalProtocolError(
-                f"{len(target)} bytes of the {self._ahead_bytes} that are ahead"
+                f"{len(target)} bytes of the {self._pending_bytes} that are ahead"
             )
-        self._ahead_bytes -= len(target)
+        self._pending_bytes -= len(target)
         count = min(len(target), self.unread_bytes)
         target[:count] = self._buffer[self._begin : self._begin + count]
         self._begin += count
@@ -288,14 +302,14 @@ class DirectProtocol:
         self._buffer[: len(rest)] = rest
         self._begin = 0
 
-    def _check_meant(self, hello: Hello) -> None:
+    def _check_instance(self, hello: Hello) -> None:
         """Raise RemoteProtocolError unless both ends mean the same server."""
         ids = (hello.instance, self._instance)
         if hello.instance != self._instance and ANY_INSTANCE not in ids:
             raise RemoteProtocolError("a greeting from or to another server")
 
-    def _error_of_peer(
-        self, number: int, size_bytes: int, allowed: Mapping[int, State]
+    def _remote_protocol_error(
+        self, number: int, size_bytes: int, allowed: Mapping[int, ProtocolState]
     ) -> RemoteProtocolError:
         """Return what is wrong with a frame."""
         sizes = PAYLOAD_SIZES.get(number)
@@ -308,8 +322,8 @@ class DirectProtocol:
         return RemoteProtocolError(f"{what} where the {self._peer.name.lower()} may send {names}")
 
 
-def _error_of_ours(kind: FrameKind, state: State) -> Exception:
+def _send_error(kind: FrameKind, state: ProtocolState) -> Exception:
     """Return what is wrong with sending a frame."""
-    if state is State.CLOSED:
-        return LineClosedError("the line has ended")
+    if state is ProtocolState.CLOSED:
+        return ConnectionClosedError("the line has ended")
     return LocalProtocolError(f"{kind.name} is not to be sent while {state.name}")

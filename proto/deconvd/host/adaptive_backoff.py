@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["Trials"]
+__all__ = ["AdaptiveBackoff"]
 
-_LONGEST_PAUSE_COUNT: Final = 64
+_MAX_SKIPS_COUNT: Final = 64
 """Occasions that are let pass, at most, before it is tried again."""
 
 
-class Trials:
+class AdaptiveBackoff:
     """Whether to try something on an occasion, by what came of it on the last ones.
 
     Threads may use it together: what they lose are occasions.
     """
 
     def __init__(self) -> None:
-        self._pause_count = 0
-        self._left_count = 0
+        self._skips_count = 0
+        self._skips_left_count = 0
 
     def is_due(self) -> bool:
         """Return whether to try it on this occasion; one answer for each."""
-        if self._left_count > 0:
-            self._left_count -= 1
+        if self._skips_left_count > 0:
+            self._skips_left_count -= 1
             return False
         return True
 
-    def note(self, *, has_paid: bool) -> None:
+    def record_outcome(self, *, has_paid: bool) -> None:
         """Learn what came of a trial."""
         if has_paid:
-            self._pause_count = 0
+            self._skips_count = 0
         else:
-            self._pause_count = min(2 * self._pause_count + 1, _LONGEST_PAUSE_COUNT)
-            self._left_count = self._pause_count
+            self._skips_count = min(2 * self._skips_count + 1, _MAX_SKIPS_COUNT)
+            self._skips_left_count = self._skips_count

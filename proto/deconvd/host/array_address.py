@@ -9,10 +9,10 @@ import numpy as np
 
 from deconvd.model.dtypes import Array
 
-__all__ = ["PlacedArray", "address_of"]
+__all__ = ["AddressedArray", "address_of"]
 
 
-class PlacedArray(np.ndarray[Any, np.dtype[Any]]):
+class AddressedArray(np.ndarray[Any, np.dtype[Any]]):
     """An array that is told where it lies.
 
     Attributes:
@@ -24,7 +24,7 @@ class PlacedArray(np.ndarray[Any, np.dtype[Any]]):
 
 def address_of(array: Array) -> int:
     """Return where the memory of an array's first element begins."""
-    if isinstance(array, PlacedArray) and array.address is not None:
+    if isinstance(array, AddressedArray) and array.address is not None:
         return array.address
     flags = array.flags
     # what Python's buffers know: neither bfloat16 nor, as ctypes has it, what is not to be written

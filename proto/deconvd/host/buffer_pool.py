@@ -12,27 +12,27 @@ import numpy as np
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 
-__all__ = ["ArrayMemory"]
+__all__ = ["BufferPool"]
 
-_SMALLEST_BYTES = 1 << 20
+_MIN_POOLED_BYTES = 1 << 20
 """Arrays below this are not worth it: the allocator keeps their pages itself."""
 
 
-class _Loan:
+class _PooledBuffer:
     """Owns a buffer for as long as any array lies in it: numpy keeps it as their base."""
 
     __slots__ = ("__array_interface__", "_buffer", "_memory")
 
-    def __init__(self, memory: ArrayMemory, buffer: Array) -> None:
+    def __init__(self, memory: BufferPool, buffer: Array) -> None:
         self.__array_interface__: dict[str, Any] = buffer.__array_interface__
         self._memory = memory
         self._buffer = buffer
 
     def __del__(self) -> None:
-        self._memory.keep(self._buffer)
+        self._memory.release(self._buffer)
 
 
-class ArrayMemory:
+class BufferPool:
     """Gives new arrays, the large ones in memory that was used before where there is some.
 
     An array is the caller's alone until nothing refers to it, nor to a view of it. Thread-safe,
@@ -44,7 +44,7 @@ class ArrayMemory:
         smallest_bytes: What arrays must have to be kept.
     """
 
-    def __init__(self, limit_bytes: int, smallest_bytes: int = _SMALLEST_BYTES) -> None:
+    def __init__(self, limit_bytes: int, smallest_bytes: int = _MIN_POOLED_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._smallest_bytes = smallest_bytes
         # in the order of return; each is changed and copied in one step of the interpreter
@@ -61,14 +61,14 @@ class ArrayMemory:
         buffer = self._take(spec.nbytes)
         if buffer is None:
             buffer = np.empty(spec.nbytes, np.uint8)
-        return np.asarray(_Loan(self, buffer)).view(spec.dtype).reshape(spec.shape)
+        return np.asarray(_PooledBuffer(self, buffer)).view(spec.dtype).reshape(spec.shape)
 
     @property
     def idle_bytes(self) -> int:
         """What is kept for later arrays now."""
         return sum(buffer.nbytes for buffer in [*self._idle.values()])
 
-    def keep(self, buffer: Array) -> None:
+    def release(self, buffer: Array) -> None:
         """Keep a buffer for later arrays, and drop what came back longest ago beyond the limit."""
         self._idle[id(buffer)] = buffer
         idle = [*self._idle.values()]

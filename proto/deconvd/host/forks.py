@@ -15,41 +15,43 @@ from pathlib import Path
 from typing import Final, Protocol
 
 __all__ = [
-    "UnforkedWork",
-    "begin_anew_in_children",
+    "ForkBlocker",
     "leave_to_parent",
     "new_lock",
     "new_reentrant_lock",
+    "register_fork_reset",
 ]
 
-_PATIENCE_S: Final = 2.0
+_MAX_FORK_DELAY_S: Final = 2.0
 """How long a fork waits for work under way: what takes longer is rather not waited for."""
 
-_SETTLED_S: Final = 0.005
+_SETTLE_S: Final = 0.005
 _SETTLE_LIMIT_S: Final = 0.1
 """How long threads that are not ours (gRPC's) usually go on after it has ended, and for how long they may."""
 
 _POLL_S: Final = 0.001
 
-_TASKS: Final = Path("/proc/self/task")
+_THREADS_DIRECTORY: Final = Path("/proc/self/task")
 """Where Linux tells of threads."""
 
 
-class _BeginsAnew(Protocol):
-    def begin_anew_in_child(self) -> None: ...
+class _ForkResettable(Protocol):
+    def reset_after_fork(self) -> None: ...
 
 
-_NAME: Final = (_TASKS.parent / "comm").read_text().strip() if _TASKS.is_dir() else ""
+_PROCESS_NAME: Final = (
+    (_THREADS_DIRECTORY.parent / "comm").read_text().strip() if _THREADS_DIRECTORY.is_dir() else ""
+)
 """The process's, and that of its first thread and of Python's."""
 
-_owners: Final[weakref.WeakSet[_BeginsAnew]] = weakref.WeakSet()
+_reset_owners: Final[weakref.WeakSet[_ForkResettable]] = weakref.WeakSet()
 _locks: Final[weakref.WeakSet[threading.Lock | threading.RLock]] = weakref.WeakSet()
-_parents: Final[list[object]] = []
-_under_way: Final[set[UnforkedWork]] = set()
-_forking: Final[set[int]] = set()
+_kept_alive: Final[list[object]] = []
+_active_work: Final[set[ForkBlocker]] = set()
+_forking_threads: Final[set[int]] = set()
 """Threads that are about to fork."""
 
-_ended_s = -_SETTLE_LIMIT_S
+_last_work_end_s = -_SETTLE_LIMIT_S
 """When work ended last."""
 
 
@@ -67,20 +69,20 @@ def new_reentrant_lock() -> threading.RLock:
     return lock
 
 
-def begin_anew_in_children(owner: _BeginsAnew) -> None:
+def register_fork_reset(owner: _ForkResettable) -> None:
     """Have `begin_anew_in_child` of an object, referred to weakly, called in each child that is forked from now on.
 
     It is called before the child does anything else, with no lock of `new_lock` held.
     """
-    _owners.add(owner)
+    _reset_owners.add(owner)
 
 
 def leave_to_parent(thing: object) -> None:
     """Keep something of the parent's for ever, in a child: its finalizer would wait for threads that are not here."""
-    _parents.append(thing)
+    _kept_alive.append(thing)
 
 
-class UnforkedWork(AbstractContextManager[None]):
+class ForkBlocker(AbstractContextManager[None]):
     """A block that forks wait for, for a while, and that waits while another thread forks.
 
     For threads that no signal handler runs in.
@@ -89,58 +91,60 @@ class UnforkedWork(AbstractContextManager[None]):
     def __enter__(self) -> None:
         while True:
             # first said, then looked: `_before` does it in the other order
-            _under_way.add(self)
-            if not _forking:
+            _active_work.add(self)
+            if not _forking_threads:
                 return
-            _under_way.discard(self)
+            _active_work.discard(self)
             time.sleep(_POLL_S)
 
     def __exit__(self, *_: object) -> None:
-        global _ended_s
-        _ended_s = time.monotonic()
-        _under_way.discard(self)
+        global _last_work_end_s
+        _last_work_end_s = time.monotonic()
+        _active_work.discard(self)
 
 
-def _before() -> None:
-    _forking.add(threading.get_ident())
-    until_s = time.monotonic() + _PATIENCE_S
-    while _under_way and time.monotonic() < until_s:
+def _before_fork() -> None:
+    _forking_threads.add(threading.get_ident())
+    until_s = time.monotonic() + _MAX_FORK_DELAY_S
+    while _active_work and time.monotonic() < until_s:
         time.sleep(_POLL_S)
     _settle()
 
 
 def _settle() -> None:
     """Wait until threads of libraries have done what comes after work."""
-    time.sleep(max(_ended_s + _SETTLED_S - time.monotonic(), 0))
-    until_s = _ended_s + _SETTLE_LIMIT_S
-    while time.monotonic() < until_s and not _are_asleep():
+    time.sleep(max(_last_work_end_s + _SETTLE_S - time.monotonic(), 0))
+    until_s = _last_work_end_s + _SETTLE_LIMIT_S
+    while time.monotonic() < until_s and not _are_threads_asleep():
         time.sleep(_POLL_S)
 
 
-def _are_asleep() -> bool:
+def _are_threads_asleep() -> bool:
     """Return whether all threads sleep that have a name of their own, as those of libraries have."""
-    for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
+    for task in _THREADS_DIRECTORY.iterdir() if _THREADS_DIRECTORY.is_dir() else ():
         with suppress(OSError):  # it has ended
             name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(") ")
-            if name != _NAME and rest.startswith("R"):
+            if name != _PROCESS_NAME and rest.startswith("R"):
                 return False
     return True
 
 
-def _after_in_parent() -> None:
-    _forking.discard(threading.get_ident())
+def _after_fork_in_parent() -> None:
+    _forking_threads.discard(threading.get_ident())
 
 
-def _after_in_child() -> None:
-    _forking.clear()
-    _under_way.clear()
+def _after_fork_in_child() -> None:
+    _forking_threads.clear()
+    _active_work.clear()
     for lock in _locks:
         lock._at_fork_reinit()  # type: ignore[union-attr]  # as the standard library's own modules do
-    for owner in _owners:
-        owner.begin_anew_in_child()
+    for owner in _reset_owners:
+        owner.reset_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
     )

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["LARGE_BYTES", "allocated_bytes", "keep_freed_memory", "learn_large_blocks"]
+__all__ = ["LARGE_BYTES", "allocated_bytes", "keep_freed_memory", "raise_mmap_threshold"]
 
 LARGE_BYTES: Final = 32 << 20
 """From this size on glibc can keep nothing."""
@@ -26,7 +26,7 @@ _ARENAS_COUNT: Final = 2
 _log = logging.getLogger(__name__)
 
 
-class _Allocated(ctypes.Structure):
+class _MallInfo2(ctypes.Structure):
     """The C library's struct mallinfo2."""
 
     _fields_ = tuple(
@@ -40,7 +40,7 @@ class _Allocated(ctypes.Structure):
 
 _mallinfo2: Any = getattr(ctypes.CDLL(None), "mallinfo2", None)
 if _mallinfo2 is not None:
-    _mallinfo2.restype = _Allocated
+    _mallinfo2.restype = _MallInfo2
 
 
 def allocated_bytes() -> int:
@@ -70,7 +70,7 @@ def keep_freed_memory(kept_bytes: int = _KEPT_BYTES) -> None:
     mallopt(_M_ARENA_MAX, _ARENAS_COUNT)
 
 
-def learn_large_blocks() -> None:
+def raise_mmap_threshold() -> None:
     """Let it learn in a process that is another's. One that was told otherwise (`mallopt`) stays so.
 
     It keeps blocks up to the largest that a program has freed. So free a large one, which was never

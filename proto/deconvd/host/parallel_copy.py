@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from deconvd.host.forks import begin_anew_in_children, new_lock
+from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.host.system import processors_count
 
 __all__ = ["copy_all", "copy_into"]
@@ -28,7 +28,7 @@ _MAX_THREADS_COUNT: Final = 8
 _ABANDON_POLL_S: Final = 2e-4
 """A piece takes about as long."""
 
-_MUCH_BYTES: Final = 128 << 20
+_MANY_THREADS_BYTES: Final = 128 << 20
 """One moves 7 to 14 GB/s, four 37, eight 48: that is the memory's own speed.
 
 But a card that reads what was written just now reads it from the caches of those who wrote it: of four as fast as from
@@ -63,9 +63,9 @@ def copy_all(
         if on_progress is not None:
             on_progress(total_bytes)
         return
-    copy = _Copy([*_pieces([pair for pair in pairs if pair[0].nbytes], on_progress)])
+    copy = _CopyJob([*_split_pairs([pair for pair in pairs if pair[0].nbytes], on_progress)])
     try:
-        _helpers.help(copy, min(copy.pieces_count, threads_count) - 1)
+        _copy_threads.help(copy, min(copy.pieces_count, threads_count) - 1)
         copy.finish()
     except BaseException:
         copy.abandon()
@@ -74,23 +74,23 @@ def copy_all(
 
 def _threads_count(total_bytes: int) -> int:
     """Return how many threads are to share a copy that is not small."""
-    most_count = _FEW_THREADS_COUNT if total_bytes < _MUCH_BYTES else _MAX_THREADS_COUNT
+    most_count = _FEW_THREADS_COUNT if total_bytes < _MANY_THREADS_BYTES else _MAX_THREADS_COUNT
     return min(processors_count(), most_count)
 
 
-def _pieces(
+def _split_pairs(
     pairs: Sequence[tuple[_Array, _Array]], on_progress: Callable[[int], None] | None
-) -> Iterator[_Pieces]:
+) -> Iterator[_PiecewiseCopy]:
     if on_progress is None:
         for target, source in pairs:
-            yield _Pieces(target, source)
+            yield _PiecewiseCopy(target, source)
         return
-    front = _Front(on_progress, [target.nbytes for target, _ in pairs])
+    front = _TotalProgress(on_progress, [target.nbytes for target, _ in pairs])
     for number, (target, source) in enumerate(pairs):
-        yield _Pieces(target, source, partial(front.note, number))
+        yield _PiecewiseCopy(target, source, partial(front.note, number))
 
 
-class _Pieces:
+class _PiecewiseCopy:
     """Two arrays, and the pieces of one axis in which one is copied into the other.
 
     Args:
@@ -108,55 +108,55 @@ class _Pieces:
         axis = int(np.argmax(target.shape))
         extent = target.shape[axis]
         self._target, self._source = target, source
-        self._before = (slice(None),) * axis
+        self._leading_slices = (slice(None),) * axis
         self._length = max(-(-extent // max(target.nbytes // _PIECE_BYTES, 1)), 1)
         self.begins = range(0, extent, self._length)
-        self._progress = note and _Progress(note, target, axis, self._length)
+        self._progress = note and _PieceProgress(note, target, axis, self._length)
 
-    def copy(self, begin: int) -> None:
+    def copy_piece(self, begin: int) -> None:
         """Copy the piece that begins there."""
-        piece = (*self._before, slice(begin, begin + self._length))
+        piece = (*self._leading_slices, slice(begin, begin + self._length))
         np.copyto(self._target[piece], self._source[piece])
         if self._progress is not None:
             self._progress.add(begin)
 
 
-class _Copy:
+class _CopyJob:
     """Pieces of arrays that are copied by whoever has time.
 
     Attributes:
         pieces_count: How many there are.
     """
 
-    def __init__(self, all_pieces: Sequence[_Pieces]) -> None:
-        self._all = [(pieces, begin) for pieces in all_pieces for begin in pieces.begins]
-        self.pieces_count = len(self._all)
+    def __init__(self, all_pieces: Sequence[_PiecewiseCopy]) -> None:
+        self._all_pieces = [(pieces, begin) for pieces in all_pieces for begin in pieces.begins]
+        self.pieces_count = len(self._all_pieces)
         # one thread alone gets each of their numbers, whichever threads ask
-        self._numbers = iter(range(self.pieces_count))
-        self._ends = iter(range(self.pieces_count, 0, -1))
-        self._helping: set[int] = set()  # threads that may be copying
-        self._is_done = threading.Lock()
-        self._is_done.acquire()
+        self._unclaimed_numbers = iter(range(self.pieces_count))
+        self._remaining_counts = iter(range(self.pieces_count, 0, -1))
+        self._active_threads: set[int] = set()  # threads that may be copying
+        self._done_lock = threading.Lock()
+        self._done_lock.acquire()
         self._errors: list[BaseException] = []
 
-    def help(self) -> None:
+    def run_pieces(self) -> None:
         """Copy pieces until none is left that nobody has begun."""
-        self._helping.add(threading.get_ident())
-        for number in self._numbers:
+        self._active_threads.add(threading.get_ident())
+        for number in self._unclaimed_numbers:
             try:
                 self._copy_piece(number)
             except BaseException as error:
                 self._errors.append(error)
                 self._skip_rest()
             self._end_piece()
-        self._helping.discard(threading.get_ident())
+        self._active_threads.discard(threading.get_ident())
 
     def finish(self) -> None:
         """Copy pieces, and return once all are copied. Raises the first error of any thread: it ends the copy."""
-        self.help()
-        self._is_done.acquire()
+        self.run_pieces()
+        self._done_lock.acquire()
         # a thread that wakes late holds this for a while yet, and must not hold the caller's arrays
-        self._all.clear()
+        self._all_pieces.clear()
         if self._errors:
             first, *_ = self._errors
             self._errors.clear()  # an error holds this frame, which must hold no error
@@ -167,26 +167,26 @@ class _Copy:
 
     def abandon(self) -> None:
         """Have no more pieces copied, and return once no thread but this one copies any."""
-        for _ in self._numbers:
+        for _ in self._unclaimed_numbers:
             pass
-        while self._helping - {threading.get_ident()}:
+        while self._active_threads - {threading.get_ident()}:
             time.sleep(_ABANDON_POLL_S)
-        self._all.clear()
+        self._all_pieces.clear()
 
     def _copy_piece(self, number: int) -> None:
-        pieces, begin = self._all[number]
-        pieces.copy(begin)
+        pieces, begin = self._all_pieces[number]
+        pieces.copy_piece(begin)
 
     def _skip_rest(self) -> None:
-        for _ in self._numbers:
+        for _ in self._unclaimed_numbers:
             self._end_piece()
 
     def _end_piece(self) -> None:
-        if next(self._ends) == 1:
-            self._is_done.release()
+        if next(self._remaining_counts) == 1:
+            self._done_lock.release()
 
 
-class _Front:
+class _TotalProgress:
     """How far copies of several arrays are, one behind the other.
 
     Args:
@@ -195,34 +195,34 @@ class _Front:
     """
 
     def __init__(self, tell: Callable[[int], None], sizes_bytes: Sequence[int]) -> None:
-        self._tell = tell
+        self._report = tell
         self._sizes_bytes = sizes_bytes
         self._done_bytes = [0] * len(sizes_bytes)
         self._lock = threading.Lock()
-        self._told_bytes = 0
-        self._is_telling = False
+        self._reported_bytes = 0
+        self._is_reporting = False
 
     def note(self, number: int, done_bytes: int) -> None:
         """Note that so many bytes of an array, from its begin, are there."""
         with self._lock:
             self._done_bytes[number] = max(done_bytes, self._done_bytes[number])
-            if self._is_telling:
+            if self._is_reporting:
                 return  # whoever tells will tell this too
-            self._is_telling = True
-        self._tell_all()
+            self._is_reporting = True
+        self._report_new()
 
-    def _tell_all(self) -> None:
+    def _report_new(self) -> None:
         """Tell how far the copies are, until there is nothing new."""
         while True:
             with self._lock:
-                front_bytes = self._front_bytes()
-                if front_bytes == self._told_bytes:
-                    self._is_telling = False
+                front_bytes = self._contiguous_bytes()
+                if front_bytes == self._reported_bytes:
+                    self._is_reporting = False
                     return
-                self._told_bytes = front_bytes
-            self._tell(front_bytes)
+                self._reported_bytes = front_bytes
+            self._report(front_bytes)
 
-    def _front_bytes(self) -> int:
+    def _contiguous_bytes(self) -> int:
         front_bytes = 0
         for size_bytes, done_bytes in zip(self._sizes_bytes, self._done_bytes, strict=True):
             front_bytes += done_bytes
@@ -231,7 +231,7 @@ class _Front:
         return front_bytes
 
 
-class _Progress:
+class _PieceProgress:
     """How far a copy is, whose pieces are copied in any order.
 
     Args:
@@ -241,61 +241,61 @@ class _Progress:
     """
 
     def __init__(self, tell: Callable[[int], None], target: _Array, axis: int, length: int) -> None:
-        self._tell = tell
+        self._report = tell
         self._is_in_order = target.flags.c_contiguous and axis == 0
         self._row_bytes = target.nbytes // target.shape[axis]
         self._extent, self._length = target.shape[axis], length
         self._lock = threading.Lock()
-        self._end = 0  # of the pieces in front, without a gap
-        self._ahead: set[int] = set()  # begins of the pieces behind a gap
+        self._contiguous_end = 0  # of the pieces in front, without a gap
+        self._out_of_order_begins: set[int] = set()  # begins of the pieces behind a gap
 
     def add(self, begin: int) -> None:
         """Note that a piece was copied."""
         with self._lock:
-            self._ahead.add(begin)
-            if begin != self._end:
+            self._out_of_order_begins.add(begin)
+            if begin != self._contiguous_end:
                 return
-            while self._end in self._ahead:
-                self._ahead.remove(self._end)
-                self._end = min(self._end + self._length, self._extent)
-            end = self._end
+            while self._contiguous_end in self._out_of_order_begins:
+                self._out_of_order_begins.remove(self._contiguous_end)
+                self._contiguous_end = min(self._contiguous_end + self._length, self._extent)
+            end = self._contiguous_end
         if self._is_in_order or end == self._extent:
-            self._tell(end * self._row_bytes)
+            self._report(end * self._row_bytes)
 
 
-class _Helpers:
+class _CopyThreads:
     """Threads that help to copy, started at the first need, and anew in a child process."""
 
     def __init__(self) -> None:
-        begin_anew_in_children(self)
+        register_fork_reset(self)
         self._lock = new_lock()
-        self.begin_anew_in_child()
+        self.reset_after_fork()
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         """Have no threads yet, as in a forked child."""
         self._count = 0
-        self._waiting: SimpleQueue[_Copy] = SimpleQueue()
+        self._queue: SimpleQueue[_CopyJob] = SimpleQueue()
 
-    def help(self, copy: _Copy, count: int) -> None:
+    def help(self, copy: _CopyJob, count: int) -> None:
         """Have so many of them help as soon as they can. They do not keep the process alive."""
-        for _ in range(min(count, self._started(count))):
-            self._waiting.put(copy)
+        for _ in range(min(count, self._start_threads(count))):
+            self._queue.put(copy)
 
-    def _started(self, count: int) -> int:
+    def _start_threads(self, count: int) -> int:
         """Start threads until there are so many; return how many there are."""
         with self._lock, suppress(RuntimeError):  # if the system has no more, fewer help
             while self._count < count:
                 name = f"copy {self._count}"
                 threading.Thread(
-                    target=_serve, args=(self._waiting,), name=name, daemon=True
+                    target=_run_copy_thread, args=(self._queue,), name=name, daemon=True
                 ).start()
                 self._count += 1
         return self._count
 
 
-def _serve(waiting: SimpleQueue[_Copy]) -> None:
+def _run_copy_thread(waiting: SimpleQueue[_CopyJob]) -> None:
     while True:
-        waiting.get().help()  # without a name, which would keep the arrays until the next
+        waiting.get().run_pieces()  # without a name, which would keep the arrays until the next
 
 
-_helpers = _Helpers()
+_copy_threads = _CopyThreads()

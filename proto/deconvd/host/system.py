@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["LONGEST_S", "MAX_UNIX_PATH_BYTES", "processors_count", "unix_path_fits"]
+__all__ = ["MAX_TIMEOUT_S", "MAX_UNIX_PATH_BYTES", "is_valid_unix_path", "processors_count"]
 
-LONGEST_S: Final = 1e6
+MAX_TIMEOUT_S: Final = 1e6
 """Eleven days. Systems' timers do not reach much further (2**31 ms), so what is longer is taken for this."""
 
 MAX_UNIX_PATH_BYTES: Final = 107
 """sun_path of sockaddr_un(7), less the final zero."""
 
 
-def unix_path_fits(path: str | Path) -> bool:
+def is_valid_unix_path(path: str | Path) -> bool:
     """Return whether a Unix socket may have a path."""
     return len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES
 

@@ -28,10 +28,10 @@ from typing import Final
 __all__ = [
     "MAX_REPLY_BYTES",
     "REGION_NAME_BYTES",
-    "Answer",
-    "Operation",
-    "Reply",
-    "Request",
+    "LendingOperation",
+    "LendingReply",
+    "LendingRequest",
+    "ReplyStatus",
     "card_id",
 ]
 
@@ -43,7 +43,7 @@ _FORMAT: Final = struct.Struct(f"<4sB3xQ{REGION_NAME_BYTES}s")
 _NO_REGION: Final = bytes(REGION_NAME_BYTES)
 
 
-class Operation(IntEnum):
+class LendingOperation(IntEnum):
     """What a client asks for."""
 
     LEND = 1
@@ -59,7 +59,7 @@ class Operation(IntEnum):
     """Which instance the server is: the reply has its id in place of a region."""
 
 
-class Answer(IntEnum):
+class ReplyStatus(IntEnum):
     """What came of a request."""
 
     DONE = 0
@@ -83,10 +83,10 @@ class Answer(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class LendingRequest:
     """A packet from client to server."""
 
-    operation: Operation
+    operation: LendingOperation
     size_bytes: int = 0
     region: bytes = _NO_REGION
 
@@ -95,32 +95,32 @@ class Request:
         return _FORMAT.pack(_MAGIC, self.operation, self.size_bytes, self.region)
 
     @classmethod
-    def parse(cls, packet: bytes) -> Request:
+    def parse(cls, packet: bytes) -> LendingRequest:
         """Return the request in a packet. Raises ValueError if there is none."""
-        operation, size_bytes, region = _fields(packet, exact=True)
-        return cls(Operation(operation), size_bytes, region)
+        operation, size_bytes, region = _unpack_packet(packet, exact=True)
+        return cls(LendingOperation(operation), size_bytes, region)
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class LendingReply:
     """A packet from server to client."""
 
-    answer: Answer
+    status: ReplyStatus
     size_bytes: int = 0
     region: bytes = _NO_REGION
     text: str = ""
 
     def pack(self) -> bytes:
         """Return the packet; a text that is too long for it is cut."""
-        packet = _FORMAT.pack(_MAGIC, self.answer, self.size_bytes, self.region)
+        packet = _FORMAT.pack(_MAGIC, self.status, self.size_bytes, self.region)
         return (packet + self.text.encode())[:MAX_REPLY_BYTES]
 
     @classmethod
-    def parse(cls, packet: bytes) -> Reply:
+    def parse(cls, packet: bytes) -> LendingReply:
         """Return the reply in a packet. Raises ValueError if there is none."""
-        answer, size_bytes, region = _fields(packet, exact=False)
+        answer, size_bytes, region = _unpack_packet(packet, exact=False)
         text = packet[_FORMAT.size :].decode(errors="replace")
-        return cls(Answer(answer), size_bytes, region, text)
+        return cls(ReplyStatus(answer), size_bytes, region, text)
 
 
 def card_id(uuid: bytes) -> bytes:
@@ -132,7 +132,7 @@ def card_id(uuid: bytes) -> bytes:
     return uuid[:REGION_NAME_BYTES].ljust(REGION_NAME_BYTES, b"\0")
 
 
-def _fields(packet: bytes, *, exact: bool) -> tuple[int, int, bytes]:
+def _unpack_packet(packet: bytes, *, exact: bool) -> tuple[int, int, bytes]:
     if len(packet) < _FORMAT.size or (exact and len(packet) != _FORMAT.size):
         raise ValueError(f"a packet of {len(packet)} bytes, of which {_FORMAT.size} are expected")
     magic, code, size_bytes, region = _FORMAT.unpack_from(packet)

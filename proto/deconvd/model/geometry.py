@@ -156,7 +156,7 @@ def _pair(name: str, value: IntOrPair) -> Pair:
     try:
         operator.index(value)  # type: ignore[arg-type]  # whether it has one is asked here
     except TypeError:
-        first, second = _two(name, value, allowed)
+        first, second = _split_pair(name, value, allowed)
         return _integer(name, first, allowed), _integer(name, second, allowed)
     integer = _integer(name, value, allowed)
     return integer, integer
@@ -179,14 +179,14 @@ def _outsize(value: Sequence[SupportsIndex | None] | None) -> OutputSize:
     if value is None:
         return None, None
     allowed = "None or a pair, each an int or None"
-    h, w = _two("outsize", value, allowed)
+    h, w = _split_pair("outsize", value, allowed)
     return (
         None if h is None else _integer("outsize", h, allowed),
         None if w is None else _integer("outsize", w, allowed),
     )
 
 
-def _two(name: str, value: object, allowed: str) -> tuple[object, object]:
+def _split_pair(name: str, value: object, allowed: str) -> tuple[object, object]:
     if isinstance(value, Iterable):
         elements = tuple(value)
         if len(elements) == 2:

@@ -44,11 +44,11 @@ class Operation:
 
     name: str
     constants: tuple[str, ...]
-    sliced: tuple[str, ...]
+    batched_operands: tuple[str, ...]
     results: tuple[str, ...]
     needs: Mapping[str, tuple[str, ...]]
     write_order: tuple[str, ...]
-    summed: tuple[str, ...] = ()
+    reduced_results: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
     @property
@@ -59,12 +59,12 @@ class Operation:
     @property
     def operands(self) -> tuple[str, ...]:
         """All its operands, in the order in which they stream."""
-        return self.constants + self.sliced
+        return self.constants + self.batched_operands
 
     @property
     def all_results(self) -> tuple[str, ...]:
         """All its results, in the order in which they stream."""
-        return self.results + self.summed
+        return self.results + self.reduced_results
 
     def operands_for(
         self, results: Collection[str], optional: Collection[str] = ()
@@ -83,7 +83,7 @@ class Operation:
 DECONVOLVE: Final = Operation(
     "Deconvolve",
     constants=("w", "b"),
-    sliced=("x",),
+    batched_operands=("x",),
     results=("y",),
     needs={"y": ("w", "x")},
     optional=("b",),
@@ -94,9 +94,9 @@ DECONVOLVE: Final = Operation(
 DECONVOLVE_GRAD: Final = Operation(
     "DeconvolveGrad",
     constants=("w",),
-    sliced=("x", "gy"),
+    batched_operands=("x", "gy"),
     results=("gx",),
-    summed=("gw", "gb"),
+    reduced_results=("gw", "gb"),
     needs={"gx": ("w", "gy"), "gw": ("x", "gy"), "gb": ("gy",)},
     write_order=("w", "gy", "x"),
 )

@@ -29,7 +29,7 @@ class CacheState:
     hits_count: int
     misses_count: int
 
-    def as_message(self) -> pb.Cache:
+    def to_message(self) -> pb.Cache:
         """Return the message for it."""
         return pb.Cache(**asdict(self))
 

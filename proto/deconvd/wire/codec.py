@@ -23,10 +23,10 @@ from deconvd.errors import ExhaustedError
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = [
-    "MAX_REST_BYTES",
+    "MAX_NON_ELEMENT_BYTES",
     "Buffer",
     "Envelope",
-    "check_rest",
+    "check_non_element_bytes",
     "chunk_from_bytes",
     "chunk_to_bytes",
     "decode",
@@ -39,26 +39,26 @@ M = TypeVar("M", bound=Message)
 
 Buffer = bytes | memoryview
 
-_SMALL_BYTES: Final = 16 << 10
+_MAX_SMALL_BYTES: Final = 16 << 10
 """Up to this size the generated classes are faster than any framing in Python."""
 
-MAX_REST_BYTES: Final = 128 << 10
+MAX_NON_ELEMENT_BYTES: Final = 128 << 10
 """What a message may have beside the elements of tensors. Parsed, it takes up to a hundred times as much.
 
 As much as a direct line's messages have in all. The longest of ours, 4096 handles to drop, has 82 KB.
 """
 
-_MAX_UNUSUAL_BYTES: Final = 16 << 20
+_MAX_GENERIC_BYTES: Final = 16 << 20
 """What the generated classes are given: they take a message three times."""
 
-_REMEMBERED_BYTES: Final = 1 << 10
-_REMEMBERED_COUNT: Final = 1024
+_MAX_CACHED_BYTES: Final = 1 << 10
+_MAX_CACHED_COUNT: Final = 1024
 """More than a message has beside elements, and as many as are remembered."""
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 """Wire types: https://protobuf.dev/programming-guides/encoding."""
 
-_MAX_NUMBER: Final = 2**29 - 1
+_MAX_FIELD_NUMBER: Final = 2**29 - 1
 
 _RAW_NUMBER: Final = pb.Tensor.RAW_FIELD_NUMBER
 _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
@@ -80,7 +80,7 @@ class Envelope(NamedTuple, Generic[M]):
     data: bytes | None = None
 
 
-_known: Final[dict[tuple[type[Message], bytes], Envelope[Any]]] = {}
+_envelope_cache: Final[dict[tuple[type[Message], bytes], Envelope[Any]]] = {}
 
 
 def encode(envelope: Envelope[M]) -> bytes:
@@ -89,17 +89,17 @@ def encode(envelope: Envelope[M]) -> bytes:
     The tensors with elements must be set in the message; elements may be any C-contiguous buffer
     of bytes.
     """
-    if sum(map(len, envelope.raw.values())) <= _SMALL_BYTES:
-        return _put_together(envelope).SerializeToString()
+    if sum(map(len, envelope.raw.values())) <= _MAX_SMALL_BYTES:
+        return _merge_raw(envelope).SerializeToString()
     rest = type(envelope.message)()
     rest.CopyFrom(envelope.message)
     pieces: list[Buffer] = [b""]
     for name, raw in envelope.raw.items():
         rest.ClearField(name)
         header = getattr(envelope.message, name).SerializeToString()
-        header += _prefix(_RAW_NUMBER, len(raw))
+        header += _field_prefix(_RAW_NUMBER, len(raw))
         number = envelope.message.DESCRIPTOR.fields_by_name[name].number
-        pieces += [_prefix(number, len(header) + len(raw)), header, raw]
+        pieces += [_field_prefix(number, len(header) + len(raw)), header, raw]
     pieces[0] = rest.SerializeToString()
     return b"".join(pieces)
 
@@ -112,33 +112,35 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
 
     Raises:
         DecodeError: They hold no such message.
-        ExhaustedError: They have more than `MAX_REST_BYTES` beside elements: nothing is parsed.
+        ExhaustedError: They have more than `MAX_NON_ELEMENT_BYTES` beside elements: nothing is parsed.
     """
-    if len(data) > _REMEMBERED_BYTES:
-        return _read(message_type, data)
-    envelope = _known.get((message_type, data))
+    if len(data) > _MAX_CACHED_BYTES:
+        return _decode_uncached(message_type, data)
+    envelope = _envelope_cache.get((message_type, data))
     if envelope is None:
-        envelope = _read(message_type, data)
+        envelope = _decode_uncached(message_type, data)
         if not envelope.raw and _tensor_fields(message_type.DESCRIPTOR):
-            _remember(message_type, data, envelope)
+            _cache_envelope(message_type, data, envelope)
     return envelope
 
 
-def check_rest(message_type: type[Message], data: bytes) -> None:
-    """Raise ExhaustedError if bytes have more than `MAX_REST_BYTES` beside elements, whatever else they are."""
-    if len(data) <= MAX_REST_BYTES:
+def check_non_element_bytes(message_type: type[Message], data: bytes) -> None:
+    """Raise ExhaustedError if bytes have more than `MAX_NON_ELEMENT_BYTES` beside elements, whatever else they are."""
+    if len(data) <= MAX_NON_ELEMENT_BYTES:
         return
     descriptor = message_type.DESCRIPTOR
-    if _rest_bytes(memoryview(data), _chunk_fields(descriptor), _tensor_fields(descriptor)) > (
-        MAX_REST_BYTES
-    ):
+    if _non_element_bytes(
+        memoryview(data), _chunk_fields(descriptor), _tensor_fields(descriptor)
+    ) > (MAX_NON_ELEMENT_BYTES):
         raise ExhaustedError(
-            f"the message has more than {MAX_REST_BYTES} bytes beside the elements of tensors, "
+            f"the message has more than {MAX_NON_ELEMENT_BYTES} bytes beside the elements of tensors, "
             f"which is what a {descriptor.full_name} may have"
         )
 
 
-def _rest_bytes(data: memoryview, elements: Collection[int], tensors: Collection[int] = ()) -> int:
+def _non_element_bytes(
+    data: memoryview, elements: Collection[int], tensors: Collection[int] = ()
+) -> int:
     """Return how many bytes of a message are no elements; some of them, once they are too many.
 
     Args:
@@ -147,53 +149,53 @@ def _rest_bytes(data: memoryview, elements: Collection[int], tensors: Collection
     """
     rest_bytes = end = 0
     try:
-        for field in _fields(data):
+        for field in _iterate_fields(data):
             end, value = field.end, field.value
             rest_bytes += end - field.start
             if value is not None and field.number in elements:
                 rest_bytes -= len(value)
             elif value is not None and field.number in tensors:
-                rest_bytes += _rest_bytes(value, (_RAW_NUMBER,)) - len(value)
-            if rest_bytes > MAX_REST_BYTES:
+                rest_bytes += _non_element_bytes(value, (_RAW_NUMBER,)) - len(value)
+            if rest_bytes > MAX_NON_ELEMENT_BYTES:
                 return rest_bytes
-    except _UnusualError:
+    except _UnsupportedLayoutError:
         pass  # all that follows is read by the generated class, if it can
     return rest_bytes + len(data) - end
 
 
-def _read(message_type: type[M], data: bytes) -> Envelope[M]:
-    check_rest(message_type, data)
-    if len(data) > _SMALL_BYTES:
+def _decode_uncached(message_type: type[M], data: bytes) -> Envelope[M]:
+    check_non_element_bytes(message_type, data)
+    if len(data) > _MAX_SMALL_BYTES:
         try:
             return _decode_large(message_type, memoryview(data))
-        except _UnusualError as unusual:
+        except _UnsupportedLayoutError as unusual:
             # not wrong, as far as is known here: the generated class decides
-            _check_unusual(data, unusual)
-    return _taken_apart(message_type, data)
+            _check_generic_size(data, unusual)
+    return _decode_generic(message_type, data)
 
 
-def _check_unusual(data: bytes, unusual: _UnusualError) -> None:
-    if len(data) > _MAX_UNUSUAL_BYTES:
+def _check_generic_size(data: bytes, unusual: _UnsupportedLayoutError) -> None:
+    if len(data) > _MAX_GENERIC_BYTES:
         raise ExhaustedError(
             f"the message has {len(data)} bytes and {unusual}: such a message may have at most "
-            f"{_MAX_UNUSUAL_BYTES} bytes"
+            f"{_MAX_GENERIC_BYTES} bytes"
         )
 
 
-def _remember(message_type: type[M], data: bytes, envelope: Envelope[M]) -> None:
-    if len(_known) >= _REMEMBERED_COUNT:
-        _known.clear()
-    _known[message_type, data] = envelope
+def _cache_envelope(message_type: type[M], data: bytes, envelope: Envelope[M]) -> None:
+    if len(_envelope_cache) >= _MAX_CACHED_COUNT:
+        _envelope_cache.clear()
+    _envelope_cache[message_type, data] = envelope
 
 
 def chunk_to_bytes(chunk: Buffer) -> bytes:
     """Return the bytes of a stream's part that is a chunk, of whichever of the stream messages."""
-    return b"".join((_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
+    return b"".join((_field_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
 
 
 def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
     """Return the bytes of a part that is a chunk of what was missing, in the manner of `chunk_to_bytes`."""
-    return b"".join((_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
+    return b"".join((_field_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
 
 
 def chunk_from_bytes(data: bytes) -> memoryview | None:
@@ -209,15 +211,15 @@ def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
 def _only_field(data: bytes, number: int) -> memoryview | None:
     view = memoryview(data)
     try:
-        field = next(_fields(view), None)
-    except _UnusualError:
+        field = next(_iterate_fields(view), None)
+    except _UnsupportedLayoutError:
         return None
     if field is None or field.number != number or field.value is None:
         return None
     return field.value if field.end == len(view) else None
 
 
-class _UnusualError(Exception):
+class _UnsupportedLayoutError(Exception):
     """Bytes that are wrong, or not in the form that is read fast."""
 
 
@@ -236,38 +238,38 @@ def _decode_large(message_type: type[M], data: memoryview) -> Envelope[M]:
     small: list[Buffer] = []
     raw: dict[str, Buffer] = {}
     seen: set[int] = set()
-    for field in _fields(data):
+    for field in _iterate_fields(data):
         if field.number not in tensors or field.value is None:
             small.append(data[field.start : field.end])
             continue
         if field.number in seen:
-            raise _UnusualError("a tensor in pieces, which are to be merged")
+            raise _UnsupportedLayoutError("a tensor in pieces, which are to be merged")
         seen.add(field.number)
-        header, elements = _tensor(field.value)
-        small += [_prefix(field.number, len(header)), header]
+        header, elements = _split_tensor(field.value)
+        small += [_field_prefix(field.number, len(header)), header]
         if elements is not None:
             raw[tensors[field.number]] = elements
     rest = b"".join(small)
     return Envelope(message_type.FromString(rest), raw, rest)
 
 
-def _tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
+def _split_tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
     """Return the bytes of a tensor without its raw payload, and that payload."""
     header: list[Buffer] = []
     elements: memoryview | None = None
     payloads_count = 0
-    for field in _fields(data):
+    for field in _iterate_fields(data):
         payloads_count += field.number in _PAYLOAD_NUMBERS
         if field.number == _RAW_NUMBER and field.value is not None:
             elements = field.value
         else:
             header.append(data[field.start : field.end])
     if payloads_count > 1:
-        raise _UnusualError("several payloads, of which the last counts")
+        raise _UnsupportedLayoutError("several payloads, of which the last counts")
     return b"".join(header), elements
 
 
-def _put_together(envelope: Envelope[M]) -> M:
+def _merge_raw(envelope: Envelope[M]) -> M:
     """Return the message that an envelope stands for; it is the envelope's own until it is changed."""
     message = envelope.message
     if envelope.raw:
@@ -278,7 +280,7 @@ def _put_together(envelope: Envelope[M]) -> M:
     return message
 
 
-def _taken_apart(message_type: type[M], data: bytes) -> Envelope[M]:
+def _decode_generic(message_type: type[M], data: bytes) -> Envelope[M]:
     """Return an envelope of a message that the generated class parses."""
     message = message_type.FromString(data)
     raw: dict[str, Buffer] = {}
@@ -307,34 +309,34 @@ def _chunk_fields(message_type: Descriptor) -> frozenset[int]:
     return frozenset(field.number for field in message_type.fields if field.name in names)
 
 
-def _fields(data: memoryview) -> Iterator[_Field]:
+def _iterate_fields(data: memoryview) -> Iterator[_Field]:
     """Yield the fields of a message in the order in which they stand.
 
     Raises:
-        _UnusualError: The bytes are no message, or have groups.
+        _UnsupportedLayoutError: The bytes are no message, or have groups.
     """
     at = 0
     while at < len(data):
         start = at
-        tag, at = _varint(data, at)
+        tag, at = _read_varint(data, at)
         number, wire_type = tag >> 3, tag & 7
         value = None
         if wire_type == _LENGTH_DELIMITED:
-            length, at = _varint(data, at)
+            length, at = _read_varint(data, at)
             value = data[at : at + length]
             at += length
         elif wire_type == _VARINT:
-            _, at = _varint(data, at)
+            _, at = _read_varint(data, at)
         elif wire_type in (_FIXED32, _FIXED64):
             at += 4 if wire_type == _FIXED32 else 8
         else:
-            raise _UnusualError(f"wire type {wire_type}")
-        if at > len(data) or not 0 < number <= _MAX_NUMBER:
-            raise _UnusualError("a field that is cut off, or has no valid number")
+            raise _UnsupportedLayoutError(f"wire type {wire_type}")
+        if at > len(data) or not 0 < number <= _MAX_FIELD_NUMBER:
+            raise _UnsupportedLayoutError("a field that is cut off, or has no valid number")
         yield _Field(number, start, at, value)
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
     """Return the variable-length integer at an offset, and the offset behind it."""
     value = 0
     for shift in range(0, 64, 7):
@@ -345,15 +347,15 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise _UnusualError("an integer that is cut off or too long")
+    raise _UnsupportedLayoutError("an integer that is cut off or too long")
 
 
-def _prefix(number: int, length: int) -> bytes:
+def _field_prefix(number: int, length: int) -> bytes:
     """Return what stands before a length-delimited field."""
-    return _varint_bytes(number << 3 | _LENGTH_DELIMITED) + _varint_bytes(length)
+    return _encode_varint(number << 3 | _LENGTH_DELIMITED) + _encode_varint(length)
 
 
-def _varint_bytes(value: int) -> bytes:
+def _encode_varint(value: int) -> bytes:
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["TRANSPORT_OPTIONS", "names_authority", "unix_path"]
+__all__ = ["GRPC_OPTIONS", "has_authority", "unix_path"]
 
-TRANSPORT_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
+GRPC_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.optimization_target", "throughput"),
     # The largest that HTTP/2 allows: a chunk is one frame.
     ("grpc.http2.max_frame_size", (1 << 24) - 1),
@@ -21,6 +21,6 @@ def unix_path(address: str) -> str:
     return address.removeprefix("unix:").removeprefix("//") if address.startswith("unix:") else ""
 
 
-def names_authority(address: str) -> bool:
+def has_authority(address: str) -> bool:
     """Return whether an address has the form ``unix://host/path``, which gRPC refuses."""
     return address.startswith("unix://") and not address.startswith("unix:///")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["FOLLOW_ENTRY", "METADATA_KEY", "ledger_in", "parse_ledger"]
+__all__ = ["METADATA_KEY", "OVERLAP_ENTRY", "ledger_from_metadata", "parse_ledger"]
 
 METADATA_KEY: Final = "deconvd-ledger"
 """Its value is ``name=integer`` pairs, separated by ``;``; each name ends in its unit."""
 
-FOLLOW_ENTRY: Final = "follow_us"
+OVERLAP_ENTRY: Final = "follow_us"
 """What of an early call tells whether it was worth it: see `deconvd.direct.protocol`."""
 
 
-def ledger_in(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+def ledger_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """Return the ledger in trailing metadata, as text; empty if there is none."""
     for key, value in metadata:
         if key == METADATA_KEY and isinstance(value, str):

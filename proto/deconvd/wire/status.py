@@ -30,7 +30,7 @@ _MAX_TEXT_BYTES: Final = 2000
 """Bytes of a message that cross the wire: they travel in headers, of which gRPC takes 8 KiB."""
 
 _NAME_BY_CODE: Final[dict[int, str]] = {code: name for name, code in code_pb2.Code.items()}
-_CLASSES: dict[str, type[DeconvdError]] = {
+_CLASS_BY_NAME: dict[str, type[DeconvdError]] = {
     name: value
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, DeconvdError)
@@ -45,7 +45,7 @@ def status_from_error(error: DeconvdError) -> status_pb2.Status:
     details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
     ]
-    text = _shortened(str(error))
+    text = _shorten(str(error))
     if isinstance(error, InvalidArgumentError) and error.argument:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.argument, description=text
@@ -64,7 +64,7 @@ def status_from_error(error: DeconvdError) -> status_pb2.Status:
     return status_pb2.Status(
         code=code_pb2.Code.Value(error.status),
         message=text,
-        details=[_packed(detail) for detail in details],
+        details=[_pack_detail(detail) for detail in details],
     )
 
 
@@ -74,7 +74,7 @@ def error_from_status(status: status_pb2.Status) -> DeconvdError:
     One that `status_from_error` has made comes back as it was. Of others the code picks the class.
     """
     name = _NAME_BY_CODE.get(status.code, "UNKNOWN")
-    details = _Details(status.details)
+    details = _ParsedDetails(status.details)
     text = status.message or f"the call failed with status {name}"
     cls = details.error_class or _CLASS_BY_STATUS.get(name)
     if cls is None:
@@ -86,7 +86,7 @@ def error_from_status(status: status_pb2.Status) -> DeconvdError:
     return cls(text)
 
 
-class _Details:
+class _ParsedDetails:
     """What the google.rpc details of a failed call say."""
 
     def __init__(self, details: Iterable[any_pb2.Any]) -> None:
@@ -103,7 +103,7 @@ class _Details:
         resource = error_details_pb2.ResourceInfo()
         retry = error_details_pb2.RetryInfo()
         if packed.Unpack(info) and info.domain == _DOMAIN:
-            self.error_class = _CLASSES.get(info.reason)
+            self.error_class = _CLASS_BY_NAME.get(info.reason)
         elif packed.Unpack(bad_request) and bad_request.field_violations:
             self.argument = bad_request.field_violations[0].field
         elif packed.Unpack(resource):
@@ -112,14 +112,14 @@ class _Details:
             self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     """Cut a text to what headers have room for: gRPC writes some letters as ``%`` and two digits."""
     is_plain = all(" " <= letter <= "~" and letter != "%" for letter in text)
     limit = _MAX_TEXT_BYTES if is_plain else _MAX_TEXT_BYTES // 3
     return text.encode(errors="replace")[:limit].decode(errors="ignore")
 
 
-def _packed(detail: message.Message) -> any_pb2.Any:
+def _pack_detail(detail: message.Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(detail)
     return packed

@@ -19,32 +19,32 @@ from deconvd.model.problem import TensorSpec
 from deconvd.wire.tensor import elements_of, is_raw
 
 __all__ = [
-    "EARLY_BYTES",
-    "Ahead",
-    "Bytes",
-    "Elements",
+    "MAX_UNREQUESTED_BYTES",
+    "ElementsPart",
     "Part",
     "PartReader",
     "PartSource",
+    "PendingElements",
+    "Uint8Array",
     "elements_part",
     "elements_parts",
-    "parsed",
+    "parse_part",
     "slices",
 ]
 
-EARLY_BYTES: Final = 64 << 20
+MAX_UNREQUESTED_BYTES: Final = 64 << 20
 """Elements that may come before those that were said to be missing."""
 
-_COPIED_BYTES: Final = 8 << 20
+_COPY_BLOCK_BYTES: Final = 8 << 20
 """What is copied at once for it to be sent."""
 
-Bytes: TypeAlias = npt.NDArray[np.uint8]
+Uint8Array: TypeAlias = npt.NDArray[np.uint8]
 
 _PartT = TypeVar("_PartT", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
-class Elements:
+class ElementsPart:
     """The next elements of a stream.
 
     Attributes:
@@ -55,18 +55,18 @@ class Elements:
     data: memoryview
     is_missing: bool = False
 
-    def pieces(self, size_bytes: int) -> list[Elements]:
+    def pieces(self, size_bytes: int) -> list[ElementsPart]:
         """Return them in pieces of a size, which are views; the last may have less."""
         starts = range(0, len(self.data), size_bytes)
-        return [Elements(self.data[i : i + size_bytes], self.is_missing) for i in starts]
+        return [ElementsPart(self.data[i : i + size_bytes], self.is_missing) for i in starts]
 
 
-Part: TypeAlias = Message | Elements
+Part: TypeAlias = Message | ElementsPart
 """A message is the header, or what comes in its place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class PendingElements:
     """Elements that come next, and are to be read."""
 
     size_bytes: int
@@ -76,23 +76,23 @@ class Ahead:
 class PartSource(Protocol):
     """Where the parts of a stream come from, in their order."""
 
-    def next(self) -> Message | Ahead | None:
+    def next(self) -> Message | PendingElements | None:
         """Return the next part; None at the end.
 
         Raises:
             InvalidArgumentError: It is none.
         """
 
-    def read_into(self, target: Bytes) -> None:
+    def read_into(self, target: Uint8Array) -> None:
         """Read the next of the elements ahead. No more is asked for than there are."""
 
 
-def elements_part(array: Array, *, is_missing: bool = False) -> Elements:
+def elements_part(array: Array, *, is_missing: bool = False) -> ElementsPart:
     """Return the part that carries an array's elements."""
-    return Elements(elements_of(array), is_missing)
+    return ElementsPart(elements_of(array), is_missing)
 
 
-def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[Elements]:
+def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[ElementsPart]:
     """Yield parts that carry an array's elements.
 
     What must be copied first, since it is not laid out as in `Tensor.raw`, is copied piece by piece: the next
@@ -107,15 +107,15 @@ def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[Elemen
 
 def _blocks(array: Array) -> Iterator[Array]:
     """Yield views of an array that have few elements and lie one behind the other in row-major order."""
-    if array.nbytes <= _COPIED_BYTES:
+    if array.nbytes <= _COPY_BLOCK_BYTES:
         yield array
         return
     row_bytes = array[:1].nbytes
-    if row_bytes > _COPIED_BYTES:
+    if row_bytes > _COPY_BLOCK_BYTES:
         for row in array:
             yield from _blocks(row)
     else:
-        for rows in slices(len(array), _COPIED_BYTES // row_bytes):
+        for rows in slices(len(array), _COPY_BLOCK_BYTES // row_bytes):
             yield array[rows]
 
 
@@ -125,7 +125,7 @@ def slices(count: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def parsed(part_type: type[_PartT], data: bytes) -> _PartT:
+def parse_part(part_type: type[_PartT], data: bytes) -> _PartT:
     """Return the message of a stream that bytes hold. Raises InvalidArgumentError if they hold none."""
     try:
         return part_type.FromString(data)
@@ -134,7 +134,7 @@ def parsed(part_type: type[_PartT], data: bytes) -> _PartT:
         raise InvalidArgumentError(f"a part of the stream is not a valid {name}") from None
 
 
-def _new_array(spec: TensorSpec) -> Array:
+def _empty_array(spec: TensorSpec) -> Array:
     """Return an array with any elements."""
     return np.empty(spec.shape, spec.dtype)
 
@@ -152,42 +152,42 @@ class PartReader(Generic[_PartT]):
         self,
         source: PartSource,
         part_type: type[_PartT],
-        empty: Callable[[TensorSpec], Array] = _new_array,
+        empty: Callable[[TensorSpec], Array] = _empty_array,
     ) -> None:
         self._source = source
         self._part_type = part_type
         self._empty = empty
         self._peeked: _PartT | None = None
-        self._left_bytes = 0  # of the elements that the source is at
-        self._early = bytearray()  # one for all: many small chunks take what their bytes take
-        self._early_taken_bytes = 0
+        self._pending_bytes = 0  # of the elements that the source is at
+        self._unrequested = bytearray()  # one for all: many small chunks take what their bytes take
+        self._unrequested_taken_bytes = 0
 
-    def header(self) -> _PartT:
+    def read_header(self) -> _PartT:
         """Return the stream's first message.
 
         Raises:
             InvalidArgumentError: It is none, or no header.
         """
-        part = self._peek()
+        part = self._peek_message()
         self._peeked = None
         if part is None or part.WhichOneof("part") != "header":
             raise InvalidArgumentError("a stream must begin with a header")
         return part
 
-    def missing(self) -> Sequence[str]:
+    def read_missing_fields(self) -> Sequence[str]:
         """Return the fields that a response's first message says are missing; none if it is a header.
 
         Raises:
             InvalidArgumentError: It is no message of such a stream.
         """
-        part = self._peek()
+        part = self._peek_message()
         if part is None or part.WhichOneof("part") != "missing":
             return ()
         self._peeked = None
         fields: Sequence[str] = part.missing.fields  # type: ignore[attr-defined]  # whose field it is
         return fields
 
-    def _peek(self) -> _PartT | None:
+    def _peek_message(self) -> _PartT | None:
         """Return the stream's first message, and again until `_peeked` is set to None."""
         if self._peeked is None:
             part = self._source.next()
@@ -205,7 +205,7 @@ class PartReader(Generic[_PartT]):
         """
         array = self._empty(spec.raw)
         target = _bytes_of(array)
-        filled = self._fill_from_early(target)
+        filled = self._fill_from_unrequested(target)
         self._fill(name, target[filled:], is_missing=False)
         return array.astype(spec.dtype, copy=False)
 
@@ -223,7 +223,7 @@ class PartReader(Generic[_PartT]):
             array = self._empty(spec.raw)
             self._fill(name, _bytes_of(array), is_missing=True)
             arrays[name] = array.astype(spec.dtype, copy=False)
-        if self._left_bytes:
+        if self._pending_bytes:
             raise InvalidArgumentError(
                 "a stream must have no more missing chunks than were missing"
             )
@@ -231,33 +231,35 @@ class PartReader(Generic[_PartT]):
 
     def expect_end(self) -> None:
         """Raise InvalidArgumentError if there is more."""
-        has_early = self._early_taken_bytes < len(self._early)
-        if self._left_bytes or has_early or self._source.next() is not None:
+        has_early = self._unrequested_taken_bytes < len(self._unrequested)
+        if self._pending_bytes or has_early or self._source.next() is not None:
             raise InvalidArgumentError("a stream must end with its last tensor, and this has more")
 
-    def _fill_from_early(self, target: Bytes) -> int:
+    def _fill_from_unrequested(self, target: Uint8Array) -> int:
         """Set bytes from elements that came early, and return how many."""
-        begin = self._early_taken_bytes
-        count = min(len(target), len(self._early) - begin)
+        begin = self._unrequested_taken_bytes
+        count = min(len(target), len(self._unrequested) - begin)
         if count:
-            target[:count] = np.frombuffer(self._early, np.uint8, count, begin)
-            self._early_taken_bytes += count
-        if count and self._early_taken_bytes == len(self._early):
-            self._early, self._early_taken_bytes = bytearray(), 0
+            target[:count] = np.frombuffer(self._unrequested, np.uint8, count, begin)
+            self._unrequested_taken_bytes += count
+        if count and self._unrequested_taken_bytes == len(self._unrequested):
+            self._unrequested, self._unrequested_taken_bytes = bytearray(), 0
         return count
 
-    def _fill(self, name: str, target: Bytes, *, is_missing: bool) -> None:
+    def _fill(self, name: str, target: Uint8Array, *, is_missing: bool) -> None:
         """Set bytes from the elements that come."""
         filled = 0
         while filled < len(target):
-            if not self._left_bytes:
-                self._left_bytes = self._begun(name, len(target) - filled, is_missing=is_missing)
-            taken_bytes = min(self._left_bytes, len(target) - filled)
+            if not self._pending_bytes:
+                self._pending_bytes = self._advance_to_elements(
+                    name, len(target) - filled, is_missing=is_missing
+                )
+            taken_bytes = min(self._pending_bytes, len(target) - filled)
             self._source.read_into(target[filled : filled + taken_bytes])
-            self._left_bytes -= taken_bytes
+            self._pending_bytes -= taken_bytes
             filled += taken_bytes
 
-    def _begun(self, name: str, lacking_bytes: int, *, is_missing: bool) -> int:
+    def _advance_to_elements(self, name: str, lacking_bytes: int, *, is_missing: bool) -> int:
         """Go to the next elements of a kind, and return how many bytes they have."""
         while True:
             part = self._source.next()
@@ -265,7 +267,7 @@ class PartReader(Generic[_PartT]):
                 raise InvalidArgumentError(
                     f"the stream ends {lacking_bytes} bytes before {name} is whole", argument=name
                 )
-            if not isinstance(part, Ahead) or (part.is_missing and not is_missing):
+            if not isinstance(part, PendingElements) or (part.is_missing and not is_missing):
                 raise InvalidArgumentError("a stream must have nothing but chunks after its header")
             if not part.size_bytes:
                 raise InvalidArgumentError(
@@ -273,21 +275,21 @@ class PartReader(Generic[_PartT]):
                 )
             if part.is_missing == is_missing:
                 return part.size_bytes
-            self._set_aside(name, part.size_bytes)
+            self._buffer_unrequested(name, part.size_bytes)
 
-    def _set_aside(self, name: str, size_bytes: int) -> None:
+    def _buffer_unrequested(self, name: str, size_bytes: int) -> None:
         """Keep elements that have come before what is missing."""
-        if len(self._early) + size_bytes > EARLY_BYTES:
+        if len(self._unrequested) + size_bytes > MAX_UNREQUESTED_BYTES:
             raise InvalidArgumentError(
-                f"a stream must have at most {EARLY_BYTES} bytes of chunks before {name}, which is "
+                f"a stream must have at most {MAX_UNREQUESTED_BYTES} bytes of chunks before {name}, which is "
                 "missing",
                 argument=name,
             )
         elements = np.empty(size_bytes, np.uint8)
         self._source.read_into(elements)
-        self._early += elements.data
+        self._unrequested += elements.data
 
 
-def _bytes_of(array: Array) -> Bytes:
+def _bytes_of(array: Array) -> Uint8Array:
     """Return the bytes of a C-contiguous array, as a view."""
     return array.reshape(-1).view(np.uint8)

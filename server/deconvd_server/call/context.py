@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd_server.call.ledger import Ledger
 
-__all__ = ["STALL_LIMIT_S", "Call", "CallerGoneError", "Waiting", "WaitsForClient"]
+__all__ = ["STALL_LIMIT_S", "CallContext", "CallerGoneError", "ClientWait", "ClientWaitState"]
 
 STALL_LIMIT_S: Final = 30.0
 """How long a call may wait for its client to send or to take anything.
@@ -30,34 +30,34 @@ class CallerGoneError(Exception):
     """The caller has gone, as its transport found out: nobody is there to be told what comes of the call."""
 
 
-class WaitsForClient(Protocol):
+class ClientWait(Protocol):
     """What waits for a client, and says so.
 
     Attributes:
-        waits_since_s: Since when it has waited for the client to send or to take anything, on the monotonic clock;
+        blocked_since_s: Since when it has waited for the client to send or to take anything, on the monotonic clock;
             infinity while it does not wait.
     """
 
-    waits_since_s: float
+    blocked_since_s: float
 
 
-class Waiting:
-    """Something that waits for a client, whose transport sets it. See `WaitsForClient`."""
+class ClientWaitState:
+    """Something that waits for a client, whose transport sets it. See `ClientWait`."""
 
-    __slots__ = ("waits_since_s",)
+    __slots__ = ("blocked_since_s",)
 
     def __init__(self) -> None:
-        self.waits_since_s = math.inf
+        self.blocked_since_s = math.inf
 
 
-_NEVER: Final = Waiting()
+_NO_WAIT: Final = ClientWaitState()
 
 
 def _do_nothing() -> None:
     pass
 
 
-class Call:
+class CallContext:
     """One caller's claim on the server: it ends at its deadline, or when the caller goes.
 
     Whoever works for a call asks `check` between steps, so that no work is done for nobody.
@@ -70,7 +70,7 @@ class Call:
         waiting: Since when it waits for its client. The transport sets it for a call in parts; others never wait.
         hang_up: Breaks the client's connection or call, from any thread and without waiting: for a client that neither
             sends nor takes anything. The transport sets it; by default it does nothing.
-        stopped_by: What the server has stopped it with, which its caller is to be told; None if it has not.
+        stop_error: What the server has stopped it with, which its caller is to be told; None if it has not.
         sendable_bytes: What the elements of its answer may have, all together, that its transport can send. The
             transport sets it; by default there is no limit.
 
@@ -82,10 +82,10 @@ class Call:
         self, timeout_s: float | None = None, peer: str = "", counted_by: str = ""
     ) -> None:
         self.peer = peer
-        self.counted_by = counted_by
-        self.waiting: WaitsForClient = _NEVER
-        self.hang_up: Callable[[], None] = _do_nothing
-        self.stopped_by: DeconvdError | None = None
+        self.peer_key = counted_by
+        self.client_wait: ClientWait = _NO_WAIT
+        self.close_stream: Callable[[], None] = _do_nothing
+        self.stop_error: DeconvdError | None = None
         self.ledger = Ledger()
         self.tenant: object = None
         self.sendable_bytes = sys.maxsize
@@ -95,8 +95,8 @@ class Call:
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []
-        self._holders_count = 1
-        self._at_end: list[Callable[[], None]] = []
+        self._references_count = 1
+        self._end_callbacks: list[Callable[[], None]] = []
 
     @property
     def is_cancelled(self) -> bool:
@@ -116,7 +116,7 @@ class Call:
         with self._lock:
             if self._cancelled:
                 return
-            self.stopped_by = error
+            self.stop_error = error
         self.cancel()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
@@ -127,15 +127,15 @@ class Call:
                 return
         callback()
 
-    def forget(self, callback: Callable[[], None]) -> None:
+    def remove_on_cancel(self, callback: Callable[[], None]) -> None:
         """Forget a callback that `on_cancel` was given."""
         with self._lock, suppress(ValueError):
             self._callbacks.remove(callback)
 
-    def hold(self) -> None:
+    def retain(self) -> None:
         """Let it end only after one more `end`: for a worker, which may outlast the call that it works for."""
         with self._lock:
-            self._holders_count += 1
+            self._references_count += 1
 
     def end(self) -> None:
         """Let it end, unless another holds it: all that was counted for it is given back (`at_end`).
@@ -145,17 +145,17 @@ class Call:
         """
         callbacks: list[Callable[[], None]] = []
         with self._lock:
-            self._holders_count -= 1
-            if not self._holders_count:
-                callbacks, self._at_end = self._at_end, callbacks
+            self._references_count -= 1
+            if not self._references_count:
+                callbacks, self._end_callbacks = self._end_callbacks, callbacks
         for callback in callbacks:
             callback()
 
-    def at_end(self, callback: Callable[[], None]) -> None:
+    def on_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` once it ends: at once if it has already."""
         with self._lock:
-            if self._holders_count > 0:
-                self._at_end.append(callback)
+            if self._references_count > 0:
+                self._end_callbacks.append(callback)
                 return
         callback()
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable
 from enum import StrEnum
 
-from deconvd.wire.ledger import FOLLOW_ENTRY, METADATA_KEY
+from deconvd.wire.ledger import METADATA_KEY, OVERLAP_ENTRY
 
-__all__ = ["Ledger", "Stage", "Timing"]
+__all__ = ["Ledger", "Stage", "StageSpan"]
 
 
 class Stage(StrEnum):
@@ -18,7 +18,7 @@ class Stage(StrEnum):
     QUEUE = "queue_us"
     """Waiting for its turn on the device."""
 
-    FOLLOW = FOLLOW_ENTRY
+    OVERLAP = OVERLAP_ENTRY
     """Of an early call: waiting for operands to be written while others, and parts, are uploaded and computed."""
 
     UPLOAD = "upload_us"
@@ -53,9 +53,9 @@ class Ledger:
                 before = self._microseconds.get(stage, 0)
                 self._microseconds[stage] = before + round(duration_s * 1e6)
 
-    def timing(self, stage: Stage) -> Timing:
+    def measure(self, stage: Stage) -> StageSpan:
         """Count the time that a ``with`` block takes towards a stage."""
-        return Timing(self, stage)
+        return StageSpan(self, stage)
 
     def as_text(self) -> str:
         """Return what is counted, and the time until now as all of it, as `deconvd.wire.ledger` reads it."""
@@ -69,7 +69,7 @@ class Ledger:
         return ((METADATA_KEY, self.as_text()),)
 
 
-class Timing:
+class StageSpan:
     """A block whose time counts towards a stage. See `Ledger.timing`."""
 
     __slots__ = ("_ledger", "_stage", "_start_s")

@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any, Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.call.ledger import Stage
 from deconvd_server.device import TURN_S
 from deconvd_server.engine.answer_shares import AnswerShares
-from deconvd_server.engine.waiting_line import RETRY_AFTER_S, LineLimits, Ticket, wait_s
+from deconvd_server.engine.waiting_line import RETRY_AFTER_S, QueueLimits, Ticket, longest_wait_s
 
-__all__ = ["Admission", "Both", "Load"]
+__all__ = ["Admission", "Load", "PairedAdmission"]
 
 _SHARES_COUNT: Final = 4
 """A peer's calls may keep this part of the budget until their answers have left. Who reads none of its answers, be it
@@ -36,14 +36,14 @@ class Load:
     running_count: int
     waiting_count: int
     used_bytes: int
-    held_bytes: int = 0
+    reserved_bytes: int = 0
 
 
 class Admission:
     """Lets calls start in the order they came, while places and bytes last.
 
-    A call that takes long passes its place on after each turn (`pass_on`). While calls that are to start and calls that
-    are to go on both wait, each kind has half of the places.
+    A long call gives up its place after each turn (`yield_turn`). While both new calls and paused calls wait, each kind
+    gets half of the places.
 
     A call's bytes are taken all at once: a call that waited with some of them could wait for itself. Some of them may
     last until its answer has left, and a client that reads no answers keeps them for as long as it likes. So these are
@@ -65,7 +65,7 @@ class Admission:
             lacks and the call. It may `release` some.
     """
 
-    _LOOK_S = 0.5
+    _POLL_PERIOD_S = 0.5
     """How often a call that waits to go on looks whether it is still wanted."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Admission:
         reserved_count: int = 0,
         waiting_bytes: int | None = None,
         memory: str = "the device's memory",
-        make_room: Callable[[int, Call], None] = lambda *_: None,
+        make_room: Callable[[int, CallContext], None] = lambda *_: None,
     ) -> None:
         self._memory = memory
         self._make_room = make_room
@@ -85,21 +85,26 @@ class Admission:
         self._free_places = calls_count
         self._budget_bytes = budget_bytes
         self._free_bytes = budget_bytes
-        self._held_bytes = 0
-        self._limits = LineLimits(
+        self._reserved_bytes = 0
+        self._limits = QueueLimits(
             waiting_count,
             reserved_count,
             budget_bytes // 4 if waiting_bytes is None else waiting_bytes,
         )
         self._shares = AnswerShares(budget_bytes // _SHARES_COUNT)
         self._leaving_bytes = 0  # of calls that are computed, and whose answers have not left
-        self._line: deque[Ticket] = deque()
+        self._queue: deque[Ticket] = deque()
         self._passed_on: deque[Ticket] = deque()  # have their bytes, and wait for a place
         self._turned_s = 0.0  # when the last turn of those began or ended, on the monotonic clock
         self._lock = threading.Lock()
 
-    def admitted(
-        self, footprint_bytes: int, call: Call, *, lasting_bytes: int = 0, brought_bytes: int = 0
+    def admit(
+        self,
+        footprint_bytes: int,
+        call: CallContext,
+        *,
+        lasting_bytes: int = 0,
+        brought_bytes: int = 0,
     ) -> AbstractContextManager[None]:
         """Hold a place and `footprint_bytes` for the block, after waiting for them.
 
@@ -113,16 +118,20 @@ class Admission:
             UnavailableError: Too many calls wait already, or too large ones, or what is held leaves no room for it.
             CallCancelledError, DeadlineError: The call ended while it waited.
         """
-        return _Admitted(self, call, footprint_bytes, lasting_bytes, brought_bytes)
+        return _AdmissionScope(self, call, footprint_bytes, lasting_bytes, brought_bytes)
 
     def enter(
-        self, footprint_bytes: int, call: Call, lasting_bytes: int = 0, brought_bytes: int = 0
+        self,
+        footprint_bytes: int,
+        call: CallContext,
+        lasting_bytes: int = 0,
+        brought_bytes: int = 0,
     ) -> None:
         """Take a place and bytes, to be given back by `leave`. Otherwise as `admitted`."""
-        peer = call.counted_by
+        peer = call.peer_key
         with self._lock:
             if (
-                not self._line
+                not self._queue
                 and not self._passed_on
                 and self._has_room(footprint_bytes)
                 and (not lasting_bytes or self._shares.has_room(peer, lasting_bytes))
@@ -132,7 +141,7 @@ class Admission:
         changed = threading.Condition(self._lock)
         until_s = time.monotonic() + _PATIENCE_S
         ticket = Ticket(footprint_bytes, lasting_bytes, brought_bytes, peer, until_s, changed)
-        with call.ledger.timing(Stage.QUEUE):
+        with call.ledger.measure(Stage.QUEUE):
             self._wait(ticket, call)
 
     def check_fits(self, footprint_bytes: int) -> None:
@@ -160,7 +169,7 @@ class Admission:
             self._free_bytes += lasting_bytes
             self._wake_first()
 
-    def pass_on(self, call: Call) -> None:
+    def yield_turn(self, call: CallContext) -> None:
         """Let a call that waits have the place of one that runs; return once that has a place again.
 
         It keeps its bytes. If no call waits for a place, nothing happens.
@@ -168,10 +177,10 @@ class Admission:
         Raises:
             CallCancelledError, DeadlineError: The call has ended. It has its place all the same, to be given back.
         """
-        if not self._line and not self._passed_on:
+        if not self._queue and not self._passed_on:
             return
-        with self._lock, call.ledger.timing(Stage.QUEUE):
-            ticket = Ticket(0, 0, 0, call.counted_by, 0.0, threading.Condition(self._lock))
+        with self._lock, call.ledger.measure(Stage.QUEUE):
+            ticket = Ticket(0, 0, 0, call.peer_key, 0.0, threading.Condition(self._lock))
             self._passed_on.append(ticket)
             self._free_places += 1
             self._turned_s = time.monotonic()
@@ -179,8 +188,8 @@ class Admission:
             try:
                 while not self._may_start(ticket):
                     remaining_s = call.remaining_s()
-                    is_pressed = remaining_s is not None and remaining_s < self._LOOK_S
-                    ticket.changed.wait(remaining_s if is_pressed else self._LOOK_S)
+                    is_pressed = remaining_s is not None and remaining_s < self._POLL_PERIOD_S
+                    ticket.changed.wait(remaining_s if is_pressed else self._POLL_PERIOD_S)
                     call.check()
                     self._wake_first()  # which may be another by now
             finally:
@@ -189,15 +198,15 @@ class Admission:
                 self._turned_s = time.monotonic()
                 self._wake_first()
 
-    def hold(self, size_bytes: int) -> None:
+    def reserve(self, size_bytes: int) -> None:
         """Take bytes until they are released, at once or not at all.
 
         Raises:
             ExhaustedError: So many are not free now, or a call that waits would not fit beside them.
         """
         with self._lock:
-            spare_bytes = self._beside_held_bytes - max(
-                (ticket.footprint_bytes for ticket in self._line), default=0
+            spare_bytes = self._unreserved_bytes - max(
+                (ticket.footprint_bytes for ticket in self._queue), default=0
             )
             free_bytes = max(min(self._free_bytes, spare_bytes), 0)
             if size_bytes > free_bytes:
@@ -206,13 +215,13 @@ class Admission:
                     f"held already, {free_bytes} of {self._budget_bytes} are free"
                 )
             self._free_bytes -= size_bytes
-            self._held_bytes += size_bytes
+            self._reserved_bytes += size_bytes
 
     def release(self, size_bytes: int) -> None:
         """Give back bytes that were held."""
         with self._lock:
             self._free_bytes += size_bytes
-            self._held_bytes -= size_bytes
+            self._reserved_bytes -= size_bytes
             self._wake_first()
 
     @property
@@ -221,20 +230,20 @@ class Admission:
         with self._lock:
             return Load(
                 running_count=self._calls_count - self._free_places,
-                waiting_count=len(self._line) + len(self._passed_on),
-                used_bytes=self._beside_held_bytes - self._free_bytes,
-                held_bytes=self._held_bytes,
+                waiting_count=len(self._queue) + len(self._passed_on),
+                used_bytes=self._unreserved_bytes - self._free_bytes,
+                reserved_bytes=self._reserved_bytes,
             )
 
     @property
-    def _beside_held_bytes(self) -> int:
+    def _unreserved_bytes(self) -> int:
         """What calls may take, all together, as long as what is held stays."""
-        return self._budget_bytes - self._held_bytes
+        return self._budget_bytes - self._reserved_bytes
 
-    def _wait(self, ticket: Ticket, call: Call) -> None:
+    def _wait(self, ticket: Ticket, call: CallContext) -> None:
         self.check_fits(ticket.footprint_bytes)
         with self._lock:
-            missing_bytes = ticket.footprint_bytes - self._beside_held_bytes
+            missing_bytes = ticket.footprint_bytes - self._unreserved_bytes
         if missing_bytes > 0:
             self._make_room(missing_bytes, call)
 
@@ -243,44 +252,44 @@ class Admission:
 
         call.on_cancel(wake)
         with self._lock:
-            self._check_room_beside_held(ticket.footprint_bytes)
-            if self._line or not self._has_room(ticket.footprint_bytes):
-                self._limits.check(ticket, self._line)
-            self._line.append(ticket)
+            self._check_unreserved_room(ticket.footprint_bytes)
+            if self._queue or not self._has_room(ticket.footprint_bytes):
+                self._limits.check(ticket, self._queue)
+            self._queue.append(ticket)
         try:
-            while not self._starts(ticket, call):
+            while not self._start_or_wait(ticket, call):
                 pass
         finally:
-            call.forget(wake)  # a call of many slices may wait for each of them
+            call.remove_on_cancel(wake)  # a call of many slices may wait for each of them
             with self._lock:
-                self._line.remove(ticket)
+                self._queue.remove(ticket)
                 self._wake_first()
 
-    def _starts(self, ticket: Ticket, call: Call) -> bool:
+    def _start_or_wait(self, ticket: Ticket, call: CallContext) -> bool:
         """Start a call if it may, and return whether it has; if not, after a wait for what may let it."""
         with self._lock:
             if self._may_start(ticket):
                 self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
                 return True
             call.check()  # with the lock held: who ends it from now on wakes it
-            ticket.changed.wait(wait_s(ticket, call))
+            ticket.changed.wait(longest_wait_s(ticket, call))
             self._wake_first()  # which may be another by now
             return False
 
-    def _check_room_beside_held(self, footprint_bytes: int) -> None:
-        if footprint_bytes > self._beside_held_bytes:
+    def _check_unreserved_room(self, footprint_bytes: int) -> None:
+        if footprint_bytes > self._unreserved_bytes:
             raise UnavailableError(
                 f"the call needs {footprint_bytes} bytes of {self._memory}, of which tensors that "
-                f"stay hold {self._held_bytes} now, and calls may take {self._budget_bytes} less that",
+                f"stay hold {self._reserved_bytes} now, and calls may take {self._budget_bytes} less that",
                 retry_after_s=RETRY_AFTER_S,
             )
 
     def _first(self) -> Ticket | None:
         """Return the first in line, without those that wait for answers that may never leave; None if there is none."""
-        for ticket in self._line:
+        for ticket in self._queue:
             lasting_bytes = ticket.lasting_bytes
             is_within_share = not lasting_bytes or self._shares.has_room(ticket.peer, lasting_bytes)
-            fits = ticket.footprint_bytes <= self._beside_held_bytes - self._leaving_bytes
+            fits = ticket.footprint_bytes <= self._unreserved_bytes - self._leaving_bytes
             if is_within_share and (fits or time.monotonic() < ticket.patient_until_s):
                 return ticket
         return None
@@ -292,14 +301,14 @@ class Admission:
         """Return the call that may have a place now; None if none may."""
         if self._free_places <= 0:
             return None
-        starts = self._first() if self._line else None
+        starts = self._first() if self._queue else None
         if starts is not None and not self._has_room(starts.footprint_bytes):
             starts = None
-        if not self._passed_on or (starts is not None and not self._is_time_to_go_on()):
+        if not self._passed_on or (starts is not None and not self._is_resume_due()):
             return starts
         return self._passed_on[0]
 
-    def _is_time_to_go_on(self) -> bool:
+    def _is_resume_due(self) -> bool:
         """Return whether a turn may begin while others wait to start: turns so far apart take half of the places."""
         return time.monotonic() >= self._turned_s + TURN_S / self._calls_count
 
@@ -323,7 +332,7 @@ class Admission:
             ticket.changed.notify()
 
 
-class _Admitted(AbstractContextManager[None]):
+class _AdmissionScope(AbstractContextManager[None]):
     """A call's place, for the length of a block. See `Admission.admitted`."""
 
     __slots__ = ("_admission", "_brought_bytes", "_call", "_footprint_bytes", "_lasting_bytes")
@@ -331,7 +340,7 @@ class _Admitted(AbstractContextManager[None]):
     def __init__(
         self,
         admission: Admission,
-        call: Call,
+        call: CallContext,
         footprint_bytes: int,
         lasting_bytes: int,
         brought_bytes: int,
@@ -351,14 +360,14 @@ class _Admitted(AbstractContextManager[None]):
         admission, lasting_bytes = self._admission, self._lasting_bytes
         admission.leave(self._footprint_bytes, lasting_bytes)
         if lasting_bytes:
-            end = partial(admission.end, lasting_bytes, self._call.counted_by)
+            end = partial(admission.end, lasting_bytes, self._call.peer_key)
             if exc_type is None:
-                self._call.at_end(end)
+                self._call.on_end(end)
             else:
                 end()
 
 
-class Both(AbstractContextManager[None]):
+class PairedAdmission(AbstractContextManager[None]):
     """A call's place in two admissions, one taken after the other: in the same order by all calls."""
 
     def __init__(

@@ -13,7 +13,7 @@ from deconvd.model.dtypes import Array
 from deconvd.model.operation import Operation
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem, TensorSpec
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import (
     CacheState,
     Device,
@@ -21,20 +21,20 @@ from deconvd_server.device import (
     DeviceTensor,
     LentMemory,
     Operand,
-    TakesTurns,
     Tensor,
+    TimeSharedDevice,
 )
-from deconvd_server.device.arriving import Arriving, LateError, require_all, wait_for_all
+from deconvd_server.device.arriving import ArrivalTimeoutError, Arriving, require_all, wait_for_all
 from deconvd_server.device.no_products import bytes_without_products, run_without_products
-from deconvd_server.engine.admission import Admission, Both, Load
+from deconvd_server.engine.admission import Admission, Load, PairedAdmission
 from deconvd_server.engine.result_arrays import new_result
 
-__all__ = ["Engine", "Engines", "Place"]
+__all__ = ["Engine", "Engines", "ResultTarget"]
 
-Place: TypeAlias = Tensor | TensorSpec
+ResultTarget: TypeAlias = Tensor | TensorSpec
 """Where a result is put: a spec stands for a new array in the host's memory, made once its call is admitted."""
 
-_SURELY: Final = 4
+_DEADLINE_MARGIN: Final = 4
 """How many times as long as a call may take it must take at least, for it to be refused.
 
 That is at the best rate that the device reaches, which no problem comes near. What could just about end in time is
@@ -65,7 +65,7 @@ class Engine:
         self._device = device
         self.info: DeviceInfo = device.info
         self._messages = messages if self.info.has_own_memory else None
-        self.on_shortage: Callable[[int, Call], None] = lambda *_: None
+        self.on_shortage: Callable[[int, CallContext], None] = lambda *_: None
         self._admission = Admission(
             self.info.calls_count,
             self.info.budget_bytes,
@@ -73,18 +73,18 @@ class Engine:
             reserved_count=waiting_count // 4,
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
         )
-        self._turns = device if isinstance(device, TakesTurns) else None
+        self._turns = device if isinstance(device, TimeSharedDevice) else None
         if self._turns is not None:
-            self._turns.pass_on = self._admission.pass_on
+            self._turns.yield_turn = self._admission.yield_turn
 
     def run(
         self,
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Place],
+        places: Mapping[str, ResultTarget],
         options: Options,
-        call: Call,
+        call: CallContext,
         *,
         brought_bytes: int = 0,
         sent_bytes: int = 0,
@@ -110,31 +110,31 @@ class Engine:
         lasting_bytes = brought_bytes + 2 * sent_bytes
         if self._messages is None:
             footprint_bytes += brought_bytes + sent_bytes
-            admitted = self._admission.admitted(
+            admitted = self._admission.admit(
                 footprint_bytes, call, lasting_bytes=lasting_bytes, brought_bytes=brought_bytes
             )
         else:
-            admitted = self._admission.admitted(footprint_bytes, call)
+            admitted = self._admission.admit(footprint_bytes, call)
             host_bytes = lasting_bytes
             if not problem.has_products:
                 host_bytes += bytes_without_products(problem, operands, places)
             if host_bytes:
-                admitted = Both(
-                    self._messages.admitted(
+                admitted = PairedAdmission(
+                    self._messages.admit(
                         host_bytes, call, lasting_bytes=lasting_bytes, brought_bytes=brought_bytes
                     ),
                     admitted,
                 )
         if len(tensors) < len(operands):
             if self.info.takes_arriving and problem.has_products:
-                with suppress(LateError), admitted:
+                with suppress(ArrivalTimeoutError), admitted:
                     return self._compute(operation, problem, operands, places, options, call)
             self._admission.check_fits(footprint_bytes)  # before all operands have arrived
             tensors = wait_for_all(operands, call)  # without a turn that others could have
         with admitted:
             return self._compute(operation, problem, tensors, places, options, call)
 
-    def check_time(self, problem: Problem, results: Collection[str], call: Call) -> None:
+    def check_time(self, problem: Problem, results: Collection[str], call: CallContext) -> None:
         """Return if a call may end in time, as far as is known.
 
         Args:
@@ -143,9 +143,9 @@ class Engine:
         Raises:
             DeadlineError: It would take several times as long as it has, if it were alone.
         """
-        least_s = 0.0 if self._turns is None else self._turns.least_s(problem, results)
+        least_s = 0.0 if self._turns is None else self._turns.min_duration_s(problem, results)
         remaining_s = call.remaining_s() if least_s else None
-        if remaining_s is not None and least_s > _SURELY * remaining_s:
+        if remaining_s is not None and least_s > _DEADLINE_MARGIN * remaining_s:
             raise DeadlineError(
                 f"the call would take more than {least_s:.3g} s, as x {problem.x} and W {problem.W} are, and its "
                 f"deadline is in {remaining_s:.3g} s"
@@ -156,9 +156,9 @@ class Engine:
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Place],
+        places: Mapping[str, ResultTarget],
         options: Options,
-        call: Call,
+        call: CallContext,
     ) -> dict[str, Array]:
         new: dict[str, Array] = {}
         targets: dict[str, Tensor] = {}
@@ -179,7 +179,7 @@ class Engine:
         Raises:
             ExhaustedError: The budget has no room for it now: `free` others, or wait for calls.
         """
-        self.hold(spec.nbytes)
+        self.reserve(spec.nbytes)
         try:
             return self._device.empty(spec)
         except BaseException:
@@ -191,37 +191,37 @@ class Engine:
         self._device.free(tensor)
         self.release(tensor.spec.nbytes)
 
-    def hold(self, size_bytes: int) -> None:
+    def reserve(self, size_bytes: int) -> None:
         """Count memory that the device keeps with a tensor, until it is released. Raises as `empty`."""
-        self._admission.hold(size_bytes)
+        self._admission.reserve(size_bytes)
 
     def release(self, size_bytes: int) -> None:
         """Count memory that was held as free."""
         self._admission.release(size_bytes)
 
     def write(
-        self, tensor: DeviceTensor, array: Array, call: Call, *, brought_bytes: int = 0
+        self, tensor: DeviceTensor, array: Array, call: CallContext, *, brought_bytes: int = 0
     ) -> None:
         """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do.
 
         Args:
             brought_bytes: What the call holds of the host's memory while it waits.
         """
-        with self._admission.admitted(0, call, brought_bytes=brought_bytes):
+        with self._admission.admit(0, call, brought_bytes=brought_bytes):
             self._device.write(tensor, array, call)
 
-    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
+    def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
         """Return a tensor's elements, in `out` if given. Raises as `write` does."""
-        with self._admission.admitted(0, call):
+        with self._admission.admit(0, call):
             return self._device.read(tensor, call, out)
 
-    def host_memory(self, spec: TensorSpec) -> Array:
+    def allocate_host_array(self, spec: TensorSpec) -> Array:
         """Return a new array in memory of the host's that the device reads and writes fastest.
 
         Raises:
             ExhaustedError: The host has not the memory.
         """
-        return self._device.host_memory(spec)
+        return self._device.allocate_host_array(spec)
 
     def lend(self, size_bytes: int) -> LentMemory:
         """Return new memory of the card that another process may open; end it by `take_back`.
@@ -230,7 +230,7 @@ class Engine:
             ExhaustedError: The budget has no room for it now.
             UnimplementedError: The device is no card.
         """
-        self._admission.hold(size_bytes)
+        self._admission.reserve(size_bytes)
         try:
             return self._device.lend(size_bytes)
         except BaseException:
@@ -278,9 +278,9 @@ class Engines:
 
     def least_loaded(self) -> Engine:
         """Return the engine with the fewest calls, and of several the one with the most free memory."""
-        return self.all[0] if len(self.all) == 1 else min(self.all, key=_burden)
+        return self.all[0] if len(self.all) == 1 else min(self.all, key=_load_key)
 
-    def having(self, *operands: Operand) -> Engine | None:
+    def engine_of(self, *operands: Operand) -> Engine | None:
         """Return the engine on whose device operands are; None if all are arrays.
 
         Raises:
@@ -312,12 +312,12 @@ class Engines:
             engine.close()
 
 
-def _resident_bytes(*places: Place) -> int:
+def _resident_bytes(*places: ResultTarget) -> int:
     """Return what those of a call's operands and places that are in a device's memory take there."""
     return sum([p.spec.nbytes for p in places if not isinstance(p, (np.ndarray, TensorSpec))])
 
 
-def _burden(engine: Engine) -> tuple[int, float]:
+def _load_key(engine: Engine) -> tuple[int, float]:
     load = engine.load
-    used_bytes = load.used_bytes + load.held_bytes
+    used_bytes = load.used_bytes + load.reserved_bytes
     return load.running_count + load.waiting_count, used_bytes / engine.info.budget_bytes

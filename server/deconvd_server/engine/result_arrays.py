@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from deconvd.errors import ExhaustedError
-from deconvd.host.buffer_pool import ArrayMemory
+from deconvd.host.buffer_pool import BufferPool
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.resources.budgets import budgets
 
 __all__ = ["new_result"]
 
-_RESULTS: Final = ArrayMemory(budgets().pool_bytes)
+_RESULT_POOL: Final = BufferPool(budgets().pool_bytes)
 """Memory for results that are sent."""
 
 
@@ -26,7 +26,7 @@ def new_result(problem: Problem, spec: TensorSpec) -> Array:
         ExhaustedError: There is no memory for it.
     """
     try:
-        return _RESULTS.empty(spec)
+        return _RESULT_POOL.empty(spec)
     except MemoryError:
         raise ExhaustedError(
             f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from deconvd.errors import UnavailableError
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.engine.answer_shares import SMALL_BYTES
 
-__all__ = ["RETRY_AFTER_S", "LineLimits", "Ticket", "wait_s"]
+__all__ = ["RETRY_AFTER_S", "QueueLimits", "Ticket", "longest_wait_s"]
 
 RETRY_AFTER_S: Final = 0.5
 """What a refused caller is told: about the time that a queue of small calls takes to shrink."""
@@ -38,7 +38,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class LineLimits:
+class QueueLimits:
     """How many calls may wait, and what they may have brought.
 
     Attributes:
@@ -72,7 +72,7 @@ class LineLimits:
             )
 
 
-def wait_s(ticket: Ticket, call: Call) -> float | None:
+def longest_wait_s(ticket: Ticket, call: CallContext) -> float | None:
     """Return for how long a call in the line may wait before it looks again; None if until it is told."""
     patient_s = ticket.patient_until_s - time.monotonic()
     remaining_s = call.remaining_s()

@@ -14,20 +14,20 @@ from deconvd.wire.cache_state import CacheState
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine.engine import Engine
 from deconvd_server.residents.quotas import counted_bytes
-from deconvd_server.residents.row import Row
+from deconvd_server.residents.row import LruQueue
 from deconvd_server.residents.tenant import Session, Tenant
-from deconvd_server.resources.cache import State
+from deconvd_server.resources.cache import EntryState
 
-__all__ = ["RETRY_AFTER_S", "Kept", "Shelf"]
+__all__ = ["RETRY_AFTER_S", "MemoryTier", "ResidentEntry"]
 
 RETRY_AFTER_S: Final = 0.5
 """What a caller is told whose tensors have to make room, or find none: about as long as calls use tensors."""
 
-_CLOCK: Final = count(1)
+_SEQUENCE: Final = count(1)
 """Tells what came into its row before what, whichever row that is."""
 
 
-class Kept:
+class ResidentEntry:
     """A tensor that is kept, or is being made to be.
 
         LIVE --retire--> RETIRED --last release--> FREED
@@ -62,13 +62,13 @@ class Kept:
         "is_moving",
         "names",
         "operand",
+        "queue",
         "resting_count",
-        "row",
-        "shelf",
         "size_bytes",
         "spec",
         "state",
         "tenant",
+        "tier",
         "used_at",
         "users_count",
     )
@@ -77,24 +77,24 @@ class Kept:
         self,
         tenant: Tenant,
         spec: TensorSpec,
-        shelf: Shelf,
+        shelf: MemoryTier,
         operand: Tensor,
-        on_unused: Callable[[Kept], None],
+        on_unused: Callable[[ResidentEntry], None],
     ) -> None:
         self.tenant = tenant
         self.spec = spec
-        self.shelf = shelf
+        self.tier = shelf
         self.operand = operand
         self.size_bytes = counted_bytes(spec)
         self.grown_bytes = 0
         self.is_moving = False
         self.names: dict[bytes, Session] = {}
         self.content_key: Hashable | None = None
-        self.row: Row[Kept] | None = None
+        self.queue: LruQueue[ResidentEntry] | None = None
         self.used_at = 0
         self.users_count = 0
         self.resting_count = 0
-        self.state = State.LIVE
+        self.state = EntryState.LIVE
         self._on_unused = on_unused
 
     @property
@@ -105,7 +105,7 @@ class Kept:
         return self.operand
 
     @property
-    def held_bytes(self) -> int:
+    def charged_bytes(self) -> int:
         """What it counts for where it lies."""
         return self.size_bytes + self.grown_bytes
 
@@ -117,56 +117,56 @@ class Kept:
     @property
     def is_live(self) -> bool:
         """Whether it can be named, and get users."""
-        return self.state is State.LIVE
+        return self.state is EntryState.LIVE
 
     @property
-    def is_gone(self) -> bool:
+    def is_freed(self) -> bool:
         """Whether its memory is given up."""
-        return self.state is State.FREED
+        return self.state is EntryState.FREED
 
     @property
     def is_idle(self) -> bool:
         """Whether it is live and nobody uses it."""
-        return self.state is State.LIVE and not self.users_count
+        return self.state is EntryState.LIVE and not self.users_count
 
     @property
     def is_resting(self) -> bool:
         """Whether it has users, all of which rest."""
-        return 0 < self.users_count == self.resting_count and self.state is not State.FREED
+        return 0 < self.users_count == self.resting_count and self.state is not EntryState.FREED
 
     def acquire(self) -> None:
         """Add a user."""
-        if self.state is not State.LIVE:
+        if self.state is not EntryState.LIVE:
             raise RuntimeError(f"cannot acquire a tensor that is {self.state.value}")
         self.users_count += 1
-        if self.row is not None:
-            self.shelf.settle(self)
+        if self.queue is not None:
+            self.tier.update_queue(self)
 
     def release(self) -> None:
         """Remove a user, which does not rest."""
         if self.users_count <= self.resting_count:
             raise RuntimeError("released more often than acquired")
         self.users_count -= 1
-        if self.state is State.LIVE:
-            self.shelf.settle(self)
+        if self.state is EntryState.LIVE:
+            self.tier.update_queue(self)
         else:
-            self._settle()
+            self._update_state()
 
     def rest(self) -> None:
         """Let a user rest."""
         self.resting_count += 1
-        self._settle()
+        self._update_state()
 
     def resume(self) -> None:
         """Let a user that rests go on: see `is_gone`."""
         self.resting_count -= 1
-        self._settle()
+        self._update_state()
 
     def retire(self) -> None:
         """Take no new users. Retiring twice is harmless."""
-        if self.state is State.LIVE:
-            self.state = State.RETIRED
-        self._settle()
+        if self.state is EntryState.LIVE:
+            self.state = EntryState.RETIRED
+        self._update_state()
 
     def revoke(self) -> None:
         """Retire, and do not wait for users that rest if there are no others."""
@@ -174,20 +174,20 @@ class Kept:
         if self.is_resting:
             self._free()
 
-    def _settle(self) -> None:
-        if self.state is State.FREED:
+    def _update_state(self) -> None:
+        if self.state is EntryState.FREED:
             return
-        if self.state is State.RETIRED and not self.users_count:
+        if self.state is EntryState.RETIRED and not self.users_count:
             self._free()
         else:
-            self.shelf.settle(self)
+            self.tier.update_queue(self)
 
     def _free(self) -> None:
-        self.state = State.FREED
+        self.state = EntryState.FREED
         self._on_unused(self)
 
 
-class _Account:
+class _TenantAccount:
     """What one tenant has on a shelf.
 
     Attributes:
@@ -202,11 +202,11 @@ class _Account:
     def __init__(self) -> None:
         self.size_bytes = 0
         self.count = 0
-        self.idle: Row[Kept] = Row()
-        self.resting: Row[Kept] = Row()
+        self.idle: LruQueue[ResidentEntry] = LruQueue()
+        self.resting: LruQueue[ResidentEntry] = LruQueue()
 
 
-class Shelf:
+class MemoryTier:
     """Memory for kept tensors, bounded: who has how much of it, and what was used least recently.
 
     Each tenant that has, or asks for, room here has the same share of it. Nothing here looks at more
@@ -222,13 +222,15 @@ class Shelf:
         leaving_bytes: The part of it that is being freed.
     """
 
-    def __init__(self, limit_bytes: int, engine: Engine | None, below: Shelf | None = None) -> None:
+    def __init__(
+        self, limit_bytes: int, engine: Engine | None, below: MemoryTier | None = None
+    ) -> None:
         self.limit_bytes = limit_bytes
         self.engine = engine
-        self.below = below
+        self.lower_tier = below
         self.used_bytes = 0
-        self.leaving_bytes = 0
-        self._accounts: dict[object, _Account] = {}  # by tenant
+        self.evicting_bytes = 0
+        self._accounts: dict[object, _TenantAccount] = {}  # by tenant
 
     @property
     def device_engine(self) -> Engine:
@@ -247,68 +249,68 @@ class Shelf:
 
     def lacking_bytes(self, size_bytes: int) -> int:
         """Return what else must leave for that."""
-        return self.used_bytes - self.leaving_bytes + size_bytes - self.limit_bytes
+        return self.used_bytes - self.evicting_bytes + size_bytes - self.limit_bytes
 
-    def can_have_room(self, size_bytes: int, tenant: object, is_promised: bool = False) -> bool:
+    def can_make_room(self, size_bytes: int, tenant: object, is_promised: bool = False) -> bool:
         """Return whether there would be room for so much more without all that is `displaceable`."""
         if self.will_fit(size_bytes):
             return True
-        rows = (row for rows in self._rows_for(tenant, is_promised) for _, row in rows)
+        rows = (row for rows in self._evictable_queues(tenant, is_promised) for _, row in rows)
         return sum(row.size_bytes for row in rows) >= self.lacking_bytes(size_bytes)
 
-    def is_promised(self, size_bytes: int, tenant: object) -> bool:
+    def is_within_share(self, size_bytes: int, tenant: object) -> bool:
         """Return whether a tenant has no more than its share with so much more."""
         return tenant is not None and self._size_bytes(tenant) + size_bytes <= self._share(tenant)
 
-    def is_in_the_way(self, kept: Kept, tenant: object) -> bool:
+    def blocks_share(self, kept: ResidentEntry, tenant: object) -> bool:
         """Return whether a tensor is here and its tenant, another one, has more than its share."""
         return (
-            kept.shelf is self
+            kept.tier is self
             and kept.tenant is not tenant
             and self._size_bytes(kept.tenant) > self._share(tenant)
         )
 
-    def take(self, tenant: Tenant, size_bytes: int) -> None:
+    def reserve(self, tenant: Tenant, size_bytes: int) -> None:
         """Count room as a tenant's, for what is about to come."""
         self.used_bytes += size_bytes
-        self._accounts.setdefault(tenant, _Account()).size_bytes += size_bytes
+        self._accounts.setdefault(tenant, _TenantAccount()).size_bytes += size_bytes
 
-    def put(self, kept: Kept) -> None:
+    def add(self, kept: ResidentEntry) -> None:
         """Let a tensor lie here, for which room was taken."""
         self._accounts[kept.tenant].count += 1
-        self.settle(kept)
+        self.update_queue(kept)
 
-    def settle(self, kept: Kept) -> None:
+    def update_queue(self, kept: ResidentEntry) -> None:
         """Note whether a tensor here is in use, rests or is idle."""
-        row: Row[Kept] | None = None
+        row: LruQueue[ResidentEntry] | None = None
         if not kept.users_count:
-            if kept.state is State.LIVE:
+            if kept.state is EntryState.LIVE:
                 row = self._accounts[kept.tenant].idle
         elif kept.users_count == kept.resting_count:
             row = self._accounts[kept.tenant].resting
-        if row is not kept.row:
-            self._set_row(kept, row)
+        if row is not kept.queue:
+            self._move_to_queue(kept, row)
 
-    def leave(self, kept: Kept) -> None:
+    def remove(self, kept: ResidentEntry) -> None:
         """Let a tensor lie here no more. Its room is free once it has `left`."""
-        self._set_row(kept, None)
+        self._move_to_queue(kept, None)
         self._accounts[kept.tenant].count -= 1
-        self.leave_unused(kept.tenant, kept.held_bytes)
+        self.cancel_reservation(kept.tenant, kept.charged_bytes)
 
-    def leave_unused(self, tenant: Tenant, size_bytes: int) -> None:
+    def cancel_reservation(self, tenant: Tenant, size_bytes: int) -> None:
         """Give up room that was taken for what has not come."""
-        self.leaving_bytes += size_bytes
+        self.evicting_bytes += size_bytes
         account = self._accounts[tenant]
         account.size_bytes -= size_bytes
         if not account.size_bytes:
             del self._accounts[tenant]
 
-    def left(self, size_bytes: int) -> None:
+    def note_freed(self, size_bytes: int) -> None:
         """Count room that was given up as free: its memory is."""
         self.used_bytes -= size_bytes
-        self.leaving_bytes -= size_bytes
+        self.evicting_bytes -= size_bytes
 
-    def displaceable(self, tenant: object, is_promised: bool = False) -> Iterator[Kept]:
+    def evictable(self, tenant: object, is_promised: bool = False) -> Iterator[ResidentEntry]:
         """Yield what may make room, the least recently used first.
 
         Those are the idle tensors of the tenant's own, and of tenants that have more than their share.
@@ -323,7 +325,7 @@ class Shelf:
         """
         share_bytes = self._share(tenant)
         own = self._accounts.get(tenant)
-        for rows in self._rows_for(tenant, is_promised):
+        for rows in self._evictable_queues(tenant, is_promised):
             heads = [
                 (first.used_at, account, row)
                 for account, row in rows
@@ -342,12 +344,12 @@ class Shelf:
                 else:
                     heapq.heapreplace(heads, (first.used_at, account, row))
 
-    def oldest(self, tensors_count: int) -> list[Kept]:
+    def least_recently_used(self, tensors_count: int) -> list[ResidentEntry]:
         """Return so many of the tensors that nobody uses, the least recently used first."""
         rows = (iter(account.idle) for account in self._accounts.values())
         return list(islice(heapq.merge(*rows, key=lambda kept: kept.used_at), tensors_count))
 
-    def state(self, name: str, tenant: Tenant | None) -> CacheState:
+    def cache_state(self, name: str, tenant: Tenant | None) -> CacheState:
         """Return what a tenant has here now; nothing for None."""
         account = None if tenant is None else self._accounts.get(tenant)
         return CacheState(
@@ -359,9 +361,9 @@ class Shelf:
             misses_count=0 if tenant is None else tenant.misses[self],
         )
 
-    def _rows_for(
+    def _evictable_queues(
         self, tenant: object, is_promised: bool
-    ) -> Iterator[list[tuple[_Account, Row[Kept]]]]:
+    ) -> Iterator[list[tuple[_TenantAccount, LruQueue[ResidentEntry]]]]:
         """Yield the rows that may make room; tensors of the first go first."""
         share_bytes, own = self._share(tenant), self._accounts.get(tenant)
         beyond = [
@@ -384,13 +386,13 @@ class Shelf:
         is_new = tenant is not None and tenant not in self._accounts
         return self.limit_bytes // max(len(self._accounts) + is_new, 1)
 
-    def _set_row(self, kept: Kept, row: Row[Kept] | None) -> None:
+    def _move_to_queue(self, kept: ResidentEntry, row: LruQueue[ResidentEntry] | None) -> None:
         size_bytes = kept.size_bytes + kept.grown_bytes  # does not change while it is in a row
-        if kept.row is not None:
-            del kept.row[kept]
-            kept.row.size_bytes -= size_bytes
-        kept.row = row
+        if kept.queue is not None:
+            del kept.queue[kept]
+            kept.queue.size_bytes -= size_bytes
+        kept.queue = row
         if row is not None:
-            kept.used_at = next(_CLOCK)
+            kept.used_at = next(_SEQUENCE)
             row[kept] = None
             row.size_bytes += size_bytes

@@ -15,29 +15,29 @@ from deconvd.errors import (
 )
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.cache_state import CacheState
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import Tensor
 from deconvd_server.engine.engine import Engine
-from deconvd_server.residents.elements import check_there
-from deconvd_server.residents.entry import Kept
-from deconvd_server.residents.placement import Shelving
+from deconvd_server.residents.elements import check_not_freed
+from deconvd_server.residents.entry import ResidentEntry
+from deconvd_server.residents.placement import Placement
 from deconvd_server.residents.quotas import Quotas, counted_bytes, names_limit
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
-from deconvd_server.residents.uses import Use
-from deconvd_server.resources.capabilities import Named
+from deconvd_server.residents.uses import ResidentUse
+from deconvd_server.resources.capabilities import CapabilityTable
 
-__all__ = ["Keeper"]
+__all__ = ["ResidentRegistry"]
 
-_WAIT_S = 0.05
+_POLL_PERIOD_S = 0.05
 """How often one who waits for a tensor on its way looks whether its call is still wanted."""
 
-_STEP_COUNT: Final = 64
+_BATCH_COUNT: Final = 64
 """Names or contents that are looked at while the lock is held: others wait for less than a millisecond."""
 
 _T = TypeVar("_T")
 
 
-class Keeper:
+class ResidentRegistry:
     """Keeps tensors for sessions, each of a tenant's for all of the tenant's sessions. Thread-safe.
 
     Whoever gets a tensor from it is its user, and ends that by `release`: until then it stays where
@@ -56,12 +56,12 @@ class Keeper:
         self, engines: Sequence[Engine], limit_bytes: Callable[[Engine], int], host_bytes: int
     ) -> None:
         self._changed = threading.Condition()
-        self._names: Named[Kept] = Named()
+        self._names: CapabilityTable[ResidentEntry] = CapabilityTable()
         self._names_by_session: dict[Session, set[bytes]] = {}
         # what tenants sent for a digest, by the digest and the form that it was sent in
-        self._contents: dict[Tenant, dict[Hashable, Kept]] = {}
+        self._contents: dict[Tenant, dict[Hashable, ResidentEntry]] = {}
         self._quotas = Quotas()
-        self._shelving = Shelving(
+        self._placement = Placement(
             engines,
             self._changed,
             self._quotas,
@@ -80,7 +80,9 @@ class Keeper:
         with self._changed:
             return self._quotas.used_bytes(tenant)
 
-    def make(self, session: Session, spec: TensorSpec, engine: Engine, call: Call) -> Kept:
+    def make(
+        self, session: Session, spec: TensorSpec, engine: Engine, call: CallContext
+    ) -> ResidentEntry:
         """Return a new tensor on an engine's device, with any elements. The caller is its user.
 
         Nothing stands for it: unless `name` or `offer` lets something, `release` frees it.
@@ -93,23 +95,23 @@ class Keeper:
         size_bytes = counted_bytes(spec)
         self._take_quota(session, size_bytes)
         try:
-            return self._shelving.make(session.tenant, spec, engine, call)
+            return self._placement.make(session.tenant, spec, engine, call)
         except BaseException:
             with self._changed:
                 self._quotas.give_back(session.tenant, size_bytes)
             raise
 
-    def name(self, kept: Kept, session: Session, name: bytes) -> None:
+    def bind_name(self, kept: ResidentEntry, session: Session, name: bytes) -> None:
         """Let a new name stand for a tensor that the caller uses, until the session ends.
 
         Raises:
             LostSessionError: It has ended.
-            UnavailableError: As `check_there`.
+            UnavailableError: As `check_not_freed`.
             ExhaustedError: The tensor has as many names as it may.
         """
         with self._changed:
             _check_alive(session)
-            check_there(kept)
+            check_not_freed(kept)
             if not kept.is_live:
                 raise RuntimeError("a tensor that is dropped cannot be named")
             if len(kept.names) >= names_limit(kept.spec):
@@ -122,7 +124,9 @@ class Keeper:
             session.place.is_idle = False
             kept.names[name] = session
 
-    def offer(self, kept: Kept, session: Session, content_key: Hashable) -> None:
+    def register_content(
+        self, kept: ResidentEntry, session: Session, content_key: Hashable
+    ) -> None:
         """Let content stand for a tensor that the caller uses, until the tenant's last session ends.
 
         Nothing changes if it stands for one already, or if the session has ended.
@@ -134,17 +138,17 @@ class Keeper:
             if content_key not in contents:
                 contents[content_key] = kept
                 kept.content_key = content_key
-                session.tenant.misses[kept.shelf] += 1
+                session.tenant.misses[kept.tier] += 1
 
     def drop(self, session: Session, names: Iterable[bytes]) -> None:
         """Let names of a session stand for nothing. Those that it does not have are passed over."""
-        for step in _steps(names):
+        for step in _batches(names):
             with self._changed:
                 for name in self._names_by_session.get(session, set()).intersection(step):
                     self._drop_name(name)
-            self._shelving.sweep()
+            self._placement.sweep()
 
-    def end(self, session: Session, is_last: bool) -> None:
+    def end_session(self, session: Session, is_last: bool) -> None:
         """Drop what was kept for a session that has ended, and its tenant's contents if it was the last."""
         with self._changed:
             names = tuple(self._names_by_session.get(session, ()))
@@ -152,17 +156,19 @@ class Keeper:
         with self._changed:
             self._names_by_session.pop(session, None)
             contents = self._contents_of(session.tenant) if is_last else ()
-        for step in _steps(contents):
+        for step in _batches(contents):
             with self._changed:
                 for kept in step:
                     self._forget_content(kept)
-                    _retire_unless_wanted(kept)
-            self._shelving.sweep()
+                    _retire_if_unnamed(kept)
+            self._placement.sweep()
         if is_last:
             with self._changed:
                 self._contents.pop(session.tenant, None)
 
-    def by_name(self, session: Session, name: bytes, argument: str, call: Call) -> Kept:
+    def acquire_by_name(
+        self, session: Session, name: bytes, argument: str, call: CallContext
+    ) -> ResidentEntry:
         """Return the tensor of a name. The caller is its user.
 
         Args:
@@ -172,11 +178,11 @@ class Keeper:
             LostTensorError: There is none that the session's tenant may use.
         """
 
-        def find() -> Kept | None:
+        def find() -> ResidentEntry | None:
             kept = self._names.get(name)
             return kept if kept is not None and kept.tenant is session.tenant else None
 
-        kept = self._acquired(find, call)
+        kept = self._acquire(find, call)
         if kept is None:
             raise LostTensorError(
                 f"{argument} must be kept by this server, and the tensor named is unknown, was "
@@ -185,58 +191,62 @@ class Keeper:
             )
         return kept
 
-    def by_content(self, session: Session, content_key: Hashable, call: Call) -> Kept | None:
+    def acquire_by_content(
+        self, session: Session, content_key: Hashable, call: CallContext
+    ) -> ResidentEntry | None:
         """Return the tensor of a content, or None. The caller is its user."""
 
-        def find() -> Kept | None:
+        def find() -> ResidentEntry | None:
             return self._contents.get(session.tenant, {}).get(content_key)
 
-        kept = self._acquired(find, call)
+        kept = self._acquire(find, call)
         with self._changed:
             if kept is not None and kept.content_key is not None:
                 contents = self._contents[session.tenant]
                 contents[content_key] = contents.pop(content_key)  # the oldest come first
         return kept
 
-    def release(self, kept: Kept) -> None:
+    def release(self, kept: ResidentEntry) -> None:
         """Use a tensor no more."""
         with self._changed:
             kept.release()
             if not kept.users_count:
-                _retire_unless_wanted(kept)
-        self._shelving.sweep()
+                _retire_if_unnamed(kept)
+        self._placement.sweep()
 
-    def begin_use(self, call: Call) -> Use:
+    def begin_use(self, call: CallContext) -> ResidentUse:
         """Return what a call notes the tensors in that it uses, to be ended by `end_use`."""
-        return self._shelving.uses.begin(call)
+        return self._placement.uses.begin(call)
 
-    def end_use(self, use: Use) -> None:
+    def end_use(self, use: ResidentUse) -> None:
         """Use the tensors of a call no more."""
-        self._shelving.uses.end(use)
+        self._placement.uses.end(use)
         for kept in use.tensors:
             self.release(kept)
 
-    def resting(self, kept: Kept, call: Call) -> AbstractContextManager[None]:
+    def rest(self, kept: ResidentEntry, call: CallContext) -> AbstractContextManager[None]:
         """Let the caller, a user of a tensor, not use it for the block, in which it waits for its client.
 
         Another tenant may have the tensor's memory then, as far as that is promised to it. After the block
-        the tensor may be elsewhere, or gone: see `check_there`.
+        the tensor may be elsewhere, or gone: see `check_not_freed`.
         """
-        return _Resting(self._changed, kept, call)
+        return _RestScope(self._changed, kept, call)
 
-    def operand(self, kept: Kept, engine: Engine, call: Call) -> Tensor:
+    def operand(self, kept: ResidentEntry, engine: Engine, call: CallContext) -> Tensor:
         """Return the elements of a tensor that the caller uses. See `Shelving.operand`."""
-        return self._shelving.operand(kept, engine, call)
+        return self._placement.operand(kept, engine, call)
 
-    def states(self, engine: Engine, tenant: Tenant | None) -> list[CacheState]:
+    def cache_states(self, engine: Engine, tenant: Tenant | None) -> list[CacheState]:
         """Return what is kept for a tenant on an engine's device now, and beneath it; nothing for None."""
-        return self._shelving.states(engine, tenant)
+        return self._placement.cache_states(engine, tenant)
 
-    def _acquired(self, find: Callable[[], Kept | None], call: Call) -> Kept | None:
+    def _acquire(
+        self, find: Callable[[], ResidentEntry | None], call: CallContext
+    ) -> ResidentEntry | None:
         """Return what is found, with one more user, once it is not on its way elsewhere."""
         with self._changed:
             while (kept := find()) is not None and kept.is_moving:
-                self._changed.wait(_WAIT_S)
+                self._changed.wait(_POLL_PERIOD_S)
                 call.check()
             if kept is not None:
                 kept.acquire()
@@ -248,7 +258,7 @@ class Keeper:
         What content alone stands for can be sent again: it makes room, the oldest first.
         """
         tenant = session.tenant
-        contents: Iterator[Kept] | None = None
+        contents: Iterator[ResidentEntry] | None = None
         while True:
             with self._changed:
                 _check_alive(session)
@@ -257,7 +267,7 @@ class Keeper:
                     return
                 if contents is None:
                     contents = iter(self._contents_of(tenant))
-                step = tuple(islice(contents, _STEP_COUNT))
+                step = tuple(islice(contents, _BATCH_COUNT))
                 if not step or size_bytes > tenant.quota_bytes:
                     raise ExhaustedError(
                         f"a tenant may keep {tenant.quota_bytes} bytes of tensors, and this one keeps "
@@ -267,20 +277,20 @@ class Keeper:
                     if self._quotas.have_room(tenant, size_bytes):
                         break
                     if kept.is_idle and not kept.names:
-                        self._shelving.evict(kept)
-            self._shelving.sweep()
+                        self._placement.drop(kept)
+            self._placement.sweep()
 
-    def _contents_of(self, tenant: Tenant) -> tuple[Kept, ...]:
+    def _contents_of(self, tenant: Tenant) -> tuple[ResidentEntry, ...]:
         """Return what content stands for, the least recently found first."""
         return tuple(self._contents.get(tenant, {}).values())
 
-    def _forget(self, kept: Kept) -> None:
+    def _forget(self, kept: ResidentEntry) -> None:
         """Let nothing stand for a tensor."""
         for name in tuple(kept.names):
             self._forget_name(name)
         self._forget_content(kept)
 
-    def _forget_name(self, name: bytes) -> Kept:
+    def _forget_name(self, name: bytes) -> ResidentEntry:
         kept = self._names.pop(name)
         session = kept.names.pop(name)
         names = self._names_by_session[session]
@@ -288,44 +298,46 @@ class Keeper:
         session.place.is_idle = not names
         return kept
 
-    def _forget_content(self, kept: Kept) -> None:
+    def _forget_content(self, kept: ResidentEntry) -> None:
         if kept.content_key is not None:
             del self._contents[kept.tenant][kept.content_key]
             kept.content_key = None
 
     def _drop_name(self, name: bytes) -> None:
-        _retire_unless_wanted(self._forget_name(name))
+        _retire_if_unnamed(self._forget_name(name))
 
 
-class _Resting(AbstractContextManager[None]):
+class _RestScope(AbstractContextManager[None]):
     """A user that rests, for the length of a block. See `Keeper.resting`."""
 
-    __slots__ = ("_call", "_changed", "_kept")
+    __slots__ = ("_call", "_changed", "_entry")
 
-    def __init__(self, changed: threading.Condition, kept: Kept, call: Call) -> None:
+    def __init__(
+        self, changed: threading.Condition, kept: ResidentEntry, call: CallContext
+    ) -> None:
         self._changed = changed
-        self._kept = kept
+        self._entry = kept
         self._call = call
 
     def __enter__(self) -> None:
         with self._changed:
-            self._kept.rest()
+            self._entry.rest()
 
     def __exit__(self, error: object, *_: object) -> None:
         with self._changed:
-            while error is None and self._kept.is_moving and not self._call.is_cancelled:
-                self._changed.wait(_WAIT_S)
-            self._kept.resume()
+            while error is None and self._entry.is_moving and not self._call.is_cancelled:
+                self._changed.wait(_POLL_PERIOD_S)
+            self._entry.resume()
 
 
-def _steps(items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:
+def _batches(items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:
     """Yield items, a few at a time."""
     rest = iter(items)
-    while step := tuple(islice(rest, _STEP_COUNT)):
+    while step := tuple(islice(rest, _BATCH_COUNT)):
         yield step
 
 
-def _retire_unless_wanted(kept: Kept) -> None:
+def _retire_if_unnamed(kept: ResidentEntry) -> None:
     if not kept.names and kept.content_key is None:
         kept.retire()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TypeVar
 
-__all__ = ["Row"]
+__all__ = ["LruQueue"]
 
 _T = TypeVar("_T")
 
 
-class Row(OrderedDict[_T, None]):
+class LruQueue(OrderedDict[_T, None]):
     """Things in the order in which they came.
 
     Attributes:

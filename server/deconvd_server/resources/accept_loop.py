@@ -15,7 +15,7 @@ from deconvd_server.resources.unix_listener import SideSocket
 
 __all__ = ["Listener"]
 
-_MEND_S: Final = 5.0
+_RESTORE_PERIOD_S: Final = 5.0
 """How often it looks after its sockets' files."""
 
 _PAUSE_S: Final = 0.1
@@ -59,10 +59,10 @@ class Listener:
         self._on_lost = on_lost
         self._is_stopped = False
         self._is_short = False  # of descriptors or threads
-        self._resumes_s: float | None = None
-        self._mends_s = time.monotonic() + _MEND_S
+        self._resume_due_s: float | None = None
+        self._restore_due_s = time.monotonic() + _RESTORE_PERIOD_S
         self._actions: dict[int, _Action] = {}  # by descriptor
-        self._todo: deque[_Action] = deque()
+        self._pending: deque[_Action] = deque()
         self._events = select.epoll()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         for wake in (self._wake_receiver, self._wake_sender):
@@ -94,7 +94,7 @@ class Listener:
 
     def call_soon(self, action: _Action) -> None:
         """Have the thread do something. Any thread may call this."""
-        self._todo.append(action)
+        self._pending.append(action)
         with suppress(OSError):  # it is full, so the thread wakes anyway; or it is closed
             self._wake_sender.send(b"\0")
 
@@ -110,13 +110,13 @@ class Listener:
 
     def close(self) -> None:
         """Do what `call_soon` was told and `run` has not done. To be called once that has returned."""
-        self._do()
+        self._run_pending()
         self._events.close()
         self._wake_receiver.close()
         self._wake_sender.close()
 
     def _run_once(self) -> None:
-        until_s = min(self._mends_s, self._resumes_s or self._mends_s)
+        until_s = min(self._restore_due_s, self._resume_due_s or self._restore_due_s)
         ready = [fd for fd, _ in self._events.poll(max(until_s - time.monotonic(), 0))]
         # those who go before those who come, who may get the same descriptor
         for descriptor in ready:
@@ -126,15 +126,15 @@ class Listener:
             if (listening := self._sockets.get(descriptor)) is not None:
                 self._accept(listening)
         now_s = time.monotonic()
-        if now_s >= self._mends_s:
-            self._mend(now_s)
-        if self._resumes_s is not None and now_s >= self._resumes_s:
+        if now_s >= self._restore_due_s:
+            self._restore_sockets(now_s)
+        if self._resume_due_s is not None and now_s >= self._resume_due_s:
             self._listen()
 
-    def _mend(self, now_s: float) -> None:
-        self._mends_s = now_s + _MEND_S
+    def _restore_sockets(self, now_s: float) -> None:
+        self._restore_due_s = now_s + _RESTORE_PERIOD_S
         for side in self._sides:
-            if side.mend():
+            if side.restore():
                 self._listen()
 
     def _accept(self, listening: socket.socket) -> None:
@@ -162,13 +162,13 @@ class Listener:
         if not self._is_short:
             _log.warning("%s are not accepted for now: %s", self._who, error)
         self._is_short = True
-        self._resumes_s = time.monotonic() + _PAUSE_S
+        self._resume_due_s = time.monotonic() + _PAUSE_S
         for descriptor in self._sockets:
             with suppress(FileNotFoundError):  # it has just been paused for another
                 self._events.unregister(descriptor)
 
     def _listen(self) -> None:
-        self._resumes_s = None
+        self._resume_due_s = None
         for descriptor in self._sockets:
             with suppress(FileExistsError):  # it was neither paused nor made anew
                 self._events.register(descriptor, select.EPOLLIN)
@@ -177,16 +177,16 @@ class Listener:
         for listening in self._sockets.values():
             listening.close()
         self._sockets.clear()
-        self._resumes_s = None
+        self._resume_due_s = None
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
-        self._do()
+        self._run_pending()
 
-    def _do(self) -> None:
-        while self._todo:
-            self._todo.popleft()()
+    def _run_pending(self) -> None:
+        while self._pending:
+            self._pending.popleft()()
 
     def _stop(self) -> None:
         self._is_stopped = True

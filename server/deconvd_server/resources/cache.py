@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-__all__ = ["Cache", "CacheStats", "Entry", "Resource", "State"]
+__all__ = ["Cache", "CacheEntry", "CacheStats", "EntryState", "Resource"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-_WAIT_S = 0.05
+_POLL_PERIOD_S = 0.05
 """How often one who waits for another's build looks whether its own call is still wanted."""
 
 
-class State(StrEnum):
+class EntryState(StrEnum):
     """What has become of an entry."""
 
     LIVE = "live"
@@ -43,7 +43,7 @@ class Resource(Generic[V]):
     free: Callable[[], None] = lambda: None
 
 
-class Entry(Generic[V]):
+class CacheEntry(Generic[V]):
     """One resource, shared by its users, freed after the last of them.
 
         LIVE --retire--> RETIRED --last release--> FREED
@@ -57,7 +57,7 @@ class Entry(Generic[V]):
 
     def __init__(self, resource: Resource[V], free: Callable[[Resource[V]], None]) -> None:
         self.resource = resource
-        self.state = State.LIVE
+        self.state = EntryState.LIVE
         self._free = free
         self._users = 0
 
@@ -68,7 +68,7 @@ class Entry(Generic[V]):
 
     def acquire(self) -> None:
         """Add a user."""
-        if self.state is not State.LIVE:
+        if self.state is not EntryState.LIVE:
             raise RuntimeError(f"cannot acquire a {self.state.value} entry")
         self._users += 1
 
@@ -81,13 +81,13 @@ class Entry(Generic[V]):
 
     def retire(self) -> None:
         """Take no new users. Retiring twice is harmless."""
-        if self.state is State.LIVE:
-            self.state = State.RETIRED
+        if self.state is EntryState.LIVE:
+            self.state = EntryState.RETIRED
             self._settle()
 
     def _settle(self) -> None:
-        if self.state is State.RETIRED and self._users == 0:
-            self.state = State.FREED
+        if self.state is EntryState.RETIRED and self._users == 0:
+            self.state = EntryState.FREED
             self._free(self.resource)
 
 
@@ -123,8 +123,8 @@ class Cache(Generic[K, V]):
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        self._entries: OrderedDict[K, Entry[V]] = OrderedDict()
-        self._builds: dict[K, Future[Entry[V]]] = {}
+        self._entries: OrderedDict[K, CacheEntry[V]] = OrderedDict()
+        self._builds: dict[K, Future[CacheEntry[V]]] = {}
         self._garbage: list[Resource[V]] = []
         self._size_bytes = 0
         self._hits_count = 0
@@ -184,24 +184,24 @@ class Cache(Generic[K, V]):
         build: Callable[[], Resource[V]],
         check: Callable[[], None],
         executor: Executor | None,
-    ) -> Entry[V]:
+    ) -> CacheEntry[V]:
         missed = False
         while True:
             with self._lock:
                 entry = self._entries.get(key)
                 if entry is not None:
-                    return self._hit(key, entry, missed=missed)
+                    return self._acquire_live(key, entry, missed=missed)
                 self._misses_count += not missed
                 missed = True
                 theirs = self._builds.get(key)
                 if theirs is None:
-                    mine = self._builds[key] = Future[Entry[V]]()
+                    mine = self._builds[key] = Future[CacheEntry[V]]()
             if theirs is None:
                 self._start(key, build, mine, executor)
-                return self._taken(mine, check)
-            _wait(theirs, check)
+                return self._wait_for_own_build(mine, check)
+            _wait_for_build(theirs, check)
 
-    def _hit(self, key: K, entry: Entry[V], *, missed: bool) -> Entry[V]:
+    def _acquire_live(self, key: K, entry: CacheEntry[V], *, missed: bool) -> CacheEntry[V]:
         self._entries.move_to_end(key)
         self._hits_count += not missed
         entry.acquire()
@@ -211,7 +211,7 @@ class Cache(Generic[K, V]):
         self,
         key: K,
         build: Callable[[], Resource[V]],
-        future: Future[Entry[V]],
+        future: Future[CacheEntry[V]],
         executor: Executor | None,
     ) -> None:
         if executor is None:
@@ -222,7 +222,9 @@ class Cache(Generic[K, V]):
         except RuntimeError as error:  # it was shut down, or cannot start a thread now
             self._fail(key, future, error)
 
-    def _build(self, key: K, build: Callable[[], Resource[V]], future: Future[Entry[V]]) -> None:
+    def _build(
+        self, key: K, build: Callable[[], Resource[V]], future: Future[CacheEntry[V]]
+    ) -> None:
         if future.done():  # it was queued all the same when the executor could start no thread
             return
         try:
@@ -236,25 +238,27 @@ class Cache(Generic[K, V]):
         future.set_result(entry)
         self._sweep()
 
-    def _fail(self, key: K, future: Future[Entry[V]], error: BaseException) -> None:
+    def _fail(self, key: K, future: Future[CacheEntry[V]], error: BaseException) -> None:
         with self._lock:
             del self._builds[key]
         future.set_exception(error)
 
-    def _taken(self, future: Future[Entry[V]], check: Callable[[], None]) -> Entry[V]:
+    def _wait_for_own_build(
+        self, future: Future[CacheEntry[V]], check: Callable[[], None]
+    ) -> CacheEntry[V]:
         """Return the entry of one's own build, which has one as its user already."""
         try:
-            return _wait(future, check)
+            return _wait_for_build(future, check)
         except BaseException:
-            future.add_done_callback(self._give_up)
+            future.add_done_callback(self._release_abandoned)
             raise
 
-    def _give_up(self, future: Future[Entry[V]]) -> None:
+    def _release_abandoned(self, future: Future[CacheEntry[V]]) -> None:
         if future.exception() is None:
             self._release(future.result())
 
-    def _insert(self, key: K, resource: Resource[V]) -> Entry[V]:
-        entry = Entry(resource, self._garbage.append)
+    def _insert(self, key: K, resource: Resource[V]) -> CacheEntry[V]:
+        entry = CacheEntry(resource, self._garbage.append)
         entry.acquire()
         self._entries[key] = entry
         self._size_bytes += resource.size_bytes
@@ -262,12 +266,12 @@ class Cache(Generic[K, V]):
             self._retire(*next(iter(self._entries.items())))
         return entry
 
-    def _release(self, entry: Entry[V]) -> None:
+    def _release(self, entry: CacheEntry[V]) -> None:
         with self._lock:
             entry.release()
         self._sweep()
 
-    def _retire(self, key: K, entry: Entry[V]) -> None:
+    def _retire(self, key: K, entry: CacheEntry[V]) -> None:
         del self._entries[key]
         self._size_bytes -= entry.resource.size_bytes
         entry.retire()
@@ -281,7 +285,7 @@ class Cache(Generic[K, V]):
             resource.free()
 
 
-def _wait(build: Future[Entry[V]], check: Callable[[], None]) -> Entry[V]:
+def _wait_for_build(build: Future[CacheEntry[V]], check: Callable[[], None]) -> CacheEntry[V]:
     """Return what a build gives, once it is done.
 
     Raises:
@@ -290,7 +294,7 @@ def _wait(build: Future[Entry[V]], check: Callable[[], None]) -> Entry[V]:
     while True:
         check()
         try:
-            return build.result(_WAIT_S)
+            return build.result(_POLL_PERIOD_S)
         except TimeoutError:
             if build.done():  # then the error may be the build's own
                 return build.result()

@@ -7,7 +7,7 @@ import hmac
 import secrets
 from typing import Final, Generic, TypeVar
 
-__all__ = ["NAME_BYTES", "Named", "are_same", "new_name"]
+__all__ = ["NAME_BYTES", "CapabilityTable", "is_same_secret", "new_name"]
 
 NAME_BYTES: Final = 16
 
@@ -19,12 +19,12 @@ def new_name() -> bytes:
     return secrets.token_bytes(NAME_BYTES)
 
 
-def are_same(secret: bytes, other: bytes) -> bool:
+def is_same_secret(secret: bytes, other: bytes) -> bool:
     """Return whether two secrets are the same, in a time that says nothing of either."""
     return hmac.compare_digest(_digest(secret), _digest(other))
 
 
-class Named(Generic[_V]):
+class CapabilityTable(Generic[_V]):
     """Values by secret name. Not thread-safe.
 
     They are found by the names' digests, so that the time of a look-up says nothing of the names.

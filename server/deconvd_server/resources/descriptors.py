@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from deconvd_server.resources.peers import counted_by_connection
+from deconvd_server.resources.peers import peer_key_of_connection
 
 __all__ = ["DescriptorGuard", "TooFewDescriptorsError", "connections_count", "raise_limit"]
 
@@ -36,10 +36,10 @@ _LEAST_RESERVE_COUNT: Final = 8
 others are shut down, and lent memory takes one for a moment.
 """
 
-_LOOK_S: Final = 0.1
+_POLL_PERIOD_S: Final = 0.1
 """How often the guard counts: more often than a client can fill the reserve without being refused by gRPC."""
 
-_LOOKING_PART: Final = 5
+_PAUSE_FACTOR: Final = 5
 """The guard pauses for so many times as long as it has looked, however many descriptors there are."""
 
 _OPEN_DESCRIPTORS: Final = "/proc/self/fd"
@@ -101,7 +101,7 @@ class DescriptorGuard:
 
     def __init__(self) -> None:
         self._null = os.open(os.devnull, os.O_RDONLY)
-        self._hand = os.dup(self._null)
+        self._spare_descriptor = os.dup(self._null)
         self._limit_count, self._reserve_count = _limit_count(), _reserve_count()
         self._most_count = connections_count() - self._reserve_count // 2  # before gRPC refuses any
         self._is_short = False
@@ -118,7 +118,7 @@ class DescriptorGuard:
                 self._keep_reserve()
             except Exception:  # the guard goes on: it may succeed once some descriptors are closed
                 _log.exception("descriptors could not be looked after")
-            time.sleep(max(_LOOK_S, (time.monotonic() - begin_s) * _LOOKING_PART))
+            time.sleep(max(_POLL_PERIOD_S, (time.monotonic() - begin_s) * _PAUSE_FACTOR))
 
     def _keep_reserve(self) -> None:
         """Shut connections down if fewer descriptors are free than the reserve has."""
@@ -147,45 +147,45 @@ class DescriptorGuard:
             self._shut(connection)
 
     @contextmanager
-    def _taken(self, descriptor: int) -> Iterator[socket.socket]:
+    def _duplicate(self, descriptor: int) -> Iterator[socket.socket]:
         """Give the block what a descriptor stands for, in a descriptor of our own: nobody can replace it there.
 
         That takes none of those that there may not be any more. Raises OSError if it is no socket.
         """
-        os.dup2(descriptor, self._hand, inheritable=False)
+        os.dup2(descriptor, self._spare_descriptor, inheritable=False)
         try:
-            taken = socket.socket(fileno=self._hand)
+            taken = socket.socket(fileno=self._spare_descriptor)
             try:
                 yield taken
             finally:
                 taken.detach()
         finally:
-            os.dup2(self._null, self._hand, inheritable=False)
+            os.dup2(self._null, self._spare_descriptor, inheritable=False)
 
-    def _connections(self) -> list[_Connection]:
+    def _connections(self) -> list[_AcceptedSocket]:
         """Return what was accepted: this process makes no connection itself, and its own pairs have no name."""
         found = (self._connection(descriptor) for descriptor in _descriptors())
         return [connection for connection in found if connection is not None]
 
-    def _connection(self, descriptor: int) -> _Connection | None:
-        if descriptor in (self._hand, self._null):
+    def _connection(self, descriptor: int) -> _AcceptedSocket | None:
+        if descriptor in (self._spare_descriptor, self._null):
             return None
-        with suppress(OSError), self._taken(descriptor) as taken:
+        with suppress(OSError), self._duplicate(descriptor) as taken:
             address = taken.getpeername()  # fails for what listens
             if taken.family != socket.AF_UNIX or taken.getsockname():
-                peer = counted_by_connection(taken, address)
-                return _Connection(descriptor, address, peer, _idle_s(taken))
+                peer = peer_key_of_connection(taken, address)
+                return _AcceptedSocket(descriptor, address, peer, _idle_s(taken))
         return None
 
-    def _shut(self, connection: _Connection) -> None:
+    def _shut(self, connection: _AcceptedSocket) -> None:
         """Shut a connection down, unless another is behind its number by now. Whoever has it sees its end."""
-        with suppress(OSError), self._taken(connection.descriptor) as taken:
+        with suppress(OSError), self._duplicate(connection.descriptor) as taken:
             if taken.getpeername() == connection.address:
                 taken.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True, slots=True)
-class _Connection:
+class _AcceptedSocket:
     """A connection that was accepted.
 
     Attributes:
@@ -228,12 +228,12 @@ def _idle_s(connection: socket.socket) -> float:
     return float(min(sent_ms, received_ms)) / 1e3
 
 
-def _longest_idle(connections: list[_Connection], count: int) -> list[_Connection]:
+def _longest_idle(connections: list[_AcceptedSocket], count: int) -> list[_AcceptedSocket]:
     """Return that many connections of the peers that have most: of each, those that are idle for longest."""
-    by_peer: defaultdict[str, list[_Connection]] = defaultdict(list)
+    by_peer: defaultdict[str, list[_AcceptedSocket]] = defaultdict(list)
     for connection in sorted(connections, key=lambda one: one.idle_s):
         by_peer[connection.peer].append(connection)
-    chosen: list[_Connection] = []
+    chosen: list[_AcceptedSocket] = []
     for _ in range(min(count, len(connections))):
         biggest = max(by_peer.values(), key=len)
         chosen.append(biggest.pop())

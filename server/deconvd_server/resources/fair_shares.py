@@ -14,7 +14,7 @@ from typing import Final
 
 from deconvd.errors import UnavailableError
 
-__all__ = ["Place", "Shares"]
+__all__ = ["FairShares", "PeerPlace"]
 
 _RETRY_AFTER_S: Final = 0.5
 """What a refused peer is told: places are given back as calls end, and most are brief."""
@@ -22,7 +22,7 @@ _RETRY_AFTER_S: Final = 0.5
 _log = logging.getLogger(__name__)
 
 
-class Place:
+class PeerPlace:
     """One place that a peer holds.
 
     Attributes:
@@ -32,13 +32,13 @@ class Place:
         is_idle: Whether nothing is under way there: then it gives way before its peer's others. Any thread may set it.
     """
 
-    __slots__ = ("_shares", "give_way", "is_idle", "peer", "progressed_s")
+    __slots__ = ("_shares", "is_idle", "peer", "preempt", "progressed_s")
 
-    def __init__(self, shares: Shares, peer: str, give_way: Callable[[], None]) -> None:
+    def __init__(self, shares: FairShares, peer: str, give_way: Callable[[], None]) -> None:
         self.peer = peer
         self.progressed_s = time.monotonic()
         self.is_idle = False
-        self.give_way = give_way
+        self.preempt = give_way
         self._shares = shares
 
     def note_progress(self) -> None:
@@ -50,7 +50,7 @@ class Place:
         self._shares.free(self)
 
 
-class Shares:
+class FairShares:
     """A number of places, and who holds them. Thread-safe.
 
     A peer takes places while more than the reserve are free, and its first one of the reserve, too. When there are no
@@ -70,16 +70,18 @@ class Shares:
         self._reserved_count = reserved_count
         self._what = what
         self._lock = threading.Lock()
-        self._places: dict[str, dict[Place, None]] = {}  # by peer, in the order in which they came
+        self._places: dict[
+            str, dict[PeerPlace, None]
+        ] = {}  # by peer, in the order in which they came
         self._taken_count = 0
-        self._leaving: set[Place] = set()
+        self._preempted: set[PeerPlace] = set()
 
     @property
     def taken_count(self) -> int:
         """How many places are held, without those that gave way."""
         return self._taken_count
 
-    def take(self, peer: str, give_way: Callable[[], None]) -> Place:
+    def take(self, peer: str, give_way: Callable[[], None]) -> PeerPlace:
         """Take a place.
 
         Args:
@@ -89,28 +91,28 @@ class Shares:
         Raises:
             UnavailableError: There is none for this peer now.
         """
-        place = Place(self, peer, give_way)
+        place = PeerPlace(self, peer, give_way)
         with self._lock:
-            leaver = None if self._has_free(peer) else self._leaver(peer)
+            leaver = None if self._has_free(peer) else self._choose_preempted(peer)
             if leaver is not None:
                 self._remove(leaver)
-                self._leaving.add(leaver)
+                self._preempted.add(leaver)
             self._places.setdefault(peer, {})[place] = None
             self._taken_count += 1
         if leaver is not None:
             _log.info("one of the %s of %s gives way to %s", self._what, leaver.peer, peer)
             try:
-                leaver.give_way()
+                leaver.preempt()
             except Exception:
                 _log.exception("one of the %s did not give way in good order", self._what)
         return place
 
-    def free(self, place: Place) -> None:
+    def free(self, place: PeerPlace) -> None:
         """Give a place back. Later times nothing is done."""
         with self._lock:
             if place in self._places.get(place.peer, ()):
                 self._remove(place)
-            self._leaving.discard(place)
+            self._preempted.discard(place)
 
     def count_of(self, peer: str) -> int:
         """Return how many places a peer holds."""
@@ -121,7 +123,7 @@ class Shares:
         reserved_count = self._reserved_count if peer in self._places else 0
         return self._places_count - self._taken_count > reserved_count
 
-    def _leaver(self, peer: str) -> Place:
+    def _choose_preempted(self, peer: str) -> PeerPlace:
         """Return what gives way to a peer. Raises UnavailableError if nothing does."""
         own_count = len(self._places.get(peer, ()))
         most = max(self._places.values(), key=len, default={})
@@ -134,7 +136,7 @@ class Shares:
                 for place in places
                 if place.is_idle
             ]
-        if not candidates or len(self._leaving) >= self._places_count:
+        if not candidates or len(self._preempted) >= self._places_count:
             raise UnavailableError(
                 f"the server has no place for more {self._what}: {self._taken_count} of "
                 f"{self._places_count} are taken, {own_count} by {peer}, and "
@@ -143,7 +145,7 @@ class Shares:
             )
         return min(candidates, key=lambda place: (not place.is_idle, place.progressed_s))
 
-    def _remove(self, place: Place) -> None:
+    def _remove(self, place: PeerPlace) -> None:
         places = self._places[place.peer]
         del places[place]
         if not places:

@@ -76,12 +76,12 @@ class _Mount:
     @staticmethod
     def of(line: str) -> _Mount:
         before, _, after = line.partition(" - ")
-        root, point = (PurePosixPath(_unescaped(field)) for field in before.split()[3:5])
+        root, point = (PurePosixPath(_unescape(field)) for field in before.split()[3:5])
         kind, *_, options = after.split()
         return _Mount(root, point, kind == "cgroup2", frozenset(options.split(",")))
 
 
-def _unescaped(field: str) -> str:
+def _unescape(field: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), field)
 
 

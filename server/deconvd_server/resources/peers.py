@@ -12,9 +12,9 @@ from ipaddress import IPv4Address, ip_address
 from typing import Any, Final
 from urllib.parse import unquote
 
-from deconvd_server.resources.unix_listener import peer_of
+from deconvd_server.resources.unix_listener import peer_credentials
 
-__all__ = ["counted_by_connection", "counted_by_grpc"]
+__all__ = ["peer_key_of_connection", "peer_key_of_grpc"]
 
 _GRPC_OVER_UNIX: Final = "gRPC over Unix sockets"
 _UNSEEN_PROCESSES: Final = "processes that this one cannot see"
@@ -24,20 +24,20 @@ _NETWORK_BITS: Final = 64
 """The least that a site of IPv6 is given."""
 
 
-def counted_by_connection(connection: socket.socket, address: Any) -> str:
+def peer_key_of_connection(connection: socket.socket, address: Any) -> str:
     """Return the peer that a connection counts for.
 
     Args:
         address: The peer's, as `accept` returned it.
     """
     if connection.family == socket.AF_UNIX:
-        process = peer_of(connection).process
+        process = peer_credentials(connection).process
         return f"process {process}" if process else _UNSEEN_PROCESSES
-    return _counted_by_host(str(address[0]))
+    return _peer_key_of_host(str(address[0]))
 
 
 @lru_cache(maxsize=1024)  # a connection's calls all come with the same text
-def counted_by_grpc(text: str) -> str:
+def peer_key_of_grpc(text: str) -> str:
     """Return the peer that a gRPC call counts for.
 
     Args:
@@ -47,11 +47,11 @@ def counted_by_grpc(text: str) -> str:
     scheme, _, address = unquote(text).partition(":")
     if scheme in ("ipv4", "ipv6"):
         host = address.rpartition(":")[0]
-        return _counted_by_host(host.strip("[]"))
+        return _peer_key_of_host(host.strip("[]"))
     return _GRPC_OVER_UNIX if scheme.startswith("unix") else scheme
 
 
-def _counted_by_host(host: str) -> str:
+def _peer_key_of_host(host: str) -> str:
     try:
         ip = ip_address(host.partition("%")[0])  # without the interface of a link-local one
     except ValueError:

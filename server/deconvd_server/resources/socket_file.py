@@ -36,7 +36,7 @@ class Access:
         """Whether others than the owner may open them."""
         return bool(self.mode & _READ_AND_WRITE_BY_OTHERS)
 
-    def give(self, path: Path) -> None:
+    def apply_to(self, path: Path) -> None:
         """Let these open a socket, and nobody else.
 
         Raises:
@@ -47,11 +47,11 @@ class Access:
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 raise FileExistsError(errno.EEXIST, "the socket was replaced", str(path))
-            self._give_file(Path(f"/proc/self/fd/{descriptor}"), path)
+            self._set_owner_and_mode(Path(f"/proc/self/fd/{descriptor}"), path)
         finally:
             os.close(descriptor)
 
-    def _give_file(self, file: Path, path: Path) -> None:
+    def _set_owner_and_mode(self, file: Path, path: Path) -> None:
         if self.group is not None:
             try:
                 os.chown(file, -1, self.group)

@@ -18,18 +18,25 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from deconvd.host.system import unix_path_fits
+from deconvd.host.system import is_valid_unix_path
 from deconvd_server.resources.socket_file import Access
 
-__all__ = ["Peer", "Purpose", "SideSocket", "open_alone", "open_beside", "peer_of"]
+__all__ = [
+    "PeerCredentials",
+    "SideSocket",
+    "SocketPurpose",
+    "open_private_socket",
+    "open_side_sockets",
+    "peer_credentials",
+]
 
 _BACKLOG: Final = 64
-_PEER: Final = struct.Struct("3i")  # struct ucred of unix(7)
+_UCRED: Final = struct.Struct("3i")  # struct ucred of unix(7)
 
 _log = logging.getLogger(__name__)
 
 
-class Purpose(Enum):
+class SocketPurpose(Enum):
     """What side sockets are for.
 
     Attributes:
@@ -56,7 +63,7 @@ class SideSocket:
     systemd-tmpfiles, a socket lives if its path is in /proc/net/unix.
 
     Args:
-        path: One for which `unix_path_fits`.
+        path: One for which `is_valid_unix_path`.
         kind: Type of socket.
         access: Who may open it; None for whom the process's umask lets.
         has_directory: Whether its directory is its own, and to be removed with it.
@@ -77,8 +84,8 @@ class SideSocket:
         self._kind = kind
         self._access = access
         self._lock = threading.Lock()
-        self._is_kept = True
-        self._directory = _locked(path.parent) if has_directory else None
+        self._has_file = True
+        self._directory = _lock_directory(path.parent) if has_directory else None
         self.socket = socket.socket(socket.AF_UNIX, kind)
         try:
             if has_directory and access is not None and access.is_for_others:
@@ -87,7 +94,7 @@ class SideSocket:
             self._listen(self.socket)
         except BaseException:
             self.socket.close()
-            self._leave_directory()
+            self._remove_directory()
             raise
 
     def remove(self) -> None:
@@ -96,22 +103,22 @@ class SideSocket:
         Later times nothing is done: once the socket is closed, a successor's file may have its inode's number.
         """
         with self._lock:
-            was_kept, self._is_kept = self._is_kept, False
+            was_kept, self._has_file = self._has_file, False
         try:
             with suppress(FileNotFoundError):
                 if was_kept and self.path.stat().st_ino == self._inode:
                     self.path.unlink()
         except OSError as error:
             _log.warning("a socket's file cannot be removed: %s", error)
-        self._leave_directory()
+        self._remove_directory()
 
-    def mend(self) -> bool:
+    def restore(self) -> bool:
         """Listen anew if someone has removed the file; return whether that was so.
 
         The descriptor stays the same, but the thread that waits for connections must register it again.
         """
         with self._lock:
-            if not self._is_kept or os.path.lexists(self.path):
+            if not self._has_file or os.path.lexists(self.path):
                 return False
             try:
                 with socket.socket(socket.AF_UNIX, self._kind) as renewed:
@@ -119,12 +126,12 @@ class SideSocket:
                     os.dup2(renewed.fileno(), self.socket.fileno(), inheritable=False)
             except OSError as error:
                 _log.warning("%s was removed, and cannot be made anew: %s", self.path, error)
-                self._is_kept = False
+                self._has_file = False
                 return False
         _log.warning("%s was removed, and is made anew", self.path)
         return True
 
-    def _leave_directory(self) -> None:
+    def _remove_directory(self) -> None:
         """Remove its own directory, if it has one."""
         if self._directory is not None:
             with suppress(OSError):
@@ -138,15 +145,15 @@ class SideSocket:
         self._inode = self.path.stat().st_ino
         try:
             if self._access is not None:
-                self._access.give(self.path)  # before anyone can connect
+                self._access.apply_to(self.path)  # before anyone can connect
             listener.listen(_BACKLOG)
         except BaseException:
             self.path.unlink()
             raise
 
 
-def open_beside(
-    grpc_paths: Sequence[Path], purpose: Purpose, access: Access | None
+def open_side_sockets(
+    grpc_paths: Sequence[Path], purpose: SocketPurpose, access: Access | None
 ) -> dict[Path, SideSocket]:
     """Return a socket for each of a server's for gRPC, as far as there can be one: the log says why not.
 
@@ -156,31 +163,31 @@ def open_beside(
     opened: dict[Path, SideSocket] = {}
     for grpc_path in grpc_paths:
         try:
-            path = _path_beside(grpc_path, purpose, taken=grpc_paths)
+            path = _side_path(grpc_path, purpose, taken=grpc_paths)
             opened[grpc_path] = _open(path, purpose, access)
         except OSError as error:
             _log.warning("clients of %s %s: %s", grpc_path, purpose.loss, error)
     return opened
 
 
-def open_alone(purpose: Purpose, access: Access | None) -> SideSocket:
+def open_private_socket(purpose: SocketPurpose, access: Access | None) -> SideSocket:
     """Return a socket in a directory of its own. Raises OSError if there can be none."""
     return _open(None, purpose, access)
 
 
-def _open(path: Path | None, purpose: Purpose, access: Access | None) -> SideSocket:
+def _open(path: Path | None, purpose: SocketPurpose, access: Access | None) -> SideSocket:
     if path is not None:
         return SideSocket(path, kind=purpose.kind, access=access)
     path = _private_path(purpose)
     return SideSocket(path, kind=purpose.kind, access=access, has_directory=True)
 
 
-def _path_beside(grpc_path: Path, purpose: Purpose, taken: Sequence[Path]) -> Path | None:
+def _side_path(grpc_path: Path, purpose: SocketPurpose, taken: Sequence[Path]) -> Path | None:
     """Return a path for a side socket in the directory of one for gRPC; None if none is short enough."""
     digest = hashlib.sha256(os.fsencode(grpc_path.name)).hexdigest()
     names = f"{grpc_path.name}.{purpose.word}", f".{digest[:6]}{purpose.word[0]}"
     free = (path for path in map(grpc_path.with_name, names) if path not in taken)
-    return next(filter(unix_path_fits, free), None)
+    return next(filter(is_valid_unix_path, free), None)
 
 
 def _remove_socket(path: Path) -> None:
@@ -191,7 +198,7 @@ def _remove_socket(path: Path) -> None:
         path.unlink()
 
 
-def _private_path(purpose: Purpose) -> Path:
+def _private_path(purpose: SocketPurpose) -> Path:
     """Return a path in a new directory. What servers that were killed left of theirs is removed."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     directory = runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir()
@@ -206,7 +213,7 @@ def _remove_if_dead(path: Path) -> None:
     """Remove a socket and its directory, if they are this user's and no server's that lives."""
     with suppress(OSError):  # its server lives, or it is another user's, or gone meanwhile
         if path.parent.lstat().st_uid == os.geteuid():
-            directory = _locked(path.parent)
+            directory = _lock_directory(path.parent)
             try:
                 path.unlink()
                 path.parent.rmdir()
@@ -214,7 +221,7 @@ def _remove_if_dead(path: Path) -> None:
                 os.close(directory)
 
 
-def _locked(directory: Path) -> int:
+def _lock_directory(directory: Path) -> int:
     """Return the descriptor of a private directory, which is this process's until it is closed.
 
     Nobody but this user can lock it. Raises OSError if another process has it.
@@ -229,7 +236,7 @@ def _locked(directory: Path) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class PeerCredentials:
     """Who connected, as the kernel saw it then."""
 
     process: int
@@ -239,8 +246,8 @@ class Peer:
         return f"process {self.process} of user {self.user}"
 
 
-def peer_of(connection: socket.socket) -> Peer:
+def peer_credentials(connection: socket.socket) -> PeerCredentials:
     """Return who is at the other end of a Unix socket."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    process, user, _group = _PEER.unpack(credentials)
-    return Peer(process, user)
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    process, user, _group = _UCRED.unpack(credentials)
+    return PeerCredentials(process, user)

@@ -23,26 +23,26 @@ from deconvd.wire.codec import Envelope
 from deconvd.wire.digest import digest_of
 from deconvd.wire.messages import messages_for
 from deconvd.wire.tensor import array_of_spec, elements_of
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceTensor, Operand, Tensor
-from deconvd_server.device.arriving import Arriving, Progress, wait_for
-from deconvd_server.engine.engine import Engine, Place
+from deconvd_server.device.arriving import ArrivalProgress, Arriving, wait_for
+from deconvd_server.engine.engine import Engine, ResultTarget
 from deconvd_server.residents import CallResidents, Residents
-from deconvd_server.service.method import EarlyRequest
+from deconvd_server.service.method import OverlappedRequest
 from deconvd_server.service.parsed_request import ParsedRequest
-from deconvd_server.shared_memory import CallTensors, Lender
+from deconvd_server.shared_memory import Lender, SharedTensors
 
-__all__ = ["Exchange"]
+__all__ = ["CallTensors"]
 
 
-class Exchange:
+class CallTensors:
     """The tensors of one call, from its request to its response; to be used as a context.
 
     One whose operands come with its request calls these in turn:
 
         take, prepare, answer
 
-    One whose operands stream calls these, and `make_kept` between them for what is to be kept:
+    One whose operands stream calls these, and `make_residents` between them for what is to be kept:
 
         find, choose_engine, take_missing, bring_operands, response, commit
 
@@ -67,7 +67,7 @@ class Exchange:
         parsed: ParsedRequest,
         lender: Lender | None,
         residents: Residents,
-        call: Call,
+        call: CallContext,
     ) -> None:
         self.parsed = parsed
         self.brought_bytes = 0
@@ -75,15 +75,15 @@ class Exchange:
         self._call = call
         self._engines = residents.engines
         self._lender = lender
-        self._shared: CallTensors | None = None
+        self._shared: SharedTensors | None = None
         self._residents: CallResidents | None = None
         if parsed.needs_session:
             session = residents.join(request.session, call)
-            self._residents = CallResidents(residents.keeper, session, call)
-        self._given: dict[str, Operand] = {}
+            self._residents = CallResidents(residents.registry, session, call)
+        self._operands: dict[str, Operand] = {}
         self._places: dict[str, Tensor] = {}
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> CallTensors:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,22 +94,24 @@ class Exchange:
 
     # From the request
 
-    def take(self, request: Envelope[Message]) -> None:
+    def take_operands(self, request: Envelope[Message]) -> None:
         """Take all operands of a request, those that are still arriving too, and the places of its results.
 
         Raises:
-            InvalidArgumentError: As `CallTensors.operand` and `array_of_spec` do.
+            InvalidArgumentError: As `SharedTensors.operand` and `array_of_spec` do.
             NotFoundError: Something that the request names is not there.
         """
         self.brought_bytes = sum(map(len, request.raw.values()))
-        if self.parsed.shared:
+        if self.parsed.shared_slices:
             self._take_shared(request)
         for field, spec in self.parsed.operands.items():
-            if field in self.parsed.shared:
+            if field in self.parsed.shared_slices:
                 continue
             argument, tensor = ARGUMENTS[field], getattr(self._request, field)
             if self._residents is None or field not in self.parsed.named:
-                self._given[field] = array_of_spec(argument, spec, tensor, request.raw.get(field))
+                self._operands[field] = array_of_spec(
+                    argument, spec, tensor, request.raw.get(field)
+                )
             elif not self._residents.find(field, spec, tensor):
                 raise LostTensorError(
                     f"{argument} must be sent: the server has nothing with its digest",
@@ -119,26 +121,26 @@ class Exchange:
     def _take_shared(self, request: Envelope[Message]) -> None:
         """Take what lies in shared memory, or is to be put there."""
         operands, results = self.parsed.operands, self.parsed.results
-        self._shared = shared = CallTensors(self._lender)
-        for field, lies_at in self.parsed.shared.items():
+        self._shared = shared = SharedTensors(self._lender)
+        for field, lies_at in self.parsed.shared_slices.items():
             if field in operands:
-                self._given[field] = shared.operand(ARGUMENTS[field], operands[field], lies_at)
+                self._operands[field] = shared.operand(ARGUMENTS[field], operands[field], lies_at)
             else:
                 self._places[field] = shared.place(f"{field}_place", results[field], lies_at)
-        if isinstance(request, EarlyRequest):
-            self._let_arrive(request.progress)
+        if isinstance(request, OverlappedRequest):
+            self._mark_arriving(request.progress)
 
-    def _let_arrive(self, progress: Progress) -> None:
+    def _mark_arriving(self, progress: ArrivalProgress) -> None:
         """Take the operands in shared memory for arriving, one behind the other."""
         begin_bytes = 0
         for field in self.parsed.operation.write_order:
-            if field in self.parsed.operands and field in self.parsed.shared:
-                operand = self._given[field]
+            if field in self.parsed.operands and field in self.parsed.shared_slices:
+                operand = self._operands[field]
                 if isinstance(operand, np.ndarray):  # and not memory of a card
-                    self._given[field] = Arriving(operand, progress, begin_bytes)
+                    self._operands[field] = Arriving(operand, progress, begin_bytes)
                 begin_bytes += self.parsed.operands[field].nbytes
 
-    def prepare(self) -> tuple[Engine, Mapping[str, Operand], Mapping[str, Place]]:
+    def prepare(self) -> tuple[Engine, Mapping[str, Operand], Mapping[str, ResultTarget]]:
         """Return an engine, and on it the operands that were taken and a place for each result.
 
         An operand may still be arriving. A place is where the client wants the result in shared memory, a new
@@ -148,12 +150,12 @@ class Exchange:
         """
         engine = self.choose_engine()
         if self._residents is None:
-            return engine, self._given, {**self._places, **self.parsed.sent}
+            return engine, self._operands, {**self._places, **self.parsed.sent_results}
         operands = self.bring_operands(engine)
-        kept = self.make_kept(self.parsed.results, engine)
-        return engine, operands, {**self._places, **kept, **self.parsed.sent}
+        kept = self.make_residents(self.parsed.results, engine)
+        return engine, operands, {**self._places, **kept, **self.parsed.sent_results}
 
-    def find(self) -> dict[str, TensorSpec]:
+    def find_present(self) -> dict[str, TensorSpec]:
         """Find the operands of a stream that are here already; return what is missing of the others.
 
         Those are the ones given by digest, by the names of their fields, in the stream's order.
@@ -188,8 +190,8 @@ class Exchange:
             InvalidArgumentError: The client has tensors on several cards.
         """
         engines = self._engines
-        on_card = engines.having(*self._given.values(), *self._places.values())
-        nearest = None if self._residents is None else self._residents.nearest_engine()
+        on_card = engines.engine_of(*self._operands.values(), *self._places.values())
+        nearest = None if self._residents is None else self._residents.preferred_engine()
         return on_card or nearest or engines.least_loaded()
 
     def take_missing(self, arrays: Mapping[str, Array], engine: Engine) -> None:
@@ -206,11 +208,11 @@ class Exchange:
                     f"{argument} must be what its digest says, and its elements have another",
                     argument=argument,
                 )
-            self._given[field] = array
+            self._operands[field] = array
             if self._residents is not None:
                 with suppress(ExhaustedError, UnavailableError):  # it serves from where it is
                     self._residents.copy(field, array, engine)
-                    self._residents.offer(field, digest)
+                    self._residents.register_content(field, digest)
 
     # On an engine
 
@@ -225,8 +227,8 @@ class Exchange:
         """
         residents = self._residents
         if residents is None:
-            return self._given
-        operands = dict(self._given)
+            return self._operands
+        operands = dict(self._operands)
         for field in self.parsed.operands:
             is_to_be_kept = field in self.parsed.keep
             if is_to_be_kept and field in operands and field not in residents:
@@ -238,7 +240,9 @@ class Exchange:
                     residents.give_handle(field)
         return operands
 
-    def make_kept(self, specs: Mapping[str, TensorSpec], engine: Engine) -> dict[str, DeviceTensor]:
+    def make_residents(
+        self, specs: Mapping[str, TensorSpec], engine: Engine
+    ) -> dict[str, DeviceTensor]:
         """Return new tensors on an engine's device, with handles, for what is to be kept and is not yet.
 
         Args:
@@ -277,9 +281,9 @@ class Exchange:
         if self._residents is None or not self.parsed.keep:
             return self.parsed.response
         handles = self._residents.handles
-        fields: dict[str, Message] = dict(self.parsed.described)
+        fields: dict[str, Message] = dict(self.parsed.descriptions)
         for field in handles.keys() & fields.keys():
-            fields[field] = _resident(self.parsed.described[field], handles[field])
+            fields[field] = _describe_resident(self.parsed.descriptions[field], handles[field])
         kept = {
             field: pb.Resident(handle=handle)
             for field, handle in handles.items()
@@ -290,7 +294,7 @@ class Exchange:
         return messages_for(self.parsed.operation).response(**fields)
 
 
-def _resident(description: pb.Tensor, handle: bytes) -> pb.Tensor:
+def _describe_resident(description: pb.Tensor, handle: bytes) -> pb.Tensor:
     """Return a description of a tensor that has a handle."""
     message = pb.Tensor()
     message.CopyFrom(description)

@@ -16,15 +16,15 @@ from deconvd.wire.cache_state import CacheState
 from deconvd.wire.codec import Envelope
 from deconvd.wire.messages import messages_for
 from deconvd.wire.tensor import element_type_number
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.engine.engine import Engine
 from deconvd_server.residents import Residents
-from deconvd_server.service.call_tensors import Exchange
-from deconvd_server.service.method import Behaviour, Stream, Unary
+from deconvd_server.service.call_tensors import CallTensors
+from deconvd_server.service.method import BidiStreamingMethod, RpcMethod, UnaryMethod
 from deconvd_server.service.parsed_request import parse_request
 from deconvd_server.service.resident_methods import ResidentCalls
-from deconvd_server.service.sliced_stream import Streams
-from deconvd_server.service.stream_places import StreamPlaces
+from deconvd_server.service.sliced_stream import StreamingOperations
+from deconvd_server.service.stream_places import StreamAdmission
 from deconvd_server.shared_memory import Lender
 
 __all__ = ["DeconvolutionService"]
@@ -52,39 +52,39 @@ class DeconvolutionService:
         ways: pb.GetServerInfoResponse,
         *,
         max_message_bytes: int,
-        streams: StreamPlaces,
+        streams: StreamAdmission,
         executor: Executor,
     ) -> None:
         self._residents = residents
         self._lender = lender
-        self._ways = ways
+        self._endpoints = ways
         self._max_message_bytes = max_message_bytes
         self._resident_calls = ResidentCalls(residents, lender, streams)
-        self._streams = Streams(residents, lender, max_message_bytes, streams, executor)
+        self._streams = StreamingOperations(residents, lender, max_message_bytes, streams, executor)
 
-    def behaviours(self) -> dict[str, Behaviour]:
+    def methods(self) -> dict[str, RpcMethod]:
         """Return what serves each method, by its name."""
-        behaviours: dict[str, Behaviour] = {}
+        behaviours: dict[str, RpcMethod] = {}
         for operation in OPERATIONS:
             messages = messages_for(operation)
-            behaviours[operation.name] = Unary(messages.request, partial(self.run, operation))
-            behaviours[operation.stream_name] = Stream(
+            behaviours[operation.name] = UnaryMethod(messages.request, partial(self.run, operation))
+            behaviours[operation.stream_name] = BidiStreamingMethod(
                 messages.stream_request, partial(self._streams.serve, operation)
             )
         return {
             **behaviours,
-            **self._resident_calls.behaviours(),
-            "GetServerInfo": Unary(pb.GetServerInfoRequest, self.get_server_info),
+            **self._resident_calls.methods(),
+            "GetServerInfo": UnaryMethod(pb.GetServerInfoRequest, self.get_server_info),
         }
 
     def run(
-        self, operation: Operation, request: Envelope[Message], call: Call
+        self, operation: Operation, request: Envelope[Message], call: CallContext
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
         parsed = parse_request(operation, request.message, request.data)
-        with Exchange(request.message, parsed, self._lender, self._residents, call) as exchange:
-            exchange.take(request)
-            parsed.check_sent(self._max_message_bytes, call.sendable_bytes)
+        with CallTensors(request.message, parsed, self._lender, self._residents, call) as exchange:
+            exchange.take_operands(request)
+            parsed.check_response_size(self._max_message_bytes, call.sendable_bytes)
             engine, operands, places = exchange.prepare()
             sent = engine.run(
                 operation,
@@ -99,7 +99,7 @@ class DeconvolutionService:
             return exchange.answer(sent)
 
     def get_server_info(
-        self, request: Envelope[pb.GetServerInfoRequest], _call: Call
+        self, request: Envelope[pb.GetServerInfoRequest], _call: CallContext
     ) -> Envelope[pb.GetServerInfoResponse]:
         """Serve GetServerInfo."""
         residents = self._residents
@@ -107,14 +107,14 @@ class DeconvolutionService:
         info = pb.GetServerInfoResponse(
             version=deconvd.__version__,
             devices=[
-                _device_message(engine, residents.keeper.states(engine, tenant))
+                _device_message(engine, residents.registry.cache_states(engine, tenant))
                 for engine in residents.engines.all
             ],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             features=_FEATURES,
         )
-        info.MergeFrom(self._ways)
+        info.MergeFrom(self._endpoints)
         return Envelope(info, {})
 
 
@@ -129,5 +129,5 @@ def _device_message(engine: Engine, kept: Sequence[CacheState]) -> pb.Device:
         used_bytes=load.used_bytes,
         running_calls_count=load.running_count,
         waiting_calls_count=load.waiting_count,
-        caches=[cache.as_message() for cache in (*engine.caches, *kept)],
+        caches=[cache.to_message() for cache in (*engine.caches, *kept)],
     )

@@ -10,52 +10,52 @@ from typing import Any, Final, Protocol, TypeAlias
 from google.protobuf.message import DecodeError, Message
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.host.buffer_pool import ArrayMemory
+from deconvd.host.buffer_pool import BufferPool
 from deconvd.host.malloc import LARGE_BYTES
 from deconvd.wire.codec import Envelope, decode
 from deconvd.wire.stream_parts import Part, PartReader, PartSource
-from deconvd_server.call.context import Call
-from deconvd_server.device.arriving import Progress
+from deconvd_server.call.context import CallContext
+from deconvd_server.device.arriving import ArrivalProgress
 from deconvd_server.resources.budgets import budgets
 
 __all__ = [
-    "Behaviour",
-    "EarlyRequest",
-    "Held",
-    "Holding",
+    "BidiStreamingMethod",
+    "ClientStreamingMethod",
+    "OverlappedRequest",
     "Parts",
-    "Sink",
-    "Source",
-    "Stream",
-    "Unary",
+    "RpcMethod",
+    "ServerStreamingMethod",
+    "SessionHandler",
+    "SessionMethod",
+    "UnaryMethod",
 ]
 
 Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. Who does not want the rest closes it."""
 
-_ARRIVALS: Final = ArrayMemory(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
+_OPERAND_POOL: Final = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
 """Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
 
 
-class EarlyRequest(Envelope[Any]):
+class OverlappedRequest(Envelope[Any]):
     """A request whose operands in shared memory are still arriving.
 
     Attributes:
         progress: How far they are, one behind the other, in the order of `Operation.write_order`.
     """
 
-    progress: Progress
+    progress: ArrivalProgress
 
     @classmethod
-    def of(cls, request: Envelope[Any], progress: Progress) -> EarlyRequest:
+    def of(cls, request: Envelope[Any], progress: ArrivalProgress) -> OverlappedRequest:
         """Return a request with its progress."""
-        early = cls(*request)
-        early.progress = progress
-        return early
+        overlapped = cls(*request)
+        overlapped.progress = progress
+        return overlapped
 
 
 @dataclass(frozen=True)
-class _OfRequest:
+class _MethodBase:
     """Of a method with one request.
 
     Attributes:
@@ -69,7 +69,7 @@ class _OfRequest:
         """The method's name."""
         return self.request_type.DESCRIPTOR.name.removesuffix("Request")
 
-    def decoded(self, data: bytes) -> Envelope[Any]:
+    def decode_request(self, data: bytes) -> Envelope[Any]:
         """Return the request that bytes hold. Raises InvalidArgumentError if they hold none."""
         try:
             return decode(self.request_type, data)
@@ -80,45 +80,45 @@ class _OfRequest:
 
     def reader(self, source: PartSource) -> PartReader[Any]:
         """Return what reads a stream of requests."""
-        return PartReader(source, self.request_type, _ARRIVALS.empty)
+        return PartReader(source, self.request_type, _OPERAND_POOL.empty)
 
 
 @dataclass(frozen=True)
-class Unary(_OfRequest):
+class UnaryMethod(_MethodBase):
     """One request, one response."""
 
-    serve: Callable[[Envelope[Any], Call], Envelope[Any]]
+    serve: Callable[[Envelope[Any], CallContext], Envelope[Any]]
 
 
 @dataclass(frozen=True)
-class Source(_OfRequest):
+class ServerStreamingMethod(_MethodBase):
     """One request, a stream of responses."""
 
-    serve: Callable[[Envelope[Any], Call], Parts]
+    serve: Callable[[Envelope[Any], CallContext], Parts]
 
 
 @dataclass(frozen=True)
-class Sink(_OfRequest):
+class ClientStreamingMethod(_MethodBase):
     """A stream of requests, one response."""
 
-    serve: Callable[[PartReader[Any], Call], Message]
+    serve: Callable[[PartReader[Any], CallContext], Message]
 
 
 @dataclass(frozen=True)
-class Stream(_OfRequest):
+class BidiStreamingMethod(_MethodBase):
     """A stream of requests, a stream of responses."""
 
-    serve: Callable[[PartReader[Any], Call], Parts]
+    serve: Callable[[PartReader[Any], CallContext], Parts]
 
 
-class Holding(Protocol):
+class SessionHandler(Protocol):
     """What a held call holds, from its first message on."""
 
     @property
     def response(self) -> Message:
         """What its caller is told of it."""
 
-    def note(self, message: Any) -> None:
+    def handle(self, message: Any) -> None:
         """Take note of another message."""
 
     def end(self) -> None:
@@ -126,14 +126,20 @@ class Holding(Protocol):
 
 
 @dataclass(frozen=True)
-class Held(_OfRequest):
+class SessionMethod(_MethodBase):
     """A call that is open for long, and takes no thread meanwhile.
 
     What serves it is given the first message, the call, which is cancelled if it breaks, and what ends it from any
     thread.
     """
 
-    serve: Callable[[Any, Call, Callable[[], None]], Holding]
+    serve: Callable[[Any, CallContext, Callable[[], None]], SessionHandler]
 
 
-Behaviour: TypeAlias = Unary | Source | Sink | Stream | Held
+RpcMethod: TypeAlias = (
+    UnaryMethod
+    | ServerStreamingMethod
+    | ClientStreamingMethod
+    | BidiStreamingMethod
+    | SessionMethod
+)

@@ -36,8 +36,8 @@ SLICES_IN_FLIGHT: Final = 2
 _SLICE_BYTES: Final = 64 << 20
 """What every server takes, so that clients need not ask first."""
 
-_REMEMBERED_COUNT: Final = 2048
-_REMEMBERED_BYTES: Final = 1024
+_CACHED_REQUESTS_COUNT: Final = 2048
+_LARGEST_CACHED_BYTES: Final = 1024
 """More than any request has beside elements: what is longer is read anew each time."""
 
 _FRAMING_BYTES: Final = 1024
@@ -69,7 +69,7 @@ class ParsedRequest:
     wanted: tuple[str, ...]
     optional: tuple[str, ...] = ()
     keep: frozenset[str] = frozenset()
-    shared: Mapping[str, SharedSlice] = field(default_factory=dict)
+    shared_slices: Mapping[str, SharedSlice] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
 
     @cached_property
@@ -89,27 +89,27 @@ class ParsedRequest:
         return {name: spec_of_field(self.problem, name) for name in self.wanted}
 
     @cached_property
-    def sent(self) -> dict[str, TensorSpec]:
+    def sent_results(self) -> dict[str, TensorSpec]:
         """Those of its results that go into the response with their elements."""
         return {
             name: spec
             for name, spec in self.results.items()
-            if name not in self.shared and name not in self.keep
+            if name not in self.shared_slices and name not in self.keep
         }
 
     @cached_property
     def sent_bytes(self) -> int:
         """What those have, together."""
-        return sum(spec.nbytes for spec in self.sent.values())
+        return sum(spec.nbytes for spec in self.sent_results.values())
 
     @cached_property
     def sliced_bytes(self) -> int:
         """What those of its operands and results have, together, that have samples."""
         tensors = {**self.operands, **self.results}
-        names = self.operation.sliced + self.operation.results
+        names = self.operation.batched_operands + self.operation.results
         return sum(tensors[name].nbytes for name in names if name in tensors)
 
-    def check_sent(self, max_message_bytes: int, sendable_bytes: int) -> None:
+    def check_response_size(self, max_message_bytes: int, sendable_bytes: int) -> None:
         """Raise ExhaustedError if the response would be larger than a message may be, or than its transport sends."""
         if self.sent_bytes > sendable_bytes:
             raise ExhaustedError(
@@ -124,18 +124,18 @@ class ParsedRequest:
             )
 
     @cached_property
-    def described(self) -> dict[str, pb.Tensor]:
+    def descriptions(self) -> dict[str, pb.Tensor]:
         """The messages of its results without elements: not to be changed."""
         described = {name: message_from_spec(spec) for name, spec in self.results.items()}
         for name, message in described.items():
-            if name in self.shared:
-                self.shared[name].write_to(message.shared)
+            if name in self.shared_slices:
+                self.shared_slices[name].write_to(message.shared)
         return described
 
     @cached_property
     def response(self) -> Message:
         """The response, without elements, where nothing is kept: not to be changed."""
-        return messages_for(self.operation).response(**self.described)
+        return messages_for(self.operation).response(**self.descriptions)
 
 
 @dataclass(frozen=True)
@@ -170,28 +170,28 @@ class SlicedRequest:
         n = self.parsed.problem.n
         for start in range(0, n, self._step):
             stop = min(start + self._step, n)
-            yield slice(start, stop), self._first if stop < n else self._last
+            yield slice(start, stop), self._full_slice if stop < n else self._last_slice
 
     @cached_property
     def _step(self) -> int:
         """Samples of a slice: all of them if they have no elements, or thirty bytes could ask for 2^31 slices."""
         parsed = self.parsed
-        names = (*parsed.operation.sliced, *parsed.operation.results)
+        names = (*parsed.operation.batched_operands, *parsed.operation.results)
         specs = {**parsed.operands, **parsed.results}
         if any(specs[name].nbytes for name in names if name in specs):
             return self.slice_samples_count
         return max(parsed.problem.n, 1)
 
     @cached_property
-    def _first(self) -> ParsedRequest:
+    def _full_slice(self) -> ParsedRequest:
         """That of the largest slice; that of all samples if there are none."""
-        return self._of_samples(min(self._step, self.parsed.problem.n))
+        return self._with_samples_count(min(self._step, self.parsed.problem.n))
 
     @cached_property
-    def _last(self) -> ParsedRequest:
-        return self._of_samples((self.parsed.problem.n - 1) % self._step + 1)
+    def _last_slice(self) -> ParsedRequest:
+        return self._with_samples_count((self.parsed.problem.n - 1) % self._step + 1)
 
-    def _of_samples(self, count: int) -> ParsedRequest:
+    def _with_samples_count(self, count: int) -> ParsedRequest:
         whole = self.parsed.problem
         x = TensorSpec((count, *whole.x.shape[1:]), whole.x.dtype)
         return replace(self.parsed, problem=problem_of(x, whole.W, whole.geometry))
@@ -199,7 +199,7 @@ class SlicedRequest:
     @cached_property
     def footprint_bytes(self) -> int:
         """What a stream of it holds of host memory: what is whole, sums, and slices in flight."""
-        parsed, first = self.parsed, self._first
+        parsed, first = self.parsed, self._full_slice
         whole = [*parsed.operands.items(), *parsed.results.items()]
         whole_bytes = sum(self._whole_bytes(name, spec) for name, spec in whole)
         return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * first.sliced_bytes
@@ -209,16 +209,16 @@ class SlicedRequest:
         parsed = self.parsed
         if name in parsed.operation.constants:
             return spec.nbytes
-        if name not in parsed.operation.summed:
+        if name not in parsed.operation.reduced_results:
             return 0
         # that of the slices so far in the compute type, those of slices in flight, and the total in its own type
         wide_bytes = spec.nbytes // spec.dtype.itemsize * parsed.problem.compute_type.itemsize
         return wide_bytes + (SLICES_IN_FLIGHT + 1) * spec.nbytes
 
-    def check_slice(self, max_message_bytes: int) -> None:
+    def check_slice_size(self, max_message_bytes: int) -> None:
         """Raise ExhaustedError if a slice of several samples is larger than the contract allows."""
         limit_bytes = max(max_message_bytes, _SLICE_BYTES)
-        slice_bytes = self._first.sliced_bytes
+        slice_bytes = self._full_slice.sliced_bytes
         if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
             raise ExhaustedError(
                 f"a slice of {self.slice_samples_count} samples has {slice_bytes} bytes, and the "
@@ -238,12 +238,12 @@ def parse_request(
         InvalidArgumentError: It asks for what cannot be.
     """
     data = message.SerializeToString() if data is None else data
-    if len(data) > _REMEMBERED_BYTES:
+    if len(data) > _LARGEST_CACHED_BYTES:
         return _parse(operation, message)
     return _parse_bytes(operation, data)
 
 
-@lru_cache(_REMEMBERED_COUNT)
+@lru_cache(_CACHED_REQUESTS_COUNT)
 def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
     return _parse(operation, messages_for(operation).request.FromString(data))
 
@@ -251,22 +251,22 @@ def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
 def parse_stream_header(operation: Operation, header: Any) -> SlicedRequest:
     """Return what the header of an operation's stream asks for. Raises InvalidArgumentError as `parse_request`."""
     data = header.request.SerializeToString()
-    if len(data) > _REMEMBERED_BYTES:
-        return _sliced(_parse(operation, header.request), header.slice_samples_count)
+    if len(data) > _LARGEST_CACHED_BYTES:
+        return _slice_request(_parse(operation, header.request), header.slice_samples_count)
     return _parse_header_bytes(operation, data, header.slice_samples_count)
 
 
-@lru_cache(_REMEMBERED_COUNT)
+@lru_cache(_CACHED_REQUESTS_COUNT)
 def _parse_header_bytes(operation: Operation, data: bytes, samples_count: int) -> SlicedRequest:
-    return _sliced(_parse_bytes(operation, data), samples_count)
+    return _slice_request(_parse_bytes(operation, data), samples_count)
 
 
-def _sliced(parsed: ParsedRequest, samples_count: int) -> SlicedRequest:
-    return SlicedRequest(replace(parsed, shared={}), samples_count)
+def _slice_request(parsed: ParsedRequest, samples_count: int) -> SlicedRequest:
+    return SlicedRequest(replace(parsed, shared_slices={}), samples_count)
 
 
 def _parse(operation: Operation, message: Any) -> ParsedRequest:
-    wanted = _wanted(operation, message)
+    wanted = _parse_wanted(operation, message)
     problem = problem_of(
         spec_from_message("x", message.x),
         spec_from_message("W", message.w),
@@ -290,12 +290,12 @@ def _parse(operation: Operation, message: Any) -> ParsedRequest:
         wanted=wanted,
         optional=optional,
         keep=keep,
-        shared=_shared(message, operands, wanted),
+        shared_slices=_parse_shared(message, operands, wanted),
         named=frozenset(name for name in operands if payloads[name] in ("resident", "digest")),
     )
 
 
-def _wanted(operation: Operation, message: Any) -> tuple[str, ...]:
+def _parse_wanted(operation: Operation, message: Any) -> tuple[str, ...]:
     """Return the results that a request asks for: all, if it has no choice."""
     results = operation.all_results
     if "wanted" not in message.DESCRIPTOR.fields_by_name:
@@ -324,7 +324,7 @@ def _check_places(message: Any, keep: Iterable[str]) -> None:
             )
 
 
-def _shared(
+def _parse_shared(
     message: Any, operands: Iterable[str], results: Iterable[str]
 ) -> dict[str, SharedSlice]:
     """Return where tensors are, or are to be put, in shared memory."""

@@ -18,12 +18,12 @@ from deconvd.model.operation import Operation
 from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import messages_for
-from deconvd.wire.stream_parts import EARLY_BYTES, Elements, PartReader, elements_part
-from deconvd_server.call.context import Call
+from deconvd.wire.stream_parts import MAX_UNREQUESTED_BYTES, ElementsPart, PartReader, elements_part
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceTensor, Tensor
-from deconvd_server.engine.engine import Engine, Place
+from deconvd_server.engine.engine import Engine, ResultTarget
 from deconvd_server.residents import Residents
-from deconvd_server.service.call_tensors import Exchange
+from deconvd_server.service.call_tensors import CallTensors
 from deconvd_server.service.method import Parts
 from deconvd_server.service.parsed_request import (
     SLICES_IN_FLIGHT,
@@ -31,16 +31,16 @@ from deconvd_server.service.parsed_request import (
     SlicedRequest,
     parse_stream_header,
 )
-from deconvd_server.service.stream_operands import Arrivals
-from deconvd_server.service.stream_places import StreamPlaces
+from deconvd_server.service.stream_operands import StreamOperands
+from deconvd_server.service.stream_places import StreamAdmission
 from deconvd_server.shared_memory import Lender
 
-__all__ = ["Streams"]
+__all__ = ["StreamingOperations"]
 
 _T = TypeVar("_T")
 
 
-class Streams:
+class StreamingOperations:
     """Serves the operations' RPCs in streams. Its arguments are those of `DeconvolutionService`."""
 
     def __init__(
@@ -48,36 +48,38 @@ class Streams:
         residents: Residents,
         lender: Lender | None,
         max_message_bytes: int,
-        streams: StreamPlaces,
+        streams: StreamAdmission,
         executor: Executor,
     ) -> None:
         self._residents = residents
         self._lender = lender
         self._max_message_bytes = max_message_bytes
-        self._places = streams
+        self._stream_admission = streams
         self._executor = executor
 
-    def serve(self, operation: Operation, reader: PartReader[Any], call: Call) -> Parts:
+    def serve(self, operation: Operation, reader: PartReader[Any], call: CallContext) -> Parts:
         """Serve an operation's RPC."""
-        header = reader.header().header
+        header = reader.read_header().header
         sliced = parse_stream_header(operation, header)
         response = messages_for(operation).stream_response
         request, parsed = header.request, sliced.parsed
-        with Exchange(request, parsed, self._lender, self._residents, call) as exchange:
-            missing = exchange.find()
-            sliced.check_slice(self._max_message_bytes)
-            with self._places.admitted(_footprint_bytes(sliced, missing), call):
+        with CallTensors(request, parsed, self._lender, self._residents, call) as exchange:
+            missing = exchange.find_present()
+            sliced.check_slice_size(self._max_message_bytes)
+            with self._stream_admission.admit(_footprint_bytes(sliced, missing), call):
                 engine = exchange.choose_engine()
                 if parsed.problem.has_products:
                     engine.check_time(parsed.problem, parsed.results, call)
-                kept = exchange.make_kept(parsed.results, engine)
-                operands = Arrivals(exchange, reader, engine, call)
+                kept = exchange.make_residents(parsed.results, engine)
+                operands = StreamOperands(exchange, reader, engine, call)
                 if missing:
                     yield response(missing=pb.Missing(fields=missing))
                     operands.take_missing(missing)
                 operands.prepare()
                 yield response(header=exchange.response())
-                yield from _Slices(sliced, engine, operands, kept, self._executor, call).results()
+                yield from _SlicePipeline(
+                    sliced, engine, operands, kept, self._executor, call
+                ).results()
             exchange.commit()
 
 
@@ -86,11 +88,11 @@ def _footprint_bytes(sliced: SlicedRequest, missing: Mapping[str, TensorSpec]) -
     if not missing:
         return sliced.footprint_bytes
     missing_bytes = sum(spec.nbytes for spec in missing.values())
-    return sliced.footprint_bytes + missing_bytes + EARLY_BYTES
+    return sliced.footprint_bytes + missing_bytes + MAX_UNREQUESTED_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class _Slices:
+class _SlicePipeline:
     """The slices of one call, computed as they arrive.
 
     Attributes:
@@ -102,21 +104,21 @@ class _Slices:
 
     sliced: SlicedRequest
     engine: Engine
-    operands: Arrivals
+    operands: StreamOperands
     kept: Mapping[str, DeviceTensor]
     executor: Executor
-    call: Call
+    call: CallContext
 
-    def results(self) -> Iterator[Elements]:
+    def results(self) -> Iterator[ElementsPart]:
         """Yield the elements of results, in the stream's order, while those of operands arrive; not of what is kept.
 
         Raises as `Arrivals`, `Engine.run` and `Call.check` do.
         """
         parsed = self.sliced.parsed
         operation, specs = parsed.operation, parsed.results
-        summed = {field: specs[field] for field in operation.summed if field in specs}
-        sums = _Sums(summed, parsed.problem.compute_type)
-        for arrays in _in_flight(self._begin_slices(), self.call):
+        summed = {field: specs[field] for field in operation.reduced_results if field in specs}
+        sums = _SliceSums(summed, parsed.problem.compute_type)
+        for arrays in _run_pipelined(self._begin_slices(), self.call):
             sums.add(arrays)
             for field in arrays:
                 if field in operation.results:
@@ -130,11 +132,13 @@ class _Slices:
     def _begin_slices(self) -> Iterator[Future[dict[str, Array]]]:
         """Begin each slice once its operands have come."""
         operation, given = self.sliced.parsed.operation, self.sliced.parsed.operands
-        constants = {f: self.operands.whole(f) for f in operation.constants if f in given}
-        sliced = [field for field in operation.sliced if field in given]
+        constants = {f: self.operands.read_operand(f) for f in operation.constants if f in given}
+        sliced = [field for field in operation.batched_operands if field in given]
         for part, parsed in self.sliced.slices():
             self.call.check()  # its client chooses how many there are
-            operands = {f: self.operands.samples(f, parsed.operands[f], part) for f in sliced}
+            operands = {
+                f: self.operands.read_operand_samples(f, parsed.operands[f], part) for f in sliced
+            }
             yield self._begin_slice(part, parsed, {**constants, **operands})
         self.operands.expect_end()
 
@@ -159,11 +163,11 @@ class _Slices:
             if field in operation.results
         }
         sent = {field: spec for field, spec in parsed.results.items() if field not in kept}
-        places: dict[str, Place] = {**kept, **sent}
+        places: dict[str, ResultTarget] = {**kept, **sent}
         return self.engine.run(operation, problem, operands, places, parsed.options, self.call)
 
 
-class _Sums:
+class _SliceSums:
     """The sums over the slices so far, in the compute type, by the names of their fields.
 
     Args:
@@ -193,7 +197,7 @@ class _Sums:
         }
 
 
-def _in_flight(begun: Iterator[Future[_T]], call: Call) -> Iterator[_T]:
+def _run_pipelined(begun: Iterator[Future[_T]], call: CallContext) -> Iterator[_T]:
     """Yield the results of work in its order, some of it being done while others are begun.
 
     If anything fails, what is under way ends by itself, since the call has: its memory is held
@@ -202,7 +206,7 @@ def _in_flight(begun: Iterator[Future[_T]], call: Call) -> Iterator[_T]:
     # An error holds this frame, which must hold no future that holds the error: no name for one.
     under_way: list[Future[_T]] = []
     try:
-        while _add_next(begun, under_way):
+        while _begin_next(begun, under_way):
             if len(under_way) == SLICES_IN_FLIGHT:
                 yield under_way.pop(0).result()
         while under_way:
@@ -214,7 +218,7 @@ def _in_flight(begun: Iterator[Future[_T]], call: Call) -> Iterator[_T]:
             under_way.clear()
 
 
-def _add_next(begun: Iterator[Future[_T]], under_way: list[Future[_T]]) -> bool:
+def _begin_next(begun: Iterator[Future[_T]], under_way: list[Future[_T]]) -> bool:
     """Begin the next piece of work; return False if there is none."""
     future = next(begun, None)
     if future is not None:

@@ -10,16 +10,16 @@ import numpy as np
 from deconvd.model.operation import ARGUMENTS
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.stream_parts import PartReader
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceTensor, Operand, Tensor
 from deconvd_server.device.arriving import require
 from deconvd_server.engine.engine import Engine
-from deconvd_server.service.call_tensors import Exchange
+from deconvd_server.service.call_tensors import CallTensors
 
-__all__ = ["Arrivals"]
+__all__ = ["StreamOperands"]
 
 
-class Arrivals:
+class StreamOperands:
     """The operands of a stream, to be asked for in the order in which they stream.
 
     What arrives and is to be kept is put onto the engine's device as it comes.
@@ -30,7 +30,7 @@ class Arrivals:
     """
 
     def __init__(
-        self, exchange: Exchange, reader: PartReader[Any], engine: Engine, call: Call
+        self, exchange: CallTensors, reader: PartReader[Any], engine: Engine, call: CallContext
     ) -> None:
         self._exchange = exchange
         self._specs = exchange.parsed.operands
@@ -52,21 +52,21 @@ class Arrivals:
     def prepare(self) -> None:
         """Find the places of what is here and of what is to be kept, before anything is computed.
 
-        Raises as `Exchange.bring_operands` and `Exchange.make_kept` do.
+        Raises as `Exchange.bring_operands` and `Exchange.make_residents` do.
         """
         self._present = self._exchange.bring_operands(self._engine)
-        self._kept = self._exchange.make_kept(self._specs, self._engine)
+        self._kept = self._exchange.make_residents(self._specs, self._engine)
 
-    def whole(self, field: str) -> Tensor:
+    def read_operand(self, field: str) -> Tensor:
         """Return an operand. Raises as `PartReader.read` and `Engine.write` do."""
         if field not in self._present:
-            return self._arrived(field, self._specs[field], None)
+            return self._receive(field, self._specs[field], None)
         return require(self._present[field])  # what streams is read here, and none is `Arriving`
 
-    def samples(self, field: str, spec: TensorSpec, part: slice) -> Tensor:
+    def read_operand_samples(self, field: str, spec: TensorSpec, part: slice) -> Tensor:
         """Return the next samples of an operand, which have that form. Raises as `whole` does."""
         if field not in self._present:
-            return self._arrived(field, spec, part)
+            return self._receive(field, spec, part)
         present = require(self._present[field])
         if isinstance(present, np.ndarray):
             return present[part]
@@ -76,7 +76,7 @@ class Arrivals:
         """Raise InvalidArgumentError if more arrives."""
         self._reader.expect_end()
 
-    def _arrived(self, field: str, spec: TensorSpec, part: slice | None) -> Tensor:
+    def _receive(self, field: str, spec: TensorSpec, part: slice | None) -> Tensor:
         array = self._reader.read(ARGUMENTS[field], spec)
         kept = self._kept.get(field)
         if kept is None:

@@ -10,12 +10,12 @@ from deconvd.model.problem import TensorSpec
 from deconvd.wire.shared_slice import SharedSlice
 from deconvd_server.device import Tensor
 from deconvd_server.shared_memory.lender import Lender
-from deconvd_server.shared_memory.loans import Lendable, Use
+from deconvd_server.shared_memory.loans import Lendable, RegionUse
 
-__all__ = ["CallTensors"]
+__all__ = ["SharedTensors"]
 
 
-class CallTensors:
+class SharedTensors:
     """The tensors of one call in shared memory, which stays mapped until the block ends.
 
     Args:
@@ -24,9 +24,9 @@ class CallTensors:
 
     def __init__(self, lender: Lender | None) -> None:
         self._lender = lender
-        self._uses: dict[bytes, Use] = {}  # by region
+        self._uses: dict[bytes, RegionUse] = {}  # by region
 
-    def __enter__(self) -> CallTensors:
+    def __enter__(self) -> SharedTensors:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.host.system import MAX_UNIX_PATH_BYTES, unix_path_fits
-from deconvd.wire.grpc_options import names_authority, unix_path
+from deconvd.host.system import MAX_UNIX_PATH_BYTES, is_valid_unix_path
+from deconvd.wire.grpc_options import has_authority, unix_path
 from deconvd_server.resources.socket_file import Access, AddressInUseError, remove_dead_socket
 
-__all__ = ["bind", "listen_beside", "release", "unix_sockets"]
+__all__ = ["bind", "listen_tcp", "release", "unix_socket_paths"]
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>[0-9]+)")
 _BACKLOG = 64
@@ -36,14 +36,14 @@ _CLOSED_MASK = 0o777
 _log = logging.getLogger(__name__)
 
 
-class Listens(Protocol):
+class PortBinder(Protocol):
     """A gRPC server."""
 
     def add_insecure_port(self, address: str) -> int:
         """Listen on an address, and return its port. Raises RuntimeError if that cannot be."""
 
 
-def bind(server: Listens, address: str, access: Access | None = None) -> str:
+def bind(server: PortBinder, address: str, access: Access | None = None) -> str:
     """Make `server` listen on an address, and return the address with the port that it got.
 
     Args:
@@ -66,7 +66,7 @@ def bind(server: Listens, address: str, access: Access | None = None) -> str:
         path = _unix_path(address)
         if not path.parent.is_dir():
             raise _unix_error("in a directory that exists", address)
-        _bind_unix(server, _lasting_path(path), address, access)
+        _bind_unix(server, _canonical_path(path), address, access)
         return address
     match = _HOST_PORT.fullmatch(address)
     if match is None:
@@ -84,16 +84,16 @@ def bind(server: Listens, address: str, access: Access | None = None) -> str:
 def release(address: str) -> None:
     """Remove what `bind` left of an address, once its server has stopped."""
     if address.startswith("unix:"):
-        path = _lasting_path(_unix_path(address))
+        path = _canonical_path(_unix_path(address))
         # A successor may listen by now, and the directory may have gone with all that was in it.
         try:
-            with suppress(AddressInUseError, FileNotFoundError), _locked(path):
+            with suppress(AddressInUseError, FileNotFoundError), _lock_path(path):
                 remove_dead_socket(path)
         except OSError as error:
             _log.warning("a socket's file cannot be removed: %s", error)
 
 
-def listen_beside(addresses: Iterable[str], port: int) -> list[socket.socket]:
+def listen_tcp(addresses: Iterable[str], port: int) -> list[socket.socket]:
     """Return sockets that listen on one TCP port of the hosts of `addresses`; none if they have none.
 
     Args:
@@ -106,7 +106,7 @@ def listen_beside(addresses: Iterable[str], port: int) -> list[socket.socket]:
     listeners: list[socket.socket] = []
     try:
         for family, host in _tcp_addresses(addresses):
-            listener = _listener(family, host, port)
+            listener = _open_listener(family, host, port)
             if listener is not None:
                 listeners.append(listener)
                 port = listener.getsockname()[1]  # the same on all
@@ -134,7 +134,7 @@ def _tcp_addresses(addresses: Iterable[str]) -> list[tuple[int, str]]:
     return list(dict.fromkeys(found))
 
 
-def _listener(family: int, host: str, port: int) -> socket.socket | None:
+def _open_listener(family: int, host: str, port: int) -> socket.socket | None:
     """Return a socket that listens; None if this host has no such address."""
     try:
         listener = socket.create_server(
@@ -148,30 +148,30 @@ def _listener(family: int, host: str, port: int) -> socket.socket | None:
     return listener
 
 
-def unix_sockets(addresses: Iterable[str]) -> list[str]:
+def unix_socket_paths(addresses: Iterable[str]) -> list[str]:
     """Return the absolute paths of those addresses that are Unix sockets."""
     paths = (
-        _lasting_path(_unix_path(address)) for address in addresses if address.startswith("unix:")
+        _canonical_path(_unix_path(address)) for address in addresses if address.startswith("unix:")
     )
     return [str(path.absolute()) for path in paths]
 
 
-def _lasting_path(path: Path) -> Path:
+def _canonical_path(path: Path) -> Path:
     """Return a path for the same file that those who clear up directories know, if gRPC can have it.
 
     It has no links and begins at the root, as they find it; the kernel tells them under which paths
     sockets were bound, and those that are not among them they take for dead.
     """
     lasting = path.parent.resolve() / path.name
-    is_usable = unix_path_fits(lasting) and not _NOT_IN_GRPC_PATHS & set(str(lasting))
+    is_usable = is_valid_unix_path(lasting) and not _NOT_IN_GRPC_PATHS & set(str(lasting))
     return lasting if is_usable else path
 
 
 def _unix_path(address: str) -> Path:
-    if names_authority(address):  # clients could not use it
+    if has_authority(address):  # clients could not use it
         raise _unix_error("by a path that begins with / after unix://", address)
     path = Path(unix_path(address))
-    if not path.name or not unix_path_fits(path):
+    if not path.name or not is_valid_unix_path(path):
         raise _unix_error(f"of 1 to {MAX_UNIX_PATH_BYTES} bytes", address)
     if _NOT_IN_GRPC_PATHS.intersection(address):
         raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)
@@ -183,8 +183,8 @@ def _unix_error(allowed: str, address: str) -> InvalidArgumentError:
     return InvalidArgumentError(message, argument="listen")
 
 
-def _bind_unix(server: Listens, path: Path, address: str, access: Access | None) -> None:
-    with _locked(path):
+def _bind_unix(server: PortBinder, path: Path, address: str, access: Access | None) -> None:
+    with _lock_path(path):
         remove_dead_socket(path)
         if access is None:
             _add_port(server, f"unix:{path}", address)
@@ -196,14 +196,14 @@ def _bind_unix(server: Listens, path: Path, address: str, access: Access | None)
         finally:
             os.umask(former_mask)
         try:
-            access.give(path)
+            access.apply_to(path)
         except OSError:
             path.unlink()
             raise
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _lock_path(path: Path) -> Iterator[None]:
     """Keep other servers from a socket for the block.
 
     Of two that start at once, the second then finds the first alive. The lock is on a file that is
@@ -215,7 +215,7 @@ def _locked(path: Path) -> Iterator[None]:
     """
     lock_path = path.with_name(f".{path.name}.lock")
     deadline_s = time.monotonic() + _LOCK_S
-    while (descriptor := _lock(lock_path)) is None:
+    while (descriptor := _try_lock(lock_path)) is None:
         if time.monotonic() > deadline_s:
             text = f"another server has been starting or ending there for {_LOCK_S:g} s"
             raise AddressInUseError(errno.EADDRINUSE, text, str(path))
@@ -228,7 +228,7 @@ def _locked(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(path: Path) -> int | None:
+def _try_lock(path: Path) -> int | None:
     """Return the descriptor of a lock; None while another server has it.
 
     _NO_LOCK if there can be none: where files cannot be made a socket cannot be either, and what
@@ -250,11 +250,11 @@ def _lock(path: Path) -> int | None:
     return None
 
 
-def _add_port(server: Listens, grpc_address: str, address: str) -> int:
+def _add_port(server: PortBinder, grpc_address: str, address: str) -> int:
     try:
         return server.add_insecure_port(grpc_address)
     except RuntimeError as error:  # all that grpcio says; its log has the reason
-        number = _why_not(grpc_address)
+        number = _bind_errno(grpc_address)
         if number in (None, errno.EADDRINUSE, errno.EADDRNOTAVAIL):
             raise AddressInUseError(
                 errno.EADDRINUSE,
@@ -264,7 +264,7 @@ def _add_port(server: Listens, grpc_address: str, address: str) -> int:
         raise OSError(number, f"cannot listen there: {os.strerror(number)}", address) from error
 
 
-def _why_not(grpc_address: str) -> int | None:
+def _bind_errno(grpc_address: str) -> int | None:
     """Return the number of the error with which the system refuses an address; None if it does not."""
     try:
         if grpc_address.startswith("unix:"):

@@ -21,10 +21,10 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd.wire.status import status_from_error
-from deconvd_server.call.context import Call, CallerGoneError
+from deconvd_server.call.context import CallContext, CallerGoneError
 from deconvd_server.log_text import excerpt
 
-__all__ = ["CallLog", "Observer", "Serving"]
+__all__ = ["CallLog", "CallScope", "Observer"]
 
 _OK: Final = "OK"
 
@@ -37,10 +37,10 @@ _log = logging.getLogger(__name__)
 class Observer(Protocol):
     """Hears of every call, in the thread that serves it: it must be quick, and must not raise."""
 
-    def begin(self, method: str, call: Call) -> None:
+    def begin(self, method: str, call: CallContext) -> None:
         """Note that a call begins."""
 
-    def end(self, method: str, call: Call, status: str, error: Exception | None) -> None:
+    def end(self, method: str, call: CallContext, status: str, error: Exception | None) -> None:
         """Note that a call has ended.
 
         Args:
@@ -53,12 +53,12 @@ class Observer(Protocol):
 class CallLog:
     """The observer that logs: each call's begin for debugging, and what a call has failed with."""
 
-    def begin(self, method: str, call: Call) -> None:
+    def begin(self, method: str, call: CallContext) -> None:
         """Log that a call begins."""
         if _log.isEnabledFor(logging.DEBUG):  # cheaper than `debug` alone
             _log.debug("%s from %s: begun", method, call.peer)
 
-    def end(self, method: str, call: Call, status: str, error: Exception | None) -> None:
+    def end(self, method: str, call: CallContext, status: str, error: Exception | None) -> None:
         """Log what a call has failed with: its traceback, too, if that was not foreseen."""
         if error is None:
             return
@@ -72,7 +72,7 @@ class CallLog:
             _log.error("%s from %s: unforeseen error", method, call.peer, exc_info=error)
 
 
-class Serving:
+class CallScope:
     """A call, and the ``with`` block that serves it: the block's value is the call.
 
     An error that the block raises becomes its failure, and is not raised further. Two kinds are, and
@@ -91,13 +91,13 @@ class Serving:
     # A class, since a context made of a generator takes 0.6 us, and each small call goes through here.
     __slots__ = ("_method", "_observers", "call", "failure")
 
-    def __init__(self, method: str, call: Call, observers: Sequence[Observer]) -> None:
+    def __init__(self, method: str, call: CallContext, observers: Sequence[Observer]) -> None:
         self.call = call
         self.failure: status_pb2.Status | None = None
         self._method = method
         self._observers = observers
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> CallContext:
         for observer in self._observers:
             observer.begin(self._method, self.call)
         return self.call
@@ -116,7 +116,7 @@ class Serving:
             self.call.cancel()
             self._end(CallCancelledError.status, None)
             return False
-        told = _told(error, self.call)
+        told = _reported_error(error, self.call)
         # Kept as a status: the error holds the frame of the block, which holds this object.
         self.failure = status_from_error(told)
         self._end(told.status, error)
@@ -127,13 +127,13 @@ class Serving:
             observer.end(self._method, self.call, status, error)
 
 
-def _told(error: Exception, call: Call) -> DeconvdError:
+def _reported_error(error: Exception, call: CallContext) -> DeconvdError:
     """Return what the caller is told of an error: nothing of what was not foreseen.
 
     Memory and threads may run out anywhere, so that is foreseen here for all.
     """
-    if call.stopped_by is not None:
-        return call.stopped_by
+    if call.stop_error is not None:
+        return call.stop_error
     if isinstance(error, DeconvdError):
         return error
     if call.is_cancelled:

@@ -10,32 +10,32 @@ from typing import Final, NamedTuple, TypeAlias
 
 from deconvd.direct.byte_stream import SocketStream
 from deconvd.direct.events import Hello
-from deconvd.direct.frame_stream import Line
+from deconvd.direct.frame_stream import FrameStream
 from deconvd.direct.protocol import DirectProtocol, Role
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.grpc_options import unix_path
-from deconvd_client.transports.side_sockets import calls_sockets
+from deconvd_client.transports.side_sockets import find_call_sockets
 from deconvd_client.transports.targets import host_of, resolver_of
 
-__all__ = ["Ask", "TcpWay", "UnixWay", "Way", "way_to"]
+__all__ = ["Connector", "InfoFetcher", "TcpConnector", "UnixConnector", "connector_for"]
 
-Ask: TypeAlias = Callable[[], pb.GetServerInfoResponse]
+InfoFetcher: TypeAlias = Callable[[], pb.GetServerInfoResponse]
 """Asks a server what it is."""
 
-_UNIX_S: Final = 0.5
-_TCP_S: Final = 5.0
+_UNIX_CONNECT_TIMEOUT_S: Final = 0.5
+_TCP_CONNECT_TIMEOUT_S: Final = 5.0
 """How long a server may take to let a line be opened; calls go by gRPC then."""
 
-_LEAST_S: Final = 1e-3
+_MIN_TIMEOUT_S: Final = 1e-3
 """What sockets take for a time-out: 0 would mean none."""
 
-_BUFFER_BYTES: Final = 1 << 20
+_SEND_BUFFER_BYTES: Final = 1 << 20
 """What a Unix socket may hold that is on its way, if the system allows so much."""
 
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
-class _Place(NamedTuple):
+class _DirectAddress(NamedTuple):
     """Where a server takes direct calls.
 
     Attributes:
@@ -48,7 +48,7 @@ class _Place(NamedTuple):
 
 
 @dataclass(slots=True)
-class UnixWay:
+class UnixConnector:
     """By a Unix socket beside the one for gRPC, on this host: the server tells which.
 
     Attributes:
@@ -56,40 +56,42 @@ class UnixWay:
     """
 
     path: str
-    _known: _Place | None = field(default=None, init=False, compare=False)
+    _address: _DirectAddress | None = field(default=None, init=False, compare=False)
     """Where lines are opened, once one was."""
 
     @property
-    def is_quick(self) -> bool:
+    def is_address_known(self) -> bool:
         """Whether the server need not be asked."""
-        return self._known is not None
+        return self._address is not None
 
-    def open(self, ask: Ask, timeout_s: float) -> Line:
+    def connect(self, ask: InfoFetcher, timeout_s: float) -> FrameStream:
         """Return a new line, to where the last one went if that is known; if not, the server is asked.
 
         Raises:
             OSError: The server opens none in time.
             DeconvdError: What it said when it was asked for its socket.
         """
-        place = self._known or self._place(ask())
+        place = self._address or self._find_address(ask())
         try:
-            line = self._open_at(place, min(max(timeout_s, _LEAST_S), _UNIX_S))
+            line = self._connect_to(
+                place, min(max(timeout_s, _MIN_TIMEOUT_S), _UNIX_CONNECT_TIMEOUT_S)
+            )
         except OSError:
-            self._known = None
+            self._address = None
             raise
-        self._known = place
+        self._address = place
         return line
 
-    def _place(self, info: pb.GetServerInfoResponse) -> _Place:
-        paths = calls_sockets(info, self.path)
+    def _find_address(self, info: pb.GetServerInfoResponse) -> _DirectAddress:
+        paths = find_call_sockets(info, self.path)
         if not paths:
             raise ConnectionRefusedError("the server takes no direct calls beside its socket")
-        return _Place(paths[0], bytes.fromhex(info.instance_id))
+        return _DirectAddress(paths[0], bytes.fromhex(info.instance_id))
 
-    def _open_at(self, place: _Place, timeout_s: float) -> Line:
+    def _connect_to(self, place: _DirectAddress, timeout_s: float) -> FrameStream:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             # a server that is stopped lets callers wait once it has many; Python's own time-out
             # would not wait at all
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
@@ -98,11 +100,11 @@ class UnixWay:
         except BaseException:
             connection.close()
             raise
-        return _greeted(connection, place.instance, timeout_s)
+        return _shake_hands(connection, place.instance, timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
-class TcpWay:
+class TcpConnector:
     """By a TCP port that the server tells, on the host of its target.
 
     Attributes:
@@ -110,9 +112,9 @@ class TcpWay:
     """
 
     host: str
-    is_quick = False
+    is_address_known = False
 
-    def open(self, ask: Ask, timeout_s: float) -> Line:
+    def connect(self, ask: InfoFetcher, timeout_s: float) -> FrameStream:
         """Return a new line.
 
         Raises:
@@ -122,14 +124,14 @@ class TcpWay:
         info = ask()
         if not info.direct_port:
             raise ConnectionRefusedError("the server takes no direct calls over TCP")
-        timeout_s = min(max(timeout_s, _LEAST_S), _TCP_S)
+        timeout_s = min(max(timeout_s, _MIN_TIMEOUT_S), _TCP_CONNECT_TIMEOUT_S)
         connection = socket.create_connection((self.host, info.direct_port), timeout_s)
-        return _greeted(connection, bytes.fromhex(info.instance_id), timeout_s)
+        return _shake_hands(connection, bytes.fromhex(info.instance_id), timeout_s)
 
 
-def _greeted(connection: socket.socket, instance: bytes, timeout_s: float) -> Line:
-    """Return a line to a server that has said that it is the one. Raises LineBrokenError otherwise."""
-    line = Line(SocketStream(connection), DirectProtocol(Role.CLIENT, instance))
+def _shake_hands(connection: socket.socket, instance: bytes, timeout_s: float) -> FrameStream:
+    """Return a line to a server that has said that it is the one. Raises ConnectionBrokenError otherwise."""
+    line = FrameStream(SocketStream(connection), DirectProtocol(Role.CLIENT, instance))
     line.set_deadline(timeout_s)
     try:
         line.send(Hello(instance))
@@ -144,13 +146,13 @@ def _timeval(seconds: float) -> bytes:
     return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
 
 
-Way: TypeAlias = UnixWay | TcpWay
+Connector: TypeAlias = UnixConnector | TcpConnector
 
 
-def way_to(target: str) -> Way | None:
+def connector_for(target: str) -> Connector | None:
     """Return how direct calls can reach a target of gRPC's; None if they cannot."""
     path = unix_path(target)
     if path:
-        return UnixWay(path) if hasattr(socket, "AF_UNIX") else None
+        return UnixConnector(path) if hasattr(socket, "AF_UNIX") else None
     host = host_of(target)
-    return TcpWay(host) if host and not resolver_of(target) else None
+    return TcpConnector(host) if host and not resolver_of(target) else None

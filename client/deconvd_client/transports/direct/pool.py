@@ -13,40 +13,44 @@ from types import TracebackType
 from typing import Final, TypeVar
 
 from deconvd.direct.busy_polling import BusyPolling
-from deconvd.direct.connection_errors import LineBrokenError, LineTimeoutError
-from deconvd.direct.events import Answer, CallHead, Failed, Method
-from deconvd.direct.frame_stream import Line, tell_written
+from deconvd.direct.connection_errors import ConnectionBrokenError, ConnectionTimeoutError
+from deconvd.direct.events import Answer, CallFailure, CallHead, MethodCode
+from deconvd.direct.frame_stream import FrameStream, report_progress
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
-from deconvd.host.adaptive_backoff import Trials
-from deconvd.host.forks import begin_anew_in_children, new_lock
-from deconvd.wire.ledger import FOLLOW_ENTRY
+from deconvd.host.adaptive_backoff import AdaptiveBackoff
+from deconvd.host.forks import new_lock, register_fork_reset
+from deconvd.wire.ledger import OVERLAP_ENTRY
 from deconvd.wire.status import error_from_status
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.calls.overlapped_copy import LateCopy
-from deconvd_client.calls.transport import Conversation, LostLineError, NoLineError
-from deconvd_client.calls.uninterrupted import call_uninterrupted, do_beside
+from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.transport import (
+    NotServedDirectlyError,
+    OutcomeUnknownError,
+    StreamAttempt,
+)
+from deconvd_client.calls.uninterrupted import call_uninterrupted, run_in_background
 from deconvd_client.transports.backoff import Backoff
-from deconvd_client.transports.direct.connectors import Ask, Way
-from deconvd_client.transports.direct.duplex_call import converse
+from deconvd_client.transports.direct.connectors import Connector, InfoFetcher
+from deconvd_client.transports.direct.duplex_call import run_stream_attempt
 
 __all__ = ["DirectTransport"]
 
 _T = TypeVar("_T")
 
-_OPEN_S: Final = 10.0
+_CONNECT_TIMEOUT_S: Final = 10.0
 """How long a thread may take to open a line."""
 
-_PATIENCE_S: Final = 0.1
+_CONNECT_PATIENCE_S: Final = 0.1
 """How long calls wait for a line that is being opened before they go by gRPC."""
 
-_AHEAD_S: Final = 4e-4
-_POLLED_S: Final = 8e-4
+_POLL_LEAD_S: Final = 4e-4
+_POLL_DURATION_S: Final = 8e-4
 """From so long before an answer usually comes, and for so long, a client that waits for it polls."""
 
-_IDLE_COUNT: Final = 16
+_MAX_IDLE_CONNECTIONS: Final = 16
 """Lines that are kept for later calls."""
 
-_METHODS: Final = {method.name: method for method in Method}
+_METHODS: Final = {method.name: method for method in MethodCode}
 
 _log = logging.getLogger(__name__)
 
@@ -59,77 +63,81 @@ class DirectTransport:
         ask: Asks the server what it is.
     """
 
-    def __init__(self, way: Way, ask: Ask) -> None:
-        self._way = way
-        self._ask = ask
+    def __init__(self, way: Connector, ask: InfoFetcher) -> None:
+        self._connector = way
+        self._fetch_info = ask
         self._is_closed = False
         self._backoff = Backoff()
-        self._polling = BusyPolling(_POLLED_S, ahead_s=_AHEAD_S)
-        self._early_calls = Trials()
+        self._polling = BusyPolling(_POLL_DURATION_S, ahead_s=_POLL_LEAD_S)
+        self._overlap_backoff = AdaptiveBackoff()
         self._lock = new_lock()  # never held while anything is sent, or waited for
-        self.begin_anew_in_child()
-        begin_anew_in_children(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         """Have no lines yet, as in a forked child."""
-        self._idle: list[Line] = []
+        self._idle: list[FrameStream] = []
         # Those that calls have. A call that was broken off by an interrupt may not have said that it ended:
         # its line closes itself once nothing refers to it.
-        self._busy: set[weakref.ref[Line]] = set()
-        self._is_opening = False
-        self._waiting: list[SimpleQueue[None]] = []  # for what the opener opens
+        self._busy: set[weakref.ref[FrameStream]] = set()
+        self._is_connecting = False
+        self._waiters: list[SimpleQueue[None]] = []  # for what the opener opens
 
     @property
-    def is_worth_asking(self) -> bool:
+    def may_connect(self) -> bool:
         """Whether calls may get a line: the server has let the last one be opened, or was asked long ago."""
         return not self._is_closed and not self._backoff.is_pending
 
     @property
     def may_carry(self) -> bool:
         """Whether there is a line for a call, or may be one."""
-        return bool(self._idle) or self.is_worth_asking
+        return bool(self._idle) or self.may_connect
 
     def unary(
-        self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
+        self,
+        method: str,
+        request: bytes,
+        deadline: Deadline,
+        late_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
         """Return the response to a call of one message, and its ledger.
 
         Raises:
-            NoLineError: It is to be made in another way.
+            NotServedDirectlyError: It is to be made in another way.
             DeconvdError: What the server raised.
             DeadlineError: There was no answer in time.
             CallCancelledError: `close` was called meanwhile.
         """
-        if late_copy is not None and not self._early_calls.is_due():
-            late_copy.make()
-        early = late_copy if late_copy is not None and not late_copy.is_made else None
-        written_bytes = early.written_bytes if early is not None else 0
-        with self._line(deadline) as lent:
-            line, is_early = lent.line, early is not None
+        if late_copy is not None and not self._overlap_backoff.is_due():
+            late_copy.run()
+        early = late_copy if late_copy is not None and not late_copy.is_done else None
+        written_bytes = early.initial_bytes if early is not None else 0
+        with self._pooled_connection(deadline) as lent:
+            line, is_early = lent.connection, early is not None
             head = CallHead(_METHODS[method], lent.timeout_s, request, is_early, written_bytes)
             line.send(head)
             if early is not None:
-                with suppress(_AnsweredError):
-                    early.make(partial(_tell_written, line))
+                with suppress(_EarlyAnswerError):
+                    early.run(partial(_report_progress, line))
             self._polling.wait(line, self._is_alone)
             answer = line.next_event()
-            if isinstance(answer, Failed):
+            if isinstance(answer, CallFailure):
                 raise error_from_status(answer.status)
         assert isinstance(answer, Answer), answer  # nothing else may come
         if is_early:
             # a server that computes on the host, or for others too, does not follow: then it costs both
             # ends more to speak of progress than it saves
-            self._early_calls.note(has_paid=FOLLOW_ENTRY in answer.ledger)
+            self._overlap_backoff.record_outcome(has_paid=OVERLAP_ENTRY in answer.ledger)
         return answer
 
-    def stream(self, begin: Callable[[], Conversation[_T]], deadline: Deadline) -> tuple[_T, str]:
+    def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
         """Make a call of many parts; return what is made of the response, and the ledger.
 
         Raises:
             As `unary`, and what the conversation's functions raise.
         """
-        with self._line(deadline) as lent:
-            return converse(lent.line, begin(), lent.timeout_s)
+        with self._pooled_connection(deadline) as lent:
+            return run_stream_attempt(lent.connection, begin(), lent.timeout_s)
 
     def close(self) -> None:
         """Close all lines. Calls under way end with CallCancelledError."""
@@ -138,7 +146,7 @@ class DirectTransport:
             idle, self._idle = self._idle, []
             busy = [line for known in self._busy if (line := known()) is not None]
         for line in busy:
-            line.shut()
+            line.shutdown()
         for line in idle:
             line.close()
 
@@ -155,41 +163,41 @@ class DirectTransport:
         """Return whether no other thread has a call under way."""
         return len(self._busy) == 1
 
-    def _line(self, deadline: Deadline) -> _LentLine:
+    def _pooled_connection(self, deadline: Deadline) -> _PooledConnection:
         """Lend a line to a block, and keep it if the block has left it in order."""
-        line = self._take(deadline)
+        line = self._acquire(deadline)
         timeout_s = deadline.remaining_s()
         line.set_deadline(timeout_s)
-        return _LentLine(line, timeout_s, self._end_use)
+        return _PooledConnection(line, timeout_s, self._release)
 
-    def _end_use(self, line: Line, error: BaseException | None) -> None:
+    def _release(self, line: FrameStream, error: BaseException | None) -> None:
         """Take a line back. Raises what the calling block is to raise, if that is another error than its own."""
-        self._give_back(line, error)
-        if isinstance(error, LineTimeoutError):
+        self._return_to_pool(line, error)
+        if isinstance(error, ConnectionTimeoutError):
             raise DeadlineError("the server did not answer in time") from None
-        if isinstance(error, LineBrokenError):
+        if isinstance(error, ConnectionBrokenError):
             if self._is_closed:
                 raise CallCancelledError("the connection is closed") from None
             _log.debug("a direct line was lost: %s", error)
-            raise LostLineError from None
+            raise OutcomeUnknownError from None
 
-    def _take(self, deadline: Deadline) -> Line:
-        """Return a line for one call. Raises NoLineError if there is none."""
-        taken = self._take_idle()
-        if taken is None and self.is_worth_asking:
-            is_quick = self._way.is_quick
-            opened = call_uninterrupted(lambda: self._open(deadline)) if is_quick else None
+    def _acquire(self, deadline: Deadline) -> FrameStream:
+        """Return a line for one call. Raises NotServedDirectlyError if there is none."""
+        taken = self._acquire_idle()
+        if taken is None and self.may_connect:
+            is_quick = self._connector.is_address_known
+            opened = call_uninterrupted(lambda: self._connect(deadline)) if is_quick else None
             if opened is not None:
-                return self._keep(opened, is_taken=True)
+                return self._add_connection(opened, is_taken=True)
             if not deadline.remaining_s():  # which says nothing of the server
                 raise DeadlineError("the call's deadline passed while a line was opened")
-            self._open_beside(deadline)
-            taken = self._take_idle()
+            self._connect_in_background(deadline)
+            taken = self._acquire_idle()
         if taken is None:
-            raise NoLineError
+            raise NotServedDirectlyError
         return taken
 
-    def _take_idle(self) -> Line | None:
+    def _acquire_idle(self) -> FrameStream | None:
         """Return a line that is not in use, if there is one that the server has not closed."""
         while True:
             with self._lock:
@@ -203,63 +211,63 @@ class DirectTransport:
                 self._busy.discard(weakref.ref(idle))
             idle.close()
 
-    def _note_busy(self, line: Line) -> None:
+    def _note_busy(self, line: FrameStream) -> None:
         if self._busy:
             self._busy = {known for known in self._busy if known() is not None}
         self._busy.add(weakref.ref(line))
 
-    def _give_back(self, line: Line, error: BaseException | None) -> None:
+    def _return_to_pool(self, line: FrameStream, error: BaseException | None) -> None:
         with self._lock:
             self._busy.discard(weakref.ref(line))
-            is_wanted = not self._is_closed and len(self._idle) < _IDLE_COUNT
+            is_wanted = not self._is_closed and len(self._idle) < _MAX_IDLE_CONNECTIONS
             is_kept = is_wanted and line.protocol.is_idle
             if is_kept:
                 self._idle.append(line)
         if is_kept:
             return
-        if error is None or isinstance(error, (DeconvdError, LineBrokenError)):
+        if error is None or isinstance(error, (DeconvdError, ConnectionBrokenError)):
             line.close()
         else:
             # after an interrupt a thread may still be sending: the line closes itself once none refers to it
-            line.shut()
+            line.shutdown()
 
-    def _open_beside(self, deadline: Deadline) -> None:
+    def _connect_in_background(self, deadline: Deadline) -> None:
         """Open one more line in a thread, and wait for it for a moment."""
         opened: SimpleQueue[None] = SimpleQueue()
         with self._lock:
-            self._waiting.append(opened)
-            if not self._is_opening:
-                do_beside(self._open_slowly)
+            self._waiters.append(opened)
+            if not self._is_connecting:
+                run_in_background(self._connect_for_waiters)
         with suppress(Empty):
-            opened.get(timeout=min(_PATIENCE_S, deadline.remaining_s()))
+            opened.get(timeout=min(_CONNECT_PATIENCE_S, deadline.remaining_s()))
 
-    def _open_slowly(self) -> None:
+    def _connect_for_waiters(self) -> None:
         with self._lock:
-            if self._is_opening:
+            if self._is_connecting:
                 return  # another thread was asked at the same time
-            self._is_opening = True
-        line = self._open(Deadline(_OPEN_S))
-        with suppress(NoLineError):  # the calls go by gRPC
-            self._keep(line)
+            self._is_connecting = True
+        line = self._connect(Deadline(_CONNECT_TIMEOUT_S))
+        with suppress(NotServedDirectlyError):  # the calls go by gRPC
+            self._add_connection(line)
         with self._lock:
-            self._is_opening = False
-            waiting, self._waiting = self._waiting, []
+            self._is_connecting = False
+            waiting, self._waiters = self._waiters, []
         for opened in waiting:
             opened.put(None)
 
-    def _open(self, deadline: Deadline) -> Line | None:
+    def _connect(self, deadline: Deadline) -> FrameStream | None:
         """Return a new line; None if the server opens none, whatever the reason."""
         try:
-            return self._way.open(self._ask, deadline.remaining_s())
+            return self._connector.connect(self._fetch_info, deadline.remaining_s())
         except Exception as error:
             _log.debug("no direct calls: %s", error)
             return None
 
-    def _keep(self, opened: Line | None, *, is_taken: bool = False) -> Line:
+    def _add_connection(self, opened: FrameStream | None, *, is_taken: bool = False) -> FrameStream:
         """Keep a new line for a later call, or for that of this thread.
 
         Raises:
-            NoLineError: There is none. The server is left in peace for a while.
+            NotServedDirectlyError: There is none. The server is left in peace for a while.
         """
         with self._lock:
             if opened is None:
@@ -273,11 +281,11 @@ class DirectTransport:
                 return opened
         if opened is not None:
             opened.close()
-        raise NoLineError
+        raise NotServedDirectlyError
 
 
 @dataclass(slots=True)
-class _LentLine(AbstractContextManager["_LentLine"]):
+class _PooledConnection(AbstractContextManager["_PooledConnection"]):
     """A line that a call has to itself, for the length of a block.
 
     Attributes:
@@ -285,9 +293,9 @@ class _LentLine(AbstractContextManager["_LentLine"]):
         on_end: Called at the block's end with the line and the error that the block has raised, if any.
     """
 
-    line: Line
+    connection: FrameStream
     timeout_s: float
-    on_end: Callable[[Line, BaseException | None], None]
+    release: Callable[[FrameStream, BaseException | None], None]
 
     def __exit__(
         self,
@@ -295,16 +303,16 @@ class _LentLine(AbstractContextManager["_LentLine"]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.on_end(self.line, exc)
+        self.release(self.connection, exc)
 
 
-class _AnsweredError(Exception):
+class _EarlyAnswerError(Exception):
     """The server has answered before it had all operands: it refuses the call, or does not need the rest."""
 
 
-def _tell_written(line: Line, size_bytes: int) -> None:
+def _report_progress(line: FrameStream, size_bytes: int) -> None:
     """Say how far an early call's operands are written."""
     if not line.is_quiet():
-        raise _AnsweredError
-    with suppress(LineBrokenError):  # that is for who waits for the answer to find
-        tell_written(line, size_bytes)
+        raise _EarlyAnswerError
+    with suppress(ConnectionBrokenError):  # that is for who waits for the answer to find
+        report_progress(line, size_bytes)

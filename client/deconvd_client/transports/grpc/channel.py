@@ -6,7 +6,7 @@ from typing import Final
 
 import grpc
 
-from deconvd.wire.grpc_options import TRANSPORT_OPTIONS
+from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd_client.transports.grpc.proxies import Proxy
 
 __all__ = ["MAX_MESSAGE_BYTES", "open_channel"]
@@ -14,7 +14,7 @@ __all__ = ["MAX_MESSAGE_BYTES", "open_channel"]
 MAX_MESSAGE_BYTES: Final = 2**31 - 1
 """The largest message that gRPC can carry."""
 
-_UNTAKEN_S: Final = 20
+_TCP_USER_TIMEOUT_S: Final = 20
 """How long data may wait for the other end to take it before a TCP connection is given up."""
 
 _DAY_S: Final = 24 * 60 * 60
@@ -31,7 +31,7 @@ def open_channel(target: str, *, max_message_bytes: int, proxy: Proxy | None) ->
     return grpc.insecure_channel(
         target,
         options=[
-            *TRANSPORT_OPTIONS,
+            *GRPC_OPTIONS,
             ("grpc.enable_http_proxy", int(proxy is not None)),
             # By default a second, then ever more, up to two minutes: longer than any retry.
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -43,7 +43,7 @@ def open_channel(target: str, *, max_message_bytes: int, proxy: Proxy | None) ->
             # Not for pings: with these gRPC sets TCP_USER_TIMEOUT. Else a dead connection is used for as
             # long as the kernel hopes, a quarter of an hour.
             ("grpc.keepalive_time_ms", _DAY_S * 1000),
-            ("grpc.keepalive_timeout_ms", _UNTAKEN_S * 1000),
+            ("grpc.keepalive_timeout_ms", _TCP_USER_TIMEOUT_S * 1000),
             # The client tries again itself, streams too; only to be ready for it costs gRPC time.
             ("grpc.enable_retries", 0),
             # Else channels of a process share connections, those with a connection that is stuck, too.

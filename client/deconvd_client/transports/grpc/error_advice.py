@@ -9,13 +9,13 @@ from typing import Final
 from deconvd.errors import DeadlineError, DeconvdError, ExhaustedError, UnavailableError
 from deconvd_client.transports.grpc.proxies import Proxy
 
-__all__ = ["Advice"]
+__all__ = ["ErrorHints"]
 
 _TOO_LARGE: Final = re.compile(
     r"(CLIENT|SERVER): Received message larger than max \((\d+) vs\. (\d+)\)"
 )
 
-_NOBODY_THERE: Final = re.compile(
+_UNREACHABLE: Final = re.compile(
     r"failed to connect to all addresses|errors resolving|DNS resolution failed|empty address list"
 )
 """What gRPC says where it has not come to a server at all."""
@@ -25,7 +25,7 @@ _DEADLINE_PASSED: Final = "Deadline Exceeded"
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class ErrorHints:
     """What there is to say of errors on one channel.
 
     Attributes:
@@ -36,7 +36,7 @@ class Advice:
     target: str
     proxy: Proxy | None
 
-    def added_to(self, error: DeconvdError) -> DeconvdError:
+    def explain(self, error: DeconvdError) -> DeconvdError:
         """Return an error with what the caller needs beside it, or the error itself."""
         if isinstance(error, ExhaustedError):
             return _with_limit(error)
@@ -44,16 +44,16 @@ class Advice:
             why = str(error)
             if _DEADLINE_PASSED in why:
                 why = "the server did not answer in time"
-            return DeadlineError(why + self._by_proxy())
+            return DeadlineError(why + self._proxy_hint())
         if isinstance(error, UnavailableError):
             text = str(error)
-            if _NOBODY_THERE.search(text):
+            if _UNREACHABLE.search(text):
                 text = f"no server was reached: is deconvd-server running at {self.target}? {text}"
-            text += self._by_proxy()
+            text += self._proxy_hint()
             return UnavailableError(text, retry_after_s=error.retry_after_s)
         return error
 
-    def _by_proxy(self) -> str:
+    def _proxy_hint(self) -> str:
         if self.proxy is None:
             return ""
         return (

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from deconvd_client.transports.targets import host_of, is_here
+from deconvd_client.transports.targets import host_of, is_local
 
-__all__ = ["Proxy", "proxy_to"]
+__all__ = ["Proxy", "proxy_for"]
 
-_VARIABLES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
-_EXCEPTIONS: Final = ("no_grpc_proxy", "no_proxy")
+_PROXY_VARIABLES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
+_NO_PROXY_VARIABLES: Final = ("no_grpc_proxy", "no_proxy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Proxy:
     variable: str
 
 
-def proxy_to(target: str) -> Proxy | None:
+def proxy_for(target: str) -> Proxy | None:
     """Return the proxy that calls to a target go by; None if they go there without."""
-    variable = _first_set(_VARIABLES)
-    if not variable or is_here(target) or _is_excepted(host_of(target)):
+    variable = _first_set_variable(_PROXY_VARIABLES)
+    if not variable or is_local(target) or _is_excepted(host_of(target)):
         return None
     url = urlsplit(os.environ[variable])
     if url.scheme != "http":  # gRPC knows no others
@@ -45,7 +45,7 @@ def proxy_to(target: str) -> Proxy | None:
 
 
 def _is_excepted(host: str) -> bool:
-    variable = _first_set(_EXCEPTIONS)
+    variable = _first_set_variable(_NO_PROXY_VARIABLES)
     listed = os.environ[variable].split(",") if variable else []
     return any(_covers(entry.strip(), host) for entry in listed)
 
@@ -60,7 +60,7 @@ def _covers(entry: str, host: str) -> bool:
         return host.lower().endswith(entry.lower())
 
 
-def _first_set(variables: tuple[str, ...]) -> str:
+def _first_set_variable(variables: tuple[str, ...]) -> str:
     """Return the first of some variables that is set; empty if none is, or if its value is empty."""
     for variable in variables:
         if variable in os.environ:

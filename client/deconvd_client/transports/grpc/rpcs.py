@@ -20,23 +20,27 @@ from typing import Any, Final, TypeAlias, TypeVar
 import grpc
 
 from deconvd.errors import CallCancelledError, DeadlineError
-from deconvd.host.forks import UnforkedWork, begin_anew_in_children, leave_to_parent, new_lock
+from deconvd.host.forks import ForkBlocker, leave_to_parent, new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.calls.uninterrupted import Job, NotYetError, do_beside
-from deconvd_client.transports.session_stream import Hold
+from deconvd_client.calls.uninterrupted import (
+    BackgroundTask,
+    PromiseTimeoutError,
+    run_in_background,
+)
+from deconvd_client.transports.session_stream import SessionStream
 
-__all__ = ["Metadata", "Rpcs"]
+__all__ = ["Metadata", "RpcChannel"]
 
 _T = TypeVar("_T")
 
-_GRACE_S: Final = 0.5
+_DEADLINE_GRACE_S: Final = 0.5
 """How much longer than its deadline a call may take before its channel is thought to be of no more use."""
 
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 
-class Rpcs:
+class RpcChannel:
     """Makes RPCs by their paths, on messages as bytes. Thread-safe.
 
     Its methods raise grpc.RpcError, and ValueError once it is closed.
@@ -50,14 +54,14 @@ class Rpcs:
         self._lock = new_lock()
         self._is_closed = False
         self._channel: grpc.Channel | None = None
-        self._under_way: set[Job[Any]] = set()
-        begin_anew_in_children(self)
+        self._running_tasks: set[BackgroundTask[Any]] = set()
+        register_fork_reset(self)
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         """Have no channel: what the parent's is in the midst of stays so for ever."""
         leave_to_parent(self._channel)
         self._channel = None
-        self._under_way = set()
+        self._running_tasks = set()
 
     def unary(self, path: str, request: bytes, deadline: Deadline) -> tuple[bytes, Metadata]:
         """Return the response to one message, and the metadata that came after it."""
@@ -77,12 +81,12 @@ class Rpcs:
         deadline: Deadline,
     ) -> tuple[_T, Metadata]:
         """Return what `receive`, called in another thread, makes of the responses, and the metadata after them."""
-        end = _End()
+        end = _Cancellation()
 
         def work(channel: grpc.Channel) -> tuple[_T, Metadata]:
             rpc: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
             responses = rpc(requests, timeout=deadline.remaining_s())
-            end.may_cancel(responses)
+            end.attach(responses)
             try:
                 return receive(responses), responses.trailing_metadata()
             finally:
@@ -90,11 +94,13 @@ class Rpcs:
 
         return self._call(work, deadline, end.cancel)
 
-    def hold(self, path: str, opening: pb.HoldSessionRequest, deadline: Deadline) -> Hold:
+    def open_session(
+        self, path: str, opening: pb.HoldSessionRequest, deadline: Deadline
+    ) -> SessionStream:
         """Begin a call that stays open; return once the server has answered its first message."""
 
-        def work(channel: grpc.Channel) -> Hold:
-            return Hold.open(channel.stream_stream(path), opening, deadline.remaining_s())
+        def work(channel: grpc.Channel) -> SessionStream:
+            return SessionStream.open(channel.stream_stream(path), opening, deadline.remaining_s())
 
         return self._call(work, deadline)
 
@@ -110,10 +116,10 @@ class Rpcs:
             return
         closed: SimpleQueue[None] = SimpleQueue()
         # gRPC ends the calls at once, but then waits for what is being written, if need be for ever
-        do_beside(lambda: closed.put(channel.close()))
+        run_in_background(lambda: closed.put(channel.close()))
         with suppress(Empty):
             closed.get(timeout=deadline.remaining_s())
-        for job in [*self._under_way]:  # those that gRPC has not ended
+        for job in [*self._running_tasks]:  # those that gRPC has not ended
             job.fail(CallCancelledError("the connection is closed"))
 
     def _call(
@@ -125,12 +131,12 @@ class Rpcs:
         """Make a call, and wait for it until a little after its deadline, by which gRPC ends it if it can."""
         used: list[grpc.Channel] = []
 
-        def unforked() -> _T:
-            under_way = self._under_way
+        def run_unforked() -> _T:
+            under_way = self._running_tasks
             under_way.add(job)
             try:
-                with UnforkedWork():
-                    channel = self._opened()
+                with ForkBlocker():
+                    channel = self._get_channel()
                     used.append(channel)
                     return work(channel)
             except ValueError:
@@ -140,23 +146,23 @@ class Rpcs:
             finally:
                 under_way.discard(job)
 
-        job = Job(unforked)
+        job = BackgroundTask(run_unforked)
         try:
-            return job.do(give_up, deadline.remaining_s() + _GRACE_S)
-        except NotYetError:
-            self._leave(used)
+            return job.run(give_up, deadline.remaining_s() + _DEADLINE_GRACE_S)
+        except PromiseTimeoutError:
+            self._abandon_channel(used)
             raise DeadlineError("gRPC has not ended the call in time") from None
 
-    def _leave(self, used: Collection[grpc.Channel]) -> None:
+    def _abandon_channel(self, used: Collection[grpc.Channel]) -> None:
         """Let later calls go by another channel than one that does not end its calls."""
         with self._lock:
             channel = self._channel
             if channel is None or channel not in used:
                 return
             self._channel = None
-        do_beside(channel.close)  # its other calls are cancelled, to be made again
+        run_in_background(channel.close)  # its other calls are cancelled, to be made again
 
-    def _opened(self) -> grpc.Channel:
+    def _get_channel(self) -> grpc.Channel:
         with self._lock:
             if self._channel is None:
                 if self._is_closed:
@@ -165,14 +171,14 @@ class Rpcs:
             return self._channel
 
 
-class _End:
+class _Cancellation:
     """The end of a call that its caller may give up before it has begun."""
 
     def __init__(self) -> None:
         self._call: Any = None
         self._is_given_up = False
 
-    def may_cancel(self, call: grpc.Call) -> None:
+    def attach(self, call: grpc.Call) -> None:
         """Cancel a call when it is given up."""
         self._call = call
         if self._is_given_up:

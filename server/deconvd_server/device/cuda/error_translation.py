@@ -12,7 +12,7 @@ from deconvd_server.device.cuda.api.runtime import CudaError, synchronize
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.faults import DeviceLostError
 
-__all__ = ["Guard"]
+__all__ = ["ErrorTranslation"]
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ _OUT_OF_MEMORY = 2
 """`cudaErrorMemoryAllocation`."""
 
 
-class Guard:
+class ErrorTranslation:
     """A context, for any thread and any time, that raises what a block raises as one of our errors.
 
     That is ExhaustedError if memory ran out, on the card or the host; DeviceLostError if the card
@@ -50,11 +50,11 @@ class Guard:
         if isinstance(exc, MemoryError):
             raise ExhaustedError(f"{self._name}: memory ran out: {exc}") from None
         if isinstance(exc, (RuntimeError, CudnnError)):
-            self._fail(exc)
+            self._raise_translated(exc)
 
-    def _fail(self, error: Exception) -> NoReturn:
+    def _raise_translated(self, error: Exception) -> NoReturn:
         _log.error("%s failed", self._name, exc_info=error)
-        lost = _lost(self._name)
+        lost = _find_lost_error(self._name)
         if lost is not None:
             self._on_lost(lost)
             raise lost from error
@@ -63,7 +63,7 @@ class Guard:
         raise InternalError(f"{self._name} failed, see the server's log") from error
 
 
-def _lost(name: str) -> DeviceLostError | None:
+def _find_lost_error(name: str) -> DeviceLostError | None:
     """Return the error of a card that must be reset; None if it still works."""
     try:
         synchronize()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Attention"]
+__all__ = ["LastCaller"]
 
 
-class Attention:
+class LastCaller:
     """Whose call came last. Threads may use it together."""
 
     def __init__(self) -> None:
@@ -17,6 +17,6 @@ class Attention:
         self._is_undivided = self._last is line
         self._last = line
 
-    def is_undivided(self, line: object) -> bool:
+    def is_sole_caller(self, line: object) -> bool:
         """Return whether the last calls all came on one line, and that is it."""
         return self._is_undivided and self._last is line

@@ -12,24 +12,24 @@ from functools import partial
 from typing import Any, Final
 
 from deconvd.direct.byte_stream import SocketStream
-from deconvd.direct.events import Method
+from deconvd.direct.events import MethodCode
 from deconvd.errors import UnavailableError
 from deconvd_server.call.context import STALL_LIMIT_S
 from deconvd_server.resources.accept_loop import Listener
-from deconvd_server.resources.fair_shares import Place, Shares
-from deconvd_server.resources.peers import counted_by_connection
-from deconvd_server.resources.unix_listener import SideSocket, peer_of
-from deconvd_server.service.method import Behaviour
-from deconvd_server.transports.direct.connection import DirectLine
-from deconvd_server.transports.direct.last_caller import Attention
+from deconvd_server.resources.fair_shares import FairShares, PeerPlace
+from deconvd_server.resources.peers import peer_key_of_connection
+from deconvd_server.resources.unix_listener import SideSocket, peer_credentials
+from deconvd_server.service.method import RpcMethod
+from deconvd_server.transports.direct.connection import DirectConnection
+from deconvd_server.transports.direct.last_caller import LastCaller
 from deconvd_server.transports.serve import Observer
 
 __all__ = ["DirectServer"]
 
-_LINES_COUNT: Final = 256
+_CONNECTIONS_COUNT: Final = 256
 """Each takes a thread, which costs little while it waits."""
 
-_RESERVED_LINES_COUNT: Final = 32
+_RESERVED_CONNECTIONS_COUNT: Final = 32
 """For peers that have none: as many as may well come at once, while one peer has all the others."""
 
 _log = logging.getLogger(__name__)
@@ -54,21 +54,21 @@ class DirectServer:
         self,
         sides: Sequence[SideSocket],
         listeners: Sequence[socket.socket],
-        behaviours: Mapping[str, Behaviour],
+        behaviours: Mapping[str, RpcMethod],
         instance: bytes,
         observers: Sequence[Observer],
         on_lost: Callable[[str], None],
     ) -> None:
-        self._behaviours = {method: behaviours[method.name] for method in Method}
+        self._methods = {method: behaviours[method.name] for method in MethodCode}
         self._instance = instance
         self._observers = observers
-        self._attention = Attention()
+        self._last_caller = LastCaller()
         self._lock = threading.Lock()
-        self._lines: dict[int, DirectLine] = {}  # by descriptor
-        self._shares = Shares(_LINES_COUNT, _RESERVED_LINES_COUNT, "direct lines")
+        self._connections: dict[int, DirectConnection] = {}  # by descriptor
+        self._shares = FairShares(_CONNECTIONS_COUNT, _RESERVED_CONNECTIONS_COUNT, "direct lines")
         self._is_withdrawn = False
-        self._is_whole = True  # no call was cut short
-        self._listener = Listener("direct lines", sides, listeners, self._take, on_lost)
+        self._is_clean = True  # no call was cut short
+        self._listener = Listener("direct lines", sides, listeners, self._accept, on_lost)
         self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
         self._thread.start()
 
@@ -77,13 +77,13 @@ class DirectServer:
         self._listener.withdraw()
         with self._lock:
             self._is_withdrawn = True
-        for line in self._all_lines():
-            line.take_no_more()
+        for line in self._all_connections():
+            line.close_when_idle()
 
     def cancel(self) -> None:
         """Cancel the calls under way."""
-        for line in self._all_lines():
-            self._is_whole &= line.is_idle
+        for line in self._all_connections():
+            self._is_clean &= line.is_idle
             line.cancel()
 
     def close(self, timeout_s: float) -> bool:
@@ -94,35 +94,35 @@ class DirectServer:
         """
         self.withdraw()
         deadline_s = time.monotonic() + timeout_s
-        for line in self._all_lines():
+        for line in self._all_connections():
             line.thread.join(max(deadline_s - time.monotonic(), 0))
-            self._is_whole &= not line.thread.is_alive()
+            self._is_clean &= not line.thread.is_alive()
             line.cancel()
             line.thread.join()
         self._listener.stop()
         self._thread.join()
         self._listener.close()
-        return self._is_whole
+        return self._is_clean
 
-    def _all_lines(self) -> list[DirectLine]:
+    def _all_connections(self) -> list[DirectConnection]:
         with self._lock:
-            return list(self._lines.values())
+            return list(self._connections.values())
 
-    def _see_off(self, line: DirectLine) -> None:
+    def _drop_connection(self, line: DirectConnection) -> None:
         """Cancel the call of a client that has gone, or of a line that has ended by itself."""
         self._listener.unwatch(line.descriptor)
         line.cancel()
 
-    def _take(self, connection: socket.socket, address: Any) -> None:
-        peer = _description(connection, address)
-        counted_by = counted_by_connection(connection, address)
-        line = DirectLine(
+    def _accept(self, connection: socket.socket, address: Any) -> None:
+        peer = _describe_peer(connection, address)
+        counted_by = peer_key_of_connection(connection, address)
+        line = DirectConnection(
             SocketStream(connection, stall_limit_s=STALL_LIMIT_S),
             peer,
             counted_by,
-            self._behaviours,
+            self._methods,
             self._instance,
-            self._attention,
+            self._last_caller,
             self._observers,
             self._forget,
         )
@@ -133,30 +133,32 @@ class DirectServer:
             connection.close()
             return
         try:
-            self._begin(line, place)
+            self._start_connection(line, place)
         except BaseException:
             place.free()
             raise
 
-    def _begin(self, line: DirectLine, place: Place) -> None:
+    def _start_connection(self, line: DirectConnection, place: PeerPlace) -> None:
         with self._lock:
             if self._is_withdrawn:
                 place.free()
                 line.refuse()
                 return
-            self._listener.watch(line.descriptor, partial(self._see_off, line), select.EPOLLRDHUP)
+            self._listener.watch(
+                line.descriptor, partial(self._drop_connection, line), select.EPOLLRDHUP
+            )
             line.start(place)
-            self._lines[line.descriptor] = line
+            self._connections[line.descriptor] = line
 
-    def _forget(self, line: DirectLine) -> None:
+    def _forget(self, line: DirectConnection) -> None:
         with self._lock:
             self._listener.unwatch(line.descriptor)
-            self._lines.pop(line.descriptor)
+            self._connections.pop(line.descriptor)
 
 
-def _description(connection: socket.socket, address: Any) -> str:
+def _describe_peer(connection: socket.socket, address: Any) -> str:
     """Return who has connected, for the log."""
     if connection.family == socket.AF_UNIX:
-        return f"unix: {peer_of(connection)}"
+        return f"unix: {peer_credentials(connection)}"
     host, port = address[:2]
     return f"tcp: {host}:{port}"

@@ -6,43 +6,43 @@ import math
 import time
 from typing import Final
 
-from deconvd.direct.frame_stream import Line, hear_written
+from deconvd.direct.frame_stream import FrameStream, receive_progress
 from deconvd.errors import UnavailableError
 from deconvd_server.call.context import STALL_LIMIT_S
 
-__all__ = ["Writing"]
+__all__ = ["WriteProgress"]
 
-_HEARD_S: Final = 1e-3
+_DRAIN_S: Final = 1e-3
 """Longer than it takes to hear all that an honest client says."""
 
 _RETRY_AFTER_S: Final = 0.1
 """What a client is told that has stopped writing: it may try again at once, as the server is ready."""
 
 
-class Writing:
+class WriteProgress:
     """How far a client has come with writing the operands of a call. See `Progress`.
 
     For the thread that serves its line. What the client says may be wrong: that harms its own results
     alone.
 
     Attributes:
-        waits_since_s: As in `WaitsForClient`.
+        blocked_since_s: As in `ClientWait`.
 
     Args:
         written_bytes: How many bytes it has written already.
     """
 
-    def __init__(self, line: Line, written_bytes: int = 0) -> None:
-        self._line = line
+    def __init__(self, line: FrameStream, written_bytes: int = 0) -> None:
+        self._frames = line
         self._written_bytes = written_bytes
         self._progressed_s = time.monotonic()
-        self.waits_since_s = math.inf
+        self.blocked_since_s = math.inf
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
         """Return whether that many bytes are there, as soon as they are, or once the time is up.
 
         Raises:
-            LineBrokenError: The client goes, or says something else.
+            ConnectionBrokenError: The client goes, or says something else.
             UnavailableError: It has written nothing for so long that it is not waited for.
         """
         until_s = time.monotonic() + timeout_s
@@ -50,16 +50,16 @@ class Writing:
             remaining_s = until_s - time.monotonic()
             # what was said by then is still heard, but not for ever: there may always be more
             written_bytes = (
-                hear_written(self._line, remaining_s) if remaining_s > -_HEARD_S else None
+                receive_progress(self._frames, remaining_s) if remaining_s > -_DRAIN_S else None
             )
             if written_bytes is None:
                 self._check_progress()
-                self.waits_since_s = self._progressed_s
+                self.blocked_since_s = self._progressed_s
                 return False
             if written_bytes > self._written_bytes:
                 self._progressed_s = time.monotonic()
             self._written_bytes = written_bytes
-        self.waits_since_s = math.inf
+        self.blocked_since_s = math.inf
         return True
 
     def _check_progress(self) -> None:

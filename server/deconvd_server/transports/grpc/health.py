@@ -39,7 +39,7 @@ class Health:
         self._is_serving = False
         self._is_failing = False
         self._lock = threading.Lock()
-        self._watches: dict[Rpc, _Watch] = {}
+        self._watches: dict[Rpc, _HealthWatch] = {}
         prefix = f"/{health.SERVICE_NAME}/"
         self.handlers: dict[str, Callable[[Rpc], None]] = {
             f"{prefix}Check": lambda rpc: rpc.receive(partial(self._check, rpc)),
@@ -72,7 +72,7 @@ class Health:
         return _SERVING if self._is_serving else _NOT_SERVING
 
     def _check(self, rpc: Rpc, request: bytes | None) -> None:
-        service = _service_in(request)
+        service = _parse_service(request)
         answer = None if service is None else self._answer(service)
         if answer is None:
             rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
@@ -82,12 +82,12 @@ class Health:
             rpc.finish((), answer)
 
     def _watch(self, rpc: Rpc, request: bytes | None) -> None:
-        service = _service_in(request)
+        service = _parse_service(request)
         if service is None:
             rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
             return
-        rpc.is_idle = rpc.has_all = True
-        watch = _Watch(rpc, partial(self._answer, service))
+        rpc.is_idle = rpc.has_all_requests = True
+        watch = _HealthWatch(rpc, partial(self._answer, service))
         with self._lock:
             self._watches[rpc] = watch
         rpc.on_close = partial(self._forget, rpc)
@@ -100,34 +100,34 @@ class Health:
             self._watches.pop(rpc, None)
 
 
-class _Watch:
+class _HealthWatch:
     """A client that watches. It is sent each change, or the last of those that come while one is being sent."""
 
     def __init__(self, rpc: Rpc, answer: Callable[[], bytes]) -> None:
         self._rpc = rpc
         self._answer = answer
         self._lock = threading.Lock()
-        self._sent_last = b""
+        self._last_answer = b""
         self._is_sending = False
 
     def update(self) -> None:
         """Send the status, if it is another than before."""
         with self._lock:
             answer = self._answer()
-            if self._is_sending or answer == self._sent_last:
+            if self._is_sending or answer == self._last_answer:
                 return
-            self._sent_last = answer
+            self._last_answer = answer
             self._is_sending = True
-        self._rpc.send(answer, self._sent)
+        self._rpc.send(answer, self._finish_send)
 
-    def _sent(self) -> None:
+    def _finish_send(self) -> None:
         with self._lock:
             self._is_sending = False
         if not self._rpc.is_closed:
             self.update()
 
 
-def _service_in(request: bytes | None) -> str | None:
+def _parse_service(request: bytes | None) -> str | None:
     """Return the service that a request asks about; None if it is none."""
     if request is None or len(request) > _LARGEST_BYTES:
         return None

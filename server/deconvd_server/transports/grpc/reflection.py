@@ -32,7 +32,7 @@ def reflection_handlers(service: ServiceDescriptor) -> dict[str, Callable[[Rpc],
         if data is None:
             rpc.finish(())
             return
-        request = _parsed(data)
+        request = _parse(data)
         if request is None:
             rpc.fail_with(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid")
             return
@@ -43,7 +43,7 @@ def reflection_handlers(service: ServiceDescriptor) -> dict[str, Callable[[Rpc],
     return {path: lambda rpc: rpc.receive(partial(answer, rpc))}
 
 
-def _parsed(data: bytes) -> reflection_pb2.ServerReflectionRequest | None:
+def _parse(data: bytes) -> reflection_pb2.ServerReflectionRequest | None:
     if len(data) > _LARGEST_BYTES:
         return None
     try:

@@ -21,11 +21,11 @@ from grpc_status import rpc_status
 
 from deconvd_server.transports.grpc.core import cygrpc
 
-__all__ = ["Later", "Metadata", "Rpc"]
+__all__ = ["CallLater", "Metadata", "Rpc"]
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
-Later: TypeAlias = Callable[[float, Callable[[], None]], None]
+CallLater: TypeAlias = Callable[[float, Callable[[], None]], None]
 
 _NO_FLAGS: Final = 0
 _LONGEST_S: Final = 365 * 24 * 3600.0
@@ -54,24 +54,24 @@ class Rpc:
         on_end: Called once nothing of it is under way.
     """
 
-    def __init__(self, event: Any, later: Later, on_end: Callable[[Rpc], None]) -> None:
+    def __init__(self, event: Any, later: CallLater, on_end: Callable[[Rpc], None]) -> None:
         self.path: str = event.call_details.method.decode(errors="replace")
-        self.later = later
+        self.call_later = later
         self.on_close: Callable[[], None] = _do_nothing
         self.on_done: Callable[[], None] = _do_nothing
         self.is_closed = False
-        self.has_all = False
+        self.has_all_requests = False
         self.is_idle = False
         self.is_receiving = False
-        self.asked_s = time.monotonic()
+        self.receive_began_s = time.monotonic()
         self._deadline_s: float = event.call_details.deadline
         self._call = event.call
         self._on_end = on_end
         self._lock = threading.Lock()
-        self._due_count = 0
+        self._pending_count = 0
         self._has_begun_to_answer = False
         self._is_over = False  # nothing more may be sent
-        self._receipt: weakref.ref[_Batch] | None = None
+        self._receive_batch: weakref.ref[_Batch] | None = None
         self.peer: str = self._call.peer().decode(errors="replace")
         self._start((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), _Batch(self, self._close))
 
@@ -89,17 +89,17 @@ class Rpc:
     def receive(self, then: Callable[[bytes | None], None]) -> None:
         """Call `then` with the next message; with None if there is no more, as after the call's end."""
         operations = (cygrpc.ReceiveMessageOperation(_NO_FLAGS),)
-        batch = _Batch(self, partial(self._received, then))
-        self._receipt = weakref.ref(batch)  # gRPC alone holds it
+        batch = _Batch(self, partial(self._deliver, then))
+        self._receive_batch = weakref.ref(batch)  # gRPC alone holds it
         self.is_receiving = True
-        self.asked_s = time.monotonic()
+        self.receive_began_s = time.monotonic()
         if not self._start(operations, batch):
             self.is_receiving = False
             then(None)
 
     def send(self, message: bytes, then: Callable[[], None]) -> None:
         """Send a message, and call `then` once it has left, or never will. The one before must have."""
-        operations = (*self._beginning(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
+        operations = (*self._initial_metadata(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
         if not self._start(operations, _Batch(self, lambda _event: then())):
             then()
 
@@ -125,20 +125,20 @@ class Rpc:
             if self._call is not None:
                 self._call.cancel()
 
-    def has_lost_receipt(self) -> bool:
+    def drop_lost_receive(self) -> bool:
         """Return whether a message came that there was no memory for, and note that it is under way no more."""
-        if self._receipt is None or self._receipt() is not None:
+        if self._receive_batch is None or self._receive_batch() is not None:
             return False
-        self._receipt = None
+        self._receive_batch = None
         self.note_done()
         return True
 
-    def _received(self, then: Callable[[bytes | None], None], event: Any) -> None:
-        self._receipt = None
+    def _deliver(self, then: Callable[[bytes | None], None], event: Any) -> None:
+        self._receive_batch = None
         self.is_receiving = False
         then(event.batch_operations[0].message())
 
-    def _beginning(self) -> tuple[Any, ...]:
+    def _initial_metadata(self) -> tuple[Any, ...]:
         if self._has_begun_to_answer:
             return ()
         self._has_begun_to_answer = True
@@ -154,7 +154,7 @@ class Rpc:
             is_over, self._is_over = self._is_over, True
         if not is_over:
             batch = _Batch(self, _ignore)
-            self._start((*self._beginning(), *messages, status), batch, is_last=True)
+            self._start((*self._initial_metadata(), *messages, status), batch, is_last=True)
 
     def _start(self, operations: tuple[Any, ...], batch: _Batch, *, is_last: bool = False) -> bool:
         """Start a batch, and return whether it was: none is once the call is over."""
@@ -162,7 +162,7 @@ class Rpc:
             if self._call is None or (self._is_over and not is_last):
                 return False
             is_begun: bool = self._call.start_server_batch(operations, batch) == cygrpc.CallError.ok
-            self._due_count += is_begun
+            self._pending_count += is_begun
         return is_begun
 
     def _close(self, _event: Any) -> None:
@@ -173,8 +173,8 @@ class Rpc:
     def note_done(self) -> None:
         """Note that a batch is under way no more. After the last of them the call is given up."""
         with self._lock:
-            self._due_count -= 1
-            is_end = not self._due_count and self._is_over
+            self._pending_count -= 1
+            is_end = not self._pending_count and self._is_over
             if is_end:
                 self._call = None
         if is_end:

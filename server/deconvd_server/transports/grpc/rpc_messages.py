@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 
 from deconvd.errors import CallCancelledError
-from deconvd_server.call.context import Call, CallerGoneError
-from deconvd_server.resources.fair_shares import Place
+from deconvd_server.call.context import CallContext, CallerGoneError
+from deconvd_server.resources.fair_shares import PeerPlace
 from deconvd_server.transports.grpc.rpc import Rpc
 
-__all__ = ["Requests", "Responses"]
+__all__ = ["RequestQueue", "ResponseQueue"]
 
 
-class Requests:
+class RequestQueue:
     """What the client sends.
 
     Args:
@@ -29,12 +29,12 @@ class Requests:
         place: Is told of progress.
     """
 
-    def __init__(self, first: bytes | None, rpc: Rpc, call: Call, place: Place) -> None:
+    def __init__(self, first: bytes | None, rpc: Rpc, call: CallContext, place: PeerPlace) -> None:
         self._rpc = rpc
         self._call = call
         self._place = place
-        self._come: SimpleQueue[bytes | None] = SimpleQueue()
-        self._come.put(first)
+        self._messages: SimpleQueue[bytes | None] = SimpleQueue()
+        self._messages.put(first)
         call.on_cancel(self._wake)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -44,23 +44,23 @@ class Requests:
             CallCancelledError: The caller has gone.
         """
         while (message := self._next()) is not None:
-            self._rpc.receive(self._come.put)
+            self._rpc.receive(self._messages.put)
             yield message
 
     def _next(self) -> bytes | None:
-        self._call.waiting.waits_since_s = time.monotonic()
-        message = self._come.get()
-        self._call.waiting.waits_since_s = math.inf
+        self._call.client_wait.blocked_since_s = time.monotonic()
+        message = self._messages.get()
+        self._call.client_wait.blocked_since_s = math.inf
         if self._call.is_cancelled:
             raise CallCancelledError("the caller gave the call up")
         self._place.note_progress()
         return message
 
     def _wake(self) -> None:
-        self._come.put(None)
+        self._messages.put(None)
 
 
-class Responses:
+class ResponseQueue:
     """What the client is sent.
 
     Args:
@@ -68,12 +68,12 @@ class Responses:
         place: Is told of progress.
     """
 
-    def __init__(self, rpc: Rpc, call: Call, place: Place) -> None:
+    def __init__(self, rpc: Rpc, call: CallContext, place: PeerPlace) -> None:
         self._rpc = rpc
         self._call = call
         self._place = place
-        self._room: SimpleQueue[None] = SimpleQueue()
-        self._room.put(None)
+        self._send_permits: SimpleQueue[None] = SimpleQueue()
+        self._send_permits.put(None)
         call.on_cancel(self._make_room)
 
     def put(self, message: bytes) -> None:
@@ -91,12 +91,12 @@ class Responses:
         self._wait()
 
     def _wait(self) -> None:
-        self._call.waiting.waits_since_s = time.monotonic()
-        self._room.get()
-        self._call.waiting.waits_since_s = math.inf
+        self._call.client_wait.blocked_since_s = time.monotonic()
+        self._send_permits.get()
+        self._call.client_wait.blocked_since_s = math.inf
         if self._call.is_cancelled:
-            raise self._call.stopped_by or CallerGoneError("the caller gave the call up")
+            raise self._call.stop_error or CallerGoneError("the caller gave the call up")
         self._place.note_progress()
 
     def _make_room(self) -> None:
-        self._room.put(None)
+        self._send_permits.put(None)

@@ -13,10 +13,10 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
-from deconvd.wire.grpc_options import TRANSPORT_OPTIONS
+from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd_server.resources.descriptors import connections_count
 from deconvd_server.transports.grpc.core import cygrpc
-from deconvd_server.transports.grpc.receipts import Receipts
+from deconvd_server.transports.grpc.receipts import ReceiveLimiter
 from deconvd_server.transports.grpc.rpc import Rpc
 
 __all__ = ["GrpcServer", "Handlers"]
@@ -24,20 +24,20 @@ __all__ = ["GrpcServer", "Handlers"]
 Handlers: TypeAlias = Mapping[str, Callable[[Rpc], None]]
 """What serves a method's calls, by its path: called in gRPC's thread."""
 
-_AWAITED_COUNT: Final = 64
+_ACCEPT_BACKLOG_COUNT: Final = 64
 """How many calls may come at once: what comes beside them waits in gRPC, which ends it if the server stops."""
 
 _STREAMS_COUNT: Final = 512
 """Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
 
-_CATCHING_UP_S: Final = 0.05
+_DRAIN_EVENTS_S: Final = 0.05
 
-_LOOKAHEAD: Final = "grpc.http2.lookahead_bytes"
-_MOST_UNASKED_BYTES: Final = 64 << 20
-_LEAST_UNASKED_BYTES: Final = 65535
+_LOOKAHEAD_OPTION: Final = "grpc.http2.lookahead_bytes"
+_LARGEST_LOOKAHEAD_BYTES: Final = 64 << 20
+_LEAST_LOOKAHEAD_BYTES: Final = 65535
 """With what HTTP/2 lets every client begin."""
 
-_UNASKED_PART: Final = 64
+_LOOKAHEAD_PART: Final = 64
 """What a client may send of a call before its next message is asked for is one part in so many of what messages may
 take. The more it is, the faster calls are over long ways: gRPC asks for a mebibyte at a time, once for each round trip.
 """
@@ -69,15 +69,15 @@ class GrpcServer:
         on_lost: Callable[[], None],
     ) -> None:
         unasked_bytes = min(
-            max(arriving_bytes // _UNASKED_PART, _LEAST_UNASKED_BYTES), _MOST_UNASKED_BYTES
+            max(arriving_bytes // _LOOKAHEAD_PART, _LEAST_LOOKAHEAD_BYTES), _LARGEST_LOOKAHEAD_BYTES
         )
         options: Sequence[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_concurrent_streams", _STREAMS_COUNT),
             ("grpc.max_allowed_incoming_connections", connections_count()),
-            *(option for option in TRANSPORT_OPTIONS if option[0] != _LOOKAHEAD),
-            (_LOOKAHEAD, unasked_bytes),
+            *(option for option in GRPC_OPTIONS if option[0] != _LOOKAHEAD_OPTION),
+            (_LOOKAHEAD_OPTION, unasked_bytes),
             # With it, a second server would share the port in silence.
             ("grpc.so_reuseport", 0),
         ]
@@ -87,7 +87,9 @@ class GrpcServer:
         self._server = cygrpc.Server(options, False)
         self._server.register_completion_queue(self._queue)
         self._rpcs: set[Rpc] = set()
-        self.receipts = Receipts(self._rpcs, arriving_bytes, self.later, self._catch_up)
+        self.receive_limiter = ReceiveLimiter(
+            self._rpcs, arriving_bytes, self.call_later, self._drain_events
+        )
         self._lock = threading.Lock()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -105,18 +107,18 @@ class GrpcServer:
     def start(self) -> None:
         """Serve from now on."""
         self._server.start()
-        for _ in range(_AWAITED_COUNT):
-            self._await_call()
-        self.receipts.look()
+        for _ in range(_ACCEPT_BACKLOG_COUNT):
+            self._request_call()
+        self.receive_limiter.check()
         self._thread.start()
 
-    def later(self, delay_s: float, work: Callable[[], None]) -> None:
+    def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
         """Do something in its thread after a while. Any thread may call this."""
         entry = (time.monotonic() + delay_s, next(self._numbers), work)
         with self._lock:
             heapq.heappush(self._timers, entry)
 
-    def take_no_more(self) -> None:
+    def stop_accepting(self) -> None:
         """Take no more calls, and tell clients to go elsewhere. Calls under way go on."""
         self._is_stopping = True
         self._server.shutdown(self._queue, self._note_shutdown)
@@ -126,14 +128,14 @@ class GrpcServer:
         self._server.cancel_all_calls()
 
     def join(self) -> None:
-        """Return once it has stopped, after its last call. To be called after `take_no_more` has returned."""
+        """Return once it has stopped, after its last call. To be called after `stop_accepting` has returned."""
         self._thread.join()
         if self._has_shut_down:  # which a thread that was lost has not seen
             self._server.destroy()
 
-    def _await_call(self) -> None:
+    def _request_call(self) -> None:
         with suppress(ValueError):  # it stops
-            self._server.request_call(self._queue, self._queue, self._take)
+            self._server.request_call(self._queue, self._queue, self._accept_call)
 
     def _run(self) -> None:
         try:
@@ -161,23 +163,23 @@ class GrpcServer:
             if event.completion_type != cygrpc.CompletionType.queue_timeout:
                 event.tag(event)
             if self._timers:
-                self._do_what_is_due()
+                self._run_due_timers()
         except MemoryError:
-            self._fail_those_lost()
-            self._await_call()  # one may have been lost
+            self._fail_lost_receives()
+            self._request_call()  # one may have been lost
         except Exception:
             _log.exception("unforeseen error in gRPC's thread")
 
-    def _catch_up(self) -> None:
+    def _drain_events(self) -> None:
         """Take the events that have come already: of those that come meanwhile not too many."""
-        until_s = time.monotonic() + _CATCHING_UP_S
+        until_s = time.monotonic() + _DRAIN_EVENTS_S
         while time.monotonic() < until_s:
             event = self._queue.poll(time.time())
             if event.completion_type == cygrpc.CompletionType.queue_timeout:
                 break
             event.tag(event)
 
-    def _do_what_is_due(self) -> None:
+    def _run_due_timers(self) -> None:
         now_s = time.monotonic()
         while self._timers and self._timers[0][0] <= now_s:
             with self._lock:
@@ -187,20 +189,20 @@ class GrpcServer:
     def _note_shutdown(self, _event: Any) -> None:
         self._has_shut_down = True
 
-    def _take(self, event: Any) -> None:
+    def _accept_call(self, event: Any) -> None:
         """Take a call."""
-        self._await_call()
+        self._request_call()
         if not event.success:  # the server stops
             return
-        rpc = Rpc(event, self.later, self._rpcs.discard)
+        rpc = Rpc(event, self.call_later, self._rpcs.discard)
         self._rpcs.add(rpc)
         self._handlers.get(rpc.path, _refuse)(rpc)
 
-    def _fail_those_lost(self) -> None:
+    def _fail_lost_receives(self) -> None:
         """Fail the calls whose message had come when there was no memory for it."""
         _log.warning("there is no memory for a message that has come by gRPC")
         for rpc in list(self._rpcs):
-            if rpc.has_lost_receipt():
+            if rpc.drop_lost_receive():
                 rpc.fail_with(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     "the server has no memory for such a message",

@@ -15,32 +15,34 @@ from typing import Any, Final
 from deconvd.errors import CallCancelledError, InvalidArgumentError, UnavailableError
 from deconvd_server.call.context import CallerGoneError
 from deconvd_server.resources.worker_threads import Workers
-from deconvd_server.service.method import Held, Holding
+from deconvd_server.service.method import SessionHandler, SessionMethod
 from deconvd_server.transports.grpc.rpc import Rpc
-from deconvd_server.transports.serve import Serving
+from deconvd_server.transports.serve import CallScope
 
-__all__ = ["HeldRpc"]
+__all__ = ["SessionRpc"]
 
 _BREAK_S: Final = 0.2
 """How long after a stream's last message gRPC may take to say that it broke rather than was closed."""
 
 
-class HeldRpc:
+class SessionRpc:
     """A call that is open for long.
 
     Args:
         workers: Do what its messages ask for.
     """
 
-    def __init__(self, behaviour: Held, rpc: Rpc, serving: Serving, workers: Workers) -> None:
+    def __init__(
+        self, behaviour: SessionMethod, rpc: Rpc, serving: CallScope, workers: Workers
+    ) -> None:
         rpc.is_idle = True
-        self._behaviour = behaviour
+        self._method = behaviour
         self._rpc = rpc
         self._serving = serving
         self._workers = workers
         self._lock = threading.Lock()
         self._has_ended = False
-        self._holding: Holding | None = None
+        self._handler: SessionHandler | None = None
 
     def begin(self, first: bytes | None) -> None:
         """Begin to serve it. Raises UnavailableError if there is no worker."""
@@ -51,32 +53,32 @@ class HeldRpc:
         call.on_cancel(partial(self._end, CallerGoneError("the caller has gone")))
         if first is None:
             raise InvalidArgumentError("a session must begin with a message, got none")
-        holding = self._behaviour.serve(self._message(first), call, self._hang_up)
-        self._holding = holding
+        holding = self._method.serve(self._decode_message(first), call, self._close_stream)
+        self._handler = holding
         self._rpc.send(holding.response.SerializeToString(), _do_nothing)
-        self._rpc.receive(self._take)
+        self._rpc.receive(self._receive)
 
-    def _take(self, data: bytes | None) -> None:
+    def _receive(self, data: bytes | None) -> None:
         """Have a worker serve the next message, or the end of the messages."""
         if data is None:
-            self._rpc.later(_BREAK_S, partial(self._submit, self._close))
+            self._rpc.call_later(_BREAK_S, partial(self._submit, self._close))
         else:
-            self._submit(partial(self._note, data))
+            self._submit(partial(self._handle, data))
 
-    def _note(self, data: bytes) -> None:
-        assert self._holding is not None
-        self._holding.note(self._message(data))
-        self._rpc.receive(self._take)
+    def _handle(self, data: bytes) -> None:
+        assert self._handler is not None
+        self._handler.handle(self._decode_message(data))
+        self._rpc.receive(self._receive)
 
     def _close(self) -> None:
-        assert self._holding is not None
+        assert self._handler is not None
         if self._serving.call.is_cancelled:
             raise CallCancelledError("the stream broke")
-        self._holding.end()
+        self._handler.end()
         self._end(None)
 
-    def _message(self, data: bytes) -> Any:
-        return self._behaviour.decoded(data).message
+    def _decode_message(self, data: bytes) -> Any:
+        return self._method.decode_request(data).message
 
     def _submit(self, work: Callable[[], None]) -> None:
         try:
@@ -90,7 +92,7 @@ class HeldRpc:
         except Exception as error:
             self._end(error)
 
-    def _hang_up(self) -> None:
+    def _close_stream(self) -> None:
         self._end(CallCancelledError("the server has hung up"))
 
     def _end(self, error: Exception | None) -> None:

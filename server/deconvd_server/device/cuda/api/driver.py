@@ -82,7 +82,7 @@ class GraphCopy:
             elif memory_type == _MEMORY_TYPE_UNIFIED:
                 yield f"{side}_device", getattr(self._copy, f"{side}_device")
 
-    def move(self, executable: int, name: str, address: int) -> None:
+    def retarget(self, executable: int, name: str, address: int) -> None:
         """Have later launches copy from or to another address of the host, as well registered.
 
         Args:

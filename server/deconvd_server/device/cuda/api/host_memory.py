@@ -16,12 +16,12 @@ from deconvd.host.array_address import address_of
 from deconvd.model.dtypes import Array
 from deconvd_server.device.tensor import Tensor
 
-__all__ = ["HostMemory", "HostPlaces"]
+__all__ = ["HostAddresses", "RegisteredMemory"]
 
 _log = logging.getLogger(__name__)
 
 
-class HostMemory:
+class RegisteredMemory:
     """What is registered with CUDA, once for all cards however many of them ask for it. Thread-safe.
 
     Attributes:
@@ -43,7 +43,7 @@ class HostMemory:
         self._users_count: dict[int, int] = {}
         # begins and ends, in order; replaced whole
         self._ranges: tuple[list[int], list[int]] = [], []
-        self._is_missed = False
+        self._has_warned = False
         self.generation = 0
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
@@ -53,11 +53,11 @@ class HostMemory:
         """
         with self._lock:
             if address not in self._users_count:
-                _touch(address, size_bytes)
+                _prefault(address, size_bytes)
                 try:
                     self._register(address, size_bytes)
                 except RuntimeError as error:
-                    self._miss(error)
+                    self._warn_once(error)
                     return lambda: None
                 self._users_count[address] = 0
                 self.generation += 1
@@ -68,13 +68,13 @@ class HostMemory:
                     [*ends[:at], address + size_bytes, *ends[at:]],
                 )
             self._users_count[address] += 1
-        return lambda: self._leave(address)
+        return lambda: self._release(address)
 
     def holds(self, array: Array) -> bool:
         """Return whether cards reach an array: it lies here, C-contiguous and in native byte order."""
         return self._address(array) is not None
 
-    def places(self, x: Tensor, y: Tensor) -> HostPlaces | None:
+    def addresses(self, x: Tensor, y: Tensor) -> HostAddresses | None:
         """Return where two arrays lie; None if one is none, or cards do not reach it."""
         if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
             return None
@@ -82,7 +82,7 @@ class HostMemory:
         x_begin, y_begin = self._address(x), self._address(y)
         if x_begin is None or y_begin is None:
             return None
-        return HostPlaces(generation, (x_begin, y_begin), (x.nbytes, y.nbytes))
+        return HostAddresses(generation, (x_begin, y_begin), (x.nbytes, y.nbytes))
 
     def _address(self, array: Array) -> int | None:
         """Return where an array lies; None if cards do not reach it."""
@@ -94,7 +94,7 @@ class HostMemory:
         is_here = found > 0 and begin + array.nbytes <= ends[found - 1]
         return begin if is_here else None
 
-    def _leave(self, address: int) -> None:
+    def _release(self, address: int) -> None:
         with self._lock:
             self._users_count[address] -= 1
             if not self._users_count[address]:
@@ -105,17 +105,17 @@ class HostMemory:
                 self._ranges = begins[:at] + begins[at + 1 :], ends[:at] + ends[at + 1 :]
                 self._unregister(address)
 
-    def _miss(self, error: RuntimeError) -> None:
-        if not self._is_missed:
+    def _warn_once(self, error: RuntimeError) -> None:
+        if not self._has_warned:
             _log.warning("CUDA does not take shared memory, so it is copied on the way: %s", error)
-        self._is_missed = True
+        self._has_warned = True
 
 
-class HostPlaces(NamedTuple):
+class HostAddresses(NamedTuple):
     """Where arrays lie that cards reach.
 
     Attributes:
-        generation: Of the `HostMemory` that they lie in: an address means the same as long as this is.
+        generation: Of the `RegisteredMemory` that they lie in: an address means the same as long as this is.
         begins: Their addresses.
         sizes_bytes: Their sizes.
     """
@@ -125,20 +125,20 @@ class HostPlaces(NamedTuple):
     sizes_bytes: tuple[int, ...]
 
     @classmethod
-    def of(cls, generation: int, arrays: Sequence[Array]) -> HostPlaces:
+    def of(cls, generation: int, arrays: Sequence[Array]) -> HostAddresses:
         """Return where arrays lie."""
         return cls(generation, tuple(map(address_of, arrays)), tuple([a.nbytes for a in arrays]))
 
-    def beside(self, arrays: Sequence[Array]) -> HostPlaces:
+    def with_arrays(self, arrays: Sequence[Array]) -> HostAddresses:
         """Return where others lie, and then these."""
-        return HostPlaces(
+        return HostAddresses(
             self.generation,
             (*map(address_of, arrays), *self.begins),
             (*[array.nbytes for array in arrays], *self.sizes_bytes),
         )
 
     @property
-    def are_apart(self) -> bool:
+    def are_disjoint(self) -> bool:
         """Whether no two of them overlap."""
         end = 0
         for begin, size_bytes in sorted(zip(self.begins, self.sizes_bytes, strict=True)):
@@ -157,7 +157,7 @@ class HostPlaces(NamedTuple):
         return None
 
 
-def _touch(address: int, size_bytes: int) -> None:
+def _prefault(address: int, size_bytes: int) -> None:
     """Have the system give memory its pages: CUDA would, but hold up all its other callers meanwhile."""
     memory = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
     memory[:: mmap.PAGESIZE] = 0

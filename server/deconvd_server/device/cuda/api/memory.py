@@ -10,13 +10,13 @@ from typing import Protocol
 
 from deconvd.errors import ExhaustedError
 
-__all__ = ["DeviceMemory", "Lease", "MemoryStats", "Region", "Regions"]
+__all__ = ["BlockLayout", "BlockRegion", "DeviceMemory", "Lease", "MemoryStats"]
 
 ALIGNMENT_BYTES = 256
 """What the address of every operand, result and workspace is a multiple of."""
 
 
-class _Block(Protocol):
+class _MemoryBlock(Protocol):
     @property
     def ptr(self) -> int: ...
 
@@ -38,7 +38,7 @@ class MemoryStats:
     used_bytes: int
     peak_bytes: int
     limit_bytes: int
-    taken_count: int
+    leased_count: int
     refused_count: int
 
 
@@ -50,8 +50,8 @@ class Lease:
 
     __slots__ = ("_block", "_on_free")
 
-    def __init__(self, block: _Block, on_free: Callable[[], None]) -> None:
-        self._block: _Block | None = block
+    def __init__(self, block: _MemoryBlock, on_free: Callable[[], None]) -> None:
+        self._block: _MemoryBlock | None = block
         self._on_free = on_free
 
     @property
@@ -90,10 +90,10 @@ class DeviceMemory:
     def __init__(
         self,
         limit_bytes: int,
-        allocate: Callable[[int], _Block],
+        allocate: Callable[[int], _MemoryBlock],
         *,
-        allocate_to_stay: Callable[[int], _Block],
-        allocate_to_lend: Callable[[int], _Block],
+        allocate_to_stay: Callable[[int], _MemoryBlock],
+        allocate_to_lend: Callable[[int], _MemoryBlock],
     ) -> None:
         self._limit_bytes = limit_bytes
         self._allocate = allocate
@@ -103,24 +103,24 @@ class DeviceMemory:
         self._used_bytes = 0
         self._peak_bytes = 0
         self._blocks_count = 0
-        self._taken_count = 0
+        self._leased_count = 0
         self._refused_count = 0
 
-    def take(self, size_bytes: int) -> Lease:
+    def lease(self, size_bytes: int) -> Lease:
         """Lend a block.
 
         Raises:
             ExhaustedError: The limit does not allow it now, or the card has not the memory.
         """
-        return self._leased(size_bytes, self._allocate, is_of_call=True)
+        return self._lease_block(size_bytes, self._allocate, is_of_call=True)
 
-    def take_to_stay(self, size_bytes: int) -> Lease:
+    def lease_resident(self, size_bytes: int) -> Lease:
         """Lend a block for long. Raises as `take` does."""
-        return self._leased(size_bytes, self._allocate_to_stay)
+        return self._lease_block(size_bytes, self._allocate_to_stay)
 
-    def take_to_lend(self, size_bytes: int) -> Lease:
+    def lease_shared(self, size_bytes: int) -> Lease:
         """Lend a block that other processes see. Raises as `take` does."""
-        return self._leased(size_bytes, self._allocate_to_lend)
+        return self._lease_block(size_bytes, self._allocate_to_lend)
 
     @property
     def stats(self) -> MemoryStats:
@@ -131,23 +131,23 @@ class DeviceMemory:
                 self._used_bytes,
                 self._peak_bytes,
                 self._limit_bytes,
-                self._taken_count,
+                self._leased_count,
                 self._refused_count,
             )
 
-    def _leased(
-        self, size_bytes: int, allocate: Callable[[int], _Block], *, is_of_call: bool = False
+    def _lease_block(
+        self, size_bytes: int, allocate: Callable[[int], _MemoryBlock], *, is_of_call: bool = False
     ) -> Lease:
         self._reserve(size_bytes, is_of_call)
         try:
-            return Lease(allocate(size_bytes), partial(self._give_back, size_bytes, is_of_call))
+            return Lease(allocate(size_bytes), partial(self._unreserve, size_bytes, is_of_call))
         except MemoryError as error:
-            self._give_back(size_bytes, is_of_call)
+            self._unreserve(size_bytes, is_of_call)
             raise ExhaustedError(
                 f"the card has not the {size_bytes} bytes of memory that are needed: {error}"
             ) from None
         except BaseException:
-            self._give_back(size_bytes, is_of_call)
+            self._unreserve(size_bytes, is_of_call)
             raise
 
     def _reserve(self, size_bytes: int, is_of_call: bool) -> None:
@@ -161,17 +161,17 @@ class DeviceMemory:
                 )
             self._used_bytes += size_bytes
             self._blocks_count += is_of_call
-            self._taken_count += is_of_call
+            self._leased_count += is_of_call
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
 
-    def _give_back(self, size_bytes: int, is_of_call: bool) -> None:
+    def _unreserve(self, size_bytes: int, is_of_call: bool) -> None:
         with self._lock:
             self._used_bytes -= size_bytes
             self._blocks_count -= is_of_call
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class BlockRegion:
     """A part of a block.
 
     Attributes:
@@ -183,14 +183,14 @@ class Region:
     size_bytes: int
 
 
-class Regions:
+class BlockLayout:
     """Regions of a block, one behind the other, each aligned."""
 
     def __init__(self) -> None:
         self.total_bytes = 0
 
-    def add(self, size_bytes: int) -> Region:
+    def add(self, size_bytes: int) -> BlockRegion:
         """Return a new region at the end."""
-        region = Region(self.total_bytes, size_bytes)
+        region = BlockRegion(self.total_bytes, size_bytes)
         self.total_bytes += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return region

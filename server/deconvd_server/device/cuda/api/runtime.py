@@ -25,12 +25,12 @@ from deconvd_server.device.faults import DeviceUnavailableError
 
 __all__ = [
     "Bytes",
-    "Card",
+    "CardMemoryPool",
+    "CardProperties",
     "CudaError",
     "Event",
     "Graph",
     "PinnedBuffer",
-    "Pool",
     "Stream",
     "cards_count",
     "copy",
@@ -63,7 +63,7 @@ except ImportError as error:
 Bytes = npt.NDArray[np.uint8]
 
 
-class Card:
+class CardProperties:
     """What a card is. Making it starts CUDA on it.
 
     Raises:
@@ -90,10 +90,10 @@ class Card:
             self.free_bytes, self.memory_bytes = (int(size) for size in _cuda.memGetInfo())
 
 
-def open_card(ordinal: int) -> Card:
+def open_card(ordinal: int) -> CardProperties:
     """Return what a card is, once CUDA has started on it. Raises as `Card`."""
     try:
-        return Card(ordinal)
+        return CardProperties(ordinal)
     except CudaError as error:
         raise DeviceUnavailableError(f"cuda:{ordinal} cannot be used: {error}") from None
 
@@ -114,10 +114,10 @@ def cards_count() -> int:
 
 def current_device(ordinal: int) -> AbstractContextManager[object]:
     """Let the calling thread use a card for the length of a with-block."""
-    return _OnCard(ordinal)
+    return _CardContext(ordinal)
 
 
-class _OnCard(AbstractContextManager[None]):
+class _CardContext(AbstractContextManager[None]):
     """See `current_device`. It is CuPy's `Device`, without what there is to a thread that has the card already."""
 
     __slots__ = ("_before", "_ordinal")
@@ -158,7 +158,7 @@ class Event:
             in_graph: Whether each launch of the graph that is being captured is to do so.
         """
         if in_graph:
-            _by_driver(record_event, self._event.ptr, stream)
+            _call_driver(record_event, self._event.ptr, stream)
         else:
             _cuda.eventRecord(self._event.ptr, stream)
 
@@ -187,18 +187,18 @@ class Graph:
 
     def launch(self, stream: int) -> None:
         """Enqueue the work on a stream. Raises CudaError."""
-        _by_driver(launch, self._executable, stream)
+        _call_driver(launch, self._executable, stream)
 
     def copies(self) -> list[GraphCopy]:
         """Return the copies in it. Raises CudaError."""
-        return _by_driver(copies_of, self._graph)
+        return _call_driver(copies_of, self._graph)
 
-    def move(self, copy: GraphCopy, name: str, address: int) -> None:
+    def retarget_copy(self, copy: GraphCopy, name: str, address: int) -> None:
         """Have later launches make one of its copies elsewhere: see `GraphCopy.move`. Raises CudaError."""
-        _by_driver(copy.move, self._executable, name, address)
+        _call_driver(copy.retarget, self._executable, name, address)
 
 
-def _by_driver(function: Callable[..., _T], *arguments: object) -> _T:
+def _call_driver(function: Callable[..., _T], *arguments: object) -> _T:
     """Return what one of the driver's functions returns. What it raises is CudaError here: the numbers are the same.
 
     A function, since an error that another one replaces in a context made of a generator refers to itself: what its
@@ -326,7 +326,7 @@ def _free_allocation(ordinal: int, address: int, on_free: Callable[[], None]) ->
     on_free()
 
 
-class Pool:
+class CardMemoryPool:
     """The card's memory, up to a limit; what is freed is kept for the next who asks.
 
     A block may be used on any stream, so whoever gives one back has waited for its work. (CuPy
@@ -347,12 +347,12 @@ class Pool:
         self.limit_bytes = limit_bytes
         self._lock = threading.RLock()  # also taken by finalizers
         self._pool = cupy.cuda.MemoryPool()
-        self._pool_to_stay = cupy.cuda.MemoryPool()
+        self._resident_pool = cupy.cuda.MemoryPool()
         self._pool.set_limit(size=limit_bytes)
         self._lent_bytes = 0
-        self.made_count = 0
+        self.misses_count = 0
 
-    def take(self, size_bytes: int) -> Any:
+    def allocate(self, size_bytes: int) -> Any:
         """Return a block: its `ptr` is aligned to 512 bytes, and it is given back when collected.
 
         Raises:
@@ -363,22 +363,22 @@ class Pool:
             block = self._pool.malloc(size_bytes)
         except MemoryError:
             with self._lock:
-                self._pool_to_stay.free_all_blocks()
+                self._resident_pool.free_all_blocks()
                 self._share_limit()
             block = self._pool.malloc(size_bytes)
-        self.made_count += self._pool.total_bytes() > held_bytes
+        self.misses_count += self._pool.total_bytes() > held_bytes
         return block
 
-    def take_to_stay(self, size_bytes: int) -> Any:
+    def allocate_resident(self, size_bytes: int) -> Any:
         """Return a block that will stay for long. Otherwise as `take`."""
         with self._lock:
             self._make_room(size_bytes)
             try:
-                return self._pool_to_stay.malloc(size_bytes)
+                return self._resident_pool.malloc(size_bytes)
             finally:
                 self._share_limit()
 
-    def take_to_lend(self, size_bytes: int) -> Any:
+    def allocate_shared(self, size_bytes: int) -> Any:
         """Return a block, all zeros, that other processes may see. Otherwise as `take`."""
         with self._lock:
             self._make_room(size_bytes)
@@ -398,13 +398,13 @@ class Pool:
 
     def held_bytes(self) -> int:
         """Return what blocks in use and blocks kept take of the card."""
-        kept_bytes = self._pool.total_bytes() + self._pool_to_stay.total_bytes()
+        kept_bytes = self._pool.total_bytes() + self._resident_pool.total_bytes()
         return int(kept_bytes + self._lent_bytes)
 
     def trim(self) -> None:
         """Give blocks kept back to the card."""
         self._pool.free_all_blocks()
-        self._pool_to_stay.free_all_blocks()
+        self._resident_pool.free_all_blocks()
 
     def _make_room(self, size_bytes: int) -> None:
         """Give blocks kept back to the card, if so many bytes would be too much beside them."""
@@ -418,7 +418,7 @@ class Pool:
 
     def _share_limit(self) -> None:
         """Leave calls what is not held by blocks that stay, or are lent."""
-        rest_bytes = self.limit_bytes - self._pool_to_stay.total_bytes() - self._lent_bytes
+        rest_bytes = self.limit_bytes - self._resident_pool.total_bytes() - self._lent_bytes
         self._pool.set_limit(size=max(rest_bytes, 1))  # 0 would be no limit
 
 

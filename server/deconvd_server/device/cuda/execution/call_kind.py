@@ -6,24 +6,24 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 
 from deconvd.model.problem import TensorSpec
-from deconvd_server.device.cuda.api.host_memory import HostPlaces
-from deconvd_server.device.cuda.api.memory import Region
+from deconvd_server.device.cuda.api.host_memory import HostAddresses
+from deconvd_server.device.cuda.api.memory import BlockRegion
 from deconvd_server.device.cuda.api.runtime import CudaError, Stream, copy
 from deconvd_server.device.cuda.cudnn import CudnnError
-from deconvd_server.device.cuda.execution.device_layout import Frame
-from deconvd_server.device.cuda.execution.graph_cache import Graphs
-from deconvd_server.device.cuda.execution.job import Job
+from deconvd_server.device.cuda.execution.device_layout import DeviceLayout
+from deconvd_server.device.cuda.execution.graph_cache import GraphCache
+from deconvd_server.device.cuda.execution.job import DeviceWork
 from deconvd_server.device.cuda.execution.movable_graph import BoundGraph
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
 
-__all__ = ["Kind", "addresses", "spec_to_place"]
+__all__ = ["CallKind", "layout_spec", "tensor_addresses"]
 
 _log = logging.getLogger(__name__)
 
-_NOWHERE = HostPlaces(0, (), ())
+_NO_ADDRESSES = HostAddresses(0, (), ())
 
 
-class Kind:
+class CallKind:
     """Calls that do the same work on other numbers, with the same tensors on the card.
 
     Args:
@@ -38,24 +38,24 @@ class Kind:
 
     def __init__(
         self,
-        job: Job,
+        job: DeviceWork,
         operands_at: Sequence[int | None],
         results_at: Sequence[int | None],
         *,
         parts_count: int = 1,
     ) -> None:
-        self.job = job
-        self.operands_at, self.results_at = operands_at, results_at
+        self.work = job
+        self.operand_addresses, self.result_addresses = operands_at, results_at
         self.parts_count = parts_count
         divided, *others = job.operands
-        operands = [_of_all_parts(divided, parts_count), *others]
-        results = [_of_all_parts(spec, parts_count) for spec in job.results]
-        self.frame = Frame(
-            [*map(spec_to_place, operands, operands_at)],
-            [*map(spec_to_place, results, results_at)],
+        operands = [_join_parts(divided, parts_count), *others]
+        results = [_join_parts(spec, parts_count) for spec in job.results]
+        self.layout = DeviceLayout(
+            [*map(layout_spec, operands, operands_at)],
+            [*map(layout_spec, results, results_at)],
             job.workspace_bytes,
         )
-        self._graphs: Graphs[BoundGraph] = Graphs()
+        self._graphs: GraphCache[BoundGraph] = GraphCache()
 
     def enqueue(self, base: int, stream: int) -> None:
         """Enqueue all work between upload and download on a stream.
@@ -63,14 +63,14 @@ class Kind:
         Args:
             base: Address of a block for the frame.
         """
-        frame, job = self.frame, self.job
-        operands = addresses(base, frame.operands, self.operands_at)
-        results = addresses(base, frame.results, self.results_at)
-        for address, at, spec in zip(operands, self.operands_at, job.operands, strict=True):
+        frame, job = self.layout, self.work
+        operands = tensor_addresses(base, frame.operands, self.operand_addresses)
+        results = tensor_addresses(base, frame.results, self.result_addresses)
+        for address, at, spec in zip(operands, self.operand_addresses, job.operands, strict=True):
             if at is not None and at != address:
                 copy(address, at, spec.nbytes, stream)
         job.enqueue(operands, results, base + frame.workspace.offset, stream)
-        for address, at, spec in zip(results, self.results_at, job.results, strict=True):
+        for address, at, spec in zip(results, self.result_addresses, job.results, strict=True):
             if at is not None and at != address:
                 copy(at, address, spec.nbytes, stream)
 
@@ -79,7 +79,7 @@ class Kind:
         stream: Stream,
         work: Callable[[], None],
         at: Hashable = None,
-        places: HostPlaces = _NOWHERE,
+        places: HostAddresses = _NO_ADDRESSES,
     ) -> None:
         """Do what `work` enqueues on a stream: as a graph, once it comes again.
 
@@ -92,12 +92,12 @@ class Kind:
         self._graphs.run(
             at,
             work,
-            capture=lambda: _captured(stream, work, places),
-            replay=lambda graph: _is_replayed(graph, stream, places),
+            capture=lambda: _capture(stream, work, places),
+            replay=lambda graph: _try_replay(graph, stream, places),
         )
 
 
-def _captured(stream: Stream, work: Callable[[], None], places: HostPlaces) -> BoundGraph | None:
+def _capture(stream: Stream, work: Callable[[], None], places: HostAddresses) -> BoundGraph | None:
     try:
         return BoundGraph(stream.capture(work), places)
     except (CudaError, CudnnError) as error:
@@ -105,9 +105,9 @@ def _captured(stream: Stream, work: Callable[[], None], places: HostPlaces) -> B
         return None  # some of cuDNN's engines do what no graph can hold
 
 
-def _is_replayed(graph: BoundGraph, stream: Stream, places: HostPlaces) -> bool:
+def _try_replay(graph: BoundGraph, stream: Stream, places: HostAddresses) -> bool:
     try:
-        graph.move(places)
+        graph.rebind(places)
     except CudaError as error:
         _log.debug("done without a graph: it does not let its copies be moved: %s", error)
         return False
@@ -115,17 +115,19 @@ def _is_replayed(graph: BoundGraph, stream: Stream, places: HostPlaces) -> bool:
     return True
 
 
-def _of_all_parts(part: TensorSpec, count: int) -> TensorSpec:
+def _join_parts(part: TensorSpec, count: int) -> TensorSpec:
     samples_count, *sample = part.shape
     return TensorSpec((samples_count * count, *sample), part.dtype)
 
 
-def spec_to_place(spec: TensorSpec, at: int | None) -> TensorSpec | None:
+def layout_spec(spec: TensorSpec, at: int | None) -> TensorSpec | None:
     """Return what needs room in a frame: None for a tensor that plans can use where it lies."""
     return None if at is not None and at % OPERAND_ALIGNMENT_BYTES == 0 else spec
 
 
-def addresses(base: int, regions: Sequence[Region | None], at: Sequence[int | None]) -> list[int]:
+def tensor_addresses(
+    base: int, regions: Sequence[BlockRegion | None], at: Sequence[int | None]
+) -> list[int]:
     """Return where tensors are during the call: in their regions of the block, or else where they lie."""
     return [
         base + region.offset if region is not None else lies_at or 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deconvd.model.problem import TensorSpec
-from deconvd_server.device.cuda.api.memory import Region, Regions
+from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
 
-__all__ = ["Frame"]
+__all__ = ["DeviceLayout"]
 
 
-class Frame:
+class DeviceLayout:
     """Where a call's tensors lie in a block of memory: operands first, then results, then a workspace.
 
     Args:
@@ -23,14 +23,14 @@ class Frame:
         results: Sequence[TensorSpec | None],
         workspace_bytes: int,
     ) -> None:
-        regions = Regions()
-        self.operands = [_added(regions, spec) for spec in operands]
+        regions = BlockLayout()
+        self.operands = [_add_region(regions, spec) for spec in operands]
         self.operands_bytes = regions.total_bytes
-        self.results = [_added(regions, spec) for spec in results]
+        self.results = [_add_region(regions, spec) for spec in results]
         self.results_bytes = regions.total_bytes - self.operands_bytes
-        self.workspace: Region = regions.add(workspace_bytes)
+        self.workspace: BlockRegion = regions.add(workspace_bytes)
         self.total_bytes = regions.total_bytes
 
 
-def _added(regions: Regions, spec: TensorSpec | None) -> Region | None:
+def _add_region(regions: BlockLayout, spec: TensorSpec | None) -> BlockRegion | None:
     return None if spec is None else regions.add(spec.nbytes)

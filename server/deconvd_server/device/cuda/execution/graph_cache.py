@@ -6,24 +6,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Graphs"]
+__all__ = ["GraphCache"]
 
 _T = TypeVar("_T")
 
 _WARM_RUNS: Final = 1
 """Runs of some work before it is captured: what comes once is not worth it."""
 
-_LIMIT_COUNT: Final = 32
+_MAX_GRAPHS_COUNT: Final = 32
 """Graphs that are kept: calls take turns with a few blocks of the card, and some have a graph for each part.
 
 One of a whole call takes 0.3 MB of the card and as much of the host, one of a part 0.1 and 0.05 (seen on an H100).
 """
 
-_UNUSED_RUNS: Final = 32 * _LIMIT_COUNT
+_UNUSED_RUNS: Final = 32 * _MAX_GRAPHS_COUNT
 """Runs after which what has not come again makes room."""
 
 
-class Graphs(Generic[_T]):
+class GraphCache(Generic[_T]):
     """Work that differs only in the places that it is bound to, each captured once it comes again.
 
     Where there are more places than graphs can be kept for, some have graphs and the others none: to
@@ -33,7 +33,7 @@ class Graphs(Generic[_T]):
 
     def __init__(self) -> None:
         self._runs_count = 0
-        self._places: OrderedDict[Hashable, _Place[_T]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, _GraphEntry[_T]] = OrderedDict()
 
     def run(
         self,
@@ -51,7 +51,7 @@ class Graphs(Generic[_T]):
             replay: Does it by its graph; returns False if it cannot.
         """
         self._runs_count += 1
-        place = self._place(at)
+        place = self._find_entry(at)
         if place is None:
             work()
             return
@@ -62,26 +62,26 @@ class Graphs(Generic[_T]):
         if place.graph is None or not replay(place.graph):
             work()
 
-    def _place(self, at: Hashable) -> _Place[_T] | None:
+    def _find_entry(self, at: Hashable) -> _GraphEntry[_T] | None:
         """Return what is known of some places; None if there is no room to know anything."""
-        place = self._places.get(at)
+        place = self._entries.get(at)
         if place is None:
-            if len(self._places) >= _LIMIT_COUNT and not self._has_made_room():
+            if len(self._entries) >= _MAX_GRAPHS_COUNT and not self._try_evict():
                 return None
-            place = self._places[at] = _Place()
-        self._places.move_to_end(at)
+            place = self._entries[at] = _GraphEntry()
+        self._entries.move_to_end(at)
         return place
 
-    def _has_made_room(self) -> bool:
+    def _try_evict(self) -> bool:
         """Forget the places that were used longest ago, if that is long."""
-        at, oldest = next(iter(self._places.items()))
+        at, oldest = next(iter(self._entries.items()))
         if self._runs_count - oldest.last_run < _UNUSED_RUNS:
             return False
-        del self._places[at]
+        del self._entries[at]
         return True
 
 
-class _Place(Generic[_T]):
+class _GraphEntry(Generic[_T]):
     """Places that work was bound to, and its graph once it has one."""
 
     def __init__(self) -> None:

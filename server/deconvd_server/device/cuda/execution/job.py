@@ -10,13 +10,13 @@ from deconvd.model.problem import Problem
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.plan import Plan
 
-__all__ = ["Job", "Step"]
+__all__ = ["DeviceWork", "WorkStep"]
 
 _Enqueue: TypeAlias = Callable[[Sequence[int], Sequence[int], int, int], None]
 """Enqueues work; takes what `Job.enqueue` takes."""
 
 
-class Step(NamedTuple):
+class WorkStep(NamedTuple):
     """A part of a job, which can begin before all operands are there and end before all results are made.
 
     Attributes:
@@ -33,7 +33,7 @@ _FACTORS: Final = {"y": ("x", "w"), "gx": ("gy", "w"), "gw": ("x", "gy")}
 """The operands of products, by the field of the result: a and b of `Plan.execute`."""
 
 
-class Job:
+class DeviceWork:
     """The work of one call, wherever its tensors are: those results of an operation that it wants.
 
     Args:
@@ -78,7 +78,7 @@ class Job:
 
     def _step(
         self, operation: Operation, result: str, number: int, plans: Mapping[str, Plan]
-    ) -> Step:
+    ) -> WorkStep:
         """Return the step for one result, given its name and its number."""
         used = (*operation.needs[result], *operation.optional)
         at = {
@@ -91,7 +91,7 @@ class Job:
             if result == "gb"
             else self._product(at, number, result, plans[result])
         )
-        return Step([*at.values()], [number], enqueue)
+        return WorkStep([*at.values()], [number], enqueue)
 
     def _product(self, at: Mapping[str, int], number: int, result: str, plan: Plan) -> _Enqueue:
         a, b = (at[field] for field in _FACTORS[result])

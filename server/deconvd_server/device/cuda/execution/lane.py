@@ -10,18 +10,18 @@ import numpy as np
 from deconvd.host.parallel_copy import copy_into
 from deconvd.lru import Lru
 from deconvd.model.dtypes import Array
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.call.ledger import Ledger, Stage
-from deconvd_server.device.arriving import Arriving, Operand, array_in, require
-from deconvd_server.device.cuda.api.host_memory import HostMemory, HostPlaces
-from deconvd_server.device.cuda.api.memory import DeviceMemory, Region
+from deconvd_server.device.arriving import Arriving, Operand, peek_tensor, require
+from deconvd_server.device.cuda.api.host_memory import HostAddresses, RegisteredMemory
+from deconvd_server.device.cuda.api.memory import BlockRegion, DeviceMemory
 from deconvd_server.device.cuda.api.runtime import PinnedBuffer, Stream, download, upload
-from deconvd_server.device.cuda.execution.call_kind import Kind
-from deconvd_server.device.cuda.execution.job import Job
+from deconvd_server.device.cuda.execution.call_kind import CallKind
+from deconvd_server.device.cuda.execution.job import DeviceWork
 from deconvd_server.device.cuda.execution.pipeline import Pipeline
-from deconvd_server.device.cuda.execution.stage_timer import Marks
+from deconvd_server.device.cuda.execution.stage_timer import StageTimer
 from deconvd_server.device.cuda.execution.staging import Staging, bytes_of
-from deconvd_server.device.cuda.tensors.tensor import CudaTensor, own
+from deconvd_server.device.cuda.tensors.tensor import CudaTensor, as_cuda_tensor
 from deconvd_server.device.tensor import Tensor
 
 __all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]
@@ -67,7 +67,7 @@ class Lane:
         memory: DeviceMemory,
         arena: int,
         helpers: Executor,
-        host_memory: HostMemory,
+        host_memory: RegisteredMemory,
     ) -> None:
         self.stream = Stream()
         self._device_id = device_id
@@ -78,17 +78,17 @@ class Lane:
         self._staging = Staging(
             self.stream, helpers, host_memory, slots_count=_SLOTS_COUNT, slot_bytes=_SLOT_BYTES
         )
-        self._marks = Marks(self.stream)
+        self._timer = StageTimer(self.stream)
         self.pipeline = Pipeline(self.stream, memory, self._staging, host_memory, self._pinned)
-        self._kinds: Lru[Hashable, Kind] = Lru(_KINDS_COUNT)
+        self._kinds: Lru[Hashable, CallKind] = Lru(_KINDS_COUNT)
 
     def run(
         self,
         key: Hashable,
-        prepare: Callable[[], Job],
+        prepare: Callable[[], DeviceWork],
         operands: Sequence[Operand],
         places: Sequence[Tensor],
-        call: Call,
+        call: CallContext,
     ) -> None:
         """Compute the results of a call.
 
@@ -103,16 +103,16 @@ class Lane:
             ExhaustedError: The card has not the memory now.
             CudaError, CudnnError: The card or cuDNN failed.
             CallCancelledError, DeadlineError: The call has ended.
-            LateError: Its operands do not arrive in time.
+            ArrivalTimeoutError: Its operands do not arrive in time.
         """
         operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, places))
         is_mirrored = not any(map(self._is_direct, (*operands, *places)))
         whole_key = (key, is_mirrored, *operands_at, *results_at)
         kind = self._kinds.get(whole_key)
         if kind is None:
-            kind = self._kinds.put(whole_key, Kind(prepare(), operands_at, results_at))
+            kind = self._kinds.put(whole_key, CallKind(prepare(), operands_at, results_at))
         call.check()
-        is_large = kind.frame.total_bytes > ARENA_BYTES
+        is_large = kind.layout.total_bytes > ARENA_BYTES
         if is_large and self.pipeline.run_steps(kind, operands, places, call):
             return
         tensors = [*map(require, operands)]
@@ -126,12 +126,12 @@ class Lane:
     def run_in_parts(
         self,
         key: Hashable,
-        prepare: Callable[[], Job],
+        prepare: Callable[[], DeviceWork],
         count: int,
         operands: Sequence[Operand],
         y: Array,
-        places: HostPlaces,
-        call: Call,
+        places: HostAddresses,
+        call: CallContext,
     ) -> None:
         """Compute y in parts of its samples.
 
@@ -147,20 +147,20 @@ class Lane:
         whole_key = (key, count, *at)
         kind = self._kinds.get(whole_key)
         if kind is None:
-            kind = self._kinds.put(whole_key, Kind(prepare(), at, [None], parts_count=count))
+            kind = self._kinds.put(whole_key, CallKind(prepare(), at, [None], parts_count=count))
         self.pipeline.run(kind, operands, y, places, call)
 
-    def upload(self, array: Array, tensor: CudaTensor, call: Call) -> None:
+    def upload(self, array: Array, tensor: CudaTensor, call: CallContext) -> None:
         """Copy an array into a tensor."""
-        with call.ledger.timing(Stage.UPLOAD):
+        with call.ledger.measure(Stage.UPLOAD):
             try:
                 self._staging.upload(array, tensor.pointer, call.check)
             finally:
                 self.stream.wait()
 
-    def download(self, tensor: CudaTensor, array: Array, call: Call) -> None:
+    def download(self, tensor: CudaTensor, array: Array, call: CallContext) -> None:
         """Copy a tensor into an array."""
-        with call.ledger.timing(Stage.DOWNLOAD):
+        with call.ledger.measure(Stage.DOWNLOAD):
             try:
                 self._fetch(tensor.pointer, array, call)
             finally:
@@ -174,11 +174,11 @@ class Lane:
         """Return where a tensor is on the card; None for an array."""
         if isinstance(operand, (np.ndarray, Arriving)):
             return None
-        return own(operand, self._device_id).pointer
+        return as_cuda_tensor(operand, self._device_id).pointer
 
     def _is_direct(self, operand: Operand) -> bool:
         """Return whether the card is to copy an array by itself, be the call small or large."""
-        tensor = array_in(operand)
+        tensor = peek_tensor(operand)
         return (
             isinstance(tensor, np.ndarray)
             and tensor.nbytes >= _DIRECT_BYTES
@@ -186,23 +186,25 @@ class Lane:
         )
 
     def _run_mirrored(
-        self, kind: Kind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
+        self, kind: CallKind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
     ) -> None:
         """Run a small call: its arrays go through pinned memory that mirrors the arena."""
-        with ledger.timing(Stage.UPLOAD):
-            for region, operand in _moved(kind.frame.operands, operands):
+        with ledger.measure(Stage.UPLOAD):
+            for region, operand in _copied_regions(kind.layout.operands, operands):
                 self._mirror(region, operand)[...] = operand
-        with ledger.timing(Stage.COMPUTE):  # and the card's own copies, which are part of the graph
+        with ledger.measure(
+            Stage.COMPUTE
+        ):  # and the card's own copies, which are part of the graph
             try:
                 kind.launch(self.stream, lambda: self._enqueue_mirrored(kind))
             finally:
                 self.stream.wait()
-        with ledger.timing(Stage.DOWNLOAD):
-            for region, place in _moved(kind.frame.results, places):
+        with ledger.measure(Stage.DOWNLOAD):
+            for region, place in _copied_regions(kind.layout.results, places):
                 place[...] = self._mirror(region, place)
 
-    def _enqueue_mirrored(self, kind: Kind) -> None:
-        stream, frame = self.stream.pointer, kind.frame
+    def _enqueue_mirrored(self, kind: CallKind) -> None:
+        stream, frame = self.stream.pointer, kind.layout
         if frame.operands_bytes:
             upload(self._arena, self._pinned[: frame.operands_bytes], stream)
         kind.enqueue(self._arena, stream)
@@ -212,55 +214,59 @@ class Lane:
             download(results, self._arena + frame.operands_bytes, stream)
 
     def _run_direct(
-        self, kind: Kind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
+        self, kind: CallKind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
     ) -> None:
         """Run a small call of which the card reaches some arrays; the others are mirrored one by one."""
         stream, mirrored = self.stream.pointer, []
         try:
-            self._marks.begin()
-            for region, operand in _moved(kind.frame.operands, operands):
+            self._timer.begin()
+            for region, operand in _copied_regions(kind.layout.operands, operands):
                 source = operand
                 if not self._is_direct(operand):
                     source = self._mirror(region, operand)
                     source[...] = operand
                 upload(self._arena + region.offset, bytes_of(source), stream)
-            self._marks.end(Stage.UPLOAD)
+            self._timer.end(Stage.UPLOAD)
             kind.launch(self.stream, lambda: kind.enqueue(self._arena, stream))
-            self._marks.end(Stage.COMPUTE)
-            for region, place in _moved(kind.frame.results, places):
+            self._timer.end(Stage.COMPUTE)
+            for region, place in _copied_regions(kind.layout.results, places):
                 target = place
                 if not self._is_direct(place):
                     target = self._mirror(region, place)
                     mirrored.append((target, place))
                 download(bytes_of(target), self._arena + region.offset, stream)
-            self._marks.end(Stage.DOWNLOAD)
+            self._timer.end(Stage.DOWNLOAD)
         finally:
             self.stream.wait()
         for target, place in mirrored:
             place[...] = target
-        self._marks.account(ledger)
+        self._timer.record_stages(ledger)
 
     def _run_large(
-        self, kind: Kind, operands: Sequence[Tensor], places: Sequence[Tensor], call: Call
+        self,
+        kind: CallKind,
+        operands: Sequence[Tensor],
+        places: Sequence[Tensor],
+        call: CallContext,
     ) -> None:
-        frame = kind.frame
-        with self._memory.take(frame.total_bytes) as base:
+        frame = kind.layout
+        with self._memory.lease(frame.total_bytes) as base:
             try:
-                self._marks.begin()
-                for region, operand in _moved(frame.operands, operands):
+                self._timer.begin()
+                for region, operand in _copied_regions(frame.operands, operands):
                     self._staging.upload(operand, base + region.offset, call.check)
                 call.check()
-                self._marks.end(Stage.UPLOAD)
+                self._timer.end(Stage.UPLOAD)
                 kind.enqueue(base, self.stream.pointer)
-                self._marks.end(Stage.COMPUTE)
-                for region, place in _moved(frame.results, places):
+                self._timer.end(Stage.COMPUTE)
+                for region, place in _copied_regions(frame.results, places):
                     self._fetch(base + region.offset, place, call)
-                self._marks.end(Stage.DOWNLOAD)
+                self._timer.end(Stage.DOWNLOAD)
             finally:
                 self.stream.wait()
-            self._marks.account(call.ledger)
+            self._timer.record_stages(call.ledger)
 
-    def _fetch(self, source: int, target: Array, call: Call) -> None:
+    def _fetch(self, source: int, target: Array, call: CallContext) -> None:
         """Copy from the card to an array."""
         is_plain = target.flags.c_contiguous and target.dtype.isnative
         landing = target if is_plain else np.empty(target.shape, target.dtype.newbyteorder("="))
@@ -268,15 +274,15 @@ class Lane:
         if landing is not target:
             copy_into(target, landing)
 
-    def _mirror(self, region: Region, array: Array) -> Array:
+    def _mirror(self, region: BlockRegion, array: Array) -> Array:
         """Return the pinned memory that mirrors a region of the arena, as an array like another."""
         dtype = array.dtype.newbyteorder("=")
         return np.ndarray(array.shape, dtype, self._pinned, region.offset)
 
 
-def _moved(
-    regions: Sequence[Region | None], tensors: Sequence[Tensor]
-) -> Iterator[tuple[Region, Array]]:
+def _copied_regions(
+    regions: Sequence[BlockRegion | None], tensors: Sequence[Tensor]
+) -> Iterator[tuple[BlockRegion, Array]]:
     """Yield the arrays that are to be copied to the card or from it, each with its region there."""
     for region, tensor in zip(regions, tensors, strict=True):
         if region is not None and isinstance(tensor, np.ndarray):

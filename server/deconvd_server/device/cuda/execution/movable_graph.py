@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deconvd_server.device.cuda.api.host_memory import HostPlaces
+from deconvd_server.device.cuda.api.host_memory import HostAddresses
 from deconvd_server.device.cuda.api.runtime import Graph
 
 __all__ = ["BoundGraph"]
@@ -21,28 +21,28 @@ class BoundGraph:
         CudaError: What it copies cannot be seen.
     """
 
-    def __init__(self, graph: Graph, places: HostPlaces) -> None:
+    def __init__(self, graph: Graph, places: HostAddresses) -> None:
         self._graph = graph
-        self._places: HostPlaces | None = places
-        self._moves = [
+        self._addresses: HostAddresses | None = places
+        self._bindings = [
             (copy, name, *found)
             for copy in (graph.copies() if places.begins else ())
             for name, address in copy.addresses.items()
             if (found := places.find(address)) is not None
         ]
 
-    def move(self, places: HostPlaces) -> None:
+    def rebind(self, places: HostAddresses) -> None:
         """Have later launches use arrays of the same sizes elsewhere.
 
         Raises:
             CudaError: The driver refuses; until this succeeds, the graph is not to be launched.
         """
-        if places == self._places:
+        if places == self._addresses:
             return
-        self._places = None
-        for copy, name, number, offset in self._moves:
-            self._graph.move(copy, name, places.begins[number] + offset)
-        self._places = places
+        self._addresses = None
+        for copy, name, number, offset in self._bindings:
+            self._graph.retarget_copy(copy, name, places.begins[number] + offset)
+        self._addresses = places
 
     def launch(self, stream: int) -> None:
         """Enqueue the work on a stream."""

@@ -10,14 +10,14 @@ import numpy as np
 
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import Problem
-from deconvd_server.call.context import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.call.ledger import Stage
-from deconvd_server.device.arriving import Arriving, Following, Operand, array_in
-from deconvd_server.device.cuda.api.host_memory import HostMemory, HostPlaces
-from deconvd_server.device.cuda.api.memory import DeviceMemory, Regions
+from deconvd_server.device.arriving import Arriving, Operand, OverlappedOperands, peek_tensor
+from deconvd_server.device.cuda.api.host_memory import HostAddresses, RegisteredMemory
+from deconvd_server.device.cuda.api.memory import BlockLayout, DeviceMemory
 from deconvd_server.device.cuda.api.runtime import Bytes, Stream, copy, download, upload
-from deconvd_server.device.cuda.execution.call_kind import Kind, addresses
-from deconvd_server.device.cuda.execution.stage_timer import Marks
+from deconvd_server.device.cuda.execution.call_kind import CallKind, tensor_addresses
+from deconvd_server.device.cuda.execution.stage_timer import StageTimer
 from deconvd_server.device.cuda.execution.staging import Staging, bytes_of
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
 from deconvd_server.device.tensor import Tensor
@@ -38,13 +38,13 @@ _MIRRORED_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 10
 """What is sooner copied than looked up."""
 
-_FOLLOWED_BYTES = 2 << 20
+_OVERLAP_PIECE_BYTES = 2 << 20
 """In pieces of this size an operand that is used whole is uploaded while it arrives."""
 
-_REMEMBERED_COUNT = 1024
+_LRU_ENTRIES_COUNT = 1024
 
 
-class _Reached(NamedTuple):
+class _ReachableTensor(NamedTuple):
     """A tensor where the card reaches it: on the card, in lent memory, or as a mirror in pinned memory.
 
     Attributes:
@@ -55,7 +55,7 @@ class _Reached(NamedTuple):
     lent: Array | None = None
 
 
-@lru_cache(_REMEMBERED_COUNT)
+@lru_cache(_LRU_ENTRIES_COUNT)
 def count_parts(problem: Problem) -> int:
     """Return in how many parts of its samples y is to be computed where the card reaches x and y.
 
@@ -90,18 +90,27 @@ class Pipeline:
         stream: Stream,
         memory: DeviceMemory,
         staging: Staging,
-        host_memory: HostMemory,
+        host_memory: RegisteredMemory,
         pinned: Bytes,
     ) -> None:
-        self._up, self._work, self._down = Stream(), stream, Stream()
+        self._upload_stream, self._compute_stream, self._download_stream = (
+            Stream(),
+            stream,
+            Stream(),
+        )
         self._memory = memory
         self._staging = staging
         self._host_memory = host_memory
         self._pinned = pinned
-        self._marks = Marks(stream)
+        self._timer = StageTimer(stream)
 
     def run(
-        self, kind: Kind, operands: Sequence[Operand], y: Array, places: HostPlaces, call: Call
+        self,
+        kind: CallKind,
+        operands: Sequence[Operand],
+        y: Array,
+        places: HostAddresses,
+        call: CallContext,
     ) -> None:
         """Compute y in parts.
 
@@ -112,23 +121,27 @@ class Pipeline:
             operands: x, then those that are not divided.
             places: Of x and y.
 
-        Raises as `Lane.run` does, and LateError.
+        Raises as `Lane.run` does, and ArrivalTimeoutError.
         """
-        following = Following(operands)
+        following = OverlappedOperands(operands)
         x, *others = following.operands
 
         def enqueue(base: int) -> None:
-            reached = self._reached(others, Regions(), following)
+            reached = self._make_reachable(others, BlockLayout(), following)
             if reached is not None:
                 self._launch_parts(kind, base, x, reached, y, places, following)
                 return
-            upload_whole = self._staged(call)
+            upload_whole = self._make_staged_upload(call)
             self._enqueue_parts(kind, base, [x, *others], y, upload_whole, following)
 
         self._run(kind, call, enqueue, following)
 
     def run_steps(
-        self, kind: Kind, operands: Sequence[Operand], results: Sequence[Tensor], call: Call
+        self,
+        kind: CallKind,
+        operands: Sequence[Operand],
+        results: Sequence[Tensor],
+        call: CallContext,
     ) -> bool:
         """Compute the results of a job in its steps; return False if they are to be computed in another way.
 
@@ -138,22 +151,26 @@ class Pipeline:
             kind: Of the call, in one part.
             operands, results: In the job's order.
         """
-        following = Following(operands)
-        generation, mirrors = self._host_memory.generation, Regions()
-        targets = self._reached(results, mirrors, None)
-        sources = None if targets is None else self._reached(following.operands, mirrors, following)
+        following = OverlappedOperands(operands)
+        generation, mirrors = self._host_memory.generation, BlockLayout()
+        targets = self._make_reachable(results, mirrors, None)
+        sources = (
+            None
+            if targets is None
+            else self._make_reachable(following.operands, mirrors, following)
+        )
         if targets is None or sources is None:
             return False
-        made = [array_in(target.operand) for target in targets]
+        made = [peek_tensor(target.operand) for target in targets]
         tensors = [*sources, *targets]
-        places = HostPlaces.of(generation, [t.lent for t in tensors if t.lent is not None])
+        places = HostAddresses.of(generation, [t.lent for t in tensors if t.lent is not None])
 
         def enqueue_steps(base: int) -> None:
             given = [source.operand for source in sources]
             self._enqueue_steps(kind, base, given, made, following)
 
         def enqueue(base: int) -> None:
-            if not following.is_over:
+            if not following.are_complete:
                 enqueue_steps(base)
                 return
             at = base, *(tensor.lent is None for tensor in tensors)
@@ -166,31 +183,35 @@ class Pipeline:
         return True
 
     def _run(
-        self, kind: Kind, call: Call, enqueue: Callable[[int], None], following: Following
+        self,
+        kind: CallKind,
+        call: CallContext,
+        enqueue: Callable[[int], None],
+        following: OverlappedOperands,
     ) -> None:
         """Have a call enqueued, given the address of a block for the kind's frame, and wait for it."""
-        with self._memory.take(kind.frame.total_bytes) as base:
+        with self._memory.lease(kind.layout.total_bytes) as base:
             call.check()
             try:
                 enqueue(base)
-                self._up.wait()  # what the others do has come together in it
+                self._upload_stream.wait()  # what the others do has come together in it
             except BaseException:
-                for stream in (self._up, self._work, self._down):
+                for stream in (self._upload_stream, self._compute_stream, self._download_stream):
                     stream.wait()
                 raise
-            self._marks.account(call.ledger)
-            if following.is_early:  # though all may have been there before it was looked at
-                call.ledger.add(Stage.FOLLOW, following.waited_s)
+            self._timer.record_stages(call.ledger)
+            if following.is_overlapped:  # though all may have been there before it was looked at
+                call.ledger.add(Stage.OVERLAP, following.waited_s)
 
     def _launch_parts(
         self,
-        kind: Kind,
+        kind: CallKind,
         base: int,
         x: Operand,
-        others: Sequence[_Reached],
+        others: Sequence[_ReachableTensor],
         y: Array,
-        places: HostPlaces,
-        following: Following,
+        places: HostAddresses,
+        following: OverlappedOperands,
     ) -> None:
         """Enqueue a call in parts whose arrays the card all reaches."""
 
@@ -198,16 +219,16 @@ class Pipeline:
             operands = [x, *(other.operand for other in others)]
             self._enqueue_parts(kind, base, operands, y, self._upload, following)
 
-        if not following.is_over:
+        if not following.are_complete:
             enqueue()
             return
         lent = [other.lent for other in others if other.lent is not None]
         if lent:
-            places = places.beside(lent)
+            places = places.with_arrays(lent)
         self._launch(kind, enqueue, (base, *(other.lent is None for other in others)), places)
 
     def _launch(
-        self, kind: Kind, enqueue: Callable[[], None], at: Hashable, places: HostPlaces
+        self, kind: CallKind, enqueue: Callable[[], None], at: Hashable, places: HostAddresses
     ) -> None:
         """Enqueue a call, as a graph if that can be.
 
@@ -216,19 +237,19 @@ class Pipeline:
                 same arrays that have some.
             places: Of the other arrays.
         """
-        if places.are_apart:
-            kind.launch(self._up, enqueue, at, places)
+        if places.are_disjoint:
+            kind.launch(self._upload_stream, enqueue, at, places)
         else:
             enqueue()
 
     def _enqueue_parts(
         self,
-        kind: Kind,
+        kind: CallKind,
         base: int,
         operands: Sequence[Operand],
         y: Array,
         upload_whole: Callable[[Array, int], None],
-        following: Following,
+        following: OverlappedOperands,
     ) -> None:
         """Enqueue a call in parts, between a beginning and an end on the stream for the way up.
 
@@ -239,28 +260,30 @@ class Pipeline:
             following: Waits for operands that are still arriving.
 
         Raises:
-            LateError: They do not arrive in time.
+            ArrivalTimeoutError: They do not arrive in time.
         """
-        up, work, down = self._up, self._work, self._down
+        up, work, down = self._upload_stream, self._compute_stream, self._download_stream
         x, *others = operands
-        source = array_in(x)
+        source = peek_tensor(x)
         assert isinstance(source, np.ndarray)
-        x_at, *used_at = addresses(base, kind.frame.operands, kind.operands_at)
-        (y_at,) = addresses(base, kind.frame.results, kind.results_at)
-        workspace = base + kind.frame.workspace.offset
+        x_at, *used_at = tensor_addresses(base, kind.layout.operands, kind.operand_addresses)
+        (y_at,) = tensor_addresses(base, kind.layout.results, kind.result_addresses)
+        workspace = base + kind.layout.workspace.offset
         self._begin()
-        for other, lies_at, target in zip(others, kind.operands_at[1:], used_at, strict=True):
-            self._bring(other, lies_at, target, upload_whole, following)
+        for other, lies_at, target in zip(others, kind.operand_addresses[1:], used_at, strict=True):
+            self._place_operand(other, lies_at, target, upload_whole, following)
         end_bytes = 0
         for x_part, y_part in zip(
             _parts(source, kind.parts_count), _parts(y, kind.parts_count), strict=True
         ):
             if isinstance(x, Arriving):
                 end_bytes += x_part.nbytes
-                following.expect(x, end_bytes)
+                following.wait_for(x, end_bytes)
             upload(x_at, x_part, up.pointer)
             up.fork(work)
-            self._compute(kind, [x_at, *used_at], y_at, workspace, is_alone=not following.is_over)
+            self._compute(
+                kind, [x_at, *used_at], y_at, workspace, is_alone=not following.are_complete
+            )
             work.fork(down)
             download(y_part, y_at, down.pointer)
             x_at, y_at = x_at + x_part.nbytes, y_at + y_part.nbytes
@@ -268,31 +291,31 @@ class Pipeline:
 
     def _enqueue_steps(
         self,
-        kind: Kind,
+        kind: CallKind,
         base: int,
         operands: Sequence[Operand],
         results: Sequence[Tensor],
-        following: Following,
+        following: OverlappedOperands,
     ) -> None:
         """Enqueue a call in steps, in the manner of `_enqueue_parts`."""
-        up, work, down = self._up, self._work, self._down
-        operands_at = addresses(base, kind.frame.operands, kind.operands_at)
-        results_at = addresses(base, kind.frame.results, kind.results_at)
-        workspace = base + kind.frame.workspace.offset
+        up, work, down = self._upload_stream, self._compute_stream, self._download_stream
+        operands_at = tensor_addresses(base, kind.layout.operands, kind.operand_addresses)
+        results_at = tensor_addresses(base, kind.layout.results, kind.result_addresses)
+        workspace = base + kind.layout.workspace.offset
         is_there = [False] * len(operands)
         self._begin()
-        for step in kind.job.steps:
+        for step in kind.work.steps:
             for number in step.operands:
                 if not is_there[number]:
-                    lies_at, target = kind.operands_at[number], operands_at[number]
-                    self._bring(operands[number], lies_at, target, self._upload, following)
+                    lies_at, target = kind.operand_addresses[number], operands_at[number]
+                    self._place_operand(operands[number], lies_at, target, self._upload, following)
                     is_there[number] = True
             up.fork(work)
             step.enqueue(operands_at, results_at, workspace, work.pointer)
             work.fork(down)
             for number in step.results:
                 result, made_at = results[number], results_at[number]
-                lies_at = kind.results_at[number]
+                lies_at = kind.result_addresses[number]
                 if isinstance(result, np.ndarray):
                     download(bytes_of(result), made_at, down.pointer)
                 elif lies_at is not None and lies_at != made_at:
@@ -300,35 +323,38 @@ class Pipeline:
         self._end()
 
     def _begin(self) -> None:
-        self._marks.begin(self._up, in_graph=self._up.is_capturing)
+        self._timer.begin(self._upload_stream, in_graph=self._upload_stream.is_capturing)
 
     def _end(self) -> None:
         """Mark the ends of the stages, and have them come together in the stream for the way up."""
-        in_graph = self._up.is_capturing
-        self._marks.end(Stage.UPLOAD, self._up, in_graph=in_graph)
-        self._marks.end(Stage.COMPUTE, self._work, in_graph=in_graph)
-        self._marks.end(Stage.DOWNLOAD, self._down, in_graph=in_graph)
-        for stream in (self._work, self._down):  # a graph must end in one stream
-            stream.fork(self._up)
+        in_graph = self._upload_stream.is_capturing
+        self._timer.end(Stage.UPLOAD, self._upload_stream, in_graph=in_graph)
+        self._timer.end(Stage.COMPUTE, self._compute_stream, in_graph=in_graph)
+        self._timer.end(Stage.DOWNLOAD, self._download_stream, in_graph=in_graph)
+        for stream in (
+            self._compute_stream,
+            self._download_stream,
+        ):  # a graph must end in one stream
+            stream.fork(self._upload_stream)
 
-    def _bring(
+    def _place_operand(
         self,
         operand: Operand,
         lies_at: int | None,
         target: int,
         upload_array: Callable[[Array, int], None],
-        following: Following,
+        following: OverlappedOperands,
     ) -> None:
         """Enqueue a copy of an operand to where it is used, unless it is there."""
         if isinstance(operand, Arriving):
-            self._follow(operand, target, upload_array, following)
+            self._upload_overlapped(operand, target, upload_array, following)
         elif isinstance(operand, np.ndarray):
             upload_array(operand, target)
         elif lies_at is not None and lies_at != target:
-            copy(target, lies_at, operand.spec.nbytes, self._up.pointer)
+            copy(target, lies_at, operand.spec.nbytes, self._upload_stream.pointer)
 
     def _compute(
-        self, kind: Kind, operands: Sequence[int], y: int, workspace: int, *, is_alone: bool
+        self, kind: CallKind, operands: Sequence[int], y: int, workspace: int, *, is_alone: bool
     ) -> None:
         """Enqueue the work of a part.
 
@@ -337,29 +363,32 @@ class Pipeline:
         """
 
         def enqueue() -> None:
-            kind.job.enqueue(operands, [y], workspace, self._work.pointer)
+            kind.work.enqueue(operands, [y], workspace, self._compute_stream.pointer)
 
         if is_alone:
-            kind.launch(self._work, enqueue, (workspace, *operands, y))
+            kind.launch(self._compute_stream, enqueue, (workspace, *operands, y))
         else:
             enqueue()
 
-    def _reached(
-        self, operands: Sequence[Operand], mirrors: Regions, following: Following | None
-    ) -> list[_Reached] | None:
+    def _make_reachable(
+        self,
+        operands: Sequence[Operand],
+        mirrors: BlockLayout,
+        following: OverlappedOperands | None,
+    ) -> list[_ReachableTensor] | None:
         """Return operands or places as the card reaches them. None if one that it does not reach is large.
 
         Args:
             mirrors: Those of the call so far.
             following: Waits for operands that are mirrored; None for places.
         """
-        reached: list[_Reached] = []
+        reached: list[_ReachableTensor] = []
         for operand in operands:
-            array = array_in(operand)
+            array = peek_tensor(operand)
             if not isinstance(array, np.ndarray):
-                reached.append(_Reached(operand))
+                reached.append(_ReachableTensor(operand))
             elif self._is_lent(array):
-                reached.append(_Reached(operand, lent=array))
+                reached.append(_ReachableTensor(operand, lent=array))
             else:
                 region = mirrors.add(array.nbytes)
                 if mirrors.total_bytes > _MIRRORED_BYTES:
@@ -367,9 +396,9 @@ class Pipeline:
                 dtype = array.dtype.newbyteorder("=")
                 mirror = np.ndarray(array.shape, dtype, self._pinned, region.offset)
                 if following is not None:
-                    following.expect_all(operand)
+                    following.wait_for_all(operand)
                     mirror[...] = array
-                reached.append(_Reached(mirror))
+                reached.append(_ReachableTensor(mirror))
         return reached
 
     def _is_lent(self, array: Array) -> bool:
@@ -377,27 +406,27 @@ class Pipeline:
         return array.nbytes > _SMALL_BYTES and self._host_memory.holds(array)
 
     def _upload(self, array: Array, target: int) -> None:
-        upload(target, bytes_of(array), self._up.pointer)
+        upload(target, bytes_of(array), self._upload_stream.pointer)
 
-    def _follow(
+    def _upload_overlapped(
         self,
         operand: Arriving,
         target: int,
         upload_array: Callable[[Array, int], None],
-        following: Following,
+        following: OverlappedOperands,
     ) -> None:
         """Enqueue copies of an operand, piece by piece as it arrives if the card reaches it."""
         if not self._is_lent(operand.array):
-            following.expect_all(operand)
+            following.wait_for_all(operand)
             upload_array(operand.array, target)
             return
         whole = bytes_of(operand.array)
-        for begin in range(0, whole.size, _FOLLOWED_BYTES):
-            piece = whole[begin : begin + _FOLLOWED_BYTES]
-            following.expect(operand, begin + piece.size)
-            upload(target + begin, piece, self._up.pointer)
+        for begin in range(0, whole.size, _OVERLAP_PIECE_BYTES):
+            piece = whole[begin : begin + _OVERLAP_PIECE_BYTES]
+            following.wait_for(operand, begin + piece.size)
+            upload(target + begin, piece, self._upload_stream.pointer)
 
-    def _staged(self, call: Call) -> Callable[[Array, int], None]:
+    def _make_staged_upload(self, call: CallContext) -> Callable[[Array, int], None]:
         return lambda array, target: self._staging.upload(array, target, call.check)
 
 

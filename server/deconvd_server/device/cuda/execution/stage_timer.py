@@ -5,12 +5,12 @@ from __future__ import annotations
 from deconvd_server.call.ledger import Ledger, Stage
 from deconvd_server.device.cuda.api.runtime import Event, Stream
 
-__all__ = ["Marks"]
+__all__ = ["StageTimer"]
 
 _STAGES = (Stage.UPLOAD, Stage.COMPUTE, Stage.DOWNLOAD)
 
 
-class Marks:
+class StageTimer:
     """Events on a stream: one before the first stage of a call, one behind each. They cost no wait.
 
     Where stages overlap, on streams of their own, each counts from the end of the one before it.
@@ -35,6 +35,6 @@ class Marks:
         event = self._events[_STAGES.index(stage) + 1]
         event.record((stream or self._stream).pointer, in_graph=in_graph)
 
-    def account(self, ledger: Ledger) -> None:
+    def record_stages(self, ledger: Ledger) -> None:
         """Count what each stage took. All must be marked, and the streams have been waited for."""
         ledger.add_all([(stage, end.ms_since(begin) / 1e3) for stage, begin, end in self._stages])

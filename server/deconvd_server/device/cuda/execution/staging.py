@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, wait
 import numpy as np
 
 from deconvd.model.dtypes import Array
-from deconvd_server.device.cuda.api.host_memory import HostMemory
+from deconvd_server.device.cuda.api.host_memory import RegisteredMemory
 from deconvd_server.device.cuda.api.runtime import (
     Bytes,
     Event,
@@ -21,24 +21,24 @@ from deconvd_server.device.cuda.api.runtime import (
 
 __all__ = ["Staging", "bytes_of"]
 
-_HAND_OVER_BYTES = 1 << 20
+_BACKGROUND_COPY_BYTES = 1 << 20
 """What one thread copies in the time that it takes to hand the copy to another, and to wait for that."""
 
 
-class _Slot:
+class _PinnedSlot:
     """A pinned buffer; the event behind the card's last copy, and the host's last copy."""
 
     def __init__(self, buffer: Bytes) -> None:
         self.buffer = buffer
-        self.card = Event()
-        self.host: Future[None] | None = None
+        self.card_copy = Event()
+        self.host_copy: Future[None] | None = None
 
-    def settle(self) -> None:
+    def wait_idle(self) -> None:
         """Return when neither the host nor the card uses the buffer."""
-        if self.host is not None:
-            self.host.result()
-            self.host = None
-        self.card.wait()
+        if self.host_copy is not None:
+            self.host_copy.result()
+            self.host_copy = None
+        self.card_copy.wait()
 
 
 class Staging:
@@ -58,7 +58,7 @@ class Staging:
         self,
         stream: Stream,
         helpers: Executor,
-        host_memory: HostMemory,
+        host_memory: RegisteredMemory,
         *,
         slots_count: int,
         slot_bytes: int,
@@ -68,7 +68,7 @@ class Staging:
         self._host_memory = host_memory
         self._slot_bytes = slot_bytes
         parts = np.split(PinnedBuffer(slots_count * slot_bytes).bytes, slots_count)
-        self._ring = deque(_Slot(part) for part in parts)
+        self._ring = deque(_PinnedSlot(part) for part in parts)
 
     def upload(self, source: Array, target: int, check: Callable[[], None]) -> None:
         """Enqueue a copy of an array to the card, to be read until the stream has been waited for.
@@ -81,20 +81,20 @@ class Staging:
         if self._host_memory.holds(source):
             upload(target, bytes_of(source), self._stream.pointer)
             return
-        filling: deque[tuple[_Slot, Bytes, int]] = deque()
+        filling: deque[tuple[_PinnedSlot, Bytes, int]] = deque()
         try:
             for offset, part in self._parts(bytes_of(source)):
                 if len(filling) == len(self._ring):
                     self._send(*filling.popleft())
                 check()
-                slot = self._next()
+                slot = self._next_slot()
                 staged = slot.buffer[: part.size]
-                slot.host = self._copied(staged, part)
+                slot.host_copy = self._start_copy(staged, part)
                 filling.append((slot, staged, target + offset))
             while filling:
                 self._send(*filling.popleft())
         finally:
-            self._settle()
+            self._wait_helpers()
 
     def download(self, source: int, target: Array, check: Callable[[], None]) -> None:
         """Copy from the card to a C-contiguous array, which is there once the stream has been waited for.
@@ -106,48 +106,48 @@ class Staging:
         if self._host_memory.holds(target):
             download(bytes_of(target), source, self._stream.pointer)
             return
-        arriving: deque[tuple[_Slot, Bytes]] = deque()
+        arriving: deque[tuple[_PinnedSlot, Bytes]] = deque()
         try:
             for offset, part in self._parts(bytes_of(target)):
                 if len(arriving) == len(self._ring) // 2:
                     check()
-                    self._land(*arriving.popleft())
-                slot = self._next()
+                    self._copy_out(*arriving.popleft())
+                slot = self._next_slot()
                 download(slot.buffer[: part.size], source + offset, self._stream.pointer)
-                slot.card.record(self._stream.pointer)
+                slot.card_copy.record(self._stream.pointer)
                 arriving.append((slot, part))
             while arriving:
-                self._land(*arriving.popleft())
+                self._copy_out(*arriving.popleft())
         finally:
-            self._settle()
+            self._wait_helpers()
 
-    def _send(self, slot: _Slot, staged: Bytes, target: int) -> None:
-        if slot.host is not None:
-            slot.host.result()
+    def _send(self, slot: _PinnedSlot, staged: Bytes, target: int) -> None:
+        if slot.host_copy is not None:
+            slot.host_copy.result()
         upload(target, staged, self._stream.pointer)
-        slot.card.record(self._stream.pointer)
+        slot.card_copy.record(self._stream.pointer)
 
-    def _land(self, slot: _Slot, target: Bytes) -> None:
-        slot.card.wait()
-        slot.host = self._copied(target, slot.buffer[: target.size])
+    def _copy_out(self, slot: _PinnedSlot, target: Bytes) -> None:
+        slot.card_copy.wait()
+        slot.host_copy = self._start_copy(target, slot.buffer[: target.size])
 
-    def _copied(self, target: Bytes, source: Bytes) -> Future[None] | None:
+    def _start_copy(self, target: Bytes, source: Bytes) -> Future[None] | None:
         """Copy within the host; return what tells when that is done, None if it is."""
-        if target.size > _HAND_OVER_BYTES:
+        if target.size > _BACKGROUND_COPY_BYTES:
             return self._helpers.submit(np.copyto, target, source)
         np.copyto(target, source)
         return None
 
-    def _next(self) -> _Slot:
+    def _next_slot(self) -> _PinnedSlot:
         """Return the slot that was used longest ago, once nobody uses it any more."""
         self._ring.rotate(-1)
         slot = self._ring[-1]
-        slot.settle()
+        slot.wait_idle()
         return slot
 
-    def _settle(self) -> None:
+    def _wait_helpers(self) -> None:
         """Return when no helper touches a caller's array any more."""
-        wait([slot.host for slot in self._ring if slot.host is not None])
+        wait([slot.host_copy for slot in self._ring if slot.host_copy is not None])
 
     def _parts(self, whole: Bytes) -> Iterator[tuple[int, Bytes]]:
         for offset in range(0, whole.size, self._slot_bytes):

@@ -8,10 +8,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from deconvd_server.device.cuda.api.runtime import CudaError, Stream, synchronize, use_device
 from deconvd_server.device.cuda.cudnn import Cudnn
 
-__all__ = ["Builders"]
+__all__ = ["BuildThreads"]
 
 
-class Builders:
+class BuildThreads:
     """Threads of one card, each with a stream of its own.
 
     A stream is made in the first build that asks for it: an error in the start of a thread would end the executor, and
@@ -27,9 +27,9 @@ class Builders:
         self._cudnn = cudnn
         self._local = threading.local()
         self._streams: list[Stream] = []
-        self._any = self._executor(count, "plans")
+        self._build_executor = self._make_executor(count, "plans")
         # one alone: plans that were timed side by side would all look slow
-        self._tuner = self._executor(1, "tuning")
+        self._tuning_executor = self._make_executor(1, "tuning")
 
     def executor(self, *, tunes: bool) -> Executor:
         """Return who is to choose a plan.
@@ -37,7 +37,7 @@ class Builders:
         Args:
             tunes: Whether it takes long and must not be disturbed.
         """
-        return self._tuner if tunes else self._any
+        return self._tuning_executor if tunes else self._build_executor
 
     @property
     def stream(self) -> Stream:
@@ -60,10 +60,10 @@ class Builders:
 
     def close(self) -> None:
         """End the threads once they are idle."""
-        for executor in (self._any, self._tuner):
+        for executor in (self._build_executor, self._tuning_executor):
             executor.shutdown()
         for stream in self._streams:
-            self._cudnn.forget(stream.pointer)
+            self._cudnn.destroy_handle(stream.pointer)
 
-    def _executor(self, count: int, purpose: str) -> ThreadPoolExecutor:
+    def _make_executor(self, count: int, purpose: str) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(count, f"cuda:{self._ordinal}-{purpose}")

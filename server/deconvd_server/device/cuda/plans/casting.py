@@ -8,13 +8,13 @@ from dataclasses import replace
 from deconvd.model.dtypes import DType
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.api.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Plan, Preparation, Product, preparation_of
+from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
+from deconvd_server.device.cuda.plan import Plan, Prepacking, Product, prepacking_of
 
-__all__ = ["CastPlan", "operands_of", "result_of", "uniform"]
+__all__ = ["CastPlan", "operands_of", "result_of", "with_uniform_type"]
 
 
-def uniform(problem: Problem) -> Problem:
+def with_uniform_type(problem: Problem) -> Problem:
     """Return the problem with x and W of one type: their own if they share it, else the compute type."""
     if problem.x.dtype == problem.W.dtype:
         return problem
@@ -58,7 +58,7 @@ class CastPlan:
         self._type = problem.compute_type
         self._operands = operands_of(operation, problem)
         self._result = result_of(operation, problem)
-        regions = Regions()
+        regions = BlockLayout()
         specs = (*self._operands, self._result)
         self._regions = [
             None if is_ready else self._region(regions, spec)
@@ -67,7 +67,7 @@ class CastPlan:
         self._scratch = regions.add(inner.workspace_bytes)
         self.workspace_bytes = regions.total_bytes
 
-    def _region(self, regions: Regions, spec: TensorSpec) -> Region | None:
+    def _region(self, regions: BlockLayout, spec: TensorSpec) -> BlockRegion | None:
         """Return where a tensor's cast lies; None if it needs none."""
         if spec.dtype == self._type:
             return None
@@ -83,7 +83,7 @@ class CastPlan:
         """Whether the inner plan is."""
         return self._inner.deterministic
 
-    def preparation(self) -> Preparation | None:
+    def prepacking(self) -> Prepacking | None:
         """Return how W is cast, or what the inner plan makes of a W that need not be. See `Preparable`."""
         if self._operation is Product.GW:
             return None
@@ -91,8 +91,8 @@ class CastPlan:
         if self._regions[1] is not None:
             size_bytes = self._regions[1].size_bytes
             plan = CastPlan(self._operation, self._problem, self._inner, b_is_ready=True)
-            return Preparation(("cast", self._type), size_bytes, self._cast_W, plan)
-        inner = preparation_of(self._inner) if W.dtype == self._type else None
+            return Prepacking(("cast", self._type), size_bytes, self._cast_W, plan)
+        inner = prepacking_of(self._inner) if W.dtype == self._type else None
         if inner is None:
             return None
         plan = CastPlan(self._operation, self._problem, inner.plan, b_is_ready=True)

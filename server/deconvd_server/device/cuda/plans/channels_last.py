@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.api.memory import Region, Regions
-from deconvd_server.device.cuda.plan import Plan, Preparation, Product
+from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
+from deconvd_server.device.cuda.plan import Plan, Prepacking, Product
 from deconvd_server.device.cuda.plans.casting import operands_of, result_of
 
 __all__ = ["ChannelsLastPlan"]
@@ -25,7 +25,7 @@ class ChannelsLastPlan:
         self._operation, self._problem = operation, problem
         self._inner = inner
         self._specs = (*operands_of(operation, problem), result_of(operation, problem))
-        regions = Regions()
+        regions = BlockLayout()
         self._regions = [
             None if is_last else _region(regions, spec)
             for spec, is_last in zip(self._specs, (False, b_is_last, False), strict=True)
@@ -43,7 +43,7 @@ class ChannelsLastPlan:
         """Whether the inner plan is."""
         return self._inner.deterministic
 
-    def preparation(self) -> Preparation | None:
+    def prepacking(self) -> Prepacking | None:
         """Return how W is transposed. See `Preparable`."""
         if self._operation is Product.GW or self._regions[1] is None:
             return None
@@ -54,7 +54,7 @@ class ChannelsLastPlan:
             kernels.transpose_to_nhwc(W, form, n, c, h, w, spec.dtype, stream)
 
         plan = ChannelsLastPlan(self._operation, self._problem, self._inner, b_is_last=True)
-        return Preparation("channels last", spec.nbytes, transpose, plan)
+        return Prepacking("channels last", spec.nbytes, transpose, plan)
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the operation. See `Plan`."""
@@ -72,7 +72,7 @@ class ChannelsLastPlan:
             kernels.transpose_to_nchw(last_out, out, n, c, h, w, self._specs[2].dtype, stream)
 
 
-def _region(regions: Regions, spec: TensorSpec) -> Region | None:
+def _region(regions: BlockLayout, spec: TensorSpec) -> BlockRegion | None:
     """Return where a tensor's transpose lies; None where both orders are the same."""
     _, c, h, w = spec.shape
     return None if c == 1 or h * w == 1 else regions.add(spec.nbytes)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deconvd.model.problem import Problem
-from deconvd_server.device.cuda.api.memory import Region, Regions
+from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
 from deconvd_server.device.cuda.kernels.launch import (
     Argument,
     Kernel,
@@ -20,23 +20,23 @@ from deconvd_server.device.cuda.kernels.launch import (
     integer,
     pointer,
 )
-from deconvd_server.device.cuda.plan import Plan, Preparation, Product, preparation_of
+from deconvd_server.device.cuda.plan import Plan, Prepacking, Product, prepacking_of
 
-__all__ = ["WindowPlan", "enlarged"]
+__all__ = ["CropPlan", "with_natural_outsize"]
 
 _FILE = str(Path(__file__).with_name("window.cu"))
 _THREADS = 256
 _MAX_BLOCKS = 1 << 16
 
 
-def enlarged(problem: Problem) -> Problem:
+def with_natural_outsize(problem: Problem) -> Problem:
     """Return the problem with y at least of its natural size on each axis."""
     natural = problem.geometry.natural_size(problem.image, problem.kernel)
     h, w = (max(pair) for pair in zip(problem.output, natural, strict=True))
     return Problem(problem.x, problem.W, replace(problem.geometry, outsize=(h, w)))
 
 
-class WindowPlan:
+class CropPlan:
     """A plan for a problem, made of one for the enlarged problem. See `Plan`.
 
     Args:
@@ -46,10 +46,10 @@ class WindowPlan:
     def __init__(self, operation: Product, problem: Problem, inner: Plan) -> None:
         self._operation, self._problem = operation, problem
         self._inner = inner
-        self._small, self._large = problem.y, enlarged(problem).y
-        regions = Regions()
-        self._images: Region = regions.add(self._large.nbytes)
-        self._scratch: Region = regions.add(inner.workspace_bytes)
+        self._small, self._large = problem.y, with_natural_outsize(problem).y
+        regions = BlockLayout()
+        self._images: BlockRegion = regions.add(self._large.nbytes)
+        self._scratch: BlockRegion = regions.add(inner.workspace_bytes)
         self.workspace_bytes = regions.total_bytes
 
     @property
@@ -62,12 +62,12 @@ class WindowPlan:
         """Whether the inner plan is."""
         return self._inner.deterministic
 
-    def preparation(self) -> Preparation | None:
+    def prepacking(self) -> Prepacking | None:
         """Return what the inner plan makes of W, which has no window. See `Preparable`."""
-        inner = None if self._operation is Product.GW else preparation_of(self._inner)
+        inner = None if self._operation is Product.GW else prepacking_of(self._inner)
         if inner is None:
             return None
-        return replace(inner, plan=WindowPlan(self._operation, self._problem, inner.plan))
+        return replace(inner, plan=CropPlan(self._operation, self._problem, inner.plan))
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the operation. See `Plan`."""

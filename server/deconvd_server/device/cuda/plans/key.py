@@ -29,7 +29,7 @@ class PlanKey:
         workspace_limit_bytes: What a plan may take beside its operands.
     """
 
-    operation: Product
+    product: Product
     problem: Problem
     options: Options
     workspace_limit_bytes: int
@@ -68,7 +68,7 @@ class PlanKey:
         """Return what is computed, and of what, as JSON has it."""
         geometry = self.problem.geometry
         return {
-            "operation": str(self.operation),
+            "operation": str(self.product),
             "x": _tensor(self.problem.x),
             "W": _tensor(self.problem.W),
             "stride": list(geometry.stride),

@@ -18,14 +18,14 @@ from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
-from deconvd_server.device.cuda.plans.tuner import Chooser
+from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.resources.cache import Cache, CacheStats, Resource
 
 if TYPE_CHECKING:  # the rest needs CUDA, keeping book does not
-    from deconvd_server.device.cuda.plans.build_threads import Builders
+    from deconvd_server.device.cuda.plans.build_threads import BuildThreads
     from deconvd_server.device.cuda.plans.candidates import Candidates
 
-__all__ = ["BookStats", "PlanBook"]
+__all__ = ["PlanCache", "PlanCacheStats"]
 
 log = logging.getLogger(__name__)
 
@@ -40,21 +40,21 @@ since timing might choose another plan the next time, and another plan gives oth
 
 
 @dataclass(frozen=True, slots=True)
-class BookStats:
+class PlanCacheStats:
     """What the book holds, and where its plans came from.
 
     Attributes:
         cache: The plans in memory.
         chosen_count: Plans that were chosen anew.
-        revived_count: Plans that had been chosen before, in this process or another.
+        restored_count: Plans that had been chosen before, in this process or another.
     """
 
     cache: CacheStats
     chosen_count: int
-    revived_count: int
+    restored_count: int
 
 
-class PlanBook:
+class PlanCache:
     """Knows the plan of each key; the first who asks waits until it is chosen. Thread-safe.
 
     What was chosen is remembered whatever it is, so it is found out once that cuDNN has no engine.
@@ -67,21 +67,21 @@ class PlanBook:
     def __init__(
         self,
         candidates: Candidates,
-        chooser: Chooser,
-        builders: Builders,
+        chooser: Tuner,
+        builders: BuildThreads,
         *,
         limit_bytes: int,
         store: PlanStore | None,
     ) -> None:
         self._candidates = candidates
-        self._chooser = chooser
-        self._builders = builders
+        self._tuner = chooser
+        self._build_threads = builders
         self._store = store
         self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
         self._lock = threading.Lock()
         self._choices: Lru[PlanKey, Choice] = Lru(_CHOICES_COUNT)
         self._chosen_count = 0
-        self._revived_count = 0
+        self._restored_count = 0
 
     def get(self, key: PlanKey, check: Callable[[], None]) -> Plan:
         """Return the plan of `key`.
@@ -94,54 +94,54 @@ class PlanBook:
         Raises:
             ExhaustedError: The card has not the memory to try plans.
         """
-        executor = self._builders.executor(tunes=key.options.autotune)
-        build = partial(self._resource, key)
+        executor = self._build_threads.executor(tunes=key.options.autotune)
+        build = partial(self._build_resource, key)
         with self._cache.lease(key, build, check=check, executor=executor) as plan:
             return plan
 
     @property
-    def stats(self) -> BookStats:
+    def stats(self) -> PlanCacheStats:
         """What the book holds now."""
         with self._lock:
-            return BookStats(self._cache.stats, self._chosen_count, self._revived_count)
+            return PlanCacheStats(self._cache.stats, self._chosen_count, self._restored_count)
 
     def close(self) -> None:
         """Forget all plans, and end the threads that choose them."""
-        self._builders.close()
+        self._build_threads.close()
         self._cache.close()
 
-    def _resource(self, key: PlanKey) -> Resource[Plan]:
-        candidate = self._candidate(key)
+    def _build_resource(self, key: PlanKey) -> Resource[Plan]:
+        candidate = self._find_candidate(key)
         own = candidate.choice.provider is Provider.OWN
         size_bytes = _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES
         # not closed with the cache's entry: graphs that it was captured into may refer to it still
         return Resource(candidate.plan, size_bytes)
 
-    def _candidate(self, key: PlanKey) -> Candidate:
+    def _find_candidate(self, key: PlanKey) -> Candidate:
         """Return the candidate that was chosen before, or is chosen now from what no process has died at."""
-        known = self._revived(key)
+        known = self._restore(key)
         if known is not None:
             return known
         if self._store is None or not self._store.quarantine.holds(key):
-            return self._chosen(key)
+            return self._choose(key)
         if key.options.use_cudnn is UseCudnn.NEVER:
             return self._candidates.fallback(key)
-        return self._candidate(key.without_cudnn())
+        return self._find_candidate(key.without_cudnn())
 
-    def _revived(self, key: PlanKey) -> Candidate | None:
-        choice = self._choice(key)
+    def _restore(self, key: PlanKey) -> Candidate | None:
+        choice = self._find_choice(key)
         if choice is None:
             return None
         try:
-            candidate = self._candidates.revived(key, choice, self._builders.stream.pointer)
+            candidate = self._candidates.restore(key, choice, self._build_threads.stream.pointer)
         except (CudnnError, LookupError) as error:
             log.warning("ignored the stored plan %s: %s", choice.name, error)
             return None
         with self._lock:
-            self._revived_count += 1
+            self._restored_count += 1
         return candidate
 
-    def _choice(self, key: PlanKey) -> Choice | None:
+    def _find_choice(self, key: PlanKey) -> Choice | None:
         """Return what was chosen before."""
         with self._lock:
             choice = self._choices.get(key)
@@ -149,10 +149,10 @@ class PlanBook:
             return self._store.load(key)
         return choice
 
-    def _chosen(self, key: PlanKey) -> Candidate:
-        with self._noted(key):
-            candidate = self._chooser.choose(key, self._builders.stream)
-        log.info("chose %s for %s of %s", candidate.choice.name, key.operation, key.problem)
+    def _choose(self, key: PlanKey) -> Candidate:
+        with self._note_search(key):
+            candidate = self._tuner.choose(key, self._build_threads.stream)
+        log.info("chose %s for %s of %s", candidate.choice.name, key.product, key.problem)
         if self._store is not None:
             self._store.save(key, candidate.choice)
         with self._lock:
@@ -160,8 +160,8 @@ class PlanBook:
             self._choices.put(key, candidate.choice)
         return candidate
 
-    def _noted(self, key: PlanKey) -> AbstractContextManager[None]:
+    def _note_search(self, key: PlanKey) -> AbstractContextManager[None]:
         """Keep on disk, for the length of a with-block, that a plan is being searched."""
         if self._store is None:
             return nullcontext()
-        return self._store.quarantine.noted(key, self._builders.is_card_lost)
+        return self._store.quarantine.note_search(key, self._build_threads.is_card_lost)

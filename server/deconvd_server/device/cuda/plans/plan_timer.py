@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from deconvd.model.dtypes import DType
-from deconvd_server.device.cuda.api.memory import DeviceMemory, Regions
+from deconvd_server.device.cuda.api.memory import BlockLayout, DeviceMemory
 from deconvd_server.device.cuda.api.runtime import CudaError, Event, Stream, copy, upload
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Plan
 from deconvd_server.device.cuda.plans.casting import operands_of, result_of
 from deconvd_server.device.cuda.plans.key import PlanKey
 
-__all__ = ["Bench", "open_bench"]
+__all__ = ["PlanTimer", "open_plan_timer"]
 
 _NOISE_BYTES = 1 << 20
 _BATCH_MS = 0.5
@@ -34,7 +34,7 @@ _TIMINGS_COUNT = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class PlanTimer:
     """A request's operands, as noise, and room for its result and a workspace.
 
     Attributes:
@@ -48,9 +48,9 @@ class Bench:
     workspace: int
     stream: Stream
 
-    def runs(self, plan: Plan) -> bool:
+    def can_run(self, plan: Plan) -> bool:
         """Return whether a plan can be executed."""
-        return self._tried_ms(plan) < float("inf")
+        return self._first_run_ms(plan) < float("inf")
 
     def time_ms(self, plan: Plan, *, give_up_ms: float) -> float:
         """Return how long an execution takes on the card, in milliseconds; infinity if it fails.
@@ -58,10 +58,10 @@ class Bench:
         Args:
             give_up_ms: A plan that took longer than this once is not timed more precisely.
         """
-        tried_ms = self._tried_ms(plan)
+        tried_ms = self._first_run_ms(plan)
         if tried_ms > _LONG_MS:
             return tried_ms
-        once_ms = self._timed(lambda: self._execute(plan))
+        once_ms = self._measure_ms(lambda: self._execute(plan))
         if once_ms > max(give_up_ms, _LAUNCH_MS):
             return once_ms
         repeats = min(max(int(_BATCH_MS / once_ms), 1), _MAX_REPEATS)
@@ -71,11 +71,12 @@ class Bench:
         except (CudaError, CudnnError):
             return once_ms
         times = [
-            self._timed(lambda: graph.launch(self.stream.pointer)) for _ in range(_TIMINGS_COUNT)
+            self._measure_ms(lambda: graph.launch(self.stream.pointer))
+            for _ in range(_TIMINGS_COUNT)
         ]
         return min(times) / repeats
 
-    def _tried_ms(self, plan: Plan) -> float:
+    def _first_run_ms(self, plan: Plan) -> float:
         """Return how long the first execution took the card; infinity if it fails.
 
         The time that the host took to enqueue it is left out: it may have compiled a kernel, which
@@ -90,7 +91,7 @@ class Bench:
             host_s = time.perf_counter() - start_s
 
         try:
-            return max(self._timed(work) - host_s * 1e3, 0.0)
+            return max(self._measure_ms(work) - host_s * 1e3, 0.0)
         except CudnnError:
             return float("inf")
 
@@ -101,7 +102,7 @@ class Bench:
     def _execute(self, plan: Plan) -> None:
         plan.execute(self.a, self.b, self.out, self.workspace, self.stream.pointer)
 
-    def _timed(self, work: Callable[[], None]) -> float:
+    def _measure_ms(self, work: Callable[[], None]) -> float:
         start, end = Event(timing=True), Event(timing=True)
         start.record(self.stream.pointer)
         work()
@@ -111,9 +112,9 @@ class Bench:
 
 
 @contextmanager
-def open_bench(
+def open_plan_timer(
     memory: DeviceMemory, key: PlanKey, workspace_bytes: int, stream: Stream
-) -> Iterator[Bench]:
+) -> Iterator[PlanTimer]:
     """Lend a bench for a key for the length of a with-block.
 
     Args:
@@ -122,16 +123,16 @@ def open_bench(
     Raises:
         ExhaustedError: The card has not the memory.
     """
-    specs = (*operands_of(key.operation, key.problem), result_of(key.operation, key.problem))
-    regions = Regions()
+    specs = (*operands_of(key.product, key.problem), result_of(key.product, key.problem))
+    regions = BlockLayout()
     parts = [regions.add(spec.nbytes) for spec in specs]
     parts.append(regions.add(workspace_bytes))
-    with memory.take(regions.total_bytes) as base:
+    with memory.lease(regions.total_bytes) as base:
         a, b, out, workspace = (base + part.offset for part in parts)
         for part, spec in zip(parts[:2], specs[:2], strict=True):
             _fill(base + part.offset, part.size_bytes, spec.dtype, stream)
         try:
-            yield Bench(a, b, out, workspace, stream)
+            yield PlanTimer(a, b, out, workspace, stream)
         finally:
             stream.wait()
 

@@ -12,18 +12,18 @@ from deconvd.errors import ExhaustedError
 from deconvd.model.problem import TensorSpec
 from deconvd_server.device.arriving import Operand
 from deconvd_server.device.cuda.api.memory import DeviceMemory, Lease
-from deconvd_server.device.cuda.plan import Plan, Preparation, preparation_of
-from deconvd_server.device.cuda.tensors.prepacking import Forms
+from deconvd_server.device.cuda.plan import Plan, Prepacking, prepacking_of
+from deconvd_server.device.cuda.tensors.prepacking import PrepackedForms
 from deconvd_server.device.cuda.tensors.tensor import CudaTensor
-from deconvd_server.device.tensor import Tensor, never
+from deconvd_server.device.tensor import Tensor, refuse_growth
 
-__all__ = ["Prepared", "prepared"]
+__all__ = ["PrepackedW", "prepack"]
 
 _KINDS_COUNT: Final = 64
 """Kinds of calls that a tensor remembers."""
 
 
-class _Stream(Protocol):
+class _WaitableStream(Protocol):
     @property
     def pointer(self) -> int: ...
 
@@ -31,7 +31,7 @@ class _Stream(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PrepackedW:
     """W as a call has it.
 
     Attributes:
@@ -45,13 +45,13 @@ class Prepared:
     key: Hashable = None
 
 
-def prepared(
+def prepack(
     W: Tensor,
     kind: Hashable,
     find_plan: Callable[[], Plan],
     memory: DeviceMemory,
-    stream: _Stream,
-) -> Prepared:
+    stream: _WaitableStream,
+) -> PrepackedW:
     """Return W in the form that its plan makes of it if that is there, or worth making now; else itself.
 
     Args:
@@ -62,35 +62,39 @@ def prepared(
 
     Raises as `find_plan` does, and as the making of a form.
     """
-    if not isinstance(W, CudaTensor) or W.forms is None or W.may_grow is never:
-        return Prepared(W)
-    preparation = _preparation(W, kind, find_plan)
+    if not isinstance(W, CudaTensor) or W.prepacked is None or W.may_grow is refuse_growth:
+        return PrepackedW(W)
+    preparation = _find_prepacking(W, kind, find_plan)
     if preparation is None:
-        return Prepared(W)
-    form = W.forms.get(preparation.key)
-    if form is None and W.forms.is_to_be_made(preparation.key):
-        form = _made(preparation, W, W.forms, memory, stream)
+        return PrepackedW(W)
+    form = W.prepacked.get(preparation.key)
+    if form is None and W.prepacked.claim_making(preparation.key):
+        form = _make_form(preparation, W, W.prepacked, memory, stream)
     if form is None:
-        return Prepared(W)
+        return PrepackedW(W)
     spec = TensorSpec((preparation.size_bytes,), np.dtype(np.uint8))
     form_of_W = CudaTensor(spec, W.device_id, form)
-    return Prepared(form_of_W, preparation.plan, preparation.key)
+    return PrepackedW(form_of_W, preparation.plan, preparation.key)
 
 
-def _preparation(
+def _find_prepacking(
     W: CudaTensor, kind: Hashable, find_plan: Callable[[], Plan]
-) -> Preparation | None:
-    if kind in W.preparations:
-        return W.preparations.get(kind)
-    preparation = preparation_of(find_plan())
-    if len(W.preparations) >= _KINDS_COUNT:
-        W.preparations.clear()
-    W.preparations[kind] = preparation
+) -> Prepacking | None:
+    if kind in W.prepackings:
+        return W.prepackings.get(kind)
+    preparation = prepacking_of(find_plan())
+    if len(W.prepackings) >= _KINDS_COUNT:
+        W.prepackings.clear()
+    W.prepackings[kind] = preparation
     return preparation
 
 
-def _made(
-    preparation: Preparation, W: CudaTensor, forms: Forms, memory: DeviceMemory, stream: _Stream
+def _make_form(
+    preparation: Prepacking,
+    W: CudaTensor,
+    forms: PrepackedForms,
+    memory: DeviceMemory,
+    stream: _WaitableStream,
 ) -> Lease | None:
     """Return a form, made and among the tensor's forms; None if there is no room for it."""
     size_bytes = preparation.size_bytes
@@ -98,7 +102,7 @@ def _made(
         forms.give_up(preparation.key)
         return None
     try:
-        lease = memory.take_to_stay(size_bytes)
+        lease = memory.lease_resident(size_bytes)
     except BaseException as error:
         W.may_grow(-size_bytes)
         forms.give_up(preparation.key)
@@ -106,7 +110,7 @@ def _made(
             return None
         raise
     try:
-        preparation.make(W.pointer, lease.pointer, stream.pointer)
+        preparation.pack(W.pointer, lease.pointer, stream.pointer)
         stream.wait()
     except BaseException:
         lease.free()

@@ -7,13 +7,13 @@ from collections.abc import Hashable
 
 from deconvd_server.device.cuda.api.memory import Lease
 
-__all__ = ["Forms"]
+__all__ = ["PrepackedForms"]
 
 _USES_COUNT = 2
 """The use of a form by which it is made: what comes once is not worth the memory."""
 
 
-class Forms:
+class PrepackedForms:
     """The forms of one tensor, each known by a key. Thread-safe.
 
         wanted once --> wanted again, being made --put--> there
@@ -34,7 +34,7 @@ class Forms:
         with self._lock:
             return self._leases.get(key)
 
-    def is_to_be_made(self, key: Hashable) -> bool:
+    def claim_making(self, key: Hashable) -> bool:
         """Count a use of a form that is not there; return whether the caller is to `put` it, or `give_up`.
 
         That is asked of one caller at a time.

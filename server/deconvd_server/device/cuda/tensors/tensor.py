@@ -6,11 +6,11 @@ from collections.abc import Callable, Hashable
 
 from deconvd.model.problem import TensorSpec
 from deconvd_server.device.cuda.api.memory import Lease
-from deconvd_server.device.cuda.plan import Preparation
-from deconvd_server.device.cuda.tensors.prepacking import Forms
-from deconvd_server.device.tensor import DeviceTensor, never
+from deconvd_server.device.cuda.plan import Prepacking
+from deconvd_server.device.cuda.tensors.prepacking import PrepackedForms
+from deconvd_server.device.tensor import DeviceTensor, refuse_growth
 
-__all__ = ["CudaLentMemory", "CudaTensor", "own"]
+__all__ = ["CudaLentMemory", "CudaTensor", "as_cuda_tensor"]
 
 
 class CudaTensor:
@@ -29,9 +29,9 @@ class CudaTensor:
         "_lease",
         "_offset_bytes",
         "device_id",
-        "forms",
         "may_grow",
-        "preparations",
+        "prepacked",
+        "prepackings",
         "spec",
     )
 
@@ -40,9 +40,9 @@ class CudaTensor:
     ) -> None:
         self.spec = spec
         self.device_id = device_id
-        self.may_grow: Callable[[int], bool] = never
-        self.forms: Forms | None = Forms()
-        self.preparations: dict[Hashable, Preparation | None] = {}
+        self.may_grow: Callable[[int], bool] = refuse_growth
+        self.prepacked: PrepackedForms | None = PrepackedForms()
+        self.prepackings: dict[Hashable, Prepacking | None] = {}
         self._lease = lease
         self._offset_bytes = offset_bytes
 
@@ -58,14 +58,14 @@ class CudaTensor:
         offset_bytes = self._offset_bytes + start * sample.nbytes
         spec = TensorSpec((stop - start, *shape[1:]), self.spec.dtype)
         view = CudaTensor(spec, self.device_id, self._lease, offset_bytes)
-        view.forms = None
+        view.prepacked = None
         return view
 
     def free(self) -> None:
         """Give the memory back, once, and that of its forms."""
         self._lease.free()
-        if self.forms is not None:
-            self.forms.free()
+        if self.prepacked is not None:
+            self.prepacked.free()
 
 
 class CudaLentMemory:
@@ -86,7 +86,7 @@ class CudaLentMemory:
         self._lease.free()
 
 
-def own(tensor: DeviceTensor, device_id: str) -> CudaTensor:
+def as_cuda_tensor(tensor: DeviceTensor, device_id: str) -> CudaTensor:
     """Return a tensor of a card. Raises ValueError if it is another device's."""
     if not isinstance(tensor, CudaTensor) or tensor.device_id != device_id:
         raise ValueError(f"a tensor of {tensor.device_id} is of no use to {device_id}")
