@@ -19,7 +19,7 @@ import click
 
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
-from deconvd_server.shared_memory.file_lifetimes import MemfdWatcher
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
 from deconvd_server.shared_memory.memory import SealedMemory
 
 _SIZES = tuple(1 << exponent for exponent in range(18, 29, 2))

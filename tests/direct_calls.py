@@ -25,9 +25,9 @@ from deconvd.wire.stream_parts import PendingElements
 from deconvd.wire.tensor import message_from_array
 from deconvd_client.transports.direct.connectors import Connector, InfoFetcher, connector_for
 from tests.deadlines import short_deadline
-from tests.line_pairs import client_stream
 from tests.processes import wait_until
 from tests.servers import ServerProcess
+from tests.stream_pairs import client_stream
 
 __all__ = [
     "REQUEST",

@@ -14,7 +14,7 @@ from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError, Un
 from deconvd_server.call.context import CallContext
 from deconvd_server.device import TURN_S
 from deconvd_server.engine.admission import Admission, Load
-from deconvd_server.engine.waiting_line import RETRY_AFTER_S
+from deconvd_server.engine.queue_limits import RETRY_AFTER_S
 from tests.processes import wait_until
 
 TIMEOUT_S = 30

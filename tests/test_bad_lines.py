@@ -15,7 +15,7 @@ import pytest
 import deconvd_client
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, DeadlineError, UnavailableError
-from tests.lines import (
+from tests.fault_proxy import (
     CLEAN,
     Direction,
     Fault,

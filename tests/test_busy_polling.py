@@ -20,8 +20,8 @@ from deconvd.direct.byte_stream import SocketStream
 from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
 from deconvd.direct.events import ProgressReport
 from deconvd_server.transports.direct.last_caller import LastCaller
-from tests.line_pairs import overlapped_streams
 from tests.servers import server_process
+from tests.stream_pairs import overlapped_streams
 
 
 class CountedStream(SocketStream):

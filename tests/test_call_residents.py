@@ -7,7 +7,7 @@ import numpy as np
 from deconvd.model.problem import TensorSpec
 from deconvd_server.call.context import CallContext
 from deconvd_server.residents import CallResidents
-from tests.keepers import make_registry_fixture
+from tests.registry_fixtures import make_registry_fixture
 
 
 def test_a_tensor_of_a_device_is_copied_in_pieces() -> None:

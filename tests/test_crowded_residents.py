@@ -23,15 +23,15 @@ from deconvd.wire.grpc_status import error_from_rpc
 from deconvd.wire.tensor import message_from_spec
 from deconvd_server.residents.quotas import counted_bytes, names_limit
 from tests.direct_calls import open_stream, send_call
-from tests.holders import (
+from tests.processes import memory_bytes, wait_until
+from tests.servers import ServerProcess, server_process
+from tests.session_clients import (
     SessionClient,
     open_session,
     raw_tensor,
     tensor_by_digest,
     tensor_by_handle,
 )
-from tests.processes import memory_bytes, wait_until
-from tests.servers import ServerProcess, server_process
 
 MIB = 1 << 20
 ONE = np.ones((1, 1, 1, 1), np.float32)

@@ -34,7 +34,7 @@ from deconvd_server.transports.direct.write_progress import WriteProgress
 from tests import definition
 from tests.devices import GradientRequest, deconvolve, gradients, make_arriving, runner
 from tests.golden import GoldenCase, golden_cases, tolerance
-from tests.line_pairs import overlapped_streams
+from tests.stream_pairs import overlapped_streams
 
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.api.runtime import Graph, Stream

@@ -16,8 +16,14 @@ from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.grpc_status import error_from_rpc
 from deconvd.wire.messages import message_from_geometry
-from tests.holders import SessionClient, array_of, open_session, raw_tensor, tensor_by_handle
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import (
+    SessionClient,
+    array_of,
+    open_session,
+    raw_tensor,
+    tensor_by_handle,
+)
 
 pytestmark = pytest.mark.gpu
 

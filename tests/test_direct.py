@@ -69,10 +69,10 @@ from tests.direct_calls import (
     target_of,
     wait_until_idle,
 )
-from tests.line_pairs import client_stream, send_raw, server_stream
-from tests.lines import CLEAN, faulty_proxy
+from tests.fault_proxy import CLEAN, faulty_proxy
 from tests.processes import peak_memory_bytes, process_resources, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.stream_pairs import client_stream, send_raw, server_stream
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 SLOW = np.ones((1, 64, 160, 160), np.float32), np.ones((64, 64, 9, 9), np.float32)

@@ -26,10 +26,10 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.messages import message_from_geometry
 from deconvd_client import UnavailableError
 from deconvd_server.exit_codes import ExitCode
-from tests.holders import open_session, raw_tensor
 from tests.http2 import METHODS, Http2Client
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import open_session, raw_tensor
 
 X = np.ones((1, 4, 8, 8), np.float32)
 W = np.ones((4, 4, 3, 3), np.float32)

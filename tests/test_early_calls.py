@@ -49,10 +49,10 @@ from tests.direct_calls import (
     send_call,
     wait_until_idle,
 )
-from tests.holders import open_session, tensor_by_handle
-from tests.line_pairs import send_raw
 from tests.processes import lent_bytes, process_resources, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import open_session, tensor_by_handle
+from tests.stream_pairs import send_raw
 
 SHAPE = (60, 1, 192, 192)
 """Of float32: 8.4 MiB, just enough for a call to be early."""

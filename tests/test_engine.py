@@ -22,7 +22,7 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine.engine import Engine
 from deconvd_server.transports.direct.write_progress import WriteProgress
 from tests.devices import GradientRequest, deconvolve, gradients, make_arriving
-from tests.line_pairs import overlapped_streams
+from tests.stream_pairs import overlapped_streams
 
 F32 = np.dtype(np.float32)
 

@@ -23,9 +23,9 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.messages import message_from_geometry
 from deconvd_client import Connection
-from tests.holders import tensor_header
 from tests.processes import is_idle, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import tensor_header
 
 pytestmark = pytest.mark.timeout(60)
 

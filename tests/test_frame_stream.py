@@ -41,7 +41,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Buffer
 from deconvd.wire.status import status_from_error
 from deconvd.wire.stream_parts import ElementsPart, PendingElements, elements_part
-from tests.line_pairs import connected_streams, overlapped_streams, send_raw, server_stream
+from tests.stream_pairs import connected_streams, overlapped_streams, send_raw, server_stream
 
 Ends = tuple[FrameStream, FrameStream]
 

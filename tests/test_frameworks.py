@@ -14,7 +14,7 @@ from deconvd.model.dtypes import Array
 from deconvd_client import Connection, InvalidArgumentError
 from deconvd_client.frameworks import framework
 from deconvd_client.frameworks.framework import framework_of, host_array
-from tests.stand_in import FakeCardTensor, FakeFramework, FakeTensor
+from tests.fake_framework import FakeCardTensor, FakeFramework, FakeTensor
 
 random = np.random.default_rng(0)
 X = random.standard_normal((2, 3, 8, 8), np.float32)

@@ -24,9 +24,9 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.tensor import message_from_array
 from deconvd_server.log_text import LogFormatter, excerpt
 from tests.direct_calls import REQUEST, X, get_server_info, is_serving, open_stream, send_call
-from tests.line_pairs import send_raw
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
+from tests.stream_pairs import send_raw
 
 FORGED = "\nERROR deconvd_server: a device is lost\x1b[2J\u202e" + 4096 * "A"
 RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: .+")

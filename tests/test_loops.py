@@ -27,10 +27,10 @@ from tests.direct_calls import (
     send_call,
     wait_until_idle,
 )
-from tests.holders import tensor_header
-from tests.line_pairs import send_raw
 from tests.processes import is_idle, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import tensor_header
+from tests.stream_pairs import send_raw
 
 pytestmark = pytest.mark.timeout(60)
 

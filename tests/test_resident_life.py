@@ -37,7 +37,9 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.settings import Settings
 from tests.deadlines import short_deadline
-from tests.holders import (
+from tests.processes import peak_memory_bytes, wait_until
+from tests.servers import ServerProcess, server_process
+from tests.session_clients import (
     SessionClient,
     array_of,
     error_of,
@@ -45,8 +47,6 @@ from tests.holders import (
     raw_tensor,
     tensor_by_handle,
 )
-from tests.processes import peak_memory_bytes, wait_until
-from tests.servers import ServerProcess, server_process
 
 MIB = 1 << 20
 _WAIT_S = 30
@@ -181,7 +181,7 @@ def test_a_client_that_gives_no_sign_of_life_loses_its_session(small: ServerProc
 CLIENT = """
 import sys, time
 import grpc, numpy as np
-from tests.holders import Holder
+from tests.session_clients import Holder
 held = Holder(grpc.insecure_channel(sys.argv[1]), b"key")
 for number in range(3):
     held.put(np.ones(1 << 18, np.float32))

@@ -23,8 +23,8 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import ExhaustedError, connect
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.shared_memory import Lender, LoanLimits
-from deconvd_server.shared_memory.file_lifetimes import MemfdWatcher
 from deconvd_server.shared_memory.loans import RESERVED_PART
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
 from deconvd_server.shared_memory.memory import SealedMemory
 from tests.cgroups import cgroup
 from tests.deadlines import short_deadline

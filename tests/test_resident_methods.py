@@ -17,7 +17,8 @@ from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import message_from_geometry
 from deconvd.wire.tensor import elements_of, message_from_spec
-from tests.holders import (
+from tests.servers import ServerProcess
+from tests.session_clients import (
     SessionClient,
     array_of,
     error_of,
@@ -26,7 +27,6 @@ from tests.holders import (
     tensor_by_digest,
     tensor_by_handle,
 )
-from tests.servers import ServerProcess
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((6, 4, 9, 8)).astype(np.float32)

@@ -28,7 +28,7 @@ from deconvd_server.device import DeviceTensor
 from deconvd_server.residents import CallResidents, Session
 from deconvd_server.residents.elements import read_array, read_samples
 from tests.devices import deconvolve
-from tests.keepers import KIB, RegistryFixture, make_registry_fixture
+from tests.registry_fixtures import KIB, RegistryFixture, make_registry_fixture
 
 
 def array(value: int, size_bytes: int = 16 * KIB) -> Array:

@@ -29,7 +29,7 @@ from deconvd_server.residents import ResidentEntry, Session, placement
 from deconvd_server.residents.elements import read_array, read_samples
 from deconvd_server.residents.quotas import counted_bytes
 from deconvd_server.residents.tenant import SessionState, Tenant
-from tests.keepers import KIB, RegistryFixture, make_registry_fixture
+from tests.registry_fixtures import KIB, RegistryFixture, make_registry_fixture
 
 QUOTA_BYTES = 96 * KIB
 DEVICE_BYTES = 64 * KIB

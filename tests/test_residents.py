@@ -23,8 +23,8 @@ from benchmarks.wire import CountingProxy, count_traffic
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, InvalidArgumentError, LostTensorError, RemoteTensor
 from tests.golden import GoldenCase, golden_cases
-from tests.holders import open_session
 from tests.servers import ServerProcess, call_until_served, server_process
+from tests.session_clients import open_session
 
 MIB = 1 << 20
 TCP = "127.0.0.1:0"

@@ -20,9 +20,9 @@ from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits, SessionLimits, Sessions
 from deconvd_server.settings import Settings
-from tests.holders import SessionClient, error_of, open_session
 from tests.processes import memory_bytes, wait_until
 from tests.servers import server_process
+from tests.session_clients import SessionClient, error_of, open_session
 
 MIB = 1 << 20
 ONE = np.ones((1, 1, 1, 1), np.float32)

@@ -36,9 +36,9 @@ from tests.direct_calls import (
     receive_answer,
     receive_failure,
 )
-from tests.line_pairs import send_raw
 from tests.processes import process_resources, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.stream_pairs import send_raw
 
 OTHER_HOST = "127.0.0.2"
 LINES_COUNT = 256

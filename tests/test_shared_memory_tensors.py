@@ -33,8 +33,8 @@ from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import HostRegion
 from deconvd_server.device.cpu.tensor import array_of
 from deconvd_server.shared_memory import Lender, LoanLimits, SharedTensors
-from deconvd_server.shared_memory.file_lifetimes import MemfdWatcher
 from deconvd_server.shared_memory.loans import BorrowerAccount, LoanRegistry
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
 from deconvd_server.shared_memory.memory import SealedMemory
 from tests.deadlines import short_deadline
 from tests.interrupts import interrupt_everywhere

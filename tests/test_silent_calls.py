@@ -20,10 +20,10 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.grpc_status import error_from_rpc
 from deconvd_server.exit_codes import ExitCode
 from tests.cgroups import Cgroup, cgroup
-from tests.holders import open_session
 from tests.http2 import METHODS, SERVICE, Http2Client
 from tests.processes import limit_address_space, process_resources
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import open_session
 
 X = np.ones((1, 4, 8, 8), np.float32)
 W = np.ones((4, 4, 3, 3), np.float32)

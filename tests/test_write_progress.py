@@ -19,7 +19,7 @@ from deconvd_server.call.context import CallContext
 from deconvd_server.device.arriving import ArrivalTimeoutError, OverlappedOperands, wait_for
 from deconvd_server.transports.direct.write_progress import WriteProgress
 from tests.devices import make_arriving
-from tests.line_pairs import descriptor_of, overlapped_streams
+from tests.stream_pairs import descriptor_of, overlapped_streams
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from deconvd_client.calls.call_spec import CallResult, CallSpec, LastLedger
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.residents import Attempt, Call, Resident, ResidentExecutor
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
-from deconvd_client.transports.failover import Stub
 from deconvd_client.transports.route import Route
 from deconvd_client.transports.sliced_stream import begin_stream_attempt
+from deconvd_client.transports.stub import Stub
 
 __all__ = ["Dispatcher"]
 

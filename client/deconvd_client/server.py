@@ -21,15 +21,15 @@ from deconvd_client.residents import Call, Resident, ResidentExecutor
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.transports.direct.connectors import connector_for
-from deconvd_client.transports.failover import Stub
 from deconvd_client.transports.grpc.channel import open_channel
-from deconvd_client.transports.grpc.error_advice import ErrorHints
+from deconvd_client.transports.grpc.error_hints import ErrorHints
 from deconvd_client.transports.grpc.proxies import proxy_for
 from deconvd_client.transports.grpc.rpcs import RpcChannel
 from deconvd_client.transports.grpc.transport import GrpcTransport
 from deconvd_client.transports.retry_policy import RetryPolicy
 from deconvd_client.transports.route import Route, TransportName
 from deconvd_client.transports.side_sockets import find_memory_socket
+from deconvd_client.transports.stub import Stub
 
 if TYPE_CHECKING:
     from deconvd_client.card_calls import CardDispatcher

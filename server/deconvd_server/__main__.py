@@ -31,7 +31,7 @@ from deconvd_server.settings import Settings
 try:
     from deconvd_server.daemon import Daemon
     from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
-    from deconvd_server.running import Drainer, run
+    from deconvd_server.shutdown import Drainer, run
 except ModuleNotFoundError as missing:
     if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings
         raise

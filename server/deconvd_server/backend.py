@@ -27,7 +27,7 @@ from deconvd_server.resources.worker_threads import Workers, WorkersExecutor
 from deconvd_server.service.deconvolution import DeconvolutionService
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.service.parsed_request import SLICES_IN_FLIGHT
-from deconvd_server.service.stream_places import StreamAdmission
+from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.settings import Settings
 from deconvd_server.shared_memory import CardLender, Lender, LoanLimits
 from deconvd_server.transports.direct.server import DirectServer

@@ -34,7 +34,7 @@ from deconvd.wire.status import error_from_status
 from deconvd_client import Connection
 from tests import definition
 from tests.direct_calls import REQUEST, W, X, receive_answer, send_call
-from tests.holders import array_of
+from tests.session_clients import array_of
 from tests.soak.cases import Case, chainers, large, small
 from tests.soak.places import NICENESS, Interval, Places, end_at_sigterm, open_stream
 from tests.test_stock_client import (

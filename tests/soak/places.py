@@ -12,7 +12,7 @@ from threading import Event
 
 from deconvd.direct.events import ANY_INSTANCE, Hello
 from deconvd.direct.frame_stream import FrameStream
-from tests.line_pairs import client_stream
+from tests.stream_pairs import client_stream
 
 __all__ = [
     "HOST",

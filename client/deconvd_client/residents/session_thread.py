@@ -19,9 +19,9 @@ from deconvd.host.system import MAX_TIMEOUT_S
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.uninterrupted import Promise, run_in_background
-from deconvd_client.transports.failover import Stub
 from deconvd_client.transports.route import Route
 from deconvd_client.transports.session_stream import SessionStream
+from deconvd_client.transports.stub import Stub
 
 __all__ = [
     "CommandQueue",

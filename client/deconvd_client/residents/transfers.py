@@ -15,8 +15,8 @@ from deconvd.wire.tensor import message_from_spec
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.transport import OutcomeUnknownError, StreamAttempt
 from deconvd_client.shared_memory import Borrower, SharedCall
-from deconvd_client.transports.failover import Stub
 from deconvd_client.transports.route import Route
+from deconvd_client.transports.stub import Stub
 
 __all__ = ["Transfers"]
 

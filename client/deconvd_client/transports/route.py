@@ -16,8 +16,8 @@ from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.uninterrupted import run_in_background
-from deconvd_client.transports.failover import Stub
 from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
+from deconvd_client.transports.stub import Stub
 
 __all__ = ["Route", "TransportName"]
 

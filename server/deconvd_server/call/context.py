@@ -64,7 +64,7 @@ class CallContext:
 
     Attributes:
         peer: Who calls, for the log.
-        counted_by: The peer that it counts for, where peers share. See `deconvd_server.resources.peers`.
+        counted_by: The peer that it counts for, where peers share. See `deconvd_server.resources.peer_keys`.
         ledger: Where its time goes.
         tenant: On whose behalf it is, if it belongs to a session; None if not.
         waiting: Since when it waits for its client. The transport sets it for a call in parts; others never wait.

@@ -16,7 +16,7 @@ from deconvd_server.call.context import CallContext
 from deconvd_server.call.ledger import Stage
 from deconvd_server.device import TURN_S
 from deconvd_server.engine.answer_shares import AnswerShares
-from deconvd_server.engine.waiting_line import RETRY_AFTER_S, QueueLimits, Ticket, longest_wait_s
+from deconvd_server.engine.queue_limits import RETRY_AFTER_S, QueueLimits, Ticket, longest_wait_s
 
 __all__ = ["Admission", "Load", "PairedAdmission"]
 

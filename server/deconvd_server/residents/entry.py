@@ -13,8 +13,8 @@ from deconvd.model.problem import TensorSpec
 from deconvd.wire.cache_state import CacheState
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine.engine import Engine
+from deconvd_server.residents.lru_queue import LruQueue
 from deconvd_server.residents.quotas import counted_bytes
-from deconvd_server.residents.row import LruQueue
 from deconvd_server.residents.tenant import Session, Tenant
 from deconvd_server.resources.cache import EntryState
 

@@ -1,7 +1,7 @@
-"""Places that peers share: one peer alone may have nearly all, and gives way as others ask.
+"""Fair shares of a limited number of places: a peer alone may have nearly all, and is preempted as others ask.
 
-A peer is what `deconvd_server.resources.peers` says. This is the one rule for whatever there is a limited number of:
-lines, calls, streams, sessions, borrowers.
+`deconvd_server.resources.peer_keys` says who counts as one peer. The same rule shares out direct connections, calls,
+streams, sessions and borrowers.
 """
 
 from __future__ import annotations

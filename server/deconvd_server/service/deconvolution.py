@@ -24,7 +24,7 @@ from deconvd_server.service.method import BidiStreamingMethod, RpcMethod, UnaryM
 from deconvd_server.service.parsed_request import parse_request
 from deconvd_server.service.resident_methods import ResidentCalls
 from deconvd_server.service.sliced_stream import StreamingOperations
-from deconvd_server.service.stream_places import StreamAdmission
+from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.shared_memory import Lender
 
 __all__ = ["DeconvolutionService"]

@@ -29,7 +29,7 @@ from deconvd_server.service.method import (
     SessionMethod,
     UnaryMethod,
 )
-from deconvd_server.service.stream_places import StreamAdmission
+from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.shared_memory import Lender, SharedTensors
 
 __all__ = ["ResidentCalls"]

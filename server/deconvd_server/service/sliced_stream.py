@@ -31,8 +31,8 @@ from deconvd_server.service.parsed_request import (
     SlicedRequest,
     parse_stream_header,
 )
+from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.service.stream_operands import StreamOperands
-from deconvd_server.service.stream_places import StreamAdmission
 from deconvd_server.shared_memory import Lender
 
 __all__ = ["StreamingOperations"]

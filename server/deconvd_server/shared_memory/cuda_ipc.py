@@ -70,7 +70,7 @@ class CardBorrowing:
 
     Args:
         process: Id of the client's process.
-        counted_by: By what the client is counted. See `deconvd_server.resources.peers`.
+        counted_by: By what the client is counted. See `deconvd_server.resources.peer_keys`.
 
     Raises:
         OSError: There is no such process, as far as can be seen here.

@@ -23,10 +23,9 @@ from deconvd.lending.protocol import (
 from deconvd_server.log_text import excerpt
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
-from deconvd_server.resources.peers import peer_key_of_connection
+from deconvd_server.resources.peer_keys import peer_key_of_connection
 from deconvd_server.resources.unix_listener import PeerCredentials, SideSocket, peer_credentials
 from deconvd_server.shared_memory.cuda_ipc import CardBorrowing, CardLender
-from deconvd_server.shared_memory.file_lifetimes import MemfdWatcher
 from deconvd_server.shared_memory.loans import (
     RESERVED_PART,
     BorrowerAccount,
@@ -35,6 +34,7 @@ from deconvd_server.shared_memory.loans import (
     OverLimitError,
     RegionUse,
 )
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
 from deconvd_server.shared_memory.memory import OnMap, SealedMemory, Unmap
 
 __all__ = ["Lender"]

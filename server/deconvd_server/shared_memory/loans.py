@@ -83,7 +83,7 @@ class BorrowerAccount:
             while calls still use it, or while it still has it itself.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
-        peer: By what the client is counted, together with others. See `deconvd_server.resources.peers`.
+        peer: By what the client is counted, together with others. See `deconvd_server.resources.peer_keys`.
         used_s: When a call last began to use what it has, on the monotonic clock.
     """
 

@@ -16,7 +16,7 @@ from deconvd.host.array_address import AddressedArray, address_of
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.shared_slice import SharedSlice
-from deconvd_server.shared_memory.file_lifetimes import MemfdWatcher
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
 
 __all__ = ["OnMap", "SealedMemory", "Unmap"]
 

@@ -10,8 +10,8 @@ from random import Random
 import grpc
 
 from deconvd.direct.frame_stream import FrameStream
-from tests.holders import SessionClient
-from tests.lines import CLEAN, faulty_proxy
+from tests.fault_proxy import CLEAN, faulty_proxy
+from tests.session_clients import SessionClient
 from tests.soak.hostile.http2 import Http2
 from tests.soak.places import Places, connect_tcp, open_stream
 

@@ -10,7 +10,6 @@ from deconvd.direct.events import FRAME_HEAD, CallHead, FrameKind, MethodCode, p
 from deconvd.direct.frame_stream import FrameStream
 from deconvd.v1 import deconvd_pb2 as pb
 from tests.direct_calls import send_call
-from tests.line_pairs import send_raw
 from tests.soak.honest import WAYS
 from tests.soak.hostile.attack import Attacker, hostile
 from tests.soak.hostile.by_memory import Borrower
@@ -25,6 +24,7 @@ from tests.soak.hostile.requests import (
     tensor,
 )
 from tests.soak.places import connect_tcp, connect_unix
+from tests.stream_pairs import send_raw
 
 _HELD_S = 6.0
 """How long an attack holds what it has before it goes."""

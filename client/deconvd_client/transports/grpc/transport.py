@@ -16,7 +16,7 @@ from deconvd.wire.ledger import ledger_from_metadata
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.calls.transport import StreamAttempt
-from deconvd_client.transports.grpc.error_advice import ErrorHints
+from deconvd_client.transports.grpc.error_hints import ErrorHints
 from deconvd_client.transports.grpc.rpcs import RpcChannel
 from deconvd_client.transports.session_stream import SessionStream
 

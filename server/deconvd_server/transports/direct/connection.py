@@ -91,7 +91,7 @@ class DirectConnection:
     Args:
         stream: Is closed at the line's end.
         peer: Who calls, for the log.
-        counted_by: By what the peer is counted. See `deconvd_server.resources.peers`.
+        counted_by: By what the peer is counted. See `deconvd_server.resources.peer_keys`.
         behaviours: What serves the methods.
         instance: The server's id.
         attention: That of the server.

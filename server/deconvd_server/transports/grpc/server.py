@@ -16,7 +16,7 @@ import grpc
 from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd_server.resources.descriptors import connections_count
 from deconvd_server.transports.grpc.core import cygrpc
-from deconvd_server.transports.grpc.receipts import ReceiveLimiter
+from deconvd_server.transports.grpc.receive_limiter import ReceiveLimiter
 from deconvd_server.transports.grpc.rpc import Rpc
 
 __all__ = ["GrpcServer", "Handlers"]

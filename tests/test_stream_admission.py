@@ -9,7 +9,7 @@ import pytest
 
 from deconvd_server.call.context import CallContext
 from deconvd_server.engine.admission import Admission
-from deconvd_server.service.stream_places import StreamAdmission
+from deconvd_server.service.stream_admission import StreamAdmission
 from tests.processes import wait_until
 
 ALL_BYTES = 100
