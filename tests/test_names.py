@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,72 +21,19 @@ _SOURCES: Final = sorted(
 
 _Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
-_IRREGULAR: Final = frozenset(
-    [
-        "begun",
-        "built",
-        "come",
-        "done",
-        "drawn",
-        "found",
-        "given",
-        "gone",
-        "got",
-        "had",
-        "heard",
-        "held",
-        "kept",
-        "left",
-        "lent",
-        "made",
-        "met",
-        "read",
-        "seen",
-        "sent",
-        "shown",
-        "taken",
-        "thought",
-        "told",
-        "understood",
-        "worn",
-        "written",
-    ]
+_PARTICIPLE: Final = re.compile(
+    "[a-z]+ed|begun|built|come|done|drawn|found|given|gone|got|had|heard|held|kept|left|lent|made|met|"
+    "seen|sent|shown|taken|thought|told|understood|worn|written"
 )
-_PREPOSITIONS: Final = frozenset(
-    [
-        "after",
-        "against",
-        "among",
-        "apart",
-        "around",
-        "at",
-        "before",
-        "beside",
-        "between",
-        "by",
-        "for",
-        "from",
-        "in",
-        "into",
-        "near",
-        "of",
-        "off",
-        "on",
-        "out",
-        "over",
-        "to",
-        "under",
-        "up",
-        "with",
-        "within",
-        "without",
-    ]
+_PREPOSITION: Final = re.compile(
+    "after|against|among|apart|around|at|before|beside|between|by|for|from|into?|near|of|off|on|out|over|"
+    "to|under|up|with|within|without"
 )
-_NOT_PARTICIPLES: Final = frozenset({"embed", "feed", "need", "read", "seed", "shed", "speed"})
+_NOT_PARTICIPLES: Final = frozenset({"embed", "feed", "need", "seed", "shed", "speed"})
 
 
 def _is_participle(word: str) -> bool:
-    return word not in _NOT_PARTICIPLES and (word in _IRREGULAR or word.endswith("ed"))
+    return word not in _NOT_PARTICIPLES and _PARTICIPLE.fullmatch(word) is not None
 
 
 def _is_property(function: _Function) -> bool:
@@ -98,9 +46,9 @@ def _is_no_verb(name: str) -> bool:
     `of` alone is what a class is made of: an alternative constructor.
     """
     first, *rest = name.strip("_").split("_")
-    if len(rest) > 1 or (rest and rest[0] not in _PREPOSITIONS) or name == "of":
+    if len(rest) > 1 or (rest and not _PREPOSITION.fullmatch(rest[0])) or name == "of":
         return False
-    return _is_participle(first) or first in _PREPOSITIONS
+    return _is_participle(first) or _PREPOSITION.fullmatch(first) is not None
 
 
 def _functions(path: Path) -> Iterator[_Function]:

@@ -27,11 +27,11 @@ from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.calls.transport import NotServedDirectlyError, StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import UnixConnector
 from deconvd_client.transports.direct.pool import DirectTransport
+from deconvd_client.transports.failover import Failover
 from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES, open_channel
 from deconvd_client.transports.grpc.error_hints import ErrorHints
 from deconvd_client.transports.grpc.rpcs import RpcChannel
 from deconvd_client.transports.grpc.transport import GrpcTransport
-from deconvd_client.transports.failover import Failover
 from tests.deadlines import short_deadline
 from tests.direct_calls import REQUEST, W, get_server_info
 from tests.servers import ServerProcess, server_process, stop_server
