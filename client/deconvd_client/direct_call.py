@@ -72,7 +72,7 @@ class _Sending(AbstractContextManager[None]):
     def _run(self) -> None:
         try:
             self._send()
-        except BaseException as error:  # whatever it is, it is the caller's
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
             self._line.shut()
             self._sent.fail(error)
         else:

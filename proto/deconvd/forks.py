@@ -96,7 +96,7 @@ class UnforkedWork(AbstractContextManager[None]):
             time.sleep(_POLL_S)
 
     def __exit__(self, *_: object) -> None:
-        global _ended_s
+        global _ended_s  # noqa: PLW0603 - forks happen to the process, not to an object
         _ended_s = time.monotonic()
         _under_way.discard(self)
 

@@ -87,7 +87,7 @@ class HeldRpc:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends the call
             self._end(error)
 
     def _hang_up(self) -> None:

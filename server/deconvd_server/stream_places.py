@@ -178,7 +178,7 @@ class StreamPlaces:
             while self._await_streams():
                 for stream in _overdue(self._all_streams(), time.monotonic()):
                     stream.give_way()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and the server ends
             _log.exception("streams are watched no more: unforeseen error")
             self._on_lost("the watch over streams")
 

@@ -239,7 +239,7 @@ class Keeper:
                     self._let_go()
                 opened = self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
             asking.answer.fulfil(opened)
-        except Exception as error:  # whatever it is, it is the asker's
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the asker's
             asking.answer.fail(error)
 
     def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> Opened:

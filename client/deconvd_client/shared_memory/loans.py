@@ -262,7 +262,7 @@ class Loans:
         except DeconvdError as error:
             with self._lock:
                 self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
-        except Exception as error:  # no descriptors are left, say: later loans may do better
+        except Exception as error:  # noqa: BLE001 - no descriptors are left, say: later loans may do better
             with self._lock:
                 self._lose(_lost(f"memory cannot be borrowed: {error}"))
 

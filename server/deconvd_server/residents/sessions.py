@@ -307,5 +307,5 @@ class Reaper:
             try:
                 self._sessions.await_due(self._period_s)
                 self._sessions.expire()
-            except Exception:
+            except Exception:  # noqa: BLE001 - logged: other sessions must still expire
                 _log.exception("a session could not be ended in good order")

@@ -311,7 +311,7 @@ class Shelving:
         try:
             array = above.device_engine.host_memory(kept.spec)
             above.device_engine.read(operand, Call(), array)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the tensor is dropped instead
             _log.warning("a kept tensor is dropped: it cannot be moved to the host", exc_info=error)
             with self._changed:
                 above.leaving_bytes -= kept.held_bytes  # from here on as for any that is dropped

@@ -120,7 +120,7 @@ class Cards:
             self._loans.cancel(borrowing.account, size_bytes)
             is_full = isinstance(error, ExhaustedError)
             return Reply(Answer.OVER_SERVER_LIMIT if is_full else Answer.FAILED, text=str(error))
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and answered as a failure
             _log.exception("%d bytes of a card could not be lent", size_bytes)
             self._loans.cancel(borrowing.account, size_bytes)
             return Reply(Answer.FAILED, text="the server could not get the memory: see its log")

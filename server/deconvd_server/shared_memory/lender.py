@@ -303,7 +303,7 @@ class Lender:
             return Reply(error.answer, text=str(error)), None
         try:
             memory = Memory(size_bytes, self._on_map, self._ends)
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and answered as a failure
             _log.exception("%d bytes of shared memory could not be made", size_bytes)
             self._loans.cancel(client.account, size_bytes)
             text = "the server could not get the memory: see its log"

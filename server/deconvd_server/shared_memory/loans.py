@@ -295,7 +295,7 @@ class Loans(Generic[_M]):
     def _unmap(self, account: Account, memory: _M) -> None:
         try:
             memory.unmap()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged: the memory still counts until it is gone
             _log.exception("shared memory could not be unmapped in good order")
         with self._lock:
             self._kept.add(memory.size_bytes, 1)
