@@ -106,7 +106,7 @@ class Connection:
         tenant_key: str | bytes | None,
         fail_fast: bool,
     ) -> None:
-        self.target = target = parse_target(target)
+        self.target: str = parse_target(target)
         self._timeout_s = timeout_s = parse_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
         self._way = way = parse_transport(transport)
@@ -115,7 +115,7 @@ class Connection:
         learn_large_blocks()
 
         self._server = Server(
-            target,
+            self.target,
             transport=way,
             max_message_bytes=max_message_bytes,
             tenant_key=secret,

@@ -40,8 +40,8 @@ class LateCopy:
 
     def __init__(self, operands: Sequence[SharedOperand]) -> None:
         self._operands = operands
-        self.is_made = False
-        self.written_bytes = sum(
+        self.is_made: bool = False
+        self.written_bytes: int = sum(
             o.size_bytes for o in takewhile(lambda o: o.copy is None, operands)
         )
 

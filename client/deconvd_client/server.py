@@ -83,17 +83,19 @@ class Server:
         self._last = LastLedger()
         self._results = ArrayMemory(_KEPT_BYTES)
         open_stub = partial(_open_stub, transport, max_message_bytes)
-        self.nearest = Nearest(open_stub, target, transport, Retries(fail_fast=fail_fast))
+        self.nearest: Nearest = Nearest(open_stub, target, transport, Retries(fail_fast=fail_fast))
         self._find_memory = partial(_memory_socket, self.nearest.far)
         is_only_way = transport is TransportName.SHARED_MEMORY
-        self.memory = Borrower(self._find_memory, is_only_way=is_only_way)
+        self.memory: Borrower = Borrower(self._find_memory, is_only_way=is_only_way)
         is_lent = transport not in _WITHOUT_SHARED_MEMORY
         if not is_lent:
             self.memory.close()
         empty, last = self._results.empty, self._last
-        self.residents = Residents(self.nearest, self.memory, tenant_key, empty, last, timeout_s)
+        self.residents: Residents = Residents(
+            self.nearest, self.memory, tenant_key, empty, last, timeout_s
+        )
         lent = self.memory if is_lent else None
-        self.calls = Calls(self.nearest, lent, self.residents, empty, last, timeout_s)
+        self.calls: Calls = Calls(self.nearest, lent, self.residents, empty, last, timeout_s)
         self._cards: Cards | None = None
         self._lock = new_lock()
         self._is_closed = False

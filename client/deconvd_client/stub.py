@@ -44,9 +44,11 @@ class Stub:
     """
 
     def __init__(self, target: str, by_grpc: GrpcTransport, way: Way | None) -> None:
-        self.target = target
+        self.target: str = target
         self._by_grpc = by_grpc
-        self.direct = None if way is None else DirectTransport(way, self._told_by_server)
+        self.direct: DirectTransport | None = (
+            None if way is None else DirectTransport(way, self._told_by_server)
+        )
         self._by_any: Transport = by_grpc
         self._by_one: Transport = by_grpc
         if self.direct is not None:

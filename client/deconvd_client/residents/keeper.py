@@ -147,7 +147,7 @@ class Keeper:
         self._is_held = threading.Lock()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._lock = new_lock()  # of what `_move` changes
-        self.state = SessionState.NONE
+        self.state: SessionState = SessionState.NONE
         self.opened: Opened | None = None
         self._hold: Hold | None = None  # while it is OPEN, and in LOST until it is left
         self._lease_s = 0.0

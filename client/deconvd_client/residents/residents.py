@@ -57,7 +57,7 @@ class Residents:
         self._last = last
         self._timeout_s = timeout_s
         self._session = Session(nearest, tenant_key)
-        self.contents = Contents(self._session, memory)
+        self.contents: Contents = Contents(self._session, memory)
         self._transfers = Transfers(nearest, memory, empty)
 
     def put(self, array: Array) -> Kept:

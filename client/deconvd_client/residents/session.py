@@ -30,8 +30,8 @@ class Handle:
     def __init__(
         self, session: bytes, resident: pb.Resident, size_bytes: int, mailbox: Mailbox
     ) -> None:
-        self.session = session
-        self.resident = resident
+        self.session: bytes = session
+        self.resident: pb.Resident = resident
         self._size_bytes = size_bytes
         self._mailbox = mailbox
 

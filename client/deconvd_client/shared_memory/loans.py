@@ -141,7 +141,7 @@ class Loans:
         is_only_way: bool,
         place: Place,
     ) -> None:
-        self.state = LenderState.UNTRIED
+        self.state: LenderState = LenderState.UNTRIED
         self.link: Link | None = None
         self.refusal: DeconvdError | None = None
         self._lock = lock

@@ -42,8 +42,8 @@ class Block:
     watch: _Watch
 
     def __init__(self, region: Region, offset: int) -> None:
-        self.region = region  # whose memory is mapped for as long as this is
-        self.offset = offset
+        self.region: Region = region  # whose memory is mapped for as long as this is
+        self.offset: int = offset
 
     def array(self, spec: TensorSpec) -> Array:
         """Return the memory as an array."""
@@ -87,7 +87,7 @@ class Region(ABC):
         self.name = name
         self.address = address
         self.size_bytes = size_bytes
-        self.state = State.OPEN
+        self.state: State = State.OPEN
         self._arena = Arena(size_bytes)
         self._watches: dict[int, _Watch] = {}
         self._gone: deque[_Watch] = deque()  # of blocks that have gone, as they went
