@@ -20,6 +20,15 @@ def test_what_pays_is_tried_each_time_and_what_does_not_after_longer_and_longer(
     assert pauses == [0, 0, 1, 3, 7, 0, 1, 0, 0]
 
 
+def test_pauses_grow_up_to_sixty_four_occasions() -> None:
+    trials, pauses = Trials(), []
+    for _ in range(9):
+        trials.note(has_paid=False)
+        pauses.append(pause_count(trials))
+
+    assert pauses == [1, 3, 7, 15, 31, 63, 64, 64, 64]
+
+
 def test_what_never_pays_is_tried_now_and_then() -> None:
     trials, tried_count = Trials(), 0
     for _ in range(10_000):
