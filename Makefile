@@ -23,7 +23,7 @@ CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check check-all test-oldest format test-gpu generate accept-schema bench image clean
+.PHONY: help demo test check check-all test-oldest check-api format test-gpu generate accept-schema bench image clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,10 +46,13 @@ check-all: check test-oldest ## All checks but those on a GPU: also slow tests, 
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	$(BIN)/python -m tests.soak --seconds 90
 
-# Neither the demo nor the benchmarks, which need packages that want a newer numpy; nor the schema's tools.
+# Neither the demo nor the benchmarks, which need packages that want a newer numpy; nor the schema's tools and pyright.
 test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that pyproject.toml allows
-	$(OLDEST)/bin/$(PYTEST) $(foreach name,benchmarks demo schema,--ignore=tests/test_$(name).py) \
+	$(OLDEST)/bin/$(PYTEST) $(foreach name,benchmarks demo schema typing,--ignore=tests/test_$(name).py) \
 	    $(PYTEST_ARGS)
+
+check-api: .venv/installed-dev ## Check with pyright, a second type checker, what users see
+	$(BIN)/python -m pytest -q tests/test_typing.py
 
 format: .venv/installed-dev ## Format the code, and mend what lint can mend
 	$(BIN)/ruff format

@@ -1,4 +1,4 @@
-"""Trials: always while they pay, and ever more seldom while they do not."""
+"""AdaptiveBackoff: always while they pay, and ever more seldom while they do not."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ def test_what_pays_is_tried_each_time_and_what_does_not_after_longer_and_longer(
         pauses.append(pause_count(trials))
 
     assert pauses == [0, 0, 1, 3, 7, 0, 1, 0, 0]
+
+
+def test_pauses_grow_up_to_sixty_four_occasions() -> None:
+    trials, pauses = AdaptiveBackoff(), []
+    for _ in range(9):
+        trials.record_outcome(has_paid=False)
+        pauses.append(pause_count(trials))
+
+    assert pauses == [1, 3, 7, 15, 31, 63, 64, 64, 64]
 
 
 def test_what_never_pays_is_tried_now_and_then() -> None:

@@ -16,6 +16,7 @@ from deconvd_server.device.arriving import (
     peek_tensor,
     require,
     require_all,
+    wait_for,
     wait_for_all,
 )
 from tests.devices import make_arriving
@@ -119,6 +120,46 @@ def test_what_comes_is_followed_piece_by_piece() -> None:
         following.wait_for(x, end)
     assert [size_bytes for size_bytes, _ in progress.waits[1:]] == [16, 20, 24]
     assert following.waited_s > 0
+
+
+def test_whether_the_call_is_wanted_is_looked_at_twice_a_second() -> None:
+    progress = Receiving(8)
+    (x,) = make_arriving(progress, X)
+    wait_for(x, CallContext())
+    assert {timeout_s for _, timeout_s in progress.waits} == {0.5}
+
+
+def test_nobody_waits_beyond_the_deadline_of_its_call() -> None:
+    progress = Receiving(8)
+    (x,) = make_arriving(progress, X)
+    wait_for(x, CallContext(timeout_s=0.4))
+    assert all(0 < timeout_s <= 0.4 for _, timeout_s in progress.waits)
+
+
+def test_a_device_is_held_for_five_milliseconds_and_for_what_two_gigabytes_a_second_take() -> None:
+    large = np.broadcast_to(np.zeros(1, np.uint8), (1 << 40,))  # only its size counts
+    progress = Receiving(1 << 40)
+    (x,) = make_arriving(progress, large)
+    following = OverlappedOperands([x])
+    assert progress.waits == [(1 << 40, 0)]
+    assert following.waited_s == 0
+
+    began_s = time.monotonic()
+    following.wait_for(x, 1)
+    size_bytes, timeout_s = progress.waits[-1]
+    assert size_bytes == 1
+    assert timeout_s == pytest.approx(5e-3 + (1 << 40) / 2e9, rel=1e-11)
+    assert 0 < following.waited_s <= time.monotonic() - began_s
+
+
+def test_all_of_an_operand_is_expected_if_it_is_arriving() -> None:
+    progress = Receiving(X.nbytes)
+    (x,) = make_arriving(progress, X)
+    following = OverlappedOperands([x, W])
+    following.wait_for_all(W)
+    assert following.waited_s == 0
+    following.wait_for_all(x)
+    assert x.has_arrived()
 
 
 def test_a_device_is_held_as_long_as_a_slow_copy_takes(monkeypatch: pytest.MonkeyPatch) -> None:

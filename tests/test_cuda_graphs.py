@@ -76,6 +76,20 @@ def test_more_places_than_graphs_make_no_graph_give_way_to_another(
     assert len(card.captured) <= (min(places_count, 32) if order == "in turn" else 80)
 
 
+def test_a_place_makes_room_once_1024_runs_have_passed_it_by() -> None:
+    card = Card()
+    for place in range(32):
+        card.run(place)
+    for _ in range(1023 - 32):
+        card.run(31)
+
+    for _ in range(2):  # runs 1024, in which the first place still is known, and 1025
+        card.run("new")
+    assert "new" not in card.captured
+    card.run("new")
+    assert card.captured == [31, "new"]
+
+
 def test_places_that_come_no_more_make_room() -> None:
     card = Card()
     for epoch in range(5):  # as when what is registered changes: all addresses are others

@@ -154,6 +154,8 @@ os._exit(0)
 
 
 def test_a_card_that_must_be_reset_is_told_from_a_call_that_failed() -> None:
-    run = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60, check=False
+    )
     assert run.stdout.startswith("lost: cuda:0 must be reset")
     assert run.stdout.rstrip().endswith("True")

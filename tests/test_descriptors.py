@@ -87,14 +87,16 @@ def test_connections_to_unix_sockets_are_found_too(tmp_path: Path) -> None:
 def test_a_soft_limit_is_raised_to_the_hard_one(tmp_path: Path) -> None:
     script = "import resource, sys; from deconvd_server.resources.descriptors import raise_limit; "
     script += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 200)); print(raise_limit())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "200\n"
 
 
 def test_a_server_that_may_have_too_few_says_so(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "deconvd_server", "--device", "cpu"]
     command = ["sh", "-c", 'ulimit -n 40 && exec "$@"', "sh", *words, "--listen", "127.0.0.1:0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr == (
         "deconvd-server: this process may have 40 file descriptors (ulimit -n), and a server needs "

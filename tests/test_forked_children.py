@@ -205,4 +205,6 @@ if child:
 def test_a_child_may_end_as_any_process_does(servers: dict[str, ServerProcess]) -> None:
     """It runs finalizers then, also of what is its parent's."""
     command = [sys.executable, "-c", SCRIPT, servers["alone"].targets[1]]
-    assert any(subprocess.run(command, timeout=_CHILDREN_S).returncode == 0 for _ in range(3))
+    assert any(
+        subprocess.run(command, timeout=_CHILDREN_S, check=False).returncode == 0 for _ in range(3)
+    )

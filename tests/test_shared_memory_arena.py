@@ -91,6 +91,28 @@ def test_all_of_an_arena_can_be_taken_again_after_any_use() -> None:
     assert arena.allocate(_SIZE) == 0
 
 
+@pytest.mark.parametrize(
+    ("size_bytes", "offset", "taken_bytes"),
+    [
+        (1, 64, 64),
+        (64, 64, 64),
+        (65, 64, 128),
+        (15 * _PAGE + 1, 64, 15 * _PAGE + 64),
+        (16 * _PAGE - 64, 64, 16 * _PAGE - 64),
+        (16 * _PAGE, _PAGE, 16 * _PAGE),
+        (16 * _PAGE + 1, _PAGE, 17 * _PAGE),
+    ],
+)
+def test_blocks_are_lines_and_from_sixteen_pages_on_pages(
+    size_bytes: int, offset: int, taken_bytes: int
+) -> None:
+    arena = Arena(_SIZE)
+    assert arena.allocate(1) == 0
+    assert arena.allocate(size_bytes) == offset
+    assert arena.allocated_bytes == 64 + taken_bytes
+    assert arena.offsets == [0, offset]
+
+
 def test_the_tightest_gap_is_taken() -> None:
     arena = Arena(_SIZE)
     wide, _, tight, _ = (arena.allocate(size) for size in (640, 64, 128, 64))

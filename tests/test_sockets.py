@@ -412,7 +412,11 @@ def ended_server(
 ) -> subprocess.CompletedProcess[str]:
     """Run a server that cannot start to its end."""
     return subprocess.run(
-        command(address, *options, user=user), capture_output=True, text=True, timeout=60
+        command(address, *options, user=user),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 

@@ -105,7 +105,7 @@ class Connection:
         tenant_key: str | bytes | None,
         fail_fast: bool,
     ) -> None:
-        self.target = target = parse_target(target)
+        self.target: str = parse_target(target)
         self._timeout_s = timeout_s = parse_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
         self._transport = way = parse_transport(transport)
@@ -114,7 +114,7 @@ class Connection:
         raise_mmap_threshold()
 
         self._server = Server(
-            target,
+            self.target,
             transport=way,
             max_message_bytes=max_message_bytes,
             tenant_key=secret,

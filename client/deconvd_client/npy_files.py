@@ -61,7 +61,7 @@ def load(path: Path) -> Array:
             raise
         except MemoryError as error:
             raise InvalidArgumentError(f"{path} is too large: {error}") from None
-        except Exception as error:  # whatever a damaged header makes numpy do
+        except Exception as error:  # noqa: BLE001 - whatever a damaged header makes numpy do
             raise InvalidArgumentError(
                 f"{path} is not an .npy file of numbers: {_damage_reason(error)}"
             ) from None

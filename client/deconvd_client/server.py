@@ -83,19 +83,21 @@ class Server:
         self._ledger = LastLedger()
         self._result_pool = BufferPool(_RESULT_POOL_BYTES)
         open_stub = partial(_open_stub, transport, max_message_bytes)
-        self.route = Route(open_stub, target, transport, RetryPolicy(fail_fast=fail_fast))
+        self.route: Route = Route(open_stub, target, transport, RetryPolicy(fail_fast=fail_fast))
         self._find_memory = partial(_find_memory_socket, self.route.target_stub)
         is_only_way = transport is TransportName.SHARED_MEMORY
-        self.borrower = Borrower(self._find_memory, is_only_way=is_only_way)
+        self.borrower: Borrower = Borrower(self._find_memory, is_only_way=is_only_way)
         is_lent = transport not in _MESSAGE_ONLY_TRANSPORTS
         if not is_lent:
             self.borrower.close()
         empty, last = self._result_pool.empty, self._ledger
-        self.residents = ResidentExecutor(
+        self.residents: ResidentExecutor = ResidentExecutor(
             self.route, self.borrower, tenant_key, empty, last, timeout_s
         )
         lent = self.borrower if is_lent else None
-        self.dispatcher = Dispatcher(self.route, lent, self.residents, empty, last, timeout_s)
+        self.dispatcher: Dispatcher = Dispatcher(
+            self.route, lent, self.residents, empty, last, timeout_s
+        )
         self._card_dispatcher: CardDispatcher | None = None
         self._lock = new_lock()
         self._is_closed = False

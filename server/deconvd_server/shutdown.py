@@ -53,7 +53,7 @@ class Drainer:
         is_whole = False
         try:
             is_whole = self._daemon.drain()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and in the exit code
             _log.exception("the drain has failed")
         finally:
             self._ends.put(DrainResult(is_whole))

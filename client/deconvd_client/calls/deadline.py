@@ -20,7 +20,7 @@ class Deadline:
     __slots__ = ("_at_s", "timeout_s")
 
     def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+        self.timeout_s: float = timeout_s
         self._at_s = time.monotonic() + timeout_s
 
     def remaining_s(self) -> float:

@@ -40,8 +40,8 @@ class OverlappedCopy:
 
     def __init__(self, operands: Sequence[SharedOperand]) -> None:
         self._operands = operands
-        self.is_done = False
-        self.initial_bytes = sum(
+        self.is_done: bool = False
+        self.initial_bytes: int = sum(
             o.size_bytes for o in takewhile(lambda o: o.copy is None, operands)
         )
 

@@ -124,7 +124,7 @@ class BackgroundTask(Generic[_T]):
     def _execute(self) -> None:
         try:
             value = self._work()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
             self._has_ended = True
             self._promise.fail(error)
         else:

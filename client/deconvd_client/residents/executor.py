@@ -57,7 +57,7 @@ class ResidentExecutor:
         self._ledger = last
         self._timeout_s = timeout_s
         self._session = ClientSession(nearest, tenant_key)
-        self.known_digests = KnownDigests(self._session, memory)
+        self.known_digests: KnownDigests = KnownDigests(self._session, memory)
         self._transfers = Transfers(nearest, memory, empty)
 
     def put(self, array: Array) -> Resident:

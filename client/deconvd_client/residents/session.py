@@ -37,8 +37,8 @@ class ResidentHandle:
     def __init__(
         self, session: bytes, resident: pb.Resident, size_bytes: int, mailbox: CommandQueue
     ) -> None:
-        self.session = session
-        self.resident = resident
+        self.session: bytes = session
+        self.resident: pb.Resident = resident
         self._size_bytes = size_bytes
         self._commands = mailbox
 

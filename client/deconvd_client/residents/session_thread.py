@@ -155,7 +155,7 @@ class SessionThread:
         self._thread_lock = threading.Lock()
         self._end_signal: SimpleQueue[None] = SimpleQueue()
         self._lock = new_lock()  # of what `_move` changes
-        self.state = SessionThreadState.NONE
+        self.state: SessionThreadState = SessionThreadState.NONE
         self.session: SessionInfo | None = None
         self._stream: SessionStream | None = None  # while it is OPEN, and in LOST until it is left
         self._lease_s = 0.0
@@ -253,7 +253,7 @@ class SessionThread:
                     self._leave_session()
                 opened = self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
             asking.promise.fulfil(opened)
-        except Exception as error:  # whatever it is, it is the asker's
+        except Exception as error:  # whatever it is, it is the asker's  # noqa: BLE001 - whatever it is, it is the asker's
             asking.promise.fail(error)
 
     def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> SessionInfo:

@@ -88,7 +88,7 @@ class Link:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_REPLY_TIMEOUT_S)
         self._lock = new_lock()  # of the state; never held while the server is waited for
-        self.state = LinkState.IDLE
+        self.state: LinkState = LinkState.IDLE
         try:
             self._socket.connect(path)
         except OSError as error:

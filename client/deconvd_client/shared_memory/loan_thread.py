@@ -146,7 +146,7 @@ class LoanClient:
         is_only_way: bool,
         place: MemoryKind,
     ) -> None:
-        self.state = LenderState.UNTRIED
+        self.state: LenderState = LenderState.UNTRIED
         self.link: Link | None = None
         self.refusal: DeconvdError | None = None
         self._lock = lock
@@ -269,7 +269,7 @@ class LoanClient:
         except DeconvdError as error:
             with self._lock:
                 self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
-        except Exception as error:  # no descriptors are left, say: later loans may do better
+        except Exception as error:  # noqa: BLE001 - no descriptors are left, say: later loans may do better
             with self._lock:
                 self._lose(_loss_error(f"memory cannot be borrowed: {error}"))
 

@@ -42,8 +42,8 @@ class BorrowedBlock:
     reference: _BlockReference
 
     def __init__(self, region: BorrowedRegion, offset: int) -> None:
-        self.region = region  # whose memory is mapped for as long as this is
-        self.offset = offset
+        self.region: BorrowedRegion = region  # whose memory is mapped for as long as this is
+        self.offset: int = offset
 
     def array(self, spec: TensorSpec) -> Array:
         """Return the memory as an array."""
@@ -87,7 +87,7 @@ class BorrowedRegion(ABC):
         self.name = name
         self.address = address
         self.size_bytes = size_bytes
-        self.state = RegionState.OPEN
+        self.state: RegionState = RegionState.OPEN
         self._arena = Arena(size_bytes)
         self._references: dict[int, _BlockReference] = {}
         self._dead_references: deque[_BlockReference] = (

@@ -104,7 +104,7 @@ class RetryPolicy:
         if self._is_closed or isinstance(error, PinnedTransportError):
             return None
         # a random part, so that many callers do not come back at once
-        pause_s = random.uniform(backoff_s / 2, backoff_s)
+        pause_s = random.uniform(backoff_s / 2, backoff_s)  # noqa: S311 - no secret
         if isinstance(error, UnavailableError) and error.was_reached:
             self._was_reached = True
             pause_s += error.retry_after_s or 0

@@ -46,9 +46,11 @@ class Stub:
     """
 
     def __init__(self, target: str, by_grpc: GrpcTransport, way: Connector | None) -> None:
-        self.target = target
+        self.target: str = target
         self._grpc = by_grpc
-        self.direct = None if way is None else DirectTransport(way, self._fetch_server_info)
+        self.direct: DirectTransport | None = (
+            None if way is None else DirectTransport(way, self._fetch_server_info)
+        )
         self._transport: Transport = by_grpc
         self._at_most_once_transport: Transport = by_grpc
         if self.direct is not None:

@@ -98,7 +98,7 @@ class ForkBlocker(AbstractContextManager[None]):
             time.sleep(_POLL_S)
 
     def __exit__(self, *_: object) -> None:
-        global _last_work_end_s
+        global _last_work_end_s  # noqa: PLW0603 - forks happen to the process, not to an object
         _last_work_end_s = time.monotonic()
         _active_work.discard(self)
 

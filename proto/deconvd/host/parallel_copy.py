@@ -145,7 +145,7 @@ class _CopyJob:
         for number in self._unclaimed_numbers:
             try:
                 self._copy_piece(number)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
                 self._errors.append(error)
                 self._skip_rest()
             self._end_piece()

@@ -71,7 +71,7 @@ class Engine:
             self.info.budget_bytes,
             waiting_count,
             reserved_count=waiting_count // 4,
-            make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),
+            make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),  # noqa: PLW0108 - set later
         )
         self._turns = device if isinstance(device, TimeSharedDevice) else None
         if self._turns is not None:

@@ -61,5 +61,5 @@ def free_operand(shelf: MemoryTier, operand: Tensor, grown_bytes: int = 0) -> No
     try:
         shelf.device_engine.free(operand)
         shelf.device_engine.release(grown_bytes)
-    except Exception:
+    except Exception:  # noqa: BLE001 - logged: nobody is left to tell
         _log.exception("the memory of a kept tensor could not be freed in good order")

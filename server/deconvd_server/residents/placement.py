@@ -322,7 +322,7 @@ class Placement:
         try:
             array = above.device_engine.allocate_host_array(kept.spec)
             above.device_engine.read(operand, CallContext(), array)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the tensor is dropped instead
             _log.warning("a kept tensor is dropped: it cannot be moved to the host", exc_info=error)
             with self._changed:
                 above.evicting_bytes -= (

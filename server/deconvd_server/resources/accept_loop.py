@@ -75,7 +75,7 @@ class Listener:
         try:
             while not self._is_stopped:
                 self._run_once()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and the server ends
             _log.exception("%s are served no more: unforeseen error", self._who)
             self._on_lost(f"the thread for {self._who}")
         finally:

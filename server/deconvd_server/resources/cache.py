@@ -229,7 +229,7 @@ class Cache(Generic[K, V]):
             return
         try:
             resource = build()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, each that waits for the build gets it
             self._fail(key, future, error)
             return
         with self._lock:

@@ -116,7 +116,7 @@ class DescriptorGuard:
             begin_s = time.monotonic()
             try:
                 self._keep_reserve()
-            except Exception:  # the guard goes on: it may succeed once some descriptors are closed
+            except Exception:  # noqa: BLE001 - it may succeed once some descriptors are closed
                 _log.exception("descriptors could not be looked after")
             time.sleep(max(_POLL_PERIOD_S, (time.monotonic() - begin_s) * _PAUSE_FACTOR))
 

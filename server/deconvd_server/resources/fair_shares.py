@@ -103,7 +103,7 @@ class FairShares:
             _log.info("one of the %s of %s gives way to %s", self._what, leaver.peer, peer)
             try:
                 leaver.preempt()
-            except Exception:
+            except Exception:  # noqa: BLE001 - logged: who asks for a place has it all the same
                 _log.exception("one of the %s did not give way in good order", self._what)
         return place
 

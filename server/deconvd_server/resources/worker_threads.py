@@ -91,7 +91,7 @@ class Workers:
         while (work := self._work.get()) is not None:
             try:
                 work()
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - logged: the worker serves others
                 _log.exception("unforeseen error in a worker")
             del work
             self._idle.release()
@@ -119,7 +119,7 @@ def _fulfil(future: Future[_T], work: Callable[[], _T]) -> None:
         return
     try:
         result = work()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the future has it
         future.set_exception(error)
         del future  # the error holds this frame, which must not hold it in turn
     else:

@@ -178,7 +178,7 @@ class StreamAdmission:
             while self._wait_for_streams():
                 for stream in _overdue_streams(self._all_streams(), time.monotonic()):
                     stream.preempt()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and the server ends
             _log.exception("streams are watched no more: unforeseen error")
             self._on_lost("the watch over streams")
 

@@ -130,7 +130,7 @@ class CardLender:
             return LendingReply(
                 ReplyStatus.OVER_SERVER_LIMIT if is_full else ReplyStatus.FAILED, text=str(error)
             )
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and answered as a failure
             _log.exception("%d bytes of a card could not be lent", size_bytes)
             self._loans.cancel_reservation(borrowing.account, size_bytes)
             return LendingReply(

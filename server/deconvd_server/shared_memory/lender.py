@@ -317,7 +317,7 @@ class Lender:
             return LendingReply(error.answer, text=str(error)), None
         try:
             memory = SealedMemory(size_bytes, self._on_map, self._memfd_watcher)
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and answered as a failure
             _log.exception("%d bytes of shared memory could not be made", size_bytes)
             self._loans.cancel_reservation(client.account, size_bytes)
             text = "the server could not get the memory: see its log"

@@ -303,7 +303,7 @@ class LoanRegistry(Generic[_M]):
     def _unmap(self, account: BorrowerAccount, memory: _M) -> None:
         try:
             memory.unmap()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged: the memory still counts until it is gone
             _log.exception("shared memory could not be unmapped in good order")
         with self._lock:
             self._lingering.add(memory.size_bytes, 1)

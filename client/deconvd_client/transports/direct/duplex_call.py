@@ -76,7 +76,7 @@ class _RequestSender(AbstractContextManager[None]):
     def _run(self) -> None:
         try:
             self._send()
-        except BaseException as error:  # whatever it is, it is the caller's
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
             self._connection.shutdown()
             self._completion.fail(error)
         else:

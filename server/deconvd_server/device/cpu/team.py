@@ -205,7 +205,7 @@ class Team:
         """Work on a task for a while."""
         try:
             is_over = _advance(job, steps)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
             with self._lock:
                 job.error = job.error or error
                 job.drop()

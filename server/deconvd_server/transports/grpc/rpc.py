@@ -199,7 +199,7 @@ class _Batch:
     def __call__(self, event: Any) -> None:
         try:
             self._then(event)
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and told as INTERNAL
             _log.exception("unforeseen error in gRPC's thread")
             self._rpc.fail_with(grpc.StatusCode.INTERNAL, "unforeseen error: see the server's log")
         finally:

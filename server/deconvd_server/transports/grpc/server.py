@@ -144,7 +144,7 @@ class GrpcServer:
             self._queue.shutdown()
             while self._queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
                 pass
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - logged, and the server ends
             _log.exception("gRPC's thread has ended")
         if not self._is_stopping:
             self._on_lost()
@@ -167,7 +167,7 @@ class GrpcServer:
         except MemoryError:
             self._fail_lost_receives()
             self._request_call()  # one may have been lost
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged: one call's error must not end all
             _log.exception("unforeseen error in gRPC's thread")
 
     def _drain_events(self) -> None:

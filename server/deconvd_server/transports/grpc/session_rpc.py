@@ -89,7 +89,7 @@ class SessionRpc:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends the call
             self._end(error)
 
     def _close_stream(self) -> None:
