@@ -173,7 +173,7 @@ def test_tf32_and_narrower_sums_are_kept_out_of_results_that_promise_more() -> N
 def test_only_tuning_may_compile() -> None:
     from deconvd_server.device.cuda.cudnn import Cudnn
     from deconvd_server.device.cuda.plans.candidates import Candidates
-    from deconvd_server.device.cuda.runtime import current_device
+    from deconvd_server.device.cuda.runtime import current_device, open_card
 
     class Asked(Candidates):
         """Notes which engines it is asked for, and gives none."""
@@ -184,7 +184,7 @@ def test_only_tuning_may_compile() -> None:
             self.compiling.add(compiling)
             return iter(())
 
-    asked = Asked(Cudnn())
+    asked = Asked(Cudnn(), open_card(0).processors_count)
     asked.compiling = set()
     with current_device(0):
         list(asked.promising(key_of(Options()), 0))

@@ -21,12 +21,13 @@ from tests.devices import Wanted, deconvolve, gradients
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice
     from deconvd_server.device.cuda.plans.candidates import Candidates
-    from deconvd_server.device.cuda.runtime import Stream
+    from deconvd_server.device.cuda.runtime import Stream, open_card
     from deconvd_server.device.cuda.tensor import CudaTensor
 else:
     pytest.importorskip("cupy")
     from deconvd_server.device.cuda.device import CudaDevice
     from deconvd_server.device.cuda.plans.candidates import Candidates
+    from deconvd_server.device.cuda.runtime import open_card
 
 from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.cudnn.enums import Mode
@@ -106,7 +107,7 @@ def execute(
 
 def plans(cuda: CudaDevice, operation: Product, problem: Problem, stream: Stream) -> list[Plan]:
     """Return a few plans of each kind that there is for a problem."""
-    candidates = Candidates(Cudnn())
+    candidates = Candidates(Cudnn(), open_card(0).processors_count)
     key = cuda.key(operation, problem, Options())
     with cuda.using():
         found = [*candidates.own(key), candidates.fallback(key)]

@@ -132,7 +132,7 @@ class CudaDevice(CardTensors):
                 allocate_to_lend=self._pool.take_to_lend,
             )
             self._lanes = self._new_lanes()
-            self._candidates = Candidates(self._cudnn)
+            self._candidates = Candidates(self._cudnn, self._card.processors_count)
             self.plans = self._new_book(plan_store)
             kernels.prepare(ordinal)
         self._sizing = Sizing(
@@ -265,7 +265,8 @@ class CudaDevice(CardTensors):
                 }
                 if used.product_of_W is not None and ready.plan is not None:
                     plans[used.product_of_W] = ready.plan
-                return Job(operation, part, used.operands, used.results, plans)
+                count = self._card.processors_count
+                return Job(operation, part, used.operands, used.results, plans, count)
 
             key = (operation, used, part, options, ready.key)
             given = [ready.W if field == "w" else operands[field] for field in used.operands]

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from deconvd.options import UseCudnn
-from deconvd.problem import Problem
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.casting import CastPlan, uniform
 from deconvd_server.device.cuda.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.cudnn import Cudnn, CudnnError, CudnnPlan, Layout, Rules, Search
 from deconvd_server.device.cuda.cudnn.enums import Mode
-from deconvd_server.device.cuda.plan import Plan, Product
+from deconvd_server.device.cuda.plan import Plan
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
@@ -27,10 +26,15 @@ _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
 
 
 class Candidates:
-    """Makes the plans that could serve a request. Thread-safe."""
+    """Makes the plans that could serve a request. Thread-safe.
 
-    def __init__(self, cudnn: Cudnn) -> None:
+    Args:
+        processors_count: Multiprocessors of the card that the plans are for.
+    """
+
+    def __init__(self, cudnn: Cudnn, processors_count: int) -> None:
         self._cudnn = cudnn
+        self._processors_count = processors_count
 
     def promising(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield the few candidates that are tried where nothing is tuned: the likely best first.
@@ -78,13 +82,15 @@ class Candidates:
     def own(self, key: PlanKey) -> Iterator[Candidate]:
         """Yield our own kernels, the most promising first."""
         names = Counter[str]()
-        for plan in kernels.candidates(key.operation, uniform(key.problem), key.options):
+        problem, count = uniform(key.problem), self._processors_count
+        for plan in kernels.candidates(key.operation, problem, key.options, count):
             names[plan.name] += 1
             yield self._own_candidate(key, plan, number=names[plan.name])
 
     def fallback(self, key: PlanKey) -> Candidate:
         """Return the plan that takes any problem."""
-        plan = kernels.fallback(key.operation, uniform(key.problem), key.options)
+        problem = uniform(key.problem)
+        plan = kernels.fallback(key.operation, problem, key.options, self._processors_count)
         return self._own_candidate(key, plan)
 
     def cudnn(
@@ -144,7 +150,7 @@ class Candidates:
         # a choice must tell variants of one name apart
         name = plan.name if number == 1 else f"{plan.name} {number}"
         choice = Choice(Provider.OWN, name, plan.deterministic)
-        return Candidate(_cast(key.operation, key.problem, plan), choice)
+        return Candidate(self._cast(key, plan), choice)
 
     def _cudnn_candidate(self, key: PlanKey, plan: CudnnPlan, provider: Provider) -> Candidate:
         choice = Choice(provider, plan.name, plan.deterministic, plan.blob.decode())
@@ -154,8 +160,11 @@ class Candidates:
             whole = ChannelsLastPlan(key.operation, enlarged(core), whole)
         if enlarged(core).output != core.output:
             whole = WindowPlan(key.operation, core, whole)
-        return Candidate(_cast(key.operation, key.problem, whole), choice, plan.close)
+        return Candidate(self._cast(key, whole), choice, plan.close)
 
-
-def _cast(operation: Product, problem: Problem, plan: Plan) -> Plan:
-    return plan if problem.x.dtype == problem.W.dtype else CastPlan(operation, problem, plan)
+    def _cast(self, key: PlanKey, plan: Plan) -> Plan:
+        """Return a plan for a request, made of one for its operands in one element type."""
+        problem = key.problem
+        if problem.x.dtype == problem.W.dtype:
+            return plan
+        return CastPlan(key.operation, problem, plan, self._processors_count)
