@@ -63,15 +63,15 @@ def _arguments() -> argparse.Namespace:
 
 def _check_all(problem: Problem, *, time: bool) -> Iterator[str]:
     """Check, and perhaps time, each of our plans; yield a line for each that is wrong or fails."""
-    options = Options()
+    options, count = Options(), torch.cuda.get_device_properties().multi_processor_count
     operands = draw(problem)
     for operation in Product:
         reference = reference_result(operands, operation)
         plans: list[Plan] = []
         if problem.has_products:
-            plans += candidates(operation, problem, options)
+            plans += candidates(operation, problem, options, count)
         if not any(plan.name == "gemm columns" for plan in plans):
-            plans.append(fallback(operation, problem, options))
+            plans.append(fallback(operation, problem, options, count))
         for plan in plans:
             try:
                 yield from _check(plan, operation, operands, reference, time=time)

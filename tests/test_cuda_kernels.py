@@ -79,7 +79,8 @@ def test_bias_is_added_to_its_channel_and_nowhere_else(
     y, b = random_array(shape, dtype), random_array(shape[1:2], dtype)
     y_on_card, b_on_card = OnCard(y, offset), OnCard(b)
 
-    kernels.add_bias(y_on_card.pointer, b_on_card.pointer, TensorSpec(shape, dtype), 0)
+    spec = TensorSpec(shape, dtype)
+    kernels.add_bias(y_on_card.pointer, b_on_card.pointer, spec, 0, processors_count())
 
     wide = np.float64 if dtype == np.float64 else np.float32
     sums: Array = np.add(y.astype(wide), b.astype(wide)[:, None, None])
@@ -112,7 +113,8 @@ def test_casts_round_to_the_nearest(source: DType, target: DType, offset: int, c
     array = random_array((count,), source)
     source_on_card, target_on_card = OnCard(array, offset), OnCard.poisoned((count,), target, 1)
 
-    kernels.cast(source_on_card.pointer, source, target_on_card.pointer, target, count, 0)
+    pointers = source_on_card.pointer, target_on_card.pointer
+    kernels.cast(pointers[0], source, pointers[1], target, count, 0, processors_count())
 
     through = np.float32 if BFLOAT16 in (source, target) else np.float64
     np.testing.assert_array_equal(target_on_card.get(), array.astype(through).astype(target))
@@ -178,6 +180,19 @@ def reference(problem: Problem, operation: Product, x: Array, W: Array, gy: Arra
     return result
 
 
+def processors_count() -> int:
+    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+
+def all_plans(operation: Product, problem: Problem) -> list[Any]:
+    """Return all plans of ours for a problem, as for this card, and as for cards that are smaller and larger."""
+    plans = []
+    for count in (1, processors_count(), 300):
+        plans += kernels.candidates(operation, problem, Options(), count)
+        plans.append(kernels.fallback(operation, problem, Options(), count))
+    return plans
+
+
 def run(plan: Any, operation: Product, x: Array, W: Array, gy: Array) -> Array:
     a, b, like = {"y": (x, W, gy), "gx": (gy, W, x), "gW": (x, gy, W)}[operation]
     operands = OnCard(a), OnCard(b)
@@ -198,8 +213,7 @@ def test_every_plan_agrees_with_the_processor_and_with_itself(
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
     expected = reference(problem, operation, x, W, gy)
 
-    plans = kernels.candidates(operation, problem, Options())
-    for plan in (*plans, kernels.fallback(operation, problem, Options())):
+    for plan in all_plans(operation, problem):
         result = run(plan, operation, x, W, gy)
         assert error(result, expected) < TOLERANCES[dtype.name], plan.name
         np.testing.assert_array_equal(result, run(plan, operation, x, W, gy), plan.name)
@@ -220,7 +234,7 @@ def test_fallback_is_right_however_small_its_chunks_are(
     problem = random_problem(seed, dtype)
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
 
-    plan = kernels.fallback(operation, problem, Options())
+    plan = kernels.fallback(operation, problem, Options(), processors_count())
     result = run(plan, operation, x, W, gy)
 
     assert error(result, reference(problem, operation, x, W, gy)) < TOLERANCES[dtype.name]
@@ -234,4 +248,5 @@ def test_fallback_of_empty_operands_gives_zeros(shape: tuple[int, ...]) -> None:
     x, W, gy = (random_array(t.shape, dtype) for t in (problem.x, problem.W, problem.y))
 
     for operation in Product:
-        assert not run(kernels.fallback(operation, problem, Options()), operation, x, W, gy).any()
+        plan = kernels.fallback(operation, problem, Options(), processors_count())
+        assert not run(plan, operation, x, W, gy).any()

@@ -18,12 +18,14 @@ from deconvd_server.device.cuda.plan import Plan, Product, prepacking_of
 from tests.devices import GradientRequest, deconvolve, gradients
 
 if TYPE_CHECKING:
-    from deconvd_server.device.cuda.api.runtime import Stream
+    from deconvd_server.device.cuda.api.runtime import Stream, open_card
     from deconvd_server.device.cuda.device import CudaDevice
     from deconvd_server.device.cuda.plans.candidates import Candidates
     from deconvd_server.device.cuda.tensors.tensor import CudaTensor
 else:
     pytest.importorskip("cupy")
+    from deconvd_server.device.cuda.runtime import open_card
+
     from deconvd_server.device.cuda.device import CudaDevice
     from deconvd_server.device.cuda.plans.candidates import Candidates
 
@@ -105,7 +107,7 @@ def execute(
 
 def plans(cuda: CudaDevice, operation: Product, problem: Problem, stream: Stream) -> list[Plan]:
     """Return a few plans of each kind that there is for a problem."""
-    candidates = Candidates(Cudnn())
+    candidates = Candidates(Cudnn(), open_card(0).processors_count)
     key = cuda.plan_key(operation, problem, Options())
     with cuda.activate():
         found = [*candidates.own_kernels(key), candidates.fallback(key)]

@@ -171,7 +171,7 @@ def test_tf32_and_narrower_sums_are_kept_out_of_results_that_promise_more() -> N
 
 @pytest.mark.gpu
 def test_only_tuning_may_compile() -> None:
-    from deconvd_server.device.cuda.api.runtime import current_device
+    from deconvd_server.device.cuda.api.runtime import current_device, open_card
     from deconvd_server.device.cuda.cudnn import Cudnn
     from deconvd_server.device.cuda.plans.candidates import Candidates
 
@@ -184,7 +184,7 @@ def test_only_tuning_may_compile() -> None:
             self.compiling.add(compiling)
             return iter(())
 
-    asked = Asked(Cudnn())
+    asked = Asked(Cudnn(), open_card(0).processors_count)
     asked.compiling = set()
     with current_device(0):
         list(asked.shortlist(key_of(Options()), 0))

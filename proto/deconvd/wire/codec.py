@@ -1,9 +1,9 @@
 """Messages to bytes and back without protobuf's copies of the large fields.
 
-Protobuf copies a ``bytes`` field when it is set, serialized, parsed and read. Here the small fields go through the
-generated classes and the large one is framed by hand: it is copied once, into the bytes that gRPC sends, and read where
-gRPC has put it. The bytes are those of the schema: any protobuf library reads what is written here, and what any writes
-is read here, fields in whatever order.
+Protobuf copies a ``bytes`` field when it is set, serialized, parsed and read: a message takes three times its size.
+Here the small fields go through the generated classes and the large one is framed by hand: it is copied once, into the
+bytes that gRPC sends, and read where gRPC has put it. The bytes are those of the schema: any protobuf library reads
+what is written here, and what any writes is read here, fields in whatever order.
 
 A message that is large in another way than ours are (a tensor given in two pieces, say) goes through the generated
 classes as a whole: slower, and right.
@@ -39,8 +39,8 @@ M = TypeVar("M", bound=Message)
 
 Buffer = bytes | memoryview
 
-_MAX_SMALL_BYTES: Final = 16 << 10
-"""Up to this size the generated classes are faster than any framing in Python."""
+_MAX_SMALL_BYTES: Final = 64 << 10
+"""Up to this size the generated classes are faster than framing in Python: see `benchmarks.framing`."""
 
 MAX_NON_ELEMENT_BYTES: Final = 128 << 10
 """What a message may have beside the elements of tensors. Parsed, it takes up to a hundred times as much.

@@ -132,7 +132,7 @@ class CudaDevice(CardTensors):
                 allocate_to_lend=self._pool.allocate_shared,
             )
             self._lanes = self._make_lanes()
-            self._candidates = Candidates(self._cudnn)
+            self._candidates = Candidates(self._cudnn, self._card.processors_count)
             self.plans = self._make_plan_cache(plan_store)
             kernels.prepare(ordinal)
         self._memory_estimate = MemoryEstimate(
@@ -269,7 +269,8 @@ class CudaDevice(CardTensors):
                 }
                 if used.product_of_W is not None and ready.plan is not None:
                     plans[used.product_of_W] = ready.plan
-                return DeviceWork(operation, part, used.operands, used.results, plans)
+                count = self._card.processors_count
+                return DeviceWork(operation, part, used.operands, used.results, plans, count)
 
             key = (operation, used, part, options, ready.key)
             given = [ready.W if field == "w" else operands[field] for field in used.operands]

@@ -39,6 +39,7 @@ class DeviceWork:
     Args:
         operands, results: The names of their fields, in the order that all methods have them in.
         plans: For the products, by the names of their results.
+        processors_count: Multiprocessors of the card.
 
     Attributes:
         operands: What it computes from.
@@ -55,7 +56,9 @@ class DeviceWork:
         operands: Sequence[str],
         results: Sequence[str],
         plans: Mapping[str, Plan],
+        processors_count: int,
     ) -> None:
+        self._processors_count = processors_count
         self.operands = tuple([spec_of_field(problem, field) for field in operands])
         self.results = tuple([spec_of_field(problem, field) for field in results])
         self.workspace_bytes = max([plan.workspace_bytes for plan in plans.values()], default=0)
@@ -95,14 +98,14 @@ class DeviceWork:
 
     def _product(self, at: Mapping[str, int], number: int, result: str, plan: Plan) -> _Enqueue:
         a, b = (at[field] for field in _FACTORS[result])
-        bias, spec = at.get("b"), self.results[number]
+        bias, spec, count = at.get("b"), self.results[number], self._processors_count
 
         def enqueue(
             operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
         ) -> None:
             plan.execute(operands[a], operands[b], results[number], workspace, stream)
             if bias is not None:
-                kernels.add_bias(results[number], operands[bias], spec, stream)
+                kernels.add_bias(results[number], operands[bias], spec, stream, count)
 
         return enqueue
 

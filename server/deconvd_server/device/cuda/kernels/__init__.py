@@ -1,11 +1,9 @@
 """Our own CUDA kernels: the fallback for every problem, faster ways for some, and what surrounds a product.
 
-Plans are made without touching a device; kernels are compiled for a device when they are first launched there.
+Plans are made without touching a device, or CuPy; kernels are compiled for a device when they are first launched there.
 """
 
 from __future__ import annotations
-
-import cupy
 
 from deconvd.model.dtypes import ELEMENT_TYPES
 from deconvd.model.options import Options
@@ -40,19 +38,26 @@ def candidates(
     operation: Product,
     problem: Problem,
     options: Options,  # noqa: ARG001  # the same for every one of our kernels so far
+    processors_count: int,
 ) -> list[Plan]:
     """Return our plans for an operation, the best guess first; perhaps none. All are deterministic.
 
     The problem has products, and its x and W share one element type. The fallback is not among them.
+
+    Args:
+        processors_count: Multiprocessors of the card that the plans are for. gx and gW may be sums of parts, whose
+            number depends on it: cards with other counts may round them in another order.
     """
     return [
-        *depthwise_plans(operation, problem),
-        *tensor_core_plans(operation, problem),
+        *depthwise_plans(operation, problem, processors_count),
+        *tensor_core_plans(operation, problem, processors_count),
     ]
 
 
 def prepare(device: int) -> None:
     """Compile for a device what almost every request needs. The rest is compiled when first used."""
+    import cupy
+
     with cupy.cuda.Device(device):
         for dtype in ELEMENT_TYPES:
             compile_kernels(elementwise_kernels(dtype) + fallback_kernels(dtype))

@@ -9,10 +9,8 @@ from enum import IntEnum
 from functools import cache
 from typing import Any
 
-import cupy
-from cupy.cuda import runtime
-
 from deconvd.model.dtypes import BFLOAT16, DType
+from deconvd_server.device.cuda.kernels.launch import cuda
 from deconvd_server.device.cuda.kernels.steps import Operands, Place
 
 __all__ = ["BLAS_WORKSPACE_BYTES", "ComputeMode", "Gemm", "Matrices"]
@@ -111,7 +109,7 @@ class _Handles(threading.local):
 
     def get(self) -> ctypes.c_void_p:
         """Return the handle for the current device."""
-        device = runtime.getDevice()
+        device = cuda().runtime.getDevice()
         if device not in self._by_device:
             handle = ctypes.c_void_p()
             _check(_library().cublasCreate_v2(ctypes.byref(handle)))
@@ -125,9 +123,11 @@ _handles = _Handles()
 
 @cache
 def _library() -> ctypes.CDLL:
+    import cupy
+
     # CuPy knows where cuBLAS lies, also among wheels: once it has loaded it, its name is enough.
     cupy.cuda.device.get_cublas_handle()
-    major = runtime.runtimeGetVersion() // 1000
+    major = cuda().runtime.runtimeGetVersion() // 1000
     return ctypes.CDLL(f"libcublas.so.{major}")
 
 

@@ -1,8 +1,8 @@
 // Columns: for each output channel and tap of the filter, one value for each input pixel (im2col and col2im).
 //
 // Pixels of all samples are counted in one row, n h w; matrices over a range of them are "packed": (rows, pixels).
-
-constexpr int THREADS = 256;
+//
+// The structs KernelGeometry and Columns are generated from structs.py. Macros, given by fallback.py: ELEMENT, THREADS.
 
 using Index = long long;
 
@@ -30,7 +30,7 @@ unpack(const ELEMENT *packed, ELEMENT *images, int channels, Index image_pixels,
 
 // Sets columns, of shape (c_O h_K w_K, pixels), to what gy holds where each tap takes each input pixel; 0 outside.
 extern "C" __global__ void __launch_bounds__(THREADS)
-gather_columns(const ELEMENT *gy, ELEMENT *columns, Geometry g, Index first, Index pixels)
+gather_columns(const ELEMENT *gy, ELEMENT *columns, KernelGeometry g, Index first, Index pixels)
 {
     const Index pixel = (Index)blockIdx.x * THREADS + threadIdx.x;
     if (pixel >= pixels) return;
@@ -53,20 +53,13 @@ gather_columns(const ELEMENT *gy, ELEMENT *columns, Geometry g, Index first, Ind
 
 using Sum = Compute<ELEMENT>::type;
 
-struct Columns {
-    int first_sample, samples;
-    int first_channel, channels;  // of each group
-    int first_pixel, pixels;      // of each sample
-    int begins, ends;             // whether no sums come before these, and whether none follow
-};
-
 // The sum of what the taps bring to an output pixel, by ascending tap.
 //
 // columns are those of one channel and sample; from one tap's to the next it is `step` elements. Pixels fall below the
 // image only after all others: with a larger tap, it is an earlier pixel that reaches the output.
 template <typename Integer>
-__device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const Geometry &g, const Columns &c, FirstTap<Integer> h,
-                                           const FirstTap<Integer> &first_w, Index step, Sum total)
+__device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const KernelGeometry &g, const Columns &c,
+                                           FirstTap<Integer> h, const FirstTap<Integer> &first_w, Index step, Sum total)
 {
     for (; h.tap < g.h.kernel && h.pixel >= 0; h.tap += g.h.tap_step, h.pixel -= g.h.image_step) {
         if (h.pixel >= g.h.image) continue;
@@ -86,7 +79,7 @@ __device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const Geometry &g
 // sums so far, of shape (samples, groups channels, h_O w_O). Threads are ordered by phase, then pixel: those of a warp
 // take output pixels a stride apart, whose columns lie beside each other.
 template <typename Integer>
-__device__ void sum_columns_by(const Sum *columns, Sum *totals, ELEMENT *y, const Geometry &g, const Columns &c)
+__device__ void sum_columns_by(const Sum *columns, Sum *totals, ELEMENT *y, const KernelGeometry &g, const Columns &c)
 {
     const Index output_pixels = (Index)g.h.output * g.w.output;
     const Index taps = (Index)g.h.kernel * g.w.kernel, tap_step = (Index)c.samples * c.pixels;
@@ -114,14 +107,14 @@ __device__ void sum_columns_by(const Sum *columns, Sum *totals, ELEMENT *y, cons
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-sum_columns(const Sum *columns, Sum *totals, ELEMENT *y, Geometry g, Columns c)
+sum_columns(const Sum *columns, Sum *totals, ELEMENT *y, KernelGeometry g, Columns c)
 {
     sum_columns_by<int>(columns, totals, y, g, c);
 }
 
 // For images and filters whose coordinates pass 32 bits.
 extern "C" __global__ void __launch_bounds__(THREADS)
-sum_wide_columns(const Sum *columns, Sum *totals, ELEMENT *y, Geometry g, Columns c)
+sum_wide_columns(const Sum *columns, Sum *totals, ELEMENT *y, KernelGeometry g, Columns c)
 {
     sum_columns_by<Index>(columns, totals, y, g, c);
 }

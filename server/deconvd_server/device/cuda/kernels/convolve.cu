@@ -6,33 +6,24 @@
 //
 // Where pixels are few and the product is deep, its depth is cut into parts, added up in order by add_parts.
 //
-// Macros: ELEMENT (f16 or bf16), BLOCK_COLUMNS (16, 32, 64 or 128), STRIDE_H and STRIDE_W (1 for gx).
+// The struct Convolution is generated from structs.py. Macros, all given by tensor_cores.py: ELEMENT (f16 or bf16),
+// ROWS and COLUMNS (16, 32, 64 or 128) of a block's tile, DEPTH and STAGE_BYTES of a stage, STAGES, THREADS,
+// BLOCKS_PER_PROCESSOR, STRIDE_H and STRIDE_W (1 for gx).
 
-constexpr int ROWS = 128, COLUMNS = BLOCK_COLUMNS;
-constexpr int THREADS = COLUMNS == 128 ? 128 : 256;  // fewer, larger warp tiles read less shared memory
-constexpr int DEPTH_CHUNKS = 4, DEPTH = 8 * DEPTH_CHUNKS;
-constexpr int STAGES = 4;
+constexpr int DEPTH_CHUNKS = DEPTH / 8;
 constexpr int WARP_ROWS = COLUMNS == 128 ? 64 : COLUMNS == 16 ? 16 : 32;
 constexpr int WARP_COLUMNS = COLUMNS == 128 ? 64 : COLUMNS == 64 ? 32 : 16;
 constexpr int ROW_WARPS = ROWS / WARP_ROWS;
-constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
+constexpr int A_BYTES = ROWS * DEPTH * 2;
 constexpr int ROWS_PER_PASS = THREADS / DEPTH_CHUNKS;
 constexpr int A_PASSES = ROWS / ROWS_PER_PASS, B_PASSES = (COLUMNS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
 constexpr int PITCH = ROWS + 8;  // of the result's tile, in elements
 
 static_assert(ROW_WARPS * (COLUMNS / WARP_COLUMNS) * 32 == THREADS, "the warps cover the tile");
+static_assert(STAGE_BYTES == A_BYTES + COLUMNS * DEPTH * 2, "a stage holds a tile of both operands");
+static_assert(COLUMNS * PITCH * 2 <= STAGES * STAGE_BYTES, "the result's tile fits where the stages were");
 
 using Index = long long;
-
-struct Convolution {
-    int samples, groups;
-    int source_h, source_w, channels;  // channels of a group, padded to a multiple of 8
-    int domain_h, domain_w;
-    int taps_h, taps_w, step_h, step_w, offset_h, offset_w;  // source pixel = domain pixel + offset + tap * step
-    int columns;  // of a group: channels of the result times stride_h times stride_w
-    int output_h, output_w, cut_h, cut_w;  // output pixel = domain pixel * stride + phase - cut
-    int parts;  // blocks that share the depth of a tile; add_parts adds up what they sum
-};
 
 // Where the threads of a block get the source pixels of their rows, tap after tap.
 struct SourceRows {
@@ -364,10 +355,8 @@ __device__ __forceinline__ void multiply(Sums &sums, unsigned stages, const ELEM
     __syncthreads();
 }
 
-constexpr int MIN_BLOCKS = 2;
-
 // source: (n, source_h, source_w, groups, channels); filter: (groups, columns, taps_h taps_w channels).
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 convolve(const ELEMENT *source, const ELEMENT *filter, ELEMENT *output, Convolution c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -385,7 +374,7 @@ convolve(const ELEMENT *source, const ELEMENT *filter, ELEMENT *output, Convolut
 
 #if STRIDE_H * STRIDE_W == 1
 // Sets sums_of_parts, of shape (groups, parts, columns, pixels of the domain), for add_parts. Blocks along z: (groups, parts).
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 convolve_parts(const ELEMENT *source, const ELEMENT *filter, float *sums_of_parts, Convolution c)
 {
     extern __shared__ __align__(128) unsigned char shared[];

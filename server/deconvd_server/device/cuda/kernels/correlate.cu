@@ -3,32 +3,23 @@
 // The product has a row for each input channel and a column for each (tap, packed channel of gy); packing.cu says how
 // both are packed. Its depth is cut into parts, each summed by blocks of its own: unpack_filter adds them up in order.
 //
-// Macros: ELEMENT (f16 or bf16), BLOCK_ROWS (64 or 128), BLOCK_COLUMNS (16, 32, 64 or 128).
+// The struct Correlation is generated from structs.py. Macros, all given by tensor_cores.py: ELEMENT (f16 or bf16),
+// ROWS (64 or 128) and COLUMNS (16, 32, 64 or 128) of a block's tile, DEPTH and STAGE_BYTES of a stage, STAGES,
+// THREADS, BLOCKS_PER_PROCESSOR.
 
-constexpr int THREADS = 256;
-constexpr int ROWS = BLOCK_ROWS, COLUMNS = BLOCK_COLUMNS;
-constexpr int DEPTH = 32;
-constexpr int STAGES = 4;
 constexpr int A_CHUNKS = ROWS / 8, B_CHUNKS = COLUMNS / 8;
 constexpr int ROW_WARPS = ROWS == 128 ? (COLUMNS == 128 ? 2 : COLUMNS == 16 ? 8 : 4) : ROWS / 16;
 constexpr int COLUMN_WARPS_WANTED = 8 / ROW_WARPS;
 constexpr int COLUMN_WARPS = COLUMNS / 16 < COLUMN_WARPS_WANTED ? COLUMNS / 16 : COLUMN_WARPS_WANTED;
 constexpr int DEPTH_WARPS = 8 / ROW_WARPS / COLUMN_WARPS;  // warps that share a part of the tile take turns in depth
 constexpr int WARP_ROWS = ROWS / ROW_WARPS, WARP_COLUMNS = COLUMNS / COLUMN_WARPS;
-constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
+constexpr int A_BYTES = ROWS * DEPTH * 2;
 
 static_assert(DEPTH_WARPS == 1 || DEPTH_WARPS == 2, "a stage has two steps");
+static_assert(ROW_WARPS * COLUMN_WARPS * DEPTH_WARPS * 32 == THREADS, "the warps cover the tile");
+static_assert(STAGE_BYTES == A_BYTES + COLUMNS * DEPTH * 2, "a stage holds a tile of both operands");
 
 using Index = long long;
-
-struct Correlation {
-    int samples, groups;
-    int image_h, image_w, rows;  // of x; rows are its packed channels of a group
-    int inputs;  // channels of x in a group, without padding
-    int gy_h, gy_w, channels;  // of packed gy; channels of a group
-    int taps_h, taps_w, step_h, step_w, offset_h, offset_w;  // pixel of gy = pixel of x + offset + tap * step
-    int steps;  // stages of DEPTH pixels that a part takes
-};
 
 // Which pixel of x a thread loads a chunk for, stage after stage.
 struct PixelCounter {
@@ -174,7 +165,7 @@ __device__ void write_sums(float *part, const Sums &sums, const Correlation &c, 
 // x: (n, image_h, image_w, groups, rows); gy: (n, gy_h, gy_w, groups, channels); sums: (parts, groups, inputs, columns).
 //
 // Blocks: (tiles of columns, tiles of rows and groups, parts).
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 correlate(const ELEMENT *x, const ELEMENT *gy, float *sums_of_parts, Correlation c)
 {
     extern __shared__ __align__(128) unsigned char shared[];

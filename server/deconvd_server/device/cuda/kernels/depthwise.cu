@@ -3,14 +3,15 @@
 // A thread takes neighbouring pixels of one row, loads the windows of the other image that their taps meet in vectors,
 // and keeps them in registers: all distances are known when this is compiled.
 //
-// Macros: ELEMENT, KERNEL (taps on each axis), STRIDE (1 or 2), PAD (less than KERNEL). Dilation is 1.
+// The struct KernelGeometry is generated from structs.py. Macros, all given by depthwise.py: ELEMENT, THREADS, WIDTH
+// (output pixels of a vector), KERNEL (taps on each axis), STRIDE (1 or 2), PAD (less than KERNEL). Dilation is 1.
 
-constexpr int THREADS = 256;
-constexpr int WIDTH = 16 / sizeof(ELEMENT);  // output pixels of a vector
-constexpr int UNIT = WIDTH / STRIDE;         // input pixels that belong to them
+constexpr int UNIT = WIDTH / STRIDE;  // input pixels that belong to a vector
 constexpr int TAPS = (KERNEL + STRIDE - 1) / STRIDE;
 
+static_assert(WIDTH * sizeof(ELEMENT) == 16, "a vector is what one instruction moves");
 static_assert(WIDTH % STRIDE == 0, "a vector holds whole steps of the stride");
+static_assert(KERNEL * KERNEL <= THREADS, "each tap of the filter has a thread that loads it");
 
 using Index = long long;
 using Sum = Compute<ELEMENT>::type;
@@ -72,7 +73,7 @@ __device__ __forceinline__ void store(ELEMENT *row, int first, int width, const 
 
 // Blocks: (parts of the image, planes (n, c_O)).
 extern "C" __global__ void __launch_bounds__(THREADS)
-depthwise_y(const ELEMENT *x, const ELEMENT *W, ELEMENT *y, Geometry g)
+depthwise_y(const ELEMENT *x, const ELEMENT *W, ELEMENT *y, KernelGeometry g)
 {
     __shared__ Sum filter[KERNEL][KERNEL];
     const int outputs = g.output_channels / g.groups, vectors = (g.w.output + WIDTH - 1) / WIDTH;
@@ -111,7 +112,7 @@ using GyWindow = Window<WIDTH, -PAD, (UNIT - 1) * STRIDE + KERNEL - PAD>;
 
 // Blocks: (parts of the image, planes (n, c_I)).
 extern "C" __global__ void __launch_bounds__(THREADS)
-depthwise_gx(const ELEMENT *gy, const ELEMENT *W, ELEMENT *gx, Geometry g)
+depthwise_gx(const ELEMENT *gy, const ELEMENT *W, ELEMENT *gx, KernelGeometry g)
 {
     __shared__ Sum filter[KERNEL][KERNEL];
     const int outputs = g.output_channels / g.groups, vectors = (g.w.image + UNIT - 1) / UNIT;
@@ -150,7 +151,7 @@ depthwise_gx(const ELEMENT *gy, const ELEMENT *W, ELEMENT *gx, Geometry g)
 
 // sums, of shape (c_O, parts, taps): each part sums over some samples. Blocks: (parts, c_O).
 extern "C" __global__ void __launch_bounds__(THREADS)
-depthwise_gW(const ELEMENT *x, const ELEMENT *gy, Sum *sums_of_parts, Geometry g)
+depthwise_gW(const ELEMENT *x, const ELEMENT *gy, Sum *sums_of_parts, KernelGeometry g)
 {
     const int outputs = g.output_channels / g.groups, vectors = (g.w.image + UNIT - 1) / UNIT;
     const int channel = blockIdx.y, per_sample = g.h.image * vectors;

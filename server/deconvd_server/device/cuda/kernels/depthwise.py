@@ -6,8 +6,14 @@ import math
 
 from deconvd.model.geometry import MAX_EXTENT
 from deconvd.model.problem import Problem
-from deconvd_server.device.cuda.kernels.geometry import KernelGeometry
-from deconvd_server.device.cuda.kernels.launch import Kernel, element, integer
+from deconvd_server.device.cuda.kernels.geometry import kernel_geometry
+from deconvd_server.device.cuda.kernels.launch import (
+    THREADS,
+    Kernel,
+    constants,
+    element,
+    integer,
+)
 from deconvd_server.device.cuda.kernels.steps import Launch, Place, Slot, StepPlan, Workspace
 from deconvd_server.device.cuda.plan import Product
 
@@ -15,22 +21,23 @@ __all__ = ["depthwise_plans"]
 
 _MAX_KERNEL = 7
 _MAX_GRID_Y = 65535
-_THREADS = 256
 _VECTORS_PER_THREAD = 8
 """Work enough to pay for loading the filter."""
 
-_BLOCKS = 132 * 8
+_BLOCKS_PER_PROCESSOR = 8
+"""Blocks that gW's sums are cut into, where there are pixels enough: as many as a processor holds."""
+
 _MAX_PARTS = 64
 
 _A, _B, _OUT = Place(Slot.A), Place(Slot.B), Place(Slot.OUT)
 
 
-def depthwise_plans(operation: Product, problem: Problem) -> list[StepPlan]:
+def depthwise_plans(operation: Product, problem: Problem, processors_count: int) -> list[StepPlan]:
     """Return the plans for a problem that has products: one, or none where it is not suited."""
     if not _is_suited(problem):
         return []
     if operation is Product.GW:
-        return [_gW_plan(problem)]
+        return [_gW_plan(problem, processors_count * _BLOCKS_PER_PROCESSOR)]
     return [_image_plan(operation, problem)]
 
 
@@ -56,29 +63,29 @@ def _image_plan(operation: Product, problem: Problem) -> StepPlan:
     h, w = problem.output if output else problem.image
     width = _output_width(problem) // (1 if output else problem.geometry.stride[0])
     vectors = h * -(-w // width)
-    grid = -(-vectors // (_THREADS * _VECTORS_PER_THREAD)), problem.n * channels, 1
+    grid = -(-vectors // (THREADS * _VECTORS_PER_THREAD)), problem.n * channels, 1
     kernel = _kernel(f"depthwise_{operation}", problem)
-    launch = Launch(kernel, grid, (_A, _B, _OUT), (KernelGeometry.of(problem),))
+    launch = Launch(kernel, grid, (_A, _B, _OUT), (kernel_geometry(problem),))
     return StepPlan("depthwise", 0, (launch,))
 
 
-def _gW_plan(problem: Problem) -> StepPlan:
+def _gW_plan(problem: Problem, blocks_count: int) -> StepPlan:
     workspace = Workspace()
     width = _output_width(problem) // problem.geometry.stride[0]
     vectors = problem.n * problem.image[0] * -(-problem.image[1] // width)
-    wanted = min(-(-_BLOCKS // problem.c_O), _MAX_PARTS)
-    parts_count = max(min(wanted, vectors // _THREADS), 1)
+    wanted = min(-(-blocks_count // problem.c_O), _MAX_PARTS)
+    parts_count = max(min(wanted, vectors // THREADS), 1)
     count = math.prod(problem.W.shape)
     sums = workspace.take(parts_count * count * problem.compute_type.itemsize)
     correlate = Launch(
         _kernel("depthwise_gW", problem),
         (parts_count, problem.c_O, 1),
         (_A, _B, sums),
-        (KernelGeometry.of(problem),),
+        (kernel_geometry(problem),),
     )
     add = Launch(
         _kernel("depthwise_add_parts", problem),
-        (-(-count // _THREADS), 1, 1),
+        (-(-count // THREADS), 1, 1),
         (sums, _OUT),
         (integer(problem.c_O), integer(parts_count)),
     )
@@ -93,8 +100,11 @@ def _output_width(problem: Problem) -> int:
 def _kernel(name: str, problem: Problem) -> Kernel:
     macros = (
         element(problem.x.dtype),
-        ("KERNEL", str(problem.kernel[0])),
-        ("STRIDE", str(problem.geometry.stride[0])),
-        ("PAD", str(problem.geometry.pad[0])),
+        *constants(
+            WIDTH=_output_width(problem),
+            KERNEL=problem.kernel[0],
+            STRIDE=problem.geometry.stride[0],
+            PAD=problem.geometry.pad[0],
+        ),
     )
     return Kernel("depthwise.cu", name, macros)

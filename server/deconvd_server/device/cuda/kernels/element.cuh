@@ -1,5 +1,5 @@
 // The element types, without CUDA's headers: a host that compiles at run time may have none.
-// Every .cu file here is compiled with this text in front of it.
+// Every .cu file here is compiled with this text in front of it, and that of the other headers.
 
 struct f16 {
     unsigned short bits;

@@ -1,6 +1,6 @@
 // Kernels that read and write each element once: the bias, and casts between element types.
-
-constexpr int THREADS = 256;
+//
+// Macros, given by elementwise.py: ELEMENT, SOURCE (what is cast), THREADS.
 
 using Index = long long;
 

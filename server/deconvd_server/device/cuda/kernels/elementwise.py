@@ -9,8 +9,10 @@ import numpy as np
 from deconvd.model.dtypes import DType
 from deconvd.model.problem import TensorSpec
 from deconvd_server.device.cuda.kernels.launch import (
+    THREADS,
     Grid,
     Kernel,
+    constants,
     element,
     index,
     integer,
@@ -26,22 +28,26 @@ __all__ = [
     "transpose_to_nhwc",
 ]
 
-_THREADS = 256
-_BLOCKS = 132 * 16
-"""Blocks that fill a large card several times over; each loops over what is left."""
+_BLOCKS_PER_PROCESSOR = 16
+"""Blocks that fill a card several times over; each loops over what is left."""
+
+_SUM_THREADS = 512
 
 _CLUSTER = 8
+"""Blocks that sum a channel together, where channels are few."""
+
 _FEW_CHANNELS = 256
 """With fewer channels than this a block for each leaves much of a card idle."""
 
 
-def add_bias(y: int, b: int, spec: TensorSpec, stream: int) -> None:
+def add_bias(y: int, b: int, spec: TensorSpec, stream: int, processors_count: int) -> None:
     """Add b[c] to every element of channel c of y.
 
     Args:
         y, b: Device pointers; y is contiguous and modified.
         spec: What y is: shape ``(n, c_O, h_O, w_O)``.
         stream: The CUDA stream.
+        processors_count: Multiprocessors of the card.
     """
     count = math.prod(spec.shape)
     if count:
@@ -52,17 +58,29 @@ def add_bias(y: int, b: int, spec: TensorSpec, stream: int) -> None:
             integer(spec.shape[1]),
             index(math.prod(spec.shape[2:])),
         )
-        _bias_kernel(spec.dtype).launch(_grid(count, spec.dtype.itemsize), arguments, stream)
+        grid = _grid(count, spec.dtype.itemsize, processors_count)
+        _bias_kernel(spec.dtype).launch(grid, arguments, stream)
 
 
 def cast(
-    source: int, source_type: DType, target: int, target_type: DType, count: int, stream: int
+    source: int,
+    source_type: DType,
+    target: int,
+    target_type: DType,
+    count: int,
+    stream: int,
+    processors_count: int,
 ) -> None:
-    """Set `count` elements at the device pointer `target` to those at `source`, rounded to the nearest."""
+    """Set `count` elements at the device pointer `target` to those at `source`, rounded to the nearest.
+
+    Args:
+        processors_count: Multiprocessors of the card.
+    """
     if count:
         itemsize = max(source_type.itemsize, target_type.itemsize)
         arguments = (pointer(source), pointer(target), index(count))
-        _cast_kernel(source_type, target_type).launch(_grid(count, itemsize), arguments, stream)
+        grid = _grid(count, itemsize, processors_count)
+        _cast_kernel(source_type, target_type).launch(grid, arguments, stream)
 
 
 def sum_gb(gy: int, gb: int, spec: TensorSpec, stream: int) -> None:
@@ -115,15 +133,15 @@ def _transpose(
     source: int, target: int, batch: int, rows: int, columns: int, dtype: DType, stream: int
 ) -> None:
     if batch * rows * columns:
-        tile = 32 if dtype.itemsize == 8 else 64
+        tile = _tile(dtype)
         tiles = batch * -(-rows // tile) * -(-columns // tile)
         arguments = (pointer(source), pointer(target), index(batch), index(rows), index(columns))
         _transpose_kernel(dtype).launch((min(tiles, 2**31 - 1), 1, 1), arguments, stream)
 
 
-def _grid(count: int, itemsize: int) -> Grid:
+def _grid(count: int, itemsize: int, processors_count: int) -> Grid:
     vectors = -(-count * itemsize // 16)
-    return min(-(-vectors // _THREADS), _BLOCKS), 1, 1
+    return min(-(-vectors // THREADS), processors_count * _BLOCKS_PER_PROCESSOR), 1, 1
 
 
 def _bias_kernel(dtype: DType) -> Kernel:
@@ -139,8 +157,15 @@ def _cast_kernel(source: DType, target: DType) -> Kernel:
 
 def _sum_kernel(dtype: DType, *, few: bool) -> Kernel:
     name = "sum_few_channels" if few else "sum_channels"
-    return Kernel("reduction.cu", name, (element(dtype),), threads=512)
+    macros = element(dtype), *constants(CLUSTER=_CLUSTER)
+    return Kernel("reduction.cu", name, macros, threads=_SUM_THREADS)
 
 
 def _transpose_kernel(dtype: DType) -> Kernel:
-    return Kernel("transpose.cu", "transpose", (element(dtype),))
+    macros = element(dtype), *constants(TILE=_tile(dtype))
+    return Kernel("transpose.cu", "transpose", macros)
+
+
+def _tile(dtype: DType) -> int:
+    """Return how many rows and columns a block transposes at once."""
+    return 32 if dtype.itemsize == 8 else 64

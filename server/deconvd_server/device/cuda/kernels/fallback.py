@@ -10,7 +10,6 @@ sample's columns are too many by channels, and where one channel's are, by pixel
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Generator, Iterator
 
@@ -26,8 +25,9 @@ from deconvd_server.device.cuda.kernels.blas import (
     Gemm,
     Matrices,
 )
-from deconvd_server.device.cuda.kernels.geometry import KernelGeometry
+from deconvd_server.device.cuda.kernels.geometry import kernel_geometry
 from deconvd_server.device.cuda.kernels.launch import (
+    THREADS,
     Grid,
     Kernel,
     element,
@@ -43,6 +43,7 @@ from deconvd_server.device.cuda.kernels.steps import (
     StepPlan,
     Workspace,
 )
+from deconvd_server.device.cuda.kernels.structs import Columns
 from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["fallback", "fallback_kernels"]
@@ -50,9 +51,8 @@ __all__ = ["fallback", "fallback_kernels"]
 _COLUMNS_BYTES = 64 << 20
 """A chunk's columns: about what the second-level cache of a large card holds, and enough to fill it with work."""
 
-_THREADS = 256
-_BLOCKS = 132 * 32
-"""Blocks that keep a large card busy."""
+_BLOCKS_PER_PROCESSOR = 32
+"""Blocks that keep a card busy."""
 
 _MAX_GRID_Y = 65535
 
@@ -62,16 +62,21 @@ _MAX_PARTS = 32
 _A, _B, _OUT = Place(Slot.A), Place(Slot.B), Place(Slot.OUT)
 
 
-def fallback(operation: Product, problem: Problem, options: Options) -> StepPlan:
+def fallback(
+    operation: Product, problem: Problem, options: Options, processors_count: int
+) -> StepPlan:
     """Return the plan for any problem whose x and W have one element type.
 
     Its workspace is bounded: some hundred megabytes, or what the columns of one pixel and, for y, the
     output image of one channel of each group take.
+
+    Args:
+        processors_count: Multiprocessors of the card that the plan is for. Results and workspace do not depend on it.
     """
     if not problem.has_products:
         result = {Product.Y: problem.y, Product.GX: problem.x, Product.GW: problem.W}
         return StepPlan("gemm columns", 0, (Clear(_OUT, result[operation].nbytes),))
-    chunks = _Chunks(problem, options)
+    chunks = _Chunks(problem, options, processors_count)
     steps = {Product.Y: chunks.y, Product.GX: chunks.gx, Product.GW: chunks.gW}
     made = tuple(steps[operation]())  # before the size is read: they lay out the workspace
     return StepPlan("gemm columns", chunks.workspace.size_bytes, made)
@@ -83,28 +88,17 @@ def fallback_kernels(dtype: DType) -> list[Kernel]:
     return [_kernel(name, dtype) for name in names]
 
 
-class _Columns(ctypes.Structure):
-    """`Columns` in columns.cu."""
-
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            *("first_sample", "samples", "first_channel", "channels", "first_pixel", "pixels"),
-            *("begins", "ends"),
-        )
-    ]
-
-
 class _Chunks:
     """Makes the steps of a plan, chunk by chunk, and lays out the workspace that the chunks share.
 
     Each of `y`, `gx` and `gW` is to be called once, on a new object.
     """
 
-    def __init__(self, problem: Problem, options: Options) -> None:
+    def __init__(self, problem: Problem, options: Options, processors_count: int) -> None:
+        self._blocks_count = processors_count * _BLOCKS_PER_PROCESSOR
         self.workspace = Workspace()
         self._problem = problem
-        self._geometry = KernelGeometry.of(problem)
+        self._geometry = kernel_geometry(problem)
         self._type = problem.x.dtype
         self._wide = problem.compute_type
         self._mode = _mode(self._type, options)
@@ -127,7 +121,7 @@ class _Chunks:
         for first in range(0, problem.n, samples):
             for channel in range(0, self._outputs, channels):
                 for pixel in range(0, self._image_pixels, pixels):
-                    chunk = _Columns(
+                    chunk = Columns(
                         *(first, min(samples, problem.n - first)),
                         *(channel, min(channels, self._outputs - channel)),
                         *(pixel, min(pixels, self._image_pixels - pixel)),
@@ -149,7 +143,7 @@ class _Chunks:
         return samples, channels, pixels
 
     def _y_steps(
-        self, chunk: _Columns, columns: Place, totals: Place, packed: Place
+        self, chunk: Columns, columns: Place, totals: Place, packed: Place
     ) -> Iterator[Step]:
         """Yield the steps that compute the columns of a chunk and add them up."""
         problem, wide = self._problem, self._wide
@@ -170,7 +164,7 @@ class _Chunks:
         threads = problem.output[0] * -(-problem.output[1] // stride) * stride
         blocks, planes, _ = _grid(threads, chunk.samples * problem.groups * chunk.channels)
         # threads that take several planes find their taps only once
-        grid = blocks, min(planes, -(-_BLOCKS // blocks)), 1
+        grid = blocks, min(planes, -(-self._blocks_count // blocks)), 1
         places = columns, totals, _OUT
         yield Launch(self._sum_kernel(threads), grid, places, (self._geometry, chunk))
 
@@ -184,7 +178,7 @@ class _Chunks:
             + geometry.stride[i]
             for i in range(2)
         )
-        narrow = max(reach, threads, 2 * self._image_pixels) + _THREADS <= MAX_EXTENT
+        narrow = max(reach, threads, 2 * self._image_pixels) + THREADS <= MAX_EXTENT
         return _kernel("sum_columns" if narrow else "sum_wide_columns", self._type)
 
     def gx(self) -> Iterator[Step]:
@@ -355,7 +349,7 @@ def _kernel(name: str, dtype: DType) -> Kernel:
 
 
 def _grid(pixels: int, rows: int) -> Grid:
-    return -(-pixels // _THREADS), min(rows, _MAX_GRID_Y), 1
+    return -(-pixels // THREADS), min(rows, _MAX_GRID_Y), 1
 
 
 def _between(least: int, value: int, most: int) -> int:

@@ -1,16 +1,4 @@
-// What columns.py and depthwise.py pass as their Geometry: the extents of a problem, as in deconvd.model.problem.
-
-struct Axis {
-    int image, kernel, output;  // extents of x, W and y along it
-    int stride, pad, dilate;
-    // Taps `tap_step` apart reach an output pixel from whole input pixels, which are `image_step` apart.
-    int tap_step, image_step;  // stride and dilate, over their greatest common divisor
-};
-
-struct Geometry {
-    int samples, input_channels, output_channels, groups;  // channels of x and y, all groups together
-    Axis h, w;
-};
+// How taps meet pixels. Axis and KernelGeometry are generated from structs.py.
 
 // The first tap that reaches an output pixel from a whole input pixel, and that pixel; it may lie outside the image.
 template <typename Integer> struct FirstTap {

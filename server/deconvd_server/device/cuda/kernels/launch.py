@@ -1,4 +1,9 @@
-"""Compiles the .cu files beside it at run time, once for each device and set of macros, and launches their kernels."""
+"""Compiles the .cu files beside it at run time, once for each device and set of macros, and launches their kernels.
+
+What a .cu file shares with Python is written in Python alone: structures become declarations before its text, see
+structs.py, and constants become macros. CuPy is imported when a kernel is first compiled or launched: plans are made
+without it.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +13,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-import cupy
-from cupy.cuda import driver, runtime
+from typing import Any, NamedTuple
 
 from deconvd.model.dtypes import BFLOAT16, DType
+from deconvd_server.device.cuda.kernels.structs import STRUCTS, declaration
 
 __all__ = [
+    "THREADS",
     "Argument",
     "Grid",
     "Kernel",
     "Macro",
     "compile_kernels",
+    "constants",
+    "cuda",
     "element",
     "index",
     "integer",
@@ -38,6 +45,9 @@ integer = ctypes.c_int
 index = ctypes.c_longlong
 pointer = ctypes.c_void_p
 
+THREADS = 256
+"""Threads of a block, unless a kernel says otherwise."""
+
 _FOLDER = Path(__file__).parent
 _HEADERS = ("element.cuh", "geometry.cuh", "tensor_cores.cuh")
 
@@ -54,6 +64,26 @@ def element(dtype: DType, macro: str = "ELEMENT") -> Macro:
     return macro, _NAMES[dtype.name]
 
 
+def constants(**values: int) -> tuple[Macro, ...]:
+    """Return the macros that give a .cu file constants, by their names there."""
+    return tuple((name, str(int(value))) for name, value in values.items())
+
+
+class Cuda(NamedTuple):
+    """What is used of CuPy to enqueue work."""
+
+    driver: Any
+    runtime: Any
+
+
+@cache
+def cuda() -> Cuda:
+    """Return CuPy's modules, which are imported when work is first enqueued."""
+    from cupy.cuda import driver, runtime
+
+    return Cuda(driver, runtime)
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A kernel, compiled for a device when it is first launched there. May be used from many threads.
@@ -61,16 +91,27 @@ class Kernel:
     Attributes:
         file: The .cu file that it is in.
         name: Its name there.
-        macros: What the file is compiled with: its element types, its tile sizes.
-        threads: Threads of a block.
+        macros: What the file is compiled with beside THREADS: its element types, its tile sizes.
+        threads: Threads of a block; the file has them as the macro THREADS.
         shared_bytes: Dynamic shared memory of a block.
     """
 
     file: str
     name: str
     macros: tuple[Macro, ...]
-    threads: int = 256
+    threads: int = THREADS
     shared_bytes: int = 0
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The compiler's options for the file."""
+        macros = (*self.macros, *constants(THREADS=self.threads))
+        return ("-std=c++17", *(f"-D{name}={value}" for name, value in macros))
+
+    @property
+    def source(self) -> str:
+        """The text that the compiler is given: declarations of structures, headers, and the file."""
+        return _source(self.file)
 
     def launch(self, grid: Grid, arguments: Iterable[Argument], stream: int) -> None:
         """Enqueue the kernel on a stream of the current device.
@@ -80,7 +121,7 @@ class Kernel:
         """
         held = list(arguments)  # the driver reads them through their addresses
         addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        driver.launchKernel(
+        cuda().driver.launchKernel(
             _functions.get(self),
             *grid,
             *(self.threads, 1, 1),
@@ -102,12 +143,12 @@ class _Functions:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._modules: dict[tuple[int, str, tuple[Macro, ...]], cupy.RawModule] = {}
+        self._modules: dict[tuple[int, str, tuple[str, ...]], Any] = {}
         self._pointers: dict[tuple[int, Kernel], int] = {}
 
     def get(self, kernel: Kernel) -> int:
         """Return the driver's pointer to a kernel of the current device."""
-        key = (runtime.getDevice(), kernel)
+        key = (cuda().runtime.getDevice(), kernel)
         pointer = self._pointers.get(key)
         if pointer is None:
             with self._lock:
@@ -115,11 +156,15 @@ class _Functions:
         return pointer
 
     def _load(self, device: int, kernel: Kernel) -> int:
-        key = (device, kernel.file, kernel.macros)
+        import cupy
+
+        key = (device, kernel.file, kernel.options)
         if key not in self._modules:
-            self._modules[key] = _module(kernel)
+            # CuPy's cache on disk is keyed by the text and the options: headers and declarations must be in the text
+            self._modules[key] = cupy.RawModule(code=kernel.source, options=kernel.options)
         function = self._modules[key].get_function(kernel.name).kernel
         if kernel.shared_bytes:
+            driver = cuda().driver
             driver.funcSetAttribute(
                 function.ptr,
                 driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -131,12 +176,7 @@ class _Functions:
 _functions = _Functions()
 
 
-def _module(kernel: Kernel) -> cupy.RawModule:
-    macros = tuple(f"-D{name}={value}" for name, value in kernel.macros)
-    # CuPy's cache on disk is keyed by the text alone: headers must be part of it.
-    return cupy.RawModule(code=_text(kernel.file), options=("-std=c++17", *macros))
-
-
 @cache
-def _text(file: str) -> str:
-    return "\n".join((_FOLDER / part).read_text() for part in (*_HEADERS, file))
+def _source(file: str) -> str:
+    declarations = map(declaration, STRUCTS)
+    return "\n".join([*declarations, *((_FOLDER / part).read_text() for part in (*_HEADERS, file))])

@@ -1,19 +1,13 @@
 // Packs operands for the tensor cores: images channels-last, filters by output channel, channels padded with zeros.
 //
-// Macros: ELEMENT (of two bytes), STRIDE_H, STRIDE_W, CUT_W (less than STRIDE_W).
+// The structs PackedImage and PackedFilter are generated from structs.py. Macros, all given by packing.py: ELEMENT (of
+// two bytes), STRIDE_H, STRIDE_W, CUT_W (less than STRIDE_W), THREADS, FILTER_TILE (rows and columns of a tile of W), and
+// how images are packed: IN_REGISTERS (or through shared memory), by PIXELS packed pixels and ROWS pairs (channel, phase_h).
 //
 // With a stride, the output image is packed by stride_h x stride_w phases: pixel (q, phase) stands for output pixel
 // stride q + phase - pad. Phases lie beside each other like channels: packed channel (channel, phase_h, phase_w).
 
-constexpr int THREADS = 256;
-
 using Index = long long;
-
-struct PackedImage {
-    int samples, groups, channels;  // channels of a group
-    int image_h, image_w, cut_h;  // image pixel = packed pixel * stride + phase - cut: CUT_W along w
-    int packed_h, packed_w, packed_channels;  // packed channels of a group: a multiple of 8
-};
 
 // A row of the image that a row of packed channels, (channel, phase_h), comes from; null outside.
 __device__ __forceinline__ const ELEMENT *image_row(const ELEMENT *image, const PackedImage &p, int packed_row, int row)
@@ -23,9 +17,11 @@ __device__ __forceinline__ const ELEMENT *image_row(const ELEMENT *image, const 
     return inside ? image + ((Index)channel * p.image_h + h) * p.image_w : nullptr;
 }
 
-#if STRIDE_W == 1 || STRIDE_W == 2 || STRIDE_W == 4 || STRIDE_W == 8
+#if IN_REGISTERS
 
-constexpr int RUN = 8 * STRIDE_W;  // pixels of an image row that 8 packed pixels are made of
+constexpr int RUN = PIXELS * STRIDE_W;  // pixels of an image row that a thread's packed pixels are made of
+
+static_assert(ROWS * STRIDE_W == 8 && RUN % 8 == 0, "a thread's channels are one vector, its pixels are whole ones");
 
 // Loads pixels [first, first + RUN) of a row, zeros outside. Vectors lie where the row is aligned, CUT_W further on.
 __device__ __forceinline__ void load_run(ELEMENT (&run)[RUN], const ELEMENT *row, int first, int width, bool vectors)
@@ -50,28 +46,28 @@ __device__ __forceinline__ void load_run(ELEMENT (&run)[RUN], const ELEMENT *row
 
 // packed, of shape (n, packed_h, packed_w, groups, packed_channels), from image, of shape (n, groups channels, h, w).
 //
-// A thread takes 8 packed channels of 8 packed pixels of a row in registers; `lanes` neighbours take further channels.
+// A thread takes 8 packed channels of PIXELS packed pixels of a row; `lanes` neighbours take further channels.
 // Blocks: (runs of packed pixels of all rows of all planes (n, groups), parts of the packed channels).
 extern "C" __global__ void __launch_bounds__(THREADS)
 pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p, int lanes)
 {
-    const int runs = (p.packed_w + 7) / 8, lane = threadIdx.x % lanes;
+    const int runs = (p.packed_w + PIXELS - 1) / PIXELS, lane = threadIdx.x % lanes;
     const Index at = (Index)blockIdx.x * (THREADS / lanes) + threadIdx.x / lanes, plane = at / runs / p.packed_h;
-    const int packed_w = at % runs * 8, packed_row = at / runs % p.packed_h;
+    const int packed_w = at % runs * PIXELS, packed_row = at / runs % p.packed_h;
     const int channel = (blockIdx.y * lanes + lane) * 8;
     if (plane >= (Index)p.samples * p.groups || channel >= p.packed_channels) return;
     const ELEMENT *source = image + plane * p.channels * p.image_h * p.image_w;
     const bool vectors = p.image_w % 8 == 0 && is_aligned(image);
 
-    ELEMENT run[8 / STRIDE_W][RUN];
+    ELEMENT run[ROWS][RUN];
 #pragma unroll
-    for (int row = 0; row < 8 / STRIDE_W; ++row)
+    for (int row = 0; row < ROWS; ++row)
         load_run(run[row], image_row(source, p, packed_row, channel / STRIDE_W + row), packed_w * STRIDE_W - CUT_W,
                  p.image_w, vectors);
     const Index pixel = (plane / p.groups * p.packed_h + packed_row) * p.packed_w + packed_w;
     ELEMENT *target = packed + (pixel * p.groups + plane % p.groups) * p.packed_channels + channel;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < PIXELS; ++i) {
         if (packed_w + i >= p.packed_w) break;
         Vector<ELEMENT, 8> elements;
 #pragma unroll
@@ -82,9 +78,6 @@ pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p, int lanes)
 
 #else
 
-constexpr int PIXELS = 32;
-// (channel, phase_h) pairs that a block takes at once: a multiple of 8 packed channels, 64 where the stride allows.
-constexpr int ROWS = STRIDE_W <= 8 ? 8 * (8 / STRIDE_W) : STRIDE_W <= 64 ? 64 / STRIDE_W : 1;
 constexpr int CHANNELS = ROWS * STRIDE_W, PITCH = CHANNELS + 2;  // an odd number of banks, mostly
 
 static_assert(CHANNELS % 8 == 0, "a tile's channels are whole vectors");
@@ -142,13 +135,6 @@ pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p, int lanes)
 }
 #endif
 
-struct PackedFilter {
-    int groups, inputs, outputs;  // channels of a group
-    int kernel_h, kernel_w;
-    int taps_h, taps_w;  // of the convolution: kernel / stride, rounded up
-    int packed_channels;  // inputs, or outputs and phases, padded to a multiple of 8
-};
-
 // Where tap (kh, kw) goes: its convolution tap, and its phase.
 struct TapPlace {
     int tap, phase;
@@ -167,15 +153,15 @@ struct TapPlace {
 extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_output(const ELEMENT *W, ELEMENT *packed,
                                                                             PackedFilter p)
 {
-    __shared__ ELEMENT tile[32][33];
+    __shared__ ELEMENT tile[FILTER_TILE][FILTER_TILE + 1];
     const int taps = p.kernel_h * p.kernel_w, phases = STRIDE_H * STRIDE_W;
-    const Index columns = (Index)p.outputs * taps, first_column = (Index)blockIdx.x * 32;
-    const int first_input = blockIdx.y * 32, x = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < 32 && first_input + i < p.inputs; i += THREADS / 32)
+    const Index columns = (Index)p.outputs * taps, first_column = (Index)blockIdx.x * FILTER_TILE;
+    const int first_input = blockIdx.y * FILTER_TILE, x = threadIdx.x % FILTER_TILE;
+    for (int i = threadIdx.x / FILTER_TILE; i < FILTER_TILE && first_input + i < p.inputs; i += THREADS / FILTER_TILE)
         if (first_column + x < columns)
             tile[i][x] = W[((Index)blockIdx.z * p.inputs + first_input + i) * columns + first_column + x];
     __syncthreads();
-    for (int i = threadIdx.x / 32; i < 32 && first_column + i < columns; i += THREADS / 32) {
+    for (int i = threadIdx.x / FILTER_TILE; i < FILTER_TILE && first_column + i < columns; i += THREADS / FILTER_TILE) {
         const int output = (first_column + i) / taps;
         const TapPlace place(p, (first_column + i) % taps);
         const Index row = ((Index)blockIdx.z * p.outputs + output) * phases + place.phase;

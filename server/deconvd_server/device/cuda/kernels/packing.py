@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deconvd.model.geometry import Pair
 from deconvd.model.problem import Problem
-from deconvd_server.device.cuda.kernels.launch import Kernel, element, integer
+from deconvd_server.device.cuda.kernels.launch import (
+    THREADS,
+    Kernel,
+    constants,
+    element,
+    integer,
+)
 from deconvd_server.device.cuda.kernels.steps import Clear, Launch, Place, Slot, Step
+from deconvd_server.device.cuda.kernels.structs import PackedFilter, PackedImage
 
 __all__ = ["Packing", "padded"]
 
-_PIXELS = 32
 _MAX_CHANNELS = 64
-_THREADS = 256
+"""Packed channels of a tile, where the stride allows."""
+
+_FILTER_TILE = 32
+"""Rows and columns of W that a block packs at once."""
 
 
-class _PackedImage(ctypes.Structure):
-    """`PackedImage` in packing.cu."""
+class _ImageTile(NamedTuple):
+    """What of an image is packed at once, for a stride along w.
 
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            *("samples", "groups", "channels"),
-            *("image_h", "image_w", "cut_h"),
-            *("packed_h", "packed_w", "packed_channels"),
-        )
-    ]
+    Attributes:
+        in_registers: Whether a thread takes it in its registers, or a block through shared memory.
+        pixels: Packed pixels of a row.
+        rows: Pairs (channel, phase along h) of each.
+        channels: Packed channels that these make: whole vectors of 8.
+    """
 
+    in_registers: bool
+    pixels: int
+    rows: int
+    channels: int
 
-class _PackedFilter(ctypes.Structure):
-    """`PackedFilter` in packing.cu."""
-
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            *("groups", "inputs", "outputs", "kernel_h", "kernel_w"),
-            *("taps_h", "taps_w", "packed_channels"),
-        )
-    ]
+    @classmethod
+    def of(cls, stride_w: int) -> _ImageTile:
+        """Return the tile for a stride."""
+        if stride_w in (1, 2, 4, 8):
+            return cls(True, 8, 8 // stride_w, 8)
+        rows = 8 * (8 // stride_w) if stride_w < 8 else max(_MAX_CHANNELS // stride_w, 1)
+        return cls(False, 32, rows, rows * stride_w)
 
 
 def padded(channels: int) -> int:
@@ -142,15 +150,16 @@ class Packing:
     ) -> Step:
         groups, n = self.problem.groups, self.problem.n
         packed_channels = padded(channels * math.prod(stride))
-        layout = _PackedImage(n, groups, channels, *image, cut[0], *packed, packed_channels)
+        layout = PackedImage(n, groups, channels, *image, cut[0], *packed, packed_channels)
         rows = packed[0] * n * groups
         lanes = _lanes(packed_channels)
-        if stride[1] in (1, 2, 4, 8):
-            blocks = -(-rows * -(-packed[1] // 8) // (_THREADS // lanes))
-            grid = blocks, -(-packed_channels // (8 * lanes)), 1
+        tile = _ImageTile.of(stride[1])
+        runs = rows * -(-packed[1] // tile.pixels)
+        if tile.in_registers:
+            blocks = -(-runs // (THREADS // lanes))
+            grid = blocks, -(-packed_channels // (tile.channels * lanes)), 1
         else:
-            parts = -(-packed_channels // _tile_channels(stride[1]))
-            grid = rows * -(-packed[1] // _PIXELS), parts, 1
+            grid = runs, -(-packed_channels // tile.channels), 1
         kernel = self._kernel("pack_image", stride, cut[1])
         return Launch(kernel, grid, (Place(slot), target), (layout, integer(lanes)))
 
@@ -166,7 +175,7 @@ class Packing:
     def pack_filter_by_output(self, target: Place) -> list[Step]:
         """Return the steps that pack W for y."""
         rows = self.outputs * math.prod(self.problem.kernel)
-        grid = -(-rows // 32), -(-self.inputs // 32), self.problem.groups
+        grid = -(-rows // _FILTER_TILE), -(-self.inputs // _FILTER_TILE), self.problem.groups
         launch = Launch(
             self._kernel("pack_filter_by_output"),
             grid,
@@ -202,14 +211,14 @@ class Packing:
 
     @property
     def _grid_of_W(self) -> tuple[int, int, int]:
-        return -(-math.prod(self.problem.W.shape) // _THREADS), 1, 1
+        return -(-math.prod(self.problem.W.shape) // THREADS), 1, 1
 
     def _cleared(self, launch: Launch, target: Place, elements: int, *, full: bool) -> list[Step]:
         clear = Clear(target, elements * self.problem.W.dtype.itemsize)
         return [launch] if full else [clear, launch]
 
-    def _filter(self, packed_channels: int) -> _PackedFilter:
-        return _PackedFilter(
+    def _filter(self, packed_channels: int) -> PackedFilter:
+        return PackedFilter(
             self.problem.groups,
             self.inputs,
             self.outputs,
@@ -220,18 +229,19 @@ class Packing:
 
     def _kernel(self, name: str, stride: Pair | None = None, cut_w: int = 0) -> Kernel:
         h, w = stride or self.problem.geometry.stride
-        values = {"STRIDE_H": h, "STRIDE_W": w, "CUT_W": cut_w}
-        macros = ((macro, str(value)) for macro, value in values.items())
+        tile = _ImageTile.of(w)
+        macros = constants(
+            STRIDE_H=h,
+            STRIDE_W=w,
+            CUT_W=cut_w,
+            FILTER_TILE=_FILTER_TILE,
+            IN_REGISTERS=tile.in_registers,
+            PIXELS=tile.pixels,
+            ROWS=tile.rows,
+        )
         return Kernel("packing.cu", name, (element(self.problem.x.dtype), *macros))
 
 
 def _lanes(packed_channels: int) -> int:
     """Return how many neighbouring threads take neighbouring channels: a power of two, at most 8."""
     return next(lanes for lanes in (8, 4, 2, 1) if packed_channels >= 8 * lanes)
-
-
-def _tile_channels(stride_w: int) -> int:
-    """Return how many packed channels a block takes where it packs through shared memory."""
-    if stride_w <= 8:
-        return 8 * (8 // stride_w) * stride_w
-    return max(_MAX_CHANNELS // stride_w, 1) * stride_w

@@ -1,6 +1,6 @@
 // Sums of gy over samples and pixels: gb. The order of every sum is fixed, so that two runs give the same bits.
-
-constexpr int THREADS = 512;
+//
+// Macros, given by elementwise.py: ELEMENT, THREADS, CLUSTER.
 
 using Index = long long;
 using Sum = Compute<ELEMENT>::type;
@@ -64,8 +64,6 @@ sum_channels(const ELEMENT *gy, ELEMENT *gb, int samples, int channels, Index pi
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr int CLUSTER = 8;
-
 __device__ __forceinline__ void wait_for_cluster()
 {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -97,12 +95,12 @@ sum_few_channels(const ELEMENT *gy, ELEMENT *gb, int samples, int channels, Inde
     wait_for_cluster();  // shared memory must outlive its readers
 }
 #else
-// Cards without clusters: the first block of each eight does the work of all.
+// Cards without clusters: the first block of each CLUSTER does the work of all.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sum_few_channels(const ELEMENT *gy, ELEMENT *gb, int samples, int channels, Index pixels)
 {
-    const int channel = blockIdx.x / 8;
-    if (blockIdx.x % 8) return;
+    const int channel = blockIdx.x / CLUSTER;
+    if (blockIdx.x % CLUSTER) return;
     const double sum = sum_of_block(sum_of_channel_part(gy, samples, channels, pixels, channel, 0, 1));
     if (threadIdx.x == 0) narrow(gb[channel], sum);
 }

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from cupy.cuda import runtime
-
-from deconvd_server.device.cuda.kernels.launch import Argument, Grid, Kernel, pointer
+from deconvd_server.device.cuda.kernels.launch import Argument, Grid, Kernel, cuda, pointer
 from deconvd_server.device.cuda.plan import Prepacking
 
 __all__ = ["Clear", "Launch", "Operands", "Place", "Slot", "Step", "StepPlan", "Workspace"]
@@ -75,7 +73,7 @@ class Clear:
     def enqueue(self, operands: Operands, stream: int) -> None:
         """Enqueue it on a stream of the current device."""
         if self.size_bytes:
-            runtime.memsetAsync(self.place.address(operands), 0, self.size_bytes, stream)
+            cuda().runtime.memsetAsync(self.place.address(operands), 0, self.size_bytes, stream)
 
 
 @dataclass(frozen=True, slots=True)

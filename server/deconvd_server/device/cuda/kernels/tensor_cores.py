@@ -7,13 +7,18 @@ become products of a good shape.
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 from deconvd.model.dtypes import BFLOAT16
 from deconvd.model.geometry import MAX_EXTENT, Pair
 from deconvd.model.problem import Problem
-from deconvd_server.device.cuda.kernels.launch import Kernel, element
+from deconvd_server.device.cuda.kernels.launch import (
+    THREADS,
+    Kernel,
+    Macro,
+    constants,
+    element,
+)
 from deconvd_server.device.cuda.kernels.packing import Packing, padded
 from deconvd_server.device.cuda.kernels.steps import (
     Launch,
@@ -23,13 +28,20 @@ from deconvd_server.device.cuda.kernels.steps import (
     StepPlan,
     Workspace,
 )
+from deconvd_server.device.cuda.kernels.structs import Convolution, Correlation
 from deconvd_server.device.cuda.plan import Prepacking, Product
 
 __all__ = ["tensor_core_plans"]
 
 _STAGES = 4
+"""Stages of depth that a block holds in shared memory at once: one is multiplied while others are loaded."""
+
 _DEPTH = 32
+"""Depth of a stage."""
+
 _ROWS = 128
+"""Rows of a block's tile."""
+
 _WIDTHS = (16, 32, 64, 128)
 """Columns of a block's tile that the kernels are compiled for."""
 
@@ -43,8 +55,8 @@ _MAX_TAP_WASTE = 2.5
 _MAX_WASTE = 5.0
 """The same with padded channels."""
 
-_BLOCKS = 132 * 2
-"""Blocks that a large card runs at once: gW's sums are cut into parts until there are as many."""
+_BLOCKS_PER_PROCESSOR = 2
+"""Blocks that a processor runs at once: sums are cut into parts until all processors have as many."""
 
 _MIN_STAGES = 16
 """Stages of depth that a part has at least: its beginning and its end take as long as some stages."""
@@ -53,38 +65,17 @@ _PARTS_BYTES = 64 << 20
 """A bound on gW's sums of all parts."""
 
 
-class _Convolution(ctypes.Structure):
-    """`Convolution` in convolve.cu."""
-
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            *("samples", "groups", "source_h", "source_w", "channels", "domain_h", "domain_w"),
-            *("taps_h", "taps_w", "step_h", "step_w", "offset_h", "offset_w", "columns"),
-            *("output_h", "output_w", "cut_h", "cut_w", "parts"),
-        )
-    ]
-
-
-class _Correlation(ctypes.Structure):
-    """`Correlation` in correlate.cu."""
-
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            *("samples", "groups", "image_h", "image_w", "rows", "inputs"),
-            *("gy_h", "gy_w", "channels"),
-            *("taps_h", "taps_w", "step_h", "step_w", "offset_h", "offset_w", "steps"),
-        )
-    ]
-
-
-def tensor_core_plans(operation: Product, problem: Problem) -> list[StepPlan]:
+def tensor_core_plans(
+    operation: Product, problem: Problem, processors_count: int
+) -> list[StepPlan]:
     """Return the plans for a problem that has products: one, or none where it is not suited."""
     if not _is_suited(problem):
         return []
-    make = {Product.Y: _y_plan, Product.GX: _gx_plan, Product.GW: _gW_plan}[operation]
-    return [make(Packing(problem))]
+    packing = Packing(problem)
+    if operation is Product.Y:
+        return [_y_plan(packing)]
+    make = _gx_plan if operation is Product.GX else _gW_plan
+    return [make(packing, processors_count * _BLOCKS_PER_PROCESSOR)]
 
 
 def _is_suited(problem: Problem) -> bool:
@@ -128,7 +119,7 @@ def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     W_bytes = packing.filter_by_output_elements() * itemsize
     W = Place(Slot.B) if W_is_packed else workspace.take(W_bytes)
     dilate = problem.geometry.dilate
-    convolution = _Convolution(
+    convolution = Convolution(
         *(problem.n, problem.groups, *problem.image, padded(packing.inputs)),
         *packing.packed_output,
         *packing.taps,
@@ -174,14 +165,14 @@ def _preparation(
     return Prepacking(key, size_bytes, make, plan)
 
 
-def _gx_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
+def _gx_plan(packing: Packing, blocks_count: int, *, W_is_packed: bool = False) -> StepPlan:
     problem, workspace = packing.problem, Workspace()
     itemsize = problem.x.dtype.itemsize
     gy = workspace.take(packing.gy_elements * itemsize)
     W_bytes = packing.filter_by_input_elements() * itemsize
     W = Place(Slot.B) if W_is_packed else workspace.take(W_bytes)
-    parts_count = _gx_parts(packing)
-    convolution = _Convolution(
+    parts_count = _gx_parts(packing, blocks_count)
+    convolution = Convolution(
         *(problem.n, problem.groups, *packing.packed_output, padded(packing.columns)),
         *problem.image,
         *packing.taps,
@@ -204,24 +195,24 @@ def _gx_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
 
     def prepare() -> Prepacking:
         pack = packing.pack_filter_by_input(Place(Slot.OUT))
-        plan = _gx_plan(packing, W_is_packed=True)
+        plan = _gx_plan(packing, blocks_count, W_is_packed=True)
         return _preparation("by input", packing, W_bytes, pack, plan)
 
     steps = (pack_gy, *packing.pack_filter_by_input(W), *products)
     return StepPlan("tensor cores", workspace.size_bytes, steps, prepare)
 
 
-def _gx_parts(packing: Packing) -> int:
+def _gx_parts(packing: Packing, blocks_count: int) -> int:
     """Return how many parts the depth of gx's product is cut into: enough to fill a card."""
     problem = packing.problem
     tiles = -(-problem.n * math.prod(problem.image) // _ROWS) * problem.groups
     tiles *= -(-packing.inputs // _width(packing.inputs))
     stages = -(-math.prod(packing.taps) * padded(packing.columns) // _DEPTH)
-    return max(min(_BLOCKS // tiles, stages // _MIN_STAGES, _MAX_GRID_YZ // problem.groups), 1)
+    return max(min(blocks_count // tiles, stages // _MIN_STAGES, _MAX_GRID_YZ // problem.groups), 1)
 
 
 def _convolve_parts(
-    packing: Packing, pixels: int, places: tuple[Place, Place, Place], convolution: _Convolution
+    packing: Packing, pixels: int, places: tuple[Place, Place, Place], convolution: Convolution
 ) -> tuple[Step, Step]:
     """Return the steps that sum parts of the depth of gx's product, and add them up."""
     columns, groups = packing.inputs, packing.problem.groups
@@ -241,7 +232,7 @@ def _convolve(
     pixels: int,
     stride: Pair,
     operands: tuple[Place, Place],
-    convolution: _Convolution,
+    convolution: Convolution,
 ) -> Step:
     columns: int = convolution.columns
     width = _width(columns)
@@ -251,18 +242,36 @@ def _convolve(
 
 
 def _convolve_kernel(name: str, packing: Packing, width: int, stride: Pair) -> Kernel:
-    values = {"BLOCK_COLUMNS": width, "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
-    macros = ((macro, str(value)) for macro, value in values.items())
+    strides = constants(STRIDE_H=stride[0], STRIDE_W=stride[1])
     return Kernel(
         "convolve.cu",
         name,
-        (element(packing.problem.x.dtype), *macros),
-        threads=128 if width == 128 else 256,
-        shared_bytes=_STAGES * (_ROWS + width) * _DEPTH * 2,
+        (element(packing.problem.x.dtype), *_tile_macros(_ROWS, width), *strides),
+        threads=128
+        if width == 128
+        else THREADS,  # fewer, larger warp tiles read less shared memory
+        shared_bytes=_STAGES * _stage_bytes(_ROWS, width),
     )
 
 
-def _gW_plan(packing: Packing) -> StepPlan:
+def _tile_macros(rows: int, columns: int) -> tuple[Macro, ...]:
+    """Return the macros that say how large a block's tile is, and how it is loaded."""
+    return constants(
+        ROWS=rows,
+        COLUMNS=columns,
+        DEPTH=_DEPTH,
+        STAGES=_STAGES,
+        STAGE_BYTES=_stage_bytes(rows, columns),
+        BLOCKS_PER_PROCESSOR=_BLOCKS_PER_PROCESSOR,
+    )
+
+
+def _stage_bytes(rows: int, columns: int) -> int:
+    """Return what a stage of both operands takes of shared memory."""
+    return (rows + columns) * _DEPTH * 2
+
+
+def _gW_plan(packing: Packing, blocks_count: int) -> StepPlan:
     problem, workspace = packing.problem, Workspace()
     itemsize = problem.x.dtype.itemsize
     x = workspace.take(packing.x_elements * itemsize)
@@ -271,9 +280,9 @@ def _gW_plan(packing: Packing) -> StepPlan:
     width = _width(columns)
     rows = 64 if packing.inputs <= 64 else 128
     tiles = -(-columns // width), -(-packing.inputs // rows) * problem.groups
-    parts_count, steps_count = _parts(packing, math.prod(tiles), columns)
+    parts_count, steps_count = _parts(packing, blocks_count // math.prod(tiles), columns)
     sums = workspace.take(parts_count * problem.c_I * columns * 4)
-    correlation = _Correlation(
+    correlation = Correlation(
         *(problem.n, problem.groups, *problem.image, padded(packing.inputs), packing.inputs),
         *packing.packed_output,
         padded(packing.columns),
@@ -285,12 +294,8 @@ def _gW_plan(packing: Packing) -> StepPlan:
     kernel = Kernel(
         "correlate.cu",
         "correlate",
-        (
-            element(problem.x.dtype),
-            ("BLOCK_ROWS", str(rows)),
-            ("BLOCK_COLUMNS", str(width)),
-        ),
-        shared_bytes=_STAGES * (rows + width) * _DEPTH * 2,
+        (element(problem.x.dtype), *_tile_macros(rows, width)),
+        shared_bytes=_STAGES * _stage_bytes(rows, width),
     )
     correlate = Launch(kernel, (*tiles, parts_count), (x, gy, sums), (correlation,))
     steps = (
@@ -302,15 +307,16 @@ def _gW_plan(packing: Packing) -> StepPlan:
     return StepPlan("tensor cores", workspace.size_bytes, steps)
 
 
-def _parts(packing: Packing, tiles_count: int, columns: int) -> tuple[int, int]:
-    """Return how many parts gW's sums are cut into, and how many stages of pixels each takes."""
+def _parts(packing: Packing, wanted_count: int, columns: int) -> tuple[int, int]:
+    """Return how many parts gW's sums are cut into, and how many stages of pixels each takes.
+
+    Args:
+        wanted_count: Parts that fill the card, rounded down: a block too many takes as long as a full round.
+    """
     problem = packing.problem
     stages = -(-problem.n * math.prod(problem.image) // _DEPTH)
-    wanted = max(
-        _BLOCKS // tiles_count, 1
-    )  # rounded down: a block too many takes as long as a full round
     fit = max(_PARTS_BYTES // (problem.c_I * columns * 4), 1)
-    steps_count = -(-stages // min(wanted, fit, stages, _MAX_GRID_YZ))
+    steps_count = -(-stages // min(max(wanted_count, 1), fit, stages, _MAX_GRID_YZ))
     return -(-stages // steps_count), steps_count
 
 

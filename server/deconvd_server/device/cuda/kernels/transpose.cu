@@ -1,9 +1,10 @@
 // Transposes a batch of matrices: images to channels-last layout and back.
 
-// A tile is square, 64 elements (of 8 bytes: 32) on a side; a block's 256 threads move it in vectors of 16 bytes.
-constexpr int THREADS = 256;
+// A tile is square, TILE elements on a side; a block's threads move it in vectors of 16 bytes.
+//
+// Macros, given by elementwise.py: ELEMENT, THREADS, TILE.
+
 constexpr int WIDTH = 16 / sizeof(ELEMENT);
-constexpr int TILE = sizeof(ELEMENT) == 8 ? 32 : 64;
 constexpr int PITCH = TILE + (sizeof(ELEMENT) == 2 ? 2 : 1);  // an odd number of banks
 
 using Index = long long;

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from deconvd.model.options import UseCudnn
-from deconvd.model.problem import Problem
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.cudnn import (
     Cudnn,
@@ -18,7 +17,7 @@ from deconvd_server.device.cuda.cudnn import (
     Layout,
 )
 from deconvd_server.device.cuda.cudnn.enums import HeuristicMode
-from deconvd_server.device.cuda.plan import Plan, Product
+from deconvd_server.device.cuda.plan import Plan
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.casting import CastPlan, with_uniform_type
 from deconvd_server.device.cuda.plans.channels_last import ChannelsLastPlan
@@ -34,10 +33,15 @@ _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
 
 
 class Candidates:
-    """Makes the plans that could serve a request. Thread-safe."""
+    """Makes the plans that could serve a request. Thread-safe.
 
-    def __init__(self, cudnn: Cudnn) -> None:
+    Args:
+        processors_count: Multiprocessors of the card that the plans are for.
+    """
+
+    def __init__(self, cudnn: Cudnn, processors_count: int) -> None:
         self._cudnn = cudnn
+        self._processors_count = processors_count
 
     def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield the few candidates that are tried where nothing is tuned: the likely best first.
@@ -87,13 +91,15 @@ class Candidates:
     def own_kernels(self, key: PlanKey) -> Iterator[Candidate]:
         """Yield our own kernels, the most promising first."""
         names = Counter[str]()
-        for plan in kernels.candidates(key.product, with_uniform_type(key.problem), key.options):
+        problem, count = with_uniform_type(key.problem), self._processors_count
+        for plan in kernels.candidates(key.product, problem, key.options, count):
             names[plan.name] += 1
             yield self._own_candidate(key, plan, number=names[plan.name])
 
     def fallback(self, key: PlanKey) -> Candidate:
         """Return the plan that takes any problem."""
-        plan = kernels.fallback(key.product, with_uniform_type(key.problem), key.options)
+        problem = with_uniform_type(key.problem)
+        plan = kernels.fallback(key.product, problem, key.options, self._processors_count)
         return self._own_candidate(key, plan)
 
     def cudnn_engines(
@@ -153,7 +159,7 @@ class Candidates:
         # a choice must tell variants of one name apart
         name = plan.name if number == 1 else f"{plan.name} {number}"
         choice = Choice(Provider.OWN, name, plan.deterministic)
-        return Candidate(_with_casts(key.product, key.problem, plan), choice)
+        return Candidate(self._with_casts(key, plan), choice)
 
     def _cudnn_candidate(self, key: PlanKey, plan: CudnnPlan, provider: Provider) -> Candidate:
         choice = Choice(provider, plan.name, plan.deterministic, plan.blob.decode())
@@ -163,8 +169,11 @@ class Candidates:
             whole = ChannelsLastPlan(key.product, with_natural_outsize(core), whole)
         if with_natural_outsize(core).output != core.output:
             whole = CropPlan(key.product, core, whole)
-        return Candidate(_with_casts(key.product, key.problem, whole), choice, plan.close)
+        return Candidate(self._with_casts(key, whole), choice, plan.close)
 
-
-def _with_casts(operation: Product, problem: Problem, plan: Plan) -> Plan:
-    return plan if problem.x.dtype == problem.W.dtype else CastPlan(operation, problem, plan)
+    def _with_casts(self, key: PlanKey, plan: Plan) -> Plan:
+        """Return a plan for a request, made of one for its operands in one element type."""
+        problem = key.problem
+        if problem.x.dtype == problem.W.dtype:
+            return plan
+        return CastPlan(key.product, problem, plan, self._processors_count)

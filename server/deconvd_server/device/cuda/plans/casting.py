@@ -47,14 +47,22 @@ class CastPlan:
 
     Args:
         inner: A plan for `uniform(problem)`.
+        processors_count: Multiprocessors of the card.
         b_is_ready: Whether b comes as `inner` wants it.
     """
 
     def __init__(
-        self, operation: Product, problem: Problem, inner: Plan, *, b_is_ready: bool = False
+        self,
+        operation: Product,
+        problem: Problem,
+        inner: Plan,
+        processors_count: int,
+        *,
+        b_is_ready: bool = False,
     ) -> None:
         self._operation, self._problem = operation, problem
         self._inner = inner
+        self._processors_count = processors_count
         self._type = problem.compute_type
         self._operands = operands_of(operation, problem)
         self._result = result_of(operation, problem)
@@ -90,13 +98,18 @@ class CastPlan:
         W = self._operands[1]
         if self._regions[1] is not None:
             size_bytes = self._regions[1].size_bytes
-            plan = CastPlan(self._operation, self._problem, self._inner, b_is_ready=True)
-            return Prepacking(("cast", self._type), size_bytes, self._cast_W, plan)
+            return Prepacking(
+                ("cast", self._type), size_bytes, self._cast_W, self._for_ready_W(self._inner)
+            )
         inner = prepacking_of(self._inner) if W.dtype == self._type else None
         if inner is None:
             return None
-        plan = CastPlan(self._operation, self._problem, inner.plan, b_is_ready=True)
-        return replace(inner, plan=plan)
+        return replace(inner, plan=self._for_ready_W(inner.plan))
+
+    def _for_ready_W(self, inner: Plan) -> CastPlan:
+        return CastPlan(
+            self._operation, self._problem, inner, self._processors_count, b_is_ready=True
+        )
 
     def _cast_W(self, W: int, form: int, stream: int) -> None:
         self._cast(W, self._operands[1], form, stream)
@@ -113,9 +126,18 @@ class CastPlan:
         self._inner.execute(cast_a, cast_b, cast_out, workspace + self._scratch.offset, stream)
         if cast_out != out:
             count = math.prod(self._result.shape)
-            kernels.cast(cast_out, self._type, out, self._result.dtype, count, stream)
+            kernels.cast(
+                cast_out,
+                self._type,
+                out,
+                self._result.dtype,
+                count,
+                stream,
+                self._processors_count,
+            )
 
     def _cast(self, source: int, spec: TensorSpec, target: int, stream: int) -> None:
         if target != source:
             dtype: DType = spec.dtype
-            kernels.cast(source, dtype, target, self._type, math.prod(spec.shape), stream)
+            count = math.prod(spec.shape)
+            kernels.cast(source, dtype, target, self._type, count, stream, self._processors_count)

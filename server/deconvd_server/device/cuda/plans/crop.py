@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
 from deconvd_server.device.cuda.kernels.launch import (
+    THREADS,
     Argument,
     Kernel,
     element,
@@ -24,8 +24,6 @@ from deconvd_server.device.cuda.plan import Plan, Prepacking, Product, prepackin
 
 __all__ = ["CropPlan", "with_natural_outsize"]
 
-_FILE = str(Path(__file__).with_name("window.cu"))
-_THREADS = 256
 _MAX_BLOCKS = 1 << 16
 
 
@@ -94,6 +92,6 @@ class CropPlan:
         extents = (*source_shape[2:], *target_shape[2:])
         arguments: list[Argument] = [pointer(source), pointer(target), index(count)]
         arguments += [integer(extent) for extent in extents]
-        kernel = Kernel(_FILE, "window", (element(self._small.dtype),))
-        blocks = min(-(-count // _THREADS), _MAX_BLOCKS)
+        kernel = Kernel("window.cu", "window", (element(self._small.dtype),))
+        blocks = min(-(-count // THREADS), _MAX_BLOCKS)
         kernel.launch((blocks, 1, 1), arguments, stream)

@@ -1,6 +1,8 @@
 // Copies the corner that two batches of images share: crops images at the far edge, or extends them with zeros.
+//
+// Macros, given by window.py: ELEMENT, THREADS.
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS)
 window(const ELEMENT *source, ELEMENT *target, long long count, int source_h, int source_w, int target_h, int target_w)
 {
     const long long step = (long long)gridDim.x * blockDim.x;
