@@ -45,8 +45,8 @@ _NEVER_BYTES = 1 << 60
 
 _SERVER = """
 import sys
-from deconvd import codec
-codec._SMALL_BYTES = int(sys.argv.pop(1))
+from deconvd.wire import codec
+codec._MAX_SMALL_BYTES = int(sys.argv.pop(1))
 from deconvd_server.__main__ import main
 main()
 """
@@ -56,9 +56,9 @@ _LARGE_BYTES = 32 << 20
 _MEMORY = """
 import sys
 from pathlib import Path
-from deconvd import codec
+from deconvd.wire import codec
 from deconvd.v1 import deconvd_pb2 as pb
-codec._SMALL_BYTES = int(sys.argv[1])
+codec._MAX_SMALL_BYTES = int(sys.argv[1])
 size_bytes = int(sys.argv[2])
 def held_bytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -154,7 +154,7 @@ class _Side:
 
     def choose(self) -> None:
         """Let this process frame messages so."""
-        vars(codec)["_SMALL_BYTES"] = self.small_bytes
+        vars(codec)["_MAX_SMALL_BYTES"] = self.small_bytes
 
     def frame(self, request: Envelope[pb.DeconvolveRequest]) -> None:
         """Write and read a request, and a response with as many elements, as both ends of a call do."""
