@@ -117,6 +117,7 @@ def main(sizes: Sequence[int], time_s: float, json_file: Path | None) -> None:
     """Time the framing of unary calls, and whole calls, by hand and by protobuf alone."""
     raise_mmap_threshold()  # as the client does
     with ExitStack() as stack:
+        stack.callback(vars(codec).update, _MAX_SMALL_BYTES=codec._MAX_SMALL_BYTES)
         sides = [stack.enter_context(_side(small_bytes)) for small_bytes in (0, _NEVER_BYTES)]
         rows = []
         for size_bytes in sizes:

@@ -7,9 +7,9 @@ bytes that gRPC sends, and are read where gRPC has received them.
     bytes of a large request   | small fields ... | x: prefix, header | raw prefix | elements of x |
     encode, decode               generated class    generated class     by hand      a view
 
-The bytes are those of the schema. Any protobuf library can read what `encode` writes, and `decode` reads what any library
-writes, with fields in any order. A large message in an unusual form, for example with a tensor in two pieces, is parsed
-by the generated classes as a whole: slower, with the same result.
+The bytes are those of the schema. Any protobuf library can read what `encode` writes, and `decode` reads what any
+library writes, with fields in any order. A large message in an unusual form, for example with a tensor in two pieces,
+is parsed by the generated classes as a whole: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _MAX_SMALL_BYTES: Final = 64 << 10
 MAX_NON_ELEMENT_BYTES: Final = 128 << 10
 """How many bytes a message may have in addition to the elements of tensors.
 
-A parsed message takes up to a hundred times its size. The limit is the same as for a message of a direct connection. The
-client's largest message, which drops 4096 tensors, has 82 KB.
+A parsed message takes up to a hundred times its size. The limit is the same as for a message of a direct connection.
+The client's largest message, which drops 4096 tensors, has 82 KB.
 """
 
 _MAX_GENERIC_BYTES: Final = 16 << 20
@@ -227,7 +227,7 @@ def _only_field(data: bytes, number: int) -> memoryview | None:
 
 
 class _UnsupportedLayoutError(Exception):
-    """The bytes are invalid, or valid in a form that only the generated classes parse. The text completes "a message with"."""
+    """The bytes are invalid, or only the generated classes parse them. The text completes "a message with"."""
 
 
 @dataclass(frozen=True, slots=True)
