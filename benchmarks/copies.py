@@ -19,15 +19,15 @@ import click
 
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
-from deconvd_server.shared_memory.file_ends import FileEnds
-from deconvd_server.shared_memory.memory import Memory
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
+from deconvd_server.shared_memory.memory import SealedMemory
 
 _SIZES = tuple(1 << exponent for exponent in range(18, 29, 2))
 _REPEATS = 15
 
 
 @dataclass(frozen=True)
-class Row:
+class CopyRow:
     """One kind of memory and size; its fields are those of the JSON file.
 
     Attributes:
@@ -53,7 +53,7 @@ class Row:
 @click.option("--bytes", "sizes", multiple=True, type=int, default=_SIZES)
 def main(device: str, json_file: Path | None, sizes: Sequence[int]) -> None:
     """Time copies between a card and host memory of several kinds."""
-    rows: list[Row] = []
+    rows: list[CopyRow] = []
     for row in _rows(device, sizes):
         rows.append(row)
         print(row, flush=True)
@@ -67,10 +67,10 @@ def main(device: str, json_file: Path | None, sizes: Sequence[int]) -> None:
         json_file.write_text(text + "\n")
 
 
-def _rows(device: str, sizes: Sequence[int]) -> Iterator[Row]:
-    from deconvd_server.device.cuda.runtime import (
+def _rows(device: str, sizes: Sequence[int]) -> Iterator[CopyRow]:
+    from deconvd_server.device.cuda.api.runtime import (
+        CardMemoryPool,
         PinnedBuffer,
-        Pool,
         Stream,
         current_device,
         download,
@@ -81,19 +81,21 @@ def _rows(device: str, sizes: Sequence[int]) -> Iterator[Row]:
     settings = DeviceSettings(None, None, None, lambda _: None)
     (card,) = open_devices(device if ":" in device else f"{device}:0", settings)
     with current_device(int(card.info.id.partition(":")[2])):
-        stream, block = Stream(), Pool(max(sizes)).take(max(sizes))
-        ends = FileEnds()
-        registered = Memory(max(sizes), card.register, ends)
+        stream, block = Stream(), CardMemoryPool(max(sizes)).allocate(max(sizes))
+        ends = MemfdWatcher()
+        registered = SealedMemory(max(sizes), card.register, ends)
         memory_of = {
             "pinned": PinnedBuffer(max(sizes)).bytes,
             "registered": registered.bytes,
-            "unregistered": Memory(max(sizes), lambda _address, _size: lambda: None, ends).bytes,
+            "unregistered": SealedMemory(
+                max(sizes), lambda _address, _size: lambda: None, ends
+            ).bytes,
         }
         for size in sizes:
             for name, memory in memory_of.items():
                 up = partial(upload, block.ptr, memory[:size], stream.pointer)
                 down = partial(download, memory[:size], block.ptr, stream.pointer)
-                yield Row(name, size, *(_rate(copy, stream.wait, size) for copy in (up, down)))
+                yield CopyRow(name, size, *(_rate(copy, stream.wait, size) for copy in (up, down)))
         registered.unmap()
     card.close()
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.lru import Lru
-from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.api.memory import BlockLayout
+from deconvd_server.device.cuda.api.runtime import CudaError, Event, Graph, Stream
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.device import CudaDevice
-from deconvd_server.device.cuda.memory import Regions
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES, Plan, Product
-from deconvd_server.device.cuda.runtime import CudaError, Event, Graph, Stream
 
 __all__ = ["Operator"]
 
@@ -39,7 +39,7 @@ class _Work:
     ) -> None:
         self._plans = plans
         self._extra = extra
-        regions = Regions()
+        regions = BlockLayout()
         self._regions = [regions.add(plan.workspace_bytes) for plan, *_ in plans]
         self.workspace_bytes = regions.total_bytes
         self.graph: Graph | None = None
@@ -70,8 +70,8 @@ class Operator:
     def __init__(self, device: CudaDevice, stream: int) -> None:
         self._device = device
         self._stream = stream
-        self._own_stream = device.new_stream()
-        self._side_stream = device.new_stream()
+        self._own_stream = device.make_stream()
+        self._side_stream = device.make_stream()
         self._workspace = ExitStack()
         self._workspace_pointer = 0
         self._workspace_bytes = 0
@@ -134,7 +134,7 @@ class Operator:
 
     def plan_name(self, operation: Product, problem: Problem, options: Options) -> str:
         """Return the name of the plan that serves an operation."""
-        with self._device.using():
+        with self._device.activate():
             return self._plan(operation, problem, options).name
 
     def close(self) -> None:
@@ -143,10 +143,10 @@ class Operator:
         self._works.clear()
         self._workspace.close()
         for stream in (self._stream, self._own_stream.pointer, self._side_stream.pointer):
-            self._device.forget(stream)
+            self._device.release_stream(stream)
 
     def _run(self, key: Hashable, make: Callable[[], _Work]) -> None:
-        with self._device.using():
+        with self._device.activate():
             work = self._works.get(key)
             if work is None:
                 self._begin(key, make())
@@ -160,10 +160,10 @@ class Operator:
         self._reserve(work.workspace_bytes)
         # once without a graph: what is loaded at first use cannot be captured
         work.enqueue(self._workspace_pointer, [self._stream])
-        work.graph = self._captured(work)
+        work.graph = self._capture(work)
         self._works.put(key, work)
 
-    def _captured(self, work: _Work) -> Graph | None:
+    def _capture(self, work: _Work) -> Graph | None:
         """Return work as a graph, of what may run side by side in the arrangement that is faster.
 
         That is found out, since some of cuDNN's engines take half as long again beside some others.
@@ -176,13 +176,13 @@ class Operator:
             beside = main.capture(lambda: self._enqueue_forked(work, main, side))
         except (CudaError, CudnnError):
             return None
-        return min((beside, in_turn), key=self._launched_ms)
+        return min((beside, in_turn), key=self._time_launch_ms)
 
-    def _launched_ms(self, graph: Graph) -> float:
+    def _time_launch_ms(self, graph: Graph) -> float:
         """Return what a graph takes, which may be launched any number of times."""
-        return min(self._launched_once_ms(graph) for _ in range(_TRIES_COUNT))
+        return min(self._time_one_launch_ms(graph) for _ in range(_TRIES_COUNT))
 
-    def _launched_once_ms(self, graph: Graph) -> float:
+    def _time_one_launch_ms(self, graph: Graph) -> float:
         begin, end = Event(timing=True), Event(timing=True)
         begin.record(self._stream)
         graph.launch(self._stream)
@@ -196,7 +196,7 @@ class Operator:
         side.fork(main)
 
     def _plan(self, operation: Product, problem: Problem, options: Options) -> Plan:
-        key = self._device.key(operation, problem, options)
+        key = self._device.plan_key(operation, problem, options)
         return self._device.plans.get(key, lambda: None)
 
     def _reserve(self, size_bytes: int) -> None:
@@ -206,7 +206,7 @@ class Operator:
             self._works.clear()
             self._workspace.close()
             self._workspace_pointer = self._workspace.enter_context(
-                self._device.memory.take(size_bytes)
+                self._device.memory.lease(size_bytes)
             )
             self._workspace_bytes = size_bytes
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
 
 __all__ = ["card_name", "floor_ms"]
 

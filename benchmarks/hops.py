@@ -29,7 +29,7 @@ import numpy as np
 
 import deconvd_client
 from benchmarks.commit import commit
-from benchmarks.profiled import profiled
+from benchmarks.profiled import start_profiling
 
 _WARM_UPS = 3
 _CALLS_COUNT = 5
@@ -40,7 +40,7 @@ _WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Way:
+class CallPath:
     """A way for calls: the arguments of `connect`, and the shape of x. W has 2 KiB, and y twice as many bytes as x."""
 
     name: str
@@ -48,17 +48,17 @@ class Way:
     shape: tuple[int, int, int, int]
 
 
-WAYS = (
-    Way("shared_memory", "shared_memory", (8, 8, 32, 32)),  # 256 KiB
-    Way("tcp_message", "tcp", (7, 8, 8, 8)),  # 14 KiB
-    Way("tcp_stream", "tcp", (8, 8, 128, 256)),  # 8 MiB, and 24 with y: four slices
-    Way("grpc_message", "grpc", (7, 8, 8, 8)),
-    Way("grpc_stream", "grpc", (8, 8, 128, 256)),
+CALL_PATHS = (
+    CallPath("shared_memory", "shared_memory", (8, 8, 32, 32)),  # 256 KiB
+    CallPath("tcp_message", "tcp", (7, 8, 8, 8)),  # 14 KiB
+    CallPath("tcp_stream", "tcp", (8, 8, 128, 256)),  # 8 MiB, and 24 with y: four slices
+    CallPath("grpc_message", "grpc", (7, 8, 8, 8)),
+    CallPath("grpc_stream", "grpc", (8, 8, 128, 256)),
 )
 
 
 @dataclass(frozen=True)
-class Row:
+class HopRow:
     """One side of a way; its fields are those of the JSON file.
 
     Attributes:
@@ -76,7 +76,7 @@ class Row:
         return f"{self.way:14} {self.side:7} {self.python_calls:13} {self.files:6} {self.stays:6}"
 
     @property
-    def drawn(self) -> str:
+    def diagram(self) -> str:
         """The files in the order in which the call comes to them, and how often where that is more than once."""
         own = f"deconvd_{self.side}."
         links = (
@@ -96,19 +96,19 @@ class Row:
 
 @click.command()
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-@click.option("--way", "names", type=click.Choice([way.name for way in WAYS]), multiple=True)
+@click.option("--way", "names", type=click.Choice([way.name for way in CALL_PATHS]), multiple=True)
 @click.option("--files", "draws", is_flag=True, help="Print the files that the call goes through.")
 def main(json_file: Path | None, names: Sequence[str], *, draws: bool) -> None:
     """Count the functions and files that a call goes through, on both sides of each way."""
     print(f"{'way':14} {'side':7} {'Python calls':>13} {'files':>6} {'stays':>6}")
-    rows: list[Row] = []
+    rows: list[HopRow] = []
     with _server() as server:
-        for way in WAYS:
+        for way in CALL_PATHS:
             for row in _rows(server, way) if way.name in (names or way.name) else ():
                 rows.append(row)
                 print(row)
                 if draws:
-                    print(row.drawn)
+                    print(row.diagram)
     if json_file is not None:
         about = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1)
@@ -158,10 +158,10 @@ def _server() -> Iterator[_Server]:
                 process.kill()
 
 
-def _rows(server: _Server, way: Way) -> Iterator[Row]:
+def _rows(server: _Server, way: CallPath) -> Iterator[HopRow]:
     target = server.unix_target if way.transport == "shared_memory" else server.tcp_target
     x, W = np.ones(way.shape, np.float32), np.ones((8, 4, 4, 4), np.float32)
-    with profiled() as profile, deconvd_client.connect(target, transport=way.transport) as F:
+    with start_profiling() as profile, deconvd_client.connect(target, transport=way.transport) as F:
 
         def call() -> None:
             F.deconvolution_2d(x, W, stride=2, pad=1)
@@ -169,8 +169,8 @@ def _rows(server: _Server, way: Way) -> Iterator[Row]:
 
         for _ in range(_WARM_UPS):
             call()
-        client_rows: list[Row] = []
-        server_rows: list[Row] = []
+        client_rows: list[HopRow] = []
+        server_rows: list[HopRow] = []
         for _ in range(_CALLS_COUNT):
             server.begin()
             profile.begin()
@@ -181,10 +181,10 @@ def _rows(server: _Server, way: Way) -> Iterator[Row]:
         yield min(rows, key=lambda row: row.python_calls)
 
 
-def _row(way: Way, side: str, threads: Sequence[Sequence[str]]) -> Row:
+def _row(way: CallPath, side: str, threads: Sequence[Sequence[str]]) -> HopRow:
     stays = [module for modules in threads for module, _ in groupby(modules)]
     calls_count = sum(map(len, threads))
-    return Row(way.name, side, calls_count, len(set(stays)), len(stays), stays)
+    return HopRow(way.name, side, calls_count, len(set(stays)), len(stays), stays)
 
 
 if __name__ == "__main__":

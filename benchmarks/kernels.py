@@ -16,12 +16,18 @@ import numpy as np
 import torch
 
 from benchmarks.layers import LAYERS
-from benchmarks.reference import Operands, draw, expected, relative_error, tolerance
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES
+from benchmarks.reference import (
+    ReferenceOperands,
+    draw,
+    reference_result,
+    relative_error,
+    tolerance,
+)
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.kernels import candidates, fallback
 from deconvd_server.device.cuda.plan import Plan, Product
 
@@ -60,7 +66,7 @@ def _check_all(problem: Problem, *, time: bool) -> Iterator[str]:
     options = Options()
     operands = draw(problem)
     for operation in Product:
-        reference = expected(operands, operation)
+        reference = reference_result(operands, operation)
         plans: list[Plan] = []
         if problem.has_products:
             plans += candidates(operation, problem, options)
@@ -75,7 +81,12 @@ def _check_all(problem: Problem, *, time: bool) -> Iterator[str]:
 
 
 def _check(
-    plan: Plan, operation: Product, operands: Operands, reference: torch.Tensor, *, time: bool
+    plan: Plan,
+    operation: Product,
+    operands: ReferenceOperands,
+    reference: torch.Tensor,
+    *,
+    time: bool,
 ) -> Iterator[str]:
     execution = _Execution(plan, operation, operands)
     first = execution.run()
@@ -95,7 +106,7 @@ def _check(
 class _Execution:
     """A plan with memory for its workspace and results."""
 
-    def __init__(self, plan: Plan, operation: Product, operands: Operands) -> None:
+    def __init__(self, plan: Plan, operation: Product, operands: ReferenceOperands) -> None:
         self._plan, self._operation, self._operands = plan, operation, operands
         self._workspace = torch.full(
             (plan.workspace_bytes + 256,), 0xFF, dtype=torch.uint8, device="cuda"
@@ -104,7 +115,7 @@ class _Execution:
     def run(self) -> torch.Tensor:
         """Execute it once and return the result. Memory is poisoned with NaN before."""
         self._workspace.fill_(0xFF)
-        out = self._operands.poisoned(self._operation)
+        out = self._operands.make_nan_output(self._operation)
         self._execute(out)
         torch.cuda.synchronize()
         return out
@@ -117,7 +128,7 @@ class _Execution:
 
     def median_ms(self) -> float:
         """Return the median device time of a replayed graph that executes it several times."""
-        out = self._operands.poisoned(self._operation)
+        out = self._operands.make_nan_output(self._operation)
         stream = torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
         repeats = 5
@@ -127,11 +138,11 @@ class _Execution:
             with torch.cuda.graph(graph, stream=stream):
                 for _ in range(repeats):
                     self._execute(out)
-            times = [_timed(graph) / repeats for _ in range(8)]
+            times = [_time_graph(graph) / repeats for _ in range(8)]
         return float(np.median(times[2:]))
 
 
-def _timed(graph: torch.cuda.CUDAGraph) -> float:
+def _time_graph(graph: torch.cuda.CUDAGraph) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     graph.replay()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deconvd.dtypes import DType
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.dtypes import DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 
 __all__ = ["LAYERS", "Layer"]
 

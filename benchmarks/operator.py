@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
 from benchmarks.layers import LAYERS
-from benchmarks.operator_rows import HEADER, KINDS, Row, mean_lines
+from benchmarks.operator_rows import HEADER, PRECISIONS, OperatorRow, mean_lines
 
 
 def main() -> None:
@@ -35,21 +35,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--layers", default="", help="only layers whose names hold this text")
-    parser.add_argument("--types", default=",".join(kind.name for kind in KINDS))
+    parser.add_argument("--types", default=",".join(kind.name for kind in PRECISIONS))
     parser.add_argument("--tuning-s", type=float, default=5.0, help="at most, for each plan")
     return parser.parse_args()
 
 
-def _rows(arguments: argparse.Namespace) -> list[Row]:
+def _rows(arguments: argparse.Namespace) -> list[OperatorRow]:
     """Time the rows; print each, and write those so far to the file, as soon as it is known."""
-    from benchmarks.operator_timing import timed_rows  # needs a card, and PyTorch
+    from benchmarks.operator_timing import time_operators  # needs a card, and PyTorch
 
     layers = [layer for layer in LAYERS if arguments.layers in layer.name]
-    kinds = [kind for kind in KINDS if kind.name in arguments.types.split(",")]
+    kinds = [kind for kind in PRECISIONS if kind.name in arguments.types.split(",")]
     ordinal = int(arguments.device.partition(":")[2] or 0)
     print(HEADER, flush=True)
     rows = []
-    for row in timed_rows(ordinal, layers, kinds, tuning_s=arguments.tuning_s):
+    for row in time_operators(ordinal, layers, kinds, tuning_s=arguments.tuning_s):
         rows.append(row)
         print(row, flush=True)
         if arguments.json:
@@ -57,7 +57,7 @@ def _rows(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _report(device: str, rows: list[Row]) -> dict[str, object]:
+def _report(device: str, rows: list[OperatorRow]) -> dict[str, object]:
     """Return what was measured, on what, with what and when."""
     from benchmarks.operator_timing import versions
 

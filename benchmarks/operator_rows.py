@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deconvd.dtypes import BFLOAT16, DType
+from deconvd.model.dtypes import BFLOAT16, DType
 
-__all__ = ["HEADER", "KINDS", "Kind", "Row", "mean_lines"]
+__all__ = ["HEADER", "PRECISIONS", "OperatorRow", "Precision", "mean_lines"]
 
 
 @dataclass(frozen=True)
-class Kind:
+class Precision:
     """An element type and how its products are taken.
 
     Attributes:
@@ -29,16 +29,16 @@ class Kind:
     allow_tf32: bool = False
 
 
-KINDS = (
-    Kind("float16", np.dtype(np.float16), 790e12, 2e-3),
-    Kind("bfloat16", BFLOAT16, 790e12, 1.6e-2),
-    Kind("float32", np.dtype(np.float32), 50e12, 1e-5),
-    Kind("tf32", np.dtype(np.float32), 375e12, 2e-3, allow_tf32=True),
+PRECISIONS = (
+    Precision("float16", np.dtype(np.float16), 790e12, 2e-3),
+    Precision("bfloat16", BFLOAT16, 790e12, 1.6e-2),
+    Precision("float32", np.dtype(np.float32), 50e12, 1e-5),
+    Precision("tf32", np.dtype(np.float32), 375e12, 2e-3, allow_tf32=True),
 )
 
 
 @dataclass(frozen=True)
-class Row:
+class OperatorRow:
     """A line of the table; its fields are those of the JSON file."""
 
     layer: str
@@ -65,10 +65,10 @@ HEADER = (
 )
 
 
-def mean_lines(rows: list[Row]) -> list[str]:
+def mean_lines(rows: list[OperatorRow]) -> list[str]:
     """Return a line for each type and operation: geometric means of ratios."""
     lines = []
-    for kind in KINDS:
+    for kind in PRECISIONS:
         for op in ("y", "grad"):
             some = [row for row in rows if (row.dtype, row.op) == (kind.name, op)]
             if some:

@@ -13,14 +13,14 @@ import torch
 
 from benchmarks.cuda_operator import Operator
 from benchmarks.layers import Layer
-from benchmarks.operator_rows import Kind, Row
+from benchmarks.operator_rows import OperatorRow, Precision
 from benchmarks.reference import torch_type
-from deconvd.options import Options
-from deconvd.problem import Problem
-from deconvd_server.device.cuda.device import CudaDevice, Limits
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
+from deconvd_server.device.cuda.device import CudaDevice, CudaLimits
 from deconvd_server.device.cuda.plan import Product
 
-__all__ = ["timed_rows", "versions"]
+__all__ = ["time_operators", "versions"]
 
 BYTES_PER_S = 4.25e12
 """What a copy on one H200 reads and writes, as measured."""
@@ -58,7 +58,7 @@ def _as_cupy(tensor: torch.Tensor) -> cupy.ndarray:
     return cupy.asarray(tensor.view(torch.int16) if two_bytes else tensor)
 
 
-class Ours:
+class OurOperator:
     """Our operator on some sets of tensors."""
 
     def __init__(self, operator: Operator, problem: Problem, options: Options) -> None:
@@ -80,13 +80,13 @@ class Ours:
         return [self._operator.plan_name(o, self._problem, self._options) for o in operations]
 
 
-class Peer:
+class TorchOperator:
     """PyTorch on the same tensors, in one memory format. It allocates its results, as its users' calls do."""
 
     def __init__(self, problem: Problem, memory_format: torch.memory_format) -> None:
         self._geometry, self._problem, self._format = problem.geometry, problem, memory_format
 
-    def prepared(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def to_memory_format(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return x, W and gy in the memory format."""
         x, W, gy = (
             t.contiguous(memory_format=self._format) for t in (tensors.x, tensors.W, tensors.gy)
@@ -123,9 +123,9 @@ class Peer:
         return gx, gW, gb
 
 
-def timed_rows(
-    ordinal: int, layers: Collection[Layer], kinds: Collection[Kind], *, tuning_s: float
-) -> Iterator[Row]:
+def time_operators(
+    ordinal: int, layers: Collection[Layer], kinds: Collection[Precision], *, tuning_s: float
+) -> Iterator[OperatorRow]:
     """Time layers on a card and yield their rows, y's and then the gradients'.
 
     Args:
@@ -134,7 +134,7 @@ def timed_rows(
     """
     torch.cuda.set_device(ordinal)
     torch.backends.cudnn.benchmark = True
-    device = CudaDevice(ordinal, limits=Limits(tuning_s=tuning_s))
+    device = CudaDevice(ordinal, limits=CudaLimits(tuning_s=tuning_s))
     stream = torch.cuda.Stream()
     try:
         with torch.cuda.stream(stream), torch.no_grad():
@@ -159,23 +159,25 @@ def versions() -> dict[str, object]:
     }
 
 
-def _rows_of(operator: Operator, layer: Layer, kind: Kind) -> Iterator[Row]:
+def _rows_of(operator: Operator, layer: Layer, kind: Precision) -> Iterator[OperatorRow]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = kind.allow_tf32
     problem = layer.problem(kind.dtype)
-    ours = Ours(operator, problem, Options(autotune=True, allow_tf32=kind.allow_tf32))
+    ours = OurOperator(operator, problem, Options(autotune=True, allow_tf32=kind.allow_tf32))
     peers = {
-        "torch_nchw": Peer(problem, torch.contiguous_format),
-        "torch_nhwc": Peer(problem, torch.channels_last),
+        "torch_nchw": TorchOperator(problem, torch.contiguous_format),
+        "torch_nhwc": TorchOperator(problem, torch.channels_last),
     }
     sets_count = min(max(ROTATED_BYTES // layer.nbytes(kind.dtype), 1), MAX_SETS)
     sets = [Tensors(problem) for _ in range(sets_count)]
-    prepared = {name: [peer.prepared(tensors) for tensors in sets] for name, peer in peers.items()}
+    prepared = {
+        name: [peer.to_memory_format(tensors) for tensors in sets] for name, peer in peers.items()
+    }
     for op in ("y", "grad"):
         error = _error(ours, peers["torch_nchw"], sets[0], prepared["torch_nchw"][0], op)
         if not error < kind.tolerance:
             print(f"WRONG: {layer.name} {kind.name} {op} differs from PyTorch by {error:.1e}")
         method = "y" if op == "y" else "gradients"
-        yield Row(
+        yield OperatorRow(
             layer.name,
             kind.name,
             op,
@@ -191,8 +193,8 @@ def _rows_of(operator: Operator, layer: Layer, kind: Kind) -> Iterator[Row]:
 
 
 def _error(
-    ours: Ours,
-    peer: Peer,
+    ours: OurOperator,
+    peer: TorchOperator,
     tensors: Tensors,
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     op: str,
@@ -214,14 +216,12 @@ def _median_ms(call: Callable[[_Operands], object], sets: list[_Operands]) -> fl
     for _ in range(WARM_UPS):
         for operands in sets:
             call(operands)
-    calls_count = max(int(REPEAT_MS / max(_timed_ms(call, sets, len(sets)), 1e-3)), 1)
+    calls_count = max(int(REPEAT_MS / max(_time_ms(call, sets, len(sets)), 1e-3)), 1)
     calls_count = -(-calls_count // len(sets)) * len(sets)
-    return statistics.median(_timed_ms(call, sets, calls_count) for _ in range(REPEATS))
+    return statistics.median(_time_ms(call, sets, calls_count) for _ in range(REPEATS))
 
 
-def _timed_ms(
-    call: Callable[[_Operands], object], sets: list[_Operands], calls_count: int
-) -> float:
+def _time_ms(call: Callable[[_Operands], object], sets: list[_Operands], calls_count: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for number in range(calls_count):
@@ -231,7 +231,7 @@ def _timed_ms(
     return float(begin.elapsed_time(end)) / calls_count
 
 
-def _floor_ms(layer: Layer, kind: Kind, op: str) -> float:
+def _floor_ms(layer: Layer, kind: Precision, op: str) -> float:
     """Return what memory or arithmetic allows: each tensor moved once, and no product left out."""
     problem = layer.problem(kind.dtype)
     nbytes, products = layer.nbytes(kind.dtype), 1

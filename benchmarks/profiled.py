@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-__all__ = ["LEFT_OUT", "Profile", "profiled"]
+__all__ = ["LEFT_OUT", "Profile", "start_profiling"]
 
 _PACKAGES = ("deconvd", "deconvd_client", "deconvd_server")
 
 LEFT_OUT = (
     # how often it looks is a matter of time
-    "deconvd.busy_polling",
+    "deconvd.direct.busy_polling",
     # how many there are is the problem's matter, and which thread does how much is chance
     "deconvd_server.device.cpu.blocking",
     "deconvd_server.device.cpu.columns",
@@ -59,7 +59,7 @@ class _Thread:
         self._profile = profile
         self._left_out_depth = 0
 
-    def hear(self, frame: FrameType, event: str, _: object) -> None:
+    def trace(self, frame: FrameType, event: str, _: object) -> None:
         """Tell the profile of a call that counts."""
         if self._left_out_depth:
             self._left_out_depth += {"call": 1, "return": -1}.get(event, 0)
@@ -84,12 +84,12 @@ def _module(frame: FrameType) -> str | None:
 
 
 @contextmanager
-def profiled() -> Iterator[Profile]:
+def start_profiling() -> Iterator[Profile]:
     """Profile this thread, and all that start in the block."""
     profile = Profile()
 
     def begin_thread(frame: FrameType, event: str, argument: object) -> None:
-        hear = _Thread(profile).hear
+        hear = _Thread(profile).trace
         sys.setprofile(hear)
         hear(frame, event, argument)
 
@@ -124,7 +124,7 @@ def _obey(profile: Profile) -> None:
 
 
 def _main() -> None:
-    with profiled() as profile:
+    with start_profiling() as profile:
         threading.Thread(target=_obey, args=(profile,), daemon=True).start()
         from deconvd_server.__main__ import main
 

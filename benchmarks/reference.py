@@ -8,18 +8,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deconvd.dtypes import DType
-from deconvd.problem import Problem
+from deconvd.model.dtypes import DType
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.plan import Product
 
-__all__ = ["Operands", "draw", "expected", "relative_error", "tolerance"]
+__all__ = ["ReferenceOperands", "draw", "reference_result", "relative_error", "tolerance"]
 
 _TOLERANCES = {"float16": 2e-3, "bfloat16": 1e-2, "float32": 2e-6, "float64": 1e-13}
 """Relative errors, of norms: a few times the rounding of one element."""
 
 
 @dataclass(frozen=True, slots=True)
-class Operands:
+class ReferenceOperands:
     """A problem's x, W and gy on the card."""
 
     problem: Problem
@@ -36,18 +36,18 @@ class Operands:
         }
         return pairs[operation]
 
-    def poisoned(self, operation: Product) -> torch.Tensor:
+    def make_nan_output(self, operation: Product) -> torch.Tensor:
         """Return a place for an operation's result, full of NaN."""
         like = {Product.Y: self.gy, Product.GX: self.x, Product.GW: self.W}
         return torch.full_like(like[operation], float("nan"))
 
 
-def draw(problem: Problem) -> Operands:
+def draw(problem: Problem) -> ReferenceOperands:
     """Return random operands for a problem."""
     shapes = problem.x.shape, problem.W.shape, problem.y.shape
     dtype = torch_type(problem.x.dtype)
     x, W, gy = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
-    return Operands(problem, x, W, gy)
+    return ReferenceOperands(problem, x, W, gy)
 
 
 def torch_type(dtype: DType) -> torch.dtype:
@@ -57,7 +57,7 @@ def torch_type(dtype: DType) -> torch.dtype:
     return found
 
 
-def expected(operands: Operands, operation: Product) -> torch.Tensor:
+def reference_result(operands: ReferenceOperands, operation: Product) -> torch.Tensor:
     """Return an operation's result in float64."""
     x, W = (t.double().requires_grad_() for t in (operands.x, operands.W))
     y = _deconvolve(operands.problem, x, W)

@@ -35,9 +35,9 @@ import deconvd_client
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
 from benchmarks.layers import Layer
-from benchmarks.wire import counted
-from deconvd.gradients import Gradients
-from deconvd.tensor import Array
+from benchmarks.wire import count_traffic
+from deconvd.model.dtypes import Array
+from deconvd.model.gradients import Gradients
 from deconvd_client import Connection, RemoteTensor
 from examples.local_server import local_server
 
@@ -61,7 +61,7 @@ _TIME_S = 6.0
 
 
 @dataclass(frozen=True)
-class Row:
+class ResidentRow:
     """One kind of step; its fields are those of the JSON file.
 
     Attributes:
@@ -214,10 +214,10 @@ _STEPS: dict[str, tuple[Step, Step, bool]] = {
 def main(device: str, json_file: Path | None, samples: int | None) -> None:
     """Count what training steps move, and time them, with and without residency."""
     n = samples or (4 if device == "cpu" else 64)
-    rows: list[Row] = []
+    rows: list[ResidentRow] = []
     for row in _rows(device, n):
         rows.append(row)
-        print(_shown(row), flush=True)
+        print(_format(row), flush=True)
     _print_ratios(rows)
     if json_file is not None:
         about = {
@@ -231,7 +231,7 @@ def main(device: str, json_file: Path | None, samples: int | None) -> None:
         json_file.write_text(json.dumps(about | {"rows": rows_json}, indent=1) + "\n")
 
 
-def _rows(device: str, n: int) -> Iterator[Row]:
+def _rows(device: str, n: int) -> Iterator[ResidentRow]:
     models = {
         "decoder": _DECODER,
         "generator": tuple(replace(layer, n=n) for layer in _GENERATOR),
@@ -251,7 +251,7 @@ def _rows(device: str, n: int) -> Iterator[Row]:
                 for side, ms in zip(sides, times_ms, strict=True):
                     sent, received = side.counted_bytes()
                     is_resident = side.target == resident
-                    yield Row(f"{name}, {kind}", is_resident, sent + received, sent, ms)
+                    yield ResidentRow(f"{name}, {kind}", is_resident, sent + received, sent, ms)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class Side:
     def counted_bytes(self) -> tuple[int, int]:
         """Return what one step sends, and what comes back, once the server is warm."""
         with (
-            counted(self.target) as wire,
+            count_traffic(self.target) as wire,
             deconvd_client.connect(wire.target, transport="tcp") as F,
         ):
             for _ in range(_WARM_UPS):
@@ -301,13 +301,13 @@ def _times_ms(sides: Sequence[Side]) -> list[float]:
     return [statistics.median(times) * 1e3 for times in times_s]
 
 
-def _shown(row: Row) -> str:
+def _format(row: ResidentRow) -> str:
     kind = "resident" if row.resident else "plain"
     wire, sent = row.wire_bytes / 1e6, row.sent_bytes / 1e6
     return f"{row.model:32} {kind:9} {wire:10.3f} MB, {sent:10.3f} of them sent {row.ms:10.2f} ms"
 
 
-def _print_ratios(rows: list[Row]) -> None:
+def _print_ratios(rows: list[ResidentRow]) -> None:
     for plain in rows:
         for other in rows:
             if (other.resident, plain.resident, other.model) == (True, False, plain.model):

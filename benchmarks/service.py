@@ -31,9 +31,8 @@ from benchmarks.commit import commit
 from benchmarks.floor import card_name, floor_ms
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.stock import StockCall, stock_operator, stock_service
-from deconvd.dtypes import DType
-from deconvd.ledger import FOLLOW_ENTRY
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array, DType
+from deconvd.wire.ledger import OVERLAP_ENTRY
 from deconvd_client import Connection
 from examples.local_server import local_server
 
@@ -44,7 +43,7 @@ _LAYERS = (
     "tiny 8-4 8 k4 s2",
 )
 _CLIENTS_COUNTS = (1, 2, 4, 8, 16)
-_OTHER_ENTRIES = ("server_us", FOLLOW_ENTRY)
+_OTHER_ENTRIES = ("server_us", OVERLAP_ENTRY)
 """Of a ledger: all stages together, and a part of one of them."""
 
 _WARM_UPS = 2
@@ -54,7 +53,7 @@ _THROUGHPUT_S = 1.0
 
 
 @dataclass(frozen=True)
-class Row:
+class ServiceRow:
     """One layer and element type; its fields are those of the JSON file.
 
     Attributes:
@@ -127,9 +126,9 @@ def main(
     gradients: bool,
 ) -> None:
     """Time whole calls of a server on a device, from other processes."""
-    rows: list[Row] = []
+    rows: list[ServiceRow] = []
     with ExitStack() as stack:
-        bench = _Bench(device, stack.enter_context(local_server(device)), gradients)
+        bench = _ServiceSetup(device, stack.enter_context(local_server(device)), gradients)
         if not (only_latency or gradients):
             stock = stack.enter_context(stock_service(device))
             bench = replace(bench, peers=_Peers(stock, stack.enter_context(_clients())))
@@ -158,7 +157,7 @@ class _Peers:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _ServiceSetup:
     """What is measured: a server on a device, by its target, and whether calls are for gradients."""
 
     device: str
@@ -191,20 +190,22 @@ def _wait_for(clients_count: int) -> None:
     _barriers[clients_count].wait()
 
 
-def _rows(bench: _Bench, names: Sequence[str], dtypes: Sequence[DType]) -> Iterator[Row]:
+def _rows(
+    bench: _ServiceSetup, names: Sequence[str], dtypes: Sequence[DType]
+) -> Iterator[ServiceRow]:
     for layer in LAYERS:
         for dtype in dtypes if layer.name in names else ():
             yield _row(bench, layer, dtype)
 
 
-def _row(bench: _Bench, layer: Layer, dtype: DType) -> Row:
+def _row(bench: _ServiceSetup, layer: Layer, dtype: DType) -> ServiceRow:
     operands = _operands(layer, dtype, is_of_gradients=bench.is_of_gradients)
     ms, stages_ms = _latency(bench.target, layer, operands, from_empty=False)
     empty_ms, empty_stages_ms = _latency(bench.target, layer, operands, from_empty=True)
     moved_bytes = layer.nbytes(dtype)
     if bench.is_of_gradients:
         moved_bytes += layer.problem(dtype).x.nbytes + layer.problem(dtype).W.nbytes
-    row = Row(
+    row = ServiceRow(
         layer=layer.name,
         dtype=dtype.name,
         megabytes=moved_bytes / 1e6,
@@ -243,7 +244,7 @@ def _latency(
     ledgers: list[dict[str, float]] = []
     with deconvd_client.connect(target) as F:
         if from_empty:
-            operands = [_emptied(F, array) for array in operands]
+            operands = [_copy_to_empty(F, array) for array in operands]
         _warm_up(F, layer, operands)
         for ms in _times_ms(lambda: _call(F, layer, operands)):
             times.append(ms)
@@ -308,7 +309,7 @@ def _operands(layer: Layer, dtype: DType, *, is_of_gradients: bool = False) -> l
     return [generator.standard_normal(s.shape, np.float32).astype(dtype) for s in specs]
 
 
-def _emptied(F: Connection, array: Array) -> Array:
+def _copy_to_empty(F: Connection, array: Array) -> Array:
     copy = F.empty(array.shape, array.dtype)
     copy[...] = array
     return copy

@@ -18,13 +18,14 @@ import grpc
 import numpy as np
 
 from benchmarks.layers import Layer
-from deconvd.messages import geometry_from_message, message_from_geometry
-from deconvd.operation import DECONVOLVE
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec, problem_of
-from deconvd.tensor import Array, message_from_array, spec_from_message
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec, problem_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.messages import geometry_from_message, message_from_geometry
+from deconvd.wire.tensor import message_from_array, spec_from_message
 
 __all__ = ["StockCall", "stock_operator", "stock_service"]
 
@@ -113,7 +114,7 @@ def _torch_operator(device: str) -> _Operator:
 
 
 def _cpu_operator() -> _Operator:
-    from deconvd_server.call import Call
+    from deconvd_server.call.context import CallContext
     from deconvd_server.device.cpu import CpuDevice
 
     cpu = CpuDevice()
@@ -123,7 +124,7 @@ def _cpu_operator() -> _Operator:
         W_array = np.frombuffer(W, problem.W.dtype).reshape(problem.W.shape)
         y = np.empty(problem.y.shape, problem.y.dtype)
         operands = {"x": x_array, "w": W_array}
-        cpu.run(DECONVOLVE, problem, operands, {"y": y}, Options(), Call())
+        cpu.run(DECONVOLVE, problem, operands, {"y": y}, Options(), CallContext())
         return y.tobytes()
 
     return operator

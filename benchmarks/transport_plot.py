@@ -50,12 +50,12 @@ def main(results: Path, output: Path) -> None:
     """Draw the rows of a file that `benchmarks.transport --json` wrote."""
     # letters as letters, and the same file from the same figures
     with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "deconvd"}):
-        _drawn(json.loads(results.read_text())).savefig(
+        _plot(json.loads(results.read_text())).savefig(
             output, format="svg", metadata={"Date": None}
         )
 
 
-def _drawn(measured: dict[str, Any]) -> Figure:
+def _plot(measured: dict[str, Any]) -> Figure:
     # an opaque ground, so that it can be read on dark pages too
     figure = Figure(figsize=(7.2, 4.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot()

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import deconvd_client
 
-__all__ = ["Wire", "counted"]
+__all__ = ["CountingProxy", "count_traffic"]
 
 _PIECE_BYTES = 1 << 20
 
@@ -18,7 +18,7 @@ _HOST = "127.0.0.2"
 """Another address of this host's, where the server's own port for direct calls is still free."""
 
 
-class Wire:
+class CountingProxy:
     """A proxy of a server's TCP ports: what it counts is all that TCP carries, HTTP/2's own frames included.
 
     Attributes:
@@ -104,9 +104,9 @@ class Wire:
 
 
 @contextmanager
-def counted(server: str) -> Iterator[Wire]:
+def count_traffic(server: str) -> Iterator[CountingProxy]:
     """Give a counting way to a server, ``host:port``, for the block."""
-    wire = Wire(server)
+    wire = CountingProxy(server)
     try:
         yield wire
     finally:

@@ -42,29 +42,29 @@ class Cgroup:
     @property
     def memory_bytes(self) -> int:
         """What is charged to it now: pages of files that the kernel may drop at any time, too."""
-        return self._number("memory.usage_in_bytes")
+        return self._read_number("memory.usage_in_bytes")
 
     @property
     def kept_memory_bytes(self) -> int:
         """What is charged to it now that cannot be dropped: anonymous memory and shared memory."""
-        stat = dict(line.split() for line in self._text("memory.stat").splitlines())
+        stat = dict(line.split() for line in self._read_text("memory.stat").splitlines())
         return int(stat["rss"]) + int(stat["shmem"])
 
     @property
     def peak_memory_bytes(self) -> int:
         """The most that was ever charged to it."""
-        return self._number("memory.max_usage_in_bytes")
+        return self._read_number("memory.max_usage_in_bytes")
 
     @property
     def kills_count(self) -> int:
         """How many processes the kernel has ended there, for want of memory."""
-        control = dict(line.split() for line in self._text("memory.oom_control").splitlines())
+        control = dict(line.split() for line in self._read_text("memory.oom_control").splitlines())
         return int(control["oom_kill"])
 
-    def _number(self, name: str) -> int:
-        return int(self._text(name))
+    def _read_number(self, name: str) -> int:
+        return int(self._read_text(name))
 
-    def _text(self, name: str) -> str:
+    def _read_text(self, name: str) -> str:
         return (self.folders["memory"] / name).read_text()
 
 
@@ -93,12 +93,14 @@ def cgroup(
         quota_us = round(processors_count * _PERIOD_US)
         limits["cpu"] = {"cpu.cfs_period_us": _PERIOD_US, "cpu.cfs_quota_us": quota_us}
     with ExitStack() as stack:
-        yield Cgroup({name: stack.enter_context(_made(name, limits[name])) for name in limits})
+        yield Cgroup(
+            {name: stack.enter_context(_make_cgroup(name, limits[name])) for name in limits}
+        )
 
 
 @contextmanager
-def _made(controller: str, limits: dict[str, int]) -> Iterator[Path]:
-    folder = _new_folder(controller)
+def _make_cgroup(controller: str, limits: dict[str, int]) -> Iterator[Path]:
+    folder = _make_directory(controller)
     try:
         for name, value in limits.items():
             (folder / name).write_text(str(value))
@@ -108,7 +110,7 @@ def _made(controller: str, limits: dict[str, int]) -> Iterator[Path]:
         folder.rmdir()
 
 
-def _new_folder(controller: str) -> Path:
+def _make_directory(controller: str) -> Path:
     mount = _MOUNTS / controller
     if not (mount / "cgroup.clone_children").exists():
         pytest.skip(f"no cgroups of version 1 for {controller} are mounted at {mount}")

@@ -13,7 +13,7 @@ import deconvd_client
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.shared_memory import Lender
 from tests.environments import ROOT, fresh_environment
-from tests.lenders import lending
+from tests.lenders import start_lender
 from tests.servers import ServerProcess, server_process
 
 _NEED_CUPY = ["cupy", "device", "kernels", "operator", "prepared"]
@@ -87,7 +87,7 @@ def path(socket_directory: Path) -> Path:
 @pytest.fixture
 def lender(path: Path) -> Iterator[Lender]:
     """A lender of shared memory that must get everything back."""
-    with lending(path) as lender:
+    with start_lender(path) as lender:
         yield lender
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from deconvd_client.deadline import Deadline
+from deconvd_client.calls.deadline import Deadline
 
-__all__ = ["soon"]
+__all__ = ["short_deadline"]
 
 
-def soon() -> Deadline:
+def short_deadline() -> Deadline:
     """Return a deadline that no test reaches unless something hangs."""
     return Deadline(30)

@@ -11,42 +11,42 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deconvd.problem import Problem
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import Problem
 
-__all__ = ["deconvolve", "gb_of", "gradients"]
+__all__ = ["bias_gradient", "deconvolve", "gradients"]
 
 _Index = tuple[slice, slice, int, int]
 
 
 def deconvolve(problem: Problem, x: Array, W: Array, b: Array | None = None) -> Array:
     """Return y in float64."""
-    x, W = _wide(x), _wide(W)
+    x, W = _to_float64(x), _to_float64(W)
     y = np.zeros(problem.y.shape)
     for at_x, at_W, at_y in _links(problem):
         y[at_y] += x[at_x] @ W[at_W]
     if b is not None:
-        for channel, value in enumerate(_wide(b)):
+        for channel, value in enumerate(_to_float64(b)):
             y[:, channel] += value
     return y
 
 
 def gradients(problem: Problem, x: Array, W: Array, gy: Array) -> tuple[Array, Array, Array]:
     """Return gx, gW and gb in float64."""
-    x, W, gy = _wide(x), _wide(W), _wide(gy)
+    x, W, gy = _to_float64(x), _to_float64(W), _to_float64(gy)
     gx, gW = np.zeros(problem.x.shape), np.zeros(problem.W.shape)
     for at_x, at_W, at_y in _links(problem):
         gx[at_x] += gy[at_y] @ W[at_W].T
         gW[at_W] += x[at_x].T @ gy[at_y]
-    return gx, gW, gb_of(gy)
+    return gx, gW, bias_gradient(gy)
 
 
-def gb_of(gy: Array) -> Array:
+def bias_gradient(gy: Array) -> Array:
     """Return gb in float64."""
-    return np.array([_wide(gy)[:, channel].sum() for channel in range(gy.shape[1])])
+    return np.array([_to_float64(gy)[:, channel].sum() for channel in range(gy.shape[1])])
 
 
-def _wide(array: Array) -> Array:
+def _to_float64(array: Array) -> Array:
     return array.astype(np.float64)
 
 

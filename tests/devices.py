@@ -9,18 +9,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from deconvd.gradients import Gradients
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.gradients import Gradients
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import Device, Operand, Tensor
-from deconvd_server.device.arriving import Arriving, Progress
+from deconvd_server.device.arriving import ArrivalProgress, Arriving
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine
+from deconvd_server.engine.engine import Engine
 
-__all__ = ["FailingDevice", "Runner", "Wanted", "arriving", "deconvolve", "gradients", "runner"]
+__all__ = [
+    "FailingDevice",
+    "GradientRequest",
+    "Runner",
+    "deconvolve",
+    "gradients",
+    "make_arriving",
+    "runner",
+]
 
 
 class FailingDevice(CpuDevice):
@@ -44,7 +52,7 @@ class Runner(Protocol):
         operands: Mapping[str, Operand],
         places: Mapping[str, Tensor],
         options: Options,
-        call: Call,
+        call: CallContext,
     ) -> object: ...
 
 
@@ -53,14 +61,14 @@ def runner(device: Device, problem: Problem) -> Runner:
     return device if problem.has_products else Engine(device, waiting_count=0)
 
 
-def arriving(progress: Progress, *arrays: Array) -> list[Arriving]:
+def make_arriving(progress: ArrivalProgress, *arrays: Array) -> list[Arriving]:
     """Return arrays as operands that come one behind the other."""
     begins = accumulate((array.nbytes for array in arrays), initial=0)
     return [Arriving(array, progress, begin) for array, begin in zip(arrays, begins, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class GradientRequest:
     """Which gradients are wanted: at least one."""
 
     gx: bool = True
@@ -68,7 +76,7 @@ class Wanted:
     gb: bool = True
 
 
-def _named(wanted: Wanted) -> list[str]:
+def _result_names(wanted: GradientRequest) -> list[str]:
     """Return the names of the fields of gradients."""
     fields = {"gx": wanted.gx, "gw": wanted.gW, "gb": wanted.gb}
     return [field for field, is_wanted in fields.items() if is_wanted]
@@ -81,7 +89,7 @@ def deconvolve(
     W: Operand,
     b: Operand | None,
     options: Options,
-    call: Call,
+    call: CallContext,
     out: Tensor | None = None,
 ) -> Array:
     """Return y: in a new array unless `out` says where to put it, which is returned if it is an array."""
@@ -98,16 +106,16 @@ def gradients(
     x: Operand | None,
     W: Operand | None,
     gy: Operand,
-    wanted: Wanted,
+    wanted: GradientRequest,
     options: Options,
-    call: Call,
+    call: CallContext,
     out: Mapping[str, Tensor] | None = None,
 ) -> Gradients:
     """Return the wanted gradients: in new arrays but for those that `out` has places for; None for one in a tensor."""
     given = {"x": x, "w": W, "gy": gy}
     operands = {field: operand for field, operand in given.items() if operand is not None}
     places: dict[str, Tensor] = {}
-    for field in _named(wanted):
+    for field in _result_names(wanted):
         spec = spec_of_field(problem, field)
         new = np.full(spec.shape, 77, spec.dtype)
         places[field] = new if out is None else out.get(field, new)

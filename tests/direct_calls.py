@@ -8,34 +8,42 @@ from pathlib import Path
 import numpy as np
 
 import deconvd_client
-from deconvd.direct_events import ANY_INSTANCE, Answer, CallHead, End, Failed, Hello, Method
-from deconvd.line import Line
-from deconvd.line_errors import LineTimeoutError
-from deconvd.parts import Ahead
-from deconvd.status import error_from_status
-from deconvd.tensor import message_from_array
+from deconvd.direct.connection_errors import ConnectionTimeoutError
+from deconvd.direct.events import (
+    ANY_INSTANCE,
+    Answer,
+    CallFailure,
+    CallHead,
+    EndOfStream,
+    Hello,
+    MethodCode,
+)
+from deconvd.direct.frame_stream import FrameStream
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.direct_ways import Ask, Way, way_to
-from tests.deadlines import soon
-from tests.line_pairs import client_line
+from deconvd.wire.status import error_from_status
+from deconvd.wire.stream_parts import PendingElements
+from deconvd.wire.tensor import message_from_array
+from deconvd_client.transports.direct.connectors import Connector, InfoFetcher, connector_for
+from tests.deadlines import short_deadline
 from tests.processes import wait_until
 from tests.servers import ServerProcess
+from tests.stream_pairs import client_stream
 
 __all__ = [
     "REQUEST",
     "W",
     "X",
-    "answer",
     "calls_path",
     "connect_from",
-    "failure",
-    "line_from",
-    "open_line",
-    "open_patiently",
+    "connect_stream_from",
+    "get_server_info",
+    "is_serving",
+    "open_stream",
+    "open_with_retries",
+    "receive_answer",
+    "receive_failure",
     "send_call",
-    "serves",
     "target_of",
-    "told_by",
     "wait_until_idle",
 ]
 
@@ -49,10 +57,10 @@ def target_of(server: ServerProcess, transport: str) -> str:
     return server.targets[transport == "tcp"]
 
 
-def told_by(server: ServerProcess) -> pb.GetServerInfoResponse:
+def get_server_info(server: ServerProcess) -> pb.GetServerInfoResponse:
     """Return what a server says of itself."""
     with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
-        return F._server.nearest.server_info(soon())
+        return F._server.route.server_info(short_deadline())
 
 
 def calls_path(server: ServerProcess) -> Path:
@@ -60,19 +68,19 @@ def calls_path(server: ServerProcess) -> Path:
     return Path(f"{server.target.removeprefix('unix:')}.calls")
 
 
-def open_line(server: ServerProcess, transport: str = "unix") -> Line:
-    way = way_to(target_of(server, transport))
+def open_stream(server: ServerProcess, transport: str = "unix") -> FrameStream:
+    way = connector_for(target_of(server, transport))
     assert way is not None
-    return open_patiently(way, lambda: told_by(server))
+    return open_with_retries(way, lambda: get_server_info(server))
 
 
-def open_patiently(way: Way, ask: Ask) -> Line:
+def open_with_retries(way: Connector, ask: InfoFetcher) -> FrameStream:
     """Return a line, however long the server takes: clients make their calls by gRPC meanwhile."""
-    deadline = soon()
+    deadline = short_deadline()
     while True:
         try:
-            line = way.open(ask, 5)
-        except LineTimeoutError:
+            line = way.connect(ask, 5)
+        except ConnectionTimeoutError:
             assert deadline.remaining_s(), "the server opens no line"
         else:
             line.set_deadline(60)  # what it was opened with is short
@@ -84,9 +92,9 @@ def connect_from(host: str, port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), 5, source_address=(host, 0))
 
 
-def line_from(host: str, port: int) -> Line:
+def connect_stream_from(host: str, port: int) -> FrameStream:
     """Return a line to a port of this host, from any address of the loopback."""
-    line = client_line(connect_from(host, port))
+    line = client_stream(connect_from(host, port))
     line.set_deadline(60)
     line.send(Hello(ANY_INSTANCE))
     assert isinstance(line.next_event(), Hello)
@@ -94,32 +102,37 @@ def line_from(host: str, port: int) -> Line:
 
 
 def send_call(
-    line: Line, method: Method, message: bytes, *, timeout_s: float = 30, is_early: bool = False
+    line: FrameStream,
+    method: MethodCode,
+    message: bytes,
+    *,
+    timeout_s: float = 30,
+    is_early: bool = False,
 ) -> None:
     line.send(CallHead(method, timeout_s, message, is_early))
 
 
-def answer(line: Line) -> Answer | End | Failed:
+def receive_answer(line: FrameStream) -> Answer | EndOfStream | CallFailure:
     """Return what a call ends with."""
     while True:
         event = line.next_event()
-        if isinstance(event, Ahead):
+        if isinstance(event, PendingElements):
             line.read_into(np.empty(event.size_bytes, np.uint8))
-        elif isinstance(event, (Answer, End, Failed)):
+        elif isinstance(event, (Answer, EndOfStream, CallFailure)):
             return event
 
 
-def failure(line: Line) -> Exception:
+def receive_failure(line: FrameStream) -> Exception:
     """Return the error that a call ends with."""
-    event = answer(line)
-    assert isinstance(event, Failed), event
+    event = receive_answer(line)
+    assert isinstance(event, CallFailure), event
     return error_from_status(event.status)
 
 
-def serves(line: Line) -> bool:
+def is_serving(line: FrameStream) -> bool:
     """Make a call, and return whether it was answered well."""
-    send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
-    event = answer(line)
+    send_call(line, MethodCode.Deconvolve, REQUEST.SerializeToString())
+    event = receive_answer(line)
     assert isinstance(event, Answer), event
     return list(pb.DeconvolveResponse.FromString(event.message).y.shape) == [1, 2, 4, 4]
 

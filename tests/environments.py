@@ -12,7 +12,7 @@ __all__ = ["ROOT", "Environment", "fresh_environment"]
 
 ROOT = Path(__file__).parents[1]
 _TIMEOUT_S = 500
-_OF_OTHERS = ("PYTHON", "VIRTUAL_ENV", "DECONVD_")
+_CLEARED_PREFIXES = ("PYTHON", "VIRTUAL_ENV", "DECONVD_")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def fresh_environment(directory: Path, *, pinned: bool = True) -> Environment:
     work.mkdir()
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     variables = {
-        name: value for name, value in os.environ.items() if not name.startswith(_OF_OTHERS)
+        name: value for name, value in os.environ.items() if not name.startswith(_CLEARED_PREFIXES)
     }
     variables["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     if pinned:

@@ -10,27 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.geometry import Geometry
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.cudnn import CudnnError
 from deconvd_server.device.cuda.plan import Product
-from deconvd_server.device.cuda.plans.book import PlanBook
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
-from deconvd_server.device.cuda.plans.chooser import Chooser
 from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.plan_cache import PlanCache
 from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.plans.tuner import Tuner
 
 __all__ = [
     "FAILS",
-    "FakeBuilders",
+    "FakeBuildThreads",
     "FakeCandidates",
     "FakePlan",
-    "book_of",
-    "chooser_of",
     "key_of",
-    "open_bench",
+    "open_plan_timer",
+    "plan_cache_of",
+    "tuner_of",
 ]
 
 FAILS = float("inf")
@@ -57,16 +57,16 @@ class FakeCandidates:
         self.closed: list[str] = []
         self.damaged = False
 
-    def promising(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+    def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         yield from map(self.candidate, self.plans)
         yield self.fallback(key)
 
-    all = promising
+    list_all = shortlist
 
     def fallback(self, key: PlanKey) -> Candidate:
         return self.candidate(FakePlan("fallback", 9.0))
 
-    def revived(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
+    def restore(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
         if self.damaged:
             raise CudnnError("cudnnBackendFinalize", 2000, "no plan")
         return self.candidate(FakePlan(choice.name, 0.0))
@@ -76,15 +76,15 @@ class FakeCandidates:
         return Candidate(plan, choice, lambda: self.closed.append(plan.name))
 
 
-class FakeBench:
-    def runs(self, plan: FakePlan) -> bool:
+class FakePlanTimer:
+    def can_run(self, plan: FakePlan) -> bool:
         return plan.ms < FAILS
 
     def time_ms(self, plan: FakePlan, *, give_up_ms: float) -> float:
         return plan.ms
 
 
-class FakeBuilders:
+class FakeBuildThreads:
     """A thread without a card."""
 
     class stream:
@@ -105,12 +105,12 @@ class FakeBuilders:
 
 
 @contextmanager
-def open_bench(key: PlanKey, workspace_bytes: int, stream: Any) -> Iterator[Any]:
-    yield FakeBench()
+def open_plan_timer(key: PlanKey, workspace_bytes: int, stream: Any) -> Iterator[Any]:
+    yield FakePlanTimer()
 
 
-def chooser_of(candidates: Any, tuning_limit_s: float = 5) -> Chooser:
-    return Chooser(candidates, open_bench, tuning_limit_s=tuning_limit_s)
+def tuner_of(candidates: Any, tuning_limit_s: float = 5) -> Tuner:
+    return Tuner(candidates, open_plan_timer, tuning_limit_s=tuning_limit_s)
 
 
 def key_of(options: Options, dtype: type = np.float32, width: int = 8) -> PlanKey:
@@ -119,14 +119,14 @@ def key_of(options: Options, dtype: type = np.float32, width: int = 8) -> PlanKe
     return PlanKey.of(Product.Y, problem, options, 100)
 
 
-def book_of(
+def plan_cache_of(
     candidates: Any,
     store: PlanStore | None = None,
     limit_bytes: int = 1 << 20,
     *,
     card_lost: bool = False,
-) -> PlanBook:
-    builders: Any = FakeBuilders(card_lost=card_lost)
-    return PlanBook(
-        candidates, chooser_of(candidates), builders, limit_bytes=limit_bytes, store=store
+) -> PlanCache:
+    builders: Any = FakeBuildThreads(card_lost=card_lost)
+    return PlanCache(
+        candidates, tuner_of(candidates), builders, limit_bytes=limit_bytes, store=store
     )

@@ -24,12 +24,12 @@ import deconvd_client
 __all__ = [
     "AlarmError",
     "InterruptError",
-    "Outcome",
-    "interrupted_at_random",
-    "interrupted_everywhere",
+    "InterruptOutcome",
+    "interrupt_at_random",
+    "interrupt_everywhere",
 ]
 
-_STRUCK: Final = (
+_INTERRUPTED_PATHS: Final = (
     *(str(Path(str(package.__file__)).parent) for package in (deconvd, deconvd_client, grpc)),
     *(str(module.__file__) for module in (contextlib, queue, threading)),
 )
@@ -40,7 +40,7 @@ class InterruptError(BaseException):
     """What the handler raises: no Exception, as KeyboardInterrupt is none."""
 
 
-class _Striker:
+class _Interrupter:
     """A trace function that raises InterruptError once, at the moment of a number.
 
     Moments are those at which Python runs signal handlers: where a function of the packages begins, after
@@ -50,39 +50,39 @@ class _Striker:
     def __init__(self, moment: int) -> None:
         self._left_count = moment
         self._last: dict[FrameType, str] = {}
-        self.has_struck = False
+        self.has_interrupted = False
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if self.has_struck or not frame.f_code.co_filename.startswith(_STRUCK):
+        if self.has_interrupted or not frame.f_code.co_filename.startswith(_INTERRUPTED_PATHS):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "call":
-            self._meet()
+            self._count_moment()
         elif event == "opcode":
             last = self._last.get(frame, "")
             self._last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
             if last.startswith("CALL") or "JUMP_BACKWARD" in last:
-                self._meet()
+                self._count_moment()
         elif event == "return":
             self._last.pop(frame, None)
         return self.trace
 
-    def _meet(self) -> None:
+    def _count_moment(self) -> None:
         self._left_count -= 1
         if self._left_count == 0:
-            self.has_struck = True
+            self.has_interrupted = True
             self._last.clear()  # frames, which hold what the work holds
             sys.settrace(None)
             raise InterruptError
 
 
-def interrupted_everywhere(work: Callable[[], object]) -> Iterator[None]:
+def interrupt_everywhere(work: Callable[[], object]) -> Iterator[None]:
     """Run `work` again and again, each time with an interrupt at a later moment; yield after each.
 
     It ends with a run that had ended before its interrupt came.
     """
     for moment in itertools.count(1):
-        striker = _Striker(moment)
+        striker = _Interrupter(moment)
         before = sys.gettrace()
         sys.settrace(striker.trace)
         try:
@@ -92,7 +92,7 @@ def interrupted_everywhere(work: Callable[[], object]) -> Iterator[None]:
         finally:
             sys.settrace(before)
         yield
-        if not striker.has_struck:
+        if not striker.has_interrupted:
             return
 
 
@@ -100,7 +100,7 @@ class AlarmError(TimeoutError):
     """What many a handler raises: an Exception, and one that the system's calls raise too."""
 
 
-class Outcome(Enum):
+class InterruptOutcome(Enum):
     """What became of interrupts at random moments."""
 
     RAISED = "one was raised by the work"
@@ -108,14 +108,14 @@ class Outcome(Enum):
     LATE = "the work had ended before"
 
 
-def interrupted_at_random(
+def interrupt_at_random(
     work: Callable[[], object],
     random: Random,
     mean_s: float,
     *,
     strikes_count: int = 1,
     error: type[BaseException] = InterruptError,
-) -> Outcome:
+) -> InterruptOutcome:
     """Run `work`, with interrupts at random moments.
 
     Args:
@@ -142,9 +142,9 @@ def interrupted_at_random(
             work()
         finally:
             left_count = 0
-        return Outcome.LOST if has_struck else Outcome.LATE
+        return InterruptOutcome.LOST if has_struck else InterruptOutcome.LATE
     except error:
-        return Outcome.RAISED
+        return InterruptOutcome.RAISED
     finally:
         left_count = 0  # the second time, if an interrupt struck just before the first
         signal.setitimer(signal.ITIMER_REAL, 0)

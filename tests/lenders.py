@@ -10,43 +10,51 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
-from deconvd_server.shared_memory import CallTensors, Lender, Limits
-from deconvd_server.side_socket import Purpose, SideSocket
-from deconvd_server.unix_socket import Access
+from deconvd.lending.protocol import (
+    MAX_REPLY_BYTES,
+    LendingOperation,
+    LendingReply,
+    LendingRequest,
+    ReplyStatus,
+)
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_server.resources.socket_file import Access
+from deconvd_server.resources.unix_listener import SideSocket, SocketPurpose
+from deconvd_server.shared_memory import Lender, LoanLimits, SharedTensors
 
 __all__ = [
     "MIB",
-    "Child",
-    "Peer",
-    "Watch",
-    "child",
-    "lending",
-    "lent_tensor",
-    "lies_in_shared_memory",
-    "memory_side",
+    "BorrowerProcess",
+    "MappingRecorder",
+    "RawBorrower",
+    "is_in_shared_memory",
+    "lend_tensor",
+    "memory_listener",
+    "start_borrower_process",
+    "start_lender",
 ]
 
 MIB = 1 << 20
 _TIMEOUT_S = 30
 
-LIMITS = Limits(all_bytes=512 * MIB, client_bytes=256 * MIB)
+LIMITS = LoanLimits(all_bytes=512 * MIB, client_bytes=256 * MIB)
 
 
 @contextmanager
-def lending(
+def start_lender(
     path: Path,
-    limits: Limits = LIMITS,
+    limits: LoanLimits = LIMITS,
     *,
     on_map: Callable[[int, int], Callable[[], None]] | None = None,
     users: frozenset[int] | None = None,
     access: Access | None = None,
 ) -> Iterator[Lender]:
     """Run a lender for the block, and see that it leaves nothing behind."""
-    lender = Lender([memory_side(path, access)], limits, on_map=on_map or Watch(), users=users)
+    lender = Lender(
+        [memory_listener(path, access)], limits, on_map=on_map or MappingRecorder(), users=users
+    )
     try:
         yield lender
     finally:
@@ -56,21 +64,21 @@ def lending(
     assert not path.exists()
 
 
-def memory_side(path: Path, access: Access | None = None) -> SideSocket:
+def memory_listener(path: Path, access: Access | None = None) -> SideSocket:
     """Return a socket where memory can be lent."""
-    return SideSocket(path, kind=Purpose.MEMORY.kind, access=access)
+    return SideSocket(path, kind=SocketPurpose.MEMORY.kind, access=access)
 
 
 @contextmanager
-def lent_tensor(
+def lend_tensor(
     lender: Lender, name: str, lies_at: SharedSlice, spec: TensorSpec
 ) -> Iterator[Array]:
     """Use a tensor in lent memory for the block."""
-    with CallTensors(lender) as tensors:
+    with SharedTensors(lender) as tensors:
         yield tensors.host_place(name, spec, lies_at)
 
 
-class Watch:
+class MappingRecorder:
     """An `on_map` that knows what is mapped: size by address."""
 
     def __init__(self) -> None:
@@ -86,7 +94,7 @@ class Watch:
         return undo
 
 
-def lies_in_shared_memory(array: Array) -> bool:
+def is_in_shared_memory(array: Array) -> bool:
     """Return whether an array lies in memory that a server lends."""
     address = array.__array_interface__["data"][0]
     with open("/proc/self/maps") as maps:
@@ -97,7 +105,7 @@ def lies_in_shared_memory(array: Array) -> bool:
     return False
 
 
-class Child:
+class BorrowerProcess:
     """A Python process that runs a script, to which `path` is a side socket's.
 
     Args:
@@ -112,19 +120,19 @@ class Child:
             text=True,
         )
 
-    def hear(self) -> str:
+    def read_line(self) -> str:
         """Return the next line that it prints, when it does; nothing once it has ended."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def tell(self, line: str = "") -> None:
+    def write_line(self, line: str = "") -> None:
         """Write a line that it waits for by `input`."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
 
-class Peer:
+class RawBorrower:
     """A client that speaks the protocol by hand, and keeps the descriptors of what it was lent."""
 
     def __init__(self, path: Path) -> None:
@@ -133,31 +141,31 @@ class Peer:
         self.socket.connect(str(path))
         self.descriptors: list[int] = []
 
-    def ask(self, request: Request) -> Reply:
+    def ask(self, request: LendingRequest) -> LendingReply:
         return self.ask_raw(request.pack())
 
-    def ask_raw(self, packet: bytes) -> Reply:
+    def ask_raw(self, packet: bytes) -> LendingReply:
         self.socket.send(packet)
         answer, descriptors, _, _ = socket.recv_fds(self.socket, MAX_REPLY_BYTES, 4)
         self.descriptors += descriptors
-        return Reply.parse(answer)
+        return LendingReply.parse(answer)
 
-    def lend(self, size_bytes: int) -> Reply:
-        return self.ask(Request(Operation.LEND, size_bytes))
+    def lend(self, size_bytes: int) -> LendingReply:
+        return self.ask(LendingRequest(LendingOperation.LEND, size_bytes))
 
-    def borrowed(self, size_bytes: int) -> bytes:
+    def borrow(self, size_bytes: int) -> bytes:
         reply = self.lend(size_bytes)
-        assert reply.answer is Answer.DONE
+        assert reply.status is ReplyStatus.DONE
         return reply.region
 
     def is_dropped(self) -> bool:
         """Wait for the end of the connection; False if there is something to read instead."""
         return self.socket.recv(MAX_REPLY_BYTES) == b""
 
-    def give_back(self, region: bytes) -> Reply:
-        return self.ask(Request(Operation.RETURN, region=region))
+    def give_back(self, region: bytes) -> LendingReply:
+        return self.ask(LendingRequest(LendingOperation.RETURN, region=region))
 
-    def let_go(self) -> None:
+    def close_descriptors(self) -> None:
         """Keep no memory that was lent."""
         for descriptor in self.descriptors:
             os.close(descriptor)
@@ -165,14 +173,14 @@ class Peer:
 
     def close(self) -> None:
         self.socket.close()
-        self.let_go()
+        self.close_descriptors()
 
 
 _PRELUDE = """
 import os, socket, sys
 import numpy as np
-from deconvd.shared_memory import Answer, Operation, Reply, Request
-from deconvd_client.deadline import Deadline
+from deconvd.lending.protocol import Answer, Operation, Reply, Request
+from deconvd_client.calls.deadline import Deadline
 from deconvd_client.shared_memory import Borrower, SharedCall
 path, user = sys.argv[1], int(sys.argv[2])
 if user:  # only now: it may not read our modules
@@ -185,9 +193,11 @@ def say(*words): print(*words, flush=True)
 
 
 @contextmanager
-def child(script: str, path: Path, *, user: int | None = None) -> Iterator[Child]:
+def start_borrower_process(
+    script: str, path: Path, *, user: int | None = None
+) -> Iterator[BorrowerProcess]:
     """Run a script for the block, and kill it then."""
-    running = Child(script, path, user)
+    running = BorrowerProcess(script, path, user)
     try:
         yield running
     finally:

@@ -15,7 +15,7 @@ _BOUND = re.compile(r"^([\w-]+)>=([\w.]+)", re.MULTILINE)
 _PIN = re.compile(r"^([\w-]+)==([\w.]+)", re.MULTILINE)
 
 
-def oldest() -> list[str]:
+def oldest_pins() -> list[str]:
     """Return the pins, one a line, as pip takes them for constraints."""
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     needed = "\n".join(project["dependencies"] + project["optional-dependencies"]["server"])
@@ -25,4 +25,4 @@ def oldest() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(oldest()) + "\n")
+    sys.stdout.write("\n".join(oldest_pins()) + "\n")

@@ -15,20 +15,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deconvd.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.store import PlanStore
-from tests.fake_plans import FakeCandidates, FakePlan, book_of, key_of
+from tests.fake_plans import FakeCandidates, FakePlan, key_of, plan_cache_of
 
-__all__ = ["Orders", "Outcome", "search", "start_search"]
+__all__ = ["SearchOrders", "SearchOutcome", "search", "start_search"]
 
 _TIMEOUT_S = 60
 _EXIT_LOST = 3
 
 
 @dataclass(frozen=True)
-class Orders:
+class SearchOrders:
     """What a process is to do.
 
     Attributes:
@@ -48,7 +48,7 @@ class Orders:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """What a process did.
 
     Attributes:
@@ -62,12 +62,14 @@ class Outcome:
     log: str
 
 
-def search(store: Path | None, *widths: int, **how: Any) -> Outcome:
+def search(store: Path | None, *widths: int, **how: Any) -> SearchOutcome:
     """Have a process follow orders, and return what it did. Takes what `start_search` takes."""
     process = start_search(store, *widths, **how)
     said, log = process.communicate(timeout=_TIMEOUT_S)
     plans = dict(line.split(" ", 1) for line in said.splitlines())
-    return Outcome({int(width): plan for width, plan in plans.items()}, process.returncode, log)
+    return SearchOutcome(
+        {int(width): plan for width, plan in plans.items()}, process.returncode, log
+    )
 
 
 def start_search(
@@ -84,7 +86,7 @@ def start_search(
         prefix: The beginning of its command line.
         environment: More variables of its environment.
     """
-    given = Orders(None if store is None else str(store), widths, **orders)
+    given = SearchOrders(None if store is None else str(store), widths, **orders)
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONFAULTHANDLER"}
     return subprocess.Popen(
         [*prefix, sys.executable, "-m", "tests.plan_searches", json.dumps(asdict(given))],
@@ -102,7 +104,7 @@ class DeadlyCandidates(FakeCandidates):
         super().__init__()
         self._deaths = deaths
 
-    def promising(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+    def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         provider = "own" if key.options.use_cudnn is UseCudnn.NEVER else "cudnn"
         death = self._deaths.get(f"{provider} {key.problem.image[1]}")
         if death is not None:
@@ -110,12 +112,12 @@ class DeadlyCandidates(FakeCandidates):
         yield self.candidate(FakePlan(provider, 1.0))
         yield self.fallback(key)
 
-    all = promising
+    list_all = shortlist
 
 
 def _die(death: str) -> None:
     if death == "hang":
-        _say("hang")
+        _print_line("hang")
         threading.Event().wait()
     elif death == "fail":
         raise ValueError("no plan")
@@ -129,7 +131,7 @@ def _die(death: str) -> None:
         signal.raise_signal(signal.Signals[death])
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
@@ -138,21 +140,21 @@ def main() -> None:
     """Follow the orders on the command line, and say which plans there are."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    orders = Orders(**json.loads(sys.argv[1]))
+    orders = SearchOrders(**json.loads(sys.argv[1]))
     store = None
     if orders.store is not None:
         store = PlanStore(Path(orders.store), {"deconvd": "1", "cudnn": orders.version})
     is_lost = "lost" in orders.deaths.values()
-    book = book_of(DeadlyCandidates(orders.deaths), store, card_lost=is_lost)
+    book = plan_cache_of(DeadlyCandidates(orders.deaths), store, card_lost=is_lost)
     for width in orders.widths:
         try:
             plan = book.get(key_of(Options(**orders.options), width=width), lambda: None)
         except ValueError as error:
-            _say(f"{width} {error}")
+            _print_line(f"{width} {error}")
         except RuntimeError:
             os._exit(_EXIT_LOST)
         else:
-            _say(f"{width} {plan.name}")
+            _print_line(f"{width} {plan.name}")
     book.close()
 
 

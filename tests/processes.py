@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
-    "Held",
-    "Peak",
+    "MemoryPeak",
+    "ProcessResources",
     "exit_code",
-    "held_by",
-    "is_at_rest",
+    "is_idle",
     "lent_bytes",
     "limit_address_space",
     "memory_bytes",
     "peak_memory_bytes",
+    "process_resources",
     "wait_until",
-    "watched_memory",
+    "watch_memory",
 ]
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -36,7 +36,7 @@ _CHILD_S = 60
 
 
 @dataclass(frozen=True)
-class Held:
+class ProcessResources:
     """What a process holds at one moment."""
 
     memory_bytes: int
@@ -44,9 +44,9 @@ class Held:
     threads_count: int
 
 
-def held_by(pid: int) -> Held:
+def process_resources(pid: int) -> ProcessResources:
     """Return what a process holds now."""
-    return Held(
+    return ProcessResources(
         memory_bytes(pid),
         descriptors_count=len(os.listdir(f"/proc/{pid}/fd")),
         threads_count=len(os.listdir(f"/proc/{pid}/task")),
@@ -59,7 +59,7 @@ def memory_bytes(pid: int) -> int:
     return int(resident_pages) * _PAGE_BYTES
 
 
-def is_at_rest(pid: int) -> bool:
+def is_idle(pid: int) -> bool:
     """Return whether a process does next to nothing for a moment."""
     before_s = _processor_s(pid)
     time.sleep(_REST_S)
@@ -94,7 +94,7 @@ def peak_memory_bytes(pid: int) -> int:
 
 
 @dataclass
-class Peak:
+class MemoryPeak:
     """What this process held at first, and the most since, to a few hundredths of a second."""
 
     first_bytes: int
@@ -107,9 +107,9 @@ class Peak:
 
 
 @contextmanager
-def watched_memory() -> Iterator[Peak]:
+def watch_memory() -> Iterator[MemoryPeak]:
     """Watch what this process holds for the block."""
-    peak = Peak(memory_bytes(os.getpid()), 0)
+    peak = MemoryPeak(memory_bytes(os.getpid()), 0)
     ended = threading.Event()
 
     def watch() -> None:

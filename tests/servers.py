@@ -14,12 +14,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, UnavailableError
 from tests.cgroups import Cgroup
 from tests.processes import wait_until
 
-__all__ = ["ServerProcess", "call_until_served", "free_port", "server_process", "stopped"]
+__all__ = ["ServerProcess", "call_until_served", "free_port", "server_process", "stop_server"]
 
 _END_TIMEOUT_S = 30
 
@@ -86,7 +86,7 @@ def server_process(
     command = [sys.executable, "-W", "error", *_module(constants), "--device", device, *options]
     command += [word for address in addresses for word in ("--listen", address)]
     if all_limits:
-        command = _limited(all_limits, command)
+        command = _with_limits(all_limits, command)
     with log.open("w") as errors:
         process = subprocess.Popen(
             within.command(command) if within else command,
@@ -122,7 +122,7 @@ def _module(constants: Mapping[str, float] | None) -> list[str]:
     return ["-c", script]
 
 
-def _limited(limits: Mapping[int, int], command: list[str]) -> list[str]:
+def _with_limits(limits: Mapping[int, int], command: list[str]) -> list[str]:
     """Return a command that runs another one within limits, under the same process id.
 
     They are not set between a fork of this process and the program's start (`preexec_fn`): gRPC's threads do not
@@ -138,7 +138,7 @@ def _limited(limits: Mapping[int, int], command: list[str]) -> list[str]:
 
 
 @contextmanager
-def stopped(server: ServerProcess) -> Iterator[None]:
+def stop_server(server: ServerProcess) -> Iterator[None]:
     """Stop a server for the block, as a debugger or a full swap does: it is there and says nothing."""
     server.process.send_signal(signal.SIGSTOP)
     try:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
+from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 
 __all__ = ["FLOAT64", "Operands", "operands", "problems"]
 

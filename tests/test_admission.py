@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError, UnavailableError
-from deconvd_server.admission import Admission, Load
-from deconvd_server.call import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import TURN_S
-from deconvd_server.waiting_line import RETRY_AFTER_S
+from deconvd_server.engine.admission import Admission, Load
+from deconvd_server.engine.queue_limits import RETRY_AFTER_S
 from tests.processes import wait_until
 
 TIMEOUT_S = 30
@@ -58,7 +58,7 @@ class Caller:
 
     def _run(self) -> None:
         try:
-            with self._admission.admitted(self.footprint_bytes, self.call):
+            with self._admission.admit(self.footprint_bytes, self.call):
                 self._started.set()
                 self.call.settled.set()
                 assert self._leave.wait(TIMEOUT_S)
@@ -69,7 +69,7 @@ class Caller:
         self.call.settled.set()
 
 
-class _WatchedCall(Call):
+class _WatchedCall(CallContext):
     """Tells when it is about to wait: who waits asks for the time left."""
 
     def __init__(self, timeout_s: float | None) -> None:
@@ -98,7 +98,7 @@ def waiting(
 def test_a_call_holds_its_place_and_bytes_and_gives_them_back() -> None:
     admission = Admission(2, 100, 0)
 
-    with admission.admitted(60, Call()):
+    with admission.admit(60, CallContext()):
         assert admission.load == Load(running_count=1, waiting_count=0, used_bytes=60)
 
     assert admission.load == IDLE
@@ -107,7 +107,7 @@ def test_a_call_holds_its_place_and_bytes_and_gives_them_back() -> None:
 def test_a_call_that_fails_gives_its_place_and_bytes_back() -> None:
     admission = Admission(1, 100, 0)
 
-    with pytest.raises(KeyError), admission.admitted(100, Call()):
+    with pytest.raises(KeyError), admission.admit(100, CallContext()):
         raise KeyError
 
     assert admission.load == IDLE
@@ -176,7 +176,7 @@ def test_calls_start_in_the_order_they_came() -> None:
 def test_a_call_that_would_never_fit_is_refused_though_the_server_is_idle() -> None:
     admission = Admission(1, 100, 5)
 
-    with pytest.raises(ExhaustedError) as raised, admission.admitted(101, Call()):
+    with pytest.raises(ExhaustedError) as raised, admission.admit(101, CallContext()):
         pass
 
     assert str(raised.value) == (
@@ -190,7 +190,7 @@ def test_one_more_than_may_wait_is_refused_at_once_and_told_when_to_come_back() 
     admission = Admission(1, 100, 2)
     first, second, third = started(admission), waiting(admission), waiting(admission)
 
-    with pytest.raises(UnavailableError) as raised, admission.admitted(1, Call()):
+    with pytest.raises(UnavailableError) as raised, admission.admit(1, CallContext()):
         pass
 
     assert str(raised.value) == "the server is full: 2 calls wait already"
@@ -203,9 +203,9 @@ def test_one_more_than_may_wait_is_refused_at_once_and_told_when_to_come_back() 
 def test_where_none_may_wait_a_call_that_need_not_is_admitted() -> None:
     admission = Admission(1, 100, 0)
 
-    with admission.admitted(1, Call()):
+    with admission.admit(1, CallContext()):
         refusal = pytest.raises(UnavailableError, match="0 calls wait already")
-        with refusal, admission.admitted(1, Call()):
+        with refusal, admission.admit(1, CallContext()):
             pass
 
     assert admission.load == IDLE
@@ -287,9 +287,9 @@ def test_cancelling_a_call_that_has_started_frees_nothing_before_it_leaves() -> 
 
 def test_what_is_held_is_not_lent_to_calls() -> None:
     admission = Admission(9, 100, 1)
-    admission.hold(40)
+    admission.reserve(40)
     first, second = started(admission, 30), waiting(admission, 60)
-    assert admission.load == Load(1, 1, used_bytes=30, held_bytes=40)
+    assert admission.load == Load(1, 1, used_bytes=30, reserved_bytes=40)
 
     first.end()
     second.start()
@@ -301,7 +301,7 @@ def test_what_is_held_is_not_lent_to_calls() -> None:
 
 def test_what_is_released_lets_a_call_start() -> None:
     admission = Admission(9, 100, 1)
-    admission.hold(40)
+    admission.reserve(40)
     first, second = started(admission, 30), waiting(admission, 50)
 
     admission.release(40)
@@ -314,14 +314,14 @@ def test_what_is_released_lets_a_call_start() -> None:
 
 def test_no_more_is_held_than_is_free() -> None:
     admission = Admission(9, 100, 0)
-    admission.hold(50)
+    admission.reserve(50)
 
-    with admission.admitted(30, Call()):
+    with admission.admit(30, CallContext()):
         with pytest.raises(ExhaustedError, match=r"21 bytes .* 20 of 100 are free"):
-            admission.hold(21)
-        admission.hold(20)
+            admission.reserve(21)
+        admission.reserve(20)
 
-    assert admission.load == Load(0, 0, 0, held_bytes=70)
+    assert admission.load == Load(0, 0, 0, reserved_bytes=70)
 
 
 def test_a_call_that_waits_keeps_its_room() -> None:
@@ -329,8 +329,8 @@ def test_a_call_that_waits_keeps_its_room() -> None:
     first, second = started(admission, 40), waiting(admission, 90)
 
     with pytest.raises(ExhaustedError, match="10 of 100 are free"):
-        admission.hold(11)
-    admission.hold(10)
+        admission.reserve(11)
+    admission.reserve(10)
 
     first.end()
     second.start()
@@ -340,23 +340,23 @@ def test_a_call_that_waits_keeps_its_room() -> None:
 def test_a_call_that_what_is_held_leaves_no_room_is_refused_at_once() -> None:
     missing: list[int] = []
     admission = Admission(9, 100, 1, make_room=lambda size_bytes, _: missing.append(size_bytes))
-    admission.hold(70)
+    admission.reserve(70)
 
     with pytest.raises(UnavailableError, match="hold 70 now") as raised:
-        with admission.admitted(31, Call()):
+        with admission.admit(31, CallContext()):
             pass
 
     assert raised.value.retry_after_s is not None
     assert missing == [1]
-    assert admission.load == Load(0, 0, 0, held_bytes=70)
+    assert admission.load == Load(0, 0, 0, reserved_bytes=70)
 
 
 def test_room_that_is_made_is_used() -> None:
     admission = Admission(9, 100, 1, make_room=lambda size_bytes, _: admission.release(size_bytes))
-    admission.hold(70)
+    admission.reserve(70)
 
-    with admission.admitted(50, Call()):
-        assert admission.load == Load(1, 0, used_bytes=50, held_bytes=50)
+    with admission.admit(50, CallContext()):
+        assert admission.load == Load(1, 0, used_bytes=50, reserved_bytes=50)
 
 
 def test_many_callers_never_take_more_than_there_is() -> None:
@@ -364,7 +364,7 @@ def test_many_callers_never_take_more_than_there_is() -> None:
     running = list[int]()
 
     def call(size: int) -> None:
-        with admission.admitted(size, Call()):
+        with admission.admit(size, CallContext()):
             with lock:
                 running.append(size)
                 assert len(running) <= 3
@@ -411,11 +411,11 @@ class AdmissionMachine(RuleBasedStateMachine):
     def hold(self, size_bytes: int) -> None:
         room = self.BUDGET_BYTES - self.held_bytes - size_bytes
         if self._used_bytes() <= room and all(c.footprint_bytes <= room for c in self.line):
-            self.admission.hold(size_bytes)
+            self.admission.reserve(size_bytes)
             self.held_bytes += size_bytes
         else:
             with pytest.raises(ExhaustedError):
-                self.admission.hold(size_bytes)
+                self.admission.reserve(size_bytes)
 
     @precondition(lambda self: self.held_bytes)
     @rule(data=st.data())
@@ -473,19 +473,19 @@ class TestPassingOn:
     """A call that takes long lets others have its place, and goes on with its bytes."""
 
     def test_a_call_keeps_its_place_if_nobody_waits(self) -> None:
-        admission, call = Admission(1, 100, 1), Call()
+        admission, call = Admission(1, 100, 1), CallContext()
 
-        with admission.admitted(60, call):
-            admission.pass_on(call)
+        with admission.admit(60, call):
+            admission.yield_turn(call)
             assert admission.load == Load(running_count=1, waiting_count=0, used_bytes=60)
 
         assert admission.load == IDLE
 
     def test_one_that_waits_has_the_place_until_it_leaves(self) -> None:
-        admission, call = Admission(1, 100, 9), Call()
-        with ThreadPoolExecutor(1) as threads, admission.admitted(60, call):
+        admission, call = Admission(1, 100, 9), CallContext()
+        with ThreadPoolExecutor(1) as threads, admission.admit(60, call):
             small = waiting(admission, 40)
-            passing = threads.submit(admission.pass_on, call)
+            passing = threads.submit(admission.yield_turn, call)
             small.start()
             assert admission.load.used_bytes == 100
             assert not passing.done()
@@ -496,11 +496,11 @@ class TestPassingOn:
         assert admission.load == IDLE
 
     def test_one_that_lacks_bytes_does_not_have_the_place(self) -> None:
-        admission, call = Admission(1, 100, 9), Call()
+        admission, call = Admission(1, 100, 9), CallContext()
 
-        with admission.admitted(60, call):
+        with admission.admit(60, call):
             large = waiting(admission, 41)
-            admission.pass_on(call)
+            admission.yield_turn(call)
             assert not large.has_started()
         large.start()
         large.end()
@@ -515,16 +515,16 @@ class TestPassingOn:
         turns_count, ends_count = [0] * 6, [0] * 6
 
         def take_long(number: int) -> None:
-            call = Call()
-            with admission.admitted(1, call):
+            call = CallContext()
+            with admission.admit(1, call):
                 while not is_over.is_set():
                     is_over.wait(TURN_S / 10)
                     turns_count[number] += 1
-                    admission.pass_on(call)
+                    admission.yield_turn(call)
 
         def come_again(number: int) -> None:
             while not is_over.is_set():
-                with admission.admitted(1, Call()):
+                with admission.admit(1, CallContext()):
                     is_over.wait(TURN_S / 100)
                 ends_count[number] += 1
 
@@ -541,21 +541,21 @@ class TestPassingOn:
     def test_a_call_that_ends_meanwhile_gives_back_what_it_has(self) -> None:
         admission = Admission(1, 100, 9)
         for call, error in (
-            (Call(), CallCancelledError),
-            (Call(timeout_s=0.2), DeadlineError),
+            (CallContext(), CallCancelledError),
+            (CallContext(timeout_s=0.2), DeadlineError),
         ):
             admission.enter(60, call)
             small = waiting(admission, 40)
             if error is CallCancelledError:
                 threading.Timer(0.1, call.cancel).start()
             with pytest.raises(error):
-                admission.pass_on(call)
+                admission.yield_turn(call)
             admission.leave(60)
             small.end()
             assert admission.load == IDLE
 
     def test_a_call_of_many_slices_leaves_nothing_behind_where_it_waited(self) -> None:
-        admission, call = Admission(1, 100, 9), Call()
+        admission, call = Admission(1, 100, 9), CallContext()
         for _ in range(3):
             first = started(admission)
             with ThreadPoolExecutor(1) as threads:

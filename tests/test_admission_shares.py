@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from deconvd.errors import ExhaustedError, UnavailableError
-from deconvd_server.admission import Admission, Both, Load
-from deconvd_server.call import Call
+from deconvd_server.call.context import CallContext
+from deconvd_server.engine.admission import Admission, Load, PairedAdmission
 from tests.processes import wait_until
 
 MIB = 1 << 20
@@ -30,10 +30,10 @@ def computed(
     footprint_bytes: int,
     lasting_bytes: int,
     brought_bytes: int = 0,
-) -> Call:
+) -> CallContext:
     """Return a call that was admitted and computed, and whose answer has not left."""
-    call = Call(TIMEOUT_S, counted_by=peer)
-    with admission.admitted(
+    call = CallContext(TIMEOUT_S, counted_by=peer)
+    with admission.admit(
         footprint_bytes, call, lasting_bytes=lasting_bytes, brought_bytes=brought_bytes
     ):
         pass
@@ -46,7 +46,7 @@ def begun(
     peer: str,
     lasting_bytes: int,
     brought_bytes: int = 0,
-) -> Future[Call]:
+) -> Future[CallContext]:
     """Begin a call in a thread, and return once it waits or has been computed."""
     count = admission.load.waiting_count
     call = threads.submit(computed, admission, peer, lasting_bytes, lasting_bytes, brought_bytes)
@@ -67,7 +67,7 @@ def test_what_a_call_keeps_is_free_at_its_end_and_the_rest_once_it_is_computed()
 def test_what_is_held_for_a_worker_is_free_once_that_has_ended_too() -> None:
     admission = Admission(1, 100 * MIB, 0)
     call = computed(admission, "a", 60 * MIB, 20 * MIB)
-    call.hold()
+    call.retain()
 
     call.end()
     assert admission.load.used_bytes == 20 * MIB
@@ -78,16 +78,16 @@ def test_what_is_held_for_a_worker_is_free_once_that_has_ended_too() -> None:
 def test_a_call_that_fails_keeps_nothing() -> None:
     admission = Admission(1, 100 * MIB, 0)
 
-    with pytest.raises(KeyError), admission.admitted(60 * MIB, Call(), lasting_bytes=20 * MIB):
+    with pytest.raises(KeyError), admission.admit(60 * MIB, CallContext(), lasting_bytes=20 * MIB):
         raise KeyError
 
     assert admission.load == IDLE
 
 
 def test_a_call_that_has_ended_already_keeps_nothing() -> None:
-    admission, call = Admission(1, 100 * MIB, 0), Call()
+    admission, call = Admission(1, 100 * MIB, 0), CallContext()
 
-    with admission.admitted(60 * MIB, call, lasting_bytes=20 * MIB):
+    with admission.admit(60 * MIB, call, lasting_bytes=20 * MIB):
         call.end()
 
     assert admission.load == IDLE
@@ -212,13 +212,16 @@ def test_a_peer_alone_leaves_the_reserve_to_others(threads: ThreadPoolExecutor) 
 
 def test_who_is_not_admitted_by_both_is_by_neither() -> None:
     first, second = Admission(1, 100, 0), Admission(1, 10, 0)
-    call = Call()
+    call = CallContext()
 
-    with pytest.raises(ExhaustedError), Both(first.admitted(60, call), second.admitted(60, call)):
+    with (
+        pytest.raises(ExhaustedError),
+        PairedAdmission(first.admit(60, call), second.admit(60, call)),
+    ):
         raise AssertionError
     assert first.load == second.load == IDLE
 
-    with Both(first.admitted(60, call, lasting_bytes=60), second.admitted(6, call)):
+    with PairedAdmission(first.admit(60, call, lasting_bytes=60), second.admit(6, call)):
         assert (first.load.used_bytes, second.load.used_bytes) == (60, 6)
     assert (first.load.used_bytes, second.load) == (60, IDLE)
     call.end()

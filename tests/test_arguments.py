@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.geometry import Geometry
+from deconvd.model.geometry import Geometry
 from deconvd_client import Connection, InvalidArgumentError
 from tests.servers import ServerProcess, server_process
 

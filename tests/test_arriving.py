@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from deconvd.errors import CallCancelledError
-from deconvd_server.call import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import arriving as module
 from deconvd_server.device.arriving import (
-    Following,
-    LateError,
-    array_in,
+    ArrivalTimeoutError,
+    OverlappedOperands,
+    peek_tensor,
     require,
     require_all,
     wait_for,
     wait_for_all,
 )
-from tests.devices import arriving
+from tests.devices import make_arriving
 
 
 class Receiving:
@@ -56,28 +56,28 @@ W, X = np.zeros(3, np.float32), np.zeros(5, np.float32)
 
 
 def test_operands_come_one_behind_the_other() -> None:
-    w, x = arriving(Silent(W.nbytes + 4), W, X)
-    assert w.is_there()
+    w, x = make_arriving(Silent(W.nbytes + 4), W, X)
+    assert w.has_arrived()
     assert x.wait_for(4, 0)
     assert not x.wait_for(5, 0)
-    assert not x.is_there()
-    assert array_in(x) is X
+    assert not x.has_arrived()
+    assert peek_tensor(x) is X
 
 
 def test_only_what_is_there_is_given_to_who_requires_it() -> None:
-    w, x = arriving(Silent(W.nbytes), W, X)
+    w, x = make_arriving(Silent(W.nbytes), W, X)
     assert require(w) is W
     assert require_all({"w": w, "b": X}) == {"w": W, "b": X}
-    with pytest.raises(LateError):
+    with pytest.raises(ArrivalTimeoutError):
         require(x)
-    with pytest.raises(LateError):
+    with pytest.raises(ArrivalTimeoutError):
         require_all({"w": w, "x": x})
 
 
 def test_who_waits_for_all_has_arrays_once_all_is_there() -> None:
     progress = Receiving(8)
-    w, x = arriving(progress, W, X)
-    operands = wait_for_all({"x": x, "w": w, "b": W}, Call())
+    w, x = make_arriving(progress, W, X)
+    operands = wait_for_all({"x": x, "w": w, "b": W}, CallContext())
     assert [*operands] == ["x", "w", "b"]
     assert operands["x"] is X
     assert operands["w"] is operands["b"] is W
@@ -85,67 +85,67 @@ def test_who_waits_for_all_has_arrays_once_all_is_there() -> None:
 
 
 def test_who_waits_for_all_looks_whether_the_call_is_wanted() -> None:
-    _, x = arriving(Silent(), W, X)
-    call = Call()
+    _, x = make_arriving(Silent(), W, X)
+    call = CallContext()
     call.cancel()
     with pytest.raises(CallCancelledError):
         wait_for_all({"x": x}, call)
 
 
 def test_following_knows_what_is_there_already() -> None:
-    w, x = arriving(Silent(W.nbytes), W, X)
-    following = Following([x, w, X])
+    w, x = make_arriving(Silent(W.nbytes), W, X)
+    following = OverlappedOperands([x, w, X])
     assert following.operands[0] is x
     assert following.operands[1] is W
     assert following.operands[2] is X
-    assert following.is_early
-    assert not following.is_over
+    assert following.is_overlapped
+    assert not following.are_complete
 
 
 def test_there_is_nothing_to_follow_where_all_is_there() -> None:
-    there = Following(arriving(Silent(1000), W, X))
-    assert there.is_early
-    assert there.is_over
-    never = Following([W, X])
-    assert not never.is_early
-    assert never.is_over
+    there = OverlappedOperands(make_arriving(Silent(1000), W, X))
+    assert there.is_overlapped
+    assert there.are_complete
+    never = OverlappedOperands([W, X])
+    assert not never.is_overlapped
+    assert never.are_complete
 
 
 def test_what_comes_is_followed_piece_by_piece() -> None:
     progress = Receiving(4)
-    _, x = arriving(progress, W, X)
-    following = Following([x])
+    _, x = make_arriving(progress, W, X)
+    following = OverlappedOperands([x])
     progress.there_bytes = W.nbytes
     for end in (4, 8, 12):
-        following.expect(x, end)
+        following.wait_for(x, end)
     assert [size_bytes for size_bytes, _ in progress.waits[1:]] == [16, 20, 24]
     assert following.waited_s > 0
 
 
 def test_whether_the_call_is_wanted_is_looked_at_twice_a_second() -> None:
     progress = Receiving(8)
-    (x,) = arriving(progress, X)
-    wait_for(x, Call())
+    (x,) = make_arriving(progress, X)
+    wait_for(x, CallContext())
     assert {timeout_s for _, timeout_s in progress.waits} == {0.5}
 
 
 def test_nobody_waits_beyond_the_deadline_of_its_call() -> None:
     progress = Receiving(8)
-    (x,) = arriving(progress, X)
-    wait_for(x, Call(timeout_s=0.4))
+    (x,) = make_arriving(progress, X)
+    wait_for(x, CallContext(timeout_s=0.4))
     assert all(0 < timeout_s <= 0.4 for _, timeout_s in progress.waits)
 
 
 def test_a_device_is_held_for_five_milliseconds_and_for_what_two_gigabytes_a_second_take() -> None:
     large = np.broadcast_to(np.zeros(1, np.uint8), (1 << 40,))  # only its size counts
     progress = Receiving(1 << 40)
-    (x,) = arriving(progress, large)
-    following = Following([x])
+    (x,) = make_arriving(progress, large)
+    following = OverlappedOperands([x])
     assert progress.waits == [(1 << 40, 0)]
     assert following.waited_s == 0
 
     began_s = time.monotonic()
-    following.expect(x, 1)
+    following.wait_for(x, 1)
     size_bytes, timeout_s = progress.waits[-1]
     assert size_bytes == 1
     assert timeout_s == pytest.approx(5e-3 + (1 << 40) / 2e9, rel=1e-11)
@@ -154,12 +154,12 @@ def test_a_device_is_held_for_five_milliseconds_and_for_what_two_gigabytes_a_sec
 
 def test_all_of_an_operand_is_expected_if_it_is_arriving() -> None:
     progress = Receiving(X.nbytes)
-    (x,) = arriving(progress, X)
-    following = Following([x, W])
-    following.expect_all(W)
+    (x,) = make_arriving(progress, X)
+    following = OverlappedOperands([x, W])
+    following.wait_for_all(W)
     assert following.waited_s == 0
-    following.expect_all(x)
-    assert x.is_there()
+    following.wait_for_all(x)
+    assert x.has_arrived()
 
 
 def test_a_device_is_held_as_long_as_a_slow_copy_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,15 +167,15 @@ def test_a_device_is_held_as_long_as_a_slow_copy_takes(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_SLOWEST_BYTES_PER_S", 80)
     fair_s = 0.3 + (W.nbytes + X.nbytes) / 80
     progress = Silent(W.nbytes)
-    w, x = arriving(progress, W, X)
-    following = Following([x, w])
+    w, x = make_arriving(progress, W, X)
+    following = OverlappedOperands([x, w])
     began_s = time.monotonic()
-    following.expect(w, W.nbytes)
-    with pytest.raises(LateError):
-        following.expect(x, X.nbytes)
+    following.wait_for(w, W.nbytes)
+    with pytest.raises(ArrivalTimeoutError):
+        following.wait_for(x, X.nbytes)
     assert time.monotonic() - began_s >= fair_s
-    with pytest.raises(LateError):
-        following.expect(x, X.nbytes)
+    with pytest.raises(ArrivalTimeoutError):
+        following.wait_for(x, X.nbytes)
     first, second, third = progress.timeouts_s[-3:]
     assert first == pytest.approx(fair_s)
     assert third <= 0 < second <= first  # for all waits together

@@ -13,17 +13,25 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, DeadlineError, UnavailableError
-from tests.lines import CLEAN, Fault, Line, Proxy, Way, bad_line, deaf_server
-from tests.processes import held_by, wait_until
+from tests.fault_proxy import (
+    CLEAN,
+    Direction,
+    Fault,
+    FaultProxy,
+    LinkConditions,
+    faulty_proxy,
+    unresponsive_server,
+)
+from tests.processes import process_resources, wait_until
 from tests.servers import ServerProcess, server_process
 
 rng = np.random.default_rng(0)
 SMALL = rng.integers(-3, 4, (2, 2, 100, 100)).astype(np.float32)  # goes in one message
 LARGE = rng.integers(-3, 4, (16, 2, 256, 256)).astype(np.float32)  # in a stream
 SIZES = pytest.mark.parametrize("x", [SMALL, LARGE], ids=["message", "stream"])
-WAYS = pytest.mark.parametrize("way", Way, ids=lambda way: way.name.lower())
+WAYS = pytest.mark.parametrize("way", Direction, ids=lambda way: way.name.lower())
 CUTS = pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
 PARTS = pytest.mark.parametrize("part", [0.0, 1e-4, 0.5, 0.9999], ids=lambda part: f"at-{part}")
 TWICE = 2 * np.eye(2, dtype=np.float32)[:, :, None, None]
@@ -46,16 +54,16 @@ def connected(target: str, timeout_s: float = 60.0, *, fail_fast: bool = False) 
 
 @contextmanager
 def directly_connected(
-    server: ServerProcess, *lines: Line, timeout_s: float = 60.0
-) -> Iterator[tuple[Proxy, Connection]]:
+    server: ServerProcess, *lines: LinkConditions, timeout_s: float = 60.0
+) -> Iterator[tuple[FaultProxy, Connection]]:
     """Give a connection whose direct calls go over bad lines, and what goes by gRPC over a clean one."""
     host, _, _ = server.target.rpartition(":")
     other_host = "127.0.0.2"  # where the port for direct calls is free for a proxy
     with connected(server.target) as F:
         port = F.server_info().direct_port
     with (
-        bad_line(server.target, CLEAN, host=other_host) as clean,
-        bad_line(f"{host}:{port}", *lines, host=other_host, own_port=port) as bad,
+        faulty_proxy(server.target, CLEAN, host=other_host) as clean,
+        faulty_proxy(f"{host}:{port}", *lines, host=other_host, own_port=port) as bad,
         deconvd_client.connect(clean.target, timeout_s=timeout_s, transport="tcp") as F,
     ):
         yield bad, F
@@ -68,10 +76,10 @@ def assert_right(F: Connection, x: Array) -> None:
 UNEVEN = pytest.mark.parametrize(
     "line",
     [
-        Line(pieces=(1, 7, 4093, 13, 65521, 9)),  # where frames and messages are cut, too
-        Line(pieces=(100_000,), pause_s=0.005),  # 20 MB/s
-        Line(fault=Fault.HANG, after_bytes=50_000, hang_s=0.5),
-        Line(fault=Fault.HANG, after_bytes=50_000, hang_s=0.5, way=Way.DOWN),
+        LinkConditions(pieces=(1, 7, 4093, 13, 65521, 9)),  # where frames and messages are cut, too
+        LinkConditions(pieces=(100_000,), pause_s=0.005),  # 20 MB/s
+        LinkConditions(fault=Fault.HANG, after_bytes=50_000, hang_s=0.5),
+        LinkConditions(fault=Fault.HANG, after_bytes=50_000, hang_s=0.5, direction=Direction.DOWN),
     ],
     ids=["split", "slow", "hung-up", "hung-down"],
 )
@@ -80,23 +88,23 @@ UNEVEN = pytest.mark.parametrize(
 @UNEVEN
 @SIZES
 def test_a_slow_and_uneven_line_changes_nothing(
-    tcp_server: ServerProcess, line: Line, x: Array
+    tcp_server: ServerProcess, line: LinkConditions, x: Array
 ) -> None:
-    with bad_line(tcp_server.target, line) as proxy, connected(proxy.target) as F:
+    with faulty_proxy(tcp_server.target, line) as proxy, connected(proxy.target) as F:
         assert_all_right(F, x)
 
 
 @UNEVEN
 @SIZES
 def test_a_slow_and_uneven_line_changes_no_direct_call(
-    tcp_server: ServerProcess, line: Line, x: Array
+    tcp_server: ServerProcess, line: LinkConditions, x: Array
 ) -> None:
     with directly_connected(tcp_server, line) as (proxy, F):
         wait_until_direct(F, proxy)
         assert_all_right(F, x)
 
 
-def wait_until_direct(F: Connection, proxy: Proxy) -> None:
+def wait_until_direct(F: Connection, proxy: FaultProxy) -> None:
     """Call until there is a line: calls do not wait for one."""
 
     def has_line() -> bool:
@@ -121,10 +129,10 @@ def assert_all_right(F: Connection, x: Array) -> None:
 @SIZES
 @PARTS
 def test_a_call_that_is_cut_is_made_again(
-    tcp_server: ServerProcess, x: Array, way: Way, fault: Fault, part: float
+    tcp_server: ServerProcess, x: Array, way: Direction, fault: Fault, part: float
 ) -> None:
-    cut = Line(fault=fault, way=way, after_bytes=round(part * x.nbytes))
-    with bad_line(tcp_server.target, cut, CLEAN) as proxy, connected(proxy.target) as F:
+    cut = LinkConditions(fault=fault, direction=way, after_bytes=round(part * x.nbytes))
+    with faulty_proxy(tcp_server.target, cut, CLEAN) as proxy, connected(proxy.target) as F:
         assert_right(F, x)
 
     assert proxy.faults_count == 1
@@ -135,9 +143,9 @@ def test_a_call_that_is_cut_is_made_again(
 @SIZES
 @PARTS
 def test_a_direct_call_that_is_cut_is_made_again(
-    tcp_server: ServerProcess, x: Array, way: Way, fault: Fault, part: float
+    tcp_server: ServerProcess, x: Array, way: Direction, fault: Fault, part: float
 ) -> None:
-    cut = Line(fault=fault, way=way, after_bytes=round(part * x.nbytes))
+    cut = LinkConditions(fault=fault, direction=way, after_bytes=round(part * x.nbytes))
     with directly_connected(tcp_server, cut, CLEAN) as (proxy, F):
 
         def is_cut() -> bool:
@@ -151,9 +159,9 @@ def test_a_direct_call_that_is_cut_is_made_again(
 @WAYS
 @SIZES
 def test_a_line_that_hangs_ends_a_direct_call_at_its_deadline(
-    tcp_server: ServerProcess, x: Array, way: Way
+    tcp_server: ServerProcess, x: Array, way: Direction
 ) -> None:
-    hung = Line(fault=Fault.HANG, way=way, after_bytes=x.nbytes // 2)
+    hung = LinkConditions(fault=Fault.HANG, direction=way, after_bytes=x.nbytes // 2)
     with directly_connected(tcp_server, hung, timeout_s=1.0) as (proxy, F):
         wait_until_direct(F, proxy)
         with pytest.raises(DeadlineError):
@@ -166,8 +174,8 @@ def test_a_line_that_hangs_ends_a_direct_call_at_its_deadline(
 def test_a_line_that_is_always_cut_is_said_to_be_unavailable(
     tcp_server: ServerProcess, x: Array
 ) -> None:
-    cut = Line(fault=Fault.RESET, after_bytes=x.nbytes // 2)
-    with bad_line(tcp_server.target, cut) as proxy, connected(proxy.target, timeout_s=3) as F:
+    cut = LinkConditions(fault=Fault.RESET, after_bytes=x.nbytes // 2)
+    with faulty_proxy(tcp_server.target, cut) as proxy, connected(proxy.target, timeout_s=3) as F:
         with pytest.raises(UnavailableError):
             F.deconvolution_2d(x, TWICE)
 
@@ -177,10 +185,13 @@ def test_a_line_that_is_always_cut_is_said_to_be_unavailable(
 @WAYS
 @SIZES
 def test_a_line_that_hangs_ends_a_call_at_its_deadline(
-    tcp_server: ServerProcess, x: Array, way: Way
+    tcp_server: ServerProcess, x: Array, way: Direction
 ) -> None:
-    hung = Line(fault=Fault.HANG, way=way, after_bytes=x.nbytes // 2)
-    with bad_line(tcp_server.target, hung) as proxy, connected(proxy.target, timeout_s=1.0) as F:
+    hung = LinkConditions(fault=Fault.HANG, direction=way, after_bytes=x.nbytes // 2)
+    with (
+        faulty_proxy(tcp_server.target, hung) as proxy,
+        connected(proxy.target, timeout_s=1.0) as F,
+    ):
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(x, TWICE)
 
@@ -188,14 +199,14 @@ def test_a_line_that_hangs_ends_a_call_at_its_deadline(
 
 
 def test_a_connection_is_closed_although_its_server_takes_nothing() -> None:
-    with deaf_server() as target, connected(target, timeout_s=1.0) as F:
+    with unresponsive_server() as target, connected(target, timeout_s=1.0) as F:
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(LARGE, TWICE)
 
 
 def test_a_connection_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deconvd_client.channel, "_UNTAKEN_S", 1)
-    with deaf_server() as target, connected(target) as F:
+    monkeypatch.setattr("deconvd_client.transports.grpc.channel._TCP_USER_TIMEOUT_S", 1)
+    with unresponsive_server() as target, connected(target) as F:
         with pytest.raises(UnavailableError):
             F.deconvolution_2d(LARGE, TWICE)
 
@@ -205,20 +216,20 @@ def test_cut_calls_leave_nothing_on_the_server(tcp_server: ServerProcess, fault:
     pid = tcp_server.process.pid
     with connected(tcp_server.target) as F:
         assert_right(F, LARGE)
-        before = held_by(pid)
+        before = process_resources(pid)
         cuts = [
-            Line(fault=fault, way=way, after_bytes=part * LARGE.nbytes // 7)
-            for way in Way
+            LinkConditions(fault=fault, direction=way, after_bytes=part * LARGE.nbytes // 7)
+            for way in Direction
             for part in range(1, 6)
         ]
         timeout_s = 0.15 if fault is Fault.HANG else 10.0
-        with bad_line(tcp_server.target, *cuts) as proxy:
+        with faulty_proxy(tcp_server.target, *cuts) as proxy:
             while proxy.faults_count <= STREAMS_COUNT:
                 with connected(proxy.target, timeout_s=timeout_s, fail_fast=True) as hasty:
                     with suppress(UnavailableError, DeadlineError):
                         hasty.deconvolution_2d(LARGE, TWICE)
 
-        wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
+        wait_until(lambda: process_resources(pid).descriptors_count <= before.descriptors_count)
         assert_idle(F)
 
 
@@ -229,21 +240,21 @@ def test_direct_calls_that_are_cut_leave_nothing_on_the_server(
     pid = tcp_server.process.pid
     with connected(tcp_server.target) as F:
         assert_right(F, LARGE)
-        before = held_by(pid)
+        before = process_resources(pid)
         cuts = [
-            Line(fault=fault, way=way, after_bytes=part * LARGE.nbytes // 7)
-            for way in Way
+            LinkConditions(fault=fault, direction=way, after_bytes=part * LARGE.nbytes // 7)
+            for way in Direction
             for part in range(1, 6)
         ]
         with directly_connected(tcp_server, *cuts, timeout_s=0.5) as (proxy, hasty):
             with ThreadPoolExecutor(4) as pool:
                 list(pool.map(lambda _: call_until_many_fail(proxy, hasty), range(4)))
 
-        wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
+        wait_until(lambda: process_resources(pid).descriptors_count <= before.descriptors_count)
         assert_idle(F)
 
 
-def call_until_many_fail(proxy: Proxy, F: Connection) -> None:
+def call_until_many_fail(proxy: FaultProxy, F: Connection) -> None:
     """Call until more lines were bad than there may be streams."""
     while proxy.faults_count <= STREAMS_COUNT:
         with suppress(UnavailableError, DeadlineError):

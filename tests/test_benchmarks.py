@@ -21,12 +21,12 @@ from click.testing import CliRunner
 from benchmarks.against import main as against
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
-from benchmarks.profiled import LEFT_OUT, profiled
+from benchmarks.profiled import LEFT_OUT, start_profiling
 from benchmarks.service import main as service
 from benchmarks.stock import stock_service
 from benchmarks.transport_plot import main as plot
-from deconvd.geometry import Geometry
-from deconvd.system import processors_count
+from deconvd.host.system import processors_count
+from deconvd.model.geometry import Geometry
 from deconvd_client import Connection
 
 CHECKOUT = Path(__file__).parents[1]
@@ -108,11 +108,13 @@ def test_a_calls_functions_are_counted_on_both_sides_of_each_way(tmp_path: Path)
     assert sides == list(product(("shared_memory", "grpc_message"), ("client", "server")))
     for row in rows:
         assert row["python_calls"] >= row["stays"] == len(row["chain"]) >= row["files"] > 0
-        assert "deconvd.busy_polling" not in row["chain"]
+        assert "deconvd.direct.busy_polling" not in row["chain"]
     client, server, _, grpc_server = (row["chain"] for row in rows)
     assert "deconvd_client.connection" in client
     assert "deconvd_server.shared_memory.lender" in server
-    assert not {"deconvd.line", "deconvd_server.shared_memory.lender"} & set(grpc_server)
+    assert not {"deconvd.direct.frame_stream", "deconvd_server.shared_memory.lender"} & set(
+        grpc_server
+    )
     assert re.search(r"^    \S+ - .*\bconnection\b", ended.output, re.MULTILINE)
 
 
@@ -135,14 +137,14 @@ def test_functions_count_in_each_kind_of_thread(
         Geometry.from_arguments(1, 0)
         ended.put(None)
 
-    with profiled() as profile:
+    with start_profiling() as profile:
         profile.begin()
         start(work)
         ended.get(timeout=10)
         (modules,) = profile.end()
 
-    assert modules[0] == "deconvd.system"
-    assert set(modules[1:]) == {"deconvd.geometry"}
+    assert modules[0] == "deconvd.host.system"
+    assert set(modules[1:]) == {"deconvd.model.geometry"}
 
 
 def test_another_checkout_is_timed_beside_this_one_by_its_own_code(tmp_path: Path) -> None:

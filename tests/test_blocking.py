@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cpu.blocking import Blocking, Ranges
 
 CACHE_ELEMENTS = 2**18  # of float32, a mebibyte: what a core's second-level cache has at least
@@ -50,7 +50,7 @@ def test_ranges_that_touch_a_span_are_those_that_have_anything_of_it(
 
     touching = [s for s in ranges if set(range(s.start, s.stop)) & set(range(first, last))]
 
-    assert [*ranges.touching(first, last)] == touching
+    assert [*ranges.cover(first, last)] == touching
 
 
 @given(st.integers(0, 50), st.integers(-3, 60))

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import Method
+from deconvd.direct.events import MethodCode
 from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
-from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
-from deconvd.messages import message_from_geometry
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import message_from_array, message_from_spec
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client.server_info import DeviceDescription
-from tests.direct_calls import failure, open_line, send_call
+from tests.direct_calls import open_stream, receive_failure, send_call
 from tests.processes import limit_address_space, memory_bytes, peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
 from tests.soak.hostile.http2 import Http2
-from tests.soak.places import connected
-from tests.unread import unread_calls
+from tests.soak.places import connect_tcp
+from tests.unread import leave_calls_unread
 
 MIB = 1 << 20
 BUDGET_BYTES = 200 * MIB
@@ -94,7 +94,7 @@ def used_bytes(server: ServerProcess) -> int:
 def test_answers_that_nobody_reads_count_until_they_have_left(server: ServerProcess) -> None:
     message = answered_with(32 * MIB).SerializeToString()
     with bounded(server):
-        with unread_calls(server.target, 24, message):
+        with leave_calls_unread(server.target, 24, message):
             wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)
             # another peer is served meanwhile
             with caller(server.targets[1], "Deconvolve") as call:
@@ -110,7 +110,7 @@ def test_small_answers_that_nobody_reads_keep_nobody_waiting(server: ServerProce
     with bounded(server), ExitStack() as held:
         for _ in range(6):
             connection = held.enter_context(
-                Http2(connected(int(port), "127.0.0.2"), answer_bytes=0)
+                Http2(connect_tcp(int(port), "127.0.0.2"), answer_bytes=0)
             )
             for _ in range(500):
                 connection.call(DECONVOLVE, message)
@@ -125,8 +125,8 @@ def test_small_answers_that_nobody_reads_keep_nobody_waiting(server: ServerProce
 
 def test_an_answer_that_nobody_reads_is_cut_in_the_end(tmp_path: Path) -> None:
     constants = {
-        "deconvd_server.gate:STALL_LIMIT_S": 1.0,
-        "deconvd_server.gate:_SLOWEST_BYTES_PER_S": 1e9,
+        "deconvd_server.transports.grpc.handlers:STALL_LIMIT_S": 1.0,
+        "deconvd_server.transports.grpc.handlers:_SLOWEST_BYTES_PER_S": 1e9,
     }
     message = answered_with(64 * MIB).SerializeToString()
     with (
@@ -155,9 +155,9 @@ def test_a_peer_that_reads_its_answers_gets_all_of_them(server: ServerProcess) -
 
 
 def test_an_answer_that_a_line_cannot_carry_is_not_computed(server: ServerProcess) -> None:
-    with bounded(server, 20 * MIB), open_line(server) as line:
-        send_call(line, Method.Deconvolve, answered_with(32 * MIB).SerializeToString())
-        assert "too many for a message of a direct call" in str(failure(line))
+    with bounded(server, 20 * MIB), open_stream(server) as line:
+        send_call(line, MethodCode.Deconvolve, answered_with(32 * MIB).SerializeToString())
+        assert "too many for a message of a direct call" in str(receive_failure(line))
 
 
 # On the way in
@@ -173,7 +173,7 @@ def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
     hog = answered_with(32 * MIB).SerializeToString()
     with (
         bounded(server, BUDGET_BYTES + BUDGET_BYTES // 4 + BESIDE_BYTES),
-        unread_calls(server.target, 1, hog),
+        leave_calls_unread(server.target, 1, hog),
         caller(server.target, "Deconvolve") as call,
     ):
         wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd import busy_polling
-from deconvd.busy_polling import BusyPolling
-from deconvd.byte_stream import SocketStream
-from deconvd.direct_events import Written
-from deconvd.line_errors import LineClosedError, LineTimeoutError
-from deconvd_server.attention import Attention
-from tests.line_pairs import early_ends
+from deconvd.direct import busy_polling
+from deconvd.direct.busy_polling import BusyPolling
+from deconvd.direct.byte_stream import SocketStream
+from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
+from deconvd.direct.events import ProgressReport
+from deconvd_server.transports.direct.last_caller import LastCaller
 from tests.servers import server_process
+from tests.stream_pairs import overlapped_streams
 
 
 class CountedStream(SocketStream):
@@ -32,11 +32,11 @@ class CountedStream(SocketStream):
         self.polls_count = 0
         self.timeouts_s: list[float] = []
 
-    def has_come(self, timeout_s: float) -> bool:
+    def poll(self, timeout_s: float) -> bool:
         """See `ByteStream`."""
         self.polls_count += 1
         self.timeouts_s.append(timeout_s)
-        return super().has_come(timeout_s)
+        return super().poll(timeout_s)
 
     def wait(self) -> None:
         """See `ByteStream`: here it returns at once."""
@@ -44,7 +44,7 @@ class CountedStream(SocketStream):
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SocketStream, CountedStream]]:
-    monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", True)
+    monkeypatch.setattr(busy_polling, "_HAS_SEVERAL_PROCESSORS", True)
     one, other = socket.socketpair()
     with closing(SocketStream(one)) as near, closing(CountedStream(other)) as far:
         yield near, far
@@ -135,7 +135,7 @@ def test_whether_or_not_it_is_polled_what_comes_is_waited_for(longest_s: float) 
             later = threading.Timer(0.05, near.write, [b"a"])
             later.start()
             polling.wait(far, yes)
-            assert far.has_come(0)
+            assert far.poll(0)
             assert taken(far) == b"a"
             later.join()
 
@@ -144,7 +144,7 @@ def test_nothing_is_waited_for_beyond_the_deadline() -> None:
     one, other = socket.socketpair()
     with closing(SocketStream(one)), closing(SocketStream(other)) as far:
         far.set_deadline(0.05)
-        with pytest.raises(LineTimeoutError):
+        with pytest.raises(ConnectionTimeoutError):
             BusyPolling(0.01).wait(far, yes)
 
 
@@ -153,33 +153,33 @@ def test_the_end_of_a_stream_is_seen(ends: tuple[SocketStream, CountedStream]) -
     near.close()
     BusyPolling(1000).wait(far, yes)
     assert far.polls_count == 1
-    with pytest.raises(LineClosedError):
+    with pytest.raises(ConnectionClosedError):
         taken(far)
 
 
 def test_what_a_line_has_read_ahead_is_not_waited_for() -> None:
-    with early_ends() as (client, server):
+    with overlapped_streams() as (client, server):
         for size_bytes in (1, 2):
-            client.send(Written(size_bytes))
-        assert server.next_event() == Written(1)
-        assert not server._stream.has_come(0)  # the other came with it
+            client.send(ProgressReport(size_bytes))
+        assert server.next_event() == ProgressReport(1)
+        assert not server._stream.poll(0)  # the other came with it
         BusyPolling(1000).wait(server, yes)
-        assert server.next_event() == Written(2)
+        assert server.next_event() == ProgressReport(2)
 
 
 def test_with_one_processor_nobody_polls(
     ends: tuple[SocketStream, CountedStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(busy_polling, "_IS_POSSIBLE", False)
+    monkeypatch.setattr(busy_polling, "_HAS_SEVERAL_PROCESSORS", False)
     assert not is_polled(BusyPolling(1000), ends[1])
 
 
 def test_attention_is_undivided_while_one_line_is_called() -> None:
-    attention, one, other = Attention(), object(), object()
+    attention, one, other = LastCaller(), object(), object()
     seen = []
     for line in (one, one, one, other, one, one, other, other):
         attention.note_call(line)
-        seen.append((attention.is_undivided(one), attention.is_undivided(other)))
+        seen.append((attention.is_sole_caller(one), attention.is_sole_caller(other)))
     nobody, first, second = (False, False), (True, False), (False, True)
     assert seen == [nobody, first, first, nobody, nobody, first, nobody, second]
 

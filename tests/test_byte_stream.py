@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.byte_stream import SocketStream
-from deconvd.line_errors import LineClosedError, LineTimeoutError
+from deconvd.direct.byte_stream import SocketStream
+from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
 
 _HIGH_DESCRIPTOR = 1500
 """Beyond FD_SETSIZE, and below what systems allow."""
@@ -63,7 +63,7 @@ def test_bytes_arrive_as_they_were_written(writes: list[list[int]], reads: list[
         for written in writing:
             written.result()
         assert received == expected
-        assert not far.has_come(0)
+        assert not far.poll(0)
 
 
 def test_the_other_end_closes_it(ends: Ends) -> None:
@@ -71,9 +71,9 @@ def test_the_other_end_closes_it(ends: Ends) -> None:
     near.write(b"abc")
     near.close()
     assert taken(far, 3) == b"abc"
-    assert far.has_come(0)
+    assert far.poll(0)
     far.wait()
-    with pytest.raises(LineClosedError, match="closed"):
+    with pytest.raises(ConnectionClosedError, match="closed"):
         taken(far, 1)
 
 
@@ -81,13 +81,13 @@ def test_a_deadline_ends_whatever_waits(ends: Ends) -> None:
     near, far = ends
     for wait in (far.wait, lambda: taken(far, 1)):
         far.set_deadline(0.05)
-        with pytest.raises(LineTimeoutError):
+        with pytest.raises(ConnectionTimeoutError):
             wait()
     near.set_deadline(0.05)
-    with pytest.raises(LineTimeoutError):  # once the socket is full
+    with pytest.raises(ConnectionTimeoutError):  # once the socket is full
         near.write(bytes(16 << 20))
     near.set_deadline(0)
-    with pytest.raises(LineTimeoutError):
+    with pytest.raises(ConnectionTimeoutError):
         near.write(b"a")
 
 
@@ -105,24 +105,24 @@ def test_shutting_it_ends_whoever_waits(ends: Ends) -> None:
     near, far = ends
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(taken, far, 1)
-        threading.Timer(0.05, far.shut).start()
-        with pytest.raises(LineClosedError):
+        threading.Timer(0.05, far.shutdown).start()
+        with pytest.raises(ConnectionClosedError):
             reading.result()
-    with pytest.raises(LineClosedError):
+    with pytest.raises(ConnectionClosedError):
         taken(near, 1)
-    near.shut()  # harmless, however often
-    near.shut()
+    near.shutdown()  # harmless, however often
+    near.shutdown()
 
 
 def test_what_was_written_last_is_read_before_the_end(ends: Ends) -> None:
     near, far = ends
     near.set_deadline(1)
-    with suppress(LineTimeoutError):
+    with suppress(ConnectionTimeoutError):
         near.write(np.ones(16 << 20, np.uint8).data)
     near.set_deadline(30)
     far.write(b"why")
     with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(far.end_gently, 30)
+        ending = pool.submit(far.half_close_and_drain, 30)
         assert taken(near, 3) == b"why"
         near.close()
         ending.result()
@@ -131,7 +131,7 @@ def test_what_was_written_last_is_read_before_the_end(ends: Ends) -> None:
 def test_an_end_is_waited_for_no_longer_than_was_said(ends: Ends) -> None:
     _, far = ends
     began_s = time.monotonic()
-    far.end_gently(0.05)
+    far.half_close_and_drain(0.05)
     assert 0.05 <= time.monotonic() - began_s < 30
 
 
@@ -144,25 +144,25 @@ def test_a_socket_among_very_many_descriptors_is_waited_for_too() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     with closing(SocketStream(one)) as near, closing(SocketStream(high)) as far:
         assert far.descriptor >= _HIGH_DESCRIPTOR
-        assert not far.has_come(0)
-        assert not far.has_come(0.002)
+        assert not far.poll(0)
+        assert not far.poll(0.002)
         near.write(b"abc")
-        assert far.has_come(0.002)
+        assert far.poll(0.002)
         assert taken(far, 3) == b"abc"
 
 
 def test_what_comes_is_waited_for_as_long_as_was_said(ends: Ends) -> None:
     near, far = ends
     began_s = time.monotonic()
-    assert not far.has_come(0.05)
+    assert not far.poll(0.05)
     assert time.monotonic() - began_s >= 0.05
     threading.Timer(0.05, near.write, [b"a"]).start()
-    assert far.has_come(30)
+    assert far.poll(30)
 
 
 def test_nothing_is_waited_for_beyond_the_deadline(ends: Ends) -> None:
     near, _ = ends
     near.set_deadline(0.05)
-    assert not near.has_come(10_000)
-    with pytest.raises(LineTimeoutError):
+    assert not near.poll(10_000)
+    with pytest.raises(ConnectionTimeoutError):
         taken(near, 1)

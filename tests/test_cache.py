@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from deconvd_server.cache import Cache, Entry, Resource, State
+from deconvd_server.resources.cache import Cache, CacheEntry, EntryState, Resource
 
 StrCache = Cache[str, str]
 
@@ -223,7 +223,7 @@ def test_many_threads_free_everything_exactly_once() -> None:
 
 def test_an_entry_takes_no_users_once_retired_and_is_freed_once() -> None:
     freed: list[Resource[str]] = []
-    entry = Entry(Resource("value", 1), freed.append)
+    entry = CacheEntry(Resource("value", 1), freed.append)
     entry.acquire()
     entry.retire()
     entry.retire()
@@ -232,5 +232,5 @@ def test_an_entry_takes_no_users_once_retired_and_is_freed_once() -> None:
     entry.release()
     with pytest.raises(RuntimeError, match="more often"):
         entry.release()
-    assert entry.state is State.FREED
+    assert entry.state is EntryState.FREED
     assert [resource.value for resource in freed] == ["value"]

@@ -9,8 +9,9 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deconvd import codec
-from deconvd.codec import (
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire import codec
+from deconvd.wire.codec import (
     Envelope,
     chunk_from_bytes,
     chunk_to_bytes,
@@ -18,7 +19,6 @@ from deconvd.codec import (
     encode,
     missing_chunk_to_bytes,
 )
-from deconvd.v1 import deconvd_pb2 as pb
 from tests.wire import UNKNOWN_FIELDS, varint
 
 LARGE = bytes(range(256)) * 65  # 16,640 bytes: past the size from which messages are framed by hand
@@ -95,7 +95,7 @@ def test_no_more_is_remembered_than_has_room() -> None:
     for size_bytes in range(1, 2000):
         request = pb.DeconvolveRequest(session=bytes(size_bytes))
         assert decode(pb.DeconvolveRequest, request.SerializeToString()).message == request
-    sizes_bytes = [len(data) for _, data in codec._known]
+    sizes_bytes = [len(data) for _, data in codec._envelope_cache]
     assert len(sizes_bytes) <= 1024
     assert max(sizes_bytes) <= 1024
 
@@ -104,13 +104,13 @@ def test_elements_are_not_remembered() -> None:
     request = pb.DeconvolveRequest(x=pb.Tensor(raw=b"secret"))
     data = request.SerializeToString()
     decode(pb.DeconvolveRequest, data)
-    assert (pb.DeconvolveRequest, data) not in codec._known
+    assert (pb.DeconvolveRequest, data) not in codec._envelope_cache
 
 
 def test_the_secrets_of_sessions_are_not_remembered() -> None:
     data = pb.HoldSessionRequest(tenant_key=b"secret").SerializeToString()
     assert decode(pb.HoldSessionRequest, data).message.tenant_key == b"secret"
-    assert (pb.HoldSessionRequest, data) not in codec._known
+    assert (pb.HoldSessionRequest, data) not in codec._envelope_cache
 
 
 @given(messages(), st.data())

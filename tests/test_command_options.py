@@ -14,10 +14,10 @@ import pytest
 from click.core import ParameterSource
 
 import deconvd_client
-from deconvd.command_line import variable_of
+from deconvd.command_line import envvar_of
 from deconvd_client.cli import main as deconvd
 from deconvd_server.__main__ import main as deconvd_server
-from deconvd_server.options import ByteSize, unknown_variables
+from deconvd_server.command_options import ByteSize, unknown_variables
 from tests.servers import server_process
 
 OPTIONS = [
@@ -134,7 +134,7 @@ def test_what_the_client_reads_from_the_environment_has_its_options_name() -> No
 
     assert "--target" in read
     for option in read.values():
-        assert option.envvar == own_variable(option) == variable_of(option)
+        assert option.envvar == own_variable(option) == envvar_of(option)
 
 
 def test_a_wrong_target_from_the_environment_is_told_by_its_variable() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import CallCancelledError, Connection, DeadlineError, InvalidArgumentError
 from tests.servers import ServerProcess
 

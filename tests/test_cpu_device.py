@@ -15,28 +15,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
-from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients
-from deconvd.operation import DECONVOLVE
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.gradients import Gradients
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec, spec_of
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cpu import device as cpu_device
 from deconvd_server.device.cpu.blocking import is_small
-from deconvd_server.device.cpu.products import Products
-from deconvd_server.device.cpu.team import Steps
+from deconvd_server.device.cpu.products import BlockProducts
+from deconvd_server.device.cpu.team import Task
 from tests import definition
-from tests.devices import Wanted, deconvolve, gradients, runner
+from tests.devices import GradientRequest, deconvolve, gradients, runner
 from tests.strategies import FLOAT64, Operands, operands
 
 TIMEOUT_S = 60
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-ALL = Wanted()
-MASKS = [Wanted(*mask) for mask in itertools.product([False, True], repeat=3) if any(mask)]
+ALL = GradientRequest()
+MASKS = [GradientRequest(*mask) for mask in itertools.product([False, True], repeat=3) if any(mask)]
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["alone", "three threads"])
@@ -53,17 +52,25 @@ def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
 
 
 def y_of(
-    device: CpuDevice, o: Operands, *, call: Call | None = None, options: Options | None = None
+    device: CpuDevice,
+    o: Operands,
+    *,
+    call: CallContext | None = None,
+    options: Options | None = None,
 ) -> Array:
     by = runner(device, o.problem)
-    return deconvolve(by, o.problem, o.x, o.W, o.b, options or Options(), call or Call())
+    return deconvolve(by, o.problem, o.x, o.W, o.b, options or Options(), call or CallContext())
 
 
 def gradients_of(
-    device: CpuDevice, o: Operands, *, wanted: Wanted = ALL, call: Call | None = None
+    device: CpuDevice,
+    o: Operands,
+    *,
+    wanted: GradientRequest = ALL,
+    call: CallContext | None = None,
 ) -> Gradients:
     by = runner(device, o.problem)
-    return gradients(by, o.problem, o.x, o.W, o.gy, wanted, Options(), call or Call())
+    return gradients(by, o.problem, o.x, o.W, o.gy, wanted, Options(), call or CallContext())
 
 
 def results_of(device: CpuDevice, o: Operands) -> list[Array]:
@@ -248,7 +255,7 @@ def test_y_is_linear_in_x_and_in_W(device: CpuDevice, o: Operands, seed: int) ->
     p, other = o.problem, drawn(o.problem, with_b=False, seed=seed)
 
     def y(x: Array, W: Array) -> Array:
-        return deconvolve(runner(device, p), p, x, W, None, Options(), Call())
+        return deconvolve(runner(device, p), p, x, W, None, Options(), CallContext())
 
     in_x = 3 * y(o.x, o.W) + y(other.x, o.W)
     assert_agrees(y(3 * o.x + other.x, o.W), in_x, F64)
@@ -259,7 +266,7 @@ def test_y_is_linear_in_x_and_in_W(device: CpuDevice, o: Operands, seed: int) ->
 @settings(max_examples=60, deadline=None)
 @given(o=operands(FLOAT64))
 def test_the_gradients_are_adjoint_to_y(device: CpuDevice, o: Operands) -> None:
-    y = deconvolve(runner(device, o.problem), o.problem, o.x, o.W, None, Options(), Call())
+    y = deconvolve(runner(device, o.problem), o.problem, o.x, o.W, None, Options(), CallContext())
     gx, gW, _ = _all(gradients_of(device, o))
 
     wanted = np.vdot(o.gy, y)
@@ -278,7 +285,9 @@ def test_the_gradients_are_what_small_steps_show(device: CpuDevice, o: Operands,
     assert step.b is not None
 
     def loss(x: Array, W: Array, b: Array) -> float:
-        return float(np.vdot(o.gy, deconvolve(runner(device, p), p, x, W, b, Options(), Call())))
+        return float(
+            np.vdot(o.gy, deconvolve(runner(device, p), p, x, W, b, Options(), CallContext()))
+        )
 
     half = 0.5  # no need for less: y is linear in each operand, so that only rounding makes errors
     slopes = [
@@ -303,13 +312,15 @@ def test_of_an_empty_batch_gW_and_gb_are_zeros(device: CpuDevice) -> None:
 
 @pytest.mark.parametrize("wanted", MASKS, ids=str)
 def test_only_the_gradients_wanted_are_given_and_only_what_they_need_is_asked_for(
-    device: CpuDevice, wanted: Wanted
+    device: CpuDevice, wanted: GradientRequest
 ) -> None:
     o = drawn(several_blocks())
     every = gradients_of(device, o)
 
     x, W = (o.x if wanted.gW else None), (o.W if wanted.gx else None)
-    some = gradients(runner(device, o.problem), o.problem, x, W, o.gy, wanted, Options(), Call())
+    some = gradients(
+        runner(device, o.problem), o.problem, x, W, o.gy, wanted, Options(), CallContext()
+    )
 
     for name, gradient in every._asdict().items():
         if getattr(wanted, name):
@@ -412,7 +423,7 @@ def test_calls_from_many_threads_give_the_bits_that_each_would_give_alone() -> N
 # How it ends early
 
 
-class WatchedCall(Call):
+class WatchedCall(CallContext):
     """Counts how often it is asked, and ends when it has been asked so often."""
 
     def __init__(self, end_at: int) -> None:
@@ -429,15 +440,15 @@ class WatchedCall(Call):
         super().check()
 
 
-Run = Callable[[CpuDevice, Operands, Call], object]
+Run = Callable[[CpuDevice, Operands, CallContext], object]
 
 RUNS: dict[str, Run] = {
     "y": lambda device, o, call: y_of(device, o, call=call),
     "gx": lambda device, o, call: gradients_of(
-        device, o, wanted=Wanted(gW=False, gb=False), call=call
+        device, o, wanted=GradientRequest(gW=False, gb=False), call=call
     ),
     "gW": lambda device, o, call: gradients_of(
-        device, o, wanted=Wanted(gx=False, gb=False), call=call
+        device, o, wanted=GradientRequest(gx=False, gb=False), call=call
     ),
 }
 
@@ -464,16 +475,16 @@ def test_a_cancelled_call_ends_before_each_thread_begins_another_block(
 
 def test_a_call_past_its_deadline_computes_nothing(device: CpuDevice, run: Run) -> None:
     with pytest.raises(DeadlineError, match="deadline passed"):
-        run(device, drawn(several_blocks()), Call(timeout_s=0))
+        run(device, drawn(several_blocks()), CallContext(timeout_s=0))
 
 
 @pytest.mark.parametrize(
     ("call", "error"),
-    [(WatchedCall(end_at=2), CallCancelledError), (Call(timeout_s=0), DeadlineError)],
+    [(WatchedCall(end_at=2), CallCancelledError), (CallContext(timeout_s=0), DeadlineError)],
     ids=["cancelled", "expired"],
 )
 def test_after_a_call_that_ended_early_the_device_works_as_before(
-    device: CpuDevice, call: Call, error: type[Exception]
+    device: CpuDevice, call: CallContext, error: type[Exception]
 ) -> None:
     o = drawn(several_blocks())
     before = y_of(device, o)
@@ -499,7 +510,7 @@ def test_what_no_memory_holds_is_an_error_and_the_device_works_on(device: CpuDev
             {"x": np.ones(p.x.shape, F32), "w": one},
             {"y": place},
             Options(),
-            Call(),
+            CallContext(),
         )
 
     small = drawn(several_blocks())
@@ -528,21 +539,21 @@ def test_small_calls_are_computed_by_the_thread_that_makes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads: set[int] = set()
-    set_y = Products.set_y
+    set_y = BlockProducts.set_y
 
-    def noted(products: Products, *task: Any) -> Steps:
+    def noted(products: BlockProducts, *task: Any) -> Task:
         threads.add(threading.get_ident())
         time.sleep(0.01)  # so that helpers had the time to take a task
         yield from set_y(products, *task)
 
-    monkeypatch.setattr(Products, "set_y", noted)
+    monkeypatch.setattr(BlockProducts, "set_y", noted)
     monkeypatch.setattr(cpu_device, "is_small", is_small)
     device = CpuDevice(3)
     for image, is_alone in ((8, True), (100, False)):
         x, W = np.ones((1, 4, image, image), np.float32), np.ones((4, 8, 3, 3), np.float32)
         problem = Problem(spec_of(x), spec_of(W), Geometry())
         threads.clear()
-        y = deconvolve(device, problem, x, W, None, Options(), Call())
+        y = deconvolve(device, problem, x, W, None, Options(), CallContext())
         np.testing.assert_allclose(y, definition.deconvolve(problem, x, W))
         assert (threads == {threading.get_ident()}) == is_alone
     device.close()

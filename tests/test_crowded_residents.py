@@ -14,16 +14,24 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.direct_events import Method
+from deconvd.direct.events import MethodCode
 from deconvd.errors import ExhaustedError
-from deconvd.grpc_status import error_from_rpc
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.residents.counting import counted_bytes, names_limit
-from tests.direct_calls import open_line, send_call
-from tests.holders import Holder, by_digest, by_handle, holder, raw
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.tensor import message_from_spec
+from deconvd_server.residents.quotas import counted_bytes, names_limit
+from tests.direct_calls import open_stream, send_call
 from tests.processes import memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import (
+    SessionClient,
+    open_session,
+    raw_tensor,
+    tensor_by_digest,
+    tensor_by_handle,
+)
 
 MIB = 1 << 20
 ONE = np.ones((1, 1, 1, 1), np.float32)
@@ -39,12 +47,12 @@ def image(value: float, size_bytes: int = MIB) -> Array:
     return np.full((size_bytes // MIB, 1, 512, 512), value, np.float32)
 
 
-def keep_ones(held: Holder, count: int) -> None:
+def keep_ones(held: SessionClient, count: int) -> None:
     """Keep tensors of one number, four by each call."""
     request = pb.DeconvolveRequest(
-        x=raw(ONE),
-        w=raw(ONE),
-        b=raw(ONE.reshape(1)),
+        x=raw_tensor(ONE),
+        w=raw_tensor(ONE),
+        b=raw_tensor(ONE.reshape(1)),
         session=held.session,
         keep=pb.OperandsToKeep(x=True, w=True, b=True),
         keep_y=True,
@@ -56,10 +64,10 @@ def keep_ones(held: Holder, count: int) -> None:
         ]
         for call in calls:
             call.result()
-        held.sign()
+        held.send_heartbeat()
 
 
-def check_health(held: Holder) -> None:
+def check_health(held: SessionClient) -> None:
     check: Any = held.channel.unary_unary("/grpc.health.v1.Health/Check")
     assert check(b"") == b"\x08\x01"  # SERVING
 
@@ -80,16 +88,16 @@ def honest_client(target: str) -> Iterator[list[float]]:
         return result
 
     def live() -> None:
-        with holder(target) as held:
+        with open_session(target) as held:
             while not done.is_set():
                 handle = timed(held.put, ONE)
                 request = pb.DeconvolveRequest(
-                    x=by_handle(ONE, handle), w=raw(ONE), session=held.session
+                    x=tensor_by_handle(ONE, handle), w=raw_tensor(ONE), session=held.session
                 )
                 timed(held.stub.Deconvolve, request)
                 timed(check_health, held)
                 timed(held.drop, handle)
-                held.sign()
+                held.send_heartbeat()
 
     with ThreadPoolExecutor(1) as pool:
         living = pool.submit(live)
@@ -106,15 +114,15 @@ def test_room_among_many_tensors_is_made_while_others_go_on(
 ) -> None:
     limit_bytes = count * ONE_BYTES + MIB
     with server_process(socket_directory, "--resident-memory-bytes", str(limit_bytes)) as server:
-        with holder(server.target) as held:
+        with open_session(server.target) as held:
             keep_ones(held, count)
-            assert held.kept_count() >= count
+            assert held.resident_count() >= count
             with honest_client(server.target) as took:
                 large = np.zeros((1, 1, 1, (limit_bytes - MIB) // 4), np.float32)
                 begin_s = time.monotonic()
                 handle = held.put(large)  # for which nearly all must go
                 made_s = time.monotonic() - begin_s
-                held.sign()
+                held.send_heartbeat()
                 held.get(handle)
             assert made_s < count * LONGEST_PER_TENSOR_S
             assert max(took) < LONGEST_S
@@ -126,7 +134,7 @@ def test_what_many_tensors_leave_behind_is_cleared_while_others_go_on(
 ) -> None:
     limit_bytes = count * ONE_BYTES + 2 * MIB
     with server_process(socket_directory, "--resident-memory-bytes", str(limit_bytes)) as server:
-        with holder(server.target) as watcher, holder(server.target) as held:
+        with open_session(server.target) as watcher, open_session(server.target) as held:
             keep_ones(held, count)
             with honest_client(server.target) as took:
                 held.close()
@@ -138,19 +146,19 @@ def test_the_smallest_tensors_take_no_more_than_they_count_for(socket_directory:
     count = 16384
     limit_bytes = count * ONE_BYTES + MIB
     with server_process(socket_directory, "--resident-memory-bytes", str(limit_bytes)) as server:
-        with holder(server.target) as held:
+        with open_session(server.target) as held:
             keep_ones(held, 256)  # what all calls need is there
             before_bytes = memory_bytes(server.process.pid)
             keep_ones(held, count - 256)
             grown_bytes = memory_bytes(server.process.pid) - before_bytes
-            assert held.kept_count() >= count
-            assert grown_bytes <= held.kept_bytes()
+            assert held.resident_count() >= count
+            assert grown_bytes <= held.resident_bytes()
 
 
 def test_a_tensor_has_only_so_many_handles(server: ServerProcess) -> None:
-    with holder(server.target) as held:
+    with open_session(server.target) as held:
         request = pb.DeconvolveRequest(
-            x=message_from_spec(spec_of(ONE)), w=by_digest(ONE), session=held.session
+            x=message_from_spec(spec_of(ONE)), w=tensor_by_digest(ONE), session=held.session
         )
         header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
         parts = [
@@ -160,7 +168,10 @@ def test_a_tensor_has_only_so_many_handles(server: ServerProcess) -> None:
         ]
         list(held.stub.DeconvolveStream(iter(parts)))  # so that the server has it for its digest
         request = pb.DeconvolveRequest(
-            x=raw(ONE), w=by_digest(ONE), session=held.session, keep=pb.OperandsToKeep(w=True)
+            x=raw_tensor(ONE),
+            w=tensor_by_digest(ONE),
+            session=held.session,
+            keep=pb.OperandsToKeep(w=True),
         )
         for _ in range(names_limit(spec_of(ONE))):
             held.stub.Deconvolve(request)
@@ -180,7 +191,7 @@ def small(socket_directory: Path) -> Iterator[ServerProcess]:
 
 
 def read_nothing(
-    server: ServerProcess, held: Holder, handle: bytes, way: str
+    server: ServerProcess, held: SessionClient, handle: bytes, way: str
 ) -> Callable[[], object]:
     """Ask for a tensor and do not take it; return what ends that."""
     request = pb.GetTensorRequest(session=held.session, resident=pb.Resident(handle=handle))
@@ -188,13 +199,13 @@ def read_nothing(
         responses = held.stub.GetTensor(request)
         next(responses)  # so the server is at it
         return responses.cancel
-    line = open_line(server)
-    send_call(line, Method.GetTensor, request.SerializeToString(), timeout_s=600)
+    line = open_stream(server)
+    send_call(line, MethodCode.GetTensor, request.SerializeToString(), timeout_s=600)
     line.next_event()
     return line.close
 
 
-def write_nothing(held: Holder, size_bytes: int) -> Callable[[], object]:
+def write_nothing(held: SessionClient, size_bytes: int) -> Callable[[], object]:
     """Begin to put a tensor and send none of it; return what ends that."""
     header = pb.PutTensorHeader(
         session=held.session, tensor=message_from_spec(spec_of(image(0, size_bytes)))
@@ -218,7 +229,11 @@ def write_nothing(held: Holder, size_bytes: int) -> Callable[[], object]:
 def test_tensors_that_nobody_reads_keep_no_tenant_from_its_share(
     small: ServerProcess, way: str
 ) -> None:
-    with holder(small.target) as greedy, holder(small.target) as modest, ExitStack() as stack:
+    with (
+        open_session(small.target) as greedy,
+        open_session(small.target) as modest,
+        ExitStack() as stack,
+    ):
         for number in range(5):
             handle = greedy.put(image(number, 12 * MIB))
             stack.callback(read_nothing(small, greedy, handle, way))
@@ -232,10 +247,14 @@ def test_tensors_that_nobody_reads_keep_no_tenant_from_its_share(
 
 
 def test_tensors_that_never_come_keep_no_tenant_from_its_share(small: ServerProcess) -> None:
-    with holder(small.target) as greedy, holder(small.target) as modest, ExitStack() as stack:
+    with (
+        open_session(small.target) as greedy,
+        open_session(small.target) as modest,
+        ExitStack() as stack,
+    ):
         for _ in range(5):
             stack.callback(write_nothing(greedy, 12 * MIB))
-        wait_until(lambda: greedy.kept_count() == 5)
+        wait_until(lambda: greedy.resident_count() == 5)
 
         modest.put(image(1, 32 * MIB))
 
@@ -244,7 +263,11 @@ def test_tensors_that_never_come_keep_no_tenant_from_its_share(small: ServerProc
 def test_tensors_of_streams_that_wait_keep_no_tenant_from_its_share(
     small: ServerProcess, way: str
 ) -> None:
-    with holder(small.target) as greedy, holder(small.target) as modest, ExitStack() as stack:
+    with (
+        open_session(small.target) as greedy,
+        open_session(small.target) as modest,
+        ExitStack() as stack,
+    ):
         for number in range(5):
             stack.callback(stream_nothing(small, greedy, image(number, 12 * MIB), way))
 
@@ -254,17 +277,19 @@ def test_tensors_of_streams_that_wait_keep_no_tenant_from_its_share(
             np.testing.assert_array_equal(modest.get(handle), image(number, 8 * MIB))
 
 
-def stream_nothing(server: ServerProcess, held: Holder, x: Array, way: str) -> Callable[[], object]:
+def stream_nothing(
+    server: ServerProcess, held: SessionClient, x: Array, way: str
+) -> Callable[[], object]:
     """Begin a stream with an x that is kept and a W that never comes; return what ends that."""
     request = pb.DeconvolveRequest(
-        x=by_handle(x, held.put(x)), w=message_from_spec(spec_of(ONE)), session=held.session
+        x=tensor_by_handle(x, held.put(x)), w=message_from_spec(spec_of(ONE)), session=held.session
     )
     header = pb.DeconvolveStreamRequest(
         header=pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
     )
     if way == "direct":
-        line = open_line(server)
-        send_call(line, Method.DeconvolveStream, header.SerializeToString(), timeout_s=600)
+        line = open_stream(server)
+        send_call(line, MethodCode.DeconvolveStream, header.SerializeToString(), timeout_s=600)
         line.next_event()  # so the server has x
         return line.close
     ended = threading.Event()

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.geometry import Geometry
-from deconvd.options import Options
-from deconvd.problem import Problem
-from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, spec_of
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice
 from tests.devices import deconvolve
 
@@ -64,7 +64,7 @@ Search.__init__, Search.build = remember, build_and_remember
 if place == "heuristics":
     Search._configs = Deadly(Search._configs, is_deadly)
 elif place == "build":
-    Search._blob = Deadly(Search._blob, is_deadly)
+    Search._serialize_plan = Deadly(Search._serialize_plan, is_deadly)
 elif place == "run":
     CudnnPlan.execute = Deadly(CudnnPlan.execute, is_deadly)
 main()
@@ -107,7 +107,7 @@ def operands(kernel: int) -> tuple[Array, Array]:
 def assert_right(y: Array, x: Array, W: Array) -> None:
     device = CpuDevice()
     problem = Problem(spec_of(x), spec_of(W), Geometry())
-    expected = deconvolve(device, problem, x, W, None, Options(), Call())
+    expected = deconvolve(device, problem, x, W, None, Options(), CallContext())
     device.close()
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-3)
 

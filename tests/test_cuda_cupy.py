@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection
 from deconvd_server.daemon import Daemon
 from deconvd_server.settings import Settings
@@ -59,8 +59,8 @@ def operands(n: int = 3, channels: int = 16, image: int = 24) -> tuple[Array, Ar
 
 def is_lent(F: Connection, array: Any) -> bool:
     """Return whether an array lies in memory that the server lends."""
-    assert F._server._cards is not None
-    borrowers = F._server._cards._borrowers.values()
+    assert F._server._card_dispatcher is not None
+    borrowers = F._server._card_dispatcher._borrowers.values()
     return any(borrower.locate(array) is not None for borrower in borrowers)
 
 
@@ -125,11 +125,11 @@ def test_results_are_operands_of_the_next_call_where_they_lie(F: Connection) -> 
     expected = F.deconvolution_2d(F.deconvolution_2d(x, W, **GEOMETRY), W, **GEOMETRY)
 
     y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
-    (borrower,) = F._server._cards._borrowers.values()  # type: ignore[union-attr]
-    taken_bytes = borrower.taken_bytes
+    (borrower,) = F._server._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
+    taken_bytes = borrower.allocated_bytes
     z = F.deconvolution_2d(y, cupy.asarray(W), **GEOMETRY)
 
-    assert borrower.taken_bytes - taken_bytes < z.nbytes + x.nbytes  # y was not copied
+    assert borrower.allocated_bytes - taken_bytes < z.nbytes + x.nbytes  # y was not copied
     np.testing.assert_array_equal(cupy.asnumpy(z), expected)
 
 
@@ -145,10 +145,10 @@ def test_results_stay_as_they_are_while_they_are_held_and_their_memory_is_used_a
     base = F.deconvolution_2d(x, W, **GEOMETRY)[1:3, ::2]
     for n, y in held:
         np.testing.assert_allclose(cupy.asnumpy(y), n * base, rtol=1e-4, atol=1e-3)
-    (borrower,) = F._server._cards._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = F._server._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
     del held, y
     gc.collect()
-    assert borrower.taken_bytes < 2 * W_card.nbytes
+    assert borrower.allocated_bytes < 2 * W_card.nbytes
 
 
 def test_work_that_is_under_way_on_the_current_stream_is_waited_for(F: Connection) -> None:
@@ -309,7 +309,7 @@ def test_a_server_in_the_same_process_is_reached_by_way_of_the_host(
         with deconvd_client.connect(daemon.addresses[0]) as F:
             falls_back(F, caplog, "cannot be opened here")
             assert daemon.backend is not None
-            assert daemon.backend.residents.engines.all[0].load.held_bytes == 0
+            assert daemon.backend.residents.engines.all[0].load.reserved_bytes == 0
     finally:
         daemon.drain()
 

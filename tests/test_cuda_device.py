@@ -15,35 +15,34 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
+from deconvd.direct.connection_errors import ConnectionBrokenError
+from deconvd.direct.frame_stream import FrameStream, report_progress
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
-from deconvd.geometry import Geometry
-from deconvd.gradients import Gradients
-from deconvd.ledger import FOLLOW_ENTRY, METADATA_KEY
-from deconvd.line import Line, tell_written
-from deconvd.line_errors import LineBrokenError
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, spec_of
-from deconvd_server.call import Call
+from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.gradients import Gradients
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem, TensorSpec, spec_of
+from deconvd.wire.ledger import METADATA_KEY, OVERLAP_ENTRY
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import Operand
 from deconvd_server.device import arriving as device_arriving
-from deconvd_server.device.arriving import LateError, wait_for
+from deconvd_server.device.arriving import ArrivalTimeoutError, wait_for
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.writing import Writing
+from deconvd_server.transports.direct.write_progress import WriteProgress
 from tests import definition
-from tests.devices import Wanted, arriving, deconvolve, gradients, runner
+from tests.devices import GradientRequest, deconvolve, gradients, make_arriving, runner
 from tests.golden import GoldenCase, golden_cases, tolerance
-from tests.line_pairs import early_ends
+from tests.stream_pairs import overlapped_streams
 
 if TYPE_CHECKING:
-    from deconvd_server.device.cuda.device import CudaDevice, Limits
-    from deconvd_server.device.cuda.runtime import Graph, Stream
+    from deconvd_server.device.cuda.api.runtime import Graph, Stream
+    from deconvd_server.device.cuda.device import CudaDevice, CudaLimits
 else:
     pytest.importorskip("cupy")
-    from deconvd_server.device.cuda.device import CudaDevice, Limits
-    from deconvd_server.device.cuda.runtime import Graph, Stream
+    from deconvd_server.device.cuda.api.runtime import Graph, Stream
+    from deconvd_server.device.cuda.device import CudaDevice, CudaLimits
 
 pytestmark = pytest.mark.gpu
 
@@ -88,8 +87,10 @@ def test_results_agree_with_chainer(cuda: CudaDevice, case: GoldenCase, options:
     a, problem = case.arrays, golden_problem(case)
 
     by = runner(cuda, problem)
-    y = deconvolve(by, problem, a["x"], a["W"], a.get("b"), options, Call())
-    found = gradients(by, problem, a["x"], a["W"], a["gy"], Wanted(), options, Call())
+    y = deconvolve(by, problem, a["x"], a["W"], a.get("b"), options, CallContext())
+    found = gradients(
+        by, problem, a["x"], a["W"], a["gy"], GradientRequest(), options, CallContext()
+    )
 
     np.testing.assert_allclose(y, a["y"], **vars(tolerance(case, 0)))
     expected = Gradients(
@@ -151,11 +152,11 @@ def test_results_agree_with_the_cpu(cuda: CudaDevice, cpu: CpuDevice, seed: int)
     x, W, gy = random_array(problem.x), random_array(problem.W, 1), random_array(problem.y, 2)
     b = random_array(problem.b, 3) if seed % 3 else None
 
-    y = deconvolve(cuda, problem, x, W, b, options, Call())
-    found = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+    y = deconvolve(cuda, problem, x, W, b, options, CallContext())
+    found = gradients(cuda, problem, x, W, gy, GradientRequest(), options, CallContext())
 
-    assert_near(y, deconvolve(cpu, problem, x, W, b, options, Call()), problem)
-    expected = gradients(cpu, problem, x, W, gy, Wanted(), options, Call())
+    assert_near(y, deconvolve(cpu, problem, x, W, b, options, CallContext()), problem)
+    expected = gradients(cpu, problem, x, W, gy, GradientRequest(), options, CallContext())
     for result, wanted in zip(found, expected, strict=True):
         assert result is not None
         assert wanted is not None
@@ -174,13 +175,17 @@ def test_empty_operands_give_what_the_cpu_gives(
     x, W, b, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.b, problem.y))
 
     on_card, on_host = (runner(device, problem) for device in (cuda, cpu))
-    y = deconvolve(on_card, problem, x, W, b, Options(), Call())
-    found = gradients(on_card, problem, x, W, gy, Wanted(), Options(), Call())
+    y = deconvolve(on_card, problem, x, W, b, Options(), CallContext())
+    found = gradients(on_card, problem, x, W, gy, GradientRequest(), Options(), CallContext())
 
     assert cuda.footprint_bytes(DECONVOLVE, problem, ("w", "x"), ("y",)) == 0
-    np.testing.assert_array_equal(y, deconvolve(on_host, problem, x, W, b, Options(), Call()))
+    np.testing.assert_array_equal(
+        y, deconvolve(on_host, problem, x, W, b, Options(), CallContext())
+    )
     for result, expected in zip(
-        found, gradients(on_host, problem, x, W, gy, Wanted(), Options(), Call()), strict=True
+        found,
+        gradients(on_host, problem, x, W, gy, GradientRequest(), Options(), CallContext()),
+        strict=True,
     ):
         np.testing.assert_array_equal(result, expected)
 
@@ -203,8 +208,8 @@ def test_deterministic_runs_are_equal_bit_by_bit(
     x, W, gy = random_array(problem.x), random_array(problem.W, 1), random_array(problem.y, 2)
 
     def run() -> tuple[bytes, ...]:
-        y = deconvolve(cuda, problem, x, W, None, options, Call())
-        found = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+        y = deconvolve(cuda, problem, x, W, None, options, CallContext())
+        found = gradients(cuda, problem, x, W, gy, GradientRequest(), options, CallContext())
         return tuple(array.tobytes() for array in (y, *found) if array is not None)
 
     assert len({run() for _ in range(5)}) == 1
@@ -220,24 +225,24 @@ def test_status_tells_of_plans_and_buffers(cuda: CudaDevice) -> None:
 @pytest.mark.parametrize(
     "wanted",
     [
-        Wanted(True, False, False),
-        Wanted(False, True, False),
-        Wanted(False, False, True),
-        Wanted(True, False, True),
+        GradientRequest(True, False, False),
+        GradientRequest(False, True, False),
+        GradientRequest(False, False, True),
+        GradientRequest(True, False, True),
     ],
     ids=["gx", "gW", "gb", "gx and gb"],
 )
 def test_only_the_wanted_gradients_are_given(
-    cuda: CudaDevice, cpu: CpuDevice, wanted: Wanted
+    cuda: CudaDevice, cpu: CpuDevice, wanted: GradientRequest
 ) -> None:
     problem = layer(np.dtype(np.float32), n=1)
     x = random_array(problem.x) if wanted.gW else None
     W = random_array(problem.W, 1) if wanted.gx else None
     gy = random_array(problem.y, 2)
 
-    found = gradients(cuda, problem, x, W, gy, wanted, Options(), Call())
+    found = gradients(cuda, problem, x, W, gy, wanted, Options(), CallContext())
 
-    expected = gradients(cpu, problem, x, W, gy, wanted, Options(), Call())
+    expected = gradients(cpu, problem, x, W, gy, wanted, Options(), CallContext())
     for result, right in zip(found, expected, strict=True):
         assert (result is None) == (right is None)
         if result is not None and right is not None:
@@ -252,10 +257,10 @@ def test_a_large_call_of_strided_read_only_operands_is_right(
     W = random_array(problem.W, 1)[::-1, :, :, ::-1]
     x.flags.writeable = W.flags.writeable = False
 
-    y = deconvolve(cuda, problem, x, W, None, Options(), Call())
+    y = deconvolve(cuda, problem, x, W, None, Options(), CallContext())
 
     assert problem.x.nbytes > 16 << 20
-    assert_near(y, deconvolve(cpu, problem, x, W, None, Options(), Call()), problem)
+    assert_near(y, deconvolve(cpu, problem, x, W, None, Options(), CallContext()), problem)
 
 
 @pytest.fixture
@@ -295,7 +300,7 @@ def test_registered_arrays_give_the_same_bits(
     options = Options(cudnn_deterministic=True)
     specs = (problem.x, problem.W, problem.y)
     arrays, begin = [random_array(spec, seed) for seed, spec in enumerate(specs)], 4
-    expected = deconvolve(cuda, problem, arrays[0], arrays[1], None, options, Call())
+    expected = deconvolve(cuda, problem, arrays[0], arrays[1], None, options, CallContext())
     for bit, spec in enumerate(specs):
         if where >> bit & 1:
             place = registered[begin : begin + spec.nbytes].view(spec.dtype).reshape(spec.shape)
@@ -306,16 +311,18 @@ def test_registered_arrays_give_the_same_bits(
 
     for _ in range(4):
         y[...] = np.nan
-        deconvolve(cuda, problem, x, W, None, options, Call(), y)
+        deconvolve(cuda, problem, x, W, None, options, CallContext(), y)
         if n == 24 and where & 5 == 5:  # in parts, for which another plan may be chosen
             assert_near(y, expected, problem)
         else:
             np.testing.assert_array_equal(y, expected)
 
     gx_place = np.empty(problem.x.shape, problem.x.dtype)
-    found = gradients(cuda, problem, x, W, y, Wanted(), options, Call(), {"gx": gx_place})
+    found = gradients(
+        cuda, problem, x, W, y, GradientRequest(), options, CallContext(), {"gx": gx_place}
+    )
     x, W, gy = (np.array(array) for array in (x, W, y))
-    right = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+    right = gradients(cuda, problem, x, W, gy, GradientRequest(), options, CallContext())
     for array, expected_array in zip(found, right, strict=True):
         assert array is not None
         assert expected_array is not None
@@ -334,14 +341,14 @@ def test_a_large_call_of_registered_arrays_is_computed_in_parts_of_its_samples(
     x[...], y[...] = random_array(problem.x), np.nan
     W, b = random_array(problem.W, 1), random_array(problem.b, 2)
     W_tensor = cuda.empty(problem.W)
-    cuda.write(W_tensor, W, Call())
+    cuda.write(W_tensor, W, CallContext())
 
     for _ in range(3):
-        deconvolve(cuda, problem, x, W_tensor if W_is_resident else W, b, options, Call(), y)
+        deconvolve(cuda, problem, x, W_tensor if W_is_resident else W, b, options, CallContext(), y)
 
     part = replace_batch(problem, n // count)
     for one in np.split(np.arange(n), count):
-        alone = deconvolve(cuda, part, x[one].copy(), W, b, options, Call())
+        alone = deconvolve(cuda, part, x[one].copy(), W, b, options, CallContext())
         np.testing.assert_array_equal(y[one], alone)
     cuda.free(W_tensor)
 
@@ -360,14 +367,14 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
         x, y = xs[seed // 2 % 2], ys[seed // 3 % 2]
         x[...], W = random_array(problem.x, seed), random_array(problem.W, seed)
         y[...] = np.nan
-        call = Call()
+        call = CallContext()
 
         with captured(graphs):
             deconvolve(cuda, problem, x, W, None, options, call, y)
 
         for part in (slice(2), slice(-2, None)):
             alone = deconvolve(
-                cuda, replace_batch(problem, 2), x[part].copy(), W, None, options, Call()
+                cuda, replace_batch(problem, 2), x[part].copy(), W, None, options, CallContext()
             )
             np.testing.assert_array_equal(y[part], alone)
         assert not np.isnan(y).any()
@@ -379,21 +386,21 @@ def test_a_call_in_parts_reads_and_writes_the_arrays_that_it_was_given(
 @pytest.mark.parametrize(
     ("n", "wanted", "W_is"),
     [
-        (5, Wanted(), "registered"),
-        (6, Wanted(), "outside"),
-        (7, Wanted(), "resident"),
-        (8, Wanted(gW=False, gb=False), "registered"),
-        (9, Wanted(gW=False, gb=False), "outside"),
-        (10, Wanted(gW=False, gb=False), "resident"),
-        (11, Wanted(gx=False), "registered"),
-        (12, Wanted(gx=False, gW=False), "registered"),
+        (5, GradientRequest(), "registered"),
+        (6, GradientRequest(), "outside"),
+        (7, GradientRequest(), "resident"),
+        (8, GradientRequest(gW=False, gb=False), "registered"),
+        (9, GradientRequest(gW=False, gb=False), "outside"),
+        (10, GradientRequest(gW=False, gb=False), "resident"),
+        (11, GradientRequest(gx=False), "registered"),
+        (12, GradientRequest(gx=False, gW=False), "registered"),
     ],
 )
 def test_large_gradients_of_registered_arrays_are_computed_in_steps(
     cuda: CudaDevice,
     registered: Array,
     n: int,
-    wanted: Wanted,
+    wanted: GradientRequest,
     W_is: str,
 ) -> None:
     """Captured once, and then with other elements there, elsewhere, and with small tensors outside."""
@@ -406,8 +413,8 @@ def test_large_gradients_of_registered_arrays_are_computed_in_steps(
             random_array(spec, 10 * seed + number)
             for number, spec in enumerate((problem.x, problem.W, problem.y))
         )
-        right = gradients(cuda, problem, x, W, gy, wanted, options, Call())
-        cuda.write(W_tensor, W, Call())
+        right = gradients(cuda, problem, x, W, gy, wanted, options, CallContext())
+        cuda.write(W_tensor, W, CallContext())
         begin, lent = 4096 * (seed // 3), []
         for spec in (problem.x, problem.y, problem.x, problem.W, problem.W):
             lent.append(view_of(registered, begin, spec))
@@ -416,7 +423,7 @@ def test_large_gradients_of_registered_arrays_are_computed_in_steps(
         lent_x[...], lent_gy[...], lent_W[...], gx[...], gW[...] = x, gy, W, np.nan, np.nan
         Ws: dict[str, Operand] = {"registered": lent_W, "outside": W, "resident": W_tensor}
         out = {"gx": gx} | ({"gw": gW} if W_is == "registered" else {})
-        call = Call()
+        call = CallContext()
 
         with captured(graphs):
             found = gradients(cuda, problem, lent_x, Ws[W_is], lent_gy, wanted, options, call, out)
@@ -438,14 +445,14 @@ def test_gradients_whose_arrays_overlap_leave_the_card_in_order(
     problem = layer(np.dtype(np.float32), n=8, ins=32, outs=32, image=64)
     options = Options(cudnn_deterministic=True)
     gy, W = random_array(problem.y), random_array(problem.W, 1)
-    wanted = Wanted(gW=False, gb=False)
-    right = gradients(cuda, problem, None, W, gy, wanted, options, Call()).gx
+    wanted = GradientRequest(gW=False, gb=False)
+    right = gradients(cuda, problem, None, W, gy, wanted, options, CallContext()).gx
     lent_gy = view_of(registered, 0, problem.y)
     for begin in (1 << 20, 0, problem.y.nbytes):
         for _ in range(3):
             lent_gy[...] = gy
             gx = view_of(registered, begin, problem.x)
-            gradients(cuda, problem, None, W, lent_gy, wanted, options, Call(), {"gx": gx})
+            gradients(cuda, problem, None, W, lent_gy, wanted, options, CallContext(), {"gx": gx})
     assert right is not None
     np.testing.assert_array_equal(gx, right)  # where nothing overlaps
 
@@ -459,9 +466,9 @@ def test_a_graph_follows_memory_that_is_registered_anew(cuda: CudaDevice) -> Non
         undo = cuda.register(memory.ctypes.data, memory.size)
         for again in range(3):
             x[...], y[...] = random_array(problem.x, 10 * seed + again), np.nan
-            deconvolve(cuda, problem, x, W, None, options, Call(), y)
+            deconvolve(cuda, problem, x, W, None, options, CallContext(), y)
             alone = deconvolve(
-                cuda, replace_batch(problem, 3), x[-3:].copy(), W, None, options, Call()
+                cuda, replace_batch(problem, 3), x[-3:].copy(), W, None, options, CallContext()
             )
             np.testing.assert_array_equal(y[-3:], alone)
             assert not np.isnan(y).any()
@@ -482,28 +489,30 @@ def test_operands_that_overlap_are_read_where_they_are(cuda: CudaDevice, registe
     Ws[2][...] = random_array(problem.W, 1)
     for W in (W for W in Ws for _ in range(3)):
         y[...] = np.nan
-        deconvolve(cuda, problem, x, W, None, options, Call(), y)
+        deconvolve(cuda, problem, x, W, None, options, CallContext(), y)
         part = replace_batch(problem, 16)
-        alone = deconvolve(cuda, part, x[:16].copy(), W.copy(), None, options, Call())
+        alone = deconvolve(cuda, part, x[:16].copy(), W.copy(), None, options, CallContext())
         np.testing.assert_array_equal(y[:16], alone)
 
 
-def write(client: Line, x: Array, source: Array, steps_count: int, before_bytes: int = 0) -> None:
+def write(
+    client: FrameStream, x: Array, source: Array, steps_count: int, before_bytes: int = 0
+) -> None:
     """Write x in steps, and tell of each."""
     step = len(x) // steps_count
     for end in range(step, len(x) + 1, step):
         x[end - step : end] = source[end - step : end]
-        tell_written(client, before_bytes + x[:end].nbytes)
+        report_progress(client, before_bytes + x[:end].nbytes)
 
 
-def write_both(client: Line, operands: Sequence[Array], sources: Sequence[Array]) -> None:
+def write_both(client: FrameStream, operands: Sequence[Array], sources: Sequence[Array]) -> None:
     """Write W and then x, and tell of it."""
     (W, x), (W_source, x_source) = operands, sources
     write(client, W, W_source, 4)
     write(client, x, x_source, 8, W.nbytes)
 
 
-def write_in_turn(client: Line, pairs: Sequence[tuple[Array, Array]]) -> None:
+def write_in_turn(client: FrameStream, pairs: Sequence[tuple[Array, Array]]) -> None:
     """Write arrays one behind the other, and tell of it."""
     before_bytes = 0
     for target, source in pairs:
@@ -519,8 +528,8 @@ class TestEarlyCalls:
     W = random_array(PROBLEM.W, 1)
 
     @pytest.fixture
-    def ends(self) -> Iterator[tuple[Line, Line]]:
-        with early_ends() as (client, server):
+    def ends(self) -> Iterator[tuple[FrameStream, FrameStream]]:
+        with overlapped_streams() as (client, server):
             yield client, server
 
     def arrays(self, registered: Array) -> tuple[Array, Array]:
@@ -530,7 +539,7 @@ class TestEarlyCalls:
         return x, y
 
     def check(self, cuda: CudaDevice, y: Array, source: Array) -> None:
-        right = deconvolve(cuda, self.PROBLEM, source, self.W, None, self.OPTIONS, Call())
+        right = deconvolve(cuda, self.PROBLEM, source, self.W, None, self.OPTIONS, CallContext())
         assert_near(y, right, self.PROBLEM)
 
     @pytest.mark.parametrize("steps_count", [1, 3, 24])
@@ -539,20 +548,22 @@ class TestEarlyCalls:
         self,
         cuda: CudaDevice,
         registered: Array,
-        ends: tuple[Line, Line],
+        ends: tuple[FrameStream, FrameStream],
         monkeypatch: pytest.MonkeyPatch,
         steps_count: int,
         is_written_before: bool,
     ) -> None:
         client, server = ends
         x, y = self.arrays(registered)
-        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
+        deconvolve(
+            cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, CallContext(), y
+        )  # choose plans
         monkeypatch.setattr(device_arriving, "_GRACE_S", 10)
         for seed in range(4):
             x, y = self.arrays(registered)
             source = random_array(self.PROBLEM.x, seed)
-            call = Call()
-            (late_x,) = arriving(Writing(server), x)
+            call = CallContext()
+            (late_x,) = make_arriving(WriteProgress(server), x)
             writer = threading.Thread(target=write, args=(client, x, source, steps_count))
             writer.start()
             if is_written_before:
@@ -561,8 +572,8 @@ class TestEarlyCalls:
             writer.join()
 
             self.check(cuda, y, source)
-            assert not server.has_come(0)  # all that was said was heard
-            assert FOLLOW_ENTRY in dict(call.ledger.as_metadata())[METADATA_KEY]
+            assert not server.poll(0)  # all that was said was heard
+            assert OVERLAP_ENTRY in dict(call.ledger.as_metadata())[METADATA_KEY]
 
     @pytest.mark.parametrize(
         "problem", [PROBLEM, layer(np.dtype(np.float16), n=64, ins=1024, outs=512, image=4)]
@@ -571,7 +582,7 @@ class TestEarlyCalls:
         self,
         cuda: CudaDevice,
         registered: Array,
-        ends: tuple[Line, Line],
+        ends: tuple[FrameStream, FrameStream],
         monkeypatch: pytest.MonkeyPatch,
         problem: Problem,
     ) -> None:
@@ -583,21 +594,21 @@ class TestEarlyCalls:
         for seed in range(4):
             x[...], W[...], y[...] = np.nan, np.nan, np.nan
             sources = random_array(problem.W, seed + 9), random_array(problem.x, seed)
-            late_W, late_x = arriving(Writing(server), W, x)
+            late_W, late_x = make_arriving(WriteProgress(server), W, x)
             writer = threading.Thread(target=write_both, args=(client, (W, x), sources))
             later = threading.Timer(0.05, writer.start)
             later.start()
-            deconvolve(cuda, problem, late_x, late_W, None, self.OPTIONS, Call(), y)
+            deconvolve(cuda, problem, late_x, late_W, None, self.OPTIONS, CallContext(), y)
             later.join()
             writer.join()
 
             W_source, x_source = sources
-            right = deconvolve(cuda, problem, x_source, W_source, None, self.OPTIONS, Call())
+            right = deconvolve(cuda, problem, x_source, W_source, None, self.OPTIONS, CallContext())
             assert_near(y, right, problem)
 
     @pytest.mark.parametrize(
         "wanted",
-        [Wanted(), Wanted(gW=False, gb=False), Wanted(gx=False)],
+        [GradientRequest(), GradientRequest(gW=False, gb=False), GradientRequest(gx=False)],
         ids=["all", "gx", "gW and gb"],
     )
     @pytest.mark.parametrize("W_is_small", [False, True])
@@ -605,9 +616,9 @@ class TestEarlyCalls:
         self,
         cuda: CudaDevice,
         registered: Array,
-        ends: tuple[Line, Line],
+        ends: tuple[FrameStream, FrameStream],
         monkeypatch: pytest.MonkeyPatch,
-        wanted: Wanted,
+        wanted: GradientRequest,
         W_is_small: bool,
     ) -> None:
         client, server = ends
@@ -619,7 +630,7 @@ class TestEarlyCalls:
                 for number, spec in enumerate((problem.W, problem.y, problem.x))
             ]
             W, gy, x = sources
-            expected = gradients(cuda, problem, x, W, gy, wanted, self.OPTIONS, Call())
+            expected = gradients(cuda, problem, x, W, gy, wanted, self.OPTIONS, CallContext())
             begin, lent = 0, []
             for source in (*sources, x):
                 lent.append(view_of(registered, begin, spec_of(source)))
@@ -633,8 +644,8 @@ class TestEarlyCalls:
                 del pairs["x"]
             late: dict[str, Operand] = {"x": lent_x, "w": W, "gy": lent_gy}
             targets = [target for target, _ in pairs.values()]
-            late |= dict(zip(pairs, arriving(Writing(server), *targets), strict=True))
-            call = Call()
+            late |= dict(zip(pairs, make_arriving(WriteProgress(server), *targets), strict=True))
+            call = CallContext()
             writer = threading.Thread(target=write_in_turn, args=(client, [*pairs.values()]))
             later = threading.Timer(0.05, writer.start)
             later.start()
@@ -656,63 +667,76 @@ class TestEarlyCalls:
                 assert (array is None) == (right is None)
                 if array is not None and right is not None:
                     np.testing.assert_array_equal(array, right)
-            assert FOLLOW_ENTRY in call.ledger.as_text()
+            assert OVERLAP_ENTRY in call.ledger.as_text()
 
     def test_a_slow_writer_does_not_keep_the_card(
-        self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]
+        self, cuda: CudaDevice, registered: Array, ends: tuple[FrameStream, FrameStream]
     ) -> None:
         client, server = ends
         x, y = self.arrays(registered)
         x[...] = source = random_array(self.PROBLEM.x)
-        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)  # choose plans
-        (late_x,) = arriving(Writing(server), x)
-        tell_written(client, x[:5].nbytes)
+        deconvolve(
+            cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, CallContext(), y
+        )  # choose plans
+        (late_x,) = make_arriving(WriteProgress(server), x)
+        report_progress(client, x[:5].nbytes)
 
         begun_s = time.monotonic()
-        with pytest.raises(LateError):
-            deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
+        with pytest.raises(ArrivalTimeoutError):
+            deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, CallContext(), y)
         assert time.monotonic() - begun_s < 30  # and not for as long as the client is silent
 
-        tell_written(client, x.nbytes)
-        call = Call()
+        report_progress(client, x.nbytes)
+        call = CallContext()
         there = wait_for(late_x, call)
         deconvolve(cuda, self.PROBLEM, there, self.W, None, self.OPTIONS, call, y)
         self.check(cuda, y, source)
-        assert FOLLOW_ENTRY not in dict(call.ledger.as_metadata())[METADATA_KEY]
+        assert OVERLAP_ENTRY not in dict(call.ledger.as_metadata())[METADATA_KEY]
 
     def test_a_writer_that_goes_leaves_the_card(
-        self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line]
+        self, cuda: CudaDevice, registered: Array, ends: tuple[FrameStream, FrameStream]
     ) -> None:
         client, server = ends
         x, y = self.arrays(registered)
         for told_bytes in (0, x[:5].nbytes):
-            (late_x,) = arriving(Writing(server), x)
-            tell_written(client, told_bytes)
+            (late_x,) = make_arriving(WriteProgress(server), x)
+            report_progress(client, told_bytes)
             if told_bytes:
-                client.shut()
-                with pytest.raises(LineBrokenError):
-                    deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
+                client.shutdown()
+                with pytest.raises(ConnectionBrokenError):
+                    deconvolve(
+                        cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, CallContext(), y
+                    )
             else:
-                with pytest.raises(LateError):
-                    deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
+                with pytest.raises(ArrivalTimeoutError):
+                    deconvolve(
+                        cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, CallContext(), y
+                    )
 
         x[...] = source = random_array(self.PROBLEM.x)
-        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, Call(), y)
+        deconvolve(cuda, self.PROBLEM, x, self.W, None, self.OPTIONS, CallContext(), y)
         self.check(cuda, y, source)
 
     @pytest.mark.parametrize("is_reached", [False, True])
     def test_x_that_cannot_be_followed_is_waited_for_elsewhere(
-        self, cuda: CudaDevice, registered: Array, ends: tuple[Line, Line], is_reached: bool
+        self,
+        cuda: CudaDevice,
+        registered: Array,
+        ends: tuple[FrameStream, FrameStream],
+        is_reached: bool,
     ) -> None:
         """It is in memory that the card does not reach, or another call is under way."""
         _, server = ends
         x, y = self.arrays(registered)
         x, y = (x, y) if is_reached else (x.copy(), y.copy())
-        (late_x,) = arriving(Writing(server), x)
+        (late_x,) = make_arriving(WriteProgress(server), x)
 
         begun_s = time.monotonic()
-        with cuda._working(Call()) if is_reached else nullcontext(), pytest.raises(LateError):
-            deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, Call(), y)
+        with (
+            cuda._lend_lane(CallContext()) if is_reached else nullcontext(),
+            pytest.raises(ArrivalTimeoutError),
+        ):
+            deconvolve(cuda, self.PROBLEM, late_x, self.W, None, self.OPTIONS, CallContext(), y)
         assert time.monotonic() - begun_s < 30
 
 
@@ -720,13 +744,19 @@ def test_memory_that_is_lent_is_all_zeros_and_none_of_what_calls_use(cuda: CudaD
     problem = layer(np.dtype(np.float32), n=24)
     for _ in range(2):
         y = deconvolve(
-            cuda, problem, random_array(problem.x), random_array(problem.W), None, Options(), Call()
+            cuda,
+            problem,
+            random_array(problem.x),
+            random_array(problem.W),
+            None,
+            Options(),
+            CallContext(),
         )
     spec, before = spec_of(np.asarray(y)), cuda.stats
 
     lent = cuda.lend(spec.nbytes)
 
-    assert not np.any(cuda.read(lent.tensor(spec, 0), Call()))
+    assert not np.any(cuda.read(lent.tensor(spec, 0), CallContext()))
     assert cuda.stats.held_bytes == before.held_bytes + spec.nbytes
     lent.free()
     assert cuda.stats.held_bytes == before.held_bytes
@@ -739,8 +769,8 @@ def test_a_kind_of_call_that_comes_again_gives_the_new_operands_results(
     W, b = random_array(problem.W, 1), random_array(problem.b, 2)
     for seed in range(12):
         x = random_array(problem.x, seed)
-        y = deconvolve(cuda, problem, x, W, b, Options(), Call())
-        assert_near(y, deconvolve(cpu, problem, x, W, b, Options(), Call()), problem)
+        y = deconvolve(cuda, problem, x, W, b, Options(), CallContext())
+        assert_near(y, deconvolve(cpu, problem, x, W, b, Options(), CallContext()), problem)
 
 
 def test_tuned_plans_are_right_and_are_chosen_once(cuda: CudaDevice, cpu: CpuDevice) -> None:
@@ -749,11 +779,11 @@ def test_tuned_plans_are_right_and_are_chosen_once(cuda: CudaDevice, cpu: CpuDev
     options = Options(autotune=True)
     chosen = cuda.stats.plans.chosen_count
     for _ in range(3):
-        y = deconvolve(cuda, problem, x, W, None, options, Call())
-        found = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+        y = deconvolve(cuda, problem, x, W, None, options, CallContext())
+        found = gradients(cuda, problem, x, W, gy, GradientRequest(), options, CallContext())
     assert cuda.stats.plans.chosen_count == chosen + 3
-    assert_near(y, deconvolve(cpu, problem, x, W, None, options, Call()), problem)
-    expected = gradients(cpu, problem, x, W, gy, Wanted(), options, Call())
+    assert_near(y, deconvolve(cpu, problem, x, W, None, options, CallContext()), problem)
+    expected = gradients(cpu, problem, x, W, gy, GradientRequest(), options, CallContext())
     for result, right in zip(found, expected, strict=True):
         assert result is not None
         assert right is not None
@@ -769,11 +799,13 @@ def test_a_restarted_device_chooses_nothing_that_it_knew(tmp_path: Path) -> None
         for problem in problems:
             x, W, gy = (random_array(s) for s in (problem.x, problem.W, problem.y))
             options = Options(cudnn_deterministic=True)
-            results.append(deconvolve(device, problem, x, W, None, options, Call()).tobytes())
-            gradients(device, problem, x, W, gy, Wanted(), options, Call())
+            results.append(
+                deconvolve(device, problem, x, W, None, options, CallContext()).tobytes()
+            )
+            gradients(device, problem, x, W, gy, GradientRequest(), options, CallContext())
         stats = device.stats.plans
         device.close()
-        return results, stats.chosen_count, stats.revived_count
+        return results, stats.chosen_count, stats.restored_count
 
     cold, warm = run(), run()
 
@@ -787,7 +819,7 @@ def test_a_damaged_blob_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     x, W = random_array(problem.x), random_array(problem.W)
     for expected in (1, 1, 0):
         device = CudaDevice(0, plan_store=tmp_path)
-        deconvolve(device, problem, x, W, None, Options(), Call())
+        deconvolve(device, problem, x, W, None, Options(), CallContext())
         assert device.stats.plans.chosen_count == expected
         device.close()
         (path,) = tmp_path.glob("*.json")
@@ -801,18 +833,20 @@ def test_a_call_beyond_the_memory_fails_alone() -> None:
     small, large = layer(np.dtype(np.float32), n=1), layer(np.dtype(np.float32), n=64, image=64)
     steady = Options(cudnn_deterministic=True)
     x, W = random_array(small.x), random_array(small.W)
-    before = deconvolve(device, small, x, W, None, steady, Call())
+    before = deconvolve(device, small, x, W, None, steady, CallContext())
 
     with pytest.raises(ExhaustedError, match="bytes"):
-        deconvolve(device, large, random_array(large.x), W, None, steady, Call())
+        deconvolve(device, large, random_array(large.x), W, None, steady, CallContext())
 
     assert device.footprint_bytes(DECONVOLVE, large, ("w", "x"), ("y",)) > device.info.budget_bytes
-    np.testing.assert_array_equal(deconvolve(device, small, x, W, None, steady, Call()), before)
+    np.testing.assert_array_equal(
+        deconvolve(device, small, x, W, None, steady, CallContext()), before
+    )
     device.close()
 
 
 def test_a_call_that_has_ended_is_not_computed(cuda: CudaDevice) -> None:
-    problem, call = layer(np.dtype(np.float32), n=1), Call()
+    problem, call = layer(np.dtype(np.float32), n=1), CallContext()
     call.cancel()
     with pytest.raises(CallCancelledError):
         deconvolve(
@@ -826,22 +860,22 @@ def test_a_call_whose_time_is_up_does_not_wait_for_tuning(cuda: CudaDevice) -> N
     options = Options(autotune=True)
     start_s = time.monotonic()
     with pytest.raises(DeadlineError):
-        deconvolve(cuda, problem, x, W, None, options, Call(timeout_s=0.1))
+        deconvolve(cuda, problem, x, W, None, options, CallContext(timeout_s=0.1))
     assert time.monotonic() - start_s < 0.5
 
-    deconvolve(cuda, problem, x, W, None, options, Call())
+    deconvolve(cuda, problem, x, W, None, options, CallContext())
 
 
 def test_the_footprint_bounds_what_calls_take() -> None:
     for seed in range(40):
-        device = CudaDevice(0, limits=Limits(lanes_count=1))
+        device = CudaDevice(0, limits=CudaLimits(lanes_count=1))
         problem = replace_batch(random_problem(seed), 400)
         x, W, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.y))
-        deconvolve(device, problem, x, W, None, Options(), Call())
+        deconvolve(device, problem, x, W, None, Options(), CallContext())
         assert device.stats.memory.peak_bytes <= device.footprint_bytes(
             DECONVOLVE, problem, ("w", "x"), ("y",)
         )
-        gradients(device, problem, x, W, gy, Wanted(), Options(), Call())
+        gradients(device, problem, x, W, gy, GradientRequest(), Options(), CallContext())
         assert device.stats.memory.peak_bytes <= max(
             device.footprint_bytes(
                 DECONVOLVE_GRAD, problem, DECONVOLVE_GRAD.operands, DECONVOLVE_GRAD.all_results
@@ -865,8 +899,8 @@ def test_threads_with_mixed_shapes_get_right_results_and_memory_stays_flat(
         problem = random_problem(seed) if seed % 4 else layer(np.dtype(np.float32), n=seed + 1)
         x, W, gy = (random_array(spec) for spec in (problem.x, problem.W, problem.y))
         options = Options(cudnn_deterministic=True)
-        y = deconvolve(cuda, problem, x, W, None, options, Call())
-        right = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+        y = deconvolve(cuda, problem, x, W, None, options, CallContext())
+        right = gradients(cuda, problem, x, W, gy, GradientRequest(), options, CallContext())
         work.append((problem, x, W, gy, y, right))
     end_s = time.monotonic() + SOAK_S
     held: list[int] = []
@@ -876,9 +910,11 @@ def test_threads_with_mixed_shapes_get_right_results_and_memory_stays_flat(
         while time.monotonic() < end_s:
             problem, x, W, gy, y, all_right = work[random.integers(len(work))]
             options = Options(cudnn_deterministic=True)
-            found = deconvolve(cuda, problem, x, W, None, options, Call())
+            found = deconvolve(cuda, problem, x, W, None, options, CallContext())
             np.testing.assert_array_equal(found, y)
-            found_gradients = gradients(cuda, problem, x, W, gy, Wanted(), options, Call())
+            found_gradients = gradients(
+                cuda, problem, x, W, gy, GradientRequest(), options, CallContext()
+            )
             for result, right in zip(found_gradients, all_right, strict=True):
                 np.testing.assert_array_equal(result, right)
             calls_count += 2

@@ -7,14 +7,14 @@ from collections import Counter
 
 import pytest
 
-from deconvd_server.device.cuda.graphs import Graphs
+from deconvd_server.device.cuda.execution.graph_cache import GraphCache
 
 
 class Card:
     """Notes how work was done, by the place that it was bound to."""
 
     def __init__(self, *, can_capture: bool = True, can_replay: bool = True) -> None:
-        self.graphs: Graphs[str] = Graphs()
+        self.graphs: GraphCache[str] = GraphCache()
         self.done: list[str] = []
         self.captured: list[object] = []
         self._can_capture, self._can_replay = can_capture, can_replay

@@ -8,8 +8,8 @@ import mmap
 import numpy as np
 import pytest
 
-from deconvd.tensor import Array
-from deconvd_server.device.cuda.host_memory import HostMemory, HostPlaces
+from deconvd.model.dtypes import Array
+from deconvd_server.device.cuda.api.host_memory import HostAddresses, RegisteredMemory
 
 PAGES = 8
 SIZE_BYTES = PAGES * mmap.PAGESIZE
@@ -21,7 +21,7 @@ class Notes:
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
         self.refused: set[int] = set()
-        self.host = HostMemory(self.register, self.registered.__delitem__)
+        self.host = RegisteredMemory(self.register, self.registered.__delitem__)
 
     def register(self, address: int, size_bytes: int) -> None:
         if address in self.refused:
@@ -121,7 +121,7 @@ def test_memory_that_is_refused_is_like_any_other_and_told_of_once(
 
 def test_places_are_found_by_what_lies_in_them(memory: Array) -> None:
     arrays = memory[100:200], memory[4096:4100], memory[:100]
-    places = HostPlaces.of(3, arrays)
+    places = HostAddresses.of(3, arrays)
     begin = address(memory)
 
     assert places.find(begin + 100) == (0, 0)
@@ -130,26 +130,26 @@ def test_places_are_found_by_what_lies_in_them(memory: Array) -> None:
     assert places.find(begin) == (2, 0)
     assert places.find(begin + 200) is None
     assert places.find(begin - 1) is None
-    assert places == HostPlaces.of(3, arrays)
-    assert places != HostPlaces.of(4, arrays)
-    assert places != HostPlaces.of(3, arrays[::-1])
+    assert places == HostAddresses.of(3, arrays)
+    assert places != HostAddresses.of(4, arrays)
+    assert places != HostAddresses.of(3, arrays[::-1])
 
 
 def test_places_of_two_arrays_are_known_if_cards_reach_both(notes: Notes, memory: Array) -> None:
     x, y = memory[4096:8192], memory[:100]
-    assert notes.host.places(x, y) is None
+    assert notes.host.addresses(x, y) is None
     undo = notes.host.register(address(memory), SIZE_BYTES)
 
-    places = notes.host.places(x, y)
+    places = notes.host.addresses(x, y)
 
-    assert places == HostPlaces.of(notes.host.generation, [x, y])
-    assert places.beside([memory[200:300]]) == HostPlaces.of(
+    assert places == HostAddresses.of(notes.host.generation, [x, y])
+    assert places.with_arrays([memory[200:300]]) == HostAddresses.of(
         notes.host.generation, [memory[200:300], x, y]
     )
-    assert notes.host.places(x, np.empty(8)) is None
-    assert notes.host.places(np.empty(8), y) is None
+    assert notes.host.addresses(x, np.empty(8)) is None
+    assert notes.host.addresses(np.empty(8), y) is None
     undo()
-    assert notes.host.places(x, y) is None
+    assert notes.host.addresses(x, y) is None
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,6 @@ def test_places_of_two_arrays_are_known_if_cards_reach_both(notes: Notes, memory
 def test_places_are_apart_if_no_two_overlap(
     memory: Array, bounds: list[tuple[int, int]], are_apart: bool
 ) -> None:
-    places = HostPlaces.of(0, [memory[begin:end] for begin, end in bounds])
+    places = HostAddresses.of(0, [memory[begin:end] for begin, end in bounds])
 
-    assert places.are_apart == are_apart
+    assert places.are_disjoint == are_apart

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cuda.plan import Product
-from tests.devices import Wanted, deconvolve, gradients
+from tests.devices import GradientRequest, deconvolve, gradients
 
 cupy: Any = pytest.importorskip("cupy")
 kernels: Any = pytest.importorskip("deconvd_server.device.cuda.kernels")
@@ -172,8 +171,8 @@ def reference(problem: Problem, operation: Product, x: Array, W: Array, gy: Arra
     wide = Problem(TensorSpec(x.shape, x.dtype), TensorSpec(W.shape, W.dtype), problem.geometry)
     device = CpuDevice(1)
     if operation == Product.Y:
-        return deconvolve(device, wide, x, W, None, Options(), Call())
-    found = gradients(device, wide, x, W, gy, Wanted(), Options(), Call())
+        return deconvolve(device, wide, x, W, None, Options(), CallContext())
+    found = gradients(device, wide, x, W, gy, GradientRequest(), Options(), CallContext())
     result = found.gx if operation == Product.GX else found.gW
     assert result is not None
     return result

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deconvd.errors import ExhaustedError
-from deconvd_server.device.cuda.memory import ALIGNMENT_BYTES, DeviceMemory, Regions
+from deconvd_server.device.cuda.api.memory import ALIGNMENT_BYTES, BlockLayout, DeviceMemory
 
 
 class Block:
@@ -45,8 +45,8 @@ def test_what_stays_and_what_others_see_have_allocators_of_their_own() -> None:
     memory = DeviceMemory(
         100, calls.allocate, allocate_to_stay=stays.allocate, allocate_to_lend=lent.allocate
     )
-    leases = memory.take_to_stay(20), memory.take_to_lend(30)
-    with memory.take(10):
+    leases = memory.lease_resident(20), memory.lease_shared(30)
+    with memory.lease(10):
         assert (calls.used_bytes, stays.used_bytes, lent.used_bytes) == (10, 20, 30)
     for lease in leases:
         lease.free()
@@ -56,38 +56,41 @@ def test_what_stays_and_what_others_see_have_allocators_of_their_own() -> None:
 def test_a_block_is_given_back_at_the_end_of_its_block() -> None:
     card = Card(100)
     memory = memory_of(card.allocate)
-    with memory.take(60) as pointer, memory.take(40):
+    with memory.lease(60) as pointer, memory.lease(40):
         assert pointer == 4096
         assert memory.stats.used_bytes == card.used_bytes == 100
     assert memory.stats.used_bytes == card.used_bytes == 0
-    assert (memory.stats.peak_bytes, memory.stats.taken_count) == (100, 2)
+    assert (memory.stats.peak_bytes, memory.stats.leased_count) == (100, 2)
 
 
 def test_what_exceeds_the_limit_is_refused_before_anything_is_allocated() -> None:
     card = Card(1000)
     memory = memory_of(card.allocate)
-    with memory.take(60):
-        with pytest.raises(ExhaustedError, match=r"41 bytes.* 40 of 100 are free"), memory.take(41):
+    with memory.lease(60):
+        with (
+            pytest.raises(ExhaustedError, match=r"41 bytes.* 40 of 100 are free"),
+            memory.lease(41),
+        ):
             pass
         assert card.used_bytes == 60
         assert memory.stats.refused_count == 1
-        with memory.take(40):
+        with memory.lease(40):
             pass
 
 
 def test_a_card_without_memory_fails_that_call_alone() -> None:
     card = Card(50)
     memory = memory_of(card.allocate)
-    with pytest.raises(ExhaustedError, match="out of memory allocating 60"), memory.take(60):
+    with pytest.raises(ExhaustedError, match="out of memory allocating 60"), memory.lease(60):
         pass
-    with memory.take(50):
+    with memory.lease(50):
         assert memory.stats.used_bytes == 50
 
 
 def test_a_call_that_fails_gives_its_block_back() -> None:
     card = Card(100)
     memory = memory_of(card.allocate)
-    with pytest.raises(KeyError), memory.take(60):
+    with pytest.raises(KeyError), memory.lease(60):
         raise KeyError("the call failed")
     assert memory.stats.used_bytes == card.used_bytes == 0
 
@@ -106,7 +109,7 @@ def test_threads_never_take_more_than_the_limit() -> None:
         for i in range(300):
             size_bytes = (thread * 31 + i * 17) % 60 + 1
             try:
-                with memory.take(size_bytes):
+                with memory.lease(size_bytes):
                     with lock:
                         taken += size_bytes
                         most = max(most, taken)
@@ -123,7 +126,7 @@ def test_threads_never_take_more_than_the_limit() -> None:
 
 
 def test_regions_are_aligned_and_do_not_overlap() -> None:
-    regions = Regions()
+    regions = BlockLayout()
     parts = [regions.add(size_bytes) for size_bytes in (1, 0, 256, 257, 1000)]
     ends = [part.offset + part.size_bytes for part in parts]
     assert all(part.offset % ALIGNMENT_BYTES == 0 for part in parts)

@@ -21,7 +21,9 @@ _HIDDEN_CUDNN = "import sys, cupy; sys.modules['cuda.pathfinder'] = None"  # whi
 _OLD_CUDNN = (
     "import deconvd_server.device.cuda.cudnn.library as cudnn; cudnn._OLDEST_VERSION = 10**6"
 )
-_OLD_CARD = "import deconvd_server.device.cuda.runtime as runtime; runtime._OLDEST_CAPABILITY = 999"
+_OLD_CARD = (
+    "import deconvd_server.device.cuda.api.runtime as runtime; runtime._OLDEST_CAPABILITY = 999"
+)
 
 
 def _last_words(before: str = "", **environment: str) -> str:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from deconvd.dtypes import ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.cuda.plan import Product
-from tests.devices import Wanted, deconvolve, gradients
+from tests.devices import GradientRequest, deconvolve, gradients
 
 if TYPE_CHECKING:
     from benchmarks.cuda_operator import Operator
@@ -86,8 +85,10 @@ def test_operations_that_come_again_use_what_the_arrays_hold_then(
         operator.run_gradients(problem, x, W, gy, gx, gW, gb, STEADY)
         stream.synchronize()
 
-        assert_near(y, deconvolve(cpu, problem, host[0], host[1], None, STEADY, Call()))
-        expected = gradients(cpu, problem, host[0], host[1], host[2], Wanted(), STEADY, Call())
+        assert_near(y, deconvolve(cpu, problem, host[0], host[1], None, STEADY, CallContext()))
+        expected = gradients(
+            cpu, problem, host[0], host[1], host[2], GradientRequest(), STEADY, CallContext()
+        )
         for found, right in zip((gx, gW, gb), expected, strict=True):
             assert right is not None
             assert_near(found, right)
@@ -112,10 +113,10 @@ def test_building_plans_stalls_no_other_call(cuda: CudaDevice) -> None:
 
     def call() -> None:
         while not done.is_set():
-            deconvolve(cuda, problem, x, W, None, STEADY, Call())
+            deconvolve(cuda, problem, x, W, None, STEADY, CallContext())
             ends_s.append(time.perf_counter())
 
-    deconvolve(cuda, problem, x, W, None, STEADY, Call())
+    deconvolve(cuda, problem, x, W, None, STEADY, CallContext())
     thread = threading.Thread(target=call)
     thread.start()
     time.sleep(0.5)
@@ -123,7 +124,7 @@ def test_building_plans_stalls_no_other_call(cuda: CudaDevice) -> None:
     for image in range(13, 43):
         new = problem_of(np.dtype(np.float32), image)
         options = Options(use_cudnn=UseCudnn.ALWAYS)
-        deconvolve(cuda, new, random_array(new.x, 0), W, None, options, Call())
+        deconvolve(cuda, new, random_array(new.x, 0), W, None, options, CallContext())
     end_s = time.perf_counter()
     done.set()
     thread.join()

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deconvd.geometry import Geometry
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.plans import store as store_module
 from deconvd_server.device.cuda.plans.choice import Choice, Provider

@@ -143,9 +143,9 @@ def test_a_process_that_lives_has_not_died_of_its_search(store: Path, hanging: i
 def test_others_learn_of_a_death_while_they_live(store: Path, hanging: int) -> None:
     store.joinpath("journals").mkdir(exist_ok=True)
     journal = Journal(store / "journals")
-    assert not journal.remnants()
+    assert not journal.unfinished_work()
     os.kill(hanging, signal.SIGKILL)
-    wait_until(lambda: len(journal.remnants()) == 1)
+    wait_until(lambda: len(journal.unfinished_work()) == 1)
 
 
 def test_processes_that_share_a_store_do_not_disturb_each_other(store: Path, hanging: int) -> None:
@@ -170,7 +170,7 @@ def test_of_two_searches_the_one_that_ended_is_forgotten(tmp_path: Path) -> None
     (path,) = folder.iterdir()
     (folder / "dead.journal").write_bytes(path.read_bytes())
 
-    (remnant,) = Journal(folder).remnants()
+    (remnant,) = Journal(folder).unfinished_work()
 
     assert remnant.fields == {"search": 2}
     journal.end(second)
@@ -182,7 +182,7 @@ def test_of_two_searches_the_one_that_ended_is_forgotten(tmp_path: Path) -> None
 def test_a_journal_that_tells_of_nothing_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.journal").touch()
     (tmp_path / "b.journal").write_text('\n{"begin": 0, "thre\n[]\n{"begin": "x"}\n\x00\n')
-    assert not Journal(tmp_path).remnants()
+    assert not Journal(tmp_path).unfinished_work()
     assert not list(tmp_path.iterdir())
 
 

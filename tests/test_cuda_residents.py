@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 
 from deconvd.errors import LostTensorError
-from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
-from deconvd.messages import message_from_geometry
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
-from tests.holders import Holder, array_of, by_handle, holder, raw
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.messages import message_from_geometry
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import (
+    SessionClient,
+    array_of,
+    open_session,
+    raw_tensor,
+    tensor_by_handle,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -39,21 +45,21 @@ def image(value: float) -> Array:
     return np.full((1, 1, 512, 512), value, np.float32)
 
 
-def kept(held: Holder) -> dict[str, int]:
+def kept(held: SessionClient) -> dict[str, int]:
     """Return how many tensors are kept on the card, and how many in host memory."""
     (device,) = held.info().devices
     return {cache.name: cache.count for cache in device.caches if "resident" in cache.name}
 
 
-def scaled(held: Holder, x: Array, handle: bytes) -> Array:
+def scaled(held: SessionClient, x: Array, handle: bytes) -> Array:
     """Return three times what is kept, as the card computes it."""
-    w = raw(np.full((1, 1, 1, 1), 3, np.float32))
-    request = pb.DeconvolveRequest(x=by_handle(x, handle), w=w, session=held.session)
+    w = raw_tensor(np.full((1, 1, 1, 1), 3, np.float32))
+    request = pb.DeconvolveRequest(x=tensor_by_handle(x, handle), w=w, session=held.session)
     return array_of(held.stub.Deconvolve(request).y)
 
 
 def test_what_the_card_has_no_room_for_is_used_as_if_it_had(small: ServerProcess) -> None:
-    with holder(small.target) as held:
+    with open_session(small.target) as held:
         images = [image(number) for number in range(CARD_MIB + HOST_MIB)]
         handles = [held.put(x) for x in images]
         assert kept(held) == {
@@ -69,7 +75,7 @@ def test_what_the_card_has_no_room_for_is_used_as_if_it_had(small: ServerProcess
 
 
 def test_what_nothing_has_room_for_is_lost_and_said(small: ServerProcess) -> None:
-    with holder(small.target, b"key") as held, holder(small.target, b"key") as later:
+    with open_session(small.target, b"key") as held, open_session(small.target, b"key") as later:
         x = image(1)
         handles = [held.put(x) for _ in range(CARD_MIB + HOST_MIB + 2)]
 
@@ -90,22 +96,22 @@ def test_a_W_that_stays_is_prepared_once_and_right_in_every_call(small: ServerPr
     x = rng.standard_normal((4, 32, 12, 10)).astype(np.float16)
     w = rng.standard_normal((32, 16, 4, 4)).astype(np.float16)
     options = pb.Options(cudnn_deterministic=True)
-    with holder(small.target) as held:
+    with open_session(small.target) as held:
         handle = held.put(w)
 
         def y(message: pb.Tensor) -> Array:
             request = pb.DeconvolveRequest(
-                x=raw(x), w=message, geometry=geometry, options=options, session=held.session
+                x=raw_tensor(x), w=message, geometry=geometry, options=options, session=held.session
             )
             return array_of(held.stub.Deconvolve(request).y)
 
-        expected = y(raw(w))
+        expected = y(raw_tensor(w))
         for _ in range(5):
-            np.testing.assert_array_equal(y(by_handle(w, handle)), expected)
-        before_bytes = held.kept_bytes()
+            np.testing.assert_array_equal(y(tensor_by_handle(w, handle)), expected)
+        before_bytes = held.resident_bytes()
         for _ in range(5):
-            np.testing.assert_array_equal(y(by_handle(w, handle)), expected)
-        assert held.kept_bytes() == before_bytes >= w.nbytes
+            np.testing.assert_array_equal(y(tensor_by_handle(w, handle)), expected)
+        assert held.resident_bytes() == before_bytes >= w.nbytes
 
         held.drop(handle)
-        assert held.kept_bytes() == 0
+        assert held.resident_bytes() == 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection
 from tests.servers import ServerProcess, server_process
 

@@ -13,9 +13,9 @@ import pytest
 
 import deconvd_client
 from deconvd_client import Connection, DeadlineError, DeconvdError
-from deconvd_client.deadline import Deadline
+from deconvd_client.calls.deadline import Deadline
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process, stopped
+from tests.servers import ServerProcess, server_process, stop_server
 
 TIMEOUT_S = 2.0
 SLACK_S = 2.0
@@ -80,7 +80,7 @@ def test_every_call_to_a_server_that_says_nothing_ends_at_its_deadline(
     calls = calls_of(F)
     for call in calls:
         call()
-    with stopped(server), ThreadPoolExecutor(len(calls) + 1) as pool:
+    with stop_server(server), ThreadPoolExecutor(len(calls) + 1) as pool:
         fresh = pool.submit(took_s, lambda: F.empty(FRESH_BYTES, np.float16))
         taken = list(pool.map(lambda call: took_s(call, DeconvdError), calls))
 
@@ -94,7 +94,7 @@ def test_a_call_to_a_server_that_never_said_anything_ends_at_its_deadline(
     server: ServerProcess, transport: str
 ) -> None:
     F = deconvd_client.connect(server.target, timeout_s=TIMEOUT_S, transport=transport)
-    with stopped(server), ThreadPoolExecutor(8) as pool:
+    with stop_server(server), ThreadPoolExecutor(8) as pool:
         calls = [lambda: F.deconvolution_2d(LARGE, W), lambda: F.put(X), F.health] * 2
         taken = list(pool.map(lambda call: took_s(call, DeconvdError), calls))
 
@@ -108,7 +108,7 @@ def test_closing_while_calls_wait_for_a_stopped_server_takes_a_second(
     F = deconvd_client.connect(server.target, timeout_s=60)
     calls = calls_of(F)
     with ThreadPoolExecutor(len(calls) + 1) as pool:
-        with stopped(server):
+        with stop_server(server):
             waiting = [pool.submit(took_s, call, DeconvdError) for call in calls]
             waiting.append(pool.submit(took_s, lambda: F.empty(FRESH_BYTES, np.float16)))
             wait_until(lambda: all(call.running() for call in waiting))
@@ -124,7 +124,7 @@ def test_calls_end_at_their_deadlines_and_at_the_close_however_long_a_server_is_
     F = deconvd_client.connect(server.targets[1], timeout_s=TIMEOUT_S, transport=transport)
     call = partial(F.deconvolution_2d, LARGE, W)
     assert call().any()
-    with ThreadPoolExecutor(6) as pool, stopped(server):
+    with ThreadPoolExecutor(6) as pool, stop_server(server):
         # what the first send stays in sockets, and later ones cannot even begin to send
         for _ in range(3):
             waiting = [pool.submit(took_s, call, DeconvdError) for _ in range(6)]
@@ -142,7 +142,7 @@ def test_calls_go_on_once_a_stopped_server_does(server: ServerProcess) -> None:
     ):
         kept = F.put(LARGE)
         y = F.deconvolution_2d(LARGE, W)
-        with stopped(server):
+        with stop_server(server):
             for _ in range(2):
                 calls = [pool.submit(took_s, partial(F.put, LARGE), DeconvdError) for _ in range(6)]
                 assert max(one.result() for one in calls) < TIMEOUT_S + SLACK_S
@@ -154,7 +154,7 @@ def test_room_that_is_borrowed_already_is_had_at_once_from_a_stopped_server(
 ) -> None:
     F = deconvd_client.connect(server.target, timeout_s=20, transport="shared_memory")
     F.deconvolution_2d(LARGE, W)
-    with stopped(server), ThreadPoolExecutor(1) as pool:
+    with stop_server(server), ThreadPoolExecutor(1) as pool:
         asking = pool.submit(F.empty, FRESH_BYTES, np.float16)
 
         assert took_s(lambda: F.empty(256, np.float32)) < SLACK_S
@@ -166,7 +166,7 @@ def test_room_that_is_borrowed_already_is_had_at_once_from_a_stopped_server(
 def test_the_error_names_the_limit_and_the_options(server: ServerProcess) -> None:
     with deconvd_client.connect(server.target, timeout_s=0.25) as F:
         with (
-            stopped(server),
+            stop_server(server),
             pytest.raises(DeadlineError, match=r"0\.25 s .*timeout_s .*--timeout-s"),
         ):
             F.deconvolution_2d(X, W)
@@ -175,7 +175,7 @@ def test_the_error_names_the_limit_and_the_options(server: ServerProcess) -> Non
 def test_a_deadline_counts_from_when_it_was_made() -> None:
     deadline = Deadline(0.05)
     assert 0 < deadline.remaining_s() <= 0.05
-    assert deadline.within(10).remaining_s() <= 0.05
-    assert Deadline(10).within(0.05).remaining_s() <= 0.05
+    assert deadline.with_limit(10).remaining_s() <= 0.05
+    assert Deadline(10).with_limit(0.05).remaining_s() <= 0.05
     time.sleep(0.06)
     assert deadline.remaining_s() == 0

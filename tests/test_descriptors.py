@@ -18,9 +18,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
-from deconvd_server.descriptors import DescriptorGuard, _longest_idle
-from tests.direct_calls import calls_path, told_by
-from tests.processes import held_by
+from deconvd_server.resources.descriptors import DescriptorGuard, _longest_idle
+from tests.direct_calls import calls_path, get_server_info
+from tests.processes import process_resources
 from tests.servers import ServerProcess, server_process
 
 X, W = np.ones((1, 1, 3, 3), np.float32), np.ones((1, 1, 2, 2), np.float32)
@@ -64,7 +64,7 @@ def test_health_is_answered_however_many_connections_there_are(
 ) -> None:
     with limited(tmp_path, limit_count) as server, ExitStack() as stack:
         host, _, port = server.targets[1].rpartition(":")
-        address = (host, int(port) if kind == "grpc" else told_by(server).direct_port)
+        address = (host, int(port) if kind == "grpc" else get_server_info(server).direct_port)
         connect_to(address, count, stack)
 
         assert health_s(server.targets[1]) < HEALTH_S
@@ -85,7 +85,7 @@ def test_connections_to_unix_sockets_are_found_too(tmp_path: Path) -> None:
 
 
 def test_a_soft_limit_is_raised_to_the_hard_one(tmp_path: Path) -> None:
-    script = "import resource, sys; from deconvd_server.descriptors import raise_limit; "
+    script = "import resource, sys; from deconvd_server.resources.descriptors import raise_limit; "
     script += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 200)); print(raise_limit())"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
@@ -111,7 +111,7 @@ def test_a_busy_connection_is_not_the_one_that_goes(tmp_path: Path) -> None:
             for _ in range(8):
                 connect_to((host, int(port)), 20, stack)
                 assert F.deconvolution_2d(X, W).shape == (1, 1, 4, 4)
-        assert held_by(server.process.pid).descriptors_count <= 128
+        assert process_resources(server.process.pid).descriptors_count <= 128
 
 
 def test_those_of_the_peer_that_has_most_go_first_and_of_these_the_idle() -> None:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from deconvd.digest import digest_of
+from deconvd.wire.digest import digest_of
 
 # from the test vectors at https://github.com/BLAKE3-team/BLAKE3: bytes 0, 1, ..., 250, 0, 1, ...
 KNOWN = {

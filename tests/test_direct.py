@@ -22,17 +22,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.direct_events import (
+from deconvd.direct.connection_errors import ConnectionBrokenError
+from deconvd.direct.events import (
     ANY_INSTANCE,
     Answer,
+    CallFailure,
     CallHead,
-    End,
-    Failed,
+    EndOfStream,
     FrameKind,
     Hello,
-    Method,
-    frame,
+    MethodCode,
+    pack_frame,
 )
+from deconvd.direct.frame_stream import FrameSource, FrameStream
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -40,38 +42,37 @@ from deconvd.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from deconvd.line import FrameSource, Line
-from deconvd.line_errors import LineBrokenError
-from deconvd.parts import Ahead, Elements, PartReader, elements_part
-from deconvd.problem import TensorSpec
-from deconvd.status import error_from_status, status_from_error
-from deconvd.tensor import message_from_array, message_from_spec, spec_of
+from deconvd.model.problem import TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import Connection, direct, direct_ways
-from deconvd_client.direct import DirectTransport
-from deconvd_client.direct_ways import TcpWay, UnixWay, way_to
-from deconvd_client.transport import Conversation, NoLineError
+from deconvd.wire.status import error_from_status, status_from_error
+from deconvd.wire.stream_parts import ElementsPart, PartReader, PendingElements, elements_part
+from deconvd.wire.tensor import message_from_array, message_from_spec
+from deconvd_client import Connection
+from deconvd_client.calls.transport import NotServedDirectlyError, StreamAttempt
+from deconvd_client.transports.direct import connectors, pool
+from deconvd_client.transports.direct.connectors import TcpConnector, UnixConnector, connector_for
+from deconvd_client.transports.direct.pool import DirectTransport
 from deconvd_server.exit_codes import ExitCode
-from tests.deadlines import soon
+from tests.deadlines import short_deadline
 from tests.direct_calls import (
     REQUEST,
     W,
     X,
-    answer,
     calls_path,
-    failure,
-    open_line,
-    open_patiently,
+    get_server_info,
+    is_serving,
+    open_stream,
+    open_with_retries,
+    receive_answer,
+    receive_failure,
     send_call,
-    serves,
     target_of,
-    told_by,
     wait_until_idle,
 )
-from tests.line_pairs import client_line, send_raw, server_line
-from tests.lines import CLEAN, bad_line
-from tests.processes import held_by, peak_memory_bytes, wait_until
+from tests.fault_proxy import CLEAN, faulty_proxy
+from tests.processes import peak_memory_bytes, process_resources, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.stream_pairs import client_stream, send_raw, server_stream
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 SLOW = np.ones((1, 64, 160, 160), np.float32), np.ones((64, 64, 9, 9), np.float32)
@@ -190,7 +191,7 @@ def test_a_server_can_keep_to_grpc(tmp_path: Path) -> None:
                 F.deconvolution_2d(X, W)
                 np.testing.assert_array_equal(F.deconvolution_2d(LARGE, ONE), LARGE)
             assert not direct_calls(server, transport)
-        assert told_by(server).direct_port == 0
+        assert get_server_info(server).direct_port == 0
 
 
 def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
@@ -206,45 +207,45 @@ def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
     with server_process(
         tmp_path, "--direct-port", str(port), listen=("127.0.0.1:0", "localhost:0")
     ) as server:
-        assert told_by(server).direct_port == port
+        assert get_server_info(server).direct_port == port
         for target in server.targets:
-            way = way_to(target)
+            way = connector_for(target)
             assert way is not None
-            assert serves(open_patiently(way, lambda: told_by(server)))
+            assert is_serving(open_with_retries(way, lambda: get_server_info(server)))
 
 
 @pytest.mark.parametrize(
     ("target", "way"),
     [
-        ("host:1", TcpWay("host")),
-        ("127.0.0.1:1", TcpWay("127.0.0.1")),
-        ("[::1]:1", TcpWay("::1")),
-        ("dns:host:1", TcpWay("host")),
-        ("dns:///host.name:1", TcpWay("host.name")),
-        ("ipv4:1.2.3.4:1", TcpWay("1.2.3.4")),
-        ("ipv6:[::1]:1", TcpWay("::1")),
+        ("host:1", TcpConnector("host")),
+        ("127.0.0.1:1", TcpConnector("127.0.0.1")),
+        ("[::1]:1", TcpConnector("::1")),
+        ("dns:host:1", TcpConnector("host")),
+        ("dns:///host.name:1", TcpConnector("host.name")),
+        ("ipv4:1.2.3.4:1", TcpConnector("1.2.3.4")),
+        ("ipv6:[::1]:1", TcpConnector("::1")),
         ("ipv4:1.2.3.4:1,1.2.3.5:1", None),
         ("dns://8.8.8.8/host:1", None),
-        ("unix:a/b", UnixWay("a/b")),
-        ("unix:///a/b", UnixWay("/a/b")),
+        ("unix:a/b", UnixConnector("a/b")),
+        ("unix:///a/b", UnixConnector("/a/b")),
     ],
 )
 def test_the_way_is_that_of_the_target(target: str, way: object) -> None:
-    assert way_to(target) == way
+    assert connector_for(target) == way
 
 
 @TRANSPORTS
 def test_errors_come_back_as_they_were(running: ServerProcess, transport: str) -> None:
     wrong = pb.DeconvolveRequest(x=REQUEST.x, w=message_from_array(W[:3]))
-    way = way_to(target_of(running, transport))
+    way = connector_for(target_of(running, transport))
     assert way is not None
-    lines = DirectTransport(way, lambda: told_by(running))
+    lines = DirectTransport(way, lambda: get_server_info(running))
     wait_until(lambda: _gets_line(lines))
     for message in (wrong.SerializeToString(), b"\xff" * 40):
         with pytest.raises(InvalidArgumentError) as raised:
-            lines.unary("Deconvolve", message, soon())
+            lines.unary("Deconvolve", message, short_deadline())
     assert "not a valid deconvd.v1.DeconvolveRequest" in str(raised.value)
-    message, ledger = lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+    message, ledger = lines.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
     assert pb.DeconvolveResponse.FromString(message).y.shape == [1, 2, 4, 4]
     assert "server_us=" in ledger
     lines.close()
@@ -252,8 +253,8 @@ def test_errors_come_back_as_they_were(running: ServerProcess, transport: str) -
 
 def _gets_line(lines: DirectTransport) -> bool:
     try:
-        lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
-    except NoLineError:
+        lines.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
+    except NotServedDirectlyError:
         return False
     return True
 
@@ -280,10 +281,10 @@ def test_a_response_too_large_for_a_message_is_refused_and_streams(running: Serv
     request = pb.DeconvolveRequest(x=message_from_array(ONE), w=message_from_array(ONE))
     request.geometry.stride.h = request.geometry.stride.w = 256
     request.geometry.outsize.h = request.geometry.outsize.w = 256
-    line = open_line(running)
-    send_call(line, Method.Deconvolve, request.SerializeToString())
-    assert "too many for a message of a direct call" in str(failure(line))
-    assert serves(line)
+    line = open_stream(running)
+    send_call(line, MethodCode.Deconvolve, request.SerializeToString())
+    assert "too many for a message of a direct call" in str(receive_failure(line))
+    assert is_serving(line)
     line.close()
     with deconvd_client.connect(running.target, transport="unix") as F:
         assert F.deconvolution_2d(wide, ONE).shape == (1, 1, 256, 256)
@@ -293,12 +294,12 @@ def test_a_response_too_large_for_a_message_is_refused_and_streams(running: Serv
 def test_a_deadline_is_kept_and_the_line_still_serves(
     running: ServerProcess, transport: str
 ) -> None:
-    line = open_line(running, transport)
-    send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=0)
-    assert isinstance(failure(line), DeadlineError)
-    send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=1e12)
-    assert isinstance(answer(line), Answer)
-    assert serves(line)
+    line = open_stream(running, transport)
+    send_call(line, MethodCode.Deconvolve, REQUEST.SerializeToString(), timeout_s=0)
+    assert isinstance(receive_failure(line), DeadlineError)
+    send_call(line, MethodCode.Deconvolve, REQUEST.SerializeToString(), timeout_s=1e12)
+    assert isinstance(receive_answer(line), Answer)
+    assert is_serving(line)
     line.close()
     with deconvd_client.connect(
         target_of(running, transport), timeout_s=0.2, transport=transport
@@ -313,7 +314,7 @@ def test_a_deadline_is_kept_and_the_line_still_serves(
 FRAMES = st.lists(
     st.tuples(st.sampled_from(FrameKind), st.binary(max_size=300)), min_size=1, max_size=5
 )
-METHODS = st.sampled_from(Method)
+METHODS = st.sampled_from(MethodCode)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -321,14 +322,14 @@ METHODS = st.sampled_from(Method)
 def test_frames_that_make_no_sense_hurt_nobody(
     running: ServerProcess,
     data: bytes | list[tuple[FrameKind, bytes]],
-    method: Method,
+    method: MethodCode,
     begins: bool,
 ) -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.fspath(calls_path(running)))
-    line = client_line(connection)
+    line = client_stream(connection)
     line.set_deadline(30)
-    with suppress(LineBrokenError):
+    with suppress(ConnectionBrokenError):
         if begins:
             line.send(Hello(ANY_INSTANCE))
             line.next_event()
@@ -337,11 +338,11 @@ def test_frames_that_make_no_sense_hurt_nobody(
         if isinstance(data, bytes):
             send_raw(line, data)
         else:
-            send_raw(line, b"".join(frame(kind, payload) for kind, payload in data))
-        line.end_gently(30)
+            send_raw(line, b"".join(pack_frame(kind, payload) for kind, payload in data))
+        line.half_close_and_drain(30)
     line.close()
-    other = open_line(running)
-    assert serves(other)
+    other = open_stream(running)
+    assert is_serving(other)
     other.close()
     assert "unforeseen" not in running.log.read_text()
 
@@ -354,7 +355,7 @@ def header(x: TensorSpec, slice_samples_count: int = 1) -> bytes:
     ).SerializeToString()
 
 
-def reader_of(line: Line) -> PartReader[pb.DeconvolveStreamResponse]:
+def reader_of(line: FrameStream) -> PartReader[pb.DeconvolveStreamResponse]:
     response_type = pb.DeconvolveStreamResponse
     return PartReader(FrameSource(line, response_type), response_type)
 
@@ -362,19 +363,19 @@ def reader_of(line: Line) -> PartReader[pb.DeconvolveStreamResponse]:
 @TRANSPORTS
 def test_y_flows_back_while_x_is_still_coming(running: ServerProcess, transport: str) -> None:
     x = LARGE[:4]
-    line = open_line(running, transport)
+    line = open_stream(running, transport)
     line.set_deadline(60)
-    send_call(line, Method.DeconvolveStream, header(spec_of(x)))
+    send_call(line, MethodCode.DeconvolveStream, header(spec_of(x)))
     line.send_part(elements_part(ONE))
     line.send_part(elements_part(x[:3]))
     reader = reader_of(line)
-    reader.header()
+    reader.read_header()
     np.testing.assert_array_equal(reader.read("y", spec_of(x[:1])), x[:1])
     line.send_part(elements_part(x[3:]))
-    line.send(End())
+    line.send(EndOfStream())
     np.testing.assert_array_equal(reader.read("y", spec_of(x[1:])), x[1:])
     reader.expect_end()
-    assert serves(line)
+    assert is_serving(line)
     line.close()
 
 
@@ -382,20 +383,20 @@ def test_y_flows_back_while_x_is_still_coming(running: ServerProcess, transport:
 def test_a_stream_that_fails_is_said_before_it_is_whole(
     running: ServerProcess, transport: str
 ) -> None:
-    with open_line(running, transport) as line:
+    with open_stream(running, transport) as line:
         line.set_deadline(60)
-        send_call(line, Method.DeconvolveStream, header(spec_of(X)))  # c_I is not that of W
+        send_call(line, MethodCode.DeconvolveStream, header(spec_of(X)))  # c_I is not that of W
         with ThreadPoolExecutor(1) as pool:
             sending = pool.submit(_send_for_ever, line)
             with pytest.raises(InvalidArgumentError, match="as many input channels"):
-                reader_of(line).header()
-            line.shut()
+                reader_of(line).read_header()
+            line.shutdown()
             sending.result()
     wait_until_idle(running)
 
 
-def _send_for_ever(line: Line) -> None:
-    with suppress(LineBrokenError):
+def _send_for_ever(line: FrameStream) -> None:
+    with suppress(ConnectionBrokenError):
         while True:
             line.send_part(elements_part(LARGE))
 
@@ -403,18 +404,18 @@ def _send_for_ever(line: Line) -> None:
 @TRANSPORTS
 def test_more_or_less_than_the_tensors_is_refused(running: ServerProcess, transport: str) -> None:
     for surplus, message in ((-4, "4 bytes before x is whole"), (4, "end with its last tensor")):
-        with open_line(running, transport) as line:
+        with open_stream(running, transport) as line:
             line.set_deadline(60)
-            send_call(line, Method.DeconvolveStream, header(spec_of(LARGE[:1])))
+            send_call(line, MethodCode.DeconvolveStream, header(spec_of(LARGE[:1])))
             elements = ONE.tobytes() + LARGE[:1].tobytes() + bytes(4)
-            line.send_part(Elements(memoryview(elements)[: len(elements) - 4 + surplus]))
-            line.send(End())
+            line.send_part(ElementsPart(memoryview(elements)[: len(elements) - 4 + surplus]))
+            line.send(EndOfStream())
             with pytest.raises(InvalidArgumentError, match=message):
                 _read_y(reader_of(line), spec_of(LARGE[:1]))
 
 
 def _read_y(reader: PartReader[pb.DeconvolveStreamResponse], y: TensorSpec) -> None:
-    reader.header()
+    reader.read_header()
     reader.read("y", y)
     reader.expect_end()
 
@@ -424,10 +425,10 @@ def test_a_slow_reader_does_not_make_the_servers_memory_grow(
     running: ServerProcess, transport: str
 ) -> None:
     x = np.zeros((400, 1, 512, 512), np.float32)  # 400 MiB each way
-    with open_line(running, transport) as line:
+    with open_stream(running, transport) as line:
         line.set_deadline(2)
-        with suppress(LineBrokenError):
-            send_call(line, Method.DeconvolveStream, header(spec_of(x)))
+        with suppress(ConnectionBrokenError):
+            send_call(line, MethodCode.DeconvolveStream, header(spec_of(x)))
             line.send_part(elements_part(ONE))
             line.send_part(elements_part(x))
             pytest.fail("all of it was taken, and nothing read")
@@ -471,13 +472,13 @@ def test_a_client_that_goes_in_the_middle_of_a_stream_leaves_nothing(
     running: ServerProcess, transport: str
 ) -> None:
     for sent in (0, 1, 2):
-        with open_line(running, transport) as line:
-            send_call(line, Method.DeconvolveStream, header(spec_of(LARGE)))
+        with open_stream(running, transport) as line:
+            send_call(line, MethodCode.DeconvolveStream, header(spec_of(LARGE)))
             line.send_part(elements_part(ONE))
             line.send_part(elements_part(LARGE[:sent]))
     wait_until_idle(running)
-    with open_line(running, transport) as line:
-        assert serves(line)
+    with open_stream(running, transport) as line:
+        assert is_serving(line)
 
 
 @TRANSPORTS
@@ -489,7 +490,7 @@ def test_a_drain_lets_calls_end_and_takes_no_more(running: ServerProcess, transp
         ThreadPoolExecutor(1) as pool,
     ):
         until_direct(F, running, transport)
-        idle = open_line(running, transport)
+        idle = open_stream(running, transport)
         slow = pool.submit(F.deconvolution_2d, *SLOW)
         wait_until(lambda: other.server_info().devices[0].running_calls_count > 0)
         running.process.send_signal(signal.SIGTERM)
@@ -508,10 +509,12 @@ def test_a_client_that_reads_no_answers_keeps_no_server_from_ending(
     request = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(x[:, :, :1, :1]))
     listen = ("unix", "127.0.0.1:0")
     with server_process(tmp_path, "--drain-timeout-s", "1", listen=listen) as server:
-        with open_line(server, transport) as line:
+        with open_stream(server, transport) as line:
             line.set_deadline(2)
-            with suppress(LineBrokenError):  # once the server waits for its answers to be read
-                call = CallHead(Method.Deconvolve, 30, request.SerializeToString()).pack()
+            with suppress(
+                ConnectionBrokenError
+            ):  # once the server waits for its answers to be read
+                call = CallHead(MethodCode.Deconvolve, 30, request.SerializeToString()).pack()
                 while True:
                     send_raw(line, call)
             server.process.send_signal(signal.SIGTERM)
@@ -529,24 +532,24 @@ def test_a_server_that_lets_nobody_in_is_called_in_another_way(tmp_path: Path) -
                     other = socket.socket(socket.AF_UNIX)
                     waiting.enter_context(other).setblocking(False)
                     other.connect(path)
-            with pytest.raises(NoLineError):
-                DirectTransport(UnixWay(path), pb.GetServerInfoResponse).unary(
-                    "Deconvolve", b"", soon()
+            with pytest.raises(NotServedDirectlyError):
+                DirectTransport(UnixConnector(path), pb.GetServerInfoResponse).unary(
+                    "Deconvolve", b"", short_deadline()
                 )
 
 
 @pytest.fixture
 def hopeful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let clients hope for a minute that a line is opened over TCP."""
-    monkeypatch.setattr(direct_ways, "_TCP_S", 60)
-    monkeypatch.setattr(direct, "_OPEN_S", 60)
+    monkeypatch.setattr(connectors, "_TCP_CONNECT_TIMEOUT_S", 60)
+    monkeypatch.setattr(pool, "_CONNECT_TIMEOUT_S", 60)
 
 
 @pytest.mark.usefixtures("hopeful")
 def test_calls_do_not_wait_for_a_port_that_nobody_reaches(running: ServerProcess) -> None:
     # the port is told, and the host of the target has it closed, or lets nobody in
-    port = told_by(running).direct_port
-    with bad_line(running.targets[1], CLEAN, host="127.0.0.2") as proxy:
+    port = get_server_info(running).direct_port
+    with faulty_proxy(running.targets[1], CLEAN, host="127.0.0.2") as proxy:
         with deconvd_client.connect(proxy.target, transport="tcp") as F:
             _assert_right_by_grpc(F)
         with socket.socket() as full, ExitStack() as waiting:
@@ -570,12 +573,12 @@ def _assert_right_by_grpc(F: Connection) -> None:
 
 def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
     with server_process(tmp_path, "--log-level", "debug", listen=("127.0.0.1:0",)) as server:
-        told = told_by(server)
+        told = get_server_info(server)
         told.instance_id = "00112233445566778899aabbccddeeff"
-        lines = DirectTransport(TcpWay("127.0.0.1"), lambda: told)
+        lines = DirectTransport(TcpConnector("127.0.0.1"), lambda: told)
         for _ in range(10):
-            with pytest.raises(NoLineError):
-                lines.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+            with pytest.raises(NotServedDirectlyError):
+                lines.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
         wait_until(lambda: "from or to another server" in server.log.read_text())
         lines.close()
         assert not direct_calls(server, "tcp")
@@ -585,10 +588,10 @@ def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
 def test_a_stranger_at_the_port_who_says_nothing_or_nonsense_is_not_called(
     running: ServerProcess,
 ) -> None:
-    port = told_by(running).direct_port
+    port = get_server_info(running).direct_port
     answers = [b"", b"SSH-2.0-OpenSSH_9.2\r\n"]
     with (
-        bad_line(running.targets[1], CLEAN, host="127.0.0.2") as proxy,
+        faulty_proxy(running.targets[1], CLEAN, host="127.0.0.2") as proxy,
         socket.create_server(("127.0.0.2", port)) as stranger,
         ExitStack() as stack,
     ):
@@ -630,17 +633,17 @@ def test_a_restarted_server_is_called_directly_again(tmp_path: Path, listen: str
 
 def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
     with deconvd_client.connect(running.target) as F:
-        way = way_to(running.target)
+        way = connector_for(running.target)
         assert way is not None
-        told = told_by(running)
+        told = get_server_info(running)
         lines = DirectTransport(way, lambda: told)
         request = REQUEST.SerializeToString()
-        assert lines.unary("Deconvolve", request, soon())[0]
+        assert lines.unary("Deconvolve", request, short_deadline())[0]
         child = os.fork()
         if not child:
-            replies = [lines.unary("Deconvolve", request, soon()) for _ in range(200)]
+            replies = [lines.unary("Deconvolve", request, short_deadline()) for _ in range(200)]
             os._exit(0 if all(message for message, _ in replies) else 1)
-        replies = [lines.unary("Deconvolve", request, soon()) for _ in range(200)]
+        replies = [lines.unary("Deconvolve", request, short_deadline()) for _ in range(200)]
         _, status = os.waitpid(child, 0)
         lines.close()
         assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
@@ -651,27 +654,27 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
 @TRANSPORTS
 def test_idle_lines_make_room_for_others(running: ServerProcess, transport: str) -> None:
     with ExitStack() as stack:
-        first = open_line(running, transport)
-        told = told_by(running)
-        way = way_to(target_of(running, transport))
+        first = open_stream(running, transport)
+        told = get_server_info(running)
+        way = connector_for(target_of(running, transport))
         assert way is not None
         for _ in range(300):
-            line = stack.enter_context(open_patiently(way, lambda: told))
-        assert serves(line)
+            line = stack.enter_context(open_with_retries(way, lambda: told))
+        assert is_serving(line)
         assert not first.is_quiet()  # it was closed: it had been idle for longest
         first.close()
-    with open_line(running, transport) as line:
-        assert serves(line)
+    with open_stream(running, transport) as line:
+        assert is_serving(line)
 
 
 def test_a_server_that_is_short_of_descriptors_takes_lines_again_later(
     running: ServerProcess,
 ) -> None:
-    pid, port = running.process.pid, told_by(running).direct_port
+    pid, port = running.process.pid, get_server_info(running).direct_port
     with deconvd_client.connect(running.targets[1], transport="tcp") as F:
         until_direct(F, running, "tcp")
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        held_count = held_by(pid).descriptors_count
+        held_count = process_resources(pid).descriptors_count
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (held_count + 2, limits[1]))
         with ExitStack() as stack:
             for _ in range(8):
@@ -694,26 +697,28 @@ def _processor_s(pid: int) -> float:
 
 
 def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
-    lines = DirectTransport(UnixWay(running.target.removeprefix("unix:")), lambda: told_by(running))
+    lines = DirectTransport(
+        UnixConnector(running.target.removeprefix("unix:")), lambda: get_server_info(running)
+    )
 
-    def parts() -> Iterator[pb.DeconvolveStreamRequest | Elements]:
+    def parts() -> Iterator[pb.DeconvolveStreamRequest | ElementsPart]:
         yield pb.DeconvolveStreamRequest.FromString(header(spec_of(LARGE)))
         yield elements_part(ONE)
         raise ZeroDivisionError("a fault of the caller's")
 
-    def begin(*, beside: bool) -> Conversation[list[object]]:
-        return Conversation(
-            Method.DeconvolveStream,
+    def begin(*, beside: bool) -> StreamAttempt[list[object]]:
+        return StreamAttempt(
+            MethodCode.DeconvolveStream,
             parts(),
             lambda source: [source.next() for _ in range(2)],
             pb.DeconvolveStreamResponse,
-            at_once=beside,
+            is_full_duplex=beside,
         )
 
     for beside in (False, True):
         wait_until(lambda: _gets_line(lines))
         with pytest.raises(ZeroDivisionError):
-            lines.stream(partial(begin, beside=beside), soon())
+            lines.stream(partial(begin, beside=beside), short_deadline())
     wait_until_idle(running)
     lines.close()
 
@@ -725,45 +730,45 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
     pieces_count = 20
     taken: list[int] = []
 
-    def parts() -> Iterator[pb.PutTensorRequest | Elements]:
+    def parts() -> Iterator[pb.PutTensorRequest | ElementsPart]:
         yield pb.PutTensorRequest()
         for number in range(pieces_count):
             taken.append(number)
-            yield Elements(memoryview(bytes(1 << 20)))
+            yield ElementsPart(memoryview(bytes(1 << 20)))
 
     def serve(listener: socket.socket) -> None:
-        with server_line(listener.accept()[0], instance) as line:
+        with server_stream(listener.accept()[0], instance) as line:
             line.set_deadline(30)
             line.next_event()
             line.send(Hello(instance))
             line.next_event()
             if is_refused:
-                line.send(Failed(status_from_error(ExhaustedError("too much"))))
-                line.end_gently(30)
+                line.send(CallFailure(status_from_error(ExhaustedError("too much"))))
+                line.half_close_and_drain(30)
                 return
             line.send_part(pb.PutTensorResponse())
             source = FrameSource(line, pb.PutTensorRequest)
-            while isinstance(ahead := source.next(), Ahead):
+            while isinstance(ahead := source.next(), PendingElements):
                 source.read_into(np.empty(ahead.size_bytes, np.uint8))
-            line.send(End())
+            line.send(EndOfStream())
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         port = listener.getsockname()[1]
         info = pb.GetServerInfoResponse(direct_port=port, instance_id=instance.hex())
-        lines = DirectTransport(TcpWay("127.0.0.1"), lambda: info)
+        lines = DirectTransport(TcpConnector("127.0.0.1"), lambda: info)
         serving = pool.submit(serve, listener)
-        talk = Conversation(
-            Method.PutTensor,
+        talk = StreamAttempt(
+            MethodCode.PutTensor,
             parts(),
             lambda source: [source.next() for _ in range(2)],
             pb.PutTensorResponse,
         )
         if is_refused:
             with pytest.raises(ExhaustedError, match="too much"):
-                lines.stream(lambda: talk, soon())
+                lines.stream(lambda: talk, short_deadline())
             assert len(taken) < pieces_count
         else:
-            assert lines.stream(lambda: talk, soon())[0] == [pb.PutTensorResponse(), None]
+            assert lines.stream(lambda: talk, short_deadline())[0] == [pb.PutTensorResponse(), None]
             assert len(taken) == pieces_count
         lines.close()
         serving.result(timeout=30)

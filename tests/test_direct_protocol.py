@@ -12,74 +12,78 @@ from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd import direct_events
-from deconvd.direct_events import (
+from deconvd.direct import events
+from deconvd.direct.connection_errors import (
+    ConnectionClosedError,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from deconvd.direct.events import (
     ANY_INSTANCE,
     FRAME_HEAD_BYTES,
     MAX_MESSAGE_BYTES,
     Answer,
+    CallFailure,
     CallHead,
-    End,
+    EndOfStream,
     Event,
-    Failed,
     FrameKind,
     Hello,
     MessagePart,
-    Method,
-    Written,
-    frame,
+    MethodCode,
+    ProgressReport,
+    pack_frame,
 )
-from deconvd.direct_protocol import TRANSITIONS, DirectProtocol, Role, State
-from deconvd.line_errors import LineClosedError, LocalProtocolError, RemoteProtocolError
-from deconvd.parts import Ahead
+from deconvd.direct.protocol import TRANSITIONS, DirectProtocol, ProtocolState, Role
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.stream_parts import PendingElements
 from tests.direct_calls import REQUEST, calls_path
 from tests.servers import ServerProcess
 
 INSTANCE = bytes(range(16))
 STATUS = status_pb2.Status(code=8, message="no room")
 
-CALL = CallHead(Method.Deconvolve, 30, b"x")
-EARLY_CALL = CallHead(Method.DeconvolveGrad, 30, b"x", is_early=True, written_bytes=7)
-STREAM_CALL = CallHead(Method.PutTensor, 30, b"x")
-FETCH_CALL = CallHead(Method.GetTensor, 30, b"x")
+CALL = CallHead(MethodCode.Deconvolve, 30, b"x")
+EARLY_CALL = CallHead(MethodCode.DeconvolveGrad, 30, b"x", is_overlapped=True, written_bytes=7)
+STREAM_CALL = CallHead(MethodCode.PutTensor, 30, b"x")
+FETCH_CALL = CallHead(MethodCode.GetTensor, 30, b"x")
 
 GREETED: list[tuple[Role, Event]] = [(Role.CLIENT, Hello(INSTANCE))]
 IDLE: list[tuple[Role, Event]] = [*GREETED, (Role.SERVER, Hello(INSTANCE))]
 STREAMING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, STREAM_CALL)]
 WRITING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, EARLY_CALL)]
-WAYS: dict[State, list[tuple[Role, Event]]] = {
-    State.NEW: [],
-    State.GREETED: GREETED,
-    State.IDLE: IDLE,
-    State.ANSWERING: [*IDLE, (Role.CLIENT, CALL)],
-    State.WRITING: WRITING,
-    State.TRAILING: [*WRITING, (Role.SERVER, Answer(b"y", ""))],
-    State.STREAMING: STREAMING,
-    State.RESPONDING: [*STREAMING, (Role.CLIENT, End())],
-    State.CLOSED: [*STREAMING, (Role.SERVER, Failed(STATUS))],
+WAYS: dict[ProtocolState, list[tuple[Role, Event]]] = {
+    ProtocolState.NEW: [],
+    ProtocolState.GREETED: GREETED,
+    ProtocolState.IDLE: IDLE,
+    ProtocolState.ANSWERING: [*IDLE, (Role.CLIENT, CALL)],
+    ProtocolState.OVERLAPPING: WRITING,
+    ProtocolState.TRAILING: [*WRITING, (Role.SERVER, Answer(b"y", ""))],
+    ProtocolState.STREAMING: STREAMING,
+    ProtocolState.RESPONDING: [*STREAMING, (Role.CLIENT, EndOfStream())],
+    ProtocolState.CLOSED: [*STREAMING, (Role.SERVER, CallFailure(STATUS))],
 }
 """What is said before a line is in each state."""
 
-EXAMPLES: dict[FrameKind, Event | Ahead] = {
+EXAMPLES: dict[FrameKind, Event | PendingElements] = {
     FrameKind.HELLO: Hello(INSTANCE),
     FrameKind.CALL: CALL,
-    FrameKind.EARLY_CALL: EARLY_CALL,
+    FrameKind.OVERLAPPED_CALL: EARLY_CALL,
     FrameKind.STREAM_CALL: STREAM_CALL,
     FrameKind.FETCH_CALL: FETCH_CALL,
     FrameKind.MESSAGE: MessagePart(b"abc"),
-    FrameKind.ELEMENTS: Ahead(3),
-    FrameKind.MISSING_ELEMENTS: Ahead(3, is_missing=True),
-    FrameKind.END: End("server_us=1"),
-    FrameKind.FAILED: Failed(STATUS),
-    FrameKind.WRITTEN: Written(1 << 40),
+    FrameKind.ELEMENTS: PendingElements(3),
+    FrameKind.MISSING_ELEMENTS: PendingElements(3, is_missing=True),
+    FrameKind.END: EndOfStream("server_us=1"),
+    FrameKind.FAILED: CallFailure(STATUS),
+    FrameKind.PROGRESS: ProgressReport(1 << 40),
     FrameKind.ANSWER: Answer(b"y", "server_us=1"),
 }
 
 FRAMES = {
     FrameKind.HELLO: "01000000 14000000 64636435" + INSTANCE.hex(),
     FrameKind.CALL: "02000000 19000000 01 00 000000000000 80c3c90100000000 0000000000000000 78",
-    FrameKind.EARLY_CALL: "02000000 19000000 02 01 000000000000 80c3c90100000000 0700000000000000 78",
+    FrameKind.OVERLAPPED_CALL: "02000000 19000000 02 01 000000000000 80c3c90100000000 0700000000000000 78",
     FrameKind.STREAM_CALL: "02000000 19000000 05 00 000000000000 80c3c90100000000 0000000000000000 78",
     FrameKind.FETCH_CALL: "02000000 19000000 06 00 000000000000 80c3c90100000000 0000000000000000 78",
     FrameKind.MESSAGE: "03000000 03000000 616263",
@@ -87,14 +91,14 @@ FRAMES = {
     FrameKind.MISSING_ELEMENTS: "05000000 03000000",
     FrameKind.END: "06000000 0b000000" + b"server_us=1".hex(),
     FrameKind.FAILED: "07000000 0b000000 0808 1207" + b"no room".hex(),
-    FrameKind.WRITTEN: "08000000 08000000 0000000000010000",
+    FrameKind.PROGRESS: "08000000 08000000 0000000000010000",
     FrameKind.ANSWER: "09000000 14000000 0b00 000000000000" + b"server_us=1y".hex(),
 }
 """Each example on the line: what both ends of the version "dcd5" rely on."""
 
 KINDS = pytest.mark.parametrize("kind", FrameKind, ids=lambda kind: kind.name)
 ROLES = pytest.mark.parametrize("role", Role, ids=lambda role: role.name)
-STATES = pytest.mark.parametrize("state", State, ids=lambda state: state.name)
+STATES = pytest.mark.parametrize("state", ProtocolState, ids=lambda state: state.name)
 
 CHUNKS = st.lists(st.integers(1, 9) | st.integers(1, 100_000), min_size=1, max_size=5)
 MESSAGES = st.binary(max_size=40) | st.integers(0, MAX_MESSAGE_BYTES - 60_000).map(bytes)
@@ -102,7 +106,7 @@ LEDGERS = st.text("abc_=;0123456789", max_size=40)
 TIMEOUTS = st.integers(0, 10**6).map(float)
 
 
-def calls(*methods: Method, is_early: bool = False) -> st.SearchStrategy[CallHead]:
+def calls(*methods: MethodCode, is_early: bool = False) -> st.SearchStrategy[CallHead]:
     return st.builds(
         CallHead,
         st.sampled_from(methods),
@@ -113,46 +117,48 @@ def calls(*methods: Method, is_early: bool = False) -> st.SearchStrategy[CallHea
     )
 
 
-EVENTS: dict[FrameKind, st.SearchStrategy[Event | Ahead]] = {
+EVENTS: dict[FrameKind, st.SearchStrategy[Event | PendingElements]] = {
     FrameKind.HELLO: st.sampled_from([Hello(INSTANCE), Hello(ANY_INSTANCE)]),
-    FrameKind.CALL: calls(Method.Deconvolve, Method.DeconvolveGrad),
-    FrameKind.EARLY_CALL: calls(Method.Deconvolve, Method.DeconvolveGrad, is_early=True),
-    FrameKind.STREAM_CALL: calls(
-        Method.DeconvolveStream, Method.DeconvolveGradStream, Method.PutTensor
+    FrameKind.CALL: calls(MethodCode.Deconvolve, MethodCode.DeconvolveGrad),
+    FrameKind.OVERLAPPED_CALL: calls(
+        MethodCode.Deconvolve, MethodCode.DeconvolveGrad, is_early=True
     ),
-    FrameKind.FETCH_CALL: calls(Method.GetTensor),
+    FrameKind.STREAM_CALL: calls(
+        MethodCode.DeconvolveStream, MethodCode.DeconvolveGradStream, MethodCode.PutTensor
+    ),
+    FrameKind.FETCH_CALL: calls(MethodCode.GetTensor),
     FrameKind.MESSAGE: st.builds(MessagePart, MESSAGES),
-    FrameKind.ELEMENTS: st.builds(Ahead, st.integers(0, 100_000)),
-    FrameKind.MISSING_ELEMENTS: st.builds(Ahead, st.integers(0, 100_000), st.just(True)),
-    FrameKind.END: st.builds(End, LEDGERS),
-    FrameKind.FAILED: st.builds(Failed, st.builds(status_pb2.Status, message=LEDGERS)),
-    FrameKind.WRITTEN: st.builds(Written, st.integers(0, 2**64 - 1)),
+    FrameKind.ELEMENTS: st.builds(PendingElements, st.integers(0, 100_000)),
+    FrameKind.MISSING_ELEMENTS: st.builds(PendingElements, st.integers(0, 100_000), st.just(True)),
+    FrameKind.END: st.builds(EndOfStream, LEDGERS),
+    FrameKind.FAILED: st.builds(CallFailure, st.builds(status_pb2.Status, message=LEDGERS)),
+    FrameKind.PROGRESS: st.builds(ProgressReport, st.integers(0, 2**64 - 1)),
     FrameKind.ANSWER: st.builds(Answer, MESSAGES, LEDGERS),
 }
 
 
-def said(end: DirectProtocol, event: Event | Ahead) -> bytes:
+def said(end: DirectProtocol, event: Event | PendingElements) -> bytes:
     """Return what an end sends for an event; elements with it, if those are ahead."""
-    if isinstance(event, Ahead):
+    if isinstance(event, PendingElements):
         return end.begin_elements(event) + elements(event)
     return end.send(event)
 
 
-def elements(ahead: Ahead) -> bytes:
+def elements(ahead: PendingElements) -> bytes:
     return bytes(n % 251 for n in range(ahead.size_bytes))
 
 
 def heard(
     end: DirectProtocol, data: bytes, sizes: Sequence[int] = (1 << 20,)
-) -> list[Event | Ahead]:
+) -> list[Event | PendingElements]:
     """Return the events of bytes that come in chunks of these sizes, in turn, until the line is closed."""
-    stream, chunks, events = memoryview(data), cycle(sizes), list[Event | Ahead]()
-    while end.state is not State.CLOSED:
+    stream, chunks, events = memoryview(data), cycle(sizes), list[Event | PendingElements]()
+    while end.state is not ProtocolState.CLOSED:
         event = end.next_event()
         if event is not None:
             events.append(event)
         elif stream:
-            space = end.space()
+            space = end.receive_buffer()
             count = min(len(space), next(chunks), len(stream))
             assert count
             space[:count] = stream[:count]
@@ -160,14 +166,14 @@ def heard(
             stream = stream[count:]
         else:
             break
-        if isinstance(event, Ahead):
+        if isinstance(event, PendingElements):
             if event.size_bytes > end.unread_bytes + len(stream):
                 break  # they have not all come
             stream = taken(end, event, stream)
     return events
 
 
-def taken(end: DirectProtocol, ahead: Ahead, stream: memoryview) -> memoryview:
+def taken(end: DirectProtocol, ahead: PendingElements, stream: memoryview) -> memoryview:
     """Take elements, of which those that the end has not read come next; return what comes after them."""
     target = np.zeros(ahead.size_bytes, np.uint8)
     count = end.take_elements(target)
@@ -176,7 +182,7 @@ def taken(end: DirectProtocol, ahead: Ahead, stream: memoryview) -> memoryview:
     return stream[rest:]
 
 
-def end_in(role: Role, state: State) -> DirectProtocol:
+def end_in(role: Role, state: ProtocolState) -> DirectProtocol:
     """Return an end of a line that has come into a state."""
     end = DirectProtocol(role, INSTANCE)
     for sender, event in WAYS[state]:
@@ -190,7 +196,7 @@ def end_in(role: Role, state: State) -> DirectProtocol:
 
 @KINDS
 def test_frames_are_those_of_this_version(kind: FrameKind) -> None:
-    state = next(state for state in State if kind in TRANSITIONS[_sender(kind)][state])
+    state = next(state for state in ProtocolState if kind in TRANSITIONS[_sender(kind)][state])
     sender, receiver = end_in(_sender(kind), state), end_in(Role(1 - _sender(kind)), state)
     event = EXAMPLES[kind]
 
@@ -209,12 +215,12 @@ def _sender(kind: FrameKind) -> Role:
 @STATES
 @KINDS
 def test_what_an_end_may_send_in_which_state_is_what_the_table_says(
-    role: Role, state: State, kind: FrameKind
+    role: Role, state: ProtocolState, kind: FrameKind
 ) -> None:
     end = end_in(role, state)
     after = TRANSITIONS[role][state].get(kind)
     if after is None:
-        error = LineClosedError if state is State.CLOSED else LocalProtocolError
+        error = ConnectionClosedError if state is ProtocolState.CLOSED else LocalProtocolError
         with pytest.raises(error):
             said(end, EXAMPLES[kind])
         assert end.state is state  # nothing was sent
@@ -227,18 +233,18 @@ def test_what_an_end_may_send_in_which_state_is_what_the_table_says(
 @STATES
 @KINDS
 def test_what_an_end_may_hear_in_which_state_is_what_the_table_says(
-    role: Role, state: State, kind: FrameKind
+    role: Role, state: ProtocolState, kind: FrameKind
 ) -> None:
     end = end_in(role, state)
     after = TRANSITIONS[Role(1 - role)][state].get(kind)
-    if state is State.CLOSED:
-        with pytest.raises(LineClosedError):
+    if state is ProtocolState.CLOSED:
+        with pytest.raises(ConnectionClosedError):
             end.next_event()
     elif after is None:
         with pytest.raises(RemoteProtocolError, match="may send"):
             heard(end, bytes.fromhex(FRAMES[kind]))
-        assert end.state is State.CLOSED
-        with pytest.raises(LineClosedError):
+        assert end.state is ProtocolState.CLOSED
+        with pytest.raises(ConnectionClosedError):
             end.next_event()
     else:
         assert heard(end, bytes.fromhex(FRAMES[kind])) == [EXAMPLES[kind]]
@@ -255,19 +261,19 @@ def test_no_kind_of_frame_is_said_by_both_but_the_greeting_and_parts() -> None:
 
 @ROLES
 @STATES
-def test_whose_parts_are_over_follows_from_the_table(role: Role, state: State) -> None:
+def test_whose_parts_are_over_follows_from_the_table(role: Role, state: ProtocolState) -> None:
     end = end_in(role, state)
     may_come = {
-        Role.CLIENT: (State.STREAMING, State.RESPONDING),
-        Role.SERVER: (State.STREAMING,),
+        Role.CLIENT: (ProtocolState.STREAMING, ProtocolState.RESPONDING),
+        Role.SERVER: (ProtocolState.STREAMING,),
     }
-    assert end.is_peer_done == (state not in (*may_come[role], State.CLOSED))
-    assert end.is_idle == (state in (State.IDLE, State.TRAILING))
+    assert end.is_peer_done == (state not in (*may_come[role], ProtocolState.CLOSED))
+    assert end.is_idle == (state in (ProtocolState.IDLE, ProtocolState.TRAILING))
 
 
 NONSENSE = st.lists(
     st.binary(max_size=30)
-    | st.builds(frame, st.sampled_from(FrameKind), st.binary(max_size=60))
+    | st.builds(pack_frame, st.sampled_from(FrameKind), st.binary(max_size=60))
     | st.sampled_from([bytes.fromhex(data) for data in FRAMES.values()])
     | st.builds(
         lambda number, size, rest: bytes([number, 0, 0, 0]) + size.to_bytes(4, "little") + rest,
@@ -279,9 +285,9 @@ NONSENSE = st.lists(
 ).map(b"".join)
 
 
-@given(st.sampled_from(Role), st.sampled_from(State), NONSENSE, CHUNKS)
+@given(st.sampled_from(Role), st.sampled_from(ProtocolState), NONSENSE, CHUNKS)
 def test_whatever_comes_is_an_event_or_the_peers_fault_however_it_is_cut(
-    role: Role, state: State, data: bytes, sizes: list[int]
+    role: Role, state: ProtocolState, data: bytes, sizes: list[int]
 ) -> None:
     whole, cut = end_in(role, state), end_in(role, state)
 
@@ -289,21 +295,25 @@ def test_whatever_comes_is_an_event_or_the_peers_fault_however_it_is_cut(
     assert cut.state is whole.state
 
 
-def _outcome(end: DirectProtocol, data: bytes, sizes: list[int]) -> list[Event | Ahead] | str:
+def _outcome(
+    end: DirectProtocol, data: bytes, sizes: list[int]
+) -> list[Event | PendingElements] | str:
     try:
         return heard(end, data, sizes)
     except RemoteProtocolError as error:
-        assert end.state is State.CLOSED
+        assert end.state is ProtocolState.CLOSED
         return str(error)
 
 
 @given(st.data())
 def test_two_ends_understand_each_other_whatever_crosses_on_the_way(data: st.DataObject) -> None:
-    state = data.draw(st.sampled_from([State.NEW, State.IDLE, State.TRAILING]))
+    state = data.draw(
+        st.sampled_from([ProtocolState.NEW, ProtocolState.IDLE, ProtocolState.TRAILING])
+    )
     ends = {role: end_in(role, state) for role in Role}
     way = dict.fromkeys(Role, b"")
-    sent: dict[Role, list[Event | Ahead]] = {role: [] for role in Role}
-    received: dict[Role, list[Event | Ahead]] = {role: [] for role in Role}
+    sent: dict[Role, list[Event | PendingElements]] = {role: [] for role in Role}
+    received: dict[Role, list[Event | PendingElements]] = {role: [] for role in Role}
 
     def deliver(role: Role, count: int) -> None:
         # whole frames: how they are cut is another test's
@@ -329,92 +339,108 @@ def test_two_ends_understand_each_other_whatever_crosses_on_the_way(data: st.Dat
     assert ends[Role.CLIENT].state is ends[Role.SERVER].state
     for role in Role:
         assert received[role] == sent[role][: len(received[role])]
-        if ends[role].state is not State.CLOSED:
+        if ends[role].state is not ProtocolState.CLOSED:
             assert len(received[role]) == len(sent[role])
 
 
 def test_an_end_of_a_request_beside_a_part_of_the_response_is_not_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    end = end_in(Role.CLIENT, State.STREAMING)
+    end = end_in(Role.CLIENT, ProtocolState.STREAMING)
 
     def parse(payload: bytes) -> MessagePart:
-        end.send(End())  # as another thread may
+        end.send(EndOfStream())  # as another thread may
         return MessagePart(payload)
 
-    monkeypatch.setitem(direct_events.PARSERS, FrameKind.MESSAGE, parse)
+    monkeypatch.setitem(events.EVENT_PARSERS, FrameKind.MESSAGE, parse)
     heard(end, MessagePart(b"a").pack())
 
-    assert end.state is State.RESPONDING
+    assert end.state is ProtocolState.RESPONDING
 
 
 def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() -> None:
-    end = end_in(Role.SERVER, State.STREAMING)
-    data = frame(FrameKind.ELEMENTS, b"abcd") + End().pack()
-    end.space()[: len(data)] = data
+    end = end_in(Role.SERVER, ProtocolState.STREAMING)
+    data = pack_frame(FrameKind.ELEMENTS, b"abcd") + EndOfStream().pack()
+    end.receive_buffer()[: len(data)] = data
     end.note_received(len(data))
-    assert end.next_event() == Ahead(4)
+    assert end.next_event() == PendingElements(4)
     target = np.zeros(3, np.uint8)
     with pytest.raises(LocalProtocolError, match="4 bytes of elements are to be taken first"):
         end.next_event()
-    assert end.next_kind() is None
+    assert end.peek_kind() is None
     assert end.take_elements(target) == 3
     assert target.tobytes() == b"abc"
     with pytest.raises(LocalProtocolError, match="3 bytes of the 1"):
         end.take_elements(target)
     assert end.take_elements(target[:1]) == 1
-    assert end.next_kind() == FrameKind.END
-    assert end.next_event() == End()
+    assert end.peek_kind() == FrameKind.END
+    assert end.next_event() == EndOfStream()
 
 
 @pytest.mark.parametrize(
     ("state", "data", "fault"),
     [
         (
-            State.ANSWERING,
-            frame(FrameKind.ANSWER, b"\x09" + bytes(7) + b"12345678"),
+            ProtocolState.ANSWERING,
+            pack_frame(FrameKind.ANSWER, b"\x09" + bytes(7) + b"12345678"),
             "an answer of 16 b",
         ),
-        (State.RESPONDING, frame(FrameKind.FAILED, b"\xff"), "no google.rpc.Status"),
-        (State.GREETED, frame(FrameKind.HELLO, b"dcd4" + INSTANCE), "another protocol"),
-        (State.GREETED, frame(FrameKind.HELLO, b"dcd5" + bytes(range(1, 17))), "another server"),
-        (State.IDLE, frame(FrameKind.CALL, b"\x07" + bytes(23)), "unknown method 7"),
-        (State.IDLE, frame(FrameKind.CALL, b"\x06\x01" + bytes(22)), "an early call of GetTensor"),
-        (State.IDLE, frame(77, b""), "unknown kind 77"),
+        (ProtocolState.RESPONDING, pack_frame(FrameKind.FAILED, b"\xff"), "no google.rpc.Status"),
+        (
+            ProtocolState.GREETED,
+            pack_frame(FrameKind.HELLO, b"dcd4" + INSTANCE),
+            "another protocol",
+        ),
+        (
+            ProtocolState.GREETED,
+            pack_frame(FrameKind.HELLO, b"dcd5" + bytes(range(1, 17))),
+            "another server",
+        ),
+        (ProtocolState.IDLE, pack_frame(FrameKind.CALL, b"\x07" + bytes(23)), "unknown method 7"),
+        (
+            ProtocolState.IDLE,
+            pack_frame(FrameKind.CALL, b"\x06\x01" + bytes(22)),
+            "an early call of GetTensor",
+        ),
+        (ProtocolState.IDLE, pack_frame(77, b""), "unknown kind 77"),
     ],
 )
-def test_what_makes_no_sense_is_the_peers_fault(state: State, data: bytes, fault: str) -> None:
-    end = end_in(Role.SERVER if state is State.IDLE else Role.CLIENT, state)
+def test_what_makes_no_sense_is_the_peers_fault(
+    state: ProtocolState, data: bytes, fault: str
+) -> None:
+    end = end_in(Role.SERVER if state is ProtocolState.IDLE else Role.CLIENT, state)
     with pytest.raises(RemoteProtocolError, match=fault):
         heard(end, data)
-    assert end.state is State.CLOSED
+    assert end.state is ProtocolState.CLOSED
 
 
 def test_a_frame_is_read_whole_wherever_it_lies_in_what_was_read_ahead() -> None:
     parts = [MessagePart(bytes(size)) for size in (10_000, 28_000, 20_000, 31_000, 32_760, 0)]
     data = b"".join(part.pack() for part in parts)
-    assert heard(end_in(Role.CLIENT, State.STREAMING), data) == parts
+    assert heard(end_in(Role.CLIENT, ProtocolState.STREAMING), data) == parts
 
 
 def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
-    end = end_in(Role.CLIENT, State.STREAMING)
-    usual_bytes = len(end.space())
+    end = end_in(Role.CLIENT, ProtocolState.STREAMING)
+    usual_bytes = len(end.receive_buffer())
     long = MessagePart(bytes(MAX_MESSAGE_BYTES))
     assert heard(end, long.pack(), [10_000]) == [long]
-    assert len(end.space()) == usual_bytes < MAX_MESSAGE_BYTES
+    assert len(end.receive_buffer()) == usual_bytes < MAX_MESSAGE_BYTES
 
 
 def test_a_deadline_that_has_passed_is_now() -> None:
-    call = CallHead(Method.Deconvolve, -1, b"")
-    assert heard(end_in(Role.SERVER, State.IDLE), call.pack()) == [call._replace(timeout_s=0)]
+    call = CallHead(MethodCode.Deconvolve, -1, b"")
+    assert heard(end_in(Role.SERVER, ProtocolState.IDLE), call.pack()) == [
+        call._replace(timeout_s=0)
+    ]
 
 
 def test_asyncio_shares_it(server: ServerProcess) -> None:
     end = DirectProtocol(Role.CLIENT, ANY_INSTANCE)
 
-    async def next_event(reader: asyncio.StreamReader) -> Event | Ahead:
+    async def next_event(reader: asyncio.StreamReader) -> Event | PendingElements:
         while (event := end.next_event()) is None:
-            space = end.space()
+            space = end.receive_buffer()
             data = await reader.read(len(space))
             assert data
             space[: len(data)] = data
@@ -425,7 +451,7 @@ def test_asyncio_shares_it(server: ServerProcess) -> None:
         reader, writer = await asyncio.open_unix_connection(calls_path(server))
         writer.write(end.send(Hello(ANY_INSTANCE)))
         await next_event(reader)
-        writer.write(end.send(CallHead(Method.Deconvolve, 30, REQUEST.SerializeToString())))
+        writer.write(end.send(CallHead(MethodCode.Deconvolve, 30, REQUEST.SerializeToString())))
         answer = await next_event(reader)
         assert isinstance(answer, Answer), answer
         writer.close()

@@ -20,16 +20,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
-from deconvd.geometry import Geometry
-from deconvd.messages import message_from_geometry
+from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.messages import message_from_geometry
 from deconvd_client import UnavailableError
 from deconvd_server.exit_codes import ExitCode
-from tests.holders import holder, raw
 from tests.http2 import METHODS, Http2Client
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import open_session, raw_tensor
 
 X = np.ones((1, 4, 8, 8), np.float32)
 W = np.ones((4, 4, 3, 3), np.float32)
@@ -65,7 +65,7 @@ def test_clients_that_do_nothing_hold_up_no_drain(tmp_path: Path) -> None:
         with ExitStack() as stack:
             for path in METHODS:
                 stack.enter_context(Http2Client(server.target)).begin(path)
-            stack.enter_context(holder(server.target))
+            stack.enter_context(open_session(server.target))
             F = stack.enter_context(deconvd_client.connect(server.target, transport="tcp"))
             F.deconvolution_2d(X, W)
             exit_code, duration_s = ends(server)
@@ -77,7 +77,7 @@ def test_clients_that_do_nothing_hold_up_no_drain(tmp_path: Path) -> None:
 def test_a_client_that_does_not_read_its_answer_does_not_hold_up_a_drain(tmp_path: Path) -> None:
     with server_process(tmp_path, "--drain-timeout-s", "1", listen=("127.0.0.1:0",)) as server:
         with Http2Client(server.target) as client:  # whose window is 64 KiB, for good
-            request = pb.DeconvolveRequest(x=raw(X), w=raw(W), geometry=SPREAD)
+            request = pb.DeconvolveRequest(x=raw_tensor(X), w=raw_tensor(W), geometry=SPREAD)
             number = client.begin(METHODS[0])
             client.send(number, request.SerializeToString(), is_last=True)
             client.read_until(bytes(1 << 14))  # of what it has room for
@@ -126,7 +126,7 @@ def test_a_call_that_never_ends_does_not_hold_up_a_drain(tmp_path: Path) -> None
 
 def test_health_is_answered_while_no_worker_is_free(tmp_path: Path) -> None:
     with stuck_server(tmp_path, 1) as server, grpc.insecure_channel(server.target) as channel:
-        request = pb.DeconvolveRequest(x=raw(X), w=raw(W))
+        request = pb.DeconvolveRequest(x=raw_tensor(X), w=raw_tensor(W))
         stub = pb_grpc.DeconvolutionServiceStub(channel)
         calls = [stub.Deconvolve.future(request) for _ in range(400)]
         wait_until(lambda: any(call.done() for call in calls))  # some are refused
@@ -193,7 +193,7 @@ def _stock(stack: ExitStack, target: str) -> Callable[[], Any]:
         grpc.insecure_channel(target, [("grpc.use_local_subchannel_pool", 1)])
     )
     stub = pb_grpc.DeconvolutionServiceStub(channel)
-    request = pb.DeconvolveRequest(x=raw(X), w=raw(W))
+    request = pb.DeconvolveRequest(x=raw_tensor(X), w=raw_tensor(W))
     return lambda: stub.Deconvolve(request, timeout=10)
 
 
@@ -241,13 +241,13 @@ def test_no_call_is_lost_on_a_signal(kind: str, way: str, socket_directory: Path
 
 
 _LOSING_SERVER = """
-import deconvd_server.grpc_server as grpc_server
+import deconvd_server.transports.grpc.server as grpc_server
 from deconvd_server.__main__ import main
 
 def lose(self):
     raise SystemExit("lost")
 
-grpc_server.GrpcServer._do_what_is_due = lose  # about a second after its start
+grpc_server.GrpcServer._run_due_timers = lose  # about a second after its start
 main()
 """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType, compute_type, element_type
 from deconvd.errors import InvalidArgumentError
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES, DType, compute_type, element_type
 
 
 @pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)

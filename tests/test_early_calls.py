@@ -14,36 +14,45 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd import copying
-from deconvd.direct_events import FRAME_HEAD_BYTES, Answer, CallHead, FrameKind, Method, frame
+from deconvd.direct.connection_errors import ConnectionBrokenError
+from deconvd.direct.events import (
+    FRAME_HEAD_BYTES,
+    Answer,
+    CallHead,
+    FrameKind,
+    MethodCode,
+    pack_frame,
+)
+from deconvd.direct.frame_stream import FrameStream, report_progress
 from deconvd.errors import DeadlineError, ExhaustedError, InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.line import Line, tell_written
-from deconvd.line_errors import LineBrokenError
-from deconvd.messages import message_from_geometry
-from deconvd.problem import Problem
-from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
-from deconvd.trials import Trials
+from deconvd.host import parallel_copy
+from deconvd.host.adaptive_backoff import AdaptiveBackoff
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client import Connection, direct
-from deconvd_client.late_copy import LateCopy, SharedOperand
+from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.tensor import message_from_array, message_from_spec
+from deconvd_client import Connection
+from deconvd_client.calls.overlapped_copy import OverlappedCopy, SharedOperand
 from deconvd_client.shared_memory import Borrower
+from deconvd_client.transports.direct import pool
 from deconvd_server.exit_codes import ExitCode
-from tests.deadlines import soon
+from tests.deadlines import short_deadline
 from tests.direct_calls import (
-    answer,
     calls_path,
-    failure,
-    open_line,
+    get_server_info,
+    is_serving,
+    open_stream,
+    receive_answer,
+    receive_failure,
     send_call,
-    serves,
-    told_by,
     wait_until_idle,
 )
-from tests.holders import by_handle, holder
-from tests.line_pairs import send_raw
-from tests.processes import held_by, lent_bytes, wait_until
+from tests.processes import lent_bytes, process_resources, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import open_session, tensor_by_handle
+from tests.stream_pairs import send_raw
 
 SHAPE = (60, 1, 192, 192)
 """Of float32: 8.4 MiB, just enough for a call to be early."""
@@ -62,18 +71,18 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What clients of this process say of how far they have come."""
     sizes: list[int] = []
 
-    def tell(line: Line, size_bytes: int) -> None:
+    def tell(line: FrameStream, size_bytes: int) -> None:
         sizes.append(size_bytes)
-        tell_written(line, size_bytes)
+        report_progress(line, size_bytes)
 
-    monkeypatch.setattr(direct, "tell_written", tell)
+    monkeypatch.setattr(pool, "report_progress", tell)
     return sizes
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let clients be early although no card follows them."""
-    monkeypatch.setattr(Trials, "is_due", lambda _: True)
+    monkeypatch.setattr(AdaptiveBackoff, "is_due", lambda _: True)
 
 
 def random_x(seed: int = 0) -> Array:
@@ -131,7 +140,7 @@ class TestClient:
         monkeypatch: pytest.MonkeyPatch,
         processors_count: int,
     ) -> None:
-        monkeypatch.setattr("deconvd.copying.processors_count", lambda: processors_count)
+        monkeypatch.setattr("deconvd.host.parallel_copy.processors_count", lambda: processors_count)
         x = np.concatenate([random_x(seed) for seed in range(6)])
         with directly_connected(server) as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
@@ -156,19 +165,19 @@ class TestClient:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         made: list[bool] = []
-        make = LateCopy.make
+        make = OverlappedCopy.run
 
-        def watched(copy: LateCopy, tell: Callable[[int], None] | None = None) -> None:
+        def watched(copy: OverlappedCopy, tell: Callable[[int], None] | None = None) -> None:
             try:
                 make(copy, tell)
             finally:
-                made.append(copy.is_made)
+                made.append(copy.is_done)
 
-        def refused_by_now(line: Line, _size_bytes: int) -> None:
-            assert line.has_come(30)
+        def refused_by_now(line: FrameStream, _size_bytes: int) -> None:
+            assert line.poll(30)
 
-        monkeypatch.setattr(LateCopy, "make", watched)
-        monkeypatch.setattr(direct, "tell_written", refused_by_now)
+        monkeypatch.setattr(OverlappedCopy, "run", watched)
+        monkeypatch.setattr(pool, "report_progress", refused_by_now)
         x = np.concatenate([random_x()] * 4)
         with server_process(
             tmp_path, "--device-memory-bytes", "16Mi", "--log-level", "debug"
@@ -185,13 +194,13 @@ class TestClient:
     ) -> None:
         broken: list[int] = []
 
-        def tell(line: Line, size_bytes: int) -> None:
+        def tell(line: FrameStream, size_bytes: int) -> None:
             if len(broken) % 3 == 1:
-                line.shut()
+                line.shutdown()
             broken.append(size_bytes)
-            tell_written(line, size_bytes)
+            report_progress(line, size_bytes)
 
-        monkeypatch.setattr(direct, "tell_written", tell)
+        monkeypatch.setattr(pool, "report_progress", tell)
         with directly_connected(server) as F:
             for seed in range(4):
                 wait_until(lambda: goes_directly(F, server))  # there is a line again
@@ -207,7 +216,7 @@ class TestClient:
         with directly_connected(server) as F:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
             with monkeypatch.context() as interrupted:
-                interrupted.setattr(direct, "tell_written", _interrupt)
+                interrupted.setattr(pool, "report_progress", _interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     F.deconvolution_2d(x, W)
             wait_until_idle(server)
@@ -215,14 +224,14 @@ class TestClient:
 
     def test_copies_are_made_once(self) -> None:
         source, target = np.ones(4, np.float32), np.zeros(4, np.float32)
-        copy, told = LateCopy([SharedOperand(16, (target, source))]), list[int]()
+        copy, told = OverlappedCopy([SharedOperand(16, (target, source))]), list[int]()
 
-        copy.make(told.append)
+        copy.run(told.append)
         target[:] = 2
-        copy.make(told.append)
-        copy.make()
+        copy.run(told.append)
+        copy.run()
 
-        assert copy.is_made
+        assert copy.is_done
         assert target.tolist() == [2] * 4
         assert told == [16]
 
@@ -234,26 +243,26 @@ class TestClient:
             SharedOperand(size_bytes, (target, source)),
             SharedOperand(7, None),
         ]
-        copy, told = LateCopy(operands), list[int]()
+        copy, told = OverlappedCopy(operands), list[int]()
 
-        copy.make(told.append)
+        copy.run(told.append)
 
-        assert copy.written_bytes == 100
+        assert copy.initial_bytes == 100
         assert told == sorted(set(told))
         assert told[0] > 100
         assert told[-1] == 100 + size_bytes + 7
         np.testing.assert_array_equal(target, source)
 
     def test_the_end_of_each_operand_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(copying, "processors_count", lambda: 1)  # piece by piece
+        monkeypatch.setattr(parallel_copy, "processors_count", lambda: 1)  # piece by piece
         sizes_bytes = (2 << 20, 40 << 20)
         arrays = [(np.zeros(n, np.uint8), np.ones(n, np.uint8)) for n in sizes_bytes]
-        copy = LateCopy(
+        copy = OverlappedCopy(
             [SharedOperand(n, pair) for n, pair in zip(sizes_bytes, arrays, strict=True)]
         )
         told: list[int] = []
 
-        copy.make(told.append)
+        copy.run(told.append)
 
         assert told[0] == 2 << 20
         assert told[-1] == 42 << 20
@@ -343,14 +352,14 @@ class TestClient:
         wait_until_idle(server)
         pid = server.process.pid
         wait_until(lambda: lent_bytes(pid) == 0)
-        before = held_by(pid)
+        before = process_resources(pid)
         for after_count in (1, 2, 3):
             command = [sys.executable, "-c", _DYING_CLIENT, server.target, str(after_count)]
             assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
         wait_until_idle(server)
         wait_until(lambda: lent_bytes(pid) == 0)
-        wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
-        wait_until(lambda: held_by(pid).threads_count <= before.threads_count)
+        wait_until(lambda: process_resources(pid).descriptors_count <= before.descriptors_count)
+        wait_until(lambda: process_resources(pid).threads_count <= before.threads_count)
 
 
 def test_a_server_that_follows_no_copy_is_seldom_called_early(
@@ -381,7 +390,7 @@ def tell(line, size_bytes):
     if told == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-direct.tell_written = tell
+direct.report_progress = tell
 with deconvd_client.connect(sys.argv[1]) as F:
     x, W = np.ones((1, 16, 2048, 2048), np.float32), np.ones((16, 1, 1, 1), np.float32)
     while True:  # the first calls may come before there is a line
@@ -394,20 +403,20 @@ class TestServer:
 
     @pytest.fixture
     def borrower(self, server: ServerProcess) -> Iterator[Borrower]:
-        lends = Borrower(lambda _: told_by(server).shared_memory_socket, is_only_way=True)
+        lends = Borrower(lambda _: get_server_info(server).shared_memory_socket, is_only_way=True)
         yield lends
         lends.close()
 
     @pytest.fixture
     def x(self, borrower: Borrower) -> Array:
         """An array in shared memory, not yet written."""
-        x = borrower.empty(SHAPE, np.float32, soon())
+        x = borrower.empty(SHAPE, np.float32, short_deadline())
         x[...] = np.nan
         return x
 
     @pytest.fixture
-    def line(self, server: ServerProcess) -> Iterator[Line]:
-        with open_line(server) as opened:
+    def line(self, server: ServerProcess) -> Iterator[FrameStream]:
+        with open_stream(server) as opened:
             opened.set_deadline(60)
             yield opened
 
@@ -417,7 +426,7 @@ class TestServer:
         """Return a request for y in shared memory, and that."""
         geometry = Geometry(stride=(stride, stride))
         y = Problem(spec_of(x), spec_of(W), geometry).y
-        lent = borrower.empty(y.shape, y.dtype, soon())
+        lent = borrower.empty(y.shape, y.dtype, short_deadline())
         request = pb.DeconvolveRequest(
             x=message_from_spec(spec_of(x)),
             w=message_from_array(W),
@@ -429,26 +438,28 @@ class TestServer:
             place.write_to(message)
         return request, lent
 
-    def begin(self, line: Line, request: pb.DeconvolveRequest, timeout_s: float = 60) -> None:
+    def begin(
+        self, line: FrameStream, request: pb.DeconvolveRequest, timeout_s: float = 60
+    ) -> None:
         data = request.SerializeToString()
-        send_call(line, Method.Deconvolve, data, timeout_s=timeout_s, is_early=True)
+        send_call(line, MethodCode.Deconvolve, data, timeout_s=timeout_s, is_early=True)
 
-    def test_it_waits_for_all_of_x(self, borrower: Borrower, x: Array, line: Line) -> None:
+    def test_it_waits_for_all_of_x(self, borrower: Borrower, x: Array, line: FrameStream) -> None:
         for seed in range(3):
             x[...] = np.nan
             source, (request, y) = random_x(seed), self.request(borrower, x)
             self.begin(line, request)
             for end in (7, 30, 60):
-                assert not line.has_come(0.05)
+                assert not line.poll(0.05)
                 x[:end] = source[:end]
-                tell_written(line, x[:end].nbytes)
-            assert isinstance(answer(line), Answer)
+                report_progress(line, x[:end].nbytes)
+            assert isinstance(receive_answer(line), Answer)
             np.testing.assert_array_equal(y, source * 3)
 
     def test_others_are_served_meanwhile(
-        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: FrameStream
     ) -> None:
-        waiting = [open_line(server) for _ in range(8)]
+        waiting = [open_stream(server) for _ in range(8)]
         for other in (*waiting, line):
             self.begin(other, self.request(borrower, x)[0])
         with deconvd_client.connect(server.target, timeout_s=30) as F:
@@ -458,72 +469,72 @@ class TestServer:
             assert device.running_calls_count == device.waiting_calls_count == 0
         x[...] = 1
         for other in (*waiting, line):
-            tell_written(other, x.nbytes)
-            assert isinstance(answer(other), Answer)
+            report_progress(other, x.nbytes)
+            assert isinstance(receive_answer(other), Answer)
         for other in waiting:
             other.close()
 
     def test_what_is_never_written_ends_at_the_deadline_and_the_line_still_serves(
-        self, borrower: Borrower, x: Array, line: Line
+        self, borrower: Borrower, x: Array, line: FrameStream
     ) -> None:
         for written_bytes in (None, 1000):
             self.begin(line, self.request(borrower, x)[0], timeout_s=0.5)
             if written_bytes is not None:
-                tell_written(line, written_bytes)
+                report_progress(line, written_bytes)
             began_s = time.monotonic()
-            assert isinstance(failure(line), DeadlineError)
+            assert isinstance(receive_failure(line), DeadlineError)
             assert time.monotonic() - began_s < 5
-            tell_written(line, x.nbytes)  # too late
-            assert serves(line)
+            report_progress(line, x.nbytes)  # too late
+            assert is_serving(line)
 
     def test_half_a_frame_is_waited_for_no_longer(
-        self, borrower: Borrower, x: Array, line: Line
+        self, borrower: Borrower, x: Array, line: FrameStream
     ) -> None:
         self.begin(line, self.request(borrower, x)[0], timeout_s=0.5)
-        told = frame(FrameKind.WRITTEN, x.nbytes.to_bytes(8, "little"))
+        told = pack_frame(FrameKind.PROGRESS, x.nbytes.to_bytes(8, "little"))
         send_raw(line, told[:9])
-        assert isinstance(failure(line), DeadlineError)
+        assert isinstance(receive_failure(line), DeadlineError)
         send_raw(line, told[9:])
-        assert serves(line)
+        assert is_serving(line)
 
     def test_a_call_that_is_refused_is_answered_before_x_is_written(
-        self, borrower: Borrower, x: Array, line: Line
+        self, borrower: Borrower, x: Array, line: FrameStream
     ) -> None:
         request, _ = self.request(borrower, x)
         request.geometry.stride.h = 0
         self.begin(line, request)
-        assert isinstance(failure(line), InvalidArgumentError)
+        assert isinstance(receive_failure(line), InvalidArgumentError)
         for end in range(10, 61, 10):
-            tell_written(line, x[:end].nbytes)
-        assert serves(line)
-        assert serves(line)
+            report_progress(line, x[:end].nbytes)
+        assert is_serving(line)
+        assert is_serving(line)
 
     def test_a_client_that_says_more_than_is_true_harms_its_result_alone(
-        self, borrower: Borrower, x: Array, line: Line
+        self, borrower: Borrower, x: Array, line: FrameStream
     ) -> None:
         for lie in (x.nbytes, 2**64 - 1):
             self.begin(line, self.request(borrower, x)[0])
-            tell_written(line, lie)
-            assert isinstance(answer(line), Answer)
-            assert serves(line)
+            report_progress(line, lie)
+            assert isinstance(receive_answer(line), Answer)
+            assert is_serving(line)
 
     def test_what_is_not_said_in_order_is_waited_for(
-        self, borrower: Borrower, x: Array, line: Line
+        self, borrower: Borrower, x: Array, line: FrameStream
     ) -> None:
         request, y = self.request(borrower, x)
         self.begin(line, request)
         for written_bytes in (1000, 10, 0, 1000):
-            tell_written(line, written_bytes)
-        assert not line.has_come(0.1)
+            report_progress(line, written_bytes)
+        assert not line.poll(0.1)
         x[...] = 1
-        tell_written(line, x.nbytes)
-        assert isinstance(answer(line), Answer)
+        report_progress(line, x.nbytes)
+        assert isinstance(receive_answer(line), Answer)
         np.testing.assert_array_equal(y, x * 3)
 
     @pytest.mark.parametrize(
         ("kind", "payload"),
         [
-            (FrameKind.WRITTEN, b"x" * 9),
+            (FrameKind.PROGRESS, b"x" * 9),
             (FrameKind.MESSAGE, b"x" * 8),
             (FrameKind.END, b"x" * 8),
             (FrameKind.CALL, b"x" * 100),
@@ -535,59 +546,60 @@ class TestServer:
         server: ServerProcess,
         borrower: Borrower,
         x: Array,
-        line: Line,
+        line: FrameStream,
         kind: FrameKind,
         payload: bytes,
     ) -> None:
         self.begin(line, self.request(borrower, x)[0])
-        send_raw(line, frame(kind, payload))
-        with pytest.raises(LineBrokenError):
-            answer(line)
+        send_raw(line, pack_frame(kind, payload))
+        with pytest.raises(ConnectionBrokenError):
+            receive_answer(line)
         wait_until_idle(server)
-        with open_line(server) as other:
-            assert serves(other)
+        with open_stream(server) as other:
+            assert is_serving(other)
 
     @pytest.mark.parametrize(
-        "method", [m for m in Method if m not in (Method.Deconvolve, Method.DeconvolveGrad)]
+        "method",
+        [m for m in MethodCode if m not in (MethodCode.Deconvolve, MethodCode.DeconvolveGrad)],
     )
     def test_no_other_method_can_be_early(
-        self, server: ServerProcess, line: Line, method: Method
+        self, server: ServerProcess, line: FrameStream, method: MethodCode
     ) -> None:
         send_call(line, method, b"", is_early=True)
-        with pytest.raises(LineBrokenError):
-            answer(line)
+        with pytest.raises(ConnectionBrokenError):
+            receive_answer(line)
         assert f"early call of {method.name}" in server.log.read_text()
-        with pytest.raises(LineBrokenError, match="early"):
-            CallHead.parse(CallHead(method, 1, b"", is_early=True).pack()[FRAME_HEAD_BYTES:])
+        with pytest.raises(ConnectionBrokenError, match="early"):
+            CallHead.parse(CallHead(method, 1, b"", is_overlapped=True).pack()[FRAME_HEAD_BYTES:])
 
     @pytest.mark.parametrize("field", ["x", "w"])
     def test_what_is_to_be_kept_is_waited_for(
-        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line, field: str
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: FrameStream, field: str
     ) -> None:
         source, (request, y) = random_x(), self.request(borrower, x)
-        lent_W = borrower.empty(W.shape, W.dtype, soon())
+        lent_W = borrower.empty(W.shape, W.dtype, short_deadline())
         lent_W[...] = np.nan
         place = borrower.locate(lent_W)
         assert place is not None
         place.write_to(request.w.shared)
-        with holder(server.target) as held:
+        with open_session(server.target) as held:
             request.session = held.session
             setattr(request.keep, field, True)
             self.begin(line, request)
-            assert not line.has_come(0.2)
+            assert not line.poll(0.2)
             lent_W[...] = W
-            tell_written(line, W.nbytes)
-            assert not line.has_come(0.2)
+            report_progress(line, W.nbytes)
+            assert not line.poll(0.2)
             x[...] = source
-            tell_written(line, W.nbytes + x.nbytes)
-            answered = answer(line)
+            report_progress(line, W.nbytes + x.nbytes)
+            answered = receive_answer(line)
             assert isinstance(answered, Answer), answered
             response = pb.DeconvolveResponse.FromString(answered.message)
             kept = getattr(response.kept, field)
             np.testing.assert_array_equal(y, source * 3)
             operand, origin = (x, source) if field == "x" else (lent_W, W)
             operand[...] = y[...] = np.nan
-            getattr(request, field).CopyFrom(by_handle(origin, kept.handle))
+            getattr(request, field).CopyFrom(tensor_by_handle(origin, kept.handle))
             request.ClearField("keep")
             held.stub.Deconvolve(request)
             np.testing.assert_array_equal(y, source * 3)
@@ -598,20 +610,20 @@ class TestServer:
         server: ServerProcess,
         borrower: Borrower,
         x: Array,
-        line: Line,
+        line: FrameStream,
         written_bytes: int | None,
     ) -> None:
         self.begin(line, self.request(borrower, x)[0])
         if written_bytes is not None:
-            tell_written(line, written_bytes)
+            report_progress(line, written_bytes)
         line.close()
         borrower.close()
         wait_until_idle(server)
-        with open_line(server) as other:
-            assert serves(other)
+        with open_stream(server) as other:
+            assert is_serving(other)
 
     def test_a_drain_lets_an_early_call_end(
-        self, server: ServerProcess, borrower: Borrower, x: Array, line: Line
+        self, server: ServerProcess, borrower: Borrower, x: Array, line: FrameStream
     ) -> None:
         self.begin(line, self.request(borrower, x)[0])
         wait_until(lambda: "Deconvolve from" in server.log.read_text())
@@ -619,22 +631,22 @@ class TestServer:
         socket_path = calls_path(server)
         wait_until(lambda: not socket_path.exists())  # it drains
         x[...] = 1
-        tell_written(line, x.nbytes)
-        assert isinstance(answer(line), Answer)  # it was under way
+        report_progress(line, x.nbytes)
+        assert isinstance(receive_answer(line), Answer)  # it was under way
         assert server.process.wait(30) == 0
 
 
 def test_a_drain_ends_what_is_never_written(tmp_path: Path) -> None:
     with server_process(tmp_path, "--drain-timeout-s", "1", "--log-level", "debug") as server:
-        lends = Borrower(lambda _: told_by(server).shared_memory_socket, is_only_way=True)
-        x = lends.empty(SHAPE, np.float32, soon())
+        lends = Borrower(lambda _: get_server_info(server).shared_memory_socket, is_only_way=True)
+        x = lends.empty(SHAPE, np.float32, short_deadline())
         helper = TestServer()
-        with open_line(server) as line:
+        with open_stream(server) as line:
             line.set_deadline(30)
             helper.begin(line, helper.request(lends, x)[0])
             wait_until(lambda: "Deconvolve from" in server.log.read_text())
             server.process.send_signal(signal.SIGTERM)
-            with pytest.raises(LineBrokenError):
-                answer(line)
+            with pytest.raises(ConnectionBrokenError):
+                receive_answer(line)
             assert server.process.wait(30) == ExitCode.CUT_SHORT
         lends.close()

@@ -9,20 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deconvd.geometry import Geometry
-from deconvd.line import Line, tell_written
-from deconvd.operation import Operation
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.direct.frame_stream import FrameStream, report_progress
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import Operation
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceInfo, Operand, Tensor
-from deconvd_server.device.arriving import Arriving, array_in, wait_for
+from deconvd_server.device.arriving import Arriving, peek_tensor, wait_for
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine
-from deconvd_server.writing import Writing
-from tests.devices import Wanted, arriving, deconvolve, gradients
-from tests.line_pairs import early_ends
+from deconvd_server.engine.engine import Engine
+from deconvd_server.transports.direct.write_progress import WriteProgress
+from tests.devices import GradientRequest, deconvolve, gradients, make_arriving
+from tests.stream_pairs import overlapped_streams
 
 F32 = np.dtype(np.float32)
 
@@ -42,10 +42,10 @@ class EagerDevice(CpuDevice):
         operands: Mapping[str, Operand],
         places: Mapping[str, Tensor],
         options: Options,
-        call: Call,
+        call: CallContext,
     ) -> None:
         """See `Device`."""
-        read = {field: array_in(operand) for field, operand in operands.items()}
+        read = {field: peek_tensor(operand) for field, operand in operands.items()}
         super().run(operation, problem, read, places, options, call)
 
 
@@ -59,8 +59,8 @@ class LateDevice(CpuDevice):
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Line, Line]]:
-    with early_ends() as (client, server):
+def ends() -> Iterator[tuple[FrameStream, FrameStream]]:
+    with overlapped_streams() as (client, server):
         yield client, server
 
 
@@ -75,56 +75,58 @@ def problem_of(c_I: int) -> Problem:
     return Problem(TensorSpec((3, c_I, 4, 4), F32), TensorSpec((c_I, 2, 3, 3), F32), Geometry())
 
 
-def written_late(client: Line, server: Line, target: Array, source: Array) -> Arriving:
+def written_late(
+    client: FrameStream, server: FrameStream, target: Array, source: Array
+) -> Arriving:
     """Return an operand in shared memory, which is written a little later."""
     target[...] = np.nan
 
     def write() -> None:
         target[...] = source
-        tell_written(client, target.nbytes)
+        report_progress(client, target.nbytes)
 
     threading.Timer(0.1, write).start()
-    (operand,) = arriving(Writing(server), target)
+    (operand,) = make_arriving(WriteProgress(server), target)
     return operand
 
 
 def test_a_device_that_takes_what_is_arriving_has_it_at_once(
-    engine: Engine, ends: tuple[Line, Line]
+    engine: Engine, ends: tuple[FrameStream, FrameStream]
 ) -> None:
     problem = problem_of(1)
     x, W = np.empty(problem.x.shape, F32), np.ones(problem.W.shape, F32)
     late_x = written_late(*ends, x, np.ones_like(x))
-    assert np.isnan(deconvolve(engine, problem, late_x, W, None, Options(), Call())).all()
-    wait_for(late_x, Call())
+    assert np.isnan(deconvolve(engine, problem, late_x, W, None, Options(), CallContext())).all()
+    wait_for(late_x, CallContext())
 
 
 @pytest.mark.parametrize("device", [CpuDevice(1), LateDevice(1)], ids=["takes none", "is left"])
 def test_a_device_has_what_it_does_not_take_or_wait_for_once_all_is_there(
-    device: CpuDevice, ends: tuple[Line, Line]
+    device: CpuDevice, ends: tuple[FrameStream, FrameStream]
 ) -> None:
     engine, problem = Engine(device, waiting_count=1), problem_of(1)
     W, source = np.ones(problem.W.shape, F32), np.ones(problem.x.shape, F32)
     late_x = written_late(*ends, np.empty_like(source), source)
-    y = deconvolve(engine, problem, late_x, W, None, Options(), Call())
+    y = deconvolve(engine, problem, late_x, W, None, Options(), CallContext())
     np.testing.assert_array_equal(
-        y, deconvolve(engine, problem, source, W, None, Options(), Call())
+        y, deconvolve(engine, problem, source, W, None, Options(), CallContext())
     )
     assert engine.load.running_count == 0
     engine.close()
 
 
 def test_results_without_products_are_not_computed_of_what_is_not_written(
-    engine: Engine, ends: tuple[Line, Line]
+    engine: Engine, ends: tuple[FrameStream, FrameStream]
 ) -> None:
     problem = problem_of(0)
     x, W = np.empty(problem.x.shape, F32), np.empty(problem.W.shape, F32)
 
     gy, source = np.empty(problem.y.shape, F32), np.ones(problem.y.shape, F32)
     late_gy = written_late(*ends, gy, source)
-    found = gradients(engine, problem, x, W, late_gy, Wanted(), Options(), Call())
+    found = gradients(engine, problem, x, W, late_gy, GradientRequest(), Options(), CallContext())
     np.testing.assert_array_equal(found.gb, source.sum((0, 2, 3)))
 
     b, bias = np.empty(2, F32), np.arange(2, dtype=F32)
     late_b = written_late(*ends, b, bias)
-    y = deconvolve(engine, problem, x, W, late_b, Options(), Call())
+    y = deconvolve(engine, problem, x, W, late_b, Options(), CallContext())
     np.testing.assert_array_equal(y, np.broadcast_to(bias[:, None, None], problem.y.shape))

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from deconvd.errors import ExhaustedError
-from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.admission import Admission
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.engine import Engine
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.engine import Engine
 
 MIB = 1 << 20
 F32 = np.dtype(np.float32)
@@ -50,7 +50,7 @@ def engine(request: pytest.FixtureRequest, messages: Admission) -> Iterator[Engi
 
 
 def y_of(
-    engine: Engine, call: Call, problem: Problem = PROBLEM, *, brought_bytes: int = 2 * MIB
+    engine: Engine, call: CallContext, problem: Problem = PROBLEM, *, brought_bytes: int = 2 * MIB
 ) -> Array:
     operands = {"x": np.ones(problem.x.shape, F32), "w": np.ones(problem.W.shape, F32)}
     new = engine.run(
@@ -69,7 +69,7 @@ def y_of(
 def test_what_is_received_and_sent_counts_in_the_hosts_memory(
     engine: Engine, messages: Admission
 ) -> None:
-    call, budgets = Call(), [engine.load, messages.load]
+    call, budgets = CallContext(), [engine.load, messages.load]
     has_own_memory = engine.info.has_own_memory
 
     np.testing.assert_array_equal(y_of(engine, call), np.ones(PROBLEM.y.shape))
@@ -83,12 +83,12 @@ def test_what_is_received_and_sent_counts_in_the_hosts_memory(
 
 def test_what_does_not_fit_is_refused_before_it_is_made(engine: Engine) -> None:
     with pytest.raises(ExhaustedError, match=f"of which calls may take {100 * MIB}"):
-        y_of(engine, Call(), brought_bytes=99 * MIB)
+        y_of(engine, CallContext(), brought_bytes=99 * MIB)
     assert not engine.load.used_bytes
 
 
 def test_results_without_products_count_too(engine: Engine, messages: Admission) -> None:
-    call = Call()
+    call = CallContext()
 
     np.testing.assert_array_equal(y_of(engine, call, EMPTY), np.zeros(EMPTY.y.shape))
 

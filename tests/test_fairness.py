@@ -17,15 +17,15 @@ from grpc_health.v1 import health_pb2
 
 import deconvd_client
 from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
-from deconvd.geometry import Geometry
-from deconvd.messages import message_from_geometry
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.messages import message_from_geometry
 from deconvd_client import Connection
-from tests.holders import described
-from tests.processes import is_at_rest, wait_until
+from tests.processes import is_idle, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import tensor_header
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -137,7 +137,7 @@ def test_large_calls_end_when_their_caller_goes(server: ServerProcess) -> None:
     with busy(server, "auto"):
         pass
 
-    wait_until(lambda: is_at_rest(server.process.pid))
+    wait_until(lambda: is_idle(server.process.pid))
 
 
 def test_large_calls_end_when_the_server_does(server: ServerProcess) -> None:
@@ -156,9 +156,9 @@ class TestHugeKernels:
         k = 4096
         geometry = Geometry(pad=(k // 2 - 1, k // 2 - 1))
         request = pb.DeconvolveGradRequest(
-            x=described(1, 1, 1, 1),
-            w=described(1, 1, k, k),
-            gy=described(1, 1, 2, 2),
+            x=tensor_header(1, 1, 1, 1),
+            w=tensor_header(1, 1, k, k),
+            gy=tensor_header(1, 1, 2, 2),
             geometry=message_from_geometry(geometry),
             wanted=pb.GradientMask(gw=True),
         )
@@ -197,12 +197,12 @@ class TestWhatCannotEnd:
                 gradients_of(F, HUGE) if is_gradient else deconvolved(F, HUGE)
 
         assert time.monotonic() - begin_s < 3
-        assert is_at_rest(server.process.pid)
+        assert is_idle(server.process.pid)
 
     def test_a_stream_of_it_is_refused_before_it_comes(self, server: ServerProcess) -> None:
         geometry = message_from_geometry(Geometry(pad=(512, 512)))
         request = pb.DeconvolveRequest(
-            x=described(64, 1, 1024, 1024), w=described(1, 1, 1024, 1024), geometry=geometry
+            x=tensor_header(64, 1, 1024, 1024), w=tensor_header(1, 1, 1024, 1024), geometry=geometry
         )
         header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
         part = pb.DeconvolveStreamRequest(header=header)

@@ -11,7 +11,7 @@ import pytest
 
 from deconvd_client import connect
 from tests.cgroups import cgroup
-from tests.processes import held_by, wait_until
+from tests.processes import process_resources, wait_until
 from tests.servers import ServerProcess, server_process
 
 TASKS_COUNT = 200
@@ -25,7 +25,7 @@ LARGE_W = np.ones((1, 1, 1, 1), np.float32)
 def taken_threads(server: ServerProcess) -> Iterator[None]:
     """Take all the threads that there are for the block, with idle direct connections."""
     with ExitStack() as stack:
-        while held_by(server.process.pid).threads_count < TASKS_COUNT:
+        while process_resources(server.process.pid).threads_count < TASKS_COUNT:
             F = stack.enter_context(connect(server.target, transport="unix", timeout_s=10))
             F.deconvolution_2d(X, W)
         yield
@@ -40,9 +40,9 @@ def test_a_stream_is_served_where_there_are_no_threads_left(transport: str, tmp_
     ):
         F.deconvolution_2d(X, W)
         with taken_threads(server):
-            assert held_by(server.process.pid).threads_count == TASKS_COUNT
+            assert process_resources(server.process.pid).threads_count == TASKS_COUNT
             for _ in range(3):
                 assert (F.deconvolution_2d(LARGE_X, LARGE_W) == LARGE_X).all()
-        wait_until(lambda: held_by(server.process.pid).threads_count < TASKS_COUNT // 2)
+        wait_until(lambda: process_resources(server.process.pid).threads_count < TASKS_COUNT // 2)
         assert (F.deconvolution_2d(LARGE_X, LARGE_W) == LARGE_X).all()
         assert "unforeseen" not in server.log.read_text()

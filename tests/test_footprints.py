@@ -8,17 +8,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from deconvd.dtypes import BFLOAT16
-from deconvd.geometry import Geometry
-from deconvd.operation import OPERATIONS, Operation, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import BFLOAT16, Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import OPERATIONS, Operation, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import TensorSpec
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.device.cuda.frame import Frame
-from deconvd_server.device.cuda.sizing import Sizing
-from deconvd_server.engine import Engine
+from deconvd_server.device.cuda.execution.device_layout import DeviceLayout
+from deconvd_server.device.cuda.memory_estimate import MemoryEstimate
+from deconvd_server.engine.engine import Engine
 from tests.test_cpu_device import problem_of
 
 F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
@@ -60,7 +59,7 @@ def test_a_call_takes_no_more_memory_than_its_footprint(name: str, threads_count
         allowed -= sum(operand.nbytes for operand in operands.values())
         tracemalloc.start()
         try:
-            engine.run(operation, problem, operands, places, Options(), Call())
+            engine.run(operation, problem, operands, places, Options(), CallContext())
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -97,11 +96,11 @@ def unaligned(spec: TensorSpec) -> Array:
 @pytest.mark.parametrize("name", HUNGRY)
 def test_a_call_takes_no_more_of_a_card_than_its_footprint(name: str) -> None:
     problem = HUNGRY[name]
-    sizing = Sizing(1 << 40, 4, 1 << 20, lambda _product, _problem: 0)
+    sizing = MemoryEstimate(1 << 40, 4, 1 << 20, lambda _product, _problem: 0)
     for operation, wanted, optional in kinds_of_call():
         operands = operation.operands_for(wanted, optional)
         operand_specs = [spec_of_field(problem, field) for field in operands]
         result_specs = [spec_of_field(problem, field) for field in wanted]
-        frame = Frame(operand_specs, result_specs, 1 << 20)
+        frame = DeviceLayout(operand_specs, result_specs, 1 << 20)
         needed_bytes = frame.total_bytes if problem.has_products else 0
         assert needed_bytes <= sizing.footprint_bytes(problem, wanted)

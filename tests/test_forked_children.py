@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, DeconvdError, UnavailableError
 from tests.processes import exit_code
 from tests.servers import ServerProcess, server_process

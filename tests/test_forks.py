@@ -9,12 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deconvd.forks import (
-    UnforkedWork,
-    begin_anew_in_children,
-    new_lock,
-    new_reentrant_lock,
-)
+from deconvd.host.forks import ForkBlocker, new_lock, new_reentrant_lock, register_fork_reset
 from tests.processes import exit_code
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -23,9 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 class Owner:
     def __init__(self) -> None:
         self.pids = [os.getpid()]
-        begin_anew_in_children(self)
+        register_fork_reset(self)
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         self.pids.append(os.getpid())
 
 
@@ -61,7 +56,7 @@ def test_a_fork_waits_for_work_under_way_and_work_for_a_fork() -> None:
     is_ended = [False]
 
     def work() -> None:
-        with UnforkedWork():
+        with ForkBlocker():
             is_under_way.set()
             time.sleep(0.2)
             is_ended[0] = True
@@ -79,11 +74,11 @@ def test_a_fork_does_not_wait_for_ever_and_its_child_may_do_such_work_itself() -
     let_go = threading.Event()
 
     def work() -> None:
-        with UnforkedWork():
+        with ForkBlocker():
             let_go.wait(60)
 
     def work_in_child() -> bool:
-        with UnforkedWork():
+        with ForkBlocker():
             return exit_code(lambda: True) == 0
 
     worker = threading.Thread(target=work)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deconvd.tensor import Array
-from deconvd_client import Connection, InvalidArgumentError, frameworks
-from deconvd_client.frameworks import framework_of, host_array
-from tests.stand_in import CardTensor, StandIn, Tensor
+from deconvd.model.dtypes import Array
+from deconvd_client import Connection, InvalidArgumentError
+from deconvd_client.frameworks import framework
+from deconvd_client.frameworks.framework import framework_of, host_array
+from tests.fake_framework import FakeCardTensor, FakeFramework, FakeTensor
 
 random = np.random.default_rng(0)
 X = random.standard_normal((2, 3, 8, 8), np.float32)
@@ -23,22 +24,22 @@ GY = random.standard_normal((2, 2, 10, 10), np.float32)
 
 
 @pytest.fixture
-def opened() -> Iterator[list[StandIn]]:
+def opened() -> Iterator[list[FakeFramework]]:
     """The stand-in is registered; what is opened of it, one after another."""
-    found: list[StandIn] = []
+    found: list[FakeFramework] = []
 
-    def open_framework() -> StandIn:
-        found.append(StandIn())
+    def open_framework() -> FakeFramework:
+        found.append(FakeFramework())
         return found[-1]
 
-    frameworks.register("tests", open_framework)
+    framework.register("tests", open_framework)
     yield found
-    del frameworks._registered["tests"]
-    frameworks._framework_of_type.cache_clear()
+    del framework._openers["tests"]
+    framework._framework_of_type.cache_clear()
 
 
 def elements(tensor: object) -> Array:
-    assert isinstance(tensor, Tensor)
+    assert isinstance(tensor, FakeTensor)
     return np.from_dlpack(tensor)
 
 
@@ -48,27 +49,29 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def test_results_are_of_the_kind_of_x_and_on_its_device(
-    F: Connection, opened: list[StandIn]
+    F: Connection, opened: list[FakeFramework]
 ) -> None:
-    x: Any = Tensor(X, "there")
-    y: Any = F.deconvolution_2d(x, Tensor(W), Tensor(B))  # type: ignore[arg-type]
-    gradients: Any = F.deconvolution_2d_grad(x, W, B, Tensor(GY))  # type: ignore[arg-type]
+    x: Any = FakeTensor(X, "there")
+    y: Any = F.deconvolution_2d(x, FakeTensor(W), FakeTensor(B))  # type: ignore[arg-type]
+    gradients: Any = F.deconvolution_2d_grad(x, W, B, FakeTensor(GY))  # type: ignore[arg-type]
 
     np.testing.assert_array_equal(elements(y), F.deconvolution_2d(X, W, B))
     assert_same(map(elements, gradients), F.deconvolution_2d_grad(X, W, B, GY))
     assert {y.device, *(gradient.device for gradient in gradients)} == {"there"}
 
 
-def test_operands_are_made_into_arrays_once(F: Connection, opened: list[StandIn]) -> None:
-    x: Any = Tensor(X)
-    F.deconvolution_2d(x, Tensor(W))  # type: ignore[arg-type]
+def test_operands_are_made_into_arrays_once(F: Connection, opened: list[FakeFramework]) -> None:
+    x: Any = FakeTensor(X)
+    F.deconvolution_2d(x, FakeTensor(W))  # type: ignore[arg-type]
     F.deconvolution_2d_grad(x, W, None, GY, wanted=["gx"])
 
     assert [framework.arrays_count for framework in opened] == [3]
 
 
-def test_gradients_that_are_not_wanted_stay_none(F: Connection, opened: list[StandIn]) -> None:
-    x: Any = Tensor(X)
+def test_gradients_that_are_not_wanted_stay_none(
+    F: Connection, opened: list[FakeFramework]
+) -> None:
+    x: Any = FakeTensor(X)
     gradients = F.deconvolution_2d_grad(x, W, None, GY, wanted=["gx"])
     expected = F.deconvolution_2d_grad(X, W, None, GY, wanted=["gx"])
 
@@ -76,8 +79,8 @@ def test_gradients_that_are_not_wanted_stay_none(F: Connection, opened: list[Sta
     np.testing.assert_array_equal(elements(gradients.gx), expected.gx)
 
 
-def test_with_another_x_the_results_are_numpys(F: Connection, opened: list[StandIn]) -> None:
-    w: Any = Tensor(W)
+def test_with_another_x_the_results_are_numpys(F: Connection, opened: list[FakeFramework]) -> None:
+    w: Any = FakeTensor(W)
     for x in (X, F.put(X)):
         y = F.deconvolution_2d(x, w)
         assert isinstance(y, np.ndarray)
@@ -85,9 +88,9 @@ def test_with_another_x_the_results_are_numpys(F: Connection, opened: list[Stand
 
 
 def test_a_gradient_of_a_remote_tensor_is_numpys_though_all_that_is_sent_is_on_a_card(
-    F: Connection, opened: list[StandIn]
+    F: Connection, opened: list[FakeFramework]
 ) -> None:
-    gy: Any = CardTensor(GY)
+    gy: Any = FakeCardTensor(GY)
     gradients = F.deconvolution_2d_grad(F.put(X), W, None, gy, wanted=["gx"])
 
     assert isinstance(gradients.gx, np.ndarray)
@@ -95,9 +98,9 @@ def test_a_gradient_of_a_remote_tensor_is_numpys_though_all_that_is_sent_is_on_a
     np.testing.assert_array_equal(gradients.gx, expected.gx)
 
 
-@pytest.mark.parametrize("kind", [Tensor, CardTensor])
+@pytest.mark.parametrize("kind", [FakeTensor, FakeCardTensor])
 def test_what_stays_on_the_server_may_be_made_of_them(
-    F: Connection, opened: list[StandIn], kind: Callable[[Array], Any]
+    F: Connection, opened: list[FakeFramework], kind: Callable[[Array], Any]
 ) -> None:
     expected = F.deconvolution_2d(X, W, B)
     gradients = F.deconvolution_2d_grad(X, W, B, GY)
@@ -112,10 +115,10 @@ def test_what_stays_on_the_server_may_be_made_of_them(
 
 
 def test_a_pullback_answers_in_the_kind_of_what_it_is_given(
-    F: Connection, opened: list[StandIn]
+    F: Connection, opened: list[FakeFramework]
 ) -> None:
-    x: Any = Tensor(X)
-    gy: Any = Tensor(GY, "elsewhere")
+    x: Any = FakeTensor(X)
+    gy: Any = FakeTensor(GY, "elsewhere")
     y, pullback = F.vjp(x, W, B)
     expected = F.deconvolution_2d_grad(X, W, B, GY)
 
@@ -127,49 +130,49 @@ def test_a_pullback_answers_in_the_kind_of_what_it_is_given(
 
 
 def test_elements_on_the_host_are_shared_and_those_on_a_card_copied_once(
-    F: Connection, opened: list[StandIn]
+    F: Connection, opened: list[FakeFramework]
 ) -> None:
-    on_card = CardTensor(X)
+    on_card = FakeCardTensor(X)
     F.put(on_card)  # type: ignore[arg-type]
 
     assert on_card.copies_count == 1
     assert opened[0].arrays_count == 1
     assert host_array(X) is X
-    assert np.shares_memory(StandIn().to_array(Tensor(X)), X)
+    assert np.shares_memory(FakeFramework().to_array(FakeTensor(X)), X)
 
 
-def test_arguments_are_checked_as_of_arrays(F: Connection, opened: list[StandIn]) -> None:
-    x: Any = Tensor(X)
+def test_arguments_are_checked_as_of_arrays(F: Connection, opened: list[FakeFramework]) -> None:
+    x: Any = FakeTensor(X)
     with pytest.raises(InvalidArgumentError, match="input channels"):
-        F.deconvolution_2d(x, Tensor(W[:2]))  # type: ignore[arg-type]
+        F.deconvolution_2d(x, FakeTensor(W[:2]))  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="x must have 4 dimensions"):
-        F.deconvolution_2d(Tensor(B), W)  # type: ignore[arg-type]
+        F.deconvolution_2d(FakeTensor(B), W)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="int64"):
-        F.put(Tensor(np.arange(3)))  # type: ignore[arg-type]
+        F.put(FakeTensor(np.arange(3)))  # type: ignore[arg-type]
 
 
 def test_a_framework_is_opened_by_its_own_arrays_alone(
-    F: Connection, opened: list[StandIn]
+    F: Connection, opened: list[FakeFramework]
 ) -> None:
     F.deconvolution_2d(X, W)
     with pytest.raises(InvalidArgumentError, match="got list: convert it"):
         F.deconvolution_2d(X.tolist(), W)
     assert not opened
 
-    class Derived(Tensor):
+    class Derived(FakeTensor):
         pass
 
-    for tensor in (Tensor(X), Derived(X), Tensor(X)):
+    for tensor in (FakeTensor(X), Derived(X), FakeTensor(X)):
         assert framework_of(tensor) is not None
     assert len(opened) == 2  # once a type
     assert framework_of(opened) is None
 
 
 def test_what_a_framework_has_beside_its_arrays_is_refused(
-    F: Connection, opened: list[StandIn]
+    F: Connection, opened: list[FakeFramework]
 ) -> None:
-    framework: Any = StandIn()
-    with pytest.raises(InvalidArgumentError, match=r"got tests\.stand_in\.StandIn$"):
+    framework: Any = FakeFramework()
+    with pytest.raises(InvalidArgumentError, match=r"got tests\.stand_in\.FakeFramework$"):
         F.deconvolution_2d(framework, W)
 
 

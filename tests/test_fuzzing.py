@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from tests.servers import ServerProcess, server_process

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import DeadlineError
 from deconvd_server.device.cpu import CpuDevice
 from tests.test_service import served_by

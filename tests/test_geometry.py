@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import MAX_EXTENT, Geometry
+from deconvd.model.geometry import MAX_EXTENT, Geometry
 
 sizes = st.integers(1, 6)
 pairs = st.tuples(sizes, sizes)

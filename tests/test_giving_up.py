@@ -11,19 +11,20 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.chunks import chunks_of
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem
-from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.chunks import chunk_messages
+from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.backend import STREAMS_COUNT, Backend
-from deconvd_server.call import Call
+from deconvd_server.call.context import CallContext
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.settings import Settings
-from tests.deadlines import soon
+from tests.deadlines import short_deadline
 from tests.processes import wait_until
 
 MIB = 1 << 20
@@ -41,7 +42,7 @@ class HoldingDevice(CpuDevice):
         self.let_go = threading.Event()
 
     def run(self, *args: Any) -> None:
-        (call,) = (arg for arg in args if isinstance(arg, Call))
+        (call,) = (arg for arg in args if isinstance(arg, CallContext))
         while not self.let_go.wait(0.01):
             call.check()
         super().run(*args)
@@ -67,7 +68,7 @@ class Served:
     @property
     def streams(self) -> tuple[int, int]:
         """Streams that are under way, and the memory that they take."""
-        load = self.backend.streams.load
+        load = self.backend.stream_admission.load
         return load.running_count, load.used_bytes
 
 
@@ -136,7 +137,10 @@ def test_a_call_whose_tensors_lie_in_shared_memory(
     assert lender is not None
     info = served.stub.GetServerInfo(pb.GetServerInfoRequest())
     borrower = Borrower(lambda _: info.shared_memory_socket)
-    x, y = borrower.empty(X.shape, X.dtype, soon()), borrower.empty(X.shape, X.dtype, soon())
+    x, y = (
+        borrower.empty(X.shape, X.dtype, short_deadline()),
+        borrower.empty(X.shape, X.dtype, short_deadline()),
+    )
     asked = request()
     place, y_place = borrower.locate(x), borrower.locate(y)
     assert place is not None
@@ -173,8 +177,8 @@ class Parts:
         )
         header = pb.DeconvolveStreamHeader(request=described, slice_samples_count=1)
         yield pb.DeconvolveStreamRequest(header=header).SerializeToString()
-        yield from chunks_of(ONE)
-        for chunk in chunks_of(self._x):
+        yield from chunk_messages(ONE)
+        for chunk in chunk_messages(self._x):
             if self._sent_bytes <= 0:
                 break
             self._sent_bytes -= len(chunk)
@@ -231,7 +235,7 @@ def test_a_stream_that_nobody_reads(served: Served, timeout_s: float | None) -> 
 
 
 def test_a_stream_that_waits_for_its_turn(served: Served, timeout_s: float | None) -> None:
-    admission = served.backend.streams
+    admission = served.backend.stream_admission
     with ExitStack() as stack:
         running = [
             stack.enter_context(streaming(served, 0, None)) for _ in range(STREAMS_COUNT * 7 // 8)

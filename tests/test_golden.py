@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem
-from deconvd.tensor import spec_of
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, spec_of
 from deconvd_client import Connection, InvalidArgumentError
 from tests import definition
 from tests.golden import Array, GoldenCase, golden_cases, tolerance

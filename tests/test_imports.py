@@ -15,9 +15,9 @@ import pytest
         ("deconvd_client.cli", {"cupy", "cudnn", "deconvd_server"}),
         ("deconvd_server.__main__", {"cupy", "cudnn", "deconvd_client"}),
         ("deconvd_server.device", {"grpc", "cupy", "cudnn"}),
-        ("deconvd_server.direct", {"grpc", "cupy", "cudnn"}),
-        ("deconvd_server.service", {"grpc", "cupy", "cudnn"}),
-        ("deconvd.problem", {"grpc", "google.protobuf", "deconvd_client", "deconvd_server"}),
+        ("deconvd_server.transports.direct.server", {"grpc", "cupy", "cudnn"}),
+        ("deconvd_server.service.deconvolution", {"grpc", "cupy", "cudnn"}),
+        ("deconvd.model.problem", {"grpc", "google.protobuf", "deconvd_client", "deconvd_server"}),
     ],
 )
 def test_a_package_imports_no_more_than_it_needs(package: str, forbidden: set[str]) -> None:

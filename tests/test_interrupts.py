@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection
 from tests.interrupts import (
     AlarmError,
     InterruptError,
-    Outcome,
-    interrupted_at_random,
-    interrupted_everywhere,
+    InterruptOutcome,
+    interrupt_at_random,
+    interrupt_everywhere,
 )
 from tests.servers import ServerProcess, server_process
 
@@ -147,12 +147,12 @@ def G(both: ServerProcess, way: str) -> Iterator[Connection]:
 def check_way(G: Connection, way: str) -> None:
     """Check that calls go by the way that they went before."""
     array = G.empty(MIDDLE.x.shape, "f4")
-    assert (G._server.memory.locate(array) is not None) == (way == "shared_memory")
-    assert G._server.memory.borrowed_bytes <= _BORROWED_BYTES
-    direct = G._server.nearest.far.direct
+    assert (G._server.borrower.locate(array) is not None) == (way == "shared_memory")
+    assert G._server.borrower.borrowed_bytes <= _BORROWED_BYTES
+    direct = G._server.route.target_stub.direct
     assert (direct is None) == (way == "grpc")
     if direct is not None:
-        assert direct.is_worth_asking
+        assert direct.may_connect
         assert not [line for line in direct._busy if line() is not None]
         assert direct._idle
 
@@ -182,11 +182,11 @@ def test_calls_are_right_whenever_interrupts_strike(
         work(G)
     usual_s = (time.monotonic() - begin_s) / 3
     chance = random.Random(name)
-    outcomes: Counter[Outcome] = Counter()
+    outcomes: Counter[InterruptOutcome] = Counter()
     for number in range(runs_count):
         begin_s = time.monotonic()
         outcomes[
-            interrupted_at_random(
+            interrupt_at_random(
                 lambda: work(G), chance, usual_s / 2, strikes_count=strikes_count, error=error
             )
         ] += 1
@@ -194,7 +194,7 @@ def test_calls_are_right_whenever_interrupts_strike(
             work(G)
         assert time.monotonic() - begin_s < _BOUND_S
     # Python ignores what strikes in a finalizer
-    assert outcomes[Outcome.LOST] <= runs_count / 20, outcomes
+    assert outcomes[InterruptOutcome.LOST] <= runs_count / 20, outcomes
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,6 @@ def test_calls_are_right_whenever_interrupts_strike(
 def test_calls_are_right_wherever_an_interrupt_strikes(G: Connection, name: str) -> None:
     work = WORK[name]
     begin_s = time.monotonic()
-    for _ in interrupted_everywhere(lambda: work(G)):
+    for _ in interrupt_everywhere(lambda: work(G)):
         assert time.monotonic() - begin_s < _BOUND_S
         begin_s = time.monotonic()

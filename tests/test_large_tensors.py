@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array
-from tests.processes import peak_memory_bytes, watched_memory
+from deconvd.model.dtypes import Array
+from tests.processes import peak_memory_bytes, watch_memory
 from tests.servers import server_process
 
 SAMPLES_COUNT = 544
@@ -37,7 +37,7 @@ def test_a_tensor_over_two_gibibytes_flows_through(tmp_path: Path) -> None:
         server_process(tmp_path) as server,
         deconvd_client.connect(server.target, timeout_s=250, transport="unix") as F,
     ):
-        with watched_memory() as client:
+        with watch_memory() as client:
             y = F.deconvolution_2d(x, TWICE)
         server_bytes = peak_memory_bytes(server.process.pid)
 
@@ -53,7 +53,7 @@ def test_gradients_over_two_gibibytes_flow_through(tmp_path: Path) -> None:
         server_process(tmp_path) as server,
         deconvd_client.connect(server.target, timeout_s=250, transport="unix") as F,
     ):
-        with watched_memory() as client:
+        with watch_memory() as client:
             gx, gW, gb = F.deconvolution_2d_grad(x, TWICE, b, gy)
         server_bytes = peak_memory_bytes(server.process.pid)
 

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.tensor import Array, message_from_array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client import Connection
-from tests.processes import held_by, lent_bytes, wait_until
+from tests.processes import lent_bytes, process_resources, wait_until
 from tests.servers import ServerProcess, server_process
 
 CALLS_COUNT = 1000
@@ -64,10 +66,10 @@ def callers(leak_server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iter
             for target, transport in ((unix, "shared_memory"), (unix, "unix"), (tcp, "tcp"))
         ]
         stub = pb_grpc.DeconvolutionServiceStub(stack.enter_context(grpc.insecure_channel(tcp)))
-        direct = connections[0]._server.nearest.far.direct
+        direct = connections[0]._server.route.target_stub.direct
         assert direct is not None
         # although the processor follows no copy
-        monkeypatch.setattr(direct._early_calls, "is_due", lambda: True)
+        monkeypatch.setattr(direct._overlap_backoff, "is_due", lambda: True)
         yield Callers(connections[0], connections[1], connections[2], stub)
 
 
@@ -199,12 +201,12 @@ def test_a_thousand_calls_of_all_kinds_leave_nothing(
     pid = leak_server.process.pid
     call_often(callers, CALLS_COUNT // 4)
     assert_idle(leak_server, callers.unix)
-    before = held_by(pid)
+    before = process_resources(pid)
 
     call_often(callers, CALLS_COUNT)
 
     assert_idle(leak_server, callers.unix)
-    after = held_by(pid)
+    after = process_resources(pid)
     assert after.memory_bytes < before.memory_bytes + SPARE_BYTES
     # each caller may have found others' threads and connections free before, and these not now
     assert after.threads_count <= before.threads_count + CALLERS_COUNT
@@ -265,14 +267,14 @@ def test_a_hundred_clients_that_are_killed_leave_nothing(
     callers.shared.close()
     assert_idle(leak_server, callers.unix)
     wait_until(lambda: lent_bytes(pid) == 0)
-    before = held_by(pid)
+    before = process_resources(pid)
 
     kill_clients(leak_server, KILLED_COUNT)
 
     assert_idle(leak_server, callers.unix)
     wait_until(lambda: lent_bytes(pid) == 0)
-    wait_until(lambda: held_by(pid).descriptors_count <= before.descriptors_count)
-    after = held_by(pid)
+    wait_until(lambda: process_resources(pid).descriptors_count <= before.descriptors_count)
+    after = process_resources(pid)
     assert after.memory_bytes < before.memory_bytes + SPARE_BYTES
     deconvolve(callers.tcp, LONG)
     with deconvd_client.connect(leak_server.target, transport="shared_memory") as F:

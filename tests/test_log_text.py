@@ -17,16 +17,16 @@ from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from deconvd.direct_events import Answer, Failed, FrameKind, MessagePart, Method
-from deconvd.line_errors import LineBrokenError
-from deconvd.tensor import message_from_array
+from deconvd.direct.connection_errors import ConnectionBrokenError
+from deconvd.direct.events import Answer, CallFailure, FrameKind, MessagePart, MethodCode
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.tensor import message_from_array
 from deconvd_server.log_text import LogFormatter, excerpt
-from tests.direct_calls import REQUEST, X, open_line, send_call, serves, told_by
-from tests.line_pairs import send_raw
+from tests.direct_calls import REQUEST, X, get_server_info, is_serving, open_stream, send_call
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
+from tests.stream_pairs import send_raw
 
 FORGED = "\nERROR deconvd_server: a device is lost\x1b[2J\u202e" + 4096 * "A"
 RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: .+")
@@ -62,7 +62,7 @@ def put_header() -> bytes:
 
 
 SERVERS_FRAMES = {
-    FrameKind.FAILED: Failed(status_pb2.Status(code=2, message=FORGED)).pack(),
+    FrameKind.FAILED: CallFailure(status_pb2.Status(code=2, message=FORGED)).pack(),
     FrameKind.ANSWER: Answer(FORGED.encode(), "").pack(),
     FrameKind.MESSAGE: MessagePart(stream_header()).pack(),
 }
@@ -73,12 +73,12 @@ SERVERS_FRAMES = {
 def test_a_frame_that_only_servers_send_breaks_a_clients_line_and_says_nothing(
     running: ServerProcess, kind: FrameKind, transport: str
 ) -> None:
-    line = open_line(running, transport)
+    line = open_stream(running, transport)
     line.set_deadline(30)
-    send_call(line, Method.DeconvolveStream, stream_header())
+    send_call(line, MethodCode.DeconvolveStream, stream_header())
     send_raw(line, SERVERS_FRAMES[kind])
 
-    with suppress(LineBrokenError):
+    with suppress(ConnectionBrokenError):
         while True:
             line.next_event()
     line.close()
@@ -93,16 +93,16 @@ def test_a_frame_that_only_servers_send_breaks_a_clients_line_and_says_nothing(
 def test_such_a_frame_where_a_call_was_to_begin_says_nothing_either(
     running: ServerProcess, kind: FrameKind
 ) -> None:
-    line = open_line(running)
+    line = open_stream(running)
     line.set_deadline(30)
     send_raw(line, SERVERS_FRAMES[kind])
 
-    with pytest.raises(LineBrokenError):
+    with pytest.raises(ConnectionBrokenError):
         line.next_event()
 
     line.close()
-    other = open_line(running)
-    assert serves(other)
+    other = open_stream(running)
+    assert is_serving(other)
     other.close()
     assert "a device is lost" not in running.log.read_text()
 
@@ -151,7 +151,7 @@ def test_text_in_requests_paths_and_metadata_is_not_repeated(running: ServerProc
 
 def test_packets_at_the_memorys_socket_are_not_repeated(running: ServerProcess) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-        stranger.connect(told_by(running).shared_memory_socket)
+        stranger.connect(get_server_info(running).shared_memory_socket)
         stranger.send(FORGED.encode())
         assert stranger.recv(1024)
 

@@ -13,18 +13,24 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.digest import digest_of
-from deconvd.direct_events import End, FrameKind, Method, frame
+from deconvd.direct.events import EndOfStream, FrameKind, MethodCode, pack_frame
+from deconvd.direct.frame_stream import FrameStream
 from deconvd.errors import DeadlineError, InvalidArgumentError
-from deconvd.geometry import MAX_EXTENT
-from deconvd.line import Line
+from deconvd.model.geometry import MAX_EXTENT
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from tests.direct_calls import answer, failure, open_line, send_call, wait_until_idle
-from tests.holders import described
-from tests.line_pairs import send_raw
-from tests.processes import is_at_rest, wait_until
+from deconvd.wire.digest import digest_of
+from tests.direct_calls import (
+    open_stream,
+    receive_answer,
+    receive_failure,
+    send_call,
+    wait_until_idle,
+)
+from tests.processes import is_idle, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import tensor_header
+from tests.stream_pairs import send_raw
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -46,14 +52,14 @@ def stub(server: ServerProcess) -> Iterator[pb_grpc.DeconvolutionServiceStub]:
 
 
 @pytest.fixture
-def line(server: ServerProcess) -> Iterator[Line]:
-    with open_line(server) as line:
+def line(server: ServerProcess) -> Iterator[FrameStream]:
+    with open_stream(server) as line:
         yield line
 
 
 def forward_header(*, channels: int = 0) -> pb.DeconvolveStreamHeader:
     """Ask for as many slices as there can be, of x without elements and y with so many channels."""
-    x, W = described(MAX_EXTENT, 0, 1, 1), described(0, channels, 1, 1)
+    x, W = tensor_header(MAX_EXTENT, 0, 1, 1), tensor_header(0, channels, 1, 1)
     request = pb.DeconvolveRequest(x=x, w=W)
     return pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
 
@@ -61,9 +67,9 @@ def forward_header(*, channels: int = 0) -> pb.DeconvolveStreamHeader:
 def gradients_header() -> pb.DeconvolveGradStreamHeader:
     """Ask for the gradients of as many slices as there can be, without elements."""
     request = pb.DeconvolveGradRequest(
-        x=described(MAX_EXTENT, 0, 1, 1),
-        w=described(0, 0, 1, 1),
-        gy=described(MAX_EXTENT, 0, 1, 1),
+        x=tensor_header(MAX_EXTENT, 0, 1, 1),
+        w=tensor_header(0, 0, 1, 1),
+        gy=tensor_header(MAX_EXTENT, 0, 1, 1),
         wanted=pb.GradientMask(gx=True, gw=True, gb=True),
     )
     return pb.DeconvolveGradStreamHeader(request=request, slice_samples_count=1)
@@ -110,9 +116,9 @@ class TestEmptySlices:
     @pytest.mark.parametrize(
         ("method", "part"),
         [
-            (Method.DeconvolveStream, pb.DeconvolveStreamRequest(header=forward_header())),
+            (MethodCode.DeconvolveStream, pb.DeconvolveStreamRequest(header=forward_header())),
             (
-                Method.DeconvolveGradStream,
+                MethodCode.DeconvolveGradStream,
                 pb.DeconvolveGradStreamRequest(header=gradients_header()),
             ),
         ],
@@ -120,28 +126,28 @@ class TestEmptySlices:
     )
     def test_a_direct_stream_of_them_is_over_at_once(
         self,
-        line: Line,
-        method: Method,
+        line: FrameStream,
+        method: MethodCode,
         part: pb.DeconvolveStreamRequest | pb.DeconvolveGradStreamRequest,
     ) -> None:
         line.set_deadline(TIMEOUT_S)
         send_call(line, method, part.SerializeToString(), timeout_s=TIMEOUT_S)
-        line.send(End(""))
+        line.send(EndOfStream(""))
 
-        assert isinstance(answer(line), End)
+        assert isinstance(receive_answer(line), EndOfStream)
 
 
 class TestEndlessSlices:
     """Slices with elements are as many as their client asks for, and end with its call."""
 
     def test_a_direct_stream_of_them_ends_at_its_deadline(
-        self, server: ServerProcess, line: Line
+        self, server: ServerProcess, line: FrameStream
     ) -> None:
         part = pb.DeconvolveStreamRequest(header=forward_header(channels=1))
-        send_call(line, Method.DeconvolveStream, part.SerializeToString(), timeout_s=1)
-        line.send(End(""))
+        send_call(line, MethodCode.DeconvolveStream, part.SerializeToString(), timeout_s=1)
+        line.send(EndOfStream(""))
 
-        assert isinstance(failure(line), DeadlineError)
+        assert isinstance(receive_failure(line), DeadlineError)
         wait_until_idle(server)
 
     def test_a_stream_of_them_whose_results_stay_ends_when_it_is_cancelled_or_the_server_is(
@@ -150,14 +156,14 @@ class TestEndlessSlices:
         # gx of nothing from gy that is there: 30 million slices, of which nothing is sent
         n = 30_000_000
         with session(stub) as name:
-            header = pb.PutTensorHeader(session=name, tensor=described(n, 1, 1, 1))
+            header = pb.PutTensorHeader(session=name, tensor=tensor_header(n, 1, 1, 1))
             chunk = pb.PutTensorRequest(chunk=bytes(n * 4 // 40))
             kept = stub.PutTensor(iter([pb.PutTensorRequest(header=header), *[chunk] * 40]))
-            gy = described(n, 1, 1, 1)
+            gy = tensor_header(n, 1, 1, 1)
             gy.resident.CopyFrom(kept.resident)
             request = pb.DeconvolveGradRequest(
-                x=described(n, 0, 1, 1),
-                w=described(0, 1, 1, 1),
+                x=tensor_header(n, 0, 1, 1),
+                w=tensor_header(0, 1, 1, 1),
                 gy=gy,
                 wanted=pb.GradientMask(gx=True),
                 session=name,
@@ -169,7 +175,7 @@ class TestEndlessSlices:
             call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S)
             assert next(call).header.gx.shape[0] == n
             call.cancel()
-            wait_until(lambda: is_at_rest(server.process.pid))
+            wait_until(lambda: is_idle(server.process.pid))
             call = stub.DeconvolveGradStream(iter([part]), timeout=TIMEOUT_S * 6)
             assert next(call).header.gx.shape[0] == n
             begin_s = time.monotonic()
@@ -188,9 +194,9 @@ class TestManyChunks:
     ) -> Iterator[tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest]]:
         """The header of a call whose W is given by digest, and the chunk of W; x has a byte for each early chunk."""
         W = np.ones((1, 1, 1, 1), np.float32)
-        w = described(*W.shape)
+        w = tensor_header(*W.shape)
         w.digest.CopyFrom(digest_of(W))
-        x = described(1, 1, 1, EARLY_CHUNKS_COUNT // 4)
+        x = tensor_header(1, 1, 1, EARLY_CHUNKS_COUNT // 4)
         with session(stub) as name:
             request = pb.DeconvolveRequest(x=x, w=w, session=name)
             header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
@@ -216,17 +222,17 @@ class TestManyChunks:
 
     def test_direct_early_chunks_of_one_byte_are_taken_in_linear_time(
         self,
-        line: Line,
+        line: FrameStream,
         parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
     ) -> None:
         header, missing = parts
         begin_s = time.monotonic()
-        send_call(line, Method.DeconvolveStream, header.SerializeToString(), timeout_s=50)
-        send_raw(line, frame(FrameKind.ELEMENTS, b"\0") * EARLY_CHUNKS_COUNT)
-        send_raw(line, frame(FrameKind.MISSING_ELEMENTS, missing.missing_chunk))
-        line.send(End(""))
+        send_call(line, MethodCode.DeconvolveStream, header.SerializeToString(), timeout_s=50)
+        send_raw(line, pack_frame(FrameKind.ELEMENTS, b"\0") * EARLY_CHUNKS_COUNT)
+        send_raw(line, pack_frame(FrameKind.MISSING_ELEMENTS, missing.missing_chunk))
+        line.send(EndOfStream(""))
 
-        assert isinstance(answer(line), End)
+        assert isinstance(receive_answer(line), EndOfStream)
         assert time.monotonic() - begin_s < 20
 
     @pytest.mark.parametrize(
@@ -251,15 +257,15 @@ class TestManyChunks:
     @pytest.mark.parametrize("kind", [FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS])
     def test_a_direct_chunk_that_is_empty_is_refused(
         self,
-        line: Line,
+        line: FrameStream,
         parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
         kind: FrameKind,
     ) -> None:
         header, _ = parts
-        send_call(line, Method.DeconvolveStream, header.SerializeToString())
-        send_raw(line, frame(kind, b""))
+        send_call(line, MethodCode.DeconvolveStream, header.SerializeToString())
+        send_raw(line, pack_frame(kind, b""))
 
-        error = failure(line)
+        error = receive_failure(line)
 
         assert isinstance(error, InvalidArgumentError)
         assert "a chunk must not be empty" in str(error)

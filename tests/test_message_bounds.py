@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
-from deconvd.chunks import ChunkSource
-from deconvd.codec import MAX_REST_BYTES, decode
 from deconvd.errors import ExhaustedError
-from deconvd.tensor import message_from_array
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.chunks import ChunkSource
+from deconvd.wire.codec import MAX_NON_ELEMENT_BYTES, decode
+from deconvd.wire.tensor import message_from_array
 from tests.direct_calls import REQUEST, W
 from tests.processes import memory_bytes, peak_memory_bytes
 from tests.servers import ServerProcess
@@ -58,7 +58,7 @@ def test_much_beside_elements_is_refused_before_it_takes_time_or_memory(
             send(FORMS[form])
 
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert f"more than {MAX_REST_BYTES} bytes beside" in str(refused.value.details())
+    assert f"more than {MAX_NON_ELEMENT_BYTES} bytes beside" in str(refused.value.details())
     assert time.monotonic() - begin_s < 3  # nine seconds it was
     assert peak_memory_bytes(pid) - held_bytes < 300 << 20
 
@@ -74,7 +74,7 @@ def _sender(channel: grpc.Channel, method: str) -> Callable[[bytes], object]:
 
 @pytest.mark.parametrize("message_type", [pb.DeconvolveRequest, pb.DropTensorsRequest])
 def test_what_is_sent_beside_elements_fits(message_type: type[Message]) -> None:
-    rest = FIELD * (MAX_REST_BYTES // 2)
+    rest = FIELD * (MAX_NON_ELEMENT_BYTES // 2)
     assert decode(message_type, rest).message is not None
     with pytest.raises(ExhaustedError, match="bytes beside the elements"):
         decode(message_type, rest + FIELD)
@@ -89,17 +89,17 @@ def test_as_many_handles_as_clients_drop_at_once_fit() -> None:
 
 def test_elements_are_not_counted_in_whatever_order_fields_stand() -> None:
     large = pb.DeconvolveRequest(w=message_from_array(W))
-    large.x.raw = bytes(MAX_REST_BYTES * 2)
+    large.x.raw = bytes(MAX_NON_ELEMENT_BYTES * 2)
     data = large.SerializeToString()
-    assert len(decode(pb.DeconvolveRequest, data + FIELD).raw["x"]) == 2 * MAX_REST_BYTES
-    assert len(decode(pb.DeconvolveRequest, FIELD + data).raw["x"]) == 2 * MAX_REST_BYTES
+    assert len(decode(pb.DeconvolveRequest, data + FIELD).raw["x"]) == 2 * MAX_NON_ELEMENT_BYTES
+    assert len(decode(pb.DeconvolveRequest, FIELD + data).raw["x"]) == 2 * MAX_NON_ELEMENT_BYTES
 
 
 def test_a_chunk_may_be_long_and_have_a_field_that_is_not_known() -> None:
-    chunk = pb.DeconvolveStreamRequest(chunk=bytes(MAX_REST_BYTES * 2)).SerializeToString()
+    chunk = pb.DeconvolveStreamRequest(chunk=bytes(MAX_NON_ELEMENT_BYTES * 2)).SerializeToString()
     source = ChunkSource(iter([FIELD + chunk]), pb.DeconvolveStreamRequest)
     ahead = source.next()
-    assert getattr(ahead, "size_bytes", 0) == 2 * MAX_REST_BYTES
+    assert getattr(ahead, "size_bytes", 0) == 2 * MAX_NON_ELEMENT_BYTES
 
 
 def test_a_tensor_in_pieces_must_not_be_large() -> None:
@@ -111,13 +111,15 @@ def test_a_tensor_in_pieces_must_not_be_large() -> None:
 
 
 def test_a_chunk_that_was_read_is_not_kept() -> None:
-    data = bytearray(pb.DeconvolveStreamRequest(chunk=bytes(MAX_REST_BYTES)).SerializeToString())
+    data = bytearray(
+        pb.DeconvolveStreamRequest(chunk=bytes(MAX_NON_ELEMENT_BYTES)).SerializeToString()
+    )
     # a bytearray, which cannot be cleared while anything refers to it
     source = ChunkSource(iter([cast("bytes", data)]), pb.DeconvolveStreamRequest)
     source.next()
     with pytest.raises(BufferError):
         data.clear()
 
-    source.read_into(np.empty(MAX_REST_BYTES, np.uint8))
+    source.read_into(np.empty(MAX_NON_ELEMENT_BYTES, np.uint8))
 
     data.clear()

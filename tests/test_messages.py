@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.messages import (
+from deconvd.model.geometry import Geometry
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.messages import (
     geometry_from_message,
     message_from_geometry,
     message_from_options,
     options_from_message,
 )
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem
-from deconvd.v1 import deconvd_pb2 as pb
 from tests.strategies import problems
 
 

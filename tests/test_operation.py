@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from deconvd.geometry import Geometry
-from deconvd.messages import messages_for
-from deconvd.operation import (
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import (
     ARGUMENTS,
     DECONVOLVE,
     DECONVOLVE_GRAD,
@@ -13,8 +12,9 @@ from deconvd.operation import (
     Operation,
     spec_of_field,
 )
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.messages import messages_for
 
 _FLOAT32 = np.dtype(np.float32)
 _PROBLEM = Problem(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn
 
 
 def test_options_left_out_have_chainers_defaults() -> None:

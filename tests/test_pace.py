@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd_server.call import Call
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice, pace
-from deconvd_server.device.cpu.pace import Pace, links_count
+from deconvd_server.device.cpu.pace import Roofline, links_count
 
 LARGE_COUNT = pace._LARGE_COUNT
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -59,9 +59,9 @@ def test_no_problem_takes_less_than_it_takes_at_least(
     places = {result: np.empty(spec_of_field(problem, result).shape, problem.x.dtype)}
     operation = DECONVOLVE if result == "y" else DECONVOLVE_GRAD
 
-    least_s = device.least_s(problem, [result])
+    least_s = device.min_duration_s(problem, [result])
     begin_s = time.monotonic()
-    device.run(operation, problem, operands, places, Options(), Call())
+    device.run(operation, problem, operands, places, Options(), CallContext())
 
     assert 0 < least_s < time.monotonic() - begin_s
 
@@ -70,14 +70,18 @@ def test_nothing_is_known_of_what_is_done_in_moments(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pace, "_LARGE_COUNT", LARGE_COUNT)
     problem = problem_of((1, 4, 8, 8), (4, 4, 3, 3), Geometry())
 
-    assert Pace(2).least_s(problem, ["y"]) == 0
+    assert Roofline(2).min_duration_s(problem, ["y"]) == 0
 
 
 def test_each_gradient_with_products_counts(device: CpuDevice) -> None:
     problem = KINDS["deep"]
 
-    assert device.least_s(problem, ["gx", "gw"]) == 2 * device.least_s(problem, ["y"]) > 0
-    assert device.least_s(problem, ["gb"]) == 0
+    assert (
+        device.min_duration_s(problem, ["gx", "gw"])
+        == 2 * device.min_duration_s(problem, ["y"])
+        > 0
+    )
+    assert device.min_duration_s(problem, ["gb"]) == 0
 
 
 def test_what_a_huge_description_takes_is_known_at_once() -> None:
@@ -85,7 +89,7 @@ def test_what_a_huge_description_takes_is_known_at_once() -> None:
     problem = problem_of((1, 1, 1, 1), (1, 1, k, k), Geometry(pad=(k // 2 - 1, k // 2 - 1)))
 
     begin_s = time.monotonic()
-    assert Pace(2).least_s(problem, ["gw"]) < 1e-6  # of 2^56 taps four reach a pixel
+    assert Roofline(2).min_duration_s(problem, ["gw"]) < 1e-6  # of 2^56 taps four reach a pixel
     assert time.monotonic() - begin_s < 1
 
 

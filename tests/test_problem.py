@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES, DType
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from tests.strategies import problems
 
 F32 = np.dtype(np.float32)

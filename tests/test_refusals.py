@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.parts import Elements, elements_parts
-from deconvd.tensor import elements_of
+from deconvd.wire.stream_parts import ElementsPart, elements_parts
+from deconvd.wire.tensor import elements_of
 from deconvd_client import Connection, ExhaustedError
 from tests.servers import ServerProcess, server_process
 
@@ -73,9 +73,9 @@ def test_gigabytes_are_not_sent_to_a_server_that_has_refused_them(
 def test_parts_of_any_array_are_its_elements_in_order(
     array: np.ndarray, copied_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deconvd.parts._COPIED_BYTES", copied_bytes)
+    monkeypatch.setattr("deconvd.wire.stream_parts._COPY_BLOCK_BYTES", copied_bytes)
 
-    parts: list[Elements] = [*elements_parts(array, is_missing=True)]
+    parts: list[ElementsPart] = [*elements_parts(array, is_missing=True)]
 
     assert b"".join(part.data for part in parts) == bytes(elements_of(array))
     assert all(part.is_missing for part in parts)

@@ -17,7 +17,6 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.digest import digest_of
 from deconvd.errors import (
     ExhaustedError,
     LostSessionError,
@@ -25,19 +24,29 @@ from deconvd.errors import (
     StaleRegionError,
     UnavailableError,
 )
-from deconvd.grpc_status import error_from_rpc
-from deconvd.tensor import Array, elements_of, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.digest import digest_of
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.tensor import elements_of, message_from_spec
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.daemon import Daemon
 from deconvd_server.device import DeviceInfo
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.settings import Settings
-from tests.deadlines import soon
-from tests.holders import Holder, array_of, by_handle, error_of, holder, raw
+from tests.deadlines import short_deadline
 from tests.processes import peak_memory_bytes, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import (
+    SessionClient,
+    array_of,
+    error_of,
+    open_session,
+    raw_tensor,
+    tensor_by_handle,
+)
 
 MIB = 1 << 20
 _WAIT_S = 30
@@ -48,7 +57,7 @@ def image(value: float, size_bytes: int = MIB) -> Array:
     return np.full((size_bytes // MIB, 1, 512, 512), value, np.float32)
 
 
-def assert_lost(held: Holder, handle: bytes, error: type[Exception]) -> None:
+def assert_lost(held: SessionClient, handle: bytes, error: type[Exception]) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         held.get(handle)
     assert type(error_of(failure)) is error
@@ -64,35 +73,35 @@ def small(socket_directory: Path) -> Iterator[ServerProcess]:
 
 def test_a_session_that_is_closed_is_over_at_once(server: ServerProcess) -> None:
     key = b"closed"
-    with holder(server.target, key) as watcher, holder(server.target, key) as held:
+    with open_session(server.target, key) as watcher, open_session(server.target, key) as held:
         handle = held.put(image(1))
-        assert watcher.kept_bytes() == MIB
+        assert watcher.resident_bytes() == MIB
 
         held.close()
 
-        assert watcher.kept_bytes() == 0
+        assert watcher.resident_bytes() == 0
         assert_lost(held, handle, LostSessionError)
 
 
 def test_a_session_whose_stream_broke_is_over_after_a_while(small: ServerProcess) -> None:
-    with holder(small.target, b"key") as watcher, holder(small.target, b"key") as held:
+    with open_session(small.target, b"key") as watcher, open_session(small.target, b"key") as held:
         handle = held.put(image(1))
-        held.break_off()
+        held.cancel()
         np.testing.assert_array_equal(held.get(handle), image(1))
 
-        signs = threading.Timer(1, watcher.sign)
+        signs = threading.Timer(1, watcher.send_heartbeat)
         signs.start()
-        wait_until(lambda: watcher.kept_bytes() == 0)
+        wait_until(lambda: watcher.resident_bytes() == 0)
 
         signs.cancel()
         assert_lost(held, handle, LostSessionError)
 
 
 def test_a_session_is_resumed_after_its_stream_broke(server: ServerProcess) -> None:
-    with holder(server.target) as held:
+    with open_session(server.target) as held:
         handle = held.put(image(1))
-        held.break_off()
-        with holder(server.target, resume=held.session) as again:
+        held.cancel()
+        with open_session(server.target, resume=held.session) as again:
             assert again.session == held.session
             np.testing.assert_array_equal(again.get(handle), image(1))
             again.close()
@@ -100,16 +109,16 @@ def test_a_session_is_resumed_after_its_stream_broke(server: ServerProcess) -> N
 
 
 def test_a_session_is_resumed_by_who_has_not_yet_lost_it(server: ServerProcess) -> None:
-    with holder(server.target) as held:
+    with open_session(server.target) as held:
         handle = held.put(image(1))
-        with holder(server.target, resume=held.session) as again:
+        with open_session(server.target, resume=held.session) as again:
             with pytest.raises(grpc.RpcError):
                 next(held.stream)  # the old stream was hung up, which ends nothing
             np.testing.assert_array_equal(again.get(handle), image(1))
 
 
 def test_a_session_that_is_unknown_is_not_resumed(server: ServerProcess) -> None:
-    with pytest.raises(grpc.RpcError) as failure, holder(server.target, resume=bytes(16)):
+    with pytest.raises(grpc.RpcError) as failure, open_session(server.target, resume=bytes(16)):
         pass
     assert isinstance(error_of(failure), LostSessionError)
     assert error_of(failure).argument == "session"
@@ -120,24 +129,24 @@ def test_a_session_is_none_to_who_has_not_its_tenants_key(
     server: ServerProcess, wrong_key: bytes
 ) -> None:
     texts = []
-    with holder(server.target, b"key") as held:
+    with open_session(server.target, b"key") as held:
         handle = held.put(image(1))
         for session in (held.session, bytes(16)):
             with pytest.raises(grpc.RpcError) as failure:
-                Holder(held.channel, wrong_key, resume=session)
+                SessionClient(held.channel, wrong_key, resume=session)
             assert isinstance(error_of(failure), LostSessionError)
             texts.append(str(error_of(failure)))
         assert texts[0] == texts[1]
 
-        held.sign()  # its stream was not hung up
+        held.send_heartbeat()  # its stream was not hung up
         np.testing.assert_array_equal(held.get(handle), image(1))
-        held.break_off()
-        with holder(server.target, b"key", resume=held.session) as again:
+        held.cancel()
+        with open_session(server.target, b"key", resume=held.session) as again:
             np.testing.assert_array_equal(again.get(handle), image(1))
 
 
 def test_what_others_keep_is_told_to_nobody(server: ServerProcess) -> None:
-    with holder(server.target, b"mine") as held, holder(server.target) as stranger:
+    with open_session(server.target, b"mine") as held, open_session(server.target) as stranger:
         handle = held.put(image(1))
         held.get(handle)
         for session in (b"", stranger.session, bytes(16), b"no name"):
@@ -148,31 +157,31 @@ def test_what_others_keep_is_told_to_nobody(server: ServerProcess) -> None:
                 assert cache.limit_bytes > 0
                 assert (cache.count, cache.size_bytes) == (0, 0)
                 assert (cache.hits_count, cache.misses_count) == (0, 0)
-        with holder(server.target, b"mine") as same:
-            assert (same.kept_count(), same.kept_bytes()) == (1, MIB)
+        with open_session(server.target, b"mine") as same:
+            assert (same.resident_count(), same.resident_bytes()) == (1, MIB)
 
 
 def test_a_client_that_gives_no_sign_of_life_loses_its_session(small: ServerProcess) -> None:
-    with holder(small.target, b"key") as silent, holder(small.target, b"key") as lively:
+    with open_session(small.target, b"key") as silent, open_session(small.target, b"key") as lively:
         silent.put(image(1))
         handle = lively.put(image(2))
         assert silent.opened.lease_s == 2
 
         for _ in range(8):
-            lively.sign()
+            lively.send_heartbeat()
             time.sleep(0.5)
 
         with pytest.raises(grpc.RpcError) as failure:
             next(silent.stream)
         assert failure.value.code() is grpc.StatusCode.CANCELLED
-        assert lively.kept_bytes() == MIB
+        assert lively.resident_bytes() == MIB
         np.testing.assert_array_equal(lively.get(handle), image(2))
 
 
 CLIENT = """
 import sys, time
 import grpc, numpy as np
-from tests.holders import Holder
+from tests.session_clients import Holder
 held = Holder(grpc.insecure_channel(sys.argv[1]), b"key")
 for number in range(3):
     held.put(np.ones(1 << 18, np.float32))
@@ -182,24 +191,24 @@ time.sleep(600)
 
 
 def test_what_a_killed_client_kept_is_dropped(small: ServerProcess) -> None:
-    with holder(small.target, b"key") as watcher:
+    with open_session(small.target, b"key") as watcher:
         with subprocess.Popen(
             [sys.executable, "-c", CLIENT, small.target], stdout=subprocess.PIPE, text=True
         ) as client:
             assert client.stdout is not None
             assert client.stdout.readline() == "kept\n"
-            assert watcher.kept_bytes() == 3 * MIB
+            assert watcher.resident_bytes() == 3 * MIB
             client.send_signal(signal.SIGKILL)
 
         def is_dropped() -> bool:
-            watcher.sign()
-            return watcher.kept_bytes() == 0
+            watcher.send_heartbeat()
+            return watcher.resident_bytes() == 0
 
         wait_until(is_dropped)
 
 
 def test_a_server_that_was_started_anew_knows_nothing(socket_directory: Path) -> None:
-    with server_process(socket_directory) as server, holder(server.target) as held:
+    with server_process(socket_directory) as server, open_session(server.target) as held:
         handle = held.put(image(1))
         server.process.kill()
         server.process.wait()
@@ -207,16 +216,16 @@ def test_a_server_that_was_started_anew_knows_nothing(socket_directory: Path) ->
             next(held.stream)
         with server_process(socket_directory) as server:
             with pytest.raises(grpc.RpcError) as failure:
-                with holder(server.target, resume=held.session):
+                with open_session(server.target, resume=held.session):
                     pass
             assert isinstance(error_of(failure), LostSessionError)
-            with holder(server.target) as anew:
+            with open_session(server.target) as anew:
                 assert_lost(anew, handle, LostTensorError)
 
 
 def test_a_drain_does_not_wait_for_sessions(socket_directory: Path) -> None:
     with server_process(socket_directory, "--drain-timeout-s", "60") as server:
-        with holder(server.target) as held, holder(server.target) as other:
+        with open_session(server.target) as held, open_session(server.target) as other:
             held.put(image(1))
             start_s = time.monotonic()
             assert server.end() == 0
@@ -228,11 +237,11 @@ def test_a_drain_does_not_wait_for_sessions(socket_directory: Path) -> None:
 
 
 def test_what_a_call_uses_stays_while_others_press(small: ServerProcess) -> None:
-    with holder(small.target) as held, holder(small.target) as other:
+    with open_session(small.target) as held, open_session(small.target) as other:
         x = image(1, 2 * MIB)
         handle = held.put(x)
         request = pb.DeconvolveRequest(
-            x=by_handle(x, handle), w=message_from_spec(spec_of(ONE)), session=held.session
+            x=tensor_by_handle(x, handle), w=message_from_spec(spec_of(ONE)), session=held.session
         )
         header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
         go_on = threading.Event()
@@ -246,12 +255,12 @@ def test_what_a_call_uses_stays_while_others_press(small: ServerProcess) -> None
         y = next(responses).header.y  # so the stream has x
         held.drop(handle)
         for number in range(20):
-            held.sign()
-            other.sign()
+            held.send_heartbeat()
+            other.send_heartbeat()
             other.put(image(number))
         assert_lost(held, handle, LostTensorError)
-        assert held.kept_bytes() == 2 * MIB
-        assert other.kept_bytes() == 6 * MIB
+        assert held.resident_bytes() == 2 * MIB
+        assert other.resident_bytes() == 6 * MIB
         go_on.set()
 
         elements = b"".join(part.chunk for part in responses)
@@ -259,11 +268,11 @@ def test_what_a_call_uses_stays_while_others_press(small: ServerProcess) -> None
 
 
 def test_a_tenant_is_not_displaced_from_its_share(small: ServerProcess) -> None:
-    with holder(small.target) as modest, holder(small.target) as greedy:
+    with open_session(small.target) as modest, open_session(small.target) as greedy:
         handles = [modest.put(image(number)) for number in range(4)]
         for number in range(20):
-            modest.sign()
-            greedy.sign()
+            modest.send_heartbeat()
+            greedy.send_heartbeat()
             greedy.put(image(number))
 
         for number, handle in enumerate(handles):
@@ -273,7 +282,7 @@ def test_a_tenant_is_not_displaced_from_its_share(small: ServerProcess) -> None:
 def test_those_who_tell_a_secret_share_a_quota_and_what_they_keep(socket_directory: Path) -> None:
     with server_process(socket_directory, "--tenant-bytes", str(3 * MIB)) as server:
         key = b"a secret"
-        with holder(server.target, key) as first, holder(server.target, key) as second:
+        with open_session(server.target, key) as first, open_session(server.target, key) as second:
             assert first.opened.quota_bytes == 3 * MIB
             handle = first.put(image(1))
             np.testing.assert_array_equal(second.get(handle), image(1))
@@ -283,7 +292,7 @@ def test_those_who_tell_a_secret_share_a_quota_and_what_they_keep(socket_directo
             with pytest.raises(grpc.RpcError, match="may keep 3145728 bytes") as failure:
                 first.put(image(4))
             assert isinstance(error_of(failure), ExhaustedError)
-            with holder(server.target) as stranger:
+            with open_session(server.target) as stranger:
                 stranger.put(image(5))
             first.close()
             second.put(image(4))
@@ -295,14 +304,14 @@ def test_content_outlives_the_session_that_sent_it_but_not_the_tenant(
     w = np.random.default_rng().standard_normal((1, 1, 3, 3)).astype(np.float32)
     description = message_from_spec(spec_of(w))
     description.digest.CopyFrom(digest_of(w))
-    x = raw(image(1))
+    x = raw_tensor(image(1))
 
-    def call(held: Holder) -> Array:
+    def call(held: SessionClient) -> Array:
         request = pb.DeconvolveRequest(x=x, w=description, session=held.session)
         return array_of(held.stub.Deconvolve(request).y)
 
     key = b"another secret"
-    with holder(server.target, key) as first, holder(server.target, key) as second:
+    with open_session(server.target, key) as first, open_session(server.target, key) as second:
         request = pb.DeconvolveRequest(
             x=message_from_spec(spec_of(image(1))), w=description, session=first.session
         )
@@ -318,7 +327,7 @@ def test_content_outlives_the_session_that_sent_it_but_not_the_tenant(
         first.close()
         np.testing.assert_array_equal(call(second), y)
         second.close()
-    with holder(server.target, key) as later:
+    with open_session(server.target, key) as later:
         with pytest.raises(grpc.RpcError) as failure:
             call(later)
         assert isinstance(error_of(failure), LostTensorError)
@@ -326,7 +335,7 @@ def test_content_outlives_the_session_that_sent_it_but_not_the_tenant(
 
 def test_a_server_that_keeps_nothing_says_so(socket_directory: Path) -> None:
     with server_process(socket_directory, "--resident-memory-bytes", "0") as server:
-        with holder(server.target) as held:
+        with open_session(server.target) as held:
             assert held.opened.quota_bytes == 0
             with pytest.raises(grpc.RpcError) as failure:
                 held.put(image(1))
@@ -334,12 +343,12 @@ def test_a_server_that_keeps_nothing_says_so(socket_directory: Path) -> None:
 
 
 def test_ten_thousand_puts_and_drops_leave_the_servers_memory_flat(small: ServerProcess) -> None:
-    with holder(small.target) as held:
+    with open_session(small.target) as held:
         array = np.ones((4, 4096), np.float32)
 
         def put_and_drop(count: int) -> None:
             for _ in range(count):
-                held.sign()
+                held.send_heartbeat()
                 held.drop(held.put(array))
 
         put_and_drop(1000)
@@ -347,7 +356,7 @@ def test_ten_thousand_puts_and_drops_leave_the_servers_memory_flat(small: Server
         put_and_drop(9000)
         after_bytes = peak_memory_bytes(small.process.pid)
 
-        assert held.kept_bytes() == 0
+        assert held.resident_bytes() == 0
     # 9000 tensors have 590 MB, and 9000 names and sessions of 1 KiB each would have 9 MB
     assert after_bytes - before_bytes < 6 * MIB
 
@@ -356,9 +365,9 @@ def test_many_clients_at_once_get_their_own(small: ServerProcess) -> None:
     errors: list[Any] = []
 
     def live(number: int) -> None:
-        with holder(small.target) as held:
+        with open_session(small.target) as held:
             for step in range(30):
-                held.sign()
+                held.send_heartbeat()
                 value = number * 100 + step
                 try:
                     handle = held.put(image(value))
@@ -371,7 +380,7 @@ def test_many_clients_at_once_get_their_own(small: ServerProcess) -> None:
         list(pool.map(live, range(12)))
     # twelve tenants have less than a tensor each as their share, and so give way to each other
     assert {type(error) for error in errors} <= {LostTensorError, ExhaustedError}
-    with holder(small.target) as alone:
+    with open_session(small.target) as alone:
         handles = [
             alone.put(image(number)) for number in range(8)
         ]  # which is all the room there is
@@ -385,20 +394,24 @@ def test_there_is_room_for_so_many_sessions_and_calls_beside_them() -> None:
     daemon.serve(lambda: [CpuDevice(1)])
     try:
         target = daemon.addresses[0]
-        with holder(target) as first, holder(target) as second, holder(target) as third:
+        with (
+            open_session(target) as first,
+            open_session(target) as second,
+            open_session(target) as third,
+        ):
             for held in (first, second, third):
                 held.put(ONE)  # one that keeps nothing would give way
             with pytest.raises(
                 grpc.RpcError, match="no place for more sessions: 3 of 3"
             ) as failure:
-                with holder(target):
+                with open_session(target):
                     pass
             assert isinstance(error_of(failure), UnavailableError)
             third.close()
-            with holder(target) as fourth:
+            with open_session(target) as fourth:
                 fourth.put(image(1))
-                assert fourth.kept_bytes() == MIB
-                assert second.kept_count() == 1  # what others keep is none of its business
+                assert fourth.resident_bytes() == MIB
+                assert second.resident_count() == 1  # what others keep is none of its business
     finally:
         daemon.drain()
 
@@ -425,14 +438,14 @@ def test_two_devices_share_what_stays_and_work_goes_where_it_is() -> None:
     devices = [Counted("first"), Counted("second")]
     daemon.serve(lambda: devices)
     try:
-        with holder(daemon.addresses[0]) as held:
+        with open_session(daemon.addresses[0]) as held:
             arrays = [image(number, 2 * MIB) for number in range(4)]
             handles = [held.put(array) for array in arrays]
             assert [_kept_count(held, device.name) for device in devices] == [2, 2]
 
             for array, handle in zip(arrays, handles, strict=True):
                 request = pb.DeconvolveRequest(
-                    x=by_handle(array, handle), w=raw(ONE), session=held.session
+                    x=tensor_by_handle(array, handle), w=raw_tensor(ONE), session=held.session
                 )
                 before = [device.calls_count for device in devices]
                 for _ in range(3):
@@ -445,7 +458,7 @@ def test_two_devices_share_what_stays_and_work_goes_where_it_is() -> None:
         daemon.drain()
 
 
-def _kept_count(held: Holder, device_id: str) -> int:
+def _kept_count(held: SessionClient, device_id: str) -> int:
     for device in held.info().devices:
         for cache in device.caches:
             if (device.id, cache.name) == (device_id, "resident tensors"):
@@ -458,10 +471,12 @@ def test_operands_from_two_devices_meet_on_one() -> None:
     devices = [Counted("first"), Counted("second")]
     daemon.serve(lambda: devices)
     try:
-        with holder(daemon.addresses[0]) as held:
+        with open_session(daemon.addresses[0]) as held:
             x, w = image(3), 2 * ONE
             request = pb.DeconvolveRequest(
-                x=by_handle(x, held.put(x)), w=by_handle(w, held.put(w)), session=held.session
+                x=tensor_by_handle(x, held.put(x)),
+                w=tensor_by_handle(w, held.put(w)),
+                session=held.session,
             )
             assert [_kept_count(held, device.name) for device in devices] == [1, 1]
 
@@ -476,7 +491,7 @@ def test_operands_from_two_devices_meet_on_one() -> None:
 @pytest.fixture
 def lent(server: ServerProcess) -> Iterator[Borrower]:
     """Memory that the shared server lends."""
-    with holder(server.target) as held:
+    with open_session(server.target) as held:
         info = held.stub.GetServerInfo(pb.GetServerInfoRequest())
     borrower = Borrower(lambda _: info.shared_memory_socket)
     yield borrower
@@ -487,15 +502,15 @@ def test_tensors_come_from_shared_memory_and_go_there(
     server: ServerProcess, lent: Borrower
 ) -> None:
     x = image(2)
-    lies = lent.empty(x.shape, x.dtype, soon())
+    lies = lent.empty(x.shape, x.dtype, short_deadline())
     lies[...] = x
-    result = lent.empty(x.shape, x.dtype, soon())
+    result = lent.empty(x.shape, x.dtype, short_deadline())
     shared_x, result_place = message_from_spec(spec_of(x)), pb.SharedSlice()
     for array, message in ((lies, shared_x.shared), (result, result_place)):
         place = lent.locate(array)
         assert place is not None
         place.write_to(message)
-    with holder(server.target) as held:
+    with open_session(server.target) as held:
         # put from there
         header = pb.PutTensorHeader(session=held.session, tensor=shared_x)
         parts = iter([pb.PutTensorRequest(header=header)])
@@ -513,7 +528,7 @@ def test_tensors_come_from_shared_memory_and_go_there(
         # a call: x kept from there, its result put there
         call = pb.DeconvolveRequest(
             x=shared_x,
-            w=raw(3 * ONE),
+            w=raw_tensor(3 * ONE),
             y_place=result_place,
             session=held.session,
             keep=pb.OperandsToKeep(x=True),
@@ -526,7 +541,7 @@ def test_tensors_come_from_shared_memory_and_go_there(
 
 
 def test_a_place_that_is_none_is_told(server: ServerProcess) -> None:
-    with holder(server.target) as held:
+    with open_session(server.target) as held:
         handle = held.put(image(1))
         request = pb.GetTensorRequest(
             session=held.session,

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from benchmarks.wire import Wire, counted
-from deconvd.tensor import Array
+from benchmarks.wire import CountingProxy, count_traffic
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, InvalidArgumentError, LostTensorError, RemoteTensor
 from tests.golden import GoldenCase, golden_cases
-from tests.holders import holder
 from tests.servers import ServerProcess, call_until_served, server_process
+from tests.session_clients import open_session
 
 MIB = 1 << 20
 TCP = "127.0.0.1:0"
@@ -55,14 +55,14 @@ def way(request: pytest.FixtureRequest, tcp_server: ServerProcess) -> Iterator[C
 
 
 @pytest.fixture
-def wire(tcp_server: ServerProcess) -> Iterator[Wire]:
+def wire(tcp_server: ServerProcess) -> Iterator[CountingProxy]:
     """A counting way to the server."""
-    with counted(tcp_server.target) as wire:
+    with count_traffic(tcp_server.target) as wire:
         yield wire
 
 
 @pytest.fixture
-def far(wire: Wire) -> Iterator[Connection]:
+def far(wire: CountingProxy) -> Iterator[Connection]:
     """A connection by the counting way alone."""
     with deconvd_client.connect(wire.target, transport="tcp") as connection:
         yield connection
@@ -181,7 +181,7 @@ def assert_close(ours: Array, theirs: Array | None) -> None:
 class TestOnTheWire:
     """What is sent, counted."""
 
-    def test_what_was_put_is_not_sent_again(self, far: Connection, wire: Wire) -> None:
+    def test_what_was_put_is_not_sent_again(self, far: Connection, wire: CountingProxy) -> None:
         x, W, b = operands()
         x_there, W_there, b_there = (far.put(array) for array in (x, W, b))
         y_bytes = far.deconvolution_2d(x_there, W_there, b_there).nbytes
@@ -192,7 +192,7 @@ class TestOnTheWire:
         assert wire.sent_bytes - before[0] < 2000
         assert wire.received_bytes - before[1] < y_bytes * 1.01 + 2000
 
-    def test_a_chain_moves_nothing(self, far: Connection, wire: Wire) -> None:
+    def test_a_chain_moves_nothing(self, far: Connection, wire: CountingProxy) -> None:
         x, W, b = (far.put(array) for array in operands())
         far.remote.deconvolution_2d(x, W, b)
         before = wire.total_bytes
@@ -204,7 +204,7 @@ class TestOnTheWire:
         assert wire.total_bytes - before < 10_000
         assert again.shape == (4, 32, 42, 42)
 
-    def test_a_pullback_sends_gy_alone(self, far: Connection, wire: Wire) -> None:
+    def test_a_pullback_sends_gy_alone(self, far: Connection, wire: CountingProxy) -> None:
         x, W, b = operands()
         y, pullback = far.vjp(x, W, b)
         before = wire.sent_bytes
@@ -215,7 +215,7 @@ class TestOnTheWire:
         assert wire.sent_bytes - before < 3 * y.nbytes * 1.01 + 10_000
 
     @pytest.mark.parametrize("n", [1, 80], ids=["in messages", "in streams"])
-    def test_W_is_sent_once(self, far: Connection, wire: Wire, n: int) -> None:
+    def test_W_is_sent_once(self, far: Connection, wire: CountingProxy, n: int) -> None:
         x, W, b = operands(n=n)
         y = far.deconvolution_2d(x, W, b)
         before = wire.sent_bytes
@@ -225,7 +225,7 @@ class TestOnTheWire:
 
         assert wire.sent_bytes - before < (x.nbytes + y.nbytes) * 1.01 + W.nbytes / 2
 
-    def test_a_pullback_sends_W_once_too(self, far: Connection, wire: Wire) -> None:
+    def test_a_pullback_sends_W_once_too(self, far: Connection, wire: CountingProxy) -> None:
         x, W, b = operands(n=1)
         far.deconvolution_2d(x, W, b)
         before = wire.sent_bytes
@@ -235,7 +235,9 @@ class TestOnTheWire:
         assert len(pullbacks) == 2
         assert wire.sent_bytes - before < 2 * x.nbytes * 1.01 + W.nbytes / 2
 
-    def test_x_flows_while_the_server_says_what_it_lacks(self, far: Connection, wire: Wire) -> None:
+    def test_x_flows_while_the_server_says_what_it_lacks(
+        self, far: Connection, wire: CountingProxy
+    ) -> None:
         x, _, _ = operands(n=700)  # 88 MiB: more than may be sent before the server has answered
         W = np.zeros((32, 1, 6, 6), np.float32)
         wide = np.zeros((32, 16, 6, 6), np.float32)
@@ -255,7 +257,7 @@ class TestOnTheWire:
             assert not F._server.residents.has_session  # without which nothing is kept
 
     def test_two_connections_of_one_tenant_share_contents(
-        self, tcp_server: ServerProcess, wire: Wire
+        self, tcp_server: ServerProcess, wire: CountingProxy
     ) -> None:
         x, W, b = operands(seed=1, n=1)
         key = "a tenant's secret"
@@ -266,7 +268,9 @@ class TestOnTheWire:
                 assert_same(second.deconvolution_2d(x, W, b), expected)
         assert wire.sent_bytes < W.nbytes
 
-    def test_two_tenants_share_nothing(self, tcp_server: ServerProcess, wire: Wire) -> None:
+    def test_two_tenants_share_nothing(
+        self, tcp_server: ServerProcess, wire: CountingProxy
+    ) -> None:
         x, W, b = operands(seed=2, n=1)
         target = tcp_server.target
         with deconvd_client.connect(target, transport="tcp", tenant_key="one") as first:
@@ -399,7 +403,7 @@ class TestLoss:
             for x, kept_x in zip(inputs[:4], theirs, strict=True):
                 assert_same(kept_x.numpy(), x[0])
 
-    def test_a_session_outlives_a_broken_way(self, wire: Wire) -> None:
+    def test_a_session_outlives_a_broken_way(self, wire: CountingProxy) -> None:
         x, W, b = operands()
         with deconvd_client.connect(wire.target, transport="tcp", timeout_s=20) as F:
             result = F.remote.deconvolution_2d(x, W, b)
@@ -409,7 +413,7 @@ class TestLoss:
                 assert_same(result.numpy(), expected)
                 time.sleep(0.3)
 
-    def test_calls_go_on_over_a_way_that_breaks(self, wire: Wire) -> None:
+    def test_calls_go_on_over_a_way_that_breaks(self, wire: CountingProxy) -> None:
         x, W, b = operands(n=40)
         with deconvd_client.connect(wire.target, transport="tcp", timeout_s=30) as F:
             there = F.put(x)
@@ -504,22 +508,22 @@ class TestLife:
 
     def test_a_closed_connection_keeps_nothing(self, tmp_path: Path) -> None:
         x, _, _ = operands()
-        with server_process(tmp_path) as server, holder(server.target, b"key") as other:
+        with server_process(tmp_path) as server, open_session(server.target, b"key") as other:
             with deconvd_client.connect(server.target, tenant_key="key") as F:
                 there = F.put(x)
-                assert other.kept_count() == 1
-            wait_until(lambda: other.kept_count() == 0)
+                assert other.resident_count() == 1
+            wait_until(lambda: other.resident_count() == 0)
             with pytest.raises(deconvd_client.CallCancelledError):
                 there.numpy()
 
     def test_a_connection_that_is_collected_keeps_nothing(self, tcp_server: ServerProcess) -> None:
-        with holder(tcp_server.target, b"collected") as other:
+        with open_session(tcp_server.target, b"collected") as other:
             F = deconvd_client.connect(tcp_server.target, transport="tcp", tenant_key="collected")
             there = F.put(operands()[0])
-            assert other.kept_count() == 1
+            assert other.resident_count() == 1
             del F, there
             gc.collect()
-            wait_until(lambda: other.kept_count() == 0)
+            wait_until(lambda: other.resident_count() == 0)
 
     def test_a_client_that_dies_leaves_nothing(self, tmp_path: Path) -> None:
         script = (
@@ -529,7 +533,7 @@ class TestLife:
             "print('put', flush=True)\n"
             "sys.stdin.read()\n"
         )
-        with server_process(tmp_path) as server, holder(server.target, b"key") as other:
+        with server_process(tmp_path) as server, open_session(server.target, b"key") as other:
             with subprocess.Popen(
                 [sys.executable, "-W", "error", "-c", script, server.target],
                 stdin=subprocess.PIPE,
@@ -537,9 +541,9 @@ class TestLife:
             ) as child:
                 assert child.stdout is not None
                 assert child.stdout.readline() == b"put\n"
-                assert other.kept_count() == 1
+                assert other.resident_count() == 1
                 child.kill()
-            wait_until(lambda: other.kept_count() == 0)
+            wait_until(lambda: other.resident_count() == 0)
 
     def test_a_session_does_not_keep_its_process_alive(self, server: ServerProcess) -> None:
         script = (

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from deconvd_server.__main__ import main
-from deconvd_server.budgets import PROCESS_BYTES, Budgets
+from deconvd_server.resources.budgets import PROCESS_BYTES, Budgets
 
 SECURITY = Path(__file__).parent.parent / "SECURITY.md"
 

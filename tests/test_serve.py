@@ -16,22 +16,22 @@ import pytest
 
 import deconvd_client
 from deconvd import errors
-from deconvd.direct_events import Method
+from deconvd.direct.events import MethodCode
 from deconvd.errors import CallCancelledError, DeconvdError
-from deconvd.ledger import ledger_in, parse_ledger
-from deconvd.status import error_from_status
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_client.direct_ways import way_to
-from deconvd_server.call import Call, CallerGoneError
+from deconvd.wire.ledger import ledger_from_metadata, parse_ledger
+from deconvd.wire.status import error_from_status
+from deconvd_client.transports.direct.connectors import connector_for
+from deconvd_server.call.context import CallContext, CallerGoneError
+from deconvd_server.call.ledger import Stage
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.ledger import Stage
-from deconvd_server.serve import CallLog, Serving
 from deconvd_server.settings import Settings
-from tests.deadlines import soon
+from deconvd_server.transports.serve import CallLog, CallScope
+from tests.deadlines import short_deadline
 from tests.devices import FailingDevice
-from tests.direct_calls import REQUEST, W, X, open_patiently, send_call
+from tests.direct_calls import REQUEST, W, X, open_with_retries, send_call
 from tests.processes import wait_until
 
 TRANSPORTS = pytest.mark.parametrize(
@@ -44,7 +44,7 @@ class Event(NamedTuple):
     """What an observer has heard. It has no status where a call begins."""
 
     method: str
-    call: Call
+    call: CallContext
     status: str | None = None
     error: Exception | None = None
 
@@ -55,10 +55,10 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[Event] = []
 
-    def begin(self, method: str, call: Call) -> None:
+    def begin(self, method: str, call: CallContext) -> None:
         self.events.append(Event(method, call))
 
-    def end(self, method: str, call: Call, status: str, error: Exception | None) -> None:
+    def end(self, method: str, call: CallContext, status: str, error: Exception | None) -> None:
         self.events.append(Event(method, call, status, error))
 
     def of(self, method: str, peer: str = "") -> list[Event]:
@@ -78,7 +78,7 @@ class PatientDevice(CpuDevice):
         self.is_at_work = threading.Event()
 
     def run(self, *args: Any) -> None:
-        (call,) = (argument for argument in args if isinstance(argument, Call))
+        (call,) = (argument for argument in args if isinstance(argument, CallContext))
         has_gone = threading.Event()
         call.on_cancel(has_gone.set)
         self.is_at_work.set()
@@ -114,7 +114,7 @@ def test_an_observer_hears_who_calls_what_and_where_the_time_went(
         )
 
     begin, end = recorder.of("Deconvolve", peer)[-2:]
-    ledger = parse_ledger(ledger_in(end.call.ledger.as_metadata()))
+    ledger = parse_ledger(ledger_from_metadata(end.call.ledger.as_metadata()))
     assert (begin.status, end.status, end.error) == (None, "OK", None)
     assert begin.call is end.call
     assert ledger[Stage.COMPUTE] <= ledger[Stage.SERVER]
@@ -197,11 +197,11 @@ def test_a_caller_that_goes_has_cancelled_its_direct_call(
 
     with observed(device, recorder) as address:
         with deconvd_client.connect(address, transport="grpc") as F:
-            info = F._server.nearest.server_info(soon())
-        way = way_to(address)
+            info = F._server.route.server_info(short_deadline())
+        way = connector_for(address)
         assert way is not None
-        line = open_patiently(way, lambda: info)
-        send_call(line, Method.Deconvolve, REQUEST.SerializeToString())
+        line = open_with_retries(way, lambda: info)
+        send_call(line, MethodCode.Deconvolve, REQUEST.SerializeToString())
         assert device.is_at_work.wait(30)
         line.close()
         wait_until(lambda: recorder.statuses("Deconvolve") == [None, "CANCELLED"])
@@ -229,23 +229,23 @@ def test_a_response_that_nobody_wants_the_rest_of_ends_its_call_once() -> None:
     assert recorder.statuses("HoldSession") == [None, "CANCELLED"]
 
 
-def served(work: Callable[[Call], None], recorder: Recorder) -> Serving:
+def served(work: Callable[[CallContext], None], recorder: Recorder) -> CallScope:
     """Serve a call by `work`, and return how it went."""
-    serving = Serving("Deconvolve", Call(30, "tcp: here"), [recorder, CallLog()])
+    serving = CallScope("Deconvolve", CallContext(30, "tcp: here"), [recorder, CallLog()])
     with serving as call:
         work(call)
     return serving
 
 
-def raising(error: BaseException) -> Callable[[Call], None]:
-    def work(call: Call) -> None:
+def raising(error: BaseException) -> Callable[[CallContext], None]:
+    def work(call: CallContext) -> None:
         raise error
 
     return work
 
 
 def test_a_call_begins_with_its_deadline_and_its_peer() -> None:
-    calls: list[Call] = []
+    calls: list[CallContext] = []
 
     serving = served(calls.append, Recorder())
 
@@ -259,7 +259,7 @@ def test_a_call_begins_with_its_deadline_and_its_peer() -> None:
 
 
 def test_a_call_that_the_server_has_stopped_is_told_why_whatever_came_of_it() -> None:
-    serving = Serving("Deconvolve", Call(), ())
+    serving = CallScope("Deconvolve", CallContext(), ())
 
     with serving as call:
         call.stop(errors.UnavailableError("others ask", retry_after_s=1))
@@ -319,7 +319,7 @@ def test_an_unforeseen_error_of_a_caller_who_has_gone_is_nothing_to_look_into(
     caplog.set_level(logging.INFO)
     recorder = Recorder()
 
-    def work(call: Call) -> None:
+    def work(call: CallContext) -> None:
         call.cancel()
         raise ValueError("the file is closed")
 
@@ -352,14 +352,14 @@ def test_a_failed_call_keeps_nothing_that_its_work_held() -> None:
 
     held: list[weakref.ref[Tensor]] = []
 
-    def work(call: Call) -> None:
+    def work(call: CallContext) -> None:
         tensor = Tensor()
         held.append(weakref.ref(tensor))
         raise errors.ExhaustedError("no room")
 
     gc.disable()
     try:
-        serving = Serving("Deconvolve", Call(30), [CallLog()])
+        serving = CallScope("Deconvolve", CallContext(30), [CallLog()])
         with serving as call:
             work(call)
         assert serving.failure is not None

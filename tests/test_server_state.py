@@ -14,7 +14,7 @@ import deconvd_client
 from deconvd_client import Connection
 from tests.direct_calls import W, X, target_of
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process, stopped
+from tests.servers import ServerProcess, server_process, stop_server
 
 LARGE = np.ones((4, 2, 64, 64), np.float32)
 
@@ -81,7 +81,7 @@ def test_busy_connections_are_said_of_a_server_that_says_nothing(
         ThreadPoolExecutor(1) as pool,
     ):
         until_said(F, "1 direct connection")
-        with stopped(running):
+        with stop_server(running):
             calling = pool.submit(F.deconvolution_2d, X, W)
             wait_until(lambda: "1 direct connection (1 busy)" in words(F))
         calling.result(timeout=30)

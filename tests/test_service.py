@@ -23,16 +23,16 @@ from grpc_status import rpc_status
 import deconvd_client
 from deconvd import errors
 from deconvd.errors import DeconvdError
-from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
-from deconvd.messages import message_from_geometry
-from deconvd.tensor import message_from_array
+from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.tensor import message_from_array
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.resources.socket_file import AddressInUseError
 from deconvd_server.settings import Settings
-from deconvd_server.unix_socket import AddressInUseError
 from tests.devices import FailingDevice
 from tests.servers import ServerProcess
 

@@ -14,23 +14,23 @@ import pytest
 
 import deconvd_client
 from deconvd.errors import LostSessionError, UnavailableError
-from deconvd.grpc_status import error_from_rpc
+from deconvd.wire.grpc_status import error_from_rpc
 from deconvd_client import Connection
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits, SessionLimits, Sessions
 from deconvd_server.settings import Settings
-from tests.holders import Holder, error_of, holder
 from tests.processes import memory_bytes, wait_until
 from tests.servers import server_process
+from tests.session_clients import SessionClient, error_of, open_session
 
 MIB = 1 << 20
 ONE = np.ones((1, 1, 1, 1), np.float32)
 RESERVED_COUNT = 16
 
 
-def open_many(target: str, count: int, stack: ExitStack) -> list[Holder]:
-    return [stack.enter_context(holder(target)) for _ in range(count)]
+def open_many(target: str, count: int, stack: ExitStack) -> list[SessionClient]:
+    return [stack.enter_context(open_session(target)) for _ in range(count)]
 
 
 def test_one_peers_sessions_shut_no_other_peer_out(socket_directory: Path) -> None:
@@ -40,13 +40,15 @@ def test_one_peers_sessions_shut_no_other_peer_out(socket_directory: Path) -> No
         greedy = open_many(server.targets[0], 256 - RESERVED_COUNT, stack)
         for each in greedy[:8]:
             each.put(ONE)
-        one_more = stack.enter_context(holder(server.targets[0]))
+        one_more = stack.enter_context(open_session(server.targets[0]))
         one_more.put(ONE)
         assert [each for each in greedy if is_lost(each)] == greedy[
             8:9
         ]  # the oldest without tensors
 
-        modest = [stack.enter_context(holder(server.targets[1])) for _ in range(2 * RESERVED_COUNT)]
+        modest = [
+            stack.enter_context(open_session(server.targets[1])) for _ in range(2 * RESERVED_COUNT)
+        ]
 
         for each in modest:
             np.testing.assert_array_equal(each.get(each.put(ONE)), ONE)
@@ -56,7 +58,7 @@ def test_one_peers_sessions_shut_no_other_peer_out(socket_directory: Path) -> No
         assert [each for each in greedy if is_lost(each)] == greedy[8 : 8 + len(modest)]
 
 
-def is_lost(held: Holder) -> bool:
+def is_lost(held: SessionClient) -> bool:
     try:
         held.drop(b"unknown")
     except grpc.RpcError as error:
@@ -87,15 +89,15 @@ def test_a_client_whose_session_gave_way_keeps_its_tensors_in_another(daemon: Da
         clients = [stack.enter_context(connection(target)) for _ in range(3)]
         x = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
         tensors = [client.put(x) for client in clients]
-        keeper = clients[0]._server.residents._session._keeper
+        keeper = clients[0]._server.residents._session._thread
 
-        with holder(others_target) as other:
+        with open_session(others_target) as other:
             other.put(ONE)
             with pytest.raises(grpc.RpcError, match="no place for more sessions") as failure:
-                Holder(other.channel)
+                SessionClient(other.channel)
             assert isinstance(error_of(failure), UnavailableError)
             assert error_of(failure).retry_after_s
-            wait_until(lambda: keeper.opened is None)  # it was told
+            wait_until(lambda: keeper.session is None)  # it was told
             np.testing.assert_array_equal(clients[1].deconvolution_2d(tensors[1], ONE), x)
             with ThreadPoolExecutor(1) as pool:
                 y = pool.submit(clients[0].deconvolution_2d, tensors[0], ONE)
@@ -122,7 +124,7 @@ def test_what_gives_way_is_cleared_by_another_thread() -> None:
         sessions.get(first.name)
     assert not ended
     assert not hung_up.is_set()
-    sessions.await_due(30)
+    sessions.wait_until_due(30)
     sessions.expire()
     assert [session for session, _ in ended] == [first]
     assert hung_up.is_set()
@@ -131,12 +133,12 @@ def test_what_gives_way_is_cleared_by_another_thread() -> None:
 
 def test_a_session_takes_little(socket_directory: Path) -> None:
     with server_process(socket_directory) as server:
-        with holder(server.target):
+        with open_session(server.target):
             pass
         before_bytes = memory_bytes(server.process.pid)
         with grpc.insecure_channel(server.target) as channel:
-            held = [Holder(channel) for _ in range(200)]
+            held = [SessionClient(channel) for _ in range(200)]
             grown_bytes = memory_bytes(server.process.pid) - before_bytes
             for each in held:
-                each.break_off()
+                each.cancel()
         assert grown_bytes < 200 * 64 * 1024

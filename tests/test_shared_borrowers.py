@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.lending.protocol import (
+    MAX_REPLY_BYTES,
+    LendingOperation,
+    LendingReply,
+    LendingRequest,
+    ReplyStatus,
+)
 from deconvd_client import Connection
-from tests.lenders import child, lies_in_shared_memory
+from tests.lenders import is_in_shared_memory, start_borrower_process
 from tests.servers import ServerProcess, server_process
 
 MIB = 1 << 20
@@ -50,7 +56,7 @@ def memory_path(server: ServerProcess) -> Path:
     return Path(f"{server.target.removeprefix('unix:')}.memory")
 
 
-def borrow_pages(server: ServerProcess, count: int, stack: ExitStack) -> list[Answer]:
+def borrow_pages(server: ServerProcess, count: int, stack: ExitStack) -> list[ReplyStatus]:
     """Borrow a page by each of so many connections of this process, and return what is answered."""
     answers = []
     for _ in range(count):
@@ -58,33 +64,33 @@ def borrow_pages(server: ServerProcess, count: int, stack: ExitStack) -> list[An
         link.settimeout(20)
         link.connect(os.fspath(memory_path(server)))
         with suppress(BrokenPipeError):  # it was refused before
-            link.send(Request(Operation.LEND, 1).pack())
+            link.send(LendingRequest(LendingOperation.LEND, 1).pack())
         packet, descriptors, _, _ = socket.recv_fds(link, MAX_REPLY_BYTES, 1)
         for descriptor in descriptors:
             os.close(descriptor)
-        answers.append(Reply.parse(packet).answer)
+        answers.append(LendingReply.parse(packet).status)
     return answers
 
 
 def goes_by_shared_memory(F: Connection) -> bool:
     y = F.deconvolution_2d(X, TWICE)
     np.testing.assert_array_equal(y, 2 * X)
-    return lies_in_shared_memory(y)
+    return is_in_shared_memory(y)
 
 
 def test_borrowers_of_one_process_shut_nobody_else_out(running: ServerProcess) -> None:
-    with child(HOSTILE_LINKS, memory_path(running)) as hostile:
-        assert hostile.hear() == "done"
+    with start_borrower_process(HOSTILE_LINKS, memory_path(running)) as hostile:
+        assert hostile.read_line() == "done"
         with deconvd_client.connect(running.target) as F:
             assert goes_by_shared_memory(F)
 
 
 def test_a_process_cannot_borrow_all_memory(tmp_path: Path) -> None:
     with server_process(tmp_path, "--shared-memory-bytes", "64Mi") as server:
-        with child(HOSTILE_BYTES, memory_path(server)) as hostile:
-            assert hostile.hear() == "done"
+        with start_borrower_process(HOSTILE_BYTES, memory_path(server)) as hostile:
+            assert hostile.read_line() == "done"
             with ExitStack() as stack:
-                assert borrow_pages(server, 2, stack) == [Answer.DONE] * 2
+                assert borrow_pages(server, 2, stack) == [ReplyStatus.DONE] * 2
 
 
 def test_a_process_cannot_borrow_all_regions(running: ServerProcess) -> None:
@@ -97,8 +103,8 @@ def test_a_process_cannot_borrow_all_regions(running: ServerProcess) -> None:
         "        for descriptor in descriptors: os.close(descriptor)\n"
         "say('done'); input()"
     )
-    with child(many, memory_path(running)) as hostile:
-        assert hostile.hear() == "done"
+    with start_borrower_process(many, memory_path(running)) as hostile:
+        assert hostile.read_line() == "done"
         with deconvd_client.connect(running.target) as F:
             assert goes_by_shared_memory(F)
 
@@ -107,9 +113,9 @@ def test_a_client_whose_place_is_given_to_another_notices_nothing(running: Serve
     with deconvd_client.connect(running.target) as F, ExitStack() as stack:
         assert goes_by_shared_memory(F)
         answers = borrow_pages(running, 120, stack)  # so F has been idle for longest
-        assert 100 < answers.count(Answer.DONE) < 120
-        with child(HONEST, memory_path(running)) as other:
-            assert other.hear() == "DONE"
+        assert 100 < answers.count(ReplyStatus.DONE) < 120
+        with start_borrower_process(HONEST, memory_path(running)) as other:
+            assert other.read_line() == "DONE"
             for _ in range(3):
                 goes_by_shared_memory(F)
         stack.close()
@@ -124,7 +130,7 @@ def test_who_uses_what_it_borrowed_is_not_idle(running: ServerProcess) -> None:
         borrow_pages(running, 120, stack)
         assert goes_by_shared_memory(F)
         before = F.deconvolution_2d(X, TWICE)
-        other = stack.enter_context(child(HONEST, memory_path(running)))
-        assert other.hear() == "DONE"
+        other = stack.enter_context(start_borrower_process(HONEST, memory_path(running)))
+        assert other.read_line() == "DONE"
         assert goes_by_shared_memory(F)
         np.testing.assert_array_equal(before, 2 * X)

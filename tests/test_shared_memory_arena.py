@@ -36,7 +36,7 @@ class _Bytes(RuleBasedStateMachine):
         size=st.one_of(st.integers(1, 300), st.integers(1, _SIZE + 1), st.just(16 * _PAGE)),
     )
     def take(self, size: int) -> object:
-        offset = self.arena.take(size)
+        offset = self.arena.allocate(size)
         if offset is None:
             assert not self.fits(size)
             return multiple()
@@ -53,18 +53,18 @@ class _Bytes(RuleBasedStateMachine):
     @rule(block=consumes(blocks))
     def give(self, block: tuple[int, int, int]) -> None:
         offset, first, count = block
-        self.arena.give(offset)
+        self.arena.free(offset)
         self.is_taken[first : first + count] = False
 
     @rule(offset=st.integers(0, _SIZE))
     def give_what_is_none(self, offset: int) -> None:
         if offset % 64:
             with pytest.raises(KeyError):
-                self.arena.give(offset)
+                self.arena.free(offset)
 
     @invariant()
     def bytes_agree(self) -> None:
-        assert self.arena.taken_bytes == self.is_taken.sum() * 64
+        assert self.arena.allocated_bytes == self.is_taken.sum() * 64
         assert self.arena.is_empty == (not self.is_taken.any())
 
     def fits(self, size: int) -> bool:
@@ -82,13 +82,13 @@ TestArenaAgainstBytes.settings = settings(
 
 def test_all_of_an_arena_can_be_taken_again_after_any_use() -> None:
     arena = Arena(_SIZE)
-    offsets = [arena.take(1000) for _ in range(100)]
+    offsets = [arena.allocate(1000) for _ in range(100)]
 
     for offset in offsets[::2] + offsets[1::2]:
         assert offset is not None
-        arena.give(offset)
+        arena.free(offset)
 
-    assert arena.take(_SIZE) == 0
+    assert arena.allocate(_SIZE) == 0
 
 
 @pytest.mark.parametrize(
@@ -107,28 +107,28 @@ def test_blocks_are_lines_and_from_sixteen_pages_on_pages(
     size_bytes: int, offset: int, taken_bytes: int
 ) -> None:
     arena = Arena(_SIZE)
-    assert arena.take(1) == 0
-    assert arena.take(size_bytes) == offset
-    assert arena.taken_bytes == 64 + taken_bytes
+    assert arena.allocated_bytes(1) == 0
+    assert arena.allocated_bytes(size_bytes) == offset
+    assert arena.allocated_bytes == 64 + taken_bytes
     assert arena.offsets == [0, offset]
 
 
 def test_the_tightest_gap_is_taken() -> None:
     arena = Arena(_SIZE)
-    wide, _, tight, _ = (arena.take(size) for size in (640, 64, 128, 64))
+    wide, _, tight, _ = (arena.allocate(size) for size in (640, 64, 128, 64))
     assert wide is not None
     assert tight is not None
-    arena.give(wide)
-    arena.give(tight)
+    arena.free(wide)
+    arena.free(tight)
 
-    assert arena.take(128) == tight
+    assert arena.allocate(128) == tight
 
 
 def test_what_was_given_cannot_be_given_again() -> None:
     arena = Arena(_SIZE)
-    offset = arena.take(64)
+    offset = arena.allocate(64)
     assert offset is not None
-    arena.give(offset)
+    arena.free(offset)
 
     with pytest.raises(KeyError):
-        arena.give(offset)
+        arena.free(offset)

@@ -17,16 +17,17 @@ import pytest
 
 import deconvd_client
 from deconvd.errors import DeadlineError, InvalidArgumentError
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, message_from_array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.tensor import message_from_array
 from deconvd_client.shared_memory import Borrower, SharedCall
-from deconvd_client.shared_memory.calls import SharedResult
-from tests.deadlines import soon
-from tests.lenders import lies_in_shared_memory
+from deconvd_client.shared_memory.shared_calls import SharedResult
+from tests.deadlines import short_deadline
+from tests.lenders import is_in_shared_memory
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process, stopped
+from tests.servers import ServerProcess, server_process, stop_server
 
 MIB = 1 << 20
 
@@ -54,8 +55,8 @@ def test_results_are_views_of_shared_memory_and_right(
 
     y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
 
-    assert lies_in_shared_memory(y)
-    assert not lies_in_shared_memory(expected)
+    assert is_in_shared_memory(y)
+    assert not is_in_shared_memory(expected)
     np.testing.assert_array_equal(y, expected)
     assert y.flags.writeable
 
@@ -65,7 +66,7 @@ def test_an_operand_may_lie_there_already(F: deconvd_client.Connection) -> None:
     there = F.empty(x.shape, x.dtype)
     there[...] = x
 
-    assert lies_in_shared_memory(there)
+    assert is_in_shared_memory(there)
     np.testing.assert_array_equal(F.deconvolution_2d(there, W, b), F.deconvolution_2d(x, W, b))
     np.testing.assert_array_equal(
         F.deconvolution_2d(there[1:3], W, b), F.deconvolution_2d(x[1:3], W, b)
@@ -97,7 +98,7 @@ def test_gradients_come_by_shared_memory_too(
         if ours is not None and theirs is not None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     if gradients.gx is not None:
-        assert lies_in_shared_memory(gradients.gx)
+        assert is_in_shared_memory(gradients.gx)
 
 
 def test_a_server_on_tcp_shares_memory_with_its_own_host(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_a_server_on_tcp_shares_memory_with_its_own_host(tmp_path: Path) -> None
     with server_process(tmp_path, listen=("127.0.0.1:0",)) as running:
         with deconvd_client.connect(running.target) as F:
             y = F.deconvolution_2d(x, W, b)
-            assert lies_in_shared_memory(y)
+            assert is_in_shared_memory(y)
         assert not running.end()
     assert y.shape == (4, 6, 67, 67)
 
@@ -131,7 +132,7 @@ def test_a_killed_server_is_succeeded_and_results_stay(
     with server_process(tmp_path):
         again = F.deconvolution_2d(there, W, b)
         F.close()
-    assert lies_in_shared_memory(again)
+    assert is_in_shared_memory(again)
     np.testing.assert_array_equal(y, kept)
     np.testing.assert_array_equal(again, kept)
     warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -143,9 +144,9 @@ def test_over_the_quota_tensors_are_streamed(tmp_path: Path) -> None:
     with server_process(tmp_path, "--shared-memory-bytes", str(MIB)) as running:
         with deconvd_client.connect(running.target) as F:
             y = F.deconvolution_2d(x, W, b)
-            assert not lies_in_shared_memory(y)
+            assert not is_in_shared_memory(y)
             small = F.deconvolution_2d(x[:1], W)
-            assert lies_in_shared_memory(small)
+            assert is_in_shared_memory(small)
     assert y.shape == (4, 6, 67, 67)
 
 
@@ -218,7 +219,7 @@ class TestStockClient:
         offset: int,
         place: str,
     ) -> None:
-        slice_ = borrower.locate(borrower.empty(4, np.float32, soon()))
+        slice_ = borrower.locate(borrower.empty(4, np.float32, short_deadline()))
         assert slice_ is not None
         request = self.request()
         wrong = slice_._replace(offset_bytes=offset)
@@ -230,7 +231,7 @@ class TestStockClient:
         self, stub: pb_grpc.DeconvolutionServiceStub, borrower: Borrower
     ) -> None:
         request = self.request()
-        slice_ = borrower.locate(borrower.empty(MIB, np.float32, soon()))
+        slice_ = borrower.locate(borrower.empty(MIB, np.float32, short_deadline()))
         assert slice_ is not None
         slice_.write_to(request.x.shared)
         slice_.write_to(request.y_place)
@@ -246,7 +247,7 @@ class TestStockClient:
         request = self.request()
         for tensor in (request.x, request.w):
             tensor.ClearField("raw")
-        place = borrower.locate(borrower.empty(MIB, np.float32, soon()))
+        place = borrower.locate(borrower.empty(MIB, np.float32, short_deadline()))
         assert place is not None
         place.write_to(request.y_place)
         header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
@@ -275,7 +276,7 @@ def test_what_is_called_again_since_its_line_was_cut_has_its_result_elsewhere(
 ) -> None:
     """The server may be writing the result of the first call when the second one's is there already."""
     given: list[Array] = []
-    make_result = SharedCall.result
+    make_result = SharedCall.allocate_result
 
     def result(call: SharedCall, spec: TensorSpec) -> SharedResult | None:
         made = make_result(call, spec)
@@ -287,14 +288,14 @@ def test_what_is_called_again_since_its_line_was_cut_has_its_result_elsewhere(
     with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
         kept = F.remote.deconvolution_2d(x, W, b)
         expected = F.deconvolution_2d(x, W, b)
-        stub = F._server.nearest.taken
+        stub = F._server.route.current_stub
         assert stub is not None
         direct = stub.direct
         assert direct is not None
         wait_until(lambda: kept.numpy() is not None and bool(direct._idle))
-        monkeypatch.setattr(SharedCall, "result", result)
+        monkeypatch.setattr(SharedCall, "allocate_result", result)
         with ThreadPoolExecutor(1) as pool:
-            with stopped(server):
+            with stop_server(server):
                 called = (
                     pool.submit(kept.numpy)
                     if is_fetched
@@ -304,9 +305,9 @@ def test_what_is_called_again_since_its_line_was_cut_has_its_result_elsewhere(
                 (line,) = (known() for known in direct._busy)
                 assert line is not None
                 wait_until(lambda: not line.protocol.is_idle)
-                line.shut()
+                line.shutdown()
             y = called.result()
 
-        assert lies_in_shared_memory(y)
+        assert is_in_shared_memory(y)
         assert not np.shares_memory(y, given[0])
         np.testing.assert_array_equal(y, expected)

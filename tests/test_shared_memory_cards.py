@@ -12,15 +12,21 @@ import numpy as np
 import pytest
 
 from deconvd.errors import ExhaustedError, InvalidArgumentError, StaleRegionError
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
+from deconvd.lending.protocol import (
+    MAX_REPLY_BYTES,
+    LendingOperation,
+    LendingReply,
+    LendingRequest,
+    ReplyStatus,
+)
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
 from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.device.cpu.tensor import HostTensor, array_of
-from deconvd_server.engine import Engine
-from deconvd_server.shared_memory import CallTensors, Cards, Lender, Limits
-from tests.lenders import LIMITS, child, memory_side
+from deconvd_server.engine.engine import Engine
+from deconvd_server.shared_memory import CardLender, Lender, LoanLimits, SharedTensors
+from tests.lenders import LIMITS, memory_listener, start_borrower_process
 
 BLOCK_BYTES = 2 << 20
 CARD, OTHER_CARD = bytes(range(16)), bytes(range(1, 17))
@@ -67,8 +73,8 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def lender(path: Path, engine: FakeEngine) -> Iterator[Lender]:
-    cards = Cards({CARD: engine}, Limits(16 * BLOCK_BYTES, 4 * BLOCK_BYTES))
-    lender = Lender([memory_side(path)], LIMITS, cards=cards)
+    cards = CardLender({CARD: engine}, LoanLimits(16 * BLOCK_BYTES, 4 * BLOCK_BYTES))
+    lender = Lender([memory_listener(path)], LIMITS, cards=cards)
     yield lender
     lender.close()
     assert engine.lent == []
@@ -82,13 +88,15 @@ class Peer:
         self.socket.settimeout(TIMEOUT_S)
         self.socket.connect(str(path))
 
-    def ask(self, operation: Operation, size_bytes: int = 0, region: bytes = CARD) -> Reply:
-        self.socket.send(Request(operation, size_bytes, region).pack())
-        return Reply.parse(self.socket.recv(MAX_REPLY_BYTES))
+    def ask(
+        self, operation: LendingOperation, size_bytes: int = 0, region: bytes = CARD
+    ) -> LendingReply:
+        self.socket.send(LendingRequest(operation, size_bytes, region).pack())
+        return LendingReply.parse(self.socket.recv(MAX_REPLY_BYTES))
 
     def borrowed(self, size_bytes: int) -> bytes:
-        reply = self.ask(Operation.LEND_ON_CARD, size_bytes)
-        assert reply.answer is Answer.DONE, reply.text
+        reply = self.ask(LendingOperation.LEND_ON_CARD, size_bytes)
+        assert reply.status is ReplyStatus.DONE, reply.text
         return reply.region
 
 
@@ -109,11 +117,11 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def test_a_client_gets_a_handle_and_calls_find_tensors_there(
     lender: Lender, peer: Peer, engine: FakeEngine
 ) -> None:
-    reply = peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES)
-    assert (reply.answer, reply.size_bytes) == (Answer.DONE, BLOCK_BYTES)
+    reply = peer.ask(LendingOperation.LEND_ON_CARD, BLOCK_BYTES)
+    assert (reply.status, reply.size_bytes) == (ReplyStatus.DONE, BLOCK_BYTES)
     assert bytes.fromhex(reply.text) == engine.lent[0].handle
 
-    with CallTensors(lender) as tensors:
+    with SharedTensors(lender) as tensors:
         x = tensors.operand("x", FLOATS, SharedSlice(reply.region, 128))
         y = tensors.place("y_place", FLOATS, SharedSlice(reply.region, 0))
         array_of(x)[...] = 7
@@ -131,51 +139,54 @@ def test_a_slice_that_is_none_is_refused(
     lender: Lender, peer: Peer, offset_bytes: int, message: str
 ) -> None:
     region = peer.borrowed(BLOCK_BYTES)
-    with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match=message):
+    with SharedTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match=message):
         tensors.operand("x", FLOATS, SharedSlice(region, offset_bytes))
 
 
 def test_memory_of_a_card_is_none_of_the_hosts(lender: Lender, peer: Peer) -> None:
     place = SharedSlice(peer.borrowed(BLOCK_BYTES), 0)
-    with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match="of the host"):
+    with SharedTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match="of the host"):
         tensors.host_place("place", FLOATS, place)
 
 
 def test_memory_comes_in_whole_blocks_in_which_nobody_elses_lies(
     peer: Peer, engine: FakeEngine
 ) -> None:
-    reply = peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES + 1)
+    reply = peer.ask(LendingOperation.LEND_ON_CARD, BLOCK_BYTES + 1)
     assert reply.size_bytes == engine.lent[0].size_bytes == 2 * BLOCK_BYTES
 
 
 def test_a_card_that_the_server_has_not_is_never_lent(peer: Peer) -> None:
-    reply = peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES, OTHER_CARD)
-    assert reply.answer is Answer.NO_SUCH_CARD
+    reply = peer.ask(LendingOperation.LEND_ON_CARD, BLOCK_BYTES, OTHER_CARD)
+    assert reply.status is ReplyStatus.NO_SUCH_CARD
 
 
 def test_a_server_without_cards_says_so(path: Path) -> None:
-    lender = Lender([memory_side(path)], LIMITS)
+    lender = Lender([memory_listener(path)], LIMITS)
     peer = Peer(path)
-    assert peer.ask(Operation.LEND_ON_CARD, BLOCK_BYTES).answer is Answer.NO_SUCH_CARD
+    assert peer.ask(LendingOperation.LEND_ON_CARD, BLOCK_BYTES).status is ReplyStatus.NO_SUCH_CARD
     peer.socket.close()
     lender.close()
 
 
 def test_a_client_has_no_more_than_its_share(peer: Peer, engine: FakeEngine) -> None:
     region = peer.borrowed(3 * BLOCK_BYTES)
-    assert peer.ask(Operation.LEND_ON_CARD, 2 * BLOCK_BYTES).answer is Answer.OVER_CLIENT_LIMIT
+    assert (
+        peer.ask(LendingOperation.LEND_ON_CARD, 2 * BLOCK_BYTES).status
+        is ReplyStatus.OVER_CLIENT_LIMIT
+    )
 
-    assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
+    assert peer.ask(LendingOperation.RETURN, region=region).status is ReplyStatus.DONE
     assert engine.lent == []
     peer.borrowed(4 * BLOCK_BYTES)
 
 
 def test_a_card_without_room_lends_none(path: Path, lender: Lender, engine: FakeEngine) -> None:
     peers = [Peer(path) for _ in range(3)]
-    answers = [peer.ask(Operation.LEND_ON_CARD, 4 * BLOCK_BYTES).answer for peer in peers]
-    assert answers == [Answer.DONE, Answer.DONE, Answer.OVER_SERVER_LIMIT]
+    answers = [peer.ask(LendingOperation.LEND_ON_CARD, 4 * BLOCK_BYTES).status for peer in peers]
+    assert answers == [ReplyStatus.DONE, ReplyStatus.DONE, ReplyStatus.OVER_SERVER_LIMIT]
 
-    assert peers[2].ask(Operation.LEND_ON_CARD, 0).answer is Answer.OVER_SERVER_LIMIT
+    assert peers[2].ask(LendingOperation.LEND_ON_CARD, 0).status is ReplyStatus.OVER_SERVER_LIMIT
     assert [lent.size_bytes for lent in engine.lent] == [4 * BLOCK_BYTES, 4 * BLOCK_BYTES]
     for peer in peers:
         peer.socket.close()
@@ -185,12 +196,12 @@ def test_what_is_given_back_stays_until_the_last_call_that_uses_it_ends(
     lender: Lender, peer: Peer, engine: FakeEngine
 ) -> None:
     region = peer.borrowed(BLOCK_BYTES)
-    with CallTensors(lender) as tensors:
+    with SharedTensors(lender) as tensors:
         x = tensors.operand("x", FLOATS, SharedSlice(region, 0))
-        assert peer.ask(Operation.RETURN, region=region).answer is Answer.DONE
+        assert peer.ask(LendingOperation.RETURN, region=region).status is ReplyStatus.DONE
         array_of(x)[...] = 1
         assert len(engine.lent) == 1
-        with CallTensors(lender) as others, pytest.raises(StaleRegionError):
+        with SharedTensors(lender) as others, pytest.raises(StaleRegionError):
             others.operand("x", FLOATS, SharedSlice(region, 0))
     assert engine.lent == []
 
@@ -199,7 +210,7 @@ def test_another_client_can_neither_give_it_back_nor_guess_it(
     lender: Lender, path: Path, peer: Peer, engine: FakeEngine
 ) -> None:
     region, thief = peer.borrowed(BLOCK_BYTES), Peer(path)
-    assert thief.ask(Operation.RETURN, region=region).answer is Answer.MALFORMED
+    assert thief.ask(LendingOperation.RETURN, region=region).status is ReplyStatus.MALFORMED
     thief.socket.close()
     assert len(engine.lent) == 1
 
@@ -217,8 +228,8 @@ input()
 def test_memory_stays_while_a_client_that_left_may_have_it_open(
     lender: Lender, path: Path, engine: FakeEngine
 ) -> None:
-    with child(BORROW_AND_LEAVE, path) as running:
-        assert running.hear() == "DONE"
+    with start_borrower_process(BORROW_AND_LEAVE, path) as running:
+        assert running.read_line() == "DONE"
         for _ in range(3):  # by then the lender has seen it off
             Peer(path).socket.close()
         time.sleep(0.1)
@@ -232,14 +243,17 @@ def test_a_client_that_gave_all_back_leaves_nothing(lender: Lender, path: Path) 
     descriptors_count = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         peer = Peer(path)
-        assert peer.ask(Operation.RETURN, region=peer.borrowed(BLOCK_BYTES)).answer is Answer.DONE
+        assert (
+            peer.ask(LendingOperation.RETURN, region=peer.borrowed(BLOCK_BYTES)).status
+            is ReplyStatus.DONE
+        )
         peer.socket.close()
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == descriptors_count)
 
 
 def test_a_client_that_is_killed_loses_all(lender: Lender, path: Path, engine: FakeEngine) -> None:
-    with child(BORROW_AND_LEAVE.replace("peer.close()", ""), path) as running:
-        assert running.hear() == "DONE"
+    with start_borrower_process(BORROW_AND_LEAVE.replace("peer.close()", ""), path) as running:
+        assert running.read_line() == "DONE"
         running.process.kill()
         wait_until(lambda: engine.lent == [])
 
@@ -259,11 +273,11 @@ def test_an_engine_lends_what_takes_of_its_budget() -> None:
     device = Lending(1, memory_limit_bytes=4 * BLOCK_BYTES)
     engine = Engine(device, waiting_count=1)
     lent = engine.lend(3 * BLOCK_BYTES)
-    assert engine.load.held_bytes == 3 * BLOCK_BYTES
+    assert engine.load.reserved_bytes == 3 * BLOCK_BYTES
     with pytest.raises(ExhaustedError):
         engine.lend(2 * BLOCK_BYTES)
 
     engine.take_back(lent)
 
-    assert engine.load.held_bytes == 0
+    assert engine.load.reserved_bytes == 0
     device.close()

@@ -24,20 +24,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deconvd.errors import InvalidArgumentError, StaleRegionError
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import (
-    Answer,
-    Operation,
-    Reply,
-    Request,
-)
-from deconvd.shared_slice import SharedSlice
+from deconvd.lending.protocol import LendingOperation, LendingReply, LendingRequest, ReplyStatus
+from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_server.shared_memory import Lender, Limits
-from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
-from deconvd_server.unix_socket import Access
-from tests.lenders import MIB, Peer, Watch, child, lending, lent_tensor, memory_side
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_server.resources.socket_file import Access
+from deconvd_server.resources.unix_listener import (
+    SideSocket,
+    SocketPurpose,
+    open_private_socket,
+    open_side_sockets,
+)
+from deconvd_server.shared_memory import Lender, LoanLimits
+from tests.lenders import (
+    MIB,
+    MappingRecorder,
+    RawBorrower,
+    lend_tensor,
+    memory_listener,
+    start_borrower_process,
+    start_lender,
+)
 from tests.servers import ServerProcess, server_process
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
@@ -46,15 +54,15 @@ TIMEOUT_S = 30
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
-Connect = Callable[..., Peer]
+Connect = Callable[..., RawBorrower]
 
 
 @pytest.fixture
 def connect(path: Path) -> Iterator[Connect]:
     with ExitStack() as peers:
 
-        def connect() -> Peer:
-            peer = Peer(path)
+        def connect() -> RawBorrower:
+            peer = RawBorrower(path)
             peers.callback(peer.close)
             return peer
 
@@ -63,13 +71,13 @@ def connect(path: Path) -> Iterator[Connect]:
 
 @contextmanager
 def used(lender: Lender, region: bytes, offset: int = 0) -> Iterator[np.ndarray]:
-    with lent_tensor(lender, "x", SharedSlice(region, offset), FLOATS) as array:
+    with lend_tensor(lender, "x", SharedSlice(region, offset), FLOATS) as array:
         yield array
 
 
 def test_both_sides_see_the_same_memory(lender: Lender, connect: Connect) -> None:
     client = connect()
-    region = client.borrowed(MIB)
+    region = client.borrow(MIB)
     with mmap.mmap(client.descriptors[0], MIB) as theirs:
         theirs[64:192] = np.arange(32, dtype=np.float32).tobytes()
 
@@ -93,7 +101,7 @@ def test_a_client_cannot_resize_what_it_has(
     lender: Lender, connect: Connect, size_bytes: int
 ) -> None:
     client = connect()
-    client.borrowed(MIB)
+    client.borrow(MIB)
 
     with pytest.raises(PermissionError):
         os.ftruncate(client.descriptors[0], size_bytes)
@@ -101,7 +109,7 @@ def test_a_client_cannot_resize_what_it_has(
 
 def test_a_client_cannot_seal_against_the_server(lender: Lender, connect: Connect) -> None:
     client = connect()
-    client.borrowed(MIB)
+    client.borrow(MIB)
 
     with pytest.raises(PermissionError):
         fcntl.fcntl(client.descriptors[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
@@ -109,7 +117,7 @@ def test_a_client_cannot_seal_against_the_server(lender: Lender, connect: Connec
 
 def test_a_hole_that_a_client_punches_reads_as_zeros(lender: Lender, connect: Connect) -> None:
     client = connect()
-    region = client.borrowed(MIB)
+    region = client.borrow(MIB)
     keep_size_and_punch_hole = 3
     with used(lender, region) as ours:
         ours[...] = 7
@@ -126,7 +134,7 @@ def test_a_hole_that_a_client_punches_reads_as_zeros(lender: Lender, connect: Co
 
 def test_names_are_secrets_of_their_own(lender: Lender, connect: Connect) -> None:
     client = connect()
-    names = {client.borrowed(1) for _ in range(20)}
+    names = {client.borrow(1) for _ in range(20)}
 
     assert len(names) == 20
     assert all(len(name) == 16 for name in names)
@@ -139,7 +147,7 @@ class TestSlices:
     def test_a_slice_beyond_its_region_is_refused(
         self, lender: Lender, connect: Connect, offset: int
     ) -> None:
-        region = connect().borrowed(MIB)
+        region = connect().borrow(MIB)
 
         with pytest.raises(InvalidArgumentError, match=r"x must lie in its region") as raised:
             with used(lender, region, offset):
@@ -151,7 +159,7 @@ class TestSlices:
     def test_a_slice_that_is_not_aligned_is_refused(
         self, lender: Lender, connect: Connect, offset: int
     ) -> None:
-        region = connect().borrowed(MIB)
+        region = connect().borrow(MIB)
 
         with pytest.raises(InvalidArgumentError, match=r"x must lie at a multiple of .* 4 bytes"):
             with used(lender, region, offset):
@@ -160,7 +168,7 @@ class TestSlices:
     def test_the_first_and_the_last_bytes_can_be_used(
         self, lender: Lender, connect: Connect
     ) -> None:
-        region = connect().borrowed(MIB)
+        region = connect().borrow(MIB)
 
         for offset in (0, MIB - FLOATS.nbytes):
             with used(lender, region, offset) as array:
@@ -170,9 +178,9 @@ class TestSlices:
     def test_a_tensor_may_be_a_scalar_or_empty(
         self, lender: Lender, connect: Connect, shape: tuple[int, ...]
     ) -> None:
-        place = SharedSlice(connect().borrowed(MIB), 0)
+        place = SharedSlice(connect().borrow(MIB), 0)
 
-        with lent_tensor(lender, "b", place, TensorSpec(shape, np.dtype(np.float64))) as array:
+        with lend_tensor(lender, "b", place, TensorSpec(shape, np.dtype(np.float64))) as array:
             assert array.shape == shape
 
     @given(region=st.binary(max_size=40))
@@ -188,9 +196,12 @@ class TestSlices:
         self, lender: Lender, connect: Connect
     ) -> None:
         client = connect()
-        region = client.borrowed(MIB)
+        region = client.borrow(MIB)
 
-        assert client.ask(Request(Operation.RETURN, region=region)).answer is Answer.DONE
+        assert (
+            client.ask(LendingRequest(LendingOperation.RETURN, region=region)).status
+            is ReplyStatus.DONE
+        )
 
         with pytest.raises(StaleRegionError):
             with used(lender, region):
@@ -198,10 +209,13 @@ class TestSlices:
         assert lender.wait_until_unused(TIMEOUT_S)
 
     def test_another_client_cannot_give_it_back(self, lender: Lender, connect: Connect) -> None:
-        region = connect().borrowed(MIB)
+        region = connect().borrow(MIB)
         thief = connect()
 
-        assert thief.ask(Request(Operation.RETURN, region=region)).answer is Answer.MALFORMED
+        assert (
+            thief.ask(LendingRequest(LendingOperation.RETURN, region=region)).status
+            is ReplyStatus.MALFORMED
+        )
 
         with used(lender, region):
             pass
@@ -211,14 +225,14 @@ class TestLife:
     """Memory is lent for as long as the connection is open, and mapped for as long as it is used."""
 
     def test_a_region_in_use_outlives_its_client(self, path: Path, connect: Connect) -> None:
-        watch = Watch()
-        with lending(path, on_map=watch) as lender:
+        watch = MappingRecorder()
+        with start_lender(path, on_map=watch) as lender:
             client = connect()
-            region = client.borrowed(MIB)
+            region = client.borrow(MIB)
             with used(lender, region) as array:
                 client.close()
                 other = connect()
-                other.borrowed(MIB)  # answered after the mapper has seen the first one off
+                other.borrow(MIB)  # answered after the mapper has seen the first one off
                 array[...] = 3
                 assert list(watch.mapped.values()) == [MIB, MIB]
                 with pytest.raises(StaleRegionError):
@@ -231,9 +245,9 @@ class TestLife:
     def test_closing_waits_for_no_call_and_unmaps_nothing_under_it(
         self, path: Path, connect: Connect
     ) -> None:
-        watch = Watch()
-        lender = Lender([memory_side(path)], Limits(MIB, MIB), on_map=watch)
-        region = connect().borrowed(MIB)
+        watch = MappingRecorder()
+        lender = Lender([memory_listener(path)], LoanLimits(MIB, MIB), on_map=watch)
+        region = connect().borrow(MIB)
         with used(lender, region) as array:
             lender.close()
             array[...] = 3
@@ -243,43 +257,43 @@ class TestLife:
 
     def test_a_closed_lender_has_neither_threads_nor_a_file(self, path: Path) -> None:
         before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        with lending(path):
+        with start_lender(path):
             assert threading.active_count() > before[0]
         assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
         assert os.listdir(path.parent) == []
 
     def test_closing_twice_is_harmless(self, path: Path) -> None:
-        with lending(path) as lender:
+        with start_lender(path) as lender:
             lender.close()
 
     def test_clients_see_the_end_of_the_lender(self, path: Path, connect: Connect) -> None:
-        with lending(path):
+        with start_lender(path):
             client = connect()
-            client.borrowed(MIB)
+            client.borrow(MIB)
         assert client.is_dropped()
 
     def test_a_lender_that_withdrew_serves_those_it_has(
         self, lender: Lender, connect: Connect, path: Path
     ) -> None:
         client = connect()
-        region = client.borrowed(MIB)
+        region = client.borrow(MIB)
 
         lender.withdraw()
 
         assert not path.exists()
         with used(lender, region):
             pass
-        client.borrowed(MIB)
+        client.borrow(MIB)
 
     def test_a_successor_takes_the_path_and_keeps_it(self, path: Path, connect: Connect) -> None:
-        first = Lender([memory_side(path)], Limits(MIB, MIB))
-        with lending(path, Limits(2 * MIB, 2 * MIB)):
+        first = Lender([memory_listener(path)], LoanLimits(MIB, MIB))
+        with start_lender(path, LoanLimits(2 * MIB, 2 * MIB)):
             first.close()
-            connect().borrowed(2 * MIB)
+            connect().borrow(2 * MIB)
 
     def test_what_a_lender_has_left_is_the_successors_whatever_its_inode(self, path: Path) -> None:
         spare = path.with_name("spare")
-        first = Lender([memory_side(path)], Limits(MIB, MIB))
+        first = Lender([memory_listener(path)], LoanLimits(MIB, MIB))
         spare.hardlink_to(path)
         first.withdraw()
         spare.rename(
@@ -293,14 +307,14 @@ class TestLife:
     def test_the_socket_of_a_dead_lender_is_replaced(self, path: Path, connect: Connect) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
             dead.bind(str(path))
-        with lending(path):
-            connect().borrowed(1)
+        with start_lender(path):
+            connect().borrow(1)
 
     def test_a_file_that_is_no_socket_is_left_alone(self, path: Path) -> None:
         path.write_text("precious")
 
         with pytest.raises(FileExistsError):
-            Lender([memory_side(path)], Limits(1, 1))
+            Lender([memory_listener(path)], LoanLimits(1, 1))
 
         assert path.read_text() == "precious"
         assert os.listdir(path.parent) == [path.name]
@@ -324,14 +338,17 @@ while True:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         link.connect(path)
 """
-        watch = Watch()
-        with lending(path, Limits(40 * MIB, 8 * MIB), on_map=watch) as lender:
-            with child(script, path) as first, child(script, path) as second:
-                assert first.hear() == second.hear() == "begun"
+        watch = MappingRecorder()
+        with start_lender(path, LoanLimits(40 * MIB, 8 * MIB), on_map=watch) as lender:
+            with (
+                start_borrower_process(script, path) as first,
+                start_borrower_process(script, path) as second,
+            ):
+                assert first.read_line() == second.read_line() == "begun"
                 witness = connect()
                 for _ in range(random.Random(seed).randrange(60)):
-                    witness.give_back(witness.borrowed(4096))
-                    witness.let_go()
+                    witness.give_back(witness.borrow(4096))
+                    witness.close_descriptors()
                 for victim in (first, second):
                     victim.process.send_signal(signal.SIGKILL)
                     victim.process.wait()
@@ -345,60 +362,60 @@ class TestLimits:
     """Nobody gets more than is allowed."""
 
     def test_a_client_gets_its_quota_and_no_more(self, path: Path, connect: Connect) -> None:
-        with lending(path, Limits(4 * MIB, 2 * MIB)):
+        with start_lender(path, LoanLimits(4 * MIB, 2 * MIB)):
             greedy = connect()
-            first = greedy.borrowed(MIB)
-            greedy.borrowed(MIB)
+            first = greedy.borrow(MIB)
+            greedy.borrow(MIB)
 
             reply = greedy.lend(1)
-            assert reply.answer is Answer.OVER_CLIENT_LIMIT
+            assert reply.status is ReplyStatus.OVER_CLIENT_LIMIT
             assert str(2 * MIB) in reply.text
-            assert greedy.lend(2**64 - 1).answer is Answer.OVER_CLIENT_LIMIT
+            assert greedy.lend(2**64 - 1).status is ReplyStatus.OVER_CLIENT_LIMIT
 
             greedy.give_back(first)
-            assert greedy.lend(MIB).answer is Answer.OVER_CLIENT_LIMIT  # it has it still
-            greedy.let_go()
-            greedy.borrowed(MIB)
+            assert greedy.lend(MIB).status is ReplyStatus.OVER_CLIENT_LIMIT  # it has it still
+            greedy.close_descriptors()
+            greedy.borrow(MIB)
 
     def test_all_clients_together_get_no_more_than_all(self, path: Path, connect: Connect) -> None:
-        with lending(path, Limits(24 * MIB, 16 * MIB)):
-            connect().borrowed(16 * MIB)
+        with start_lender(path, LoanLimits(24 * MIB, 16 * MIB)):
+            connect().borrow(16 * MIB)
             second = connect()
 
             reply = second.lend(8 * MIB)
-            assert reply.answer is Answer.OVER_SERVER_LIMIT
+            assert reply.status is ReplyStatus.OVER_SERVER_LIMIT
             assert str(24 * MIB) in reply.text
-            second.borrowed(5 * MIB)  # an eighth is for other processes
+            second.borrow(5 * MIB)  # an eighth is for other processes
 
     def test_regions_are_counted_too(self, path: Path, connect: Connect) -> None:
-        limits = Limits(MIB, MIB, client_regions_count=2, all_regions_count=3)
-        with lending(path, limits):
+        limits = LoanLimits(MIB, MIB, client_regions_count=2, all_regions_count=3)
+        with start_lender(path, limits):
             first, second = connect(), connect()
-            first.borrowed(1)
-            first.borrowed(1)
+            first.borrow(1)
+            first.borrow(1)
 
-            assert first.lend(1).answer is Answer.OVER_CLIENT_LIMIT
-            second.borrowed(1)
-            assert second.lend(1).answer is Answer.OVER_SERVER_LIMIT
+            assert first.lend(1).status is ReplyStatus.OVER_CLIENT_LIMIT
+            second.borrow(1)
+            assert second.lend(1).status is ReplyStatus.OVER_SERVER_LIMIT
 
     def test_what_calls_still_use_counts_until_they_end(self, path: Path, connect: Connect) -> None:
-        with lending(path, Limits(MIB, MIB)) as lender:
+        with start_lender(path, LoanLimits(MIB, MIB)) as lender:
             client = connect()
-            region = client.borrowed(MIB)
+            region = client.borrow(MIB)
             with used(lender, region):
                 client.give_back(region)
-                client.let_go()
-                assert client.lend(MIB).answer is Answer.OVER_CLIENT_LIMIT
-            client.borrowed(MIB)
+                client.close_descriptors()
+                assert client.lend(MIB).status is ReplyStatus.OVER_CLIENT_LIMIT
+            client.borrow(MIB)
 
     def test_of_many_threads_no_two_get_the_same_bytes(self, path: Path, connect: Connect) -> None:
-        with lending(path, Limits(10 * MIB, MIB)):
+        with start_lender(path, LoanLimits(10 * MIB, MIB)):
             clients = [connect() for _ in range(20)]
             with ThreadPoolExecutor(20) as threads:
                 answers = [r.answer for r in threads.map(lambda client: client.lend(MIB), clients)]
 
-        assert answers.count(Answer.DONE) == 8  # 1.25 MiB are for other processes
-        assert answers.count(Answer.OVER_SERVER_LIMIT) == 12
+        assert answers.count(ReplyStatus.DONE) == 8  # 1.25 MiB are for other processes
+        assert answers.count(ReplyStatus.OVER_SERVER_LIMIT) == 12
 
     def test_memory_that_cannot_be_shown_to_a_device_is_not_lent(
         self, path: Path, connect: Connect
@@ -406,10 +423,10 @@ class TestLimits:
         def fail(address: int, size_bytes: int) -> Callable[[], None]:
             raise RuntimeError("secret text of a driver")
 
-        with lending(path, on_map=fail) as lender:
+        with start_lender(path, on_map=fail) as lender:
             reply = connect().lend(MIB)
 
-            assert reply.answer is Answer.FAILED
+            assert reply.status is ReplyStatus.FAILED
             assert "secret" not in reply.text
             assert lender.lent_bytes == 0
 
@@ -417,9 +434,9 @@ class TestLimits:
         def undo() -> None:
             raise RuntimeError("cannot")
 
-        with lending(path, on_map=lambda _address, _size: undo):
-            connect().borrowed(MIB)
-            connect().borrowed(MIB)
+        with start_lender(path, on_map=lambda _address, _size: undo):
+            connect().borrow(MIB)
+            connect().borrow(MIB)
 
 
 class TestStrangers:
@@ -430,11 +447,11 @@ class TestStrangers:
     def test_garbage_ends_its_connection_alone(
         self, lender: Lender, path: Path, packet: bytes
     ) -> None:
-        stranger, friend = Peer(path), Peer(path)
+        stranger, friend = RawBorrower(path), RawBorrower(path)
         try:
-            assert stranger.ask_raw(packet).answer is Answer.MALFORMED
+            assert stranger.ask_raw(packet).status is ReplyStatus.MALFORMED
             assert stranger.is_dropped()
-            friend.borrowed(1)
+            friend.borrow(1)
         finally:
             stranger.close()
             friend.close()
@@ -444,7 +461,7 @@ class TestStrangers:
     ) -> None:
         client = connect()
         receiver, sender = os.pipe()
-        socket.send_fds(client.socket, [Request(Operation.LEND, 1).pack()], [sender])
+        socket.send_fds(client.socket, [LendingRequest(LendingOperation.LEND, 1).pack()], [sender])
         os.close(sender)
         socket.recv_fds(client.socket, 1024, 0)
 
@@ -452,30 +469,30 @@ class TestStrangers:
         os.close(receiver)
 
     def test_a_client_that_never_speaks_makes_room(self, path: Path, connect: Connect) -> None:
-        with lending(path, Limits(MIB, MIB, clients_count=3)):
+        with start_lender(path, LoanLimits(MIB, MIB, clients_count=3)):
             busy = connect()
-            busy.borrowed(1)
+            busy.borrow(1)
             mute = [connect() for _ in range(10)]
             newcomer = connect()
 
-            newcomer.borrowed(1)
+            newcomer.borrow(1)
 
             assert all(client.is_dropped() for client in mute[:8])
-            busy.borrowed(1)
+            busy.borrow(1)
 
     def test_clients_that_borrow_do_not(self, path: Path, connect: Connect) -> None:
-        with lending(path, Limits(MIB, MIB, clients_count=2)):
+        with start_lender(path, LoanLimits(MIB, MIB, clients_count=2)):
             busy = [connect(), connect()]
             for client in busy:
-                client.borrowed(1)
+                client.borrow(1)
             late = connect()
 
-            assert Reply.parse(late.socket.recv(1024)).answer is Answer.REFUSED
+            assert LendingReply.parse(late.socket.recv(1024)).status is ReplyStatus.REFUSED
             assert late.is_dropped()
             busy[0].close()
             second_try = connect()
             while (
-                second_try.lend(1).answer is not Answer.DONE
+                second_try.lend(1).status is not ReplyStatus.DONE
             ):  # the lender sees the end in its time
                 second_try = connect()
 
@@ -484,40 +501,40 @@ class TestStrangers:
     ) -> None:
         deaf = connect()
         deaf.socket.setblocking(False)
-        packet = Request(Operation.LEND, 2**63).pack()
+        packet = LendingRequest(LendingOperation.LEND, 2**63).pack()
         with suppress(OSError):  # its own socket is full, or it was dropped
             while True:
                 deaf.socket.send(packet)
 
-        connect().borrowed(1)
+        connect().borrow(1)
 
     def test_a_request_may_wait_behind_another(self, lender: Lender, connect: Connect) -> None:
         client = connect()
         for size in (1, MIB):
-            client.socket.send(Request(Operation.LEND, size).pack())
+            client.socket.send(LendingRequest(LendingOperation.LEND, size).pack())
 
         sizes = []
         for _ in range(2):
             packet, descriptors, _, _ = socket.recv_fds(client.socket, 1024, 1)
             client.descriptors += descriptors
-            sizes.append(Reply.parse(packet).size_bytes)
+            sizes.append(LendingReply.parse(packet).size_bytes)
         assert sizes == [mmap.PAGESIZE, MIB]
 
     def test_want_of_descriptors_passes(self, path: Path, connect: Connect) -> None:
-        with lending(path):
+        with start_lender(path):
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             client = connect()
-            client.borrowed(1)
+            client.borrow(1)
             waiting = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             waiting.settimeout(TIMEOUT_S)
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
             try:
                 waiting.connect(str(path))
-                waiting.send(Request(Operation.LEND, 2**63).pack())
-                assert client.lend(1).answer is Answer.FAILED
+                waiting.send(LendingRequest(LendingOperation.LEND, 2**63).pack())
+                assert client.lend(1).status is ReplyStatus.FAILED
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            assert Reply.parse(waiting.recv(1024)).answer is Answer.OVER_CLIENT_LIMIT
+            assert LendingReply.parse(waiting.recv(1024)).status is ReplyStatus.OVER_CLIENT_LIMIT
             waiting.close()
 
 
@@ -545,9 +562,11 @@ except OSError as error:
 
     @needs_root
     def test_another_user_cannot_even_connect(self, open_directory: Path) -> None:
-        with lending(open_directory / "memory"):
-            with child(self.ASK, open_directory / "memory", user=54321) as stranger:
-                assert stranger.hear() == "PermissionError"
+        with start_lender(open_directory / "memory"):
+            with start_borrower_process(
+                self.ASK, open_directory / "memory", user=54321
+            ) as stranger:
+                assert stranger.read_line() == "PermissionError"
 
     @needs_root
     @pytest.mark.parametrize(("user", "answer"), [(54321, "REFUSED"), (12345, "DONE"), (0, "DONE")])
@@ -555,9 +574,9 @@ except OSError as error:
         self, open_directory: Path, user: int, answer: str
     ) -> None:
         users, access = frozenset({0, 12345}), Access(0o666)
-        with lending(open_directory / "memory", users=users, access=access):
-            with child(self.ASK, open_directory / "memory", user=user) as running:
-                lines = [running.hear(), running.hear()]
+        with start_lender(open_directory / "memory", users=users, access=access):
+            with start_borrower_process(self.ASK, open_directory / "memory", user=user) as running:
+                lines = [running.read_line(), running.read_line()]
         assert answer in lines
 
     @needs_root
@@ -579,13 +598,13 @@ except OSError as error:
         ):
             stub = pb_grpc.DeconvolutionServiceStub(channel)
             socket = stub.GetServerInfo(pb.GetServerInfoRequest()).shared_memory_socket
-            with child(self.ASK, Path(socket), user=user) as running:
-                lines = [running.hear(), running.hear()]
+            with start_borrower_process(self.ASK, Path(socket), user=user) as running:
+                lines = [running.read_line(), running.read_line()]
         assert answer in lines
 
     def test_those_not_named_are_refused(self, path: Path, connect: Connect) -> None:
-        with lending(path, users=frozenset({54321})):
-            assert Reply.parse(connect().socket.recv(1024)).answer is Answer.REFUSED
+        with start_lender(path, users=frozenset({54321})):
+            assert LendingReply.parse(connect().socket.recv(1024)).status is ReplyStatus.REFUSED
 
 
 class TestPlace:
@@ -600,18 +619,18 @@ class TestPlace:
             side.remove()
             side.socket.close()
 
-    @pytest.mark.parametrize("purpose", Purpose)
+    @pytest.mark.parametrize("purpose", SocketPurpose)
     @pytest.mark.parametrize("length", [60, 99, 100, 101, 104, 107])
     def test_they_are_beside_each_unix_socket_whatever_the_length_of_its_path(
         self,
         sides: list[SideSocket],
         socket_directory: Path,
         length: int,
-        purpose: Purpose,
+        purpose: SocketPurpose,
     ) -> None:
         grpc_paths = [Path(f"{socket_directory}/{x}".ljust(length, "x")) for x in "ab"]
 
-        opened = open_beside(grpc_paths, purpose, None)
+        opened = open_side_sockets(grpc_paths, purpose, None)
         sides += opened.values()
 
         assert list(opened) == grpc_paths
@@ -630,8 +649,8 @@ class TestPlace:
         deep = Path(f"{socket_directory}/".ljust(105, "d"))
         deep.mkdir()
         sides += [
-            *open_beside([deep / "s"], Purpose.MEMORY, None).values(),
-            open_alone(Purpose.MEMORY, None),
+            *open_side_sockets([deep / "s"], SocketPurpose.MEMORY, None).values(),
+            open_private_socket(SocketPurpose.MEMORY, None),
         ]
 
         assert len(sides) == 2
@@ -649,7 +668,7 @@ class TestPlace:
             other.bind(str(grpc_paths[1]))
             inode = grpc_paths[1].stat().st_ino
 
-            opened = open_beside(grpc_paths, Purpose.MEMORY, None)
+            opened = open_side_sockets(grpc_paths, SocketPurpose.MEMORY, None)
 
         sides += opened.values()
         assert len({side.path for side in sides}) == 2

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from deconvd.errors import CallCancelledError, StaleRegionError, UnavailableError
-from deconvd.shared_memory import Answer, Reply
-from deconvd_client.deadline import Deadline
-from deconvd_client.retries import PinnedTransportError
+from deconvd.lending.protocol import LendingReply, ReplyStatus
+from deconvd_client.calls.deadline import Deadline
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.shared_memory.link import Link, LinkLostError, LinkState
-from deconvd_client.shared_memory.loans import LenderState, Loans
+from deconvd_client.shared_memory.loan_thread import LenderState, LoanClient
+from deconvd_client.transports.retry_policy import PinnedTransportError
 from deconvd_server.shared_memory import Lender
-from tests.deadlines import soon
-from tests.interrupts import interrupted_everywhere
-from tests.lenders import MIB, lending
+from tests.deadlines import short_deadline
+from tests.interrupts import interrupt_everywhere
+from tests.lenders import MIB, start_lender
 from tests.processes import exit_code, wait_until
 
 WAIT_S = 30
@@ -38,8 +38,8 @@ def listener(path: Path) -> Iterator[socket.socket]:
         yield listening
 
 
-def loans(borrower: Borrower) -> Loans:
-    return borrower._loans
+def loans(borrower: Borrower) -> LoanClient:
+    return borrower._loan_client
 
 
 def state(link: Link) -> LinkState:
@@ -56,48 +56,48 @@ class TestLenderState:
     def test_a_server_that_lends_goes_and_comes_back(self, path: Path) -> None:
         borrower = Borrower(lambda _: str(path))
         assert loans(borrower).state is LenderState.UNTRIED
-        with lending(path):
-            assert borrower.take(MIB, soon()) is not None
+        with start_lender(path):
+            assert borrower.allocate(MIB, short_deadline()) is not None
             assert loans(borrower).state is LenderState.LENDING
             assert loans(borrower).link is not None
 
-        borrower.look_after_link()
+        borrower.check_link()
         assert loans(borrower).state is LenderState.AWAY
         assert loans(borrower).link is None
         assert borrower.borrowed_bytes == 0
 
-        with lending(path):
-            assert borrower.take(MIB, soon()) is not None
+        with start_lender(path):
+            assert borrower.allocate(MIB, short_deadline()) is not None
             assert loans(borrower).state is LenderState.LENDING
         borrower.close()
         assert loans(borrower).state is LenderState.CLOSED
 
     def test_a_server_that_never_lends_is_told_from_a_borrower_that_is_closed(self) -> None:
         borrower = Borrower(lambda _: "", is_only_way=True)
-        assert borrower.take(MIB, soon()) is None
+        assert borrower.allocate(MIB, short_deadline()) is None
         assert loans(borrower).state is LenderState.REFUSED
         with pytest.raises(PinnedTransportError, match="lends none"):
-            borrower.allow_other_ways()
+            borrower.check_fallback()
 
         borrower.close()
 
         assert loans(borrower).state is LenderState.CLOSED
         with pytest.raises(CallCancelledError, match="connection is closed"):
-            borrower.allow_other_ways()
+            borrower.check_fallback()
 
     def test_a_loss_that_an_interrupt_breaks_off_is_noted_the_next_time(self, path: Path) -> None:
         def lose_one() -> tuple[Borrower, Link]:
             borrower = Borrower(lambda _: str(path))
-            with lending(path):
-                assert borrower.take(MIB, soon()) is not None
+            with start_lender(path):
+                assert borrower.allocate(MIB, short_deadline()) is not None
                 link = loans(borrower).link
             assert link is not None
             return borrower, link
 
         lost = [lose_one()]
-        for _ in interrupted_everywhere(lambda: lost[-1][0].look_after_link()):
+        for _ in interrupt_everywhere(lambda: lost[-1][0].check_link()):
             borrower, link = lost[-1]
-            borrower.look_after_link()
+            borrower.check_link()
             assert loans(borrower).state is LenderState.AWAY
             assert borrower.borrowed_bytes == 0
             assert link.state is LinkState.CLOSED
@@ -108,12 +108,12 @@ class TestLenderState:
         self, path: Path, lender: Lender
     ) -> None:
         borrower = Borrower(lambda _: str(path))
-        assert borrower.take(MIB, soon()) is not None
+        assert borrower.allocate(MIB, short_deadline()) is not None
 
         borrower.note_failure(StaleRegionError("x is not in memory of this server's"), ())
 
         assert loans(borrower).state is LenderState.AWAY
-        assert borrower.take(MIB, soon()) is None  # it is left in peace for a second
+        assert borrower.allocate(MIB, short_deadline()) is None  # it is left in peace for a second
         borrower.close()
 
     def test_a_borrower_that_is_closed_while_it_looks_for_a_server_stays_closed(
@@ -128,7 +128,7 @@ class TestLenderState:
 
         borrower = Borrower(find_socket)
         with ThreadPoolExecutor(1) as threads:
-            taking = threads.submit(borrower.take, MIB, soon())
+            taking = threads.submit(borrower.allocate, MIB, short_deadline())
             assert is_asked.wait(WAIT_S)
             assert loans(borrower).state is LenderState.AWAY
             borrower.close()
@@ -144,14 +144,14 @@ class TestLenderState:
     ) -> None:
         borrower = Borrower(lambda _: str(path), is_only_way=True)
         with ThreadPoolExecutor(1) as threads:
-            taking = threads.submit(borrower.take, MIB, soon())
+            taking = threads.submit(borrower.allocate, MIB, short_deadline())
             server, _ = listener.accept()
             server.recv(1 << 16)
             borrower.close()
             assert taking.result(WAIT_S) is None
             server.close()
         with pytest.raises(CallCancelledError):
-            borrower.allow_other_ways()
+            borrower.check_fallback()
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
     def test_a_forked_child_begins_anew_but_for_what_is_for_good(
@@ -159,8 +159,8 @@ class TestLenderState:
     ) -> None:
         lent, refused = Borrower(lambda _: str(path)), Borrower(lambda _: "")
         closed = Borrower(lambda _: str(path))
-        assert lent.take(MIB, soon()) is not None
-        assert refused.take(MIB, soon()) is None
+        assert lent.allocate(MIB, short_deadline()) is not None
+        assert refused.allocate(MIB, short_deadline()) is None
         closed.close()
         link = loans(lent).link
         assert link is not None
@@ -184,12 +184,12 @@ class TestLenderState:
         caplog.set_level(logging.INFO)
         borrower = Borrower(lambda _: str(path))
         for _ in range(2):
-            assert borrower.take(MIB, soon()) is None
+            assert borrower.allocate(MIB, short_deadline()) is None
             loans(borrower)._backoff.note_success()  # it is asked again at once
         for _ in range(2):
-            with lending(path):
-                assert borrower.take(MIB, soon()) is not None
-            borrower.look_after_link()
+            with start_lender(path):
+                assert borrower.allocate(MIB, short_deadline()) is not None
+            borrower.check_link()
         borrower.close()
 
         told = [record.levelno for record in caplog.records if "sent instead" in record.message]
@@ -220,13 +220,13 @@ class TestLink:
         with server, ThreadPoolExecutor(1) as threads:
             asking = threads.submit(link.give_back, bytes(16))
             server.recv(1 << 16)
-            assert state(link) is LinkState.ASKING
+            assert state(link) is LinkState.BUSY
             assert is_open(link)
-            server.send(Reply(Answer.DONE).pack())
+            server.send(LendingReply(ReplyStatus.DONE).pack())
             asking.result(WAIT_S)
             assert state(link) is LinkState.IDLE
             assert is_open(link)
-            server.send(Reply(Answer.DONE).pack())  # nobody has asked
+            server.send(LendingReply(ReplyStatus.DONE).pack())  # nobody has asked
             assert not is_open(link)
         link.close()
 
@@ -251,10 +251,10 @@ class TestLink:
 def test_an_error_says_when_to_ask_again(path: Path) -> None:
     """A lender that was lost may come back: that is unlike one that is not here at all."""
     borrower = Borrower(lambda _: str(path), is_only_way=True)
-    with lending(path):
-        assert borrower.take(MIB, soon()) is not None
-    borrower.look_after_link()
+    with start_lender(path):
+        assert borrower.allocate(MIB, short_deadline()) is not None
+    borrower.check_link()
     with pytest.raises(UnavailableError) as raised:
-        borrower.allow_other_ways()
+        borrower.check_fallback()
     assert raised.value.retry_after_s is not None
     borrower.close()

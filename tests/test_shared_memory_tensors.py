@@ -15,29 +15,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deconvd.addresses import address_of
-from deconvd.codec import Envelope
 from deconvd.errors import InvalidArgumentError, StaleRegionError
-from deconvd.geometry import Geometry
-from deconvd.operation import DECONVOLVE
-from deconvd.problem import Problem, TensorSpec
-from deconvd.shared_memory import Answer, Operation, Reply, Request
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.host.array_address import address_of
+from deconvd.lending.protocol import LendingOperation, LendingReply, LendingRequest, ReplyStatus
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Answered, Asked
-from deconvd_client.late_copy import LateCopy
+from deconvd.wire.codec import Envelope
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd.wire.tensor import message_from_spec
+from deconvd_client.calls.call_spec import CallResult, CallSpec
+from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.shared_memory import Borrower, SharedCall, call_with_shared_memory
 from deconvd_client.shared_memory.link import Link, LinkLostError
 from deconvd_client.shared_memory.region import HostRegion
 from deconvd_server.device.cpu.tensor import array_of
-from deconvd_server.shared_memory import CallTensors, Lender, Limits
-from deconvd_server.shared_memory.file_ends import FileEnds
-from deconvd_server.shared_memory.loans import Account, Loans
-from deconvd_server.shared_memory.memory import Memory
-from tests.deadlines import soon
-from tests.interrupts import interrupted_everywhere
-from tests.lenders import MIB, Watch, lending, memory_side
+from deconvd_server.shared_memory import Lender, LoanLimits, SharedTensors
+from deconvd_server.shared_memory.loans import BorrowerAccount, LoanRegistry
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
+from deconvd_server.shared_memory.memory import SealedMemory
+from tests.deadlines import short_deadline
+from tests.interrupts import interrupt_everywhere
+from tests.lenders import MIB, MappingRecorder, memory_listener, start_lender
 
 SPEC = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
@@ -57,9 +58,9 @@ def slice_of(message: pb.Tensor | None) -> SharedSlice:
 def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
     lender: Lender, borrower: Borrower
 ) -> None:
-    theirs = borrower.empty(SPEC.shape, SPEC.dtype, soon())
+    theirs = borrower.empty(SPEC.shape, SPEC.dtype, short_deadline())
     theirs[...] = 3
-    with CallTensors(lender) as tensors:
+    with SharedTensors(lender) as tensors:
         x = array_of(tensors.operand("x", SPEC, located(borrower, theirs)))
 
         assert (x == 3).all()
@@ -67,27 +68,27 @@ def test_an_operand_in_shared_memory_is_found_and_not_to_be_written(
 
 
 def test_a_place_is_to_be_written(lender: Lender, borrower: Borrower) -> None:
-    theirs = borrower.empty(SPEC.shape, SPEC.dtype, soon())
-    with CallTensors(lender) as tensors:
+    theirs = borrower.empty(SPEC.shape, SPEC.dtype, short_deadline())
+    with SharedTensors(lender) as tensors:
         array_of(tensors.place("y_place", SPEC, located(borrower, theirs)))[...] = 5
 
     assert (theirs == 5).all()
 
 
 def test_a_tensor_there_knows_where_it_lies(lender: Lender, borrower: Borrower) -> None:
-    place = located(borrower, borrower.empty((3, *SPEC.shape), SPEC.dtype, soon()))
-    with CallTensors(lender) as tensors:
+    place = located(borrower, borrower.empty((3, *SPEC.shape), SPEC.dtype, short_deadline()))
+    with SharedTensors(lender) as tensors:
         whole = tensors.host_place("x", replace(SPEC, shape=(3, *SPEC.shape)), place)
         for array in (whole, whole[1:], whole[::2], whole.view(np.uint8)):
             assert address_of(array) == array.__array_interface__["data"][0]
 
 
 def test_what_a_call_uses_is_free_after_it(path: Path) -> None:
-    watch = Watch()
-    with lending(path, on_map=watch) as lender:
+    watch = MappingRecorder()
+    with start_lender(path, on_map=watch) as lender:
         borrower = Borrower(lambda _: str(path))
-        place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype, soon()))
-        with CallTensors(lender) as tensors:
+        place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype, short_deadline()))
+        with SharedTensors(lender) as tensors:
             tensors.operand("x", SPEC, place)
             borrower.close()
             assert len(watch.mapped) == 1
@@ -97,7 +98,7 @@ def test_what_a_call_uses_is_free_after_it(path: Path) -> None:
 
 def test_without_a_lender_no_memory_is_known() -> None:
     place = SharedSlice(bytes(16), 0)
-    with CallTensors(None) as tensors:
+    with SharedTensors(None) as tensors:
         with pytest.raises(StaleRegionError) as raised:
             tensors.operand("x", SPEC, place)
         assert raised.value.argument == "x"
@@ -106,18 +107,18 @@ def test_without_a_lender_no_memory_is_known() -> None:
 
 
 def test_a_wrong_place_is_named(lender: Lender, borrower: Borrower) -> None:
-    place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype, soon()))
-    with CallTensors(lender) as tensors, pytest.raises(InvalidArgumentError) as raised:
+    place = located(borrower, borrower.empty(SPEC.shape, SPEC.dtype, short_deadline()))
+    with SharedTensors(lender) as tensors, pytest.raises(InvalidArgumentError) as raised:
         tensors.place("y_place", SPEC, place._replace(offset_bytes=2))
     assert raised.value.argument == "y_place"
 
 
 def test_memory_that_is_ready_after_its_client_has_gone_is_freed_at_once() -> None:
-    watch = Watch()
-    loans: Loans[Memory] = Loans(Limits(MIB, MIB))
-    account = Account()
+    watch = MappingRecorder()
+    loans: LoanRegistry[SealedMemory] = LoanRegistry(LoanLimits(MIB, MIB))
+    account = BorrowerAccount()
     loans.reserve(account, MIB)
-    memory = Memory(MIB, watch, FileEnds())
+    memory = SealedMemory(MIB, watch, MemfdWatcher())
     loans.close(account)
 
     name = loans.lend(account, memory)
@@ -125,7 +126,7 @@ def test_memory_that_is_ready_after_its_client_has_gone_is_freed_at_once() -> No
 
     assert watch.mapped == {}
     assert loans.size_bytes == 0
-    assert loans.find(name) is None
+    assert loans.use(name) is None
 
 
 def test_a_lender_that_closes_while_it_maps_keeps_no_descriptor(path: Path) -> None:
@@ -137,11 +138,11 @@ def test_a_lender_that_closes_while_it_maps_keeps_no_descriptor(path: Path) -> N
         return lambda: None
 
     before = len(os.listdir("/proc/self/fd"))
-    lender = Lender([memory_side(path)], Limits(MIB, MIB), on_map=on_map)
+    lender = Lender([memory_listener(path)], LoanLimits(MIB, MIB), on_map=on_map)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
         client.settimeout(TIMEOUT_S)
         client.connect(str(path))
-        client.send(Request(Operation.LEND, 1).pack())
+        client.send(LendingRequest(LendingOperation.LEND, 1).pack())
         assert is_mapping.wait(TIMEOUT_S)
         closer = threading.Thread(target=lender.close)
         closer.start()
@@ -155,12 +156,12 @@ def test_a_lender_that_closes_while_it_maps_keeps_no_descriptor(path: Path) -> N
 
 def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Borrower) -> None:
     x, other = np.full(MIB, 3, np.float32), np.full(MIB, 4, np.float32)
-    with SharedCall(borrower, soon()) as call:
-        messages = [call.tensor(array) for array in (x, other)]
-        call.settle()
-        later = borrower.empty(MIB, np.float32, soon())
+    with SharedCall(borrower, short_deadline()) as call:
+        messages = [call.operand_message(array) for array in (x, other)]
+        call.copy_operands()
+        later = borrower.empty(MIB, np.float32, short_deadline())
         later[...] = 5
-        with CallTensors(lender) as tensors:
+        with SharedTensors(lender) as tensors:
             operands = [tensors.operand("x", spec_of(x), slice_of(m)) for m in messages]
             found = [array_of(operand).mean() for operand in operands]
     assert found == [3, 4]
@@ -169,13 +170,13 @@ def test_a_copy_for_a_call_is_its_own_until_it_ends(lender: Lender, borrower: Bo
 def test_an_operand_that_its_owner_drops_stays_until_the_call_ends(
     lender: Lender, borrower: Borrower
 ) -> None:
-    with SharedCall(borrower, soon()) as call:
-        x = borrower.empty(MIB, np.float32, soon())
+    with SharedCall(borrower, short_deadline()) as call:
+        x = borrower.empty(MIB, np.float32, short_deadline())
         x[...] = 3
-        spec, message = spec_of(x), call.tensor(x)
+        spec, message = spec_of(x), call.operand_message(x)
         del x
-        borrower.empty(MIB, np.float32, soon())[...] = 5
-        with CallTensors(lender) as tensors:
+        borrower.empty(MIB, np.float32, short_deadline())[...] = 5
+        with SharedTensors(lender) as tensors:
             assert array_of(tensors.operand("x", spec, slice_of(message))).mean() == 3
 
 
@@ -183,13 +184,13 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
     lender: Lender, borrower: Borrower
 ) -> None:
     def rpc(
-        _: Asked,
+        _: CallSpec,
         request: Envelope[Any],
         *,
         placed: Mapping[str, Array],
-        late_copy: LateCopy | None,
+        late_copy: OverlappedCopy | None,
         is_brief: bool,
-    ) -> Answered:
+    ) -> CallResult:
         assert is_brief
         assert placed.keys() == {"y"}
         assert request.message.x.WhichOneof("payload") == "shared"
@@ -201,7 +202,9 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
     request = pb.DeconvolveRequest(x=message_from_spec(problem.x))
 
     answered = call_with_shared_memory(
-        borrower, rpc, Asked(DECONVOLVE, request, problem, {"x": x}, {"y": problem.y}, soon())
+        borrower,
+        rpc,
+        CallSpec(DECONVOLVE, request, problem, {"x": x}, {"y": problem.y}, short_deadline()),
     )
 
     assert answered is None
@@ -212,59 +215,62 @@ def test_a_region_holds_what_lies_wholly_in_it() -> None:
     region = HostRegion(bytes(16), mmap.mmap(-1, 8192))
     begin, end = region.address, region.address + 8192
 
-    assert region.holds(begin, 8192)
-    assert region.holds(end - 4, 4)
-    assert not region.holds(begin - 4, 4)
-    assert not region.holds(end - 4, 8)
-    assert not region.holds(end, 4)
-    assert not region.holds(begin, 8196)
+    assert region.contains(begin, 8192)
+    assert region.contains(end - 4, 4)
+    assert not region.contains(begin - 4, 4)
+    assert not region.contains(end - 4, 8)
+    assert not region.contains(end, 4)
+    assert not region.contains(begin, 8196)
 
 
 def test_a_block_that_went_is_taken_again_for_what_has_its_size() -> None:
     region = HostRegion(bytes(16), mmap.mmap(-1, 1 << 20))
-    block, other = region.take(5000), region.take(5000)
+    block, other = region.allocate(5000), region.allocate(5000)
     assert block is not None
     assert other is not None
     offset = block.offset
-    assert region.take_again(5000) is None
+    assert region.reuse_last(5000) is None
     del block
 
     for size in (300, 4999, 5001, 9000):
-        assert region.take_again(size) is None
-    again = region.take_again(5000)
+        assert region.reuse_last(size) is None
+    again = region.reuse_last(5000)
 
     assert again is not None
     assert again.offset == offset
-    assert region.take_again(5000) is None
+    assert region.reuse_last(5000) is None
     del again
     region.collect()
-    assert region.take_again(5000) is None
-    assert region.take(5000) is not None
+    assert region.reuse_last(5000) is None
+    assert region.allocate(5000) is not None
     region.close()
     del other
-    assert region.take_again(5000) is None
+    assert region.reuse_last(5000) is None
 
 
 def test_blocks_never_overlap_or_are_lost_wherever_an_interrupt_strikes() -> None:
     region = HostRegion(bytes(16), mmap.mmap(-1, 1 << 20))
-    held = region.take(5000)
+    held = region.allocate(5000)
     assert held is not None
 
     def use() -> None:
-        blocks = [(held, 5000), *((region.take(size), size) for size in (100, 70000, 9000, 100))]
+        blocks = [
+            (held, 5000),
+            *((region.allocate(size), size) for size in (100, 70000, 9000, 100)),
+        ]
         del blocks[4], blocks[2]
-        again = region.take_again(70000)
+        again = region.reuse_last(70000)
         assert again is not None
         region.collect()
-        blocks += [(again, 70000), *((region.take(size), size) for size in (5000, 300))]
+        blocks += [(again, 70000), *((region.allocate(size), size) for size in (5000, 300))]
         places = sorted((block.offset, size) for block, size in blocks if block is not None)
         assert len(places) == len(blocks)
         assert all(offset + size <= other for (offset, size), (other, _) in pairwise(places))
 
-    for _ in interrupted_everywhere(use):
+    for _ in interrupt_everywhere(use):
         region.recover()
-        assert region.taken_bytes == 5056
-    assert region.take((1 << 20) - 8192) is not None
+        assert region.allocated_bytes == 5056
+    assert region.allocate((1 << 20) - 8192) is not None
 
 
 class TestFalseLenders:
@@ -294,10 +300,18 @@ class TestFalseLenders:
     @pytest.mark.parametrize(
         ("packet", "file_bytes", "complaint"),
         [
-            (Reply(Answer.DONE, MIB, bytes(16)).pack(), MIB, "it is not sealed"),
-            (Reply(Answer.DONE, MIB, bytes(16)).pack(), None, "it came without a descriptor"),
+            (LendingReply(ReplyStatus.DONE, MIB, bytes(16)).pack(), MIB, "it is not sealed"),
+            (
+                LendingReply(ReplyStatus.DONE, MIB, bytes(16)).pack(),
+                None,
+                "it came without a descriptor",
+            ),
             (b"HTTP/1.1 400 Bad Request", None, "does not answer"),
-            (Reply(Answer.MALFORMED, text="what?").pack(), None, "the server refuses: what?"),
+            (
+                LendingReply(ReplyStatus.MALFORMED, text="what?").pack(),
+                None,
+                "the server refuses: what?",
+            ),
         ],
     )
     def test_memory_that_is_of_no_use_is_refused(
@@ -328,9 +342,9 @@ class TestFalseLenders:
     def test_sealed_memory_of_another_size_is_refused(
         self, listener: socket.socket, path: Path
     ) -> None:
-        memory = Memory(4096, Watch(), FileEnds())
+        memory = SealedMemory(4096, MappingRecorder(), MemfdWatcher())
         thread = self.serve(
-            listener, Reply(Answer.DONE, MIB, bytes(16)).pack(), [memory.descriptor]
+            listener, LendingReply(ReplyStatus.DONE, MIB, bytes(16)).pack(), [memory.descriptor]
         )
         link = Link(str(path))
 

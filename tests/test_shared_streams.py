@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import CallHead, End, Method
-from deconvd.line import Line
-from deconvd.line_errors import LineBrokenError
-from deconvd.parts import elements_part
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.direct.connection_errors import ConnectionBrokenError
+from deconvd.direct.events import CallHead, EndOfStream, MethodCode
+from deconvd.direct.frame_stream import FrameStream
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from tests.direct_calls import answer, line_from, told_by
+from deconvd.wire.stream_parts import elements_part
+from deconvd.wire.tensor import message_from_spec
+from tests.direct_calls import connect_stream_from, get_server_info, receive_answer
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
 
@@ -52,7 +54,7 @@ def running(tmp_path: Path) -> Iterator[ServerProcess]:
 @pytest.fixture
 def hasty(tmp_path: Path) -> Iterator[ServerProcess]:
     """A server that waits for clients for a second where others wait for half a minute."""
-    constants = {"deconvd_server.call:STALL_LIMIT_S": STALL_S}
+    constants = {"deconvd_server.call.context:STALL_LIMIT_S": STALL_S}
     with server_process(tmp_path, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
         yield server
 
@@ -112,14 +114,14 @@ def hostile(running: ServerProcess) -> Iterator[GrpcClient]:
     client.close()
 
 
-def send_header(line: Line) -> None:
-    line.send(CallHead(Method.DeconvolveStream, 1e6, header().SerializeToString()))
+def send_header(line: FrameStream) -> None:
+    line.send(CallHead(MethodCode.DeconvolveStream, 1e6, header().SerializeToString()))
 
 
-def begun_from(hosts: list[str], server: ServerProcess, stack: ExitStack) -> list[Line]:
+def begun_from(hosts: list[str], server: ServerProcess, stack: ExitStack) -> list[FrameStream]:
     """Begin a stream from each host, and return their lines. As many as may run do by then."""
-    port = told_by(server).direct_port
-    lines = [stack.enter_context(line_from(host, port)) for host in hosts]
+    port = get_server_info(server).direct_port
+    lines = [stack.enter_context(connect_stream_from(host, port)) for host in hosts]
     for number, line in enumerate(lines):
         send_header(line)
         if number < 14 or hosts is SEVERAL:
@@ -127,16 +129,16 @@ def begun_from(hosts: list[str], server: ServerProcess, stack: ExitStack) -> lis
     return lines
 
 
-def assert_streams(line: Line) -> None:
+def assert_streams(line: FrameStream) -> None:
     """Make a call in a stream, and see that it ends well and soon."""
     line.set_deadline(PATIENCE_S)
     send_header(line)
     line.send_part(elements_part(TWICE))
     with ThreadPoolExecutor(1) as pool:
-        answered = pool.submit(answer, line)
+        answered = pool.submit(receive_answer, line)
         line.send_part(elements_part(LARGE))
-        line.send(End(""))
-    assert isinstance(answered.result(), End)
+        line.send(EndOfStream(""))
+    assert isinstance(answered.result(), EndOfStream)
 
 
 def assert_others_stream(server: ServerProcess, calls_count: int = 3) -> None:
@@ -167,7 +169,7 @@ def test_idle_direct_streams_keep_nobody_from_streaming(
 ) -> None:
     with ExitStack() as stack:
         begun_from(hosts, running, stack)
-        with line_from("127.0.0.2", told_by(running).direct_port) as line:
+        with connect_stream_from("127.0.0.2", get_server_info(running).direct_port) as line:
             assert_streams(line)
         assert_others_stream(running)
 
@@ -178,17 +180,19 @@ def test_streams_that_send_a_byte_now_and_then_keep_nobody_from_streaming(
 ) -> None:
     ended = threading.Event()
     byte = elements_part(np.ones(1, np.uint8))
-    port = told_by(running).direct_port
+    port = get_server_info(running).direct_port
 
-    def dribble(lines: list[Line]) -> None:
+    def dribble(lines: list[FrameStream]) -> None:
         while not ended.wait(0.2):
             for line in tuple(lines):
                 try:
                     line.send_part(byte)
-                except LineBrokenError:
+                except ConnectionBrokenError:
                     lines.remove(line)
-                    with suppress(LineBrokenError):  # it comes again at once
-                        lines.append(new := stack.enter_context(line_from(hosts[-1], port)))
+                    with suppress(ConnectionBrokenError):  # it comes again at once
+                        lines.append(
+                            new := stack.enter_context(connect_stream_from(hosts[-1], port))
+                        )
                         send_header(new)
 
     with ExitStack() as stack:

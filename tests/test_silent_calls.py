@@ -15,15 +15,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
-from deconvd.grpc_status import error_from_rpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_status import error_from_rpc
 from deconvd_server.exit_codes import ExitCode
 from tests.cgroups import Cgroup, cgroup
-from tests.holders import holder
 from tests.http2 import METHODS, SERVICE, Http2Client
-from tests.processes import held_by, limit_address_space
+from tests.processes import limit_address_space, process_resources
 from tests.servers import ServerProcess, server_process
+from tests.session_clients import open_session
 
 X = np.ones((1, 4, 8, 8), np.float32)
 W = np.ones((4, 4, 3, 3), np.float32)
@@ -76,7 +76,7 @@ def assert_ends(server: ServerProcess) -> None:
 @pytest.mark.parametrize("path", METHODS)
 def test_many_calls_without_a_message_stop_nobody(path: str, tmp_path: Path) -> None:
     with serving(tmp_path) as server, ExitStack() as stack:
-        threads_count = held_by(server.process.pid).threads_count
+        threads_count = process_resources(server.process.pid).threads_count
         for _ in range(3):
             client = stack.enter_context(Http2Client(server.target))
             for _ in range(400):
@@ -84,7 +84,7 @@ def test_many_calls_without_a_message_stop_nobody(path: str, tmp_path: Path) -> 
         assert_healthy(server)
         assert_served(server)
 
-        assert held_by(server.process.pid).threads_count <= threads_count + 16
+        assert process_resources(server.process.pid).threads_count <= threads_count + 16
 
 
 def test_many_calls_on_one_connection_are_bounded(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_sessions_that_the_system_has_no_threads_for_stop_nobody(tmp_path: Path)
         assert_served(server)
         limit_address_space(server.process.pid, 8 * stack_bytes)
         for _ in range(60):
-            stack.enter_context(holder(server.target))
+            stack.enter_context(open_session(server.target))
         assert_served(server)
 
 
@@ -153,9 +153,9 @@ def test_a_malformed_message_to_reflection_or_health_stops_nobody(
 
 def test_an_idle_call_costs_no_thread(tmp_path: Path) -> None:
     with serving(tmp_path) as server, ExitStack() as stack:
-        stack.enter_context(holder(server.target))
-        threads_count = held_by(server.process.pid).threads_count
+        stack.enter_context(open_session(server.target))
+        threads_count = process_resources(server.process.pid).threads_count
         for _ in range(40):
-            stack.enter_context(holder(server.target))
+            stack.enter_context(open_session(server.target))
 
-        assert held_by(server.process.pid).threads_count <= threads_count + 16
+        assert process_resources(server.process.pid).threads_count <= threads_count + 16

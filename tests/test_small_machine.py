@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection, ExhaustedError, RemoteTensor, connect
 from tests.cgroups import cgroup
 from tests.servers import server_process

@@ -35,7 +35,7 @@ def violations(*outcomes: Outcome, check: Check | None = None, memory_bytes: int
         attacks_count=Counter(),
         logs=(),
     )
-    assert results.written()
+    assert results.to_text()
     return "; ".join(results.violations())
 
 

@@ -20,8 +20,8 @@ import pytest
 
 import deconvd_client
 from deconvd_client import Connection
-from tests.direct_calls import told_by
-from tests.lenders import lies_in_shared_memory
+from tests.direct_calls import get_server_info
+from tests.lenders import is_in_shared_memory
 from tests.processes import wait_until
 from tests.servers import ServerProcess, call_until_served, server_process
 
@@ -44,12 +44,14 @@ def open_directory() -> Iterator[Path]:
 def has_all(F: Connection) -> bool:
     """Return whether a connection has direct calls and shared memory."""
     wait_until(
-        lambda: F.deconvolution_2d(X, W).shape == (1, 2, 4, 4) and F._server.nearest.far.is_direct
+        lambda: (
+            F.deconvolution_2d(X, W).shape == (1, 2, 4, 4) and F._server.route.target_stub.is_direct
+        )
     )
-    direct = F._server.nearest.far.direct
+    direct = F._server.route.target_stub.direct
     assert direct is not None
     wait_until(lambda: bool(F.deconvolution_2d(X, W).size and direct._idle))
-    return lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+    return is_in_shared_memory(F.deconvolution_2d(LARGE, W))
 
 
 def sockets_of(server: ServerProcess) -> set[str]:
@@ -168,10 +170,10 @@ class TestEach:
     def test_without_either_all_goes_by_grpc(self, socket_directory: Path) -> None:
         options = ("--no-direct-calls", "--shared-memory-bytes", "0")
         with server_process(socket_directory, *options) as server:
-            sides = told_by(server).side_sockets
+            sides = get_server_info(server).side_sockets
             with deconvd_client.connect(server.target) as F:
                 assert F.deconvolution_2d(X, W).shape == (1, 2, 4, 4)
-                assert not lies_in_shared_memory(F.deconvolution_2d(LARGE, W))
+                assert not is_in_shared_memory(F.deconvolution_2d(LARGE, W))
         assert [(side.calls, side.memory) for side in sides] == [("", "")]
 
     def test_who_calls_a_proxy_is_not_misled_to_another_server_beside_it(

@@ -14,8 +14,8 @@ from grpc_status import rpc_status
 
 from deconvd import errors
 from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
-from deconvd.grpc_status import error_from_rpc
-from deconvd.status import status_from_error
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.status import status_from_error
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
 

@@ -18,14 +18,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from tests import definition
 from tests.servers import ServerProcess
-from tests.wire import scrambled
+from tests.wire import scramble
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 Stub = pb_grpc.DeconvolutionServiceStub
@@ -247,9 +247,9 @@ def test_fields_may_stand_in_any_order_among_unknown_ones(
     gradients: Any = unary(channel, "DeconvolveGrad", pb.DeconvolveGradResponse)
     info: Any = unary(channel, "GetServerInfo", pb.GetServerInfoResponse)
 
-    assert_is_y(y(scrambled(forward(tensor), random)))
-    assert_are_gradients(gradients(scrambled(backward(tensor), random)))
-    assert info(scrambled(pb.GetServerInfoRequest(), random)).devices
+    assert_is_y(y(scramble(forward(tensor), random)))
+    assert_are_gradients(gradients(scramble(backward(tensor), random)))
+    assert info(scramble(pb.GetServerInfoRequest(), random)).devices
 
 
 def unary(channel: grpc.Channel, name: str, response_type: type[Message]) -> Any:
@@ -270,7 +270,7 @@ def test_parts_of_a_stream_may_have_unknown_fields_too(
         raw: Any = channel.stream_stream(f"/{SERVICE.full_name}/{name}")
         stock: Any = getattr(Stub(channel), name)
 
-        answered = list(raw(iter([scrambled(part, random) for part in parts()])))
+        answered = list(raw(iter([scramble(part, random) for part in parts()])))
 
         assert answered == [part.SerializeToString() for part in stock(parts())]
 

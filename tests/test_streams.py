@@ -17,19 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deconvd_client
-from deconvd.chunks import ChunkSource, chunks_of
 from deconvd.errors import ExhaustedError, InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.messages import message_from_geometry
-from deconvd.operation import DECONVOLVE, DECONVOLVE_GRAD
-from deconvd.options import Options
-from deconvd.parts import PartReader
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import message_from_spec, spec_of
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.chunks import ChunkSource, chunk_messages
+from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.stream_parts import PartReader
+from deconvd.wire.tensor import message_from_spec
 from deconvd_client import Connection
-from deconvd_server.requests import ParsedRequest, SlicedRequest, parse_stream_header
+from deconvd_server.service.parsed_request import ParsedRequest, SlicedRequest, parse_stream_header
 from tests.processes import peak_memory_bytes
 from tests.servers import ServerProcess, server_process
 
@@ -201,9 +201,9 @@ def test_a_slice_of_gradients_has_x_and_gy_and_gx() -> None:
     parsed = ParsedRequest(
         operation=DECONVOLVE_GRAD, problem=large, options=Options(), wanted=("gx", "gw")
     )
-    SlicedRequest(parsed, 2).check_slice(1)
+    SlicedRequest(parsed, 2).check_slice_size(1)
     with pytest.raises(ExhaustedError, match=r"of 3 samples has 75497472 bytes, .* takes 67108864"):
-        SlicedRequest(parsed, 3).check_slice(1)
+        SlicedRequest(parsed, 3).check_slice_size(1)
 
 
 def header(problem: Problem, slice_samples_count: int = 1) -> pb.DeconvolveStreamRequest:
@@ -368,8 +368,8 @@ def test_a_slow_reader_does_not_make_the_servers_memory_grow(tmp_path: Path) -> 
 
     def parts() -> Iterator[bytes]:
         yield header(problem).SerializeToString()
-        yield from chunks_of(one)
-        for chunk in chunks_of(x):
+        yield from chunk_messages(one)
+        for chunk in chunk_messages(x):
             sent.append(len(chunk))
             yield chunk
 

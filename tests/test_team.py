@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from deconvd_server.device import TURN_S
-from deconvd_server.device.cpu.team import Steps, Team
+from deconvd_server.device.cpu.team import Task, Team
 from tests.processes import wait_until
 
 TIMEOUT_S = 30
 SLICE_S = 0.02
 
 
-def in_one_step(task: Callable[[Any], object], argument: Any) -> Steps:
+def in_one_step(task: Callable[[Any], object], argument: Any) -> Task:
     task(argument)
     yield
 
@@ -108,7 +108,7 @@ def test_after_an_error_the_helpers_take_no_further_step_either(pair: Team) -> N
         both_begun.wait(TIMEOUT_S)
         raise KeyError
 
-    def going_on() -> Steps:
+    def going_on() -> Task:
         both_begun.wait(TIMEOUT_S)
         (job,) = pair._jobs
         wait_until(lambda: job.is_dropped)  # the other has failed
@@ -181,7 +181,7 @@ def test_helpers_work_on_the_tasks_of_all_calls_in_turn(pair: Team) -> None:
     """A long task does not keep the helper from another call's: each is put back after a slice."""
     ended, met = threading.Event(), threading.Barrier(2)
 
-    def long() -> Steps:
+    def long() -> Task:
         while not ended.is_set():
             time.sleep(0.001)
             yield
@@ -201,7 +201,7 @@ def test_a_call_pauses_after_each_turn_and_no_step_is_begun_meanwhile(pair: Team
     steps, pauses = list[float](), list[tuple[float, int, int]]()
     begin_s = time.monotonic()
 
-    def task() -> Steps:
+    def task() -> Task:
         while len(pauses) < 3:
             steps.append(time.monotonic())
             time.sleep(0.001)
@@ -222,7 +222,7 @@ def test_a_call_pauses_after_each_turn_and_no_step_is_begun_meanwhile(pair: Team
 def test_a_task_that_is_put_back_is_done_to_its_end(pair: Team) -> None:
     done = list[int]()
 
-    def task(number: int) -> Steps:
+    def task(number: int) -> Task:
         for _ in range(5):
             time.sleep(0.01)
             yield
@@ -234,7 +234,7 @@ def test_a_task_that_is_put_back_is_done_to_its_end(pair: Team) -> None:
 
 
 def test_an_error_of_the_pause_ends_the_call(pair: Team) -> None:
-    def task() -> Steps:
+    def task() -> Task:
         while True:
             time.sleep(0.001)
             yield

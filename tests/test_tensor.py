@@ -11,20 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.problem import TensorSpec
-from deconvd.tensor import (
-    Array,
+from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES, Array, DType
+from deconvd.model.problem import TensorSpec, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.tensor import (
     array_from_message,
     element_type_from_number,
     element_type_number,
     message_from_array,
     message_from_spec,
     spec_from_message,
-    spec_of,
 )
-from deconvd.v1 import deconvd_pb2 as pb
 
 FLOAT32 = pb.ELEMENT_TYPE_FLOAT32
 shapes = st.lists(st.integers(0, 4), max_size=5).map(tuple)

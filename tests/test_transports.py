@@ -10,30 +10,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deconvd.direct_events import Method
+from deconvd.direct.events import MethodCode
 from deconvd.errors import CallCancelledError, DeadlineError, InvalidArgumentError
-from deconvd.geometry import Geometry
-from deconvd.ledger import parse_ledger
-from deconvd.operation import DECONVOLVE
-from deconvd.options import Options
-from deconvd.parts import Part, PartReader, PartSource, elements_part
-from deconvd.problem import problem_of
-from deconvd.tensor import Array, array_from_message, message_from_array, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import DECONVOLVE
+from deconvd.model.options import Options
+from deconvd.model.problem import problem_of, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.advice import Advice
-from deconvd_client.asked import request_of
-from deconvd_client.channel import MAX_MESSAGE_BYTES, open_channel
-from deconvd_client.deadline import Deadline
-from deconvd_client.direct import DirectTransport
-from deconvd_client.direct_ways import UnixWay
-from deconvd_client.grpc_transport import GrpcTransport
-from deconvd_client.late_copy import LateCopy
-from deconvd_client.rpcs import Rpcs
-from deconvd_client.stub import Failover
-from deconvd_client.transport import Conversation, NoLineError, Transport
-from tests.deadlines import soon
-from tests.direct_calls import REQUEST, W, told_by
-from tests.servers import ServerProcess, server_process, stopped
+from deconvd.wire.ledger import parse_ledger
+from deconvd.wire.stream_parts import Part, PartReader, PartSource, elements_part
+from deconvd.wire.tensor import array_from_message, message_from_array
+from deconvd_client.calls.call_spec import make_request
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.transport import NotServedDirectlyError, StreamAttempt, Transport
+from deconvd_client.transports.direct.connectors import UnixConnector
+from deconvd_client.transports.direct.pool import DirectTransport
+from deconvd_client.transports.failover import Failover
+from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES, open_channel
+from deconvd_client.transports.grpc.error_hints import ErrorHints
+from deconvd_client.transports.grpc.rpcs import RpcChannel
+from deconvd_client.transports.grpc.transport import GrpcTransport
+from tests.deadlines import short_deadline
+from tests.direct_calls import REQUEST, W, get_server_info
+from tests.servers import ServerProcess, server_process, stop_server
 
 X = np.arange(600, dtype=np.float32).reshape(100, 1, 2, 3)
 ONE = np.ones((1, 1, 1, 1), np.float32)
@@ -48,16 +49,16 @@ def running(socket_directory: Path) -> Iterator[ServerProcess]:
 @contextmanager
 def by_grpc(server: ServerProcess) -> Iterator[GrpcTransport]:
     target = server.target
-    rpcs = Rpcs(lambda: open_channel(target, max_message_bytes=MAX_MESSAGE_BYTES, proxy=None))
-    transport = GrpcTransport(rpcs, Advice(target, None))
+    rpcs = RpcChannel(lambda: open_channel(target, max_message_bytes=MAX_MESSAGE_BYTES, proxy=None))
+    transport = GrpcTransport(rpcs, ErrorHints(target, None))
     yield transport
-    transport.close(soon())
+    transport.close(short_deadline())
 
 
 @contextmanager
 def directly(server: ServerProcess) -> Iterator[DirectTransport]:
-    told = told_by(server)
-    way = UnixWay(server.target.removeprefix("unix:"))
+    told = get_server_info(server)
+    way = UnixConnector(server.target.removeprefix("unix:"))
     with closing(DirectTransport(way, lambda: told)) as transport:
         while not _carries(transport):
             pass
@@ -68,15 +69,15 @@ def directly(server: ServerProcess) -> Iterator[DirectTransport]:
 def at_second(server: ServerProcess) -> Iterator[Failover]:
     """A failover whose first transport never gets a line."""
     with by_grpc(server) as second:
-        way = UnixWay(server.target.removeprefix("unix:"))
+        way = UnixConnector(server.target.removeprefix("unix:"))
         with closing(DirectTransport(way, pb.GetServerInfoResponse)) as first:
             yield Failover(first, second)
 
 
 def _carries(transport: Transport) -> bool:
     try:
-        transport.unary("Deconvolve", REQUEST.SerializeToString(), soon())
-    except NoLineError:
+        transport.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
+    except NotServedDirectlyError:
         return False
     return True
 
@@ -89,7 +90,7 @@ def transport(request: pytest.FixtureRequest, running: ServerProcess) -> Iterato
 
 def parts(step: int) -> Iterator[Part]:
     problem = problem_of(spec_of(X), spec_of(ONE), Geometry())
-    request = request_of(DECONVOLVE, problem, Options(), ("y",))
+    request = make_request(DECONVOLVE, problem, Options(), ("y",))
     header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=step)  # type: ignore[arg-type]
     yield pb.DeconvolveStreamRequest(header=header)
     yield elements_part(ONE)
@@ -99,21 +100,25 @@ def parts(step: int) -> Iterator[Part]:
 
 def receive(source: PartSource) -> Array:
     reader = PartReader(source, pb.DeconvolveStreamResponse)
-    reader.header()
+    reader.read_header()
     y = reader.read("y", spec_of(X))
     reader.expect_end()
     return y
 
 
-def begin(began: list[int], step: int = 10) -> Conversation[Array]:
+def begin(began: list[int], step: int = 10) -> StreamAttempt[Array]:
     began.append(step)
-    return Conversation(
-        Method.DeconvolveStream, parts(step), receive, pb.DeconvolveStreamResponse, at_once=True
+    return StreamAttempt(
+        MethodCode.DeconvolveStream,
+        parts(step),
+        receive,
+        pb.DeconvolveStreamResponse,
+        is_full_duplex=True,
     )
 
 
 def test_a_message_is_answered_and_its_ledger_comes_with_it(transport: Transport) -> None:
-    response, ledger = transport.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+    response, ledger = transport.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
 
     y = pb.DeconvolveResponse.FromString(response).y
     assert array_from_message("y", y).shape == (1, 2, 4, 4)
@@ -123,7 +128,7 @@ def test_a_message_is_answered_and_its_ledger_comes_with_it(transport: Transport
 def test_a_stream_is_answered_and_its_ledger_comes_with_it(transport: Transport) -> None:
     began: list[int] = []
 
-    y, ledger = transport.stream(partial(begin, began), soon())
+    y, ledger = transport.stream(partial(begin, began), short_deadline())
 
     np.testing.assert_array_equal(y, X)
     assert parse_ledger(ledger)["server_us"] > 0
@@ -134,11 +139,11 @@ def test_what_the_server_refuses_is_raised_and_not_begun_again(transport: Transp
     began: list[int] = []
 
     with pytest.raises(InvalidArgumentError, match="W"):
-        transport.unary("Deconvolve", wrong.SerializeToString(), soon())
+        transport.unary("Deconvolve", wrong.SerializeToString(), short_deadline())
     with pytest.raises(InvalidArgumentError, match="slice_samples_count"):
-        transport.stream(partial(begin, began, -1), soon())
+        transport.stream(partial(begin, began, -1), short_deadline())
     assert len(began) == 1
-    response, _ = transport.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+    response, _ = transport.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
     assert response
 
 
@@ -152,7 +157,7 @@ def test_a_server_that_says_nothing_ends_no_call_later_than_its_deadline(
         if is_stream
         else partial(transport.unary, "Deconvolve", REQUEST.SerializeToString(), deadline)
     )
-    with stopped(running), pytest.raises(DeadlineError):
+    with stop_server(running), pytest.raises(DeadlineError):
         call()
     assert deadline.remaining_s() == 0
 
@@ -165,17 +170,17 @@ def test_a_line_that_was_lost_has_the_call_begun_again_by_the_second(
     def lose(source: PartSource) -> Array:
         for line in [known() for known in first._busy]:
             assert line is not None
-            line.shut()
+            line.shutdown()
         return receive(source)
 
-    def begin_and_lose() -> Conversation[Array]:
+    def begin_and_lose() -> StreamAttempt[Array]:
         talk = begin(began)
         if len(began) > 1:
             return talk
-        return Conversation(talk.method, talk.parts, lose, talk.response_type, at_once=True)
+        return StreamAttempt(talk.method, talk.parts, lose, talk.response_type, is_full_duplex=True)
 
     with by_grpc(running) as second, directly(running) as first:
-        y, _ = Failover(first, second).stream(begin_and_lose, soon())
+        y, _ = Failover(first, second).stream(begin_and_lose, short_deadline())
 
     np.testing.assert_array_equal(y, X)
     assert len(began) == 2
@@ -187,21 +192,25 @@ class CountingTransport(DirectTransport):
     tries_count = 0
 
     def unary(
-        self, method: str, request: bytes, deadline: Deadline, late_copy: LateCopy | None = None
+        self,
+        method: str,
+        request: bytes,
+        deadline: Deadline,
+        late_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
         self.tries_count += 1
         return super().unary(method, request, deadline, late_copy)
 
 
 def test_a_transport_that_is_known_to_carry_nothing_is_not_tried(running: ServerProcess) -> None:
-    way = UnixWay(running.target.removeprefix("unix:"))
+    way = UnixConnector(running.target.removeprefix("unix:"))
     with (
         by_grpc(running) as second,
         closing(CountingTransport(way, pb.GetServerInfoResponse)) as first,
     ):
         transport = Failover(first, second)
         for _ in range(3):
-            transport.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+            transport.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
 
         assert not first.may_carry
         assert first.tries_count == 1
@@ -209,6 +218,6 @@ def test_a_transport_that_is_known_to_carry_nothing_is_not_tried(running: Server
 
 def test_a_closed_transport_says_so(running: ServerProcess) -> None:
     with by_grpc(running) as transport:
-        transport.close(soon())
+        transport.close(short_deadline())
         with pytest.raises(CallCancelledError, match="the connection is closed"):
-            transport.unary("Deconvolve", REQUEST.SerializeToString(), soon())
+            transport.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())

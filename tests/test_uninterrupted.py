@@ -11,8 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deconvd_client.uninterrupted import Job, NotYetError, call_uninterrupted
-from tests.interrupts import Outcome, interrupted_at_random, interrupted_everywhere
+from deconvd_client.calls.uninterrupted import (
+    BackgroundTask,
+    PromiseTimeoutError,
+    call_uninterrupted,
+)
+from tests.interrupts import InterruptOutcome, interrupt_at_random, interrupt_everywhere
 from tests.processes import exit_code, wait_until
 
 
@@ -44,10 +48,10 @@ def test_a_caller_that_is_interrupted_leaves_at_once_and_has_the_work_given_up()
         ended.set()
 
     begin_s = time.monotonic()
-    outcome = interrupted_at_random(
+    outcome = interrupt_at_random(
         lambda: call_uninterrupted(work, given_up.set), random.Random(0), 0.01
     )
-    assert outcome is Outcome.RAISED
+    assert outcome is InterruptOutcome.RAISED
     assert time.monotonic() - begin_s < 20
 
     assert given_up.wait(30)
@@ -69,7 +73,7 @@ def test_nobody_holds_what_work_has_used() -> None:
 
 def test_each_caller_gets_its_own_outcome_wherever_an_interrupt_strikes() -> None:
     done: list[int] = []
-    for number, _ in enumerate(interrupted_everywhere(lambda: call_uninterrupted(int))):
+    for number, _ in enumerate(interrupt_everywhere(lambda: call_uninterrupted(int))):
         assert call_uninterrupted(lambda n=number: n) == number  # type: ignore[misc]
         done.append(number)
     assert len(done) > 10
@@ -85,9 +89,9 @@ def test_each_caller_gets_its_own_outcome_whenever_interrupts_strike(strikes_cou
             for _ in range(10):
                 assert call_uninterrupted(lambda: number) == number
 
-        outcome = interrupted_at_random(work, chance, 0.0002, strikes_count=strikes_count)
-        assert outcome is not Outcome.LOST
-        struck_count += outcome is Outcome.RAISED
+        outcome = interrupt_at_random(work, chance, 0.0002, strikes_count=strikes_count)
+        assert outcome is not InterruptOutcome.LOST
+        struck_count += outcome is InterruptOutcome.RAISED
     assert struck_count > 100
     assert threading.active_count() < 100
 
@@ -101,15 +105,15 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 def test_work_that_takes_too_long_is_not_waited_for() -> None:
     let_go = threading.Event()
-    with pytest.raises(NotYetError):
-        Job(lambda: let_go.wait(30)).do(let_go.set, within_s=0.1)
+    with pytest.raises(PromiseTimeoutError):
+        BackgroundTask(lambda: let_go.wait(30)).run(let_go.set, within_s=0.1)
     assert let_go.wait(30)
 
 
 def test_who_waits_can_be_told_to_raise_an_error() -> None:
     let_go = threading.Event()
-    job = Job(lambda: let_go.wait(30))
+    job = BackgroundTask(lambda: let_go.wait(30))
     threading.Timer(0.05, job.fail, [ValueError("no more")]).start()
     with pytest.raises(ValueError, match="no more"):
-        job.do(let_go.set)
+        job.run(let_go.set)
     assert let_go.wait(30)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import deconvd
 import deconvd_client
-from deconvd_client import Connection, InvalidArgumentError, arrays
+from deconvd_client import Connection, InvalidArgumentError, npy_files
 from tests.servers import ServerProcess
 
 X = np.arange(256, dtype=np.float32).reshape(1, 4, 8, 8)
@@ -240,7 +240,7 @@ def test_an_image_given_for_an_array_is_called_what_it_is(tmp_path: Path, form: 
     Image.new("RGB", (8, 8)).save(path, format=form)
 
     with pytest.raises(InvalidArgumentError) as raised:
-        arrays.load(path)
+        npy_files.load(path)
 
     assert f"is not an .npy file of numbers: it is a {form} image" in str(raised.value)
     assert "pickle" not in str(raised.value)
@@ -250,14 +250,14 @@ def test_an_npz_file_is_called_what_it_is(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=X)
 
     with pytest.raises(InvalidArgumentError, match=r"it is a zip archive, as \.npz files"):
-        arrays.load(tmp_path / "x.npz")
+        npy_files.load(tmp_path / "x.npz")
 
 
 def test_a_pickle_is_called_one_and_not_read(tmp_path: Path) -> None:
     (tmp_path / "x.npy").write_bytes(pickle.dumps(X))
 
     with pytest.raises(InvalidArgumentError, match="it is a pickle: write the array"):
-        arrays.load(tmp_path / "x.npy")
+        npy_files.load(tmp_path / "x.npy")
 
 
 def whole_file(tmp_path: Path, array: Any = X) -> bytes:
@@ -287,7 +287,7 @@ def test_a_damaged_file_is_refused_without_advice_to_trust_it(
     path.write_bytes(damage(whole_file(tmp_path)))
 
     with pytest.raises(InvalidArgumentError, match=message) as raised:
-        arrays.load(path)
+        npy_files.load(path)
 
     assert "is not an .npy file of numbers" in str(raised.value)
     assert "pickle" not in str(raised.value)
@@ -297,7 +297,7 @@ def test_an_array_of_objects_is_refused_without_advice_to_trust_it(tmp_path: Pat
     np.save(tmp_path / "x.npy", np.array([{}]), allow_pickle=True)
 
     with pytest.raises(InvalidArgumentError, match="numbers: it holds Python objects") as raised:
-        arrays.load(tmp_path / "x.npy")
+        npy_files.load(tmp_path / "x.npy")
 
     assert "pickle" not in str(raised.value)
 

@@ -15,13 +15,13 @@ import grpc
 
 from tests.environments import ROOT
 
-__all__ = ["unread_calls"]
+__all__ = ["leave_calls_unread"]
 
 _METHOD = "/deconvd.v1.DeconvolutionService/Deconvolve"
 
 
 @contextmanager
-def unread_calls(target: str, count: int, message: bytes) -> Iterator[None]:
+def leave_calls_unread(target: str, count: int, message: bytes) -> Iterator[None]:
     """Have a client of its own make calls for the block, which does nothing from then on."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.unread", target, str(count), message.hex()],

@@ -7,7 +7,7 @@ from random import Random
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-__all__ = ["UNKNOWN_FIELDS", "scrambled", "varint"]
+__all__ = ["UNKNOWN_FIELDS", "scramble", "varint"]
 
 UNKNOWN_FIELDS = {
     "a varint": b"\xa0\x06\x96\x01",
@@ -18,7 +18,7 @@ UNKNOWN_FIELDS = {
 }
 
 
-def scrambled(message: Message, random: Random) -> bytes:
+def scramble(message: Message, random: Random) -> bytes:
     """Return a message as bytes whose fields, and theirs in turn, stand in any order, among unknown ones."""
     fields = [_field(message, field, random) for field, _ in message.ListFields()]
     fields += random.sample(list(UNKNOWN_FIELDS.values()), random.randint(0, 2))
@@ -28,7 +28,7 @@ def scrambled(message: Message, random: Random) -> bytes:
 
 def _field(message: Message, field: FieldDescriptor, random: Random) -> bytes:
     if field.message_type is not None and not field.is_repeated:
-        inside = scrambled(getattr(message, field.name), random)
+        inside = scramble(getattr(message, field.name), random)
         return varint(field.number << 3 | 2) + varint(len(inside)) + inside
     alone = type(message)()
     alone.CopyFrom(message)

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.commit import commit
 from benchmarks.transport.paths import PATHS, RoundTrip
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 
 _DEFAULT_BYTES = (1 << 10, 32 << 10, 1 << 20, 8 << 20, 32 << 20, 256 << 20)
 _LEAST_ROUNDS, _MOST_ROUNDS = 4, 20

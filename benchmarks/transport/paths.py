@@ -18,9 +18,10 @@ import pyarrow.flight
 
 import deconvd_client
 from benchmarks.transport.servers import LENGTH, METHOD
-from deconvd.tensor import Array, message_from_array
+from deconvd.model.dtypes import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.tensor import message_from_array
 
 __all__ = ["PATHS", "RoundTrip"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import grpc
 import pyarrow.flight
 
-from deconvd.copying import copy_into
-from deconvd.malloc import keep_freed_memory
-from deconvd.operation import Operation
-from deconvd.problem import Problem
+from deconvd.host.malloc import keep_freed_memory
+from deconvd.host.parallel_copy import copy_into
+from deconvd.model.operation import Operation
+from deconvd.model.problem import Problem
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_server.daemon import Daemon
@@ -61,7 +61,7 @@ class EchoDevice:
         """No benchmark asks for tensors that stay."""
         raise AssertionError("no tensor stays")
 
-    lend = free = write = read = host_memory = empty
+    lend = free = write = read = allocate_host_array = empty
 
     def register(self, *_: Any) -> Callable[[], None]:
         """Do nothing: all memory is alike."""

@@ -8,7 +8,6 @@ y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
 from typing import TYPE_CHECKING
 
 from deconvd import __version__
-from deconvd.cache_state import CacheState
 from deconvd.errors import (
     CallCancelledError,
     DeadlineError,
@@ -21,7 +20,8 @@ from deconvd.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from deconvd.gradients import Gradients
+from deconvd.model.gradients import Gradients
+from deconvd.wire.cache_state import CacheState
 from deconvd_client.connection import Connection, connect
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote

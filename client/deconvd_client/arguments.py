@@ -1,159 +1,199 @@
-"""Arguments of `connect`, checked and turned into plain numbers and strings where they come in."""
+"""What callers give, checked and made into calls."""
 
 from __future__ import annotations
 
-import math
-import operator
-import os
-from typing import Any, Final, SupportsFloat, SupportsIndex
+from collections.abc import Collection
+from typing import Final
 
 import numpy as np
 
-from deconvd.dtypes import BFLOAT16
 from deconvd.errors import InvalidArgumentError
-from deconvd.system import LONGEST_S
-from deconvd_client.channel import MAX_MESSAGE_BYTES
-from deconvd_client.nearest import TransportName
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.operation import ARGUMENTS, DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
+from deconvd.model.problem import Problem, TensorSpec, problem_of, spec_of
+from deconvd_client.calls.call_spec import make_request
+from deconvd_client.config import Config
+from deconvd_client.frameworks.framework import framework_of, host_array
+from deconvd_client.residents import Call, RemoteTensor, Resident, ResidentExecutor, SourceArray
 
-__all__ = [
-    "TENANT_KEY_VARIABLE",
-    "parse_dtype",
-    "parse_fail_fast",
-    "parse_max_message_bytes",
-    "parse_shape",
-    "parse_tenant_key",
-    "parse_timeout",
-    "parse_transport",
-]
+__all__ = ["GRADIENT_NAMES", "CallBuilder", "Operand"]
 
-TENANT_KEY_VARIABLE: Final = "DECONVD_TENANT_KEY"
-"""Where a connection takes its tenant's key from if it is given none."""
+GRADIENT_NAMES: Final = ("gx", "gW", "gb")
 
-_MAX_KEY_BYTES: Final = 64
-_MAX_EXTENT_BITS: Final = 63
+Operand = Array | Resident
+
+_MaskedArray: Final = np.ma.MaskedArray
 
 
-def parse_timeout(timeout_s: object) -> float:
-    """Return a number of seconds of any kind as a float; a very long one as `LONGEST_S`.
+class CallBuilder:
+    """Makes calls of a connection's arguments; every method raises InvalidArgumentError.
 
-    Raises:
-        InvalidArgumentError: It is no number, or not positive and finite.
+    Args:
+        residents: Whose RemoteTensors are taken.
+        config: Says how to compute.
     """
-    try:
-        seconds = _float(timeout_s)
-    except OverflowError:
-        seconds = math.inf
-    except (TypeError, ValueError):
-        raise InvalidArgumentError(
-            f"timeout_s must be a number of seconds, got {timeout_s!r}", argument="timeout_s"
-        ) from None
-    if not 0 < seconds < math.inf:
-        raise InvalidArgumentError(
-            f"timeout_s must be positive and finite, got {seconds}", argument="timeout_s"
+
+    def __init__(self, residents: ResidentExecutor, config: Config) -> None:
+        self._residents = residents
+        self._config = config
+
+    def operand(self, name: str, value: object) -> Operand:
+        """Return an argument as what calls take: an array, or what the server keeps."""
+        if isinstance(value, np.ndarray) and not isinstance(value, _MaskedArray):
+            return value
+        if isinstance(value, RemoteTensor):
+            return value.resident_for(self._residents, name)
+        if isinstance(value, Resident):  # of a pullback to be
+            return value
+        framework = framework_of(value)
+        if framework is not None:
+            array: Array = framework.to_array(value)
+            return array
+        raise _wrong_kind_error(name, value)
+
+    def make_resident(self, name: str, value: object) -> Resident:
+        """Return an argument as what the server is to keep beyond a call."""
+        operand = self.operand(name, value)
+        if isinstance(operand, Resident):
+            return operand.duplicate()
+        array = host_array(operand)
+        return Resident(spec_of(array), source=SourceArray(array))
+
+    def deconvolution(
+        self, x: object, W: object, b: object, geometry: Geometry, *, stay: bool = False
+    ) -> Call:
+        """Return the call that computes y."""
+        images, filters = self.operand("x", x), self.operand("W", W)
+        problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
+        operands = {"w": filters}
+        if b is not None:
+            operands["b"] = self.operand("b", b)
+            problem.check_b(_spec_of(operands["b"]))
+        operands["x"] = images
+        return self._call(DECONVOLVE, problem, operands, {"y": problem.y}, stay, images)
+
+    def differentiation(
+        self,
+        x: object,
+        W: object,
+        b: object,
+        gy: object,
+        geometry: Geometry,
+        wanted: Collection[str],
+        *,
+        stay: bool = False,
+    ) -> Call:
+        """Return the call that computes gradients; of b only the shape and the type count."""
+        images, filters = self.operand("x", x), self.operand("W", W)
+        problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
+        if b is not None:
+            problem.check_b(_spec_of(self.operand("b", b)))
+        return self.backward(
+            problem, images, filters, gy, wanted, has_b=b is not None, stay=stay, at=images
         )
-    return min(seconds, LONGEST_S)
+
+    def backward(
+        self,
+        problem: Problem,
+        x: Operand,
+        W: Operand,
+        gy: object,
+        wanted: Collection[str],
+        *,
+        has_b: bool,
+        stay: bool = False,
+        at: Operand | None = None,
+    ) -> Call:
+        """Return the call that computes gradients of a problem whose operands are known to fit.
+
+        Args:
+            at: As in `Call`; None for gy.
+        """
+        gradient = self.operand("gy", gy)
+        problem.check_gy(_spec_of(gradient))
+        given = {"x": x, "w": W, "gy": gradient}
+        results = {
+            field: spec_of_field(problem, field) for field in _parse_wanted(wanted, has_b=has_b)
+        }
+        operands = {field: given[field] for field in DECONVOLVE_GRAD.operands_for(results)}
+        at = gradient if at is None else at
+        return self._call(DECONVOLVE_GRAD, problem, operands, results, stay, at)
+
+    def _call(
+        self,
+        operation: Operation,
+        problem: Problem,
+        operands: dict[str, Operand],
+        results: dict[str, TensorSpec],
+        stay: bool,
+        at: Operand,
+    ) -> Call:
+        options = self._config.options
+        request = make_request(operation, problem, options, tuple(results), tuple(operands))
+        call = Call(operation, request, problem, operands, results, stay, at)
+        return call.with_host_arrays() if stay else call
 
 
-def parse_max_message_bytes(size_bytes: object) -> int:
-    """Return a size as an int.
+def _wrong_kind_error(name: str, value: object) -> InvalidArgumentError:
+    """Return what is wrong with an argument that is no array, or masked."""
+    if isinstance(value, _MaskedArray):
+        text = (
+            f"{name} must not be a masked array, as its mask would be lost: give {name}.filled(value), "
+            f"or {name}.data for what is below the mask"
+        )
+    else:
+        text = (
+            f"{name} must be a numpy.ndarray or a RemoteTensor, got {_type_name(value)}"
+            f"{_remedy(name, value)}"
+        )
+    return InvalidArgumentError(text, argument=name)
 
-    Raises:
-        InvalidArgumentError: It is no integer, or out of its range.
-    """
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    if kind.__module__.startswith("PIL."):
+        return f"a PIL image ({kind.__qualname__})"
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+def _remedy(name: str, value: object) -> str:
+    """Return how to make an array of what is none; empty if that cannot be told."""
+    if type(value).__module__.startswith("PIL."):
+        return (
+            f": convert it with numpy.asarray({name}, numpy.float32), which has the axes (h, w) or "
+            "(h, w, c), and move them to (n, c, h, w)"
+        )
+    if type(value).__module__.startswith("chainer."):  # a Variable, or a Parameter
+        return f": give {name}.array"
+    if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
+        return f": convert it with numpy.asarray({name})"
+    return ""
+
+
+def _spec_of(operand: Operand) -> TensorSpec:
+    """Return the shape and element type of an operand."""
+    return operand.spec if isinstance(operand, Resident) else spec_of(operand)
+
+
+def _parse_wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
+    """Return the fields of the gradients that are named, without gb if there is no b."""
     try:
-        size = operator.index(size_bytes)  # type: ignore[arg-type]  # whether it has one is asked here
+        chosen = None if isinstance(names, str) else set(names)
     except TypeError:
-        size = 0
-    if isinstance(size_bytes, bool) or not 1 <= size <= MAX_MESSAGE_BYTES:
+        chosen = None
+    if chosen is None or not chosen <= set(GRADIENT_NAMES):
         raise InvalidArgumentError(
-            f"max_message_bytes must be an int from 1 to {MAX_MESSAGE_BYTES}, got {size_bytes!r}",
-            argument="max_message_bytes",
+            f"wanted must be a collection of names from {', '.join(GRADIENT_NAMES)}, got {names!r}",
+            argument="wanted",
         )
-    return size
-
-
-def parse_transport(name: object) -> TransportName:
-    """Return the transport of a name. Raises InvalidArgumentError if no transport has it."""
-    try:
-        return TransportName(name)  # type: ignore[arg-type]  # whether it is a name is asked here
-    except ValueError:
+    if not has_b:
+        chosen.discard("gb")
+    fields = tuple(f for f in DECONVOLVE_GRAD.all_results if ARGUMENTS[f] in chosen)
+    if not fields:
+        allowed = "gx, gW and gb" if has_b else "gx and gW, as there is no b"
         raise InvalidArgumentError(
-            f"transport must be one of {', '.join(TransportName)}, got {name!r}",
-            argument="transport",
-        ) from None
-
-
-def parse_fail_fast(fail_fast: object) -> bool:
-    """Return a truth value as a bool. Raises InvalidArgumentError if it is something else."""
-    if not isinstance(fail_fast, (bool, np.bool_)):
-        raise InvalidArgumentError(
-            f"fail_fast must be True or False, got {fail_fast!r}", argument="fail_fast"
+            f"wanted must name at least one of {allowed}, got {names!r}", argument="wanted"
         )
-    return bool(fail_fast)
-
-
-def parse_tenant_key(key: object) -> bytes:
-    """Return a tenant's key as bytes; for None that of the environment, or none.
-
-    Raises:
-        InvalidArgumentError: It is neither text nor bytes, or too long. It is a secret, so it is not shown.
-    """
-    name = "tenant_key"
-    if key is None:
-        name, key = TENANT_KEY_VARIABLE, os.fsencode(os.environ.get(TENANT_KEY_VARIABLE, ""))
-    secret = key.encode(errors="surrogateescape") if isinstance(key, str) else key
-    if isinstance(secret, bytes) and len(secret) <= _MAX_KEY_BYTES:
-        return bytes(secret)
-    given = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(key).__name__
-    raise InvalidArgumentError(
-        f"{name} must be a str or bytes of at most {_MAX_KEY_BYTES} bytes, got {given}",
-        argument="tenant_key",
-    )
-
-
-def parse_shape(shape: object) -> tuple[int, ...]:
-    """Return a shape, or the extent of a single dimension, as a tuple of ints.
-
-    Raises:
-        InvalidArgumentError: It is neither an integer nor integers, or they are beyond all measure.
-    """
-    try:
-        extents = (operator.index(shape),)  # type: ignore[arg-type]  # whether it has one is asked here
-    except TypeError:
-        try:
-            extents = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # likewise
-        except TypeError:
-            raise InvalidArgumentError(
-                f"shape must be an int or a sequence of ints, got {shape!r}", argument="shape"
-            ) from None
-    if any(extent.bit_length() > _MAX_EXTENT_BITS for extent in extents):
-        raise InvalidArgumentError(
-            f"shape must have extents of at most {_MAX_EXTENT_BITS} bits", argument="shape"
-        )
-    return extents
-
-
-def parse_dtype(dtype: object) -> np.dtype[Any]:
-    """Return what numpy makes a dtype of. Raises InvalidArgumentError if it makes none."""
-    try:
-        made: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # whether it is one is asked here
-    except (TypeError, ValueError, SyntaxError):
-        raise InvalidArgumentError(
-            f"dtype must be a numpy.dtype or the name of one, got {dtype!r}", argument="dtype"
-        ) from None
-    return made
-
-
-def _float(value: object) -> float:
-    """Return a number as a float. Raises TypeError, ValueError or OverflowError if it cannot.
-
-    Text, booleans, masked numbers and spans of time with units of their own are no numbers here, even where
-    Python or numpy would make a float of them.
-    """
-    if isinstance(value, (np.ndarray, np.generic)):
-        is_real = value.dtype.kind in "iuf" or value.dtype == BFLOAT16
-        if value.ndim or not is_real or isinstance(value, np.ma.MaskedArray):
-            raise TypeError
-    elif isinstance(value, bool) or not isinstance(value, (SupportsFloat, SupportsIndex)):
-        raise TypeError
-    return float(value)
+    return fields

@@ -12,14 +12,14 @@ from typing import Any
 import click
 
 import deconvd
-from deconvd.command_line import Command
-from deconvd.console import Group
+from deconvd.command_line import CliCommand
+from deconvd.console import ConsoleGroup
 from deconvd.errors import DeconvdError, InvalidArgumentError
-from deconvd.options import UseCudnn
-from deconvd_client import arrays
+from deconvd.model.options import UseCudnn
+from deconvd_client import npy_files
 from deconvd_client.connection import connect
-from deconvd_client.nearest import TransportName
 from deconvd_client.server_info import DeviceDescription, ServerInfo
+from deconvd_client.transports.route import TransportName
 
 __all__ = ["main"]
 
@@ -67,13 +67,13 @@ _transport = click.option(
 )
 
 
-@click.group(cls=Group)
+@click.group(cls=ConsoleGroup)
 @click.version_option(deconvd.__version__, prog_name="deconvd")
 def main() -> None:
     """Run Chainer's deconvolution_2d on a deconvd server."""
 
 
-@main.command(cls=Command)
+@main.command(cls=CliCommand)
 @click.argument("x", type=_FILE)
 @click.argument("W", type=_FILE)
 @click.option("--bias", type=_FILE, help="The bias b, of c_O elements.")
@@ -125,24 +125,28 @@ def run(
     X has the shape (n, c_I, h_I, w_I) and W (c_I, c_O / groups, h_K, w_K). Files of bfloat16, which
     numpy has no name for, are those of two-byte voids that ml_dtypes writes.
     """
-    with _errors_told(), ExitStack() as stack:
+    with _report_errors(), ExitStack() as stack:
         F = stack.enter_context(
             connect(target, timeout_s=timeout_s, transport=transport, fail_fast=True)
         )
         for name, value in options.items():
             stack.enter_context(F.using_config(name, value))
-        operands = (arrays.load(x), arrays.load(w), None if bias is None else arrays.load(bias))
+        operands = (
+            npy_files.load(x),
+            npy_files.load(w),
+            None if bias is None else npy_files.load(bias),
+        )
         if grad is None:
             y = F.deconvolution_2d(*operands, stride, pad, outsize, dilate=dilate, groups=groups)
-            arrays.save(output, y)
+            npy_files.save(output, y)
         else:
             gradients = F.deconvolution_2d_grad(
-                *operands, arrays.load(grad), stride, pad, outsize, dilate=dilate, groups=groups
+                *operands, npy_files.load(grad), stride, pad, outsize, dilate=dilate, groups=groups
             )
-            arrays.save_all(output, gradients._asdict())
+            npy_files.save_all(output, gradients._asdict())
 
 
-@main.command(cls=Command)
+@main.command(cls=CliCommand)
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 @_target
 @_timeout
@@ -151,20 +155,22 @@ def status(as_json: bool, target: str, timeout_s: float) -> None:
 
     Exits with 0 if it does, with 1 if it does not or cannot be reached.
     """
-    with _errors_told(), connect(target, timeout_s=timeout_s, fail_fast=True) as F:
+    with _report_errors(), connect(target, timeout_s=timeout_s, fail_fast=True) as F:
         health = F.health()
         info = F.server_info() if health == "SERVING" else None
-    click.echo(_as_json(target, health, info) if as_json else _as_text(target, health, info))
+    click.echo(
+        _format_json(target, health, info) if as_json else _format_text(target, health, info)
+    )
     if health != "SERVING":
         raise SystemExit(1)
 
 
-def _as_json(target: str, health: str, info: ServerInfo | None) -> str:
+def _format_json(target: str, health: str, info: ServerInfo | None) -> str:
     fields = {} if info is None else asdict(info)
     return json.dumps({"target": target, "health": health, **fields}, indent=2)
 
 
-def _as_text(target: str, health: str, info: ServerInfo | None) -> str:
+def _format_text(target: str, health: str, info: ServerInfo | None) -> str:
     lines = [f"{target}: {health}"]
     if info is not None:
         lines.append(f"  deconvd {info.version}, messages up to {info.max_message_bytes} bytes")
@@ -180,9 +186,9 @@ def _device_lines(device: DeviceDescription) -> list[str]:
     threads = f", {device.threads_count} threads" if device.threads_count else ""
     calls = f"{device.running_calls_count} running, {device.waiting_calls_count} waiting"
     return [
-        f"  {device.id}: {device.name}, {_gibibytes(device.memory_bytes)}{threads}",
+        f"  {device.id}: {device.name}, {_format_gibibytes(device.memory_bytes)}{threads}",
         f"    calls: {calls}",
-        f"    memory: {_gibibytes(device.used_bytes)} of {_gibibytes(device.budget_bytes)} in use",
+        f"    memory: {_format_gibibytes(device.used_bytes)} of {_format_gibibytes(device.budget_bytes)} in use",
         *(
             f"    {cache.name}: {cache.count}, {cache.size_bytes} of {cache.limit_bytes} bytes, "
             f"{cache.hits_count} hits, {cache.misses_count} misses"
@@ -191,12 +197,12 @@ def _device_lines(device: DeviceDescription) -> list[str]:
     ]
 
 
-def _gibibytes(size_bytes: int) -> str:
+def _format_gibibytes(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.1f} GiB"
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     """End the command with one line for an error that its user can do something about."""
     try:
         yield

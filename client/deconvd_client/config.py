@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.options import Options
+from deconvd.model.options import Options
 
 __all__ = ["Config"]
 

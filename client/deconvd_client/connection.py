@@ -9,13 +9,15 @@ from typing import SupportsIndex
 
 import numpy.typing as npt
 
-from deconvd.dtypes import element_type
-from deconvd.geometry import Geometry, IntOrPair
-from deconvd.gradients import Gradients
-from deconvd.malloc import learn_large_blocks
-from deconvd.problem import check_extents
-from deconvd.tensor import Array, spec_of
-from deconvd_client.arguments import (
+from deconvd.host.malloc import raise_mmap_threshold
+from deconvd.model.dtypes import Array, element_type
+from deconvd.model.geometry import Geometry, IntOrPair
+from deconvd.model.gradients import Gradients
+from deconvd.model.problem import check_extents, spec_of
+from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.config import Config
+from deconvd_client.connect_options import (
     parse_dtype,
     parse_fail_fast,
     parse_max_message_bytes,
@@ -24,19 +26,16 @@ from deconvd_client.arguments import (
     parse_timeout,
     parse_transport,
 )
-from deconvd_client.channel import MAX_MESSAGE_BYTES
-from deconvd_client.config import Config
-from deconvd_client.deadline import Deadline
-from deconvd_client.frameworks import arrays_like, host_array
-from deconvd_client.keywords import refuses_unknown_keywords
-from deconvd_client.nearest import TransportName
-from deconvd_client.operations import GRADIENTS, Operations
+from deconvd_client.frameworks.framework import arrays_like, host_array
+from deconvd_client.keywords import reject_unknown_keywords
 from deconvd_client.pullback import Pullback
 from deconvd_client.remote import Remote
 from deconvd_client.residents import RemoteTensor
 from deconvd_client.server import Server
 from deconvd_client.server_info import ServerInfo
-from deconvd_client.targets import parse_target
+from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
+from deconvd_client.transports.route import TransportName
+from deconvd_client.transports.targets import parse_target
 
 __all__ = ["Connection", "connect"]
 
@@ -109,10 +108,10 @@ class Connection:
         self.target: str = parse_target(target)
         self._timeout_s = timeout_s = parse_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
-        self._way = way = parse_transport(transport)
+        self._transport = way = parse_transport(transport)
         self._fail_fast = parse_fail_fast(fail_fast)
         secret = parse_tenant_key(tenant_key)
-        learn_large_blocks()
+        raise_mmap_threshold()
 
         self._server = Server(
             self.target,
@@ -123,10 +122,10 @@ class Connection:
             fail_fast=self._fail_fast,
         )
         self._config = Config()
-        self._operations = Operations(self._server.residents, self._config)
+        self._operations = CallBuilder(self._server.residents, self._config)
         self._remote = Remote(self._operations, self._server)
 
-    @refuses_unknown_keywords
+    @reject_unknown_keywords
     def deconvolution_2d(
         self,
         x: Array | RemoteTensor,
@@ -165,9 +164,9 @@ class Connection:
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.deconvolution(x, W, b, geometry)
-        return arrays_like(x, self._server.arrays(call))["y"]
+        return arrays_like(x, self._server.execute(call))["y"]
 
-    @refuses_unknown_keywords
+    @reject_unknown_keywords
     def deconvolution_2d_grad(
         self,
         x: Array | RemoteTensor,
@@ -180,7 +179,7 @@ class Connection:
         *,
         dilate: IntOrPair = 1,
         groups: SupportsIndex = 1,
-        wanted: Collection[str] = GRADIENTS,
+        wanted: Collection[str] = GRADIENT_NAMES,
     ) -> Gradients:
         """Return the gradients of a loss with respect to `x`, `W` and `b`.
 
@@ -200,10 +199,10 @@ class Connection:
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
-        arrays = arrays_like(x, self._server.arrays(call))
+        arrays = arrays_like(x, self._server.execute(call))
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
-    @refuses_unknown_keywords
+    @reject_unknown_keywords
     def vjp(
         self,
         x: Array | RemoteTensor,
@@ -231,9 +230,12 @@ class Connection:
             TypeError: An unknown keyword.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        images, filters = self._operations.lasting("x", x), self._operations.lasting("W", W)
+        images, filters = (
+            self._operations.make_resident("x", x),
+            self._operations.make_resident("W", W),
+        )
         call = self._operations.deconvolution(images, filters, b, geometry)
-        y = arrays_like(x, self._server.arrays(call))["y"]
+        y = arrays_like(x, self._server.execute(call))["y"]
         pullback = Pullback(
             self._operations, self._server, call.problem, images, filters, has_b=b is not None
         )
@@ -257,8 +259,8 @@ class Connection:
         """
         residents = self._server.residents
         if isinstance(array, RemoteTensor):
-            if array.is_of(residents):
-                return RemoteTensor(residents, array.kept_for(residents, "array").shared())
+            if array.belongs_to(residents):
+                return RemoteTensor(residents, array.resident_for(residents, "array").duplicate())
             array = array.numpy()
         elements = host_array(self._operations.operand("array", array))
         spec = spec_of(elements)
@@ -281,7 +283,7 @@ class Connection:
             InvalidArgumentError: No operand can have that shape or element type.
         """
         deadline = Deadline(self._timeout_s)
-        return self._server.memory.empty(parse_shape(shape), parse_dtype(dtype), deadline)
+        return self._server.borrower.empty(parse_shape(shape), parse_dtype(dtype), deadline)
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
         """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
@@ -335,13 +337,13 @@ class Connection:
             self.target,
             timeout_s=self._timeout_s,
             max_message_bytes=self._max_message_bytes,
-            transport=self._way.value,
+            transport=self._transport.value,
             fail_fast=self._fail_fast,
         )
         return again, ()
 
     def __repr__(self) -> str:
-        words = [f"to {self.target}", *self._server.state(), f"timeout {self._timeout_s:g} s"]
-        if self._way is not TransportName.AUTO:
-            words.append(f"transport {self._way.value}")
+        words = [f"to {self.target}", *self._server.describe(), f"timeout {self._timeout_s:g} s"]
+        if self._transport is not TransportName.AUTO:
+            words.append(f"transport {self._transport.value}")
         return f"<deconvd_client.Connection {', '.join(words)}>"

@@ -8,18 +8,18 @@ from collections.abc import Callable, Set
 from difflib import get_close_matches
 from typing import Final, ParamSpec, TypeVar
 
-__all__ = ["refuses_unknown_keywords"]
+__all__ = ["reject_unknown_keywords"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_DETERMINISTIC = (
+_DETERMINISTIC_ERROR = (
     "deterministic argument is not supported anymore. "
     "Use chainer.using_config('cudnn_deterministic', value) "
     "context where value is either `True` or `False`."
 )
 
-_ELSEWHERE: Final = {
+_FRAMEWORK_ALIASES: Final = {
     "bias": "b",
     "dilation": "dilate",
     "dilation_rate": "dilate",
@@ -45,7 +45,7 @@ _ELSEWHERE: Final = {
 """What PyTorch, TensorFlow, JAX, ONNX and MXNet call our arguments."""
 
 
-def refuses_unknown_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def reject_unknown_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Make `function` raise what Chainer's functions raise for keywords it does not have.
 
     That is a ValueError for ``deterministic``, and for others a TypeError that names the function
@@ -57,7 +57,7 @@ def refuses_unknown_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         unknown = kwargs.keys() - known
         if "deterministic" in unknown:
-            raise ValueError(_DETERMINISTIC)
+            raise ValueError(_DETERMINISTIC_ERROR)
         if unknown:
             names = ", ".join(repr(name) for name in sorted(unknown))
             message = f"{function.__name__}() got unexpected keyword argument(s) {names}"
@@ -69,12 +69,16 @@ def refuses_unknown_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def _suggestions(unknown: Set[str], known: Set[str]) -> str:
     """Return which known keywords may be meant by unknown ones; empty if that cannot be told."""
-    meant = [f"'{near}' for '{name}'" for name in sorted(unknown) if (near := _near(name, known))]
+    meant = [
+        f"'{near}' for '{name}'"
+        for name in sorted(unknown)
+        if (near := _closest_keyword(name, known))
+    ]
     return f"; did you mean {', '.join(meant)}?" if meant else ""
 
 
-def _near(name: str, known: Set[str]) -> str:
-    elsewhere = _ELSEWHERE.get(name.lower(), "")
+def _closest_keyword(name: str, known: Set[str]) -> str:
+    elsewhere = _FRAMEWORK_ALIASES.get(name.lower(), "")
     if elsewhere in known:
         return elsewhere
     by_lower = {keyword.lower(): keyword for keyword in known if keyword != "self"}

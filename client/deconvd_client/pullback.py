@@ -6,12 +6,12 @@ from collections.abc import Collection
 from typing import NoReturn
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.gradients import Gradients
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_client.frameworks import arrays_like
-from deconvd_client.operations import GRADIENTS, Operations
-from deconvd_client.residents import Kept, RemoteTensor
+from deconvd.model.dtypes import Array
+from deconvd.model.gradients import Gradients
+from deconvd.model.problem import Problem
+from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder
+from deconvd_client.frameworks.framework import arrays_like
+from deconvd_client.residents import RemoteTensor, Resident
 from deconvd_client.server import Server
 
 __all__ = ["Pullback"]
@@ -27,11 +27,11 @@ class Pullback:
 
     def __init__(
         self,
-        operations: Operations,
+        operations: CallBuilder,
         server: Server,
         problem: Problem,
-        x: Kept,
-        W: Kept,
+        x: Resident,
+        W: Resident,
         *,
         has_b: bool,
     ) -> None:
@@ -43,7 +43,7 @@ class Pullback:
         self._has_b = has_b
 
     def __call__(
-        self, gy: Array | RemoteTensor, *, wanted: Collection[str] = GRADIENTS
+        self, gy: Array | RemoteTensor, *, wanted: Collection[str] = GRADIENT_NAMES
     ) -> Gradients:
         """Return the gradients of a loss with respect to x, W and b, as arrays of the kind of `gy`.
 
@@ -57,10 +57,10 @@ class Pullback:
         """
         if self._x.is_closed:
             raise InvalidArgumentError("the pullback is closed")
-        call = self._operations.way_back(
+        call = self._operations.backward(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
         )
-        arrays = arrays_like(gy, self._server.arrays(call))
+        arrays = arrays_like(gy, self._server.execute(call))
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def close(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NoReturn, SupportsIndex
 
-from deconvd.geometry import Geometry, IntOrPair
-from deconvd.tensor import Array
-from deconvd_client.keywords import refuses_unknown_keywords
-from deconvd_client.operations import GRADIENTS, Operations
+from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry, IntOrPair
+from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder
+from deconvd_client.keywords import reject_unknown_keywords
 from deconvd_client.residents import Call, RemoteGradients, RemoteTensor
 from deconvd_client.server import Server
 
@@ -21,11 +21,11 @@ class Remote:
     So a chain of calls moves nothing. They raise what the connection's own raise.
     """
 
-    def __init__(self, operations: Operations, server: Server) -> None:
+    def __init__(self, operations: CallBuilder, server: Server) -> None:
         self._operations = operations
         self._server = server
 
-    @refuses_unknown_keywords
+    @reject_unknown_keywords
     def deconvolution_2d(
         self,
         x: Array | RemoteTensor,
@@ -41,9 +41,9 @@ class Remote:
         """Return what `Connection.deconvolution_2d` does, and leave it on the server."""
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.deconvolution(x, W, b, geometry, stay=True)
-        return self._kept(call)["y"]
+        return self._execute(call)["y"]
 
-    @refuses_unknown_keywords
+    @reject_unknown_keywords
     def deconvolution_2d_grad(
         self,
         x: Array | RemoteTensor,
@@ -56,18 +56,18 @@ class Remote:
         *,
         dilate: IntOrPair = 1,
         groups: SupportsIndex = 1,
-        wanted: Collection[str] = GRADIENTS,
+        wanted: Collection[str] = GRADIENT_NAMES,
     ) -> RemoteGradients:
         """Return what `Connection.deconvolution_2d_grad` does, and leave it on the server."""
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.differentiation(x, W, b, gy, geometry, wanted, stay=True)
-        kept = self._kept(call)
+        kept = self._execute(call)
         return RemoteGradients(gx=kept.get("gx"), gW=kept.get("gw"), gb=kept.get("gb"))
 
-    def _kept(self, call: Call) -> dict[str, RemoteTensor]:
+    def _execute(self, call: Call) -> dict[str, RemoteTensor]:
         return {
             field: RemoteTensor(self._server.residents, result)
-            for field, result in self._server.calls.kept(call).items()
+            for field, result in self._server.dispatcher.execute_and_keep(call).items()
         }
 
     def __reduce__(self) -> NoReturn:

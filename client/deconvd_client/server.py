@@ -8,44 +8,44 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from deconvd.array_memory import ArrayMemory
-from deconvd.direct_events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
-from deconvd.forks import new_lock
-from deconvd.ledger import parse_ledger
-from deconvd.tensor import Array
-from deconvd.transport import unix_path
-from deconvd_client.advice import Advice
-from deconvd_client.asked import LastLedger
-from deconvd_client.calls import Calls
-from deconvd_client.channel import open_channel
-from deconvd_client.deadline import Deadline
-from deconvd_client.direct_ways import way_to
-from deconvd_client.grpc_transport import GrpcTransport
-from deconvd_client.nearest import Nearest, TransportName
-from deconvd_client.proxies import proxy_to
-from deconvd_client.residents import Call, Kept, Residents
-from deconvd_client.retries import Retries
-from deconvd_client.rpcs import Rpcs
+from deconvd.direct.events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
+from deconvd.host.buffer_pool import BufferPool
+from deconvd.host.forks import new_lock
+from deconvd.model.dtypes import Array
+from deconvd.wire.grpc_options import unix_path
+from deconvd.wire.ledger import parse_ledger
+from deconvd_client.calls.call_spec import LastLedger
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.dispatch import Dispatcher
+from deconvd_client.residents import Call, Resident, ResidentExecutor
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
-from deconvd_client.side_sockets import memory_socket
-from deconvd_client.stub import Stub
+from deconvd_client.transports.direct.connectors import connector_for
+from deconvd_client.transports.grpc.channel import open_channel
+from deconvd_client.transports.grpc.error_hints import ErrorHints
+from deconvd_client.transports.grpc.proxies import proxy_for
+from deconvd_client.transports.grpc.rpcs import RpcChannel
+from deconvd_client.transports.grpc.transport import GrpcTransport
+from deconvd_client.transports.retry_policy import RetryPolicy
+from deconvd_client.transports.route import Route, TransportName
+from deconvd_client.transports.side_sockets import find_memory_socket
+from deconvd_client.transports.stub import Stub
 
 if TYPE_CHECKING:
-    from deconvd_client.cards import Cards
+    from deconvd_client.card_calls import CardDispatcher
 
 __all__ = ["Server"]
 
-_CLOSE_S: Final = 0.8
+_CLOSE_TIMEOUT_S: Final = 0.8
 """How long `Server.close` waits for a server that takes nothing any more."""
 
-_KEPT_BYTES: Final = 256 << 20
+_RESULT_POOL_BYTES: Final = 256 << 20
 """Memory of dropped results that is kept for the next ones: fresh memory costs more than a copy into it."""
 
-_ON_HOST: Final = frozenset((np.ndarray, Kept))
+_HOST_TYPES: Final = frozenset((np.ndarray, Resident))
 """Types of operands that are on no card; classes derived from them are neither."""
 
-_WITHOUT_SHARED_MEMORY: Final = (TransportName.UNIX, TransportName.TCP, TransportName.GRPC)
+_MESSAGE_ONLY_TRANSPORTS: Final = (TransportName.UNIX, TransportName.TCP, TransportName.GRPC)
 
 
 class Server:
@@ -80,73 +80,75 @@ class Server:
     ) -> None:
         self._timeout_s = timeout_s
         self._transport = transport
-        self._last = LastLedger()
-        self._results = ArrayMemory(_KEPT_BYTES)
+        self._ledger = LastLedger()
+        self._result_pool = BufferPool(_RESULT_POOL_BYTES)
         open_stub = partial(_open_stub, transport, max_message_bytes)
-        self.nearest: Nearest = Nearest(open_stub, target, transport, Retries(fail_fast=fail_fast))
-        self._find_memory = partial(_memory_socket, self.nearest.far)
+        self.route: Route = Route(open_stub, target, transport, RetryPolicy(fail_fast=fail_fast))
+        self._find_memory = partial(_find_memory_socket, self.route.target_stub)
         is_only_way = transport is TransportName.SHARED_MEMORY
-        self.memory: Borrower = Borrower(self._find_memory, is_only_way=is_only_way)
-        is_lent = transport not in _WITHOUT_SHARED_MEMORY
+        self.borrower: Borrower = Borrower(self._find_memory, is_only_way=is_only_way)
+        is_lent = transport not in _MESSAGE_ONLY_TRANSPORTS
         if not is_lent:
-            self.memory.close()
-        empty, last = self._results.empty, self._last
-        self.residents: Residents = Residents(
-            self.nearest, self.memory, tenant_key, empty, last, timeout_s
+            self.borrower.close()
+        empty, last = self._result_pool.empty, self._ledger
+        self.residents: ResidentExecutor = ResidentExecutor(
+            self.route, self.borrower, tenant_key, empty, last, timeout_s
         )
-        lent = self.memory if is_lent else None
-        self.calls: Calls = Calls(self.nearest, lent, self.residents, empty, last, timeout_s)
-        self._cards: Cards | None = None
+        lent = self.borrower if is_lent else None
+        self.dispatcher: Dispatcher = Dispatcher(
+            self.route, lent, self.residents, empty, last, timeout_s
+        )
+        self._card_dispatcher: CardDispatcher | None = None
         self._lock = new_lock()
         self._is_closed = False
 
-    def arrays(self, call: Call) -> dict[str, Array]:
+    def execute(self, call: Call) -> dict[str, Array]:
         """Make a call that may have arrays on cards, and return its results, by the names of their fields.
 
         They are numpy's, or cupy's where `call.at` is. Raises LostTensorError, as `Calls.arrays` does.
         """
-        if _ON_HOST.issuperset(map(type, (call.at, *call.operands.values()))):
-            return self.calls.arrays(call)
-        if isinstance(call.at, (np.ndarray, Kept)):
-            return self.calls.arrays(call.on_host())
-        return self._opened_cards().arrays(call)
+        if _HOST_TYPES.issuperset(map(type, (call.results_like, *call.operands.values()))):
+            return self.dispatcher.execute(call)
+        if isinstance(call.results_like, (np.ndarray, Resident)):
+            return self.dispatcher.execute(call.with_host_arrays())
+        return self._get_card_dispatcher().execute(call)
 
     def info(self) -> ServerInfo:
         """Return what it is, what it runs on and how much it takes."""
         deadline = Deadline(self._timeout_s)
         session = self.residents.session_name
-        return ServerInfo.from_message(self.nearest.server_info(deadline, session))
+        return ServerInfo.from_message(self.route.server_info(deadline, session))
 
     def health(self) -> str:
         """Return its health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
-        return self.nearest.health(Deadline(self._timeout_s))
+        return self.route.health(Deadline(self._timeout_s))
 
     @property
     def last_ledger(self) -> dict[str, int]:
         """Where the time of the calling thread's last call went there, in microseconds."""
-        return parse_ledger(self._last.text)
+        return parse_ledger(self._ledger.text)
 
     def close(self) -> None:
         """Close all that is open, within a second. Calls under way, and later ones, raise CallCancelledError."""
         self._is_closed = True
-        deadline = Deadline(_CLOSE_S)
-        if self._cards is not None:
-            self._cards.close(deadline.within(_CLOSE_S / 4))
-        self.residents.close(deadline.within(_CLOSE_S / 2))
-        self.nearest.close(deadline)
-        self.memory.close()
-        self._results.clear()
+        deadline = Deadline(_CLOSE_TIMEOUT_S)
+        if self._card_dispatcher is not None:
+            self._card_dispatcher.close(deadline.with_limit(_CLOSE_TIMEOUT_S / 4))
+        self.residents.close(deadline.with_limit(_CLOSE_TIMEOUT_S / 2))
+        self.route.close(deadline)
+        self.borrower.close()
+        self._result_pool.clear()
 
-    def state(self) -> Iterator[str]:
+    def describe(self) -> Iterator[str]:
         """Yield in words which way calls go now, and what is open, as far as is known without asking."""
         if self._is_closed:
             yield "closed"
             return
-        stub = self.nearest.taken
+        stub = self.route.current_stub
         if stub is None:
             return  # nothing is known before the first call
         way = "a Unix socket" if unix_path(stub.target) else "TCP"
-        yield f"by shared memory and {way}" if self.memory.borrowed_bytes else f"by {way}"
+        yield f"by shared memory and {way}" if self.borrower.borrowed_bytes else f"by {way}"
         if stub.direct is None:
             yield "gRPC alone"
         else:
@@ -154,26 +156,30 @@ class Server:
         if self.residents.has_session:
             yield "session open"
 
-    def _opened_cards(self) -> Cards:
-        from deconvd_client.cards import Cards
+    def _get_card_dispatcher(self) -> CardDispatcher:
+        from deconvd_client.card_calls import CardDispatcher
 
         with self._lock:
-            if self._cards is None:
-                self._cards = Cards(self.calls, self._find_memory, self._timeout_s)
-                if self._transport in _WITHOUT_SHARED_MEMORY:
-                    self._cards.close(Deadline(0))
-            return self._cards
+            if self._card_dispatcher is None:
+                self._card_dispatcher = CardDispatcher(
+                    self.dispatcher, self._find_memory, self._timeout_s
+                )
+                if self._transport in _MESSAGE_ONLY_TRANSPORTS:
+                    self._card_dispatcher.close(Deadline(0))
+            return self._card_dispatcher
 
 
 def _open_stub(transport: TransportName, max_message_bytes: int, target: str) -> Stub:
     """Return the stub of a target; nothing is sent yet."""
-    proxy = proxy_to(target)
-    rpcs = Rpcs(lambda: open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy))
+    proxy = proxy_for(target)
+    rpcs = RpcChannel(
+        lambda: open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
+    )
     is_direct = transport is not TransportName.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
-    way = way_to(target) if is_direct else None
-    return Stub(target, GrpcTransport(rpcs, Advice(target, proxy)), way)
+    way = connector_for(target) if is_direct else None
+    return Stub(target, GrpcTransport(rpcs, ErrorHints(target, proxy)), way)
 
 
-def _memory_socket(far: Stub, deadline: Deadline) -> str:
+def _find_memory_socket(far: Stub, deadline: Deadline) -> str:
     """Return where the server lends memory; empty if it lends none here."""
-    return memory_socket(far.get_server_info(deadline), unix_path(far.target))
+    return find_memory_socket(far.get_server_info(deadline), unix_path(far.target))

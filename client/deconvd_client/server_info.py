@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from deconvd.cache_state import CacheState
-from deconvd.tensor import element_type_from_number
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.cache_state import CacheState
+from deconvd.wire.tensor import element_type_from_number
 
 __all__ = ["DeviceDescription", "ServerInfo"]
 

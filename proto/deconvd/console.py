@@ -10,12 +10,12 @@ from typing import Any, Final, TextIO
 
 import click
 
-__all__ = ["Command", "Group", "discard_output"]
+__all__ = ["ConsoleCommand", "ConsoleGroup", "discard_output"]
 
 _STANDARD_DESCRIPTORS: Final = (0, 1, 2)
 
 
-class Command(click.Command):
+class ConsoleCommand(click.Command):
     """A command for standard streams of any encoding, open, closed or full.
 
     It ends with one line, not a traceback, if its output cannot be written.
@@ -27,15 +27,15 @@ class Command(click.Command):
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
-            if not _is_of_output(error):
+            if not _is_output_error(error):
                 raise
-            _tell(f"Error: cannot write to standard output: {error.strerror}")
+            _print_error(f"Error: cannot write to standard output: {error.strerror}")
             sys.exit(1)
         finally:
-            _drop_unwritten()
+            _flush_or_discard()
 
 
-class Group(Command, click.Group):
+class ConsoleGroup(ConsoleCommand, click.Group):
     """A group of commands, likewise."""
 
 
@@ -50,8 +50,8 @@ def _prepare_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
-    sys.stdout = sys.stdout or _nowhere()
-    sys.stderr = sys.stderr or _nowhere()
+    sys.stdout = sys.stdout or _open_devnull()
+    sys.stderr = sys.stderr or _open_devnull()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -62,12 +62,12 @@ def discard_output() -> None:
     _discard(sys.stdout, 1)
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     with suppress(OSError):  # standard error may be as full
         click.echo(text, err=True)
 
 
-def _drop_unwritten() -> None:
+def _flush_or_discard() -> None:
     """Forget what cannot be written, or Python would try again at exit and end with a code of its own."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
@@ -83,11 +83,11 @@ def _discard(stream: TextIO, descriptor: int) -> None:
     stream.flush()
 
 
-def _is_of_output(error: OSError) -> bool:
+def _is_output_error(error: OSError) -> bool:
     """Return whether an error was raised by click's own printing."""
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     return frame.f_code is click.echo.__code__
 
 
-def _nowhere() -> TextIO:
+def _open_devnull() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")  # for as long as the process runs

@@ -1,7 +1,7 @@
 """Every failure that a caller can meet, each with its gRPC status.
 
 The class says what the caller can do about it, the message what was given and what is allowed. An error crosses the
-wire whole (`deconvd.status`): the client raises the class, message and details that the server raised.
+wire whole (`deconvd.wire.status`): the client raises the class, message and details that the server raised.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The daemon: runs deconvolutions for clients. In call order: rpc or direct_line, service, exchange, engine, device."""
+"""The server. In call order: transports, service, engine, device."""

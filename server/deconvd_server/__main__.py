@@ -17,21 +17,21 @@ import click
 import deconvd
 from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
-from deconvd.malloc import keep_freed_memory
-from deconvd_server.budgets import LEAST_MESSAGE_BYTES, budgets
-from deconvd_server.descriptors import DescriptorGuard, raise_limit
+from deconvd.host.malloc import keep_freed_memory
+from deconvd_server.command_options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.device.faults import DeviceUnavailableError
-from deconvd_server.ends import Ends, ServingLostError
+from deconvd_server.exit_reasons import ExitReasons, ServingLostError
 from deconvd_server.log_text import LogFormatter
-from deconvd_server.options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.residents import ResidentLimits
+from deconvd_server.resources.budgets import LEAST_MESSAGE_BYTES, budgets
+from deconvd_server.resources.descriptors import DescriptorGuard, raise_limit
+from deconvd_server.resources.socket_file import Access
 from deconvd_server.settings import Settings
-from deconvd_server.unix_socket import Access
 
 try:
     from deconvd_server.daemon import Daemon
-    from deconvd_server.device.opening import DeviceSettings, check_name, open_devices
-    from deconvd_server.running import Drainer, run
+    from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
+    from deconvd_server.shutdown import Drainer, run
 except ModuleNotFoundError as missing:
     if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings
         raise
@@ -49,15 +49,15 @@ _MAX_THREADS_COUNT = 1024
 
 _LAST_ID = 2**32 - 2
 _FILE_MODE = re.compile(r"0?[0-7]{3}")
-_MODE_FOR_A_GROUP = 0o660
-_MODE_FOR_ALL = 0o666
+_GROUP_MODE = 0o660
+_WORLD_MODE = 0o666
 
 _log = logging.getLogger("deconvd_server")
 
 
 def _device_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
     try:
-        check_name(name)
+        check_device_name(name)
     except InvalidArgumentError as error:
         raise click.BadParameter(str(error)) from None
     return name
@@ -269,8 +269,8 @@ def main(
     _warn_of_unknown_variables()
     machine = budgets()
     keep_freed_memory(machine.pool_bytes)
-    _begin_to_guard_descriptors()
-    ends = Ends()
+    _start_descriptor_guard()
+    ends = ExitReasons()
     drainer = Drainer(ends)
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
     if max_message_bytes is None:
@@ -293,22 +293,22 @@ def main(
                 residents,
                 takes_direct_calls=takes_direct_calls,
                 direct_port=direct_port,
-                access=_access(socket_mode, socket_group, shared_memory_users),
+                access=_socket_access(socket_mode, socket_group, shared_memory_users),
             ),
             on_lost=lambda what: ends.put(ServingLostError(what)),
         )
     except (OSError, DeconvdError) as error:
-        _give_up(error)
+        _exit_with_error(error)
     try:
         daemon.serve(partial(open_devices, device, devices))
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
-        _give_up(error)
-    _greet(daemon.addresses)
+        _exit_with_error(error)
+    _print_addresses(daemon.addresses)
     run(daemon, ends, drainer, drain_timeout_s)
 
 
-def _begin_to_guard_descriptors() -> None:
+def _start_descriptor_guard() -> None:
     try:
         raise_limit()
         guard = DescriptorGuard()
@@ -317,12 +317,12 @@ def _begin_to_guard_descriptors() -> None:
     guard.start()
 
 
-def _access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:
+def _socket_access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:
     """Return who may open the Unix sockets; None for whom the umask lets."""
     if mode is None:
         if group is None and not users:
             return None
-        mode = _MODE_FOR_ALL if group is None else _MODE_FOR_A_GROUP
+        mode = _WORLD_MODE if group is None else _GROUP_MODE
     return Access(mode, group)
 
 
@@ -332,7 +332,7 @@ def _log_to_standard_error(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
-def _greet(addresses: Sequence[str]) -> None:
+def _print_addresses(addresses: Sequence[str]) -> None:
     """Print where the server listens. That nobody can be told is no reason not to serve."""
     try:
         for address in addresses:
@@ -347,7 +347,7 @@ def _warn_of_unknown_variables() -> None:
         _log.warning("environment variables that are no options: %s", ", ".join(unknown))
 
 
-def _give_up(error: Exception) -> NoReturn:
+def _exit_with_error(error: Exception) -> NoReturn:
     """End with the reason why the server cannot start; a wrong option is for the command to tell."""
     if isinstance(error, InvalidArgumentError):
         raise error

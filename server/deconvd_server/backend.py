@@ -11,23 +11,28 @@ from pathlib import Path
 from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.admission import Admission
-from deconvd_server.behaviours import Behaviour
-from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
-from deconvd_server.direct import DirectServer
-from deconvd_server.engine import Engines
-from deconvd_server.listen import listen_beside, unix_sockets
-from deconvd_server.requests import SLICES_IN_FLIGHT
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.engine import Engines
 from deconvd_server.residents import Residents
-from deconvd_server.serve import Observer
-from deconvd_server.service import DeconvolutionService
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.socket_file import AddressInUseError
+from deconvd_server.resources.unix_listener import (
+    SideSocket,
+    SocketPurpose,
+    open_private_socket,
+    open_side_sockets,
+)
+from deconvd_server.resources.worker_threads import Workers, WorkersExecutor
+from deconvd_server.service.deconvolution import DeconvolutionService
+from deconvd_server.service.method import RpcMethod
+from deconvd_server.service.parsed_request import SLICES_IN_FLIGHT
+from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.settings import Settings
-from deconvd_server.shared_memory import Cards, Lender, Limits
-from deconvd_server.side_socket import Purpose, SideSocket, open_alone, open_beside
-from deconvd_server.stream_places import StreamPlaces
-from deconvd_server.unix_socket import AddressInUseError
-from deconvd_server.workers import Workers, WorkersExecutor
+from deconvd_server.shared_memory import CardLender, Lender, LoanLimits
+from deconvd_server.transports.direct.server import DirectServer
+from deconvd_server.transports.listen import listen_tcp, unix_socket_paths
+from deconvd_server.transports.serve import Observer
 
 __all__ = ["STREAMS_COUNT", "Backend"]
 
@@ -77,16 +82,16 @@ class Backend:
     ) -> None:
         instance = secrets.token_bytes(16)
         listeners = _listen_for_direct_calls(settings, addresses)  # first, since it may fail
-        grpc_paths = [Path(path) for path in unix_sockets(addresses)]
-        memory_sides = _open_for_memory(settings, grpc_paths)
-        call_sides = _open_for_calls(settings, grpc_paths)
+        grpc_paths = [Path(path) for path in unix_socket_paths(addresses)]
+        memory_sides = _open_memory_sockets(settings, grpc_paths)
+        call_sides = _open_call_sockets(settings, grpc_paths)
         ways = pb.GetServerInfoResponse(
             instance_id=instance.hex(),
             unix_sockets=[str(path) for path in grpc_paths],
             side_sockets=[
                 pb.SideSockets(
-                    calls=_name_for_clients(path, call_sides),
-                    memory=_name_for_clients(path, memory_sides),
+                    calls=_side_socket_name(path, call_sides),
+                    memory=_side_socket_name(path, memory_sides),
                 )
                 for path in grpc_paths
             ],
@@ -104,10 +109,10 @@ class Backend:
             devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=self._messages
         )
         self.residents = Residents(self._engines, settings.residents)
-        self.lender = _lender(
+        self.lender = _make_lender(
             settings, self._engines, list(memory_sides.values()), instance, on_lost
         )
-        self.streams = StreamPlaces(
+        self.stream_admission = StreamAdmission(
             Admission(
                 STREAMS_COUNT,
                 budgets().streams_bytes,
@@ -126,26 +131,26 @@ class Backend:
             self.lender,
             ways,
             max_message_bytes=settings.max_message_bytes,
-            streams=self.streams,
+            streams=self.stream_admission,
             executor=self._slices,
         )
-        self.behaviours: Mapping[str, Behaviour] = service.behaviours()
+        self.methods: Mapping[str, RpcMethod] = service.methods()
         self._direct: DirectServer | None = None
         if settings.takes_direct_calls:
             self._direct = DirectServer(
-                list(call_sides.values()), listeners, self.behaviours, instance, observers, on_lost
+                list(call_sides.values()), listeners, self.methods, instance, observers, on_lost
             )
 
     @property
-    def counted_bytes(self) -> int:
+    def budgeted_bytes(self) -> int:
         """What budgets count of the host's memory now, but for what is lent to clients."""
-        streams_bytes = self.streams.load.used_bytes
+        streams_bytes = self.stream_admission.load.used_bytes
         loads = [engine.load for engine in self._engines.all if not engine.info.has_own_memory]
-        devices_bytes = sum(load.used_bytes + load.held_bytes for load in loads)
+        devices_bytes = sum(load.used_bytes + load.reserved_bytes for load in loads)
         return streams_bytes + self._messages.load.used_bytes + devices_bytes
 
     @property
-    def kept_bytes(self) -> int:
+    def pooled_bytes(self) -> int:
         """What pools may keep of it beside, of memory that was freed and is used again."""
         cards_count = sum(engine.info.has_own_memory for engine in self._engines.all)
         machine = budgets()
@@ -170,7 +175,7 @@ class Backend:
 
     def close(self) -> None:
         """Close all but the direct connections, once no call is under way."""
-        self.streams.close()
+        self.stream_admission.close()
         self._slices.shutdown()
         if self.lender is not None:
             self.lender.close()
@@ -182,7 +187,7 @@ def _listen_for_direct_calls(settings: Settings, addresses: Sequence[str]) -> li
     if not settings.takes_direct_calls:
         return []
     try:
-        return listen_beside(addresses, settings.direct_port)
+        return listen_tcp(addresses, settings.direct_port)
     except AddressInUseError as error:
         if settings.direct_port:
             raise
@@ -190,27 +195,27 @@ def _listen_for_direct_calls(settings: Settings, addresses: Sequence[str]) -> li
         return []
 
 
-def _open_for_memory(settings: Settings, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
+def _open_memory_sockets(settings: Settings, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
     """Return the sockets where memory is lent, by those for gRPC: a server without any has one, too."""
     if not settings.shared_memory_bytes:
         return {}
     if grpc_paths:
-        return open_beside(grpc_paths, Purpose.MEMORY, settings.access)
+        return open_side_sockets(grpc_paths, SocketPurpose.MEMORY, settings.access)
     try:
-        alone = open_alone(Purpose.MEMORY, settings.access)
+        alone = open_private_socket(SocketPurpose.MEMORY, settings.access)
     except OSError as error:
         _log.warning("no memory is lent to clients on this host: %s", error)
         return {}
     return {alone.path: alone}
 
 
-def _open_for_calls(settings: Settings, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
+def _open_call_sockets(settings: Settings, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
     if not settings.takes_direct_calls:
         return {}
-    return open_beside(grpc_paths, Purpose.CALLS, settings.access)
+    return open_side_sockets(grpc_paths, SocketPurpose.CALLS, settings.access)
 
 
-def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
+def _side_socket_name(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
     """Return what clients are told of the socket beside one for gRPC: its name if it is in the same directory."""
     side = sides.get(grpc_path)
     if side is None:
@@ -218,7 +223,7 @@ def _name_for_clients(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
     return side.path.name if side.path.parent == grpc_path.parent else str(side.path)
 
 
-def _lender(
+def _make_lender(
     settings: Settings,
     engines: Engines,
     sides: Sequence[SideSocket],
@@ -230,17 +235,19 @@ def _lender(
     limit_bytes = settings.shared_memory_bytes
     return Lender(
         sides,
-        Limits(limit_bytes, limit_bytes // 2),
+        LoanLimits(limit_bytes, limit_bytes // 2),
         on_map=engines.register,
         users={0, os.geteuid(), *settings.shared_memory_users},
-        cards=_cards(engines),
+        cards=_make_card_lender(engines),
         instance=instance,
         on_lost=on_lost,
     )
 
 
-def _cards(engines: Engines) -> Cards | None:
+def _make_card_lender(engines: Engines) -> CardLender | None:
     """Return who lends memory of cards, up to half of what there is; None if there is no card."""
     by_card = {engine.info.card: engine for engine in engines.all if engine.info.card}
     budget_bytes = sum(engine.info.budget_bytes for engine in by_card.values())
-    return Cards(by_card, Limits(budget_bytes // 2, budget_bytes // 4)) if by_card else None
+    return (
+        CardLender(by_card, LoanLimits(budget_bytes // 2, budget_bytes // 4)) if by_card else None
+    )

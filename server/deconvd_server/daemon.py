@@ -14,28 +14,28 @@ from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.backend import Backend
-from deconvd_server.budgets import budgets
 from deconvd_server.device import Device
-from deconvd_server.gate import CALLS_COUNT, Gate
-from deconvd_server.grpc_server import GrpcServer
-from deconvd_server.health import Health
-from deconvd_server.listen import bind, release
-from deconvd_server.reflection import reflection_handlers
-from deconvd_server.serve import CallLog, Observer
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.settings import Settings
-from deconvd_server.workers import Workers
+from deconvd_server.transports.grpc.handlers import CALLS_COUNT, GrpcService
+from deconvd_server.transports.grpc.health import Health
+from deconvd_server.transports.grpc.reflection import reflection_handlers
+from deconvd_server.transports.grpc.server import GrpcServer
+from deconvd_server.transports.listen import bind, release
+from deconvd_server.transports.serve import CallLog, Observer
 
-__all__ = ["Daemon", "State"]
+__all__ = ["Daemon", "DaemonState"]
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
 _WORKERS_COUNT: Final = CALLS_COUNT + 16
 """One for each call, and some for the messages of sessions."""
 
-_EARLY_WORKERS_COUNT: Final = 16
+_PRESTARTED_WORKERS_COUNT: Final = 16
 """Those that are there from the start, so that calls are served when the system has no thread left."""
 
-_UNDER_WAY_S: Final = 0.1
+_IN_FLIGHT_S: Final = 0.1
 """How long calls that clients have sent may take to come. What comes once gRPC stops it ends with CANCELLED,
 which clients need not try again. So calls are kept waiting for so long: who calls again only with an answer has none
 on its way then, and once told UNAVAILABLE it knows to go elsewhere.
@@ -44,7 +44,7 @@ on its way then, and once told UNAVAILABLE it knows to go elsewhere.
 _log = logging.getLogger(__name__)
 
 
-class State(Enum):
+class DaemonState(Enum):
     """Where a daemon is in its life."""
 
     LISTENING = "listening"
@@ -78,15 +78,15 @@ class Daemon:
         observers: Sequence[Observer] = (CallLog(),),
         on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
-        self.state = State.LISTENING
+        self.state = DaemonState.LISTENING
         self.backend: Backend | None = None
         self._settings = settings
         self._observers = observers
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._is_cut = False
-        self._workers = Workers(_WORKERS_COUNT, _EARLY_WORKERS_COUNT)
-        self._gate = Gate(_SERVICE, self._workers, observers)
+        self._workers = Workers(_WORKERS_COUNT, _PRESTARTED_WORKERS_COUNT)
+        self._gate = GrpcService(_SERVICE, self._workers, observers)
         self._health = Health(_SERVICE.full_name)
         self._server = GrpcServer(
             {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
@@ -98,7 +98,7 @@ class Daemon:
             bind(self._server, address, settings.access) for address in settings.addresses
         ]
         self._server.start()
-        self._gate.expire(self._server.later)
+        self._gate.expire(self._server.call_later)
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
         """Open the devices and serve calls with them; return once it can.
@@ -116,11 +116,13 @@ class Daemon:
                 device.close()
             raise
         with self._lock:
-            if self.state is State.LISTENING:
+            if self.state is DaemonState.LISTENING:
                 self.backend = backend
-                self._server.receipts.count_with(lambda: backend.counted_bytes, backend.kept_bytes)
-                self._gate.open(backend.behaviours)
-                self.state = State.SERVING
+                self._server.receive_limiter.set_accounting(
+                    lambda: backend.budgeted_bytes, backend.pooled_bytes
+                )
+                self._gate.open(backend.methods)
+                self.state = DaemonState.SERVING
                 self._health.set_serving(True)
                 return
         backend.withdraw()  # it drains already
@@ -136,7 +138,7 @@ class Daemon:
             Whether no call was.
         """
         with self._lock:
-            self.state = State.DRAINING
+            self.state = DaemonState.DRAINING
             backend = self.backend
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         self._health.fail()
@@ -151,7 +153,7 @@ class Daemon:
         self._workers.close()  # a cancelled call's may still be on its way out
         if backend is not None:
             backend.close()
-        self.state = State.STOPPED
+        self.state = DaemonState.STOPPED
         return is_whole
 
     def fail(self) -> None:
@@ -168,8 +170,8 @@ class Daemon:
 
     def _stop(self, deadline_s: float) -> bool:
         """Stop gRPC once no call is under way, or they are to be cancelled; return whether none was."""
-        time.sleep(min(_UNDER_WAY_S, max(deadline_s - time.monotonic(), 0)))
-        self._server.take_no_more()
+        time.sleep(min(_IN_FLIGHT_S, max(deadline_s - time.monotonic(), 0)))
+        self._server.stop_accepting()
         self._gate.refuse()
         self._health.end_watches()
         is_whole = self._gate.wait_until_ended(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from deconvd_server.residents import ResidentLimits
-from deconvd_server.unix_socket import Access
+from deconvd_server.resources.socket_file import Access
 
 __all__ = ["Settings"]
 

@@ -176,7 +176,7 @@ def main(
             *(directory, supervisor, places.words, Random(seed), kinds, 60 * minutes + seconds),
             is_calm=only is not None,
         ).run()
-    click.echo(f"{results.written()}\nseed: {seed}")
+    click.echo(f"{results.to_text()}\nseed: {seed}")
     violations = results.violations()
     for violation in violations:
         click.echo(f"VIOLATED: {violation}")

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.dtypes import ELEMENT_TYPES
-from deconvd.geometry import Geometry
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
+from deconvd.model.dtypes import ELEMENT_TYPES, Array
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, TensorSpec
 from tests import definition
 from tests.golden import Tolerance, golden_cases, tolerance
 

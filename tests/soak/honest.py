@@ -22,22 +22,21 @@ import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct_events import Answer, Failed, Method
+from deconvd.direct.events import Answer, CallFailure, MethodCode
+from deconvd.direct.frame_stream import FrameStream
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
-from deconvd.geometry import Geometry
-from deconvd.grpc_status import error_from_rpc
-from deconvd.line import Line
-from deconvd.problem import Problem
-from deconvd.status import error_from_status
-from deconvd.tensor import spec_of
+from deconvd.model.geometry import Geometry
+from deconvd.model.problem import Problem, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_status import error_from_rpc
+from deconvd.wire.status import error_from_status
 from deconvd_client import Connection
 from tests import definition
-from tests.direct_calls import REQUEST, W, X, answer, send_call
-from tests.holders import array_of
+from tests.direct_calls import REQUEST, W, X, receive_answer, send_call
+from tests.session_clients import array_of
 from tests.soak.cases import Case, chainers, large, small
-from tests.soak.places import NICENESS, Interval, Places, end_at_sigterm, open_line
+from tests.soak.places import NICENESS, Interval, Places, end_at_sigterm, open_stream
 from tests.test_stock_client import (
     assert_are_gradients,
     assert_is_y,
@@ -154,12 +153,12 @@ class _Library:
             case.check_gradients(*self.F.deconvolution_2d_grad(*arrays, **case.params))
 
 
-def _early(places: Places) -> _Library:
+def _make_overlapped_client(places: Places) -> _Library:
     """Return a client whose large calls begin before their arrays are copied, though the processor follows no copy."""
     client = _Library(places.unix, "auto", _EARLY)
-    direct = client.F._server.nearest.far.direct
+    direct = client.F._server.route.target_stub.direct
     assert direct is not None
-    pytest.MonkeyPatch().setattr(direct._early_calls, "is_due", lambda: True)
+    pytest.MonkeyPatch().setattr(direct._overlap_backoff, "is_due", lambda: True)
     return client
 
 
@@ -240,19 +239,19 @@ def _hesitant(messages: Iterable[_T]) -> Iterator[_T]:
         time.sleep(_HESITATION_S)
 
 
-class _Lines:
+class _DirectClient:
     """Direct calls, frame by frame, by a Unix socket or TCP."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
         problem = Problem(spec_of(X), spec_of(W), Geometry())
         self._y = definition.deconvolve(problem, X, W)
-        self._line: Line | None = None
+        self._line: FrameStream | None = None
 
     def call(self, random: Random) -> None:
         line, self._line = self._line, None
         try:
-            line = line or open_line(self._places, is_unix=random.random() < 0.5)
+            line = line or open_stream(self._places, is_unix=random.random() < 0.5)
             self._call(line)
         except OSError as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
@@ -262,11 +261,13 @@ class _Lines:
         if self._line is not None:
             self._line.close()
 
-    def _call(self, line: Line) -> None:
+    def _call(self, line: FrameStream) -> None:
         line.set_deadline(CALL_TIMEOUT_S)
-        send_call(line, Method.Deconvolve, REQUEST.SerializeToString(), timeout_s=CALL_TIMEOUT_S)
-        event = answer(line)
-        if isinstance(event, Failed):
+        send_call(
+            line, MethodCode.Deconvolve, REQUEST.SerializeToString(), timeout_s=CALL_TIMEOUT_S
+        )
+        event = receive_answer(line)
+        if isinstance(event, CallFailure):
             raise error_from_status(event.status)
         assert isinstance(event, Answer)
         response = pb.DeconvolveResponse.FromString(event.message)
@@ -278,11 +279,11 @@ WAYS: dict[str, Callable[[Places], _Client]] = {
     "unix": lambda places: _Library(places.unix, "unix", *_LARGE),
     "tcp": lambda places: _Library(places.tcp, "tcp", *_LARGE),
     "grpc": lambda places: _Library(places.tcp, "grpc", *_LARGE),
-    "early": _early,
+    "early": _make_overlapped_client,
     "residents": lambda places: _Residents(places.unix, ""),
     "residents_by_tcp": lambda places: _Residents(places.tcp, "a secret of honest clients"),
     "stock": _Stock,
-    "lines": _Lines,
+    "lines": _DirectClient,
 }
 
 
@@ -317,7 +318,9 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
                 time.monotonic() > until_s
             )
             kind = type(error).__name__
-            failure = Failure(when, kind, str(error), is_last=is_last, was_told=_was_told(error))
+            failure = Failure(
+                when, kind, str(error), is_last=is_last, was_told=_is_outcome_known(error)
+            )
             outcome.failures.append(failure)
             if is_last:
                 return
@@ -327,7 +330,7 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
             return
 
 
-def _was_told(error: DeconvdError) -> bool:
+def _is_outcome_known(error: DeconvdError) -> bool:
     """Return whether the server has told what became of a call."""
     if isinstance(error, UnavailableError):
         return error.was_reached

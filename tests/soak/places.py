@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from deconvd.direct_events import ANY_INSTANCE, Hello
-from deconvd.line import Line
-from tests.line_pairs import client_line
+from deconvd.direct.events import ANY_INSTANCE, Hello
+from deconvd.direct.frame_stream import FrameStream
+from tests.stream_pairs import client_stream
 
 __all__ = [
     "HOST",
     "NICENESS",
     "Interval",
     "Places",
-    "connected",
-    "connected_on_host",
+    "connect_tcp",
+    "connect_unix",
     "end_at_sigterm",
     "free_places",
-    "open_line",
+    "open_stream",
 ]
 
 NICENESS = 5
@@ -91,12 +91,12 @@ def free_places(directory: Path) -> Places:
     return Places(str(directory / "deconvd.sock"), port, direct_port)
 
 
-def connected(port: int, source: str) -> socket.socket:
+def connect_tcp(port: int, source: str) -> socket.socket:
     """Return a connection to a port of the server's, from an address."""
     return socket.create_connection((HOST, port), _TIMEOUT_S, (source, 0))
 
 
-def connected_on_host(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+def connect_unix(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """Return a connection to a Unix socket of the server's."""
     end = socket.socket(socket.AF_UNIX, kind)
     end.settimeout(_TIMEOUT_S)
@@ -104,12 +104,12 @@ def connected_on_host(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -
     return end
 
 
-def open_line(places: Places, *, is_unix: bool, source: str = HOST) -> Line:
-    """Return a line to the server, which has greeted. Raises OSError, as LineBrokenError is, if there is none."""
+def open_stream(places: Places, *, is_unix: bool, source: str = HOST) -> FrameStream:
+    """Return a line to the server, which has greeted. Raises OSError, as ConnectionBrokenError is, if there is none."""
     if is_unix:
-        line = client_line(connected_on_host(places.calls_path))
+        line = client_stream(connect_unix(places.calls_path))
     else:
-        line = client_line(connected(places.direct_port, source))
+        line = client_stream(connect_tcp(places.direct_port, source))
     line.set_deadline(_TIMEOUT_S)
     line.send(Hello(ANY_INSTANCE))
     line.next_event()

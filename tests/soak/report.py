@@ -80,7 +80,7 @@ class Results:
         """Return what must not be."""
         return [*self.record.faults, *self.failed_clients, *self._violations()]
 
-    def written(self) -> str:
+    def to_text(self) -> str:
         """Return the report."""
         s = self.record
         late = sorted((check for check in self.checks if self._counts(check.when)), key=_latency)
@@ -160,11 +160,11 @@ class Results:
         begun_s = at_s - _UNDER_WAY_S
         bare = [o for o in self.outcomes if o.way in BARE_WAYS]
         tries = [(when, True) for o in bare for when in o.answered]
-        tries += [(f.when, _was_told(f, drain)) for o in bare for f in o.failures]
+        tries += [(f.when, _is_outcome_known(f, drain)) for o in bare for f in o.failures]
         return [not was_told for (begin, end), was_told in tries if begin < begun_s and end > at_s]
 
 
-def _was_told(failure: Failure, drain: Drain) -> bool:
+def _is_outcome_known(failure: Failure, drain: Drain) -> bool:
     """Return whether a call was told what became of it: what a drain cuts short in the end gRPC may tell."""
     is_cut = failure.text == TOLD_BY_GRPC and failure.when[1] >= drain.cut_s
     return failure.was_told or is_cut

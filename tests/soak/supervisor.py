@@ -10,10 +10,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deconvd_server.budgets import PROCESS_BYTES, Budgets
-from deconvd_server.machine import memory_bytes
+from deconvd_server.resources.budgets import PROCESS_BYTES, Budgets
+from deconvd_server.resources.machine import memory_bytes
 from tests.cgroups import Cgroup
-from tests.processes import held_by, peak_memory_bytes
+from tests.processes import peak_memory_bytes, process_resources
 from tests.servers import ServerProcess, server_process
 from tests.soak.places import Interval, Places
 
@@ -116,7 +116,7 @@ class Supervisor:
         self._directory, self._places, self._group = directory, places, group
         self._constants = constants
         self._running = ExitStack()
-        self._server = self._started()
+        self._server = self._start_server()
         self._seen_s = time.monotonic()
 
     def watch(self) -> None:
@@ -131,7 +131,7 @@ class Supervisor:
             self._note_held(self._server.process.pid)
 
     def _note_held(self, pid: int) -> None:
-        held, record = held_by(pid), self.record
+        held, record = process_resources(pid), self.record
         if self._group is not None:
             record.group_bytes = max(record.group_bytes, self._group.kept_memory_bytes)
         record.threads_count = max(record.threads_count, held.threads_count)
@@ -173,10 +173,10 @@ class Supervisor:
 
     def _restart(self, away_s: float) -> None:
         self._running.close()
-        self._server = self._started()
+        self._server = self._start_server()
         self.record.absences.append((away_s, time.monotonic()))
 
-    def _started(self) -> ServerProcess:
+    def _start_server(self) -> ServerProcess:
         self.record.starts_count += 1
         folder = self._directory / f"server-{self.record.starts_count}"
         folder.mkdir()

@@ -1,9 +1,17 @@
 """Tensors that stay on the server, for as long as the session of their connection."""
 
 from deconvd_client.residents.attempt import Attempt, Call
-from deconvd_client.residents.kept import Kept
+from deconvd_client.residents.executor import ResidentExecutor
 from deconvd_client.residents.remote_tensor import RemoteGradients, RemoteTensor
-from deconvd_client.residents.residents import Residents
-from deconvd_client.residents.source import Source
+from deconvd_client.residents.resident import Resident
+from deconvd_client.residents.source_array import SourceArray
 
-__all__ = ["Attempt", "Call", "Kept", "RemoteGradients", "RemoteTensor", "Residents", "Source"]
+__all__ = [
+    "Attempt",
+    "Call",
+    "RemoteGradients",
+    "RemoteTensor",
+    "Resident",
+    "ResidentExecutor",
+    "SourceArray",
+]

@@ -7,20 +7,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deconvd.digest import digest_of
-from deconvd.operation import ARGUMENTS, Operation
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import ARGUMENTS, Operation
+from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.asked import Asked, Request, Response
-from deconvd_client.deadline import Deadline
-from deconvd_client.frameworks import host_array
-from deconvd_client.residents.contents import Contents
-from deconvd_client.residents.kept import Kept, KeptState
-from deconvd_client.residents.session import Handle
-from deconvd_client.residents.source import Source
+from deconvd.wire.digest import digest_of
+from deconvd_client.calls.call_spec import CallSpec, Request, Response
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.frameworks.framework import host_array
+from deconvd_client.residents.known_digests import KnownDigests
+from deconvd_client.residents.resident import Resident, ResidentState
+from deconvd_client.residents.session import ResidentHandle
+from deconvd_client.residents.source_array import SourceArray
 
-__all__ = ["Attempt", "Call", "Means"]
+__all__ = ["Attempt", "AttemptContext", "Call"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +41,21 @@ class Call:
     operation: Operation
     request: Request
     problem: Problem
-    operands: Mapping[str, Array | Kept]
+    operands: Mapping[str, Array | Resident]
     results: Mapping[str, TensorSpec]
-    stay: bool
-    at: Any
+    keep_results: bool
+    results_like: Any
 
-    def on_host(self) -> Call:
+    def with_host_arrays(self) -> Call:
         """Return the same call with numpy arrays in place of those that are on cards."""
         operands = {
-            f: o if isinstance(o, Kept) else host_array(o) for f, o in self.operands.items()
+            f: o if isinstance(o, Resident) else host_array(o) for f, o in self.operands.items()
         }
         return replace(self, operands=operands)
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class AttemptContext:
     """What an attempt needs of its connection.
 
     Attributes:
@@ -67,10 +67,10 @@ class Means:
     """
 
     session: bytes
-    contents: Contents
+    known_digests: KnownDigests
     deadline: Deadline
-    put: Callable[[Kept, Source], Handle]
-    handle: Callable[[pb.Resident, int], Handle]
+    put: Callable[[Resident, SourceArray], ResidentHandle]
+    make_handle: Callable[[pb.Resident, int], ResidentHandle]
 
 
 class Attempt:
@@ -84,70 +84,70 @@ class Attempt:
         LostTensorError: The server no longer has an operand, and it cannot be sent again.
     """
 
-    def __init__(self, call: Call, means: Means, *, send_all: bool = False) -> None:
+    def __init__(self, call: Call, means: AttemptContext, *, send_all: bool = False) -> None:
         self._call = call
-        self._means = means
+        self._context = means
         self._send_all = send_all
-        self._sent: dict[str, Array] = {}
-        self._offered: dict[str, Array] = {}
-        self._named: dict[str, tuple[TensorSpec, pb.Digest]] = {}
-        self._handles: dict[str, tuple[Kept, Handle]] = {}
-        self._unsent: dict[str, tuple[Kept, Source]] = {}
+        self._sent_operands: dict[str, Array] = {}
+        self._offered_operands: dict[str, Array] = {}
+        self._digests: dict[str, tuple[TensorSpec, pb.Digest]] = {}
+        self._handles: dict[str, tuple[Resident, ResidentHandle]] = {}
+        self._operands_to_keep: dict[str, tuple[Resident, SourceArray]] = {}
         request: Any = type(call.request)()
         request.CopyFrom(call.request)
         request.session = means.session
         self._request: Request = request
-        if call.stay:
+        if call.keep_results:
             _keep_results(self._request)
         for field, operand in call.operands.items():
-            if isinstance(operand, Kept):
+            if isinstance(operand, Resident):
                 self._locate(field, operand)
             else:
                 self._name(field, operand)
 
     @property
-    def asked(self) -> Asked:
+    def call_spec(self) -> CallSpec:
         """The call, as it is made this time."""
-        knows, session = self._means.contents.knows, self._means.session
-        return Asked(
+        knows, session = self._context.known_digests.knows, self._context.session
+        return CallSpec(
             self._call.operation,
             self._request,
             self._call.problem,
-            self._sent,
-            {} if self._call.stay else self._call.results,
-            self._means.deadline,
-            self._offered,
-            is_sure=all(knows(session, *content) for content in self._named.values()),
+            self._sent_operands,
+            {} if self._call.keep_results else self._call.results,
+            self._context.deadline,
+            self._offered_operands,
+            are_digests_known=all(knows(session, *content) for content in self._digests.values()),
         )
 
     @property
-    def keeps(self) -> bool:
+    def needs_room(self) -> bool:
         """Whether the server needs room to keep something."""
-        return self._call.stay or bool(self._unsent)
+        return self._call.keep_results or bool(self._operands_to_keep)
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def hash_in_background(self) -> Iterator[None]:
         """Take the digests of what is sent to be kept while the block runs."""
         with ExitStack() as stack:
-            for _, source in self._unsent.values():
-                stack.enter_context(source.beside())
+            for _, source in self._operands_to_keep.values():
+                stack.enter_context(source.hash_in_background())
             yield
 
-    def settle(self, response: Response) -> None:
+    def record_response(self, response: Response) -> None:
         """Take note of what the server has now."""
-        for content in self._named.values():
-            self._means.contents.learn(self._means.session, *content)
-        for field, (kept, _) in self._unsent.items():
+        for content in self._digests.values():
+            self._context.known_digests.learn(self._context.session, *content)
+        for field, (kept, _) in self._operands_to_keep.items():
             assert isinstance(response, pb.DeconvolveResponse)  # no other keeps operands
             resident = getattr(response.kept, field)
-            kept.adopt(self._means.handle(resident, kept.spec.nbytes))
+            kept.adopt(self._context.make_handle(resident, kept.spec.nbytes))
 
-    def results(self, response: Response) -> dict[str, Kept]:
+    def results(self, response: Response) -> dict[str, Resident]:
         """Return what stands for the results that stay."""
-        kept: dict[str, Kept] = {}
+        kept: dict[str, Resident] = {}
         for field, spec in self._call.results.items():
             resident = getattr(response, field).resident
-            kept[field] = Kept(spec, handle=self._means.handle(resident, spec.nbytes))
+            kept[field] = Resident(spec, handle=self._context.make_handle(resident, spec.nbytes))
         return kept
 
     def forget(self, argument: str) -> bool:
@@ -156,44 +156,46 @@ class Attempt:
         Args:
             argument: Its name; empty if the server does not say.
         """
-        fields = [*self._handles, *self._named]
+        fields = [*self._handles, *self._digests]
         lost = [f for f in fields if argument in ("", ARGUMENTS[f])]
         for field in lost:
             if field in self._handles:
                 kept, handle = self._handles[field]
                 kept.lose(handle)
             else:
-                self._means.contents.forget(self._means.session, *self._named[field])
+                self._context.known_digests.forget(self._context.session, *self._digests[field])
         return bool(lost)
 
-    def _locate(self, field: str, kept: Kept) -> None:
+    def _locate(self, field: str, kept: Resident) -> None:
         """Name a tensor by its handle, or send it so that the server keeps it."""
-        handle = kept.handle_in(self._means.session)
+        handle = kept.handle_for(self._context.session)
         if handle is None:
-            source = kept.source_unchanged(ARGUMENTS[field])
-            if kept.state is KeptState.UNSENT and isinstance(self._request, pb.DeconvolveRequest):
+            source = kept.require_source(ARGUMENTS[field])
+            if kept.state is ResidentState.UNSENT and isinstance(
+                self._request, pb.DeconvolveRequest
+            ):
                 setattr(self._request.keep, field, True)
-                self._unsent[field] = kept, source
+                self._operands_to_keep[field] = kept, source
                 self._name(field, source.array, source)
                 return
             if self._send_all:
-                self._sent[field] = source.array
+                self._sent_operands[field] = source.array
                 return
-            handle = self._means.put(kept, source)
+            handle = self._context.put(kept, source)
         getattr(self._request, field).resident.CopyFrom(handle.resident)
         self._handles[field] = kept, handle
 
-    def _name(self, field: str, array: Array, source: Source | None = None) -> None:
+    def _name(self, field: str, array: Array, source: SourceArray | None = None) -> None:
         """Name an array by its digest where that pays, else send it."""
         is_constant = field in self._call.operation.constants
-        contents, deadline = self._means.contents, self._means.deadline
-        if self._send_all or not is_constant or not contents.is_worth(array, deadline):
-            self._sent[field] = array
+        contents, deadline = self._context.known_digests, self._context.deadline
+        if self._send_all or not is_constant or not contents.is_worth_hashing(array, deadline):
+            self._sent_operands[field] = array
             return
         digest = digest_of(array) if source is None else source.digest
         getattr(self._request, field).digest.CopyFrom(digest)
-        self._named[field] = spec_of(array), digest
-        self._offered[field] = array
+        self._digests[field] = spec_of(array), digest
+        self._offered_operands[field] = array
 
 
 def _keep_results(request: Request) -> None:

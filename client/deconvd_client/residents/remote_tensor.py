@@ -6,11 +6,10 @@ from typing import NamedTuple, NoReturn
 
 import numpy.typing as npt
 
-from deconvd.dtypes import DType
 from deconvd.errors import InvalidArgumentError
-from deconvd.tensor import Array
-from deconvd_client.residents.kept import Kept
-from deconvd_client.residents.residents import Residents
+from deconvd.model.dtypes import Array, DType
+from deconvd_client.residents.executor import ResidentExecutor
+from deconvd_client.residents.resident import Resident
 
 __all__ = ["RemoteGradients", "RemoteTensor"]
 
@@ -25,24 +24,24 @@ class RemoteTensor:
     it was made of an array that still holds the same; else its use raises LostTensorError.
     """
 
-    def __init__(self, home: Residents, kept: Kept) -> None:
-        self._home = home
-        self._kept = kept
+    def __init__(self, home: ResidentExecutor, kept: Resident) -> None:
+        self._executor = home
+        self._resident = kept
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The extent of each dimension."""
-        return self._kept.spec.shape
+        return self._resident.spec.shape
 
     @property
     def dtype(self) -> DType:
         """The element type, in native byte order."""
-        return self._kept.spec.dtype
+        return self._resident.spec.dtype
 
     @property
     def nbytes(self) -> int:
         """Size of its elements, in bytes."""
-        return self._kept.spec.nbytes
+        return self._resident.spec.nbytes
 
     def numpy(self) -> Array:
         """Return its elements, fetched from the server, as an array of the caller's own.
@@ -51,8 +50,8 @@ class RemoteTensor:
             InvalidArgumentError: It is closed.
             LostTensorError: The server no longer has it, and there is no array to take them from.
         """
-        self._kept.check_open("the tensor")
-        return self._home.get(self._kept)
+        self._resident.check_open("the tensor")
+        return self._executor.get(self._resident)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         # numpy's functions, numpy.asarray among them, fetch it
@@ -64,24 +63,24 @@ class RemoteTensor:
 
     def close(self) -> None:
         """Have the server drop it. Closing twice is harmless."""
-        self._kept.close()
+        self._resident.close()
 
-    def is_of(self, home: Residents) -> bool:
+    def belongs_to(self, home: ResidentExecutor) -> bool:
         """Return whether it is a connection's own."""
-        return home is self._home
+        return home is self._executor
 
-    def kept_for(self, home: Residents, argument: str) -> Kept:
+    def resident_for(self, home: ResidentExecutor, argument: str) -> Resident:
         """Return what calls of a connection need of it.
 
         Raises:
             InvalidArgumentError: It is closed, or another connection's.
         """
-        if not self.is_of(home):
+        if not self.belongs_to(home):
             raise InvalidArgumentError(
                 f"{argument} must not be a RemoteTensor of another connection", argument=argument
             )
-        self._kept.check_open(argument)
-        return self._kept
+        self._resident.check_open(argument)
+        return self._resident
 
     def __enter__(self) -> RemoteTensor:
         return self
@@ -96,8 +95,8 @@ class RemoteTensor:
         )
 
     def __repr__(self) -> str:
-        closed = ", closed" if self._kept.is_closed else ""
-        return f"<deconvd_client.RemoteTensor, {self._kept.spec}{closed}>"
+        closed = ", closed" if self._resident.is_closed else ""
+        return f"<deconvd_client.RemoteTensor, {self._resident.spec}{closed}>"
 
 
 class RemoteGradients(NamedTuple):

@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import TypeVar
 
 from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
-from deconvd.forks import begin_anew_in_children, leave_to_parent, new_lock
+from deconvd.host.forks import leave_to_parent, new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.deadline import Deadline
-from deconvd_client.nearest import Nearest
-from deconvd_client.residents.keeper import Asking, Drop, Flush, Keeper, Mailbox, Opened
-from deconvd_client.uninterrupted import NotYetError, Promise
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.uninterrupted import Promise, PromiseTimeoutError
+from deconvd_client.residents.session_thread import (
+    CommandQueue,
+    DropTensor,
+    FlushDrops,
+    OpenSession,
+    SessionInfo,
+    SessionThread,
+)
+from deconvd_client.transports.route import Route
 
-__all__ = ["Handle", "Session"]
+__all__ = ["ClientSession", "ResidentHandle"]
 
 _T = TypeVar("_T")
 
 
-class Handle:
+class ResidentHandle:
     """A tensor that the server keeps, until the last that refers to this has gone.
 
     Attributes:
@@ -25,22 +32,22 @@ class Handle:
         resident: The tensor.
     """
 
-    __slots__ = ("_mailbox", "_size_bytes", "resident", "session")
+    __slots__ = ("_commands", "_size_bytes", "resident", "session")
 
     def __init__(
-        self, session: bytes, resident: pb.Resident, size_bytes: int, mailbox: Mailbox
+        self, session: bytes, resident: pb.Resident, size_bytes: int, mailbox: CommandQueue
     ) -> None:
         self.session: bytes = session
         self.resident: pb.Resident = resident
         self._size_bytes = size_bytes
-        self._mailbox = mailbox
+        self._commands = mailbox
 
     def __del__(self) -> None:
         # Whatever thread this is, and whatever locks it holds: no more than this may happen here.
-        self._mailbox.put(Drop(self.session, self.resident, self._size_bytes))
+        self._commands.put(DropTensor(self.session, self.resident, self._size_bytes))
 
 
-class Session:
+class ClientSession:
     """Opened at the first need, and anew when the server knows it no more. Thread-safe.
 
     A forked child has none, and can have none: what its parent keeps is the parent's, and gRPC's
@@ -51,71 +58,71 @@ class Session:
         tenant_key: As in HoldSessionRequest.
     """
 
-    def __init__(self, nearest: Nearest, tenant_key: bytes) -> None:
-        self._nearest = nearest
+    def __init__(self, nearest: Route, tenant_key: bytes) -> None:
+        self._route = nearest
         self._tenant_key = tenant_key
         self._is_closed = False
         self._is_in_child = False
         self._lock = new_lock()
-        self._begin()
-        begin_anew_in_children(self)
+        self._create_thread()
+        register_fork_reset(self)
 
-    def open(self, deadline: Deadline, *, fail_fast: bool = False) -> Opened:
+    def open(self, deadline: Deadline, *, fail_fast: bool = False) -> SessionInfo:
         """Return the session, after opening it if need be. Raises a DeconvdError.
 
         Args:
             deadline: Until when to try.
             fail_fast: Whether to try once.
         """
-        opened = self._keeper.opened
+        opened = self._thread.session
         if opened is not None:
             return opened
-        answer: Promise[Opened] = Promise()
-        self._wish(Asking(answer, deadline, fail_fast))
-        return _within(deadline, answer, "open a session")
+        answer: Promise[SessionInfo] = Promise()
+        self._submit(OpenSession(answer, deadline, fail_fast))
+        return _wait_for(deadline, answer, "open a session")
 
     @property
     def is_open(self) -> bool:
         """Whether it is open now, as far as is known."""
-        return self._keeper.opened is not None
+        return self._thread.session is not None
 
     @property
     def name(self) -> bytes:
         """Its name, if it is open now, as far as is known; else empty."""
-        opened = self._keeper.opened
+        opened = self._thread.session
         return b"" if opened is None else opened.name
 
     def lose(self, name: bytes) -> None:
         """Take note that the server does not know the session of that name."""
-        self._keeper.lose(name)
+        self._thread.lose(name)
 
-    def handle(self, session: bytes, resident: pb.Resident, size_bytes: int) -> Handle:
+    def make_handle(self, session: bytes, resident: pb.Resident, size_bytes: int) -> ResidentHandle:
         """Return the handle of a tensor that the server keeps from now on."""
-        return Handle(session, resident, size_bytes, self._keeper.mailbox)
+        return ResidentHandle(session, resident, size_bytes, self._thread.commands)
 
     def flush(self, deadline: Deadline) -> None:
         """Return once the server has been told of all that is to be dropped."""
         answer: Promise[None] = Promise()
-        self._wish(Flush(answer))
-        _within(deadline, answer, "drop tensors that nobody uses")
+        self._submit(FlushDrops(answer))
+        _wait_for(deadline, answer, "drop tensors that nobody uses")
 
     def close(self, deadline: Deadline) -> None:
         """End it, for good: return once the server has taken note, or at the deadline."""
         with self._lock:
             self._is_closed = True
-            self._keeper.end()
-        self._keeper.await_end(deadline)
+            self._thread.end()
+        self._thread.await_end(deadline)
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         """Have nothing to do with the session, which is the parent's."""
         self._is_in_child = True
-        leave_to_parent(self._keeper)
-        self._begin()
+        leave_to_parent(self._thread)
+        self._create_thread()
 
-    def _begin(self) -> None:
-        self._keeper = Keeper(self._nearest, self._tenant_key)
+    def _create_thread(self) -> None:
+        self._thread = SessionThread(self._route, self._tenant_key)
 
-    def _wish(self, wish: Asking | Flush) -> None:
+    def _submit(self, wish: OpenSession | FlushDrops) -> None:
         with self._lock:  # so that no wish comes after the end
             if self._is_closed:
                 raise CallCancelledError("the connection is closed")
@@ -124,16 +131,16 @@ class Session:
                     "tensors stay for the process that made the connection: a forked child must "
                     "make one of its own"
                 )
-            self._keeper.start()
-            self._keeper.mailbox.put(wish)
+            self._thread.start()
+            self._thread.commands.put(wish)
 
     def __del__(self) -> None:
-        self._keeper.end()
+        self._thread.end()
 
 
-def _within(deadline: Deadline, answer: Promise[_T], what: str) -> _T:
+def _wait_for(deadline: Deadline, answer: Promise[_T], what: str) -> _T:
     """Return what the session's thread answers. Raises DeadlineError if it does not in time."""
     try:
         return answer.wait(deadline.remaining_s())
-    except NotYetError:
+    except PromiseTimeoutError:
         raise DeadlineError(f"the server did not {what} in time") from None

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deconvd.direct_events import Method
+from deconvd.direct.events import MethodCode
 from deconvd.errors import CallCancelledError, StaleRegionError
-from deconvd.parts import Part, PartReader, PartSource, elements_parts
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, message_from_spec, spec_of
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_client.deadline import Deadline
-from deconvd_client.nearest import Nearest
+from deconvd.wire.stream_parts import Part, PartReader, PartSource, elements_parts
+from deconvd.wire.tensor import message_from_spec
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.transport import OutcomeUnknownError, StreamAttempt
 from deconvd_client.shared_memory import Borrower, SharedCall
-from deconvd_client.stub import Stub
-from deconvd_client.transport import Conversation, LostLineError
+from deconvd_client.transports.route import Route
+from deconvd_client.transports.stub import Stub
 
 __all__ = ["Transfers"]
 
@@ -30,61 +31,63 @@ class Transfers:
     """
 
     def __init__(
-        self, nearest: Nearest, memory: Borrower, empty: Callable[[TensorSpec], Array]
+        self, nearest: Route, memory: Borrower, empty: Callable[[TensorSpec], Array]
     ) -> None:
-        self._nearest = nearest
-        self._memory = memory
+        self._route = nearest
+        self._borrower = memory
         self._empty = empty
 
     def put(self, session: bytes, array: Array, deadline: Deadline) -> tuple[pb.Resident, str]:
         """Have the server keep a tensor for a session; return how it is called, and the ledger."""
-        return self._nearest.call(lambda stub: self._put(stub, session, array, deadline), deadline)
+        return self._route.call(lambda stub: self._put(stub, session, array, deadline), deadline)
 
     def get(
         self, session: bytes, resident: pb.Resident, spec: TensorSpec, deadline: Deadline
     ) -> tuple[Array, str]:
         """Return a tensor that the server keeps, and the ledger."""
         request = pb.GetTensorRequest(session=session, resident=resident)
-        return self._nearest.call(lambda stub: self._got(stub, request, spec, deadline), deadline)
+        return self._route.call(lambda stub: self._get(stub, request, spec, deadline), deadline)
 
     def _put(
         self, stub: Stub, session: bytes, array: Array, deadline: Deadline
     ) -> tuple[pb.Resident, str]:
         try:
-            with SharedCall(self._memory, deadline) as call:
-                shared = call.tensor(array)
+            with SharedCall(self._borrower, deadline) as call:
+                shared = call.operand_message(array)
                 if shared is not None:
-                    call.settle()
-                    return self._sent(stub, session, shared, None, deadline)
+                    call.copy_operands()
+                    return self._call_put(stub, session, shared, None, deadline)
         except StaleRegionError:
             pass  # it is sent in chunks
-        if self._memory.is_large(array):
-            self._memory.allow_other_ways()
-        return self._sent(stub, session, message_from_spec(spec_of(array)), array, deadline)
+        if self._borrower.is_large(array):
+            self._borrower.check_fallback()
+        return self._call_put(stub, session, message_from_spec(spec_of(array)), array, deadline)
 
-    def _got(
+    def _get(
         self, stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec, deadline: Deadline
     ) -> tuple[Array, str]:
         try:
-            with SharedCall(self._memory, deadline) as call:
-                result = call.result(spec) if self._memory.is_large(spec) else None
+            with SharedCall(self._borrower, deadline) as call:
+                result = call.allocate_result(spec) if self._borrower.is_large(spec) else None
                 if result is not None:
                     placed = pb.GetTensorRequest()
                     placed.CopyFrom(request)
-                    result.place.write_to(placed.place)
-                    _, ledger = self._received(stub, placed, None, deadline)
+                    result.shared_slice.write_to(placed.place)
+                    _, ledger = self._call_get(stub, placed, None, deadline)
                     return result.array, ledger
         except StaleRegionError:
             pass  # it comes in chunks
-        except LostLineError:  # it may be written there yet: it is tried again, in other memory
+        except (
+            OutcomeUnknownError
+        ):  # it may be written there yet: it is tried again, in other memory
             raise CallCancelledError("a direct connection was lost") from None
-        if self._memory.is_large(spec):
-            self._memory.allow_other_ways()
-        array, ledger = self._received(stub, request, spec, deadline)
+        if self._borrower.is_large(spec):
+            self._borrower.check_fallback()
+        array, ledger = self._call_get(stub, request, spec, deadline)
         assert array is not None
         return array, ledger
 
-    def _sent(
+    def _call_put(
         self,
         stub: Stub,
         session: bytes,
@@ -95,27 +98,31 @@ class Transfers:
         """Call PutTensor, with the elements of an array if it is given."""
         header = pb.PutTensorHeader(session=session, tensor=tensor)
 
-        def begin() -> Conversation[pb.PutTensorResponse]:
+        def begin() -> StreamAttempt[pb.PutTensorResponse]:
             parts = _parts(header, array)
-            return Conversation(Method.PutTensor, parts, _only_message, pb.PutTensorResponse)
+            return StreamAttempt(
+                MethodCode.PutTensor, parts, _read_single_message, pb.PutTensorResponse
+            )
 
         response, ledger = stub.stream(begin, deadline)
         return response.resident, ledger
 
-    def _received(
+    def _call_get(
         self, stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec | None, deadline: Deadline
     ) -> tuple[Array | None, str]:
         """Call GetTensor, and return the elements unless they go elsewhere."""
 
         def receive(source: PartSource) -> Array | None:
             reader = PartReader(source, pb.GetTensorResponse, self._empty)
-            reader.header()
+            reader.read_header()
             array = None if spec is None else reader.read("resident", spec)
             reader.expect_end()
             return array
 
-        def begin() -> Conversation[Array | None]:
-            return Conversation(Method.GetTensor, iter([request]), receive, pb.GetTensorResponse)
+        def begin() -> StreamAttempt[Array | None]:
+            return StreamAttempt(
+                MethodCode.GetTensor, iter([request]), receive, pb.GetTensorResponse
+            )
 
         return stub.stream(begin, deadline, is_placed=spec is None)
 
@@ -126,7 +133,7 @@ def _parts(header: pb.PutTensorHeader, array: Array | None) -> Iterator[Part]:
         yield from elements_parts(array)
 
 
-def _only_message(source: PartSource) -> Any:
+def _read_single_message(source: PartSource) -> Any:
     """Return the message of a response that has one."""
     message = source.next()
     source.next()  # the end

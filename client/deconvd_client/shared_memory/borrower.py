@@ -8,7 +8,6 @@ from typing import Final, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from deconvd.dtypes import element_type
 from deconvd.errors import (
     DeadlineError,
     ExhaustedError,
@@ -18,16 +17,16 @@ from deconvd.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from deconvd.forks import begin_anew_in_children, new_lock
-from deconvd.problem import TensorSpec, check_extents
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array, spec_of
-from deconvd_client.deadline import Deadline
-from deconvd_client.shared_memory.loans import LenderState, Loan, Loans
-from deconvd_client.shared_memory.places import HOST, Place
-from deconvd_client.shared_memory.region import Block, Pool, Region
+from deconvd.host.forks import new_lock, register_fork_reset
+from deconvd.model.dtypes import Array, element_type
+from deconvd.model.problem import TensorSpec, check_extents, spec_of
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.shared_memory.loan_thread import LenderState, LoanClient, LoanRequest
+from deconvd_client.shared_memory.memory_kind import HOST_MEMORY, MemoryKind
+from deconvd_client.shared_memory.region import BorrowedBlock, BorrowedRegion, RegionPool
 
-__all__ = ["Borrower", "has_ended"]
+__all__ = ["Borrower", "has_call_ended"]
 
 _PATIENCE_S: Final = 5.0
 """How long calls that have another way wait for memory."""
@@ -59,16 +58,16 @@ class Borrower:
         find_socket: Callable[[Deadline], str],
         *,
         is_only_way: bool = False,
-        place: Place = HOST,
+        place: MemoryKind = HOST_MEMORY,
     ) -> None:
-        self.place = place
+        self.memory_kind = place
         self._is_only_way = is_only_way
         self._lock = new_lock()  # never held while the server is talked to
-        self._pool = Pool()
-        self._loans = Loans(
+        self._pool = RegionPool()
+        self._loan_client = LoanClient(
             self._lock, self._pool, find_socket, is_only_way=is_only_way, place=place
         )
-        begin_anew_in_children(self)
+        register_fork_reset(self)
 
     def empty(
         self,
@@ -86,14 +85,16 @@ class Borrower:
             tuple(extent.__index__() for extent in extents), element_type("dtype", np.dtype(dtype))
         )
         check_extents("shape", spec)
-        block = self.take(spec.nbytes, deadline) if spec.nbytes else None
+        block = self.allocate(spec.nbytes, deadline) if spec.nbytes else None
         return np.empty(spec.shape, spec.dtype) if block is None else block.array(spec)
 
     def is_large(self, tensor: Array | TensorSpec) -> bool:
         """Return whether shared memory pays for a tensor."""
-        return tensor.nbytes >= self.place.smallest_bytes
+        return tensor.nbytes >= self.memory_kind.min_tensor_bytes
 
-    def place_for(self, array: Array, deadline: Deadline) -> tuple[SharedSlice, Array] | None:
+    def find_or_allocate(
+        self, array: Array, deadline: Deadline
+    ) -> tuple[SharedSlice, Array] | None:
         """Return where an array lies, and itself; or a place for a copy of it, and that, which is yet to be made.
 
         None if it does not lie in borrowed memory, and there is no room for it.
@@ -102,20 +103,20 @@ class Borrower:
         if place is not None:
             return place, array
         spec = spec_of(array)
-        block = self.take_now(array.nbytes, deadline)
-        return None if block is None else (block.place, block.array(spec))
+        block = self.allocate_unchecked(array.nbytes, deadline)
+        return None if block is None else (block.shared_slice, block.array(spec))
 
     def locate(self, array: Array) -> SharedSlice | None:
         """Return where an array lies; None unless it lies in borrowed memory as a message's elements do."""
-        address = self.place.address(array) if array.nbytes else None
+        address = self.memory_kind.address(array) if array.nbytes else None
         if address is None:
             return None
         for region in self._pool.regions:
-            if region.holds(address, array.nbytes):
+            if region.contains(address, array.nbytes):
                 return SharedSlice(region.name, address - region.address)
         return None
 
-    def note_failure(self, error: BaseException, regions: Iterable[Region]) -> None:
+    def note_failure(self, error: BaseException, regions: Iterable[BorrowedRegion]) -> None:
         """Note how a call has failed.
 
         Args:
@@ -124,44 +125,44 @@ class Borrower:
                 room for other arrays any more.
         """
         if isinstance(error, StaleRegionError):
-            self.look_after_link()  # a server that has gone is not another one
+            self.check_link()  # a server that has gone is not another one
             with self._lock:
-                self._loans.disown(str(error))
-        elif not has_ended(error):
+                self._loan_client.disown(str(error))
+        elif not has_call_ended(error):
             with self._lock:
                 for region in regions:
                     region.close()
 
-    def take(self, size_bytes: int, deadline: Deadline) -> Block | None:
+    def allocate(self, size_bytes: int, deadline: Deadline) -> BorrowedBlock | None:
         """Return a new block of memory, of any size but 0; None if there is no room for it."""
-        self.look_after_link()
-        return self.take_now(size_bytes, deadline)
+        self.check_link()
+        return self.allocate_unchecked(size_bytes, deadline)
 
-    def take_now(self, size_bytes: int, deadline: Deadline) -> Block | None:
+    def allocate_unchecked(self, size_bytes: int, deadline: Deadline) -> BorrowedBlock | None:
         """Return a new block as `take` does. The caller has looked after the link."""
         with self._lock:
-            block = self._pool.take_again(size_bytes)  # in a loop of like calls it always is
+            block = self._pool.reuse_last(size_bytes)  # in a loop of like calls it always is
             if block is None:
                 self._pool.collect()
-                if self._pool.has_waste:
-                    self._loans.request(0)  # gives it back
-                block = self._pool.take(size_bytes)
+                if self._pool.has_unused:
+                    self._loan_client.request(0)  # gives it back
+                block = self._pool.allocate(size_bytes)
             if block is not None:
                 return block
-            loan = self._loans.request(size_bytes)
+            loan = self._loan_client.request(size_bytes)
         if loan is None:
             return None
         self._wait(loan, deadline)
         return loan.block
 
-    def look_after_link(self) -> None:
+    def check_link(self) -> None:
         """Take note if the server has closed the socket since the last call."""
         with self._lock:
-            link = self._loans.link
+            link = self._loan_client.link
             if link is not None and not link.is_open:
-                self._loans.lose_link()
+                self._loan_client.lose_link()
 
-    def allow_other_ways(self) -> None:
+    def check_fallback(self) -> None:
         """Return if what has no room here may be sent instead.
 
         Raises:
@@ -171,7 +172,7 @@ class Borrower:
         """
         if not self._is_only_way:
             return
-        why = self._loans.refusal
+        why = self._loan_client.refusal
         if why is None:
             raise DeadlineError("the server did not lend memory in time")
         text = f"no tensor can go by shared memory: {why}"
@@ -179,12 +180,12 @@ class Borrower:
             raise type(why)(text, retry_after_s=why.retry_after_s)
         raise type(why)(text)
 
-    def lends(self, deadline: Deadline) -> bool:
+    def has_lender(self, deadline: Deadline) -> bool:
         """Return whether the server lends memory, as far as is known by the deadline; True if it must."""
         if self._is_only_way or self._is_lending:
             return True
         with self._lock:
-            loan = self._loans.request(0)
+            loan = self._loan_client.request(0)
         if loan is not None:
             self._wait(loan, deadline)
         return self._is_lending
@@ -195,11 +196,11 @@ class Borrower:
         return sum(region.size_bytes for region in self._pool.regions)
 
     @property
-    def taken_bytes(self) -> int:
+    def allocated_bytes(self) -> int:
         """What arrays take of it now."""
         with self._lock:
             self._pool.recover()
-            return sum(region.taken_bytes for region in self._pool.regions)
+            return sum(region.allocated_bytes for region in self._pool.regions)
 
     def give_back_unused(self, deadline: Deadline) -> None:
         """Give back what no array lies in; return once the server knows, or at the deadline."""
@@ -208,36 +209,36 @@ class Borrower:
             for region in self._pool.regions:
                 if region.is_empty:
                     region.close()
-            loan = self._loans.request(0) if self._is_lending else None
+            loan = self._loan_client.request(0) if self._is_lending else None
         if loan is not None:
             loan.wait(deadline)
 
     def close(self) -> None:
         """Give all back, for good. Arrays that lie in it stay as they are."""
         with self._lock:
-            self._loans.close()
+            self._loan_client.close()
 
-    def begin_anew_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         """Leave what was borrowed to the parent."""
-        self._loans.begin_anew_in_child()
+        self._loan_client.reset_after_fork()
 
     @property
     def _is_lending(self) -> bool:
-        return self._loans.state is LenderState.LENDING
+        return self._loan_client.state is LenderState.LENDING
 
-    def _wait(self, loan: Loan, deadline: Deadline) -> None:
+    def _wait(self, loan: LoanRequest, deadline: Deadline) -> None:
         """Wait until a loan has ended, or for as long as its caller has to."""
         if self._is_only_way:
             loan.wait(deadline)
             return
         if not loan.is_first and not self._is_lending:
-            has_ended = loan.wait(deadline.within(_BRIEF_PATIENCE_S))
+            has_ended = loan.wait(deadline.with_limit(_BRIEF_PATIENCE_S))
             if has_ended or not self._is_lending:
                 return
-        loan.wait(deadline.within(_PATIENCE_S))
+        loan.wait(deadline.with_limit(_PATIENCE_S))
 
 
-def has_ended(error: BaseException) -> bool:
+def has_call_ended(error: BaseException) -> bool:
     """Return whether only a server that has done with a call can have answered so."""
     if isinstance(error, UnavailableError):
         return error.was_reached

@@ -10,13 +10,26 @@ from contextlib import suppress
 from enum import Enum
 from typing import Final
 
-from deconvd.forks import new_lock
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.host.forks import new_lock
+from deconvd.lending.protocol import (
+    MAX_REPLY_BYTES,
+    LendingOperation,
+    LendingReply,
+    LendingRequest,
+    ReplyStatus,
+)
 from deconvd_client.shared_memory.region import HostRegion
 
-__all__ = ["Link", "LinkLostError", "LinkState", "NeverLentError", "NotHereError", "NotLentError"]
+__all__ = [
+    "LendingLimitError",
+    "LendingUnsupportedError",
+    "Link",
+    "LinkLostError",
+    "LinkState",
+    "NoListenerError",
+]
 
-_TIMEOUT_S: Final = 10.0
+_REPLY_TIMEOUT_S: Final = 10.0
 """More than a server takes to make memory and to show it to its devices."""
 
 
@@ -24,15 +37,15 @@ class LinkLostError(Exception):
     """The server closed the socket, is not there, or speaks another language."""
 
 
-class NotHereError(LinkLostError):
+class NoListenerError(LinkLostError):
     """Nobody listens at the socket on this host."""
 
 
-class NotLentError(Exception):
+class LendingLimitError(Exception):
     """The server lends no more, for now."""
 
 
-class NeverLentError(Exception):
+class LendingUnsupportedError(Exception):
     """The server lends none of what was asked for, and never will."""
 
 
@@ -47,14 +60,14 @@ class LinkState(Enum):
     IDLE = "idle"
     """Nothing comes from the server but the end of the socket."""
 
-    ASKING = "asking"
+    BUSY = "asking"
     CLOSING = "closing"
     """The socket is shut down. Its descriptor is the asking thread's until that has done: it would be another's."""
 
     CLOSED = "closed"
 
 
-_AFTER_ASKING: Final = {LinkState.ASKING: LinkState.IDLE, LinkState.CLOSING: LinkState.CLOSED}
+_STATE_AFTER_REQUEST: Final = {LinkState.BUSY: LinkState.IDLE, LinkState.CLOSING: LinkState.CLOSED}
 
 
 class Link:
@@ -66,21 +79,21 @@ class Link:
         state: What it is doing. See `LinkState`.
 
     Raises:
-        NotHereError: There is no such socket, or no one listens.
+        NoListenerError: There is no such socket, or no one listens.
     """
 
     def __init__(self, path: str) -> None:
         if not hasattr(socket, "AF_UNIX"):
-            raise NotHereError("this system has no Unix sockets")
+            raise NoListenerError("this system has no Unix sockets")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(_TIMEOUT_S)
+        self._socket.settimeout(_REPLY_TIMEOUT_S)
         self._lock = new_lock()  # of the state; never held while the server is waited for
         self.state: LinkState = LinkState.IDLE
         try:
             self._socket.connect(path)
         except OSError as error:
             self._socket.close()
-            raise NotHereError(f"cannot connect to {path}: {error.strerror or error}") from None
+            raise NoListenerError(f"cannot connect to {path}: {error.strerror or error}") from None
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
 
@@ -92,34 +105,36 @@ class Link:
         with self._lock:  # so that no thread begins to ask: what could be read then is its answer
             if self.state is LinkState.IDLE:
                 return not self._poll.poll(0)
-            return self.state is LinkState.ASKING
+            return self.state is LinkState.BUSY
 
     def borrow(self, size_bytes: int) -> HostRegion:
         """Return new memory of the host of at least `size_bytes`.
 
         Raises:
-            NotLentError: It would be over a limit.
+            LendingLimitError: It would be over a limit.
             LinkLostError: The link is of no more use.
         """
-        reply, descriptor = self._asked(Request(Operation.LEND, size_bytes))
+        reply, descriptor = self._request(LendingRequest(LendingOperation.LEND, size_bytes))
         try:
             _check_lent(reply)
-            return HostRegion(reply.region, _mapped(descriptor, reply.size_bytes, size_bytes))
+            return HostRegion(reply.region, _map_memory(descriptor, reply.size_bytes, size_bytes))
         finally:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def borrow_on_card(self, card: bytes, size_bytes: int) -> Reply:
+    def borrow_on_card(self, card: bytes, size_bytes: int) -> LendingReply:
         """Return what the server says of new memory on a card.
 
         Args:
             card: Its `card_id`.
 
         Raises:
-            NotLentError, LinkLostError: As `borrow` does.
-            NeverLentError: The server lends no memory of that card.
+            LendingLimitError, LinkLostError: As `borrow` does.
+            LendingUnsupportedError: The server lends no memory of that card.
         """
-        reply, descriptor = self._asked(Request(Operation.LEND_ON_CARD, size_bytes, card))
+        reply, descriptor = self._request(
+            LendingRequest(LendingOperation.LEND_ON_CARD, size_bytes, card)
+        )
         if descriptor is not None:
             os.close(descriptor)
         _check_lent(reply)
@@ -127,14 +142,14 @@ class Link:
 
     def give_back(self, name: bytes) -> None:
         """Tell the server that no later call will use the region of that name. Raises LinkLostError."""
-        self._asked(Request(Operation.RETURN, region=name))
+        self._request(LendingRequest(LendingOperation.RETURN, region=name))
 
     def close(self) -> None:
         """Give all back."""
         with self._lock:
             if self.state is LinkState.IDLE:
                 self._move(LinkState.CLOSED)
-            elif self.state is LinkState.ASKING:
+            elif self.state is LinkState.BUSY:
                 self._move(LinkState.CLOSING)
 
     def leave_to_parent(self) -> None:
@@ -152,18 +167,18 @@ class Link:
             self._socket.close()
         self.state = to
 
-    def _asked(self, request: Request) -> tuple[Reply, int | None]:
+    def _request(self, request: LendingRequest) -> tuple[LendingReply, int | None]:
         with self._lock:
             if self.state is not LinkState.IDLE:
                 raise LinkLostError(f"the socket is {self.state.value}")
-            self._move(LinkState.ASKING)
+            self._move(LinkState.BUSY)
         try:
-            return self._exchanged(request)
+            return self._exchange(request)
         finally:
             with self._lock:
-                self._move(_AFTER_ASKING[self.state])
+                self._move(_STATE_AFTER_REQUEST[self.state])
 
-    def _exchanged(self, request: Request) -> tuple[Reply, int | None]:
+    def _exchange(self, request: LendingRequest) -> tuple[LendingReply, int | None]:
         descriptors: list[int] = []
         try:
             with suppress(BrokenPipeError):  # it may have said why before it went
@@ -173,24 +188,24 @@ class Link:
             )
             if not packet:
                 raise LinkLostError("the server has closed the socket")
-            reply = Reply.parse(packet)
+            reply = LendingReply.parse(packet)
         except (OSError, ValueError) as error:
             _close_all(descriptors)
             raise LinkLostError(f"the server does not answer: {error}") from None
-        if reply.answer in (Answer.REFUSED, Answer.MALFORMED):
+        if reply.status in (ReplyStatus.REFUSED, ReplyStatus.MALFORMED):
             _close_all(descriptors)
             raise LinkLostError(f"the server refuses: {reply.text}")
         return reply, descriptors[0] if descriptors else None
 
 
-def _check_lent(reply: Reply) -> None:
-    if reply.answer is Answer.NO_SUCH_CARD:
-        raise NeverLentError(reply.text)
-    if reply.answer is not Answer.DONE:
-        raise NotLentError(reply.text)
+def _check_lent(reply: LendingReply) -> None:
+    if reply.status is ReplyStatus.NO_SUCH_CARD:
+        raise LendingUnsupportedError(reply.text)
+    if reply.status is not ReplyStatus.DONE:
+        raise LendingLimitError(reply.text)
 
 
-def _mapped(descriptor: int | None, size_bytes: int, wanted_bytes: int) -> mmap.mmap:
+def _map_memory(descriptor: int | None, size_bytes: int, wanted_bytes: int) -> mmap.mmap:
     """Map lent memory, once it is sure that nobody can cut it and so kill this process with SIGBUS."""
     import fcntl  # which not every system has: there, no one lends
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.problem import TensorSpec
-from deconvd.shared_slice import SharedSlice
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
 from deconvd_client.shared_memory.arena import Arena
 
-__all__ = ["Block", "HostRegion", "Pool", "Region", "State"]
+__all__ = ["BorrowedBlock", "BorrowedRegion", "HostRegion", "RegionPool", "RegionState"]
 
 
-class State(Enum):
+class RegionState(Enum):
     """What a region is good for.
 
     OPEN --a call ended nobody knows how--> CLOSED --its last block freed--> given back
@@ -32,37 +32,37 @@ class State(Enum):
     """A call may still write into a part of it, so it has no room for more. What it holds stays."""
 
 
-class Block:
+class BorrowedBlock:
     """One array's memory. It is free again once this, which the array refers to, has gone.
 
     Views refer to it too, so that is when the last of them has gone.
     """
 
-    __slots__ = ("__weakref__", "offset", "region", "watch")
-    watch: _Watch
+    __slots__ = ("__weakref__", "offset", "reference", "region")
+    reference: _BlockReference
 
-    def __init__(self, region: Region, offset: int) -> None:
-        self.region: Region = region  # whose memory is mapped for as long as this is
+    def __init__(self, region: BorrowedRegion, offset: int) -> None:
+        self.region: BorrowedRegion = region  # whose memory is mapped for as long as this is
         self.offset: int = offset
 
     def array(self, spec: TensorSpec) -> Array:
         """Return the memory as an array."""
         return self.region.array(self, spec)
 
-    def doubt(self, *, is_in_doubt: bool = True) -> None:
+    def mark_in_doubt(self, *, is_in_doubt: bool = True) -> None:
         """Say whether the server may write to it, so that its memory must not be another's once it goes.
 
         That is said before a call begins, and taken back after: nothing has to happen where one is broken off.
         """
-        self.watch.is_in_doubt = is_in_doubt
+        self.reference.is_in_doubt = is_in_doubt
 
     @property
-    def place(self) -> SharedSlice:
+    def shared_slice(self) -> SharedSlice:
         """Where it is, for the server."""
         return SharedSlice(self.region.name, self.offset)
 
 
-class _Watch(weakref.ref[Block]):
+class _BlockReference(weakref.ref[BorrowedBlock]):
     """Sees whether a block is still in use.
 
     Its callback is a list's own method: when a block goes, whatever thread that is may hold the
@@ -75,7 +75,7 @@ class _Watch(weakref.ref[Block]):
     size_bytes: int
 
 
-class Region(ABC):
+class BorrowedRegion(ABC):
     """One piece of memory that the server lent. Its borrower calls it under one lock.
 
     Args:
@@ -87,13 +87,15 @@ class Region(ABC):
         self.name = name
         self.address = address
         self.size_bytes = size_bytes
-        self.state: State = State.OPEN
+        self.state: RegionState = RegionState.OPEN
         self._arena = Arena(size_bytes)
-        self._watches: dict[int, _Watch] = {}
-        self._gone: deque[_Watch] = deque()  # of blocks that have gone, as they went
+        self._references: dict[int, _BlockReference] = {}
+        self._dead_references: deque[_BlockReference] = (
+            deque()
+        )  # of blocks that have gone, as they went
 
     @abstractmethod
-    def array(self, block: Block, spec: TensorSpec) -> Array:
+    def array(self, block: BorrowedBlock, spec: TensorSpec) -> Array:
         """Return a block as an array, which refers to it."""
 
     @abstractmethod
@@ -106,75 +108,75 @@ class Region(ABC):
         return self._arena.is_empty
 
     @property
-    def taken_bytes(self) -> int:
+    def allocated_bytes(self) -> int:
         """What blocks take."""
-        return self._arena.taken_bytes
+        return self._arena.allocated_bytes
 
-    def take(self, size_bytes: int) -> Block | None:
+    def allocate(self, size_bytes: int) -> BorrowedBlock | None:
         """Return a new block; None if there is no room for it."""
-        if self.state is not State.OPEN:
+        if self.state is not RegionState.OPEN:
             return None
-        offset = self._arena.take(size_bytes)
-        return None if offset is None else self._block(offset, size_bytes)
+        offset = self._arena.allocate(size_bytes)
+        return None if offset is None else self._make_block(offset, size_bytes)
 
-    def take_again(self, size_bytes: int) -> Block | None:
+    def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
         """Return the block that went last anew, if it was one of this size; else None."""
-        if not self._gone or self.state is not State.OPEN:
+        if not self._dead_references or self.state is not RegionState.OPEN:
             return None
-        watch = self._gone.pop()
+        watch = self._dead_references.pop()
         if watch.is_in_doubt:
             self.close()
-        elif watch.size_bytes == size_bytes and self._is_last(watch):
-            return self._block(watch.offset, size_bytes)
-        self._gone.append(watch)
+        elif watch.size_bytes == size_bytes and self._is_current(watch):
+            return self._make_block(watch.offset, size_bytes)
+        self._dead_references.append(watch)
         return None
 
     def collect(self) -> None:
         """Make room of the blocks that have gone."""
-        while self._gone:
-            watch = self._gone.popleft()
-            if self._is_last(watch):
+        while self._dead_references:
+            watch = self._dead_references.popleft()
+            if self._is_current(watch):
                 self._free(watch)
 
     def recover(self) -> None:
         """Make room of all blocks that have gone, of those too that an interrupt has kept from being used."""
-        self._gone.clear()
+        self._dead_references.clear()
         for offset in self._arena.offsets:
-            watch = self._watches.get(offset)
+            watch = self._references.get(offset)
             if watch is None:
-                self._arena.give(offset)
+                self._arena.free(offset)
             elif watch() is None:
                 self._free(watch)
 
     def close(self) -> None:
         """Take no more blocks."""
-        self.state = State.CLOSED
+        self.state = RegionState.CLOSED
 
-    def _block(self, offset: int, size_bytes: int) -> Block:
-        block = Block(self, offset)
-        watch = _Watch(block, self._gone.append)
+    def _make_block(self, offset: int, size_bytes: int) -> BorrowedBlock:
+        block = BorrowedBlock(self, offset)
+        watch = _BlockReference(block, self._dead_references.append)
         watch.offset, watch.size_bytes = offset, size_bytes
         watch.is_in_doubt = False
-        self._watches[offset] = block.watch = watch
+        self._references[offset] = block.reference = watch
         return block
 
-    def _is_last(self, watch: _Watch) -> bool:
+    def _is_current(self, watch: _BlockReference) -> bool:
         """Return whether a block's memory has not been another's since."""
-        return self._watches.get(watch.offset) is watch
+        return self._references.get(watch.offset) is watch
 
-    def _free(self, watch: _Watch) -> None:
+    def _free(self, watch: _BlockReference) -> None:
         if watch.is_in_doubt:
             self.close()
-        self._watches.pop(watch.offset, None)
-        self._arena.give(watch.offset)
+        self._references.pop(watch.offset, None)
+        self._arena.free(watch.offset)
 
-    def holds(self, address: int, size_bytes: int) -> bool:
+    def contains(self, address: int, size_bytes: int) -> bool:
         """Return whether memory lies wholly in it."""
         begin = address - self.address
         return 0 <= begin <= self.size_bytes - size_bytes
 
 
-class HostRegion(Region):
+class HostRegion(BorrowedRegion):
     """Memory of the host.
 
     Args:
@@ -187,21 +189,21 @@ class HostRegion(Region):
         with suppress(OSError):  # where the system gives such memory no huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
 
-    def array(self, block: Block, spec: TensorSpec) -> Array:
+    def array(self, block: BorrowedBlock, spec: TensorSpec) -> Array:
         """Return a block as an array. See `Region`."""
-        array: Array = np.asarray(_Elements(block, spec))
+        array: Array = np.asarray(_ArrayInterface(block, spec))
         return array if array.dtype == spec.dtype else array.view(spec.dtype)  # bfloat16
 
     def unmap(self) -> None:
         """Leave the mapping to the garbage collector: the server does not need it to end first."""
 
 
-class _Elements:
+class _ArrayInterface:
     """A block's elements, as numpy takes them: numpy makes all views refer to this."""
 
     __slots__ = ("__array_interface__", "_block")
 
-    def __init__(self, block: Block, spec: TensorSpec) -> None:
+    def __init__(self, block: BorrowedBlock, spec: TensorSpec) -> None:
         self._block = block
         self.__array_interface__: dict[str, Any] = {
             "version": 3,
@@ -211,7 +213,7 @@ class _Elements:
         }
 
 
-class Pool:
+class RegionPool:
     """Regions of borrowed memory. Its borrower calls the methods under one lock.
 
     Attributes:
@@ -219,28 +221,28 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.regions: tuple[Region, ...] = ()
+        self.regions: tuple[BorrowedRegion, ...] = ()
 
     @property
     def open_bytes(self) -> int:
         """Size of the regions that take new blocks: those that broken calls have closed go back soon."""
-        return sum(region.size_bytes for region in self.regions if region.state is State.OPEN)
+        return sum(region.size_bytes for region in self.regions if region.state is RegionState.OPEN)
 
-    def take_again(self, size_bytes: int) -> Block | None:
+    def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
         """Return a block that has just gone, if it is of the right size and nothing is to be tidied."""
         for region in self.regions:
-            if region.state is State.CLOSED:
+            if region.state is RegionState.CLOSED:
                 return None
         for region in self.regions:
-            block = region.take_again(size_bytes)
+            block = region.reuse_last(size_bytes)
             if block is not None:
                 return block
         return None
 
-    def take(self, size_bytes: int) -> Block | None:
+    def allocate(self, size_bytes: int) -> BorrowedBlock | None:
         """Return a new block; None if there is no room for it."""
         for region in self.regions:
-            block = region.take(size_bytes)
+            block = region.allocate(size_bytes)
             if block is not None:
                 return block
         return None
@@ -256,15 +258,17 @@ class Pool:
             region.recover()
 
     @property
-    def has_waste(self) -> bool:
+    def has_unused(self) -> bool:
         """Whether a region is to be given back: it takes no new blocks, and has none."""
-        return any(region.is_empty and region.state is State.CLOSED for region in self.regions)
+        return any(
+            region.is_empty and region.state is RegionState.CLOSED for region in self.regions
+        )
 
-    def add(self, region: Region) -> None:
+    def add(self, region: BorrowedRegion) -> None:
         """Add a region that was borrowed."""
         self.regions += (region,)
 
-    def withdraw(self, is_unused: Callable[[Region], bool]) -> list[Region]:
+    def withdraw(self, is_unused: Callable[[BorrowedRegion], bool]) -> list[BorrowedRegion]:
         """Remove empty regions, and return them, to be given back."""
         self.recover()
         unused = [region for region in self.regions if region.is_empty and is_unused(region)]

@@ -1,7 +1,7 @@
 """What computes: one protocol, a package for each kind of device. Nothing here knows a transport."""
 
 from deconvd_server.device.arriving import Operand
-from deconvd_server.device.protocol import TURN_S, CacheState, Device, DeviceInfo, TakesTurns
+from deconvd_server.device.protocol import TURN_S, CacheState, Device, DeviceInfo, TimeSharedDevice
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     "DeviceTensor",
     "LentMemory",
     "Operand",
-    "TakesTurns",
     "Tensor",
+    "TimeSharedDevice",
 ]

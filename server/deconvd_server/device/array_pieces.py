@@ -8,9 +8,9 @@ from typing import Final
 
 import numpy as np
 
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
 
-__all__ = ["PIECE_ELEMENTS", "copied", "piece_indices"]
+__all__ = ["PIECE_ELEMENTS", "copy_in_pieces", "piece_indices"]
 
 PIECE_ELEMENTS: Final = 1 << 22
 """What a processor copies or casts in some milliseconds: a step looks at its call once."""
@@ -29,7 +29,7 @@ def piece_indices(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
         yield *before, slice(start, min(start + step, shape[axis]))
 
 
-def copied(target: Array, source: Array | int) -> Iterator[None]:
+def copy_in_pieces(target: Array, source: Array | int) -> Iterator[None]:
     """Copy an array, or a number, into another array whose shape it can take, a piece at a time."""
     whole = np.broadcast_to(source, target.shape)
     for piece in piece_indices(target.shape):

@@ -7,11 +7,11 @@ from typing import Final
 
 import numpy as np
 
-from deconvd.copying import copy_into
-from deconvd.operation import spec_of_field
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.host.parallel_copy import copy_into
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import spec_of_field
+from deconvd.model.problem import Problem
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.array_pieces import piece_indices
 from deconvd_server.device.pieces import piece_bytes, pieces
 from deconvd_server.device.protocol import Device
@@ -29,7 +29,7 @@ def run_without_products(
     problem: Problem,
     operands: Mapping[str, Tensor],
     places: Mapping[str, Tensor],
-    call: Call,
+    call: CallContext,
 ) -> None:
     """Set results: zeros, but for a bias in y and for gb where gy has elements. See `Device.run`."""
 
@@ -75,7 +75,7 @@ def set_gb(gb: Array, gy: Array) -> Iterator[None]:
             gb[begin : begin + len(total)] = total
 
 
-def _fill(device: Device, place: Tensor, value: Array, call: Call) -> None:
+def _fill(device: Device, place: Tensor, value: Array, call: CallContext) -> None:
     """Set each sample of a place to the same."""
     if isinstance(place, np.ndarray):
         copy_into(place, np.broadcast_to(value, place.shape))

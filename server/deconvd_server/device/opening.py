@@ -14,7 +14,7 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import Device
 
-__all__ = ["DeviceSettings", "check_name", "open_devices"]
+__all__ = ["DeviceSettings", "check_device_name", "open_devices"]
 
 _CARDS = re.compile(r"cuda(:\d+(,cuda:\d+)*)?")
 
@@ -38,7 +38,7 @@ class DeviceSettings:
     on_lost: Callable[[DeviceLostError], None]
 
 
-def check_name(name: str) -> None:
+def check_device_name(name: str) -> None:
     """Raise InvalidArgumentError unless `name` is one that `open_devices` takes."""
     if name not in ("cpu", "auto") and not _CARDS.fullmatch(name):
         raise InvalidArgumentError(
@@ -58,7 +58,7 @@ def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
         InvalidArgumentError: It is no such name, or one of a card that the host does not have.
         DeviceUnavailableError: A card that was asked for cannot be used.
     """
-    check_name(name)
+    check_device_name(name)
     if name == "cpu":
         return [_open_processor(settings)]
     if name != "auto":

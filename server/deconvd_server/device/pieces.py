@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from deconvd.parts import slices
-from deconvd.problem import TensorSpec
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.stream_parts import slices
 from deconvd_server.device.tensor import DeviceTensor
 
 __all__ = ["piece_bytes", "pieces", "sample_pieces"]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from deconvd.cache_state import CacheState
-from deconvd.operation import Operation
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.call import Call
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import Operation
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd.wire.cache_state import CacheState
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.arriving import Operand
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
 
@@ -20,7 +20,7 @@ __all__ = [
     "CacheState",
     "Device",
     "DeviceInfo",
-    "TakesTurns",
+    "TimeSharedDevice",
 ]
 
 
@@ -54,7 +54,7 @@ class DeviceInfo:
 
 
 class Device(Protocol):
-    """Computes the operations of `deconvd.operation`. Its methods may be called from many threads.
+    """Computes the operations of `deconvd.model.operation`. Its methods may be called from many threads.
 
     Operands and places have the shapes and element types of the problem, and any mix of them may
     be in the device's memory. Those that are arrays may have any strides. Operands are in native
@@ -96,7 +96,7 @@ class Device(Protocol):
         operands: Mapping[str, Operand],
         places: Mapping[str, Tensor],
         options: Options,
-        call: Call,
+        call: CallContext,
     ) -> None:
         """Compute those results of an operation that have places, into them.
 
@@ -108,7 +108,7 @@ class Device(Protocol):
             places: By the names of their fields: at least one.
 
         Raises:
-            LateError: An operand did not arrive in time: the call is to be made again once all are there.
+            ArrivalTimeoutError: An operand did not arrive in time: the call is to be made again once all are there.
         """
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
@@ -121,13 +121,13 @@ class Device(Protocol):
     def free(self, tensor: DeviceTensor) -> None:
         """Give the memory of a tensor back, once; a view is never freed."""
 
-    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
+    def write(self, tensor: DeviceTensor, array: Array, call: CallContext) -> None:
         """Copy an array, of the tensor's shape and type and in native byte order, into the tensor."""
 
-    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
+    def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
         """Return a tensor's elements: in `out`, an array of its shape and type, or a new one."""
 
-    def host_memory(self, spec: TensorSpec) -> Array:
+    def allocate_host_array(self, spec: TensorSpec) -> Array:
         """Return a new array in memory of the host's that it reads and writes fastest."""
 
     def lend(self, size_bytes: int) -> LentMemory:
@@ -160,17 +160,17 @@ It is much more than it takes to change over.
 
 
 @runtime_checkable
-class TakesTurns(Protocol):
+class TimeSharedDevice(Protocol):
     """A device whose calls take turns: one that computes for long lets others have its place meanwhile.
 
     Attributes:
-        pass_on: Set by its owner. Called in a call's thread, after each `TURN_S`, while the device does
+        yield_turn: Set by its owner. Called in a call's thread, after each `TURN_S`, while the device does
             nothing for the call: returns once the call has a place again, and raises as `Call.check` does.
     """
 
-    pass_on: Callable[[Call], None]
+    yield_turn: Callable[[CallContext], None]
 
-    def least_s(self, problem: Problem, results: Collection[str]) -> float:
+    def min_duration_s(self, problem: Problem, results: Collection[str]) -> float:
         """Return a bound below the seconds that a call takes, if it is alone; 0 if nothing is known.
 
         Args:

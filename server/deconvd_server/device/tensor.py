@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
 
-__all__ = ["DeviceTensor", "LentMemory", "Tensor", "never"]
+__all__ = ["DeviceTensor", "LentMemory", "Tensor", "refuse_growth"]
 
 
-def never(_size_bytes: int) -> bool:
+def refuse_growth(_size_bytes: int) -> bool:
     """Let no tensor grow."""
     return False
 

@@ -1,18 +1,18 @@
 """Tensors that stay on the server for the clients that sent them, and the sessions that they stay for."""
 
 from deconvd_server.residents.call_residents import CallResidents
-from deconvd_server.residents.keeper import Keeper
-from deconvd_server.residents.kept import Kept
+from deconvd_server.residents.entry import ResidentEntry
+from deconvd_server.residents.registry import ResidentRegistry
 from deconvd_server.residents.residents import ResidentLimits, Residents
 from deconvd_server.residents.sessions import Reaper, SessionLimits, Sessions
 from deconvd_server.residents.tenant import Session
 
 __all__ = [
     "CallResidents",
-    "Keeper",
-    "Kept",
     "Reaper",
+    "ResidentEntry",
     "ResidentLimits",
+    "ResidentRegistry",
     "Residents",
     "Session",
     "SessionLimits",

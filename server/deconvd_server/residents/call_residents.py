@@ -6,19 +6,19 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from deconvd.digest import DIGEST_BYTES
 from deconvd.errors import ExhaustedError, InvalidArgumentError
-from deconvd.operation import ARGUMENTS
-from deconvd.problem import TensorSpec
+from deconvd.model.operation import ARGUMENTS
+from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
-from deconvd_server.call import Call
+from deconvd.wire.digest import DIGEST_BYTES
+from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.device.pieces import pieces
-from deconvd_server.engine import Engine
-from deconvd_server.residents.keeper import Keeper
-from deconvd_server.residents.kept import Kept
+from deconvd_server.engine.engine import Engine
+from deconvd_server.residents.entry import ResidentEntry
+from deconvd_server.residents.registry import ResidentRegistry
 from deconvd_server.residents.tenant import Session
-from deconvd_server.secret_names import new_name
+from deconvd_server.resources.capabilities import new_name
 
 __all__ = ["CallResidents"]
 
@@ -32,12 +32,12 @@ class CallResidents:
         handles: New names, by field: good once `commit` is called.
     """
 
-    def __init__(self, keeper: Keeper, session: Session, call: Call) -> None:
+    def __init__(self, keeper: ResidentRegistry, session: Session, call: CallContext) -> None:
         self.handles: dict[str, bytes] = {}
-        self._keeper = keeper
+        self._registry = keeper
         self._session = session
         self._call = call
-        self._by_field: dict[str, Kept] = {}
+        self._by_field: dict[str, ResidentEntry] = {}
         self._use = keeper.begin_use(call)
 
     def __contains__(self, field: str) -> bool:
@@ -53,15 +53,15 @@ class CallResidents:
         argument = ARGUMENTS[field]
         if message.HasField("resident"):
             handle = message.resident.handle
-            kept = self._keeper.by_name(self._session, handle, argument, self._call)
+            kept = self._registry.acquire_by_name(self._session, handle, argument, self._call)
         else:
             _check_digest(argument, spec, message.digest)
             key = _content_key(message.digest, spec)
-            found = self._keeper.by_content(self._session, key, self._call)
+            found = self._registry.acquire_by_content(self._session, key, self._call)
             if found is None:
                 return False
             kept = found
-        self._by_field[field] = self._noted(kept)
+        self._by_field[field] = self._track(kept)
         if kept.spec != spec:
             raise InvalidArgumentError(
                 f"{argument} must have the shape and element type that it was kept with, "
@@ -70,11 +70,11 @@ class CallResidents:
             )
         return True
 
-    def nearest_engine(self) -> Engine | None:
+    def preferred_engine(self) -> Engine | None:
         """Return the engine on whose device most of the bytes are of what is used; None if none are."""
         bytes_on: dict[Engine, int] = {}
         for kept in self._use.tensors:
-            engine = kept.shelf.engine
+            engine = kept.tier.engine
             if engine is not None:
                 bytes_on[engine] = bytes_on.get(engine, 0) + kept.spec.nbytes
         return max(bytes_on, key=bytes_on.__getitem__, default=None)
@@ -102,10 +102,10 @@ class CallResidents:
                 engine.write(target, engine.read(source, self._call), self._call)
         self._by_field[field] = kept
 
-    def offer(self, field: str, digest: pb.Digest) -> None:
+    def register_content(self, field: str, digest: pb.Digest) -> None:
         """Let a digest stand for a tensor, for the tenant's later calls."""
         kept = self._by_field[field]
-        self._keeper.offer(kept, self._session, _content_key(digest, kept.spec))
+        self._registry.register_content(kept, self._session, _content_key(digest, kept.spec))
 
     def give_handle(self, field: str) -> None:
         """Give a tensor a new name."""
@@ -113,7 +113,7 @@ class CallResidents:
 
     def operand(self, field: str, engine: Engine) -> Tensor:
         """Return a tensor where an engine can use it. May copy it there: see `Keeper.operand`."""
-        return self._keeper.operand(self._by_field[field], engine, self._call)
+        return self._registry.operand(self._by_field[field], engine, self._call)
 
     def commit(self) -> None:
         """Let the new names stand for their tensors, until the session ends.
@@ -124,19 +124,19 @@ class CallResidents:
         """
         try:
             for field, handle in self.handles.items():
-                self._keeper.name(self._by_field[field], self._session, handle)
+                self._registry.bind_name(self._by_field[field], self._session, handle)
         except ExhaustedError:
-            self._keeper.drop(self._session, self.handles.values())
+            self._registry.drop(self._session, self.handles.values())
             raise
 
     def release(self) -> None:
         """Use the tensors no more."""
-        self._keeper.end_use(self._use)
+        self._registry.end_use(self._use)
 
-    def _make(self, spec: TensorSpec, engine: Engine) -> Kept:
-        return self._noted(self._keeper.make(self._session, spec, engine, self._call))
+    def _make(self, spec: TensorSpec, engine: Engine) -> ResidentEntry:
+        return self._track(self._registry.make(self._session, spec, engine, self._call))
 
-    def _noted(self, kept: Kept) -> Kept:
+    def _track(self, kept: ResidentEntry) -> ResidentEntry:
         """Note that a tensor is to be released."""
         self._use.tensors.append(kept)
         return kept

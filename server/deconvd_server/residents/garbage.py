@@ -8,11 +8,11 @@ import threading
 import numpy as np
 
 from deconvd_server.device import Tensor
-from deconvd_server.device.tensor import never
-from deconvd_server.residents.counting import Quotas
-from deconvd_server.residents.kept import Kept, Shelf
+from deconvd_server.device.tensor import refuse_growth
+from deconvd_server.residents.entry import MemoryTier, ResidentEntry
+from deconvd_server.residents.quotas import Quotas
 
-__all__ = ["Garbage", "free"]
+__all__ = ["Garbage", "free_operand"]
 
 _NOTHING = np.empty(0, np.uint8)
 
@@ -30,12 +30,12 @@ class Garbage:
     def __init__(self, changed: threading.Condition, quotas: Quotas) -> None:
         self._changed = changed
         self._quotas = quotas
-        self._tensors: list[Kept] = []
+        self._tensors: list[ResidentEntry] = []
 
-    def add(self, kept: Kept) -> None:
+    def add(self, kept: ResidentEntry) -> None:
         """Take, under the lock, a tensor that was dropped and that nobody uses any more."""
-        kept.shelf.leave(kept)
-        self._quotas.give_back(kept.tenant, kept.held_bytes)
+        kept.tier.remove(kept)
+        self._quotas.give_back(kept.tenant, kept.charged_bytes)
         self._tensors.append(kept)
 
     def sweep(self) -> None:
@@ -45,19 +45,19 @@ class Garbage:
         if not tensors:
             return
         for kept in tensors:
-            free(kept.shelf, kept.operand, kept.grown_bytes)
+            free_operand(kept.tier, kept.operand, kept.grown_bytes)
             kept.operand = _NOTHING  # a call that rests with it may refer to it for long
         with self._changed:
             for kept in tensors:
-                kept.shelf.left(kept.held_bytes)
+                kept.tier.note_freed(kept.charged_bytes)
             self._changed.notify_all()
 
 
-def free(shelf: Shelf, operand: Tensor, grown_bytes: int = 0) -> None:
+def free_operand(shelf: MemoryTier, operand: Tensor, grown_bytes: int = 0) -> None:
     """Free the memory of a tensor that lay on a shelf, and what its device kept with it. Does not raise."""
     if isinstance(operand, np.ndarray):
         return  # the memory goes with the last reference
-    operand.may_grow = never  # it refers to the tensor, which refers to it
+    operand.may_grow = refuse_growth  # it refers to the tensor, which refers to it
     try:
         shelf.device_engine.free(operand)
         shelf.device_engine.release(grown_bytes)

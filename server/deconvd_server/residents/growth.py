@@ -7,8 +7,8 @@ from functools import partial
 
 from deconvd.errors import ExhaustedError
 from deconvd_server.device import DeviceTensor
-from deconvd_server.residents.counting import Quotas
-from deconvd_server.residents.kept import Kept, Shelf
+from deconvd_server.residents.entry import MemoryTier, ResidentEntry
+from deconvd_server.residents.quotas import Quotas
 
 __all__ = ["Growth"]
 
@@ -25,28 +25,28 @@ class Growth:
         self._changed = changed
         self._quotas = quotas
 
-    def let_grow(self, kept: Kept, operand: DeviceTensor, shelf: Shelf) -> None:
+    def allow_growth(self, kept: ResidentEntry, operand: DeviceTensor, shelf: MemoryTier) -> None:
         """Let a device that makes copies of tensors ask whether it may keep more with one."""
         if shelf.device_engine.info.has_own_memory:
-            operand.may_grow = partial(self._may_grow, kept)
+            operand.may_grow = partial(self._try_grow, kept)
 
-    def _may_grow(self, kept: Kept, size_bytes: int) -> bool:
+    def _try_grow(self, kept: ResidentEntry, size_bytes: int) -> bool:
         """Count so many bytes more with a tensor, if there is room for them as it is.
 
         The device asks in the midst of a call that uses the tensor: it stays where it is meanwhile.
         """
-        engine, tenant = kept.shelf.device_engine, kept.tenant
+        engine, tenant = kept.tier.device_engine, kept.tenant
         if size_bytes > 0:
             try:
-                engine.hold(size_bytes)
+                engine.reserve(size_bytes)
             except ExhaustedError:
                 return False
         else:
             engine.release(-size_bytes)
         with self._changed:
-            has_room = kept.shelf.fits(size_bytes) and self._quotas.have_room(tenant, size_bytes)
+            has_room = kept.tier.fits(size_bytes) and self._quotas.have_room(tenant, size_bytes)
             if size_bytes <= 0 or has_room:
-                kept.shelf.take(tenant, size_bytes)
+                kept.tier.reserve(tenant, size_bytes)
                 self._quotas.take(tenant, size_bytes)
                 kept.grown_bytes += size_bytes
                 return True

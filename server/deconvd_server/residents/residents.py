@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deconvd_server.call import Call
-from deconvd_server.engine import Engine, Engines
-from deconvd_server.residents.keeper import Keeper
+from deconvd_server.call.context import CallContext
+from deconvd_server.engine.engine import Engine, Engines
+from deconvd_server.residents.registry import ResidentRegistry
 from deconvd_server.residents.sessions import Reaper, SessionLimits, Sessions
 from deconvd_server.residents.tenant import Session
 
 __all__ = ["ResidentLimits", "Residents"]
 
-_SHARE = 4
+_DEVICE_PART = 4
 """Unless told, tensors may take one part in so many of what calls may take of a device's memory."""
 
-_NO_QUOTA_BYTES = 2**62
+_UNLIMITED_BYTES = 2**62
 """More than there is."""
 
 
@@ -41,7 +41,7 @@ class ResidentLimits:
         """Return what may stay on an engine's device."""
         budget_bytes = engine.info.budget_bytes
         if self.device_bytes is None:
-            return budget_bytes // _SHARE
+            return budget_bytes // _DEVICE_PART
         return min(self.device_bytes, budget_bytes)
 
 
@@ -58,18 +58,18 @@ class Residents:
 
     def __init__(self, engines: Engines, limits: ResidentLimits) -> None:
         self.engines = engines
-        self.keeper = Keeper(engines.all, limits.bytes_on, limits.host_bytes)
+        self.registry = ResidentRegistry(engines.all, limits.bytes_on, limits.host_bytes)
         all_bytes = sum(map(limits.bytes_on, engines.all))
         if all_bytes and any(engine.info.has_own_memory for engine in engines.all):
             all_bytes += limits.host_bytes
-        quota_bytes = _NO_QUOTA_BYTES if limits.tenant_bytes is None else limits.tenant_bytes
+        quota_bytes = _UNLIMITED_BYTES if limits.tenant_bytes is None else limits.tenant_bytes
         self.tenant_bytes = min(quota_bytes, all_bytes)
         self.lease_s = limits.lease_s
         session_limits = SessionLimits(limits.sessions_count, limits.lease_s, quota_bytes)
-        self.sessions = Sessions(session_limits, self.keeper.end)
+        self.sessions = Sessions(session_limits, self.registry.end_session)
         self._reaper = Reaper(self.sessions, session_limits.grace_s)
 
-    def join(self, name: bytes, call: Call) -> Session:
+    def join(self, name: bytes, call: CallContext) -> Session:
         """Return the session of a name, on whose tenant's behalf a call is from now on. Raises as `Sessions.get`."""
         session = self.sessions.get(name)
         call.tenant = session.tenant

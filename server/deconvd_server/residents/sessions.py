@@ -12,8 +12,13 @@ from dataclasses import dataclass
 
 from deconvd.errors import InvalidArgumentError, LostSessionError, UnavailableError
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
-from deconvd_server.secret_names import NAME_BYTES, Named, are_same, new_name
-from deconvd_server.shares import Place, Shares
+from deconvd_server.resources.capabilities import (
+    NAME_BYTES,
+    CapabilityTable,
+    is_same_secret,
+    new_name,
+)
+from deconvd_server.resources.fair_shares import FairShares, PeerPlace
 
 __all__ = ["Reaper", "SessionLimits", "Sessions"]
 
@@ -70,14 +75,14 @@ class Sessions:
     ) -> None:
         self._limits = limits
         reserved_count = limits.sessions_count // _RESERVED_PART
-        self._shares = Shares(limits.sessions_count, reserved_count, "sessions")
-        self._given_way: list[tuple[Session, bool]] = []  # ended, though `on_end` is not called yet
+        self._shares = FairShares(limits.sessions_count, reserved_count, "sessions")
+        self._preempted: list[tuple[Session, bool]] = []  # ended, though `on_end` is not called yet
         self._due = threading.Event()
         self._on_end = on_end
         self._clock = clock
         self._lock = threading.RLock()  # one session's opening may be another's end
-        self._sessions: Named[Session] = Named()
-        self._tenants: Named[Tenant] = Named()
+        self._sessions: CapabilityTable[Session] = CapabilityTable()
+        self._tenants: CapabilityTable[Tenant] = CapabilityTable()
         self._counts: Counter[Tenant] = Counter()  # of sessions that have not ended
         self._is_draining = False
 
@@ -99,8 +104,8 @@ class Sessions:
         _check_tenant_key(tenant_key)
         with self._lock:  # so that the session is there before it can have to give way
             self._check_not_draining()
-            place = self._shares.take(peer, lambda: self._give_way(session))
-            session = self._opened(tenant_key, hang_up, place)
+            place = self._shares.take(peer, lambda: self._preempt(session))
+            session = self._add(tenant_key, hang_up, place)
         return session
 
     def resume(self, name: bytes, tenant_key: bytes, hang_up: Callable[[], None]) -> Session:
@@ -118,8 +123,8 @@ class Sessions:
         _check_tenant_key(tenant_key)
         with self._lock:
             self._check_not_draining()
-            session = self._found(name, tenant_key)
-            superseded, session.hang_up = session.hang_up, hang_up
+            session = self._find(name, tenant_key)
+            superseded, session.close_stream = session.close_stream, hang_up
             session.state = SessionState.OPEN
             session.deadline_s = self._lease_end_s()
         superseded()
@@ -134,7 +139,7 @@ class Sessions:
         """
         _check_name(name)
         with self._lock:
-            return self._found(name)
+            return self._find(name)
 
     def tenant(self, name: bytes) -> Tenant | None:
         """Return the tenant of the session of a name; None if there is no such session."""
@@ -142,28 +147,28 @@ class Sessions:
             session = self._sessions.get(name)
         return None if session is None else session.tenant
 
-    def sign_of_life(self, session: Session) -> None:
+    def heartbeat(self, session: Session) -> None:
         """Note that the client of a session is there."""
         with self._lock:
             if session.state is SessionState.OPEN:
                 session.deadline_s = self._lease_end_s()
                 session.place.note_progress()
 
-    def lose(self, session: Session, hang_up: Callable[[], None]) -> None:
+    def mark_broken(self, session: Session, hang_up: Callable[[], None]) -> None:
         """Note that a stream broke: the session may be resumed for a while, if that stream held it.
 
         Args:
             hang_up: The stream's, as given to `open` or `resume`.
         """
         with self._lock:
-            if session.state is SessionState.OPEN and session.hang_up is hang_up:
+            if session.state is SessionState.OPEN and session.close_stream is hang_up:
                 session.state = SessionState.BROKEN
                 session.deadline_s = self._clock() + self._limits.grace_s
 
     def end(self, session: Session, hang_up: Callable[[], None]) -> None:
         """End a session whose client closed the stream that held it."""
         with self._lock:
-            is_its_end = session.state is SessionState.OPEN and session.hang_up is hang_up
+            is_its_end = session.state is SessionState.OPEN and session.close_stream is hang_up
             is_last = is_its_end and self._end(session)
         if is_its_end:
             self._on_end(session, is_last)
@@ -172,13 +177,13 @@ class Sessions:
         """End the sessions whose time has come, or that had to give way."""
         self._end_until(self._clock())
 
-    def await_due(self, timeout_s: float) -> None:
+    def wait_until_due(self, timeout_s: float) -> None:
         """Return once a session had to give way, `wake` was called, or the time is up."""
         self._due.wait(timeout_s)
         self._due.clear()
 
     def wake(self) -> None:
-        """Let `await_due` return."""
+        """Let `wait_until_due` return."""
         self._due.set()
 
     def close(self) -> None:
@@ -191,15 +196,15 @@ class Sessions:
             self._is_draining = True
             sessions = self._sessions.values()
         for session in sessions:
-            session.hang_up()
+            session.close_stream()
 
     def _end_until(self, deadline_s: float) -> None:
         with self._lock:
             due = [s for s in self._sessions.values() if s.deadline_s <= deadline_s]
-            ended, self._given_way = self._given_way, []
+            ended, self._preempted = self._preempted, []
             ended += [(session, self._end(session)) for session in due]
         for session, is_last in ended:
-            session.hang_up()
+            session.close_stream()
             self._on_end(session, is_last)
 
     @property
@@ -208,20 +213,20 @@ class Sessions:
         with self._lock:
             return len(self._sessions)
 
-    def _opened(self, tenant_key: bytes, hang_up: Callable[[], None], place: Place) -> Session:
+    def _add(self, tenant_key: bytes, hang_up: Callable[[], None], place: PeerPlace) -> Session:
         """Return a new session, under the lock."""
         place.is_idle = True
-        tenant = self._tenant(tenant_key)
+        tenant = self._find_or_add_tenant(tenant_key)
         session = Session(new_name(), tenant, hang_up, self._lease_end_s(), place)
         self._counts[tenant] += 1
         self._sessions.put(session.name, session)
         return session
 
-    def _give_way(self, session: Session) -> None:
+    def _preempt(self, session: Session) -> None:
         """End a session, and have another thread clear up after it."""
         with self._lock:
             if session.state is not SessionState.ENDED:
-                self._given_way.append((session, self._end(session)))
+                self._preempted.append((session, self._end(session)))
         self.wake()
 
     def _check_not_draining(self) -> None:
@@ -230,18 +235,18 @@ class Sessions:
                 "the server is draining: it takes no sessions", retry_after_s=_RETRY_AFTER_S
             )
 
-    def _found(self, name: bytes, tenant_key: bytes | None = None) -> Session:
+    def _find(self, name: bytes, tenant_key: bytes | None = None) -> Session:
         """Return the session of a name, under the lock; if a key is given, only one that was opened with it."""
         session = self._sessions.get(name)
         key = b"" if session is None else session.tenant.key
-        if session is None or (tenant_key is not None and not are_same(key, tenant_key)):
+        if session is None or (tenant_key is not None and not is_same_secret(key, tenant_key)):
             raise LostSessionError(
                 "session must be one that this server holds, and the one named is unknown or has ended",
                 argument="session",
             )
         return session
 
-    def _tenant(self, key: bytes) -> Tenant:
+    def _find_or_add_tenant(self, key: bytes) -> Tenant:
         tenant = self._tenants.get(key) if key else None
         if tenant is None:
             tenant = Tenant(self._limits.tenant_bytes, key)
@@ -305,7 +310,7 @@ class Reaper:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self._sessions.await_due(self._period_s)
+                self._sessions.wait_until_due(self._period_s)
                 self._sessions.expire()
             except Exception:  # noqa: BLE001 - logged: other sessions must still expire
                 _log.exception("a session could not be ended in good order")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from deconvd_server.shares import Place
+from deconvd_server.resources.fair_shares import PeerPlace
 
 __all__ = ["Session", "SessionState", "Tenant"]
 
@@ -55,7 +55,7 @@ class Session:
 
     name: bytes
     tenant: Tenant
-    hang_up: Callable[[], None]
+    close_stream: Callable[[], None]
     deadline_s: float
-    place: Place
+    place: PeerPlace
     state: SessionState = SessionState.OPEN

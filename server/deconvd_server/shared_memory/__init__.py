@@ -1,8 +1,8 @@
 """Memory that clients on this host share with the server: the server makes it, lends it and takes it back."""
 
-from deconvd_server.shared_memory.cards import Cards
+from deconvd_server.shared_memory.cuda_ipc import CardLender
 from deconvd_server.shared_memory.lender import Lender
-from deconvd_server.shared_memory.loans import Limits
-from deconvd_server.shared_memory.tensors import CallTensors
+from deconvd_server.shared_memory.loans import LoanLimits
+from deconvd_server.shared_memory.shared_tensors import SharedTensors
 
-__all__ = ["CallTensors", "Cards", "Lender", "Limits"]
+__all__ = ["CardLender", "Lender", "LoanLimits", "SharedTensors"]

@@ -13,23 +13,29 @@ from functools import partial
 from typing import Final
 
 from deconvd.errors import StaleRegionError, UnavailableError
-from deconvd.shared_memory import REGION_NAME_BYTES, Answer, Operation, Reply, Request
-from deconvd_server.listener import Listener
+from deconvd.lending.protocol import (
+    REGION_NAME_BYTES,
+    LendingOperation,
+    LendingReply,
+    LendingRequest,
+    ReplyStatus,
+)
 from deconvd_server.log_text import excerpt
-from deconvd_server.peers import counted_by_connection
-from deconvd_server.shared_memory.cards import Borrowing, Cards
-from deconvd_server.shared_memory.file_ends import FileEnds
+from deconvd_server.resources.accept_loop import Listener
+from deconvd_server.resources.fair_shares import FairShares, PeerPlace
+from deconvd_server.resources.peer_keys import peer_key_of_connection
+from deconvd_server.resources.unix_listener import PeerCredentials, SideSocket, peer_credentials
+from deconvd_server.shared_memory.cuda_ipc import CardBorrowing, CardLender
 from deconvd_server.shared_memory.loans import (
     RESERVED_PART,
-    Account,
-    Limits,
-    Loans,
+    BorrowerAccount,
+    LoanLimits,
+    LoanRegistry,
     OverLimitError,
-    Use,
+    RegionUse,
 )
-from deconvd_server.shared_memory.memory import Memory, OnMap, Unmap
-from deconvd_server.shares import Place, Shares
-from deconvd_server.side_socket import Peer, SideSocket, peer_of
+from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
+from deconvd_server.shared_memory.memory import OnMap, SealedMemory, Unmap
 
 __all__ = ["Lender"]
 
@@ -40,7 +46,7 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _log = logging.getLogger(__name__)
 
 
-def _nothing_to_do(_address: int, _size_bytes: int) -> Unmap:
+def _register_nothing(_address: int, _size_bytes: int) -> Unmap:
     return lambda: None
 
 
@@ -67,11 +73,11 @@ class Lender:
     def __init__(
         self,
         sides: Sequence[SideSocket],
-        limits: Limits,
+        limits: LoanLimits,
         *,
-        on_map: OnMap = _nothing_to_do,
+        on_map: OnMap = _register_nothing,
         users: Collection[int] | None = None,
-        cards: Cards | None = None,
+        cards: CardLender | None = None,
         instance: bytes = _NO_INSTANCE,
         on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
@@ -81,16 +87,16 @@ class Lender:
         self._on_map = on_map
         self._cards = cards
         # of clients that have gone, but for their processes: what takes back what they have
-        self._borrowings: dict[Borrowing, Callable[[], None]] = {}
-        self._loans: Loans[Memory] = Loans(limits)
-        self._ends = FileEnds()
+        self._borrowings: dict[CardBorrowing, Callable[[], None]] = {}
+        self._loans: LoanRegistry[SealedMemory] = LoanRegistry(limits)
+        self._memfd_watcher = MemfdWatcher()
         self._clients: list[_Client] = []
         clients_count = limits.clients_count
-        self._shares = Shares(
+        self._shares = FairShares(
             clients_count, clients_count // RESERVED_PART, "clients of shared memory"
         )
         self._is_closing = False
-        self._listener = Listener("clients of shared memory", sides, (), self._take, on_lost)
+        self._listener = Listener("clients of shared memory", sides, (), self._accept, on_lost)
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
         self._mapper.submit(
             lambda: None
@@ -104,12 +110,12 @@ class Lender:
         return self._loans.size_bytes
 
     @property
-    def kept_bytes(self) -> int:
+    def lingering_bytes(self) -> int:
         """What was given back, or lost its client's connection, and that clients still have, now."""
-        self._ends.look()
-        return self._loans.kept_bytes
+        self._memfd_watcher.poll()
+        return self._loans.lingering_bytes
 
-    def use(self, name: str, region: bytes) -> Use:
+    def use(self, name: str, region: bytes) -> RegionUse:
         """Use a region, of the host's memory or a card's: until that ends it stays mapped.
 
         Args:
@@ -118,9 +124,9 @@ class Lender:
         Raises:
             StaleRegionError: The region is not lent.
         """
-        use = self._loans.find(region)
+        use = self._loans.use(region)
         if use is None and self._cards is not None:
-            use = self._cards.find(region)
+            use = self._cards.use(region)
         if use is None:
             raise StaleRegionError(
                 f"{name} must lie in shared memory that this server lends, and the region that it "
@@ -140,31 +146,33 @@ class Lender:
         self._thread.join()
         self._mapper.shutdown()
         self._listener.close()  # after it has done what the mapper left to deliver
-        self._ends.close()
+        self._memfd_watcher.close()
 
     def wait_until_unused(self, timeout_s: float) -> bool:
         """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
-        return self._loans.wait_until_none(timeout_s)
+        return self._loans.wait_until_unused(timeout_s)
 
     # What follows runs in the lender's thread, up to what says that it runs in the mapper's.
 
     def _serve(self) -> None:
         self._listener.run()
-        self._end()
+        self._drop_all()
 
     def _begin_closing(self) -> None:
         self._is_closing = True
         self._listener.stop()
 
-    def _end(self) -> None:
+    def _drop_all(self) -> None:
         for client in tuple(self._clients):
             self._drop(client)
         for forget in tuple(self._borrowings.values()):
             forget()
 
-    def _take(self, connection: socket.socket, _address: object) -> None:
+    def _accept(self, connection: socket.socket, _address: object) -> None:
         connection.setblocking(False)
-        client = _Client(connection, peer_of(connection), counted_by_connection(connection, ""))
+        client = _Client(
+            connection, peer_credentials(connection), peer_key_of_connection(connection, "")
+        )
         if client.peer.user not in self._users:
             self._refuse(client, "the server lends memory to other users")
             return
@@ -185,7 +193,7 @@ class Lender:
 
     def _refuse(self, client: _Client, why: str) -> None:
         _log.warning("shared memory is refused to %s: %s", client.peer, why)
-        client.send(Reply(Answer.REFUSED, text=why))
+        client.send(LendingReply(ReplyStatus.REFUSED, text=why))
         client.close()
 
     def _listen_to(self, client: _Client) -> None:
@@ -202,14 +210,14 @@ class Lender:
             self._drop(client)
             return
         try:
-            request = Request.parse(packet)
+            request = LendingRequest.parse(packet)
         except ValueError as error:
             _log.warning("%s sent no request for shared memory: %s", client.peer, excerpt(error))
-            client.send(Reply(Answer.MALFORMED, text=str(error)))
+            client.send(LendingReply(ReplyStatus.MALFORMED, text=str(error)))
             self._drop(client)
             return
-        if request.operation is Operation.IDENTIFY:
-            if not client.send(Reply(Answer.DONE, region=self._instance)):
+        if request.operation is LendingOperation.IDENTIFY:
+            if not client.send(LendingReply(ReplyStatus.DONE, region=self._instance)):
                 self._drop(client)
             return
         client.place.note_progress()
@@ -219,15 +227,17 @@ class Lender:
     def _stop_reading(self, client: _Client) -> None:
         self._listener.unwatch(client.connection.fileno())
 
-    def _deliver(self, client: _Client, reply: Reply, memory: Memory | None) -> None:
+    def _deliver(self, client: _Client, reply: LendingReply, memory: SealedMemory | None) -> None:
         descriptors = () if memory is None else (memory.descriptor,)
         if client.account.is_open:
             self._listen_to(client)
             if not client.send(reply, descriptors):
                 self._drop(client)
         else:
-            self._part_with(client)  # it was dropped before it had its first region on a card
-        if reply.answer is Answer.DONE:
+            self._release_card_loans(
+                client
+            )  # it was dropped before it had its first region on a card
+        if reply.status is ReplyStatus.DONE:
             client.place.is_idle = False
         if memory is not None:
             memory.close_descriptor()
@@ -239,9 +249,9 @@ class Lender:
         client.place.free()
         client.account.is_open = False
         self._mapper.submit(self._loans.close, client.account)
-        self._part_with(client)
+        self._release_card_loans(client)
 
-    def _part_with(self, client: _Client) -> None:
+    def _release_card_loans(self, client: _Client) -> None:
         """Take back what a client that has gone has on cards: when its process has ended, unless that is nothing."""
         borrowing, client.borrowing = client.borrowing, None
         if borrowing is None or self._cards is None:
@@ -254,37 +264,41 @@ class Lender:
         if borrowing.is_empty:
             forget()
         else:
-            self._listener.watch(borrowing.process_end, forget)
+            self._listener.watch(borrowing.process_descriptor, forget)
 
-    def _forget(self, borrowing: Borrowing, cards: Cards) -> None:
-        self._listener.unwatch(borrowing.process_end)
+    def _forget(self, borrowing: CardBorrowing, cards: CardLender) -> None:
+        self._listener.unwatch(borrowing.process_descriptor)
         del self._borrowings[borrowing]
         self._mapper.submit(cards.close, borrowing)
 
     # In the mapper's thread: it takes a while to map and unmap much memory.
 
-    def _perform(self, client: _Client, request: Request) -> None:
-        memory: Memory | None = None
-        if request.operation is Operation.LEND:
+    def _perform(self, client: _Client, request: LendingRequest) -> None:
+        memory: SealedMemory | None = None
+        if request.operation is LendingOperation.LEND:
             reply, memory = self._lend(client, request.size_bytes)
-        elif request.operation is Operation.LEND_ON_CARD:
+        elif request.operation is LendingOperation.LEND_ON_CARD:
             reply = self._lend_on_card(client, request)
         elif self._take_back(client, request.region):
-            reply = Reply(Answer.DONE, region=request.region)
+            reply = LendingReply(ReplyStatus.DONE, region=request.region)
         else:
-            reply = Reply(Answer.MALFORMED, text="this client has no region of that name")
+            reply = LendingReply(
+                ReplyStatus.MALFORMED, text="this client has no region of that name"
+            )
         self._listener.call_soon(partial(self._deliver, client, reply, memory))
 
-    def _lend_on_card(self, client: _Client, request: Request) -> Reply:
+    def _lend_on_card(self, client: _Client, request: LendingRequest) -> LendingReply:
         if self._cards is None:
-            return Reply(Answer.NO_SUCH_CARD, text="the server computes on no card")
+            return LendingReply(ReplyStatus.NO_SUCH_CARD, text="the server computes on no card")
         borrowing = client.borrowing
         if borrowing is None:
             try:
-                borrowing = client.borrowing = Borrowing(client.peer.process, client.account.peer)
+                borrowing = client.borrowing = CardBorrowing(
+                    client.peer.process, client.account.peer
+                )
             except OSError as error:
                 text = f"the server cannot see the client's process: {error.strerror or error}"
-                return Reply(Answer.NO_SUCH_CARD, text=text)
+                return LendingReply(ReplyStatus.NO_SUCH_CARD, text=text)
         return self._cards.lend(borrowing, request)
 
     def _take_back(self, client: _Client, region: bytes) -> bool:
@@ -293,22 +307,24 @@ class Lender:
         borrowing, cards = client.borrowing, self._cards
         return borrowing is not None and cards is not None and cards.take_back(borrowing, region)
 
-    def _lend(self, client: _Client, wanted_bytes: int) -> tuple[Reply, Memory | None]:
+    def _lend(self, client: _Client, wanted_bytes: int) -> tuple[LendingReply, SealedMemory | None]:
         size_bytes = -(-max(wanted_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES
-        self._ends.look()
+        self._memfd_watcher.poll()
         try:
             self._loans.reserve(client.account, size_bytes)
         except OverLimitError as error:
             _log.info("%s borrows no more shared memory: %s", client.peer, error)
-            return Reply(error.answer, text=str(error)), None
+            return LendingReply(error.answer, text=str(error)), None
         try:
-            memory = Memory(size_bytes, self._on_map, self._ends)
+            memory = SealedMemory(size_bytes, self._on_map, self._memfd_watcher)
         except Exception:  # noqa: BLE001 - logged, and answered as a failure
             _log.exception("%d bytes of shared memory could not be made", size_bytes)
-            self._loans.cancel(client.account, size_bytes)
+            self._loans.cancel_reservation(client.account, size_bytes)
             text = "the server could not get the memory: see its log"
-            return Reply(Answer.FAILED, text=text), None
-        return Reply(Answer.DONE, size_bytes, self._loans.lend(client.account, memory)), memory
+            return LendingReply(ReplyStatus.FAILED, text=text), None
+        return LendingReply(
+            ReplyStatus.DONE, size_bytes, self._loans.lend(client.account, memory)
+        ), memory
 
 
 class _Client:
@@ -319,13 +335,13 @@ class _Client:
         borrowing: What it has on cards; None if it never asked for that.
     """
 
-    place: Place
+    place: PeerPlace
 
-    def __init__(self, connection: socket.socket, peer: Peer, counted_by: str) -> None:
+    def __init__(self, connection: socket.socket, peer: PeerCredentials, counted_by: str) -> None:
         self.connection = connection
         self.peer = peer
-        self.account = Account(peer=counted_by)
-        self.borrowing: Borrowing | None = None
+        self.account = BorrowerAccount(peer=counted_by)
+        self.borrowing: CardBorrowing | None = None
 
     def note_progress(self) -> None:
         """Let its place know when it last asked for anything, or a call used what it has."""
@@ -334,7 +350,7 @@ class _Client:
             used_s = max(used_s, self.borrowing.account.used_s)
         self.place.progressed_s = max(self.place.progressed_s, used_s)
 
-    def send(self, reply: Reply, descriptors: tuple[int, ...] = ()) -> bool:
+    def send(self, reply: LendingReply, descriptors: tuple[int, ...] = ()) -> bool:
         """Send a reply; return False if the client has gone, or reads nothing."""
         try:
             socket.send_fds(self.connection, [reply.pack()], descriptors)

@@ -12,14 +12,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from deconvd.problem import TensorSpec
-from deconvd.shared_memory import Answer
-from deconvd.shared_slice import SharedSlice
-from deconvd_server.cache import Entry, Resource
+from deconvd.lending.protocol import ReplyStatus
+from deconvd.model.problem import TensorSpec
+from deconvd.wire.shared_slice import SharedSlice
 from deconvd_server.device import Tensor
-from deconvd_server.secret_names import Named, new_name
+from deconvd_server.resources.cache import CacheEntry, Resource
+from deconvd_server.resources.capabilities import CapabilityTable, new_name
 
-__all__ = ["RESERVED_PART", "Account", "Lendable", "Limits", "Loans", "OverLimitError", "Use"]
+__all__ = [
+    "RESERVED_PART",
+    "BorrowerAccount",
+    "Lendable",
+    "LoanLimits",
+    "LoanRegistry",
+    "OverLimitError",
+    "RegionUse",
+]
 
 RESERVED_PART: Final = 8
 """One part in so many of all that is lent is for peers other than the one that has all the rest."""
@@ -28,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LoanLimits:
     """How much may be lent.
 
     Attributes:
@@ -49,13 +57,13 @@ class Limits:
 class OverLimitError(Exception):
     """A client may not have as much as it asked for."""
 
-    def __init__(self, answer: Answer, message: str) -> None:
+    def __init__(self, answer: ReplyStatus, message: str) -> None:
         super().__init__(message)
         self.answer = answer
 
 
 @dataclass(slots=True)
-class _Sum:
+class _Usage:
     """Bytes and regions that were given out."""
 
     size_bytes: int = 0
@@ -67,7 +75,7 @@ class _Sum:
 
 
 @dataclass(eq=False, slots=True)
-class Account:
+class BorrowerAccount:
     """What one client has.
 
     Attributes:
@@ -75,11 +83,11 @@ class Account:
             while calls still use it, or while it still has it itself.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
-        peer: By what the client is counted, together with others. See `deconvd_server.peers`.
+        peer: By what the client is counted, together with others. See `deconvd_server.resources.peer_keys`.
         used_s: When a call last began to use what it has, on the monotonic clock.
     """
 
-    sum: _Sum = field(default_factory=_Sum)
+    usage: _Usage = field(default_factory=_Usage)
     names: set[bytes] = field(default_factory=set)
     is_open: bool = True
     peer: str = ""
@@ -108,14 +116,14 @@ class Lendable(Protocol):
     def unmap(self) -> None:
         """Let go of it. Called once, when no one uses it."""
 
-    def when_gone(self, then: Callable[[], None]) -> None:
+    def on_gone(self, then: Callable[[], None]) -> None:
         """Call `then` once no one else has it either, as far as can be known. Called once, after `unmap`."""
 
 
 _M = TypeVar("_M", bound=Lendable)
 
 
-class Use(NamedTuple):
+class RegionUse(NamedTuple):
     """Someone's use of a region, which stays mapped until it ends.
 
     Attributes:
@@ -127,14 +135,14 @@ class Use(NamedTuple):
     end: Callable[[], None]
 
 
-class _Lent(NamedTuple, Generic[_M]):
+class _LentRegion(NamedTuple, Generic[_M]):
     """A region that is lent, and to whom."""
 
-    entry: Entry[_M]
-    account: Account
+    entry: CacheEntry[_M]
+    account: BorrowerAccount
 
 
-class Loans(Generic[_M]):
+class LoanRegistry(Generic[_M]):
     """All that is lent of one kind. Thread-safe; memory is unmapped outside the lock, by whoever used it last.
 
     A region is lent, then retired, when its client gives it back or goes, then unmapped, when the
@@ -142,77 +150,77 @@ class Loans(Generic[_M]):
     may go on to use its own mapping, as for results that it has yet to read, and its pages are there for as long.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: LoanLimits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._sum = _Sum()
-        self._kept = _Sum()
-        self._sums_of_peers: defaultdict[str, _Sum] = defaultdict(_Sum)
-        self._lent: Named[_Lent[_M]] = Named()
+        self._usage = _Usage()
+        self._lingering = _Usage()
+        self._usage_by_peer: defaultdict[str, _Usage] = defaultdict(_Usage)
+        self._lent: CapabilityTable[_LentRegion[_M]] = CapabilityTable()
         self._garbage: list[Resource[_M]] = []
 
     @property
     def size_bytes(self) -> int:
         """All that is mapped, or about to be."""
         with self._lock:
-            return self._sum.size_bytes - self._kept.size_bytes
+            return self._usage.size_bytes - self._lingering.size_bytes
 
     @property
-    def kept_bytes(self) -> int:
+    def lingering_bytes(self) -> int:
         """What is mapped here no more, and that clients still have."""
         with self._lock:
-            return self._kept.size_bytes
+            return self._lingering.size_bytes
 
-    def reserve(self, account: Account, size_bytes: int) -> None:
+    def reserve(self, account: BorrowerAccount, size_bytes: int) -> None:
         """Count memory that is about to be made for a client.
 
         Raises:
             OverLimitError: It would be too much.
         """
         with self._lock:
-            self._check(account, size_bytes)
+            self._check_limits(account, size_bytes)
             self._count(account, size_bytes, 1)
 
-    def cancel(self, account: Account, size_bytes: int) -> None:
+    def cancel_reservation(self, account: BorrowerAccount, size_bytes: int) -> None:
         """Undo a `reserve` whose memory could not be made."""
         with self._lock:
             self._count(account, -size_bytes, -1)
 
-    def lend(self, account: Account, memory: _M) -> bytes:
+    def lend(self, account: BorrowerAccount, memory: _M) -> bytes:
         """Lend memory that was reserved; return its secret name."""
         name = new_name()
         unmap = partial(self._unmap, account, memory)
         with self._lock:
             resource = Resource(memory, memory.size_bytes, unmap)
-            self._lent.put(name, _Lent(Entry(resource, self._garbage.append), account))
+            self._lent.put(name, _LentRegion(CacheEntry(resource, self._garbage.append), account))
             account.names.add(name)
             if not account.is_open:
                 self._retire(account, name)
-            garbage = self._swept()
+            garbage = self._take_garbage()
         _free(garbage)
         return name
 
-    def take_back(self, account: Account, name: bytes) -> bool:
+    def take_back(self, account: BorrowerAccount, name: bytes) -> bool:
         """Retire a region of a client; return False if it has none of that name."""
         with self._lock:
             is_known = name in account.names
             if is_known:
                 self._retire(account, name)
-            garbage = self._swept()
+            garbage = self._take_garbage()
         _free(garbage)
         return is_known
 
-    def close(self, account: Account) -> None:
+    def close(self, account: BorrowerAccount) -> None:
         """Retire all that a client has, and what is being made for it. It has gone."""
         with self._lock:
             account.is_open = False
             for name in tuple(account.names):
                 self._retire(account, name)
-            garbage = self._swept()
+            garbage = self._take_garbage()
         _free(garbage)
 
-    def find(self, name: bytes) -> Use | None:
+    def use(self, name: bytes) -> RegionUse | None:
         """Use a region; None if none of that name is lent."""
         with self._lock:
             lent = self._lent.get(name)
@@ -221,39 +229,39 @@ class Loans(Generic[_M]):
             entry, account = lent
             entry.acquire()
             account.used_s = time.monotonic()
-        return Use(entry.resource.value, partial(self._release, entry))
+        return RegionUse(entry.resource.value, partial(self._release, entry))
 
-    def wait_until_none(self, timeout_s: float) -> bool:
+    def wait_until_unused(self, timeout_s: float) -> bool:
         """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
         with self._lock:
-            return self._changed.wait_for(self._is_none_mapped, timeout_s)
+            return self._changed.wait_for(self._is_unused, timeout_s)
 
-    def _is_none_mapped(self) -> bool:
-        return self._sum.regions_count == self._kept.regions_count
+    def _is_unused(self) -> bool:
+        return self._usage.regions_count == self._lingering.regions_count
 
-    def _check(self, account: Account, size_bytes: int) -> None:
+    def _check_limits(self, account: BorrowerAccount, size_bytes: int) -> None:
         limits = self._limits
         if (
-            account.sum.size_bytes + size_bytes > limits.client_bytes
-            or account.sum.regions_count >= limits.client_regions_count
+            account.usage.size_bytes + size_bytes > limits.client_bytes
+            or account.usage.regions_count >= limits.client_regions_count
         ):
             raise OverLimitError(
-                Answer.OVER_CLIENT_LIMIT,
-                f"{size_bytes} bytes beside the {account.sum.size_bytes} that this client has or still keeps: the "
+                ReplyStatus.OVER_CLIENT_LIMIT,
+                f"{size_bytes} bytes beside the {account.usage.size_bytes} that this client has or still keeps: the "
                 f"server lends a client {limits.client_bytes} bytes and "
                 f"{limits.client_regions_count} regions",
             )
         if (
-            self._sum.size_bytes + size_bytes > limits.all_bytes
-            or self._sum.regions_count >= limits.all_regions_count
+            self._usage.size_bytes + size_bytes > limits.all_bytes
+            or self._usage.regions_count >= limits.all_regions_count
         ):
             raise OverLimitError(
-                Answer.OVER_SERVER_LIMIT,
-                f"{size_bytes} bytes beside the {self._sum.size_bytes} that all clients have or still keep: the "
+                ReplyStatus.OVER_SERVER_LIMIT,
+                f"{size_bytes} bytes beside the {self._usage.size_bytes} that all clients have or still keep: the "
                 f"server lends {limits.all_bytes} bytes and {limits.all_regions_count} regions",
             )
 
-        of_peer = self._sums_of_peers.get(account.peer, _Sum())
+        of_peer = self._usage_by_peer.get(account.peer, _Usage())
         peer_bytes = max(limits.all_bytes - limits.all_bytes // RESERVED_PART, limits.client_bytes)
         if (
             of_peer.size_bytes + size_bytes > peer_bytes
@@ -261,50 +269,50 @@ class Loans(Generic[_M]):
             >= limits.all_regions_count - limits.all_regions_count // RESERVED_PART
         ):
             raise OverLimitError(
-                Answer.OVER_SERVER_LIMIT,
+                ReplyStatus.OVER_SERVER_LIMIT,
                 f"{size_bytes} bytes beside the {of_peer.size_bytes} that clients of {account.peer} "
                 f"have or still keep: of the {limits.all_bytes} bytes and "
                 f"{limits.all_regions_count} regions that the server lends, an eighth is for others",
             )
 
-    def _count(self, account: Account, size_bytes: int, regions_count: int) -> None:
-        of_peer = self._sums_of_peers[account.peer]
-        for counted in (account.sum, of_peer, self._sum):
+    def _count(self, account: BorrowerAccount, size_bytes: int, regions_count: int) -> None:
+        of_peer = self._usage_by_peer[account.peer]
+        for counted in (account.usage, of_peer, self._usage):
             counted.add(size_bytes, regions_count)
         if not of_peer.regions_count:
-            del self._sums_of_peers[account.peer]
+            del self._usage_by_peer[account.peer]
         self._changed.notify_all()
 
-    def _retire(self, account: Account, name: bytes) -> None:
+    def _retire(self, account: BorrowerAccount, name: bytes) -> None:
         account.names.remove(name)
         self._lent.pop(name).entry.retire()
 
-    def _release(self, entry: Entry[_M]) -> None:
+    def _release(self, entry: CacheEntry[_M]) -> None:
         with self._lock:
             entry.release()
-            garbage = self._swept()
+            garbage = self._take_garbage()
         _free(garbage)
 
-    def _swept(self) -> Sequence[Resource[_M]]:
+    def _take_garbage(self) -> Sequence[Resource[_M]]:
         """Return what is to be freed, outside the lock."""
         if not self._garbage:
             return ()
         garbage, self._garbage[:] = self._garbage[:], []
         return garbage
 
-    def _unmap(self, account: Account, memory: _M) -> None:
+    def _unmap(self, account: BorrowerAccount, memory: _M) -> None:
         try:
             memory.unmap()
         except Exception:  # noqa: BLE001 - logged: the memory still counts until it is gone
             _log.exception("shared memory could not be unmapped in good order")
         with self._lock:
-            self._kept.add(memory.size_bytes, 1)
+            self._lingering.add(memory.size_bytes, 1)
             self._changed.notify_all()
-        memory.when_gone(partial(self._forget, account, memory.size_bytes))
+        memory.on_gone(partial(self._forget, account, memory.size_bytes))
 
-    def _forget(self, account: Account, size_bytes: int) -> None:
+    def _forget(self, account: BorrowerAccount, size_bytes: int) -> None:
         with self._lock:
-            self._kept.add(-size_bytes, -1)
+            self._lingering.add(-size_bytes, -1)
             self._count(account, -size_bytes, -1)
 
 

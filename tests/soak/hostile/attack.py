@@ -9,11 +9,11 @@ from random import Random
 
 import grpc
 
-from deconvd.line import Line
-from tests.holders import Holder
-from tests.lines import CLEAN, bad_line
+from deconvd.direct.frame_stream import FrameStream
+from tests.fault_proxy import CLEAN, faulty_proxy
+from tests.session_clients import SessionClient
 from tests.soak.hostile.http2 import Http2
-from tests.soak.places import Places, connected, open_line
+from tests.soak.places import Places, connect_tcp, open_stream
 
 __all__ = ["KINDS", "Attacker", "hostile"]
 
@@ -34,27 +34,29 @@ class Attacker:
 
     def http2(self, **options: int) -> Http2:
         """Return a connection to gRPC's port that sends what it likes. See `Http2` for the options."""
-        connection = connected(self.places.port, self.source)
+        connection = connect_tcp(self.places.port, self.source)
         return self.held.enter_context(Http2(connection, **options))
 
     def channel(self) -> grpc.Channel:
         """Return a stock channel, for what is too large for `http2`."""
-        proxy = self.held.enter_context(bad_line(self.places.tcp, CLEAN, source=self.source))
+        proxy = self.held.enter_context(faulty_proxy(self.places.tcp, CLEAN, source=self.source))
         return self.held.enter_context(grpc.insecure_channel(proxy.target))
 
-    def session(self) -> Holder:
+    def session(self) -> SessionClient:
         """Return a session. Raises ConnectionError if the server opens none."""
         try:
-            holder = Holder(self.channel())
+            holder = SessionClient(self.channel())
         except grpc.RpcError as failure:
             raise ConnectionRefusedError("the server opens no session") from failure
-        self.held.callback(holder.break_off)
+        self.held.callback(holder.cancel)
         return holder
 
-    def line(self) -> Line:
+    def line(self) -> FrameStream:
         """Return a line, by TCP or a Unix socket."""
         is_unix = self.random.random() < 0.5
-        return self.held.enter_context(open_line(self.places, is_unix=is_unix, source=self.source))
+        return self.held.enter_context(
+            open_stream(self.places, is_unix=is_unix, source=self.source)
+        )
 
 
 KINDS: dict[str, Callable[[Attacker], None]] = {}

@@ -6,11 +6,10 @@ import time
 from contextlib import suppress
 from random import Random
 
-from deconvd.direct_events import FRAME_HEAD, CallHead, FrameKind, Method, frame
-from deconvd.line import Line
+from deconvd.direct.events import FRAME_HEAD, CallHead, FrameKind, MethodCode, pack_frame
+from deconvd.direct.frame_stream import FrameStream
 from deconvd.v1 import deconvd_pb2 as pb
 from tests.direct_calls import send_call
-from tests.line_pairs import send_raw
 from tests.soak.honest import WAYS
 from tests.soak.hostile.attack import Attacker, hostile
 from tests.soak.hostile.by_memory import Borrower
@@ -24,7 +23,8 @@ from tests.soak.hostile.requests import (
     stream_of,
     tensor,
 )
-from tests.soak.places import connected, connected_on_host
+from tests.soak.places import connect_tcp, connect_unix
+from tests.stream_pairs import send_raw
 
 _HELD_S = 6.0
 """How long an attack holds what it has before it goes."""
@@ -41,7 +41,7 @@ def idle_streams(a: Attacker) -> None:
         header = of_samples_to_come()
         with suppress(OSError):  # the server gives up one or the other
             connection.call(f"{SERVICE}DeconvolveStream", header, is_last=False)
-            send_call(a.line(), Method.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
+            send_call(a.line(), MethodCode.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
 
 
 @hostile
@@ -54,7 +54,7 @@ def early_calls(a: Attacker) -> None:
         for _ in range(280):
             with suppress(OSError):  # of those that are too many
                 send_call(
-                    *(a.line(), Method.Deconvolve, request.SerializeToString()),
+                    *(a.line(), MethodCode.Deconvolve, request.SerializeToString()),
                     timeout_s=_FOR_EVER_S,
                     is_early=True,
                 )
@@ -68,8 +68,10 @@ def unread_lines(a: Attacker) -> None:
     for _ in range(40):
         with suppress(OSError):
             line = a.line()
-            send_call(line, Method.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
-            send_raw(line, frame(FrameKind.ELEMENTS, bytes(8)) + frame(FrameKind.END, b""))
+            send_call(line, MethodCode.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
+            send_raw(
+                line, pack_frame(FrameKind.ELEMENTS, bytes(8)) + pack_frame(FrameKind.END, b"")
+            )
 
 
 @hostile
@@ -80,7 +82,7 @@ def many_lines(a: Attacker) -> None:
         with suppress(OSError):  # of those that are too many
             line = a.line()
             if number % 100 == 0:
-                send_call(line, Method.DeconvolveGrad, slow, timeout_s=_FOR_EVER_S)
+                send_call(line, MethodCode.DeconvolveGrad, slow, timeout_s=_FOR_EVER_S)
 
 
 @hostile
@@ -88,9 +90,9 @@ def no_greeting(a: Attacker) -> None:
     """Connections to every socket that say nothing."""
     for _ in range(300):
         for port in (a.places.port, a.places.direct_port):
-            a.held.enter_context(connected(port, a.source))
+            a.held.enter_context(connect_tcp(port, a.source))
         for path in (a.places.path, a.places.calls_path):
-            a.held.enter_context(connected_on_host(path))
+            a.held.enter_context(connect_unix(path))
 
 
 @hostile
@@ -104,13 +106,13 @@ def fuzzed_bytes(a: Attacker) -> None:
             connection.call(SERVICE + method, _damaged(stream_of(of_one_pixel()), a.random))
             connection.send_raw(a.random.randbytes(100))
         for port in (a.places.port, a.places.direct_port):
-            with suppress(OSError), connected(port, a.source) as end:
+            with suppress(OSError), connect_tcp(port, a.source) as end:
                 end.sendall(a.random.randbytes(100))
 
 
-def _send_to_a_line(line: Line, random: Random) -> None:
+def _send_to_a_line(line: FrameStream, random: Random) -> None:
     with line:
-        method = random.choice(list(Method))
+        method = random.choice(list(MethodCode))
         head = CallHead(method, 1, _damaged(stream_of(of_one_pixel()), random)).pack()
         send_raw(line, _damaged(head, random) + random.randbytes(random.randrange(100)))
         line.set_deadline(0.05)
@@ -127,12 +129,12 @@ def _damaged(data: bytes, random: Random) -> bytes:
 @hostile
 def empty_slices_on_lines(a: Attacker) -> None:
     """Streams of 2^31 - 1 slices without any element, on lines."""
-    methods = Method.DeconvolveStream, Method.DeconvolveGradStream
+    methods = MethodCode.DeconvolveStream, MethodCode.DeconvolveGradStream
     for _ in range(8):
         for method, header in zip(methods, of_empty_slices(), strict=True):
             line = a.line()
             send_call(line, method, header, timeout_s=_FOR_EVER_S)
-            send_raw(line, frame(FrameKind.END, b""))
+            send_raw(line, pack_frame(FrameKind.END, b""))
 
 
 @hostile
@@ -142,7 +144,7 @@ def empty_early_chunks(a: Attacker) -> None:
     for _ in range(4):
         line = a.line()
         header = of_unknown_content(session)
-        send_call(line, Method.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
+        send_call(line, MethodCode.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
         send_raw(line, FRAME_HEAD.pack(FrameKind.ELEMENTS, 0) * 80_000)
 
 

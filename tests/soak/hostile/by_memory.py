@@ -7,13 +7,19 @@ import os
 import socket
 from contextlib import suppress
 
-from deconvd.direct_events import Method
-from deconvd.shared_memory import MAX_REPLY_BYTES, Answer, Operation, Reply, Request
+from deconvd.direct.events import MethodCode
+from deconvd.lending.protocol import (
+    MAX_REPLY_BYTES,
+    LendingOperation,
+    LendingReply,
+    LendingRequest,
+    ReplyStatus,
+)
 from deconvd.v1 import deconvd_pb2 as pb
-from tests.direct_calls import answer, send_call
+from tests.direct_calls import receive_answer, send_call
 from tests.soak.hostile.attack import Attacker, hostile
 from tests.soak.hostile.requests import tensor
-from tests.soak.places import connected_on_host
+from tests.soak.places import connect_unix
 
 __all__ = ["Borrower"]
 
@@ -29,28 +35,28 @@ class Borrower:
     """
 
     def __init__(self, path: str) -> None:
-        self._socket = connected_on_host(path, socket.SOCK_SEQPACKET)
+        self._socket = connect_unix(path, socket.SOCK_SEQPACKET)
         self.descriptors: list[int] = []
 
-    def ask(self, packet: bytes) -> Reply:
+    def ask(self, packet: bytes) -> LendingReply:
         """Send a packet, and return the reply. Raises ConnectionError if there is none."""
         self._socket.send(packet)
         data, descriptors, *_ = socket.recv_fds(self._socket, MAX_REPLY_BYTES, 1)
         self.descriptors += descriptors
         if not data:
             raise ConnectionResetError("the server has closed the socket")
-        return Reply.parse(data)
+        return LendingReply.parse(data)
 
     def lend(self, size_bytes: int) -> pb.SharedSlice:
         """Return where so much memory begins, of which nothing is written."""
-        reply = self.ask(Request(Operation.LEND, size_bytes).pack())
-        if reply.answer is not Answer.DONE:
+        reply = self.ask(LendingRequest(LendingOperation.LEND, size_bytes).pack())
+        if reply.status is not ReplyStatus.DONE:
             raise ConnectionRefusedError(reply.text)
         return pb.SharedSlice(region=reply.region)
 
     def give_back(self, place: pb.SharedSlice) -> None:
         """Say that it is not used any more."""
-        self.ask(Request(Operation.RETURN, region=place.region).pack())
+        self.ask(LendingRequest(LendingOperation.RETURN, region=place.region).pack())
 
     def __enter__(self) -> Borrower:
         return self
@@ -87,7 +93,7 @@ def lying_shared_memory(a: Attacker) -> None:
     for _ in range(30):
         with suppress(OSError), Borrower(a.places.memory_path) as borrower:
             _call(a, borrower)
-            packet = Request(Operation.LEND, a.random.getrandbits(63)).pack()
+            packet = LendingRequest(LendingOperation.LEND, a.random.getrandbits(63)).pack()
             borrower.ask(packet)
             borrower.ask(a.random.randbytes(a.random.choice([1, 32, 64])))
 
@@ -107,8 +113,8 @@ def _call(a: Attacker, borrower: Borrower) -> None:
     x.shared.CopyFrom(place)
     request = pb.DeconvolveRequest(x=x, w=tensor((1, 1, 1, 1), bytes(4)), y_place=place)
     line = a.line()
-    send_call(line, Method.Deconvolve, request.SerializeToString())
-    answer(line)
+    send_call(line, MethodCode.Deconvolve, request.SerializeToString())
+    receive_answer(line)
 
 
 @hostile
@@ -118,7 +124,7 @@ def descriptor_floods(a: Attacker) -> None:
     sockets[a.places.memory_path] = socket.SOCK_SEQPACKET
     with open(os.devnull) as nothing:
         for path, kind in [*sockets.items()] * 100:
-            end = a.held.enter_context(connected_on_host(path, kind))
+            end = a.held.enter_context(connect_unix(path, kind))
             with suppress(OSError):
                 for _ in range(4):
                     socket.send_fds(end, [bytes(32)], [nothing.fileno()] * 250)

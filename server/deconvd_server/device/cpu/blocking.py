@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from deconvd.problem import Problem
+from deconvd.model.problem import Problem
 
 __all__ = [
     "Blocking",
@@ -32,7 +32,7 @@ _IMAGE_PIXELS = 1 << 10
 _LEAST_SHARE = 8
 """The part of a block's room below which another thread costs more than it saves."""
 
-_REMEMBERED_COUNT = 4096
+_LRU_ENTRIES_COUNT = 4096
 """Problems of which it is remembered whether they are small."""
 
 _SMALL_ELEMENTS = _COLUMN_ELEMENTS // 4
@@ -78,9 +78,9 @@ class Ranges:
         return slice(start, min(start + self._step, self._length))
 
     def __iter__(self) -> Iterator[slice]:
-        return self.touching(0, self._length)
+        return self.cover(0, self._length)
 
-    def touching(self, first: int, last: int) -> Iterator[slice]:
+    def cover(self, first: int, last: int) -> Iterator[slice]:
         """Yield those that have anything from `first` to before `last`, which may be beyond them."""
         step, length = self._step, self._length
         first, last = max(first, 0), min(last, length)
@@ -157,7 +157,7 @@ def _samples_step(problem: Problem, fit: int, threads_count: int) -> int:
     return max(min(fitting, -(-problem.n // threads_count)), fitting // _LEAST_SHARE)
 
 
-@lru_cache(_REMEMBERED_COUNT)
+@lru_cache(_LRU_ENTRIES_COUNT)
 def is_small(problem: Problem) -> bool:
     """Return whether one thread is through with a problem sooner than it takes to have others help."""
     elements_count = problem.n * problem.c_O * math.prod(problem.kernel) * math.prod(problem.image)

@@ -13,14 +13,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deconvd.dtypes import DType
-from deconvd.problem import Problem
-from deconvd.tensor import Array
+from deconvd.model.dtypes import Array, DType
+from deconvd.model.problem import Problem
 from deconvd_server.device.cpu.blocking import ImageBlock
 
-__all__ = ["Links", "pixels_linked", "taps_linked"]
+__all__ = ["TapLinks", "linked_pixels", "linked_taps"]
 
-_FEW = 4
+_MIN_TAPS_PER_PIXEL = 4
 """How many times as many taps as pixels there must be for a loop over the pixels: taps have longer runs of memory."""
 
 _Index = int | slice
@@ -28,7 +27,7 @@ _AxisLink = tuple[_Index, _Index, slice]
 """A tap and the pixels that it links, or a pixel and the taps that link it; and which output pixels."""
 
 
-class Links:
+class TapLinks:
     """Which pixels of a block the taps of a block link to which output pixels.
 
     Their loops are as long as a block has taps or pixels, whichever are fewer, but for a factor: a client chooses
@@ -57,7 +56,7 @@ class Links:
             columns: Shape ``(..., channels and taps, pixels)``.
             y: Shape ``(..., channels, h_O, w_O)``; modified.
         """
-        by_axis = self._by_axis(columns, y)
+        by_axis = self._split_axes(columns, y)
         for h_taps, h_pixels, h_outputs in self._h:
             for w_taps, w_pixels, w_outputs in self._w:
                 y[..., h_outputs, w_outputs] += by_axis[..., h_taps, h_pixels, w_taps, w_pixels]
@@ -73,25 +72,25 @@ class Links:
         """
         h, w, *image = self._size
         columns = np.zeros((*gy.shape[:-3], gy.shape[-3] * h * w, math.prod(image)), dtype)
-        by_axis = self._by_axis(columns, gy)
+        by_axis = self._split_axes(columns, gy)
         for h_taps, h_pixels, h_outputs in self._h:
             for w_taps, w_pixels, w_outputs in self._w:
                 by_axis[..., h_taps, h_pixels, w_taps, w_pixels] = gy[..., h_outputs, w_outputs]
         return columns
 
-    def _by_axis(self, columns: Array, images: Array) -> Array:
+    def _split_axes(self, columns: Array, images: Array) -> Array:
         """View columns as (..., channels, h taps, h, w taps, w)."""
         return columns.reshape(*images.shape[:-2], *self._size).swapaxes(-3, -2)
 
 
-def taps_linked(problem: Problem, axis: int, pixels: slice) -> tuple[int, int]:
+def linked_taps(problem: Problem, axis: int, pixels: slice) -> tuple[int, int]:
     """Return the first tap that may link any of some inputs to an output, and the one behind the last, on one axis."""
     geometry = problem.geometry
     return _span(geometry.dilate[axis], geometry.stride[axis], pixels, problem, axis)
 
 
-def pixels_linked(problem: Problem, axis: int, taps: slice) -> tuple[int, int]:
-    """Return the first input that any of some taps may link, and the one behind the last: as `taps_linked`."""
+def linked_pixels(problem: Problem, axis: int, taps: slice) -> tuple[int, int]:
+    """Return the first input that any of some taps may link, and the one behind the last: as `linked_taps`."""
     geometry = problem.geometry
     return _span(geometry.stride[axis], geometry.dilate[axis], taps, problem, axis)
 
@@ -112,17 +111,17 @@ def _axis_links(problem: Problem, axis: int, pixels: slice, taps: slice) -> Iter
     """
     s, d = problem.geometry.stride[axis], problem.geometry.dilate[axis]
     p, output = problem.geometry.pad[axis], problem.output[axis]
-    if (pixels.stop - pixels.start) * _FEW > taps.stop - taps.start:
+    if (pixels.stop - pixels.start) * _MIN_TAPS_PER_PIXEL > taps.stop - taps.start:
         for tap in range(taps.start, taps.stop):
-            if linked := _linked(s, d * tap - p, pixels, output):
+            if linked := _link_range(s, d * tap - p, pixels, output):
                 yield tap - taps.start, *linked
     else:
         for pixel in range(pixels.start, pixels.stop):
-            if linked := _linked(d, s * pixel - p, taps, output):
+            if linked := _link_range(d, s * pixel - p, taps, output):
                 yield linked[0], pixel - pixels.start, linked[1]
 
 
-def _linked(step: int, offset: int, some: slice, output: int) -> tuple[slice, slice] | None:
+def _link_range(step: int, offset: int, some: slice, output: int) -> tuple[slice, slice] | None:
     """Return which i of some have an output pixel ``step i + offset``, and those; None if there are none.
 
     The former are counted from the first of them.

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from deconvd.array_memory import ArrayMemory
-from deconvd.copying import copy_into
 from deconvd.errors import ExhaustedError, UnimplementedError
-from deconvd.malloc import LARGE_BYTES
-from deconvd.operation import Operation, spec_of_field
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd.tensor import Array
-from deconvd_server.budgets import budgets
-from deconvd_server.call import Call
+from deconvd.host.buffer_pool import BufferPool
+from deconvd.host.malloc import LARGE_BYTES
+from deconvd.host.parallel_copy import copy_into
+from deconvd.model.dtypes import Array
+from deconvd.model.operation import Operation, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import CallContext
+from deconvd_server.call.ledger import Stage
 from deconvd_server.device.array_pieces import piece_indices
 from deconvd_server.device.arriving import Operand, require
 from deconvd_server.device.cpu.blocking import (
@@ -31,19 +31,25 @@ from deconvd_server.device.cpu.blocking import (
     is_small,
     working_elements_count,
 )
-from deconvd_server.device.cpu.pace import Pace
-from deconvd_server.device.cpu.products import Products
-from deconvd_server.device.cpu.team import Steps, Team
-from deconvd_server.device.cpu.tensor import DEVICE_ID, HostTensor, array_of, own, plain
+from deconvd_server.device.cpu.pace import Roofline
+from deconvd_server.device.cpu.products import BlockProducts
+from deconvd_server.device.cpu.team import Task, Team
+from deconvd_server.device.cpu.tensor import (
+    DEVICE_ID,
+    HostTensor,
+    array_of,
+    as_host_tensor,
+    make_contiguous_target,
+)
 from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products, set_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
-from deconvd_server.ledger import Stage
-from deconvd_server.machine import memory_bytes, processors_count
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.machine import memory_bytes, processors_count
 
 __all__ = ["CpuDevice"]
 
-_REMEMBERED_COUNT = 2048
+_LRU_ENTRIES_COUNT = 2048
 """Problems whose footprints and blocks are remembered."""
 
 
@@ -54,7 +60,7 @@ class CpuDevice:
     order.
 
     Attributes:
-        pass_on: See `TakesTurns`.
+        yield_turn: See `TimeSharedDevice`.
 
     Args:
         threads_count: Threads that compute for one call; by default, one for each processor that
@@ -66,16 +72,16 @@ class CpuDevice:
         self, threads_count: int | None = None, *, memory_limit_bytes: int | None = None
     ) -> None:
         self._budget_bytes = memory_limit_bytes or budgets().device_bytes
-        self.pass_on: Callable[[Call], None] = lambda _: None
+        self.yield_turn: Callable[[CallContext], None] = lambda _: None
         self._team = Team(threads_count or processors_count(), _ignore_out_of_range)
         # of tensors that were freed, for the next ones: what is too large for the allocator to keep
-        self._memory = ArrayMemory(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
+        self._memory = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
         # every call is asked for its footprint, and most have come before
-        self._sizes = lru_cache(_REMEMBERED_COUNT)(self._counted)
-        self._blocking = lru_cache(_REMEMBERED_COUNT)(Blocking.of)
+        self._sizes = lru_cache(_LRU_ENTRIES_COUNT)(self._count_bytes)
+        self._blocking = lru_cache(_LRU_ENTRIES_COUNT)(Blocking.of)
         # The threads are ours: BLAS's own would only compete with them for the processors.
         threadpool_limits(1, user_api="blas")
-        self._pace = Pace(self._team.threads_count)
+        self._roofline = Roofline(self._team.threads_count)
 
     @property
     def info(self) -> DeviceInfo:
@@ -110,7 +116,7 @@ class CpuDevice:
         tensors_bytes, working_bytes = self._sizes(problem, tuple(operands), tuple(results))
         return max(tensors_bytes - resident_bytes, 0) + working_bytes
 
-    def _counted(
+    def _count_bytes(
         self, problem: Problem, operands: Sequence[str], results: Sequence[str]
     ) -> tuple[int, int]:
         """Return what a call's tensors take, and what it takes beside them."""
@@ -141,9 +147,9 @@ class CpuDevice:
         tasks_count = max(min(threads_count, problem.c_O), 1)  # of each part, at least
         return min(-(-threads_count // tasks_count), problem.n)
 
-    def least_s(self, problem: Problem, results: Collection[str]) -> float:
-        """Return what a call takes at least. See `TakesTurns`."""
-        return self._pace.least_s(problem, results)
+    def min_duration_s(self, problem: Problem, results: Collection[str]) -> float:
+        """Return what a call takes at least. See `TimeSharedDevice`."""
+        return self._roofline.min_duration_s(problem, results)
 
     def run(
         self,
@@ -152,7 +158,7 @@ class CpuDevice:
         operands: Mapping[str, Operand],
         places: Mapping[str, Tensor],
         options: Options,
-        call: Call,
+        call: CallContext,
     ) -> None:
         """Compute results into their places. `options` are for GPUs. See `Device`."""
         set_result = {"y": self._set_y, "gx": self._set_gx, "gw": self._set_gW, "gb": self._set_gb}
@@ -161,10 +167,10 @@ class CpuDevice:
             for field, operand in operands.items()
         }
         try:
-            with _computing(call):
+            with _time_compute(call):
                 for field, place in places.items():
                     target = array_of(place)
-                    result = plain(target)
+                    result = make_contiguous_target(target)
                     set_result[field](result, problem, arrays, call)
                     if result is not target:
                         copy_into(target, result)
@@ -173,10 +179,12 @@ class CpuDevice:
                 f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
             ) from None
 
-    def _set_y(self, y: Array, problem: Problem, operands: Mapping[str, Array], call: Call) -> None:
+    def _set_y(
+        self, y: Array, problem: Problem, operands: Mapping[str, Array], call: CallContext
+    ) -> None:
         blocking = self._blocking(problem, threads_count=self._threads_count(problem))
         x, W, b = operands["x"], operands["w"], operands.get("b")
-        products = Products(problem, blocking, call, x=x, W=W, b=b)
+        products = BlockProducts(problem, blocking, call, x=x, W=W, b=b)
         tasks = (
             products.set_y(y, samples, groups, channels)
             for samples in blocking.samples
@@ -184,13 +192,13 @@ class CpuDevice:
             for channels in blocking.channels
         )
         counts = (len(blocking.samples), len(blocking.groups), len(blocking.channels))
-        self._share(tasks, math.prod(counts), problem, call)
+        self._run_tasks(tasks, math.prod(counts), problem, call)
 
     def _set_gx(
-        self, gx: Array, problem: Problem, operands: Mapping[str, Array], call: Call
+        self, gx: Array, problem: Problem, operands: Mapping[str, Array], call: CallContext
     ) -> None:
         blocking = self._blocking(problem, threads_count=self._threads_count(problem))
-        products = Products(problem, blocking, call, W=operands["w"], gy=operands["gy"])
+        products = BlockProducts(problem, blocking, call, W=operands["w"], gy=operands["gy"])
         tasks = (
             products.set_gx(gx, samples, groups, image)
             for samples in blocking.samples
@@ -199,10 +207,10 @@ class CpuDevice:
         )
         images_count = len(blocking.h_pixels) * len(blocking.w_pixels)
         tasks_count = len(blocking.samples) * len(blocking.groups) * images_count
-        self._share(tasks, tasks_count, problem, call)
+        self._run_tasks(tasks, tasks_count, problem, call)
 
     def _set_gW(
-        self, gW: Array, problem: Problem, operands: Mapping[str, Array], call: Call
+        self, gW: Array, problem: Problem, operands: Mapping[str, Array], call: CallContext
     ) -> None:
         threads_count = self._threads_count(problem)
         blocking = self._blocking(problem, threads_count=threads_count, sums_samples=True)
@@ -211,7 +219,7 @@ class CpuDevice:
         tasks_count = len(blocking.groups) * len(blocking.channels) * taps_count
         parts = _parts(len(blocking.samples), -(-threads_count // tasks_count))
         sums = np.zeros((len(parts), *problem.W.shape), problem.compute_type)
-        products = Products(problem, blocking, call, x=operands["x"], gy=operands["gy"])
+        products = BlockProducts(problem, blocking, call, x=operands["x"], gy=operands["gy"])
         tasks = (
             products.add_to_gW(total, part, groups, channels, h_taps, w_taps)
             for total, part in zip(sums, parts, strict=True)
@@ -219,23 +227,25 @@ class CpuDevice:
             for channels in blocking.channels
             for h_taps, w_taps in products.tap_blocks()
         )
-        self._share(tasks, len(parts) * tasks_count, problem, call)
-        self._share(iter([_add_up(gW, sums, call)]), 1, problem, call)
+        self._run_tasks(tasks, len(parts) * tasks_count, problem, call)
+        self._run_tasks(iter([_sum_parts(gW, sums, call)]), 1, problem, call)
 
     def _set_gb(
-        self, gb: Array, problem: Problem, operands: Mapping[str, Array], call: Call
+        self, gb: Array, problem: Problem, operands: Mapping[str, Array], call: CallContext
     ) -> None:
-        self._share(iter([_checked(set_gb(gb, operands["gy"]), call)]), 1, problem, call)
+        self._run_tasks(
+            iter([_check_each_step(set_gb(gb, operands["gy"]), call)]), 1, problem, call
+        )
 
     def _threads_count(self, problem: Problem) -> int:
         return 1 if is_small(problem) else self._team.threads_count
 
-    def _share(
-        self, tasks: Iterator[Steps], tasks_count: int, problem: Problem, call: Call
+    def _run_tasks(
+        self, tasks: Iterator[Task], tasks_count: int, problem: Problem, call: CallContext
     ) -> None:
         """Do tasks: here if that is soon done, else in turns with other calls, and with the helpers."""
         if not is_small(problem):
-            self._team.run(tasks, tasks_count, lambda: self.pass_on(call))
+            self._team.run(tasks, tasks_count, lambda: self.yield_turn(call))
             return
         for steps in tasks:
             for _ in steps:
@@ -250,21 +260,21 @@ class CpuDevice:
 
     def free(self, tensor: DeviceTensor) -> None:
         """Give the memory of a tensor back. See `Device`."""
-        own(tensor).free()
+        as_host_tensor(tensor).free()
 
-    def write(self, tensor: DeviceTensor, array: Array, call: Call) -> None:
+    def write(self, tensor: DeviceTensor, array: Array, call: CallContext) -> None:
         """Copy an array into a tensor. See `Device`."""
         call.check()
-        copy_into(own(tensor).array, array)
+        copy_into(as_host_tensor(tensor).array, array)
 
-    def read(self, tensor: DeviceTensor, call: Call, out: Array | None = None) -> Array:
+    def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
         """Return a tensor's elements. See `Device`."""
         call.check()
         array = np.empty(tensor.spec.shape, tensor.spec.dtype) if out is None else out
-        copy_into(array, own(tensor).array)
+        copy_into(array, as_host_tensor(tensor).array)
         return array
 
-    def host_memory(self, spec: TensorSpec) -> Array:
+    def allocate_host_array(self, spec: TensorSpec) -> Array:
         """Return a new array."""
         return np.empty(spec.shape, spec.dtype)
 
@@ -293,7 +303,7 @@ def _parts(blocks_count: int, parts_count: int) -> Ranges:
     return Ranges(blocks_count, -(-blocks_count // parts_count))
 
 
-def _add_up(gW: Array, sums: Array, call: Call) -> Steps:
+def _sum_parts(gW: Array, sums: Array, call: CallContext) -> Task:
     """Set gW to the total of some sums."""
     for piece in piece_indices(gW.shape):
         call.check()
@@ -302,7 +312,7 @@ def _add_up(gW: Array, sums: Array, call: Call) -> Steps:
         yield
 
 
-def _checked(steps: Steps, call: Call) -> Steps:
+def _check_each_step(steps: Task, call: CallContext) -> Task:
     """Look at a call before each step."""
     call.check()
     for _ in steps:
@@ -316,7 +326,7 @@ def _ignore_out_of_range() -> None:
 
 
 @contextmanager
-def _computing(call: Call) -> Iterator[None]:
+def _time_compute(call: CallContext) -> Iterator[None]:
     """Note how long a block computes for a call."""
     begin_s = time.perf_counter()
     try:

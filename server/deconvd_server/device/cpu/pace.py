@@ -14,26 +14,26 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from deconvd.problem import Problem
+from deconvd.model.problem import Problem
 
-__all__ = ["Pace", "links_count"]
+__all__ = ["Roofline", "links_count"]
 
-_REMEMBERED_COUNT: Final = 4096
+_LRU_ENTRIES_COUNT: Final = 4096
 """Problems whose work is remembered."""
 
 _LARGE_COUNT: Final = 1 << 30
 """Products, if all taps link all pixels, from which a problem's links are counted. Fewer take some 50 ms."""
 
-_COUNTED_AT_ONCE: Final = 1 << 16
+_CHUNK_TAPS_COUNT: Final = 1 << 16
 """Taps whose links are counted in one array: half a MiB."""
 
 _TRIALS_COUNT: Final = 5
 """The best of so many counts: one at least finds the processor free."""
 
-_TRIED_COLUMNS: Final = 1 << 17
+_BENCHMARK_COLUMNS_COUNT: Final = 1 << 17
 """In a core's second-level cache, with their copy."""
 
-_TRIED_EXTENT: Final = 384
+_BENCHMARK_EXTENT: Final = 384
 """Of square matrices: their product takes about a millisecond, and runs at full speed."""
 
 
@@ -44,7 +44,7 @@ class _Work(NamedTuple):
     columns_count: int
 
 
-class Pace:
+class Roofline:
     """A bound below the time of calls.
 
     Args:
@@ -52,12 +52,12 @@ class Pace:
     """
 
     def __init__(self, threads_count: int) -> None:
-        products_per_s, columns_per_s = _rates()
+        products_per_s, columns_per_s = _measure_rates()
         self._products_per_s = threads_count * products_per_s
         self._columns_per_s = threads_count * columns_per_s
-        self._work = lru_cache(_REMEMBERED_COUNT)(_large_work)  # every call asks for it
+        self._work = lru_cache(_LRU_ENTRIES_COUNT)(_large_work)  # every call asks for it
 
-    def least_s(self, problem: Problem, results: Collection[str]) -> float:
+    def min_duration_s(self, problem: Problem, results: Collection[str]) -> float:
         """Return what a call takes at the best rate that this processor reaches; 0 for a problem that is not large."""
         work = self._work(problem)
         if work is None:
@@ -86,8 +86,8 @@ def links_count(problem: Problem, axis: int) -> int:
     fewer = (taps_count, d, pixels_count, s), (pixels_count, s, taps_count, d)
     count, step, others_count, other_step = min(fewer)
     total = 0
-    for start in range(0, count, _COUNTED_AT_ONCE):
-        some = np.arange(start, min(start + _COUNTED_AT_ONCE, count), dtype=np.int64)
+    for start in range(0, count, _CHUNK_TAPS_COUNT):
+        some = np.arange(start, min(start + _CHUNK_TAPS_COUNT, count), dtype=np.int64)
         offsets = step * some - problem.geometry.pad[axis]
         first = np.maximum(-(offsets // other_step), 0)
         last = np.minimum((problem.output[axis] - 1 - offsets) // other_step, others_count - 1)
@@ -96,16 +96,16 @@ def links_count(problem: Problem, axis: int) -> int:
 
 
 @cache
-def _rates() -> tuple[float, float]:
+def _measure_rates() -> tuple[float, float]:
     """Return how many products and columns a thread takes in a second at best, measured when it is first asked.
 
     The best of several trials is not slower because others use the processor too.
     """
-    matrix = np.ones((_TRIED_EXTENT, _TRIED_EXTENT), np.float32)
-    columns, copy = np.ones((2, _TRIED_COLUMNS), np.float32)
+    matrix = np.ones((_BENCHMARK_EXTENT, _BENCHMARK_EXTENT), np.float32)
+    columns, copy = np.ones((2, _BENCHMARK_COLUMNS_COUNT), np.float32)
     return (
-        _TRIED_EXTENT**3 / _best_s(lambda: np.matmul(matrix, matrix)),
-        _TRIED_COLUMNS / _best_s(lambda: np.copyto(copy, columns)),
+        _BENCHMARK_EXTENT**3 / _best_s(lambda: np.matmul(matrix, matrix)),
+        _BENCHMARK_COLUMNS_COUNT / _best_s(lambda: np.copyto(copy, columns)),
     )
 
 

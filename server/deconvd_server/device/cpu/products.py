@@ -14,18 +14,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deconvd.problem import Problem
-from deconvd.tensor import Array
-from deconvd_server.call import Call
-from deconvd_server.device.array_pieces import PIECE_ELEMENTS, copied
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import Problem
+from deconvd_server.call.context import CallContext
+from deconvd_server.device.array_pieces import PIECE_ELEMENTS, copy_in_pieces
 from deconvd_server.device.cpu.blocking import Blocking, ImageBlock
-from deconvd_server.device.cpu.columns import Links, pixels_linked, taps_linked
-from deconvd_server.device.cpu.team import Steps
+from deconvd_server.device.cpu.columns import TapLinks, linked_pixels, linked_taps
+from deconvd_server.device.cpu.team import Task
 
-__all__ = ["Products"]
+__all__ = ["BlockProducts"]
 
 
-class Products:
+class BlockProducts:
     """A problem's operands, split by group and ready for products.
 
     Each method returns the steps of one task, to be run in any order and thread: blocks of some ten milliseconds.
@@ -39,7 +39,7 @@ class Products:
         self,
         problem: Problem,
         blocking: Blocking,
-        call: Call,
+        call: CallContext,
         *,
         x: Array | None = None,
         W: Array | None = None,
@@ -51,41 +51,41 @@ class Products:
         self._call = call
         self._type = problem.compute_type
         if x is not None:
-            self._x = _by_group(problem, x)
+            self._x = _split_groups(problem, x)
         if W is not None:
             if W.size <= PIECE_ELEMENTS:  # if not, it is cast block by block
                 # aligned, which messages need not have it: else each product would copy what it takes of it
                 W = np.require(W.astype(self._type, copy=False), requirements="A")
-            self._W = _filter_by_group(problem, W)
+            self._W = _split_filter_groups(problem, W)
         self._b = None if b is None else b.reshape(problem.groups, -1, 1, 1)
         if gy is not None:
-            self._gy = _by_group(problem, gy)
+            self._gy = _split_groups(problem, gy)
 
-    def set_y(self, y: Array, samples: slice, groups: slice, channels: slice) -> Steps:
+    def set_y(self, y: Array, samples: slice, groups: slice, channels: slice) -> Task:
         """Set some output channels of some samples of y."""
-        target = _by_group(self._problem, y)[samples, groups, channels]
+        target = _split_groups(self._problem, y)[samples, groups, channels]
         is_wide = target.dtype == self._type
         total = target if is_wide else np.empty(target.shape, self._type)
-        yield from self._copied(total, 0 if self._b is None else self._b[groups, channels])
+        yield from self._copy(total, 0 if self._b is None else self._b[groups, channels])
         for image in self._blocking.images():
             pixels = self._pixels(samples, groups, image)
             for h_taps, w_taps in self._taps(image):
                 self._call.check()
-                if links := Links(self._problem, image, h_taps, w_taps):
+                if links := TapLinks(self._problem, image, h_taps, w_taps):
                     W = self._filter(groups, channels, h_taps, w_taps)
                     links.scatter(np.matmul(W.swapaxes(1, 2), pixels), total)
                 yield
         if not is_wide:
-            yield from self._copied(target, total)
+            yield from self._copy(target, total)
 
-    def set_gx(self, gx: Array, samples: slice, groups: slice, image: ImageBlock) -> Steps:
+    def set_gx(self, gx: Array, samples: slice, groups: slice, image: ImageBlock) -> Task:
         """Set a block of the image in some samples of gx."""
-        target = _by_group(self._problem, gx)[samples, groups, :, image.h, image.w]
+        target = _split_groups(self._problem, gx)[samples, groups, :, image.h, image.w]
         total = np.zeros((*target.shape[:3], math.prod(image.size)), self._type)
         for channels in self._blocking.channels:
             for h_taps, w_taps in self._taps(image):
                 self._call.check()
-                if links := Links(self._problem, image, h_taps, w_taps):
+                if links := TapLinks(self._problem, image, h_taps, w_taps):
                     columns = self._columns(links, samples, groups, channels)
                     total += np.matmul(self._filter(groups, channels, h_taps, w_taps), columns)
                 yield
@@ -99,20 +99,20 @@ class Products:
         channels: slice,
         h_taps: slice,
         w_taps: slice,
-    ) -> Steps:
+    ) -> Task:
         """Add the products of some samples' x and gy to a block of gW, which has the compute type.
 
         Args:
             blocks: Of samples.
         """
-        target = _filter_by_group(self._problem, gW)[groups, :, channels, h_taps, w_taps]
+        target = _split_filter_groups(self._problem, gW)[groups, :, channels, h_taps, w_taps]
         for number in range(blocks.start, blocks.stop):
             samples = self._blocking.samples[number]
             for image in self._images(h_taps, w_taps):
                 self._call.check()
-                if links := Links(self._problem, image, h_taps, w_taps):
-                    columns = _side_by_side(self._columns(links, samples, groups, channels))
-                    pixels = _side_by_side(self._pixels(samples, groups, image))
+                if links := TapLinks(self._problem, image, h_taps, w_taps):
+                    columns = _join_samples(self._columns(links, samples, groups, channels))
+                    pixels = _join_samples(self._pixels(samples, groups, image))
                     target += np.matmul(pixels, columns.swapaxes(1, 2)).reshape(target.shape)
                 yield
 
@@ -123,22 +123,22 @@ class Products:
 
     def _taps(self, image: ImageBlock) -> Iterator[tuple[slice, slice]]:
         """Yield the blocks of taps, but for most of those that link no pixel of a block."""
-        h = taps_linked(self._problem, 0, image.h)
-        w = taps_linked(self._problem, 1, image.w)
-        for h_taps in self._blocking.h_taps.touching(*h):
-            for w_taps in self._blocking.w_taps.touching(*w):
+        h = linked_taps(self._problem, 0, image.h)
+        w = linked_taps(self._problem, 1, image.w)
+        for h_taps in self._blocking.h_taps.cover(*h):
+            for w_taps in self._blocking.w_taps.cover(*w):
                 yield h_taps, w_taps
 
     def _images(self, h_taps: slice, w_taps: slice) -> Iterator[ImageBlock]:
         """Yield the blocks of the image, but for most of those that a block of taps does not link."""
-        h = pixels_linked(self._problem, 0, h_taps)
-        w = pixels_linked(self._problem, 1, w_taps)
-        for h_pixels in self._blocking.h_pixels.touching(*h):
-            for w_pixels in self._blocking.w_pixels.touching(*w):
+        h = linked_pixels(self._problem, 0, h_taps)
+        w = linked_pixels(self._problem, 1, w_taps)
+        for h_pixels in self._blocking.h_pixels.cover(*h):
+            for w_pixels in self._blocking.w_pixels.cover(*w):
                 yield ImageBlock(h_pixels, w_pixels)
 
-    def _copied(self, target: Array, source: Array | int) -> Steps:
-        for _ in copied(target, source):
+    def _copy(self, target: Array, source: Array | int) -> Task:
+        for _ in copy_in_pieces(target, source):
             self._call.check()
             yield
 
@@ -147,7 +147,7 @@ class Products:
         block = self._x[samples, groups, :, image.h, image.w].astype(self._type, copy=False)
         return block.reshape(*block.shape[:3], -1)
 
-    def _columns(self, links: Links, samples: slice, groups: slice, channels: slice) -> Array:
+    def _columns(self, links: TapLinks, samples: slice, groups: slice, channels: slice) -> Array:
         """Return columns of gy, of shape (samples, groups, channels and taps, pixels)."""
         return links.gather(self._gy[samples, groups, channels], self._type)
 
@@ -157,19 +157,19 @@ class Products:
         return block.reshape(*block.shape[:2], -1)
 
 
-def _side_by_side(blocks: Array) -> Array:
+def _join_samples(blocks: Array) -> Array:
     """Return blocks (samples, groups, c, pixels) as (groups, c, all samples' pixels), which a product sums over."""
     _, groups, c, _ = blocks.shape
     return blocks.transpose(1, 2, 0, 3).reshape(groups, c, -1)
 
 
-def _by_group(problem: Problem, images: Array) -> Array:
+def _split_groups(problem: Problem, images: Array) -> Array:
     """View images of shape (n, c, h, w) as (n, groups, c / groups, h, w)."""
     n, c, h, w = images.shape
     return images.reshape(n, problem.groups, c // problem.groups, h, w)
 
 
-def _filter_by_group(problem: Problem, W: Array) -> Array:
+def _split_filter_groups(problem: Problem, W: Array) -> Array:
     """View W as (groups, c_I / groups, c_O / groups, h_K, w_K)."""
     c_I, *rest = W.shape
     return W.reshape(problem.groups, c_I // problem.groups, *rest)

@@ -17,58 +17,58 @@ from typing import Final, TypeAlias
 
 from deconvd_server.device.protocol import TURN_S
 
-__all__ = ["Steps", "Team"]
+__all__ = ["Task", "Team"]
 
-Steps: TypeAlias = Iterator[None]
+Task: TypeAlias = Iterator[None]
 """A task: doing its next step is to ask for the next item."""
 
 _SLICE_S: Final = 0.02
 """How long a thread works on a task before it looks for those of others: much more than it takes to look."""
 
 
-class _Job:
+class _TaskBatch:
     """The tasks of one caller. All of it is under the team's lock.
 
     Attributes:
-        under_way_count: How many threads work on them now.
+        running_count: How many threads work on them now.
         is_dropped: Whether no further step is to be begun.
         error: What the first task that failed has raised.
         changed: Notified when a thread has stopped working on a task.
     """
 
-    __slots__ = ("_begun", "_tasks", "changed", "error", "is_dropped", "under_way_count")
+    __slots__ = ("_paused", "_tasks", "changed", "error", "is_dropped", "running_count")
 
-    def __init__(self, tasks: Iterator[Steps], lock: threading.Lock) -> None:
+    def __init__(self, tasks: Iterator[Task], lock: threading.Lock) -> None:
         self._tasks = tasks
-        self._begun: deque[Steps] = deque()
+        self._paused: deque[Task] = deque()
         self.is_dropped = False
-        self.under_way_count = 0
+        self.running_count = 0
         self.error: BaseException | None = None
         self.changed = threading.Condition(lock)
 
-    def take(self) -> Steps | None:
+    def take(self) -> Task | None:
         """Return a task to work on until `put_back` or `note_end`; None if there is none now."""
-        steps = self._begun.popleft() if self._begun else next(self._tasks, None)
+        steps = self._paused.popleft() if self._paused else next(self._tasks, None)
         if steps is not None:
-            self.under_way_count += 1
+            self.running_count += 1
         return steps
 
-    def put_back(self, steps: Steps) -> None:
+    def put_back(self, steps: Task) -> None:
         """Let others go on with a task."""
         if not self.is_dropped:
-            self._begun.append(steps)
-        self.note_end()
+            self._paused.append(steps)
+        self.finish_turn()
 
-    def note_end(self) -> None:
+    def finish_turn(self) -> None:
         """Note that a thread works on a task no longer."""
-        self.under_way_count -= 1
+        self.running_count -= 1
         self.changed.notify()
 
     def drop(self) -> None:
         """Have nothing more begun."""
         self.is_dropped = True
         self._tasks = iter(())
-        self._begun.clear()
+        self._paused.clear()
 
 
 class Team:
@@ -85,8 +85,8 @@ class Team:
         self.threads_count = threads_count
         self._begin = begin
         self._lock = threading.Lock()
-        self._is_work = threading.Condition(self._lock)
-        self._jobs: deque[_Job] = deque()  # those that helpers work on, in turn
+        self._work_available = threading.Condition(self._lock)
+        self._jobs: deque[_TaskBatch] = deque()  # those that helpers work on, in turn
         self._is_closed = False
         # all at once: a thread that cannot be started is to be known before there are calls
         self._helpers = [
@@ -98,7 +98,7 @@ class Team:
 
     def run(
         self,
-        tasks: Iterator[Steps],
+        tasks: Iterator[Task],
         tasks_count: int,
         pause: Callable[[], None] = lambda: None,
     ) -> None:
@@ -110,7 +110,7 @@ class Team:
             tasks_count: How many there are at most.
             pause: Called in this thread after each turn, while nobody begins a step: may take long.
         """
-        job = _Job(tasks, self._lock)
+        job = _TaskBatch(tasks, self._lock)
         helpers_count = min(tasks_count - 1, len(self._helpers))
         self._offer(job, helpers_count)
         try:
@@ -130,30 +130,30 @@ class Team:
         """End the helpers. No call may be under way."""
         with self._lock:
             self._is_closed = True
-            self._is_work.notify_all()
+            self._work_available.notify_all()
         for helper in self._helpers:
             helper.join()
 
-    def _offer(self, job: _Job, helpers_count: int) -> None:
+    def _offer(self, job: _TaskBatch, helpers_count: int) -> None:
         """Let helpers work on a job."""
         if helpers_count > 0:
             with self._lock:
                 self._jobs.append(job)
-                self._is_work.notify(helpers_count)
+                self._work_available.notify(helpers_count)
 
-    def _withdraw(self, job: _Job) -> None:
+    def _withdraw(self, job: _TaskBatch) -> None:
         with self._lock:
             if job in self._jobs:
                 self._jobs.remove(job)
 
-    def _work(self, job: _Job, helpers_count: int, pause: Callable[[], None]) -> None:
+    def _work(self, job: _TaskBatch, helpers_count: int, pause: Callable[[], None]) -> None:
         """Work on a job until no task is left, in turns."""
         turn_ends_s = time.monotonic() + TURN_S
         while True:
             with self._lock:
                 steps = job.take()
                 if steps is None:
-                    if not job.under_way_count:
+                    if not job.running_count:
                         return
                     job.changed.wait()  # a task may be put back
             if steps is not None:
@@ -164,12 +164,12 @@ class Team:
                 self._offer(job, helpers_count)
                 turn_ends_s = time.monotonic() + TURN_S
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: _TaskBatch) -> None:
         """Return once nobody works on a job, and nobody will."""
         self._withdraw(job)
         with self._lock:
             job.drop()
-            while job.under_way_count:
+            while job.running_count:
                 job.changed.wait()
 
     def _help(self) -> None:
@@ -185,14 +185,14 @@ class Team:
         with self._lock:
             taken = self._take_in_turn()
             while taken is None and not self._is_closed:
-                self._is_work.wait()
+                self._work_available.wait()
                 taken = self._take_in_turn()
         if taken is None:
             return False
         self._do(*taken)
         return True
 
-    def _take_in_turn(self) -> tuple[_Job, Steps] | None:
+    def _take_in_turn(self) -> tuple[_TaskBatch, Task] | None:
         for _ in range(len(self._jobs)):
             job = self._jobs[0]
             self._jobs.rotate(-1)
@@ -201,7 +201,7 @@ class Team:
                 return job, steps
         return None
 
-    def _do(self, job: _Job, steps: Steps) -> None:
+    def _do(self, job: _TaskBatch, steps: Task) -> None:
         """Work on a task for a while."""
         try:
             is_over = _advance(job, steps)
@@ -209,17 +209,17 @@ class Team:
             with self._lock:
                 job.error = job.error or error
                 job.drop()
-                job.note_end()
+                job.finish_turn()
             return
         with self._lock:
             if is_over:
-                job.note_end()
+                job.finish_turn()
             else:
                 job.put_back(steps)
-                self._is_work.notify()
+                self._work_available.notify()
 
 
-def _advance(job: _Job, steps: Steps) -> bool:
+def _advance(job: _TaskBatch, steps: Task) -> bool:
     """Do steps of a task for a while, or until its job is dropped; return whether all are done."""
     until_s = time.monotonic() + _SLICE_S
     return all(not job.is_dropped and time.monotonic() < until_s for _ in steps)

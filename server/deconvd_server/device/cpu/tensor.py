@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deconvd.problem import TensorSpec
-from deconvd.tensor import Array, spec_of
-from deconvd_server.device.tensor import DeviceTensor, Tensor, never
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec, spec_of
+from deconvd_server.device.tensor import DeviceTensor, Tensor, refuse_growth
 
-__all__ = ["DEVICE_ID", "HostTensor", "array_of", "own", "plain"]
+__all__ = ["DEVICE_ID", "HostTensor", "array_of", "as_host_tensor", "make_contiguous_target"]
 
 DEVICE_ID = "cpu"
 
@@ -31,7 +31,7 @@ class HostTensor:
         self, array: Array, whole: HostTensor | None = None, spec: TensorSpec | None = None
     ) -> None:
         self.spec = spec or spec_of(array)
-        self.may_grow: Callable[[int], bool] = never
+        self.may_grow: Callable[[int], bool] = refuse_growth
         self._array: Array | None = array
         self._whole = whole or self
 
@@ -55,17 +55,17 @@ class HostTensor:
 
 def array_of(operand: Tensor) -> Array:
     """Return the elements of an operand or a place."""
-    return operand if isinstance(operand, np.ndarray) else own(operand).array
+    return operand if isinstance(operand, np.ndarray) else as_host_tensor(operand).array
 
 
-def own(tensor: DeviceTensor) -> HostTensor:
+def as_host_tensor(tensor: DeviceTensor) -> HostTensor:
     """Return a tensor that is ours. Raises ValueError if it is another device's."""
     if not isinstance(tensor, HostTensor):
         raise ValueError(f"a tensor of {tensor.device_id} is of no use to {DEVICE_ID}")
     return tensor
 
 
-def plain(target: Array) -> Array:
+def make_contiguous_target(target: Array) -> Array:
     """Return what a result can be written into: the target if it is C-contiguous and native, else a new array."""
     if target.flags.c_contiguous and target.dtype.isnative:
         return target

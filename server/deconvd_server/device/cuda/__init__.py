@@ -44,6 +44,6 @@ def devices_count() -> int:
     Raises:
         DeviceUnavailableError: CuPy or the driver is missing.
     """
-    from deconvd_server.device.cuda.runtime import cards_count
+    from deconvd_server.device.cuda.api.runtime import cards_count
 
     return cards_count()

@@ -13,33 +13,17 @@ from typing import NamedTuple
 import numpy as np
 
 import deconvd
-from deconvd.array_memory import ArrayMemory
-from deconvd.operation import DECONVOLVE, Operation
-from deconvd.options import Options
-from deconvd.problem import Problem, TensorSpec
-from deconvd_server.budgets import budgets
-from deconvd_server.call import Call
-from deconvd_server.device.arriving import Arriving, Operand, array_in, require_all
+from deconvd.host.buffer_pool import BufferPool
+from deconvd.model.operation import DECONVOLVE, Operation
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.call.context import CallContext
+from deconvd_server.device.arriving import Arriving, Operand, peek_tensor, require_all
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.cudnn import Cudnn
-from deconvd_server.device.cuda.guard import Guard
-from deconvd_server.device.cuda.host_memory import HostMemory
-from deconvd_server.device.cuda.job import Job
-from deconvd_server.device.cuda.lane import ARENA_BYTES, PINNED_BYTES, Lane
-from deconvd_server.device.cuda.lanes import Lanes
-from deconvd_server.device.cuda.memory import DeviceMemory
-from deconvd_server.device.cuda.pipeline import count_parts
-from deconvd_server.device.cuda.plan import PRODUCTS, Plan, Product
-from deconvd_server.device.cuda.plans.bench import open_bench
-from deconvd_server.device.cuda.plans.book import PlanBook
-from deconvd_server.device.cuda.plans.builders import Builders
-from deconvd_server.device.cuda.plans.candidates import Candidates
-from deconvd_server.device.cuda.plans.chooser import Chooser
-from deconvd_server.device.cuda.plans.key import PlanKey
-from deconvd_server.device.cuda.plans.store import PlanStore
-from deconvd_server.device.cuda.prepared import Prepared, prepared
-from deconvd_server.device.cuda.runtime import (
-    Pool,
+from deconvd_server.device.cuda.api.host_memory import RegisteredMemory
+from deconvd_server.device.cuda.api.memory import DeviceMemory
+from deconvd_server.device.cuda.api.runtime import (
+    CardMemoryPool,
     Stream,
     current_device,
     open_card,
@@ -47,15 +31,31 @@ from deconvd_server.device.cuda.runtime import (
     synchronize,
     unregister_host,
 )
-from deconvd_server.device.cuda.sizing import Sizing
+from deconvd_server.device.cuda.card_tensors import CardTensors
+from deconvd_server.device.cuda.cudnn import Cudnn
+from deconvd_server.device.cuda.error_translation import ErrorTranslation
+from deconvd_server.device.cuda.execution.job import DeviceWork
+from deconvd_server.device.cuda.execution.lane import ARENA_BYTES, PINNED_BYTES, Lane
+from deconvd_server.device.cuda.execution.lane_pool import LanePool
+from deconvd_server.device.cuda.execution.pipeline import count_parts
+from deconvd_server.device.cuda.memory_estimate import MemoryEstimate
+from deconvd_server.device.cuda.plan import PRODUCTS, Plan, Product
+from deconvd_server.device.cuda.plans.build_threads import BuildThreads
+from deconvd_server.device.cuda.plans.candidates import Candidates
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.plan_cache import PlanCache
+from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
+from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.device.cuda.stats import CudaStats
-from deconvd_server.device.cuda.tensors import CardTensors
+from deconvd_server.device.cuda.tensors.prepacked import PrepackedW, prepack
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import Tensor
-from deconvd_server.machine import processors_count
+from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.machine import processors_count
 
-__all__ = ["CudaDevice", "Limits"]
+__all__ = ["CudaDevice", "CudaLimits"]
 
 _FREE_SHARE = 0.9
 """The part of the card's free memory that calls may take, unless told: CUDA needs some itself."""
@@ -63,17 +63,17 @@ _FREE_SHARE = 0.9
 _MAX_HELPERS = 8
 """Threads that copy within the host: about as many as it takes to keep up with the card's bus."""
 
-_REMEMBERED_COUNT = 1024
+_LRU_ENTRIES_COUNT = 1024
 
-_NO_W = Prepared(np.empty(0))
+_NO_W = PrepackedW(np.empty(0))
 """Stands for W in calls that do not use it."""
 
-_HOST_MEMORY = HostMemory(register_host, unregister_host)
+_HOST_MEMORY = RegisteredMemory(register_host, unregister_host)
 """What any card of this process has registered: it is for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CudaLimits:
     """What a device may take.
 
     Attributes:
@@ -114,28 +114,28 @@ class CudaDevice(CardTensors):
         memory_limit_bytes: int | None = None,
         plan_store: Path | None = None,
         on_lost: Callable[[DeviceLostError], None] = lambda _: None,
-        limits: Limits | None = None,
+        limits: CudaLimits | None = None,
     ) -> None:
         self._card = open_card(ordinal)
         self._id = f"cuda:{ordinal}"
-        self._guard = Guard(self._id, on_lost)
-        self._limits = limits or Limits()
+        self._error_translation = ErrorTranslation(self._id, on_lost)
+        self._limits = limits or CudaLimits()
         limit_bytes = memory_limit_bytes or int(self._card.free_bytes * _FREE_SHARE)
         self._budget_bytes = self._budget(limit_bytes)
         with current_device(ordinal):
             self._cudnn = Cudnn()
-            self._pool = Pool(limit_bytes)
+            self._pool = CardMemoryPool(limit_bytes)
             self.memory = DeviceMemory(
                 self._budget_bytes,
-                self._pool.take,
-                allocate_to_stay=self._pool.take_to_stay,
-                allocate_to_lend=self._pool.take_to_lend,
+                self._pool.allocate,
+                allocate_to_stay=self._pool.allocate_resident,
+                allocate_to_lend=self._pool.allocate_shared,
             )
-            self._lanes = self._new_lanes()
+            self._lanes = self._make_lanes()
             self._candidates = Candidates(self._cudnn)
-            self.plans = self._new_book(plan_store)
+            self.plans = self._make_plan_cache(plan_store)
             kernels.prepare(ordinal)
-        self._sizing = Sizing(
+        self._memory_estimate = MemoryEstimate(
             self._budget_bytes,
             self._limits.lanes_count,
             self._limits.workspace_bytes,
@@ -153,19 +153,19 @@ class CudaDevice(CardTensors):
             )
         return budget_bytes
 
-    def _new_lanes(self) -> Lanes:
+    def _make_lanes(self) -> LanePool:
         lanes_count = self._limits.lanes_count
         self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
-        self._results = ArrayMemory(self._limits.results_bytes)
-        self._arenas = [self._pool.take(ARENA_BYTES) for _ in range(lanes_count)]
-        return Lanes(
+        self._results = BufferPool(self._limits.results_bytes)
+        self._arenas = [self._pool.allocate(ARENA_BYTES) for _ in range(lanes_count)]
+        return LanePool(
             [
                 Lane(self._id, self.memory, arena.ptr, self._helpers, _HOST_MEMORY)
                 for arena in self._arenas
             ]
         )
 
-    def _new_book(self, folder: Path | None) -> PlanBook:
+    def _make_plan_cache(self, folder: Path | None) -> PlanCache:
         origin: dict[str, str | int] = {
             "deconvd": deconvd.__version__,
             "cudnn": self._cudnn.version,
@@ -173,14 +173,14 @@ class CudaDevice(CardTensors):
             "capability": self._card.capability,
             "processors": self._card.processors_count,
         }
-        return PlanBook(
+        return PlanCache(
             self._candidates,
-            Chooser(
+            Tuner(
                 self._candidates,
-                partial(open_bench, self.memory),
+                partial(open_plan_timer, self.memory),
                 tuning_limit_s=self._limits.tuning_s,
             ),
-            Builders(self._card.ordinal, self._cudnn, self._limits.lanes_count),
+            BuildThreads(self._card.ordinal, self._cudnn, self._limits.lanes_count),
             limit_bytes=self._limits.plans_bytes,
             store=None if folder is None else PlanStore(folder, origin),
         )
@@ -211,7 +211,7 @@ class CudaDevice(CardTensors):
             held_bytes=self._pool.held_bytes(),
             held_for_calls_bytes=self._pool.held_for_calls_bytes(),
             held_limit_bytes=self._pool.limit_bytes,
-            made_count=self._pool.made_count,
+            misses_count=self._pool.misses_count,
             pinned_count=lanes_count,
             pinned_bytes=lanes_count * PINNED_BYTES,
         )
@@ -233,7 +233,7 @@ class CudaDevice(CardTensors):
 
         All operands and results that a problem has are counted, whichever the call has.
         """
-        return self._sizing.footprint_bytes(problem, results, resident_bytes)
+        return self._memory_estimate.footprint_bytes(problem, results, resident_bytes)
 
     def run(
         self,
@@ -242,22 +242,26 @@ class CudaDevice(CardTensors):
         operands: Mapping[str, Operand],
         places: Mapping[str, Tensor],
         options: Options,
-        call: Call,
+        call: CallContext,
     ) -> None:
         """Compute results into their places. See `Device`."""
-        used = _used(operation, tuple(places), tuple(operands))
+        used = _select_fields(operation, tuple(places), tuple(operands))
         divided = None
         if operation is DECONVOLVE:  # gradients are computed in steps, which overlap as well
-            divided = _HOST_MEMORY.places(array_in(operands["x"]), places["y"])
+            divided = _HOST_MEMORY.addresses(peek_tensor(operands["x"]), places["y"])
         parts_count = 1 if divided is None else count_parts(problem)
         is_followed = operation is not DECONVOLVE or parts_count > 1
         if not (is_followed and self._lanes.are_idle):
             operands = require_all(operands)  # to follow any would take time from others
         part = _part(problem, parts_count)
-        with self._lanes.lend(call) as lane, current_device(self._card.ordinal), self._guard:
-            ready = self._prepared(used, part, operands, options, call, lane)
+        with (
+            self._lanes.lend(call) as lane,
+            current_device(self._card.ordinal),
+            self._error_translation,
+        ):
+            ready = self._prepack(used, part, operands, options, call, lane)
 
-            def job() -> Job:
+            def job() -> DeviceWork:
                 plans = {
                     field: self._plan(PRODUCTS[field], part, options, call)
                     for field in used.results
@@ -265,7 +269,7 @@ class CudaDevice(CardTensors):
                 }
                 if used.product_of_W is not None and ready.plan is not None:
                     plans[used.product_of_W] = ready.plan
-                return Job(operation, part, used.operands, used.results, plans)
+                return DeviceWork(operation, part, used.operands, used.results, plans)
 
             key = (operation, used, part, options, ready.key)
             given = [ready.W if field == "w" else operands[field] for field in used.operands]
@@ -276,22 +280,22 @@ class CudaDevice(CardTensors):
             else:
                 lane.run(key, job, given, targets, call)
 
-    def _prepared(
+    def _prepack(
         self,
-        used: _Used,
+        used: _CallFields,
         problem: Problem,
         operands: Mapping[str, Operand],
         options: Options,
-        call: Call,
+        call: CallContext,
         lane: Lane,
-    ) -> Prepared:
+    ) -> PrepackedW:
         """Return W as the product that it is used in is to have it. See `prepared`."""
         if used.product_of_W is None:
             return _NO_W
         W, product = operands["w"], PRODUCTS[used.product_of_W]
         if isinstance(W, (np.ndarray, Arriving)):
-            return Prepared(W)
-        return prepared(
+            return PrepackedW(W)
+        return prepack(
             W,
             (product, problem, options),
             lambda: self._plan(product, problem, options, call),
@@ -310,28 +314,30 @@ class CudaDevice(CardTensors):
 
         return unregister
 
-    def key(self, product: Product, problem: Problem, options: Options) -> PlanKey:
+    def plan_key(self, product: Product, problem: Problem, options: Options) -> PlanKey:
         """Return the key of a product's plan on this device."""
-        limit_bytes = self._sizing.workspace_limit_bytes(problem)
+        limit_bytes = self._memory_estimate.workspace_limit_bytes(problem)
         return PlanKey.of(product, problem, options, limit_bytes)
 
     def _fallback_bytes(self, product: Product, problem: Problem) -> int:
-        key = self.key(product, problem, Options())
+        key = self.plan_key(product, problem, Options())
         return self._candidates.fallback(key).plan.workspace_bytes
 
-    def _plan(self, product: Product, problem: Problem, options: Options, call: Call) -> Plan:
-        return self.plans.get(self.key(product, problem, options), call.check)
+    def _plan(
+        self, product: Product, problem: Problem, options: Options, call: CallContext
+    ) -> Plan:
+        return self.plans.get(self.plan_key(product, problem, options), call.check)
 
     @contextmanager
-    def _working(self, call: Call) -> Iterator[Lane]:
+    def _lend_lane(self, call: CallContext) -> Iterator[Lane]:
         """Lend a lane, with the card as the thread's device. Raises as `Lanes.take`."""
-        with self._lanes.lend(call) as lane, self.using():
+        with self._lanes.lend(call) as lane, self.activate():
             yield lane
 
     @contextmanager
-    def using(self) -> Iterator[None]:
+    def activate(self) -> Iterator[None]:
         """Let the calling thread use the card; errors are raised as this device raises them."""
-        with current_device(self._card.ordinal), self._guard:
+        with current_device(self._card.ordinal), self._error_translation:
             yield
 
     def wait(self) -> None:
@@ -339,12 +345,12 @@ class CudaDevice(CardTensors):
         with current_device(self._card.ordinal):
             synchronize()
 
-    def forget(self, stream: int) -> None:
+    def release_stream(self, stream: int) -> None:
         """Free what is bound to a stream that is about to end: a later one may get its address."""
         with current_device(self._card.ordinal):
-            self._cudnn.forget(stream)
+            self._cudnn.destroy_handle(stream)
 
-    def new_stream(self) -> Stream:
+    def make_stream(self) -> Stream:
         """Return a stream of the card. Its owner must call `forget` before the stream ends."""
         with current_device(self._card.ordinal):
             return Stream()
@@ -353,7 +359,7 @@ class CudaDevice(CardTensors):
         """Free what the device holds. No call may be running, and none may follow."""
         with current_device(self._card.ordinal):
             for stream in self._lanes.close():
-                self._cudnn.forget(stream)
+                self._cudnn.destroy_handle(stream)
             self._helpers.shutdown()
             self._results.clear()
             self.plans.close()
@@ -365,14 +371,14 @@ def _helpers_count() -> int:
     return min(processors_count(), _MAX_HELPERS)
 
 
-@lru_cache(_REMEMBERED_COUNT)
+@lru_cache(_LRU_ENTRIES_COUNT)
 def _part(problem: Problem, count: int) -> Problem:
     """Return the problem of one of equal parts of a problem's samples."""
     n, *sample = problem.x.shape
     return replace(problem, x=TensorSpec((n // count, *sample), problem.x.dtype))
 
 
-class _Used(NamedTuple):
+class _CallFields(NamedTuple):
     """What a call computes, and what of.
 
     Attributes:
@@ -386,10 +392,12 @@ class _Used(NamedTuple):
     product_of_W: str | None
 
 
-@lru_cache(_REMEMBERED_COUNT)
-def _used(operation: Operation, wanted: tuple[str, ...], given: tuple[str, ...]) -> _Used:
+@lru_cache(_LRU_ENTRIES_COUNT)
+def _select_fields(
+    operation: Operation, wanted: tuple[str, ...], given: tuple[str, ...]
+) -> _CallFields:
     results = tuple([field for field in operation.all_results if field in wanted])
     needed = operation.operands_for(results, [f for f in operation.optional if f in given])
     operands = tuple(sorted(needed, key=operation.constants.__contains__))
     product_of_W = next((field for field in results if "w" in operation.needs[field]), None)
-    return _Used(operands, results, product_of_W)
+    return _CallFields(operands, results, product_of_W)

@@ -11,10 +11,10 @@ __all__ = [
     "OPERAND_ALIGNMENT_BYTES",
     "PRODUCTS",
     "Plan",
-    "Preparable",
-    "Preparation",
+    "Prepackable",
+    "Prepacking",
     "Product",
-    "preparation_of",
+    "prepacking_of",
 ]
 
 OPERAND_ALIGNMENT_BYTES = 16
@@ -71,7 +71,7 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Preparation:
+class Prepacking:
     """What a plan makes of its operand b, W, before all else: worth keeping with a W that stays.
 
     Attributes:
@@ -84,18 +84,18 @@ class Preparation:
 
     key: Hashable
     size_bytes: int
-    make: Callable[[int, int, int], None]
+    pack: Callable[[int, int, int], None]
     plan: Plan
 
 
 @runtime_checkable
-class Preparable(Protocol):
+class Prepackable(Protocol):
     """A plan that may make something of its operand b first."""
 
-    def preparation(self) -> Preparation | None:
+    def prepacking(self) -> Prepacking | None:
         """Return what that is; None if it takes b as it is, or b is no W."""
 
 
-def preparation_of(plan: Plan) -> Preparation | None:
+def prepacking_of(plan: Plan) -> Prepacking | None:
     """Return what a plan makes of its operand b before all else; None if nothing that can be kept."""
-    return plan.preparation() if isinstance(plan, Preparable) else None
+    return plan.prepacking() if isinstance(plan, Prepackable) else None

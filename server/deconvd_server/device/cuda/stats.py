@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deconvd_server.device.cuda.memory import MemoryStats
-from deconvd_server.device.cuda.plans.book import BookStats
+from deconvd_server.device.cuda.api.memory import MemoryStats
+from deconvd_server.device.cuda.plans.plan_cache import PlanCacheStats
 from deconvd_server.device.protocol import CacheState
 
 __all__ = ["CudaStats"]
@@ -27,13 +27,13 @@ class CudaStats:
         pinned_bytes: What they take.
     """
 
-    plans: BookStats
+    plans: PlanCacheStats
     plans_limit_bytes: int
     memory: MemoryStats
     held_bytes: int
     held_for_calls_bytes: int
     held_limit_bytes: int
-    made_count: int
+    misses_count: int
     pinned_count: int
     pinned_bytes: int
 
@@ -61,8 +61,8 @@ class CudaStats:
             count=self.memory.blocks_count,
             size_bytes=self.held_for_calls_bytes,
             limit_bytes=self.held_limit_bytes,
-            hits_count=max(self.memory.taken_count - self.made_count, 0),
-            misses_count=self.made_count,
+            hits_count=max(self.memory.leased_count - self.misses_count, 0),
+            misses_count=self.misses_count,
         )
 
     @property

@@ -6,6 +6,6 @@ other requests would wait; ctypes lets go of it for the length of every call.
 
 from deconvd_server.device.cuda.cudnn.library import Cudnn, CudnnError
 from deconvd_server.device.cuda.cudnn.plan import CudnnPlan
-from deconvd_server.device.cuda.cudnn.search import Layout, Rules, Search
+from deconvd_server.device.cuda.cudnn.search import EngineRules, EngineSearch, Layout
 
-__all__ = ["Cudnn", "CudnnError", "CudnnPlan", "Layout", "Rules", "Search"]
+__all__ = ["Cudnn", "CudnnError", "CudnnPlan", "EngineRules", "EngineSearch", "Layout"]

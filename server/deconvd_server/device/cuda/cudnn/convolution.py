@@ -11,15 +11,15 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-from deconvd.dtypes import BFLOAT16, DType
-from deconvd.problem import Problem
-from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, Scope
+from deconvd.model.dtypes import BFLOAT16, DType
+from deconvd.model.problem import Problem
+from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, DescriptorScope
 from deconvd_server.device.cuda.cudnn.enums import (
     CROSS_CORRELATION,
     Attribute,
+    AttributeType,
     DataType,
-    Kind,
-    Type,
+    DescriptorType,
 )
 from deconvd_server.device.cuda.plan import Product
 
@@ -53,10 +53,10 @@ class Layout(StrEnum):
         return (c * h * w, h * w, w, 1)
 
 
-class _Words(NamedTuple):
+class _OperationAttributes(NamedTuple):
     """How cuDNN calls an operation and its parts."""
 
-    kind: Kind
+    kind: DescriptorType
     convolution: Attribute
     image: Attribute
     filter: Attribute
@@ -65,9 +65,9 @@ class _Words(NamedTuple):
     beta: Attribute
 
 
-_WORDS = {
-    Product.Y: _Words(
-        Kind.OPERATION_CONVOLUTION_BACKWARD_DATA,
+_OPERATION_ATTRIBUTES = {
+    Product.Y: _OperationAttributes(
+        DescriptorType.OPERATION_CONVOLUTION_BACKWARD_DATA,
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC,
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_DX,
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_W,
@@ -75,8 +75,8 @@ _WORDS = {
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_ALPHA,
         Attribute.OPERATION_CONVOLUTION_BWD_DATA_BETA,
     ),
-    Product.GX: _Words(
-        Kind.OPERATION_CONVOLUTION_FORWARD,
+    Product.GX: _OperationAttributes(
+        DescriptorType.OPERATION_CONVOLUTION_FORWARD,
         Attribute.OPERATION_CONVOLUTION_FORWARD_CONV_DESC,
         Attribute.OPERATION_CONVOLUTION_FORWARD_X,
         Attribute.OPERATION_CONVOLUTION_FORWARD_W,
@@ -84,8 +84,8 @@ _WORDS = {
         Attribute.OPERATION_CONVOLUTION_FORWARD_ALPHA,
         Attribute.OPERATION_CONVOLUTION_FORWARD_BETA,
     ),
-    Product.GW: _Words(
-        Kind.OPERATION_CONVOLUTION_BACKWARD_FILTER,
+    Product.GW: _OperationAttributes(
+        DescriptorType.OPERATION_CONVOLUTION_BACKWARD_FILTER,
         Attribute.OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC,
         Attribute.OPERATION_CONVOLUTION_BWD_FILTER_X,
         Attribute.OPERATION_CONVOLUTION_BWD_FILTER_DW,
@@ -95,7 +95,7 @@ _WORDS = {
     ),
 }
 
-_PLACES = {
+_OPERAND_ORDER = {
     Product.Y: {"response": 0, "filter": 1, "image": 2},
     Product.GX: {"image": 0, "filter": 1, "response": 2},
     Product.GW: {"response": 0, "image": 1, "filter": 2},
@@ -104,33 +104,35 @@ _PLACES = {
 
 
 def operation_graph(
-    scope: Scope, handle: int, operation: Product, problem: Problem, layout: Layout
+    scope: DescriptorScope, handle: int, operation: Product, problem: Problem, layout: Layout
 ) -> Descriptor:
     """Return the graph of one operation, finalized.
 
     Raises:
         CudnnError: cuDNN does not take it.
     """
-    parts = _finalized_operation(scope, operation, problem, layout)
-    graph = scope.new(Kind.OPERATIONGRAPH)
-    graph.set(Attribute.OPERATIONGRAPH_HANDLE, Type.HANDLE, handle)
-    graph.set(Attribute.OPERATIONGRAPH_OPS, Type.BACKEND_DESCRIPTOR, parts.address)
+    parts = _make_operation(scope, operation, problem, layout)
+    graph = scope.new(DescriptorType.OPERATIONGRAPH)
+    graph.set(Attribute.OPERATIONGRAPH_HANDLE, AttributeType.HANDLE, handle)
+    graph.set(Attribute.OPERATIONGRAPH_OPS, AttributeType.BACKEND_DESCRIPTOR, parts.address)
     graph.finalize()
     return graph
 
 
-def _finalized_operation(
-    scope: Scope, operation: Product, problem: Problem, layout: Layout
+def _make_operation(
+    scope: DescriptorScope, operation: Product, problem: Problem, layout: Layout
 ) -> Descriptor:
-    words, places = _WORDS[operation], _PLACES[operation]
+    words, places = _OPERATION_ATTRIBUTES[operation], _OPERAND_ORDER[operation]
     shapes = {"image": problem.y.shape, "filter": problem.W.shape, "response": problem.x.shape}
     node = scope.new(words.kind)
     for part, shape in shapes.items():
         tensor = _tensor(scope, shape, problem.x.dtype, layout, UIDS[places[part]])
-        node.set(getattr(words, part), Type.BACKEND_DESCRIPTOR, tensor.address)
+        node.set(getattr(words, part), AttributeType.BACKEND_DESCRIPTOR, tensor.address)
     convolution = _convolution(scope, problem)
-    node.set(words.convolution, Type.BACKEND_DESCRIPTOR, convolution.address)
-    scalar = Type.DOUBLE if _compute_type(problem) is DataType.DOUBLE else Type.FLOAT
+    node.set(words.convolution, AttributeType.BACKEND_DESCRIPTOR, convolution.address)
+    scalar = (
+        AttributeType.DOUBLE if _compute_type(problem) is DataType.DOUBLE else AttributeType.FLOAT
+    )
     node.set(words.alpha, scalar, 1.0)
     node.set(words.beta, scalar, 0.0)
     node.finalize()
@@ -138,28 +140,32 @@ def _finalized_operation(
 
 
 def _tensor(
-    scope: Scope, shape: tuple[int, ...], dtype: DType, layout: Layout, uid: int
+    scope: DescriptorScope, shape: tuple[int, ...], dtype: DType, layout: Layout, uid: int
 ) -> Descriptor:
-    tensor = scope.new(Kind.TENSOR)
-    tensor.set(Attribute.TENSOR_UNIQUE_ID, Type.INT64, uid)
-    tensor.set(Attribute.TENSOR_DATA_TYPE, Type.DATA_TYPE, _DATA_TYPES[dtype.name])
-    tensor.set(Attribute.TENSOR_DIMENSIONS, Type.INT64, *shape)
-    tensor.set(Attribute.TENSOR_STRIDES, Type.INT64, *layout.strides(shape))
-    tensor.set(Attribute.TENSOR_BYTE_ALIGNMENT, Type.INT64, ALIGNMENT_BYTES)
+    tensor = scope.new(DescriptorType.TENSOR)
+    tensor.set(Attribute.TENSOR_UNIQUE_ID, AttributeType.INT64, uid)
+    tensor.set(Attribute.TENSOR_DATA_TYPE, AttributeType.DATA_TYPE, _DATA_TYPES[dtype.name])
+    tensor.set(Attribute.TENSOR_DIMENSIONS, AttributeType.INT64, *shape)
+    tensor.set(Attribute.TENSOR_STRIDES, AttributeType.INT64, *layout.strides(shape))
+    tensor.set(Attribute.TENSOR_BYTE_ALIGNMENT, AttributeType.INT64, ALIGNMENT_BYTES)
     tensor.finalize()
     return tensor
 
 
-def _convolution(scope: Scope, problem: Problem) -> Descriptor:
+def _convolution(scope: DescriptorScope, problem: Problem) -> Descriptor:
     geometry = problem.geometry
-    convolution = scope.new(Kind.CONVOLUTION)
-    convolution.set(Attribute.CONVOLUTION_SPATIAL_DIMS, Type.INT64, 2)
-    convolution.set(Attribute.CONVOLUTION_COMP_TYPE, Type.DATA_TYPE, _compute_type(problem))
-    convolution.set(Attribute.CONVOLUTION_CONV_MODE, Type.CONVOLUTION_MODE, CROSS_CORRELATION)
-    convolution.set(Attribute.CONVOLUTION_DILATIONS, Type.INT64, *geometry.dilate)
-    convolution.set(Attribute.CONVOLUTION_FILTER_STRIDES, Type.INT64, *geometry.stride)
-    convolution.set(Attribute.CONVOLUTION_PRE_PADDINGS, Type.INT64, *geometry.pad)
-    convolution.set(Attribute.CONVOLUTION_POST_PADDINGS, Type.INT64, *geometry.pad)
+    convolution = scope.new(DescriptorType.CONVOLUTION)
+    convolution.set(Attribute.CONVOLUTION_SPATIAL_DIMS, AttributeType.INT64, 2)
+    convolution.set(
+        Attribute.CONVOLUTION_COMP_TYPE, AttributeType.DATA_TYPE, _compute_type(problem)
+    )
+    convolution.set(
+        Attribute.CONVOLUTION_CONV_MODE, AttributeType.CONVOLUTION_MODE, CROSS_CORRELATION
+    )
+    convolution.set(Attribute.CONVOLUTION_DILATIONS, AttributeType.INT64, *geometry.dilate)
+    convolution.set(Attribute.CONVOLUTION_FILTER_STRIDES, AttributeType.INT64, *geometry.stride)
+    convolution.set(Attribute.CONVOLUTION_PRE_PADDINGS, AttributeType.INT64, *geometry.pad)
+    convolution.set(Attribute.CONVOLUTION_POST_PADDINGS, AttributeType.INT64, *geometry.pad)
     convolution.finalize()
     return convolution
 

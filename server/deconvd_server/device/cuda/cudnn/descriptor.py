@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from deconvd_server.device.cuda.cudnn.enums import Attribute, Kind, Type
+from deconvd_server.device.cuda.cudnn.enums import Attribute, AttributeType, DescriptorType
 from deconvd_server.device.cuda.cudnn.library import Cudnn
 
-__all__ = ["Descriptor", "Scope"]
+__all__ = ["Descriptor", "DescriptorScope"]
 
-_C_TYPES: dict[Type, Any] = {
-    Type.INT64: ctypes.c_int64,
-    Type.FLOAT: ctypes.c_float,
-    Type.DOUBLE: ctypes.c_double,
+_C_TYPES: dict[AttributeType, Any] = {
+    AttributeType.INT64: ctypes.c_int64,
+    AttributeType.FLOAT: ctypes.c_float,
+    AttributeType.DOUBLE: ctypes.c_double,
 }
 """Pointers aside, every other attribute is an enumeration: an int."""
 
-_POINTERS = (Type.HANDLE, Type.VOID_PTR, Type.BACKEND_DESCRIPTOR)
+_POINTERS = (AttributeType.HANDLE, AttributeType.VOID_PTR, AttributeType.BACKEND_DESCRIPTOR)
 
 
 class Descriptor:
@@ -28,7 +28,7 @@ class Descriptor:
     It is not closed when it is collected: at the interpreter's end cuDNN may be gone already.
     """
 
-    def __init__(self, cudnn: Cudnn, kind: Kind) -> None:
+    def __init__(self, cudnn: Cudnn, kind: DescriptorType) -> None:
         self._cudnn = cudnn
         self._pointer = ctypes.c_void_p()
         cudnn.call("cudnnBackendCreateDescriptor", ctypes.c_int(kind), ctypes.byref(self._pointer))
@@ -38,19 +38,21 @@ class Descriptor:
         """Its `cudnnBackendDescriptor_t`."""
         return self._pointer.value or 0
 
-    def set(self, attribute: Attribute, kind: Type, *values: float) -> None:
+    def set(self, attribute: Attribute, kind: AttributeType, *values: float) -> None:
         """Set an attribute to numbers, addresses, or members of an enumeration."""
         self._set(attribute, kind, len(values), _array(kind, values))
 
     def set_text(self, attribute: Attribute, text: bytes) -> None:
         """Set an attribute to characters."""
-        self._set(attribute, Type.CHAR, len(text), ctypes.create_string_buffer(text, len(text)))
+        self._set(
+            attribute, AttributeType.CHAR, len(text), ctypes.create_string_buffer(text, len(text))
+        )
 
     def finalize(self) -> None:
         """Check the attributes and do the work, which may take long."""
         self._cudnn.call("cudnnBackendFinalize", self._pointer)
 
-    def get(self, attribute: Attribute, kind: Type, limit: int = 1) -> list[int]:
+    def get(self, attribute: Attribute, kind: AttributeType, limit: int = 1) -> list[int]:
         """Return at most `limit` numbers."""
         values = _array(kind, (0,) * limit)
         count = self._get(attribute, kind, limit, values)
@@ -58,17 +60,17 @@ class Descriptor:
 
     def get_into(self, attribute: Attribute, others: Sequence[Descriptor]) -> int:
         """Let other descriptors describe an attribute, and return how many of them do."""
-        pointers = _array(Type.BACKEND_DESCRIPTOR, [other.address for other in others])
-        return self._get(attribute, Type.BACKEND_DESCRIPTOR, len(others), pointers)
+        pointers = _array(AttributeType.BACKEND_DESCRIPTOR, [other.address for other in others])
+        return self._get(attribute, AttributeType.BACKEND_DESCRIPTOR, len(others), pointers)
 
     def get_text(self, attribute: Attribute) -> bytes:
         """Return characters."""
-        size = self.count(attribute, Type.CHAR)
+        size = self.count(attribute, AttributeType.CHAR)
         buffer = ctypes.create_string_buffer(size)
-        count = self._get(attribute, Type.CHAR, size, buffer)
+        count = self._get(attribute, AttributeType.CHAR, size, buffer)
         return buffer.raw[:count]
 
-    def count(self, attribute: Attribute, kind: Type) -> int:
+    def count(self, attribute: Attribute, kind: AttributeType) -> int:
         """Return how many elements an attribute has."""
         return self._get(attribute, kind, 0, None)
 
@@ -78,7 +80,7 @@ class Descriptor:
             self._cudnn.call("cudnnBackendDestroyDescriptor", self._pointer)
             self._pointer = ctypes.c_void_p()
 
-    def _set(self, attribute: Attribute, kind: Type, count: int, values: object) -> None:
+    def _set(self, attribute: Attribute, kind: AttributeType, count: int, values: object) -> None:
         self._cudnn.call(
             "cudnnBackendSetAttribute",
             self._pointer,
@@ -88,7 +90,7 @@ class Descriptor:
             values,
         )
 
-    def _get(self, attribute: Attribute, kind: Type, limit: int, values: object) -> int:
+    def _get(self, attribute: Attribute, kind: AttributeType, limit: int, values: object) -> int:
         count = ctypes.c_int64()
         self._cudnn.call(
             "cudnnBackendGetAttribute",
@@ -102,27 +104,27 @@ class Descriptor:
         return count.value
 
 
-class Scope:
+class DescriptorScope:
     """Descriptors that live as long as a with-block."""
 
     def __init__(self, cudnn: Cudnn) -> None:
         self._cudnn = cudnn
         self._stack = ExitStack()
 
-    def __enter__(self) -> Scope:
+    def __enter__(self) -> DescriptorScope:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def new(self, kind: Kind) -> Descriptor:
+    def new(self, kind: DescriptorType) -> Descriptor:
         """Return a new descriptor that is closed with the block."""
         descriptor = Descriptor(self._cudnn, kind)
         self._stack.callback(descriptor.close)
         return descriptor
 
 
-def _array(kind: Type, values: Sequence[float]) -> Any:
+def _array(kind: AttributeType, values: Sequence[float]) -> Any:
     # Any: ctypes' types have no common supertype that mypy could follow
     element: Any = ctypes.c_void_p if kind in _POINTERS else _C_TYPES.get(kind, ctypes.c_int)
     return (element * len(values))(*values)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["Attribute", "Behavior", "DataType", "Kind", "Mode", "Note", "Type"]
+__all__ = [
+    "Attribute",
+    "AttributeType",
+    "BehaviorNote",
+    "DataType",
+    "DescriptorType",
+    "HeuristicMode",
+    "NumericalNote",
+]
 
 CROSS_CORRELATION = 1
 """`CUDNN_CROSS_CORRELATION`: what everybody but mathematicians calls a convolution."""
@@ -19,7 +27,7 @@ class DataType(IntEnum):
     BFLOAT16 = 9
 
 
-class Type(IntEnum):
+class AttributeType(IntEnum):
     """`cudnnBackendAttributeType_t`: what an attribute's elements are."""
 
     HANDLE = 0
@@ -36,7 +44,7 @@ class Type(IntEnum):
     CHAR = 24
 
 
-class Kind(IntEnum):
+class DescriptorType(IntEnum):
     """`cudnnBackendDescriptorType_t`: what a descriptor describes."""
 
     CONVOLUTION = 1
@@ -103,7 +111,7 @@ class Attribute(IntEnum):
     ENGINE_BEHAVIOR_NOTE = 1305
 
 
-class Mode(IntEnum):
+class HeuristicMode(IntEnum):
     """`cudnnBackendHeurMode_t`: which heuristics propose engines."""
 
     B = 1
@@ -111,7 +119,7 @@ class Mode(IntEnum):
     A = 3
 
 
-class Note(IntEnum):
+class NumericalNote(IntEnum):
     """`cudnnBackendNumericalNote_t`: what an engine does to numbers."""
 
     TENSOR_CORE = 0
@@ -126,7 +134,7 @@ class Note(IntEnum):
     STRICT_NAN_PROP = 9
 
 
-class Behavior(IntEnum):
+class BehaviorNote(IntEnum):
     """`cudnnBackendBehaviorNote_t`."""
 
     RUNTIME_COMPILATION = 0

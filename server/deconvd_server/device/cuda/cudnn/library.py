@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from deconvd_server.device.faults import DeviceUnavailableError
 
-__all__ = ["Cudnn", "CudnnError", "Handle", "check_version"]
+__all__ = ["Cudnn", "CudnnError", "CudnnHandle", "check_version"]
 
 _OLDEST_VERSION = 91900
 """The oldest that deconvd is tested with: 9.14 ends the process by SIGFPE for some problems."""
@@ -29,13 +29,13 @@ class CudnnError(Exception):
         self.status = status
 
     @property
-    def unsupported(self) -> bool:
+    def is_unsupported(self) -> bool:
         """Whether cuDNN only says that it cannot do this, as `CUDNN_STATUS_NOT_SUPPORTED`."""
         return self.status // 1000 == 3
 
 
 @dataclass(slots=True)
-class Handle:
+class CudnnHandle:
     """A cuDNN handle bound to a stream, and the lock of whoever uses it."""
 
     pointer: int
@@ -51,7 +51,7 @@ class Cudnn:
 
     def __init__(self) -> None:
         self._library, path = _load()
-        self._handles: dict[int, Handle] = {}
+        self._handles: dict[int, CudnnHandle] = {}
         self._lock = threading.Lock()
         self.version = self._read_version()
         check_version(self.version, path)
@@ -66,7 +66,7 @@ class Cudnn:
         if status != 0:
             raise CudnnError(function, status, self._last_error())
 
-    def execute(self, handle: Handle, plan: int, pack: int) -> None:
+    def execute(self, handle: CudnnHandle, plan: int, pack: int) -> None:
         """Enqueue a plan on the handle's stream, given the addresses of its descriptors."""
         self.call(
             "cudnnBackendExecute",
@@ -75,7 +75,7 @@ class Cudnn:
             ctypes.c_void_p(pack),
         )
 
-    def handle(self, stream: int) -> Handle:
+    def handle(self, stream: int) -> CudnnHandle:
         """Return the handle that is bound to a stream, made at first need.
 
         A stream belongs to one thread at a time, so two never make its handle at once.
@@ -83,21 +83,21 @@ class Cudnn:
         handle = self._handles.get(stream)
         if handle is None:  # making one takes long, so nobody waits for it who has one
             with self._lock:
-                handle = self._handles[stream] = self._new_handle(stream)
+                handle = self._handles[stream] = self._create_handle(stream)
         return handle
 
-    def forget(self, stream: int) -> None:
+    def destroy_handle(self, stream: int) -> None:
         """Destroy the handle of a stream that is about to end. None may be using it."""
         with self._lock:
             handle = self._handles.pop(stream, None)
         if handle is not None:
             self.call("cudnnDestroy", ctypes.c_void_p(handle.pointer))
 
-    def _new_handle(self, stream: int) -> Handle:
+    def _create_handle(self, stream: int) -> CudnnHandle:
         pointer = ctypes.c_void_p()
         self.call("cudnnCreate", ctypes.byref(pointer))
         self.call("cudnnSetStream", pointer, ctypes.c_void_p(stream))
-        return Handle(pointer.value or 0)
+        return CudnnHandle(pointer.value or 0)
 
     def _read_version(self) -> int:
         read = self._library.cudnnGetVersion
@@ -119,13 +119,13 @@ def check_version(version: int, path: str) -> None:
     """
     if version < _OLDEST_VERSION:
         raise DeviceUnavailableError(
-            f"cuDNN {_text(version)}, loaded from {path}, is too old, as it may crash: "
-            f"{_text(_OLDEST_VERSION)} or newer is needed: {_INSTALL}; if that is done, start the server "
+            f"cuDNN {_format_version(version)}, loaded from {path}, is too old, as it may crash: "
+            f"{_format_version(_OLDEST_VERSION)} or newer is needed: {_INSTALL}; if that is done, start the server "
             "where the older one is not found first (LD_LIBRARY_PATH, packages of the system)"
         )
 
 
-def _text(version: int) -> str:
+def _format_version(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 

@@ -7,7 +7,7 @@ import weakref
 
 from deconvd_server.device.cuda.cudnn.convolution import UIDS
 from deconvd_server.device.cuda.cudnn.descriptor import Descriptor
-from deconvd_server.device.cuda.cudnn.enums import Attribute, Kind, Type
+from deconvd_server.device.cuda.cudnn.enums import Attribute, AttributeType, DescriptorType
 from deconvd_server.device.cuda.cudnn.library import Cudnn
 
 __all__ = ["CudnnPlan"]
@@ -38,11 +38,11 @@ class CudnnPlan:
         self._cudnn = cudnn
         # cuDNN does not promise that one plan may be executed by two threads at once
         self._lock = threading.Lock()
-        self._descriptor = _revived(cudnn, stream, blob)
+        self._descriptor = _deserialize(cudnn, stream, blob)
         self._finalizer = weakref.finalize(self, self._descriptor.close)
         self._finalizer.atexit = False
         self.workspace_bytes = self._descriptor.get(
-            Attribute.EXECUTION_PLAN_WORKSPACE_SIZE, Type.INT64
+            Attribute.EXECUTION_PLAN_WORKSPACE_SIZE, AttributeType.INT64
         )[0]
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
@@ -52,11 +52,11 @@ class CudnnPlan:
             CudnnError: It could not be enqueued.
         """
         handle = self._cudnn.handle(stream)
-        pack = Descriptor(self._cudnn, Kind.VARIANT_PACK)
+        pack = Descriptor(self._cudnn, DescriptorType.VARIANT_PACK)
         try:
-            pack.set(Attribute.VARIANT_PACK_UNIQUE_IDS, Type.INT64, *UIDS)
-            pack.set(Attribute.VARIANT_PACK_DATA_POINTERS, Type.VOID_PTR, a, b, out)
-            pack.set(Attribute.VARIANT_PACK_WORKSPACE, Type.VOID_PTR, workspace)
+            pack.set(Attribute.VARIANT_PACK_UNIQUE_IDS, AttributeType.INT64, *UIDS)
+            pack.set(Attribute.VARIANT_PACK_DATA_POINTERS, AttributeType.VOID_PTR, a, b, out)
+            pack.set(Attribute.VARIANT_PACK_WORKSPACE, AttributeType.VOID_PTR, workspace)
             pack.finalize()
             with handle.lock, self._lock:
                 self._cudnn.execute(handle, self._descriptor.address, pack.address)
@@ -68,13 +68,13 @@ class CudnnPlan:
         self._finalizer()
 
 
-def _revived(cudnn: Cudnn, stream: int, blob: bytes) -> Descriptor:
+def _deserialize(cudnn: Cudnn, stream: int, blob: bytes) -> Descriptor:
     handle = cudnn.handle(stream)
-    descriptor = Descriptor(cudnn, Kind.EXECUTION_PLAN)
+    descriptor = Descriptor(cudnn, DescriptorType.EXECUTION_PLAN)
     try:
         with handle.lock:
             descriptor.set_text(Attribute.EXECUTION_PLAN_JSON_REPRESENTATION, blob)
-            descriptor.set(Attribute.EXECUTION_PLAN_HANDLE, Type.HANDLE, handle.pointer)
+            descriptor.set(Attribute.EXECUTION_PLAN_HANDLE, AttributeType.HANDLE, handle.pointer)
             descriptor.finalize()
     except BaseException:
         descriptor.close()

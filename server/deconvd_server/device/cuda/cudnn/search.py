@@ -6,20 +6,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.cudnn.convolution import Layout, operation_graph
-from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, Scope
-from deconvd_server.device.cuda.cudnn.enums import Attribute, Behavior, Kind, Mode, Note, Type
+from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, DescriptorScope
+from deconvd_server.device.cuda.cudnn.enums import (
+    Attribute,
+    AttributeType,
+    BehaviorNote,
+    DescriptorType,
+    HeuristicMode,
+    NumericalNote,
+)
 from deconvd_server.device.cuda.cudnn.library import Cudnn, CudnnError
 from deconvd_server.device.cuda.cudnn.plan import CudnnPlan
 from deconvd_server.device.cuda.plan import Product
 
-__all__ = ["Layout", "Proposal", "Rules", "Search"]
+__all__ = ["EngineProposal", "EngineRules", "EngineSearch", "Layout"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class EngineRules:
     """Which engines are wanted.
 
     Attributes:
@@ -27,24 +34,24 @@ class Rules:
         compiling: Whether it must compile kernels, which takes 0.25 to 8 s, or must not.
     """
 
-    unwanted: frozenset[Note]
+    unwanted: frozenset[NumericalNote]
     compiling: bool
 
     @classmethod
-    def of(cls, problem: Problem, options: Options, *, compiling: bool) -> Rules:
+    def of(cls, problem: Problem, options: Options, *, compiling: bool) -> EngineRules:
         """Return the rules that keep a result what `Options` and the reference promise."""
-        unwanted = {Note.DOWN_CONVERT_INPUTS, Note.REDUCED_PRECISION_REDUCTION}
+        unwanted = {NumericalNote.DOWN_CONVERT_INPUTS, NumericalNote.REDUCED_PRECISION_REDUCTION}
         if options.cudnn_deterministic:
-            unwanted.add(Note.NONDETERMINISTIC)
+            unwanted.add(NumericalNote.NONDETERMINISTIC)
         if problem.x.dtype == problem.compute_type and not options.allow_tf32:
-            unwanted.add(Note.TENSOR_CORE)  # on float32 that note means TF32
+            unwanted.add(NumericalNote.TENSOR_CORE)  # on float32 that note means TF32
         if problem.x.dtype.itemsize == 8:
-            unwanted.discard(Note.TENSOR_CORE)  # float64 loses nothing on tensor cores
+            unwanted.discard(NumericalNote.TENSOR_CORE)  # float64 loses nothing on tensor cores
         return cls(frozenset(unwanted), compiling)
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class EngineProposal:
     """An engine with its settings, as heuristics propose it.
 
     Attributes:
@@ -56,11 +63,11 @@ class Proposal:
 
     config: Descriptor
     engine: int
-    notes: frozenset[Note]
+    notes: frozenset[NumericalNote]
     compiles: bool
 
 
-class Search:
+class EngineSearch:
     """A search for plans of one operation in one layout, for the length of a with-block.
 
     Args:
@@ -77,7 +84,7 @@ class Search:
         self._stream = stream
         self._layout = layout
         with ExitStack() as stack:
-            self._scope = stack.enter_context(Scope(cudnn))
+            self._scope = stack.enter_context(DescriptorScope(cudnn))
             handle = cudnn.handle(stream)
             with handle.lock:
                 self._graph = operation_graph(
@@ -85,21 +92,23 @@ class Search:
                 )
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> Search:
+    def __enter__(self) -> EngineSearch:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def proposals(self, rules: Rules, modes: Sequence[Mode]) -> Iterator[Proposal]:
+    def proposals(
+        self, rules: EngineRules, modes: Sequence[HeuristicMode]
+    ) -> Iterator[EngineProposal]:
         """Yield what the heuristics of each mode propose and the rules allow, their best first."""
         for mode in modes:
             for config in self._configs(mode):
                 proposal = self._proposal(config)
-                if _allowed(proposal, rules):
+                if _is_allowed(proposal, rules):
                     yield proposal
 
-    def build(self, proposal: Proposal) -> CudnnPlan:
+    def build(self, proposal: EngineProposal) -> CudnnPlan:
         """Return a plan of the proposed engine.
 
         Raises:
@@ -108,52 +117,56 @@ class Search:
         return CudnnPlan(
             self._cudnn,
             self._stream,
-            self._blob(proposal),
+            self._serialize_plan(proposal),
             name=f"cudnn {self._layout} engine {proposal.engine}",
-            deterministic=Note.NONDETERMINISTIC not in proposal.notes,
+            deterministic=NumericalNote.NONDETERMINISTIC not in proposal.notes,
         )
 
-    def _blob(self, proposal: Proposal) -> bytes:
+    def _serialize_plan(self, proposal: EngineProposal) -> bytes:
         handle = self._cudnn.handle(self._stream)
-        with Scope(self._cudnn) as scope, handle.lock:
-            plan = scope.new(Kind.EXECUTION_PLAN)
-            plan.set(Attribute.EXECUTION_PLAN_HANDLE, Type.HANDLE, handle.pointer)
+        with DescriptorScope(self._cudnn) as scope, handle.lock:
+            plan = scope.new(DescriptorType.EXECUTION_PLAN)
+            plan.set(Attribute.EXECUTION_PLAN_HANDLE, AttributeType.HANDLE, handle.pointer)
             plan.set(
                 Attribute.EXECUTION_PLAN_ENGINE_CONFIG,
-                Type.BACKEND_DESCRIPTOR,
+                AttributeType.BACKEND_DESCRIPTOR,
                 proposal.config.address,
             )
             plan.finalize()
             return plan.get_text(Attribute.EXECUTION_PLAN_JSON_REPRESENTATION)
 
-    def _configs(self, mode: Mode) -> list[Descriptor]:
-        heuristics = self._scope.new(Kind.ENGINEHEUR)
+    def _configs(self, mode: HeuristicMode) -> list[Descriptor]:
+        heuristics = self._scope.new(DescriptorType.ENGINEHEUR)
         heuristics.set(
-            Attribute.ENGINEHEUR_OPERATION_GRAPH, Type.BACKEND_DESCRIPTOR, self._graph.address
+            Attribute.ENGINEHEUR_OPERATION_GRAPH,
+            AttributeType.BACKEND_DESCRIPTOR,
+            self._graph.address,
         )
-        heuristics.set(Attribute.ENGINEHEUR_MODE, Type.HEUR_MODE, mode)
+        heuristics.set(Attribute.ENGINEHEUR_MODE, AttributeType.HEUR_MODE, mode)
         try:
             heuristics.finalize()
-            count = heuristics.count(Attribute.ENGINEHEUR_RESULTS, Type.BACKEND_DESCRIPTOR)
+            count = heuristics.count(Attribute.ENGINEHEUR_RESULTS, AttributeType.BACKEND_DESCRIPTOR)
         except CudnnError as error:
-            if error.unsupported:
+            if error.is_unsupported:
                 return []
             raise
-        configs = [self._scope.new(Kind.ENGINECFG) for _ in range(count)]
+        configs = [self._scope.new(DescriptorType.ENGINECFG) for _ in range(count)]
         return configs[: heuristics.get_into(Attribute.ENGINEHEUR_RESULTS, configs)]
 
-    def _proposal(self, config: Descriptor) -> Proposal:
-        engine = self._scope.new(Kind.ENGINE)
+    def _proposal(self, config: Descriptor) -> EngineProposal:
+        engine = self._scope.new(DescriptorType.ENGINE)
         config.get_into(Attribute.ENGINECFG_ENGINE, [engine])
-        notes = engine.get(Attribute.ENGINE_NUMERICAL_NOTE, Type.NUMERICAL_NOTE, len(Note))
-        behaviors = engine.get(Attribute.ENGINE_BEHAVIOR_NOTE, Type.BEHAVIOR_NOTE, 16)
-        return Proposal(
+        notes = engine.get(
+            Attribute.ENGINE_NUMERICAL_NOTE, AttributeType.NUMERICAL_NOTE, len(NumericalNote)
+        )
+        behaviors = engine.get(Attribute.ENGINE_BEHAVIOR_NOTE, AttributeType.BEHAVIOR_NOTE, 16)
+        return EngineProposal(
             config,
-            engine.get(Attribute.ENGINE_GLOBAL_INDEX, Type.INT64)[0],
-            frozenset(Note(note) for note in notes),
-            Behavior.RUNTIME_COMPILATION in behaviors,
+            engine.get(Attribute.ENGINE_GLOBAL_INDEX, AttributeType.INT64)[0],
+            frozenset(NumericalNote(note) for note in notes),
+            BehaviorNote.RUNTIME_COMPILATION in behaviors,
         )
 
 
-def _allowed(proposal: Proposal, rules: Rules) -> bool:
+def _is_allowed(proposal: EngineProposal, rules: EngineRules) -> bool:
     return not proposal.notes & rules.unwanted and proposal.compiles == rules.compiling

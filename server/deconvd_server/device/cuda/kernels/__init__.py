@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import cupy
 
-from deconvd.dtypes import ELEMENT_TYPES
-from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.model.dtypes import ELEMENT_TYPES
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.depthwise import depthwise_plans
 from deconvd_server.device.cuda.kernels.elementwise import (
     add_bias,

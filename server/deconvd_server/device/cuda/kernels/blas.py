@@ -12,7 +12,7 @@ from typing import Any
 import cupy
 from cupy.cuda import runtime
 
-from deconvd.dtypes import BFLOAT16, DType
+from deconvd.model.dtypes import BFLOAT16, DType
 from deconvd_server.device.cuda.kernels.steps import Operands, Place
 
 __all__ = ["BLAS_WORKSPACE_BYTES", "ComputeMode", "Gemm", "Matrices"]

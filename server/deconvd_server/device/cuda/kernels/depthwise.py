@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from deconvd.geometry import MAX_EXTENT
-from deconvd.problem import Problem
+from deconvd.model.geometry import MAX_EXTENT
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.geometry import KernelGeometry
 from deconvd_server.device.cuda.kernels.launch import Kernel, element, integer
 from deconvd_server.device.cuda.kernels.steps import Launch, Place, Slot, StepPlan, Workspace

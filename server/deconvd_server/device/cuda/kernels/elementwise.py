@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from deconvd.dtypes import DType
-from deconvd.problem import TensorSpec
+from deconvd.model.dtypes import DType
+from deconvd.model.problem import TensorSpec
 from deconvd_server.device.cuda.kernels.launch import (
     Grid,
     Kernel,

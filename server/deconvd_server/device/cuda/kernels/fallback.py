@@ -16,10 +16,10 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from deconvd.dtypes import DType
-from deconvd.geometry import MAX_EXTENT
-from deconvd.options import Options
-from deconvd.problem import Problem
+from deconvd.model.dtypes import DType
+from deconvd.model.geometry import MAX_EXTENT
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.blas import (
     BLAS_WORKSPACE_BYTES,
     ComputeMode,

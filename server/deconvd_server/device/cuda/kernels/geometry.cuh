@@ -1,4 +1,4 @@
-// What columns.py and depthwise.py pass as their Geometry: the extents of a problem, as in deconvd.problem.
+// What columns.py and depthwise.py pass as their Geometry: the extents of a problem, as in deconvd.model.problem.
 
 struct Axis {
     int image, kernel, output;  // extents of x, W and y along it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 
-from deconvd.problem import Problem
+from deconvd.model.problem import Problem
 
 __all__ = ["KernelGeometry"]
 

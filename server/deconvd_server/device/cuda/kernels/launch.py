@@ -12,7 +12,7 @@ from pathlib import Path
 import cupy
 from cupy.cuda import driver, runtime
 
-from deconvd.dtypes import BFLOAT16, DType
+from deconvd.model.dtypes import BFLOAT16, DType
 
 __all__ = [
     "Argument",

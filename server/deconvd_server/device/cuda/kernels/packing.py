@@ -6,8 +6,8 @@ import ctypes
 import math
 from dataclasses import dataclass
 
-from deconvd.geometry import Pair
-from deconvd.problem import Problem
+from deconvd.model.geometry import Pair
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.launch import Kernel, element, integer
 from deconvd_server.device.cuda.kernels.steps import Clear, Launch, Place, Slot, Step
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from cupy.cuda import runtime
 
 from deconvd_server.device.cuda.kernels.launch import Argument, Grid, Kernel, pointer
-from deconvd_server.device.cuda.plan import Preparation
+from deconvd_server.device.cuda.plan import Prepacking
 
 __all__ = ["Clear", "Launch", "Operands", "Place", "Slot", "Step", "StepPlan", "Workspace"]
 
@@ -89,9 +89,9 @@ class StepPlan:
     name: str
     workspace_bytes: int
     steps: tuple[Step, ...]
-    prepare: Callable[[], Preparation | None] = lambda: None
+    prepare: Callable[[], Prepacking | None] = lambda: None
 
-    def preparation(self) -> Preparation | None:
+    def preparation(self) -> Prepacking | None:
         """Return what is made of b before all else. See `Preparable`."""
         return self.prepare()
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import math
 
-from deconvd.dtypes import BFLOAT16
-from deconvd.geometry import MAX_EXTENT, Pair
-from deconvd.problem import Problem
+from deconvd.model.dtypes import BFLOAT16
+from deconvd.model.geometry import MAX_EXTENT, Pair
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.launch import Kernel, element
 from deconvd_server.device.cuda.kernels.packing import Packing, padded
 from deconvd_server.device.cuda.kernels.steps import (
@@ -23,7 +23,7 @@ from deconvd_server.device.cuda.kernels.steps import (
     StepPlan,
     Workspace,
 )
-from deconvd_server.device.cuda.plan import Preparation, Product
+from deconvd_server.device.cuda.plan import Prepacking, Product
 
 __all__ = ["tensor_core_plans"]
 
@@ -145,7 +145,7 @@ def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     if W_is_packed:
         return StepPlan("tensor cores", workspace.size_bytes, (packing.pack_x(x), convolve))
 
-    def prepare() -> Preparation:
+    def prepare() -> Prepacking:
         pack = packing.pack_filter_by_output(Place(Slot.OUT))
         plan = _y_plan(packing, W_is_packed=True)
         return _preparation("by output", packing, W_bytes, pack, plan)
@@ -156,7 +156,7 @@ def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
 
 def _preparation(
     order: str, packing: Packing, size_bytes: int, pack: list[Step], plan: StepPlan
-) -> Preparation:
+) -> Prepacking:
     """Return how W is packed.
 
     Args:
@@ -171,7 +171,7 @@ def _preparation(
         for step in pack:
             step.enqueue((0, W, form, 0), stream)
 
-    return Preparation(key, size_bytes, make, plan)
+    return Prepacking(key, size_bytes, make, plan)
 
 
 def _gx_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
@@ -202,7 +202,7 @@ def _gx_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     if W_is_packed:
         return StepPlan("tensor cores", workspace.size_bytes, (pack_gy, *products))
 
-    def prepare() -> Preparation:
+    def prepare() -> Prepacking:
         pack = packing.pack_filter_by_input(Place(Slot.OUT))
         plan = _gx_plan(packing, W_is_packed=True)
         return _preparation("by input", packing, W_bytes, pack, plan)

@@ -6,22 +6,29 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from deconvd.options import UseCudnn
-from deconvd.problem import Problem
+from deconvd.model.options import UseCudnn
+from deconvd.model.problem import Problem
 from deconvd_server.device.cuda import kernels
-from deconvd_server.device.cuda.casting import CastPlan, uniform
-from deconvd_server.device.cuda.channels_last import ChannelsLastPlan
-from deconvd_server.device.cuda.cudnn import Cudnn, CudnnError, CudnnPlan, Layout, Rules, Search
-from deconvd_server.device.cuda.cudnn.enums import Mode
+from deconvd_server.device.cuda.cudnn import (
+    Cudnn,
+    CudnnError,
+    CudnnPlan,
+    EngineRules,
+    EngineSearch,
+    Layout,
+)
+from deconvd_server.device.cuda.cudnn.enums import HeuristicMode
 from deconvd_server.device.cuda.plan import Plan, Product
 from deconvd_server.device.cuda.plans.candidate import Candidate
+from deconvd_server.device.cuda.plans.casting import CastPlan, with_uniform_type
+from deconvd_server.device.cuda.plans.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
+from deconvd_server.device.cuda.plans.crop import CropPlan, with_natural_outsize
 from deconvd_server.device.cuda.plans.key import PlanKey
-from deconvd_server.device.cuda.window import WindowPlan, enlarged
 
 __all__ = ["Candidates"]
 
-_FEW = 2
+_SHORTLIST_COUNT = 2
 
 _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
 
@@ -32,26 +39,26 @@ class Candidates:
     def __init__(self, cudnn: Cudnn) -> None:
         self._cudnn = cudnn
 
-    def promising(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+    def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield the few candidates that are tried where nothing is tuned: the likely best first.
 
         The last one always works.
         """
         if key.options.use_cudnn is not UseCudnn.NEVER:
-            yield from self._promising_of_cudnn(key, stream)
+            yield from self._shortlist_cudnn(key, stream)
         if key.options.use_cudnn is not UseCudnn.ALWAYS:
-            yield from islice(self.own(key), _FEW)
+            yield from islice(self.own_kernels(key), _SHORTLIST_COUNT)
         yield self.fallback(key)
 
-    def _promising_of_cudnn(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        for mode in (Mode.A, Mode.FALLBACK):
-            ready = self.cudnn(key, stream, Provider.CUDNN_NCHW, (mode,), compiling=False)
-            few = list(islice(ready, _FEW))
+    def _shortlist_cudnn(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        for mode in (HeuristicMode.A, HeuristicMode.FALLBACK):
+            ready = self.cudnn_engines(key, stream, Provider.CUDNN_NCHW, (mode,), compiling=False)
+            few = list(islice(ready, _SHORTLIST_COUNT))
             yield from few
             if few:
                 return
 
-    def all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+    def list_all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield every candidate that is worth timing: the likely best first, as time may run out.
 
         Those that compile come last, as a single one of them may take all of it.
@@ -59,40 +66,42 @@ class Candidates:
         own = key.options.use_cudnn is not UseCudnn.ALWAYS
         cudnn = key.options.use_cudnn is not UseCudnn.NEVER
         if own:
-            yield from self.own(key)
+            yield from self.own_kernels(key)
         if cudnn:
-            yield from self._of_cudnn(key, stream, (Mode.A,), compiling=False)
+            yield from self._cudnn_of_all_layouts(key, stream, (HeuristicMode.A,), compiling=False)
         if own:
             yield self.fallback(key)
         if cudnn:
-            more = (Mode.B, Mode.FALLBACK)
-            yield from self._of_cudnn(key, stream, more, compiling=False)
-            yield from self._of_cudnn(key, stream, (Mode.A, *more), compiling=True)
+            more = (HeuristicMode.B, HeuristicMode.FALLBACK)
+            yield from self._cudnn_of_all_layouts(key, stream, more, compiling=False)
+            yield from self._cudnn_of_all_layouts(
+                key, stream, (HeuristicMode.A, *more), compiling=True
+            )
 
-    def _of_cudnn(
-        self, key: PlanKey, stream: int, modes: Sequence[Mode], *, compiling: bool
+    def _cudnn_of_all_layouts(
+        self, key: PlanKey, stream: int, modes: Sequence[HeuristicMode], *, compiling: bool
     ) -> Iterator[Candidate]:
         for provider in _LAYOUTS:
-            yield from self.cudnn(key, stream, provider, modes, compiling=compiling)
+            yield from self.cudnn_engines(key, stream, provider, modes, compiling=compiling)
 
-    def own(self, key: PlanKey) -> Iterator[Candidate]:
+    def own_kernels(self, key: PlanKey) -> Iterator[Candidate]:
         """Yield our own kernels, the most promising first."""
         names = Counter[str]()
-        for plan in kernels.candidates(key.operation, uniform(key.problem), key.options):
+        for plan in kernels.candidates(key.product, with_uniform_type(key.problem), key.options):
             names[plan.name] += 1
             yield self._own_candidate(key, plan, number=names[plan.name])
 
     def fallback(self, key: PlanKey) -> Candidate:
         """Return the plan that takes any problem."""
-        plan = kernels.fallback(key.operation, uniform(key.problem), key.options)
+        plan = kernels.fallback(key.product, with_uniform_type(key.problem), key.options)
         return self._own_candidate(key, plan)
 
-    def cudnn(
+    def cudnn_engines(
         self,
         key: PlanKey,
         stream: int,
         provider: Provider,
-        modes: Sequence[Mode],
+        modes: Sequence[HeuristicMode],
         *,
         compiling: bool,
     ) -> Iterator[Candidate]:
@@ -101,11 +110,11 @@ class Candidates:
         Args:
             compiling: Whether those that compile at run time are wanted, or the others.
         """
-        problem = enlarged(uniform(key.problem))
+        problem = with_natural_outsize(with_uniform_type(key.problem))
         layout = _LAYOUTS[provider]
-        rules = Rules.of(problem, key.options, compiling=compiling)
+        rules = EngineRules.of(problem, key.options, compiling=compiling)
         try:
-            search = Search(self._cudnn, stream, key.operation, problem, layout)
+            search = EngineSearch(self._cudnn, stream, key.product, problem, layout)
         except CudnnError:
             return
         with search:
@@ -116,7 +125,7 @@ class Candidates:
                     continue  # heuristics propose more than engines can do
                 yield self._cudnn_candidate(key, plan, provider)
 
-    def revived(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
+    def restore(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
         """Return the candidate that was chosen once.
 
         Raises:
@@ -135,7 +144,7 @@ class Candidates:
         return self._cudnn_candidate(key, plan, choice.provider)
 
     def _own_by_name(self, key: PlanKey, name: str) -> Candidate:
-        for candidate in (*self.own(key), self.fallback(key)):
+        for candidate in (*self.own_kernels(key), self.fallback(key)):
             if candidate.choice.name == name:
                 return candidate
         raise LookupError(f"there is no kernel {name!r} for it")
@@ -144,18 +153,18 @@ class Candidates:
         # a choice must tell variants of one name apart
         name = plan.name if number == 1 else f"{plan.name} {number}"
         choice = Choice(Provider.OWN, name, plan.deterministic)
-        return Candidate(_cast(key.operation, key.problem, plan), choice)
+        return Candidate(_with_casts(key.product, key.problem, plan), choice)
 
     def _cudnn_candidate(self, key: PlanKey, plan: CudnnPlan, provider: Provider) -> Candidate:
         choice = Choice(provider, plan.name, plan.deterministic, plan.blob.decode())
-        core = uniform(key.problem)
+        core = with_uniform_type(key.problem)
         whole: Plan = plan
         if provider is Provider.CUDNN_NHWC:
-            whole = ChannelsLastPlan(key.operation, enlarged(core), whole)
-        if enlarged(core).output != core.output:
-            whole = WindowPlan(key.operation, core, whole)
-        return Candidate(_cast(key.operation, key.problem, whole), choice, plan.close)
+            whole = ChannelsLastPlan(key.product, with_natural_outsize(core), whole)
+        if with_natural_outsize(core).output != core.output:
+            whole = CropPlan(key.product, core, whole)
+        return Candidate(_with_casts(key.product, key.problem, whole), choice, plan.close)
 
 
-def _cast(operation: Product, problem: Problem, plan: Plan) -> Plan:
+def _with_casts(operation: Product, problem: Problem, plan: Plan) -> Plan:
     return plan if problem.x.dtype == problem.W.dtype else CastPlan(operation, problem, plan)

@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Journal", "Remnant", "journal_in"]
+__all__ = ["Journal", "UnfinishedWork", "process_journal"]
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _SUFFIX: Final = ".journal"
 
 
 @dataclass(frozen=True, slots=True)
-class Remnant:
+class UnfinishedWork:
     """Work that a process had begun and not ended when it died.
 
     Attributes:
@@ -38,7 +38,7 @@ class Remnant:
     """
 
     fields: Mapping[str, Any]
-    crashed: bool
+    has_crashed: bool
     ended_s: float
     path: Path
 
@@ -65,8 +65,8 @@ class Journal:
         self._file: FileIO | None = None
         self._path: Path | None = None
         self._numbers = itertools.count()
-        self._under_way: set[int] = set()
-        self._dead: dict[Path, Sequence[Remnant]] = {}
+        self._running: set[int] = set()
+        self._dead: dict[Path, Sequence[UnfinishedWork]] = {}
         self._has_fault_handler = False
         self._has_warned = False
 
@@ -83,7 +83,7 @@ class Journal:
                 upcoming = next(self._numbers)
                 thread = threading.get_ident()
                 _append(file, {"begin": upcoming, "thread": thread, "fields": fields})
-                self._under_way.add(upcoming)
+                self._running.add(upcoming)
                 number = upcoming
             os.fsync(file.fileno())
         except OSError as error:
@@ -95,22 +95,22 @@ class Journal:
         with self._lock:
             if self._file is None or number is None:
                 return
-            self._under_way.discard(number)
+            self._running.discard(number)
             try:
-                if self._under_way:
+                if self._running:
                     _append(self._file, {"end": number})
                 else:
                     self._file.truncate(0)
             except OSError as error:
                 self._warn(error)
 
-    def remnants(self) -> list[Remnant]:
+    def unfinished_work(self) -> list[UnfinishedWork]:
         """Return what processes were about when they died, in this folder, since its files were last removed."""
         try:
             with self._lock:
                 for path in self._folder.glob(f"*{_SUFFIX}"):
                     if path != self._path and path not in self._dead:
-                        self._look_at(path)
+                        self._inspect(path)
                 return [remnant for remnants in self._dead.values() for remnant in remnants]
         except OSError as error:
             self._warn(error)
@@ -150,10 +150,10 @@ class Journal:
         _sync(self._folder)
         return file
 
-    def _look_at(self, path: Path) -> None:
+    def _inspect(self, path: Path) -> None:
         """Keep what the process of another journal was about if it has died; remove the journal if that is nothing."""
         try:
-            remnants = _remnants_in(path)
+            remnants = _read_unfinished(path)
         except FileNotFoundError:  # it has just been closed
             return
         if remnants:
@@ -172,7 +172,7 @@ class Journal:
 
 
 @cache
-def journal_in(folder: Path) -> Journal:
+def process_journal(folder: Path) -> Journal:
     """Return the journal of this process in a folder: its cards have one, as they have one fault handler."""
     return Journal(folder)
 
@@ -192,7 +192,7 @@ def _sync(folder: Path) -> None:
         os.close(number)
 
 
-def _remnants_in(path: Path) -> list[Remnant] | None:
+def _read_unfinished(path: Path) -> list[UnfinishedWork] | None:
     """Return what a journal's process was about when it died; None while it lives."""
     with path.open("rb") as file:
         try:
@@ -203,7 +203,7 @@ def _remnants_in(path: Path) -> list[Remnant] | None:
     begun: dict[int, tuple[int, Mapping[str, Any]]] = {}
     report: list[str] = []
     for line in text.splitlines():
-        match _parsed(line):
+        match _parse_line(line):
             case {"begin": int(number), "thread": int(thread), "fields": dict(fields)}:
                 begun[number] = thread, fields
             case {"end": int(number)}:
@@ -211,12 +211,12 @@ def _remnants_in(path: Path) -> list[Remnant] | None:
             case _:
                 report.append(line)
     return [
-        Remnant(fields, _has_crashed(thread, report), ended_s, path)
+        UnfinishedWork(fields, _has_crashed(thread, report), ended_s, path)
         for thread, fields in begun.values()
     ]
 
 
-def _parsed(line: str) -> object:
+def _parse_line(line: str) -> object:
     try:
         return json.loads(line)
     except ValueError:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.options import Options, UseCudnn
-from deconvd.problem import Problem, TensorSpec
+from deconvd.model.options import Options, UseCudnn
+from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["PlanKey", "digest_of"]
@@ -29,7 +29,7 @@ class PlanKey:
         workspace_limit_bytes: What a plan may take beside its operands.
     """
 
-    operation: Product
+    product: Product
     problem: Problem
     options: Options
     workspace_limit_bytes: int
@@ -68,7 +68,7 @@ class PlanKey:
         """Return what is computed, and of what, as JSON has it."""
         geometry = self.problem.geometry
         return {
-            "operation": str(self.operation),
+            "operation": str(self.product),
             "x": _tensor(self.problem.x),
             "W": _tensor(self.problem.W),
             "stride": list(geometry.stride),

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from deconvd.options import UseCudnn
-from deconvd_server.device.cuda.plans.journal import Remnant, journal_in
+from deconvd.model.options import UseCudnn
+from deconvd_server.device.cuda.plans.journal import UnfinishedWork, process_journal
 from deconvd_server.device.cuda.plans.key import PlanKey, digest_of
 
 __all__ = ["Quarantine"]
@@ -40,32 +40,32 @@ class Quarantine:
     """
 
     def __init__(self, folder: Path, origin: Mapping[str, str | int]) -> None:
-        self._journal = journal_in(folder)
+        self._journal = process_journal(folder)
         self._origin = dict(origin)
         self._lock = threading.Lock()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def holds(self, key: PlanKey) -> bool:
         """Return whether a plan for `key` is not to be searched. The log says so, once for each search."""
         search = _search(key)
         way = "with our most general kernels alone" if _is_own(key) else "without cuDNN"
-        remnants = self._remnants()
-        reason = _reason(remnants, search)
+        remnants = self._unfinished_searches()
+        reason = _find_reason(remnants, search)
         if reason is not None:
-            what = f"{key.operation} of {key.problem}"
-            self._tell(digest_of(search), "computing %s %s: %s", what, way, reason)
+            what = f"{key.product} of {key.problem}"
+            self._warn_once(digest_of(search), "computing %s %s: %s", what, way, reason)
             return True
-        crashes = [r for r in remnants if r.crashed and _is_own_search(r) == _is_own(key)]
+        crashes = [r for r in remnants if r.has_crashed and _is_own_search(r) == _is_own(key)]
         if len({digest_of(crash.fields["search"]) for crash in crashes}) < _MAX_CRASHES_COUNT:
             return False
         folder = crashes[0].path.parent
-        self._tell(
+        self._warn_once(
             way, "computing all that is new %s: servers crash again and again, see %s", way, folder
         )
         return True
 
     @contextmanager
-    def noted(self, key: PlanKey, is_lost: Callable[[], bool]) -> Iterator[None]:
+    def note_search(self, key: PlanKey, is_lost: Callable[[], bool]) -> Iterator[None]:
         """Note that a plan for `key` is being searched, for the length of a with-block.
 
         Args:
@@ -83,29 +83,29 @@ class Quarantine:
         finally:
             self._journal.end(number)
 
-    def _remnants(self) -> list[Remnant]:
+    def _unfinished_searches(self) -> list[UnfinishedWork]:
         """Return the searches that processes died at, with the same versions on the same kind of card."""
         return [
             remnant
-            for remnant in self._journal.remnants()
+            for remnant in self._journal.unfinished_work()
             if remnant.fields.get("origin") == self._origin
             and isinstance(remnant.fields.get("search"), dict)
         ]
 
-    def _tell(self, about: str, message: str, *args: object) -> None:
+    def _warn_once(self, about: str, message: str, *args: object) -> None:
         """Log a warning, unless there was one about the same."""
         with self._lock:
-            is_told = about in self._told
-            self._told.add(about)
+            is_told = about in self._warned
+            self._warned.add(about)
         if not is_told:
             log.warning(message, *args)
 
 
-def _reason(remnants: Sequence[Remnant], search: Mapping[str, Any]) -> str | None:
+def _find_reason(remnants: Sequence[UnfinishedWork], search: Mapping[str, Any]) -> str | None:
     """Return why a search is not to be made; None if it may be."""
     same = [remnant for remnant in remnants if remnant.fields["search"] == search]
     for remnant in same:
-        if remnant.crashed:
+        if remnant.has_crashed:
             return f"a server crashed while it tried that with this version of cuDNN, see {remnant.path}"
     for remnant in same:
         if time.time() - remnant.ended_s < _SUSPICION_S:
@@ -121,5 +121,5 @@ def _is_own(key: PlanKey) -> bool:
     return key.options.use_cudnn is UseCudnn.NEVER
 
 
-def _is_own_search(remnant: Remnant) -> bool:
+def _is_own_search(remnant: UnfinishedWork) -> bool:
     return remnant.fields["search"].get("cudnn") is False

@@ -62,7 +62,7 @@ class PlanStore:
         """Return the choice that was made for `key`; None if none is known here."""
         path = self._path(key)
         try:
-            return self._parsed(path.read_bytes(), key)
+            return self._parse(path.read_bytes(), key)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -102,7 +102,7 @@ class PlanStore:
     def _path(self, key: PlanKey) -> Path:
         return self._folder / f"{digest_of(self._identity(key))}.json"
 
-    def _parsed(self, text: bytes, key: PlanKey) -> Choice:
+    def _parse(self, text: bytes, key: PlanKey) -> Choice:
         content = json.loads(text)
         if not isinstance(content, dict) or not isinstance(content.get("choice"), dict):
             raise ValueError("not a stored plan")

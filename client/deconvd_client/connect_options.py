@@ -1,0 +1,159 @@
+"""Arguments of `connect`, checked and turned into plain numbers and strings where they come in."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from typing import Any, Final, SupportsFloat, SupportsIndex
+
+import numpy as np
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.host.system import MAX_TIMEOUT_S
+from deconvd.model.dtypes import BFLOAT16
+from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
+from deconvd_client.transports.route import TransportName
+
+__all__ = [
+    "TENANT_KEY_VARIABLE",
+    "parse_dtype",
+    "parse_fail_fast",
+    "parse_max_message_bytes",
+    "parse_shape",
+    "parse_tenant_key",
+    "parse_timeout",
+    "parse_transport",
+]
+
+TENANT_KEY_VARIABLE: Final = "DECONVD_TENANT_KEY"
+"""Where a connection takes its tenant's key from if it is given none."""
+
+_MAX_KEY_BYTES: Final = 64
+_MAX_EXTENT_BITS: Final = 63
+
+
+def parse_timeout(timeout_s: object) -> float:
+    """Return a number of seconds of any kind as a float; a very long one as `LONGEST_S`.
+
+    Raises:
+        InvalidArgumentError: It is no number, or not positive and finite.
+    """
+    try:
+        seconds = _parse_float(timeout_s)
+    except OverflowError:
+        seconds = math.inf
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(
+            f"timeout_s must be a number of seconds, got {timeout_s!r}", argument="timeout_s"
+        ) from None
+    if not 0 < seconds < math.inf:
+        raise InvalidArgumentError(
+            f"timeout_s must be positive and finite, got {seconds}", argument="timeout_s"
+        )
+    return min(seconds, MAX_TIMEOUT_S)
+
+
+def parse_max_message_bytes(size_bytes: object) -> int:
+    """Return a size as an int.
+
+    Raises:
+        InvalidArgumentError: It is no integer, or out of its range.
+    """
+    try:
+        size = operator.index(size_bytes)  # type: ignore[arg-type]  # whether it has one is asked here
+    except TypeError:
+        size = 0
+    if isinstance(size_bytes, bool) or not 1 <= size <= MAX_MESSAGE_BYTES:
+        raise InvalidArgumentError(
+            f"max_message_bytes must be an int from 1 to {MAX_MESSAGE_BYTES}, got {size_bytes!r}",
+            argument="max_message_bytes",
+        )
+    return size
+
+
+def parse_transport(name: object) -> TransportName:
+    """Return the transport of a name. Raises InvalidArgumentError if no transport has it."""
+    try:
+        return TransportName(name)  # type: ignore[arg-type]  # whether it is a name is asked here
+    except ValueError:
+        raise InvalidArgumentError(
+            f"transport must be one of {', '.join(TransportName)}, got {name!r}",
+            argument="transport",
+        ) from None
+
+
+def parse_fail_fast(fail_fast: object) -> bool:
+    """Return a truth value as a bool. Raises InvalidArgumentError if it is something else."""
+    if not isinstance(fail_fast, (bool, np.bool_)):
+        raise InvalidArgumentError(
+            f"fail_fast must be True or False, got {fail_fast!r}", argument="fail_fast"
+        )
+    return bool(fail_fast)
+
+
+def parse_tenant_key(key: object) -> bytes:
+    """Return a tenant's key as bytes; for None that of the environment, or none.
+
+    Raises:
+        InvalidArgumentError: It is neither text nor bytes, or too long. It is a secret, so it is not shown.
+    """
+    name = "tenant_key"
+    if key is None:
+        name, key = TENANT_KEY_VARIABLE, os.fsencode(os.environ.get(TENANT_KEY_VARIABLE, ""))
+    secret = key.encode(errors="surrogateescape") if isinstance(key, str) else key
+    if isinstance(secret, bytes) and len(secret) <= _MAX_KEY_BYTES:
+        return bytes(secret)
+    given = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(key).__name__
+    raise InvalidArgumentError(
+        f"{name} must be a str or bytes of at most {_MAX_KEY_BYTES} bytes, got {given}",
+        argument="tenant_key",
+    )
+
+
+def parse_shape(shape: object) -> tuple[int, ...]:
+    """Return a shape, or the extent of a single dimension, as a tuple of ints.
+
+    Raises:
+        InvalidArgumentError: It is neither an integer nor integers, or they are beyond all measure.
+    """
+    try:
+        extents = (operator.index(shape),)  # type: ignore[arg-type]  # whether it has one is asked here
+    except TypeError:
+        try:
+            extents = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # likewise
+        except TypeError:
+            raise InvalidArgumentError(
+                f"shape must be an int or a sequence of ints, got {shape!r}", argument="shape"
+            ) from None
+    if any(extent.bit_length() > _MAX_EXTENT_BITS for extent in extents):
+        raise InvalidArgumentError(
+            f"shape must have extents of at most {_MAX_EXTENT_BITS} bits", argument="shape"
+        )
+    return extents
+
+
+def parse_dtype(dtype: object) -> np.dtype[Any]:
+    """Return what numpy makes a dtype of. Raises InvalidArgumentError if it makes none."""
+    try:
+        made: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # whether it is one is asked here
+    except (TypeError, ValueError, SyntaxError):
+        raise InvalidArgumentError(
+            f"dtype must be a numpy.dtype or the name of one, got {dtype!r}", argument="dtype"
+        ) from None
+    return made
+
+
+def _parse_float(value: object) -> float:
+    """Return a number as a float. Raises TypeError, ValueError or OverflowError if it cannot.
+
+    Text, booleans, masked numbers and spans of time with units of their own are no numbers here, even where
+    Python or numpy would make a float of them.
+    """
+    if isinstance(value, (np.ndarray, np.generic)):
+        is_real = value.dtype.kind in "iuf" or value.dtype == BFLOAT16
+        if value.ndim or not is_real or isinstance(value, np.ma.MaskedArray):
+            raise TypeError
+    elif isinstance(value, bool) or not isinstance(value, (SupportsFloat, SupportsIndex)):
+        raise TypeError
+    return float(value)

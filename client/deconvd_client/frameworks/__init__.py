@@ -1,0 +1,1 @@
+"""Array libraries other than numpy: how their arrays become operands, and results become their arrays."""

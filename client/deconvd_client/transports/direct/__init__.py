@@ -1,0 +1,1 @@
+"""Direct connections to a server: calls without gRPC."""

@@ -1,0 +1,79 @@
+"""What errors of gRPC's say to our callers: which server was asked, which limit was met, which option changes it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from deconvd.errors import DeadlineError, DeconvdError, ExhaustedError, UnavailableError
+from deconvd_client.transports.grpc.proxies import Proxy
+
+__all__ = ["ErrorHints"]
+
+_TOO_LARGE: Final = re.compile(
+    r"(CLIENT|SERVER): Received message larger than max \((\d+) vs\. (\d+)\)"
+)
+
+_UNREACHABLE: Final = re.compile(
+    r"failed to connect to all addresses|errors resolving|DNS resolution failed|empty address list"
+)
+"""What gRPC says where it has not come to a server at all."""
+
+_DEADLINE_PASSED: Final = "Deadline Exceeded"
+"""gRPC's own words for it, which say no more than the class does."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorHints:
+    """What there is to say of errors on one channel.
+
+    Attributes:
+        target: Where the server is to be.
+        proxy: By which calls go, if they go by any.
+    """
+
+    target: str
+    proxy: Proxy | None
+
+    def explain(self, error: DeconvdError) -> DeconvdError:
+        """Return an error with what the caller needs beside it, or the error itself."""
+        if isinstance(error, ExhaustedError):
+            return _with_limit(error)
+        if isinstance(error, DeadlineError):
+            why = str(error)
+            if _DEADLINE_PASSED in why:
+                why = "the server did not answer in time"
+            return DeadlineError(why + self._proxy_hint())
+        if isinstance(error, UnavailableError):
+            text = str(error)
+            if _UNREACHABLE.search(text):
+                text = f"no server was reached: is deconvd-server running at {self.target}? {text}"
+            text += self._proxy_hint()
+            return UnavailableError(text, retry_after_s=error.retry_after_s)
+        return error
+
+    def _proxy_hint(self) -> str:
+        if self.proxy is None:
+            return ""
+        return (
+            f"; the call went by the proxy {self.proxy.address}, which {self.proxy.variable} names in the "
+            "environment: list the server's host in no_proxy to go there without"
+        )
+
+
+def _with_limit(error: ExhaustedError) -> ExhaustedError:
+    """Say which option to change, where gRPC's own message does not."""
+    too_large = _TOO_LARGE.search(str(error))
+    if too_large is None:
+        return error
+    receiver, size, limit = too_large.groups()
+    if receiver == "CLIENT":
+        return ExhaustedError(
+            f"the response has {size} bytes, and this client takes {limit}: raise "
+            "max_message_bytes of connect(), or send fewer samples at a time"
+        )
+    return ExhaustedError(
+        f"the request has {size} bytes, and the server takes {limit}: start it with a larger "
+        "--max-message-bytes, or send fewer samples at a time"
+    )

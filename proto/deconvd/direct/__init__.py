@@ -1,0 +1,1 @@
+"""Direct connections: the protocol that carries calls without gRPC, and the byte streams below it."""

@@ -1,0 +1,1 @@
+"""This process's memory and its operating system: buffers, copies, allocator, forks."""

@@ -1,0 +1,1 @@
+"""What is computed: element types, geometry, problems and operations. Pure."""

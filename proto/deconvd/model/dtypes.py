@@ -1,0 +1,51 @@
+"""The element types of tensors, as numpy's dtypes, and arrays of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from deconvd.errors import InvalidArgumentError
+
+__all__ = ["BFLOAT16", "ELEMENT_TYPES", "Array", "DType", "compute_type", "element_type"]
+
+DType = np.dtype[Any]
+
+Array = npt.NDArray[Any]
+
+BFLOAT16: DType = np.dtype(ml_dtypes.bfloat16)
+
+ELEMENT_TYPES: tuple[DType, ...] = (
+    np.dtype(np.float16),
+    BFLOAT16,
+    np.dtype(np.float32),
+    np.dtype(np.float64),
+)
+"""Every element type, narrowest first."""
+
+
+def element_type(name: str, dtype: DType) -> DType:
+    """Return the element type that `dtype` has in whatever byte order.
+
+    Args:
+        name: Name of the argument, for the error.
+
+    Raises:
+        InvalidArgumentError: It is none of `ELEMENT_TYPES`.
+    """
+    native = dtype.newbyteorder("=")
+    if native not in ELEMENT_TYPES:
+        allowed = ", ".join(str(allowed) for allowed in ELEMENT_TYPES)
+        raise InvalidArgumentError(
+            f"{name} must have one of the element types {allowed}, got {dtype}", argument=name
+        )
+    return native
+
+
+def compute_type(x: DType, W: DType) -> DType:
+    """Return the type that products of `x` and `W` are taken in: the wider, at least float32."""
+    wide = np.dtype(np.float64)
+    return wide if wide in (x, W) else np.dtype(np.float32)

@@ -1,0 +1,1 @@
+"""Values as messages: tensors, errors and streams, to bytes and back."""

@@ -1,0 +1,91 @@
+"""The parts of a stream as gRPC's messages: elements in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+from google.protobuf.message import Message
+
+from deconvd.model.dtypes import Array
+from deconvd.wire.codec import (
+    check_non_element_bytes,
+    chunk_from_bytes,
+    chunk_to_bytes,
+    missing_chunk_from_bytes,
+    missing_chunk_to_bytes,
+)
+from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, elements_part, parse_part
+
+__all__ = ["ChunkSource", "chunk_messages", "part_messages"]
+
+_CHUNK_BYTES: Final = 1 << 20
+"""The size at which a gRPC stream is fastest: larger messages cost more than their bytes."""
+
+_EMPTY: Final[Uint8Array] = np.empty(0, np.uint8)
+
+
+class ChunkSource:
+    """The parts that gRPC's messages carry. See `PartSource`.
+
+    Args:
+        messages: As bytes.
+        part_type: Their type.
+    """
+
+    def __init__(self, messages: Iterator[bytes], part_type: type[Message]) -> None:
+        self._messages = messages
+        self._part_type = part_type
+        self._has_chunks = "part" in part_type.DESCRIPTOR.oneofs_by_name
+        self._chunk: Uint8Array = _EMPTY
+
+    def next(self) -> Message | PendingElements | None:
+        """Return the next part; None at the end."""
+        data = next(self._messages, None)
+        if data is None:
+            return None
+        if not self._has_chunks:
+            return self._parse(data)
+        chunk = chunk_from_bytes(data)
+        if chunk is not None:
+            return self._begin_chunk(chunk)
+        missing = missing_chunk_from_bytes(data)
+        if missing is not None:
+            return self._begin_chunk(missing, is_missing=True)
+        message = self._parse(data)
+        unusual = message.WhichOneof("part")
+        if unusual in ("chunk", "missing_chunk"):
+            return self._begin_chunk(
+                getattr(message, unusual), is_missing=unusual == "missing_chunk"
+            )
+        return message
+
+    def read_into(self, target: Uint8Array) -> None:
+        """Read the next of the elements ahead."""
+        target[:] = self._chunk[: len(target)]
+        rest = self._chunk[len(target) :]
+        self._chunk = rest if len(rest) else _EMPTY  # a view of none would keep the message
+
+    def _parse(self, data: bytes) -> Message:
+        check_non_element_bytes(self._part_type, data)
+        return parse_part(self._part_type, data)
+
+    def _begin_chunk(
+        self, chunk: bytes | memoryview, *, is_missing: bool = False
+    ) -> PendingElements:
+        self._chunk = np.frombuffer(chunk, np.uint8)
+        return PendingElements(len(chunk), is_missing)
+
+
+def part_messages(part: Part) -> Iterator[bytes]:
+    """Yield the messages that carry a part: elements are copied only when their message is asked for."""
+    if isinstance(part, Message):
+        return iter((part.SerializeToString(),))
+    to_bytes = missing_chunk_to_bytes if part.is_missing else chunk_to_bytes
+    return map(to_bytes, [piece.data for piece in part.pieces(_CHUNK_BYTES)])
+
+
+def chunk_messages(array: Array) -> Iterator[bytes]:
+    """Yield the messages that carry an array's elements."""
+    return part_messages(elements_part(array))

@@ -1,0 +1,125 @@
+"""Errors to statuses (google.rpc.Status) and back, each with google.rpc details. See `grpc_status` for those of RPCs.
+
+BadRequest    the argument at fault of an InvalidArgumentError
+ResourceInfo  the argument of a NotFoundError, and what it names
+RetryInfo     when to come back after an UnavailableError
+ErrorInfo     the class, in `reason`, so that it survives proxies that change the status
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+from google.protobuf import any_pb2, duration_pb2, message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from deconvd import errors
+from deconvd.errors import (
+    DeconvdError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
+
+__all__ = ["error_from_status", "status_from_error"]
+
+_DOMAIN: Final = "deconvd"
+_MAX_TEXT_BYTES: Final = 2000
+"""Bytes of a message that cross the wire: they travel in headers, of which gRPC takes 8 KiB."""
+
+_NAME_BY_CODE: Final[dict[int, str]] = {code: name for name, code in code_pb2.Code.items()}
+_CLASS_BY_NAME: dict[str, type[DeconvdError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, DeconvdError)
+}
+# Finer classes than these are known by their name alone: a stranger's NOT_FOUND says nothing of tensors.
+_CLASS_BY_STATUS: dict[str, type[DeconvdError]] = {DeconvdError.status: DeconvdError}
+_CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
+
+
+def status_from_error(error: DeconvdError) -> status_pb2.Status:
+    """Return what a caller is told of an error."""
+    details: list[message.Message] = [
+        error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
+    ]
+    text = _shorten(str(error))
+    if isinstance(error, InvalidArgumentError) and error.argument:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.argument, description=text
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, NotFoundError):
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_type=error.resource, resource_name=error.argument, description=text
+            )
+        )
+    if isinstance(error, UnavailableError) and error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(error.status),
+        message=text,
+        details=[_pack_detail(detail) for detail in details],
+    )
+
+
+def error_from_status(status: status_pb2.Status) -> DeconvdError:
+    """Return the error that a status tells of.
+
+    One that `status_from_error` has made comes back as it was. Of others the code picks the class.
+    """
+    name = _NAME_BY_CODE.get(status.code, "UNKNOWN")
+    details = _ParsedDetails(status.details)
+    text = status.message or f"the call failed with status {name}"
+    cls = details.error_class or _CLASS_BY_STATUS.get(name)
+    if cls is None:
+        return DeconvdError(f"{name}: {text}")
+    if issubclass(cls, (InvalidArgumentError, NotFoundError)):
+        return cls(text, argument=details.argument)
+    if issubclass(cls, UnavailableError):
+        return cls(text, retry_after_s=details.retry_after_s)
+    return cls(text)
+
+
+class _ParsedDetails:
+    """What the google.rpc details of a failed call say."""
+
+    def __init__(self, details: Iterable[any_pb2.Any]) -> None:
+        self.error_class: type[DeconvdError] | None = None
+        self.argument = ""
+        self.retry_after_s: float | None = None
+        with suppress(message.DecodeError):  # a stranger's; what was read before it counts
+            for packed in details:
+                self._read(packed)
+
+    def _read(self, packed: any_pb2.Any) -> None:
+        info = error_details_pb2.ErrorInfo()
+        bad_request = error_details_pb2.BadRequest()
+        resource = error_details_pb2.ResourceInfo()
+        retry = error_details_pb2.RetryInfo()
+        if packed.Unpack(info) and info.domain == _DOMAIN:
+            self.error_class = _CLASS_BY_NAME.get(info.reason)
+        elif packed.Unpack(bad_request) and bad_request.field_violations:
+            self.argument = bad_request.field_violations[0].field
+        elif packed.Unpack(resource):
+            self.argument = resource.resource_name
+        elif packed.Unpack(retry):
+            self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+
+
+def _shorten(text: str) -> str:
+    """Cut a text to what headers have room for: gRPC writes some letters as ``%`` and two digits."""
+    is_plain = all(" " <= letter <= "~" and letter != "%" for letter in text)
+    limit = _MAX_TEXT_BYTES if is_plain else _MAX_TEXT_BYTES // 3
+    return text.encode(errors="replace")[:limit].decode(errors="ignore")
+
+
+def _pack_detail(detail: message.Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed

@@ -1,0 +1,130 @@
+"""Arrays to Tensor messages and back."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
+from deconvd.model.problem import TensorSpec, check_extents, spec_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.codec import Buffer
+
+__all__ = [
+    "array_from_message",
+    "array_of_spec",
+    "element_type_from_number",
+    "element_type_number",
+    "elements_of",
+    "is_raw",
+    "message_from_array",
+    "message_from_spec",
+    "spec_from_message",
+]
+
+_NUMBER_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
+    dtype: pb.ElementType.Value(f"ELEMENT_TYPE_{dtype.name.upper()}") for dtype in ELEMENT_TYPES
+}
+_DTYPE_BY_NUMBER: dict[int, DType] = {number: dtype for dtype, number in _NUMBER_BY_DTYPE.items()}
+
+_MAX_DIMENSIONS = 8
+"""More than any operand has: what is beyond it is refused before a shape is made of it."""
+
+
+def element_type_number(dtype: DType) -> pb.ElementType.ValueType:
+    """Return the number that stands for one of `ELEMENT_TYPES` on the wire."""
+    return _NUMBER_BY_DTYPE[dtype]
+
+
+def element_type_from_number(number: int) -> DType | None:
+    """Return the element type that a number on the wire stands for; None if it stands for none."""
+    return _DTYPE_BY_NUMBER.get(number)
+
+
+def is_raw(array: Array) -> bool:
+    """Return whether an array's elements lie as `Tensor.raw` has them."""
+    return array.flags.c_contiguous and array.dtype == array.dtype.newbyteorder("<")
+
+
+def elements_of(array: Array) -> memoryview:
+    """Return an array's elements as `Tensor.raw` has them: a view of the array if it has that layout."""
+    if not is_raw(array):
+        array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+    return array.reshape(-1).view(np.uint8).data
+
+
+def message_from_array(array: Array) -> pb.Tensor:
+    """Return a message that carries the array's elements; its layout and byte order may be any."""
+    message = message_from_spec(spec_of(array))
+    message.raw = bytes(elements_of(array))
+    return message
+
+
+def message_from_spec(spec: TensorSpec) -> pb.Tensor:
+    """Return a message that describes a tensor and carries none of its elements."""
+    return pb.Tensor(element_type=element_type_number(spec.dtype), shape=spec.shape)
+
+
+def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
+    """Return the shape and element type that a message declares. Nothing is allocated for it.
+
+    Args:
+        name: Name of the argument, for errors.
+
+    Raises:
+        InvalidArgumentError: The element type is unknown, or there can be no array of the shape.
+    """
+    if len(message.shape) > _MAX_DIMENSIONS:
+        raise InvalidArgumentError(
+            f"{name} must have at most {_MAX_DIMENSIONS} dimensions, got {len(message.shape)}",
+            argument=name,
+        )
+    return _spec(name, message.element_type, tuple(message.shape))
+
+
+@lru_cache(maxsize=1024)
+def _spec(name: str, element_type: int, shape: tuple[int, ...]) -> TensorSpec:
+    dtype = element_type_from_number(element_type)
+    if dtype is None:
+        allowed = ", ".join(pb.ElementType.Name(n) for n in _NUMBER_BY_DTYPE.values())
+        raise InvalidArgumentError(
+            f"{name} must have one of the element types {allowed}, got number {element_type}",
+            argument=name,
+        )
+    spec = TensorSpec(shape, dtype)
+    check_extents(name, spec)
+    return spec
+
+
+def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None) -> Array:
+    """Return the tensor that a message carries, as a read-only view of the message's bytes.
+
+    Args:
+        name: Name of the argument, for errors.
+        raw: Its elements, where `deconvd.wire.codec` has taken them out of the message.
+
+    Raises:
+        InvalidArgumentError: The message declares no valid tensor, or its payload is missing, of
+            an unknown kind, or of another length than its shape asks for.
+    """
+    return array_of_spec(name, spec_from_message(name, message), message, raw)
+
+
+def array_of_spec(name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None) -> Array:
+    """Return the tensor that a message carries and is known to declare. See `array_from_message`."""
+    if raw is None and message.WhichOneof("payload") == "raw":
+        raw = message.raw  # a copy: it is read once
+    if raw is None:
+        raise InvalidArgumentError(
+            f"{name} must carry its elements as raw bytes, got no payload that is known here",
+            argument=name,
+        )
+    if len(raw) != spec.nbytes:
+        raise InvalidArgumentError(
+            f"{name} must carry {spec.nbytes} bytes for {spec}, got {len(raw)}",
+            argument=name,
+        )
+    little_endian: Array = np.ndarray(spec.shape, spec.dtype.newbyteorder("<"), raw)
+    return little_endian.astype(spec.dtype, copy=False)

@@ -1,0 +1,1 @@
+"""What travels with a call: its context and its ledger. Devices may know it."""

@@ -1,0 +1,114 @@
+"""Options of deconvd-server that click does not have: sizes, seconds, and all of them as variables."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import click
+
+from deconvd.command_line import ENVVAR_PREFIX, CliCommand, envvar_of
+from deconvd.host.system import MAX_TIMEOUT_S
+
+__all__ = ["ByteSize", "Seconds", "ServerCommand", "unknown_variables"]
+
+_SIZE = re.compile(r"(?P<count>[0-9]+)(?P<unit>[kKMGT]?|[KMGT]i)")
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_MOST_BYTES = 2**63 - 1
+"""What a message can say."""
+
+_CLIENT_VARIABLES = frozenset({"DECONVD_TARGET", "DECONVD_TENANT_KEY"})
+_KUBERNETES_VARIABLES = re.compile(
+    r"DECONVD_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+"""Variables that every container gets where a Service is called deconvd."""
+
+
+class ServerCommand(CliCommand):
+    """A command each of whose options can come from the environment, by the option's own name.
+
+    click would take the name of the Python parameter instead.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for option in self.settable:
+            option.envvar = envvar_of(option)
+
+    @property
+    def settable(self) -> list[click.Option]:
+        """The options that set something, which --version and --help do not."""
+        return [o for o in self.params if isinstance(o, click.Option) and o.expose_value]
+
+    @property
+    def variables(self) -> list[str]:
+        """The environment variables of all options."""
+        return [envvar_of(option) for option in self.settable]
+
+
+class ByteSize(click.IntRange):
+    """A number of bytes: ``4096``, ``512M`` (times 10^6) or ``4Gi`` (times 2^30)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(
+                f"{value!r} is not a size: a whole number of bytes, or one with k, M, G or T "
+                "(powers of 1000) or Ki, Mi, Gi or Ti (powers of 1024), as in 4G or 512Mi",
+                param,
+                ctx,
+            )
+        unit = match["unit"].upper()
+        base = 1024 if unit.endswith("I") else 1000
+        size_bytes = int(match["count"]) * base ** _UNITS[unit.removesuffix("I")]
+        if size_bytes > _MOST_BYTES:
+            self.fail(f"{value!r} is more than {_MOST_BYTES} bytes", param, ctx)
+        return int(super().convert(size_bytes, param, ctx))
+
+
+class Seconds(click.FloatRange):
+    """A time in seconds that can be waited for."""
+
+    name = "number of seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the seconds."""
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds) or seconds > MAX_TIMEOUT_S:
+            self.fail(f"{value} is not a number up to {MAX_TIMEOUT_S:.0f}", param, ctx)
+        return seconds
+
+
+def unknown_variables(names: Iterable[str], known: list[str]) -> list[str]:
+    """Return those of an environment that look like options and are none, with the nearest option.
+
+    Args:
+        names: The names of all environment variables.
+        known: The names of those that are options.
+
+    Those of the client are left out, and those that Kubernetes makes for a Service called deconvd.
+    """
+    unknown = sorted(
+        name
+        for name in names
+        if name.startswith(ENVVAR_PREFIX)
+        and name not in _CLIENT_VARIABLES.union(known)
+        and not _KUBERNETES_VARIABLES.fullmatch(name)
+    )
+    by_end = {
+        name.removeprefix(ENVVAR_PREFIX): name for name in known
+    }  # what all share is no likeness
+    near = {
+        name: get_close_matches(name.removeprefix(ENVVAR_PREFIX), by_end, 1) for name in unknown
+    }
+    return [
+        f"{name} (is {by_end[ends[0]]} meant?)" if ends else name for name, ends in near.items()
+    ]

@@ -1,0 +1,78 @@
+"""A card's tensors: their memory, and what is copied between them and arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+
+from deconvd.host.buffer_pool import BufferPool
+from deconvd.model.dtypes import Array
+from deconvd.model.problem import TensorSpec
+from deconvd_server.call.context import CallContext
+from deconvd_server.device.cuda.api.memory import DeviceMemory
+from deconvd_server.device.cuda.api.runtime import PinnedBuffer, ipc_handle
+from deconvd_server.device.cuda.execution.lane import Lane
+from deconvd_server.device.cuda.tensors.tensor import CudaLentMemory, CudaTensor, as_cuda_tensor
+from deconvd_server.device.tensor import DeviceTensor
+
+__all__ = ["CardTensors"]
+
+
+class CardTensors(ABC):
+    """What a card's device does with tensors beside computing. See `Device`.
+
+    Attributes:
+        memory: Where they lie.
+    """
+
+    memory: DeviceMemory
+    _id: str
+    _results: BufferPool
+
+    @abstractmethod
+    def activate(self) -> AbstractContextManager[None]:
+        """Let the calling thread use the card; errors are raised as this device raises them."""
+
+    @abstractmethod
+    def _lend_lane(self, call: CallContext) -> AbstractContextManager[Lane]:
+        """Lend a lane, with the card as the thread's device. See `Lanes.lend`."""
+
+    def empty(self, spec: TensorSpec) -> CudaTensor:
+        """Return a new tensor. See `Device`."""
+        with self.activate():
+            lease = self.memory.lease_resident(max(spec.nbytes, 1))
+        return CudaTensor(spec, self._id, lease)
+
+    def free(self, tensor: DeviceTensor) -> None:
+        """Give the memory of a tensor back. See `Device`."""
+        with self.activate():
+            as_cuda_tensor(tensor, self._id).free()
+
+    def write(self, tensor: DeviceTensor, array: Array, call: CallContext) -> None:
+        """Copy an array into a tensor. See `Device`."""
+        with self._lend_lane(call) as lane:
+            lane.upload(array, as_cuda_tensor(tensor, self._id), call)
+
+    def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
+        """Return a tensor's elements. See `Device`."""
+        array = self._results.empty(tensor.spec) if out is None else out
+        with self._lend_lane(call) as lane:
+            lane.download(as_cuda_tensor(tensor, self._id), array, call)
+        return array
+
+    def allocate_host_array(self, spec: TensorSpec) -> Array:
+        """Return a new array in pinned memory. See `Device`."""
+        with self.activate():
+            pinned = PinnedBuffer(max(spec.nbytes, 1)).bytes
+        return pinned[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
+
+    def lend(self, size_bytes: int) -> CudaLentMemory:
+        """Return new memory that another process may open. See `Device`."""
+        with self.activate():
+            lease = self.memory.lease_shared(size_bytes)
+            try:
+                handle = ipc_handle(lease.pointer)
+            except BaseException:
+                lease.free()
+                raise
+        return CudaLentMemory(self._id, lease, size_bytes, handle)

@@ -1,0 +1,1 @@
+"""Runs calls on a card: lanes, pipelines, staging buffers and graphs."""

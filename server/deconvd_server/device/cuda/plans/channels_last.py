@@ -1,0 +1,78 @@
+"""cuDNN's channels-last plans for operands that lie channels first: transposed on the way in and out."""
+
+from __future__ import annotations
+
+from deconvd.model.problem import Problem, TensorSpec
+from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
+from deconvd_server.device.cuda.plan import Plan, Prepacking, Product
+from deconvd_server.device.cuda.plans.casting import operands_of, result_of
+
+__all__ = ["ChannelsLastPlan"]
+
+
+class ChannelsLastPlan:
+    """A plan for channels-first operands, made of one for channels-last operands. See `Plan`.
+
+    Args:
+        inner: A plan for the same problem, with all three tensors in NHWC order.
+        b_is_last: Whether b comes channels last.
+    """
+
+    def __init__(
+        self, operation: Product, problem: Problem, inner: Plan, *, b_is_last: bool = False
+    ) -> None:
+        self._operation, self._problem = operation, problem
+        self._inner = inner
+        self._specs = (*operands_of(operation, problem), result_of(operation, problem))
+        regions = BlockLayout()
+        self._regions = [
+            None if is_last else _region(regions, spec)
+            for spec, is_last in zip(self._specs, (False, b_is_last, False), strict=True)
+        ]
+        self._scratch = regions.add(inner.workspace_bytes)
+        self.workspace_bytes = regions.total_bytes
+
+    @property
+    def name(self) -> str:
+        """The inner plan's."""
+        return self._inner.name
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the inner plan is."""
+        return self._inner.deterministic
+
+    def prepacking(self) -> Prepacking | None:
+        """Return how W is transposed. See `Preparable`."""
+        if self._operation is Product.GW or self._regions[1] is None:
+            return None
+        spec = self._specs[1]
+
+        def transpose(W: int, form: int, stream: int) -> None:
+            n, c, h, w = spec.shape
+            kernels.transpose_to_nhwc(W, form, n, c, h, w, spec.dtype, stream)
+
+        plan = ChannelsLastPlan(self._operation, self._problem, self._inner, b_is_last=True)
+        return Prepacking("channels last", spec.nbytes, transpose, plan)
+
+    def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
+        """Enqueue the operation. See `Plan`."""
+        last_a, last_b, last_out = (
+            given if region is None else workspace + region.offset
+            for given, region in zip((a, b, out), self._regions, strict=True)
+        )
+        for given, last, spec in ((a, last_a, self._specs[0]), (b, last_b, self._specs[1])):
+            if last != given:
+                n, c, h, w = spec.shape
+                kernels.transpose_to_nhwc(given, last, n, c, h, w, spec.dtype, stream)
+        self._inner.execute(last_a, last_b, last_out, workspace + self._scratch.offset, stream)
+        if last_out != out:
+            n, c, h, w = self._specs[2].shape
+            kernels.transpose_to_nchw(last_out, out, n, c, h, w, self._specs[2].dtype, stream)
+
+
+def _region(regions: BlockLayout, spec: TensorSpec) -> BlockRegion | None:
+    """Return where a tensor's transpose lies; None where both orders are the same."""
+    _, c, h, w = spec.shape
+    return None if c == 1 or h * w == 1 else regions.add(spec.nbytes)

@@ -1,0 +1,167 @@
+"""The plans of one card by key: in memory, on disk, or chosen now."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from deconvd.lru import Lru
+from deconvd.model.options import UseCudnn
+from deconvd_server.device.cuda.cudnn import CudnnError
+from deconvd_server.device.cuda.plan import Plan
+from deconvd_server.device.cuda.plans.candidate import Candidate
+from deconvd_server.device.cuda.plans.choice import Choice, Provider
+from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.store import PlanStore
+from deconvd_server.device.cuda.plans.tuner import Tuner
+from deconvd_server.resources.cache import Cache, CacheStats, Resource
+
+if TYPE_CHECKING:  # the rest needs CUDA, keeping book does not
+    from deconvd_server.device.cuda.plans.build_threads import BuildThreads
+    from deconvd_server.device.cuda.plans.candidates import Candidates
+
+__all__ = ["PlanCache", "PlanCacheStats"]
+
+log = logging.getLogger(__name__)
+
+_CUDNN_PLAN_BYTES = 80 << 10
+"""Host memory of a revived cuDNN plan, as measured."""
+
+_OWN_PLAN_BYTES = 4 << 10
+
+_CHOICES_COUNT = 1 << 14
+"""Choices that are remembered, of some 2 KB each: far more than plans, and of as long as possible,
+since timing might choose another plan the next time, and another plan gives other bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCacheStats:
+    """What the book holds, and where its plans came from.
+
+    Attributes:
+        cache: The plans in memory.
+        chosen_count: Plans that were chosen anew.
+        restored_count: Plans that had been chosen before, in this process or another.
+    """
+
+    cache: CacheStats
+    chosen_count: int
+    restored_count: int
+
+
+class PlanCache:
+    """Knows the plan of each key; the first who asks waits until it is chosen. Thread-safe.
+
+    What was chosen is remembered whatever it is, so it is found out once that cuDNN has no engine.
+
+    Args:
+        limit_bytes: Host memory that plans may take.
+        store: Where choices are kept on disk, and what processes died at; None to keep none.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        chooser: Tuner,
+        builders: BuildThreads,
+        *,
+        limit_bytes: int,
+        store: PlanStore | None,
+    ) -> None:
+        self._candidates = candidates
+        self._tuner = chooser
+        self._build_threads = builders
+        self._store = store
+        self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
+        self._lock = threading.Lock()
+        self._choices: Lru[PlanKey, Choice] = Lru(_CHOICES_COUNT)
+        self._chosen_count = 0
+        self._restored_count = 0
+
+    def get(self, key: PlanKey, check: Callable[[], None]) -> Plan:
+        """Return the plan of `key`.
+
+        A plan stays usable for whoever has it, also after the book has forgotten it.
+
+        Args:
+            check: Called while the choice is waited for; what it raises ends the wait alone.
+
+        Raises:
+            ExhaustedError: The card has not the memory to try plans.
+        """
+        executor = self._build_threads.executor(tunes=key.options.autotune)
+        build = partial(self._build_resource, key)
+        with self._cache.lease(key, build, check=check, executor=executor) as plan:
+            return plan
+
+    @property
+    def stats(self) -> PlanCacheStats:
+        """What the book holds now."""
+        with self._lock:
+            return PlanCacheStats(self._cache.stats, self._chosen_count, self._restored_count)
+
+    def close(self) -> None:
+        """Forget all plans, and end the threads that choose them."""
+        self._build_threads.close()
+        self._cache.close()
+
+    def _build_resource(self, key: PlanKey) -> Resource[Plan]:
+        candidate = self._find_candidate(key)
+        own = candidate.choice.provider is Provider.OWN
+        size_bytes = _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES
+        # not closed with the cache's entry: graphs that it was captured into may refer to it still
+        return Resource(candidate.plan, size_bytes)
+
+    def _find_candidate(self, key: PlanKey) -> Candidate:
+        """Return the candidate that was chosen before, or is chosen now from what no process has died at."""
+        known = self._restore(key)
+        if known is not None:
+            return known
+        if self._store is None or not self._store.quarantine.holds(key):
+            return self._choose(key)
+        if key.options.use_cudnn is UseCudnn.NEVER:
+            return self._candidates.fallback(key)
+        return self._find_candidate(key.without_cudnn())
+
+    def _restore(self, key: PlanKey) -> Candidate | None:
+        choice = self._find_choice(key)
+        if choice is None:
+            return None
+        try:
+            candidate = self._candidates.restore(key, choice, self._build_threads.stream.pointer)
+        except (CudnnError, LookupError) as error:
+            log.warning("ignored the stored plan %s: %s", choice.name, error)
+            return None
+        with self._lock:
+            self._restored_count += 1
+        return candidate
+
+    def _find_choice(self, key: PlanKey) -> Choice | None:
+        """Return what was chosen before."""
+        with self._lock:
+            choice = self._choices.get(key)
+        if choice is None and self._store is not None:
+            return self._store.load(key)
+        return choice
+
+    def _choose(self, key: PlanKey) -> Candidate:
+        with self._note_search(key):
+            candidate = self._tuner.choose(key, self._build_threads.stream)
+        log.info("chose %s for %s of %s", candidate.choice.name, key.product, key.problem)
+        if self._store is not None:
+            self._store.save(key, candidate.choice)
+        with self._lock:
+            self._chosen_count += 1
+            self._choices.put(key, candidate.choice)
+        return candidate
+
+    def _note_search(self, key: PlanKey) -> AbstractContextManager[None]:
+        """Keep on disk, for the length of a with-block, that a plan is being searched."""
+        if self._store is None:
+            return nullcontext()
+        return self._store.quarantine.note_search(key, self._build_threads.is_card_lost)

@@ -1,0 +1,1 @@
+"""Tensors that stay on a card between calls, and their prepacked forms."""

@@ -1,0 +1,93 @@
+"""Tensors that stay on a card between calls, and memory of it that other processes see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from deconvd.model.problem import TensorSpec
+from deconvd_server.device.cuda.api.memory import Lease
+from deconvd_server.device.cuda.plan import Prepacking
+from deconvd_server.device.cuda.tensors.prepacking import PrepackedForms
+from deconvd_server.device.tensor import DeviceTensor, refuse_growth
+
+__all__ = ["CudaLentMemory", "CudaTensor", "as_cuda_tensor"]
+
+
+class CudaTensor:
+    """A tensor on a card. See `DeviceTensor`.
+
+    Args:
+        lease: The memory that it lies in.
+        offset_bytes: Where in it.
+
+    Attributes:
+        forms: What plans have made of it; None for a view.
+        preparations: What the plans of its calls would make of it, by kinds of calls.
+    """
+
+    __slots__ = (  # many are small, and kept
+        "_lease",
+        "_offset_bytes",
+        "device_id",
+        "may_grow",
+        "prepacked",
+        "prepackings",
+        "spec",
+    )
+
+    def __init__(
+        self, spec: TensorSpec, device_id: str, lease: Lease, offset_bytes: int = 0
+    ) -> None:
+        self.spec = spec
+        self.device_id = device_id
+        self.may_grow: Callable[[int], bool] = refuse_growth
+        self.prepacked: PrepackedForms | None = PrepackedForms()
+        self.prepackings: dict[Hashable, Prepacking | None] = {}
+        self._lease = lease
+        self._offset_bytes = offset_bytes
+
+    @property
+    def pointer(self) -> int:
+        """Its address on the card: of a tensor, though not of a view, a multiple of 256."""
+        return self._lease.pointer + self._offset_bytes
+
+    def samples(self, start: int, stop: int) -> CudaTensor:
+        """Return a view of some samples. See `DeviceTensor`."""
+        shape = self.spec.shape
+        sample = TensorSpec(shape[1:], self.spec.dtype)
+        offset_bytes = self._offset_bytes + start * sample.nbytes
+        spec = TensorSpec((stop - start, *shape[1:]), self.spec.dtype)
+        view = CudaTensor(spec, self.device_id, self._lease, offset_bytes)
+        view.prepacked = None
+        return view
+
+    def free(self) -> None:
+        """Give the memory back, once, and that of its forms."""
+        self._lease.free()
+        if self.prepacked is not None:
+            self.prepacked.free()
+
+
+class CudaLentMemory:
+    """Memory of a card, lent to another process. See `LentMemory`."""
+
+    def __init__(self, device_id: str, lease: Lease, size_bytes: int, handle: bytes) -> None:
+        self.size_bytes = size_bytes
+        self.handle = handle
+        self._device_id = device_id
+        self._lease = lease
+
+    def tensor(self, spec: TensorSpec, offset_bytes: int) -> CudaTensor:
+        """Return a part of it. See `LentMemory`."""
+        return CudaTensor(spec, self._device_id, self._lease, offset_bytes)
+
+    def free(self) -> None:
+        """Give it back, once."""
+        self._lease.free()
+
+
+def as_cuda_tensor(tensor: DeviceTensor, device_id: str) -> CudaTensor:
+    """Return a tensor of a card. Raises ValueError if it is another device's."""
+    if not isinstance(tensor, CudaTensor) or tensor.device_id != device_id:
+        raise ValueError(f"a tensor of {tensor.device_id} is of no use to {device_id}")
+    return tensor

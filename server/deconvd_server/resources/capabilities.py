@@ -1,0 +1,57 @@
+"""Secret names: whoever knows one may use what it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from typing import Final, Generic, TypeVar
+
+__all__ = ["NAME_BYTES", "CapabilityTable", "is_same_secret", "new_name"]
+
+NAME_BYTES: Final = 16
+
+_V = TypeVar("_V")
+
+
+def new_name() -> bytes:
+    """Return a name that nobody can guess."""
+    return secrets.token_bytes(NAME_BYTES)
+
+
+def is_same_secret(secret: bytes, other: bytes) -> bool:
+    """Return whether two secrets are the same, in a time that says nothing of either."""
+    return hmac.compare_digest(_digest(secret), _digest(other))
+
+
+class CapabilityTable(Generic[_V]):
+    """Values by secret name. Not thread-safe.
+
+    They are found by the names' digests, so that the time of a look-up says nothing of the names.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[bytes, _V] = {}
+
+    def put(self, name: bytes, value: _V) -> None:
+        """Let a new name stand for a value."""
+        self._values[_digest(name)] = value
+
+    def get(self, name: bytes) -> _V | None:
+        """Return what a name stands for; None if it stands for nothing."""
+        return self._values.get(_digest(name))
+
+    def pop(self, name: bytes) -> _V:
+        """Let a name stand for nothing, and return what it stood for. Raises KeyError if that is nothing."""
+        return self._values.pop(_digest(name))
+
+    def values(self) -> list[_V]:
+        """Return what all names stand for, in the order in which they were put."""
+        return list(self._values.values())
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _digest(name: bytes) -> bytes:
+    return hashlib.blake2b(name, digest_size=16).digest()

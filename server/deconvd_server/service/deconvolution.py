@@ -1,0 +1,133 @@
+"""The service: takes operands out of requests, calls an engine, puts results into responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from functools import partial
+
+from google.protobuf.message import Message
+
+import deconvd
+from deconvd.model.dtypes import ELEMENT_TYPES
+from deconvd.model.operation import OPERATIONS, Operation
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.cache_state import CacheState
+from deconvd.wire.codec import Envelope
+from deconvd.wire.messages import messages_for
+from deconvd.wire.tensor import element_type_number
+from deconvd_server.call.context import CallContext
+from deconvd_server.engine.engine import Engine
+from deconvd_server.residents import Residents
+from deconvd_server.service.call_tensors import CallTensors
+from deconvd_server.service.method import BidiStreamingMethod, RpcMethod, UnaryMethod
+from deconvd_server.service.parsed_request import parse_request
+from deconvd_server.service.resident_methods import ResidentCalls
+from deconvd_server.service.sliced_stream import StreamingOperations
+from deconvd_server.service.stream_admission import StreamAdmission
+from deconvd_server.shared_memory import Lender
+
+__all__ = ["DeconvolutionService"]
+
+_FEATURES = ("resident_tensors",)
+
+
+class DeconvolutionService:
+    """Serves `deconvd.v1.DeconvolutionService`.
+
+    Args:
+        residents: What computes, and what stays there.
+        lender: Lends memory to clients on this host; None if no one does.
+        ways: How the server is reached: the instance id, sockets and port that GetServerInfo tells.
+        max_message_bytes: The largest request and the largest response.
+        streams: Who may stream: what streams hold of host memory.
+        executor: Computes the slices of streams; has a thread for each slice that streams may have
+            in flight.
+    """
+
+    def __init__(
+        self,
+        residents: Residents,
+        lender: Lender | None,
+        ways: pb.GetServerInfoResponse,
+        *,
+        max_message_bytes: int,
+        streams: StreamAdmission,
+        executor: Executor,
+    ) -> None:
+        self._residents = residents
+        self._lender = lender
+        self._endpoints = ways
+        self._max_message_bytes = max_message_bytes
+        self._resident_calls = ResidentCalls(residents, lender, streams)
+        self._streams = StreamingOperations(residents, lender, max_message_bytes, streams, executor)
+
+    def methods(self) -> dict[str, RpcMethod]:
+        """Return what serves each method, by its name."""
+        behaviours: dict[str, RpcMethod] = {}
+        for operation in OPERATIONS:
+            messages = messages_for(operation)
+            behaviours[operation.name] = UnaryMethod(messages.request, partial(self.run, operation))
+            behaviours[operation.stream_name] = BidiStreamingMethod(
+                messages.stream_request, partial(self._streams.serve, operation)
+            )
+        return {
+            **behaviours,
+            **self._resident_calls.methods(),
+            "GetServerInfo": UnaryMethod(pb.GetServerInfoRequest, self.get_server_info),
+        }
+
+    def run(
+        self, operation: Operation, request: Envelope[Message], call: CallContext
+    ) -> Envelope[Message]:
+        """Serve an operation's RPC."""
+        parsed = parse_request(operation, request.message, request.data)
+        with CallTensors(request.message, parsed, self._lender, self._residents, call) as exchange:
+            exchange.take_operands(request)
+            parsed.check_response_size(self._max_message_bytes, call.sendable_bytes)
+            engine, operands, places = exchange.prepare()
+            sent = engine.run(
+                operation,
+                parsed.problem,
+                operands,
+                places,
+                parsed.options,
+                call,
+                brought_bytes=exchange.brought_bytes,
+                sent_bytes=parsed.sent_bytes,
+            )
+            return exchange.answer(sent)
+
+    def get_server_info(
+        self, request: Envelope[pb.GetServerInfoRequest], _call: CallContext
+    ) -> Envelope[pb.GetServerInfoResponse]:
+        """Serve GetServerInfo."""
+        residents = self._residents
+        tenant = residents.sessions.tenant(request.message.session)
+        info = pb.GetServerInfoResponse(
+            version=deconvd.__version__,
+            devices=[
+                _device_message(engine, residents.registry.cache_states(engine, tenant))
+                for engine in residents.engines.all
+            ],
+            element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
+            limits=pb.Limits(message_bytes=self._max_message_bytes),
+            features=_FEATURES,
+        )
+        info.MergeFrom(self._endpoints)
+        return Envelope(info, {})
+
+
+def _device_message(engine: Engine, kept: Sequence[CacheState]) -> pb.Device:
+    info, load = engine.info, engine.load
+    return pb.Device(
+        id=info.id,
+        name=info.name,
+        memory_bytes=info.memory_bytes,
+        threads_count=info.threads_count,
+        budget_bytes=info.budget_bytes,
+        used_bytes=load.used_bytes,
+        running_calls_count=load.running_count,
+        waiting_calls_count=load.waiting_count,
+        caches=[cache.to_message() for cache in (*engine.caches, *kept)],
+    )

@@ -1,0 +1,145 @@
+"""What serves a method, whichever way a call comes: by gRPC (`rpc`) or directly (`direct_line`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Protocol, TypeAlias
+
+from google.protobuf.message import DecodeError, Message
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.host.buffer_pool import BufferPool
+from deconvd.host.malloc import LARGE_BYTES
+from deconvd.wire.codec import Envelope, decode
+from deconvd.wire.stream_parts import Part, PartReader, PartSource
+from deconvd_server.call.context import CallContext
+from deconvd_server.device.arriving import ArrivalProgress
+from deconvd_server.resources.budgets import budgets
+
+__all__ = [
+    "BidiStreamingMethod",
+    "ClientStreamingMethod",
+    "OverlappedRequest",
+    "Parts",
+    "RpcMethod",
+    "ServerStreamingMethod",
+    "SessionHandler",
+    "SessionMethod",
+    "UnaryMethod",
+]
+
+Parts: TypeAlias = Generator[Part, None, None]
+"""The parts of a response. Who does not want the rest closes it."""
+
+_OPERAND_POOL: Final = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
+"""Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
+
+
+class OverlappedRequest(Envelope[Any]):
+    """A request whose operands in shared memory are still arriving.
+
+    Attributes:
+        progress: How far they are, one behind the other, in the order of `Operation.write_order`.
+    """
+
+    progress: ArrivalProgress
+
+    @classmethod
+    def of(cls, request: Envelope[Any], progress: ArrivalProgress) -> OverlappedRequest:
+        """Return a request with its progress."""
+        overlapped = cls(*request)
+        overlapped.progress = progress
+        return overlapped
+
+
+@dataclass(frozen=True)
+class _MethodBase:
+    """Of a method with one request.
+
+    Attributes:
+        request_type: Its type.
+    """
+
+    request_type: type[Message]
+
+    @cached_property
+    def name(self) -> str:
+        """The method's name."""
+        return self.request_type.DESCRIPTOR.name.removesuffix("Request")
+
+    def decode_request(self, data: bytes) -> Envelope[Any]:
+        """Return the request that bytes hold. Raises InvalidArgumentError if they hold none."""
+        try:
+            return decode(self.request_type, data)
+        except DecodeError:
+            raise InvalidArgumentError(
+                f"the request is not a valid {self.request_type.DESCRIPTOR.full_name} message"
+            ) from None
+
+    def reader(self, source: PartSource) -> PartReader[Any]:
+        """Return what reads a stream of requests."""
+        return PartReader(source, self.request_type, _OPERAND_POOL.empty)
+
+
+@dataclass(frozen=True)
+class UnaryMethod(_MethodBase):
+    """One request, one response."""
+
+    serve: Callable[[Envelope[Any], CallContext], Envelope[Any]]
+
+
+@dataclass(frozen=True)
+class ServerStreamingMethod(_MethodBase):
+    """One request, a stream of responses."""
+
+    serve: Callable[[Envelope[Any], CallContext], Parts]
+
+
+@dataclass(frozen=True)
+class ClientStreamingMethod(_MethodBase):
+    """A stream of requests, one response."""
+
+    serve: Callable[[PartReader[Any], CallContext], Message]
+
+
+@dataclass(frozen=True)
+class BidiStreamingMethod(_MethodBase):
+    """A stream of requests, a stream of responses."""
+
+    serve: Callable[[PartReader[Any], CallContext], Parts]
+
+
+class SessionHandler(Protocol):
+    """What a held call holds, from its first message on."""
+
+    @property
+    def response(self) -> Message:
+        """What its caller is told of it."""
+
+    def handle(self, message: Any) -> None:
+        """Take note of another message."""
+
+    def end(self) -> None:
+        """End it, as its caller has closed the call in good order."""
+
+
+@dataclass(frozen=True)
+class SessionMethod(_MethodBase):
+    """A call that is open for long, and takes no thread meanwhile.
+
+    What serves it is given the first message, the call, which is cancelled if it breaks, and what ends it from any
+    thread.
+    """
+
+    serve: Callable[[Any, CallContext, Callable[[], None]], SessionHandler]
+
+
+RpcMethod: TypeAlias = (
+    UnaryMethod
+    | ServerStreamingMethod
+    | ClientStreamingMethod
+    | BidiStreamingMethod
+    | SessionMethod
+)

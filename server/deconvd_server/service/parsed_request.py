@@ -1,0 +1,339 @@
+"""What requests ask for, checked: nothing here touches a tensor's elements, or allocates for one.
+
+Most requests are made again and again, with other elements: what they ask for is remembered by their other bytes, and
+not to be changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from deconvd.errors import ExhaustedError, InvalidArgumentError
+from deconvd.model.operation import ARGUMENTS, Operation, spec_of_field
+from deconvd.model.options import Options
+from deconvd.model.problem import Problem, TensorSpec, problem_of
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.messages import geometry_from_message, messages_for, options_from_message
+from deconvd.wire.shared_slice import SharedSlice
+from deconvd.wire.tensor import message_from_spec, spec_from_message
+
+__all__ = [
+    "SLICES_IN_FLIGHT",
+    "ParsedRequest",
+    "SlicedRequest",
+    "parse_request",
+    "parse_stream_header",
+]
+
+SLICES_IN_FLIGHT: Final = 2
+"""Slices of a stream: one is computed while the next arrives, and the one before leaves."""
+
+_SLICE_BYTES: Final = 64 << 20
+"""What every server takes, so that clients need not ask first."""
+
+_CACHED_REQUESTS_COUNT: Final = 2048
+_LARGEST_CACHED_BYTES: Final = 1024
+"""More than any request has beside elements: what is longer is read anew each time."""
+
+_FRAMING_BYTES: Final = 1024
+"""More than the fields of a response take beside its tensors' elements."""
+
+_CHECKS: Final = {"b": Problem.check_b, "gy": Problem.check_gy}
+"""What checks those operands that a problem is not made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedRequest:
+    """What a request asks for.
+
+    Operands and results are named by their fields, and are in the order in which they stream.
+
+    Attributes:
+        operation: What is to be computed.
+        problem: Of which tensors.
+        wanted: The results that are wanted.
+        optional: The operands that are given though they may be left out.
+        keep: The operands and results that are to be kept, without operands that are kept already.
+        shared: Where those are, or are to be put, that have their place in shared memory.
+        named: The operands that are named by a handle or a digest.
+    """
+
+    operation: Operation
+    problem: Problem
+    options: Options
+    wanted: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    keep: frozenset[str] = frozenset()
+    shared_slices: Mapping[str, SharedSlice] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
+
+    @cached_property
+    def needs_session(self) -> bool:
+        """Whether anything is to be found in a session, or to be kept for it."""
+        return bool(self.named or self.keep)
+
+    @cached_property
+    def operands(self) -> dict[str, TensorSpec]:
+        """What it is computed from."""
+        names = self.operation.operands_for(self.wanted, self.optional)
+        return {name: spec_of_field(self.problem, name) for name in names}
+
+    @cached_property
+    def results(self) -> dict[str, TensorSpec]:
+        """What its results will be."""
+        return {name: spec_of_field(self.problem, name) for name in self.wanted}
+
+    @cached_property
+    def sent_results(self) -> dict[str, TensorSpec]:
+        """Those of its results that go into the response with their elements."""
+        return {
+            name: spec
+            for name, spec in self.results.items()
+            if name not in self.shared_slices and name not in self.keep
+        }
+
+    @cached_property
+    def sent_bytes(self) -> int:
+        """What those have, together."""
+        return sum(spec.nbytes for spec in self.sent_results.values())
+
+    @cached_property
+    def sliced_bytes(self) -> int:
+        """What those of its operands and results have, together, that have samples."""
+        tensors = {**self.operands, **self.results}
+        names = self.operation.batched_operands + self.operation.results
+        return sum(tensors[name].nbytes for name in names if name in tensors)
+
+    def check_response_size(self, max_message_bytes: int, sendable_bytes: int) -> None:
+        """Raise ExhaustedError if the response would be larger than a message may be, or than its transport sends."""
+        if self.sent_bytes > sendable_bytes:
+            raise ExhaustedError(
+                f"the response would have {self.sent_bytes} bytes of elements, too many for a message of a "
+                "direct call: it is to be made by gRPC"
+            )
+        if self.sent_bytes + _FRAMING_BYTES > max_message_bytes:
+            raise ExhaustedError(
+                f"the result would have {self.sent_bytes} bytes, and the server sends messages of at "
+                f"most {max_message_bytes}: send fewer samples at a time, or start it with a larger "
+                "--max-message-bytes"
+            )
+
+    @cached_property
+    def descriptions(self) -> dict[str, pb.Tensor]:
+        """The messages of its results without elements: not to be changed."""
+        described = {name: message_from_spec(spec) for name, spec in self.results.items()}
+        for name, message in described.items():
+            if name in self.shared_slices:
+                self.shared_slices[name].write_to(message.shared)
+        return described
+
+    @cached_property
+    def response(self) -> Message:
+        """The response, without elements, where nothing is kept: not to be changed."""
+        return messages_for(self.operation).response(**self.descriptions)
+
+
+@dataclass(frozen=True)
+class SlicedRequest:
+    """What a stream's header asks for: a request whose samples come a slice at a time.
+
+    Attributes:
+        parsed: That of all samples. Its results are behind its headers, wherever else they might be put.
+        slice_samples_count: Samples of a slice, from 1; the last may have fewer.
+
+    Raises:
+        InvalidArgumentError: `slice_samples_count` is less than 1.
+    """
+
+    parsed: ParsedRequest
+    slice_samples_count: int
+
+    def __post_init__(self) -> None:
+        if self.slice_samples_count < 1:
+            raise InvalidArgumentError(
+                f"slice_samples_count must be at least 1, got {self.slice_samples_count}",
+                argument="slice_samples_count",
+            )
+
+    @cached_property
+    def slices_count(self) -> int:
+        """How many slices there are."""
+        return -(-self.parsed.problem.n // self._step)
+
+    def slices(self) -> Iterator[tuple[slice, ParsedRequest]]:
+        """Yield each slice of samples, and what is asked for of it."""
+        n = self.parsed.problem.n
+        for start in range(0, n, self._step):
+            stop = min(start + self._step, n)
+            yield slice(start, stop), self._full_slice if stop < n else self._last_slice
+
+    @cached_property
+    def _step(self) -> int:
+        """Samples of a slice: all of them if they have no elements, or thirty bytes could ask for 2^31 slices."""
+        parsed = self.parsed
+        names = (*parsed.operation.batched_operands, *parsed.operation.results)
+        specs = {**parsed.operands, **parsed.results}
+        if any(specs[name].nbytes for name in names if name in specs):
+            return self.slice_samples_count
+        return max(parsed.problem.n, 1)
+
+    @cached_property
+    def _full_slice(self) -> ParsedRequest:
+        """That of the largest slice; that of all samples if there are none."""
+        return self._with_samples_count(min(self._step, self.parsed.problem.n))
+
+    @cached_property
+    def _last_slice(self) -> ParsedRequest:
+        return self._with_samples_count((self.parsed.problem.n - 1) % self._step + 1)
+
+    def _with_samples_count(self, count: int) -> ParsedRequest:
+        whole = self.parsed.problem
+        x = TensorSpec((count, *whole.x.shape[1:]), whole.x.dtype)
+        return replace(self.parsed, problem=problem_of(x, whole.W, whole.geometry))
+
+    @cached_property
+    def footprint_bytes(self) -> int:
+        """What a stream of it holds of host memory: what is whole, sums, and slices in flight."""
+        parsed, first = self.parsed, self._full_slice
+        whole = [*parsed.operands.items(), *parsed.results.items()]
+        whole_bytes = sum(self._whole_bytes(name, spec) for name, spec in whole)
+        return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * first.sliced_bytes
+
+    def _whole_bytes(self, name: str, spec: TensorSpec) -> int:
+        """Return what a stream holds of a tensor that all samples have in common."""
+        parsed = self.parsed
+        if name in parsed.operation.constants:
+            return spec.nbytes
+        if name not in parsed.operation.reduced_results:
+            return 0
+        # that of the slices so far in the compute type, those of slices in flight, and the total in its own type
+        wide_bytes = spec.nbytes // spec.dtype.itemsize * parsed.problem.compute_type.itemsize
+        return wide_bytes + (SLICES_IN_FLIGHT + 1) * spec.nbytes
+
+    def check_slice_size(self, max_message_bytes: int) -> None:
+        """Raise ExhaustedError if a slice of several samples is larger than the contract allows."""
+        limit_bytes = max(max_message_bytes, _SLICE_BYTES)
+        slice_bytes = self._full_slice.sliced_bytes
+        if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
+            raise ExhaustedError(
+                f"a slice of {self.slice_samples_count} samples has {slice_bytes} bytes, and the "
+                f"server takes {limit_bytes}: send fewer samples at a time"
+            )
+
+
+def parse_request(
+    operation: Operation, message: Message, data: bytes | None = None
+) -> ParsedRequest:
+    """Return what the request of an operation asks for.
+
+    Args:
+        data: Its bytes, where they are known.
+
+    Raises:
+        InvalidArgumentError: It asks for what cannot be.
+    """
+    data = message.SerializeToString() if data is None else data
+    if len(data) > _LARGEST_CACHED_BYTES:
+        return _parse(operation, message)
+    return _parse_bytes(operation, data)
+
+
+@lru_cache(_CACHED_REQUESTS_COUNT)
+def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
+    return _parse(operation, messages_for(operation).request.FromString(data))
+
+
+def parse_stream_header(operation: Operation, header: Any) -> SlicedRequest:
+    """Return what the header of an operation's stream asks for. Raises InvalidArgumentError as `parse_request`."""
+    data = header.request.SerializeToString()
+    if len(data) > _LARGEST_CACHED_BYTES:
+        return _slice_request(_parse(operation, header.request), header.slice_samples_count)
+    return _parse_header_bytes(operation, data, header.slice_samples_count)
+
+
+@lru_cache(_CACHED_REQUESTS_COUNT)
+def _parse_header_bytes(operation: Operation, data: bytes, samples_count: int) -> SlicedRequest:
+    return _slice_request(_parse_bytes(operation, data), samples_count)
+
+
+def _slice_request(parsed: ParsedRequest, samples_count: int) -> SlicedRequest:
+    return SlicedRequest(replace(parsed, shared_slices={}), samples_count)
+
+
+def _parse(operation: Operation, message: Any) -> ParsedRequest:
+    wanted = _parse_wanted(operation, message)
+    problem = problem_of(
+        spec_from_message("x", message.x),
+        spec_from_message("W", message.w),
+        geometry_from_message(message.geometry),
+    )
+    optional = tuple(name for name in operation.optional if message.HasField(name))
+    operands = operation.operands_for(wanted, optional)
+    for name in filter(_CHECKS.__contains__, operands):
+        _CHECKS[name](problem, spec_from_message(name, getattr(message, name)))
+    payloads = {name: getattr(message, name).WhichOneof("payload") for name in operands}
+    keep = frozenset(
+        name
+        for name in (*operands, *wanted)
+        if _is_to_be_kept(message, name) and payloads.get(name) != "resident"
+    )
+    _check_places(message, keep)
+    return ParsedRequest(
+        operation=operation,
+        problem=problem,
+        options=options_from_message(message.options),
+        wanted=wanted,
+        optional=optional,
+        keep=keep,
+        shared_slices=_parse_shared(message, operands, wanted),
+        named=frozenset(name for name in operands if payloads[name] in ("resident", "digest")),
+    )
+
+
+def _parse_wanted(operation: Operation, message: Any) -> tuple[str, ...]:
+    """Return the results that a request asks for: all, if it has no choice."""
+    results = operation.all_results
+    if "wanted" not in message.DESCRIPTOR.fields_by_name:
+        return results
+    wanted = tuple(name for name in results if getattr(message.wanted, name))
+    if not wanted:
+        *others, last = (ARGUMENTS[name] for name in results)
+        raise InvalidArgumentError(
+            f"wanted must name at least one of {', '.join(others)} and {last}, got none",
+            argument="wanted",
+        )
+    return wanted
+
+
+def _is_to_be_kept(message: Any, name: str) -> bool:
+    """Return whether an operand or a result is to be kept: some requests have a field of its own for that."""
+    return getattr(message.keep, name, False) or getattr(message, f"keep_{name}", False)
+
+
+def _check_places(message: Any, keep: Iterable[str]) -> None:
+    for name in keep:
+        place = f"{name}_place"
+        if place in message.DESCRIPTOR.fields_by_name and message.HasField(place):
+            raise InvalidArgumentError(
+                f"{place} must be left out where {name} is to be kept", argument=place
+            )
+
+
+def _parse_shared(
+    message: Any, operands: Iterable[str], results: Iterable[str]
+) -> dict[str, SharedSlice]:
+    """Return where tensors are, or are to be put, in shared memory."""
+    shared = {}
+    for name in operands:
+        tensor: pb.Tensor = getattr(message, name)
+        if tensor.HasField("shared"):
+            shared[name] = SharedSlice.from_message(tensor.shared)
+    for name in results:
+        if message.HasField(f"{name}_place"):
+            shared[name] = SharedSlice.from_message(getattr(message, f"{name}_place"))
+    return shared

@@ -1,0 +1,1 @@
+"""How calls come in and answers leave, and how each call is served and observed."""

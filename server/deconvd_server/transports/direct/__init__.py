@@ -1,0 +1,1 @@
+"""Serves calls that come by direct connections."""

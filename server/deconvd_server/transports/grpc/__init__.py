@@ -1,0 +1,1 @@
+"""Serves calls that come by gRPC, with gRPC's own health and reflection."""

@@ -1,0 +1,213 @@
+"""gRPC's server: one thread in which calls come and their batches end. See `rpc`."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
+from typing import Any, Final, TypeAlias
+
+import grpc
+
+from deconvd.wire.grpc_options import GRPC_OPTIONS
+from deconvd_server.resources.descriptors import connections_count
+from deconvd_server.transports.grpc.core import cygrpc
+from deconvd_server.transports.grpc.receive_limiter import ReceiveLimiter
+from deconvd_server.transports.grpc.rpc import Rpc
+
+__all__ = ["GrpcServer", "Handlers"]
+
+Handlers: TypeAlias = Mapping[str, Callable[[Rpc], None]]
+"""What serves a method's calls, by its path: called in gRPC's thread."""
+
+_ACCEPT_BACKLOG_COUNT: Final = 64
+"""How many calls may come at once: what comes beside them waits in gRPC, which ends it if the server stops."""
+
+_STREAMS_COUNT: Final = 512
+"""Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
+
+_DRAIN_EVENTS_S: Final = 0.05
+
+_LOOKAHEAD_OPTION: Final = "grpc.http2.lookahead_bytes"
+_LARGEST_LOOKAHEAD_BYTES: Final = 64 << 20
+_LEAST_LOOKAHEAD_BYTES: Final = 65535
+"""With what HTTP/2 lets every client begin."""
+
+_LOOKAHEAD_PART: Final = 64
+"""What a client may send of a call before its next message is asked for is one part in so many of what messages may
+take. The more it is, the faster calls are over long ways: gRPC asks for a mebibyte at a time, once for each round trip.
+"""
+
+_TICK_S: Final = 0.2
+"""How often it looks at its clock when nothing happens."""
+
+_log = logging.getLogger(__name__)
+
+
+class GrpcServer:
+    """Serves calls by gRPC, in a thread of its own.
+
+    Attributes:
+        receipts: Watches over the messages that are still arriving.
+
+    Args:
+        handlers: Serve the methods there are.
+        max_message_bytes: The largest message that is taken or sent.
+        arriving_bytes: What messages may take that are not admitted yet.
+        on_lost: Called if it ends without being stopped.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        max_message_bytes: int,
+        arriving_bytes: int,
+        on_lost: Callable[[], None],
+    ) -> None:
+        unasked_bytes = min(
+            max(arriving_bytes // _LOOKAHEAD_PART, _LEAST_LOOKAHEAD_BYTES), _LARGEST_LOOKAHEAD_BYTES
+        )
+        options: Sequence[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_concurrent_streams", _STREAMS_COUNT),
+            ("grpc.max_allowed_incoming_connections", connections_count()),
+            *(option for option in GRPC_OPTIONS if option[0] != _LOOKAHEAD_OPTION),
+            (_LOOKAHEAD_OPTION, unasked_bytes),
+            # With it, a second server would share the port in silence.
+            ("grpc.so_reuseport", 0),
+        ]
+        self._handlers = handlers
+        self._on_lost = on_lost
+        self._queue = cygrpc.CompletionQueue()
+        self._server = cygrpc.Server(options, False)
+        self._server.register_completion_queue(self._queue)
+        self._rpcs: set[Rpc] = set()
+        self.receive_limiter = ReceiveLimiter(
+            self._rpcs, arriving_bytes, self.call_later, self._drain_events
+        )
+        self._lock = threading.Lock()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = count()
+        self._is_stopping = False
+        self._has_shut_down = False
+        self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)
+
+    def add_insecure_port(self, address: str) -> int:
+        """Listen on an address; return its port. Raises RuntimeError if that cannot be."""
+        port: int = self._server.add_http2_port(address.encode())
+        if not port:
+            raise RuntimeError(f"gRPC cannot listen on {address}")
+        return port
+
+    def start(self) -> None:
+        """Serve from now on."""
+        self._server.start()
+        for _ in range(_ACCEPT_BACKLOG_COUNT):
+            self._request_call()
+        self.receive_limiter.check()
+        self._thread.start()
+
+    def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
+        """Do something in its thread after a while. Any thread may call this."""
+        entry = (time.monotonic() + delay_s, next(self._numbers), work)
+        with self._lock:
+            heapq.heappush(self._timers, entry)
+
+    def stop_accepting(self) -> None:
+        """Take no more calls, and tell clients to go elsewhere. Calls under way go on."""
+        self._is_stopping = True
+        self._server.shutdown(self._queue, self._note_shutdown)
+
+    def cancel_all(self) -> None:
+        """Cancel the calls under way."""
+        self._server.cancel_all_calls()
+
+    def join(self) -> None:
+        """Return once it has stopped, after its last call. To be called after `stop_accepting` has returned."""
+        self._thread.join()
+        if self._has_shut_down:  # which a thread that was lost has not seen
+            self._server.destroy()
+
+    def _request_call(self) -> None:
+        with suppress(ValueError):  # it stops
+            self._server.request_call(self._queue, self._queue, self._accept_call)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_done:
+                self._run_once()
+            self._queue.shutdown()
+            while self._queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
+                pass
+        except BaseException:  # noqa: BLE001 - logged, and the server ends
+            _log.exception("gRPC's thread has ended")
+        if not self._is_stopping:
+            self._on_lost()
+
+    @property
+    def _is_done(self) -> bool:
+        return self._has_shut_down and not self._rpcs
+
+    def _run_once(self) -> None:
+        """Take the next event. No error in what comes of it ends the thread."""
+        wait_s = (
+            min(_TICK_S, max(self._timers[0][0] - time.monotonic(), 0)) if self._timers else _TICK_S
+        )
+        try:
+            event = self._queue.poll(time.time() + wait_s)
+            if event.completion_type != cygrpc.CompletionType.queue_timeout:
+                event.tag(event)
+            if self._timers:
+                self._run_due_timers()
+        except MemoryError:
+            self._fail_lost_receives()
+            self._request_call()  # one may have been lost
+        except Exception:  # noqa: BLE001 - logged: one call's error must not end all
+            _log.exception("unforeseen error in gRPC's thread")
+
+    def _drain_events(self) -> None:
+        """Take the events that have come already: of those that come meanwhile not too many."""
+        until_s = time.monotonic() + _DRAIN_EVENTS_S
+        while time.monotonic() < until_s:
+            event = self._queue.poll(time.time())
+            if event.completion_type == cygrpc.CompletionType.queue_timeout:
+                break
+            event.tag(event)
+
+    def _run_due_timers(self) -> None:
+        now_s = time.monotonic()
+        while self._timers and self._timers[0][0] <= now_s:
+            with self._lock:
+                _, _, work = heapq.heappop(self._timers)
+            work()
+
+    def _note_shutdown(self, _event: Any) -> None:
+        self._has_shut_down = True
+
+    def _accept_call(self, event: Any) -> None:
+        """Take a call."""
+        self._request_call()
+        if not event.success:  # the server stops
+            return
+        rpc = Rpc(event, self.call_later, self._rpcs.discard)
+        self._rpcs.add(rpc)
+        self._handlers.get(rpc.path, _refuse)(rpc)
+
+    def _fail_lost_receives(self) -> None:
+        """Fail the calls whose message had come when there was no memory for it."""
+        _log.warning("there is no memory for a message that has come by gRPC")
+        for rpc in list(self._rpcs):
+            if rpc.drop_lost_receive():
+                rpc.fail_with(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "the server has no memory for such a message",
+                )
+
+
+def _refuse(rpc: Rpc) -> None:
+    rpc.fail_with(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")

@@ -1,0 +1,286 @@
+"""Addresses to listen on: which there are, and how a Unix socket is taken over from a dead server."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from deconvd.errors import InvalidArgumentError
+from deconvd.host.system import MAX_UNIX_PATH_BYTES, is_valid_unix_path
+from deconvd.wire.grpc_options import has_authority, unix_path
+from deconvd_server.resources.socket_file import Access, AddressInUseError, remove_dead_socket
+
+__all__ = ["bind", "listen_tcp", "release", "unix_socket_paths"]
+
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>[0-9]+)")
+_BACKLOG = 64
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_NOT_IN_GRPC_PATHS = frozenset("%?#")
+
+_LOCK_S = 10.0
+"""More than another server takes to start or to end on a socket."""
+
+_LOCK_POLL_S = 0.02
+_NO_LOCK = -1
+_CLOSED_MASK = 0o777
+
+_log = logging.getLogger(__name__)
+
+
+class PortBinder(Protocol):
+    """A gRPC server."""
+
+    def add_insecure_port(self, address: str) -> int:
+        """Listen on an address, and return its port. Raises RuntimeError if that cannot be."""
+
+
+def bind(server: PortBinder, address: str, access: Access | None = None) -> str:
+    """Make `server` listen on an address, and return the address with the port that it got.
+
+    Args:
+        address: ``host:port``, where port 0 stands for any free one; ``unix:path`` or
+            ``unix:///path``. The file that a dead server left at the path is replaced.
+        access: Who may open a Unix socket; None for whom the process's umask lets.
+
+    Raises:
+        InvalidArgumentError: It is no such address.
+        AddressInUseError: Another process has it.
+        OSError: It cannot be had for another reason.
+    """
+    try:
+        address.encode()
+    except UnicodeEncodeError:  # gRPC's names are UTF-8
+        raise InvalidArgumentError(
+            f"--listen must be a name in UTF-8, got {address!r}", argument="listen"
+        ) from None
+    if address.startswith("unix:"):
+        path = _unix_path(address)
+        if not path.parent.is_dir():
+            raise _unix_error("in a directory that exists", address)
+        _bind_unix(server, _canonical_path(path), address, access)
+        return address
+    match = _HOST_PORT.fullmatch(address)
+    if match is None:
+        raise InvalidArgumentError(
+            f"--listen must be host:port or unix:path, got {address!r}", argument="listen"
+        )
+    if len(match["port"]) > len("65535") or int(match["port"]) > 65535:
+        raise InvalidArgumentError(
+            f"--listen must have a port from 0 to 65535, got {address!r}", argument="listen"
+        )
+    port = _add_port(server, address, address)
+    return f"{match['host']}:{port}"
+
+
+def release(address: str) -> None:
+    """Remove what `bind` left of an address, once its server has stopped."""
+    if address.startswith("unix:"):
+        path = _canonical_path(_unix_path(address))
+        # A successor may listen by now, and the directory may have gone with all that was in it.
+        try:
+            with suppress(AddressInUseError, FileNotFoundError), _lock_path(path):
+                remove_dead_socket(path)
+        except OSError as error:
+            _log.warning("a socket's file cannot be removed: %s", error)
+
+
+def listen_tcp(addresses: Iterable[str], port: int) -> list[socket.socket]:
+    """Return sockets that listen on one TCP port of the hosts of `addresses`; none if they have none.
+
+    Args:
+        addresses: As `bind` has returned them.
+        port: 0 for any free one.
+
+    Raises:
+        AddressInUseError: Another process has the port.
+    """
+    listeners: list[socket.socket] = []
+    try:
+        for family, host in _tcp_addresses(addresses):
+            listener = _open_listener(family, host, port)
+            if listener is not None:
+                listeners.append(listener)
+                port = listener.getsockname()[1]  # the same on all
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else str(error)  # getaddrinfo's are negative
+        raise AddressInUseError(
+            errno.EADDRINUSE, f"cannot listen for direct calls: {reason}", f"port {port}"
+        ) from error
+    return listeners
+
+
+def _tcp_addresses(addresses: Iterable[str]) -> list[tuple[int, str]]:
+    """Return the family and the IP address of each host, once."""
+    matches = filter(None, map(_HOST_PORT.fullmatch, addresses))
+    found = [
+        (int(family), str(address[0]))
+        for match in matches
+        for family, _, _, _, address in socket.getaddrinfo(
+            match["host"].strip("[]"), None, type=socket.SOCK_STREAM
+        )
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _open_listener(family: int, host: str, port: int) -> socket.socket | None:
+    """Return a socket that listens; None if this host has no such address."""
+    try:
+        listener = socket.create_server(
+            (host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=host == "::"
+        )
+    except OSError as error:
+        if error.errno in _NO_SUCH_ADDRESS:
+            return None
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def unix_socket_paths(addresses: Iterable[str]) -> list[str]:
+    """Return the absolute paths of those addresses that are Unix sockets."""
+    paths = (
+        _canonical_path(_unix_path(address)) for address in addresses if address.startswith("unix:")
+    )
+    return [str(path.absolute()) for path in paths]
+
+
+def _canonical_path(path: Path) -> Path:
+    """Return a path for the same file that those who clear up directories know, if gRPC can have it.
+
+    It has no links and begins at the root, as they find it; the kernel tells them under which paths
+    sockets were bound, and those that are not among them they take for dead.
+    """
+    lasting = path.parent.resolve() / path.name
+    is_usable = is_valid_unix_path(lasting) and not _NOT_IN_GRPC_PATHS & set(str(lasting))
+    return lasting if is_usable else path
+
+
+def _unix_path(address: str) -> Path:
+    if has_authority(address):  # clients could not use it
+        raise _unix_error("by a path that begins with / after unix://", address)
+    path = Path(unix_path(address))
+    if not path.name or not is_valid_unix_path(path):
+        raise _unix_error(f"of 1 to {MAX_UNIX_PATH_BYTES} bytes", address)
+    if _NOT_IN_GRPC_PATHS.intersection(address):
+        raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)
+    return path
+
+
+def _unix_error(allowed: str, address: str) -> InvalidArgumentError:
+    message = f"--listen must name a Unix socket {allowed}, got {address!r}"
+    return InvalidArgumentError(message, argument="listen")
+
+
+def _bind_unix(server: PortBinder, path: Path, address: str, access: Access | None) -> None:
+    with _lock_path(path):
+        remove_dead_socket(path)
+        if access is None:
+            _add_port(server, f"unix:{path}", address)
+            return
+        # gRPC listens at once: until the socket is given to whom it is for, nobody may open it
+        former_mask = os.umask(_CLOSED_MASK)
+        try:
+            _add_port(server, f"unix:{path}", address)
+        finally:
+            os.umask(former_mask)
+        try:
+            access.apply_to(path)
+        except OSError:
+            path.unlink()
+            raise
+
+
+@contextmanager
+def _lock_path(path: Path) -> Iterator[None]:
+    """Keep other servers from a socket for the block.
+
+    Of two that start at once, the second then finds the first alive. The lock is on a file that is
+    this user's alone and gone afterwards: whoever may read a file or a directory may lock it for
+    as long as it pleases.
+
+    Raises:
+        AddressInUseError: Another server of this user has been at it for long.
+    """
+    lock_path = path.with_name(f".{path.name}.lock")
+    deadline_s = time.monotonic() + _LOCK_S
+    while (descriptor := _try_lock(lock_path)) is None:
+        if time.monotonic() > deadline_s:
+            text = f"another server has been starting or ending there for {_LOCK_S:g} s"
+            raise AddressInUseError(errno.EADDRINUSE, text, str(path))
+        time.sleep(_LOCK_POLL_S)
+    try:
+        yield
+    finally:
+        if descriptor != _NO_LOCK:
+            lock_path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return the descriptor of a lock; None while another server has it.
+
+    _NO_LOCK if there can be none: where files cannot be made a socket cannot be either, and what
+    another user has put there is to keep no server from its socket.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+    except OSError:
+        return _NO_LOCK
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        os.close(descriptor)
+        return _NO_LOCK
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(path.lstat(), os.fstat(descriptor)):  # it was not removed meanwhile
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _add_port(server: PortBinder, grpc_address: str, address: str) -> int:
+    try:
+        return server.add_insecure_port(grpc_address)
+    except RuntimeError as error:  # all that grpcio says; its log has the reason
+        number = _bind_errno(grpc_address)
+        if number in (None, errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            raise AddressInUseError(
+                errno.EADDRINUSE,
+                "cannot listen there: the address is in use or not of this host",
+                address,
+            ) from error
+        raise OSError(number, f"cannot listen there: {os.strerror(number)}", address) from error
+
+
+def _bind_errno(grpc_address: str) -> int | None:
+    """Return the number of the error with which the system refuses an address; None if it does not."""
+    try:
+        if grpc_address.startswith("unix:"):
+            path = Path(unix_path(grpc_address))
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(os.fspath(path))
+            path.unlink()
+            return None
+        host, _, port = grpc_address.rpartition(":")
+        for family, kind, _, _, where in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind) as probe:
+                probe.bind(where)
+    except socket.gaierror:
+        return None
+    except OSError as error:
+        return error.errno
+    return None
