@@ -107,8 +107,8 @@ def test_blocks_are_lines_and_from_sixteen_pages_on_pages(
     size_bytes: int, offset: int, taken_bytes: int
 ) -> None:
     arena = Arena(_SIZE)
-    assert arena.allocated_bytes(1) == 0
-    assert arena.allocated_bytes(size_bytes) == offset
+    assert arena.allocate(1) == 0
+    assert arena.allocate(size_bytes) == offset
     assert arena.allocated_bytes == 64 + taken_bytes
     assert arena.offsets == [0, offset]
 
