@@ -538,6 +538,21 @@ class TestPassingOn:
 
         assert admission.load == IDLE
 
+    def test_one_that_is_cancelled_long_before_its_deadline_ends_soon(self) -> None:
+        admission, call = Admission(1, 100, 9), CallContext(timeout_s=60)
+        with ThreadPoolExecutor(1) as threads:
+            admission.enter(60, call)
+            small = waiting(admission, 40)
+            passing = threads.submit(admission.yield_turn, call)
+            small.start()
+            call.cancel()
+            with pytest.raises(CallCancelledError):
+                passing.result(TIMEOUT_S)
+            admission.leave(60)
+            small.end()
+
+        assert admission.load == IDLE
+
     def test_a_call_that_ends_meanwhile_gives_back_what_it_has(self) -> None:
         admission = Admission(1, 100, 9)
         for call, error in (
