@@ -487,7 +487,7 @@ class TestPassingOn:
             small = waiting(admission, 40)
             passing = threads.submit(admission.yield_turn, call)
             small.start()
-            assert admission.load.used_bytes == 100
+            assert admission.load == Load(running_count=1, waiting_count=1, used_bytes=100)
             assert not passing.done()
             small.end()
             passing.result(TIMEOUT_S)
