@@ -371,7 +371,7 @@ class TestLoss:
                 lambda: pullback(y),
             ):
                 with pytest.raises(
-                    LostTensorError, match=r"W is lost.*has changed since: put\(\)"
+                    LostTensorError, match=r"W is lost.*has changed since: call put\(\)"
                 ) as raised:
                     call()
                 assert raised.value.argument == "W"
@@ -496,7 +496,8 @@ class TestLife:
         wait_until(lambda: kept_count(F) == 0)
 
         with pytest.raises(
-            InvalidArgumentError, match="x must not be a closed RemoteTensor: close it after"
+            InvalidArgumentError,
+            match=r"x is closed: a RemoteTensor cannot be used after close\(\)",
         ):
             F.deconvolution_2d(there, W)
         with pytest.raises(InvalidArgumentError, match="closed"):

@@ -104,7 +104,8 @@ class Resident:
         """Raise InvalidArgumentError if it is closed."""
         if self.is_closed:
             raise InvalidArgumentError(
-                f"{argument} must not be a closed RemoteTensor: close it after its last use, or put() the array again",
+                f"{argument} is closed: a RemoteTensor cannot be used after close(). Close it after its last use, "
+                "or call put() with the array again",
                 argument=argument,
             )
 
@@ -137,4 +138,4 @@ def _loss_reason(state: ResidentState, source: SourceArray | None) -> str:
         return "it was closed during the call: close it after its last use"
     if source is None:
         return "it was a result that only the server had: compute it again"
-    return "the array it was made from has changed since: put() the array again"
+    return "the array it was made from has changed since: call put() or vjp() with the array again"
