@@ -112,7 +112,10 @@ def test_bfloat16_files_are_those_of_ml_dtypes(
         ),
         (["x.npy", "W.npy", "--stride", "1,2,3"], "stride must be an int or a pair of ints"),
         (["x.npy", "W.npy", "--stride", "2,-"], "'--stride': must be one integer, or two as in"),
-        (["x.npy", "W.npy", "--outsize", "10"], "'--outsize': must be two integers as in 10,12"),
+        (
+            ["x.npy", "W.npy", "--outsize", "10"],
+            "'--outsize': must be a height and a width as in 10,12",
+        ),
         (["x.npy", "W.npy", "--outsize", "1,2,3"], "natural size, got '1,2,3'"),
         (["x.npy", "W.npy", "--timeout-s", "0"], "'--timeout-s': timeout_s must be positive"),
         (["x.npy", "W.npy", "--dilate", "0"], "Dilate should be positive, but 0 is supplied."),

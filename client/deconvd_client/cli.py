@@ -57,7 +57,7 @@ class _OutputSize(click.ParamType):  # type: ignore[type-arg]  # older clicks ha
             h, w = (None if part == "-" else int(part) for part in value.split(","))
         except ValueError:
             self.fail(
-                f"must be two integers as in 10,12, or - instead of one for its natural size, got {value!r}",
+                f"must be a height and a width as in 10,12, each an integer or - for the natural size, got {value!r}",
                 param,
                 ctx,
             )

@@ -131,9 +131,8 @@ def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    part = path.with_name(
-        f".{path.name}.{os.getpid()}.part"
-    )  # in the same folder: a rename is atomic
+    # in the same folder, because only a rename inside a file system is atomic
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             write(file)

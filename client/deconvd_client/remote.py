@@ -20,6 +20,7 @@ class Remote:
 
     They have the arguments of the connection's functions and raise the same errors. Their results are RemoteTensors,
     which the next call can take as operands, so that no elements move between the calls.
+    Cupy arrays are copied to the host before they are sent.
     """
 
     def __init__(self, operations: CallBuilder, server: Server) -> None:
