@@ -81,7 +81,7 @@ _timeout = click.option(
 )
 _transport = click.option(
     "--transport",
-    type=click.Choice([way.value for way in TransportName]),
+    type=click.Choice([name.value for name in TransportName]),
     default=TransportName.AUTO.value,
     show_default=True,
     help="How tensors get to the server. auto takes the fastest transport that works. With another, "

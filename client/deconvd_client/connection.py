@@ -128,14 +128,14 @@ class Connection:
         self.target: str = parse_target(target)
         self._timeout_s = timeout_s = parse_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
-        self._transport = way = parse_transport(transport)
+        self._transport = parse_transport(transport)
         self._fail_fast = parse_fail_fast(fail_fast)
         secret = parse_tenant_key(tenant_key)
         raise_mmap_threshold()
 
         self._server = Server(
             self.target,
-            transport=way,
+            transport=self._transport,
             max_message_bytes=max_message_bytes,
             tenant_key=secret,
             timeout_s=timeout_s,
@@ -337,8 +337,8 @@ class Connection:
     def empty(self, shape: SupportsIndex | Sequence[SupportsIndex], dtype: npt.DTypeLike) -> Array:
         """Return a new array in memory that is shared with the server, like ``numpy.empty``.
 
-        On the server's host, a call that is given such an array need not copy it. If the server lends no memory, or
-        no more, this is an ordinary array. The elements are arbitrary.
+        On the server's host, a call that is given such an array need not copy it. If the server lends no memory, or has
+        reached its limit, the result is an ordinary array. The elements are arbitrary.
 
         Args:
             shape: The size of each dimension: an int, or a sequence of ints.
