@@ -106,8 +106,18 @@ def test_bfloat16_files_are_those_of_ml_dtypes(
         (["x.npy", "absent.npy"], "'absent.npy' does not exist"),
         (["x.npy", "text.npy"], "text.npy is not an .npy file of numbers"),
         (["x.npy", "b.npy"], "Error: W must have 4 dimensions, got 1"),
-        (["x.npy", "W.npy", "--stride", "two"], "'two' is neither an integer nor two"),
+        (
+            ["x.npy", "W.npy", "--stride", "two"],
+            "'--stride': must be one integer, or two as in 2,3, got 'two'",
+        ),
         (["x.npy", "W.npy", "--stride", "1,2,3"], "stride must be an int or a pair of ints"),
+        (["x.npy", "W.npy", "--stride", "2,-"], "'--stride': must be one integer, or two as in"),
+        (
+            ["x.npy", "W.npy", "--outsize", "10"],
+            "'--outsize': must be a height and a width as in 10,12",
+        ),
+        (["x.npy", "W.npy", "--outsize", "1,2,3"], "natural size, got '1,2,3'"),
+        (["x.npy", "W.npy", "--timeout-s", "0"], "'--timeout-s': timeout_s must be positive"),
         (["x.npy", "W.npy", "--dilate", "0"], "Dilate should be positive, but 0 is supplied."),
         (["x.npy", "W.npy", "--use-cudnn", "maybe"], "'maybe' is not one of"),
         (["x.npy", "W.npy", "--target", "nowhere"], "target must be host:port or unix:path"),
@@ -204,7 +214,7 @@ def test_an_array_that_no_memory_holds_is_called_too_large(files: Path) -> None:
     outcome = deconvd("run", "huge.npy", "W.npy", "-o", "y.npy", cwd=files)
 
     assert outcome.returncode == 1
-    assert outcome.stderr.startswith("Error: huge.npy is too large: ")
+    assert outcome.stderr.startswith("Error: huge.npy is too large for this machine's memory: ")
 
 
 def test_status_tells_people_what_the_server_is(server: ServerProcess, tmp_path: Path) -> None:

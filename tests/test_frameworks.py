@@ -172,7 +172,7 @@ def test_what_a_framework_has_beside_its_arrays_is_refused(
     F: Connection, opened: list[FakeFramework]
 ) -> None:
     framework: Any = FakeFramework()
-    with pytest.raises(InvalidArgumentError, match=r"got tests\.stand_in\.FakeFramework$"):
+    with pytest.raises(InvalidArgumentError, match=r"got tests\.fake_framework\.FakeFramework$"):
         F.deconvolution_2d(framework, W)
 
 

@@ -1,8 +1,14 @@
-"""The client: Chainer's deconvolution_2d, run by a deconvd server.
+"""The client of deconvd: Chainer's deconvolution_2d and its gradients, computed by a server.
 
-import deconvd_client
-F = deconvd_client.connect("gpu-host:50051")
-y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
+::
+
+    import deconvd_client
+
+    F = deconvd_client.connect("gpu-host:50051")
+    y = F.deconvolution_2d(x, W, b, stride=2, pad=1)
+    gx, gW, gb = F.deconvolution_2d_grad(x, W, b, gy, stride=2, pad=1)
+
+`connect` and `Connection` describe the arguments. Every failure of a call is a subclass of `DeconvdError`.
 """
 
 from typing import TYPE_CHECKING
@@ -52,12 +58,12 @@ __all__ = [
     "connect",
 ]
 
-if not TYPE_CHECKING:  # so that type checkers still say what is not there
+if not TYPE_CHECKING:  # type checkers must not see it, or they would accept every name
 
     def __getattr__(name: str) -> object:
         if name in vars(Connection):
             raise AttributeError(
-                f"module 'deconvd_client' has no attribute {name!r}: a connection has it, which "
-                "deconvd_client.connect(target) returns"
+                f"module 'deconvd_client' has no attribute {name!r}: it belongs to a connection. "
+                f"Use deconvd_client.connect(target).{name}"
             )
         raise AttributeError(f"module 'deconvd_client' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A connection to a server, with Chainer's functions as its methods."""
+"""The connection to a server. Its methods are Chainer's functions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import SupportsIndex
 
+import numpy as np
 import numpy.typing as npt
 
 from deconvd.host.malloc import raise_mmap_threshold
@@ -52,25 +53,33 @@ def connect(
     """Return a connection to a server. Nothing is sent before the first call.
 
     Args:
-        target: ``host:port`` or ``unix:path``.
-        timeout_s: How long each call may take, its retries included, in seconds. A million, eleven
-            days, is the longest; what is more is taken for that.
-        max_message_bytes: The largest response to accept.
-        transport: ``auto`` for the nearest way that works: on the server's host that is shared
-            memory, and its Unix socket. Or one way that calls are to go, or fail with
-            UnavailableError or ExhaustedError: ``shared_memory`` for all tensors from 32 KiB on,
-            ``unix`` or ``tcp`` for all that is sent; ``grpc`` for gRPC to the target and nothing
-            beside it, as through a proxy.
-        tenant_key: A secret of up to 64 bytes. Connections that tell the same share a quota for
-            what the server keeps, and what one has sent another need not send; empty for a
-            connection by itself. None, the default, stands for what DECONVD_TENANT_KEY is in the
-            environment, or empty.
-        fail_fast: Whether a server that cannot be reached is an error at once. Otherwise a call
-            waits for one that was reached before until its timeout, as while it restarts, and for
-            one that has never answered for 5 seconds.
+        target: Address of the server: ``host:port`` or ``unix:path``.
+        timeout_s: How long each call may take, in seconds, including its retries. It must be positive.
+            Values above a million (eleven days) are taken as a million.
+        max_message_bytes: Size of the largest response message to accept, in bytes, up to 2^31 - 1. Results of
+            more than 4 MiB come as a stream of smaller messages.
+        transport: How tensors get to the server:
+
+            - ``auto``: the fastest transport that works. On the server's host that is shared memory and
+              its Unix socket, elsewhere TCP.
+            - ``shared_memory``: tensors from 32 KiB on go through shared memory.
+            - ``unix``: everything goes through the server's Unix socket, on the same host.
+            - ``tcp``: everything goes over TCP. The target must be ``host:port``.
+            - ``grpc``: everything goes through gRPC to the target, and no other connection is made. Use it
+              if a proxy is in between.
+
+            Except for ``auto``, calls fail with UnavailableError or ExhaustedError if that transport does not
+            work.
+        tenant_key: A secret of up to 64 bytes. Connections with the same key share one quota for the
+            tensors that the server keeps, and a tensor that one of them has sent need not be sent by
+            another. With an empty key a connection shares nothing. None, the default, means the value of
+            the environment variable DECONVD_TENANT_KEY, or an empty key if it is not set.
+        fail_fast: Whether a call fails at once if the server cannot be reached. Otherwise it tries again:
+            until its timeout if the server was reached before (it may be restarting), and for 5 seconds if
+            it never was.
 
     Raises:
-        InvalidArgumentError: An argument is out of its range.
+        InvalidArgumentError: An argument has a wrong type or is out of its range (a ValueError).
     """
     return Connection(
         target,
@@ -83,16 +92,27 @@ def connect(
 
 
 class Connection:
-    """A connection to a server. It may be shared by any number of threads, and closes as a context manager.
+    """A connection to a server. `deconvd_client.connect` makes it.
 
-    Every call raises, beside what its own description says: DeadlineError after `timeout_s`,
-    UnavailableError if the server cannot be reached, or stays full, for as long as it is tried, ExhaustedError if the
-    request or the result is over a limit that the message names, InternalError for a fault of the
-    server.
+    Several threads can use one connection. As a context manager it closes itself.
 
-    It can be pickled and copied: the copy has the same target and options, and connects anew. It has
-    no tenant's key but that in DECONVD_TENANT_KEY where it is made, none of the tensors that stay for
-    the original, and no options that `using_config` has set.
+    Every call can raise these errors, in addition to those that its own description lists:
+
+    - DeadlineError (a TimeoutError): the call took longer than ``timeout_s``.
+    - UnavailableError (a ConnectionError): the server cannot be reached, or is full, and retries did not help.
+    - ExhaustedError (a MemoryError): the request or the result exceeds a limit. The message names the limit.
+    - CallCancelledError: the connection was closed.
+    - UnimplementedError (a NotImplementedError): the server is too old for this call.
+    - InternalError (a RuntimeError): a fault of the server, whose log says more.
+
+    All of them are DeconvdErrors.
+
+    A connection can be pickled and copied. The copy has the same target and options, and connects by itself. It
+    takes its tenant key from the environment variable DECONVD_TENANT_KEY of its own process. It has none of the
+    RemoteTensors of the original, and no options that `using_config` has set.
+
+    Attributes:
+        target: Address of the server, as it was given to `connect`.
     """
 
     def __init__(
@@ -108,14 +128,14 @@ class Connection:
         self.target: str = parse_target(target)
         self._timeout_s = timeout_s = parse_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
-        self._transport = way = parse_transport(transport)
+        self._transport = parse_transport(transport)
         self._fail_fast = parse_fail_fast(fail_fast)
         secret = parse_tenant_key(tenant_key)
         raise_mmap_threshold()
 
         self._server = Server(
             self.target,
-            transport=way,
+            transport=self._transport,
             max_message_bytes=max_message_bytes,
             tenant_key=secret,
             timeout_s=timeout_s,
@@ -140,27 +160,43 @@ class Connection:
     ) -> Array:
         """Return the two-dimensional deconvolution (transposed convolution) of `x` by `W`, plus `b`.
 
-        As Chainer 7's ``chainer.functions.deconvolution_2d``, on arrays of numpy and cupy, and on
-        RemoteTensors. If the server computes on the card that a cupy x lies on, then nothing leaves
-        that card. What was enqueued on the current stream is waited for.
+        This is ``chainer.functions.deconvolution_2d`` of Chainer 7.8, with the same arguments and results.
+
+        Every pixel of output channel o starts as ``b[o]``. Then each pixel (h, w) of each input channel c adds to the
+        output, through each tap (i, j) of the filter::
+
+            y[n, o, s_h h + d_h i - p_h, s_w w + d_w j - p_w] += x[n, c, h, w] W[c, o, i, j]
+
+        Here s is `stride`, d is `dilate` and p is `pad`. Terms outside the output are left out. With several groups,
+        each group of channels is a deconvolution of its own.
+
+        Operands can be numpy arrays, cupy arrays and RemoteTensors, also mixed. If the server computes on the card
+        that a cupy x is on, the elements stay on that card. The call waits for the work that is enqueued on
+        cupy's current stream.
 
         Args:
-            x: Images of shape ``(n, c_I, h_I, w_I)``: float16, bfloat16, float32 or float64.
-            W: Filter of shape ``(c_I, c_O / groups, h_K, w_K)``; its element type may differ.
-            b: Bias of shape ``(c_O,)`` and x's element type.
-            stride: Steps of the filter over the output, in pixels: an int, or a pair (h, w).
-            pad: Pixels cut from the output at both ends of each axis: an int, or a pair (h, w).
-            outsize: Size ``(h_O, w_O)`` of the output, less than a stride from the natural one, each an
-                int or None; None for ``stride (i - 1) + dilate (k - 1) + 1 - 2 pad`` along each axis.
-            dilate: Distance between the filter's taps, in pixels: an int, or a pair (h, w).
-            groups: Number of groups that the channels are split into.
+            x: Images of shape ``(n, c_I, h_I, w_I)``, of float16, bfloat16, float32 or float64.
+            W: Filter of shape ``(c_I, c_O / groups, h_K, w_K)``. Its element type can differ from that of x.
+            b: Bias of shape ``(c_O,)`` and the element type of x. None for no bias.
+            stride: Steps of the filter over the output, in pixels, at least 1: an int, or a pair (h, w).
+            pad: Pixels cut off at both ends of each axis of the output, at least 0: an int, or a pair (h, w).
+            outsize: Size ``(h_O, w_O)`` of the output, in pixels. None, for the pair or for one axis, means the
+                natural size ``stride (i - 1) + dilate (k - 1) + 1 - 2 pad``, where i is the size of the image and k
+                that of the filter, as in Chainer's ``get_deconv_outsize``. Other sizes must differ from the natural
+                size by less than the stride.
+            dilate: Distance between neighbouring taps of the filter, in pixels, at least 1: an int, or a pair (h, w).
+            groups: Number of groups that the channels are split into. It must divide c_I.
 
         Returns:
-            Images of shape ``(n, c_O, h_O, w_O)`` and x's element type; a cupy array where x is one.
+            Images of shape ``(n, c_O, h_O, w_O)`` and the element type of x: a cupy array on the card of x if x is a
+            cupy array, else a numpy array.
 
         Raises:
-            InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
-            TypeError: An unknown keyword.
+            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
+                names it.
+            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
+                again.
+            TypeError: A keyword is unknown.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.deconvolution(x, W, b, geometry)
@@ -181,21 +217,35 @@ class Connection:
         groups: SupportsIndex = 1,
         wanted: Collection[str] = GRADIENT_NAMES,
     ) -> Gradients:
-        """Return the gradients of a loss with respect to `x`, `W` and `b`.
+        """Return the gradients of a loss with respect to `x`, `W` and `b` of a deconvolution.
+
+        These are the gradients that Chainer 7.8 computes for ``chainer.functions.deconvolution_2d``. For one group,
+        with h' = s_h h + d_h i - p_h and w' = s_w w + d_w j - p_w as in `deconvolution_2d`::
+
+            gx[n, c, h, w] = sum over o, i, j of gy[n, o, h', w'] W[c, o, i, j]
+            gW[c, o, i, j] = sum over n, h, w of gy[n, o, h', w'] x[n, c, h, w]
+            gb[o]          = sum over all n, h, w of gy[n, o, h, w]
+
+        Pixels outside gy count as 0.
 
         Args:
-            x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
-            gy: Gradient with respect to its result, of that shape and element type.
-            wanted: Names of the gradients to compute, of gx, gW and gb. x is sent only for gW, and W
-                only for gx.
+            x, W, b, stride, pad, outsize, dilate, groups: As they were given to `deconvolution_2d`. The elements
+                of x are used only for gW, those of W only for gx, and those of b never.
+            gy: Gradient of the loss with respect to the result y of `deconvolution_2d`: shape
+                ``(n, c_O, h_O, w_O)`` and the element type of x.
+            wanted: Names of the gradients to compute: one or more of ``"gx"``, ``"gW"`` and ``"gb"``, in any
+                collection. Operands that they do not need are not sent.
 
         Returns:
-            ``(gx, gW, gb)``, of the shapes and element types of x, W and b. One that is not wanted
-            is None, and so is gb where b is. They are cupy arrays where x is one.
+            ``(gx, gW, gb)``, with the shapes and element types of x, W and b. A gradient is None if it is not
+            wanted, and gb is None if b is None. They are cupy arrays if x is a cupy array, else numpy arrays.
 
         Raises:
-            InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
-            TypeError: An unknown keyword.
+            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
+                names it.
+            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
+                again.
+            TypeError: A keyword is unknown.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
@@ -215,19 +265,27 @@ class Connection:
         dilate: IntOrPair = 1,
         groups: SupportsIndex = 1,
     ) -> tuple[Array, Pullback]:
-        """Return the deconvolution, and the function from its gradient to those of `x`, `W` and `b`.
+        """Return the deconvolution y, and a function that returns the gradients for a given gy.
 
-        The server keeps x and W meanwhile, so that gradients take gy alone; arrays that they are
-        made of are referred to, to be sent again at need, and of cupy arrays copies on the host. The
-        result is of the kind of x, and gradients are of that of gy.
+        The name means vector-Jacobian product, as in ``jax.vjp``. The server keeps x and W until the pullback is
+        closed, so that a call of the pullback sends only gy. The client keeps references to the arrays x and W: if
+        the server loses one, it is sent again, provided it still has the same elements. For cupy arrays, these
+        references are copies on the host.
 
         Args:
             x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
 
+        Returns:
+            ``(y, pullback)``: y as from `deconvolution_2d`, and a `Pullback`. ``pullback(gy)`` returns the gradients
+            ``(gx, gW, gb)``, as `deconvolution_2d_grad` does; they are cupy arrays if gy is one.
+
         Raises:
-            InvalidArgumentError: An argument is of the wrong kind, shape or range (a ValueError).
-            ExhaustedError: The server has no room to keep x and W.
-            TypeError: An unknown keyword.
+            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
+                names it.
+            ExhaustedError: The server has no room to keep x and W (a MemoryError).
+            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
+                again.
+            TypeError: A keyword is unknown.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         images, filters = (
@@ -242,19 +300,21 @@ class Connection:
         return y, pullback
 
     def put(self, array: Array | RemoteTensor) -> RemoteTensor:
-        """Have the server keep an array, and return what stands for it in calls.
+        """Send an array for the server to keep, and return a RemoteTensor that stands for it in calls.
 
-        It means what the array holds now. The array is referred to, and sent again if the server
-        loses the tensor and the array still holds the same. Of a cupy array that is a copy on the host.
+        The RemoteTensor has the value that the array has now. The client keeps a reference to the array: if the
+        server loses the tensor, the array is sent again, provided it still has the same elements. For a cupy array
+        that reference is a copy on the host.
 
         Args:
-            array: Or a RemoteTensor, whose value is kept for as long as either of them. One of
-                another connection is fetched from there.
+            array: A numpy or cupy array of float16, bfloat16, float32 or float64, of any shape. Or a RemoteTensor:
+                then the result is another RemoteTensor for the same value, and the server keeps the value until
+                both are closed. The elements of another connection's RemoteTensor are fetched and sent.
 
         Raises:
-            InvalidArgumentError: It is no array, or no operand can have its shape or element type; or
-                it is a RemoteTensor that is closed.
-            ExhaustedError: The server has no room for it.
+            InvalidArgumentError: `array` is not an array, has another element type, is too large, or is a closed
+                RemoteTensor (a ValueError).
+            ExhaustedError: The server has no room for it (a MemoryError).
             LostTensorError: It is another connection's RemoteTensor, and its server has lost it.
         """
         residents = self._server.residents
@@ -266,62 +326,92 @@ class Connection:
         spec = spec_of(elements)
         element_type("array", spec.dtype)
         check_extents("array", spec)
-        return RemoteTensor(residents, residents.put(elements))
+        # asarray makes a plain array of a numpy.matrix, which could not be flattened to be sent
+        return RemoteTensor(residents, residents.put(np.asarray(elements)))
 
     @property
     def remote(self) -> Remote:
-        """The same functions, with results that stay on the server."""
+        """The same functions with results that stay on the server, as RemoteTensors. See `Remote`."""
         return self._remote
 
     def empty(self, shape: SupportsIndex | Sequence[SupportsIndex], dtype: npt.DTypeLike) -> Array:
-        """Return a new array with any elements: on the server's host, one that need not be sent.
+        """Return a new array in memory that is shared with the server, like ``numpy.empty``.
 
-        It lies in memory that is shared with the server, if that has room, and is otherwise like
-        any other array.
+        On the server's host, a call that is given such an array need not copy it. If the server lends no memory, or has
+        reached its limit, the result is an ordinary array. The elements are arbitrary.
+
+        Args:
+            shape: The size of each dimension: an int, or a sequence of ints.
+            dtype: float16, bfloat16, float32 or float64, as anything that ``numpy.dtype`` accepts.
 
         Raises:
-            InvalidArgumentError: No operand can have that shape or element type.
+            InvalidArgumentError: No operand can have this shape or this element type (a ValueError).
         """
         deadline = Deadline(self._timeout_s)
         return self._server.borrower.empty(parse_shape(shape), parse_dtype(dtype), deadline)
 
     def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
-        """Set an option for a ``with`` block, in this thread, as Chainer's ``using_config`` does.
+        """Set an option for a ``with`` block, as Chainer's ``using_config`` does.
+
+        It applies to the calls of this connection in the current thread or asyncio task.
 
         Args:
-            name: ``cudnn_deterministic``, ``autotune``, ``use_cudnn`` or ``allow_tf32``.
-            value: True or False; for ``use_cudnn``, ``'auto'``, ``'always'`` or ``'never'``.
+            name: The option:
+
+                - ``cudnn_deterministic``: two runs on the same device give the same bits. False by default.
+                - ``autotune``: measure the candidate algorithms once for each kind of call, and use the fastest.
+                  False by default.
+                - ``use_cudnn``: when to use cuDNN: ``'auto'`` if it is the fastest (the default), ``'always'`` if
+                  it can run the call, or ``'never'``.
+                - ``allow_tf32``: float32 operands may be rounded to TF32 in products. False by default. Chainer
+                  does not have this option.
+
+            value: True or False; for ``use_cudnn`` one of its three names.
 
         Raises:
-            InvalidArgumentError: There is no such option, or it cannot have that value.
+            InvalidArgumentError: There is no option of that name, or the option cannot have that value (a
+                ValueError). This is raised when the ``with`` block is entered.
         """
         return self._config.using(name, value)
 
     def server_info(self) -> ServerInfo:
-        """Return what the server is, what it runs on and how much it takes.
+        """Return the server's version, devices, caches and limits.
 
-        Of the tensors that stay on the server, those are counted that are this connection's, and those of
-        others that share its ``tenant_key``.
+        The counts of tensors that the server keeps include only those of this connection, and of connections with
+        the same ``tenant_key``.
         """
         return self._server.info()
 
     def health(self) -> str:
-        """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
+        """Return the server's health: ``SERVING``, ``NOT_SERVING``, or another status of gRPC's health protocol.
+
+        The server is asked once, without retries.
+        """
         return self._server.health()
 
     @property
     def last_ledger(self) -> Mapping[str, int]:
-        """Where the time of this thread's last call went on the server, in microseconds.
+        """Where the time of this thread's last successful call went on the server, in microseconds, by entry.
 
-        ``queue_us``, ``upload_us``, ``compute_us``, ``download_us``, and ``server_us`` for all of it
-        from the request's arrival on; only those that the server's device tells apart. The stages
-        of a large call overlap. ``follow_us`` is there if the call was made while operands were being
-        copied into shared memory: what of its time was spent waiting for the copy.
+        - ``queue_us``: waiting for the call's turn on the device.
+        - ``follow_us``: only for a call that was sent before its operands were copied to shared memory: how long the
+          device waited for the copy.
+        - ``upload_us``: copying operands to the device.
+        - ``compute_us``: computing.
+        - ``download_us``: copying results from the device.
+        - ``server_us``: all of it, from the arrival of the request to the end of the response.
+
+        Entries that do not apply to the device or the call are missing. The stages of a large call overlap, so their
+        sum can be larger than ``server_us``. The mapping is empty before the first call.
         """
         return self._server.last_ledger
 
     def close(self) -> None:
-        """Close the connection, within a second. Calls under way, and later ones, raise CallCancelledError."""
+        """Close the connection, within a second. Closing it twice is harmless.
+
+        Running calls and later ones raise CallCancelledError. The server drops the tensors that it keeps for this
+        connection.
+        """
         self._server.close()
 
     def __enter__(self) -> Connection:
@@ -331,7 +421,7 @@ class Connection:
         self.close()
 
     def __reduce__(self) -> tuple[partial[Connection], tuple[()]]:
-        # a copy, in this process or another, connects anew; it takes its tenant's key from there
+        # The tenant key is a secret, so it is not in the pickle: the copy takes it from its own environment.
         again = partial(
             connect,
             self.target,

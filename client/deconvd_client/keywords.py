@@ -1,4 +1,4 @@
-"""Chainer's answers to keyword arguments that a function does not have, and which ones may be meant."""
+"""Errors for unknown keyword arguments: as Chainer raises them, with a suggestion."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _FRAMEWORK_ALIASES: Final = {
     "weight": "W",
     "weights": "W",
 }
-"""What PyTorch, TensorFlow, JAX, ONNX and MXNet call our arguments."""
+"""Our name for each argument name of PyTorch, TensorFlow, JAX, ONNX and MXNet, theirs in lower case."""
 
 
 def reject_unknown_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make `function` raise what Chainer's functions raise for keywords it does not have.
+    """Decorate a function so that it raises Chainer's errors for unknown keyword arguments.
 
-    That is a ValueError for ``deterministic``, and for others a TypeError that names the function
-    and them, sorted, and then the keywords that may be meant. The signature stays the function's own.
+    These are a ValueError for ``deterministic``, and a TypeError for others. The TypeError names the function and the
+    keywords in alphabetical order, and suggests similar ones that the function has. The signature does not change.
     """
     known = frozenset(inspect.signature(function).parameters)
 
@@ -68,19 +68,20 @@ def reject_unknown_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _suggestions(unknown: Set[str], known: Set[str]) -> str:
-    """Return which known keywords may be meant by unknown ones; empty if that cannot be told."""
-    meant = [
-        f"'{near}' for '{name}'"
+    """Return the end of a message, with a known keyword for each unknown one. Empty if none is similar."""
+    suggestions = [
+        f"'{closest}' for '{name}'"
         for name in sorted(unknown)
-        if (near := _closest_keyword(name, known))
+        if (closest := _closest_keyword(name, known))
     ]
-    return f"; did you mean {', '.join(meant)}?" if meant else ""
+    return f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
 
 
 def _closest_keyword(name: str, known: Set[str]) -> str:
-    elsewhere = _FRAMEWORK_ALIASES.get(name.lower(), "")
-    if elsewhere in known:
-        return elsewhere
+    """Return the known keyword that was probably meant. Empty if none is similar."""
+    alias = _FRAMEWORK_ALIASES.get(name.lower(), "")
+    if alias in known:
+        return alias
     by_lower = {keyword.lower(): keyword for keyword in known if keyword != "self"}
-    close = get_close_matches(name.lower(), by_lower, n=1)
-    return by_lower[close[0]] if close else ""
+    matches = get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[matches[0]] if matches else ""

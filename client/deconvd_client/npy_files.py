@@ -1,4 +1,4 @@
-"""Arrays in .npy and .npz files, bfloat16 among them."""
+"""Reads and writes arrays in .npy and .npz files, including arrays of bfloat16."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from deconvd.model.dtypes import BFLOAT16, Array
 __all__ = ["load", "save", "save_all"]
 
 _VOID_OF_BFLOAT16 = np.dtype("V2")
-"""What the format, which has no name for bfloat16, makes of it."""
+"""The element type of bfloat16 arrays in files: the format has no name for bfloat16 itself."""
 
 _NPY_MAGIC: Final = b"\x93NUMPY"
+
 _MAGIC_BYTES: Final = 16
+"""How many bytes are read to recognize a format: at least as many as the longest entry below, and WebP's 12."""
+
 _DECODE_HINT: Final = (
-    ": decode it first, as Pillow does, and write what comes of it with numpy.save"
+    ". Decode it first, for example with Pillow, and write the array with numpy.save"
 )
 _FORMATS_BY_MAGIC: Final = {
     b"\x89PNG\r\n\x1a\n": f"a PNG image{_DECODE_HINT}",
@@ -31,28 +34,28 @@ _FORMATS_BY_MAGIC: Final = {
     b"BM": f"a BMP image{_DECODE_HINT}",
     b"II*\x00": f"a TIFF image{_DECODE_HINT}",
     b"MM\x00*": f"a TIFF image{_DECODE_HINT}",
-    b"PK\x03\x04": "a zip archive, as .npz files are: write the array that is meant with numpy.save",
-    b"PK\x05\x06": "a zip archive without files",
-    b"\x1f\x8b": "a gzip file: unpack it first",
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
-    b"\x80": "a pickle: write the array that is meant with numpy.save",
-    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a zip archive, as .npz files are. Write a single array with numpy.save",
+    b"PK\x05\x06": "a zip archive without files. Write the array with numpy.save",
+    b"\x1f\x8b": "a gzip file. Unpack it first",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file. Read the array with h5py, and write it with numpy.save",
+    b"\x80": "a pickle. Write the array with numpy.save",
+    b"%PDF": "a PDF document. Write the array with numpy.save",
 }
-"""What other files begin with that may be given instead."""
+"""Descriptions of other formats that users may give by mistake, by the first bytes of the file."""
 
 
 def load(path: Path) -> Array:
-    """Return the array in an .npy file; two-byte voids are taken for bfloat16.
+    """Return the array in an .npy file. Its element type ``V2`` becomes bfloat16.
 
     Raises:
-        InvalidArgumentError: It is no such file, holds no numbers, or is larger than memory.
+        InvalidArgumentError: It is not an .npy file, has no numbers, or does not fit into memory.
         OSError: It cannot be read.
     """
     with _open_seekable(path) as file:
-        begin = file.read(_MAGIC_BYTES)
-        if not begin.startswith(_NPY_MAGIC):
+        first_bytes = file.read(_MAGIC_BYTES)
+        if not first_bytes.startswith(_NPY_MAGIC):
             raise InvalidArgumentError(
-                f"{path} is not an .npy file of numbers: {_describe_format(begin)}"
+                f"{path} is not an .npy file of numbers: {_describe_format(first_bytes)}"
             )
         file.seek(0)
         try:
@@ -60,8 +63,10 @@ def load(path: Path) -> Array:
         except OSError:
             raise
         except MemoryError as error:
-            raise InvalidArgumentError(f"{path} is too large: {error}") from None
-        except Exception as error:  # noqa: BLE001 - whatever a damaged header makes numpy do
+            raise InvalidArgumentError(
+                f"{path} is too large for this machine's memory: {error}"
+            ) from None
+        except Exception as error:  # noqa: BLE001 - numpy raises many types for a damaged header
             raise InvalidArgumentError(
                 f"{path} is not an .npy file of numbers: {_damage_reason(error)}"
             ) from None
@@ -70,46 +75,48 @@ def load(path: Path) -> Array:
 
 @contextmanager
 def _open_seekable(path: Path) -> Iterator[BinaryIO]:
-    """Open a file; of one without positions, as a pipe is, read all there is."""
+    """Open a file that can seek. A file that cannot, such as a pipe, is read into memory as a whole."""
     with path.open("rb") as file:
         yield file if file.seekable() else BytesIO(file.read())
 
 
-def _describe_format(begin: bytes) -> str:
-    """Say what a file is that begins like this."""
-    if not begin:
+def _describe_format(first_bytes: bytes) -> str:
+    """Say what kind of file begins with these bytes, and what to do with it."""
+    if not first_bytes:
         return "it is empty"
-    if begin.startswith(b"RIFF") and begin[8:12] == b"WEBP":
+    if first_bytes.startswith(b"RIFF") and first_bytes[8:12] == b"WEBP":
         return f"it is a WebP image{_DECODE_HINT}"
-    kinds = (kind for magic, kind in _FORMATS_BY_MAGIC.items() if begin.startswith(magic))
-    return f"it is {next(kinds, 'something else')}"
+    for magic, description in _FORMATS_BY_MAGIC.items():
+        if first_bytes.startswith(magic):
+            return f"it is {description}"
+    return "its format is unknown. Write the array with numpy.save"
 
 
 def _damage_reason(error: Exception) -> str:
-    """Return what numpy says of a file, less its advice to trust it, which would run what is in it."""
+    """Return numpy's error without its advice to allow pickles: they could run any code."""
     text = str(error)
     if text.startswith("Object arrays"):
-        return "it holds Python objects"
+        return "it has Python objects. Convert the array to float32 before you save it"
     if "pickle" in text:
         return "its header is too long"
     return text
 
 
 def save(path: Path, array: Array) -> None:
-    """Write an array to an .npy file; a file that is there is replaced only by a whole one.
+    """Write an array to an .npy file. An existing file is replaced only once the new one is complete.
 
-    A pipe or a device is written to, and stays. So does a link: the file that it leads to is replaced.
+    A pipe or a device is written to. For a symbolic link, the file that it points to is replaced.
 
     Raises:
-        OSError: It cannot be written; the message names it.
+        OSError: It cannot be written. The message names it.
     """
     _replace(path, lambda file: np.save(file, array))
 
 
 def save_all(path: Path, by_name: Mapping[str, Array | None]) -> None:
-    """Write those arrays that are not None to an .npz file, in the manner of `save`."""
+    """Write the arrays that are not None to an .npz file, as `save` writes an .npy file."""
     present = {name: array for name, array in by_name.items() if array is not None}
-    # numpy 1.26 takes every keyword for an array, and later ones have one that is none
+    # the type checker objects to numpy's keyword `allow_pickle`, which `present` never has
     _replace(path, lambda file: np.savez(file, **present))  # type: ignore[arg-type]
 
 
@@ -124,6 +131,7 @@ def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    # in the same folder, because only a rename inside a file system is atomic
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -134,7 +142,7 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _write_in_place(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    whole = BytesIO()  # numpy asks a file for positions, which this may not have
-    write(whole)
+    buffer = BytesIO()  # numpy calls `tell`, which pipes do not have
+    write(buffer)
     with path.open("wb") as file:
-        file.write(whole.getbuffer())
+        file.write(buffer.getbuffer())

@@ -1,4 +1,4 @@
-"""The way back through one deconvolution, whose operands stay on the server."""
+"""Pullback: computes the gradients of one deconvolution, with operands that the server keeps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ __all__ = ["Pullback"]
 
 
 class Pullback:
-    """Computes gradients of one deconvolution from that of its result, any number of times.
+    """A function that returns the gradients of one deconvolution for a given gy. `Connection.vjp` returns it.
 
-    The server keeps x and W for it until this is closed, as a context manager or by `close`, or
-    collected, or the connection is closed. If it has lost them they are sent again, where the
-    arrays still hold the same.
+    It can be called any number of times. The server keeps x and W for it until it is closed (by `close` or as a
+    context manager) or garbage-collected, or until the connection is closed. If the server loses x or W, the client
+    sends it again, provided its array has not changed.
+
+    It can be used by several threads. It cannot be pickled or copied.
     """
 
     def __init__(
@@ -45,18 +47,28 @@ class Pullback:
     def __call__(
         self, gy: Array | RemoteTensor, *, wanted: Collection[str] = GRADIENT_NAMES
     ) -> Gradients:
-        """Return the gradients of a loss with respect to x, W and b, as arrays of the kind of `gy`.
+        """Return the gradients of a loss with respect to x, W and b. Only gy is sent.
 
         Args:
-            gy: Its gradient with respect to the result, of that shape and element type.
-            wanted: Names of the gradients to compute, of gx, gW and gb.
+            gy: Gradient of the loss with respect to y: an array or RemoteTensor of y's shape ``(n, c_O, h_O, w_O)``
+                and element type.
+            wanted: Names of the gradients to compute: one or more of ``"gx"``, ``"gW"`` and ``"gb"``, in any
+                collection.
+
+        Returns:
+            ``(gx, gW, gb)``, with the shapes and element types of x, W and b. A gradient is None if it is not
+            wanted, and gb is None if b was None. They are cupy arrays if gy is a cupy array, else numpy arrays.
 
         Raises:
-            InvalidArgumentError: An argument is of the wrong kind or shape, or this is closed.
-            LostTensorError: The server no longer has x or W, and it cannot be sent again.
+            InvalidArgumentError: An argument has a wrong type, shape or value, or the pullback is closed (a
+                ValueError).
+            LostTensorError: The server no longer has x, W or gy, and the client cannot send it again.
+            DeconvdError: The call failed, in one of the ways that `Connection` lists.
         """
         if self._x.is_closed:
-            raise InvalidArgumentError("the pullback is closed")
+            raise InvalidArgumentError(
+                "the pullback is closed: close it after its last use, or call vjp() again"
+            )
         call = self._operations.backward(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
         )
@@ -64,7 +76,7 @@ class Pullback:
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def close(self) -> None:
-        """Have the server drop x and W. Closing twice is harmless."""
+        """Let the server drop x and W. Closing it twice is harmless. The server is not waited for."""
         self._x.close()
         self._W.close()
 
@@ -76,7 +88,8 @@ class Pullback:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Pullback cannot be pickled or copied: it is its connection's. Call vjp() where it is to be used"
+            "a Pullback cannot be pickled or copied: it is its connection's own. Call vjp() in the place where you "
+            "need it"
         )
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Chainer's functions with results that stay on the server."""
+"""Remote: Chainer's functions with results that stay on the server."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ __all__ = ["Remote"]
 
 
 class Remote:
-    """The functions of a connection, with the same arguments; their results are RemoteTensors.
+    """The functions of a connection, with results that stay on the server. `Connection.remote` returns it.
 
-    So a chain of calls moves nothing. They raise what the connection's own raise.
+    They have the arguments of the connection's functions and raise the same errors. Their results are RemoteTensors,
+    which the next call can take as operands, so that no elements move between the calls.
+    Cupy arrays are copied to the host before they are sent.
     """
 
     def __init__(self, operations: CallBuilder, server: Server) -> None:
@@ -38,7 +40,22 @@ class Remote:
         dilate: IntOrPair = 1,
         groups: SupportsIndex = 1,
     ) -> RemoteTensor:
-        """Return what `Connection.deconvolution_2d` does, and leave it on the server."""
+        """Compute `Connection.deconvolution_2d`, and leave y on the server.
+
+        Args:
+            x, W, b, stride, pad, outsize, dilate, groups: As given to `Connection.deconvolution_2d`.
+
+        Returns:
+            A RemoteTensor of shape ``(n, c_O, h_O, w_O)`` and the element type of x.
+
+        Raises:
+            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
+                names it.
+            ExhaustedError: The server has no room to keep y (a MemoryError).
+            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
+                again.
+            TypeError: A keyword is unknown.
+        """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.deconvolution(x, W, b, geometry, stay=True)
         return self._execute(call)["y"]
@@ -58,7 +75,24 @@ class Remote:
         groups: SupportsIndex = 1,
         wanted: Collection[str] = GRADIENT_NAMES,
     ) -> RemoteGradients:
-        """Return what `Connection.deconvolution_2d_grad` does, and leave it on the server."""
+        """Compute `Connection.deconvolution_2d_grad`, and leave the gradients on the server.
+
+        Args:
+            x, W, b, gy, stride, pad, outsize, dilate, groups, wanted: As given to
+                `Connection.deconvolution_2d_grad`.
+
+        Returns:
+            ``(gx, gW, gb)``: RemoteTensors with the shapes and element types of x, W and b. A gradient is None if it
+            is not wanted, and gb is None if b is None.
+
+        Raises:
+            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
+                names it.
+            ExhaustedError: The server has no room to keep the gradients (a MemoryError).
+            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
+                again.
+            TypeError: A keyword is unknown.
+        """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
         call = self._operations.differentiation(x, W, b, gy, geometry, wanted, stay=True)
         kept = self._execute(call)
@@ -72,5 +106,6 @@ class Remote:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Remote cannot be pickled or copied: it is its connection's. Pickle the connection, and take its remote"
+            "a Remote cannot be pickled or copied: it is its connection's own. Pickle the connection, and use the "
+            "remote of the copy"
         )

@@ -1,1 +1,1 @@
-"""Array libraries other than numpy: how their arrays become operands, and results become their arrays."""
+"""Array libraries other than numpy: their arrays can be operands, and results become their arrays."""

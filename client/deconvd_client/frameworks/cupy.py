@@ -1,4 +1,4 @@
-"""cupy's arrays, which calls take as they are. Imported once a caller has handed one over, and not before."""
+"""The adapter for cupy. It is imported only after a caller has given a cupy array."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ __all__ = ["CupyFramework"]
 
 
 class CupyFramework:
-    """See `Framework`."""
+    """Gives cupy arrays to calls as they are, because calls read the memory of cards. See `Framework`."""
 
     def owns(self, value: object) -> bool:
-        """Return whether a value is an array of cupy's."""
         return isinstance(value, cupy.ndarray)
 
     def to_array(self, value: Any) -> Any:
-        """Return the array itself: calls know it."""
         return value
 
     def from_array(self, array: Array, value: Any) -> Any:
-        """Return an array on the card of `value`: itself if it is there."""
+        # asarray copies only if the result is on another device than `value`
         with cupy.cuda.Device(value.device.id):
             return cupy.asarray(array)

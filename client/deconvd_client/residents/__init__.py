@@ -1,4 +1,4 @@
-"""Tensors that stay on the server, for as long as the session of their connection."""
+"""Residents: the tensors that the server keeps for the session of a connection."""
 
 from deconvd_client.residents.attempt import Attempt, Call
 from deconvd_client.residents.executor import ResidentExecutor

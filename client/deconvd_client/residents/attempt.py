@@ -1,4 +1,4 @@
-"""One attempt at a call whose tensors may stay on the server: how each of them goes, and what comes of it."""
+"""One attempt at a call with residents: decides how each operand gets to the server, and records the response."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ __all__ = ["Attempt", "AttemptContext", "Call"]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call some of whose tensors may stay on the server.
+    """A call as the caller wants it. Its operands and results may be residents.
 
     Attributes:
-        operation: What is computed.
-        request: Describes it; it is not to be changed.
-        problem: Of what shapes, types and geometry.
-        operands: By the names of their fields, in the order of streams.
-        results: What they will be, by the names of their fields.
-        stay: Whether the results stay on the server.
-        at: The operand that results are wanted beside, which need not be sent: an array of numpy's, one of
-            cupy's on its card, or a Kept.
+        operation: What to compute.
+        request: Describes the call. It is shared with other calls and must not be changed.
+        problem: The shapes, element types and geometry.
+        operands: By the names of their fields, in the order of a stream.
+        results: The shapes and element types of the results, by the names of their fields.
+        keep_results: Whether the results become residents.
+        results_like: The operand that decides where results go: an array of numpy's (results are on the host), an
+            array of cupy's (results are on its card), or a Resident (results are on the host). The request
+            need not use this operand.
     """
 
     operation: Operation
@@ -56,14 +57,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """What an attempt needs of its connection.
+    """What an attempt needs from its connection.
 
     Attributes:
         session: The name of the session.
-        contents: Digests that the server has.
-        deadline: When the caller must have an answer.
-        put: Has the server keep a tensor that it has lost.
-        handle: Makes a handle of a tensor that the server has kept, and its size in bytes.
+        known_digests: The digests that the server has for this session.
+        deadline: The deadline of the call.
+        put: Sends a resident that the server has lost, and returns its new handle.
+        make_handle: Returns the handle of a resident that the server now has. Its second argument is the size in
+            bytes.
     """
 
     session: bytes
@@ -74,19 +76,26 @@ class AttemptContext:
 
 
 class Attempt:
-    """Makes a call once.
+    """One attempt at a call.
+
+    Each operand gets to the server in one of four ways:
+
+        a resident that the server has        by its handle
+        a resident that was never sent        with its elements, which the server keeps
+        a large constant, as W often is       by its digest; its elements are sent only if the server lacks them
+        any other array                       with its elements
 
     Args:
-        send_all: Send what the server does not keep rather than have it kept or named by a digest:
-            for a last attempt, which cannot fail for want of that.
+        send_all: Whether to send the elements of every operand that has no handle, without a digest and without
+            a PutTensor call first. The last attempt does so: it does not depend on what the server remembers.
 
     Raises:
-        LostTensorError: The server no longer has an operand, and it cannot be sent again.
+        LostTensorError: The server no longer has an operand, and the client cannot send it again.
     """
 
-    def __init__(self, call: Call, means: AttemptContext, *, send_all: bool = False) -> None:
+    def __init__(self, call: Call, context: AttemptContext, *, send_all: bool = False) -> None:
         self._call = call
-        self._context = means
+        self._context = context
         self._send_all = send_all
         self._sent_operands: dict[str, Array] = {}
         self._offered_operands: dict[str, Array] = {}
@@ -95,19 +104,19 @@ class Attempt:
         self._operands_to_keep: dict[str, tuple[Resident, SourceArray]] = {}
         request: Any = type(call.request)()
         request.CopyFrom(call.request)
-        request.session = means.session
+        request.session = context.session
         self._request: Request = request
         if call.keep_results:
             _keep_results(self._request)
         for field, operand in call.operands.items():
             if isinstance(operand, Resident):
-                self._locate(field, operand)
+                self._add_resident(field, operand)
             else:
-                self._name(field, operand)
+                self._add_array(field, operand)
 
     @property
     def call_spec(self) -> CallSpec:
-        """The call, as it is made this time."""
+        """What to send in this attempt."""
         knows, session = self._context.known_digests.knows, self._context.session
         return CallSpec(
             self._call.operation,
@@ -122,74 +131,76 @@ class Attempt:
 
     @property
     def needs_room(self) -> bool:
-        """Whether the server needs room to keep something."""
+        """Whether the server will keep an operand or a result."""
         return self._call.keep_results or bool(self._operands_to_keep)
 
     @contextmanager
     def hash_in_background(self) -> Iterator[None]:
-        """Take the digests of what is sent to be kept while the block runs."""
+        """Compute the digests of the operands that the server will keep, while the block sends them."""
         with ExitStack() as stack:
             for _, source in self._operands_to_keep.values():
                 stack.enter_context(source.hash_in_background())
             yield
 
     def record_response(self, response: Response) -> None:
-        """Take note of what the server has now."""
+        """Note which operands the server has now, by their digests and as residents."""
         for content in self._digests.values():
             self._context.known_digests.learn(self._context.session, *content)
-        for field, (kept, _) in self._operands_to_keep.items():
-            assert isinstance(response, pb.DeconvolveResponse)  # no other keeps operands
-            resident = getattr(response.kept, field)
-            kept.adopt(self._context.make_handle(resident, kept.spec.nbytes))
+        for field, (resident, _) in self._operands_to_keep.items():
+            assert isinstance(response, pb.DeconvolveResponse)  # no other request asks for it
+            name = getattr(response.kept, field)
+            resident.adopt(self._context.make_handle(name, resident.spec.nbytes))
 
     def results(self, response: Response) -> dict[str, Resident]:
-        """Return what stands for the results that stay."""
-        kept: dict[str, Resident] = {}
+        """Return the results that the server has kept, by the names of their fields."""
+        results: dict[str, Resident] = {}
         for field, spec in self._call.results.items():
-            resident = getattr(response, field).resident
-            kept[field] = Resident(spec, handle=self._context.make_handle(resident, spec.nbytes))
-        return kept
+            name = getattr(response, field).resident
+            results[field] = Resident(spec, handle=self._context.make_handle(name, spec.nbytes))
+        return results
 
     def forget(self, argument: str) -> bool:
-        """Take note that the server lacks an operand; return whether there is another way for it.
+        """Note that the server lacks an operand. Return whether another attempt can send it in another way.
 
         Args:
-            argument: Its name; empty if the server does not say.
+            argument: The operand's name. Empty if the server did not name it: then all that were named by a handle
+                or a digest are forgotten.
         """
         fields = [*self._handles, *self._digests]
         lost = [f for f in fields if argument in ("", ARGUMENTS[f])]
         for field in lost:
             if field in self._handles:
-                kept, handle = self._handles[field]
-                kept.lose(handle)
+                resident, handle = self._handles[field]
+                resident.lose(handle)
             else:
                 self._context.known_digests.forget(self._context.session, *self._digests[field])
         return bool(lost)
 
-    def _locate(self, field: str, kept: Resident) -> None:
-        """Name a tensor by its handle, or send it so that the server keeps it."""
-        handle = kept.handle_for(self._context.session)
+    def _add_resident(self, field: str, resident: Resident) -> None:
+        """Name a resident by its handle. Send it first if the server does not have it."""
+        handle = resident.handle_for(self._context.session)
         if handle is None:
-            source = kept.require_source(ARGUMENTS[field])
-            if kept.state is ResidentState.UNSENT and isinstance(
+            source = resident.require_source(ARGUMENTS[field])
+            if resident.state is ResidentState.UNSENT and isinstance(
                 self._request, pb.DeconvolveRequest
             ):
+                # the request can carry the elements and ask to keep them: one round trip instead of two
                 setattr(self._request.keep, field, True)
-                self._operands_to_keep[field] = kept, source
-                self._name(field, source.array, source)
+                self._operands_to_keep[field] = resident, source
+                self._add_array(field, source.array, source)
                 return
             if self._send_all:
                 self._sent_operands[field] = source.array
                 return
-            handle = self._context.put(kept, source)
+            handle = self._context.put(resident, source)
         getattr(self._request, field).resident.CopyFrom(handle.resident)
-        self._handles[field] = kept, handle
+        self._handles[field] = resident, handle
 
-    def _name(self, field: str, array: Array, source: SourceArray | None = None) -> None:
-        """Name an array by its digest where that pays, else send it."""
+    def _add_array(self, field: str, array: Array, source: SourceArray | None = None) -> None:
+        """Name an array by its digest if that pays off, else send its elements."""
         is_constant = field in self._call.operation.constants
-        contents, deadline = self._context.known_digests, self._context.deadline
-        if self._send_all or not is_constant or not contents.is_worth_hashing(array, deadline):
+        known_digests, deadline = self._context.known_digests, self._context.deadline
+        if self._send_all or not is_constant or not known_digests.is_worth_hashing(array, deadline):
             self._sent_operands[field] = array
             return
         digest = digest_of(array) if source is None else source.digest
@@ -199,6 +210,7 @@ class Attempt:
 
 
 def _keep_results(request: Request) -> None:
+    """Ask the server to keep all results of a request instead of sending them."""
     if isinstance(request, pb.DeconvolveRequest):
         request.keep_y = True
     else:

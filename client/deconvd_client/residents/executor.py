@@ -1,4 +1,4 @@
-"""Tensors that stay on the server: put there, fetched, and had anew where it has lost them."""
+"""Puts residents on the server, fetches them, and runs calls in the session that keeps them."""
 
 from __future__ import annotations
 
@@ -27,78 +27,80 @@ __all__ = ["ResidentExecutor"]
 _T = TypeVar("_T")
 
 _MAX_SESSIONS_COUNT: Final = 3
-"""How many sessions one call may lose: more is no accident."""
+"""How many sessions one call may use. A server that loses more of them in one call will not answer it either."""
 
 
 class ResidentExecutor:
-    """What the server keeps for a connection. Thread-safe.
+    """Manages the residents of one connection. Thread-safe.
 
     Args:
-        nearest: The ways to the server.
-        memory: Memory that it may lend.
+        route: Leads to the server.
+        borrower: Memory that the server may lend.
         tenant_key: As in HoldSessionRequest.
         empty: Returns new memory for a tensor.
-        last: Takes note of the ledgers.
-        timeout_s: How long each call may take.
+        ledger: Receives the ledger of each call.
+        timeout_s: How long each call may take, in seconds.
 
     Attributes:
-        contents: Which operands are worth naming by their digests, and are known there.
+        known_digests: Decides which operands to name by their digests.
     """
 
     def __init__(
         self,
-        nearest: Route,
-        memory: Borrower,
+        route: Route,
+        borrower: Borrower,
         tenant_key: bytes,
         empty: Callable[[TensorSpec], Array],
-        last: LastLedger,
+        ledger: LastLedger,
         timeout_s: float,
     ) -> None:
-        self._ledger = last
+        self._ledger = ledger
         self._timeout_s = timeout_s
-        self._session = ClientSession(nearest, tenant_key)
-        self.known_digests: KnownDigests = KnownDigests(self._session, memory)
-        self._transfers = Transfers(nearest, memory, empty)
+        self._session = ClientSession(route, tenant_key)
+        self.known_digests: KnownDigests = KnownDigests(self._session, borrower)
+        self._transfers = Transfers(route, borrower, empty)
 
     def put(self, array: Array) -> Resident:
-        """Have the server keep an array; it is referred to, to be sent again at need."""
+        """Send an array, and return the resident. The resident refers to the array, so that it can be sent again."""
         deadline = Deadline(self._timeout_s)
         source = SourceArray(array)
-        kept = Resident(spec_of(array), source=source)
-        self.run_in_session(lambda session: self._put(session, kept, source, deadline), deadline)
-        return kept
+        resident = Resident(spec_of(array), source=source)
+        self.run_in_session(
+            lambda session: self._put(session, resident, source, deadline), deadline
+        )
+        return resident
 
-    def get(self, kept: Resident) -> Array:
-        """Return the elements of a tensor that the server keeps.
+    def get(self, resident: Resident) -> Array:
+        """Return the elements of a resident as a new array.
 
         Raises:
-            LostTensorError: The server no longer has it, and there is no array to take them from.
+            LostTensorError: The server no longer has it, and its source has changed or never was on this side.
         """
         deadline = Deadline(self._timeout_s)
-        return self.run_in_session(lambda session: self._get(session, kept, deadline), deadline)
+        return self.run_in_session(lambda session: self._get(session, resident, deadline), deadline)
 
     @property
     def has_session(self) -> bool:
-        """Whether a session is open now, as far as is known."""
+        """Whether a session is open. The server may have ended it without the client knowing yet."""
         return self._session.is_open
 
     @property
     def session_name(self) -> bytes:
-        """The name of the session that is open now, as far as is known; empty if there is none."""
+        """The name of the open session. Empty if none is open."""
         return self._session.name
 
     def attempt_context(self, session: bytes, deadline: Deadline) -> AttemptContext:
-        """Return what an attempt needs to make a call in a session."""
+        """Return what an attempt needs for a call in a session."""
         return AttemptContext(
             session,
             self.known_digests,
             deadline,
-            put=lambda kept, source: self._put(session, kept, source, deadline),
+            put=lambda resident, source: self._put(session, resident, source, deadline),
             make_handle=partial(self._session.make_handle, session),
         )
 
     def run_in_session(self, work: Callable[[bytes], _T], deadline: Deadline) -> _T:
-        """Return what `work` returns for the session, in a new one if the server does not know it."""
+        """Call `work` with the name of the session. If the server does not know the session, open a new one."""
         for _ in range(_MAX_SESSIONS_COUNT - 1):
             session = self._session.open(deadline).name
             try:
@@ -109,7 +111,7 @@ class ResidentExecutor:
         return work(self._session.open(deadline).name)
 
     def retry_after_flush(self, work: Callable[[], _T], deadline: Deadline) -> _T:
-        """Return what `work` returns, once what nobody uses is dropped if the server has no room."""
+        """Call `work`. If the server has no room, drop all residents that nobody uses, and call it once more."""
         try:
             return work()
         except ExhaustedError:
@@ -117,29 +119,29 @@ class ResidentExecutor:
         return work()
 
     def close(self, deadline: Deadline) -> None:
-        """End the session: the server drops all that it keeps for it."""
+        """End the session. The server then drops all residents of it."""
         self._session.close(deadline)
 
     def _put(
-        self, session: bytes, kept: Resident, source: SourceArray, deadline: Deadline
+        self, session: bytes, resident: Resident, source: SourceArray, deadline: Deadline
     ) -> ResidentHandle:
         with source.hash_in_background():
-            resident, self._ledger.text = self.retry_after_flush(
+            name, self._ledger.text = self.retry_after_flush(
                 lambda: self._transfers.put(session, source.array, deadline), deadline
             )
-        handle = self._session.make_handle(session, resident, kept.spec.nbytes)
-        kept.adopt(handle)
+        handle = self._session.make_handle(session, name, resident.spec.nbytes)
+        resident.adopt(handle)
         return handle
 
-    def _get(self, session: bytes, kept: Resident, deadline: Deadline) -> Array:
-        handle = kept.handle_for(session)
+    def _get(self, session: bytes, resident: Resident, deadline: Deadline) -> Array:
+        handle = resident.handle_for(session)
         if handle is not None:
             try:
                 array, self._ledger.text = self._transfers.get(
-                    session, handle.resident, kept.spec, deadline
+                    session, handle.resident, resident.spec, deadline
                 )
             except LostTensorError:
-                kept.lose(handle)
+                resident.lose(handle)
             else:
                 return array
-        return np.array(kept.require_source("the tensor").array, kept.spec.dtype)
+        return np.array(resident.require_source("the tensor").array, resident.spec.dtype)

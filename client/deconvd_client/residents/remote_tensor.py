@@ -1,4 +1,4 @@
-"""What a caller has of a tensor on the server."""
+"""RemoteTensor: the caller's handle of a resident."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ __all__ = ["RemoteGradients", "RemoteTensor"]
 
 
 class RemoteTensor:
-    """A tensor that the server keeps, accepted by its connection's functions wherever an array is.
+    """A tensor that the server keeps. The functions of its connection accept it wherever they accept an array.
 
-    It is never changed. It is dropped when this is closed, as a context manager or by `close`, or
-    collected, or when the connection is closed; calls under way may still use it.
+    Its value never changes. `Connection.put` and the functions of `Connection.remote` return RemoteTensors.
 
-    If the server has lost it (it was started anew, or ran short of memory), it is sent again where
-    it was made of an array that still holds the same; else its use raises LostTensorError.
+    The server drops the tensor when its RemoteTensor is closed (by `close` or as a context manager) or
+    garbage-collected, and when the connection is closed. Calls that are already running still use it.
+
+    The server can lose a tensor: it restarts, or it runs out of memory. The client then sends the tensor again by
+    itself, if it was made from an array that still has the same elements. Otherwise the next use raises
+    LostTensorError.
+
+    A RemoteTensor can be used by several threads. It cannot be pickled or copied.
     """
 
-    def __init__(self, home: ResidentExecutor, kept: Resident) -> None:
-        self._executor = home
-        self._resident = kept
+    def __init__(self, executor: ResidentExecutor, resident: Resident) -> None:
+        self._executor = executor
+        self._resident = resident
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The extent of each dimension."""
+        """The size of each dimension, as numpy's ``shape``."""
         return self._resident.spec.shape
 
     @property
@@ -40,44 +45,52 @@ class RemoteTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of its elements, in bytes."""
+        """The size of the elements, in bytes."""
         return self._resident.spec.nbytes
 
     def numpy(self) -> Array:
-        """Return its elements, fetched from the server, as an array of the caller's own.
+        """Fetch the elements from the server, and return them as a new numpy array of the same shape and element type.
 
         Raises:
-            InvalidArgumentError: It is closed.
-            LostTensorError: The server no longer has it, and there is no array to take them from.
+            InvalidArgumentError: The RemoteTensor is closed.
+            LostTensorError: The server no longer has the tensor, and the client has no unchanged array of it.
+            DeconvdError: The call failed, in one of the ways that `Connection` lists.
         """
         self._resident.check_open("the tensor")
         return self._executor.get(self._resident)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
-        # numpy's functions, numpy.asarray among them, fetch it
+        # numpy's functions call this, numpy.asarray among them
         if copy is False:
             raise ValueError(
-                "a RemoteTensor is on the server: no array of it can be had without a copy"
+                "the elements of a RemoteTensor are on the server: numpy cannot use them without a copy. "
+                "Leave out copy=False"
             )
         return self.numpy().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def close(self) -> None:
-        """Have the server drop it. Closing twice is harmless."""
+        """Let the server drop the tensor. Closing it twice is harmless. The server is not waited for."""
         self._resident.close()
 
-    def belongs_to(self, home: ResidentExecutor) -> bool:
-        """Return whether it is a connection's own."""
-        return home is self._executor
+    def belongs_to(self, executor: ResidentExecutor) -> bool:
+        """Return whether this tensor is kept for the connection of `executor`."""
+        return executor is self._executor
 
-    def resident_for(self, home: ResidentExecutor, argument: str) -> Resident:
-        """Return what calls of a connection need of it.
+    def resident_for(self, executor: ResidentExecutor, argument: str) -> Resident:
+        """Return the resident, for a call of the connection of `executor`.
+
+        Args:
+            executor: The residents of that connection.
+            argument: Name of the argument that this tensor was given for.
 
         Raises:
-            InvalidArgumentError: It is closed, or another connection's.
+            InvalidArgumentError: The RemoteTensor is closed, or belongs to another connection.
         """
-        if not self.belongs_to(home):
+        if not self.belongs_to(executor):
             raise InvalidArgumentError(
-                f"{argument} must not be a RemoteTensor of another connection", argument=argument
+                f"{argument} must be a RemoteTensor of this connection, got one of another connection: "
+                f"give what put({argument}) of this connection returns",
+                argument=argument,
             )
         self._resident.check_open(argument)
         return self._resident
@@ -90,8 +103,8 @@ class RemoteTensor:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a RemoteTensor cannot be pickled or copied: it is its connection's. Pickle the array that "
-            "its numpy() returns; put() of a connection makes another of it"
+            "a RemoteTensor cannot be pickled or copied: it is its connection's own. Pickle the array that "
+            "numpy() returns, and give that to put() of another connection"
         )
 
     def __repr__(self) -> str:
@@ -100,7 +113,7 @@ class RemoteTensor:
 
 
 class RemoteGradients(NamedTuple):
-    """Gradients with respect to x, W and b that stay on the server; None for one that was not wanted."""
+    """The gradients with respect to x, W and b, kept on the server. None for a gradient that was not requested."""
 
     gx: RemoteTensor | None
     gW: RemoteTensor | None

@@ -1,4 +1,4 @@
-"""The session of a connection: what the server keeps for it is kept for as long as this is in use."""
+"""The session of a connection: the server keeps the connection's residents for as long as the session lives."""
 
 from __future__ import annotations
 
@@ -25,41 +25,40 @@ _T = TypeVar("_T")
 
 
 class ResidentHandle:
-    """A tensor that the server keeps, until the last that refers to this has gone.
+    """Names a resident in requests. The server drops the tensor after the last reference to this is gone.
 
     Attributes:
-        session: The name of the session that it is kept for.
-        resident: The tensor.
+        session: The name of the session that keeps the tensor.
+        resident: The name of the tensor.
     """
 
     __slots__ = ("_commands", "_size_bytes", "resident", "session")
 
     def __init__(
-        self, session: bytes, resident: pb.Resident, size_bytes: int, mailbox: CommandQueue
+        self, session: bytes, resident: pb.Resident, size_bytes: int, commands: CommandQueue
     ) -> None:
         self.session: bytes = session
         self.resident: pb.Resident = resident
         self._size_bytes = size_bytes
-        self._commands = mailbox
+        self._commands = commands
 
     def __del__(self) -> None:
-        # Whatever thread this is, and whatever locks it holds: no more than this may happen here.
+        # A finalizer runs in any thread, with any locks held, so it may only put a command into the queue.
         self._commands.put(DropTensor(self.session, self.resident, self._size_bytes))
 
 
 class ClientSession:
-    """Opened at the first need, and anew when the server knows it no more. Thread-safe.
+    """Opens a session at the first need, and a new one after the server has lost it. Thread-safe.
 
-    A forked child has none, and can have none: what its parent keeps is the parent's, and gRPC's
-    streams do not survive a fork.
+    A forked child cannot have a session: the residents are its parent's, and gRPC's streams do not survive a fork.
 
     Args:
-        nearest: The ways to the server.
+        route: Leads to the server.
         tenant_key: As in HoldSessionRequest.
     """
 
-    def __init__(self, nearest: Route, tenant_key: bytes) -> None:
-        self._route = nearest
+    def __init__(self, route: Route, tenant_key: bytes) -> None:
+        self._route = route
         self._tenant_key = tenant_key
         self._is_closed = False
         self._is_in_child = False
@@ -68,53 +67,56 @@ class ClientSession:
         register_fork_reset(self)
 
     def open(self, deadline: Deadline, *, fail_fast: bool = False) -> SessionInfo:
-        """Return the session, after opening it if need be. Raises a DeconvdError.
+        """Return the open session, or open one.
 
         Args:
-            deadline: Until when to try.
-            fail_fast: Whether to try once.
+            deadline: When to give up.
+            fail_fast: Whether to try only once.
+
+        Raises:
+            DeconvdError: The session could not be opened.
         """
-        opened = self._thread.session
-        if opened is not None:
-            return opened
-        answer: Promise[SessionInfo] = Promise()
-        self._submit(OpenSession(answer, deadline, fail_fast))
-        return _wait_for(deadline, answer, "open a session")
+        session = self._thread.session
+        if session is not None:
+            return session
+        promise: Promise[SessionInfo] = Promise()
+        self._submit(OpenSession(promise, deadline, fail_fast))
+        return _wait_for(deadline, promise, "open a session")
 
     @property
     def is_open(self) -> bool:
-        """Whether it is open now, as far as is known."""
+        """Whether a session is open. The server may have ended it without the client knowing yet."""
         return self._thread.session is not None
 
     @property
     def name(self) -> bytes:
-        """Its name, if it is open now, as far as is known; else empty."""
-        opened = self._thread.session
-        return b"" if opened is None else opened.name
+        """The name of the open session. Empty if none is open."""
+        session = self._thread.session
+        return b"" if session is None else session.name
 
     def lose(self, name: bytes) -> None:
-        """Take note that the server does not know the session of that name."""
+        """Note that the server does not know the session of that name."""
         self._thread.lose(name)
 
     def make_handle(self, session: bytes, resident: pb.Resident, size_bytes: int) -> ResidentHandle:
-        """Return the handle of a tensor that the server keeps from now on."""
+        """Return the handle of a tensor that the server has just kept."""
         return ResidentHandle(session, resident, size_bytes, self._thread.commands)
 
     def flush(self, deadline: Deadline) -> None:
-        """Return once the server has been told of all that is to be dropped."""
-        answer: Promise[None] = Promise()
-        self._submit(FlushDrops(answer))
-        _wait_for(deadline, answer, "drop tensors that nobody uses")
+        """Return after the server has dropped all residents that nobody uses."""
+        promise: Promise[None] = Promise()
+        self._submit(FlushDrops(promise))
+        _wait_for(deadline, promise, "drop tensors that nobody uses")
 
     def close(self, deadline: Deadline) -> None:
-        """End it, for good: return once the server has taken note, or at the deadline."""
+        """End the session for good. Return when the server has confirmed it, or at the deadline."""
         with self._lock:
             self._is_closed = True
             self._thread.end()
         self._thread.await_end(deadline)
 
     def reset_after_fork(self) -> None:
-        """Have nothing to do with the session, which is the parent's."""
+        """Leave the session to the parent, and refuse commands from now on."""
         self._is_in_child = True
         leave_to_parent(self._thread)
         self._create_thread()
@@ -122,25 +124,32 @@ class ClientSession:
     def _create_thread(self) -> None:
         self._thread = SessionThread(self._route, self._tenant_key)
 
-    def _submit(self, wish: OpenSession | FlushDrops) -> None:
-        with self._lock:  # so that no wish comes after the end
+    def _submit(self, command: OpenSession | FlushDrops) -> None:
+        with self._lock:  # so that no command follows the one that ends the thread
             if self._is_closed:
                 raise CallCancelledError("the connection is closed")
             if self._is_in_child:
                 raise UnavailableError(
-                    "tensors stay for the process that made the connection: a forked child must "
-                    "make one of its own"
+                    "a forked child cannot keep tensors on the server through its parent's connection: "
+                    "call deconvd_client.connect() in the child"
                 )
             self._thread.start()
-            self._thread.commands.put(wish)
+            self._thread.commands.put(command)
 
     def __del__(self) -> None:
         self._thread.end()
 
 
-def _wait_for(deadline: Deadline, answer: Promise[_T], what: str) -> _T:
-    """Return what the session's thread answers. Raises DeadlineError if it does not in time."""
+def _wait_for(deadline: Deadline, promise: Promise[_T], action: str) -> _T:
+    """Return the value that the session's thread gives.
+
+    Raises:
+        DeadlineError: It gave none before the deadline.
+    """
     try:
-        return answer.wait(deadline.remaining_s())
+        return promise.wait(deadline.remaining_s())
     except PromiseTimeoutError:
-        raise DeadlineError(f"the server did not {what} in time") from None
+        raise DeadlineError(
+            f"the server did not {action} within {deadline.timeout_s:g} s: "
+            "raise timeout_s of connect(), or --timeout-s of the command"
+        ) from None

@@ -1,4 +1,4 @@
-"""What a resident tensor was made of, to be sent again if the server loses it."""
+"""SourceArray: the array that a resident was made from, with a digest that shows whether it has changed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deconvd_client.calls.uninterrupted import run_in_background
 __all__ = ["SourceArray"]
 
 _MIN_BACKGROUND_BYTES: Final = 1 << 20
-"""From this size on a thread of its own pays for a digest."""
+"""Smaller arrays are hashed by the calling thread: another thread would save less than it costs."""
 
 
 class _DigestTask:
-    """The work of another thread on an array's digest."""
+    """Computes the digest of an array in another thread."""
 
     def __init__(self, array: Array) -> None:
         self._array = array
@@ -27,21 +27,20 @@ class _DigestTask:
         self._outcome: SimpleQueue[pb.Digest | None] = SimpleQueue()
 
     def run(self) -> None:
-        """Do it."""
         digest = None
         try:
             digest = digest_of(self._array, self._check)
         except _DigestCancelledError:
             pass
         finally:
-            self._outcome.put(digest)
+            self._outcome.put(digest)  # always, or `wait` would never return
 
     def cancel(self) -> None:
-        """Have it ended soon."""
+        """Make `run` stop after the piece that it is hashing."""
         self._is_cancelled = True
 
     def wait(self) -> pb.Digest | None:
-        """Return the digest once it is there; None if it was given up."""
+        """Return the digest when it is ready. None if it was cancelled."""
         return self._outcome.get()
 
     def _check(self) -> None:
@@ -50,14 +49,14 @@ class _DigestTask:
 
 
 class _DigestCancelledError(Exception):
-    """The digest is wanted no longer."""
+    """Nobody needs the digest any more."""
 
 
 class SourceArray:
-    """An array, and the digest of what was in it once.
+    """An array, and the digest of its elements at the time they were sent.
 
     Args:
-        array: It is referred to, not copied.
+        array: It is referred to, not copied, so its owner can change it later.
     """
 
     def __init__(self, array: Array) -> None:
@@ -66,29 +65,33 @@ class SourceArray:
 
     @property
     def digest(self) -> pb.Digest:
-        """The digest of what was in the array when this was first asked for, or before `beside`."""
+        """The digest of the elements at the first use of this property or of `hash_in_background`."""
         if self._digest is None:
             self._digest = digest_of(self.array)
         return self._digest
 
     @contextmanager
     def hash_in_background(self) -> Iterator[None]:
-        """Take the digest while the block, which does not change the array, runs; not if it fails."""
+        """Compute the digest in another thread while the block runs. The block must not change the array.
+
+        If the block fails, the computation is cancelled.
+        """
         if self._digest is not None or self.array.nbytes < _MIN_BACKGROUND_BYTES:
-            self.digest  # noqa: B018  # it is kept
+            self.digest  # noqa: B018 - the property remembers it
             yield
             return
-        work = _DigestTask(self.array)
-        run_in_background(work.run)
+        task = _DigestTask(self.array)
+        run_in_background(task.run)
         try:
             yield
         except BaseException:
-            work.cancel()
+            task.cancel()
             raise
         finally:
-            self._digest = work.wait()
+            # also after an error: the other thread must not read the array once the caller may change it
+            self._digest = task.wait()
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the array holds what it held then."""
+        """Whether the array still has the elements of the digest. This hashes the whole array."""
         return digest_of(self.array) == self.digest

@@ -1,4 +1,4 @@
-"""Tensors to the server and back by themselves: through shared memory where that works, else in chunks."""
+"""Sends and fetches single tensors: through shared memory if possible, else in a stream of chunks."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ __all__ = ["Transfers"]
 
 
 class Transfers:
-    """Puts tensors on the server and gets them from there. Its methods raise as `Stub` does.
+    """Makes the PutTensor and GetTensor calls of a connection. Its methods raise the errors of `Stub`.
 
     Args:
-        nearest: The ways to the server.
-        memory: Memory that it may lend.
+        route: Leads to the server.
+        borrower: Memory that the server may lend.
         empty: Returns new memory for a tensor.
     """
 
     def __init__(
-        self, nearest: Route, memory: Borrower, empty: Callable[[TensorSpec], Array]
+        self, route: Route, borrower: Borrower, empty: Callable[[TensorSpec], Array]
     ) -> None:
-        self._route = nearest
-        self._borrower = memory
+        self._route = route
+        self._borrower = borrower
         self._empty = empty
 
     def put(self, session: bytes, array: Array, deadline: Deadline) -> tuple[pb.Resident, str]:
-        """Have the server keep a tensor for a session; return how it is called, and the ledger."""
+        """Send a tensor that the server keeps for a session. Return its name and the ledger."""
         return self._route.call(lambda stub: self._put(stub, session, array, deadline), deadline)
 
     def get(
         self, session: bytes, resident: pb.Resident, spec: TensorSpec, deadline: Deadline
     ) -> tuple[Array, str]:
-        """Return a tensor that the server keeps, and the ledger."""
+        """Return the elements of a resident, and the ledger."""
         request = pb.GetTensorRequest(session=session, resident=resident)
         return self._route.call(lambda stub: self._get(stub, request, spec, deadline), deadline)
 
@@ -58,7 +58,7 @@ class Transfers:
                     call.copy_operands()
                     return self._call_put(stub, session, shared, None, deadline)
         except StaleRegionError:
-            pass  # it is sent in chunks
+            pass  # the server no longer lends that memory: send the tensor in chunks instead
         if self._borrower.is_large(array):
             self._borrower.check_fallback()
         return self._call_put(stub, session, message_from_spec(spec_of(array)), array, deadline)
@@ -76,10 +76,9 @@ class Transfers:
                     _, ledger = self._call_get(stub, placed, None, deadline)
                     return result.array, ledger
         except StaleRegionError:
-            pass  # it comes in chunks
-        except (
-            OutcomeUnknownError
-        ):  # it may be written there yet: it is tried again, in other memory
+            pass  # the server no longer lends that memory: fetch the tensor in chunks instead
+        except OutcomeUnknownError:
+            # The server may still write to that memory. `Route` tries a cancelled call again, in other memory.
             raise CallCancelledError("a direct connection was lost") from None
         if self._borrower.is_large(spec):
             self._borrower.check_fallback()
@@ -95,7 +94,7 @@ class Transfers:
         array: Array | None,
         deadline: Deadline,
     ) -> tuple[pb.Resident, str]:
-        """Call PutTensor, with the elements of an array if it is given."""
+        """Call PutTensor. The elements of `array` follow the header, unless it is None."""
         header = pb.PutTensorHeader(session=session, tensor=tensor)
 
         def begin() -> StreamAttempt[pb.PutTensorResponse]:
@@ -110,7 +109,7 @@ class Transfers:
     def _call_get(
         self, stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec | None, deadline: Deadline
     ) -> tuple[Array | None, str]:
-        """Call GetTensor, and return the elements unless they go elsewhere."""
+        """Call GetTensor, and return the elements. If `spec` is None, the server writes them to shared memory."""
 
         def receive(source: PartSource) -> Array | None:
             reader = PartReader(source, pb.GetTensorResponse, self._empty)
@@ -134,7 +133,7 @@ def _parts(header: pb.PutTensorHeader, array: Array | None) -> Iterator[Part]:
 
 
 def _read_single_message(source: PartSource) -> Any:
-    """Return the message of a response that has one."""
+    """Return the only message of a response."""
     message = source.next()
-    source.next()  # the end
+    source.next()  # reads the end of the stream
     return message
