@@ -133,7 +133,7 @@ class CudaDevice(CardTensors):
             self._lanes = self._make_lanes()
             self._candidates = Candidates(self._cudnn, self._card.processors_count)
             self.plans = self._make_plan_cache(plan_store)
-            kernels.prepare(ordinal)
+            kernels.compile_common_kernels(ordinal)
         self._memory_estimate = MemoryEstimate(
             self._budget_bytes,
             self._limits.lanes_count,

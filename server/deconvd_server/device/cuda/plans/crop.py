@@ -94,6 +94,6 @@ class CropPlan:
         extents = (*source_shape[2:], *target_shape[2:])
         arguments: list[Argument] = [pointer(source), pointer(target), index(count)]
         arguments += [integer(extent) for extent in extents]
-        kernel = Kernel("window.cu", "window", (element(self._small.dtype),))
+        kernel = Kernel("crop.cu", "crop", (element(self._small.dtype),))
         blocks = min(-(-count // THREADS), _MAX_BLOCKS)
         kernel.launch((blocks, 1, 1), arguments, stream)
