@@ -263,18 +263,7 @@ class CudaDevice(CardTensors):
             self._error_translation,
         ):
             prepacked = self._prepack(used, part, operands, options, call, lane)
-
-            def make_work() -> DeviceWork:
-                plans = {
-                    field: self._plan(PRODUCTS[field], part, options, call)
-                    for field in used.results
-                    if field in PRODUCTS
-                }
-                if used.product_of_W is not None and prepacked.plan is not None:
-                    plans[used.product_of_W] = prepacked.plan
-                count = self._card.processors_count
-                return DeviceWork(operation, part, used.operands, used.results, plans, count)
-
+            make_work = partial(self._make_work, operation, used, part, options, prepacked, call)
             key = (operation, used, part, options, prepacked.key)
             given = [prepacked.W if field == "w" else operands[field] for field in used.operands]
             targets = [places[field] for field in used.results]
@@ -283,6 +272,26 @@ class CudaDevice(CardTensors):
                 lane.run_in_parts(key, make_work, parts_count, given, first, addresses, call)
             else:
                 lane.run(key, make_work, given, targets, call)
+
+    def _make_work(
+        self,
+        operation: Operation,
+        used: CallFields,
+        problem: Problem,
+        options: Options,
+        prepacked: PrepackedW,
+        call: CallContext,
+    ) -> DeviceWork:
+        """Return the work of a call, with a plan for each product. It waits for plans that must be chosen first."""
+        plans = {
+            field: self._plan(PRODUCTS[field], problem, options, call)
+            for field in used.results
+            if field in PRODUCTS
+        }
+        if used.product_of_W is not None and prepacked.plan is not None:
+            plans[used.product_of_W] = prepacked.plan
+        count = self._card.processors_count
+        return DeviceWork(operation, problem, used.operands, used.results, plans, count)
 
     def _prepack(
         self,
