@@ -1,7 +1,7 @@
 """A team of threads that share the tasks of calls.
 
-    caller    works on the tasks of its own call. After each turn, `TURN_S`, it lets another call have its place
-    (`pause`) helper    works on the tasks of all calls in turn, for a slice, `_SLICE_S`, each
+    caller    works on the tasks of its own call; after each turn, `TURN_S`, lets another call have its place (`pause`)
+    helper    works on the tasks of all calls in turn, for a slice, `_SLICE_S`, of each
 
 Two calls and one helper:
 

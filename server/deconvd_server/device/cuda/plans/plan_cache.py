@@ -60,9 +60,8 @@ class PlanCacheStats:
 class PlanCache:
     """The plans of one card, by key. The first call that needs a plan waits until it is chosen. Thread-safe.
 
-        memory --miss--> choices, in memory or on disk --miss--> quarantine --not held--> tuner
-                                                                            --held------> search without cuDNN, or
-                                                                            fallback
+        memory --miss--> choice, in memory or on disk --miss--> quarantine --not held--> tuner
+                                                                           --held--> without cuDNN, or the fallback
 
     A choice is remembered even if it is the fallback, so a search that finds no engine of cuDNN is made once.
 
