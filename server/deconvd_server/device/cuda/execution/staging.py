@@ -135,12 +135,14 @@ class Staging:
 
     def _send(self, slot: _PinnedSlot, staged: Bytes, target: int) -> None:
         if slot.host_copy is not None:
-            slot.host_copy.result()
+            slot.host_copy.result()  # a helper must have filled the buffer
         upload(target, staged, self._stream.pointer)
-        slot.card_copy.record(self._stream.pointer)
+        slot.card_copy.record(
+            self._stream.pointer
+        )  # `wait_idle` waits for it before the buffer is filled again
 
     def _copy_out(self, slot: _PinnedSlot, target: Bytes) -> None:
-        slot.card_copy.wait()
+        slot.card_copy.wait()  # the card must have filled the buffer
         slot.host_copy = self._start_copy(target, slot.buffer[: target.size])
 
     def _start_copy(self, target: Bytes, source: Bytes) -> Future[None] | None:
