@@ -68,8 +68,8 @@ def main(device: str, json_file: Path | None, sizes: Sequence[int]) -> None:
 
 
 def _rows(device: str, sizes: Sequence[int]) -> Iterator[CopyRow]:
+    from deconvd_server.device.cuda.api.memory_pool import CardMemoryPool
     from deconvd_server.device.cuda.api.runtime import (
-        CardMemoryPool,
         PinnedBuffer,
         Stream,
         current_device,

@@ -65,9 +65,9 @@ def plans_of(operation: Product, problem: Problem, processors_count: int) -> lis
 
 def launches_of(plan: Plan) -> Iterator[Launch]:
     assert isinstance(plan, StepPlan)
-    preparation = plan.prepacking()
-    if preparation is not None:
-        yield from launches_of(preparation.plan)
+    prepacking = plan.prepacking()
+    if prepacking is not None:
+        yield from launches_of(prepacking.plan)
     yield from (step for step in plan.steps if isinstance(step, Launch))
 
 
@@ -110,7 +110,7 @@ def launched() -> dict[str, list[tuple[Kernel, tuple[type, ...]]]]:
     for problem, operation in product(problems(), Product):
         for plan in plans_of(operation, problem, L4):
             for launch in launches_of(plan):
-                types = [ctypes.c_void_p for _ in launch.places], map(type, launch.constants)
+                types = [ctypes.c_void_p for _ in launch.buffers], map(type, launch.constants)
                 found[launch.kernel.file].append((launch.kernel, (*types[0], *types[1])))
     for kernel, arguments in surrounding_launches():
         found[kernel.file].append((kernel, tuple(map(type, arguments))))

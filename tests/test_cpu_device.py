@@ -503,7 +503,7 @@ def test_what_no_memory_holds_is_an_error_and_the_device_works_on(device: CpuDev
     one = np.ones((1, 1, 1, 1), F32)
     place = np.broadcast_to(np.ones((), F32), p.y.shape)
 
-    with pytest.raises(ExhaustedError, match=r"has not the memory for x .*, y float32 of shape"):
+    with pytest.raises(ExhaustedError, match=r"has no memory for x .*, y float32 of shape"):
         device.run(
             DECONVOLVE,
             p,

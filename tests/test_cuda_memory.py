@@ -37,13 +37,13 @@ class Card:
 
 
 def memory_of(allocate: Callable[[int], Any]) -> DeviceMemory:
-    return DeviceMemory(100, allocate, allocate_to_stay=allocate, allocate_to_lend=allocate)
+    return DeviceMemory(100, allocate, allocate_resident=allocate, allocate_shared=allocate)
 
 
 def test_what_stays_and_what_others_see_have_allocators_of_their_own() -> None:
     calls, stays, lent = (Card(100) for _ in range(3))
     memory = DeviceMemory(
-        100, calls.allocate, allocate_to_stay=stays.allocate, allocate_to_lend=lent.allocate
+        100, calls.allocate, allocate_resident=stays.allocate, allocate_shared=lent.allocate
     )
     leases = memory.lease_resident(20), memory.lease_shared(30)
     with memory.lease(10):

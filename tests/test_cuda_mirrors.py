@@ -205,7 +205,7 @@ def grids(plan: Plan) -> list[Grid]:
 def described(plan: Plan) -> list[object]:
     """Return what a plan launches, in a form that can be compared."""
     return [
-        (launch.kernel, launch.grid, launch.places, *map(bytes, launch.constants))
+        (launch.kernel, launch.grid, launch.buffers, *map(bytes, launch.constants))
         for launch in launches_of(plan)
     ]
 

@@ -151,7 +151,7 @@ def test_a_full_store_keeps_what_it_has_and_says_once_that_it_takes_no_more(
 
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert store.load(KEY) == CHOICE
-    assert caplog.text.count("takes no more") == 1
+    assert caplog.text.count("which is the limit") == 1
 
 
 @pytest.mark.parametrize(

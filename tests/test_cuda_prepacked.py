@@ -136,19 +136,19 @@ def test_a_plan_for_a_prepared_W_gives_what_the_plan_for_W_gives(
     a, W = put(cuda, random_array(a_spec, 1)), put(cuda, random_array(problem.W, 2))
     prepared_count = 0
     for plan in plans(cuda, operation, problem, stream):
-        preparation = prepacking_of(plan)
-        if preparation is None:
+        prepacking = prepacking_of(plan)
+        if prepacking is None:
             continue
         prepared_count += 1
         expected = execute(cuda, plan, a, W.pointer, out, stream)
-        assert preparation.plan.workspace_bytes <= plan.workspace_bytes
+        assert prepacking.plan.workspace_bytes <= plan.workspace_bytes
         # what is not written must not matter
-        form = put(cuda, np.full(preparation.size_bytes, 0xFF, np.uint8))
+        form = put(cuda, np.full(prepacking.size_bytes, 0xFF, np.uint8))
         with cuda.activate():
-            preparation.pack(W.pointer, form.pointer, stream.pointer)
+            prepacking.pack(W.pointer, form.pointer, stream.pointer)
             stream.wait()
 
-        found = execute(cuda, preparation.plan, a, form.pointer, out, stream)
+        found = execute(cuda, prepacking.plan, a, form.pointer, out, stream)
 
         assert_same(found, expected, plan)
         cuda.free(form)

@@ -35,8 +35,8 @@ class Card:
         self.memory = DeviceMemory(
             limit_bytes,
             self._allocate,
-            allocate_to_stay=self._allocate,
-            allocate_to_lend=self._allocate,
+            allocate_resident=self._allocate,
+            allocate_shared=self._allocate,
         )
         self.enqueued: list[tuple[int, int, int]] = []
         self.waits_count = 0

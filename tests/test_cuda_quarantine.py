@@ -233,4 +233,4 @@ def test_a_client_that_looks_for_crashes_ends_no_more_than_some_servers(store: P
     last = search(store, 50, 51, 52, 100)
 
     assert last.plans == {50: "cudnn", 51: "own", 52: "own", 100: "cudnn"}
-    assert last.log.count("all that is new without cuDNN") == 1
+    assert last.log.count("all new problems without cuDNN") == 1

@@ -144,7 +144,7 @@ class _Foreign:
 
 def test_a_tensor_of_another_device_is_refused(device: Device) -> None:
     x = random_array(SMALL.x, 0)
-    with pytest.raises(ValueError, match="a tensor of cuda:99 is of no use to"):
+    with pytest.raises(ValueError, match="the tensor is on cuda:99, and cannot be used on"):
         deconvolve(device, SMALL, x, _Foreign(), None, STEADY, CallContext())
 
 

@@ -110,8 +110,8 @@ def test_after_an_error_the_helpers_take_no_further_step_either(pair: Team) -> N
 
     def going_on() -> Task:
         both_begun.wait(TIMEOUT_S)
-        (job,) = pair._jobs
-        wait_until(lambda: job.is_dropped)  # the other has failed
+        (batch,) = pair._batches
+        wait_until(lambda: batch.is_dropped)  # the other has failed
         yield
         begun.append("the next step")
 

@@ -1,4 +1,4 @@
-"""What computes: one protocol, a package for each kind of device. Nothing here knows a transport."""
+"""Devices, which compute: one protocol, and a package for each kind of device. Nothing here knows a transport."""
 
 from deconvd_server.device.arriving import Operand
 from deconvd_server.device.protocol import TURN_S, CacheState, Device, DeviceInfo, TimeSharedDevice

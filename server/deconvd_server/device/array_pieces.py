@@ -1,4 +1,4 @@
-"""Arrays of any size in pieces that take one step of work each. Pieces of memory: `pieces`."""
+"""Cuts arrays of any size into pieces of one step of work. For pieces that fit in memory see `pieces`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from deconvd.model.dtypes import Array
 __all__ = ["PIECE_ELEMENTS", "copy_in_pieces", "piece_indices"]
 
 PIECE_ELEMENTS: Final = 1 << 22
-"""What a processor copies or casts in some milliseconds: a step looks at its call once."""
+"""Elements that a processor copies or casts in some milliseconds. A call is checked once in each piece."""
 
 
 def piece_indices(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Yield the indices of pieces that cover an array of a shape: cut along its longest axis, if it is large."""
+    """Yield the indices of pieces that cover an array of a shape. A large array is cut along its longest axis."""
     count = math.prod(shape)
     if count <= PIECE_ELEMENTS:
         yield ()

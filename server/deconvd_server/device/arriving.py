@@ -1,12 +1,12 @@
-"""Operands that are still arriving: their call is served already, so that a device can bring what is there.
+"""Operands of overlapped calls, which are still arriving while their call is served.
 
-    the transport       gives the progress of a request with it (`behaviours.OverlappedRequest`)
-    exchange            makes an `Arriving` of each operand that the progress tells of
-    engine              waits until all is there (`wait_for_all`), unless the device takes what is arriving
-    the device          follows it piece by piece (`Following`), or takes what is there now (`require_all`)
+    transport           passes the progress of a request along with it (`OverlappedRequest`)
+    CallTensors         makes an `Arriving` of each operand whose progress it knows
+    Engine              waits for all operands (`wait_for_all`), unless the device takes arriving ones
+    device              waits for each piece of them (`OverlappedOperands`), or refuses to wait (`require_all`)
 
-Where a call holds a device meanwhile, it waits no longer than is fair to others, and then raises
-ArrivalTimeoutError: the engine takes the device back, and makes the call again once all is there.
+A call that holds a device waits only as long as is fair to the other calls. Then it raises ArrivalTimeoutError. The
+engine takes the device back, and calls it again once all operands are there.
 """
 
 from __future__ import annotations
@@ -33,47 +33,46 @@ __all__ = [
 ]
 
 _POLL_INTERVAL_S: Final = 0.5
-"""How often one who waits for operands looks whether the call is still wanted."""
+"""How often a call that waits for operands checks whether it has been cancelled."""
 
 _GRACE_S: Final = 5e-3
-"""What operands may be late whose call has a device meanwhile, in addition to what their bytes take."""
+"""How long a call that holds a device may wait for operands, in addition to the time of a copy."""
 
 _SLOWEST_BYTES_PER_S: Final = 2e9
-"""The slowest copy for which a device is held."""
+"""The rate of the slowest copy for which a call that holds a device waits."""
 
 
 class ArrivalTimeoutError(Exception):
-    """Operands did not arrive in the time that a call may keep others from a device."""
+    """Operands did not arrive in the time for which a call may keep other calls from a device."""
 
 
 class ArrivalProgress(Protocol):
-    """How far the operands of a request have come, one behind the other, as its transport knows.
+    """The number of bytes of a request's operands that have arrived. The operands arrive one after the other.
 
-    They come into memory where they stay. Today that is memory that is shared with the client, which
-    writes it and tells by its line how far it is (`writing`). It may as well be registered memory into
-    which the transport receives elements from the network: `wait_for` may be what receives them. It is
-    for the thread that serves the call.
+    They arrive in memory where they stay. Today that is memory that is shared with the client: it writes there, and
+    reports its progress over the direct connection. It could also be registered memory into which a transport receives
+    elements from the network, in `wait_for` itself. Only the thread that serves the call may use it.
     """
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
-        """Return whether that many bytes are there, as soon as they are, or once the time is up.
+        """Wait for that many bytes. Return True as soon as they are there, False once the time is up.
 
         Args:
             timeout_s: 0 to ask without waiting.
 
-        Raises what tells its transport that the caller has gone: it is not to be caught on the way.
+        Raises an error of the transport if the caller has gone. Nothing between may catch it: the transport does.
         """
 
 
 class Arriving:
-    """An operand that may not be there as a whole: an array in host memory that is filled front to back.
+    """An operand that may not be complete yet: an array in host memory that is filled front to back.
 
     Attributes:
-        array: C-contiguous. What `wait_for` has not found there is not to be read.
+        array: C-contiguous. Bytes that `wait_for` has not confirmed must not be read.
 
     Args:
-        progress: That of the request.
-        begin_bytes: What arrives before it.
+        progress: The request's.
+        begin_bytes: Bytes of the request's operands that arrive before this one.
     """
 
     __slots__ = ("_begin_bytes", "_progress", "array")
@@ -84,7 +83,7 @@ class Arriving:
         self._begin_bytes = begin_bytes
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
-        """Return whether that many of its first bytes are there. See `Progress.wait_for`."""
+        """Return whether that many of its first bytes are there. See `ArrivalProgress.wait_for`."""
         return self._progress.wait_for(self._begin_bytes + size_bytes, timeout_s)
 
     def has_arrived(self) -> bool:
@@ -93,11 +92,11 @@ class Arriving:
 
 
 Operand: TypeAlias = Tensor | Arriving
-"""What a call is made with: a tensor, or an array that is still being filled."""
+"""An operand of a call: a tensor, or an array that is still being filled."""
 
 
 def peek_tensor(operand: Operand) -> Tensor:
-    """Return the array of an operand that is arriving, which may not be read yet; any other operand as it is."""
+    """Return the array of an arriving operand, which must not be read yet, or any other operand as it is."""
     return operand.array if isinstance(operand, Arriving) else operand
 
 
@@ -114,9 +113,9 @@ def wait_for(operand: Operand, call: CallContext) -> Tensor:
 
 
 def wait_for_all(operands: Mapping[str, Operand], call: CallContext) -> dict[str, Tensor]:
-    """Return operands once all of them are there. Not for a call that holds a device.
+    """Return operands once all of them are there. A call that holds a device must not use it: the wait has no bound.
 
-    Raises as `Call.check` and `Progress.wait_for` do.
+    Raises as `CallContext.check` and `ArrivalProgress.wait_for` do.
     """
     return {
         field: wait_for(operand, call) if isinstance(operand, Arriving) else operand
@@ -125,7 +124,7 @@ def wait_for_all(operands: Mapping[str, Operand], call: CallContext) -> dict[str
 
 
 def require(operand: Operand) -> Tensor:
-    """Return an operand if all of it is there now. Raises ArrivalTimeoutError, and as `Progress.wait_for` does."""
+    """Return an operand if all of it is there now; else raise ArrivalTimeoutError, or as `ArrivalProgress.wait_for`."""
     if not isinstance(operand, Arriving):
         return operand
     if not operand.has_arrived():
@@ -134,7 +133,7 @@ def require(operand: Operand) -> Tensor:
 
 
 def require_all(operands: Mapping[str, Operand]) -> dict[str, Tensor]:
-    """Return operands if all of them are there now. Raises as `require`."""
+    """Return operands if all of them are there now. Raises as `require` does."""
     return {
         field: require(operand) if isinstance(operand, Arriving) else operand
         for field, operand in operands.items()
@@ -142,31 +141,33 @@ def require_all(operands: Mapping[str, Operand]) -> dict[str, Tensor]:
 
 
 class OverlappedOperands:
-    """What a call that holds a device waits for: those of its operands that are not there as it begins.
+    """The operands of a call that holds a device. Waits for those that are not there when the call starts.
 
-    All its waits together, from the first on, may take what a slow copy of the operands takes.
+    All waits together, and the work between them, may take as long as a slow copy of the operands.
 
     Attributes:
-        operands: Those of the call, as arrays where they are there.
-        is_early: Whether any of the call's were arriving.
-        is_over: Whether all are there: then there is nothing to follow.
-        waited_s: Seconds that were spent in `expect`.
+        operands: The call's, as arrays if they are there.
+        is_overlapped: Whether any of them was arriving.
+        are_complete: Whether all of them were there at the start.
+        waited_s: Seconds that were spent in `wait_for`.
 
-    Raises as `Progress.wait_for` does.
+    Raises as `ArrivalProgress.wait_for` does.
     """
 
     def __init__(self, operands: Sequence[Operand]) -> None:
         arriving = [operand for operand in operands if isinstance(operand, Arriving)]
-        there = {id(operand) for operand in arriving if operand.has_arrived()}
-        self.operands: list[Operand] = [peek_tensor(o) if id(o) in there else o for o in operands]
+        complete = {id(operand) for operand in arriving if operand.has_arrived()}
+        self.operands: list[Operand] = [
+            peek_tensor(o) if id(o) in complete else o for o in operands
+        ]
         self.is_overlapped = bool(arriving)
-        self.are_complete = len(there) == len(arriving)
+        self.are_complete = len(complete) == len(arriving)
         self.waited_s = 0.0
         self._fair_s = _GRACE_S + sum(o.array.nbytes for o in arriving) / _SLOWEST_BYTES_PER_S
         self._until_s: float | None = None
 
     def wait_for_all(self, operand: Operand) -> None:
-        """Wait for all of an operand, if it is arriving. Raises as `expect`."""
+        """Wait for all of an operand, if it is arriving. Raises as `wait_for` does."""
         if isinstance(operand, Arriving):
             self.wait_for(operand, operand.array.nbytes)
 
@@ -174,10 +175,10 @@ class OverlappedOperands:
         """Wait for that many bytes of an operand.
 
         Raises:
-            ArrivalTimeoutError: That would be unfair to others: the device is to be left.
+            ArrivalTimeoutError: A longer wait would be unfair to other calls. The call must leave the device.
         """
         now_s = time.monotonic()
-        if self._until_s is None:
+        if self._until_s is None:  # the time counts from the first wait
             self._until_s = now_s + self._fair_s
         is_there = operand.wait_for(size_bytes, self._until_s - now_s)
         self.waited_s += time.monotonic() - now_s

@@ -1,4 +1,4 @@
-"""Faults of a device: it cannot be had, or is lost."""
+"""Errors of a device: it cannot be used, or is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["DeviceLostError", "DeviceUnavailableError"]
 
 
 class DeviceUnavailableError(RuntimeError):
-    """The device cannot be used: the message says in one line what to install or change."""
+    """The device cannot be used. The message says, in one line, what to install or change."""
 
 
 class DeviceLostError(UnavailableError):

@@ -1,4 +1,4 @@
-"""Results of problems without products: an operand is empty, so that there is nothing to do for a device."""
+"""Results of problems without products: an operand is empty, so a device has nothing to compute."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from deconvd_server.device.tensor import Tensor
 
 __all__ = ["SUM_BYTES", "bytes_without_products", "run_without_products", "set_gb"]
 
-_SUMMED_CHANNELS: Final = 1 << 16
-SUM_BYTES: Final = 4 * 8 * _SUMMED_CHANNELS
-"""What `set_gb` takes beside its operands: the sums of some channels, and what numpy takes to make them."""
+_SUMMED_CHANNELS_COUNT: Final = 1 << 16
+"""Channels that `set_gb` sums at once."""
+
+SUM_BYTES: Final = 4 * 8 * _SUMMED_CHANNELS_COUNT
+"""Memory that `set_gb` takes in addition to its operands: float64 sums of the channels, and numpy's copies of them."""
 
 
 def run_without_products(
@@ -31,7 +33,7 @@ def run_without_products(
     places: Mapping[str, Tensor],
     call: CallContext,
 ) -> None:
-    """Set results: zeros, but for a bias in y and for gb where gy has elements. See `Device.run`."""
+    """Set results to zeros, except y with a bias, and gb if gy has elements. See `Device.run`."""
 
     def fetch(operand: Tensor) -> Array:
         return operand if isinstance(operand, np.ndarray) else device.read(operand, call)
@@ -52,9 +54,9 @@ def run_without_products(
 def bytes_without_products(
     problem: Problem, operands: Collection[str], results: Collection[str]
 ) -> int:
-    """Return a bound on the host's memory that `run_without_products` takes, beside operands and results.
+    """Return a bound on the host memory that `run_without_products` takes, in addition to operands and results.
 
-    That is what it reads of those that are a device's, and what it writes there.
+    It needs a copy of each operand that it reads from a device, and of each piece of a result that it writes there.
     """
     read = sum(spec_of_field(problem, field).nbytes for field in operands if field in ("b", "gy"))
     written = max(piece_bytes(spec_of_field(problem, field)) for field in results)
@@ -62,10 +64,10 @@ def bytes_without_products(
 
 
 def set_gb(gb: Array, gy: Array) -> Iterator[None]:
-    """Set gb to sums of gy, of the same element type, step by step: a number beyond that type's range is infinite."""
-    # Sums over whole batches lose digits in float32, and a column of gy is soon read.
-    for begin in range(0, len(gb), _SUMMED_CHANNELS):
-        some = gy[:, begin : begin + _SUMMED_CHANNELS]
+    """Set gb, of gy's element type, to the sums of gy, step by step. A sum beyond that type's range is infinite."""
+    # In float32, sums over whole batches lose digits. float64 costs little: reading gy takes longer than adding.
+    for begin in range(0, len(gb), _SUMMED_CHANNELS_COUNT):
+        some = gy[:, begin : begin + _SUMMED_CHANNELS_COUNT]
         total = np.zeros(some.shape[1], np.float64)
         for piece in piece_indices(some.shape):
             with np.errstate(all="ignore"):
@@ -76,7 +78,7 @@ def set_gb(gb: Array, gy: Array) -> Iterator[None]:
 
 
 def _fill(device: Device, place: Tensor, value: Array, call: CallContext) -> None:
-    """Set each sample of a place to the same."""
+    """Set each sample of a place to the same value."""
     if isinstance(place, np.ndarray):
         copy_into(place, np.broadcast_to(value, place.shape))
         return

@@ -1,4 +1,4 @@
-"""From the names that the user gives to open devices."""
+"""Opens the devices that the user names."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DeviceSettings:
-    """What devices are told when they are opened.
+    """Settings for all devices that are opened.
 
     Attributes:
         threads_count: Threads that compute on the processor; None for one for each processor.
-        memory_limit_bytes: What calls may take of each device's memory; None to let it decide.
-        plan_store: Folder where plans for cards are kept; None to forget them with the process.
-        on_lost: Called, from any thread, when a card must be reset, and so the process ended.
+        memory_limit_bytes: Bound on the memory that calls and residents take of each device; None for the device's
+            default.
+        plan_store: Folder where plans for cards are stored; None to forget them with the process.
+        on_lost: Called, from any thread, when a card must be reset, which only a new process recovers from.
     """
 
     threads_count: int | None
@@ -39,7 +40,7 @@ class DeviceSettings:
 
 
 def check_device_name(name: str) -> None:
-    """Raise InvalidArgumentError unless `name` is one that `open_devices` takes."""
+    """Raise InvalidArgumentError unless `open_devices` takes the name."""
     if name not in ("cpu", "auto") and not _CARDS.fullmatch(name):
         raise InvalidArgumentError(
             f"--device must be cpu, cuda, cuda:N, several as in cuda:0,cuda:1, or auto, got {name!r}",
@@ -48,15 +49,15 @@ def check_device_name(name: str) -> None:
 
 
 def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
-    """Return the devices of a name, open: at least one.
+    """Open the devices of a name. Return at least one.
 
     Args:
-        name: ``cpu``; ``cuda`` for all cards; ``cuda:N``, or several of them with commas; ``auto``
-            for all cards, or the processor where none can be used, which the log tells.
+        name: ``cpu``; ``cuda`` for all cards; ``cuda:N``, or several of them with commas between; ``auto`` for all
+            cards, or for the processor if no card can be used, which is logged.
 
     Raises:
-        InvalidArgumentError: It is no such name, or one of a card that the host does not have.
-        DeviceUnavailableError: A card that was asked for cannot be used.
+        InvalidArgumentError: The name is malformed, or names a card that the host does not have.
+        DeviceUnavailableError: A named card cannot be used.
     """
     check_device_name(name)
     if name == "cpu":

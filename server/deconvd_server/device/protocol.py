@@ -1,4 +1,4 @@
-"""What the engine asks of a device."""
+"""The protocol of devices: how the engine calls them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What a device is.
+    """A device's name, memory and abilities.
 
     Attributes:
-        id: As in the server's ``--device``: ``cpu``, ``cuda:0``.
+        id: Its name in the server's ``--device``: ``cpu``, ``cuda:0``.
         name: The maker's name for it.
-        memory_bytes: What it has in all.
-        threads_count: Threads that compute on it; 0 on a GPU.
-        budget_bytes: What the calls under way and the tensors that it holds may take of its memory,
-            all together.
-        calls_count: How many calls it computes at once; more would only wait inside it.
-        has_own_memory: Whether its memory is apart from the host's.
+        memory_bytes: All of its memory.
+        threads_count: Threads that compute on it; 0 for a card.
+        budget_bytes: Bound on the memory that the calls under way and the residents take, all together.
+        calls_count: How many calls it computes at once. More calls would only wait inside it.
+        has_own_memory: Whether it has memory other than the host's.
         takes_arriving: Whether it takes operands that are still arriving.
-        card: A card's `card_id`, by which all processes of its host know it; empty where
-            there is none, and so no memory to lend.
+        card: A card's `card_id`, by which all processes of its host know it. Empty for a device that is no card, which
+            has no memory to lend.
     """
 
     id: str
@@ -54,25 +53,25 @@ class DeviceInfo:
 
 
 class Device(Protocol):
-    """Computes the operations of `deconvd.model.operation`. Its methods may be called from many threads.
+    """Computes the operations of `deconvd.model.operation`. Thread-safe.
 
-    Operands and places have the shapes and element types of the problem, and any mix of them may
-    be in the device's memory. Those that are arrays may have any strides. Operands are in native
-    byte order and may be read-only; they are never modified. Places overlap neither each other nor
-    an operand; while a call is under way, and if it fails, their elements are arbitrary.
+    A place is where a result is written. Operands and places have the shapes and element types of the problem. Each may
+    be an array of any strides, or a tensor in the device's memory. Operands are in native byte order, may be read-only,
+    and are never modified. Places overlap neither each other nor an operand. While a call is under way, and after it
+    has failed, their elements are arbitrary.
 
-    Every method raises CallCancelledError or DeadlineError soon after the call has ended, and
-    ExhaustedError if memory runs out; the device stays usable. No method touches an operand or a
-    place once it has returned or raised.
+    Every method that takes a call raises CallCancelledError or DeadlineError soon after the call has ended. Methods
+    raise ExhaustedError if memory runs out. The device stays usable. No method touches an operand or a place once it
+    has returned or raised.
     """
 
     @property
     def info(self) -> DeviceInfo:
-        """What the device is."""
+        """The device's name, memory and abilities."""
 
     @property
     def caches(self) -> Sequence[CacheState]:
-        """What it keeps between calls, now."""
+        """The state of its caches, one for each kind of object that it keeps between calls."""
 
     def footprint_bytes(
         self,
@@ -82,11 +81,11 @@ class Device(Protocol):
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the device memory that a call takes, in addition to what is there already.
+        """Return a bound on the device memory that a call takes, in addition to its tensors that are there already.
 
         Args:
-            operands, results: The names of those that it has, and that are computed.
-            resident_bytes: What its operands and places that are tensors of the device take.
+            operands, results: The names of the operands that the call has, and of the results that it computes.
+            resident_bytes: Size of the operands and places that are tensors of the device.
         """
 
     def run(
@@ -98,81 +97,80 @@ class Device(Protocol):
         options: Options,
         call: CallContext,
     ) -> None:
-        """Compute those results of an operation that have places, into them.
+        """Compute the results of an operation that have places.
 
         Args:
-            problem: It has products: the engine computes others itself, see
-                `no_products`.
-            operands: By the names of their fields: those that the results need, and perhaps others. None
-                is arriving, unless the device `takes_arriving`.
-            places: By the names of their fields: at least one.
+            problem: It has products. Problems without products are not for devices, see `no_products`.
+            operands: By field: those that the results need, and perhaps others. None is arriving, unless the device
+                `takes_arriving`.
+            places: By field: at least one.
 
         Raises:
-            ArrivalTimeoutError: An operand did not arrive in time: the call is to be made again once all are there.
+            ArrivalTimeoutError: An operand did not arrive in time. Call again once all are there.
         """
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
-        """Return a new tensor with any elements, to be freed once by `free`.
+        """Return a new tensor with arbitrary elements. The caller must `free` it.
 
-        It takes `spec.nbytes` of the budget, which is for the caller to know and to count: see
-        `Engine`.
+        It takes `spec.nbytes` of the budget. The caller counts that: see `Engine`.
         """
 
     def free(self, tensor: DeviceTensor) -> None:
-        """Give the memory of a tensor back, once; a view is never freed."""
+        """Free the memory of a tensor. It must be called once for a tensor, and never for a view."""
 
     def write(self, tensor: DeviceTensor, array: Array, call: CallContext) -> None:
-        """Copy an array, of the tensor's shape and type and in native byte order, into the tensor."""
+        """Copy an array into a tensor. The array has the tensor's shape and type, and is in native byte order."""
 
     def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
-        """Return a tensor's elements: in `out`, an array of its shape and type, or a new one."""
+        """Return a tensor's elements: in `out`, an array of its shape and type, or in a new array."""
 
     def allocate_host_array(self, spec: TensorSpec) -> Array:
-        """Return a new array in memory of the host's that it reads and writes fastest."""
+        """Return a new array in the kind of host memory that the device reads and writes fastest."""
 
     def lend(self, size_bytes: int) -> LentMemory:
-        """Return new memory, all zeros, that can be lent to another process.
+        """Return new memory, all zeros, that another process can open.
 
-        It takes of the budget as `empty` does.
+        It takes its size of the budget, as `empty` does.
 
         Raises:
             UnimplementedError: The device is no card.
         """
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
-        """Prepare for calls with arrays in some host memory, which nobody uses yet.
+        """Prepare the device for arrays in some host memory, which nobody uses yet.
 
         Returns:
-            What undoes it: called once, when no call uses the memory any more, before it is unmapped
-            and before the device is closed.
+            A function that undoes it. It must be called once: after the last call that uses the memory, and before the
+            memory is unmapped and the device is closed.
         """
 
     def close(self) -> None:
-        """Free what the device holds. No call may be running, and none may follow."""
+        """Free all that the device holds. No call may be running, and none may follow."""
 
 
 TURN_S: Final = 0.1
-"""How long a call computes before it lets another have its place.
+"""How long a call computes before it lets another call have its place.
 
-That is about as long as a call waits for each other that is before it, and a call of less than this is done at once.
-It is much more than it takes to change over.
+A call waits about this long for each call before it. A call that is shorter is never interrupted. It is much longer
+than the change from one call to another takes.
 """
 
 
 @runtime_checkable
 class TimeSharedDevice(Protocol):
-    """A device whose calls take turns: one that computes for long lets others have its place meanwhile.
+    """A device whose calls take turns: a long call lets other calls have its place now and then.
 
     Attributes:
-        yield_turn: Set by its owner. Called in a call's thread, after each `TURN_S`, while the device does
-            nothing for the call: returns once the call has a place again, and raises as `Call.check` does.
+        yield_turn: Set by the device's owner. The device calls it in the call's thread after each `TURN_S`, and
+            computes nothing for the call meanwhile. It returns once the call has a place again, and raises as
+            `CallContext.check` does.
     """
 
     yield_turn: Callable[[CallContext], None]
 
     def min_duration_s(self, problem: Problem, results: Collection[str]) -> float:
-        """Return a bound below the seconds that a call takes, if it is alone; 0 if nothing is known.
+        """Return a bound below the seconds that a call takes if it is alone; 0 if none is known.
 
         Args:
-            results: The names of those that are computed.
+            results: The names of the results that it computes.
         """

@@ -1,4 +1,4 @@
-"""The tensors that devices compute with, wherever they are."""
+"""The tensors that devices compute with: arrays in host memory, and tensors in a device's memory."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ __all__ = ["DeviceTensor", "LentMemory", "Tensor", "refuse_growth"]
 
 
 def refuse_growth(_size_bytes: int) -> bool:
-    """Let no tensor grow."""
+    """Return False: the tensor must not grow."""
     return False
 
 
 class DeviceTensor(Protocol):
     """A tensor in a device's own memory: C-contiguous, in native byte order. Made by `Device.empty`.
 
-    It is of use to calls of that device alone: others raise ValueError, as all do for a tensor that
-    is freed already. Its owner must see that no call reads it while another writes it, and that none
-    is under way with it, or a view of it, when it is freed.
+    Only its own device accepts it. Other devices raise ValueError, and so does any call once it is freed. The owner
+    must not let one call write it while another reads it, and must not free it while a call uses it or a view of it.
 
     Attributes:
-        may_grow: Asked, with a number of bytes, whether the device may keep so much more with the
-            tensor: what it has made of it, so as not to make it again, and frees with it. The
-            answer True counts them; what comes to nothing is given back as a negative number. At
-            first it is never allowed.
+        may_grow: The device asks it before it keeps that many more bytes with the tensor, such as a prepacked form,
+            which it frees with the tensor. True means that the bytes are counted as the tensor's. A negative number
+            gives bytes back that were not used. A new tensor may not grow until its owner sets this.
     """
 
     may_grow: Callable[[int], bool]
@@ -41,32 +39,32 @@ class DeviceTensor(Protocol):
         """The `DeviceInfo.id` of its device."""
 
     def samples(self, start: int, stop: int) -> DeviceTensor:
-        """Return a view of ``tensor[start:stop]``; bounds as ``0 <= start <= stop <= shape[0]``.
+        """Return a view of ``tensor[start:stop]``, where ``0 <= start <= stop <= shape[0]``.
 
-        A view is never freed itself, and is of no use once the tensor is.
+        A view is never freed. It must not be used once the tensor is freed.
         """
 
 
 class LentMemory(Protocol):
-    """A card's memory that another process may open too. Made by `Device.lend`.
+    """A card's memory that another process may open as well. Made by `Device.lend`.
 
     The other process may change it at any time.
     """
 
     @property
     def size_bytes(self) -> int:
-        """Its size."""
+        """Its size, in bytes."""
 
     @property
     def handle(self) -> bytes:
-        """What the other process opens it by: a ``cudaIpcMemHandle_t``."""
+        """The ``cudaIpcMemHandle_t`` by which the other process opens it."""
 
     def tensor(self, spec: TensorSpec, offset_bytes: int) -> DeviceTensor:
-        """Return a part of it as a tensor, which is never freed itself."""
+        """Return a part of the memory as a tensor, which is never freed."""
 
     def free(self) -> None:
-        """Give it back, once. No call may be under way with a part of it, and no other process have it open."""
+        """Free the memory. It must be called once, when no call uses a part of it and no other process has it open."""
 
 
 Tensor: TypeAlias = Array | DeviceTensor
-"""What a device reads or writes: an array in host memory, or a tensor in its own."""
+"""A tensor that a device reads or writes: an array in host memory, or a tensor in the device's own memory."""

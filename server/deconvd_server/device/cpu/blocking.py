@@ -1,4 +1,20 @@
-"""How a problem is cut into blocks whose columns stay in a core's cache, and into enough of them for all threads."""
+"""Blocking: a problem is cut into blocks whose columns stay in a core's cache, and into enough tasks for all threads.
+
+A block is one range of each axis. Its columns are the matrix that `columns` gathers or scatters:
+
+                                pixels of the image block
+                               +-------------------------+
+    samples x groups x         |                         |
+    (output channels x taps)   |  at most 1 MiB float32  |
+                               +-------------------------+
+
+A task does the blocks of some ranges one after the other, so that no two tasks write the same output:
+
+    y     a task has samples, groups and channels       and goes over images and taps
+    gx    a task has samples, groups and an image       and goes over channels and taps
+    gW    a task has groups, channels and taps,         and goes over samples and images
+          and if those are too few, a part of the samples with a sum of its own
+"""
 
 from __future__ import annotations
 
@@ -18,27 +34,32 @@ __all__ = [
 ]
 
 _COLUMN_ELEMENTS = 1 << 18
-"""Elements of one block's columns: 1 MiB of float32, what a core's second-level cache holds."""
+"""Elements of one block's columns: 1 MiB of float32, which a core's second-level cache holds."""
 
 _BLOCK_PRODUCTS = 1 << 29
-"""Products of one block: some 20 ms, in which nobody looks whether the call is still wanted."""
+"""Products of one block: some 20 ms, during which the call is not checked."""
 
 _PIXEL_ELEMENTS = 1 << 22
-"""Elements of x that a block of several samples takes: a few milliseconds, if they are to be cast."""
+"""Elements of x in a block of several samples. If they must be cast, that takes a few milliseconds."""
 
 _IMAGE_PIXELS = 1 << 10
 """Pixels of an image block: enough for the matrix product to run at full speed."""
 
 _LEAST_SHARE = 8
-"""The part of a block's room below which another thread costs more than it saves."""
+"""A block is not made smaller than this part of its room, to give more threads a block: they would cost more than they
+save."""
 
 _LRU_ENTRIES_COUNT = 4096
-"""Problems of which it is remembered whether they are small."""
+"""Problems for which the result of `is_small` is remembered."""
 
 _SMALL_ELEMENTS = _COLUMN_ELEMENTS // 4
+"""Columns of a problem that one thread computes sooner than other threads would have started."""
+
 _SMALL_PRODUCTS_COUNT = 1 << 20
+"""Products of such a problem."""
+
 _SMALL_OUTPUT_BYTES = 1 << 20
-"""Columns, products for them and pixels of y: one thread is through with them sooner than others would have begun."""
+"""Size of the y of such a problem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +71,17 @@ class ImageBlock:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Its height and width, in pixels."""
+        """Height and width, in pixels."""
         return self.h.stop - self.h.start, self.w.stop - self.w.start
 
 
 class Ranges:
-    """The ranges of `step` that ``[0, length)`` is cut into.
+    """The ranges of length `step` that ``[0, length)`` is cut into.
 
-    There may be any number of them, as a client wishes: none is made before it is asked for.
+    Each range is made when it is asked for: a client's problem may have any number of them.
 
     Args:
-        step: Is taken as 1 if it is less.
+        step: Taken as 1 if it is less.
     """
 
     __slots__ = ("_length", "_starts", "_step")
@@ -81,7 +102,7 @@ class Ranges:
         return self.cover(0, self._length)
 
     def cover(self, first: int, last: int) -> Iterator[slice]:
-        """Yield those that have anything from `first` to before `last`, which may be beyond them."""
+        """Yield the ranges that overlap ``[first, last)``, which may reach beyond ``[0, length)``."""
         step, length = self._step, self._length
         first, last = max(first, 0), min(last, length)
         if first >= last:
@@ -92,10 +113,10 @@ class Ranges:
 
 @dataclass(frozen=True, slots=True)
 class Blocking:
-    """Ranges of samples, groups, output channels in a group, taps and pixels.
+    """The ranges of samples, groups, output channels in a group, taps and pixels. One of each makes a block.
 
-    One of each makes a block. Its columns have at most about a million bytes, whatever the problem's size. Its taps are
-    whole rows of the filter, or a part of one row.
+    A block's columns have at most about a million bytes, whatever the problem's size. Its taps are whole rows of the
+    filter, or a part of one row; its pixels likewise.
     """
 
     samples: Ranges
@@ -111,15 +132,17 @@ class Blocking:
         """Return a blocking of a problem that has products.
 
         Args:
-            threads_count: How many threads are to be kept busy.
-            sums_samples: Whether a task sums over samples, so that they make no tasks themselves.
+            threads_count: Threads to keep busy.
+            sums_samples: Whether each task sums over samples, so that samples do not make more tasks.
         """
         h_I, w_I = problem.image
         w_step = min(w_I, _IMAGE_PIXELS)
         h_step = min(h_I, _IMAGE_PIXELS // w_step)  # whole rows where they fit
         (h_K, w_K), channels = problem.kernel, problem.W.shape[1]
         taps = h_K * w_K
-        fit = _fitting_elements_count(problem) // (h_step * w_step)
+        fit = _fitting_elements_count(problem) // (h_step * w_step)  # (channel, tap) pairs
+        # Room is filled from the inside out: taps first, then channels, groups and samples. Where samples do not make a
+        # task for each thread, groups and channels are cut into that many parts.
         parts_count = threads_count if sums_samples else -(-threads_count // problem.n)
         return cls(
             samples=Ranges(problem.n, _samples_step(problem, fit, threads_count)),
@@ -139,15 +162,15 @@ class Blocking:
 
 
 def _fitting_elements_count(problem: Problem) -> int:
-    """Return how many elements the columns of a block may have: few enough for the products that each takes."""
+    """Return the most elements that the columns of a block may have: fewer if each takes many products."""
     return min(_COLUMN_ELEMENTS, _BLOCK_PRODUCTS // max(problem.c_I // problem.groups, 1))
 
 
 def _samples_step(problem: Problem, fit: int, threads_count: int) -> int:
-    """Return how many samples to take at once: several where each is small, but some for each thread.
+    """Return the samples of a block: several if each is small, but not so many that a thread gets none.
 
     Args:
-        fit: For how many (channel, tap) pairs a block has room.
+        fit: The (channel, tap) pairs that a block has room for.
     """
     pixels = min(math.prod(problem.image), _IMAGE_PIXELS)
     fitting = min(
@@ -159,7 +182,7 @@ def _samples_step(problem: Problem, fit: int, threads_count: int) -> int:
 
 @lru_cache(_LRU_ENTRIES_COUNT)
 def is_small(problem: Problem) -> bool:
-    """Return whether one thread is through with a problem sooner than it takes to have others help."""
+    """Return whether one thread computes a problem sooner than other threads would have started to help."""
     elements_count = problem.n * problem.c_O * math.prod(problem.kernel) * math.prod(problem.image)
     products_count = elements_count * problem.c_I // problem.groups
     return (
@@ -170,9 +193,9 @@ def is_small(problem: Problem) -> bool:
 
 
 def working_elements_count(problem: Problem) -> int:
-    """Return a bound on what a task works on at once: columns and pixels of a block, and a copy of each.
+    """Return a bound on the elements that a task holds at once: columns and pixels of a block, and a copy of each.
 
-    It makes no blocking: a problem of which only a description was sent may have any number of blocks.
+    It makes no `Blocking`: this is asked before a call is admitted, of any problem that a client describes.
     """
     if not problem.has_products:
         return 0

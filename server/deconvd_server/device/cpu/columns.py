@@ -1,9 +1,10 @@
-"""Columns: what each tap of the filter adds to the output image, for a block of the input image.
+"""Columns, the values that each tap of the filter adds to the output image, for a block of the input image.
+
+    x, W --matrix product--> columns --scatter (col2im)--> y
+                             columns <--gather (im2col)--- gy      columns, W --> gx      columns, x --> gW
 
 Columns have the shape (samples, groups, channels, taps, h, w): for each pixel of the block and each tap, one value of
-an output channel. A matrix product turns x and W into columns and `scatter` adds those to y (col2im); `gather` is its
-adjoint and takes columns from gy (im2col), whose products with W and x are gx and gW. On each axis, tap k links input
-pixel i to output pixel s i + d k - p.
+an output channel. On each axis, tap k links input pixel i to output pixel s i + d k - p.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from deconvd_server.device.cpu.blocking import ImageBlock
 __all__ = ["TapLinks", "linked_pixels", "linked_taps"]
 
 _MIN_TAPS_PER_PIXEL = 4
-"""How many times as many taps as pixels there must be for a loop over the pixels: taps have longer runs of memory."""
+"""The loop is over pixels if there are at least this many times as many taps as pixels. Else it is over taps, since the
+pixels of one tap are a longer run of memory."""
 
 _Index = int | slice
 _AxisLink = tuple[_Index, _Index, slice]
-"""A tap and the pixels that it links, or a pixel and the taps that link it; and which output pixels."""
+"""On one axis: a tap and the pixels that it links, or taps and the pixel that they link; and the output pixels."""
 
 
 class TapLinks:
-    """Which pixels of a block the taps of a block link to which output pixels.
+    """The links of a block: from its pixels, by its taps, to output pixels.
 
-    Their loops are as long as a block has taps or pixels, whichever are fewer, but for a factor: a client chooses
-    both.
+    Its loops run over taps or pixels, whichever are (about) fewer, because a client chooses the number of both.
 
     Args:
         image: A block of the input image.
-        h_taps, w_taps: Whole rows of the filter, or a part of one.
+        h_taps, w_taps: Whole rows of the filter, or a part of one row.
     """
 
     __slots__ = ("_h", "_size", "_w")
@@ -46,11 +47,11 @@ class TapLinks:
         self._w = [*_axis_links(problem, 1, image.w, w_taps)] if self._h else []
 
     def __bool__(self) -> bool:
-        """Whether there are any: else the columns are zeros."""
+        """Whether there are any links. Without links, the columns are zeros."""
         return bool(self._w)
 
     def scatter(self, columns: Array, y: Array) -> None:
-        """Add columns to the output pixels that they belong to.
+        """Add columns to the output pixels that they are linked to.
 
         Args:
             columns: Shape ``(..., channels and taps, pixels)``.
@@ -62,7 +63,7 @@ class TapLinks:
                 y[..., h_outputs, w_outputs] += by_axis[..., h_taps, h_pixels, w_taps, w_pixels]
 
     def gather(self, gy: Array, dtype: DType) -> Array:
-        """Return columns with the output pixels that they belong to, and 0 outside the image.
+        """Return columns with the values of the output pixels that they are linked to, and 0 where there is no link.
 
         Args:
             gy: Shape ``(..., channels, h_O, w_O)``.
@@ -84,13 +85,13 @@ class TapLinks:
 
 
 def linked_taps(problem: Problem, axis: int, pixels: slice) -> tuple[int, int]:
-    """Return the first tap that may link any of some inputs to an output, and the one behind the last, on one axis."""
+    """Return the range of taps, first and last plus 1, that may link any of some input pixels, on one axis."""
     geometry = problem.geometry
     return _span(geometry.dilate[axis], geometry.stride[axis], pixels, problem, axis)
 
 
 def linked_pixels(problem: Problem, axis: int, taps: slice) -> tuple[int, int]:
-    """Return the first input that any of some taps may link, and the one behind the last: as `linked_taps`."""
+    """Return the range of input pixels that any of some taps may link, as `linked_taps` does."""
     geometry = problem.geometry
     return _span(geometry.stride[axis], geometry.dilate[axis], taps, problem, axis)
 
@@ -105,10 +106,7 @@ def _span(
 
 
 def _axis_links(problem: Problem, axis: int, pixels: slice, taps: slice) -> Iterator[_AxisLink]:
-    """Yield which of some inputs some taps link to which outputs, on one axis.
-
-    Inputs and taps are counted from the first of them.
-    """
+    """Yield the links of some pixels and some taps on one axis. Both are counted from the first of their range."""
     s, d = problem.geometry.stride[axis], problem.geometry.dilate[axis]
     p, output = problem.geometry.pad[axis], problem.output[axis]
     if (pixels.stop - pixels.start) * _MIN_TAPS_PER_PIXEL > taps.stop - taps.start:
@@ -122,9 +120,9 @@ def _axis_links(problem: Problem, axis: int, pixels: slice, taps: slice) -> Iter
 
 
 def _link_range(step: int, offset: int, some: slice, output: int) -> tuple[slice, slice] | None:
-    """Return which i of some have an output pixel ``step i + offset``, and those; None if there are none.
+    """Return the i of a range that have an output pixel ``step i + offset``, and these pixels; None if there are none.
 
-    The former are counted from the first of them.
+    Each i is counted from the first of the range.
     """
     first = max(some.start, -(offset // step))  # the least i with step i + offset >= 0
     last = min(some.stop - 1, (output - 1 - offset) // step)

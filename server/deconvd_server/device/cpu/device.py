@@ -56,16 +56,15 @@ _LRU_ENTRIES_COUNT = 2048
 class CpuDevice:
     """Computes on the processor. See `Device`.
 
-    Two runs give the same bits, whatever the options: tasks share no output and sums have a fixed
-    order.
+    Two runs give the same bits, whatever the options: tasks share no output, and sums have a fixed order.
 
     Attributes:
         yield_turn: See `TimeSharedDevice`.
 
     Args:
-        threads_count: Threads that compute for one call; by default, one for each processor that
-            the machine leaves to the process.
-        memory_limit_bytes: What calls may take of its memory; by default, three eighths of it.
+        threads_count: Threads that compute for one call; by default one for each processor that this process may use.
+        memory_limit_bytes: Bound on the memory that calls and residents take; by default three eighths of the
+            machine's.
     """
 
     def __init__(
@@ -74,18 +73,18 @@ class CpuDevice:
         self._budget_bytes = memory_limit_bytes or budgets().device_bytes
         self.yield_turn: Callable[[CallContext], None] = lambda _: None
         self._team = Team(threads_count or processors_count(), _ignore_out_of_range)
-        # of tensors that were freed, for the next ones: what is too large for the allocator to keep
+        # Memory of freed tensors is kept for the next ones. The allocator itself keeps only smaller blocks.
         self._memory = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
-        # every call is asked for its footprint, and most have come before
+        # every call needs its footprint, and most problems come again
         self._sizes = lru_cache(_LRU_ENTRIES_COUNT)(self._count_bytes)
         self._blocking = lru_cache(_LRU_ENTRIES_COUNT)(Blocking.of)
-        # The threads are ours: BLAS's own would only compete with them for the processors.
+        # The team's threads each call BLAS. Threads of BLAS's own would only compete with them for the processors.
         threadpool_limits(1, user_api="blas")
         self._roofline = Roofline(self._team.threads_count)
 
     @property
     def info(self) -> DeviceInfo:
-        """What the processor is."""
+        """See `DeviceInfo`."""
         return DeviceInfo(
             id=DEVICE_ID,
             name=_processor_name(),
@@ -97,7 +96,7 @@ class CpuDevice:
 
     @property
     def caches(self) -> Sequence[CacheState]:
-        """Nothing: a processor has no plans to make."""
+        """None: a processor has no plans to keep."""
         return ()
 
     def footprint_bytes(
@@ -108,10 +107,10 @@ class CpuDevice:
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the memory that a call takes beside what is there already.
+        """Return a bound on the memory that a call takes in addition to its residents.
 
-        That is its operands and results, W and y in the type that they are computed in, what each thread works
-        on, and the partial sums of gW.
+        It counts operands and results, W and y in the compute type, the blocks of each thread, and the partial sums of
+        gW.
         """
         tensors_bytes, working_bytes = self._sizes(problem, tuple(operands), tuple(results))
         return max(tensors_bytes - resident_bytes, 0) + working_bytes
@@ -119,7 +118,7 @@ class CpuDevice:
     def _count_bytes(
         self, problem: Problem, operands: Sequence[str], results: Sequence[str]
     ) -> tuple[int, int]:
-        """Return what a call's tensors take, and what it takes beside them."""
+        """Return the size of a call's tensors, and of the memory that it works in."""
         specs = [spec_of_field(problem, field) for field in (*operands, *results)]
         tensors_bytes = sum([spec.nbytes for spec in specs])
         if not problem.has_products:
@@ -130,25 +129,25 @@ class CpuDevice:
         return tensors_bytes, working_bytes + SUM_BYTES * ("gb" in results)
 
     def _wide_elements_count(self, problem: Problem, result: str) -> int:
-        """Return a bound on the elements in the compute type that a result takes, beside what threads work on."""
+        """Return a bound on the elements in the compute type that a result needs, without the blocks of the threads."""
         W_count = math.prod(problem.W.shape)
         match result:
-            case "y":  # that of each block is summed by itself
+            case "y":  # W cast, and y as it is summed
                 return W_count + math.prod(problem.y.shape)
-            case "gx":
+            case "gx":  # W cast
                 return W_count
             case "gw":  # partial sums, and the products that are added to them
                 return 2 * W_count * self._parts_count(problem)
         return 0
 
     def _parts_count(self, problem: Problem) -> int:
-        """Return a bound on the parts of the samples of which each has a sum of its own in gW."""
+        """Return a bound on the parts of the samples that each have their own sum of gW."""
         threads_count = self._team.threads_count
-        tasks_count = max(min(threads_count, problem.c_O), 1)  # of each part, at least
+        tasks_count = max(min(threads_count, problem.c_O), 1)  # at least that many in each part
         return min(-(-threads_count // tasks_count), problem.n)
 
     def min_duration_s(self, problem: Problem, results: Collection[str]) -> float:
-        """Return what a call takes at least. See `TimeSharedDevice`."""
+        """Return a bound below the seconds that a call takes. See `TimeSharedDevice`."""
         return self._roofline.min_duration_s(problem, results)
 
     def run(
@@ -160,7 +159,7 @@ class CpuDevice:
         options: Options,
         call: CallContext,
     ) -> None:
-        """Compute results into their places. `options` are for GPUs. See `Device`."""
+        """Compute results into their places. See `Device`. `options` matter to cards only."""
         set_result = {"y": self._set_y, "gx": self._set_gx, "gw": self._set_gW, "gb": self._set_gb}
         arrays = {
             field: operand if isinstance(operand, np.ndarray) else array_of(require(operand))
@@ -176,7 +175,7 @@ class CpuDevice:
                         copy_into(target, result)
         except MemoryError:
             raise ExhaustedError(
-                f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
+                f"the server has no memory for x {problem.x}, W {problem.W}, y {problem.y}"
             ) from None
 
     def _set_y(
@@ -214,7 +213,7 @@ class CpuDevice:
     ) -> None:
         threads_count = self._threads_count(problem)
         blocking = self._blocking(problem, threads_count=threads_count, sums_samples=True)
-        # Where channels do not make tasks enough, samples do: each part of them has its own sum.
+        # If groups, channels and taps make too few tasks, samples make more: each part of them has a sum of its own.
         taps_count = len(blocking.h_taps) * len(blocking.w_taps)
         tasks_count = len(blocking.groups) * len(blocking.channels) * taps_count
         parts = _parts(len(blocking.samples), -(-threads_count // tasks_count))
@@ -243,12 +242,12 @@ class CpuDevice:
     def _run_tasks(
         self, tasks: Iterator[Task], tasks_count: int, problem: Problem, call: CallContext
     ) -> None:
-        """Do tasks: here if that is soon done, else in turns with other calls, and with the helpers."""
+        """Do tasks: those of a small problem in this thread alone, others with helpers, in turns with other calls."""
         if not is_small(problem):
             self._team.run(tasks, tasks_count, lambda: self.yield_turn(call))
             return
-        for steps in tasks:
-            for _ in steps:
+        for task in tasks:
+            for _ in task:
                 pass
 
     def empty(self, spec: TensorSpec) -> HostTensor:
@@ -256,7 +255,7 @@ class CpuDevice:
         try:
             return HostTensor(self._memory.empty(spec), spec=spec)
         except MemoryError:
-            raise ExhaustedError(f"the server has not the memory for {spec}") from None
+            raise ExhaustedError(f"the server has no memory for {spec}") from None
 
     def free(self, tensor: DeviceTensor) -> None:
         """Give the memory of a tensor back. See `Device`."""
@@ -279,11 +278,11 @@ class CpuDevice:
         return np.empty(spec.shape, spec.dtype)
 
     def lend(self, size_bytes: int) -> LentMemory:
-        """Refuse: there is no card. See `Device`."""
-        raise UnimplementedError(f"{DEVICE_ID} is no card whose memory could be lent")
+        """Raise UnimplementedError: only a card's memory can be lent. See `Device`."""
+        raise UnimplementedError(f"{DEVICE_ID} cannot lend memory: only a card can, such as cuda:0")
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
-        """Do nothing: to a processor, host memory is all alike."""
+        """Do nothing: a processor reaches all host memory alike."""
         return lambda: None
 
     def close(self) -> None:
@@ -299,12 +298,12 @@ def _processor_name() -> str:
 
 
 def _parts(blocks_count: int, parts_count: int) -> Ranges:
-    """Share blocks among so many parts, or fewer."""
+    """Return the ranges of blocks of `parts_count` parts, or fewer."""
     return Ranges(blocks_count, -(-blocks_count // parts_count))
 
 
 def _sum_parts(gW: Array, sums: Array, call: CallContext) -> Task:
-    """Set gW to the total of some sums."""
+    """Set gW to the total of the parts' sums, in the order of the parts."""
     for piece in piece_indices(gW.shape):
         call.check()
         some = sums[:, *piece]
@@ -312,22 +311,22 @@ def _sum_parts(gW: Array, sums: Array, call: CallContext) -> Task:
         yield
 
 
-def _check_each_step(steps: Task, call: CallContext) -> Task:
-    """Look at a call before each step."""
+def _check_each_step(task: Task, call: CallContext) -> Task:
+    """Return a task that checks the call before each step of another task."""
     call.check()
-    for _ in steps:
+    for _ in task:
         yield
         call.check()
 
 
 def _ignore_out_of_range() -> None:
-    """Have this thread take a number beyond an element type's range for the result it is, not for a fault."""
+    """Let numpy return infinities and NaN in this thread without a warning: they are results like others."""
     np.seterr(all="ignore")
 
 
 @contextmanager
 def _time_compute(call: CallContext) -> Iterator[None]:
-    """Note how long a block computes for a call."""
+    """Add the duration of a with-block to the call's ledger."""
     begin_s = time.perf_counter()
     try:
         with np.errstate(all="ignore"):  # see _ignore_out_of_range

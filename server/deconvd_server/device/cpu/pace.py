@@ -1,8 +1,10 @@
-"""How long a problem takes at least on this processor: what cannot end within its deadline is not begun.
+"""A bound below the time that a problem takes on this processor. A call that cannot meet its deadline is not started.
 
-The work is counted as products of x, W or gy, and as columns: the links of a tap and a pixel, for each sample and each
-output channel. Each link is at least a number that is written and read, and each product at least one of a matrix
-product at its best.
+It is a roofline: the bound is the larger of two times, each at the best rate that was measured.
+
+    products    multiplications of elements of x, W or gy, at the rate of a large matrix product
+    columns     elements of the columns (see `columns`): links of a tap and a pixel, for each sample and output channel,
+                at the rate of a copy, since each is at least written and read once
 """
 
 from __future__ import annotations
@@ -22,43 +24,43 @@ _LRU_ENTRIES_COUNT: Final = 4096
 """Problems whose work is remembered."""
 
 _LARGE_COUNT: Final = 1 << 30
-"""Products, if all taps link all pixels, from which a problem's links are counted. Fewer take some 50 ms."""
+"""Products, counted as if all taps linked all pixels, from which on a problem is large. Fewer take some 50 ms."""
 
 _CHUNK_TAPS_COUNT: Final = 1 << 16
 """Taps whose links are counted in one array: half a MiB."""
 
 _TRIALS_COUNT: Final = 5
-"""The best of so many counts: one at least finds the processor free."""
+"""Trials of a benchmark, of which the best counts: at least one should find the processor free."""
 
 _BENCHMARK_COLUMNS_COUNT: Final = 1 << 17
-"""In a core's second-level cache, with their copy."""
+"""Elements of the copy that is timed. With their copy they fit in a core's second-level cache."""
 
 _BENCHMARK_EXTENT: Final = 384
-"""Of square matrices: their product takes about a millisecond, and runs at full speed."""
+"""Height and width of the matrices whose product is timed. It takes about a millisecond, and runs at full speed."""
 
 
 class _Work(NamedTuple):
-    """What a problem asks for, for each of y, gx and gW."""
+    """The work of a problem, which is the same for each of y, gx and gW."""
 
     products_count: int
     columns_count: int
 
 
 class Roofline:
-    """A bound below the time of calls.
+    """A bound below the duration of calls.
 
     Args:
-        threads_count: How many threads may work for a call.
+        threads_count: Threads that may work for a call.
     """
 
     def __init__(self, threads_count: int) -> None:
         products_per_s, columns_per_s = _measure_rates()
         self._products_per_s = threads_count * products_per_s
         self._columns_per_s = threads_count * columns_per_s
-        self._work = lru_cache(_LRU_ENTRIES_COUNT)(_large_work)  # every call asks for it
+        self._work = lru_cache(_LRU_ENTRIES_COUNT)(_large_work)  # every call needs it
 
     def min_duration_s(self, problem: Problem, results: Collection[str]) -> float:
-        """Return what a call takes at the best rate that this processor reaches; 0 for a problem that is not large."""
+        """Return the seconds that a call takes at the best rate of this processor; 0 if its problem is not large."""
         work = self._work(problem)
         if work is None:
             return 0.0
@@ -80,9 +82,10 @@ def _large_work(problem: Problem) -> _Work | None:
 
 
 def links_count(problem: Problem, axis: int) -> int:
-    """Return how many pairs of a tap and an input there are on an axis that have an output pixel."""
+    """Return the number of pairs of a tap and an input pixel on one axis that have an output pixel."""
     s, d = problem.geometry.stride[axis], problem.geometry.dilate[axis]
     taps_count, pixels_count = problem.kernel[axis], problem.image[axis]
+    # Loop over taps or pixels, whichever are fewer: a client may send a problem with a great many of one.
     fewer = (taps_count, d, pixels_count, s), (pixels_count, s, taps_count, d)
     count, step, others_count, other_step = min(fewer)
     total = 0
@@ -97,10 +100,7 @@ def links_count(problem: Problem, axis: int) -> int:
 
 @cache
 def _measure_rates() -> tuple[float, float]:
-    """Return how many products and columns a thread takes in a second at best, measured when it is first asked.
-
-    The best of several trials is not slower because others use the processor too.
-    """
+    """Return the products and the columns that a thread does in a second at best, measured at the first call."""
     matrix = np.ones((_BENCHMARK_EXTENT, _BENCHMARK_EXTENT), np.float32)
     columns, copy = np.ones((2, _BENCHMARK_COLUMNS_COUNT), np.float32)
     return (
@@ -110,6 +110,7 @@ def _measure_rates() -> tuple[float, float]:
 
 
 def _best_s(trial: Callable[[], object]) -> float:
+    # other processes may slow some trials down, but none speeds one up
     durations_s = []
     for _ in range(_TRIALS_COUNT):
         begin_s = time.perf_counter()

@@ -1,10 +1,10 @@
-"""The matrix products of a deconvolution, one block of it at a time.
+"""The matrix products of a deconvolution, one block at a time.
 
-With x, W, y split by group and columns as in `columns`, for each group and block of the input image:
+With x, W and y split by group, and columns as in `columns`, for each group and each block of the input image:
 
     columns(y) = W^T x        gx = W columns(gy)        gW = sum of x columns(gy)^T over samples and blocks
 
-Products are taken and summed in the problem's compute type and rounded once, when they are stored.
+Products are computed and summed in the problem's compute type. They are rounded once, when they are stored.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["BlockProducts"]
 class BlockProducts:
     """A problem's operands, split by group and ready for products.
 
-    Each method returns the steps of one task, to be run in any order and thread: blocks of some ten milliseconds.
-    Each looks at the call first and raises as `Call.check` does.
+    Each method returns one task. Tasks may run in any order and in any thread. A step of a task takes some ten
+    milliseconds at most. It checks the call first, and raises as `CallContext.check` does.
 
     Args:
-        x, W, b, gy: Operands; those that the methods to be called do not need may be left out.
+        x, W, b, gy: The operands that the methods to be called need.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class BlockProducts:
         if x is not None:
             self._x = _split_groups(problem, x)
         if W is not None:
-            if W.size <= PIECE_ELEMENTS:  # if not, it is cast block by block
-                # aligned, which messages need not have it: else each product would copy what it takes of it
+            if W.size <= PIECE_ELEMENTS:  # a larger W is cast block by block, to keep steps short
+                # Messages may have W at an odd address. numpy would then copy a block of it for each product.
                 W = np.require(W.astype(self._type, copy=False), requirements="A")
             self._W = _split_filter_groups(problem, W)
         self._b = None if b is None else b.reshape(problem.groups, -1, 1, 1)
@@ -64,6 +64,7 @@ class BlockProducts:
     def set_y(self, y: Array, samples: slice, groups: slice, channels: slice) -> Task:
         """Set some output channels of some samples of y."""
         target = _split_groups(self._problem, y)[samples, groups, channels]
+        # a narrower y would be rounded with each block that is added to it
         is_wide = target.dtype == self._type
         total = target if is_wide else np.empty(target.shape, self._type)
         yield from self._copy(total, 0 if self._b is None else self._b[groups, channels])
@@ -103,7 +104,7 @@ class BlockProducts:
         """Add the products of some samples' x and gy to a block of gW, which has the compute type.
 
         Args:
-            blocks: Of samples.
+            blocks: The numbers of the blocks of samples.
         """
         target = _split_filter_groups(self._problem, gW)[groups, :, channels, h_taps, w_taps]
         for number in range(blocks.start, blocks.stop):
@@ -122,7 +123,7 @@ class BlockProducts:
         return self._taps(ImageBlock(slice(0, h_I), slice(0, w_I)))
 
     def _taps(self, image: ImageBlock) -> Iterator[tuple[slice, slice]]:
-        """Yield the blocks of taps, but for most of those that link no pixel of a block."""
+        """Yield the blocks of taps, without most of those that link no pixel of a block."""
         h = linked_taps(self._problem, 0, image.h)
         w = linked_taps(self._problem, 1, image.w)
         for h_taps in self._blocking.h_taps.cover(*h):
@@ -130,7 +131,7 @@ class BlockProducts:
                 yield h_taps, w_taps
 
     def _images(self, h_taps: slice, w_taps: slice) -> Iterator[ImageBlock]:
-        """Yield the blocks of the image, but for most of those that a block of taps does not link."""
+        """Yield the blocks of the image, without most of those that a block of taps does not link."""
         h = linked_pixels(self._problem, 0, h_taps)
         w = linked_pixels(self._problem, 1, w_taps)
         for h_pixels in self._blocking.h_pixels.cover(*h):
@@ -158,7 +159,7 @@ class BlockProducts:
 
 
 def _join_samples(blocks: Array) -> Array:
-    """Return blocks (samples, groups, c, pixels) as (groups, c, all samples' pixels), which a product sums over."""
+    """Return blocks (samples, groups, c, pixels) as (groups, c, all samples' pixels): one product sums over samples."""
     _, groups, c, _ = blocks.shape
     return blocks.transpose(1, 2, 0, 3).reshape(groups, c, -1)
 

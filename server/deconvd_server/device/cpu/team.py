@@ -1,10 +1,16 @@
-"""Threads that share the tasks of calls, and are shared by calls.
+"""A team of threads that share the tasks of calls.
 
-    caller   works on the tasks of its own call, and now and then lets another call have its place (`pause`)
-    helper   works on the tasks of all calls in turn
+    caller    works on the tasks of its own call; after each turn, `TURN_S`, lets another call have its place (`pause`)
+    helper    works on the tasks of all calls in turn, for a slice, `_SLICE_S`, of each
 
-A task is done in steps of some ten milliseconds. Whoever has worked on one for a while puts it back, and whoever takes
-it next goes on with it: no call keeps a thread from the others for longer.
+Two calls and one helper:
+
+    caller A    A0 A0 A1 A1 | pause: another call has A's place     | A2 A2 ...
+    caller B    B0 B0 B0 B1 B1 B1 ...
+    helper      A3 B2 A3 B2 | B2 B3 B2: A has withdrawn its tasks   | A3 B3 ...
+
+A task is done in steps of some ten milliseconds. After a slice a thread puts its task back, and the thread that takes
+it next continues it. So no call keeps a thread from the other calls for longer than a slice and a step.
 """
 
 from __future__ import annotations
@@ -20,26 +26,29 @@ from deconvd_server.device.protocol import TURN_S
 __all__ = ["Task", "Team"]
 
 Task: TypeAlias = Iterator[None]
-"""A task: doing its next step is to ask for the next item."""
+"""A task. Each `next` does one step of it."""
 
 _SLICE_S: Final = 0.02
-"""How long a thread works on a task before it looks for those of others: much more than it takes to look."""
+"""How long a thread works on a task before it takes another one. That is much longer than taking one costs."""
 
 
 class _TaskBatch:
-    """The tasks of one caller. All of it is under the team's lock.
+    """The tasks of one caller. Every access must be under the team's lock, but for reads of `is_dropped`.
+
+        not started --take--> running --put_back--> paused --take--> running
+                                      --finish_turn--> done
 
     Attributes:
-        running_count: How many threads work on them now.
-        is_dropped: Whether no further step is to be begun.
-        error: What the first task that failed has raised.
+        running_count: Threads that work on the tasks now.
+        is_dropped: Whether no further step may be started.
+        error: The error of the first task that failed.
         changed: Notified when a thread has stopped working on a task.
     """
 
-    __slots__ = ("_paused", "_tasks", "changed", "error", "is_dropped", "running_count")
+    __slots__ = ("_not_started", "_paused", "changed", "error", "is_dropped", "running_count")
 
     def __init__(self, tasks: Iterator[Task], lock: threading.Lock) -> None:
-        self._tasks = tasks
+        self._not_started = tasks
         self._paused: deque[Task] = deque()
         self.is_dropped = False
         self.running_count = 0
@@ -47,38 +56,38 @@ class _TaskBatch:
         self.changed = threading.Condition(lock)
 
     def take(self) -> Task | None:
-        """Return a task to work on until `put_back` or `note_end`; None if there is none now."""
-        steps = self._paused.popleft() if self._paused else next(self._tasks, None)
-        if steps is not None:
+        """Return a task, to work on until `put_back` or `finish_turn`; None if all tasks are running or done."""
+        task = self._paused.popleft() if self._paused else next(self._not_started, None)
+        if task is not None:
             self.running_count += 1
-        return steps
+        return task
 
-    def put_back(self, steps: Task) -> None:
-        """Let others go on with a task."""
+    def put_back(self, task: Task) -> None:
+        """Let another thread continue a task."""
         if not self.is_dropped:
-            self._paused.append(steps)
+            self._paused.append(task)
         self.finish_turn()
 
     def finish_turn(self) -> None:
-        """Note that a thread works on a task no longer."""
+        """Note that the thread no longer works on its task."""
         self.running_count -= 1
         self.changed.notify()
 
     def drop(self) -> None:
-        """Have nothing more begun."""
+        """Let no further step start. The tasks, and the arrays that they hold, are released here."""
         self.is_dropped = True
-        self._tasks = iter(())
+        self._not_started = iter(())
         self._paused.clear()
 
 
 class Team:
-    """A calling thread and its helpers, who do tasks that are independent of each other.
+    """Helper threads that do independent tasks together with the calling threads.
 
-    The caller works too, so a call makes progress while the helpers are busy with others.
+    The caller works too, so its call makes progress while all helpers are busy with other calls.
 
     Args:
-        threads_count: How many threads work for one caller at most, the caller's own counted.
-        begin: Called in each helper, as it begins.
+        threads_count: The most threads that work for one caller, its own included.
+        begin: Called in each helper when it starts.
     """
 
     def __init__(self, threads_count: int, begin: Callable[[], object] = lambda: None) -> None:
@@ -86,9 +95,9 @@ class Team:
         self._begin = begin
         self._lock = threading.Lock()
         self._work_available = threading.Condition(self._lock)
-        self._jobs: deque[_TaskBatch] = deque()  # those that helpers work on, in turn
+        self._batches: deque[_TaskBatch] = deque()  # helpers work on these, in turn
         self._is_closed = False
-        # all at once: a thread that cannot be started is to be known before there are calls
+        # All are started here: if the system refuses a thread, the server must not start to serve.
         self._helpers = [
             threading.Thread(target=self._help, name=f"cpu {i}", daemon=True)
             for i in range(threads_count - 1)
@@ -102,24 +111,24 @@ class Team:
         tasks_count: int,
         pause: Callable[[], None] = lambda: None,
     ) -> None:
-        """Do tasks, and return when all have been done.
+        """Do tasks. Return when all are done.
 
-        If a task raises, no further step is begun, and the error is raised once those under way have ended.
+        If a task raises, no further step is started, and the error is raised once the running steps have ended.
 
         Args:
-            tasks_count: How many there are at most.
-            pause: Called in this thread after each turn, while nobody begins a step: may take long.
+            tasks_count: The most tasks that the iterator has.
+            pause: Called in this thread after each turn. It may take long. Meanwhile no thread takes one of the tasks.
         """
-        job = _TaskBatch(tasks, self._lock)
+        batch = _TaskBatch(tasks, self._lock)
         helpers_count = min(tasks_count - 1, len(self._helpers))
-        self._offer(job, helpers_count)
+        self._offer(batch, helpers_count)
         try:
-            self._work(job, helpers_count, pause)
+            self._work(batch, helpers_count, pause)
         finally:
-            self._end(job)
-        # An error holds this frame. It must not hold the error, or the call's arrays would stay until
-        # the garbage collector finds the two.
-        error, job.error = job.error, None
+            self._end(batch)
+        # The error's traceback holds this frame. If the frame held the error too, the call's arrays would stay
+        # until the garbage collector finds the circle.
+        error, batch.error = batch.error, None
         if error is not None:
             try:
                 raise error
@@ -127,50 +136,51 @@ class Team:
                 del error
 
     def close(self) -> None:
-        """End the helpers. No call may be under way."""
+        """End the helpers. No `run` may be under way."""
         with self._lock:
             self._is_closed = True
             self._work_available.notify_all()
         for helper in self._helpers:
             helper.join()
 
-    def _offer(self, job: _TaskBatch, helpers_count: int) -> None:
-        """Let helpers work on a job."""
+    def _offer(self, batch: _TaskBatch, helpers_count: int) -> None:
+        """Let helpers work on a batch."""
         if helpers_count > 0:
             with self._lock:
-                self._jobs.append(job)
+                self._batches.append(batch)
                 self._work_available.notify(helpers_count)
 
-    def _withdraw(self, job: _TaskBatch) -> None:
+    def _withdraw(self, batch: _TaskBatch) -> None:
         with self._lock:
-            if job in self._jobs:
-                self._jobs.remove(job)
+            if batch in self._batches:
+                self._batches.remove(batch)
 
-    def _work(self, job: _TaskBatch, helpers_count: int, pause: Callable[[], None]) -> None:
-        """Work on a job until no task is left, in turns."""
+    def _work(self, batch: _TaskBatch, helpers_count: int, pause: Callable[[], None]) -> None:
+        """Work on a batch until no task is left, in turns."""
         turn_ends_s = time.monotonic() + TURN_S
         while True:
             with self._lock:
-                steps = job.take()
-                if steps is None:
-                    if not job.running_count:
+                task = batch.take()
+                if task is None:
+                    if not batch.running_count:
                         return
-                    job.changed.wait()  # a task may be put back
-            if steps is not None:
-                self._do(job, steps)
+                    batch.changed.wait()  # a helper may put a task back, which this thread then continues
+            if task is not None:
+                self._do(batch, task)
             if time.monotonic() >= turn_ends_s:
-                self._withdraw(job)
+                # The pause gives this call's place away, so helpers must not go on to compute for it.
+                self._withdraw(batch)
                 pause()
-                self._offer(job, helpers_count)
+                self._offer(batch, helpers_count)
                 turn_ends_s = time.monotonic() + TURN_S
 
-    def _end(self, job: _TaskBatch) -> None:
-        """Return once nobody works on a job, and nobody will."""
-        self._withdraw(job)
+    def _end(self, batch: _TaskBatch) -> None:
+        """Return once no thread works on a batch, and none will: the caller's arrays are its own again."""
+        self._withdraw(batch)
         with self._lock:
-            job.drop()
-            while job.running_count:
-                job.changed.wait()
+            batch.drop()
+            while batch.running_count:
+                batch.changed.wait()
 
     def _help(self) -> None:
         self._begin()
@@ -178,9 +188,9 @@ class Team:
             pass
 
     def _help_next(self) -> bool:
-        """Work for a while on a task of the job whose turn it is; return False once the team is closed.
+        """Work for a slice on a task of the batch whose turn it is. Return False once the team is closed.
 
-        When it returns it holds nothing of a call's.
+        A function of its own, so that while a helper waits for work no local variable of its keeps a call's arrays.
         """
         with self._lock:
             taken = self._take_in_turn()
@@ -193,33 +203,33 @@ class Team:
         return True
 
     def _take_in_turn(self) -> tuple[_TaskBatch, Task] | None:
-        for _ in range(len(self._jobs)):
-            job = self._jobs[0]
-            self._jobs.rotate(-1)
-            steps = job.take()
-            if steps is not None:
-                return job, steps
+        for _ in range(len(self._batches)):
+            batch = self._batches[0]
+            self._batches.rotate(-1)
+            task = batch.take()
+            if task is not None:
+                return batch, task
         return None
 
-    def _do(self, job: _TaskBatch, steps: Task) -> None:
-        """Work on a task for a while."""
+    def _do(self, batch: _TaskBatch, task: Task) -> None:
+        """Work on a task for a slice."""
         try:
-            is_over = _advance(job, steps)
+            is_done = _advance(batch, task)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
             with self._lock:
-                job.error = job.error or error
-                job.drop()
-                job.finish_turn()
+                batch.error = batch.error or error
+                batch.drop()
+                batch.finish_turn()
             return
         with self._lock:
-            if is_over:
-                job.finish_turn()
+            if is_done:
+                batch.finish_turn()
             else:
-                job.put_back(steps)
+                batch.put_back(task)
                 self._work_available.notify()
 
 
-def _advance(job: _TaskBatch, steps: Task) -> bool:
-    """Do steps of a task for a while, or until its job is dropped; return whether all are done."""
+def _advance(batch: _TaskBatch, task: Task) -> bool:
+    """Do steps of a task for a slice, or until its batch is dropped. Return whether all its steps are done."""
     until_s = time.monotonic() + _SLICE_S
-    return all(not job.is_dropped and time.monotonic() < until_s for _ in steps)
+    return all(not batch.is_dropped and time.monotonic() < until_s for _ in task)

@@ -1,4 +1,4 @@
-"""Tensors that stay in host memory between calls."""
+"""The CPU device's tensors, which are arrays in host memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class HostTensor:
     """A tensor in host memory. See `DeviceTensor`.
 
     Args:
-        whole: The tensor that it is a view of; None if it is none.
-        spec: The array's, if it is known.
+        whole: The tensor that this is a view of; None if it is not a view.
+        spec: The array's spec, if the caller has it already.
     """
 
     __slots__ = ("_array", "_whole", "may_grow", "spec")  # many are small, and kept
@@ -38,7 +38,7 @@ class HostTensor:
     @property
     def array(self) -> Array:
         """Its elements: C-contiguous, in native byte order."""
-        if self._array is None or self._whole._array is None:
+        if self._array is None or self._whole._array is None:  # a view ends with its tensor
             raise ValueError("the tensor is freed")
         return self._array
 
@@ -47,26 +47,25 @@ class HostTensor:
         return HostTensor(self.array[start:stop], self._whole)
 
     def free(self) -> None:
-        """Give the memory back, once."""
+        """Free the memory. It must be called once."""
         if self._array is None:
             raise ValueError("the tensor is freed already")
         self._array = None
 
 
 def array_of(operand: Tensor) -> Array:
-    """Return the elements of an operand or a place."""
     return operand if isinstance(operand, np.ndarray) else as_host_tensor(operand).array
 
 
 def as_host_tensor(tensor: DeviceTensor) -> HostTensor:
-    """Return a tensor that is ours. Raises ValueError if it is another device's."""
+    """Return a tensor as one of the CPU device. Raises ValueError if it is on another device."""
     if not isinstance(tensor, HostTensor):
-        raise ValueError(f"a tensor of {tensor.device_id} is of no use to {DEVICE_ID}")
+        raise ValueError(f"the tensor is on {tensor.device_id}, and cannot be used on {DEVICE_ID}")
     return tensor
 
 
 def make_contiguous_target(target: Array) -> Array:
-    """Return what a result can be written into: the target if it is C-contiguous and native, else a new array."""
+    """Return an array for a result: the target if it is C-contiguous and in native byte order, else a new one."""
     if target.flags.c_contiguous and target.dtype.isnative:
         return target
     return np.empty(target.shape, target.dtype.newbyteorder("="))

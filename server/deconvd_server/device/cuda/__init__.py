@@ -1,6 +1,6 @@
-"""NVIDIA GPUs as devices: cuDNN, and our own kernels where those are faster.
+"""NVIDIA cards as devices: cuDNN, and our own kernels where those are faster.
 
-Needs the `cuda13` extra; CUDA is loaded when a device is opened, not when this is imported.
+Needs the `cuda13` extra. CUDA is loaded when a device is opened, not when this package is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def open_device(
 ) -> CudaDevice:
     """Return a card as a device. Arguments and errors are those of `CudaDevice`.
 
-    Our own kernels, once compiled, are kept in the plan store too, unless CUPY_CACHE_DIR says where.
+    Our own kernels, once compiled, are stored in the folder of plans too, unless CUPY_CACHE_DIR names another one.
     """
     if plan_store is not None:
         os.environ.setdefault("CUPY_CACHE_DIR", str(plan_store / "kernels"))

@@ -1,4 +1,4 @@
-"""A card's tensors: their memory, and what is copied between them and arrays."""
+"""A card's tensors: their memory, and copies between them and arrays."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["CardTensors"]
 
 
 class CardTensors(ABC):
-    """What a card's device does with tensors beside computing. See `Device`.
+    """The methods of a card's device that allocate, free and copy tensors. See `Device`.
 
     Attributes:
-        memory: Where they lie.
+        memory: The card's memory, from which tensors are allocated.
     """
 
     memory: DeviceMemory
@@ -31,15 +31,15 @@ class CardTensors(ABC):
 
     @abstractmethod
     def activate(self) -> AbstractContextManager[None]:
-        """Let the calling thread use the card; errors are raised as this device raises them."""
+        """Make the card the calling thread's device, and translate errors, for the length of a with-block."""
 
     @abstractmethod
     def _lend_lane(self, call: CallContext) -> AbstractContextManager[Lane]:
-        """Lend a lane, with the card as the thread's device. See `Lanes.lend`."""
+        """Lend a lane, with the card as the thread's device. See `LanePool.lend`."""
 
     def empty(self, spec: TensorSpec) -> CudaTensor:
         """Return a new tensor. See `Device`."""
-        with self.activate():
+        with self.activate():  # a block has at least a byte, so that each tensor has an address
             lease = self.memory.lease_resident(max(spec.nbytes, 1))
         return CudaTensor(spec, self._id, lease)
 

@@ -1,14 +1,13 @@
-"""The CUDA device: takes a lane for each call, plans for its products, and runs them there."""
+"""The CUDA device: finds the plans of a call's products and runs the call on a lane."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +15,14 @@ import deconvd
 from deconvd.host.buffer_pool import BufferPool
 from deconvd.model.operation import DECONVOLVE, Operation
 from deconvd.model.options import Options
-from deconvd.model.problem import Problem, TensorSpec
+from deconvd.model.problem import Problem
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.arriving import Arriving, Operand, peek_tensor, require_all
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.host_memory import RegisteredMemory
 from deconvd_server.device.cuda.api.memory import DeviceMemory
+from deconvd_server.device.cuda.api.memory_pool import CardMemoryPool
 from deconvd_server.device.cuda.api.runtime import (
-    CardMemoryPool,
     Stream,
     current_device,
     open_card,
@@ -34,10 +33,11 @@ from deconvd_server.device.cuda.api.runtime import (
 from deconvd_server.device.cuda.card_tensors import CardTensors
 from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.error_translation import ErrorTranslation
-from deconvd_server.device.cuda.execution.job import DeviceWork
+from deconvd_server.device.cuda.execution.call_fields import CallFields, select_fields
+from deconvd_server.device.cuda.execution.device_work import DeviceWork
 from deconvd_server.device.cuda.execution.lane import ARENA_BYTES, PINNED_BYTES, Lane
 from deconvd_server.device.cuda.execution.lane_pool import LanePool
-from deconvd_server.device.cuda.execution.pipeline import count_parts
+from deconvd_server.device.cuda.execution.parts import count_parts, problem_of_part
 from deconvd_server.device.cuda.memory_estimate import MemoryEstimate
 from deconvd_server.device.cuda.plan import PRODUCTS, Plan, Product
 from deconvd_server.device.cuda.plans.build_threads import BuildThreads
@@ -58,31 +58,29 @@ from deconvd_server.resources.machine import processors_count
 __all__ = ["CudaDevice", "CudaLimits"]
 
 _FREE_SHARE = 0.9
-"""The part of the card's free memory that calls may take, unless told: CUDA needs some itself."""
+"""The part of the card's free memory that calls may take if no limit is given. CUDA needs the rest."""
 
-_MAX_HELPERS = 8
-"""Threads that copy within the host: about as many as it takes to keep up with the card's bus."""
-
-_LRU_ENTRIES_COUNT = 1024
+_MAX_HELPERS_COUNT = 8
+"""The most threads that copy within the host: about as many as it takes to keep up with the card's bus."""
 
 _NO_W = PrepackedW(np.empty(0))
 """Stands for W in calls that do not use it."""
 
 _HOST_MEMORY = RegisteredMemory(register_host, unregister_host)
-"""What any card of this process has registered: it is for all of them."""
+"""The registered memory of this process. All its cards share it, as registered memory is reached by all."""
 
 
 @dataclass(frozen=True, slots=True)
 class CudaLimits:
-    """What a device may take.
+    """Limits of a device, other than the card's memory.
 
     Attributes:
         lanes_count: Calls that are computed at once.
-        workspace_bytes: What a plan may take beside its operands and as much again; None for 1 GiB
-            or what the card allows.
+        workspace_bytes: A plan's workspace may have this size, plus that of the problem's tensors; None for 1 GiB, or
+            less on a small card.
         plans_bytes: Host memory for plans.
-        tuning_s: How long plans are timed for one kind of request.
-        results_bytes: Host memory that is kept for tensors that are read later.
+        tuning_s: How long the plans of one key are timed.
+        results_bytes: Host memory that is kept for the results of `read`.
     """
 
     lanes_count: int = 4
@@ -96,15 +94,16 @@ class CudaDevice(CardTensors):
     """Computes on an NVIDIA card. See `Device`.
 
     Args:
-        ordinal: The card's number, as nvidia-smi and CUDA_VISIBLE_DEVICES have it.
-        memory_limit_bytes: What calls may take of its memory; None for nine tenths of what is free.
-        plan_store: Folder where choices of plans are kept; None to forget them with the process.
-        on_lost: Called, from any thread, when the card must be reset and so the process ended.
-        limits: What else it may take.
+        ordinal: The card's number, as in nvidia-smi and CUDA_VISIBLE_DEVICES.
+        memory_limit_bytes: Bound on the card's memory that calls and residents take; None for nine tenths of the free
+            memory.
+        plan_store: Folder where choices of plans are stored; None to forget them with the process.
+        on_lost: Called, from any thread, when the card must be reset, which only a new process recovers from.
+        limits: Other limits; None for the default ones.
 
     Raises:
-        DeviceUnavailableError: The card, its driver or cuDNN is missing or too old.
-        OSError: The plan store cannot be made.
+        DeviceUnavailableError: The card, its driver or cuDNN is missing or too old, or the memory limit is too small.
+        OSError: The folder of plans cannot be made.
     """
 
     def __init__(
@@ -128,13 +127,13 @@ class CudaDevice(CardTensors):
             self.memory = DeviceMemory(
                 self._budget_bytes,
                 self._pool.allocate,
-                allocate_to_stay=self._pool.allocate_resident,
-                allocate_to_lend=self._pool.allocate_shared,
+                allocate_resident=self._pool.allocate_resident,
+                allocate_shared=self._pool.allocate_shared,
             )
             self._lanes = self._make_lanes()
             self._candidates = Candidates(self._cudnn, self._card.processors_count)
             self.plans = self._make_plan_cache(plan_store)
-            kernels.prepare(ordinal)
+            kernels.compile_common_kernels(ordinal)
         self._memory_estimate = MemoryEstimate(
             self._budget_bytes,
             self._limits.lanes_count,
@@ -143,19 +142,20 @@ class CudaDevice(CardTensors):
         )
 
     def _budget(self, limit_bytes: int) -> int:
-        """Return what is left for calls beside the lanes' arenas."""
+        """Return the bytes that the lanes' arenas leave for calls and residents."""
         lanes_count = self._limits.lanes_count
         budget_bytes = limit_bytes - lanes_count * ARENA_BYTES
         if budget_bytes <= 0:
             raise DeviceUnavailableError(
-                f"{self._id}: {limit_bytes} bytes of memory are too few: "
-                f"its {lanes_count} lanes take {ARENA_BYTES} each"
+                f"{self._id}: a memory limit of {limit_bytes} bytes is too small: "
+                f"its {lanes_count} lanes take {ARENA_BYTES} bytes each"
             )
         return budget_bytes
 
     def _make_lanes(self) -> LanePool:
         lanes_count = self._limits.lanes_count
-        self._helpers = ThreadPoolExecutor(_helpers_count(), thread_name_prefix=self._id)
+        helpers_count = min(processors_count(), _MAX_HELPERS_COUNT)
+        self._helpers = ThreadPoolExecutor(helpers_count, thread_name_prefix=self._id)
         self._results = BufferPool(self._limits.results_bytes)
         self._arenas = [self._pool.allocate(ARENA_BYTES) for _ in range(lanes_count)]
         return LanePool(
@@ -187,7 +187,7 @@ class CudaDevice(CardTensors):
 
     @property
     def info(self) -> DeviceInfo:
-        """What the card is."""
+        """See `DeviceInfo`."""
         return DeviceInfo(
             id=self._id,
             name=self._card.name,
@@ -202,7 +202,7 @@ class CudaDevice(CardTensors):
 
     @property
     def stats(self) -> CudaStats:
-        """What the device holds now."""
+        """The plans and memory that the device holds now."""
         lanes_count = self._limits.lanes_count
         return CudaStats(
             plans=self.plans.stats,
@@ -218,7 +218,7 @@ class CudaDevice(CardTensors):
 
     @property
     def caches(self) -> Sequence[CacheState]:
-        """Plans, and the buffers that are kept for the next call."""
+        """Plans, and buffers that are kept for the next call."""
         return self.stats.caches
 
     def footprint_bytes(
@@ -229,9 +229,9 @@ class CudaDevice(CardTensors):
         results: Collection[str],
         resident_bytes: int = 0,
     ) -> int:
-        """Return a bound on the memory of the card that a call takes, trying plans included.
+        """Return a bound on the card's memory that a call takes, including what it takes to try plans out.
 
-        All operands and results that a problem has are counted, whichever the call has.
+        All operands and results of the problem are counted, even those that the call does not have.
         """
         return self._memory_estimate.footprint_bytes(problem, results, resident_bytes)
 
@@ -245,52 +245,64 @@ class CudaDevice(CardTensors):
         call: CallContext,
     ) -> None:
         """Compute results into their places. See `Device`."""
-        used = _select_fields(operation, tuple(places), tuple(operands))
-        divided = None
-        if operation is DECONVOLVE:  # gradients are computed in steps, which overlap as well
-            divided = _HOST_MEMORY.addresses(peek_tensor(operands["x"]), places["y"])
-        parts_count = 1 if divided is None else count_parts(problem)
-        is_followed = operation is not DECONVOLVE or parts_count > 1
-        if not (is_followed and self._lanes.are_idle):
-            operands = require_all(operands)  # to follow any would take time from others
-        part = _part(problem, parts_count)
+        used = select_fields(operation, tuple(places), tuple(operands))
+        # y is computed in parts where the card reaches x and y. Gradients are computed in steps, which overlap too.
+        addresses = None
+        if operation is DECONVOLVE:
+            addresses = _HOST_MEMORY.addresses(peek_tensor(operands["x"]), places["y"])
+        parts_count = 1 if addresses is None else count_parts(problem)
+        may_overlap = operation is not DECONVOLVE or parts_count > 1
+        if not (may_overlap and self._lanes.are_idle):
+            # A lane that waits for operands would take time from other calls. The engine calls again once all are
+            # there.
+            operands = require_all(operands)
+        part = problem_of_part(problem, parts_count)
         with (
             self._lanes.lend(call) as lane,
             current_device(self._card.ordinal),
             self._error_translation,
         ):
-            ready = self._prepack(used, part, operands, options, call, lane)
-
-            def job() -> DeviceWork:
-                plans = {
-                    field: self._plan(PRODUCTS[field], part, options, call)
-                    for field in used.results
-                    if field in PRODUCTS
-                }
-                if used.product_of_W is not None and ready.plan is not None:
-                    plans[used.product_of_W] = ready.plan
-                count = self._card.processors_count
-                return DeviceWork(operation, part, used.operands, used.results, plans, count)
-
-            key = (operation, used, part, options, ready.key)
-            given = [ready.W if field == "w" else operands[field] for field in used.operands]
+            prepacked = self._prepack(used, part, operands, options, call, lane)
+            make_work = partial(self._make_work, operation, used, part, options, prepacked, call)
+            key = (operation, used, part, options, prepacked.key)
+            given = [prepacked.W if field == "w" else operands[field] for field in used.operands]
             targets = [places[field] for field in used.results]
             first = targets[0]
-            if divided is not None and parts_count > 1 and isinstance(first, np.ndarray):
-                lane.run_in_parts(key, job, parts_count, given, first, divided, call)
+            if addresses is not None and parts_count > 1 and isinstance(first, np.ndarray):
+                lane.run_in_parts(key, make_work, parts_count, given, first, addresses, call)
             else:
-                lane.run(key, job, given, targets, call)
+                lane.run(key, make_work, given, targets, call)
+
+    def _make_work(
+        self,
+        operation: Operation,
+        used: CallFields,
+        problem: Problem,
+        options: Options,
+        prepacked: PrepackedW,
+        call: CallContext,
+    ) -> DeviceWork:
+        """Return the work of a call, with a plan for each product. It waits for plans that must be chosen first."""
+        plans = {
+            field: self._plan(PRODUCTS[field], problem, options, call)
+            for field in used.results
+            if field in PRODUCTS
+        }
+        if used.product_of_W is not None and prepacked.plan is not None:
+            plans[used.product_of_W] = prepacked.plan
+        count = self._card.processors_count
+        return DeviceWork(operation, problem, used.operands, used.results, plans, count)
 
     def _prepack(
         self,
-        used: _CallFields,
+        used: CallFields,
         problem: Problem,
         operands: Mapping[str, Operand],
         options: Options,
         call: CallContext,
         lane: Lane,
     ) -> PrepackedW:
-        """Return W as the product that it is used in is to have it. See `prepared`."""
+        """Return W in the form that the plan of its product needs, if that form is there. See `prepack`."""
         if used.product_of_W is None:
             return _NO_W
         W, product = operands["w"], PRODUCTS[used.product_of_W]
@@ -307,11 +319,11 @@ class CudaDevice(CardTensors):
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Let the card read and write host memory by itself. See `Device`."""
         with current_device(self._card.ordinal):
-            undo = _HOST_MEMORY.register(address, size_bytes)
+            release = _HOST_MEMORY.register(address, size_bytes)
 
         def unregister() -> None:
             with current_device(self._card.ordinal):
-                undo()
+                release()
 
         return unregister
 
@@ -331,74 +343,38 @@ class CudaDevice(CardTensors):
 
     @contextmanager
     def _lend_lane(self, call: CallContext) -> Iterator[Lane]:
-        """Lend a lane, with the card as the thread's device. Raises as `Lanes.take`."""
+        """Lend a lane, with the card as the thread's device. Waits and raises as `LanePool.acquire`."""
         with self._lanes.lend(call) as lane, self.activate():
             yield lane
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Let the calling thread use the card; errors are raised as this device raises them."""
+        """Make the card the calling thread's device, and translate errors, for the length of a with-block."""
         with current_device(self._card.ordinal), self._error_translation:
             yield
 
     def wait(self) -> None:
-        """Wait until the card has done all work of this process."""
+        """Wait until the card has done all the work of this process."""
         with current_device(self._card.ordinal):
             synchronize()
 
     def release_stream(self, stream: int) -> None:
-        """Free what is bound to a stream that is about to end: a later one may get its address."""
+        """Destroy the cuDNN handle of a stream that is about to end: a later stream may get its address."""
         with current_device(self._card.ordinal):
             self._cudnn.destroy_handle(stream)
 
     def make_stream(self) -> Stream:
-        """Return a stream of the card. Its owner must call `forget` before the stream ends."""
+        """Return a new stream of the card. Its owner must call `release_stream` before the stream ends."""
         with current_device(self._card.ordinal):
             return Stream()
 
     def close(self) -> None:
-        """Free what the device holds. No call may be running, and none may follow."""
+        """Free all that the device holds. No call may be running, and none may follow."""
         with current_device(self._card.ordinal):
             for stream in self._lanes.close():
                 self._cudnn.destroy_handle(stream)
             self._helpers.shutdown()
             self._results.clear()
             self.plans.close()
-            self._arenas.clear()
+            self._arenas.clear()  # collected, and so given back to the pool, before it is trimmed
             self._pool.trim()
-
-
-def _helpers_count() -> int:
-    return min(processors_count(), _MAX_HELPERS)
-
-
-@lru_cache(_LRU_ENTRIES_COUNT)
-def _part(problem: Problem, count: int) -> Problem:
-    """Return the problem of one of equal parts of a problem's samples."""
-    n, *sample = problem.x.shape
-    return replace(problem, x=TensorSpec((n // count, *sample), problem.x.dtype))
-
-
-class _CallFields(NamedTuple):
-    """What a call computes, and what of.
-
-    Attributes:
-        operands, results: The names of their fields, in the order that its job has them in: operands that can be
-            divided come first.
-        product_of_W: The result that W is used for; None if W is not used.
-    """
-
-    operands: tuple[str, ...]
-    results: tuple[str, ...]
-    product_of_W: str | None
-
-
-@lru_cache(_LRU_ENTRIES_COUNT)
-def _select_fields(
-    operation: Operation, wanted: tuple[str, ...], given: tuple[str, ...]
-) -> _CallFields:
-    results = tuple([field for field in operation.all_results if field in wanted])
-    needed = operation.operands_for(results, [f for f in operation.optional if f in given])
-    operands = tuple(sorted(needed, key=operation.constants.__contains__))
-    product_of_W = next((field for field in results if "w" in operation.needs[field]), None)
-    return _CallFields(operands, results, product_of_W)

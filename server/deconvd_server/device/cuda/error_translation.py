@@ -1,4 +1,4 @@
-"""Tells the errors of a call from those of the card."""
+"""Translates the errors of CUDA and cuDNN: does the call fail, or is the card lost?"""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _OUT_OF_MEMORY = 2
 
 
 class ErrorTranslation:
-    """A context, for any thread and any time, that raises what a block raises as one of our errors.
+    """A context manager that raises the errors of a with-block as deconvd's own. Threads may share it.
 
-    That is ExhaustedError if memory ran out, on the card or the host; DeviceLostError if the card
-    must be reset, so that even waiting for it fails; InternalError for anything else of CUDA's and
-    cuDNN's.
+        memory of the card or the host ran out      ExhaustedError
+        even a wait for the card fails              DeviceLostError: the card must be reset
+        any other error of CUDA or cuDNN            InternalError
 
     Args:
         name: The card's name, for messages.
-        on_lost: Called if the card is of no use any more.
+        on_lost: Called if the card must be reset.
     """
 
     def __init__(self, name: str, on_lost: Callable[[DeviceLostError], None]) -> None:
@@ -54,6 +54,8 @@ class ErrorTranslation:
 
     def _raise_translated(self, error: Exception) -> NoReturn:
         _log.error("%s failed", self._name, exc_info=error)
+        # CUDA reports an error of an earlier kernel at any later call, so the status does not tell whether the card
+        # works.
         lost = _find_lost_error(self._name)
         if lost is not None:
             self._on_lost(lost)
@@ -64,7 +66,7 @@ class ErrorTranslation:
 
 
 def _find_lost_error(name: str) -> DeviceLostError | None:
-    """Return the error of a card that must be reset; None if it still works."""
+    """Return the error to raise if the card must be reset; None if it still works."""
     try:
         synchronize()
     except CudaError as error:

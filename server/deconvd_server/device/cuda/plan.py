@@ -1,4 +1,4 @@
-"""A way to compute one product on the card, whoever provides it: cuDNN or our own kernels."""
+"""The protocol of plans: a chosen algorithm for one product on the card, of cuDNN or of our own kernels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = [
 ]
 
 OPERAND_ALIGNMENT_BYTES = 16
-"""What plans count on of the addresses of operands and results: kernels move so many bytes at a time."""
+"""Plans need the addresses of operands and results to be multiples of this: kernels move that many bytes at a time."""
 
 
 class Product(StrEnum):
-    """The three products of a deconvolution, by what they give."""
+    """The three products of a deconvolution, by their results."""
 
     Y = "y"
     """From x and W; cuDNN's dgrad."""
@@ -35,18 +35,18 @@ class Product(StrEnum):
 
 
 PRODUCTS: Final[Mapping[str, Product]] = {"y": Product.Y, "gx": Product.GX, "gw": Product.GW}
-"""The products, by the names of the fields of their results. gb is a sum, and needs none."""
+"""The products, by the fields of their results. gb is a sum and needs no product."""
 
 
 class Plan(Protocol):
-    """A way to compute one operation of one problem, picked once and executed often.
+    """A chosen algorithm for one product of one problem. It is chosen once and executed often.
 
-    The problem has products, and its x and W share one element type; gy, y, gx and gW have it too.
+    The problem has products. All its tensors have one element type, except for the plans of `CastPlan`.
     """
 
     @property
     def name(self) -> str:
-        """What it is, for logs and stored choices: ``cudnn nhwc engine 38``, ``depthwise``."""
+        """Its name in logs and stored choices: ``cudnn nhwc engine 38``, ``depthwise``."""
 
     @property
     def deterministic(self) -> bool:
@@ -54,12 +54,12 @@ class Plan(Protocol):
 
     @property
     def workspace_bytes(self) -> int:
-        """Device memory that an execution scribbles on, apart from its operands."""
+        """Size of the scratch memory on the card that an execution needs."""
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
-        """Enqueue the operation on a stream, without waiting for it.
+        """Enqueue the product on a stream, without waiting for it.
 
-        It may be captured into a CUDA graph. Every element of `out` is written, and nothing is read from it.
+        It may be captured into a CUDA graph. It writes every element of `out` and reads none.
 
         Args:
             a, b: Device pointers to the operands, NCHW, contiguous and aligned to
@@ -72,14 +72,14 @@ class Plan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepacking:
-    """What a plan makes of its operand b, W, before all else: worth keeping with a W that stays.
+    """The first step of a plan, which rearranges W, its operand b. The result, a form of W, is kept with a resident W.
 
     Attributes:
-        key: Tells the form from other forms of the same W, by whatever plan.
-        size_bytes: What the form takes.
-        make: Enqueues its making, given device pointers to b and to memory for the form, which is
-            aligned to 256 bytes, and a stream.
-        plan: A plan for the same, of which b is the form.
+        key: Identifies the form among all forms that any plan makes of the same W.
+        size_bytes: Size of the form.
+        pack: Enqueues the step on a stream. Takes device pointers to W and to memory for the form, which is aligned to
+            256 bytes, and the stream.
+        plan: A plan for the same product that takes the form as its operand b.
     """
 
     key: Hashable
@@ -90,12 +90,12 @@ class Prepacking:
 
 @runtime_checkable
 class Prepackable(Protocol):
-    """A plan that may make something of its operand b first."""
+    """A plan that may rearrange W first."""
 
     def prepacking(self) -> Prepacking | None:
-        """Return what that is; None if it takes b as it is, or b is no W."""
+        """Return the prepacking of W; None if the plan takes W as it is, or its operand b is not W."""
 
 
 def prepacking_of(plan: Plan) -> Prepacking | None:
-    """Return what a plan makes of its operand b before all else; None if nothing that can be kept."""
+    """Return a plan's prepacking of W; None if it has no form that can be kept."""
     return plan.prepacking() if isinstance(plan, Prepackable) else None

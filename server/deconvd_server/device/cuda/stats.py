@@ -1,4 +1,4 @@
-"""What a card's device holds, for whoever asks."""
+"""Statistics of a card's device: its plans, its memory, and the caches that every device reports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ __all__ = ["CudaStats"]
 
 @dataclass(frozen=True, slots=True)
 class CudaStats:
-    """What a device holds now.
+    """The plans and memory that a device holds now.
 
     Attributes:
-        plans: The plans.
-        plans_limit_bytes: What they may take.
-        memory: What calls and tensors take of the card's memory.
-        held_bytes: The card's memory that is held, in use or kept for the next call.
-        held_for_calls_bytes: The part of it that is for calls: of what clients keep nobody else is told.
-        held_limit_bytes: What may be held.
-        made_count: Blocks that no kept one could serve.
-        pinned_count: Sets of pinned host buffers.
-        pinned_bytes: What they take.
+        plans: Statistics of the plan cache.
+        plans_limit_bytes: Bound on the host memory of plans.
+        memory: Use of the card's memory by calls and residents.
+        held_bytes: The card's memory that is in use, or kept for the next call.
+        held_for_calls_bytes: The part of it that is for calls. Only this part is reported to clients: how much a
+            tenant's residents take concerns nobody else.
+        held_limit_bytes: Bound on `held_bytes`.
+        misses_count: Blocks for calls that no kept block could serve.
+        pinned_count: Lanes with pinned host buffers.
+        pinned_bytes: Size of these buffers.
     """
 
     plans: PlanCacheStats
@@ -39,7 +40,7 @@ class CudaStats:
 
     @property
     def caches(self) -> tuple[CacheState, ...]:
-        """The same, as every device tells it."""
+        """The same, in the form that every device reports."""
         return self._plans, self._device_buffers, self._pinned_buffers
 
     @property

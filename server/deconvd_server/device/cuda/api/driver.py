@@ -1,7 +1,9 @@
-"""What is used of the CUDA driver itself: graphs that record events, where the copies of graphs lie, and their launch.
+"""The part of the CUDA driver that is used here: graphs that record events, their copies' addresses, and their launch.
 
-Graphs, nodes, streams and events of the CUDA runtime are the driver's too. None of these functions waits for the card,
-and so they keep the interpreter's lock: beside other calls, to get it back would take many times as long.
+CuPy has none of it. Graphs, nodes, streams and events of the CUDA runtime are the driver's too.
+
+None of these functions waits for the card, so they keep the interpreter's lock (`ctypes.PyDLL`). While other calls run,
+getting the lock back would take many times as long as the functions.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from functools import lru_cache
 
 __all__ = ["DriverError", "GraphCopy", "copies_of", "launch", "record_event"]
 
-_EVENT_RECORD_EXTERNAL = 1  # of cuda.h, as is what follows
+# of cuda.h
+_EVENT_RECORD_EXTERNAL = 1
 _NODE_TYPE_MEMCPY = 1
 _MEMORY_TYPE_HOST, _MEMORY_TYPE_UNIFIED = 1, 4
 
@@ -30,7 +33,7 @@ class DriverError(Exception):
 
 
 class _Memcpy(ctypes.Structure):
-    """`CUDA_MEMCPY3D`, addresses as numbers."""
+    """`CUDA_MEMCPY3D`, with addresses as numbers."""
 
     _fields_ = (
         ("src_x", ctypes.c_size_t),
@@ -65,7 +68,7 @@ class GraphCopy:
     """A copy that a graph makes.
 
     Attributes:
-        addresses: Those of its two that may be the host's, by the names that `move` takes.
+        addresses: Its addresses that may be the host's, by the names that `retarget` takes. At most two.
     """
 
     def __init__(self, node: ctypes.c_void_p) -> None:
@@ -79,15 +82,17 @@ class GraphCopy:
             memory_type = getattr(self._copy, f"{side}_memory_type")
             if memory_type == _MEMORY_TYPE_HOST:
                 yield f"{side}_host", getattr(self._copy, f"{side}_host")
-            elif memory_type == _MEMORY_TYPE_UNIFIED:
+            elif (
+                memory_type == _MEMORY_TYPE_UNIFIED
+            ):  # the driver has not looked whose the address is
                 yield f"{side}_device", getattr(self._copy, f"{side}_device")
 
     def retarget(self, executable: int, name: str, address: int) -> None:
-        """Have later launches copy from or to another address of the host, as well registered.
+        """Let later launches copy from or to another address of the host, which must be registered as well.
 
         Args:
             executable: The graph's `cudaGraphExec_t`.
-            name: Of the address.
+            name: The name of the address in `addresses`.
 
         Raises:
             DriverError: The driver refuses.
@@ -105,9 +110,9 @@ class GraphCopy:
 
 
 def copies_of(graph: int) -> list[GraphCopy]:
-    """Return the copies in a `cudaGraph_t`: good for as long as it is. Raises DriverError."""
+    """Return the copies in a `cudaGraph_t`. They must not be used once it is destroyed. Raises DriverError."""
     count = ctypes.c_size_t()
-    _call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
+    _call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))  # the number alone
     nodes = (ctypes.c_void_p * count.value)()
     _call("cuGraphGetNodes", ctypes.c_void_p(graph), nodes, ctypes.byref(count))
     return [
@@ -116,7 +121,7 @@ def copies_of(graph: int) -> list[GraphCopy]:
 
 
 def record_event(event: int, stream: int) -> None:
-    """Have each launch of the graph that a stream is captured as record an event. Raises DriverError."""
+    """Let each launch of the graph that is captured from a stream record an event. Raises DriverError."""
     _call(
         "cuEventRecordWithFlags",
         ctypes.c_void_p(event),

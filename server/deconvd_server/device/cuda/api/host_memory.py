@@ -1,4 +1,4 @@
-"""Host memory that cards read and write by themselves, known by its addresses. Needs no CUDA."""
+"""Host memory that is registered with CUDA, so that cards read and write it by themselves. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _log = logging.getLogger(__name__)
 
 
 class RegisteredMemory:
-    """What is registered with CUDA, once for all cards however many of them ask for it. Thread-safe.
+    """Ranges of host memory. Each is registered once for all cards, however many of them ask for it. Thread-safe.
 
     Attributes:
-        generation: Another number whenever what is registered has changed: addresses mean the same
-            as long as it is the same.
+        generation: Counted up whenever a range is added or removed. As long as it is the same, an address means the
+            same memory.
 
     Args:
-        register: Registers memory for all cards, given its address and its size in bytes; raises
-            RuntimeError if it cannot.
+        register: Registers memory for all cards, given its address and its size in bytes. Raises RuntimeError if it
+            cannot.
         unregister: Undoes that, given the address.
     """
 
@@ -41,15 +41,15 @@ class RegisteredMemory:
         self._unregister = unregister
         self._lock = threading.Lock()
         self._users_count: dict[int, int] = {}
-        # begins and ends, in order; replaced whole
+        # Begins and ends, in order. Readers take no lock: the tuple is replaced, never changed.
         self._ranges: tuple[list[int], list[int]] = [], []
         self._has_warned = False
         self.generation = 0
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
-        """Register memory that nobody uses yet; return what undoes it, to be called once.
+        """Register memory that nobody uses yet. Return a function that undoes it, to call once.
 
-        If CUDA does not take it, it is told once in the log, and the memory is like any other.
+        If CUDA refuses, the memory is treated like any other. The log says so once.
         """
         with self._lock:
             if address not in self._users_count:
@@ -71,28 +71,30 @@ class RegisteredMemory:
         return lambda: self._release(address)
 
     def holds(self, array: Array) -> bool:
-        """Return whether cards reach an array: it lies here, C-contiguous and in native byte order."""
+        """Return whether cards reach an array: it is in a range, C-contiguous and in native byte order."""
         return self._address(array) is not None
 
     def addresses(self, x: Tensor, y: Tensor) -> HostAddresses | None:
-        """Return where two arrays lie; None if one is none, or cards do not reach it."""
+        """Return the addresses of two arrays; None if one is a device's tensor or cards do not reach it."""
         if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
             return None
-        generation = self.generation
+        generation = (
+            self.generation
+        )  # read first: if a range changes now, the addresses are of an older generation
         x_begin, y_begin = self._address(x), self._address(y)
         if x_begin is None or y_begin is None:
             return None
         return HostAddresses(generation, (x_begin, y_begin), (x.nbytes, y.nbytes))
 
     def _address(self, array: Array) -> int | None:
-        """Return where an array lies; None if cards do not reach it."""
+        """Return an array's address; None if cards do not reach it."""
         begins, ends = self._ranges
         if not begins or not (array.flags.c_contiguous and array.dtype.isnative):
             return None
         begin = address_of(array)
         found = bisect_right(begins, begin)
-        is_here = found > 0 and begin + array.nbytes <= ends[found - 1]
-        return begin if is_here else None
+        is_inside = found > 0 and begin + array.nbytes <= ends[found - 1]
+        return begin if is_inside else None
 
     def _release(self, address: int) -> None:
         with self._lock:
@@ -103,21 +105,26 @@ class RegisteredMemory:
                 begins, ends = self._ranges
                 at = begins.index(address)
                 self._ranges = begins[:at] + begins[at + 1 :], ends[:at] + ends[at + 1 :]
-                self._unregister(address)
+                self._unregister(
+                    address
+                )  # under the lock: another card may register it again at once
 
     def _warn_once(self, error: RuntimeError) -> None:
         if not self._has_warned:
-            _log.warning("CUDA does not take shared memory, so it is copied on the way: %s", error)
+            _log.warning(
+                "CUDA refuses to register shared memory, so it is copied to pinned memory first: %s",
+                error,
+            )
         self._has_warned = True
 
 
 class HostAddresses(NamedTuple):
-    """Where arrays lie that cards reach.
+    """The addresses of arrays in registered memory.
 
     Attributes:
-        generation: Of the `RegisteredMemory` that they lie in: an address means the same as long as this is.
-        begins: Their addresses.
-        sizes_bytes: Their sizes.
+        generation: That of the `RegisteredMemory`. Two addresses of different generations may be of different memory.
+        begins: The addresses.
+        sizes_bytes: The sizes of the arrays.
     """
 
     generation: int
@@ -126,11 +133,11 @@ class HostAddresses(NamedTuple):
 
     @classmethod
     def of(cls, generation: int, arrays: Sequence[Array]) -> HostAddresses:
-        """Return where arrays lie."""
+        """Return the addresses of arrays, which must be in registered memory of a generation."""
         return cls(generation, tuple(map(address_of, arrays)), tuple([a.nbytes for a in arrays]))
 
     def with_arrays(self, arrays: Sequence[Array]) -> HostAddresses:
-        """Return where others lie, and then these."""
+        """Return the addresses of other arrays, followed by these."""
         return HostAddresses(
             self.generation,
             (*map(address_of, arrays), *self.begins),
@@ -139,7 +146,7 @@ class HostAddresses(NamedTuple):
 
     @property
     def are_disjoint(self) -> bool:
-        """Whether no two of them overlap."""
+        """Whether no two of the arrays overlap."""
         end = 0
         for begin, size_bytes in sorted(zip(self.begins, self.sizes_bytes, strict=True)):
             if begin < end:
@@ -148,7 +155,7 @@ class HostAddresses(NamedTuple):
         return True
 
     def find(self, address: int) -> tuple[int, int] | None:
-        """Return which of them an address lies in, by its number, and how far behind its begin; None if in none."""
+        """Return the number of the array that has an address, and the offset in that array; None if no array has it."""
         for number, (begin, size_bytes) in enumerate(
             zip(self.begins, self.sizes_bytes, strict=True)
         ):
@@ -158,6 +165,6 @@ class HostAddresses(NamedTuple):
 
 
 def _prefault(address: int, size_bytes: int) -> None:
-    """Have the system give memory its pages: CUDA would, but hold up all its other callers meanwhile."""
+    """Make the system allocate the memory's pages. CUDA would do it too, but block all its other callers meanwhile."""
     memory = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
     memory[:: mmap.PAGESIZE] = 0

@@ -1,4 +1,4 @@
-"""The card's memory as calls and tensors use it: one block each, bounded, accounted for."""
+"""The card's memory as calls and residents use it: one block each, within a limit, and counted. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deconvd.errors import ExhaustedError
 __all__ = ["BlockLayout", "BlockRegion", "DeviceMemory", "Lease", "MemoryStats"]
 
 ALIGNMENT_BYTES = 256
-"""What the address of every operand, result and workspace is a multiple of."""
+"""The address of every operand, result and workspace in a block is a multiple of this."""
 
 
 class _MemoryBlock(Protocol):
@@ -23,15 +23,15 @@ class _MemoryBlock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """What calls and tensors take of the card's memory.
+    """The use of the card's memory by calls and residents.
 
     Attributes:
-        blocks_count: Blocks that calls use: what clients keep is not to be told to others.
-        used_bytes: What all blocks in use take together.
-        peak_bytes: What they took at most so far.
-        limit_bytes: What they may take.
-        taken_count: Blocks that were lent to calls so far.
-        refused_count: Blocks that could not be lent.
+        blocks_count: Blocks that calls use. Those of residents are left out, since this number is reported to clients.
+        used_bytes: Size of all blocks in use.
+        peak_bytes: The largest `used_bytes` so far.
+        limit_bytes: Bound on `used_bytes`.
+        leased_count: Blocks that were leased to calls so far.
+        refused_count: Leases that the limit did not allow.
     """
 
     blocks_count: int
@@ -43,9 +43,9 @@ class MemoryStats:
 
 
 class Lease:
-    """A block that is lent until it is freed, or for the length of a with-block, which gets its address.
+    """A block of memory until it is freed, or for the length of a with-block, which gets its address.
 
-    The card must be done with it then.
+    The card must be done with the block before it is freed.
     """
 
     __slots__ = ("_block", "_on_free")
@@ -56,7 +56,7 @@ class Lease:
 
     @property
     def pointer(self) -> int:
-        """Its address."""
+        """The block's address."""
         if self._block is None:
             raise ValueError("the memory is freed")
         return self._block.ptr
@@ -76,15 +76,15 @@ class Lease:
 
 
 class DeviceMemory:
-    """Blocks of the card's memory, lent to calls and to tensors. Thread-safe.
+    """Leases blocks of the card's memory to calls and residents. Thread-safe.
 
     Args:
-        limit_bytes: What all blocks may take together.
-        allocate: Returns a block of so many bytes, given back once it is collected; raises
-            MemoryError if there is none.
-        allocate_to_stay: The same, for blocks that stay for long.
-        allocate_to_lend: The same, for blocks that other processes see: all zeros, and with nothing
-            of others beside them.
+        limit_bytes: Bound on the size of all blocks together.
+        allocate: Returns a block of that many bytes, which is given back once it is collected. Raises MemoryError if
+            the card has no such block.
+        allocate_resident: The same, for blocks that stay for long.
+        allocate_shared: The same, for blocks that another process opens: all zeros, and with no other block in the same
+            allocation.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class DeviceMemory:
         limit_bytes: int,
         allocate: Callable[[int], _MemoryBlock],
         *,
-        allocate_to_stay: Callable[[int], _MemoryBlock],
-        allocate_to_lend: Callable[[int], _MemoryBlock],
+        allocate_resident: Callable[[int], _MemoryBlock],
+        allocate_shared: Callable[[int], _MemoryBlock],
     ) -> None:
         self._limit_bytes = limit_bytes
         self._allocate = allocate
-        self._allocate_to_stay = allocate_to_stay
-        self._allocate_to_lend = allocate_to_lend
+        self._allocate_resident = allocate_resident
+        self._allocate_shared = allocate_shared
         self._lock = threading.Lock()
         self._used_bytes = 0
         self._peak_bytes = 0
@@ -107,24 +107,24 @@ class DeviceMemory:
         self._refused_count = 0
 
     def lease(self, size_bytes: int) -> Lease:
-        """Lend a block.
+        """Lease a block to a call.
 
         Raises:
-            ExhaustedError: The limit does not allow it now, or the card has not the memory.
+            ExhaustedError: The limit does not allow it now, or the card has no memory for it.
         """
         return self._lease_block(size_bytes, self._allocate, is_of_call=True)
 
     def lease_resident(self, size_bytes: int) -> Lease:
-        """Lend a block for long. Raises as `take` does."""
-        return self._lease_block(size_bytes, self._allocate_to_stay)
+        """Lease a block to a resident. Raises as `lease` does."""
+        return self._lease_block(size_bytes, self._allocate_resident)
 
     def lease_shared(self, size_bytes: int) -> Lease:
-        """Lend a block that other processes see. Raises as `take` does."""
-        return self._lease_block(size_bytes, self._allocate_to_lend)
+        """Lease a block that another process may open. Raises as `lease` does."""
+        return self._lease_block(size_bytes, self._allocate_shared)
 
     @property
     def stats(self) -> MemoryStats:
-        """What is taken now."""
+        """The use of the memory now."""
         with self._lock:
             return MemoryStats(
                 self._blocks_count,
@@ -144,7 +144,7 @@ class DeviceMemory:
         except MemoryError as error:
             self._unreserve(size_bytes, is_of_call)
             raise ExhaustedError(
-                f"the card has not the {size_bytes} bytes of memory that are needed: {error}"
+                f"{size_bytes} bytes of the card's memory are needed, and it has no such block: {error}"
             ) from None
         except BaseException:
             self._unreserve(size_bytes, is_of_call)
@@ -175,8 +175,8 @@ class BlockRegion:
     """A part of a block.
 
     Attributes:
-        offset: Where it begins, in bytes from the block's start.
-        size_bytes: Its length.
+        offset: In bytes from the block's start.
+        size_bytes: Without what alignment adds.
     """
 
     offset: int
@@ -184,7 +184,7 @@ class BlockRegion:
 
 
 class BlockLayout:
-    """Regions of a block, one behind the other, each aligned."""
+    """Regions of a block, one after the other, each aligned to ALIGNMENT_BYTES."""
 
     def __init__(self) -> None:
         self.total_bytes = 0

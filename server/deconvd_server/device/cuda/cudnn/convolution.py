@@ -1,9 +1,14 @@
-"""A deconvolution in cuDNN's words: one convolution operation, as an operation graph.
+"""A product of a deconvolution, translated to cuDNN's words: an operation graph of one convolution operation.
 
-cuDNN sees the convolution whose gradient the deconvolution is: its image is y, its result is x. So
-y comes from "backward data", gx from "forward", gW from "backward filter". cuDNN rounds its result's
-size down, so a y that outsize made larger needs no more than its own size; a smaller one is not a
-problem for it (see `window`).
+A deconvolution is the gradient of a convolution, which cuDNN knows. That convolution's image is our y, and its result,
+here called response, is our x:
+
+    y     "backward data"      from the response x and the filter W
+    gx    "forward"            from the image gy and the filter W
+    gW    "backward filter"    from the response x and the image gy
+
+A convolution rounds the size of its result down. So cuDNN also takes a y that an outsize makes larger than its natural
+size. It takes no smaller one (see `crop`).
 """
 
 from __future__ import annotations
@@ -26,10 +31,10 @@ from deconvd_server.device.cuda.plan import Product
 __all__ = ["ALIGNMENT_BYTES", "UIDS", "Layout", "operation_graph"]
 
 ALIGNMENT_BYTES = 16
-"""What every operand's address is a multiple of: cuDNN's fastest loads need it."""
+"""Every operand's address is a multiple of this. cuDNN's fastest loads need it."""
 
 UIDS = (1, 2, 3)
-"""The names that the graph gives to a plan's a, b and out."""
+"""The ids of a plan's a, b and out in the graph."""
 
 _DATA_TYPES = {
     "float16": DataType.HALF,
@@ -40,7 +45,7 @@ _DATA_TYPES = {
 
 
 class Layout(StrEnum):
-    """The order of the elements in memory; the shape's order is always the same."""
+    """The order of a tensor's elements in memory. Shapes are in the order NCHW for both."""
 
     NCHW = "nchw"
     NHWC = "nhwc"
@@ -54,7 +59,7 @@ class Layout(StrEnum):
 
 
 class _OperationAttributes(NamedTuple):
-    """How cuDNN calls an operation and its parts."""
+    """cuDNN's names of an operation and its parts."""
 
     kind: DescriptorType
     convolution: Attribute
@@ -100,43 +105,44 @@ _OPERAND_ORDER = {
     Product.GX: {"image": 0, "filter": 1, "response": 2},
     Product.GW: {"response": 0, "image": 1, "filter": 2},
 }
-"""Which of a plan's (a, b, out) each part is."""
+"""The position of each part among a plan's a, b and out."""
 
 
 def operation_graph(
-    scope: DescriptorScope, handle: int, operation: Product, problem: Problem, layout: Layout
+    scope: DescriptorScope, handle: int, product: Product, problem: Problem, layout: Layout
 ) -> Descriptor:
-    """Return the graph of one operation, finalized.
+    """Return the finalized graph of one operation.
 
     Raises:
-        CudnnError: cuDNN does not take it.
+        CudnnError: cuDNN does not support the operation.
     """
-    parts = _make_operation(scope, operation, problem, layout)
+    operation = _make_operation(scope, product, problem, layout)
     graph = scope.new(DescriptorType.OPERATIONGRAPH)
     graph.set(Attribute.OPERATIONGRAPH_HANDLE, AttributeType.HANDLE, handle)
-    graph.set(Attribute.OPERATIONGRAPH_OPS, AttributeType.BACKEND_DESCRIPTOR, parts.address)
+    graph.set(Attribute.OPERATIONGRAPH_OPS, AttributeType.BACKEND_DESCRIPTOR, operation.address)
     graph.finalize()
     return graph
 
 
 def _make_operation(
-    scope: DescriptorScope, operation: Product, problem: Problem, layout: Layout
+    scope: DescriptorScope, product: Product, problem: Problem, layout: Layout
 ) -> Descriptor:
-    words, places = _OPERATION_ATTRIBUTES[operation], _OPERAND_ORDER[operation]
+    names, order = _OPERATION_ATTRIBUTES[product], _OPERAND_ORDER[product]
     shapes = {"image": problem.y.shape, "filter": problem.W.shape, "response": problem.x.shape}
-    node = scope.new(words.kind)
+    operation = scope.new(names.kind)
     for part, shape in shapes.items():
-        tensor = _tensor(scope, shape, problem.x.dtype, layout, UIDS[places[part]])
-        node.set(getattr(words, part), AttributeType.BACKEND_DESCRIPTOR, tensor.address)
+        tensor = _tensor(scope, shape, problem.x.dtype, layout, UIDS[order[part]])
+        operation.set(getattr(names, part), AttributeType.BACKEND_DESCRIPTOR, tensor.address)
     convolution = _convolution(scope, problem)
-    node.set(words.convolution, AttributeType.BACKEND_DESCRIPTOR, convolution.address)
+    operation.set(names.convolution, AttributeType.BACKEND_DESCRIPTOR, convolution.address)
+    # out = alpha result + beta out: cuDNN wants both as doubles where it computes in doubles
     scalar = (
         AttributeType.DOUBLE if _compute_type(problem) is DataType.DOUBLE else AttributeType.FLOAT
     )
-    node.set(words.alpha, scalar, 1.0)
-    node.set(words.beta, scalar, 0.0)
-    node.finalize()
-    return node
+    operation.set(names.alpha, scalar, 1.0)
+    operation.set(names.beta, scalar, 0.0)
+    operation.finalize()
+    return operation
 
 
 def _tensor(

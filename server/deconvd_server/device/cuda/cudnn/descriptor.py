@@ -17,15 +17,15 @@ _C_TYPES: dict[AttributeType, Any] = {
     AttributeType.FLOAT: ctypes.c_float,
     AttributeType.DOUBLE: ctypes.c_double,
 }
-"""Pointers aside, every other attribute is an enumeration: an int."""
+"""C types of numbers. Attributes of all other types are pointers, see below, or enumerations, which are ints."""
 
 _POINTERS = (AttributeType.HANDLE, AttributeType.VOID_PTR, AttributeType.BACKEND_DESCRIPTOR)
 
 
 class Descriptor:
-    """A descriptor, to be closed by whoever made it. Methods raise `CudnnError`.
+    """A descriptor, which its owner must close. Methods raise `CudnnError`.
 
-    It is not closed when it is collected: at the interpreter's end cuDNN may be gone already.
+    It is not closed when it is collected: at the interpreter's exit cuDNN may be unloaded already.
     """
 
     def __init__(self, cudnn: Cudnn, kind: DescriptorType) -> None:
@@ -49,33 +49,33 @@ class Descriptor:
         )
 
     def finalize(self) -> None:
-        """Check the attributes and do the work, which may take long."""
+        """Check the attributes and build the object that they describe, which may take long."""
         self._cudnn.call("cudnnBackendFinalize", self._pointer)
 
     def get(self, attribute: Attribute, kind: AttributeType, limit: int = 1) -> list[int]:
-        """Return at most `limit` numbers."""
+        """Return the numbers of an attribute, at most `limit`."""
         values = _array(kind, (0,) * limit)
         count = self._get(attribute, kind, limit, values)
         return [int(value) for value in values[:count]]
 
     def get_into(self, attribute: Attribute, others: Sequence[Descriptor]) -> int:
-        """Let other descriptors describe an attribute, and return how many of them do."""
+        """Fill other descriptors from an attribute. Return how many of them were filled."""
         pointers = _array(AttributeType.BACKEND_DESCRIPTOR, [other.address for other in others])
         return self._get(attribute, AttributeType.BACKEND_DESCRIPTOR, len(others), pointers)
 
     def get_text(self, attribute: Attribute) -> bytes:
-        """Return characters."""
+        """Return the characters of an attribute."""
         size = self.count(attribute, AttributeType.CHAR)
         buffer = ctypes.create_string_buffer(size)
         count = self._get(attribute, AttributeType.CHAR, size, buffer)
         return buffer.raw[:count]
 
     def count(self, attribute: Attribute, kind: AttributeType) -> int:
-        """Return how many elements an attribute has."""
+        """Return the number of elements of an attribute."""
         return self._get(attribute, kind, 0, None)
 
     def close(self) -> None:
-        """Free it. Closing twice is harmless."""
+        """Free the descriptor. Closing twice is harmless."""
         if self._pointer:
             self._cudnn.call("cudnnBackendDestroyDescriptor", self._pointer)
             self._pointer = ctypes.c_void_p()
@@ -105,7 +105,7 @@ class Descriptor:
 
 
 class DescriptorScope:
-    """Descriptors that live as long as a with-block."""
+    """Closes the descriptors that it makes at the end of a with-block."""
 
     def __init__(self, cudnn: Cudnn) -> None:
         self._cudnn = cudnn

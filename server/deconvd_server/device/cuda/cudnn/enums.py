@@ -1,4 +1,4 @@
-"""Numbers of cuDNN 9's graph API that are used here, named as in cudnn_graph_v9.h."""
+"""The numbers of cuDNN 9's graph API that are used here, with the names of cudnn_graph_v9.h."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 CROSS_CORRELATION = 1
-"""`CUDNN_CROSS_CORRELATION`: what everybody but mathematicians calls a convolution."""
+"""`CUDNN_CROSS_CORRELATION`: a convolution as neural networks use it, without a flipped filter."""
 
 
 class DataType(IntEnum):
@@ -28,7 +28,7 @@ class DataType(IntEnum):
 
 
 class AttributeType(IntEnum):
-    """`cudnnBackendAttributeType_t`: what an attribute's elements are."""
+    """`cudnnBackendAttributeType_t`: the type of an attribute's elements."""
 
     HANDLE = 0
     DATA_TYPE = 1
@@ -45,7 +45,7 @@ class AttributeType(IntEnum):
 
 
 class DescriptorType(IntEnum):
-    """`cudnnBackendDescriptorType_t`: what a descriptor describes."""
+    """`cudnnBackendDescriptorType_t`: the kind of object that a descriptor describes."""
 
     CONVOLUTION = 1
     ENGINE = 2
@@ -112,7 +112,7 @@ class Attribute(IntEnum):
 
 
 class HeuristicMode(IntEnum):
-    """`cudnnBackendHeurMode_t`: which heuristics propose engines."""
+    """`cudnnBackendHeurMode_t`: the heuristics that propose engines."""
 
     B = 1
     FALLBACK = 2
@@ -120,7 +120,7 @@ class HeuristicMode(IntEnum):
 
 
 class NumericalNote(IntEnum):
-    """`cudnnBackendNumericalNote_t`: what an engine does to numbers."""
+    """`cudnnBackendNumericalNote_t`: how an engine's numbers differ from plain arithmetic."""
 
     TENSOR_CORE = 0
     DOWN_CONVERT_INPUTS = 1

@@ -1,4 +1,4 @@
-"""The cuDNN library: found, loaded, its errors translated, its handles kept one to a stream."""
+"""The cuDNN library: loads it, translates its errors, and keeps a handle for each stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deconvd_server.device.faults import DeviceUnavailableError
 __all__ = ["Cudnn", "CudnnError", "CudnnHandle", "check_version"]
 
 _OLDEST_VERSION = 91900
-"""The oldest that deconvd is tested with: 9.14 ends the process by SIGFPE for some problems."""
+"""The oldest version that deconvd is tested with, 9.19.0. Version 9.14 ends the process by SIGFPE for some problems."""
 
 _INSTALL = "pip install '.[server,cuda13]' in a checkout of deconvd"
 _MESSAGE_BYTES = 1024
@@ -30,13 +30,13 @@ class CudnnError(Exception):
 
     @property
     def is_unsupported(self) -> bool:
-        """Whether cuDNN only says that it cannot do this, as `CUDNN_STATUS_NOT_SUPPORTED`."""
+        """Whether cuDNN does not support this: `CUDNN_STATUS_NOT_SUPPORTED`, 3000, or a status of its kind."""
         return self.status // 1000 == 3
 
 
 @dataclass(slots=True)
 class CudnnHandle:
-    """A cuDNN handle bound to a stream, and the lock of whoever uses it."""
+    """A cuDNN handle bound to a stream, and the lock that a thread must have to use it."""
 
     pointer: int
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,7 +57,7 @@ class Cudnn:
         check_version(self.version, path)
 
     def call(self, function: str, *arguments: object) -> None:
-        """Call a function that returns a status. The interpreter's lock is free meanwhile.
+        """Call a function that returns a status. The interpreter's lock is released meanwhile.
 
         Raises:
             CudnnError: The status is not success.
@@ -76,18 +76,20 @@ class Cudnn:
         )
 
     def handle(self, stream: int) -> CudnnHandle:
-        """Return the handle that is bound to a stream, made at first need.
+        """Return the handle that is bound to a stream. It is made when it is first needed.
 
-        A stream belongs to one thread at a time, so two never make its handle at once.
+        A stream belongs to one thread at a time, so two threads never make its handle at once.
         """
         handle = self._handles.get(stream)
-        if handle is None:  # making one takes long, so nobody waits for it who has one
+        if (
+            handle is None
+        ):  # looked up without the lock: threads that have a handle do not wait while one is made
             with self._lock:
                 handle = self._handles[stream] = self._create_handle(stream)
         return handle
 
     def destroy_handle(self, stream: int) -> None:
-        """Destroy the handle of a stream that is about to end. None may be using it."""
+        """Destroy the handle of a stream that is about to end. Nobody may be using it."""
         with self._lock:
             handle = self._handles.pop(stream, None)
         if handle is not None:
@@ -111,17 +113,17 @@ class Cudnn:
 
 
 def check_version(version: int, path: str) -> None:
-    """Raise DeviceUnavailableError if a version of cuDNN is not to be used.
+    """Raise DeviceUnavailableError if a version of cuDNN is too old.
 
     Args:
-        version: As `cudnnGetVersion` has it.
-        path: Where the library was loaded from.
+        version: As `cudnnGetVersion` returns it.
+        path: The file that the library was loaded from.
     """
     if version < _OLDEST_VERSION:
         raise DeviceUnavailableError(
-            f"cuDNN {_format_version(version)}, loaded from {path}, is too old, as it may crash: "
-            f"{_format_version(_OLDEST_VERSION)} or newer is needed: {_INSTALL}; if that is done, start the server "
-            "where the older one is not found first (LD_LIBRARY_PATH, packages of the system)"
+            f"cuDNN {_format_version(version)}, loaded from {path}, is too old and may crash the server: "
+            f"{_format_version(_OLDEST_VERSION)} or newer is needed: {_INSTALL}; if it is installed already, make sure "
+            "that the older one is not found first (see LD_LIBRARY_PATH and the system's packages)"
         )
 
 
@@ -130,7 +132,7 @@ def _format_version(version: int) -> str:
 
 
 def _load() -> tuple[ctypes.CDLL, str]:
-    """Return the library, and where it was loaded from."""
+    """Return the library, and the file that it was loaded from."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 

@@ -1,4 +1,4 @@
-"""An execution plan of cuDNN, kept as small as it can be."""
+"""An execution plan of cuDNN, made from its serialized form to be small."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ __all__ = ["CudnnPlan"]
 
 
 class CudnnPlan:
-    """A way of cuDNN's to compute one operation in one layout. See `Plan`.
+    """A plan of cuDNN for one product in one layout. See `Plan`.
 
-    It is made from cuDNN's own serialized form, which needs a tenth of the memory of the plan that
-    it was taken from, and no graph. It is freed when nobody refers to it any more, a captured graph
-    included; but not at the interpreter's end, when cuDNN may have gone first.
+    It is made from the plan's serialized form: it needs a tenth of the memory of the plan that was serialized, and no
+    graph. It is freed when it is collected, but not at the interpreter's exit, when cuDNN may be unloaded already.
 
     Args:
         name, deterministic: As in `Plan`.
-        blob: The serialized form, of this version of cuDNN for this kind of card.
+        blob: The serialized form, of this version of cuDNN and this kind of card.
         stream: A stream whose handle may be used now.
 
     Raises:
-        CudnnError: The blob is damaged, or of another version or card.
+        CudnnError: The blob is damaged, or is of another version or card.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class CudnnPlan:
         self.deterministic = deterministic
         self.blob = blob
         self._cudnn = cudnn
-        # cuDNN does not promise that one plan may be executed by two threads at once
+        # cuDNN does not say that two threads may execute one plan at once
         self._lock = threading.Lock()
         self._descriptor = _deserialize(cudnn, stream, blob)
         self._finalizer = weakref.finalize(self, self._descriptor.close)
@@ -46,7 +45,7 @@ class CudnnPlan:
         )[0]
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
-        """Enqueue the operation; the operands lie in the plan's layout. See `Plan`.
+        """Enqueue the product. The tensors are in the plan's layout. See `Plan`.
 
         Raises:
             CudnnError: It could not be enqueued.
@@ -64,7 +63,7 @@ class CudnnPlan:
             pack.close()
 
     def close(self) -> None:
-        """Free it now. Nobody may execute it any more, nor a graph that it was captured into."""
+        """Free the plan now. Nobody may execute it afterwards, nor a graph that it was captured into."""
         self._finalizer()
 
 

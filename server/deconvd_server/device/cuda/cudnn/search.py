@@ -1,4 +1,4 @@
-"""The engines that cuDNN proposes for an operation, and plans made of them."""
+"""Searches for engines: lists what cuDNN's heuristics propose for an operation, and builds plans of it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["EngineProposal", "EngineRules", "EngineSearch", "Layout"]
 
 @dataclass(frozen=True, slots=True)
 class EngineRules:
-    """Which engines are wanted.
+    """The rules by which engines are selected.
 
     Attributes:
         unwanted: Notes that rule an engine out.
-        compiling: Whether it must compile kernels, which takes 0.25 to 8 s, or must not.
+        compiling: True for engines that compile kernels at run time, which takes 0.25 to 8 s; False for the others.
     """
 
     unwanted: frozenset[NumericalNote]
@@ -39,7 +39,7 @@ class EngineRules:
 
     @classmethod
     def of(cls, problem: Problem, options: Options, *, compiling: bool) -> EngineRules:
-        """Return the rules that keep a result what `Options` and the reference promise."""
+        """Return the rules that keep results as exact as `Options` and the reference promise."""
         unwanted = {NumericalNote.DOWN_CONVERT_INPUTS, NumericalNote.REDUCED_PRECISION_REDUCTION}
         if options.cudnn_deterministic:
             unwanted.add(NumericalNote.NONDETERMINISTIC)
@@ -52,13 +52,13 @@ class EngineRules:
 
 @dataclass(frozen=True, slots=True)
 class EngineProposal:
-    """An engine with its settings, as heuristics propose it.
+    """An engine with its settings, as the heuristics propose it.
 
     Attributes:
-        config: Its descriptor, alive as long as the search.
-        engine: Its number.
-        notes: What it does to numbers.
-        compiles: Whether it compiles kernels when its plan is made.
+        config: The descriptor. It lives as long as the search.
+        engine: The engine's number.
+        notes: How the engine's numbers differ from plain arithmetic.
+        compiles: Whether it compiles kernels when its plan is built.
     """
 
     config: Descriptor
@@ -68,17 +68,17 @@ class EngineProposal:
 
 
 class EngineSearch:
-    """A search for plans of one operation in one layout, for the length of a with-block.
+    """A search for plans of one product in one layout, for the length of a with-block.
 
     Args:
         stream: A stream whose handle may be used meanwhile.
 
     Raises:
-        CudnnError: cuDNN does not take the operation at all.
+        CudnnError: cuDNN does not support the product.
     """
 
     def __init__(
-        self, cudnn: Cudnn, stream: int, operation: Product, problem: Problem, layout: Layout
+        self, cudnn: Cudnn, stream: int, product: Product, problem: Problem, layout: Layout
     ) -> None:
         self._cudnn = cudnn
         self._stream = stream
@@ -87,9 +87,7 @@ class EngineSearch:
             self._scope = stack.enter_context(DescriptorScope(cudnn))
             handle = cudnn.handle(stream)
             with handle.lock:
-                self._graph = operation_graph(
-                    self._scope, handle.pointer, operation, problem, layout
-                )
+                self._graph = operation_graph(self._scope, handle.pointer, product, problem, layout)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> EngineSearch:
@@ -101,7 +99,7 @@ class EngineSearch:
     def proposals(
         self, rules: EngineRules, modes: Sequence[HeuristicMode]
     ) -> Iterator[EngineProposal]:
-        """Yield what the heuristics of each mode propose and the rules allow, their best first."""
+        """Yield the proposals of each mode's heuristics that the rules allow, the best first."""
         for mode in modes:
             for config in self._configs(mode):
                 proposal = self._proposal(config)
@@ -112,7 +110,7 @@ class EngineSearch:
         """Return a plan of the proposed engine.
 
         Raises:
-            CudnnError: The engine cannot do it after all.
+            CudnnError: The engine does not support the product after all.
         """
         return CudnnPlan(
             self._cudnn,

@@ -1,4 +1,4 @@
-"""Calls of one kind: where their tensors lie on the card, and the graph that they are captured as."""
+"""A kind of call: its work, the layout of its tensors on the card, and the graphs that it was captured as."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from deconvd_server.device.cuda.api.host_memory import HostAddresses
 from deconvd_server.device.cuda.api.memory import BlockRegion
 from deconvd_server.device.cuda.api.runtime import CudaError, Stream, copy
 from deconvd_server.device.cuda.cudnn import CudnnError
+from deconvd_server.device.cuda.execution.bound_graph import BoundGraph
 from deconvd_server.device.cuda.execution.device_layout import DeviceLayout
+from deconvd_server.device.cuda.execution.device_work import DeviceWork
 from deconvd_server.device.cuda.execution.graph_cache import GraphCache
-from deconvd_server.device.cuda.execution.job import DeviceWork
-from deconvd_server.device.cuda.execution.movable_graph import BoundGraph
 from deconvd_server.device.cuda.plan import OPERAND_ALIGNMENT_BYTES
 
 __all__ = ["CallKind", "layout_spec", "tensor_addresses"]
@@ -24,92 +24,98 @@ _NO_ADDRESSES = HostAddresses(0, (), ())
 
 
 class CallKind:
-    """Calls that do the same work on other numbers, with the same tensors on the card.
+    """Calls that do the same work with other numbers. Those of their tensors that are on the card are the same, too.
 
     Args:
-        job: Of the call, or of one of its parts.
-        operands_at, results_at: Addresses of those that lie on the card already; None for others.
-        parts_count: In how many parts of its samples, one behind the other in the first operand and
-            the results, a call is computed.
+        work: The work of a call, or of one of its parts.
+        operand_addresses, result_addresses: Addresses of tensors that are on the card; None for arrays.
+        parts_count: Parts in which a call is computed. Their samples follow each other in the first operand and in the
+            results.
 
     Attributes:
-        frame: Where all parts lie.
+        layout: The places of all parts' tensors, and of one workspace that the parts share.
     """
 
     def __init__(
         self,
-        job: DeviceWork,
-        operands_at: Sequence[int | None],
-        results_at: Sequence[int | None],
+        work: DeviceWork,
+        operand_addresses: Sequence[int | None],
+        result_addresses: Sequence[int | None],
         *,
         parts_count: int = 1,
     ) -> None:
-        self.work = job
-        self.operand_addresses, self.result_addresses = operands_at, results_at
+        self.work = work
+        self.operand_addresses, self.result_addresses = operand_addresses, result_addresses
         self.parts_count = parts_count
-        divided, *others = job.operands
+        divided, *others = work.operands
         operands = [_join_parts(divided, parts_count), *others]
-        results = [_join_parts(spec, parts_count) for spec in job.results]
+        results = [_join_parts(spec, parts_count) for spec in work.results]
         self.layout = DeviceLayout(
-            [*map(layout_spec, operands, operands_at)],
-            [*map(layout_spec, results, results_at)],
-            job.workspace_bytes,
+            [*map(layout_spec, operands, operand_addresses)],
+            [*map(layout_spec, results, result_addresses)],
+            work.workspace_bytes,
         )
         self._graphs: GraphCache[BoundGraph] = GraphCache()
 
     def enqueue(self, base: int, stream: int) -> None:
         """Enqueue all work between upload and download on a stream.
 
+        Tensors on the card that are not aligned as plans need it, such as views of some samples, are copied to the
+        block and back.
+
         Args:
-            base: Address of a block for the frame.
+            base: Address of a block for the layout.
         """
-        frame, job = self.layout, self.work
-        operands = tensor_addresses(base, frame.operands, self.operand_addresses)
-        results = tensor_addresses(base, frame.results, self.result_addresses)
-        for address, at, spec in zip(operands, self.operand_addresses, job.operands, strict=True):
-            if at is not None and at != address:
-                copy(address, at, spec.nbytes, stream)
-        job.enqueue(operands, results, base + frame.workspace.offset, stream)
-        for address, at, spec in zip(results, self.result_addresses, job.results, strict=True):
-            if at is not None and at != address:
-                copy(at, address, spec.nbytes, stream)
+        layout, work = self.layout, self.work
+        operands = tensor_addresses(base, layout.operands, self.operand_addresses)
+        results = tensor_addresses(base, layout.results, self.result_addresses)
+        for used, own, spec in zip(operands, self.operand_addresses, work.operands, strict=True):
+            if own is not None and own != used:
+                copy(used, own, spec.nbytes, stream)
+        work.enqueue(operands, results, base + layout.workspace.offset, stream)
+        for used, own, spec in zip(results, self.result_addresses, work.results, strict=True):
+            if own is not None and own != used:
+                copy(own, used, spec.nbytes, stream)
 
     def launch(
         self,
         stream: Stream,
         work: Callable[[], None],
-        at: Hashable = None,
-        places: HostAddresses = _NO_ADDRESSES,
+        bound_to: Hashable = None,
+        addresses: HostAddresses = _NO_ADDRESSES,
     ) -> None:
-        """Do what `work` enqueues on a stream: as a graph, once it comes again.
+        """Enqueue work on a stream: as a graph, once it comes again.
 
         Args:
-            work: Always does the same where `at` is the same.
-            at: The addresses on the card that it is bound to, where those change from call to call.
-            places: Of arrays on the host that it copies from and to, apart from each other, where
-                those change.
+            work: Enqueues the work: the same each time for the same `bound_to`.
+            bound_to: The addresses on the card that the work is bound to, if they change from call to call.
+            addresses: Of the host's arrays that it copies from and to, if they change from call to call. They must
+                not overlap.
         """
         self._graphs.run(
-            at,
+            bound_to,
             work,
-            capture=lambda: _capture(stream, work, places),
-            replay=lambda graph: _try_replay(graph, stream, places),
+            capture=lambda: _capture(stream, work, addresses),
+            replay=lambda graph: _try_replay(graph, stream, addresses),
         )
 
 
-def _capture(stream: Stream, work: Callable[[], None], places: HostAddresses) -> BoundGraph | None:
+def _capture(
+    stream: Stream, work: Callable[[], None], addresses: HostAddresses
+) -> BoundGraph | None:
     try:
-        return BoundGraph(stream.capture(work), places)
+        return BoundGraph(stream.capture(work), addresses)
     except (CudaError, CudnnError) as error:
-        _log.debug("done without a graph: %s", error)
-        return None  # some of cuDNN's engines do what no graph can hold
+        # Some of cuDNN's engines do things that no graph can hold. The work is the same without one.
+        _log.debug("the work cannot be captured as a graph: %s", error)
+        return None
 
 
-def _try_replay(graph: BoundGraph, stream: Stream, places: HostAddresses) -> bool:
+def _try_replay(graph: BoundGraph, stream: Stream, addresses: HostAddresses) -> bool:
     try:
-        graph.rebind(places)
+        graph.rebind(addresses)
     except CudaError as error:
-        _log.debug("done without a graph: it does not let its copies be moved: %s", error)
+        _log.debug("the copies of a graph cannot be retargeted, so it is not launched: %s", error)
         return False
     graph.launch(stream.pointer)
     return True
@@ -120,16 +126,17 @@ def _join_parts(part: TensorSpec, count: int) -> TensorSpec:
     return TensorSpec((samples_count * count, *sample), part.dtype)
 
 
-def layout_spec(spec: TensorSpec, at: int | None) -> TensorSpec | None:
-    """Return what needs room in a frame: None for a tensor that plans can use where it lies."""
-    return None if at is not None and at % OPERAND_ALIGNMENT_BYTES == 0 else spec
+def layout_spec(spec: TensorSpec, address: int | None) -> TensorSpec | None:
+    """Return a tensor's spec if it needs a region of the block; None if plans can use it where it is on the card."""
+    is_usable = address is not None and address % OPERAND_ALIGNMENT_BYTES == 0
+    return None if is_usable else spec
 
 
 def tensor_addresses(
-    base: int, regions: Sequence[BlockRegion | None], at: Sequence[int | None]
+    base: int, regions: Sequence[BlockRegion | None], addresses: Sequence[int | None]
 ) -> list[int]:
-    """Return where tensors are during the call: in their regions of the block, or else where they lie."""
+    """Return the addresses that the work uses: regions of the block, or else the tensors' own."""
     return [
-        base + region.offset if region is not None else lies_at or 0
-        for region, lies_at in zip(regions, at, strict=True)
+        base + region.offset if region is not None else address or 0
+        for region, address in zip(regions, addresses, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Where the tensors of a call lie on the card. Pure."""
+"""The layout of a call's tensors in its block of the card's memory. Pure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ __all__ = ["DeviceLayout"]
 
 
 class DeviceLayout:
-    """Where a call's tensors lie in a block of memory: operands first, then results, then a workspace.
+    """Regions of a block: operands first, then results, then a workspace.
+
+    Small calls depend on that order: they copy all operands at once, and all results.
 
     Args:
-        operands, results: None for one that lies elsewhere, and has no region.
+        operands, results: None for a tensor that has a place elsewhere, and so no region.
     """
 
     def __init__(

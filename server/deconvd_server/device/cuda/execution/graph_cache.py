@@ -1,4 +1,4 @@
-"""Which work is captured as a graph, and which graphs are kept: decided here, done elsewhere."""
+"""Decides which work is captured as a graph, and which graphs are kept. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ __all__ = ["GraphCache"]
 _T = TypeVar("_T")
 
 _WARM_RUNS: Final = 1
-"""Runs of some work before it is captured: what comes once is not worth it."""
+"""Runs of the same work before it is captured: for work that comes once, a capture does not pay off."""
 
 _MAX_GRAPHS_COUNT: Final = 32
-"""Graphs that are kept: calls take turns with a few blocks of the card, and some have a graph for each part.
+"""Graphs that are kept for one kind of call. Its calls use a few blocks of the card in turn, and some have a graph for
+each part.
 
-One of a whole call takes 0.3 MB of the card and as much of the host, one of a part 0.1 and 0.05 (seen on an H100).
+A graph of a whole call takes 0.3 MB of the card and as much of the host; a graph of a part takes 0.1 and 0.05 MB
+(measured on an H100).
 """
 
 _UNUSED_RUNS: Final = 32 * _MAX_GRAPHS_COUNT
-"""Runs after which what has not come again makes room."""
+"""Runs after which a graph that has not been used is evicted, if another one needs its room."""
 
 
 class GraphCache(Generic[_T]):
-    """Work that differs only in the places that it is bound to, each captured once it comes again.
+    """Graphs of work that differs only in the addresses that it is bound to. Work that comes again is captured.
 
-    Where there are more places than graphs can be kept for, some have graphs and the others none: to
-    capture a graph costs as much as many runs without one, so none gives way to what may not come
-    again either.
+    If there are more addresses than graphs can be kept for, some have graphs and the others have none. A capture
+    costs as much as many runs without a graph, so a graph in use is not evicted for work that may never come again.
     """
 
     def __init__(self) -> None:
@@ -37,52 +38,52 @@ class GraphCache(Generic[_T]):
 
     def run(
         self,
-        at: Hashable,
+        bound_to: Hashable,
         work: Callable[[], None],
         capture: Callable[[], _T | None],
         replay: Callable[[_T], bool],
     ) -> None:
-        """Do some work.
+        """Do the work, by its graph if it has one.
 
         Args:
-            at: The places that it is bound to.
-            work: Does it.
-            capture: Returns it as a graph, without doing it; None if no graph can hold it.
-            replay: Does it by its graph; returns False if it cannot.
+            bound_to: The addresses that the work is bound to.
+            work: Does the work.
+            capture: Returns a graph of the work, without doing it; None if no graph can hold it.
+            replay: Does the work by its graph; returns False, with nothing done, if it cannot.
         """
         self._runs_count += 1
-        place = self._find_entry(at)
-        if place is None:
+        entry = self._find_entry(bound_to)
+        if entry is None:
             work()
             return
-        place.last_run = self._runs_count
-        place.runs_count += 1
-        if place.runs_count == _WARM_RUNS + 1:
-            place.graph = capture()
-        if place.graph is None or not replay(place.graph):
+        entry.last_run = self._runs_count
+        entry.runs_count += 1
+        if entry.runs_count == _WARM_RUNS + 1:  # once alone: a capture that failed would fail again
+            entry.graph = capture()
+        if entry.graph is None or not replay(entry.graph):
             work()
 
-    def _find_entry(self, at: Hashable) -> _GraphEntry[_T] | None:
-        """Return what is known of some places; None if there is no room to know anything."""
-        place = self._entries.get(at)
-        if place is None:
+    def _find_entry(self, bound_to: Hashable) -> _GraphEntry[_T] | None:
+        """Return the entry of some addresses, a new one if need be; None if there is no room for a new one."""
+        entry = self._entries.get(bound_to)
+        if entry is None:
             if len(self._entries) >= _MAX_GRAPHS_COUNT and not self._try_evict():
                 return None
-            place = self._entries[at] = _GraphEntry()
-        self._entries.move_to_end(at)
-        return place
+            entry = self._entries[bound_to] = _GraphEntry()
+        self._entries.move_to_end(bound_to)
+        return entry
 
     def _try_evict(self) -> bool:
-        """Forget the places that were used longest ago, if that is long."""
-        at, oldest = next(iter(self._entries.items()))
+        """Evict the entry that was used longest ago, if that is long ago."""
+        bound_to, oldest = next(iter(self._entries.items()))
         if self._runs_count - oldest.last_run < _UNUSED_RUNS:
             return False
-        del self._entries[at]
+        del self._entries[bound_to]
         return True
 
 
 class _GraphEntry(Generic[_T]):
-    """Places that work was bound to, and its graph once it has one."""
+    """Work that came with some addresses, and its graph once it has one."""
 
     def __init__(self) -> None:
         self.runs_count = 0

@@ -1,4 +1,4 @@
-"""A lane of the card: one call at a time is uploaded, computed and downloaded, beside others."""
+"""A lane of a card, a stream with its buffers: uploads, computes and downloads one call at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deconvd_server.device.cuda.api.host_memory import HostAddresses, Registered
 from deconvd_server.device.cuda.api.memory import BlockRegion, DeviceMemory
 from deconvd_server.device.cuda.api.runtime import PinnedBuffer, Stream, download, upload
 from deconvd_server.device.cuda.execution.call_kind import CallKind
-from deconvd_server.device.cuda.execution.job import DeviceWork
+from deconvd_server.device.cuda.execution.device_work import DeviceWork
 from deconvd_server.device.cuda.execution.pipeline import Pipeline
 from deconvd_server.device.cuda.execution.stage_timer import StageTimer
 from deconvd_server.device.cuda.execution.staging import Staging, bytes_of
@@ -27,38 +27,44 @@ from deconvd_server.device.tensor import Tensor
 __all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]
 
 ARENA_BYTES = 8 << 20
-"""What a small call's operands, results and workspace fit in: the memory that graphs are bound to."""
+"""Size of a lane's arena. A small call's operands, results and workspace fit in it; graphs are bound to it."""
 
 _SLOTS_COUNT = 8
+
 _SLOT_BYTES = 4 << 20
-"""Of the sizes that were measured, this keeps the card's bus busiest with large arrays."""
+"""Size of a staging buffer. Of the sizes that were measured, this one keeps the bus busiest with large arrays."""
 
 PINNED_BYTES = ARENA_BYTES + _SLOTS_COUNT * _SLOT_BYTES
-"""Pinned host memory of a lane."""
+"""Pinned host memory of a lane: a mirror of the arena, and staging buffers."""
 
 _KINDS_COUNT = 64
-"""Kinds of calls that a lane remembers: each may hold a graph."""
+"""Kinds of calls that a lane remembers. Each may hold graphs."""
 
 _DIRECT_BYTES = 256 << 10
-"""From this size on, a copy of its own by the card costs less than one to pinned memory and back."""
+"""Smallest array that the card copies from or to its own place in a small call.
+
+A copy of its own costs the card less than a copy to pinned memory costs the host.
+"""
 
 
 class Lane:
-    """A stream with its buffers. Serves one call at a time; its thread has the card as its device.
+    """A stream with its buffers. Serves one call at a time, whose thread must have the card as its device.
 
-    A small call lies in an arena that is always at the same place, so all it does, copies included,
-    is captured as a graph when its kind comes again; if the card reaches large arrays of it in host
-    memory, it copies those by themselves, and the graph is of the rest. A large call takes a block
-    of its own; if the card reaches its arrays, it is computed in the job's steps, or y in parts of its
-    samples, so that copies both ways and work overlap. Tensors that lie on the card are used where
-    they are, and do not count.
+        small, up to ARENA_BYTES    mirrored    all arrays are copied to pinned memory, and from there by the graph
+                                    direct      the card copies large arrays from and to their own places
+        large                       pipeline    in parts or steps that overlap, if the card reaches its arrays
+                                    staged      through a ring of pinned buffers
+
+    A small call uses the arena, which never moves. So the whole call, copies included, is captured as a CUDA graph the
+    second time its kind is seen; in a direct call the graph holds the work alone. A large call gets a block of its own.
+    Tensors on the card are used where they are, and do not count for the size.
 
     Args:
-        device_id: Whose tensors calls may use.
+        device_id: The device whose tensors calls may use.
         memory: Where blocks come from.
         arena: Address of ARENA_BYTES on the card.
-        helpers: Who copies large arrays within the host.
-        host_memory: What the card reaches.
+        helpers: Threads that copy large arrays within the host.
+        host_memory: The memory that the card reaches.
     """
 
     def __init__(
@@ -85,7 +91,7 @@ class Lane:
     def run(
         self,
         key: Hashable,
-        prepare: Callable[[], DeviceWork],
+        make_work: Callable[[], DeviceWork],
         operands: Sequence[Operand],
         places: Sequence[Tensor],
         call: CallContext,
@@ -93,29 +99,30 @@ class Lane:
         """Compute the results of a call.
 
         Args:
-            key: Of the job.
-            prepare: Returns the job, if the lane does not remember it.
-            operands: In the job's order.
-            places: Where its results go, in its order.
-            call: Whose it is: asked between steps whether it is still wanted, and told the times.
+            key: Of the work.
+            make_work: Returns the work. Called if the lane does not remember it.
+            operands: In the work's order.
+            places: Where the results go, in the work's order.
+            call: Checked between steps. Its ledger gets the durations.
 
         Raises:
-            ExhaustedError: The card has not the memory now.
+            ExhaustedError: The card has no memory for it now.
             CudaError, CudnnError: The card or cuDNN failed.
             CallCancelledError, DeadlineError: The call has ended.
             ArrivalTimeoutError: Its operands do not arrive in time.
         """
         operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, places))
         is_mirrored = not any(map(self._is_direct, (*operands, *places)))
-        whole_key = (key, is_mirrored, *operands_at, *results_at)
-        kind = self._kinds.get(whole_key)
+        # Graphs of a kind copy from and to fixed addresses on the card. Those are part of the key.
+        kind_key = (key, is_mirrored, *operands_at, *results_at)
+        kind = self._kinds.get(kind_key)
         if kind is None:
-            kind = self._kinds.put(whole_key, CallKind(prepare(), operands_at, results_at))
+            kind = self._kinds.put(kind_key, CallKind(make_work(), operands_at, results_at))
         call.check()
         is_large = kind.layout.total_bytes > ARENA_BYTES
         if is_large and self.pipeline.run_steps(kind, operands, places, call):
             return
-        tensors = [*map(require, operands)]
+        tensors = [*map(require, operands)]  # only the pipeline takes operands that are arriving
         if is_large:
             self._run_large(kind, tensors, places, call)
         elif is_mirrored:
@@ -126,29 +133,30 @@ class Lane:
     def run_in_parts(
         self,
         key: Hashable,
-        prepare: Callable[[], DeviceWork],
+        make_work: Callable[[], DeviceWork],
         count: int,
         operands: Sequence[Operand],
         y: Array,
-        places: HostAddresses,
+        addresses: HostAddresses,
         call: CallContext,
     ) -> None:
         """Compute y in parts of its samples.
 
         Args:
-            key, prepare: As for `run`, for a part.
-            count: As `count_parts` returns it.
+            key, make_work: As for `run`, for one part.
+            count: Of parts, as `count_parts` returns it.
             operands: x, then those that are not divided.
-            places: Of x and y.
+            addresses: Of x and y.
 
         Raises as `run` does.
         """
-        at = [*map(self._pointer, operands)]
-        whole_key = (key, count, *at)
-        kind = self._kinds.get(whole_key)
+        operands_at = [*map(self._pointer, operands)]
+        kind_key = (key, count, *operands_at)
+        kind = self._kinds.get(kind_key)
         if kind is None:
-            kind = self._kinds.put(whole_key, CallKind(prepare(), at, [None], parts_count=count))
-        self.pipeline.run(kind, operands, y, places, call)
+            new = CallKind(make_work(), operands_at, [None], parts_count=count)
+            kind = self._kinds.put(kind_key, new)
+        self.pipeline.run(kind, operands, y, addresses, call)
 
     def upload(self, array: Array, tensor: CudaTensor, call: CallContext) -> None:
         """Copy an array into a tensor."""
@@ -177,7 +185,7 @@ class Lane:
         return as_cuda_tensor(operand, self._device_id).pointer
 
     def _is_direct(self, operand: Operand) -> bool:
-        """Return whether the card is to copy an array by itself, be the call small or large."""
+        """Return whether the card should copy an array from or to its own place, even in a small call."""
         tensor = peek_tensor(operand)
         return (
             isinstance(tensor, np.ndarray)
@@ -188,35 +196,33 @@ class Lane:
     def _run_mirrored(
         self, kind: CallKind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
     ) -> None:
-        """Run a small call: its arrays go through pinned memory that mirrors the arena."""
+        """Run a small call. Its arrays go through pinned memory that mirrors the arena."""
         with ledger.measure(Stage.UPLOAD):
             for region, operand in _copied_regions(kind.layout.operands, operands):
                 self._mirror(region, operand)[...] = operand
-        with ledger.measure(
-            Stage.COMPUTE
-        ):  # and the card's own copies, which are part of the graph
+        with ledger.measure(Stage.COMPUTE):  # the card's copies count here: the graph has them too
             try:
                 kind.launch(self.stream, lambda: self._enqueue_mirrored(kind))
             finally:
-                self.stream.wait()
+                self.stream.wait()  # also after an error: the next call uses the same arena and mirror
         with ledger.measure(Stage.DOWNLOAD):
             for region, place in _copied_regions(kind.layout.results, places):
                 place[...] = self._mirror(region, place)
 
     def _enqueue_mirrored(self, kind: CallKind) -> None:
-        stream, frame = self.stream.pointer, kind.layout
-        if frame.operands_bytes:
-            upload(self._arena, self._pinned[: frame.operands_bytes], stream)
+        stream, layout = self.stream.pointer, kind.layout
+        if layout.operands_bytes:  # one copy for all operands, and one for all results
+            upload(self._arena, self._pinned[: layout.operands_bytes], stream)
         kind.enqueue(self._arena, stream)
-        if frame.results_bytes:
-            end = frame.operands_bytes + frame.results_bytes
-            results = self._pinned[frame.operands_bytes : end]
-            download(results, self._arena + frame.operands_bytes, stream)
+        if layout.results_bytes:
+            end = layout.operands_bytes + layout.results_bytes
+            results = self._pinned[layout.operands_bytes : end]
+            download(results, self._arena + layout.operands_bytes, stream)
 
     def _run_direct(
         self, kind: CallKind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
     ) -> None:
-        """Run a small call of which the card reaches some arrays; the others are mirrored one by one."""
+        """Run a small call of which the card reaches some large arrays. The others are mirrored one by one."""
         stream, mirrored = self.stream.pointer, []
         try:
             self._timer.begin()
@@ -237,7 +243,7 @@ class Lane:
                 download(bytes_of(target), self._arena + region.offset, stream)
             self._timer.end(Stage.DOWNLOAD)
         finally:
-            self.stream.wait()
+            self.stream.wait()  # also after an error: the card may still use the caller's arrays
         for target, place in mirrored:
             place[...] = target
         self._timer.record_stages(ledger)
@@ -249,33 +255,36 @@ class Lane:
         places: Sequence[Tensor],
         call: CallContext,
     ) -> None:
-        frame = kind.layout
-        with self._memory.lease(frame.total_bytes) as base:
+        """Run a large call, stage after stage, through the staging buffers where the card does not reach an array."""
+        layout = kind.layout
+        with self._memory.lease(layout.total_bytes) as base:
             try:
                 self._timer.begin()
-                for region, operand in _copied_regions(frame.operands, operands):
+                for region, operand in _copied_regions(layout.operands, operands):
                     self._staging.upload(operand, base + region.offset, call.check)
                 call.check()
                 self._timer.end(Stage.UPLOAD)
                 kind.enqueue(base, self.stream.pointer)
                 self._timer.end(Stage.COMPUTE)
-                for region, place in _copied_regions(frame.results, places):
+                for region, place in _copied_regions(layout.results, places):
                     self._fetch(base + region.offset, place, call)
                 self._timer.end(Stage.DOWNLOAD)
             finally:
-                self.stream.wait()
+                self.stream.wait()  # before the block is freed, which may be used on any stream then
             self._timer.record_stages(call.ledger)
 
     def _fetch(self, source: int, target: Array, call: CallContext) -> None:
-        """Copy from the card to an array."""
+        """Copy from the card to an array of any strides and byte order."""
         is_plain = target.flags.c_contiguous and target.dtype.isnative
-        landing = target if is_plain else np.empty(target.shape, target.dtype.newbyteorder("="))
-        self._staging.download(source, landing, call.check)
-        if landing is not target:
-            copy_into(target, landing)
+        plain = target if is_plain else np.empty(target.shape, target.dtype.newbyteorder("="))
+        self._staging.download(source, plain, call.check)
+        if (
+            plain is not target
+        ):  # a new array is not registered: `download` has returned with all of it
+            copy_into(target, plain)
 
     def _mirror(self, region: BlockRegion, array: Array) -> Array:
-        """Return the pinned memory that mirrors a region of the arena, as an array like another."""
+        """Return the pinned memory that mirrors a region of the arena, with the shape and type of an array."""
         dtype = array.dtype.newbyteorder("=")
         return np.ndarray(array.shape, dtype, self._pinned, region.offset)
 
@@ -283,7 +292,7 @@ class Lane:
 def _copied_regions(
     regions: Sequence[BlockRegion | None], tensors: Sequence[Tensor]
 ) -> Iterator[tuple[BlockRegion, Array]]:
-    """Yield the arrays that are to be copied to the card or from it, each with its region there."""
+    """Yield the arrays to copy to or from the card, each with its region there."""
     for region, tensor in zip(regions, tensors, strict=True):
         if region is not None and isinstance(tensor, np.ndarray):
             yield region, tensor

@@ -1,4 +1,4 @@
-"""The lanes of a card: each call that is computed has one to itself."""
+"""The lanes of a card. Each call that is computed has one to itself."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from deconvd_server.device.cuda.execution.lane import Lane
 __all__ = ["LanePool"]
 
 _POLL_INTERVAL_S: Final = 0.02
-"""How often one who waits for a lane looks whether its call is still wanted."""
+"""How often a call that waits for a lane checks whether it has been cancelled."""
 
 
 class LanePool:
-    """Lanes, lent one to a call. Thread-safe.
+    """Lends each call a lane. Thread-safe.
 
     Args:
-        lanes: No one else uses them.
+        lanes: The pool has them to itself.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._count = len(lanes)
-        # the last lane given back comes first: it is the likeliest to know the kind of call
+        # The lane that was released last is lent first: it is the likeliest to have a graph of the kind of call.
         self._idle = [*lanes]
         self._lock = threading.Lock()
         self._lane_released = threading.Condition(self._lock)
 
     @property
     def are_idle(self) -> bool:
-        """Whether no call has one."""
+        """Whether no call has a lane."""
         return len(self._idle) == self._count
 
     def lend(self, call: CallContext) -> AbstractContextManager[Lane]:
-        """Lend a lane to a block, after waiting for one while the call lives. Raises as `take`."""
+        """Lend a lane for the length of a with-block. Waits and raises as `acquire`."""
         return _LaneLease(self, call)
 
     def acquire(self, call: CallContext) -> Lane:
-        """Return a lane, to be given back; waits for one while the call lives.
+        """Return a lane, which the caller must `release`. Wait for one until the call ends.
 
         Raises:
             CallCancelledError, DeadlineError: The call has ended.
@@ -53,13 +53,13 @@ class LanePool:
             return self._idle.pop()
 
     def release(self, lane: Lane) -> None:
-        """Let others have a lane."""
+        """Take a lane back, for the next call. The card must be done with it."""
         with self._lock:
             self._idle.append(lane)
             self._lane_released.notify()
 
     def close(self) -> Iterator[int]:
-        """Close all; yield their streams. No call may have one, and none may follow."""
+        """Close all lanes and yield their streams. No call may have a lane, and none may follow."""
         for _ in range(self._count):
             lane = self._idle.pop()
             lane.close()
@@ -67,7 +67,7 @@ class LanePool:
 
 
 class _LaneLease(AbstractContextManager[Lane]):
-    """A lane for the length of a block. See `Lanes.lend`."""
+    """See `LanePool.lend`. A class costs each call less than a context that is made of a generator."""
 
     __slots__ = ("_call", "_lane", "_lanes")
 

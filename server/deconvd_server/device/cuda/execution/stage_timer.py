@@ -1,4 +1,4 @@
-"""Marks in a stream between the stages of a call: what each took is known once the stream has been waited for."""
+"""Times the stages of a call on the card by CUDA events, without a wait."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ _STAGES = (Stage.UPLOAD, Stage.COMPUTE, Stage.DOWNLOAD)
 
 
 class StageTimer:
-    """Events on a stream: one before the first stage of a call, one behind each. They cost no wait.
+    """Events around the stages of a call. They are read once the call's streams have been waited for.
 
-    Where stages overlap, on streams of their own, each counts from the end of the one before it.
+        event 0 [ upload ] event 1 [ compute ] event 2 [ download ] event 3
+
+    Where stages overlap, on streams of their own, a stage counts from the end of the one before it.
+
+    Args:
+        stream: Where stages are, unless a method is given another stream.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -22,19 +27,19 @@ class StageTimer:
         self._stages = [*zip(_STAGES, self._events, self._events[1:], strict=False)]
 
     def begin(self, stream: Stream | None = None, *, in_graph: bool = False) -> None:
-        """Mark where the first stage begins.
+        """Record where the first stage begins.
 
         Args:
-            stream: Where, if not on the stream of all others.
-            in_graph: Whether that is being captured: each launch of the graph marks anew.
+            stream: The stage's stream, if it is not the timer's.
+            in_graph: Whether it is being captured; then each launch of the graph records the event.
         """
         self._events[0].record((stream or self._stream).pointer, in_graph=in_graph)
 
     def end(self, stage: Stage, stream: Stream | None = None, *, in_graph: bool = False) -> None:
-        """Mark where a stage ends, and the next begins. Otherwise as `begin`."""
+        """Record where a stage ends and the next one begins. Otherwise as `begin`."""
         event = self._events[_STAGES.index(stage) + 1]
         event.record((stream or self._stream).pointer, in_graph=in_graph)
 
     def record_stages(self, ledger: Ledger) -> None:
-        """Count what each stage took. All must be marked, and the streams have been waited for."""
+        """Add the stages' durations to a ledger. All events must be recorded, and the streams waited for."""
         ledger.add_all([(stage, end.ms_since(begin) / 1e3) for stage, begin, end in self._stages])

@@ -1,4 +1,4 @@
-"""Copies between arrays and the card: by itself where it reaches them, else through a ring of pinned buffers."""
+"""Copies between arrays and the card: directly where the card reaches them, else through a ring of pinned buffers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ from deconvd_server.device.cuda.api.runtime import (
 __all__ = ["Staging", "bytes_of"]
 
 _BACKGROUND_COPY_BYTES = 1 << 20
-"""What one thread copies in the time that it takes to hand the copy to another, and to wait for that."""
+"""The calling thread copies this much in the time that it takes to hand a copy to another thread and wait for it."""
 
 
 class _PinnedSlot:
-    """A pinned buffer; the event behind the card's last copy, and the host's last copy."""
+    """A pinned buffer of the ring.
+
+    Attributes:
+        card_copy: The event behind the card's last copy from or to the buffer.
+        host_copy: The host's last copy, if a helper makes it.
+    """
 
     def __init__(self, buffer: Bytes) -> None:
         self.buffer = buffer
@@ -34,7 +39,7 @@ class _PinnedSlot:
         self.host_copy: Future[None] | None = None
 
     def wait_idle(self) -> None:
-        """Return when neither the host nor the card uses the buffer."""
+        """Return once neither the host nor the card uses the buffer."""
         if self.host_copy is not None:
             self.host_copy.result()
             self.host_copy = None
@@ -42,14 +47,19 @@ class _PinnedSlot:
 
 
 class Staging:
-    """A ring of pinned buffers: the host fills or empties some while the card copies others.
+    """A ring of pinned buffers. The host fills or empties some while the card copies others.
 
-    One thread alone copies a tenth of what the card can take, so large arrays are copied by helpers.
-    Serves one stream, and one thread at a time.
+    An upload:
+
+        array ==helpers==> slot 2, slot 3     slot 0, slot 1 ==card==> device memory
+                           (host_copy)        (card_copy)
+
+    One thread copies at a tenth of the bus's speed, so helpers copy large arrays. Serves one stream, and one thread
+    at a time.
 
     Args:
-        helpers: Who copies within the host.
-        host_memory: What the card reaches by itself.
+        helpers: Threads that copy within the host.
+        host_memory: The memory that the card reaches by itself.
         slots_count: Buffers in the ring.
         slot_bytes: Size of each.
     """
@@ -71,12 +81,12 @@ class Staging:
         self._ring = deque(_PinnedSlot(part) for part in parts)
 
     def upload(self, source: Array, target: int, check: Callable[[], None]) -> None:
-        """Enqueue a copy of an array to the card, to be read until the stream has been waited for.
+        """Enqueue a copy of an array to the card. The array must not change until the stream has been waited for.
 
         Args:
             source: Of any strides.
             target: Address on the card.
-            check: Called before each part; what it raises ends the copy.
+            check: Called before each part; an error that it raises ends the copy.
         """
         if self._host_memory.holds(source):
             upload(target, bytes_of(source), self._stream.pointer)
@@ -85,6 +95,7 @@ class Staging:
         try:
             for offset, part in self._parts(bytes_of(source)):
                 if len(filling) == len(self._ring):
+                    # The oldest slot is the next to be filled again, so its copy to the card comes first.
                     self._send(*filling.popleft())
                 check()
                 slot = self._next_slot()
@@ -97,7 +108,7 @@ class Staging:
             self._wait_helpers()
 
     def download(self, source: int, target: Array, check: Callable[[], None]) -> None:
-        """Copy from the card to a C-contiguous array, which is there once the stream has been waited for.
+        """Copy from the card to a C-contiguous array. It is complete once the stream has been waited for.
 
         Args:
             source: Address on the card.
@@ -110,6 +121,7 @@ class Staging:
         try:
             for offset, part in self._parts(bytes_of(target)):
                 if len(arriving) == len(self._ring) // 2:
+                    # The card fills one half of the ring while helpers empty the other.
                     check()
                     self._copy_out(*arriving.popleft())
                 slot = self._next_slot()
@@ -123,30 +135,32 @@ class Staging:
 
     def _send(self, slot: _PinnedSlot, staged: Bytes, target: int) -> None:
         if slot.host_copy is not None:
-            slot.host_copy.result()
+            slot.host_copy.result()  # a helper must have filled the buffer
         upload(target, staged, self._stream.pointer)
-        slot.card_copy.record(self._stream.pointer)
+        slot.card_copy.record(
+            self._stream.pointer
+        )  # `wait_idle` waits for it before the buffer is filled again
 
     def _copy_out(self, slot: _PinnedSlot, target: Bytes) -> None:
-        slot.card_copy.wait()
+        slot.card_copy.wait()  # the card must have filled the buffer
         slot.host_copy = self._start_copy(target, slot.buffer[: target.size])
 
     def _start_copy(self, target: Bytes, source: Bytes) -> Future[None] | None:
-        """Copy within the host; return what tells when that is done, None if it is."""
+        """Copy within the host. Return the future of a helper's copy; None if the copy is done."""
         if target.size > _BACKGROUND_COPY_BYTES:
             return self._helpers.submit(np.copyto, target, source)
         np.copyto(target, source)
         return None
 
     def _next_slot(self) -> _PinnedSlot:
-        """Return the slot that was used longest ago, once nobody uses it any more."""
+        """Return the slot that was used longest ago, once neither the host nor the card uses it."""
         self._ring.rotate(-1)
         slot = self._ring[-1]
         slot.wait_idle()
         return slot
 
     def _wait_helpers(self) -> None:
-        """Return when no helper touches a caller's array any more."""
+        """Return once no helper touches a caller's array: when the call returns, the array may be freed."""
         wait([slot.host_copy for slot in self._ring if slot.host_copy is not None])
 
     def _parts(self, whole: Bytes) -> Iterator[tuple[int, Bytes]]:
@@ -155,5 +169,5 @@ class Staging:
 
 
 def bytes_of(array: Array) -> Bytes:
-    """Return an array's elements in order as bytes: a view of it, if it is C-contiguous."""
+    """Return an array's elements in C order, as bytes: a view if the array is C-contiguous, else a copy."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -1,6 +1,11 @@
-"""Our own CUDA kernels: the fallback for every problem, faster ways for some, and what surrounds a product.
+"""Our own CUDA kernels.
 
-Plans are made without touching a device, or CuPy; kernels are compiled for a device when they are first launched there.
+    fallback        the plan for every problem: cuBLAS products of columns
+    depthwise       plans for groups of one channel
+    tensor_cores    plans for half precision, of operands that are packed first (`packing`)
+    elementwise     bias, casts, transposes, gb
+
+Plans are made without a device or CuPy. Kernels are compiled for a device when they are first launched there.
 """
 
 from __future__ import annotations
@@ -26,8 +31,8 @@ __all__ = [
     "add_bias",
     "candidates",
     "cast",
+    "compile_common_kernels",
     "fallback",
-    "prepare",
     "sum_gb",
     "transpose_to_nchw",
     "transpose_to_nhwc",
@@ -35,27 +40,27 @@ __all__ = [
 
 
 def candidates(
-    operation: Product,
+    product: Product,
     problem: Problem,
-    options: Options,  # noqa: ARG001  # the same for every one of our kernels so far
+    options: Options,  # noqa: ARG001  # so far, no option changes these kernels
     processors_count: int,
 ) -> list[Plan]:
-    """Return our plans for an operation, the best guess first; perhaps none. All are deterministic.
+    """Return our plans for a product, without the fallback, the most promising first. All are deterministic.
 
-    The problem has products, and its x and W share one element type. The fallback is not among them.
+    The problem has products, and its x and W share one element type.
 
     Args:
-        processors_count: Multiprocessors of the card that the plans are for. gx and gW may be sums of parts, whose
-            number depends on it: cards with other counts may round them in another order.
+        processors_count: Multiprocessors of the card that the plans are for. The number of parts in which gx and gW are
+            summed depends on it, so two kinds of cards may round them differently.
     """
     return [
-        *depthwise_plans(operation, problem, processors_count),
-        *tensor_core_plans(operation, problem, processors_count),
+        *depthwise_plans(product, problem, processors_count),
+        *tensor_core_plans(product, problem, processors_count),
     ]
 
 
-def prepare(device: int) -> None:
-    """Compile for a device what almost every request needs. The rest is compiled when first used."""
+def compile_common_kernels(device: int) -> None:
+    """Compile the kernels that almost every request needs. The others are compiled when they are first launched."""
     import cupy
 
     with cupy.cuda.Device(device):

@@ -1,4 +1,4 @@
-"""cuBLAS's matrix product as a step of a plan, with a workspace of the plan's own so that it can be captured."""
+"""cuBLAS's matrix product as a step of a plan. Its workspace is part of the plan's, so that it can be captured."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from typing import Any
 
 from deconvd.model.dtypes import BFLOAT16, DType
 from deconvd_server.device.cuda.kernels.launch import cuda
-from deconvd_server.device.cuda.kernels.steps import Operands, Place
+from deconvd_server.device.cuda.kernels.steps import BufferOffset, Operands
 
 __all__ = ["BLAS_WORKSPACE_BYTES", "ComputeMode", "Gemm", "Matrices"]
 
 BLAS_WORKSPACE_BYTES = 32 << 20
-"""What NVIDIA recommends for Hopper."""
+"""cuBLAS's workspace, of the size that NVIDIA recommends for Hopper."""
 
 _DATA_TYPES = {"float32": 0, "float64": 1, "float16": 2, BFLOAT16.name: 14}
+"""`cudaDataType_t`, by the names of element types."""
+
 _DEFAULT_ALGORITHM = -1
+"""`CUBLAS_GEMM_DEFAULT`."""
+
 _NO_REDUCED_PRECISION_REDUCTION = 16
+"""`CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION`."""
 
 
 class ComputeMode(IntEnum):
-    """What products are taken in: values of cublasComputeType_t."""
+    """The type in which products are computed: values of `cublasComputeType_t`."""
 
     FLOAT32 = 68
     TF32 = 77
@@ -33,15 +38,16 @@ class ComputeMode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """A batch of matrices in column-major order, as BLAS has them.
+    """A batch of matrices in BLAS's column-major order.
 
     Attributes:
+        buffer: The first matrix.
         leading: Elements from one column to the next.
         stride: Elements from one matrix to the next.
-        transposed: Whether the product takes their transposes.
+        transposed: Whether the factors are their transposes.
     """
 
-    place: Place
+    buffer: BufferOffset
     dtype: DType
     leading: int
     stride: int
@@ -50,10 +56,10 @@ class Matrices:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """``out = a b``, or ``out += a b`` where it accumulates, for each matrix of a batch.
+    """``out = a b``, or ``out += a b`` if it accumulates, for each matrix of a batch.
 
     Attributes:
-        rows, columns, depth: a is rows x depth, b depth x columns.
+        rows, columns, depth: a is rows x depth, b is depth x columns.
         workspace: BLAS_WORKSPACE_BYTES that nothing else uses meanwhile.
     """
 
@@ -66,20 +72,20 @@ class Gemm:
     out: Matrices
     mode: ComputeMode
     accumulate: bool
-    workspace: Place
+    workspace: BufferOffset
 
     def enqueue(self, operands: Operands, stream: int) -> None:
-        """Enqueue it on a stream of the current device.
+        """Enqueue the product on a stream of the current device.
 
         Raises:
-            RuntimeError: cuBLAS refused it.
+            RuntimeError: cuBLAS refused the product.
         """
         library, handle = _library(), _handles.get()
         scalar = ctypes.c_double if self.mode is ComputeMode.FLOAT64 else ctypes.c_float
         alpha, beta = scalar(1), scalar(1 if self.accumulate else 0)
         _check(library.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))
         workspace = ctypes.c_void_p(self.workspace.address(operands))
-        # after the stream: setting that brings cuBLAS's own workspace back
+        # The stream must be set first: setting it resets the workspace to cuBLAS's own.
         _check(
             library.cublasSetWorkspace_v2(handle, workspace, ctypes.c_size_t(BLAS_WORKSPACE_BYTES))
         )
@@ -102,7 +108,7 @@ class Gemm:
 
 
 class _Handles(threading.local):
-    """The calling thread's cuBLAS handles, by device: a handle serves one thread at a time."""
+    """The calling thread's cuBLAS handles, by device. A handle serves one thread at a time."""
 
     def __init__(self) -> None:
         self._by_device: dict[int, ctypes.c_void_p] = {}
@@ -125,7 +131,7 @@ _handles = _Handles()
 def _library() -> ctypes.CDLL:
     import cupy
 
-    # CuPy knows where cuBLAS lies, also among wheels: once it has loaded it, its name is enough.
+    # CuPy finds cuBLAS, even in wheels. Once it has loaded the library, the name is enough.
     cupy.cuda.device.get_cublas_handle()
     major = cuda().runtime.runtimeGetVersion() // 1000
     return ctypes.CDLL(f"libcublas.so.{major}")
@@ -133,7 +139,7 @@ def _library() -> ctypes.CDLL:
 
 def _matrix_arguments(matrices: Matrices, operands: Operands) -> tuple[Any, ...]:
     return (
-        ctypes.c_void_p(matrices.place.address(operands)),
+        ctypes.c_void_p(matrices.buffer.address(operands)),
         _DATA_TYPES[matrices.dtype.name],
         *_int64s(matrices.leading, matrices.stride),
     )

@@ -1,12 +1,14 @@
 // Columns: for each output channel and tap of the filter, one value for each input pixel (im2col and col2im).
 //
-// Pixels of all samples are counted in one row, n h w; matrices over a range of them are "packed": (rows, pixels).
+// The pixels of all samples are counted in one row, in the order n, h, w. A matrix (rows, pixels) of a range of them is
+// called packed.
 //
-// The structs KernelGeometry and Columns are generated from structs.py. Macros, given by fallback.py: ELEMENT, THREADS.
+// The structs KernelGeometry and Columns are generated from structs.py. Macros, from fallback.py: ELEMENT, THREADS.
 
 using Index = long long;
 
-// Sets packed, of shape (channels, pixels), to the pixels [first, first + pixels) of images (n, channels, image_pixels).
+// Sets packed, of shape (channels, pixels), to the pixels [first, first + pixels) of images (n, channels,
+// image_pixels).
 extern "C" __global__ void __launch_bounds__(THREADS)
 pack(const ELEMENT *images, ELEMENT *packed, int channels, Index image_pixels, Index first, Index pixels)
 {
@@ -28,7 +30,8 @@ unpack(const ELEMENT *packed, ELEMENT *images, int channels, Index image_pixels,
         images[(sample * channels + channel) * image_pixels + offset] = packed[channel * pixels + pixel];
 }
 
-// Sets columns, of shape (c_O h_K w_K, pixels), to what gy holds where each tap takes each input pixel; 0 outside.
+// Sets columns, of shape (c_O h_K w_K, pixels), to the gy of the output pixel that each tap links to each input pixel,
+// and to 0 outside the image.
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_columns(const ELEMENT *gy, ELEMENT *columns, KernelGeometry g, Index first, Index pixels)
 {
@@ -53,10 +56,10 @@ gather_columns(const ELEMENT *gy, ELEMENT *columns, KernelGeometry g, Index firs
 
 using Sum = Compute<ELEMENT>::type;
 
-// The sum of what the taps bring to an output pixel, by ascending tap.
+// Returns the sum of the columns of an output pixel, by ascending tap.
 //
-// columns are those of one channel and sample; from one tap's to the next it is `step` elements. Pixels fall below the
-// image only after all others: with a larger tap, it is an earlier pixel that reaches the output.
+// `columns` are those of one channel and sample, `step` elements from one tap's to the next. With a larger tap it is an
+// earlier pixel that reaches the output, so all pixels before the image come last.
 template <typename Integer>
 __device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const KernelGeometry &g, const Columns &c,
                                            FirstTap<Integer> h, const FirstTap<Integer> &first_w, Index step, Sum total)
@@ -75,9 +78,9 @@ __device__ __forceinline__ Sum sum_of_taps(const Sum *columns, const KernelGeome
 
 // Sets some channels of some samples of y to the sums of their columns, each in the order of its taps.
 //
-// columns has the shape (groups, channels, h_K w_K, samples pixels). Where they are some pixels' only, totals keeps the
-// sums so far, of shape (samples, groups channels, h_O w_O). Threads are ordered by phase, then pixel: those of a warp
-// take output pixels a stride apart, whose columns lie beside each other.
+// columns has the shape (groups, channels, h_K w_K, samples pixels). If it has only some of the pixels, totals keeps
+// the sums from chunk to chunk, in the shape (samples, groups channels, h_O w_O). Threads are ordered by phase, then by
+// pixel: those of a warp take output pixels that are a stride apart, whose columns are next to each other.
 template <typename Integer>
 __device__ void sum_columns_by(const Sum *columns, Sum *totals, ELEMENT *y, const KernelGeometry &g, const Columns &c)
 {
@@ -112,7 +115,7 @@ sum_columns(const Sum *columns, Sum *totals, ELEMENT *y, KernelGeometry g, Colum
     sum_columns_by<int>(columns, totals, y, g, c);
 }
 
-// For images and filters whose coordinates pass 32 bits.
+// The same for images and filters whose coordinates need more than 32 bits.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sum_wide_columns(const Sum *columns, Sum *totals, ELEMENT *y, KernelGeometry g, Columns c)
 {

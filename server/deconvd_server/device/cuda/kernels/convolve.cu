@@ -1,12 +1,18 @@
 // y or gx as a convolution of stride 1 on the tensor cores: an implicit matrix product of packed operands.
 //
-// The source is packed channels-last (packing.cu); every tap of the convolution shifts it by whole pixels. The product
-// has a row for each pixel of its domain and a column for each channel of the result and, for y, each of the
-// stride_h x stride_w output pixels that belong to an input pixel; these are put in their places at the end.
+// The source is packed channels-last (packing.cu). Every tap of the convolution shifts it by whole pixels. The product
+// has a row for each pixel of its domain, and a column for each channel of the result. For y it has one for each
+// channel and each of the stride_h x stride_w output pixels of a domain pixel; write_tile sorts these into the output
+// image.
 //
-// Where pixels are few and the product is deep, its depth is cut into parts, added up in order by add_parts.
+// A block's threads fill one stage of shared memory while they multiply another:
 //
-// The struct Convolution is generated from structs.py. Macros, all given by tensor_cores.py: ELEMENT (f16 or bf16),
+//     copies      0 1 2 | 3   | 4   | 5   ...
+//     products          | 0   | 1   | 2   ...      with STAGES = 4; | waits for the oldest copy
+//
+// If there are few pixels and the product is deep, its depth is cut into parts, which add_parts adds up in order.
+//
+// The struct Convolution is generated from structs.py. Macros, from tensor_cores.py: ELEMENT (f16 or bf16),
 // ROWS and COLUMNS (16, 32, 64 or 128) of a block's tile, DEPTH and STAGE_BYTES of a stage, STAGES, THREADS,
 // BLOCKS_PER_PROCESSOR, STRIDE_H and STRIDE_W (1 for gx).
 
@@ -17,7 +23,7 @@ constexpr int ROW_WARPS = ROWS / WARP_ROWS;
 constexpr int A_BYTES = ROWS * DEPTH * 2;
 constexpr int ROWS_PER_PASS = THREADS / DEPTH_CHUNKS;
 constexpr int A_PASSES = ROWS / ROWS_PER_PASS, B_PASSES = (COLUMNS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
-constexpr int PITCH = ROWS + 8;  // of the result's tile, in elements
+constexpr int PITCH = ROWS + 8;  // elements from one column of the result's tile to the next
 
 static_assert(ROW_WARPS * (COLUMNS / WARP_COLUMNS) * 32 == THREADS, "the warps cover the tile");
 static_assert(STAGE_BYTES == A_BYTES + COLUMNS * DEPTH * 2, "a stage holds a tile of both operands");
@@ -25,7 +31,7 @@ static_assert(COLUMNS * PITCH * 2 <= STAGES * STAGE_BYTES, "the result's tile fi
 
 using Index = long long;
 
-// Where the threads of a block get the source pixels of their rows, tap after tap.
+// The source pixels of a thread's rows, for a tap at offset 0.
 struct SourceRows {
     const ELEMENT *samples[A_PASSES];
     int h[A_PASSES], w[A_PASSES];
@@ -44,7 +50,7 @@ struct SourceRows {
     }
 };
 
-// Counts through the depth of the product, tap by tap and channel by channel, for one chunk column of the tiles.
+// Counts through the depth of the product, by taps and channels, for the thread's column of chunks of the tiles.
 struct DepthCounter {
     int depth, tap_h, tap_w, channel;
 
@@ -126,7 +132,7 @@ __device__ __forceinline__ void multiply_stage(Sums &sums, unsigned stage)
     }
 }
 
-// Puts the sums, rounded, into a tile in shared memory: a column of the product is a row of the tile.
+// Writes the sums, rounded, to a tile in shared memory. A column of the product is a row of the tile.
 __device__ __forceinline__ void store_tile(ELEMENT *tile, const Sums &sums)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -143,7 +149,7 @@ __device__ __forceinline__ void store_tile(ELEMENT *tile, const Sums &sums)
             }
 }
 
-// Writes the tile where the domain is the output image itself: runs of pixels of one channel.
+// Writes the tile if the domain is the output image itself: runs of pixels of one channel.
 template <int width>
 __device__ void write_runs(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                            int first_column)
@@ -186,7 +192,7 @@ struct OutputPixel {
     }
 };
 
-// Writes the tile for a stride of 2 without a cut, where four domain pixels make an aligned vector of output pixels.
+// Writes the tile for a stride of 2 without a cut: four domain pixels make an aligned vector of output pixels.
 __device__ void write_vectors(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                               int first_column)
 {
@@ -212,13 +218,14 @@ __device__ void write_vectors(ELEMENT *output, const ELEMENT *tile, const Convol
     }
 }
 
-// What a thread of write_pairs writes of each channel: two neighbouring output pixels at once, or one, or each apart.
+// The output pixels that a thread of write_pairs writes of each channel: a pair at once, one pixel, or two one by one.
 //
-// With an odd cut, what lies aligned is the second phase of a domain pixel and the first of the next.
+// With an odd cut, an aligned pair is the second phase of a domain pixel and the first phase of the next one.
 struct PairPlan {
     bool pair, first, second;
-    int low, high;  // places of the pair's elements in the tile, from the first phase's on
-    int left, offset;  // places of the first phase and, from there, of the pair in the output row
+    int low, high;  // offsets of the pair's elements in the tile, from the first phase's element
+    int left;  // position of the first phase in the output row
+    int offset;  // offset of the pair from there
 
     __device__ PairPlan(const Convolution &c, const OutputPixel &pixel, int row, bool words)
     {
@@ -228,7 +235,7 @@ struct PairPlan {
         high = shifted ? 1 : PITCH;
         offset = shifted;
         const bool has_neighbour = !shifted || (row + 1 < ROWS && pixel.w + 1 < c.domain_w);
-        const bool has_previous = shifted && row > 0 && pixel.w > 0;  // whose pair takes the first phase along
+        const bool has_previous = shifted && row > 0 && pixel.w > 0;  // the pair before has this pixel's first phase
         pair = words && has_neighbour && left + offset >= 0 && left + offset + 1 < c.output_w;
         first = left >= 0 && left < c.output_w && !(shifted ? words && has_previous : pair);
         second = left + 1 < c.output_w && !pair;
@@ -281,9 +288,9 @@ __device__ void write_phases(ELEMENT *output, const ELEMENT *tile, const Convolu
     }
 }
 
-// Writes the tile for strides that are multiples of 8: threads write vectors of phases of one pixel.
+// Writes the tile for strides that are multiples of 8: a thread writes vectors of phases of one pixel.
 //
-// Four neighbours take the phases of one pixel, so that they fill a line of the cache.
+// Four neighbouring threads write the phases of one pixel, so that they fill a cache line.
 __device__ void write_many_phases(ELEMENT *output, const ELEMENT *tile, const Convolution &c, Index first_row,
                                   int first_column)
 {
@@ -332,7 +339,7 @@ __device__ void write_tile(ELEMENT *output, const ELEMENT *tile, const Convoluti
         write_phases(output, tile, c, first_row, first_column);
 }
 
-// Sums a part of the depth of one tile, of `steps` stages from `first` on.
+// Sums a part of the depth of one tile: `steps` stages, from depth `first`.
 __device__ __forceinline__ void multiply(Sums &sums, unsigned stages, const ELEMENT *source, const ELEMENT *filter,
                                          const Convolution &c, Index first_row, int first_column, int first, int steps)
 {
@@ -346,13 +353,13 @@ __device__ __forceinline__ void multiply(Sums &sums, unsigned stages, const ELEM
     };
     for (int number = 0; number < STAGES - 1; ++number) load(number);
     for (int step = 0; step < steps; ++step) {
-        wait_for_copies<STAGES - 2>();
-        __syncthreads();
+        wait_for_copies<STAGES - 2>();  // this stage is there; the others may still be on their way
+        __syncthreads();  // for all threads; and all have multiplied the stage that is overwritten next
         load(step + STAGES - 1);
         multiply_stage(sums, stages + step % STAGES * STAGE_BYTES);
     }
     wait_for_copies<0>();
-    __syncthreads();
+    __syncthreads();  // the result's tile takes the place of the stages
 }
 
 // source: (n, source_h, source_w, groups, channels); filter: (groups, columns, taps_h taps_w channels).
@@ -373,7 +380,8 @@ convolve(const ELEMENT *source, const ELEMENT *filter, ELEMENT *output, Convolut
 }
 
 #if STRIDE_H * STRIDE_W == 1
-// Sets sums_of_parts, of shape (groups, parts, columns, pixels of the domain), for add_parts. Blocks along z: (groups, parts).
+// Sets sums_of_parts, of shape (groups, parts, columns, pixels of the domain), for add_parts. Blocks along z: (groups,
+// parts).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 convolve_parts(const ELEMENT *source, const ELEMENT *filter, float *sums_of_parts, Convolution c)
 {
@@ -401,7 +409,7 @@ convolve_parts(const ELEMENT *source, const ELEMENT *filter, float *sums_of_part
             }
 }
 
-// Adds up what convolve_parts has left, for results without a stride. Blocks: (pixels, columns, groups).
+// Adds up the sums of convolve_parts, for results without a stride. Blocks: (pixels, columns, groups).
 extern "C" __global__ void __launch_bounds__(THREADS)
 add_parts(const float *sums_of_parts, ELEMENT *output, Convolution c)
 {

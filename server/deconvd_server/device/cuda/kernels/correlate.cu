@@ -1,9 +1,9 @@
-// gW as a correlation of packed x and gy on the tensor cores: a matrix product as deep as there are pixels.
+// gW as a correlation of packed x and gy on the tensor cores: a matrix product whose depth is the number of pixels.
 //
-// The product has a row for each input channel and a column for each (tap, packed channel of gy); packing.cu says how
-// both are packed. Its depth is cut into parts, each summed by blocks of its own: unpack_filter adds them up in order.
+// The product has a row for each input channel and a column for each (tap, packed channel of gy). Both are packed by
+// packing.cu. The depth is cut into parts, each summed by its own blocks, and unpack_filter adds them up in order.
 //
-// The struct Correlation is generated from structs.py. Macros, all given by tensor_cores.py: ELEMENT (f16 or bf16),
+// The struct Correlation is generated from structs.py. Macros, from tensor_cores.py: ELEMENT (f16 or bf16),
 // ROWS (64 or 128) and COLUMNS (16, 32, 64 or 128) of a block's tile, DEPTH and STAGE_BYTES of a stage, STAGES,
 // THREADS, BLOCKS_PER_PROCESSOR.
 
@@ -21,7 +21,7 @@ static_assert(STAGE_BYTES == A_BYTES + COLUMNS * DEPTH * 2, "a stage holds a til
 
 using Index = long long;
 
-// Which pixel of x a thread loads a chunk for, stage after stage.
+// The pixel of x whose chunk a thread loads, stage after stage.
 struct PixelCounter {
     Index pixel;
     int sample, h, w;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_x(unsigned stage, const ELEMENT *x, Index f
     }
 }
 
-// The chunk of packed gy that a thread loads for each pixel: all its chunks lie in one column of the tile.
+// The chunk of packed gy that a thread loads for each pixel. All its chunks are in one column of the tile.
 struct GyColumn {
     int shift_h, shift_w, channel;
     bool valid;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_stage(Sums &sums, unsigned stage)
     }
 }
 
-// Adds the sums of the warps that took the second half of each stage to those of the first.
+// Adds the sums of the warps that take the second half of each stage to those of the warps that take the first.
 __device__ __forceinline__ void add_depth_warps(Sums &sums, float *shared)
 {
     if (DEPTH_WARPS == 1) return;
@@ -162,7 +162,8 @@ __device__ void write_sums(float *part, const Sums &sums, const Correlation &c, 
             }
 }
 
-// x: (n, image_h, image_w, groups, rows); gy: (n, gy_h, gy_w, groups, channels); sums: (parts, groups, inputs, columns).
+// x: (n, image_h, image_w, groups, rows); gy: (n, gy_h, gy_w, groups, channels); sums: (parts, groups, inputs,
+// columns).
 //
 // Blocks: (tiles of columns, tiles of rows and groups, parts).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)

@@ -1,9 +1,9 @@
 // y, gx and gW of depthwise problems (one input channel a group) with small square filters and stride 1 or 2.
 //
-// A thread takes neighbouring pixels of one row, loads the windows of the other image that their taps meet in vectors,
-// and keeps them in registers: all distances are known when this is compiled.
+// A thread takes neighbouring pixels of one row. It loads, in vectors, the windows of the other image that their taps
+// reach, and keeps them in registers. That needs all distances to be known at compile time.
 //
-// The struct KernelGeometry is generated from structs.py. Macros, all given by depthwise.py: ELEMENT, THREADS, WIDTH
+// The struct KernelGeometry is generated from structs.py. Macros, from depthwise.py: ELEMENT, THREADS, WIDTH
 // (output pixels of a vector), KERNEL (taps on each axis), STRIDE (1 or 2), PAD (less than KERNEL). Dilation is 1.
 
 constexpr int UNIT = WIDTH / STRIDE;  // input pixels that belong to a vector
@@ -18,7 +18,7 @@ using Sum = Compute<ELEMENT>::type;
 
 __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
-// Pixels [first + LOW, first + HIGH) of a row, zeros outside; first is a multiple of CHUNK.
+// Pixels [first + LOW, first + HIGH) of a row, zeros outside the image. `first` is a multiple of CHUNK.
 template <int CHUNK, int LOW, int HIGH> struct Window {
     static constexpr int BEGIN = floor_div(LOW, CHUNK) * CHUNK;
     static constexpr int END = -floor_div(-HIGH, CHUNK) * CHUNK;
@@ -107,7 +107,7 @@ depthwise_y(const ELEMENT *x, const ELEMENT *W, ELEMENT *y, KernelGeometry g)
     }
 }
 
-// The window of gy that UNIT neighbouring pixels of x meet.
+// The window of gy that the taps of UNIT neighbouring pixels of x reach.
 using GyWindow = Window<WIDTH, -PAD, (UNIT - 1) * STRIDE + KERNEL - PAD>;
 
 // Blocks: (parts of the image, planes (n, c_I)).
@@ -122,7 +122,7 @@ depthwise_gx(const ELEMENT *gy, const ELEMENT *W, ELEMENT *gx, KernelGeometry g)
     const bool load_aligned = rows_are_aligned(gy, g.w.output, WIDTH), store_aligned = rows_are_aligned(gx, g.w.image, UNIT);
     const int count = g.h.image * vectors, step = gridDim.x * THREADS;
 
-    // All threads of a block take the same number of turns: they load filters together.
+    // All threads of a block take the same number of turns, since they load filters together.
     for (int first = blockIdx.x * THREADS; first < count; first += step) {
         const int i = min(first + (int)threadIdx.x, count - 1), h = i / vectors, vector = i % vectors;
         Sum sums[UNIT] = {};
@@ -149,7 +149,7 @@ depthwise_gx(const ELEMENT *gy, const ELEMENT *W, ELEMENT *gx, KernelGeometry g)
     }
 }
 
-// sums, of shape (c_O, parts, taps): each part sums over some samples. Blocks: (parts, c_O).
+// Sets sums, of shape (c_O, parts, taps). Each part sums over some samples. Blocks: (parts, c_O).
 extern "C" __global__ void __launch_bounds__(THREADS)
 depthwise_gW(const ELEMENT *x, const ELEMENT *gy, Sum *sums_of_parts, KernelGeometry g)
 {
@@ -192,7 +192,7 @@ depthwise_gW(const ELEMENT *x, const ELEMENT *gy, Sum *sums_of_parts, KernelGeom
     }
 }
 
-// gW from the sums of its parts.
+// Sets gW to the totals of its parts' sums.
 extern "C" __global__ void __launch_bounds__(THREADS) depthwise_add_parts(const Sum *sums_of_parts, ELEMENT *gW,
                                                                           int channels, int parts)
 {

@@ -1,4 +1,4 @@
-"""Plans for depthwise problems, one input channel a group, with small square filters: limited by memory alone."""
+"""Plans for depthwise problems, with one input channel in each group, and small square filters: memory is the limit."""
 
 from __future__ import annotations
 
@@ -14,31 +14,42 @@ from deconvd_server.device.cuda.kernels.launch import (
     element,
     integer,
 )
-from deconvd_server.device.cuda.kernels.steps import Launch, Place, Slot, StepPlan, Workspace
+from deconvd_server.device.cuda.kernels.steps import (
+    BufferOffset,
+    BufferSlot,
+    Launch,
+    StepPlan,
+    Workspace,
+)
 from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["depthwise_plans"]
 
 _MAX_KERNEL = 7
+"""The most taps on an axis: the filter and its window are in registers."""
+
 _MAX_GRID_Y = 65535
+"""The most blocks of a grid along y, by CUDA."""
+
 _VECTORS_PER_THREAD = 8
-"""Work enough to pay for loading the filter."""
+"""Vectors that a thread computes with one load of the filter."""
 
 _BLOCKS_PER_PROCESSOR = 8
-"""Blocks that gW's sums are cut into, where there are pixels enough: as many as a processor holds."""
+"""Blocks of gW for each multiprocessor, if there are enough pixels: as many as it runs at once."""
 
 _MAX_PARTS = 64
+"""The most parts in which the sums of gW are computed."""
 
-_A, _B, _OUT = Place(Slot.A), Place(Slot.B), Place(Slot.OUT)
+_A, _B, _OUT = BufferOffset(BufferSlot.A), BufferOffset(BufferSlot.B), BufferOffset(BufferSlot.OUT)
 
 
-def depthwise_plans(operation: Product, problem: Problem, processors_count: int) -> list[StepPlan]:
-    """Return the plans for a problem that has products: one, or none where it is not suited."""
+def depthwise_plans(product: Product, problem: Problem, processors_count: int) -> list[StepPlan]:
+    """Return the plans for a problem that has products: one, or none if the problem is not suited."""
     if not _is_suited(problem):
         return []
-    if operation is Product.GW:
+    if product is Product.GW:
         return [_gW_plan(problem, processors_count * _BLOCKS_PER_PROCESSOR)]
-    return [_image_plan(operation, problem)]
+    return [_image_plan(product, problem)]
 
 
 def _is_suited(problem: Problem) -> bool:
@@ -56,15 +67,15 @@ def _is_suited(problem: Problem) -> bool:
     )
 
 
-def _image_plan(operation: Product, problem: Problem) -> StepPlan:
-    """Return the plan for y or gx: a block for each part of each plane."""
-    output = operation is Product.Y
+def _image_plan(product: Product, problem: Problem) -> StepPlan:
+    """Return the plan for y or gx. It has a block for each part of each plane (sample, channel)."""
+    output = product is Product.Y
     channels = problem.c_O if output else problem.c_I
     h, w = problem.output if output else problem.image
     width = _output_width(problem) // (1 if output else problem.geometry.stride[0])
     vectors = h * -(-w // width)
     grid = -(-vectors // (THREADS * _VECTORS_PER_THREAD)), problem.n * channels, 1
-    kernel = _kernel(f"depthwise_{operation}", problem)
+    kernel = _kernel(f"depthwise_{product}", problem)
     launch = Launch(kernel, grid, (_A, _B, _OUT), (kernel_geometry(problem),))
     return StepPlan("depthwise", 0, (launch,))
 
@@ -93,7 +104,7 @@ def _gW_plan(problem: Problem, blocks_count: int) -> StepPlan:
 
 
 def _output_width(problem: Problem) -> int:
-    """Return how many output pixels a vector holds."""
+    """Return the output pixels in a vector."""
     return 16 // problem.x.dtype.itemsize
 
 

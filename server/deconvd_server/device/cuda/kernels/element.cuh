@@ -1,5 +1,5 @@
-// The element types, without CUDA's headers: a host that compiles at run time may have none.
-// Every .cu file here is compiled with this text in front of it, and that of the other headers.
+// The element types. CUDA's headers are not used: a host that compiles at run time may not have them.
+// The text of this header, and of the others, precedes every .cu file when it is compiled.
 
 struct f16 {
     unsigned short bits;
@@ -10,7 +10,7 @@ struct bf16 {
 using f32 = float;
 using f64 = double;
 
-// The type that products of elements are summed in.
+// The type in which products of elements are summed.
 template <typename T> struct Compute {
     using type = float;
 };
@@ -28,7 +28,7 @@ __device__ __forceinline__ float widen(bf16 value) { return __uint_as_float((uns
 __device__ __forceinline__ float widen(f32 value) { return value; }
 __device__ __forceinline__ double widen(f64 value) { return value; }
 
-// Rounds to nearest even. A double goes to bfloat16 through float32, as in ml_dtypes.
+// Rounds to nearest even. A double is rounded to float32 before it is rounded to bfloat16, as in ml_dtypes.
 __device__ __forceinline__ void narrow(f16 &out, float value)
 {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
@@ -53,7 +53,7 @@ template <typename T, typename V> __device__ __forceinline__ T narrowed(V value)
     return out;
 }
 
-// Elements that are loaded and stored by one instruction.
+// Elements that one instruction loads or stores.
 template <typename T, int count> struct alignas(sizeof(T) * count) Vector {
     T values[count];
 };

@@ -1,12 +1,12 @@
 // Kernels that read and write each element once: the bias, and casts between element types.
 //
-// Macros, given by elementwise.py: ELEMENT, SOURCE (what is cast), THREADS.
+// Macros, from elementwise.py: ELEMENT, SOURCE (the type that is cast from), THREADS.
 
 using Index = long long;
 
 // Adds b[c] to every element of channel c of y, of shape (n, channels, pixels).
 //
-// A vector may reach over the end of a channel: each of its elements finds its own.
+// A vector may reach beyond the end of a channel, so each of its elements finds its own channel.
 template <int width>
 __device__ void add_bias_by(ELEMENT *y, const ELEMENT *b, Index first, Index count, unsigned channels, Index pixels)
 {

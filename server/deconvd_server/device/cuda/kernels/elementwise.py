@@ -29,23 +29,24 @@ __all__ = [
 ]
 
 _BLOCKS_PER_PROCESSOR = 16
-"""Blocks that fill a card several times over; each loops over what is left."""
+"""The most blocks for each multiprocessor. They fill a card several times over. Threads loop over the rest."""
 
 _SUM_THREADS = 512
+"""Threads of a block that sums gb."""
 
 _CLUSTER = 8
-"""Blocks that sum a channel together, where channels are few."""
+"""Blocks that sum one channel together, if there are few channels."""
 
 _FEW_CHANNELS = 256
-"""With fewer channels than this a block for each leaves much of a card idle."""
+"""With fewer channels than this, one block for each channel would leave much of a card idle."""
 
 
 def add_bias(y: int, b: int, spec: TensorSpec, stream: int, processors_count: int) -> None:
     """Add b[c] to every element of channel c of y.
 
     Args:
-        y, b: Device pointers; y is contiguous and modified.
-        spec: What y is: shape ``(n, c_O, h_O, w_O)``.
+        y, b: Device pointers. y is contiguous, and is modified.
+        spec: The spec of y, of shape ``(n, c_O, h_O, w_O)``.
         stream: The CUDA stream.
         processors_count: Multiprocessors of the card.
     """
@@ -71,7 +72,7 @@ def cast(
     stream: int,
     processors_count: int,
 ) -> None:
-    """Set `count` elements at the device pointer `target` to those at `source`, rounded to the nearest.
+    """Copy `count` elements from one device pointer to another, rounded to the nearest of the other element type.
 
     Args:
         processors_count: Multiprocessors of the card.
@@ -87,8 +88,8 @@ def sum_gb(gy: int, gb: int, spec: TensorSpec, stream: int) -> None:
     """Set gb[c] to the sum of gy's channel c. The order of the sum depends on the shape alone.
 
     Args:
-        gy, gb: Device pointers; gy is contiguous.
-        spec: What gy is: shape ``(n, c_O, h_O, w_O)``.
+        gy, gb: Device pointers. gy is contiguous.
+        spec: The spec of gy, of shape ``(n, c_O, h_O, w_O)``.
         stream: The CUDA stream.
     """
     n, channels, *image = spec.shape
@@ -167,5 +168,5 @@ def _transpose_kernel(dtype: DType) -> Kernel:
 
 
 def _tile(dtype: DType) -> int:
-    """Return how many rows and columns a block transposes at once."""
+    """Return the rows and columns of the square that a block transposes at once."""
     return 32 if dtype.itemsize == 8 else 64

@@ -1,6 +1,7 @@
-// How taps meet pixels. Axis and KernelGeometry are generated from structs.py.
+// Which taps reach an output pixel. Axis and KernelGeometry are generated from structs.py.
 
-// The first tap that reaches an output pixel from a whole input pixel, and that pixel; it may lie outside the image.
+// The first tap that reaches an output pixel from an input pixel, and that pixel, which may be outside the image.
+// Without such a tap, tap >= kernel.
 template <typename Integer> struct FirstTap {
     Integer tap, pixel;
 
@@ -9,7 +10,7 @@ template <typename Integer> struct FirstTap {
         const Integer reach = output + axis.pad;
         tap = axis.dilate == 1 ? reach % axis.stride : 0;
         while (tap < axis.kernel && (reach - tap * axis.dilate) % axis.stride != 0)
-            if (++tap == axis.tap_step) tap = axis.kernel;  // there is none
+            if (++tap == axis.tap_step) tap = axis.kernel;  // taps repeat after tap_step: no tap reaches it
         pixel = tap < axis.kernel ? (reach - tap * axis.dilate) / axis.stride : -1;
     }
 };

@@ -1,4 +1,4 @@
-"""A problem's extents, as kernels take them."""
+"""A problem's extents, in the structure that kernels take."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Compiles the .cu files beside it at run time, once for each device and set of macros, and launches their kernels.
+"""Compiles the .cu files of this folder at run time, once for each device and set of macros, and launches kernels.
 
-What a .cu file shares with Python is written in Python alone: structures become declarations before its text, see
-structs.py, and constants become macros. CuPy is imported when a kernel is first compiled or launched: plans are made
-without it.
+Structures and constants that a .cu file shares with Python are written in Python alone. Structures become declarations
+before the file's text, see structs.py; constants become macros. CuPy is imported when a kernel is first compiled or
+launched: plans are made without it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ index = ctypes.c_longlong
 pointer = ctypes.c_void_p
 
 THREADS = 256
-"""Threads of a block, unless a kernel says otherwise."""
+"""Threads of a block, if a kernel does not set another number."""
 
 _FOLDER = Path(__file__).parent
 _HEADERS = ("element.cuh", "geometry.cuh", "tensor_cores.cuh")
@@ -65,12 +65,12 @@ def element(dtype: DType, macro: str = "ELEMENT") -> Macro:
 
 
 def constants(**values: int) -> tuple[Macro, ...]:
-    """Return the macros that give a .cu file constants, by their names there."""
+    """Return the macros that define constants of a .cu file, by their names there."""
     return tuple((name, str(int(value))) for name, value in values.items())
 
 
 class Cuda(NamedTuple):
-    """What is used of CuPy to enqueue work."""
+    """The modules of CuPy that enqueue work."""
 
     driver: Any
     runtime: Any
@@ -86,13 +86,13 @@ def cuda() -> Cuda:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel, compiled for a device when it is first launched there. May be used from many threads.
+    """A kernel. It is compiled for a device when it is first launched there. Thread-safe.
 
     Attributes:
-        file: The .cu file that it is in.
-        name: Its name there.
-        macros: What the file is compiled with beside THREADS: its element types, its tile sizes.
-        threads: Threads of a block; the file has them as the macro THREADS.
+        file: The .cu file that has the kernel.
+        name: The kernel's name in the file.
+        macros: The macros with which the file is compiled, such as element types and tile sizes, without THREADS.
+        threads: Threads of a block. The file has the number as the macro THREADS.
         shared_bytes: Dynamic shared memory of a block.
     """
 
@@ -110,7 +110,7 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        """The text that the compiler is given: declarations of structures, headers, and the file."""
+        """The text to compile: declarations of structures, headers, and the file."""
         return _source(self.file)
 
     def launch(self, grid: Grid, arguments: Iterable[Argument], stream: int) -> None:
@@ -119,7 +119,7 @@ class Kernel:
         Raises:
             CUDADriverError: The launch was refused, or an earlier one has failed.
         """
-        held = list(arguments)  # the driver reads them through their addresses
+        held = list(arguments)  # kept alive: the driver reads them through their addresses
         addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
         cuda().driver.launchKernel(
             _functions.get(self),
@@ -133,13 +133,13 @@ class Kernel:
 
 
 def compile_kernels(kernels: Iterable[Kernel]) -> None:
-    """Compile kernels for the current device, so that their first launch need not."""
+    """Compile kernels for the current device now, not at their first launch."""
     for kernel in kernels:
         _functions.get(kernel)
 
 
 class _Functions:
-    """The compiled kernels of every device, each compiled once."""
+    """The compiled kernels of all devices. Each is compiled once. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -150,7 +150,9 @@ class _Functions:
         """Return the driver's pointer to a kernel of the current device."""
         key = (cuda().runtime.getDevice(), kernel)
         pointer = self._pointers.get(key)
-        if pointer is None:
+        if (
+            pointer is None
+        ):  # looked up without the lock: launches do not wait while another kernel is compiled
             with self._lock:
                 pointer = self._pointers[key] = self._load(key[0], kernel)
         return pointer
@@ -160,7 +162,8 @@ class _Functions:
 
         key = (device, kernel.file, kernel.options)
         if key not in self._modules:
-            # CuPy's cache on disk is keyed by the text and the options: headers and declarations must be in the text
+            # The key of CuPy's cache on disk is made of text and options, so headers and declarations must be in the
+            # text.
             self._modules[key] = cupy.RawModule(code=kernel.source, options=kernel.options)
         function = self._modules[key].get_function(kernel.name).kernel
         if kernel.shared_bytes:

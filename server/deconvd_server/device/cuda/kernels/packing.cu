@@ -1,15 +1,16 @@
 // Packs operands for the tensor cores: images channels-last, filters by output channel, channels padded with zeros.
 //
-// The structs PackedImage and PackedFilter are generated from structs.py. Macros, all given by packing.py: ELEMENT (of
-// two bytes), STRIDE_H, STRIDE_W, CUT_W (less than STRIDE_W), THREADS, FILTER_TILE (rows and columns of a tile of W), and
-// how images are packed: IN_REGISTERS (or through shared memory), by PIXELS packed pixels and ROWS pairs (channel, phase_h).
+// The structs PackedImage and PackedFilter are generated from structs.py. Macros, from packing.py: ELEMENT (of two
+// bytes), STRIDE_H, STRIDE_W, CUT_W (less than STRIDE_W), THREADS, FILTER_TILE (rows and columns of a tile of W), and
+// for images IN_REGISTERS (else through shared memory), PIXELS (packed pixels of a tile) and ROWS (its pairs (channel,
+// phase_h)).
 //
 // With a stride, the output image is packed by stride_h x stride_w phases: pixel (q, phase) stands for output pixel
-// stride q + phase - pad. Phases lie beside each other like channels: packed channel (channel, phase_h, phase_w).
+// stride q + phase - pad. Phases are next to each other, like channels: packed channel (channel, phase_h, phase_w).
 
 using Index = long long;
 
-// A row of the image that a row of packed channels, (channel, phase_h), comes from; null outside.
+// The image row of a row of packed channels, (channel, phase_h); null outside the image.
 __device__ __forceinline__ const ELEMENT *image_row(const ELEMENT *image, const PackedImage &p, int packed_row, int row)
 {
     const int channel = row / STRIDE_H, h = packed_row * STRIDE_H + row % STRIDE_H - p.cut_h;
@@ -19,11 +20,11 @@ __device__ __forceinline__ const ELEMENT *image_row(const ELEMENT *image, const 
 
 #if IN_REGISTERS
 
-constexpr int RUN = PIXELS * STRIDE_W;  // pixels of an image row that a thread's packed pixels are made of
+constexpr int RUN = PIXELS * STRIDE_W;  // pixels of an image row in a thread's packed pixels
 
 static_assert(ROWS * STRIDE_W == 8 && RUN % 8 == 0, "a thread's channels are one vector, its pixels are whole ones");
 
-// Loads pixels [first, first + RUN) of a row, zeros outside. Vectors lie where the row is aligned, CUT_W further on.
+// Loads pixels [first, first + RUN) of a row, zeros outside. The row's aligned vectors begin CUT_W pixels further on.
 __device__ __forceinline__ void load_run(ELEMENT (&run)[RUN], const ELEMENT *row, int first, int width, bool vectors)
 {
     if (!row) {
@@ -44,10 +45,11 @@ __device__ __forceinline__ void load_run(ELEMENT (&run)[RUN], const ELEMENT *row
     }
 }
 
-// packed, of shape (n, packed_h, packed_w, groups, packed_channels), from image, of shape (n, groups channels, h, w).
+// Packs image, of shape (n, groups channels, h, w), to packed, of shape (n, packed_h, packed_w, groups,
+// packed_channels).
 //
-// A thread takes 8 packed channels of PIXELS packed pixels of a row; `lanes` neighbours take further channels.
-// Blocks: (runs of packed pixels of all rows of all planes (n, groups), parts of the packed channels).
+// A thread packs 8 packed channels of PIXELS packed pixels of a row. `lanes` neighbouring threads pack the next
+// channels. Blocks: (runs of packed pixels of all rows of all planes (n, groups), parts of the packed channels).
 extern "C" __global__ void __launch_bounds__(THREADS)
 pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p, int lanes)
 {
@@ -84,7 +86,7 @@ static_assert(CHANNELS % 8 == 0, "a tile's channels are whole vectors");
 
 // Loads a tile: packed pixels [first_w, first_w + PIXELS) of one packed row, packed channels from the given row on.
 //
-// Vectors lie where the image is aligned: a cut lets the first and the last reach over the tile's ends.
+// Vectors are aligned with the image. With a cut, the first and the last vector reach beyond the tile's ends.
 template <int width>
 __device__ void load_tile(ELEMENT (*tile)[PITCH], const ELEMENT *image, const PackedImage &p, int packed_row,
                           int first_w, int first_row)
@@ -135,7 +137,7 @@ pack_image(const ELEMENT *image, ELEMENT *packed, PackedImage p, int lanes)
 }
 #endif
 
-// Where tap (kh, kw) goes: its convolution tap, and its phase.
+// The tap of the convolution, and the phase, that tap (kh, kw) of the filter becomes.
 struct TapPlace {
     int tap, phase;
 
@@ -147,9 +149,9 @@ struct TapPlace {
     }
 };
 
-// For y: (groups, (outputs, phases), taps, packed_channels) from W, of shape (groups inputs, outputs, kernel taps).
+// Packs W, of shape (groups inputs, outputs, kernel taps), for y: (groups, (outputs, phases), taps, packed_channels).
 //
-// What no tap belongs to must hold zeros already. Blocks: (tiles of W's rows, tiles of inputs, groups).
+// Elements without a tap of W must be zeros already. Blocks: (tiles of W's rows, tiles of inputs, groups).
 extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_output(const ELEMENT *W, ELEMENT *packed,
                                                                             PackedFilter p)
 {
@@ -170,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_output(cons
     }
 }
 
-// For gx: (groups inputs, taps, packed_channels of (outputs, phases)) from W. What no tap belongs to must be zeros.
+// Packs W for gx: (groups inputs, taps, packed_channels of (outputs, phases)). Elements without a tap must be zeros.
 extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_input(const ELEMENT *W, ELEMENT *packed,
                                                                            PackedFilter p)
 {
@@ -183,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_filter_by_input(const
     packed[(input * p.taps_h * p.taps_w + place.tap) * p.packed_channels + output * phases + place.phase] = W[at];
 }
 
-// gW from the sums of each part, of shape (parts, groups, inputs, taps, packed_channels of (outputs, phases)).
+// Sets gW to the totals of sums of shape (parts, groups, inputs, taps, packed_channels of (outputs, phases)).
 extern "C" __global__ void __launch_bounds__(THREADS) unpack_filter(const float *sums, ELEMENT *gW, PackedFilter p,
                                                                     int parts)
 {

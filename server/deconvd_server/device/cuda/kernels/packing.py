@@ -1,4 +1,4 @@
-"""Operands packed for the tensor cores: how images and filters are laid out by packing.cu, and the steps that do it."""
+"""Packed operands for the tensor cores: the layout of images and filters, and the steps of packing.cu that make it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,32 @@ from deconvd_server.device.cuda.kernels.launch import (
     element,
     integer,
 )
-from deconvd_server.device.cuda.kernels.steps import Clear, Launch, Place, Slot, Step
+from deconvd_server.device.cuda.kernels.steps import (
+    BufferOffset,
+    BufferSlot,
+    Clear,
+    Launch,
+    PlanStep,
+)
 from deconvd_server.device.cuda.kernels.structs import PackedFilter, PackedImage
 
-__all__ = ["Packing", "padded"]
+__all__ = ["Packing", "padded_channels_count"]
 
 _MAX_CHANNELS = 64
-"""Packed channels of a tile, where the stride allows."""
+"""The most packed channels of a tile, if the stride is not larger."""
 
 _FILTER_TILE = 32
 """Rows and columns of W that a block packs at once."""
 
 
 class _ImageTile(NamedTuple):
-    """What of an image is packed at once, for a stride along w.
+    """The part of an image that is packed at once, for a stride along w.
 
     Attributes:
-        in_registers: Whether a thread takes it in its registers, or a block through shared memory.
+        in_registers: Whether a thread packs it in its registers; else a block packs it through shared memory.
         pixels: Packed pixels of a row.
-        rows: Pairs (channel, phase along h) of each.
-        channels: Packed channels that these make: whole vectors of 8.
+        rows: Pairs (channel, phase along h) of each packed pixel.
+        channels: Packed channels of these rows: whole vectors of 8.
     """
 
     in_registers: bool
@@ -51,8 +57,8 @@ class _ImageTile(NamedTuple):
         return cls(False, 32, rows, rows * stride_w)
 
 
-def padded(channels: int) -> int:
-    """Return the number of packed channels: a multiple of what one copy moves."""
+def padded_channels_count(channels: int) -> int:
+    """Return the number of packed channels: a multiple of 8, which one copy of 16 bytes moves."""
     return -(-channels // 8) * 8
 
 
@@ -60,8 +66,14 @@ def padded(channels: int) -> int:
 class Packing:
     """A problem as a convolution of stride 1 by a filter of ``ceil(kernel / stride)`` taps.
 
-    Output pixel ``o`` is phase ``(o + pad) mod stride`` of packed pixel ``(o + pad) div stride``,
-    counted from the first that has an output pixel, `first`.
+    The output pixels are grouped into packed pixels, whose phases are like channels. On one axis, with stride 3 and pad
+    1, where ``|`` separates packed pixels:
+
+        phase           0 1 2 | 0 1 2 | 0 1 2
+        output pixel    - 0 1 | 2 3 4 | 5 6 7      (- is cut)
+
+    Output pixel ``o`` is phase ``(o + pad) mod stride`` of packed pixel ``(o + pad) div stride``. Packed pixels are
+    counted from `first`, the first one that has an output pixel.
     """
 
     problem: Problem
@@ -95,7 +107,7 @@ class Packing:
 
     @property
     def cut(self) -> Pair:
-        """Phases of the first packed pixel that lie before the output image."""
+        """Phases of the first packed pixel that are before the output image."""
         pad, stride = self.problem.geometry.pad, self.problem.geometry.stride
         return pad[0] % stride[0], pad[1] % stride[1]
 
@@ -117,21 +129,21 @@ class Packing:
             self.problem.n
             * math.prod(self.problem.image)
             * self.problem.groups
-            * padded(self.inputs)
+            * padded_channels_count(self.inputs)
         )
 
     @property
     def gy_elements(self) -> int:
         """Elements of packed gy."""
         pixels = self.problem.n * math.prod(self.packed_output)
-        return pixels * self.problem.groups * padded(self.columns)
+        return pixels * self.problem.groups * padded_channels_count(self.columns)
 
-    def pack_x(self, target: Place) -> Step:
+    def pack_x(self, target: BufferOffset) -> PlanStep:
         """Return the step that packs x, the first operand."""
-        row = 1, math.prod(self.problem.image)  # without a stride, rows need not be told apart
-        return self._pack(self.inputs, row, (1, 1), (0, 0), row, Slot.A, target)
+        row = 1, math.prod(self.problem.image)  # without a stride, the image is packed like one row
+        return self._pack(self.inputs, row, (1, 1), (0, 0), row, BufferSlot.A, target)
 
-    def pack_gy(self, slot: Slot, target: Place) -> Step:
+    def pack_gy(self, slot: BufferSlot, target: BufferOffset) -> PlanStep:
         """Return the step that packs gy, by phases."""
         stride = self.problem.geometry.stride
         return self._pack(
@@ -145,11 +157,11 @@ class Packing:
         stride: Pair,
         cut: Pair,
         packed: Pair,
-        slot: Slot,
-        target: Place,
-    ) -> Step:
+        slot: BufferSlot,
+        target: BufferOffset,
+    ) -> PlanStep:
         groups, n = self.problem.groups, self.problem.n
-        packed_channels = padded(channels * math.prod(stride))
+        packed_channels = padded_channels_count(channels * math.prod(stride))
         layout = PackedImage(n, groups, channels, *image, cut[0], *packed, packed_channels)
         rows = packed[0] * n * groups
         lanes = _lanes(packed_channels)
@@ -161,46 +173,49 @@ class Packing:
         else:
             grid = runs, -(-packed_channels // tile.channels), 1
         kernel = self._kernel("pack_image", stride, cut[1])
-        return Launch(kernel, grid, (Place(slot), target), (layout, integer(lanes)))
+        return Launch(kernel, grid, (BufferOffset(slot), target), (layout, integer(lanes)))
 
     def filter_by_output_elements(self) -> int:
         """Return the elements of W packed for y."""
         rows = self.problem.groups * self.columns
-        return rows * math.prod(self.taps) * padded(self.inputs)
+        return rows * math.prod(self.taps) * padded_channels_count(self.inputs)
 
     def filter_by_input_elements(self) -> int:
         """Return the elements of W packed for gx."""
-        return self.problem.c_I * math.prod(self.taps) * padded(self.columns)
+        return self.problem.c_I * math.prod(self.taps) * padded_channels_count(self.columns)
 
-    def pack_filter_by_output(self, target: Place) -> list[Step]:
+    def pack_filter_by_output(self, target: BufferOffset) -> list[PlanStep]:
         """Return the steps that pack W for y."""
         rows = self.outputs * math.prod(self.problem.kernel)
         grid = -(-rows // _FILTER_TILE), -(-self.inputs // _FILTER_TILE), self.problem.groups
         launch = Launch(
             self._kernel("pack_filter_by_output"),
             grid,
-            (Place(Slot.B), target),
-            (self._filter(padded(self.inputs)),),
+            (BufferOffset(BufferSlot.B), target),
+            (self._filter(padded_channels_count(self.inputs)),),
         )
-        full = self._has_every_tap and self.inputs == padded(self.inputs)
-        return self._cleared(launch, target, self.filter_by_output_elements(), full=full)
+        full = self._has_every_tap and self.inputs == padded_channels_count(self.inputs)
+        return self._clear_then_launch(launch, target, self.filter_by_output_elements(), full=full)
 
-    def pack_filter_by_input(self, target: Place) -> list[Step]:
+    def pack_filter_by_input(self, target: BufferOffset) -> list[PlanStep]:
         """Return the steps that pack W for gx."""
         launch = Launch(
             self._kernel("pack_filter_by_input"),
             self._grid_of_W,
-            (Place(Slot.B), target),
-            (self._filter(padded(self.columns)),),
+            (BufferOffset(BufferSlot.B), target),
+            (self._filter(padded_channels_count(self.columns)),),
         )
-        full = self._has_every_tap and self.columns == padded(self.columns)
-        return self._cleared(launch, target, self.filter_by_input_elements(), full=full)
+        full = self._has_every_tap and self.columns == padded_channels_count(self.columns)
+        return self._clear_then_launch(launch, target, self.filter_by_input_elements(), full=full)
 
-    def unpack_filter(self, sums: Place, parts_count: int) -> Step:
-        """Return the step that adds up the parts of gW's sums and puts them in their places."""
-        constants = (self._filter(padded(self.columns)), integer(parts_count))
+    def unpack_filter(self, sums: BufferOffset, parts_count: int) -> PlanStep:
+        """Return the step that adds up the parts of gW's sums and writes gW."""
+        constants = (self._filter(padded_channels_count(self.columns)), integer(parts_count))
         return Launch(
-            self._kernel("unpack_filter"), self._grid_of_W, (sums, Place(Slot.OUT)), constants
+            self._kernel("unpack_filter"),
+            self._grid_of_W,
+            (sums, BufferOffset(BufferSlot.OUT)),
+            constants,
         )
 
     @property
@@ -213,7 +228,10 @@ class Packing:
     def _grid_of_W(self) -> tuple[int, int, int]:
         return -(-math.prod(self.problem.W.shape) // THREADS), 1, 1
 
-    def _cleared(self, launch: Launch, target: Place, elements: int, *, full: bool) -> list[Step]:
+    def _clear_then_launch(
+        self, launch: Launch, target: BufferOffset, elements: int, *, full: bool
+    ) -> list[PlanStep]:
+        # Padding, and taps that the filter does not have, must be zeros: the launch writes neither.
         clear = Clear(target, elements * self.problem.W.dtype.itemsize)
         return [launch] if full else [clear, launch]
 
@@ -243,5 +261,5 @@ class Packing:
 
 
 def _lanes(packed_channels: int) -> int:
-    """Return how many neighbouring threads take neighbouring channels: a power of two, at most 8."""
+    """Return the number of neighbouring threads that pack neighbouring channels: a power of two, at most 8."""
     return next(lanes for lanes in (8, 4, 2, 1) if packed_channels >= 8 * lanes)

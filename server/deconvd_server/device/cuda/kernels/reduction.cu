@@ -1,13 +1,13 @@
-// Sums of gy over samples and pixels: gb. The order of every sum is fixed, so that two runs give the same bits.
+// gb: sums of gy over samples and pixels. The order of every sum is fixed, so that two runs give the same bits.
 //
-// Macros, given by elementwise.py: ELEMENT, THREADS, CLUSTER.
+// Macros, from elementwise.py: ELEMENT, THREADS, CLUSTER.
 
 using Index = long long;
 using Sum = Compute<ELEMENT>::type;
 
-// Adds what one thread reads: element vectors first, first + step, ... of a channel's rows laid end to end.
+// Returns one thread's sum: of the vectors first, first + step, ... of a channel's rows, counted from row to row.
 //
-// Keeps (row, column) instead of dividing at every step.
+// It counts (row, column), since a division at every step would be slow.
 template <int width>
 __device__ Sum sum_of_thread(const ELEMENT *gy, Index rows, Index row_stride, Index pixels, Index first, Index step)
 {
@@ -31,7 +31,7 @@ __device__ Sum sum_of_thread(const ELEMENT *gy, Index rows, Index row_stride, In
     return sum;
 }
 
-// Returns the sum over a block's threads, to its first thread.
+// Returns the sum over a block's threads. Only the first thread gets it.
 __device__ double sum_of_block(double value)
 {
     __shared__ double sums[THREADS / 32];
@@ -78,7 +78,7 @@ __device__ __forceinline__ double read_from_block(const double *shared, int rank
     return value;
 }
 
-// A cluster of blocks for each channel, for tensors of few channels: one block would leave the card idle.
+// A cluster of blocks for each channel, for tensors of few channels: one block for each would leave the card idle.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS)
 sum_few_channels(const ELEMENT *gy, ELEMENT *gb, int samples, int channels, Index pixels)
 {
@@ -92,10 +92,10 @@ sum_few_channels(const ELEMENT *gy, ELEMENT *gb, int samples, int channels, Inde
         for (int other = 0; other < CLUSTER; ++other) total += read_from_block(&part_sum, other);
         narrow(gb[channel], total);
     }
-    wait_for_cluster();  // shared memory must outlive its readers
+    wait_for_cluster();  // a block's shared memory must outlive the block that reads it
 }
 #else
-// Cards without clusters: the first block of each CLUSTER does the work of all.
+// For cards without clusters: the first block of each CLUSTER does the work of all.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sum_few_channels(const ELEMENT *gy, ELEMENT *gb, int samples, int channels, Index pixels)
 {

@@ -1,4 +1,4 @@
-"""A plan as a list of steps: what each launches, and where its operands lie. Made without touching the device."""
+"""A plan as a list of steps: kernel launches and cleared memory, with the buffers that they use. Needs no device."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from typing import Protocol
 from deconvd_server.device.cuda.kernels.launch import Argument, Grid, Kernel, cuda, pointer
 from deconvd_server.device.cuda.plan import Prepacking
 
-__all__ = ["Clear", "Launch", "Operands", "Place", "Slot", "Step", "StepPlan", "Workspace"]
+__all__ = [
+    "BufferOffset",
+    "BufferSlot",
+    "Clear",
+    "Launch",
+    "Operands",
+    "PlanStep",
+    "StepPlan",
+    "Workspace",
+]
 
 Operands = tuple[int, int, int, int]
-"""Device pointers, by slot."""
+"""Device pointers of an execution, by `BufferSlot`."""
 
 
-class Slot(IntEnum):
-    """What an execution is given: the two operands, the result and the workspace."""
+class BufferSlot(IntEnum):
+    """The buffers of an execution: the two operands, the result and the workspace."""
 
     A = 0
     B = 1
@@ -26,23 +35,23 @@ class Slot(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A place in what an execution is given, so many bytes behind its beginning."""
+class BufferOffset:
+    """An offset in one of an execution's buffers."""
 
-    slot: Slot
+    slot: BufferSlot
     offset_bytes: int = 0
 
     def address(self, operands: Operands) -> int:
-        """Return the device pointer to it."""
+        """Return the device pointer to it in an execution."""
         return operands[self.slot] + self.offset_bytes
 
-    def plus(self, offset_bytes: int) -> Place:
-        """Return the place so many bytes further on."""
-        return Place(self.slot, self.offset_bytes + offset_bytes)
+    def advance(self, offset_bytes: int) -> BufferOffset:
+        """Return the offset that is that many bytes further on."""
+        return BufferOffset(self.slot, self.offset_bytes + offset_bytes)
 
 
-class Step(Protocol):
-    """A part of a plan: what is enqueued for it depends on the operands' addresses alone."""
+class PlanStep(Protocol):
+    """A step of a plan. Only the operands' addresses differ from one execution to the next."""
 
     def enqueue(self, operands: Operands, stream: int) -> None:
         """Enqueue it on a stream of the current device."""
@@ -50,16 +59,16 @@ class Step(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """The launch of a kernel, which takes the addresses of `places` and then `constants`."""
+    """The launch of a kernel, whose arguments are the addresses of `buffers`, followed by `constants`."""
 
     kernel: Kernel
     grid: Grid
-    places: tuple[Place, ...]
+    buffers: tuple[BufferOffset, ...]
     constants: tuple[Argument, ...]
 
     def enqueue(self, operands: Operands, stream: int) -> None:
         """Enqueue it on a stream of the current device."""
-        addresses = (pointer(place.address(operands)) for place in self.places)
+        addresses = (pointer(buffer.address(operands)) for buffer in self.buffers)
         self.kernel.launch(self.grid, (*addresses, *self.constants), stream)
 
 
@@ -67,35 +76,35 @@ class Launch:
 class Clear:
     """Sets memory to zeros."""
 
-    place: Place
+    buffer: BufferOffset
     size_bytes: int
 
     def enqueue(self, operands: Operands, stream: int) -> None:
         """Enqueue it on a stream of the current device."""
         if self.size_bytes:
-            cuda().runtime.memsetAsync(self.place.address(operands), 0, self.size_bytes, stream)
+            cuda().runtime.memsetAsync(self.buffer.address(operands), 0, self.size_bytes, stream)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A `Plan` that enqueues its steps in order. None of our steps lets two runs differ.
+    """A `Plan` that enqueues its steps in order.
 
     Attributes:
-        prepare: Returns how b is prepared; see `Preparable`.
+        make_prepacking: Returns the prepacking of W, see `Prepackable`. A function, as few plans are asked for it.
     """
 
     name: str
     workspace_bytes: int
-    steps: tuple[Step, ...]
-    prepare: Callable[[], Prepacking | None] = lambda: None
+    steps: tuple[PlanStep, ...]
+    make_prepacking: Callable[[], Prepacking | None] = lambda: None
 
     def prepacking(self) -> Prepacking | None:
-        """Return what is made of b before all else. See `Preparable`."""
-        return self.prepare()
+        """Return the prepacking of W. See `Prepackable`."""
+        return self.make_prepacking()
 
     @property
     def deterministic(self) -> bool:
-        """Always: no step depends on the order in which threads run."""
+        """Always True: no step depends on the order in which threads run."""
         return True
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
@@ -105,13 +114,13 @@ class StepPlan:
 
 
 class Workspace:
-    """Lays out a plan's workspace: parts one behind the other, each aligned to 256 bytes."""
+    """Lays out a plan's workspace: regions one after the other, each aligned to 256 bytes."""
 
     def __init__(self) -> None:
         self.size_bytes = 0
 
-    def take(self, size_bytes: int) -> Place:
-        """Return the place of a new part."""
-        place = Place(Slot.WORKSPACE, self.size_bytes)
+    def take(self, size_bytes: int) -> BufferOffset:
+        """Return a new region."""
+        region = BufferOffset(BufferSlot.WORKSPACE, self.size_bytes)
         self.size_bytes += -(-size_bytes // 256) * 256
-        return place
+        return region

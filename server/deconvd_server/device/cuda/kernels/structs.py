@@ -1,6 +1,6 @@
-"""The structures that kernels take by value, each written once: in ctypes here, from which C++ declarations are made.
+"""The structures that kernels take by value. Each is written once, in ctypes; its C++ declaration is made from that.
 
-The declarations stand before every .cu file when it is compiled (launch.py). This module needs no CUDA.
+The declarations precede the text of every .cu file when it is compiled (launch.py). Needs no CUDA.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Axis(ctypes.Structure):
     """One axis of a problem.
 
     Attributes:
-        image, kernel, output: Extents of x, W and y along it.
-        tap_step, image_step: stride and dilate, over their greatest common divisor. Taps `tap_step` apart reach an
-            output pixel from whole input pixels, which are `image_step` apart.
+        image, kernel, output: Extents of x, W and y along the axis.
+        tap_step, image_step: stride and dilate, divided by their greatest common divisor. Of the taps that reach an
+            output pixel from an input pixel, each is `tap_step` after the one before, and its input pixel is
+            `image_step` before that one's.
     """
 
     _fields_ = _integers(
@@ -49,10 +50,10 @@ class KernelGeometry(ctypes.Structure):
 
 
 class Columns(ctypes.Structure):
-    """Which columns a chunk has: channels of each group, and pixels of each sample.
+    """The columns of a chunk: some channels of each group, and some pixels of each of some samples.
 
     Attributes:
-        begins, ends: Whether no sums come before these, and whether none follow.
+        begins, ends: Whether this is the first chunk that is summed to its output pixels, and whether it is the last.
     """
 
     _fields_ = _integers(
@@ -66,7 +67,7 @@ class PackedImage(ctypes.Structure):
 
     Attributes:
         channels: Channels of a group.
-        cut_h: Image row = packed row * stride + phase - cut_h. Along w the cut is the macro CUT_W.
+        cut_h: Image row = packed row * stride + phase - cut_h. Along w, the cut is the macro CUT_W.
         packed_channels: Packed channels of a group: a multiple of 8.
     """
 
@@ -93,14 +94,14 @@ class PackedFilter(ctypes.Structure):
 
 
 class Convolution(ctypes.Structure):
-    """A convolution of stride 1 of a packed source. Its domain has a pixel for each row of the product.
+    """A convolution of stride 1 of a packed source. Its domain has one pixel for each row of the product.
 
     Attributes:
         channels: Channels of a group of the source, padded to a multiple of 8.
         taps_h, step_h, offset_h: Source pixel = domain pixel + offset + tap * step; likewise along w.
-        columns: Of a group: channels of the result times stride_h times stride_w.
+        columns: Columns of a group: channels of the result times stride_h times stride_w.
         output_h, cut_h: Output pixel = domain pixel * stride + phase - cut; likewise along w.
-        parts: Blocks that share the depth of a tile; add_parts adds up what they sum.
+        parts: Blocks that share the depth of a tile. add_parts adds their sums up.
     """
 
     _fields_ = _integers(
@@ -119,7 +120,7 @@ class Correlation(ctypes.Structure):
         inputs: Channels of a group of x, without padding.
         gy_h, gy_w, channels: Size of packed gy, and its channels of a group.
         taps_h, step_h, offset_h: Pixel of gy = pixel of x + offset + tap * step; likewise along w.
-        steps: Stages of DEPTH pixels that a part takes.
+        steps: Stages of DEPTH pixels in a part.
     """
 
     _fields_ = _integers(
@@ -138,13 +139,13 @@ STRUCTS: tuple[type[ctypes.Structure], ...] = (
     Convolution,
     Correlation,
 )
-"""All of them; those that others consist of come first."""
+"""All structures. A structure comes after those that it consists of."""
 
 _TYPES: dict[type, str] = {ctypes.c_int: "int"}
 
 
 def declaration(struct: type[ctypes.Structure]) -> str:
-    """Return the C++ declaration of a structure, and an assertion that the compiler lays it out as ctypes does.
+    """Return the C++ declaration of a structure, and an assertion that it has the same size as in ctypes.
 
     Raises:
         TypeError: A field is neither an int nor a structure.

@@ -1,7 +1,7 @@
-// What kernels on the tensor cores share: tiles in shared memory, asynchronous copies, and 16 x 8 x 16 products.
+// Shared by the kernels on the tensor cores: tiles in shared memory, asynchronous copies, and 16 x 8 x 16 products.
 //
-// Tiles consist of chunks of 8 half-precision elements (16 bytes). A row of a tile has CHUNKS of them, kept in an
-// order that depends on the row so that the eight rows that one ldmatrix reads lie in different banks.
+// Tiles consist of chunks of 8 half-precision elements (16 bytes). A row of a tile has CHUNKS of them. Their order
+// depends on the row, so that the eight rows that one ldmatrix reads are in different banks.
 
 template <int CHUNKS> __device__ __forceinline__ int chunk_place(int row, int chunk)
 {
@@ -15,7 +15,7 @@ __device__ __forceinline__ unsigned shared_address(const void *pointer)
     return (unsigned)__cvta_generic_to_shared(pointer);
 }
 
-// Copies a chunk from device to shared memory; zeros in its place unless it is valid.
+// Copies a chunk from device to shared memory, or zeros if it is not valid.
 __device__ __forceinline__ void copy_chunk(unsigned target, const void *source, bool valid)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
@@ -27,7 +27,7 @@ template <int pending> __device__ __forceinline__ void wait_for_copies()
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Loads four 8 x 8 matrices; lane 8 i + r gives the address of row r of matrix i.
+// Loads four 8 x 8 matrices. The address that lane 8 i + r passes is that of row r of matrix i.
 __device__ __forceinline__ void load_matrices(unsigned (&matrices)[4], unsigned address)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -1,8 +1,8 @@
-"""Plans for half-precision problems on the tensor cores, straight from NCHW to NCHW.
+"""Plans for half-precision problems on the tensor cores, directly from NCHW to NCHW.
 
-A deconvolution is a convolution of stride 1 whose channels are the output's phases (packing.py). That wastes work where
-the stride does not divide the filter, and little memory: few channels, filters as large as the stride and huge filters
-become products of a good shape.
+A deconvolution becomes a convolution of stride 1 whose result has the output's phases as channels (packing.py). Few
+channels, filters as large as the stride and huge filters then become matrix products of a good shape. It wastes
+products if the stride does not divide the filter, but little memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from deconvd_server.device.cuda.kernels.launch import (
     constants,
     element,
 )
-from deconvd_server.device.cuda.kernels.packing import Packing, padded
+from deconvd_server.device.cuda.kernels.packing import Packing, padded_channels_count
 from deconvd_server.device.cuda.kernels.steps import (
+    BufferOffset,
+    BufferSlot,
     Launch,
-    Place,
-    Slot,
-    Step,
+    PlanStep,
     StepPlan,
     Workspace,
 )
@@ -34,10 +34,10 @@ from deconvd_server.device.cuda.plan import Prepacking, Product
 __all__ = ["tensor_core_plans"]
 
 _STAGES = 4
-"""Stages of depth that a block holds in shared memory at once: one is multiplied while others are loaded."""
+"""Stages that a block has in shared memory at once: one is multiplied while the others are loaded."""
 
 _DEPTH = 32
-"""Depth of a stage."""
+"""Depth of a stage: the terms of each sum that it adds."""
 
 _ROWS = 128
 """Rows of a block's tile."""
@@ -46,35 +46,35 @@ _WIDTHS = (16, 32, 64, 128)
 """Columns of a block's tile that the kernels are compiled for."""
 
 _MAX_GRID_YZ = 65535
+"""The most blocks of a grid along y or z, by CUDA."""
+
 _STRIDES = {*range(1, 9), 16, 32, 64}
-"""Strides that kernels are compiled for: a stranger's requests must not make us compile without end."""
+"""Strides that kernels are compiled for. A client must not be able to make the server compile again and again."""
 
 _MAX_TAP_WASTE = 2.5
-"""How many times the filter's taps may be multiplied: 1.8 for 3 taps at stride 2."""
+"""Bound on the taps that are multiplied, over the filter's taps. It is 1.8 for 3 taps at stride 2."""
 
 _MAX_WASTE = 5.0
-"""The same with padded channels."""
+"""Bound on the same ratio if padded channels are counted too."""
 
 _BLOCKS_PER_PROCESSOR = 2
-"""Blocks that a processor runs at once: sums are cut into parts until all processors have as many."""
+"""Blocks that a multiprocessor runs at once. Sums are cut into parts until each multiprocessor has as many blocks."""
 
 _MIN_STAGES = 16
-"""Stages of depth that a part has at least: its beginning and its end take as long as some stages."""
+"""The fewest stages of a part: its start and its end take as long as some stages."""
 
 _PARTS_BYTES = 64 << 20
-"""A bound on gW's sums of all parts."""
+"""Bound on the size of gW's sums of all parts."""
 
 
-def tensor_core_plans(
-    operation: Product, problem: Problem, processors_count: int
-) -> list[StepPlan]:
-    """Return the plans for a problem that has products: one, or none where it is not suited."""
+def tensor_core_plans(product: Product, problem: Problem, processors_count: int) -> list[StepPlan]:
+    """Return the plans for a problem that has products: one, or none if the problem is not suited."""
     if not _is_suited(problem):
         return []
     packing = Packing(problem)
-    if operation is Product.Y:
+    if product is Product.Y:
         return [_y_plan(packing)]
-    make = _gx_plan if operation is Product.GX else _gW_plan
+    make = _gx_plan if product is Product.GX else _gW_plan
     return [make(packing, processors_count * _BLOCKS_PER_PROCESSOR)]
 
 
@@ -91,15 +91,15 @@ def _is_suited(problem: Problem) -> bool:
 
 
 def _wastes_little(problem: Problem, packing: Packing) -> bool:
-    """Return whether most of what is multiplied is neither padding of the filter nor of the channels."""
+    """Return whether few enough of the products are with padding, of the filter or of the channels."""
     taps_count = math.prod(packing.taps) * math.prod(problem.geometry.stride)
     in_taps = taps_count / math.prod(problem.kernel)
-    in_channels = padded(packing.inputs) / packing.inputs
+    in_channels = padded_channels_count(packing.inputs) / packing.inputs
     return in_taps <= _MAX_TAP_WASTE and in_taps * in_channels <= _MAX_WASTE
 
 
 def _fits_grids(problem: Problem, packing: Packing) -> bool:
-    """Return whether the blocks can be counted along the grids' short axes."""
+    """Return whether the grids are small enough along y and z."""
     columns = max(packing.columns, packing.inputs)
     return problem.groups * -(-columns // 64) <= _MAX_GRID_YZ and packing.inputs <= _MAX_GRID_YZ
 
@@ -107,7 +107,9 @@ def _fits_grids(problem: Problem, packing: Packing) -> bool:
 def _fits_integers(problem: Problem, packing: Packing) -> bool:
     """Return whether the kernels' 32-bit pixel and depth counters are wide enough."""
     pixels = max(math.prod(problem.image), math.prod(packing.packed_output))
-    depth = math.prod(packing.taps) * max(padded(packing.columns), padded(packing.inputs))
+    depth = math.prod(packing.taps) * max(
+        padded_channels_count(packing.columns), padded_channels_count(packing.inputs)
+    )
     reach = max(packing.taps[i] * problem.geometry.dilate[i] for i in range(2))
     return max(problem.n * pixels, depth, reach, math.prod(problem.output)) < MAX_EXTENT // 4
 
@@ -117,10 +119,10 @@ def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     itemsize = problem.x.dtype.itemsize
     x = workspace.take(packing.x_elements * itemsize)
     W_bytes = packing.filter_by_output_elements() * itemsize
-    W = Place(Slot.B) if W_is_packed else workspace.take(W_bytes)
+    W = BufferOffset(BufferSlot.B) if W_is_packed else workspace.take(W_bytes)
     dilate = problem.geometry.dilate
     convolution = Convolution(
-        *(problem.n, problem.groups, *problem.image, padded(packing.inputs)),
+        *(problem.n, problem.groups, *problem.image, padded_channels_count(packing.inputs)),
         *packing.packed_output,
         *packing.taps,
         *(-dilate[0], -dilate[1]),
@@ -136,33 +138,33 @@ def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     if W_is_packed:
         return StepPlan("tensor cores", workspace.size_bytes, (packing.pack_x(x), convolve))
 
-    def prepare() -> Prepacking:
-        pack = packing.pack_filter_by_output(Place(Slot.OUT))
+    def make_prepacking() -> Prepacking:
+        pack = packing.pack_filter_by_output(BufferOffset(BufferSlot.OUT))
         plan = _y_plan(packing, W_is_packed=True)
-        return _preparation("by output", packing, W_bytes, pack, plan)
+        return _prepacking("by output", packing, W_bytes, pack, plan)
 
     steps = (packing.pack_x(x), *packing.pack_filter_by_output(W), convolve)
-    return StepPlan("tensor cores", workspace.size_bytes, steps, prepare)
+    return StepPlan("tensor cores", workspace.size_bytes, steps, make_prepacking)
 
 
-def _preparation(
-    order: str, packing: Packing, size_bytes: int, pack: list[Step], plan: StepPlan
+def _prepacking(
+    order: str, packing: Packing, size_bytes: int, pack: list[PlanStep], plan: StepPlan
 ) -> Prepacking:
-    """Return how W is packed.
+    """Return the prepacking of W.
 
     Args:
-        order: Which order the packed W has.
-        pack: The steps that pack it from the place of b to that of the result.
-        plan: For W so packed.
+        order: The order of the packed W: its axis of rows.
+        pack: The steps that pack W, from slot B to slot OUT.
+        plan: The plan that takes the packed W.
     """
-    # no more than the packing of a given W depends on
+    # Only what the packed form of a given W depends on: plans of several problems can then share one form.
     key = ("tensor cores", order, packing.problem.groups, packing.problem.geometry.stride)
 
-    def make(W: int, form: int, stream: int) -> None:
+    def enqueue_packing(W: int, form: int, stream: int) -> None:
         for step in pack:
             step.enqueue((0, W, form, 0), stream)
 
-    return Prepacking(key, size_bytes, make, plan)
+    return Prepacking(key, size_bytes, enqueue_packing, plan)
 
 
 def _gx_plan(packing: Packing, blocks_count: int, *, W_is_packed: bool = False) -> StepPlan:
@@ -170,10 +172,15 @@ def _gx_plan(packing: Packing, blocks_count: int, *, W_is_packed: bool = False) 
     itemsize = problem.x.dtype.itemsize
     gy = workspace.take(packing.gy_elements * itemsize)
     W_bytes = packing.filter_by_input_elements() * itemsize
-    W = Place(Slot.B) if W_is_packed else workspace.take(W_bytes)
+    W = BufferOffset(BufferSlot.B) if W_is_packed else workspace.take(W_bytes)
     parts_count = _gx_parts(packing, blocks_count)
     convolution = Convolution(
-        *(problem.n, problem.groups, *packing.packed_output, padded(packing.columns)),
+        *(
+            problem.n,
+            problem.groups,
+            *packing.packed_output,
+            padded_channels_count(packing.columns),
+        ),
         *problem.image,
         *packing.taps,
         *problem.geometry.dilate,
@@ -183,38 +190,41 @@ def _gx_plan(packing: Packing, blocks_count: int, *, W_is_packed: bool = False) 
         *(0, 0, parts_count),
     )
     pixels = problem.n * math.prod(problem.image)
-    products: tuple[Step, ...]
+    products: tuple[PlanStep, ...]
     if parts_count == 1:
         products = (_convolve(packing, pixels, (1, 1), (gy, W), convolution),)
     else:
         sums = workspace.take(parts_count * pixels * problem.c_I * 4)
         products = _convolve_parts(packing, pixels, (gy, W, sums), convolution)
-    pack_gy = packing.pack_gy(Slot.A, gy)
+    pack_gy = packing.pack_gy(BufferSlot.A, gy)
     if W_is_packed:
         return StepPlan("tensor cores", workspace.size_bytes, (pack_gy, *products))
 
-    def prepare() -> Prepacking:
-        pack = packing.pack_filter_by_input(Place(Slot.OUT))
+    def make_prepacking() -> Prepacking:
+        pack = packing.pack_filter_by_input(BufferOffset(BufferSlot.OUT))
         plan = _gx_plan(packing, blocks_count, W_is_packed=True)
-        return _preparation("by input", packing, W_bytes, pack, plan)
+        return _prepacking("by input", packing, W_bytes, pack, plan)
 
     steps = (pack_gy, *packing.pack_filter_by_input(W), *products)
-    return StepPlan("tensor cores", workspace.size_bytes, steps, prepare)
+    return StepPlan("tensor cores", workspace.size_bytes, steps, make_prepacking)
 
 
 def _gx_parts(packing: Packing, blocks_count: int) -> int:
-    """Return how many parts the depth of gx's product is cut into: enough to fill a card."""
+    """Return the number of parts of the depth of gx's product: enough to fill the card."""
     problem = packing.problem
     tiles = -(-problem.n * math.prod(problem.image) // _ROWS) * problem.groups
     tiles *= -(-packing.inputs // _width(packing.inputs))
-    stages = -(-math.prod(packing.taps) * padded(packing.columns) // _DEPTH)
+    stages = -(-math.prod(packing.taps) * padded_channels_count(packing.columns) // _DEPTH)
     return max(min(blocks_count // tiles, stages // _MIN_STAGES, _MAX_GRID_YZ // problem.groups), 1)
 
 
 def _convolve_parts(
-    packing: Packing, pixels: int, places: tuple[Place, Place, Place], convolution: Convolution
-) -> tuple[Step, Step]:
-    """Return the steps that sum parts of the depth of gx's product, and add them up."""
+    packing: Packing,
+    pixels: int,
+    places: tuple[BufferOffset, BufferOffset, BufferOffset],
+    convolution: Convolution,
+) -> tuple[PlanStep, PlanStep]:
+    """Return the steps that sum the parts of the depth of gx's product, and add the parts up."""
     columns, groups = packing.inputs, packing.problem.groups
     width = _width(columns)
     kernel = _convolve_kernel("convolve_parts", packing, width, (1, 1))
@@ -223,7 +233,7 @@ def _convolve_parts(
     add_grid = -(-pixels // add.threads), columns, groups
     return (
         Launch(kernel, grid, places, (convolution,)),
-        Launch(add, add_grid, (places[2], Place(Slot.OUT)), (convolution,)),
+        Launch(add, add_grid, (places[2], BufferOffset(BufferSlot.OUT)), (convolution,)),
     )
 
 
@@ -231,14 +241,14 @@ def _convolve(
     packing: Packing,
     pixels: int,
     stride: Pair,
-    operands: tuple[Place, Place],
+    operands: tuple[BufferOffset, BufferOffset],
     convolution: Convolution,
-) -> Step:
+) -> PlanStep:
     columns: int = convolution.columns
     width = _width(columns)
     kernel = _convolve_kernel("convolve", packing, width, stride)
     grid = -(-pixels // _ROWS), -(-columns // width), packing.problem.groups
-    return Launch(kernel, grid, (*operands, Place(Slot.OUT)), (convolution,))
+    return Launch(kernel, grid, (*operands, BufferOffset(BufferSlot.OUT)), (convolution,))
 
 
 def _convolve_kernel(name: str, packing: Packing, width: int, stride: Pair) -> Kernel:
@@ -255,7 +265,7 @@ def _convolve_kernel(name: str, packing: Packing, width: int, stride: Pair) -> K
 
 
 def _tile_macros(rows: int, columns: int) -> tuple[Macro, ...]:
-    """Return the macros that say how large a block's tile is, and how it is loaded."""
+    """Return the macros of a block's tile: its size, and how it is loaded."""
     return constants(
         ROWS=rows,
         COLUMNS=columns,
@@ -267,7 +277,7 @@ def _tile_macros(rows: int, columns: int) -> tuple[Macro, ...]:
 
 
 def _stage_bytes(rows: int, columns: int) -> int:
-    """Return what a stage of both operands takes of shared memory."""
+    """Return the shared memory of a stage of both operands."""
     return (rows + columns) * _DEPTH * 2
 
 
@@ -276,16 +286,22 @@ def _gW_plan(packing: Packing, blocks_count: int) -> StepPlan:
     itemsize = problem.x.dtype.itemsize
     x = workspace.take(packing.x_elements * itemsize)
     gy = workspace.take(packing.gy_elements * itemsize)
-    columns = math.prod(packing.taps) * padded(packing.columns)
+    columns = math.prod(packing.taps) * padded_channels_count(packing.columns)
     width = _width(columns)
     rows = 64 if packing.inputs <= 64 else 128
     tiles = -(-columns // width), -(-packing.inputs // rows) * problem.groups
     parts_count, steps_count = _parts(packing, blocks_count // math.prod(tiles), columns)
     sums = workspace.take(parts_count * problem.c_I * columns * 4)
     correlation = Correlation(
-        *(problem.n, problem.groups, *problem.image, padded(packing.inputs), packing.inputs),
+        *(
+            problem.n,
+            problem.groups,
+            *problem.image,
+            padded_channels_count(packing.inputs),
+            packing.inputs,
+        ),
         *packing.packed_output,
-        padded(packing.columns),
+        padded_channels_count(packing.columns),
         *packing.taps,
         *problem.geometry.dilate,
         *(-packing.first[0], -packing.first[1]),
@@ -300,7 +316,7 @@ def _gW_plan(packing: Packing, blocks_count: int) -> StepPlan:
     correlate = Launch(kernel, (*tiles, parts_count), (x, gy, sums), (correlation,))
     steps = (
         packing.pack_x(x),
-        packing.pack_gy(Slot.B, gy),
+        packing.pack_gy(BufferSlot.B, gy),
         correlate,
         packing.unpack_filter(sums, parts_count),
     )
@@ -308,10 +324,10 @@ def _gW_plan(packing: Packing, blocks_count: int) -> StepPlan:
 
 
 def _parts(packing: Packing, wanted_count: int, columns: int) -> tuple[int, int]:
-    """Return how many parts gW's sums are cut into, and how many stages of pixels each takes.
+    """Return the number of parts of gW's sums, and the stages of pixels in each.
 
     Args:
-        wanted_count: Parts that fill the card, rounded down: a block too many takes as long as a full round.
+        wanted_count: Parts that fill the card. It is rounded down: one more block would take another full round.
     """
     problem = packing.problem
     stages = -(-problem.n * math.prod(problem.image) // _DEPTH)

@@ -1,8 +1,8 @@
 // Transposes a batch of matrices: images to channels-last layout and back.
 
-// A tile is square, TILE elements on a side; a block's threads move it in vectors of 16 bytes.
+// A tile is a square of TILE x TILE elements. A block's threads move it in vectors of 16 bytes.
 //
-// Macros, given by elementwise.py: ELEMENT, THREADS, TILE.
+// Macros, from elementwise.py: ELEMENT, THREADS, TILE.
 
 constexpr int WIDTH = 16 / sizeof(ELEMENT);
 constexpr int PITCH = TILE + (sizeof(ELEMENT) == 2 ? 2 : 1);  // an odd number of banks
@@ -51,7 +51,7 @@ __device__ void store_tile(const ELEMENT (*tile)[PITCH], ELEMENT *matrix, Index 
 
 // Transposes squares of WIDTH x WIDTH elements in registers, loaded and stored as vectors.
 //
-// A warp takes up to 8 squares below each other, so that what it stores lies together too.
+// A warp takes up to 8 squares, one below the other, so that the vectors that it stores are next to each other too.
 __device__ void transpose_squares(const ELEMENT *source, ELEMENT *target, Index batch, Index rows, Index columns)
 {
     const Index row_squares = rows / WIDTH, column_squares = columns / WIDTH;
@@ -77,7 +77,7 @@ __device__ void transpose_squares(const ELEMENT *source, ELEMENT *target, Index 
     }
 }
 
-// Transposes matrices of few rows: a thread takes one vector of each, and stores their columns end to end.
+// Transposes matrices of few rows: a thread takes one vector of each row, and stores their columns one after the other.
 template <int ROWS> __device__ void spread_rows(const ELEMENT *source, ELEMENT *target, Index batch, Index columns)
 {
     const Index vectors = columns / WIDTH;

@@ -1,1 +1,11 @@
-"""Plans: which candidates there are for a request, which is taken, and where that is kept."""
+"""Plans of one card: made as candidates, chosen by a tuner, cached in memory, and stored on disk.
+
+    plan_cache      the plan of a key: from memory, from disk, or chosen now
+      store         choices on disk
+      quarantine    searches that are not repeated, because a process died in one (`journal`)
+      tuner         chooses one of the candidates, which `plan_timer` times
+      candidates    makes them: cuDNN's and our own, wrapped by `casting`, `channels_last` and `crop`
+      build_threads the threads that do all of this
+
+An indented module serves the one above it.
+"""

@@ -1,4 +1,4 @@
-"""The threads that choose plans, so that a call whose caller has gone need not wait for its plan."""
+"""The threads in which plans are chosen. A call that is cancelled need not wait until its plan is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["BuildThreads"]
 class BuildThreads:
     """Threads of one card, each with a stream of its own.
 
-    A stream is made in the first build that asks for it: an error in the start of a thread would end the executor, and
-    nobody would hear that the card is lost.
+    A thread's stream is made in its first build, not when the thread starts. An error at the start would break the
+    executor, and nobody would learn that the card is lost.
 
     Args:
         ordinal: The card's number.
-        count: How many plans may be chosen at once.
+        count: Plans that may be chosen at once, without tuning.
     """
 
     def __init__(self, ordinal: int, cudnn: Cudnn, count: int) -> None:
@@ -28,20 +28,20 @@ class BuildThreads:
         self._local = threading.local()
         self._streams: list[Stream] = []
         self._build_executor = self._make_executor(count, "plans")
-        # one alone: plans that were timed side by side would all look slow
+        # only one: plans that are timed at the same time would slow each other down
         self._tuning_executor = self._make_executor(1, "tuning")
 
     def executor(self, *, tunes: bool) -> Executor:
-        """Return who is to choose a plan.
+        """Return the executor that chooses a plan.
 
         Args:
-            tunes: Whether it takes long and must not be disturbed.
+            tunes: Whether all candidates are timed, which takes long and must not be disturbed.
         """
         return self._tuning_executor if tunes else self._build_executor
 
     @property
     def stream(self) -> Stream:
-        """The calling builder's stream, on the card. Raises CudaError if there can be none."""
+        """The stream of the calling build thread. Raises CudaError if the card cannot make one."""
         stream: Stream | None = getattr(self._local, "stream", None)
         if stream is None:
             use_device(self._ordinal)
@@ -50,7 +50,7 @@ class BuildThreads:
         return stream
 
     def is_card_lost(self) -> bool:
-        """Return whether the calling builder's card is of no use to this process any more."""
+        """Return whether the card must be reset. To be called in a build thread."""
         try:
             use_device(self._ordinal)
             synchronize()

@@ -1,4 +1,4 @@
-"""A plan among others of which one is to be taken. Pure."""
+"""A candidate: one of the plans from which the tuner chooses. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Candidate"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan that could be taken.
+    """A plan that could be chosen.
 
     Attributes:
-        plan: For the request as it is, whatever its element types and sizes.
-        choice: How to get the plan again.
-        close: Frees it. Nobody may be executing it.
+        plan: Takes the request as it is, whatever its element types and sizes.
+        choice: How to make the plan again.
+        close: Frees the plan. Nobody may be executing it.
     """
 
     plan: Plan

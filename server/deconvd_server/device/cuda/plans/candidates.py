@@ -1,4 +1,4 @@
-"""The plans that could serve a request: cuDNN's in both layouts, and our own kernels."""
+"""Makes the plans that could serve a request: cuDNN's in both layouts, and our own kernels."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from deconvd_server.device.cuda.plans.key import PlanKey
 __all__ = ["Candidates"]
 
 _SHORTLIST_COUNT = 2
+"""Candidates of each provider that are tried if nothing is tuned."""
 
 _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
 
@@ -44,7 +45,7 @@ class Candidates:
         self._processors_count = processors_count
 
     def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        """Yield the few candidates that are tried where nothing is tuned: the likely best first.
+        """Yield the few candidates that are tried if nothing is tuned: the most promising first.
 
         The last one always works.
         """
@@ -63,19 +64,19 @@ class Candidates:
                 return
 
     def list_all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        """Yield every candidate that is worth timing: the likely best first, as time may run out.
+        """Yield every candidate that is worth timing: the most promising first, as time may run out.
 
-        Those that compile come last, as a single one of them may take all of it.
+        Engines that compile come last, because a single one of them may take all of the time.
         """
-        own = key.options.use_cudnn is not UseCudnn.ALWAYS
-        cudnn = key.options.use_cudnn is not UseCudnn.NEVER
-        if own:
+        uses_own = key.options.use_cudnn is not UseCudnn.ALWAYS
+        uses_cudnn = key.options.use_cudnn is not UseCudnn.NEVER
+        if uses_own:
             yield from self.own_kernels(key)
-        if cudnn:
+        if uses_cudnn:
             yield from self._cudnn_of_all_layouts(key, stream, (HeuristicMode.A,), compiling=False)
-        if own:
+        if uses_own:
             yield self.fallback(key)
-        if cudnn:
+        if uses_cudnn:
             more = (HeuristicMode.B, HeuristicMode.FALLBACK)
             yield from self._cudnn_of_all_layouts(key, stream, more, compiling=False)
             yield from self._cudnn_of_all_layouts(
@@ -111,10 +112,10 @@ class Candidates:
         *,
         compiling: bool,
     ) -> Iterator[Candidate]:
-        """Yield cuDNN's plans in one layout, its best first; none if it cannot do the operation.
+        """Yield cuDNN's plans in one layout, the best by its heuristics first. None if it cannot compute the product.
 
         Args:
-            compiling: Whether those that compile at run time are wanted, or the others.
+            compiling: Whether to yield the engines that compile at run time, or the others.
         """
         problem = with_natural_outsize(with_uniform_type(key.problem))
         layout = _LAYOUTS[provider]
@@ -128,15 +129,15 @@ class Candidates:
                 try:
                     plan = search.build(proposal)
                 except CudnnError:
-                    continue  # heuristics propose more than engines can do
+                    continue  # heuristics propose engines that then refuse the problem
                 yield self._cudnn_candidate(key, plan, provider)
 
     def restore(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
-        """Return the candidate that was chosen once.
+        """Return the candidate of an earlier choice.
 
         Raises:
-            CudnnError: cuDNN does not take its blob.
-            LookupError: We have no such kernel any more.
+            CudnnError: cuDNN does not accept the blob.
+            LookupError: This version has no kernel of that name.
         """
         if choice.provider is Provider.OWN:
             return self._own_by_name(key, choice.name)
@@ -153,10 +154,10 @@ class Candidates:
         for candidate in (*self.own_kernels(key), self.fallback(key)):
             if candidate.choice.name == name:
                 return candidate
-        raise LookupError(f"there is no kernel {name!r} for it")
+        raise LookupError(f"no kernel {name!r} for {key.product} of {key.problem}")
 
     def _own_candidate(self, key: PlanKey, plan: Plan, *, number: int = 1) -> Candidate:
-        # a choice must tell variants of one name apart
+        # Variants of one kernel have one name. The number tells them apart when a choice is restored.
         name = plan.name if number == 1 else f"{plan.name} {number}"
         choice = Choice(Provider.OWN, name, plan.deterministic)
         return Candidate(self._with_casts(key, plan), choice)
@@ -172,7 +173,7 @@ class Candidates:
         return Candidate(self._with_casts(key, whole), choice, plan.close)
 
     def _with_casts(self, key: PlanKey, plan: Plan) -> Plan:
-        """Return a plan for a request, made of one for its operands in one element type."""
+        """Return a plan for a request, made of a plan for its problem in one element type."""
         problem = key.problem
         if problem.x.dtype == problem.W.dtype:
             return plan

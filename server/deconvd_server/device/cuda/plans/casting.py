@@ -1,4 +1,4 @@
-"""Mixed element types: operands are cast to the compute type, the result to the type that it must have."""
+"""Plans for mixed element types: operands are cast to the compute type, and the result to its own type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["CastPlan", "operands_of", "result_of", "with_uniform_type"]
 
 
 def with_uniform_type(problem: Problem) -> Problem:
-    """Return the problem with x and W of one type: their own if they share it, else the compute type."""
+    """Return the problem with x and W of one element type: theirs if they share one, else the compute type."""
     if problem.x.dtype == problem.W.dtype:
         return problem
     dtype = problem.compute_type
@@ -24,48 +24,48 @@ def with_uniform_type(problem: Problem) -> Problem:
     )
 
 
-def operands_of(operation: Product, problem: Problem) -> tuple[TensorSpec, TensorSpec]:
-    """Return what a plan's a and b are."""
+def operands_of(product: Product, problem: Problem) -> tuple[TensorSpec, TensorSpec]:
+    """Return the specs of a plan's operands a and b."""
     return {
         Product.Y: (problem.x, problem.W),
         Product.GX: (problem.y, problem.W),
         Product.GW: (problem.x, problem.y),
-    }[operation]
+    }[product]
 
 
-def result_of(operation: Product, problem: Problem) -> TensorSpec:
-    """Return what a plan's out is."""
+def result_of(product: Product, problem: Problem) -> TensorSpec:
+    """Return the spec of a plan's result, `out`."""
     return {
         Product.Y: problem.y,
         Product.GX: problem.x,
         Product.GW: problem.W,
-    }[operation]
+    }[product]
 
 
 class CastPlan:
-    """A plan for a problem of mixed types, made of one for the uniform problem. See `Plan`.
+    """A plan for a problem of mixed types, made of a plan for the problem in one type. See `Plan`.
 
     Args:
-        inner: A plan for `uniform(problem)`.
+        inner: A plan for `with_uniform_type(problem)`.
         processors_count: Multiprocessors of the card.
-        b_is_ready: Whether b comes as `inner` wants it.
+        b_is_ready: Whether b is in the form already that `inner` needs.
     """
 
     def __init__(
         self,
-        operation: Product,
+        product: Product,
         problem: Problem,
         inner: Plan,
         processors_count: int,
         *,
         b_is_ready: bool = False,
     ) -> None:
-        self._operation, self._problem = operation, problem
+        self._product, self._problem = product, problem
         self._inner = inner
         self._processors_count = processors_count
         self._type = problem.compute_type
-        self._operands = operands_of(operation, problem)
-        self._result = result_of(operation, problem)
+        self._operands = operands_of(product, problem)
+        self._result = result_of(product, problem)
         regions = BlockLayout()
         specs = (*self._operands, self._result)
         self._regions = [
@@ -76,7 +76,7 @@ class CastPlan:
         self.workspace_bytes = regions.total_bytes
 
     def _region(self, regions: BlockLayout, spec: TensorSpec) -> BlockRegion | None:
-        """Return where a tensor's cast lies; None if it needs none."""
+        """Return a region for a tensor's cast; None if it needs none."""
         if spec.dtype == self._type:
             return None
         return regions.add(replace(spec, dtype=self._type).nbytes)
@@ -92,8 +92,8 @@ class CastPlan:
         return self._inner.deterministic
 
     def prepacking(self) -> Prepacking | None:
-        """Return how W is cast, or what the inner plan makes of a W that need not be. See `Preparable`."""
-        if self._operation is Product.GW:
+        """Return the cast of W, or else the inner plan's prepacking of a W that needs no cast. See `Prepackable`."""
+        if self._product is Product.GW:
             return None
         W = self._operands[1]
         if self._regions[1] is not None:
@@ -108,14 +108,14 @@ class CastPlan:
 
     def _for_ready_W(self, inner: Plan) -> CastPlan:
         return CastPlan(
-            self._operation, self._problem, inner, self._processors_count, b_is_ready=True
+            self._product, self._problem, inner, self._processors_count, b_is_ready=True
         )
 
     def _cast_W(self, W: int, form: int, stream: int) -> None:
         self._cast(W, self._operands[1], form, stream)
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
-        """Enqueue the operation. See `Plan`."""
+        """Enqueue the product. See `Plan`."""
         given = (a, b, out)
         cast_a, cast_b, cast_out = (
             pointer if region is None else workspace + region.offset

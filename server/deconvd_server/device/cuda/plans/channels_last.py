@@ -1,4 +1,4 @@
-"""cuDNN's channels-last plans for operands that lie channels first: transposed on the way in and out."""
+"""cuDNN's channels-last (NHWC) plans for channels-first tensors, which are transposed before and after."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["ChannelsLastPlan"]
 
 
 class ChannelsLastPlan:
-    """A plan for channels-first operands, made of one for channels-last operands. See `Plan`.
+    """A plan for channels-first tensors, made of a plan for channels-last tensors. See `Plan`.
 
     Args:
         inner: A plan for the same problem, with all three tensors in NHWC order.
-        b_is_last: Whether b comes channels last.
+        b_is_last: Whether b is channels last already.
     """
 
     def __init__(
-        self, operation: Product, problem: Problem, inner: Plan, *, b_is_last: bool = False
+        self, product: Product, problem: Problem, inner: Plan, *, b_is_last: bool = False
     ) -> None:
-        self._operation, self._problem = operation, problem
+        self._product, self._problem = product, problem
         self._inner = inner
-        self._specs = (*operands_of(operation, problem), result_of(operation, problem))
+        self._specs = (*operands_of(product, problem), result_of(product, problem))
         regions = BlockLayout()
         self._regions = [
             None if is_last else _region(regions, spec)
@@ -44,8 +44,8 @@ class ChannelsLastPlan:
         return self._inner.deterministic
 
     def prepacking(self) -> Prepacking | None:
-        """Return how W is transposed. See `Preparable`."""
-        if self._operation is Product.GW or self._regions[1] is None:
+        """Return the transpose of W. See `Prepackable`."""
+        if self._product is Product.GW or self._regions[1] is None:
             return None
         spec = self._specs[1]
 
@@ -53,11 +53,11 @@ class ChannelsLastPlan:
             n, c, h, w = spec.shape
             kernels.transpose_to_nhwc(W, form, n, c, h, w, spec.dtype, stream)
 
-        plan = ChannelsLastPlan(self._operation, self._problem, self._inner, b_is_last=True)
+        plan = ChannelsLastPlan(self._product, self._problem, self._inner, b_is_last=True)
         return Prepacking("channels last", spec.nbytes, transpose, plan)
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
-        """Enqueue the operation. See `Plan`."""
+        """Enqueue the product. See `Plan`."""
         last_a, last_b, last_out = (
             given if region is None else workspace + region.offset
             for given, region in zip((a, b, out), self._regions, strict=True)
@@ -73,6 +73,6 @@ class ChannelsLastPlan:
 
 
 def _region(regions: BlockLayout, spec: TensorSpec) -> BlockRegion | None:
-    """Return where a tensor's transpose lies; None where both orders are the same."""
+    """Return a region for a tensor's transpose; None if both orders are the same."""
     _, c, h, w = spec.shape
     return None if c == 1 or h * w == 1 else regions.add(spec.nbytes)

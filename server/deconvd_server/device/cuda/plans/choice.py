@@ -1,4 +1,4 @@
-"""Which plan was taken, in a form that outlives the process. Pure."""
+"""The choice of a plan, in a form that outlives the process. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Choice", "Provider"]
 
 
 class Provider(StrEnum):
-    """Who computes: cuDNN in one of two layouts, or our own kernels."""
+    """The provider of a plan: cuDNN in one of two layouts, or our own kernels."""
 
     CUDNN_NCHW = "cudnn nchw"
     CUDNN_NHWC = "cudnn nhwc"
@@ -19,14 +19,14 @@ class Provider(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The plan that was taken for a key.
+    """The plan that was chosen for a key.
 
     Attributes:
-        provider: Whose it is.
-        name: The plan's name; among our own kernels it says which.
+        provider: The plan's provider.
+        name: The plan's name. It identifies one of our own kernels.
         deterministic: Whether two runs give the same bits.
-        blob: cuDNN's serialized plan; empty for our own.
-        tuned_ms: What an execution took when plans were timed; None if they were not.
+        blob: cuDNN's serialized plan; empty for our own kernels.
+        tuned_ms: Duration of an execution when plans were timed; None if they were not.
     """
 
     provider: Provider
@@ -36,15 +36,15 @@ class Choice:
     tuned_ms: float | None = None
 
     def fields(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the choice as an object of JSON."""
         return asdict(self)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Choice:
-        """Return the choice that JSON describes.
+        """Return the choice that an object of JSON describes.
 
         Raises:
-            ValueError: It describes none.
+            ValueError: A field is missing, unknown or of the wrong type.
         """
         try:
             choice = cls(**{**fields, "provider": Provider(fields["provider"])})

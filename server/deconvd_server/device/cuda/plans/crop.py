@@ -1,7 +1,9 @@
-"""A smaller outsize, for cuDNN, which only knows larger ones: the far edge is cropped or zeroed.
+"""Plans for an outsize that is smaller than the natural size, which cuDNN does not support.
 
-cuDNN computes at the larger of the natural and the wanted size on each axis. What it has beyond the
-wanted size of y is dropped; a gy of the wanted size is extended with zeros, which change nothing.
+On each axis cuDNN computes at the larger of the natural and the wanted size:
+
+    y     the far edge, beyond the wanted size, is cropped
+    gy    the far edge, beyond the given size, is filled with zeros, which add nothing to gx and gW
 """
 
 from __future__ import annotations
@@ -28,21 +30,21 @@ _MAX_BLOCKS = 1 << 16
 
 
 def with_natural_outsize(problem: Problem) -> Problem:
-    """Return the problem with y at least of its natural size on each axis."""
+    """Return the problem with a y that has at least the natural size on each axis."""
     natural = problem.geometry.natural_size(problem.image, problem.kernel)
     h, w = (max(pair) for pair in zip(problem.output, natural, strict=True))
     return Problem(problem.x, problem.W, replace(problem.geometry, outsize=(h, w)))
 
 
 class CropPlan:
-    """A plan for a problem, made of one for the enlarged problem. See `Plan`.
+    """A plan for a problem, made of a plan for the enlarged problem. See `Plan`.
 
     Args:
-        inner: A plan for `enlarged(problem)`.
+        inner: A plan for `with_natural_outsize(problem)`.
     """
 
-    def __init__(self, operation: Product, problem: Problem, inner: Plan) -> None:
-        self._operation, self._problem = operation, problem
+    def __init__(self, product: Product, problem: Problem, inner: Plan) -> None:
+        self._product, self._problem = product, problem
         self._inner = inner
         self._small, self._large = problem.y, with_natural_outsize(problem).y
         regions = BlockLayout()
@@ -61,19 +63,19 @@ class CropPlan:
         return self._inner.deterministic
 
     def prepacking(self) -> Prepacking | None:
-        """Return what the inner plan makes of W, which has no window. See `Preparable`."""
-        inner = None if self._operation is Product.GW else prepacking_of(self._inner)
+        """Return the inner plan's: W is not cropped. See `Prepackable`."""
+        inner = None if self._product is Product.GW else prepacking_of(self._inner)
         if inner is None:
             return None
-        return replace(inner, plan=CropPlan(self._operation, self._problem, inner.plan))
+        return replace(inner, plan=CropPlan(self._product, self._problem, inner.plan))
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
-        """Enqueue the operation. See `Plan`."""
+        """Enqueue the product. See `Plan`."""
         images, scratch = workspace + self._images.offset, workspace + self._scratch.offset
-        if self._operation is Product.Y:
+        if self._product is Product.Y:
             self._inner.execute(a, b, images, scratch, stream)
             self._copy(images, self._large.shape, out, self._small.shape, stream)
-        elif self._operation is Product.GX:
+        elif self._product is Product.GX:
             self._copy(a, self._small.shape, images, self._large.shape, stream)
             self._inner.execute(images, b, out, scratch, stream)
         else:
@@ -92,6 +94,6 @@ class CropPlan:
         extents = (*source_shape[2:], *target_shape[2:])
         arguments: list[Argument] = [pointer(source), pointer(target), index(count)]
         arguments += [integer(extent) for extent in extents]
-        kernel = Kernel("window.cu", "window", (element(self._small.dtype),))
+        kernel = Kernel("crop.cu", "crop", (element(self._small.dtype),))
         blocks = min(-(-count // THREADS), _MAX_BLOCKS)
         kernel.launch((blocks, 1, 1), arguments, stream)

@@ -1,4 +1,4 @@
-"""What a process is about, on disk: what it began stays there until it has ended, also if the process dies. No CUDA."""
+"""A journal on disk of the work that a process has started and not ended. It outlives the process. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SUFFIX: Final = ".journal"
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedWork:
-    """Work that a process had begun and not ended when it died.
+    """Work that a process had started and not ended when it died.
 
     Attributes:
-        fields: What the work is, as `Journal.begin` was given it.
-        crashed: Whether the process died of a fault (SIGFPE, SIGSEGV, SIGBUS, SIGILL, SIGABRT) in the thread that
-            had begun the work, or in one that is not Python's. False also if that is not known, as after SIGKILL.
-        ended_s: When its journal was last written, in seconds since the epoch.
-        path: The journal.
+        fields: The description of the work that `Journal.begin` was given.
+        has_crashed: Whether the process died of a fault (SIGFPE, SIGSEGV, SIGBUS, SIGILL, SIGABRT) in the thread that
+            had started the work, or in a thread that is not Python's. False also if that is unknown, as after SIGKILL.
+        ended_s: When the process's journal was last written, in seconds since the epoch.
+        path: The process's journal.
     """
 
     fields: Mapping[str, Any]
@@ -46,17 +46,18 @@ class UnfinishedWork:
 class Journal:
     """This process's file in a folder that other processes may share. Thread-safe.
 
-        begin --> a line, synced to the disk --end--> no line
-                                             --death--> a remnant, for others to find
+        begin --> a record, synced to the disk --end----> no record
+                                               --death--> unfinished work, which other processes find
 
-    A process is alive as long as its file is locked. Its id would not tell: ids are used again, and other containers
-    have their own. The file has its name only once it is locked. Python's fault handler writes into the file too,
-    unless it writes elsewhere already (PYTHONFAULTHANDLER): that is how a crash is told from a kill.
+    A process is alive as long as its file is locked. Its process id would not do: ids are used again, and other
+    containers have ids of their own. The file gets its final name only once it is locked, so no process ever finds it
+    unlocked while its owner lives. Python's fault handler writes to the file too, unless it is enabled already
+    (PYTHONFAULTHANDLER): its report tells a crash from a kill.
 
-    If a file cannot be written, as on a full disk, there is one warning, and nothing is remembered.
+    If the file cannot be written, for example on a full disk, there is one warning, and the work is not noted.
 
     Args:
-        folder: Made at first need, if its parent is there.
+        folder: Made when it is first needed. Its parent must exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,32 +67,34 @@ class Journal:
         self._path: Path | None = None
         self._numbers = itertools.count()
         self._running: set[int] = set()
-        self._dead: dict[Path, Sequence[UnfinishedWork]] = {}
+        self._unfinished: dict[Path, Sequence[UnfinishedWork]] = {}  # by journals of dead processes
         self._has_fault_handler = False
         self._has_warned = False
 
     def begin(self, fields: Mapping[str, Any]) -> int | None:
-        """Note work that the calling thread is about to begin; return its number for `end`, None if it is not noted.
+        """Note work that the calling thread is about to start. Return its number for `end`; None if it was not noted.
 
         Args:
-            fields: What it is, as JSON has it.
+            fields: A description of the work, as an object of JSON.
         """
         number = None
         try:
             with self._lock:
                 file = self._file or self._open()
-                upcoming = next(self._numbers)
+                next_number = next(self._numbers)
                 thread = threading.get_ident()
-                _append(file, {"begin": upcoming, "thread": thread, "fields": fields})
-                self._running.add(upcoming)
-                number = upcoming
-            os.fsync(file.fileno())
+                _append(file, {"begin": next_number, "thread": thread, "fields": fields})
+                self._running.add(next_number)
+                number = next_number
+            os.fsync(
+                file.fileno()
+            )  # outside the lock: it takes long, and other threads note work too
         except OSError as error:
             self._warn(error)
         return number
 
     def end(self, number: int | None) -> None:
-        """Strike out work that has ended."""
+        """Note that work has ended."""
         with self._lock:
             if self._file is None or number is None:
                 return
@@ -105,25 +108,25 @@ class Journal:
                 self._warn(error)
 
     def unfinished_work(self) -> list[UnfinishedWork]:
-        """Return what processes were about when they died, in this folder, since its files were last removed."""
+        """Return the unfinished work of all dead processes in the folder."""
         try:
             with self._lock:
                 for path in self._folder.glob(f"*{_SUFFIX}"):
-                    if path != self._path and path not in self._dead:
+                    if path != self._path and path not in self._unfinished:
                         self._inspect(path)
-                return [remnant for remnants in self._dead.values() for remnant in remnants]
+                return [work for of_journal in self._unfinished.values() for work in of_journal]
         except OSError as error:
             self._warn(error)
             return []
 
     def close(self) -> None:
-        """Remove this process's file: it ends as it should, whatever it is about."""
+        """Remove this process's file: a process that exits in order has died in no work."""
         with self._lock:
             file, self._file = self._file, None
             if file is None or self._path is None:
                 return
             try:
-                # before it is unlocked, so that nobody takes it for a dead one's
+                # removed before it is unlocked, so that no process takes it for the file of a dead one
                 self._path.unlink(missing_ok=True)
             except OSError as error:
                 self._warn(error)
@@ -151,21 +154,21 @@ class Journal:
         return file
 
     def _inspect(self, path: Path) -> None:
-        """Keep what the process of another journal was about if it has died; remove the journal if that is nothing."""
+        """Remember the unfinished work of another journal whose process has died. Remove a journal that has none."""
         try:
-            remnants = _read_unfinished(path)
+            unfinished = _read_unfinished(path)
         except FileNotFoundError:  # it has just been closed
             return
-        if remnants:
-            self._dead[path] = remnants
-        elif remnants is not None:
+        if unfinished:
+            self._unfinished[path] = unfinished
+        elif unfinished is not None:
             path.unlink(missing_ok=True)
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "what is about to be tried cannot be noted in %s, so a crash would come again: %s",
+                "searches for plans cannot be noted in %s, so one that crashes would be repeated: %s",
                 self._folder,
                 error,
             )
@@ -173,12 +176,12 @@ class Journal:
 
 @cache
 def process_journal(folder: Path) -> Journal:
-    """Return the journal of this process in a folder: its cards have one, as they have one fault handler."""
+    """Return the journal of this process in a folder. All its cards share it, as a process has one fault handler."""
     return Journal(folder)
 
 
 def _append(file: FileIO, content: Mapping[str, Any]) -> None:
-    # after a line end, as an earlier line may have been cut off where the disk was full
+    # It starts with a line end: an earlier record may have been cut off when the disk was full.
     line = f"\n{json.dumps(content)}\n".encode()
     if file.write(line) != len(line):
         raise OSError("the disk is full")
@@ -193,10 +196,12 @@ def _sync(folder: Path) -> None:
 
 
 def _read_unfinished(path: Path) -> list[UnfinishedWork] | None:
-    """Return what a journal's process was about when it died; None while it lives."""
+    """Return the unfinished work of a journal's process if it has died; None if it lives."""
     with path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared with others who look
+            fcntl.flock(
+                file, fcntl.LOCK_SH | fcntl.LOCK_NB
+            )  # shared: other processes may be reading it too
         except BlockingIOError:
             return None
         text, ended_s = file.read().decode(errors="replace"), os.fstat(file.fileno()).st_mtime
@@ -208,7 +213,7 @@ def _read_unfinished(path: Path) -> list[UnfinishedWork] | None:
                 begun[number] = thread, fields
             case {"end": int(number)}:
                 begun.pop(number, None)
-            case _:
+            case _:  # of the fault handler, or cut off
                 report.append(line)
     return [
         UnfinishedWork(fields, _has_crashed(thread, report), ended_s, path)
@@ -224,7 +229,7 @@ def _parse_line(line: str) -> object:
 
 
 def _has_crashed(thread: int, report: Sequence[str]) -> bool:
-    """Return whether the fault handler reports a fault, and in no other of Python's threads."""
+    """Return whether the fault handler's report is of a fault in a thread, or in one that is not Python's."""
     is_fault = any(line.startswith("Fatal Python error") for line in report)
     current = [line for line in report if line.startswith("Current thread")]
     return is_fault and all(line.startswith(f"Current thread 0x{thread:016x}") for line in current)

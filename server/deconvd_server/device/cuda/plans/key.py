@@ -1,4 +1,4 @@
-"""What tells one plan from another. Pure."""
+"""The key of a plan. Pure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["PlanKey", "digest_of"]
 
 @dataclass(frozen=True, slots=True)
 class PlanKey:
-    """A kind of request: all that decides which plan serves it on one card.
+    """All that decides which plan serves a request on one card.
 
-    Make it with `of`, so that requests which mean the same have the same key.
+    Make it with `of`, so that requests with the same meaning have the same key.
 
     Attributes:
-        operation: What is computed.
-        problem: Of what; its outsize is given.
-        options: How.
-        workspace_limit_bytes: What a plan may take beside its operands.
+        product: The product that the plan computes.
+        problem: Its outsize is given, even if it is the natural one.
+        options: The request's.
+        workspace_limit_bytes: The largest workspace that a plan may have.
     """
 
     product: Product
@@ -36,15 +36,15 @@ class PlanKey:
 
     @classmethod
     def of(
-        cls, operation: Product, problem: Problem, options: Options, workspace_limit_bytes: int
+        cls, product: Product, problem: Problem, options: Options, workspace_limit_bytes: int
     ) -> PlanKey:
         """Return the key of a request."""
         geometry = replace(problem.geometry, outsize=problem.output)
-        single = problem.x.dtype == problem.W.dtype == np.float32
+        is_float32 = problem.x.dtype == problem.W.dtype == np.float32  # TF32 is for no other type
         return cls(
-            operation,
+            product,
             Problem(problem.x, problem.W, geometry),
-            replace(options, allow_tf32=options.allow_tf32 and single),
+            replace(options, allow_tf32=options.allow_tf32 and is_float32),
             workspace_limit_bytes,
         )
 
@@ -53,7 +53,7 @@ class PlanKey:
         return replace(self, options=replace(self.options, use_cudnn=UseCudnn.NEVER))
 
     def fields(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the key as an object of JSON."""
         options = self.options
         return {
             **self.product_fields(),
@@ -65,7 +65,7 @@ class PlanKey:
         }
 
     def product_fields(self) -> dict[str, Any]:
-        """Return what is computed, and of what, as JSON has it."""
+        """Return the product and the problem as an object of JSON."""
         geometry = self.problem.geometry
         return {
             "operation": str(self.product),
@@ -80,7 +80,7 @@ class PlanKey:
 
 
 def digest_of(fields: dict[str, Any]) -> str:
-    """Return a name for what JSON has: different for whatever differs."""
+    """Return a name for an object of JSON: the SHA-256 of its text."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The plans of one card by key: in memory, on disk, or chosen now."""
+"""The plan cache of one card: finds the plan of a key in memory or on disk, or has it chosen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.resources.cache import Cache, CacheStats, Resource
 
-if TYPE_CHECKING:  # the rest needs CUDA, keeping book does not
+if TYPE_CHECKING:  # these need CUDA, the cache does not
     from deconvd_server.device.cuda.plans.build_threads import BuildThreads
     from deconvd_server.device.cuda.plans.candidates import Candidates
 
@@ -30,23 +30,26 @@ __all__ = ["PlanCache", "PlanCacheStats"]
 log = logging.getLogger(__name__)
 
 _CUDNN_PLAN_BYTES = 80 << 10
-"""Host memory of a revived cuDNN plan, as measured."""
+"""Host memory of a cuDNN plan that was made from its serialized form, as measured."""
 
 _OWN_PLAN_BYTES = 4 << 10
+"""Host memory of a plan of our own kernels."""
 
 _CHOICES_COUNT = 1 << 14
-"""Choices that are remembered, of some 2 KB each: far more than plans, and of as long as possible,
-since timing might choose another plan the next time, and another plan gives other bits."""
+"""Choices that are remembered, of some 2 KB each. They are far more than the plans in memory.
+
+They are kept for as long as possible: the next timing might choose another plan, and another plan gives other bits.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanCacheStats:
-    """What the book holds, and where its plans came from.
+    """The state of the plan cache.
 
     Attributes:
         cache: The plans in memory.
-        chosen_count: Plans that were chosen anew.
-        restored_count: Plans that had been chosen before, in this process or another.
+        chosen_count: Plans that were chosen.
+        restored_count: Plans that were made again from an earlier choice, of this process or another one.
     """
 
     cache: CacheStats
@@ -55,27 +58,30 @@ class PlanCacheStats:
 
 
 class PlanCache:
-    """Knows the plan of each key; the first who asks waits until it is chosen. Thread-safe.
+    """The plans of one card, by key. The first call that needs a plan waits until it is chosen. Thread-safe.
 
-    What was chosen is remembered whatever it is, so it is found out once that cuDNN has no engine.
+        memory --miss--> choice, in memory or on disk --miss--> quarantine --not held--> tuner
+                                                                           --held--> without cuDNN, or the fallback
+
+    A choice is remembered even if it is the fallback, so a search that finds no engine of cuDNN is made once.
 
     Args:
-        limit_bytes: Host memory that plans may take.
-        store: Where choices are kept on disk, and what processes died at; None to keep none.
+        limit_bytes: Bound on the host memory of plans.
+        store: Choices and the quarantine on disk; None to keep none.
     """
 
     def __init__(
         self,
         candidates: Candidates,
-        chooser: Tuner,
-        builders: BuildThreads,
+        tuner: Tuner,
+        build_threads: BuildThreads,
         *,
         limit_bytes: int,
         store: PlanStore | None,
     ) -> None:
         self._candidates = candidates
-        self._tuner = chooser
-        self._build_threads = builders
+        self._tuner = tuner
+        self._build_threads = build_threads
         self._store = store
         self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
         self._lock = threading.Lock()
@@ -84,15 +90,13 @@ class PlanCache:
         self._restored_count = 0
 
     def get(self, key: PlanKey, check: Callable[[], None]) -> Plan:
-        """Return the plan of `key`.
-
-        A plan stays usable for whoever has it, also after the book has forgotten it.
+        """Return the plan of a key. The plan stays usable after it is evicted from the cache.
 
         Args:
-            check: Called while the choice is waited for; what it raises ends the wait alone.
+            check: Called while this waits for the choice. An error that it raises ends the wait, but not the choice.
 
         Raises:
-            ExhaustedError: The card has not the memory to try plans.
+            ExhaustedError: The card has no memory to try plans out.
         """
         executor = self._build_threads.executor(tunes=key.options.autotune)
         build = partial(self._build_resource, key)
@@ -101,7 +105,7 @@ class PlanCache:
 
     @property
     def stats(self) -> PlanCacheStats:
-        """What the book holds now."""
+        """The state of the cache now."""
         with self._lock:
             return PlanCacheStats(self._cache.stats, self._chosen_count, self._restored_count)
 
@@ -114,11 +118,11 @@ class PlanCache:
         candidate = self._find_candidate(key)
         own = candidate.choice.provider is Provider.OWN
         size_bytes = _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES
-        # not closed with the cache's entry: graphs that it was captured into may refer to it still
+        # The plan is not closed when it is evicted: graphs that it was captured into may still refer to it.
         return Resource(candidate.plan, size_bytes)
 
     def _find_candidate(self, key: PlanKey) -> Candidate:
-        """Return the candidate that was chosen before, or is chosen now from what no process has died at."""
+        """Return the candidate that was chosen before, or choose one by a search that no process has died in."""
         known = self._restore(key)
         if known is not None:
             return known
@@ -135,14 +139,16 @@ class PlanCache:
         try:
             candidate = self._candidates.restore(key, choice, self._build_threads.stream.pointer)
         except (CudnnError, LookupError) as error:
-            log.warning("ignored the stored plan %s: %s", choice.name, error)
+            log.warning(
+                "ignored the stored plan %s, which cannot be made again: %s", choice.name, error
+            )
             return None
         with self._lock:
             self._restored_count += 1
         return candidate
 
     def _find_choice(self, key: PlanKey) -> Choice | None:
-        """Return what was chosen before."""
+        """Return the choice that was made before, in this process or another one."""
         with self._lock:
             choice = self._choices.get(key)
         if choice is None and self._store is not None:
@@ -161,7 +167,7 @@ class PlanCache:
         return candidate
 
     def _note_search(self, key: PlanKey) -> AbstractContextManager[None]:
-        """Keep on disk, for the length of a with-block, that a plan is being searched."""
+        """Note on disk, for the length of a with-block, that a plan is being searched."""
         if self._store is None:
             return nullcontext()
         return self._store.quarantine.note_search(key, self._build_threads.is_card_lost)

@@ -1,4 +1,4 @@
-"""Trying plans out on scratch operands: whether they run, and how long they take."""
+"""Tries plans out on scratch operands: whether they run, and how long they take."""
 
 from __future__ import annotations
 
@@ -20,26 +20,31 @@ from deconvd_server.device.cuda.plans.key import PlanKey
 __all__ = ["PlanTimer", "open_plan_timer"]
 
 _NOISE_BYTES = 1 << 20
+"""Random bytes that are made on the host. Operands are filled with copies of them."""
+
 _BATCH_MS = 0.5
-"""How long one timing takes at least: several times what an event is off by."""
+"""Shortest duration of a timing: several times the error of an event."""
 
 _LAUNCH_MS = 0.1
-"""What a single execution may seem to take because the host is slow to launch it."""
+"""A single execution may seem to take this long only because the host is slow to launch it."""
 
 _LONG_MS = 300.0
-"""Nobody is to wait for a second execution of what took so long."""
+"""A plan whose first execution took longer than this is not executed again."""
 
 _MAX_REPEATS = 50
+"""The most executions in a timing."""
+
 _TIMINGS_COUNT = 5
+"""Timings of a plan, of which the shortest counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanTimer:
-    """A request's operands, as noise, and room for its result and a workspace.
+    """Operands of a request, filled with noise, and room for its result and a workspace.
 
     Attributes:
         a, b, out, workspace: Addresses on the card.
-        stream: What plans are tried on.
+        stream: Where plans are tried out.
     """
 
     a: int
@@ -56,17 +61,17 @@ class PlanTimer:
         """Return how long an execution takes on the card, in milliseconds; infinity if it fails.
 
         Args:
-            give_up_ms: A plan that took longer than this once is not timed more precisely.
+            give_up_ms: A plan that takes longer than this in its second execution is not timed more precisely.
         """
-        tried_ms = self._first_run_ms(plan)
-        if tried_ms > _LONG_MS:
-            return tried_ms
+        first_ms = self._first_run_ms(plan)
+        if first_ms > _LONG_MS:
+            return first_ms
         once_ms = self._measure_ms(lambda: self._execute(plan))
         if once_ms > max(give_up_ms, _LAUNCH_MS):
             return once_ms
         repeats = min(max(int(_BATCH_MS / once_ms), 1), _MAX_REPEATS)
         try:
-            # one launch for all repeats, so that it is the card that is timed and not the host
+            # All repeats are one launch: this times the card, not the host.
             graph = self.stream.capture(lambda: self._repeat(plan, repeats))
         except (CudaError, CudnnError):
             return once_ms
@@ -77,10 +82,10 @@ class PlanTimer:
         return min(times) / repeats
 
     def _first_run_ms(self, plan: Plan) -> float:
-        """Return how long the first execution took the card; infinity if it fails.
+        """Return how long the first execution takes on the card; infinity if it fails.
 
-        The time that the host took to enqueue it is left out: it may have compiled a kernel, which
-        is done once and would hide what the kernel takes.
+        The time that the host takes to enqueue it is subtracted. The host may compile a kernel in it, which is done
+        once and takes far longer than the kernel.
         """
         host_s = 0.0
 
@@ -115,13 +120,13 @@ class PlanTimer:
 def open_plan_timer(
     memory: DeviceMemory, key: PlanKey, workspace_bytes: int, stream: Stream
 ) -> Iterator[PlanTimer]:
-    """Lend a bench for a key for the length of a with-block.
+    """Return a timer for a key, for the length of a with-block.
 
     Args:
-        stream: What plans are tried on; nobody else uses it meanwhile.
+        stream: Where plans are tried out. Nobody else may use it meanwhile.
 
     Raises:
-        ExhaustedError: The card has not the memory.
+        ExhaustedError: The card has no memory for the operands, the result and the workspace.
     """
     specs = (*operands_of(key.product, key.problem), result_of(key.product, key.problem))
     regions = BlockLayout()
@@ -138,7 +143,7 @@ def open_plan_timer(
 
 
 def _fill(target: int, size_bytes: int, dtype: DType, stream: Stream) -> None:
-    """Set memory to noise: zeros would cost the card less power, and so time, than real operands."""
+    """Fill memory with noise. With zeros the card would need less power, and so be faster, than with real operands."""
     noise = np.random.default_rng(0).standard_normal(_NOISE_BYTES // dtype.itemsize).astype(dtype)
     filled = min(size_bytes, _NOISE_BYTES)
     upload(target, noise.view(np.uint8)[:filled], stream.pointer)

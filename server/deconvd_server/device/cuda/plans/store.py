@@ -1,4 +1,4 @@
-"""Choices on disk, a file each, so that a restarted server need not make them again."""
+"""The choices on disk, one file each. A restarted server need not make them again."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ __all__ = ["PlanStore"]
 log = logging.getLogger(__name__)
 
 _SCHEMA = 1
-"""Counted up whenever a file's form or the meaning of a choice changes."""
+"""Version of a file's format, counted up whenever that or the meaning of a choice changes."""
 
 _PLANS_COUNT = 1 << 16
-"""Files in a folder, of some 3 KB each. A client can make the server choose a new plan by each call."""
+"""The most files in a folder, of some 3 KB each. A client can make the server choose a new plan with each call."""
 
 _JOURNALS = "journals"
-"""The folder in it where servers note what they are about to search."""
+"""Name of the folder, inside, where servers note the searches that they start."""
 
 
 class PlanStore:
-    """A folder of choices. Several servers may share it; a file is written whole or not at all.
+    """A folder of choices. Several servers may share it: a file is written whole or not at all.
 
-    A file that is damaged, or is not what its name says, is ignored with a warning. One that
-    another card or version wrote has another name and is never looked at. The folder is trusted:
-    who can write to it decides which plans run. A full one takes no more: what it has is not to be displaced by
-    whoever asks for new shapes all the time.
+    A file that is damaged, or whose content does not fit its name, is ignored with a warning. A file of another card or
+    version has another name and is never read. The folder is trusted: anyone who can write to it decides which plans
+    run. A full folder takes no new choices, and evicts none: a client with ever new shapes must not push out the
+    others'.
 
     Args:
-        folder: Made if it is not there.
-        origin: All that a choice depends on beside its key: versions, and the card.
+        folder: Made if it does not exist.
+        origin: All that a choice depends on, other than its key: versions, and the card.
 
     Attributes:
-        quarantine: What is not searched, since a server died at it. A new version of deconvd alone changes nothing.
+        quarantine: The searches that are not made because a server died in them. It does not depend on deconvd's
+            version.
 
     Raises:
         OSError: The folder cannot be made.
@@ -59,7 +60,7 @@ class PlanStore:
         self.quarantine = Quarantine(folder / _JOURNALS, libraries)
 
     def load(self, key: PlanKey) -> Choice | None:
-        """Return the choice that was made for `key`; None if none is known here."""
+        """Return the choice that was stored for a key; None if there is none, or none that can be read."""
         path = self._path(key)
         try:
             return self._parse(path.read_bytes(), key)
@@ -70,7 +71,7 @@ class PlanStore:
             return None
 
     def save(self, key: PlanKey, choice: Choice) -> None:
-        """Remember a choice. Where that fails, it is logged and the server goes on without."""
+        """Store a choice. A failure is only logged: the choice is then made again after a restart."""
         if not self._has_room():
             return
         content = {
@@ -84,13 +85,13 @@ class PlanStore:
             log.warning("could not store the plan %s: %s", self._path(key), error)
 
     def _has_room(self) -> bool:
-        """Count one more plan, if there is room; if not, say so once."""
+        """Count one more plan if there is room for it; else log once that there is not."""
         with self._lock:
             was_full, self._is_full = self._is_full, self._count >= _PLANS_COUNT
             self._count += not self._is_full
         if self._is_full and not was_full:
             log.warning(
-                "%s holds %d plans, and takes no more: delete it to begin anew",
+                "%s holds %d plans, which is the limit: new ones are not stored. Delete the folder to start over",
                 self._folder,
                 _PLANS_COUNT,
             )
@@ -107,12 +108,13 @@ class PlanStore:
         if not isinstance(content, dict) or not isinstance(content.get("choice"), dict):
             raise ValueError("not a stored plan")
         if content.get("identity") != self._identity(key):
-            raise ValueError("it is another plan than its name says")
+            raise ValueError("its name and its content are of different plans")
         if content.get("checksum") != digest_of(content["choice"]):
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum is wrong")
         return Choice.from_fields(content["choice"])
 
     def _replace(self, path: Path, content: bytes) -> None:
+        # Written under another name first: a reader never sees half a file.
         number, name = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
         try:
             with os.fdopen(number, "wb") as file:

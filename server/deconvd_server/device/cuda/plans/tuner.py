@@ -1,4 +1,4 @@
-"""Takes one of the candidates: the first that runs, or the fastest of some or of all."""
+"""Chooses one of a request's candidates: the first one that runs, or the fastest of a few or of all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deconvd.model.options import UseCudnn
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.key import PlanKey
 
-if TYPE_CHECKING:  # the rest needs CUDA, choosing does not
+if TYPE_CHECKING:  # these need CUDA, choosing does not
     from deconvd_server.device.cuda.api.runtime import Stream
     from deconvd_server.device.cuda.plans.candidates import Candidates
     from deconvd_server.device.cuda.plans.plan_timer import PlanTimer
@@ -23,44 +23,47 @@ __all__ = ["Tuner"]
 log = logging.getLogger(__name__)
 
 _GIVE_UP_RATIO = 2.0
-"""A candidate that is so many times slower than the best so far is not timed twice."""
+"""A candidate whose first timing is more than this many times that of the best so far is not timed more precisely."""
 
 _TIE_MS = 0.001
-"""What a candidate may be slower than the best, and be taken for a smaller workspace: without one, small calls
-stay where they can be captured whole, which is worth a hundred times as much."""
+"""A candidate that is slower than the best by at most this much is preferred if its workspace is smaller.
+
+With a small workspace a small call fits in a lane's arena and is captured whole, which saves a hundred times as much.
+"""
 
 
 class Tuner:
-    """Takes one of a request's candidates.
+    """Chooses one of a request's candidates.
 
-    With autotune that is the fastest of all. Without, it is the fastest of a few, which takes some
-    milliseconds once; but it is the first that runs where results are to be deterministic, so that
-    a restarted server gives the same bits, and where cuDNN is to be used whenever it can be.
+        autotune                the fastest of all
+        deterministic results   the first of a few that runs: a restarted server gives the same bits
+        cuDNN always            the first of a few that runs
+        otherwise               the fastest of a few, which takes some milliseconds once
 
     Args:
-        open_bench: Lends a bench for a key, with a workspace of so many bytes, on a stream.
-        tuning_limit_s: How long new candidates are made and timed for one key.
+        open_timer: Returns a timer for a key, with a workspace of that many bytes, on a stream.
+        tuning_limit_s: How long the candidates of one key are made and timed.
     """
 
     def __init__(
         self,
         candidates: Candidates,
-        open_bench: Callable[[PlanKey, int, Stream], AbstractContextManager[PlanTimer]],
+        open_timer: Callable[[PlanKey, int, Stream], AbstractContextManager[PlanTimer]],
         *,
         tuning_limit_s: float,
     ) -> None:
         self._candidates = candidates
-        self._open_timer = open_bench
+        self._open_timer = open_timer
         self._tuning_limit_s = tuning_limit_s
 
     def choose(self, key: PlanKey, stream: Stream) -> Candidate:
-        """Return the candidate that is to serve `key`.
+        """Return the candidate that will serve a key. The others are closed.
 
         Args:
-            stream: Where plans are tried.
+            stream: Where plans are tried out.
 
         Raises:
-            ExhaustedError: The card has not the memory to try any.
+            ExhaustedError: The card has no memory to try any out.
         """
         if key.options.autotune:
             return self._choose_fastest(key, stream, self._candidates.list_all(key, stream.pointer))
@@ -73,8 +76,8 @@ class Tuner:
         self, key: PlanKey, stream: Stream, candidates: Iterator[Candidate]
     ) -> Candidate:
         for candidate in self._filter_candidates(key, candidates):
-            with self._open_timer(key, candidate.plan.workspace_bytes, stream) as bench:
-                if bench.can_run(candidate.plan):
+            with self._open_timer(key, candidate.plan.workspace_bytes, stream) as timer:
+                if timer.can_run(candidate.plan):
                     return candidate
             candidate.close()
         return self._candidates.fallback(key)
@@ -84,16 +87,16 @@ class Tuner:
     ) -> Candidate:
         start_s = time.monotonic()
         end_s = start_s + self._tuning_limit_s
-        # making them must leave time for timing them
+        # half of the time is left for timing
         made = self._make_candidates(key, candidates, start_s + self._tuning_limit_s / 2)
         room_bytes = max(candidate.plan.workspace_bytes for candidate in made)
         timed: list[tuple[float, Candidate]] = []
         best_ms = float("inf")
-        with self._open_timer(key, room_bytes, stream) as bench:
+        with self._open_timer(key, room_bytes, stream) as timer:
             for candidate in made:
                 if best_ms < float("inf") and time.monotonic() > end_s:
                     break
-                took_ms = bench.time_ms(candidate.plan, give_up_ms=_GIVE_UP_RATIO * best_ms)
+                took_ms = timer.time_ms(candidate.plan, give_up_ms=_GIVE_UP_RATIO * best_ms)
                 log.debug("%s took %.4f ms", candidate.choice.name, took_ms)
                 timed.append((took_ms, candidate))
                 best_ms = min(best_ms, took_ms)
@@ -109,7 +112,7 @@ class Tuner:
     def _make_candidates(
         self, key: PlanKey, candidates: Iterator[Candidate], end_s: float
     ) -> list[Candidate]:
-        """Return candidates, the fallback if there is no other, as many as can be made in time."""
+        """Return as many candidates as can be made in time; the fallback if there is no other."""
         made = []
         for candidate in self._filter_candidates(key, candidates):
             made.append(candidate)
@@ -120,13 +123,13 @@ class Tuner:
     def _filter_candidates(
         self, key: PlanKey, candidates: Iterator[Candidate]
     ) -> Iterator[Candidate]:
-        """Yield the candidates that the request's options and limits allow, no plan twice."""
+        """Yield the candidates that the request's options and limits allow, each plan once. Close the others."""
         seen = set()
         for candidate in candidates:
             choice = candidate.choice
             fits = candidate.plan.workspace_bytes <= key.workspace_limit_bytes
-            steady = choice.deterministic or not key.options.cudnn_deterministic
-            if fits and steady and choice not in seen:
+            is_allowed = choice.deterministic or not key.options.cudnn_deterministic
+            if fits and is_allowed and choice not in seen:
                 seen.add(choice)
                 yield candidate
             else:
@@ -134,7 +137,7 @@ class Tuner:
 
 
 def _best(timed: Sequence[tuple[float, Candidate]]) -> tuple[float, Candidate] | None:
-    """Return the fastest, or one near it with less of a workspace; None if none ran."""
+    """Return the fastest candidate, or one that is nearly as fast with a smaller workspace; None if none ran."""
     best_ms = min((took_ms for took_ms, _ in timed), default=float("inf"))
     if best_ms == float("inf"):
         return None

@@ -1,1 +1,1 @@
-"""Tensors that stay on a card between calls, and their prepacked forms."""
+"""Tensors on a card, and the prepacked forms of W that are kept with them."""

@@ -1,4 +1,4 @@
-"""W in the form that its plan makes of it, where W stays and the form with it. Needs no CUDA."""
+"""Prepacks a resident W: keeps the form that a plan makes of it, for later calls. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deconvd_server.device.tensor import Tensor, refuse_growth
 __all__ = ["PrepackedW", "prepack"]
 
 _KINDS_COUNT: Final = 64
-"""Kinds of calls that a tensor remembers."""
+"""Kinds of calls whose prepacking a tensor remembers."""
 
 
 class _WaitableStream(Protocol):
@@ -32,12 +32,12 @@ class _WaitableStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PrepackedW:
-    """W as a call has it.
+    """W as a call uses it.
 
     Attributes:
-        W: Itself, or a form of it.
-        plan: The plan for that form; None for the plan for W itself.
-        key: The form's; None for W itself.
+        W: W itself, or a form of it.
+        plan: The plan that takes the form; None for W itself.
+        key: The key of the form; None for W itself.
     """
 
     W: Operand
@@ -52,29 +52,30 @@ def prepack(
     memory: DeviceMemory,
     stream: _WaitableStream,
 ) -> PrepackedW:
-    """Return W in the form that its plan makes of it if that is there, or worth making now; else itself.
+    """Return the form that a plan makes of W, if it is kept or is worth making now; else W itself.
 
     Args:
-        kind: What tells the plan from others.
+        kind: Identifies the plan.
         find_plan: Returns the plan.
-        memory: Where a form may lie, if the tensor may grow.
-        stream: Where a form may be made; it is waited for then.
+        memory: Where a form's memory comes from. It counts as the tensor's growth.
+        stream: Where a form is made. This waits for it.
 
-    Raises as `find_plan` does, and as the making of a form.
+    Raises as `find_plan` does, and as the plan does when it makes a form.
     """
+    # Views have no forms, and a tensor that may not grow belongs to no session that could be charged for one.
     if not isinstance(W, CudaTensor) or W.prepacked is None or W.may_grow is refuse_growth:
         return PrepackedW(W)
-    preparation = _find_prepacking(W, kind, find_plan)
-    if preparation is None:
+    prepacking = _find_prepacking(W, kind, find_plan)
+    if prepacking is None:
         return PrepackedW(W)
-    form = W.prepacked.get(preparation.key)
-    if form is None and W.prepacked.claim_making(preparation.key):
-        form = _make_form(preparation, W, W.prepacked, memory, stream)
+    form = W.prepacked.get(prepacking.key)
+    if form is None and W.prepacked.claim_making(prepacking.key):
+        form = _make_form(prepacking, W, W.prepacked, memory, stream)
     if form is None:
         return PrepackedW(W)
-    spec = TensorSpec((preparation.size_bytes,), np.dtype(np.uint8))
+    spec = TensorSpec((prepacking.size_bytes,), np.dtype(np.uint8))
     form_of_W = CudaTensor(spec, W.device_id, form)
-    return PrepackedW(form_of_W, preparation.plan, preparation.key)
+    return PrepackedW(form_of_W, prepacking.plan, prepacking.key)
 
 
 def _find_prepacking(
@@ -82,40 +83,43 @@ def _find_prepacking(
 ) -> Prepacking | None:
     if kind in W.prepackings:
         return W.prepackings.get(kind)
-    preparation = prepacking_of(find_plan())
+    prepacking = prepacking_of(find_plan())
     if len(W.prepackings) >= _KINDS_COUNT:
         W.prepackings.clear()
-    W.prepackings[kind] = preparation
-    return preparation
+    W.prepackings[kind] = prepacking
+    return prepacking
 
 
 def _make_form(
-    preparation: Prepacking,
+    prepacking: Prepacking,
     W: CudaTensor,
     forms: PrepackedForms,
     memory: DeviceMemory,
     stream: _WaitableStream,
 ) -> Lease | None:
-    """Return a form, made and among the tensor's forms; None if there is no room for it."""
-    size_bytes = preparation.size_bytes
+    """Make a form and put it among the tensor's forms. Return None if there is no room for it.
+
+    Each failure undoes the steps before it, in reverse: the lease, the growth, the claim.
+    """
+    size_bytes = prepacking.size_bytes
     if not W.may_grow(size_bytes):
-        forms.give_up(preparation.key)
+        forms.give_up(prepacking.key)
         return None
     try:
         lease = memory.lease_resident(size_bytes)
     except BaseException as error:
         W.may_grow(-size_bytes)
-        forms.give_up(preparation.key)
+        forms.give_up(prepacking.key)
         if isinstance(error, ExhaustedError):
-            return None
+            return None  # the call can do without the form
         raise
     try:
-        preparation.pack(W.pointer, lease.pointer, stream.pointer)
-        stream.wait()
+        prepacking.pack(W.pointer, lease.pointer, stream.pointer)
+        stream.wait()  # other calls, on other streams, use the form as soon as it is put
     except BaseException:
         lease.free()
         W.may_grow(-size_bytes)
-        forms.give_up(preparation.key)
+        forms.give_up(prepacking.key)
         raise
-    forms.put(preparation.key, lease)
+    forms.put(prepacking.key, lease)
     return lease

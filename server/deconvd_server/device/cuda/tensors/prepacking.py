@@ -1,4 +1,4 @@
-"""What plans have made of a tensor that stays, to be used in its place. Needs no CUDA."""
+"""The prepacked forms that are kept with a tensor, and which of them are made. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from deconvd_server.device.cuda.api.memory import Lease
 __all__ = ["PrepackedForms"]
 
 _USES_COUNT = 2
-"""The use of a form by which it is made: what comes once is not worth the memory."""
+"""The use at which a form is made: for one use it is not worth the memory."""
 
 
 class PrepackedForms:
-    """The forms of one tensor, each known by a key. Thread-safe.
+    """The forms of one tensor, by key. Thread-safe.
 
-        wanted once --> wanted again, being made --put--> there
-                                                 --give_up--> wanted once
+    The states of a form:
 
-    Whoever uses the tensor may use its forms: they are freed with it.
+        not made --second claim_making--> being made --put------> kept
+                                                     --give_up--> not made
+
+    A call that may use the tensor may use its forms: they are freed with it.
     """
 
     __slots__ = ("_leases", "_lock", "_uses")
@@ -30,35 +32,35 @@ class PrepackedForms:
         self._leases: dict[Hashable, Lease | None] = {}
 
     def get(self, key: Hashable) -> Lease | None:
-        """Return a form's memory if it is there."""
+        """Return the memory of a form that is kept; else None."""
         with self._lock:
             return self._leases.get(key)
 
     def claim_making(self, key: Hashable) -> bool:
-        """Count a use of a form that is not there; return whether the caller is to `put` it, or `give_up`.
+        """Count a use of a form that is not kept. Return whether the caller must make it, and then `put` or `give_up`.
 
-        That is asked of one caller at a time.
+        Only one caller at a time makes a form. Meanwhile the others use the tensor itself.
         """
         with self._lock:
             self._uses[key] = self._uses.get(key, 0) + 1
             if key in self._leases or self._uses[key] < _USES_COUNT:
                 return False
-            self._leases[key] = None
+            self._leases[key] = None  # being made
             return True
 
     def put(self, key: Hashable, lease: Lease) -> None:
-        """Let a form be there that was made: the card is done with its making."""
+        """Keep a form that was made. The card must be done with it."""
         with self._lock:
             self._leases[key] = lease
 
     def give_up(self, key: Hashable) -> None:
-        """Note that a form could not be made."""
+        """Note that a form could not be made. Its uses are counted from zero again."""
         with self._lock:
             del self._leases[key]
             self._uses[key] = 0
 
     def free(self) -> None:
-        """Free all forms. No call may be under way with the tensor."""
+        """Free all forms. No call may be using the tensor."""
         with self._lock:
             leases, self._leases = self._leases, {}
         for lease in leases.values():

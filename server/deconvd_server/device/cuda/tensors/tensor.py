@@ -1,4 +1,4 @@
-"""Tensors that stay on a card between calls, and memory of it that other processes see."""
+"""Tensors on a card, and memory of the card that another process opens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class CudaTensor:
     """A tensor on a card. See `DeviceTensor`.
 
     Args:
-        lease: The memory that it lies in.
-        offset_bytes: Where in it.
+        lease: The memory that has the tensor.
+        offset_bytes: Where the tensor begins in that memory.
 
     Attributes:
-        forms: What plans have made of it; None for a view.
-        preparations: What the plans of its calls would make of it, by kinds of calls.
+        prepacked: The forms that plans have made of it; None for a view.
+        prepackings: How the plans of its calls prepack it, by kinds of calls; None for a plan that does not.
     """
 
     __slots__ = (  # many are small, and kept
@@ -48,7 +48,7 @@ class CudaTensor:
 
     @property
     def pointer(self) -> int:
-        """Its address on the card: of a tensor, though not of a view, a multiple of 256."""
+        """Its address on the card. It is a multiple of 256, except for a view."""
         return self._lease.pointer + self._offset_bytes
 
     def samples(self, start: int, stop: int) -> CudaTensor:
@@ -62,14 +62,14 @@ class CudaTensor:
         return view
 
     def free(self) -> None:
-        """Give the memory back, once, and that of its forms."""
+        """Free the memory of the tensor and of its forms. It must be called once."""
         self._lease.free()
         if self.prepacked is not None:
             self.prepacked.free()
 
 
 class CudaLentMemory:
-    """Memory of a card, lent to another process. See `LentMemory`."""
+    """Memory of a card that another process opens. See `LentMemory`."""
 
     def __init__(self, device_id: str, lease: Lease, size_bytes: int, handle: bytes) -> None:
         self.size_bytes = size_bytes
@@ -78,16 +78,16 @@ class CudaLentMemory:
         self._lease = lease
 
     def tensor(self, spec: TensorSpec, offset_bytes: int) -> CudaTensor:
-        """Return a part of it. See `LentMemory`."""
+        """Return a part of the memory as a tensor. See `LentMemory`."""
         return CudaTensor(spec, self._device_id, self._lease, offset_bytes)
 
     def free(self) -> None:
-        """Give it back, once."""
+        """Free the memory. It must be called once."""
         self._lease.free()
 
 
 def as_cuda_tensor(tensor: DeviceTensor, device_id: str) -> CudaTensor:
-    """Return a tensor of a card. Raises ValueError if it is another device's."""
+    """Return a tensor as one of a card. Raises ValueError if it is on another device."""
     if not isinstance(tensor, CudaTensor) or tensor.device_id != device_id:
-        raise ValueError(f"a tensor of {tensor.device_id} is of no use to {device_id}")
+        raise ValueError(f"the tensor is on {tensor.device_id}, and cannot be used on {device_id}")
     return tensor

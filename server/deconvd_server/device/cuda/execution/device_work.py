@@ -1,4 +1,4 @@
-"""What a call does on the card between its upload and its download."""
+"""The work of a call on the card, between its upload and its download."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from deconvd_server.device.cuda.plan import Plan
 __all__ = ["DeviceWork", "WorkStep"]
 
 _Enqueue: TypeAlias = Callable[[Sequence[int], Sequence[int], int, int], None]
-"""Enqueues work; takes what `Job.enqueue` takes."""
+"""Enqueues work, with the arguments of `DeviceWork.enqueue`."""
 
 
 class WorkStep(NamedTuple):
-    """A part of a job, which can begin before all operands are there and end before all results are made.
+    """The work for one result. It can start before all operands of the call are there.
 
     Attributes:
-        operands, results: Which it is computed from and which it makes, by their numbers in the job.
-        enqueue: Enqueues it.
+        operands, results: The numbers, in the work, of the tensors that the step reads and writes.
+        enqueue: Enqueues the step.
     """
 
     operands: Sequence[int]
@@ -30,23 +30,22 @@ class WorkStep(NamedTuple):
 
 
 _FACTORS: Final = {"y": ("x", "w"), "gx": ("gy", "w"), "gw": ("x", "gy")}
-"""The operands of products, by the field of the result: a and b of `Plan.execute`."""
+"""The fields of a product's operands a and b, as in `Plan.execute`, by the field of its result."""
 
 
 class DeviceWork:
-    """The work of one call, wherever its tensors are: those results of an operation that it wants.
+    """The work for the results that a call wants of an operation. It is the same wherever its tensors are.
 
     Args:
-        operands, results: The names of their fields, in the order that all methods have them in.
-        plans: For the products, by the names of their results.
+        operands, results: The names of their fields. All methods take tensors in this order.
+        plans: The plans of the products, by the fields of their results.
         processors_count: Multiprocessors of the card.
 
     Attributes:
-        operands: What it computes from.
-        results: What it computes.
-        workspace_bytes: Memory that it scribbles on.
-        steps: All of it, in the order in which it is to be done: operands are brought in the order in which
-            an early call has them written.
+        operands, results: The specs of the tensors.
+        workspace_bytes: Size of the scratch memory that the steps use one after the other.
+        steps: All of the work, in order. A step names its operands in the order in which the client of an overlapped
+            call writes them.
     """
 
     def __init__(
@@ -70,11 +69,11 @@ class DeviceWork:
     def enqueue(
         self, operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
     ) -> None:
-        """Enqueue all work between upload and download on a stream.
+        """Enqueue all steps on a stream.
 
         Args:
-            operands, results: Addresses, aligned as plans want it.
-            workspace: Address of `workspace_bytes`, aligned to 256 bytes.
+            operands, results: Addresses on the card, aligned as plans need it.
+            workspace: Address of `workspace_bytes` on the card, aligned to 256 bytes.
         """
         for step in self.steps:
             step.enqueue(operands, results, workspace, stream)
@@ -82,23 +81,24 @@ class DeviceWork:
     def _step(
         self, operation: Operation, result: str, number: int, plans: Mapping[str, Plan]
     ) -> WorkStep:
-        """Return the step for one result, given its name and its number."""
         used = (*operation.needs[result], *operation.optional)
-        at = {
+        numbers = {
             field: self._numbers[field]
             for field in operation.write_order
             if field in used and field in self._numbers
         }
         enqueue = (
-            self._sum(at, number)
+            self._sum(numbers, number)
             if result == "gb"
-            else self._product(at, number, result, plans[result])
+            else self._product(numbers, number, result, plans[result])
         )
-        return WorkStep([*at.values()], [number], enqueue)
+        return WorkStep([*numbers.values()], [number], enqueue)
 
-    def _product(self, at: Mapping[str, int], number: int, result: str, plan: Plan) -> _Enqueue:
-        a, b = (at[field] for field in _FACTORS[result])
-        bias, spec, count = at.get("b"), self.results[number], self._processors_count
+    def _product(
+        self, numbers: Mapping[str, int], number: int, result: str, plan: Plan
+    ) -> _Enqueue:
+        a, b = (numbers[field] for field in _FACTORS[result])
+        bias, spec, count = numbers.get("b"), self.results[number], self._processors_count
 
         def enqueue(
             operands: Sequence[int], results: Sequence[int], workspace: int, stream: int
@@ -109,8 +109,8 @@ class DeviceWork:
 
         return enqueue
 
-    def _sum(self, at: Mapping[str, int], number: int) -> _Enqueue:
-        gy = at["gy"]
+    def _sum(self, numbers: Mapping[str, int], number: int) -> _Enqueue:
+        gy = numbers["gy"]
         spec = self.operands[gy]
 
         def enqueue(

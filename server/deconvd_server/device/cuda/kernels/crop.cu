@@ -1,9 +1,9 @@
-// Copies the corner that two batches of images share: crops images at the far edge, or extends them with zeros.
+// Crops images at the far edge, or extends them with zeros: copies the part that two sizes of an image share.
 //
-// Macros, given by window.py: ELEMENT, THREADS.
+// Macros, from crop.py: ELEMENT, THREADS.
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-window(const ELEMENT *source, ELEMENT *target, long long count, int source_h, int source_w, int target_h, int target_w)
+crop(const ELEMENT *source, ELEMENT *target, long long count, int source_h, int source_w, int target_h, int target_w)
 {
     const long long step = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
