@@ -90,7 +90,7 @@ def test_it_begins_shortly_before_what_is_waited_for_usually_comes(
     ends: tuple[SocketStream, CountedStream],
 ) -> None:
     near, far = ends
-    polling = BusyPolling(1000, ahead_s=0.05)
+    polling = BusyPolling(1000, lead_s=0.05)
     slept_s = []
     for _ in range(4):
         later = threading.Timer(0.3, near.write, [b"a"])
@@ -108,7 +108,7 @@ def test_what_comes_sooner_than_usual_is_seen_at_once(
     ends: tuple[SocketStream, CountedStream],
 ) -> None:
     near, far = ends
-    polling = BusyPolling(0.3, ahead_s=0.1)
+    polling = BusyPolling(0.3, lead_s=0.1)
     polling.wait(far, yes)  # in vain: it takes at least that long
     assert not is_polled(polling, far)
     near.write(b"a")

@@ -403,7 +403,7 @@ def _send_for_ever(line: FrameStream) -> None:
 
 @TRANSPORTS
 def test_more_or_less_than_the_tensors_is_refused(running: ServerProcess, transport: str) -> None:
-    for surplus, message in ((-4, "4 bytes before x is whole"), (4, "end with its last tensor")):
+    for surplus, message in ((-4, "4 bytes before x is complete"), (4, "end with its last tensor")):
         with open_stream(running, transport) as line:
             line.set_deadline(60)
             send_call(line, MethodCode.DeconvolveStream, header(spec_of(LARGE[:1])))
@@ -579,7 +579,7 @@ def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
         for _ in range(10):
             with pytest.raises(NotServedDirectlyError):
                 lines.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
-        wait_until(lambda: "from or to another server" in server.log.read_text())
+        wait_until(lambda: "greeting names another server instance" in server.log.read_text())
         lines.close()
         assert not direct_calls(server, "tcp")
 

@@ -365,12 +365,12 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
     end.note_received(len(data))
     assert end.next_event() == PendingElements(4)
     target = np.zeros(3, np.uint8)
-    with pytest.raises(LocalProtocolError, match="4 bytes of elements are to be taken first"):
+    with pytest.raises(LocalProtocolError, match="4 bytes of elements must be taken before"):
         end.next_event()
     assert end.peek_kind() is None
     assert end.take_elements(target) == 3
     assert target.tobytes() == b"abc"
-    with pytest.raises(LocalProtocolError, match="3 bytes of the 1"):
+    with pytest.raises(LocalProtocolError, match="at most 1 bytes of elements can be taken, got 3"):
         end.take_elements(target)
     assert end.take_elements(target[:1]) == 1
     assert end.peek_kind() == FrameKind.END
@@ -385,7 +385,11 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
             pack_frame(FrameKind.ANSWER, b"\x09" + bytes(7) + b"12345678"),
             "an answer of 16 b",
         ),
-        (ProtocolState.RESPONDING, pack_frame(FrameKind.FAILED, b"\xff"), "no google.rpc.Status"),
+        (
+            ProtocolState.RESPONDING,
+            pack_frame(FrameKind.FAILED, b"\xff"),
+            "not a valid google.rpc.Status",
+        ),
         (
             ProtocolState.GREETED,
             pack_frame(FrameKind.HELLO, b"dcd4" + INSTANCE),
@@ -394,13 +398,17 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
         (
             ProtocolState.GREETED,
             pack_frame(FrameKind.HELLO, b"dcd5" + bytes(range(1, 17))),
-            "another server",
+            "another server instance",
         ),
-        (ProtocolState.IDLE, pack_frame(FrameKind.CALL, b"\x07" + bytes(23)), "unknown method 7"),
+        (
+            ProtocolState.IDLE,
+            pack_frame(FrameKind.CALL, b"\x07" + bytes(23)),
+            "unknown method, number 7",
+        ),
         (
             ProtocolState.IDLE,
             pack_frame(FrameKind.CALL, b"\x06\x01" + bytes(22)),
-            "an early call of GetTensor",
+            "an overlapped call of GetTensor",
         ),
         (ProtocolState.IDLE, pack_frame(77, b""), "unknown kind 77"),
     ],

@@ -569,7 +569,7 @@ class TestServer:
         send_call(line, method, b"", is_early=True)
         with pytest.raises(ConnectionBrokenError):
             receive_answer(line)
-        assert f"early call of {method.name}" in server.log.read_text()
+        assert f"overlapped call of {method.name}" in server.log.read_text()
         with pytest.raises(ConnectionBrokenError, match="early"):
             CallHead.parse(CallHead(method, 1, b"", is_overlapped=True).pack()[FRAME_HEAD_BYTES:])
 

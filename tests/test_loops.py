@@ -249,7 +249,7 @@ class TestManyChunks:
         header, _ = parts
         requests = [header, empty]
 
-        with pytest.raises(grpc.RpcError, match="a chunk must not be empty") as raised:
+        with pytest.raises(grpc.RpcError, match="each chunk must have at least one byte") as raised:
             list(stub.DeconvolveStream(iter(requests), timeout=TIMEOUT_S))
 
         assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -268,4 +268,4 @@ class TestManyChunks:
         error = receive_failure(line)
 
         assert isinstance(error, InvalidArgumentError)
-        assert "a chunk must not be empty" in str(error)
+        assert "each chunk must have at least one byte" in str(error)

@@ -58,7 +58,7 @@ def test_much_beside_elements_is_refused_before_it_takes_time_or_memory(
             send(FORMS[form])
 
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert f"more than {MAX_NON_ELEMENT_BYTES} bytes beside" in str(refused.value.details())
+    assert f"at most {MAX_NON_ELEMENT_BYTES} bytes in addition to" in str(refused.value.details())
     assert time.monotonic() - begin_s < 3  # nine seconds it was
     assert peak_memory_bytes(pid) - held_bytes < 300 << 20
 
@@ -76,7 +76,7 @@ def _sender(channel: grpc.Channel, method: str) -> Callable[[bytes], object]:
 def test_what_is_sent_beside_elements_fits(message_type: type[Message]) -> None:
     rest = FIELD * (MAX_NON_ELEMENT_BYTES // 2)
     assert decode(message_type, rest).message is not None
-    with pytest.raises(ExhaustedError, match="bytes beside the elements"):
+    with pytest.raises(ExhaustedError, match="bytes in addition to the elements"):
         decode(message_type, rest + FIELD)
 
 
@@ -106,7 +106,9 @@ def test_a_tensor_in_pieces_must_not_be_large() -> None:
     pieces = REQUEST.SerializeToString()
     assert decode(pb.DeconvolveRequest, pieces * 100).raw.keys() == {"x", "w"}
     raw = b"\x7a" + varint(8 << 20) + bytes(8 << 20)
-    with pytest.raises(ExhaustedError, match=r"a tensor in pieces, .* at most 16777216 bytes"):
+    with pytest.raises(
+        ExhaustedError, match=r"a tensor in several pieces must have at most 16777216 bytes"
+    ):
         decode(pb.DeconvolveRequest, tensor_of(raw) * 2)
 
 

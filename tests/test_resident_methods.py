@@ -200,7 +200,7 @@ def test_a_stream_that_fails_keeps_nothing(held: SessionClient) -> None:
     keep = pb.OperandsToKeep(x=True, w=True)
     header = stream_header(held, described(X), described(W), keep=keep, keep_y=True)
 
-    with pytest.raises(grpc.RpcError, match="before x is whole"):
+    with pytest.raises(grpc.RpcError, match="before x is complete"):
         list(held.stub.DeconvolveStream(iter([header, chunk(W)])))
 
     assert held.resident_bytes() == before_bytes

@@ -299,14 +299,14 @@ def tensor(**changes: Any) -> pb.Tensor:
     [
         (pb.Tensor(), "x must have one of the element types .* got number 0"),
         (tensor(element_type=99), "x must have one of the element types .* got number 99"),
-        (tensor(raw=None), "x must carry its elements as raw bytes"),
-        (tensor(raw=b"123"), "x must carry 72 bytes for float32 .* got 3"),
-        (tensor(raw=bytes(73)), "x must carry 72 bytes for float32 .* got 73"),
+        (tensor(raw=None), "x must have its elements as raw bytes"),
+        (tensor(raw=b"123"), "x must have 72 bytes of elements for float32 .* got 3"),
+        (tensor(raw=bytes(73)), "x must have 72 bytes of elements for float32 .* got 73"),
         (tensor(shape=[1, 2, 3]), "x must have 4 dimensions, got 3"),
         (tensor(shape=[1, 2, -3, -3]), "x must have extents from 0 to"),
         (tensor(shape=[1] * 1000), "x must have at most 8 dimensions"),
         (tensor(shape=[2**62] * 4), "x must have extents from 0 to"),
-        (tensor(shape=[2**29, 2, 2, 2]), r"x must carry 17179869184 bytes"),
+        (tensor(shape=[2**29, 2, 2, 2]), r"x must have 17179869184 bytes of elements"),
         (tensor(shape=[2**40, 0, 2**40, 2**40], raw=b""), "x must have extents from 0 to"),
     ],
 )
@@ -372,7 +372,9 @@ def test_a_description_is_refused_where_elements_are_needed(
         wanted=pb.GradientMask(**{wanted: True}),
     )
 
-    assert_refused(lambda: stub.DeconvolveGrad(request), f"{missing} must carry", argument=missing)
+    assert_refused(
+        lambda: stub.DeconvolveGrad(request), f"{missing} must have its elements", argument=missing
+    )
 
 
 def test_a_huge_declared_gradient_is_refused_before_it_is_made(

@@ -187,7 +187,7 @@ def test_an_answer_that_nobody_reads_ends_its_line(hasty: ServerProcess, transpo
             line.send_part(elements_part(w))
             line.send_part(elements_part(x))
         wait_until(
-            lambda: "has ended: the other end has sent and taken nothing" in hasty.log.read_text()
+            lambda: "has ended: the peer has sent and accepted nothing" in hasty.log.read_text()
         )
     assert "Traceback" not in hasty.log.read_text()
 

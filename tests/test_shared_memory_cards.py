@@ -133,7 +133,7 @@ def test_a_client_gets_a_handle_and_calls_find_tensors_there(
 
 
 @pytest.mark.parametrize(
-    ("offset_bytes", "message"), [(BLOCK_BYTES - 64, "lie in its region"), (2, "mult")]
+    ("offset_bytes", "message"), [(BLOCK_BYTES - 64, "inside its region"), (2, "mult")]
 )
 def test_a_slice_that_is_none_is_refused(
     lender: Lender, peer: Peer, offset_bytes: int, message: str

@@ -149,7 +149,7 @@ class TestSlices:
     ) -> None:
         region = connect().borrow(MIB)
 
-        with pytest.raises(InvalidArgumentError, match=r"x must lie in its region") as raised:
+        with pytest.raises(InvalidArgumentError, match=r"x must be inside its region") as raised:
             with used(lender, region, offset):
                 pass
         assert raised.value.argument == "x"
@@ -161,7 +161,7 @@ class TestSlices:
     ) -> None:
         region = connect().borrow(MIB)
 
-        with pytest.raises(InvalidArgumentError, match=r"x must lie at a multiple of .* 4 bytes"):
+        with pytest.raises(InvalidArgumentError, match=r"x must start at a multiple of .* 4 bytes"):
             with used(lender, region, offset):
                 pass
 

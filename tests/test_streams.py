@@ -269,8 +269,8 @@ def test_what_was_missing_comes_before_or_amid_what_follows(cut: int, early: int
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([("missing_chunk", bytes(W.nbytes + 1))], "no more missing chunks than were missing"),
-        ([("missing_chunk", bytes(3))], "the stream ends 61 bytes before W is whole"),
+        ([("missing_chunk", bytes(W.nbytes + 1))], "no missing chunks beyond the elements"),
+        ([("missing_chunk", bytes(3))], "the stream ends 61 bytes before W is complete"),
         ([("chunk", bytes((64 << 20) + 1))], "at most 67108864 bytes of chunks before W"),
     ],
     ids=["more", "less", "early"],
@@ -316,10 +316,10 @@ CHUNK = pb.DeconvolveStreamRequest(chunk=ELEMENTS)
         ([pb.DeconvolveStreamRequest()], "a stream must begin with a header"),
         ([header(PROBLEM, 0), CHUNK], "slice_samples_count must be at least 1, got 0"),
         ([header(PROBLEM), CHUNK, header(PROBLEM)], "a stream must end with its last tensor"),
-        ([header(PROBLEM), header(PROBLEM)], "nothing but chunks after its header"),
+        ([header(PROBLEM), header(PROBLEM)], "only chunks after its header"),
         (
             [header(PROBLEM), pb.DeconvolveStreamRequest(chunk=ELEMENTS[:-7])],
-            "the stream ends 7 bytes before x is whole",
+            "the stream ends 7 bytes before x is complete",
         ),
         ([header(PROBLEM), CHUNK, CHUNK], "a stream must end with its last tensor"),
         (

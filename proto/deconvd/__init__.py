@@ -1,10 +1,10 @@
-"""The contract of deconvd: what its messages, arguments and errors mean, for client and server alike."""
+"""What client and server share: the computation, the messages, the protocols, and the errors."""
 
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:  # so that type checkers still say what is not there
+if not TYPE_CHECKING:  # type checkers would otherwise accept every attribute
 
     def __getattr__(name: str) -> object:
         raise AttributeError(

@@ -1,4 +1,4 @@
-"""What the commands deconvd and deconvd-server share: a wrong option ends both alike."""
+"""The base of both commands: options can come from the environment, and errors name the option."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from deconvd.errors import InvalidArgumentError
 __all__ = ["ENVVAR_PREFIX", "CliCommand", "envvar_of"]
 
 ENVVAR_PREFIX: Final = "DECONVD_"
-"""What the names of all environment variables begin with."""
+"""Prefix of all environment variables that set an option."""
 
 
 class CliCommand(console.ConsoleCommand):
-    """A command that exits with 2 if an option is wrong, and names the variable that it came from.
+    """A command that exits with code 2 if an option is wrong.
 
-    An InvalidArgumentError that the command raises counts as a wrong option if its `argument` is one.
+    The error names the option, or the environment variable if the value came from there. An InvalidArgumentError
+    of the command is reported in the same way if its `argument` is one of the options.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -44,18 +45,18 @@ class CliCommand(console.ConsoleCommand):
 
 
 def envvar_of(option: click.Option) -> str:
-    """Return the environment variable of an option: ``DECONVD_DIRECT_PORT`` for ``--direct-port``."""
+    """Return the environment variable that sets an option: ``DECONVD_DIRECT_PORT`` for ``--direct-port``."""
     return ENVVAR_PREFIX + _argument_names(option)[0].upper()
 
 
 def _argument_names(option: click.Option) -> list[str]:
-    """Return the names of an option, each as that of a Python argument: ``direct_port``."""
+    """Return an option's long names, as names of Python arguments: ``direct_port`` for ``--direct-port``."""
     long = [name for name in option.opts if name.startswith("--")]
     return [name.removeprefix("--").replace("-", "_") for name in long]
 
 
 def _param_hint(parameter: click.Parameter, ctx: click.Context) -> str:
-    """Return what to call a parameter whose value is wrong: the variable, if it came from there."""
+    """Return the name for a parameter in errors: the environment variable if the value came from there."""
     source = ctx.get_parameter_source(parameter.name or "")
     if source is ParameterSource.ENVIRONMENT and isinstance(parameter.envvar, str):
         return parameter.envvar

@@ -1,4 +1,4 @@
-"""What both commands need of a console: standard streams that are there, and take whatever is printed."""
+"""Standard streams for both commands: always open, and able to print any text."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _STANDARD_DESCRIPTORS: Final = (0, 1, 2)
 
 
 class ConsoleCommand(click.Command):
-    """A command for standard streams of any encoding, open, closed or full.
+    """A command that works with standard streams of any encoding, even if they are closed or their disk is full.
 
-    It ends with one line, not a traceback, if its output cannot be written.
+    If its output cannot be written, it exits with code 1 and one line on standard error, without a traceback.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
+        """Run the command."""
         _prepare_streams()
         try:
             return super().main(*args, **kwargs)
@@ -36,20 +36,22 @@ class ConsoleCommand(click.Command):
 
 
 class ConsoleGroup(ConsoleCommand, click.Group):
-    """A group of commands, likewise."""
+    """A group of commands with the same guarantees."""
 
 
 def _prepare_streams() -> None:
-    """Let standard output and error take any text, and be there.
+    """Make standard output and standard error open, and able to write any text.
 
-    What their encoding lacks is written as an escape. Where one is closed, what is written goes
-    nowhere: else the next file or socket to be opened would have its number, and get the output.
+    Letters that the encoding does not have are written as escapes. A closed stream is replaced by the null device:
+    otherwise the next file or socket that the process opens would get the stream's number, and its output.
     """
     for descriptor in _STANDARD_DESCRIPTORS:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(
+                os.devnull, os.O_RDWR
+            )  # open() returns the lowest free number, which is this one
     sys.stdout = sys.stdout or _open_devnull()
     sys.stderr = sys.stderr or _open_devnull()
     for stream in (sys.stdout, sys.stderr):
@@ -58,17 +60,20 @@ def _prepare_streams() -> None:
 
 
 def discard_output() -> None:
-    """Have standard output go nowhere from now on, with what could not be written yet."""
+    """Redirect standard output to the null device, including text that is still buffered."""
     _discard(sys.stdout, 1)
 
 
 def _print_error(text: str) -> None:
-    with suppress(OSError):  # standard error may be as full
+    with suppress(OSError):  # the disk of standard error may be full, too
         click.echo(text, err=True)
 
 
 def _flush_or_discard() -> None:
-    """Forget what cannot be written, or Python would try again at exit and end with a code of its own."""
+    """Flush both streams, and discard what cannot be written.
+
+    Otherwise Python would try to flush again at exit, and would exit with another code.
+    """
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()
@@ -77,17 +82,17 @@ def _flush_or_discard() -> None:
 
 
 def _discard(stream: TextIO, descriptor: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, descriptor)
+    os.close(devnull)
     stream.flush()
 
 
 def _is_output_error(error: OSError) -> bool:
-    """Return whether an error was raised by click's own printing."""
+    """Return whether click's echo raised the error: then standard output failed, not a file of the command."""
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     return frame.f_code is click.echo.__code__
 
 
 def _open_devnull() -> TextIO:
-    return open(os.devnull, "w", encoding="utf-8")  # for as long as the process runs
+    return open(os.devnull, "w", encoding="utf-8")  # stays open until the process ends

@@ -1,7 +1,7 @@
-"""Every failure that a caller can meet, each with its gRPC status.
+"""The errors that a call can raise, each with its gRPC status.
 
-The class says what the caller can do about it, the message what was given and what is allowed. An error crosses the
-wire whole (`deconvd.wire.status`): the client raises the class, message and details that the server raised.
+The class says what the caller can do. The message says what was given and what is allowed. An error crosses the wire
+without loss (`deconvd.wire.status`): the client raises the same class, message and details as the server.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = [
 
 
 class DeconvdError(Exception):
-    """A call failed. The base of all errors here, and the class of a failure that has none of its own."""
+    """A call failed. The base class of all errors here; raised itself for statuses that have no class of their own."""
 
     status: ClassVar[str] = "UNKNOWN"
-    """Name of the `grpc.StatusCode` that stands for this class on the wire."""
+    """Name of the `grpc.StatusCode` of this class on the wire."""
 
 
 class InvalidArgumentError(DeconvdError, ValueError):
-    """An argument can never be accepted. Change it.
+    """An argument is invalid: the same call can never succeed. Change the argument.
 
     Attributes:
-        argument: Name of the argument at fault, as in `deconvolution_2d`; empty if there is no single one.
+        argument: Name of the argument at fault, as in `deconvolution_2d`. Empty if it is not a single argument.
     """
 
     status = "INVALID_ARGUMENT"
@@ -46,15 +46,15 @@ class InvalidArgumentError(DeconvdError, ValueError):
 
 
 class NotFoundError(DeconvdError, LookupError):
-    """What the call names is not on the server, or no longer. Send it.
+    """The server does not have, or no longer has, something that the call names. Send it again.
 
     Attributes:
-        argument: Name of the argument that named it, as in `deconvolution_2d`; empty if it is not known.
+        argument: Name of the argument that named it, as in `deconvolution_2d`. Empty if it is unknown.
     """
 
     status = "NOT_FOUND"
     resource: ClassVar[str] = ""
-    """What kind of thing it is, for clients in other languages."""
+    """The kind of resource, for clients in other languages."""
 
     def __init__(self, message: str, *, argument: str = "") -> None:
         super().__init__(message)
@@ -62,35 +62,35 @@ class NotFoundError(DeconvdError, LookupError):
 
 
 class StaleRegionError(NotFoundError):
-    """The shared memory that a tensor lies in is not, or no longer, lent by this server."""
+    """A tensor is in shared memory that this server does not lend, or no longer lends."""
 
     resource = "shared memory"
 
 
 class LostTensorError(NotFoundError):
-    """The server does not keep the tensor, or no longer: it was dropped, or the server started anew."""
+    """The server does not have the tensor: it was dropped, or the server restarted."""
 
     resource = "tensor"
 
 
 class LostSessionError(NotFoundError):
-    """The session has ended, with all that was kept for it."""
+    """The session has ended, and its tensors have been dropped."""
 
     resource = "session"
 
 
 class ExhaustedError(DeconvdError, MemoryError):
-    """A limit on messages or memory was met. Send less, or raise the limit that the message names."""
+    """A limit on messages or memory was exceeded. Send less, or raise the limit that the message names."""
 
     status = "RESOURCE_EXHAUSTED"
 
 
 class UnavailableError(DeconvdError, ConnectionError):
-    """The server cannot be reached, or takes no calls now. Try again.
+    """The server cannot be reached, or does not accept calls now. Try again.
 
     Attributes:
-        retry_after_s: When the server hopes to take calls again, in seconds. None if it was not the
-            server that said so: then it cannot be reached.
+        retry_after_s: After how many seconds the server expects to accept calls again. None if the server could not be
+            reached, so that it did not say.
     """
 
     status = "UNAVAILABLE"
@@ -101,24 +101,24 @@ class UnavailableError(DeconvdError, ConnectionError):
 
     @property
     def was_reached(self) -> bool:
-        """Whether the server was reached, and has ended the call: if not, a connection broke."""
+        """Whether the server itself ended the call. If not, it could not be reached, or the connection broke."""
         return self.retry_after_s is not None
 
 
 class DeadlineError(DeconvdError, TimeoutError):
-    """The call took longer than its timeout, or surely would. Allow more time, or send less."""
+    """The call exceeded its timeout, or the server estimates that it would. Allow more time, or send less."""
 
     status = "DEADLINE_EXCEEDED"
 
 
 class CallCancelledError(DeconvdError):
-    """The caller gave the call up, or its connection was closed."""
+    """The caller cancelled the call, or closed its connection."""
 
     status = "CANCELLED"
 
 
 class UnimplementedError(DeconvdError, NotImplementedError):
-    """The server is too old, or lacks a part, for what was asked. Update it."""
+    """The server does not support this call, because it is too old or lacks an optional part. Update it."""
 
     status = "UNIMPLEMENTED"
 

@@ -1,4 +1,4 @@
-"""A bounded number of values by key, of which the least recently used makes room."""
+"""A small cache that evicts the least recently used entry."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _V = TypeVar("_V")
 
 
 class Lru(Generic[_K, _V]):
-    """At most `limit_count` values by key, none of which is None. Not thread-safe."""
+    """A cache of at most `limit_count` values. No value may be None. Not thread-safe."""
 
     def __init__(self, limit_count: int) -> None:
         self._limit_count = limit_count
         self._values: OrderedDict[_K, _V] = OrderedDict()
 
     def get(self, key: _K) -> _V | None:
-        """Return the value of a key, which is used now; None if there is none."""
+        """Return the value of a key, and mark it as used now. None if the key is not in the cache."""
         value = self._values.get(key)
         if value is not None:
             self._values.move_to_end(key)
         return value
 
     def put(self, key: _K, value: _V) -> _V:
-        """Keep a value by a key, which is used now, and return it."""
+        """Store a value, mark it as used now, and return it. The least recently used one may be evicted."""
         self._values[key] = value
         self._values.move_to_end(key)
         if len(self._values) > self._limit_count:
@@ -35,9 +35,9 @@ class Lru(Generic[_K, _V]):
         return value
 
     def drop(self, key: _K) -> None:
-        """Keep no value by a key."""
+        """Remove a key. Does nothing if the key is not in the cache."""
         self._values.pop(key, None)
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Remove all keys."""
         self._values.clear()

@@ -1,1 +1,1 @@
-"""Direct connections: the protocol that carries calls without gRPC, and the byte streams below it."""
+"""Direct connections: the protocol that carries calls without gRPC, and the sockets below it."""

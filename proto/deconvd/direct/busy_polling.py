@@ -1,7 +1,7 @@
-"""Busy polling: a thread looks for what comes again and again for a moment, before it sleeps until it comes.
+"""Busy polling: a thread that waits for data polls for a moment before it sleeps.
 
-A thread that sleeps in the kernel takes tens of microseconds to wake, and then runs its first Python at a fraction of
-its speed: for a small call that is as long as all the rest.
+A thread that sleeps in the kernel takes tens of microseconds to wake up, and then runs its first Python code at a
+fraction of the normal speed. For a small call that takes as long as all other work together.
 """
 
 from __future__ import annotations
@@ -17,52 +17,56 @@ from deconvd.host.system import processors_count
 __all__ = ["BusyPolling"]
 
 _SMOOTHING: Final = 1 / 4
-"""How much of a longer wait goes into what is usual: the factor of exponential smoothing."""
+"""Factor of the exponential smoothing: how much one longer wait raises the usual wait."""
 
-# with one processor, what is waited for could not happen meanwhile
+# On one processor, polling would keep the peer on the same host from running.
 _HAS_SEVERAL_PROCESSORS: Final = processors_count() > 1
 
 
 class _Readable(Protocol):
-    """Where something comes: a byte stream, or a line."""
+    """A connection that data arrives on."""
 
     def poll(self, timeout_s: float) -> bool:
-        """Return whether something comes within so many seconds."""
+        """Return whether data arrives within `timeout_s` seconds."""
 
     def wait(self) -> None:
-        """Return once something comes."""
+        """Return when data has arrived."""
 
 
 class BusyPolling:
-    """Polls where that has paid: ever more seldom where it has not. Threads may use it together.
+    """Polls while that pays off, and less and less often while it does not. Several threads may share one object.
+
+        wait() is called                  data usually arrives
+        |------- sleep in poll() --------|<---- lead_s ------>|
+                                         |---- busy polling for at most max_poll_s ----|--- sleep
 
     Args:
-        longest_s: Seconds of polling after which a thread sleeps.
-        ahead_s: How long before what is waited for usually comes the polling begins: a thread sleeps
-            until then. By default it begins at once.
+        max_poll_s: How long a thread polls before it sleeps, in seconds.
+        lead_s: How long before the usual arrival the polling begins, in seconds. Until then the thread sleeps. By
+            default the polling begins at once.
     """
 
-    def __init__(self, longest_s: float, *, ahead_s: float = math.inf) -> None:
-        self._max_poll_s = longest_s
-        self._lead_s = ahead_s
+    def __init__(self, max_poll_s: float, *, lead_s: float = math.inf) -> None:
+        self._max_poll_s = max_poll_s
+        self._lead_s = lead_s
         self._usual_wait_s = 0.0
         self._backoff = AdaptiveBackoff()
 
     def wait(self, incoming: _Readable, is_worth_it: Callable[[], bool]) -> None:
-        """Return once something comes, if only the end.
+        """Return when data, or the end of the connection, has arrived.
 
         Args:
-            is_worth_it: Whether no one else is likely to need the processor; asked again and again.
+            is_worth_it: Returns whether the processor is likely to be free. Called again and again while polling.
 
         Raises:
-            ConnectionTimeoutError: Nothing does until the deadline.
+            ConnectionTimeoutError: Nothing arrived before the deadline.
         """
         is_polled = _HAS_SEVERAL_PROCESSORS and is_worth_it() and self._backoff.is_due()
         if not is_polled or not self._busy_poll(incoming, is_worth_it):
             incoming.wait()
 
     def _busy_poll(self, incoming: _Readable, is_worth_it: Callable[[], bool]) -> bool:
-        """Return whether something has come: False once it is time to sleep until then."""
+        """Return whether data has arrived. False means that the thread should stop polling and sleep."""
         begin_s = time.monotonic()
         sleep_s = max(self._usual_wait_s - self._lead_s, 0)
         until_s = begin_s + sleep_s + self._max_poll_s
@@ -74,10 +78,10 @@ class BusyPolling:
         return has_come
 
     def _update_usual_wait(self, waited_s: float, *, has_come: bool) -> None:
-        """Take note how long it took to come, or takes at least."""
+        """Update the estimate of the usual wait. Without an arrival, `waited_s` is a lower bound of the wait."""
         if not has_come:
             self._usual_wait_s = max(waited_s, self._usual_wait_s)
         elif waited_s < self._usual_wait_s:
-            self._usual_wait_s = waited_s  # what comes soon is what not to be late for
+            self._usual_wait_s = waited_s  # follow short waits at once, so as not to oversleep
         else:
             self._usual_wait_s += (waited_s - self._usual_wait_s) * _SMOOTHING

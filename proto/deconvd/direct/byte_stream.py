@@ -1,4 +1,4 @@
-"""Byte streams: connections that carry bytes each way, with a deadline for whoever waits, and sockets as such."""
+"""Byte streams with deadlines: the interface that direct connections need, and its implementation with sockets."""
 
 from __future__ import annotations
 
@@ -18,71 +18,68 @@ __all__ = ["ByteStream", "SocketStream"]
 _T = TypeVar("_T")
 
 _MAX_JOINED_BYTES: Final = 16 << 10
-"""Up to this size a copy costs less than to tell the kernel of several places."""
+"""Up to this size, joining buffers into one costs less than passing several buffers to the kernel."""
 
 _MAX_WAIT_S: Final = 24 * 60 * 60
-"""For one operation: the system's timers do not reach as far as a deadline may."""
+"""Longest single wait. The system's timers do not reach as far as a deadline may."""
 
 _MAX_SELECT_S: Final = 0.05
-"""What is shorter is to be kept to the microsecond."""
+"""Shorter waits use select, which counts in microseconds; poll counts in milliseconds."""
 
 _FD_SETSIZE: Final = 1024
-"""FD_SETSIZE: descriptors from this number on are none of select's."""
+"""The C library's FD_SETSIZE: select cannot wait for descriptors from this number on."""
 
 _TCP_USER_TIMEOUT_S: Final = 20
-"""How long the other host may take nothing, or give no sign, before a TCP connection is given up."""
+"""A TCP connection is given up after the peer's host has acknowledged nothing for this long."""
 
 _DRAIN_BUFFER_BYTES: Final = 32 << 10
-"""What is thrown away at once by `end_gently`."""
+"""Size of the buffer into which `half_close_and_drain` reads."""
 
 
 class ByteStream(Protocol):
-    """One end of a connection. One thread may read while another writes; anyone may call `shutdown`.
+    """One end of a connection. One thread may read while another writes, and any thread may call `shutdown`.
 
-    Methods that wait raise ConnectionTimeoutError at the deadline, and ConnectionClosedError once the other end has
-    closed the connection or it was cut.
+    Methods that wait raise ConnectionTimeoutError at the deadline, and ConnectionClosedError once the connection has
+    ended.
     """
 
     def set_deadline(self, timeout_s: float | None) -> None:
-        """Let reading and writing end so many seconds from now; None for no end."""
+        """Set the deadline of reading and writing to `timeout_s` seconds from now. None: no deadline."""
 
     def read_into(self, target: memoryview) -> int:
-        """Set the begin of `target` to the next bytes: at least one. Return how many they are."""
+        """Read at least one byte into the start of `target`. Return the number of bytes read."""
 
     def write(self, *buffers: Buffer) -> None:
-        """Send all bytes of the buffers."""
+        """Send all bytes of all buffers."""
 
     def poll(self, timeout_s: float) -> bool:
-        """Return whether there is something to read within so many seconds, if only the end.
-
-        At the deadline it is False.
-        """
+        """Return whether data, or the end of the stream, arrives within `timeout_s` seconds. False at the deadline."""
 
     def wait(self) -> None:
-        """Return once there is something to read, if only the end."""
+        """Return when data, or the end of the stream, has arrived."""
 
     def shutdown(self) -> None:
-        """Break the connection, for both ends: whoever reads or writes stops at once."""
+        """End the connection for both ends. Threads that read or write stop at once."""
 
     def half_close_and_drain(self, timeout_s: float) -> None:
-        """Send nothing more, and throw away what comes until the other end closes it, or time is up."""
+        """Stop sending, then read and discard data until the peer closes the connection or the time is up."""
 
     def close(self) -> None:
-        """Close it. Whoever reads or writes must have stopped."""
+        """Release the connection. No thread may read or write any more."""
 
 
 class SocketStream:
     """A stream socket as a byte stream.
 
     Attributes:
-        blocked_since_s: Since when it has waited for the other end to send or to take anything, on the monotonic clock;
-            infinity while it does not wait. Any thread may look.
+        blocked_since_s: When the current wait for the peer began, on the monotonic clock. Infinity while nothing
+            waits. Any thread may read it.
 
     Args:
-        connection: This object closes it. It is made non-blocking: where there is something to read, or room for
-            what is written, that is one call of the system.
-        stall_limit_s: As long as there is a deadline, the other end must send or take something within so many
-            seconds, or whatever waits raises ConnectionTimeoutError.
+        connection: The socket, which this object owns and closes. It becomes non-blocking: a read or write that need
+            not wait is then a single system call.
+        stall_limit_s: If there is a deadline and the peer neither sends nor accepts anything for this long,
+            the waiting method raises ConnectionTimeoutError.
     """
 
     def __init__(self, connection: socket.socket, *, stall_limit_s: float = math.inf) -> None:
@@ -100,7 +97,7 @@ class SocketStream:
 
     @property
     def descriptor(self) -> int:
-        """The socket's."""
+        """The socket's file descriptor."""
         return self._socket.fileno()
 
     def set_deadline(self, timeout_s: float | None) -> None:
@@ -111,17 +108,15 @@ class SocketStream:
         """See `ByteStream`."""
         count = self._transfer(self._socket.recv_into, target, self._is_readable)
         if not count:
-            raise ConnectionClosedError("the other end has closed the line")
+            raise ConnectionClosedError("the peer has closed the connection")
         return count
 
     def write(self, *buffers: Buffer) -> None:
-        """See `ByteStream`. Few bytes are sent at once."""
+        """See `ByteStream`. Small buffers are joined, and sent with one system call."""
         if len(buffers) > 1:
             if sum(map(len, buffers)) <= _MAX_JOINED_BYTES:
                 buffers = (b"".join(buffers),)
-            elif hasattr(
-                self._socket, "sendmsg"
-            ):  # several together, as far as the kernel takes them
+            elif hasattr(self._socket, "sendmsg"):  # not on Windows
                 buffers = _skip_bytes(
                     buffers, self._transfer(self._socket.sendmsg, buffers, self._is_writable)
                 )
@@ -144,14 +139,17 @@ class SocketStream:
 
     def shutdown(self) -> None:
         """See `ByteStream`."""
-        with suppress(OSError):  # it is broken already
+        with suppress(OSError):  # the connection has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def half_close_and_drain(self, timeout_s: float) -> None:
-        """See `ByteStream`. A socket that is closed before it was read to its end would lose what was sent last."""
+        """See `ByteStream`.
+
+        Closing a socket that still has unread data resets the connection, and the peer then loses the last bytes sent.
+        """
         self.set_deadline(timeout_s)
         rest = memoryview(bytearray(_DRAIN_BUFFER_BYTES))
-        with suppress(OSError):  # it is broken, or takes too long
+        with suppress(OSError):  # the connection has ended, or the time is up
             self._socket.shutdown(socket.SHUT_WR)
             while self.read_into(rest):
                 pass
@@ -161,12 +159,12 @@ class SocketStream:
         self._socket.close()
 
     def __del__(self) -> None:
-        self._socket.close()  # without a warning, if its owner has dropped it
+        self._socket.close()  # avoids the ResourceWarning if the owner dropped this object without closing it
 
     def _transfer(
         self, move: Callable[[_T], int], what: _T, is_ready: Callable[[float], bool]
     ) -> int:
-        """Read or write some bytes, once that is possible; return how many."""
+        """Wait until the socket is ready, read or write with `move`, and return the number of bytes."""
         while True:
             if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
                 raise ConnectionTimeoutError("the deadline has passed")
@@ -176,31 +174,31 @@ class SocketStream:
                 self._wait_until_ready(is_ready)
             except OSError as error:
                 if error.errno is None:
-                    raise  # not the system's: a signal handler's, a TimeoutError say
-                raise ConnectionClosedError(f"the line broke: {error}") from None
+                    raise  # raised by a signal handler, for example a TimeoutError
+                raise ConnectionClosedError(f"the connection broke: {error}") from None
 
     def _wait_until_ready(self, is_ready: Callable[[float], bool]) -> None:
-        """Wait until the socket is ready."""
+        """Wait until the socket is ready, the deadline passes, or the peer has stalled for too long."""
         self.blocked_since_s = began_s = time.monotonic()
         deadline_s = math.inf if self._deadline_s is None else self._deadline_s
         stalled_s = math.inf if self._deadline_s is None else began_s + self._stall_limit_s
-        is_so = False
+        has_become_ready = False
         try:
-            while not is_so:
+            while not has_become_ready:
                 remaining_s = min(deadline_s, stalled_s) - time.monotonic()
                 if remaining_s <= 0:
                     raise ConnectionTimeoutError(
                         "the deadline has passed"
                         if deadline_s <= stalled_s
-                        else f"the other end has sent and taken nothing for {self._stall_limit_s:g} s"
+                        else f"the peer has sent and accepted nothing for {self._stall_limit_s:g} s"
                     )
-                is_so = is_ready(min(remaining_s, _MAX_WAIT_S))
+                has_become_ready = is_ready(min(remaining_s, _MAX_WAIT_S))
         finally:
             self.blocked_since_s = math.inf
 
 
 def _make_read_poller(connection: socket.socket) -> Callable[[float], bool]:
-    """Return what tells whether anything comes on a socket within so many seconds."""
+    """Return a function that waits, for a number of seconds, until a socket is readable."""
     descriptor = connection.fileno()
 
     def select_readable(timeout_s: float) -> bool:
@@ -210,7 +208,7 @@ def _make_read_poller(connection: socket.socket) -> Callable[[float], bool]:
 
 
 def _make_write_poller(connection: socket.socket) -> Callable[[float], bool]:
-    """Return what tells whether there is room for anything on a socket within so many seconds."""
+    """Return a function that waits, for a number of seconds, until a socket is writable."""
     descriptor = connection.fileno()
 
     def select_writable(timeout_s: float) -> bool:
@@ -222,14 +220,17 @@ def _make_write_poller(connection: socket.socket) -> Callable[[float], bool]:
 def _make_poller(
     descriptor: int, event: str, by_select: Callable[[float], bool]
 ) -> Callable[[float], bool]:
-    """Return what waits for an event of `select.poll`: by poll, where that is and does."""
+    """Return a function that waits for a poll event.
+
+    It uses `select.poll` where the system has it, else `by_select`.
+    """
     if not hasattr(select, "poll"):  # Windows
         return by_select
     poll = select.poll()
     poll.register(descriptor, getattr(select, event))
 
     def is_ready(timeout_s: float) -> bool:
-        # poll is quicker and takes all descriptors, and counts in milliseconds
+        # poll is faster and has no limit on descriptors, but cannot wait for less than a millisecond
         if 0 < timeout_s < _MAX_SELECT_S and descriptor < _FD_SETSIZE:
             return by_select(timeout_s)
         return bool(poll.poll(timeout_s * 1e3))
@@ -238,7 +239,7 @@ def _make_poller(
 
 
 def _skip_bytes(buffers: Sequence[Buffer], count: int) -> tuple[Buffer, ...]:
-    """Return what lies beyond so many bytes of the buffers."""
+    """Return the buffers without their first `count` bytes."""
     rest: list[Buffer] = []
     for buffer in buffers:
         if count < len(buffer):
@@ -248,7 +249,7 @@ def _skip_bytes(buffers: Sequence[Buffer], count: int) -> tuple[Buffer, ...]:
 
 
 def _set_tcp_options(connection: socket.socket) -> None:
-    """Set a TCP connection to send at once, and to notice that the other host is gone."""
+    """Make a TCP connection send small writes at once, and detect that the peer's host is gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
@@ -258,5 +259,5 @@ def _set_tcp_options(connection: socket.socket) -> None:
         "TCP_KEEPCNT": 2,
     }
     for name, value in options.items():
-        if hasattr(socket, name):  # not every system has each
+        if hasattr(socket, name):  # not every system has all of them
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,4 +1,4 @@
-"""Errors of direct lines, by who is to blame: the stream between both ends, the other end, or a bug of ours."""
+"""Errors of direct connections, by cause: the network, the peer, or a bug on our side."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ __all__ = [
 
 
 class ConnectionBrokenError(ConnectionError):
-    """A call cannot go on by its line. The base of what is nobody's bug here: the call can go another way."""
+    """The call cannot continue on this connection, but can be retried over another transport.
+
+    The base class of all errors here that are not bugs on our side.
+    """
 
 
 class ConnectionClosedError(ConnectionBrokenError):
-    """The other end has closed the line, or it was cut, or it has ended with the call that was on it."""
+    """The connection has ended: the peer closed it, the network failed, or a failed call has ended it."""
 
 
 class ConnectionTimeoutError(ConnectionBrokenError):
-    """The deadline has passed, and the line is somewhere in the middle of things."""
+    """The deadline passed in the middle of a call, so the connection cannot be used again."""
 
 
 class RemoteProtocolError(ConnectionBrokenError):
-    """The other end has sent what it may not, or what makes no sense. The line is of no more use."""
+    """The peer sent a frame that is malformed or not allowed in this state. The connection cannot be used again."""
 
 
 class MessageTooLargeError(ConnectionBrokenError):
-    """A message is larger than lines carry. Nothing was sent, and the line is as it was."""
+    """A message is larger than direct connections carry. Nothing was sent, and the connection is still usable."""
 
 
 class LocalProtocolError(RuntimeError):
-    """We were about to send or read what the line's state does not allow: a bug. Nothing was sent."""
+    """Our own code tried to send or read something that the state does not allow: a bug. Nothing was sent."""

@@ -1,23 +1,31 @@
-"""What the two ends of a line say to each other, and how it is written: events to frames, and back. Pure.
+"""The frames of direct connections: events to bytes, and back. Pure.
 
-A frame is a kind (1 byte), 3 zero bytes, the length of its payload (4 bytes) and the payload. The messages are those of
-the service. All numbers are little-endian. What may be said when is written in `deconvd.direct.protocol`.
+All numbers are little-endian. `deconvd.direct.protocol` says which frame may be sent when. A frame is
 
-    client   HELLO              "dcd5", and the id of the instance that is meant (16 bytes; zeros for any): once
-             CALL               method (1 byte), whether it is early (1 byte: 0 or 1), 6 zero bytes, timeout in
-                                microseconds (8 bytes), how many bytes are written (8 bytes), the request's message
-             WRITTEN            in an early call: how many bytes are written by now (8 bytes)
-             ELEMENTS           for a method that streams its request: the next elements, as in Tensor.raw; not empty
-             MISSING_ELEMENTS   the next elements of what the server found missing; not empty
-             END                for such a method: the request is whole
+    +------+------------+-------------------+---------+
+    | kind | zero bytes | size of payload   | payload |
+    +------+------------+-------------------+---------+
+    1 byte   3 bytes      4 bytes
 
-    server   HELLO              "dcd5", and its own id: once
-             ANSWER             a call of a method that streams nothing has ended well: how many bytes the ledger has
-                                (2 bytes), 6 zero bytes, the ledger (ASCII; as in `deconvd.wire.ledger`), the response
-             MESSAGE            of another method: the response, or a message of it
-             ELEMENTS           the next elements; not empty
-             END                a call of such a method has ended well: the ledger
-             FAILED             the call has failed: a google.rpc.Status
+The payload of each kind, with the messages of the service as in deconvd.proto:
+
+    client   HELLO              once: "dcd5", then the instance id of the wanted server (16 bytes; zeros for any server)
+             CALL               method (1 byte), whether the call is overlapped (1 byte: 0 or 1), 6 zero bytes,
+                                timeout in microseconds (8 bytes), bytes written so far if it is overlapped (8 bytes),
+                                the request message; for a method that streams its request, its first message
+             PROGRESS           in an overlapped call: bytes of the operands that are written by now (8 bytes)
+             ELEMENTS           in a streamed request: the next elements, as in Tensor.raw; not empty
+             MISSING_ELEMENTS   in a streamed request: the next elements of tensors that the server reported as missing;
+                                not empty
+             END                the streamed request is complete; no payload
+
+    server   HELLO              once: "dcd5", then the server's own instance id (16 bytes)
+             ANSWER             success of a method without streams: size of the ledger (2 bytes), 6 zero bytes, the
+                                ledger (ASCII; see `deconvd.wire.ledger`), the response message
+             MESSAGE            the response message of a method with streams, or one of its messages
+             ELEMENTS           the next elements of a streamed response; not empty
+             END                success of a method with streams: the ledger
+             FAILED             failure of any method: a google.rpc.Status
 """
 
 from __future__ import annotations
@@ -54,18 +62,18 @@ __all__ = [
 ]
 
 ANY_INSTANCE: Final = bytes(16)
-"""Stands for the id of whichever server it is."""
+"""In place of an instance id: any server."""
 
 MAX_MESSAGE_BYTES: Final = 128 << 10
-"""The largest payload that is no elements: what either end must hold for each line."""
+"""The largest payload other than elements: each end must be able to buffer one for each connection."""
 
 FRAME_HEAD: Final = struct.Struct("<B3xI")
-"""A frame's kind, and how many bytes its payload has."""
+"""The head of a frame: its kind, and the size of its payload in bytes."""
 
 FRAME_HEAD_BYTES: Final = FRAME_HEAD.size
 
 _MAX_TIMEOUT_S: Final = 1e12
-"""Some 30,000 years: what a timeout is at most on the line, where it has 64 bits for its microseconds."""
+"""Longer timeouts are sent as this one (about 30,000 years), so that their microseconds fit into 64 bits."""
 
 _MAGIC: Final = b"dcd5"
 _HELLO: Final = struct.Struct("<4s16s")
@@ -77,7 +85,10 @@ _ANSWER_FRAME: Final = struct.Struct("<B3xIH6x")
 
 
 class FrameKind(IntEnum):
-    """What a frame carries. The last three are CALL on the line: what the call says tells them apart."""
+    """The kind of a frame.
+
+    The last three are never sent: on the wire each is a CALL, whose payload says which of them it is.
+    """
 
     HELLO = 1
     CALL = 2
@@ -94,7 +105,7 @@ class FrameKind(IntEnum):
 
 
 class MethodCode(IntEnum):
-    """A method of the service, by its name there."""
+    """The number of a method on the wire. The names are those of the service."""
 
     Deconvolve = 1
     DeconvolveGrad = 2
@@ -112,46 +123,46 @@ _CALL_KINDS: Final = {
     MethodCode.PutTensor: FrameKind.STREAM_CALL,
     MethodCode.GetTensor: FrameKind.FETCH_CALL,
 }
-"""What the call of a method is, if it is not early. One that can be early is answered by a message."""
+"""The kind of a call that is not overlapped. Only methods of kind CALL can be called overlapped."""
 
 _METHODS: Final = {method.value: method for method in MethodCode}
 
 
 def pack_frame(kind: int, payload: bytes) -> bytes:
-    """Return a frame, whether or not it makes sense."""
+    """Return the bytes of a frame. Its kind and size are not checked."""
     return FRAME_HEAD.pack(kind, len(payload)) + payload
 
 
 class Hello(NamedTuple):
-    """The greeting.
+    """The greeting of either end.
 
     Attributes:
-        instance: The id of the server that is meant, or that says it; `ANY_INSTANCE` for any.
+        instance: From a client: the id of the wanted server, or `ANY_INSTANCE`. From a server: its own id.
     """
 
     instance: bytes
 
     def pack(self) -> bytes:
-        """Return its frame."""
+        """Return the event's frame."""
         return pack_frame(FrameKind.HELLO, _HELLO.pack(_MAGIC, self.instance))
 
     @classmethod
     def parse(cls, payload: bytes) -> Hello:
-        """Return what a frame's payload says. Raises RemoteProtocolError if it is no greeting."""
+        """Return the event in a payload. Raises RemoteProtocolError if the payload is of another protocol."""
         magic, instance = _HELLO.unpack(payload)
         if magic != _MAGIC:
-            raise RemoteProtocolError("a greeting of another protocol")
+            raise RemoteProtocolError("the peer's greeting belongs to another protocol or version")
         return cls(instance)
 
 
 class CallHead(NamedTuple):
-    """How a call begins.
+    """The first frame of a call.
 
     Attributes:
-        timeout_s: Seconds that the caller waits.
-        message: The request, or its first message.
-        is_early: Whether operands are still being written.
-        written_bytes: How far they are.
+        timeout_s: How long the caller waits for the end of the call, in seconds.
+        message: The request message; for a streamed request, the first message.
+        is_overlapped: Whether the client is still writing operands to shared memory.
+        written_bytes: How many bytes of them are already written.
     """
 
     method: MethodCode
@@ -162,88 +173,90 @@ class CallHead(NamedTuple):
 
     @property
     def kind(self) -> FrameKind:
-        """Which kind of call it is."""
+        """The kind of the call, which decides what may follow it."""
         return FrameKind.OVERLAPPED_CALL if self.is_overlapped else _CALL_KINDS[self.method]
 
     def pack(self) -> bytes:
-        """Return its frame."""
-        method, timeout_s, message, is_early, written_bytes = self
+        """Return the event's frame."""
+        method, timeout_s, message, is_overlapped, written_bytes = self
         timeout_us = max(int(min(timeout_s, _MAX_TIMEOUT_S) * 1e6), 0)
         payload_bytes = _CALL.size + len(message)
         head = _CALL_FRAME.pack(
-            FrameKind.CALL, payload_bytes, method, is_early, timeout_us, written_bytes
+            FrameKind.CALL, payload_bytes, method, is_overlapped, timeout_us, written_bytes
         )
         return head + message
 
     @classmethod
     def parse(cls, payload: bytes) -> CallHead:
-        """Return what a frame's payload says. Raises RemoteProtocolError if it is no call."""
-        number, is_early, timeout_us, written_bytes = _CALL.unpack_from(payload)
+        """Return the event in a payload. Raises RemoteProtocolError if the method cannot be called so."""
+        number, is_overlapped, timeout_us, written_bytes = _CALL.unpack_from(payload)
         method = _METHODS.get(number)
         if method is None:
-            raise RemoteProtocolError(f"a call of the unknown method {number}")
-        if is_early and _CALL_KINDS[method] is not FrameKind.CALL:
-            raise RemoteProtocolError(f"an early call of {method.name}")
-        return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_early, written_bytes)
+            raise RemoteProtocolError(f"the peer called an unknown method, number {number}")
+        if is_overlapped and _CALL_KINDS[method] is not FrameKind.CALL:
+            raise RemoteProtocolError(
+                f"the peer made an overlapped call of {method.name}, which cannot be overlapped"
+            )
+        return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_overlapped, written_bytes)
 
 
 class ProgressReport(NamedTuple):
-    """How many bytes of an early call's operands are written."""
+    """How far the client has written the operands of an overlapped call."""
 
     written_bytes: int
 
     def pack(self) -> bytes:
-        """Return its frame."""
+        """Return the event's frame."""
         return pack_frame(FrameKind.PROGRESS, _PROGRESS.pack(self.written_bytes))
 
     @classmethod
     def parse(cls, payload: bytes) -> ProgressReport:
-        """Return what a frame's payload says."""
+        """Return the event in a payload."""
         return cls(*_PROGRESS.unpack(payload))
 
 
 class MessagePart(NamedTuple):
-    """The response of a method that has parts, or a message of it."""
+    """A response message of a method with streams."""
 
     data: bytes
 
     def pack(self) -> bytes:
-        """Return its frame."""
+        """Return the event's frame."""
         return pack_frame(FrameKind.MESSAGE, self.data)
 
 
 class EndOfStream(NamedTuple):
-    """A request or a response in parts is whole.
+    """The end of a streamed request or response.
 
     Attributes:
-        ledger: What comes with a response.
+        ledger: The call's ledger at the end of a response. Empty at the end of a request.
     """
 
     ledger: str = ""
 
     def pack(self) -> bytes:
-        """Return its frame."""
+        """Return the event's frame."""
         return pack_frame(FrameKind.END, self.ledger.encode())
 
     @classmethod
     def parse(cls, payload: bytes) -> EndOfStream:
-        """Return what a frame's payload says."""
+        """Return the event in a payload."""
         return cls(payload.decode("ascii", errors="replace"))
 
 
 class Answer(NamedTuple):
-    """The response to a call that streams nothing.
+    """The end of a successful call of a method without streams.
 
     Attributes:
-        message: The response.
-        ledger: What came with it.
+        message: The response message.
+        ledger: The call's ledger.
     """
 
     message: bytes
     ledger: str
 
     def pack(self) -> bytes:
-        """Return its frame."""
+        """Return the event's frame."""
         message, ledger = self.message, self.ledger.encode()
         payload_bytes = _ANSWER.size + len(ledger) + len(message)
         head = _ANSWER_FRAME.pack(FrameKind.ANSWER, payload_bytes, len(ledger))
@@ -251,36 +264,40 @@ class Answer(NamedTuple):
 
     @classmethod
     def parse(cls, payload: bytes) -> Answer:
-        """Return what a frame's payload says. Raises RemoteProtocolError if it is no answer."""
+        """Return the event in a payload. Raises RemoteProtocolError if the payload ends inside the ledger."""
         (ledger_bytes,) = _ANSWER.unpack_from(payload)
         end = _ANSWER.size + ledger_bytes
         if len(payload) < end:
-            raise RemoteProtocolError(f"an answer of {len(payload)} bytes, which is none")
+            raise RemoteProtocolError(
+                f"the peer sent an answer of {len(payload)} bytes, whose ledger alone ends at byte {end}"
+            )
         return cls(payload[end:], payload[_ANSWER.size : end].decode("ascii", errors="replace"))
 
 
 class CallFailure(NamedTuple):
-    """The call has failed."""
+    """The end of a failed call."""
 
     status: status_pb2.Status
 
     def pack(self) -> bytes:
-        """Return its frame."""
+        """Return the event's frame."""
         return pack_frame(FrameKind.FAILED, self.status.SerializeToString())
 
     @classmethod
     def parse(cls, payload: bytes) -> CallFailure:
-        """Return what a frame's payload says. Raises RemoteProtocolError if it is no status."""
+        """Return the event in a payload. Raises RemoteProtocolError if the payload is not a status."""
         try:
             return cls(status_pb2.Status.FromString(payload))
         except DecodeError:
-            raise RemoteProtocolError("a failure that is no google.rpc.Status") from None
+            raise RemoteProtocolError(
+                "the peer sent a failure that is not a valid google.rpc.Status"
+            ) from None
 
 
 Event: TypeAlias = (
     Hello | CallHead | ProgressReport | MessagePart | EndOfStream | Answer | CallFailure
 )
-"""What either end says in one frame. Elements are beside these: see `DirectProtocol`."""
+"""All frames except those of elements, which are not parsed: see `DirectProtocol`."""
 
 FRAME_KINDS: Final[Mapping[type[Event], FrameKind]] = {
     Hello: FrameKind.HELLO,
@@ -290,7 +307,7 @@ FRAME_KINDS: Final[Mapping[type[Event], FrameKind]] = {
     ProgressReport: FrameKind.PROGRESS,
     Answer: FrameKind.ANSWER,
 }
-"""Those of all events but calls, which have several."""
+"""The kind of each event. Only a call has several: see `CallHead.kind`."""
 
 EVENT_PARSERS: Final[Mapping[int, Callable[[bytes], Event]]] = {
     FrameKind.HELLO: Hello.parse,
@@ -313,4 +330,4 @@ PAYLOAD_SIZES: Final[Mapping[int, range]] = {
     FrameKind.PROGRESS: range(_PROGRESS.size, _PROGRESS.size + 1),
     FrameKind.ANSWER: range(_ANSWER.size, MAX_MESSAGE_BYTES + 1),
 }
-"""How many bytes the payload of a frame may have, by its kind on the line."""
+"""The sizes that a payload may have, in bytes, by the kind of frame on the wire."""

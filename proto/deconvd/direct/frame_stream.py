@@ -1,6 +1,6 @@
-"""A line: a byte stream that speaks the direct protocol. See `deconvd.direct.protocol`.
+"""A direct connection: the direct protocol (`deconvd.direct.protocol`) over a byte stream.
 
-Elements are sent from where they lie, and received where they are to be.
+Elements are sent from the caller's memory and received into it, without a copy.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, parse_p
 __all__ = ["FrameSource", "FrameStream", "receive_progress", "report_progress"]
 
 _MAX_FRAME_BYTES: Final = 16 << 20
-"""Elements in a frame, at most: enough that a frame costs nothing beside its bytes."""
+"""Largest payload of an ELEMENTS frame: so large that the cost of a frame is negligible."""
 
 
 class FrameStream:
-    """One end of a line. One thread may send while another receives; anyone may `shut`.
+    """One end of a direct connection. One thread may send while another receives, and any thread may call `shutdown`.
 
-    Sending and receiving raise a ConnectionBrokenError when the line is of no more use: see `connection_errors`.
+    Sending and receiving raise a ConnectionBrokenError when the connection cannot be used any more.
 
     Attributes:
-        protocol: Where the line is, and what may come.
-        set_deadline, shut, end_gently, close: Those of the stream.
+        protocol: The connection's state.
+        set_deadline, shutdown, half_close_and_drain, close: The methods of the byte stream.
     """
 
     def __init__(self, stream: ByteStream, protocol: DirectProtocol) -> None:
         self.protocol = protocol
         self._stream = stream
-        # not as methods, which would be one more call each
+        # attributes instead of methods: a method would cost one more function call
         self.set_deadline: Callable[[float | None], None] = stream.set_deadline
         self.shutdown: Callable[[], None] = stream.shutdown
         self.half_close_and_drain: Callable[[float], None] = stream.half_close_and_drain
         self.close: Callable[[], None] = stream.close
 
     def send(self, event: Event) -> None:
-        """Send an event."""
+        """Send an event. Raises the errors of `DirectProtocol.send` and of `ByteStream.write`."""
         self._stream.write(self.protocol.send(event))
 
     def send_part(self, part: Part) -> None:
-        """Send a part of a stream."""
+        """Send a message or elements of a streamed request or response."""
         if isinstance(part, Message):
             self.send(MessagePart(part.SerializeToString()))
             return
         for piece in part.pieces(_MAX_FRAME_BYTES):
-            ahead = PendingElements(len(piece.data), is_missing=piece.is_missing)
-            self._stream.write(self.protocol.begin_elements(ahead), piece.data)
+            pending = PendingElements(len(piece.data), is_missing=piece.is_missing)
+            self._stream.write(self.protocol.begin_elements(pending), piece.data)
 
     def next_event(self) -> Event | PendingElements:
-        """Wait for the next event, and return it."""
+        """Wait for the next event and return it."""
         event = self.protocol.next_event() if self.protocol.unread_bytes else None
         while event is None:
             self.protocol.note_received(self._stream.read_into(self.protocol.receive_buffer()))
@@ -71,7 +71,7 @@ class FrameStream:
         return event
 
     def poll_event(self, timeout_s: float) -> Event | PendingElements | None:
-        """Return the next event; None if it does not come whole within so many seconds."""
+        """Return the next event. None if it has not arrived completely within `timeout_s` seconds."""
         until_s = time.monotonic() + timeout_s
         while (event := self.protocol.next_event()) is None:
             if not self._stream.poll(until_s - time.monotonic()):
@@ -80,26 +80,29 @@ class FrameStream:
         return event
 
     def read_into(self, target: Uint8Array) -> None:
-        """Set `target` to the next of the elements that are ahead."""
+        """Fill `target` with the next of the pending elements."""
         filled = self.protocol.take_elements(target)
         while filled < len(target):
             filled += self._stream.read_into(target[filled:].data)
 
     def poll(self, timeout_s: float) -> bool:
-        """Return whether anything comes within so many seconds, if only the line's end; at the deadline False."""
+        """Return whether data, or the end of the connection, arrives within `timeout_s` seconds.
+
+        False at the deadline.
+        """
         return self.protocol.unread_bytes > 0 or self._stream.poll(timeout_s)
 
     def wait(self) -> None:
-        """Wait until something comes, if only the line's end."""
+        """Wait until data, or the end of the connection, arrives."""
         if not self.protocol.unread_bytes:
             self._stream.wait()
 
     def is_quiet(self) -> bool:
-        """Return whether nothing has come that was not asked for, not even the line's end."""
+        """Return whether nothing has arrived: no unexpected data, and not the end of the connection."""
         return not self.protocol.unread_bytes and not self._stream.poll(0)
 
     def is_failure_next(self) -> bool:
-        """Return whether the call has failed, as the next event will say."""
+        """Return whether the next event is the failure of the call. Does not wait."""
         while (kind := self.protocol.peek_kind()) is None and self._stream.poll(0):
             self._fill_buffer()
         return kind == FrameKind.FAILED
@@ -114,55 +117,56 @@ class FrameStream:
         self.protocol.note_received(self._stream.read_into(self.protocol.receive_buffer()))
 
 
-def report_progress(line: FrameStream, size_bytes: int) -> None:
-    """Say how many bytes of an early call's operands are written."""
-    line.send(ProgressReport(size_bytes))
+def report_progress(frames: FrameStream, written_bytes: int) -> None:
+    """Tell the server how many bytes of an overlapped call's operands are written."""
+    frames.send(ProgressReport(written_bytes))
 
 
-def receive_progress(line: FrameStream, timeout_s: float) -> int | None:
-    """Return how many bytes of an early call's operands are written, as the client says next.
+def receive_progress(frames: FrameStream, timeout_s: float) -> int | None:
+    """Return the client's next report of how many bytes of an overlapped call's operands are written.
 
-    None if it does not say so within so many seconds.
+    None if no report arrives within `timeout_s` seconds.
 
     Raises:
-        ConnectionBrokenError: It says something else, or goes.
+        ConnectionBrokenError: The client sent another frame, or the connection ended.
     """
-    event = line.poll_event(timeout_s)
+    event = frames.poll_event(timeout_s)
     return event.written_bytes if isinstance(event, ProgressReport) else None
 
 
 class FrameSource:
-    """The parts of a request or a response that a line's frames carry. See `deconvd.wire.stream_parts.PartSource`.
+    """The parts of a request or response on a direct connection. See `deconvd.wire.stream_parts.PartSource`.
 
-    It raises what a server says that a call failed with, and as `Line` does.
+    It raises the error with which the server ended the call, and the errors of `FrameStream`.
 
     Attributes:
-        ledger: What came with the last of them.
+        ledger: The call's ledger, once the response has ended.
 
     Args:
+        frames: The connection.
         part_type: The type of the stream's messages.
-        first: The first of them, if it has come already.
+        first: The first message, if it has arrived already: on a server, the one in the call's head.
     """
 
     def __init__(
-        self, line: FrameStream, part_type: type[Message], first: bytes | None = None
+        self, frames: FrameStream, part_type: type[Message], first: bytes | None = None
     ) -> None:
-        self._stream = line
+        self._stream = frames
         self._part_type = part_type
         self._first = first
-        self._has_ended = line.protocol.is_peer_done
+        self._has_ended = frames.protocol.is_peer_done
         self.ledger = ""
 
     def next(self) -> Message | PendingElements | None:
-        """Return the next part; None at the end."""
+        """Return the next part. None at the end."""
         if self._first is not None:
             first, self._first = self._first, None
             return parse_part(self._part_type, first)
         if self._has_ended:
             return None
         match self._stream.next_event():
-            case PendingElements() as ahead:
-                return ahead
+            case PendingElements() as pending:
+                return pending
             case MessagePart(data):
                 return parse_part(self._part_type, data)
             case EndOfStream(ledger):
@@ -171,8 +175,10 @@ class FrameSource:
             case CallFailure(status):
                 raise error_from_status(status)
             case event:
-                raise AssertionError(f"no part of a call: {event}")
+                raise AssertionError(
+                    f"the protocol let an event through that is not a part of a stream: {event}"
+                )
 
     def read_into(self, target: Uint8Array) -> None:
-        """Read the next of the elements ahead."""
+        """Fill `target` with the next of the pending elements."""
         self._stream.read_into(target)

@@ -1,29 +1,32 @@
-"""The direct protocol: which end of a line may say what when. It does no I/O: bytes in, events out, and back.
+"""The direct protocol: a state machine that says which end may send which frame. It does no I/O.
 
-Direct calls are the service's methods without gRPC, on lines of their own, for ends that both know this. A server that
-listens for gRPC listens for direct calls too: on a Unix socket beside each of its own, and on a TCP port. GetServerInfo
-tells which. A line is a connection to one of them: it carries one call after the other, in frames. How those are
-written is told in `deconvd.direct.events`.
+A direct call is a call of one of the service's methods without gRPC. A server that listens for gRPC also listens for
+direct connections: on a Unix socket next to each of its Unix sockets, and on a TCP port. GetServerInfo names them. A
+direct connection carries one call after another, in frames (`deconvd.direct.events`). Both ends follow the same states,
+and `TRANSITIONS` contains all of them:
 
-A line is in one of these states, which both ends follow. `TRANSITIONS` is the whole of it.
+    NEW --HELLO (client)--> GREETED --HELLO (server)--> IDLE
 
-    NEW --HELLO--> GREETED --HELLO--> IDLE
-    IDLE --CALL---------> ANSWERING --ANSWER or FAILED--> IDLE
-    IDLE --EARLY_CALL---> WRITING --ANSWER or FAILED--> TRAILING, which is IDLE, but WRITTEN may still come
-    IDLE --STREAM_CALL--> STREAMING --END--> RESPONDING --END--> IDLE
-    IDLE --FETCH_CALL---> RESPONDING --END--> IDLE
-    a call in parts that fails, and whatever comes against the rules --> CLOSED
+    IDLE --CALL-------------> ANSWERING ----ANSWER or FAILED--> IDLE
+    IDLE --OVERLAPPED_CALL--> OVERLAPPING --ANSWER or FAILED--> TRAILING
+    IDLE --STREAM_CALL------> STREAMING ----END (client)------> RESPONDING --END (server)--> IDLE
+    IDLE --FETCH_CALL-------> RESPONDING ---END (server)------> IDLE
 
-A call of Deconvolve or DeconvolveGrad may be early: its client is still writing the operands that are in shared memory,
-in the order of `Operation.write_order`, each from its begin to its end. It says now and then how far it has come, and
-at last that all are written. Thus they can be uploaded while they are being written. A server need not wait for the
-rest to answer: what is said after that it passes over.
+    STREAMING or RESPONDING --FAILED--> CLOSED
+    any state --a frame that is not allowed in it--> CLOSED
 
-Both send at once; the order is that of the stream. A client waits for the greeting before its first call, so as not to
-call a stranger at the port. A client that closes a line gives its call up. A server that closes it has not begun the
-call, or cannot say what came of it: the client makes it again by gRPC. A server closes a line that means another
-instance, and after a call in parts that has failed, since the rest of the request may be on its way. It MAY close one
-between calls.
+TRAILING is the same as IDLE, except that late PROGRESS frames of the last call may still arrive.
+
+Calls of Deconvolve and DeconvolveGrad MAY be overlapped: the client sends the call first, and then writes the operands
+to shared memory, each from front to back, in the order of `Operation.write_order`. PROGRESS frames report the number of
+bytes written so far; the last one reports all of them. So the server can upload each part as soon as it is written. The
+server MAY answer before it has read every PROGRESS frame, and MUST ignore those that arrive after its answer.
+
+Both ends may send at the same time. A client MUST wait for the server's HELLO before its first call, since another
+program may listen on the port. A client that closes a connection cancels its call. A server that closes a connection
+either has not begun the call or cannot report its outcome, so the client repeats the call over gRPC. A server MUST
+close a connection whose client wants another instance. It MUST also close a connection after a call of a method with
+streams has failed, since the rest of the request may still be arriving. It MAY close a connection between calls.
 """
 
 from __future__ import annotations
@@ -56,18 +59,21 @@ from deconvd.wire.stream_parts import PendingElements, Uint8Array
 __all__ = ["TRANSITIONS", "DirectProtocol", "ProtocolState", "Role"]
 
 _RECEIVE_BUFFER_BYTES: Final = 32 << 10
-"""What is read ahead: whole brief calls, and little of elements that belong elsewhere."""
+"""Size of the receive buffer: large enough for a small call.
+
+It is small because elements that are read into it must be copied again.
+"""
 
 
 class Role(IntEnum):
-    """One of the two ends."""
+    """One of the two ends of a connection."""
 
     CLIENT = 0
     SERVER = 1
 
 
 class ProtocolState(IntEnum):
-    """Where a line is: what may be said next, and by whom."""
+    """The state of a connection, which says what each end may send next."""
 
     NEW = auto()
     GREETED = auto()
@@ -80,7 +86,7 @@ class ProtocolState(IntEnum):
     CLOSED = auto()
 
 
-_CLOSED: Final = ProtocolState.CLOSED  # quicker to find
+_CLOSED: Final = ProtocolState.CLOSED  # a global is found faster than an attribute of the enum
 _read_head: Final = FRAME_HEAD.unpack_from
 
 _CALL_STATES: Final[Mapping[int, ProtocolState]] = {
@@ -133,25 +139,32 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
         ProtocolState.CLOSED: {},
     },
 }
-"""What each end may send in which state, and the state that follows."""
+"""For each end and state: the frames that it may send, and the state that follows each."""
 
 
 class DirectProtocol:
-    """One end of a line: turns events into bytes, and bytes into events, and knows which may come.
+    """One end of a connection: events to bytes, bytes to events, and the state.
 
-    What comes is put into `space` and told to `note_received`; `next_event` then returns what it says. Elements
-    are not touched: the event is that they are ahead, and the next bytes, of which `take_elements` gives those that
-    came too early, are theirs. One thread may send while another receives: no state is left by both.
+    To receive, the caller reads bytes into `receive_buffer`, calls `note_received`, and then calls `next_event` until
+    it returns None. Elements are not copied here. `next_event` returns a `PendingElements`, and the caller takes the
+    elements from two places: first those that are already in the buffer, with `take_elements`, and then the rest from
+    the socket, directly to where they belong.
 
-    What small calls go through is written in few functions: each costs a part of a microsecond.
+        bytes on the wire   | head of ELEMENTS | elements           | elements         | next frame ...
+        where they are      |<---------- receive buffer ----------->|<---- socket ---------------------
+        who takes them      | next_event()     | take_elements()    | the caller reads | next_event()
+
+    One thread may send while another receives: no state can be left both by sending and by receiving.
+
+    The code that small calls run has few functions on purpose: each function call costs a fraction of a microsecond.
 
     Attributes:
-        state: Where the line is.
-        unread_bytes: How many bytes have come that are not taken.
+        state: The connection's state.
+        unread_bytes: Number of bytes in the buffer that no event has consumed.
 
     Args:
-        role: Which end it is.
-        instance: The id of the server: its own, or the one that is meant.
+        role: Which end this object is.
+        instance: On a server, its own id. On a client, the id of the wanted server, or `ANY_INSTANCE`.
     """
 
     def __init__(self, role: Role, instance: bytes) -> None:
@@ -162,17 +175,17 @@ class DirectProtocol:
         self._may_send = TRANSITIONS[role]
         self._may_receive = TRANSITIONS[self._peer]
         self._buffer = memoryview(bytearray(_RECEIVE_BUFFER_BYTES))
-        self._begin = 0  # of what has come and is not taken
-        self._pending_bytes = 0  # elements that are not taken
+        self._begin = 0  # where the unread bytes start in the buffer
+        self._pending_bytes = 0  # bytes of the current elements frame that are not taken yet
 
     @property
     def is_idle(self) -> bool:
-        """Whether the next call may begin."""
+        """Whether the client may begin a call."""
         return self.state is ProtocolState.IDLE or self.state is ProtocolState.TRAILING
 
     @property
     def is_peer_done(self) -> bool:
-        """Whether the peer has sent all parts that it has in the call under way."""
+        """Whether the peer has no more parts to send in the current call."""
         state = self.state
         return (
             state is not ProtocolState.CLOSED and FrameKind.ELEMENTS not in self._may_receive[state]
@@ -182,9 +195,9 @@ class DirectProtocol:
         """Return the bytes to send for an event.
 
         Raises:
-            LocalProtocolError: It is not ours to say in this state.
-            ConnectionClosedError: The line has ended.
-            MessageTooLargeError: Its message is too large.
+            LocalProtocolError: This end may not send the event in this state.
+            ConnectionClosedError: The connection has ended.
+            MessageTooLargeError: The event's message is too large.
         """
         before = self.state
         kind = event.kind if isinstance(event, CallHead) else FRAME_KINDS[type(event)]
@@ -195,21 +208,21 @@ class DirectProtocol:
         if len(data) > FRAME_HEAD_BYTES + MAX_MESSAGE_BYTES:
             size_bytes = len(data) - FRAME_HEAD_BYTES
             raise MessageTooLargeError(
-                f"{size_bytes} bytes, too many for a message of a direct call"
+                f"a message of a direct call must have at most {MAX_MESSAGE_BYTES} bytes, got {size_bytes}"
             )
-        if state is not before:  # or one thread could undo what another has just done
+        if state is not before:  # an unconditional write could undo a change by the other thread
             self.state = state
         return data
 
-    def begin_elements(self, ahead: PendingElements) -> bytes:
-        """Return the bytes to send before elements. Raises as `send`."""
-        kind = FrameKind.MISSING_ELEMENTS if ahead.is_missing else FrameKind.ELEMENTS
+    def begin_elements(self, pending: PendingElements) -> bytes:
+        """Return the bytes to send before some elements. Raises the same errors as `send`."""
+        kind = FrameKind.MISSING_ELEMENTS if pending.is_missing else FrameKind.ELEMENTS
         if kind not in self._may_send[self.state]:
             raise _send_error(kind, self.state)
-        return FRAME_HEAD.pack(kind, ahead.size_bytes)  # they leave the state as it is
+        return FRAME_HEAD.pack(kind, pending.size_bytes)  # elements never change the state
 
     def receive_buffer(self) -> memoryview:
-        """Return where the next bytes are to be put, from its begin. Not empty once there is no next event."""
+        """Return the buffer to read the next bytes into. It is never empty once `next_event` has returned None."""
         end = self._begin + self.unread_bytes
         if not self.unread_bytes:
             self._begin = end = 0
@@ -221,29 +234,29 @@ class DirectProtocol:
         return self._buffer[end:]
 
     def note_received(self, size_bytes: int) -> None:
-        """Note that so many bytes were put into `space`."""
+        """Record that `size_bytes` bytes were read into the start of `receive_buffer`."""
         self.unread_bytes += size_bytes
 
     def peek_kind(self) -> int | None:
-        """Return the kind of the next frame, which is not taken; None until it has come."""
+        """Return the kind of the next frame without consuming it. None until its head has arrived."""
         has_come = not self._pending_bytes and self.unread_bytes >= FRAME_HEAD_BYTES
         return self._buffer[self._begin] if has_come else None
 
     def next_event(self) -> Event | PendingElements | None:
-        """Return the next event; None until more bytes have come.
+        """Return the next event. None until more bytes have arrived.
 
         Raises:
-            RemoteProtocolError: The peer has sent what it may not.
-            LocalProtocolError: Elements that are ahead were not taken.
-            ConnectionClosedError: The line has ended.
+            RemoteProtocolError: The peer has sent a frame that is malformed or not allowed.
+            LocalProtocolError: The pending elements were not taken yet.
+            ConnectionClosedError: The connection has ended.
         """
         before, unread_bytes, begin = self.state, self.unread_bytes, self._begin
         if self._pending_bytes:
             raise LocalProtocolError(
-                f"{self._pending_bytes} bytes of elements are to be taken first"
+                f"{self._pending_bytes} bytes of elements must be taken before the next event"
             )
         if before is _CLOSED:
-            raise ConnectionClosedError("the line has ended")
+            raise ConnectionClosedError("the connection has ended")
         if unread_bytes < FRAME_HEAD_BYTES:
             return None
         number, size_bytes = _read_head(self._buffer, begin)
@@ -258,10 +271,10 @@ class DirectProtocol:
             self._pending_bytes = size_bytes
             return PendingElements(
                 size_bytes, number == FrameKind.MISSING_ELEMENTS
-            )  # the state stays
+            )  # elements never change the state
         frame_bytes = FRAME_HEAD_BYTES + size_bytes
         if unread_bytes < frame_bytes:
-            if len(self._buffer) < frame_bytes:
+            if len(self._buffer) < frame_bytes:  # a large message: give it a buffer of its own
                 self._move_to(memoryview(bytearray(frame_bytes)))
             return None
         payload = bytes(self._buffer[begin + FRAME_HEAD_BYTES : begin + frame_bytes])
@@ -275,18 +288,19 @@ class DirectProtocol:
             self.state = ProtocolState.CLOSED
             raise
         state = allowed[event.kind if isinstance(event, CallHead) else number]
-        if state is not before:  # see `send`
+        if state is not before:  # as in `send`
             self.state = state
         return event
 
     def take_elements(self, target: Uint8Array) -> int:
-        """Set the begin of `target` to elements that have come too early, and return how many bytes they are.
+        """Copy pending elements that are in the buffer to the start of `target`, and return how many bytes they are.
 
-        The next bytes of the stream are the rest of `target`. Raises LocalProtocolError if fewer are ahead.
+        The caller must read the rest of `target` from the socket. Raises LocalProtocolError if `target` is larger than
+        the pending elements.
         """
         if len(target) > self._pending_bytes:
             raise LocalProtocolError(
-                f"{len(target)} bytes of the {self._pending_bytes} that are ahead"
+                f"at most {self._pending_bytes} bytes of elements can be taken, got {len(target)}"
             )
         self._pending_bytes -= len(target)
         count = min(len(target), self.unread_bytes)
@@ -296,34 +310,34 @@ class DirectProtocol:
         return count
 
     def _move_to(self, buffer: memoryview) -> None:
-        """Move what has come and is not taken to the begin of a buffer."""
+        """Move the unread bytes to the start of a buffer, and use that buffer from now on."""
         rest = bytes(self._buffer[self._begin : self._begin + self.unread_bytes])
         self._buffer = buffer
         self._buffer[: len(rest)] = rest
         self._begin = 0
 
     def _check_instance(self, hello: Hello) -> None:
-        """Raise RemoteProtocolError unless both ends mean the same server."""
+        """Raise RemoteProtocolError unless client and server agree on the server's instance."""
         ids = (hello.instance, self._instance)
         if hello.instance != self._instance and ANY_INSTANCE not in ids:
-            raise RemoteProtocolError("a greeting from or to another server")
+            raise RemoteProtocolError("the peer's greeting names another server instance")
 
     def _remote_protocol_error(
         self, number: int, size_bytes: int, allowed: Mapping[int, ProtocolState]
     ) -> RemoteProtocolError:
-        """Return what is wrong with a frame."""
+        """Return the error for a frame that the peer may not send."""
         sizes = PAYLOAD_SIZES.get(number)
         if sizes is None:
-            return RemoteProtocolError(f"a frame of the unknown kind {number}")
-        what = f"{FrameKind(number).name} of {size_bytes} bytes"
+            return RemoteProtocolError(f"the peer sent a frame of the unknown kind {number}")
+        what = f"the peer sent {FrameKind(number).name} with a payload of {size_bytes} bytes"
         if number in allowed:
-            return RemoteProtocolError(f"{what}, and from {sizes[0]} to {sizes[-1]} may be")
+            return RemoteProtocolError(f"{what}, where from {sizes[0]} to {sizes[-1]} are allowed")
         names = ", ".join(FrameKind(other).name for other in allowed) or "nothing"
-        return RemoteProtocolError(f"{what} where the {self._peer.name.lower()} may send {names}")
+        return RemoteProtocolError(f"{what}, where the {self._peer.name.lower()} may send {names}")
 
 
 def _send_error(kind: FrameKind, state: ProtocolState) -> Exception:
-    """Return what is wrong with sending a frame."""
+    """Return the error for a frame that this end may not send."""
     if state is ProtocolState.CLOSED:
-        return ConnectionClosedError("the line has ended")
-    return LocalProtocolError(f"{kind.name} is not to be sent while {state.name}")
+        return ConnectionClosedError("the connection has ended")
+    return LocalProtocolError(f"{kind.name} must not be sent in the state {state.name}")

@@ -1,1 +1,1 @@
-"""This process's memory and its operating system: buffers, copies, allocator, forks."""
+"""This process and its host: buffers, copies, memory allocator, forks, operating system."""

@@ -1,4 +1,4 @@
-"""What pays only now and then, and is tried less and less often while it does not."""
+"""Adaptive back-off: an optimization is tried less and less often while it does not pay off."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Final
 __all__ = ["AdaptiveBackoff"]
 
 _MAX_SKIPS_COUNT: Final = 64
-"""Occasions that are let pass, at most, before it is tried again."""
+"""The largest number of occasions that are skipped before the next trial."""
 
 
 class AdaptiveBackoff:
-    """Whether to try something on an occasion, by what came of it on the last ones.
+    """Decides on each occasion whether to try an optimization, from the outcomes of earlier trials.
 
-    Threads may use it together: what they lose are occasions.
+    After each trial that does not pay off, about twice as many occasions are skipped (1, 3, 7, ... 63, 64). One success
+    ends the skipping. Several threads may share one object without a lock: a race changes the counts by a few.
     """
 
     def __init__(self) -> None:
@@ -21,14 +22,14 @@ class AdaptiveBackoff:
         self._skips_left_count = 0
 
     def is_due(self) -> bool:
-        """Return whether to try it on this occasion; one answer for each."""
+        """Return whether to try on this occasion. Call it once for each occasion, since it counts them."""
         if self._skips_left_count > 0:
             self._skips_left_count -= 1
             return False
         return True
 
     def record_outcome(self, *, has_paid: bool) -> None:
-        """Learn what came of a trial."""
+        """Record whether a trial has paid off."""
         if has_paid:
             self._skips_count = 0
         else:

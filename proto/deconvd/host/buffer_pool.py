@@ -1,6 +1,7 @@
-"""Host memory for large arrays, used again once whoever has one has dropped it.
+"""A pool of host memory for large arrays: the memory of a dropped array is used again for the next one.
 
-Fresh memory costs a page fault for every few KiB that are first written: more than the copy itself.
+The first write to each page of new memory costs a page fault. All page faults together take longer than the copy
+itself.
 """
 
 from __future__ import annotations
@@ -15,46 +16,47 @@ from deconvd.model.problem import TensorSpec
 __all__ = ["BufferPool"]
 
 _MIN_POOLED_BYTES = 1 << 20
-"""Arrays below this are not worth it: the allocator keeps their pages itself."""
+"""Smaller arrays are not pooled: the C library's allocator keeps their pages."""
 
 
 class _PooledBuffer:
-    """Owns a buffer for as long as any array lies in it: numpy keeps it as their base."""
+    """Returns a buffer to the pool when no array in it is left: numpy keeps this object as the base of all of them."""
 
-    __slots__ = ("__array_interface__", "_buffer", "_memory")
+    __slots__ = ("__array_interface__", "_buffer", "_pool")
 
-    def __init__(self, memory: BufferPool, buffer: Array) -> None:
+    def __init__(self, pool: BufferPool, buffer: Array) -> None:
         self.__array_interface__: dict[str, Any] = buffer.__array_interface__
-        self._memory = memory
+        self._pool = pool
         self._buffer = buffer
 
     def __del__(self) -> None:
-        self._memory.release(self._buffer)
+        self._pool.release(self._buffer)
 
 
 class BufferPool:
-    """Gives new arrays, the large ones in memory that was used before where there is some.
+    """Allocates arrays; large ones get the memory of earlier arrays, if any is idle.
 
-    An array is the caller's alone until nothing refers to it, nor to a view of it. Thread-safe,
-    without a lock: arrays are dropped at any moment, also while this thread is in a method here,
-    and an interrupt may end a method anywhere. A buffer that is lost that way is freed.
+    An array belongs to the caller until nothing refers to it or to a view of it. Then its memory returns by itself.
+
+    Thread-safe without a lock. A lock could deadlock: an array may be collected at any moment, also while the same
+    thread is in a method here. And an interrupt may end a method anywhere; a buffer that is lost in this way is freed.
 
     Args:
-        limit_bytes: What is kept for later arrays.
-        smallest_bytes: What arrays must have to be kept.
+        limit_bytes: How much idle memory the pool keeps.
+        smallest_bytes: The smallest array that is pooled.
     """
 
     def __init__(self, limit_bytes: int, smallest_bytes: int = _MIN_POOLED_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._smallest_bytes = smallest_bytes
-        # in the order of return; each is changed and copied in one step of the interpreter
+        # In the order of return. Each change and each copy of the dict is one atomic step of the interpreter.
         self._idle: dict[int, Array] = {}
 
     def empty(self, spec: TensorSpec) -> Array:
-        """Return a C-contiguous array with whatever was there before.
+        """Return a C-contiguous array with arbitrary elements.
 
         Raises:
-            MemoryError: There is no memory for it.
+            MemoryError: The system has no memory for it.
         """
         if not self._smallest_bytes <= spec.nbytes <= self._limit_bytes:
             return np.empty(spec.shape, spec.dtype)
@@ -65,11 +67,11 @@ class BufferPool:
 
     @property
     def idle_bytes(self) -> int:
-        """What is kept for later arrays now."""
+        """The size of the idle buffers."""
         return sum(buffer.nbytes for buffer in [*self._idle.values()])
 
     def release(self, buffer: Array) -> None:
-        """Keep a buffer for later arrays, and drop what came back longest ago beyond the limit."""
+        """Take a buffer back, and free the buffers that have been idle for longest until the limit holds."""
         self._idle[id(buffer)] = buffer
         idle = [*self._idle.values()]
         excess_bytes = sum(buffer.nbytes for buffer in idle) - self._limit_bytes
@@ -80,13 +82,13 @@ class BufferPool:
             excess_bytes -= oldest.nbytes
 
     def clear(self) -> None:
-        """Keep nothing that has come back so far."""
+        """Free all idle buffers."""
         self._idle.clear()
 
     def _take(self, size_bytes: int) -> Array | None:
-        """Return a kept buffer of just this size, the one that came back last."""
+        """Return the idle buffer of exactly this size that was released last, since caches may still have it."""
         for buffer in reversed([*self._idle.values()]):
-            # another thread may take the same one: whichever pops it has it
+            # another thread may find the same buffer: the thread whose pop() returns it has it
             if buffer.nbytes == size_bytes and self._idle.pop(id(buffer), None) is not None:
                 return buffer
         return None

@@ -1,7 +1,12 @@
-"""Forks: a child begins anew with what threads share, and is not forked in the midst of what it could not begin anew.
+"""Forks: a child process resets what threads share, and forks wait for work that a child could not reset.
 
-In a child only the thread that forked goes on. What its parent's other threads held, or were about to do, stays as it
-is for ever: locks, sockets that both have now, gRPC's core. This is the one place that says what a child does with it.
+In a child only the thread that forked continues. Everything that the parent's other threads held stays as it was at the
+moment of the fork: locks stay locked, sockets are now shared with the parent, and gRPC's core waits for threads that do
+not exist. This module is the only place that says what a child does about it:
+
+    before the fork    wait for `ForkBlocker` blocks to end, for at most 2 s, and for gRPC's threads to sleep
+    in the parent      let `ForkBlocker` blocks begin again
+    in the child       replace all locks of `new_lock`, then call `reset_after_fork` of all registered objects
 """
 
 from __future__ import annotations
@@ -23,16 +28,18 @@ __all__ = [
 ]
 
 _MAX_FORK_DELAY_S: Final = 2.0
-"""How long a fork waits for work under way: what takes longer is rather not waited for."""
+"""How long a fork waits for running work. Then it goes ahead: a delayed fork is worse than a broken child."""
 
 _SETTLE_S: Final = 0.005
+"""How long gRPC's own threads usually continue after our work has ended."""
+
 _SETTLE_LIMIT_S: Final = 0.1
-"""How long threads that are not ours (gRPC's) usually go on after it has ended, and for how long they may."""
+"""How long a fork waits for gRPC's threads, at most."""
 
 _POLL_S: Final = 0.001
 
 _THREADS_DIRECTORY: Final = Path("/proc/self/task")
-"""Where Linux tells of threads."""
+"""Where Linux lists the threads of this process."""
 
 
 class _ForkResettable(Protocol):
@@ -42,55 +49,59 @@ class _ForkResettable(Protocol):
 _PROCESS_NAME: Final = (
     (_THREADS_DIRECTORY.parent / "comm").read_text().strip() if _THREADS_DIRECTORY.is_dir() else ""
 )
-"""The process's, and that of its first thread and of Python's."""
+"""The name of the process. Its first thread and Python's threads have the same name; gRPC's threads have their own."""
 
 _reset_owners: Final[weakref.WeakSet[_ForkResettable]] = weakref.WeakSet()
 _locks: Final[weakref.WeakSet[threading.Lock | threading.RLock]] = weakref.WeakSet()
 _kept_alive: Final[list[object]] = []
 _active_work: Final[set[ForkBlocker]] = set()
 _forking_threads: Final[set[int]] = set()
-"""Threads that are about to fork."""
+"""Identifiers of the threads that are forking now."""
 
 _last_work_end_s = -_SETTLE_LIMIT_S
-"""When work ended last."""
+"""When a `ForkBlocker` block last ended, on the monotonic clock."""
 
 
 def new_lock() -> threading.Lock:
-    """Return a lock that nobody holds in a forked child."""
+    """Return a lock that is free in a forked child, whoever held it in the parent."""
     lock = threading.Lock()
     _locks.add(lock)
     return lock
 
 
 def new_reentrant_lock() -> threading.RLock:
-    """Return such a lock that the thread that holds it may take again, as a finalizer does that runs there."""
+    """Return such a lock that its holder may take again: for methods that a finalizer may call in the same thread."""
     lock = threading.RLock()
     _locks.add(lock)
     return lock
 
 
 def register_fork_reset(owner: _ForkResettable) -> None:
-    """Have `begin_anew_in_child` of an object, referred to weakly, called in each child that is forked from now on.
+    """Have `reset_after_fork` of an object called in each child that is forked from now on.
 
-    It is called before the child does anything else, with no lock of `new_lock` held.
+    It is called before the child does anything else, with all locks of `new_lock` free. Only a weak reference to the
+    object is kept.
     """
     _reset_owners.add(owner)
 
 
-def leave_to_parent(thing: object) -> None:
-    """Keep something of the parent's for ever, in a child: its finalizer would wait for threads that are not here."""
-    _kept_alive.append(thing)
+def leave_to_parent(owned: object) -> None:
+    """In a child, keep an object alive until the process ends.
+
+    Its finalizer would wait for threads that exist only in the parent.
+    """
+    _kept_alive.append(owned)
 
 
 class ForkBlocker(AbstractContextManager[None]):
-    """A block that forks wait for, for a while, and that waits while another thread forks.
+    """A block that delays forks until it ends, and that does not begin while another thread forks.
 
-    For threads that no signal handler runs in.
+    Not for the main thread, in which signal handlers run: a handler that forks would wait for its own thread's block.
     """
 
     def __enter__(self) -> None:
         while True:
-            # first said, then looked: `_before` does it in the other order
+            # First announce, then check. `_before_fork` does both in the same order, so one of the two sees the other.
             _active_work.add(self)
             if not _forking_threads:
                 return
@@ -112,7 +123,7 @@ def _before_fork() -> None:
 
 
 def _settle() -> None:
-    """Wait until threads of libraries have done what comes after work."""
+    """Wait until the threads of libraries have finished what they do after our work, and sleep."""
     time.sleep(max(_last_work_end_s + _SETTLE_S - time.monotonic(), 0))
     until_s = _last_work_end_s + _SETTLE_LIMIT_S
     while time.monotonic() < until_s and not _are_threads_asleep():
@@ -120,9 +131,9 @@ def _settle() -> None:
 
 
 def _are_threads_asleep() -> bool:
-    """Return whether all threads sleep that have a name of their own, as those of libraries have."""
+    """Return whether all threads of libraries sleep. They have names of their own."""
     for task in _THREADS_DIRECTORY.iterdir() if _THREADS_DIRECTORY.is_dir() else ():
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the thread has ended
             name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(") ")
             if name != _PROCESS_NAME and rest.startswith("R"):
                 return False
@@ -137,7 +148,7 @@ def _after_fork_in_child() -> None:
     _forking_threads.clear()
     _active_work.clear()
     for lock in _locks:
-        lock._at_fork_reinit()  # type: ignore[union-attr]  # as the standard library's own modules do
+        lock._at_fork_reinit()  # type: ignore[union-attr]  # the standard library does the same with its own locks
     for owner in _reset_owners:
         owner.reset_after_fork()
 

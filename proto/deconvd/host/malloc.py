@@ -1,7 +1,8 @@
-"""How glibc's allocator learns to keep memory for messages: megabytes that come and go.
+"""Settings of glibc's malloc: it keeps the memory of freed messages for the next ones.
 
-By default it returns each freed megabyte to the kernel at once, which zeroes it for the next message: a tenth of a
-client's time for a large call, and a third of the kernel's for a server. Another C library is left as it is.
+By default it returns each large freed block to the kernel at once, and the kernel zeroes the pages of the next one.
+That takes a tenth of a client's time in a large call, and a third of the kernel's time on a server. Other C libraries
+are not changed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy as np
 __all__ = ["LARGE_BYTES", "allocated_bytes", "keep_freed_memory", "raise_mmap_threshold"]
 
 LARGE_BYTES: Final = 32 << 20
-"""From this size on glibc can keep nothing."""
+"""glibc never keeps freed blocks of this size or larger (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # parameters of mallopt(3)
 _KEPT_BYTES: Final = 256 << 20
 _ARENAS_COUNT: Final = 2
 
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class _MallInfo2(ctypes.Structure):
-    """The C library's struct mallinfo2."""
+    """struct mallinfo2 of the C library."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -44,7 +45,10 @@ if _mallinfo2 is not None:
 
 
 def allocated_bytes() -> int:
-    """Return what the process has allocated and not freed; with another C library than glibc, what it has in memory."""
+    """Return how many bytes the process has allocated and not freed.
+
+    With another C library than glibc: how many bytes of its own it has in memory.
+    """
     if _mallinfo2 is None:
         resident_pages, shared_pages = Path("/proc/self/statm").read_text().split()[1:3]
         return (int(resident_pages) - int(shared_pages)) * mmap.PAGESIZE
@@ -53,27 +57,27 @@ def allocated_bytes() -> int:
 
 
 def keep_freed_memory(kept_bytes: int = _KEPT_BYTES) -> None:
-    """Set it for a process that is a server, with many threads, to keep no more than `kept_bytes`.
+    """Make a server process keep up to `kept_bytes` of freed memory.
 
-    What threads free it keeps apart for each of them, up to eight times as many as there are processors: memory
-    then grows for ten thousand calls before it stays. Few such arenas cost no time, since the interpreter's lock
-    lets one thread at a time ask for memory anyway.
+    By default glibc keeps freed memory in separate arenas, up to eight for each processor. With many threads the
+    memory then grows for ten thousand calls before it is stable. A few arenas cost no time, since only one thread at
+    a time has the interpreter's lock and can allocate.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
-        _log.debug("this C library has no mallopt")
+        _log.debug("the C library has no mallopt: freed memory returns to the system at once")
         return
     mallopt(
         _M_MMAP_THRESHOLD, min(kept_bytes // 8, LARGE_BYTES)
-    )  # beyond it, holes would be kept as well
+    )  # larger blocks would also leave holes, which cannot be trimmed
     mallopt(_M_TRIM_THRESHOLD, kept_bytes)
     mallopt(_M_ARENA_MAX, _ARENAS_COUNT)
 
 
 def raise_mmap_threshold() -> None:
-    """Let it learn in a process that is another's. One that was told otherwise (`mallopt`) stays so.
+    """Make a process that belongs to the user keep freed blocks, without overriding the user's own `mallopt`.
 
-    It keeps blocks up to the largest that a program has freed. So free a large one, which was never
-    touched and costs nothing.
+    glibc raises its threshold to the largest block that the program has freed. So free a large block once. It costs
+    nothing, because its pages are never touched.
     """
     np.empty(LARGE_BYTES - (1 << 20), np.uint8)

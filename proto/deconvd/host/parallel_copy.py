@@ -1,4 +1,4 @@
-"""Copies between arrays that are large enough for several threads: one moves less than memory and the bus can."""
+"""Copies of large arrays by several threads: one thread cannot use the full bandwidth of the memory."""
 
 from __future__ import annotations
 
@@ -21,18 +21,27 @@ __all__ = ["copy_all", "copy_into"]
 _Array: TypeAlias = npt.NDArray[Any]
 
 _PIECE_BYTES: Final = 2 << 20
-"""A thread is worth its while from about this size on, and one that wakes late leaves its pieces to the others."""
+"""Size of a piece.
+
+It does not pay off to wake a thread for less. Pieces are small, so that the others can do the work of a thread that
+wakes late.
+"""
 
 _FEW_THREADS_COUNT: Final = 4
+"""Threads for a copy of less than `_MANY_THREADS_BYTES`."""
+
 _MAX_THREADS_COUNT: Final = 8
+"""Threads for a larger copy."""
+
 _ABANDON_POLL_S: Final = 2e-4
-"""A piece takes about as long."""
+"""How often `abandon` checks whether the other threads have stopped. A piece takes about this long."""
 
 _MANY_THREADS_BYTES: Final = 128 << 20
-"""One moves 7 to 14 GB/s, four 37, eight 48: that is the memory's own speed.
+"""Copies of this size and larger use eight threads, smaller ones four.
 
-But a card that reads what was written just now reads it from the caches of those who wrote it: of four as fast as from
-memory (50 GB/s), of eight at a third of that. Only of much more than caches hold is most in memory by then.
+One thread moves 7 to 14 GB/s, four move 37, eight move 48, which is the speed of the memory. But a card usually reads
+the copy at once, from the caches of the processors that wrote it: at 50 GB/s if four did, as fast as from memory, and
+at a third of that if eight did. Only a copy much larger than the caches is mostly in memory when the card reads it.
 """
 
 
@@ -44,15 +53,16 @@ def copy_into(target: _Array, source: _Array) -> None:
 def copy_all(
     pairs: Sequence[tuple[_Array, _Array]], on_progress: Callable[[int], None] | None = None
 ) -> None:
-    """Copy the second array of each pair into the first, of the same shape and, up to byte order, the same type.
+    """Copy the second array of each pair into the first.
 
-    They must not overlap. numpy releases the interpreter's lock for each piece. Once an error of
-    `on_progress` is raised, or an interrupt, nothing is copied any more.
+    Both arrays of a pair must have the same shape and, except for the byte order, the same type, and must not overlap.
+    numpy releases the interpreter's lock during each piece. When this function raises (an error of `on_progress`, or an
+    interrupt), no thread copies any more.
 
     Args:
-        on_progress: Told now and then how many bytes of the targets, one behind the other, are there
-            from the first's begin on: ever more of them, and all at the end. It may be called in
-            any thread, by one at a time; the others go on copying meanwhile.
+        on_progress: Called now and then with the number of bytes that are copied without a gap, counted from the start
+            of the first target over all targets in order. The number only grows, and is the total at the end. It is
+            called in any thread, but never in two at once, while other threads continue to copy.
     """
     total_bytes = sum(target.nbytes for target, _ in pairs)
     is_small = total_bytes < 2 * _PIECE_BYTES
@@ -73,7 +83,7 @@ def copy_all(
 
 
 def _threads_count(total_bytes: int) -> int:
-    """Return how many threads are to share a copy that is not small."""
+    """Return how many threads should share a copy that is not small."""
     most_count = _FEW_THREADS_COUNT if total_bytes < _MANY_THREADS_BYTES else _MAX_THREADS_COUNT
     return min(processors_count(), most_count)
 
@@ -85,19 +95,19 @@ def _split_pairs(
         for target, source in pairs:
             yield _PiecewiseCopy(target, source)
         return
-    front = _TotalProgress(on_progress, [target.nbytes for target, _ in pairs])
+    total = _TotalProgress(on_progress, [target.nbytes for target, _ in pairs])
     for number, (target, source) in enumerate(pairs):
-        yield _PiecewiseCopy(target, source, partial(front.note, number))
+        yield _PiecewiseCopy(target, source, partial(total.note, number))
 
 
 class _PiecewiseCopy:
-    """Two arrays, and the pieces of one axis in which one is copied into the other.
+    """The copy of one array, divided into pieces along its longest axis.
 
     Args:
-        note: Told how many bytes of the target, from its begin, are there.
+        note: Called with the number of bytes of the target that are copied without a gap, from its start.
 
     Attributes:
-        begins: Where pieces begin along the axis.
+        begins: The first index of each piece along the axis.
     """
 
     def __init__(
@@ -114,7 +124,7 @@ class _PiecewiseCopy:
         self._progress = note and _PieceProgress(note, target, axis, self._length)
 
     def copy_piece(self, begin: int) -> None:
-        """Copy the piece that begins there."""
+        """Copy the piece that begins at an index along the axis."""
         piece = (*self._leading_slices, slice(begin, begin + self._length))
         np.copyto(self._target[piece], self._source[piece])
         if self._progress is not None:
@@ -122,51 +132,56 @@ class _PiecewiseCopy:
 
 
 class _CopyJob:
-    """Pieces of arrays that are copied by whoever has time.
+    """Pieces of several arrays. Any number of threads may join the copy; each takes the next piece that is left.
+
+    The piece numbers come from shared iterators. `next()` on one is atomic, so no two threads get the same number, and
+    no lock is needed:
+
+        _unclaimed_numbers   0, 1, 2, ...         which piece to copy next
+        _remaining_counts    n, n - 1, ..., 1     how many pieces were left when one ended: whoever gets 1 ends the job
 
     Attributes:
-        pieces_count: How many there are.
+        pieces_count: The number of pieces.
     """
 
     def __init__(self, all_pieces: Sequence[_PiecewiseCopy]) -> None:
         self._all_pieces = [(pieces, begin) for pieces in all_pieces for begin in pieces.begins]
         self.pieces_count = len(self._all_pieces)
-        # one thread alone gets each of their numbers, whichever threads ask
         self._unclaimed_numbers = iter(range(self.pieces_count))
         self._remaining_counts = iter(range(self.pieces_count, 0, -1))
-        self._active_threads: set[int] = set()  # threads that may be copying
+        self._active_threads: set[int] = set()  # identifiers of threads that may be copying
         self._done_lock = threading.Lock()
         self._done_lock.acquire()
         self._errors: list[BaseException] = []
 
     def run_pieces(self) -> None:
-        """Copy pieces until none is left that nobody has begun."""
+        """Copy pieces until all have been claimed. Other threads may still be copying theirs."""
         self._active_threads.add(threading.get_ident())
         for number in self._unclaimed_numbers:
             try:
                 self._copy_piece(number)
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
+            except BaseException as error:  # noqa: BLE001 - `finish` raises it in the caller's thread
                 self._errors.append(error)
                 self._skip_rest()
             self._end_piece()
         self._active_threads.discard(threading.get_ident())
 
     def finish(self) -> None:
-        """Copy pieces, and return once all are copied. Raises the first error of any thread: it ends the copy."""
+        """Copy pieces, and return when all are copied. Raises the first error of any thread, which ends the copy."""
         self.run_pieces()
         self._done_lock.acquire()
-        # a thread that wakes late holds this for a while yet, and must not hold the caller's arrays
+        # a thread that wakes late may refer to this job for some time, but must not keep the caller's arrays alive
         self._all_pieces.clear()
         if self._errors:
             first, *_ = self._errors
-            self._errors.clear()  # an error holds this frame, which must hold no error
+            self._errors.clear()  # the error's traceback refers to this frame: without a cycle, both are freed at once
             try:
                 raise first
             finally:
                 del first
 
     def abandon(self) -> None:
-        """Have no more pieces copied, and return once no thread but this one copies any."""
+        """Stop the copy, and return when no other thread copies any more."""
         for _ in self._unclaimed_numbers:
             pass
         while self._active_threads - {threading.get_ident()}:
@@ -187,15 +202,15 @@ class _CopyJob:
 
 
 class _TotalProgress:
-    """How far copies of several arrays are, one behind the other.
+    """Joins the progress of several arrays into one number, and reports it in one thread at a time.
 
     Args:
-        tell: See `copy_all`.
-        sizes_bytes: Of the arrays.
+        report: The `on_progress` of `copy_all`.
+        sizes_bytes: The sizes of the arrays.
     """
 
-    def __init__(self, tell: Callable[[int], None], sizes_bytes: Sequence[int]) -> None:
-        self._report = tell
+    def __init__(self, report: Callable[[int], None], sizes_bytes: Sequence[int]) -> None:
+        self._report = report
         self._sizes_bytes = sizes_bytes
         self._done_bytes = [0] * len(sizes_bytes)
         self._lock = threading.Lock()
@@ -203,54 +218,57 @@ class _TotalProgress:
         self._is_reporting = False
 
     def note(self, number: int, done_bytes: int) -> None:
-        """Note that so many bytes of an array, from its begin, are there."""
+        """Record that the first `done_bytes` of an array are copied, and report it if no other thread is reporting."""
         with self._lock:
             self._done_bytes[number] = max(done_bytes, self._done_bytes[number])
             if self._is_reporting:
-                return  # whoever tells will tell this too
+                return  # the thread that reports will report this, too
             self._is_reporting = True
         self._report_new()
 
     def _report_new(self) -> None:
-        """Tell how far the copies are, until there is nothing new."""
+        """Report the progress, until nothing new has been recorded meanwhile."""
         while True:
             with self._lock:
-                front_bytes = self._contiguous_bytes()
-                if front_bytes == self._reported_bytes:
+                done_bytes = self._contiguous_bytes()
+                if done_bytes == self._reported_bytes:
                     self._is_reporting = False
                     return
-                self._reported_bytes = front_bytes
-            self._report(front_bytes)
+                self._reported_bytes = done_bytes
+            self._report(done_bytes)  # without the lock: others go on copying and recording
 
     def _contiguous_bytes(self) -> int:
-        front_bytes = 0
+        total_bytes = 0
         for size_bytes, done_bytes in zip(self._sizes_bytes, self._done_bytes, strict=True):
-            front_bytes += done_bytes
+            total_bytes += done_bytes
             if done_bytes < size_bytes:
                 break
-        return front_bytes
+        return total_bytes
 
 
 class _PieceProgress:
-    """How far a copy is, whose pieces are copied in any order.
+    """The progress of one array whose pieces end in any order.
 
     Args:
-        tell: Told so, in bytes of the target from its begin: now and then of less than before.
-        axis: Of the pieces.
-        length: Of a piece along the axis.
+        report: Called with the number of bytes that are copied without a gap, from the start of the target. Calls of
+            two threads may overtake each other, so a number may be smaller than the one before.
+        axis: The axis along which the array is divided.
+        length: Length of a piece along the axis.
     """
 
-    def __init__(self, tell: Callable[[int], None], target: _Array, axis: int, length: int) -> None:
-        self._report = tell
+    def __init__(
+        self, report: Callable[[int], None], target: _Array, axis: int, length: int
+    ) -> None:
+        self._report = report
         self._is_in_order = target.flags.c_contiguous and axis == 0
         self._row_bytes = target.nbytes // target.shape[axis]
         self._extent, self._length = target.shape[axis], length
         self._lock = threading.Lock()
-        self._contiguous_end = 0  # of the pieces in front, without a gap
-        self._out_of_order_begins: set[int] = set()  # begins of the pieces behind a gap
+        self._contiguous_end = 0  # end of the copied pieces without a gap
+        self._out_of_order_begins: set[int] = set()  # of copied pieces behind a gap
 
     def add(self, begin: int) -> None:
-        """Note that a piece was copied."""
+        """Record that a piece is copied."""
         with self._lock:
             self._out_of_order_begins.add(begin)
             if begin != self._contiguous_end:
@@ -259,12 +277,13 @@ class _PieceProgress:
                 self._out_of_order_begins.remove(self._contiguous_end)
                 self._contiguous_end = min(self._contiguous_end + self._length, self._extent)
             end = self._contiguous_end
+        # If the axis is not the outermost one, copied pieces are not contiguous in memory before all of them are.
         if self._is_in_order or end == self._extent:
             self._report(end * self._row_bytes)
 
 
 class _CopyThreads:
-    """Threads that help to copy, started at the first need, and anew in a child process."""
+    """Threads that help to copy. They start when they are first needed, in a forked child again."""
 
     def __init__(self) -> None:
         register_fork_reset(self)
@@ -272,18 +291,18 @@ class _CopyThreads:
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
-        """Have no threads yet, as in a forked child."""
+        """Forget the threads: a forked child has none."""
         self._count = 0
         self._queue: SimpleQueue[_CopyJob] = SimpleQueue()
 
     def help(self, copy: _CopyJob, count: int) -> None:
-        """Have so many of them help as soon as they can. They do not keep the process alive."""
+        """Have up to `count` threads join a copy as soon as they wake. They do not keep the process alive."""
         for _ in range(min(count, self._start_threads(count))):
             self._queue.put(copy)
 
     def _start_threads(self, count: int) -> int:
-        """Start threads until there are so many; return how many there are."""
-        with self._lock, suppress(RuntimeError):  # if the system has no more, fewer help
+        """Start threads until there are `count`, and return how many there are."""
+        with self._lock, suppress(RuntimeError):  # the system allows no more threads: fewer help
             while self._count < count:
                 name = f"copy {self._count}"
                 threading.Thread(
@@ -293,9 +312,9 @@ class _CopyThreads:
         return self._count
 
 
-def _run_copy_thread(waiting: SimpleQueue[_CopyJob]) -> None:
+def _run_copy_thread(queue: SimpleQueue[_CopyJob]) -> None:
     while True:
-        waiting.get().run_pieces()  # without a name, which would keep the arrays until the next
+        queue.get().run_pieces()  # a variable would keep the arrays alive until the next job
 
 
 _copy_threads = _CopyThreads()

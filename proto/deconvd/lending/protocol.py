@@ -1,21 +1,23 @@
-"""How client and server agree on memory that both have: what crosses the side socket.
+"""The lending protocol: how a client borrows shared memory from a server on the same host.
 
-The server listens on Unix sockets of type SOCK_SEQPACKET, which GetServerInfo tells. Each packet from the client is one
-request, answered by one packet; a client sends the next request once it has the answer. All numbers are little-endian.
+The server listens on Unix sockets of type SOCK_SEQPACKET, which GetServerInfo names. Each packet from the client is one
+request, and the server answers it with one packet. A client sends its next request after it has received the reply. All
+numbers are little-endian.
 
     request   "dcm1", operation (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes)
-    reply     "dcm1", answer (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes), text (UTF-8)
+    reply     "dcm1", status (1 byte), 3 zero bytes, size in bytes (8 bytes), region (16 bytes), text (UTF-8)
 
-A reply to LEND with the answer DONE carries the descriptor of a memfd of that size, sealed against growing, shrinking
-and further seals, by SCM_RIGHTS. A reply to LEND_ON_CARD with the answer DONE has in its text the cudaIpcMemHandle_t of
-memory on that card, in hexadecimal digits: all zeros at first, of at least the size asked for, and nothing else can be
-reached by it. A client asks who is there (IDENTIFY) before it puts anything into memory: the path may be another
-server's. Whoever knows a region's name may name slices of it in calls: it is a secret of the client.
+A reply to LEND with the status DONE carries, by SCM_RIGHTS, the descriptor of a memfd of that size. It is sealed
+against growing, shrinking and further seals. The text of a reply to LEND_ON_CARD with the status DONE is the
+cudaIpcMemHandle_t of memory on that card, in hexadecimal digits. That memory is zeroed, has at least the requested
+size, and gives access to no other memory. Before a client puts anything into memory, it MUST verify the server with
+IDENTIFY: the path may belong to another server. Everyone who knows a region's name can name slices of it in calls, so
+a client MUST keep the name secret.
 
-Everything is lent until the client gives it back or closes the socket, be it by dying. A region of the host's memory
-stays the client's to read and write then, and counts as lent until no process has a descriptor or a mapping of it. CUDA
-has memory freed only once no other process has it open. So a client MUST close what it opened before it gives the
-region back; and memory on cards that a client has when it closes the socket is kept until its process ends.
+A region is lent until the client returns it, or closes the socket, also by dying. The client can still read and write
+a region of host memory after that; it counts as lent until no process has a descriptor or a mapping of it. CUDA frees
+memory on a card only after every other process has closed it. So a client MUST close such a region before it returns
+it. If it closes the socket without that, the server keeps the memory until the client's process ends.
 """
 
 from __future__ import annotations
@@ -44,42 +46,42 @@ _NO_REGION: Final = bytes(REGION_NAME_BYTES)
 
 
 class LendingOperation(IntEnum):
-    """What a client asks for."""
+    """What a client requests."""
 
     LEND = 1
-    """A new region of the given size."""
+    """Lend a new region of the given size."""
 
     RETURN = 2
-    """To take a region back: no later call may use it. The size is not looked at."""
+    """Take a region back: no later call may use it. The size is ignored."""
 
     LEND_ON_CARD = 3
-    """A new region of the given size on the card whose `card_id` stands in place of a region."""
+    """Lend a new region of the given size on a card. The request's region is the `card_id`."""
 
     IDENTIFY = 4
-    """Which instance the server is: the reply has its id in place of a region."""
+    """Say which instance the server is. The reply's region is the instance id."""
 
 
 class ReplyStatus(IntEnum):
-    """What came of a request."""
+    """The outcome of a request."""
 
     DONE = 0
     OVER_CLIENT_LIMIT = 1
-    """This client has as much as one client may have. It can give something back and ask again."""
+    """This client has borrowed as much as one client may. It can return something and try again."""
 
     OVER_SERVER_LIMIT = 2
-    """All clients together have as much as the server lends. Later there may be more."""
+    """All clients together have borrowed as much as the server lends. A later request may succeed."""
 
     REFUSED = 3
-    """The server lends to other users only, or to no more clients; it closes the socket."""
+    """The server does not lend to this user, or to no more clients. It closes the socket."""
 
     MALFORMED = 4
-    """The request makes no sense; the server closes the socket."""
+    """The request is malformed. The server closes the socket."""
 
     FAILED = 5
-    """The server could not get the memory from its system."""
+    """The server could not allocate the memory."""
 
     NO_SUCH_CARD = 6
-    """The server lends no memory of that card to this client, and never will."""
+    """The server cannot lend memory of that card to this client, now or later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class LendingRequest:
 
     @classmethod
     def parse(cls, packet: bytes) -> LendingRequest:
-        """Return the request in a packet. Raises ValueError if there is none."""
+        """Return the request in a packet. Raises ValueError if the packet is malformed."""
         operation, size_bytes, region = _unpack_packet(packet, exact=True)
         return cls(LendingOperation(operation), size_bytes, region)
 
@@ -111,31 +113,33 @@ class LendingReply:
     text: str = ""
 
     def pack(self) -> bytes:
-        """Return the packet; a text that is too long for it is cut."""
+        """Return the packet. A text that is too long for it is cut."""
         packet = _FORMAT.pack(_MAGIC, self.status, self.size_bytes, self.region)
         return (packet + self.text.encode())[:MAX_REPLY_BYTES]
 
     @classmethod
     def parse(cls, packet: bytes) -> LendingReply:
-        """Return the reply in a packet. Raises ValueError if there is none."""
-        answer, size_bytes, region = _unpack_packet(packet, exact=False)
+        """Return the reply in a packet. Raises ValueError if the packet is malformed."""
+        status, size_bytes, region = _unpack_packet(packet, exact=False)
         text = packet[_FORMAT.size :].decode(errors="replace")
-        return cls(ReplyStatus(answer), size_bytes, region, text)
+        return cls(ReplyStatus(status), size_bytes, region, text)
 
 
 def card_id(uuid: bytes) -> bytes:
-    """Return what both ends call a card, given its UUID as CuPy tells it.
+    """Return the id by which both ends name a card, from the UUID that CuPy reports.
 
-    CuPy takes the UUID's 16 bytes for a C string: it ends at the first zero, and where there is none
-    it goes on into whatever lies behind. What it has right is the same in each process.
+    CuPy reads the UUID's 16 bytes as a C string. So its value ends at the first zero byte, or, without one, includes
+    arbitrary bytes from behind the UUID. The id uses only the part that is correct, which is the same in each process.
     """
     return uuid[:REGION_NAME_BYTES].ljust(REGION_NAME_BYTES, b"\0")
 
 
 def _unpack_packet(packet: bytes, *, exact: bool) -> tuple[int, int, bytes]:
     if len(packet) < _FORMAT.size or (exact and len(packet) != _FORMAT.size):
-        raise ValueError(f"a packet of {len(packet)} bytes, of which {_FORMAT.size} are expected")
+        raise ValueError(
+            f"a packet must have {'' if exact else 'at least '}{_FORMAT.size} bytes, got {len(packet)}"
+        )
     magic, code, size_bytes, region = _FORMAT.unpack_from(packet)
     if magic != _MAGIC:
-        raise ValueError("the packet is of another protocol")
+        raise ValueError(f"a packet must begin with {_MAGIC!r}, got {magic!r}")
     return code, size_bytes, region

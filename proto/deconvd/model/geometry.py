@@ -97,8 +97,8 @@ class Geometry:
             kernel: Size ``(h_K, w_K)`` of the filter.
 
         Raises:
-            InvalidArgumentError: The output would be empty, or `outsize` differs from the natural size by a
-                stride or more.
+            InvalidArgumentError: The output would be empty, or `outsize` differs from the natural size by a stride or
+                more.
 
         Along each axis the natural size is ``s (i - 1) + d (k - 1) + 1 - 2 p``, as in Chainer's
         ``get_deconv_outsize`` (v7.8, ``cover_all=False``).

@@ -1,8 +1,8 @@
 """The table of operations: the operands and results of each. Pure.
 
 All differences between the operations are in this table: the order of a stream, which results are sums over the
-samples, which operands each result needs, and the names of the RPCs. Operands and results
-have the names of their fields in the schema.
+samples, which operands each result needs, and the names of the RPCs. Operands and results have the names of their
+fields in the schema.
 """
 
 from __future__ import annotations

@@ -3,24 +3,26 @@
 isort:skip_file
 deconvd: two-dimensional deconvolution (transposed convolution) as a service.
 
-These comments are the specification. MUST, SHOULD and MAY are used as in RFC 2119. The function itself is
-Chainer 7's `deconvolution_2d`; its names are kept, in lower case: n, c_I, c_O are the batch size and the numbers of
-input and output channels; h_I, w_I, h_K, w_K, h_O, w_O the sizes of the input image, the filter and the output.
+These comments are the specification. MUST, SHOULD and MAY have the meaning of RFC 2119. The function is Chainer 7's
+`deconvolution_2d`, with the same argument names in lower case. In shapes, n is the batch size; c_I and c_O are the
+numbers of input and output channels; (h_I, w_I), (h_K, w_K) and (h_O, w_O) are the sizes of the input image, the
+filter and the output image.
 
 Statuses, for every RPC:
 
   INVALID_ARGUMENT    The request can never succeed. A google.rpc.BadRequest detail names each field at fault.
-  NOT_FOUND           Memory, a tensor or a session that the request names is not there, or no longer (see SharedSlice,
-                      Resident, Digest and HoldSession). A google.rpc.ResourceInfo detail names the field. Send what
-                      lay there.
-  RESOURCE_EXHAUSTED  The message, the result or the memory it needs is over a limit (see Limits). Send less.
-  UNAVAILABLE         The server is starting, draining or full. Try again; google.rpc.RetryInfo MAY say when.
-  DEADLINE_EXCEEDED   The caller's deadline passed. The server has stopped, or will soon stop, the work. Or the work would
-                      surely take longer, and was not begun: the message has an estimate.
-  CANCELLED           The caller went away, likewise.
-  INTERNAL            A fault of the server, written to its log.
+  NOT_FOUND           The server does not have, or no longer has, a memory region, a tensor or a session that the
+                      request names (see SharedSlice, Resident, Digest and HoldSession). A google.rpc.ResourceInfo
+                      detail names the field. Send the elements instead, or open a new session.
+  RESOURCE_EXHAUSTED  The message, the result or the memory that the call needs exceeds a limit (see Limits). Send less.
+  UNAVAILABLE         The server is starting, draining or full. Try again; a google.rpc.RetryInfo detail MAY say when.
+  DEADLINE_EXCEEDED   The caller's deadline has passed, and the server has stopped the work or will stop it soon. Or the
+                      server estimates that the work cannot end before the deadline, and has not begun it. The
+                      message then contains the estimate.
+  CANCELLED           The caller cancelled the call. The server has stopped the work or will stop it soon.
+  INTERNAL            A fault of the server. Its log has the details.
 
-A google.rpc.ErrorInfo detail with the domain "deconvd" names the error's class in its reason.
+The reason in a google.rpc.ErrorInfo detail with the domain "deconvd" is the name of the error's class.
 """
 
 from collections import abc as _abc
@@ -57,7 +59,7 @@ class _ElementTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ElementTy
     """IEEE 754 binary64, 8 bytes."""
 
 class ElementType(_ElementType, metaclass=_ElementTypeEnumTypeWrapper):
-    """The type of a tensor's elements. A server MUST refuse a value that it does not know."""
+    """The type of a tensor's elements. A server MUST reject a value that it does not know."""
 
 ELEMENT_TYPE_UNSPECIFIED: ElementType.ValueType  # 0
 """Never valid."""
@@ -80,30 +82,30 @@ class _UseCudnnEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UseCudnn.Val
     USE_CUDNN_UNSPECIFIED: _UseCudnn.ValueType  # 0
     """The same as AUTO."""
     USE_CUDNN_AUTO: _UseCudnn.ValueType  # 1
-    """Where it is the fastest."""
+    """When it is the fastest."""
     USE_CUDNN_ALWAYS: _UseCudnn.ValueType  # 2
-    """Wherever it can run the operation."""
+    """Whenever it can run the operation."""
     USE_CUDNN_NEVER: _UseCudnn.ValueType  # 3
-    """Nowhere."""
+    """Never."""
 
 class UseCudnn(_UseCudnn, metaclass=_UseCudnnEnumTypeWrapper):
-    """Whether cuDNN may be used. It has no effect on a device that is not a GPU."""
+    """When the server may use cuDNN. It has no effect on a device that is not a GPU."""
 
 USE_CUDNN_UNSPECIFIED: UseCudnn.ValueType  # 0
 """The same as AUTO."""
 USE_CUDNN_AUTO: UseCudnn.ValueType  # 1
-"""Where it is the fastest."""
+"""When it is the fastest."""
 USE_CUDNN_ALWAYS: UseCudnn.ValueType  # 2
-"""Wherever it can run the operation."""
+"""Whenever it can run the operation."""
 USE_CUDNN_NEVER: UseCudnn.ValueType  # 3
-"""Nowhere."""
+"""Never."""
 Global___UseCudnn: _TypeAlias = UseCudnn  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
-    """An array of floating-point numbers, or, without a payload, the description of one.
+    """An array of floating-point numbers. Without a payload it is a description: an element type and a shape.
 
-    A field of this type MUST have a payload unless its comment says that it may be a description.
+    A field of this type MUST have a payload, unless its comment says that it may be a description.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -116,24 +118,24 @@ class Tensor(_message.Message):
     RAW_FIELD_NUMBER: _builtins.int
     element_type: Global___ElementType.ValueType
     raw: _builtins.bytes
-    """The elements themselves: little-endian, row-major (the last dimension runs fastest), no padding. The length MUST
-    be the product of the extents times the element's size.
+    """The elements themselves: little-endian, row-major (the last dimension varies fastest), without padding. The length MUST
+    be the product of the extents and the size of an element.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The extent of each dimension, outermost first: each from 0 to 2^31 - 1. No dimensions at all is a scalar."""
+        """The extent of each dimension, outermost first, each from 0 to 2^31 - 1. A tensor without dimensions is a scalar."""
 
     @_builtins.property
     def shared(self) -> Global___SharedSlice:
-        """The elements lie in memory that the server lends to the client."""
+        """The elements are in memory that the server lends to the client."""
 
     @_builtins.property
     def resident(self) -> Global___Resident:
-        """The server keeps the tensor. Its element type and shape MUST be those that it was kept with."""
+        """The server keeps the tensor. The element type and shape MUST be those with which it was stored."""
 
     @_builtins.property
     def digest(self) -> Global___Digest:
-        """The server may have the elements; see there."""
+        """The server may already have the elements. See Digest."""
 
     def __init__(
         self,
@@ -157,21 +159,23 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class SharedSlice(_message.Message):
-    """Elements in memory that the server lends to a client on its own host, laid out as in Tensor.raw; as many as the tensor's
-    shape and element type ask for. A region of it lies in the host's memory, or on one of the server's cards. What a call
-    names on cards MUST be on one card, which then computes it.
+    """Elements in memory that the server lends to a client on its own host. Their layout is that of Tensor.raw, and their number
+    follows from the tensor's shape. A region is in the host's memory or on one of the server's cards. All slices on cards that
+    a call names MUST be on the same card, and that card computes the call.
 
-    The server makes all such memory; how a client borrows it, over a Unix socket beside that for calls, is written in
-    deconvd/shared_memory.py. A server MUST refuse a slice
+    The server allocates this memory. A client borrows it over a separate Unix socket; deconvd/lending/protocol.py specifies
+    how. A server MUST reject a slice
 
-      with NOT_FOUND         whose region it does not lend, or no longer: it was given back, or its client has gone. The
-                             client SHOULD send the tensor by other means;
-      with INVALID_ARGUMENT  that does not lie wholly in its region, or whose offset is not a multiple of the element's size.
+      with NOT_FOUND         if it does not lend the region, or no longer lends it because the client gave it back or
+                             disconnected. The client SHOULD send the elements instead;
+      with INVALID_ARGUMENT  if the slice is not completely inside its region, or if its offset is not a multiple of the size
+                             of an element.
 
-    The client MUST NOT change what a call reads, nor use what it writes, before the call has ended (but for calls of our own
-    ends that are early, see deconvd/direct_protocol.py). If it does, or if places overlap, the results are arbitrary numbers;
-    nobody else is harmed. A call that ended with CANCELLED, DEADLINE_EXCEEDED or UNAVAILABLE MAY write into its places for a
-    while yet. The server MUST keep memory mapped that a call uses.
+    Before the call has ended, the client MUST NOT change memory that the call reads, and MUST NOT use memory that it writes.
+    (Overlapped calls on direct connections are an exception: see deconvd/direct/protocol.py.) If a client violates this, or if
+    places overlap, the results are arbitrary numbers, but no other client is affected. After a call has ended with CANCELLED,
+    DEADLINE_EXCEEDED or UNAVAILABLE, the server MAY continue to write to the call's places for a short time. The server MUST
+    keep memory mapped while a call uses it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -179,9 +183,9 @@ class SharedSlice(_message.Message):
     REGION_FIELD_NUMBER: _builtins.int
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     region: _builtins.bytes
-    """The region's name: a secret of 16 bytes, which the client was told when it borrowed the region."""
+    """The region's name: a secret of 16 bytes, which the client received when it borrowed the region."""
     offset_bytes: _builtins.int
-    """From the begin of the region."""
+    """From the start of the region."""
     def __init__(
         self,
         *,
@@ -198,17 +202,18 @@ Global___SharedSlice: _TypeAlias = SharedSlice  # noqa: Y015
 
 @_typing.final
 class Resident(_message.Message):
-    """A tensor that the server keeps for a session. It can be used by every session of the same tenant, and is never changed.
+    """A tensor that the server keeps for a session. It never changes. Every session of the same tenant can use it.
 
-    A server that does not have it MUST answer NOT_FOUND: it was dropped, its session has ended, the server was started anew or
-    ran short of memory, or another server was meant. Who cannot tell, for want of the right tenant, gets the same answer.
+    A server that does not have the tensor MUST answer NOT_FOUND. Reasons are: the tensor was dropped, its session has ended,
+    the server was restarted or ran short of memory, or the handle is another server's. A session of another tenant MUST get
+    the same answer.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
     handle: _builtins.bytes
-    """A secret of 16 bytes, which the client was told when the tensor was kept."""
+    """A secret of 16 bytes, which the client received when the tensor was stored."""
     def __init__(
         self,
         *,
@@ -224,11 +229,12 @@ Global___Resident: _TypeAlias = Resident  # noqa: Y015
 
 @_typing.final
 class Digest(_message.Message):
-    """Elements by what they are: whoever has sent them before, in any session of the same tenant, need not send them again.
+    """Names elements by their content. If any session of the same tenant has sent the same elements before, the client need not
+    send them again.
 
-    In a unary call the server answers NOT_FOUND if it does not have them. In a stream it asks for them (see Missing). Either
-    way they are sent at most once: what is sent for a digest is kept for the tenant, until it is displaced by what was used
-    more recently or the tenant's last session ends. A server MUST compare what it is sent with the digest.
+    If the server does not have the elements, it answers a unary call with NOT_FOUND, and asks for them in a stream (see
+    Missing). Elements that are sent for a digest stay with the tenant until its last session ends, or until the server evicts
+    them because other content was used more recently. A server MUST verify that the elements have the digest.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -236,9 +242,9 @@ class Digest(_message.Message):
     BLAKE3_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     blake3: _builtins.bytes
-    """BLAKE3 of the elements as they are in Tensor.raw: 32 bytes."""
+    """BLAKE3 of the elements as laid out in Tensor.raw: 32 bytes."""
     size_bytes: _builtins.int
-    """Their number of bytes."""
+    """Size of the elements."""
     def __init__(
         self,
         *,
@@ -281,7 +287,7 @@ Global___Pair: _TypeAlias = Pair  # noqa: Y015
 
 @_typing.final
 class OutputSize(_message.Message):
-    """The size of the output image, in pixels; an axis left out takes its natural size."""
+    """The size of the output image, in pixels. An axis that is absent has its natural size."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -314,7 +320,8 @@ Global___OutputSize: _TypeAlias = OutputSize  # noqa: Y015
 class Geometry(_message.Message):
     """How the filter moves over the image.
 
-    On each axis, with i, k, s, p, d for the input's and filter's sizes, stride, pad and dilate, the natural output size is
+    On each axis, let i and k be the sizes of the input image and of the filter, and s, p and d the values of stride, pad and
+    dilate. Then the natural size of the output is
 
         D = s (i - 1) + d (k - 1) + 1 - 2 p
     """
@@ -342,8 +349,9 @@ class Geometry(_message.Message):
 
     @_builtins.property
     def outsize(self) -> Global___OutputSize:
-        """At least 1, and from D - (s - 1) to D + (s - 1). Less than D crops the far edge of the output; more appends pixels
-        there, which receive whatever taps reach them (or none), plus b. Absent: D, which must then be at least 1.
+        """On each axis at least 1, and from D - (s - 1) to D + (s - 1). A value below D crops the far edge of the output. A value
+        above D appends pixels at the far edge: each is the sum of the filter taps that reach it, if any, plus b. Absent: D,
+        which must then be at least 1.
         """
 
     def __init__(
@@ -367,7 +375,7 @@ Global___Geometry: _TypeAlias = Geometry  # noqa: Y015
 
 @_typing.final
 class Options(_message.Message):
-    """How to compute, as in Chainer's configuration. No option changes what the result means."""
+    """How to compute, as in Chainer's configuration. No option changes the meaning of the result."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -376,12 +384,12 @@ class Options(_message.Message):
     USE_CUDNN_FIELD_NUMBER: _builtins.int
     ALLOW_TF32_FIELD_NUMBER: _builtins.int
     cudnn_deterministic: _builtins.bool
-    """Two runs on one device give the same bits."""
+    """Two runs on the same device give the same bits."""
     autotune: _builtins.bool
-    """Pick the fastest way by timing, once for each kind of request."""
+    """Time the candidate algorithms once for each kind of request, and use the fastest."""
     use_cudnn: Global___UseCudnn.ValueType
     allow_tf32: _builtins.bool
-    """Let float32 operands be rounded to TF32 (10 bits of mantissa) in products. Results then differ from the reference by
+    """Allow float32 operands to be rounded to TF32 (10 bits of mantissa) in products. Results then differ from the reference by
     more than its tolerances.
     """
     def __init__(
@@ -402,7 +410,9 @@ Global___Options: _TypeAlias = Options  # noqa: Y015
 
 @_typing.final
 class DeconvolveRequest(_message.Message):
-    """The element types of x and W may differ. Products are taken in the wider of the two, and in float32 at least."""
+    """The operands of a deconvolution. The element types of x and W may differ. Products are computed in the wider of the two
+    types, and at least in float32.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -416,9 +426,11 @@ class DeconvolveRequest(_message.Message):
     KEEP_FIELD_NUMBER: _builtins.int
     KEEP_Y_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """The session in which residents and digests are looked up and tensors kept. MAY be left out where there are none."""
+    """The session whose residents and digests the request names, and for which tensors are to be kept. MAY be absent if the
+    request has neither residents nor digests and keeps no tensors.
+    """
     keep_y: _builtins.bool
-    """Keep y for the session rather than send it: the response carries it as `resident`."""
+    """Keep y for the session instead of sending it. The response then has y as `resident`."""
     @_builtins.property
     def x(self) -> Global___Tensor:
         """(n, c_I, h_I, w_I)"""
@@ -429,7 +441,7 @@ class DeconvolveRequest(_message.Message):
 
     @_builtins.property
     def b(self) -> Global___Tensor:
-        """(c_O), of x's element type; may be left out."""
+        """(c_O), with the element type of x. Optional."""
 
     @_builtins.property
     def geometry(self) -> Global___Geometry: ...
@@ -437,7 +449,7 @@ class DeconvolveRequest(_message.Message):
     def options(self) -> Global___Options: ...
     @_builtins.property
     def y_place(self) -> Global___SharedSlice:
-        """Where to put y: the response then carries it as `shared` with this slice. Absent: it carries it as `raw`."""
+        """Where to write y. The response then has y as `shared`, with this slice. Absent: the response has y as `raw`."""
 
     @_builtins.property
     def keep(self) -> Global___OperandsToKeep:
@@ -466,8 +478,8 @@ Global___DeconvolveRequest: _TypeAlias = DeconvolveRequest  # noqa: Y015
 
 @_typing.final
 class OperandsToKeep(_message.Message):
-    """Which operands a call is to keep beyond its end; the response says under which handles. One that is resident already, and one
-    that is left out or a description, stays as it is and gets no handle.
+    """Which operands the server keeps after the call. The response has their handles. An operand that is already resident, that is
+    absent, or that is a description gets no new handle.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -495,8 +507,8 @@ Global___OperandsToKeep: _TypeAlias = OperandsToKeep  # noqa: Y015
 
 @_typing.final
 class KeptOperands(_message.Message):
-    """The handles of operands that a call has kept. In a stream they come with the header, and are good once the call has ended
-    with OK.
+    """The handles of the operands that a call has kept. In a stream they arrive with the header, and become valid when the call has
+    ended with OK.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -535,11 +547,11 @@ class DeconvolveResponse(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def y(self) -> Global___Tensor:
-        """(n, c_O, h_O, w_O), of x's element type."""
+        """(n, c_O, h_O, w_O), with the element type of x."""
 
     @_builtins.property
     def kept(self) -> Global___KeptOperands:
-        """Those that DeconvolveRequest.keep asked for."""
+        """The operands that DeconvolveRequest.keep asked for."""
 
     def __init__(
         self,
@@ -557,7 +569,7 @@ Global___DeconvolveResponse: _TypeAlias = DeconvolveResponse  # noqa: Y015
 
 @_typing.final
 class GradientMask(_message.Message):
-    """Which gradients to compute: at least one."""
+    """A set of gradients."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -584,7 +596,7 @@ Global___GradientMask: _TypeAlias = GradientMask  # noqa: Y015
 
 @_typing.final
 class DeconvolveGradRequest(_message.Message):
-    """The operands of the forward call, and the gradient of its result."""
+    """The operands of the forward call, and the gradient with respect to its result."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -611,7 +623,7 @@ class DeconvolveGradRequest(_message.Message):
 
     @_builtins.property
     def gy(self) -> Global___Tensor:
-        """y's shape and element type."""
+        """The shape and element type of y."""
 
     @_builtins.property
     def geometry(self) -> Global___Geometry:
@@ -620,10 +632,12 @@ class DeconvolveGradRequest(_message.Message):
     @_builtins.property
     def options(self) -> Global___Options: ...
     @_builtins.property
-    def wanted(self) -> Global___GradientMask: ...
+    def wanted(self) -> Global___GradientMask:
+        """Which gradients to compute: at least one."""
+
     @_builtins.property
     def gx_place(self) -> Global___SharedSlice:
-        """Where to put those that are wanted: as in DeconvolveRequest, each for itself."""
+        """Where to write each of the wanted gradients, as DeconvolveRequest.y_place."""
 
     @_builtins.property
     def gw_place(self) -> Global___SharedSlice: ...
@@ -631,7 +645,7 @@ class DeconvolveGradRequest(_message.Message):
     def gb_place(self) -> Global___SharedSlice: ...
     @_builtins.property
     def keep(self) -> Global___GradientMask:
-        """Of those wanted, the ones to keep for the session rather than send."""
+        """Which of the wanted gradients to keep for the session instead of sending them."""
 
     def __init__(
         self,
@@ -658,7 +672,7 @@ Global___DeconvolveGradRequest: _TypeAlias = DeconvolveGradRequest  # noqa: Y015
 
 @_typing.final
 class DeconvolveGradResponse(_message.Message):
-    """The gradients that were wanted, and no others."""
+    """The wanted gradients, and no others."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -667,15 +681,15 @@ class DeconvolveGradResponse(_message.Message):
     GB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def gx(self) -> Global___Tensor:
-        """x's shape and element type."""
+        """The shape and element type of x."""
 
     @_builtins.property
     def gw(self) -> Global___Tensor:
-        """W's shape and element type."""
+        """The shape and element type of W."""
 
     @_builtins.property
     def gb(self) -> Global___Tensor:
-        """(c_O), of x's element type: the sum of gy over n, h and w."""
+        """(c_O), with the element type of x: the sum of gy over n, h and w."""
 
     def __init__(
         self,
@@ -702,9 +716,9 @@ class DeconvolveStreamRequest(_message.Message):
     MISSING_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     missing_chunk: _builtins.bytes
-    """The next elements of what the server found missing; not empty."""
+    """The next elements of the tensors that the server reported as missing. Not empty."""
     chunk: _builtins.bytes
-    """The next elements, as in Tensor.raw; not empty."""
+    """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
     def header(self) -> Global___DeconvolveStreamHeader: ...
     def __init__(
@@ -726,19 +740,19 @@ Global___DeconvolveStreamRequest: _TypeAlias = DeconvolveStreamRequest  # noqa: 
 
 @_typing.final
 class DeconvolveStreamHeader(_message.Message):
-    """Describes what follows."""
+    """The header of a DeconvolveStream request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
     SLICE_SAMPLES_COUNT_FIELD_NUMBER: _builtins.int
     slice_samples_count: _builtins.int
-    """Samples that are computed at a time, from 1; the last slice MAY have fewer. A slice of x and one of y together MUST NOT
-    have more than 64 MiB, or Limits.message_bytes where that is more, unless this is 1.
+    """The number of samples in a slice, at least 1. The last slice MAY have fewer. Unless this is 1, a slice of x and the same
+    slice of y together MUST NOT have more than 64 MiB or Limits.message_bytes, whichever is more.
     """
     @_builtins.property
     def request(self) -> Global___DeconvolveRequest:
-        """Its tensors are descriptions, whose elements follow, or resident, or digests."""
+        """Each tensor is a description, whose elements follow in chunks, or a resident, or a digest."""
 
     def __init__(
         self,
@@ -764,14 +778,14 @@ class DeconvolveStreamResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next elements, as in Tensor.raw; not empty."""
+    """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
     def missing(self) -> Global___Missing:
-        """Comes before the header, if at all."""
+        """Optional, and only before the header."""
 
     @_builtins.property
     def header(self) -> Global___DeconvolveResponse:
-        """Its tensor is a description, or resident: then no elements follow."""
+        """y is a description, whose elements follow in chunks, or a resident."""
 
     def __init__(
         self,
@@ -800,9 +814,9 @@ class DeconvolveGradStreamRequest(_message.Message):
     MISSING_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     missing_chunk: _builtins.bytes
-    """The next elements of what the server found missing; not empty."""
+    """The next elements of the tensors that the server reported as missing. Not empty."""
     chunk: _builtins.bytes
-    """The next elements, as in Tensor.raw; not empty."""
+    """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
     def header(self) -> Global___DeconvolveGradStreamHeader: ...
     def __init__(
@@ -824,7 +838,7 @@ Global___DeconvolveGradStreamRequest: _TypeAlias = DeconvolveGradStreamRequest  
 
 @_typing.final
 class DeconvolveGradStreamHeader(_message.Message):
-    """Describes what follows."""
+    """The header of a DeconvolveGradStream request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -860,14 +874,14 @@ class DeconvolveGradStreamResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next elements, as in Tensor.raw; not empty."""
+    """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
     def missing(self) -> Global___Missing:
-        """Comes before the header, if at all."""
+        """Optional, and only before the header."""
 
     @_builtins.property
     def header(self) -> Global___DeconvolveGradResponse:
-        """Its tensors are descriptions, or resident: their elements do not follow."""
+        """Each tensor is a description, whose elements follow in chunks, or a resident."""
 
     def __init__(
         self,
@@ -888,11 +902,12 @@ Global___DeconvolveGradStreamResponse: _TypeAlias = DeconvolveGradStreamResponse
 
 @_typing.final
 class Missing(_message.Message):
-    """What the server lacks of the tensors that a stream's header gave by digest.
+    """The tensors that a stream's header named by digest and whose elements the server does not have.
 
-    A stream's first response is this if anything is missing, and the header if not; the server sends it as soon as it has the
-    request's header. The client MAY send chunks in the meantime, but no more than 64 MiB of elements. Once it has this it MUST
-    send the elements of these tensors as missing chunks, in this order and without gaps, before any other chunk.
+    The server sends its first response as soon as it has the request's header. That response is this message if any tensor is
+    missing, and the header otherwise. Until it receives that response, the client MAY send chunks, but no more than 64 MiB of
+    elements. After it has received this message, it MUST send the elements of these tensors as missing chunks, in this order
+    and without gaps, before any other chunk.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -917,18 +932,20 @@ Global___Missing: _TypeAlias = Missing  # noqa: Y015
 
 @_typing.final
 class HoldSessionRequest(_message.Message):
-    """The client's side of a session: the first message opens or resumes one; fields of later ones are ignored."""
+    """A message from the client in a session. The first one opens or resumes the session; later ones are heartbeats, and their
+    fields are ignored.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     TENANT_KEY_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """The name of a session to resume; empty to open one."""
+    """The name of the session to resume. Empty to open a new one."""
     tenant_key: _builtins.bytes
-    """A secret, of up to 64 bytes. All who tell the same are one tenant: they have one quota, can use each other's residents and
-    find what another of them sent by its digest. Empty: the session is a tenant of its own. Who resumes a session MUST tell
-    what it was opened with: to others there is no such session.
+    """A secret of up to 64 bytes. All sessions with the same key belong to one tenant: they share a quota, can use each other's
+    residents, and can name by digest what any of them has sent. Empty: the session is a tenant of its own. A client that
+    resumes a session MUST give the key with which it was opened, or the server answers that there is no such session.
     """
     def __init__(
         self,
@@ -946,7 +963,7 @@ Global___HoldSessionRequest: _TypeAlias = HoldSessionRequest  # noqa: Y015
 
 @_typing.final
 class HoldSessionResponse(_message.Message):
-    """The server's side of a session; there is one message."""
+    """The server's only message in a session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -954,11 +971,11 @@ class HoldSessionResponse(_message.Message):
     LEASE_S_FIELD_NUMBER: _builtins.int
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """Its name: a secret of 16 bytes."""
+    """The session's name: a secret of 16 bytes."""
     lease_s: _builtins.float
-    """How long, in seconds, the session outlives the client's last sign of life."""
+    """How many seconds the session lives without a heartbeat."""
     quota_bytes: _builtins.int
-    """What the tenant may keep, in all its sessions together."""
+    """How many bytes the tenant may keep in all its sessions together."""
     def __init__(
         self,
         *,
@@ -983,7 +1000,7 @@ class PutTensorRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next elements, as in Tensor.raw; not empty."""
+    """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
     def header(self) -> Global___PutTensorHeader: ...
     def __init__(
@@ -1004,17 +1021,17 @@ Global___PutTensorRequest: _TypeAlias = PutTensorRequest  # noqa: Y015
 
 @_typing.final
 class PutTensorHeader(_message.Message):
-    """Describes what follows."""
+    """The header of a PutTensor request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """For which it is kept."""
+    """The session for which the server keeps the tensor."""
     @_builtins.property
     def tensor(self) -> Global___Tensor:
-        """A description, or shared: then no elements follow."""
+        """A description, whose elements follow in chunks, or shared."""
 
     def __init__(
         self,
@@ -1032,7 +1049,7 @@ Global___PutTensorHeader: _TypeAlias = PutTensorHeader  # noqa: Y015
 
 @_typing.final
 class PutTensorResponse(_message.Message):
-    """How the tensor is called from now on."""
+    """The stored tensor's handle."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1054,7 +1071,7 @@ Global___PutTensorResponse: _TypeAlias = PutTensorResponse  # noqa: Y015
 
 @_typing.final
 class GetTensorRequest(_message.Message):
-    """Asks for a tensor."""
+    """Names the tensor to return."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1062,12 +1079,12 @@ class GetTensorRequest(_message.Message):
     RESIDENT_FIELD_NUMBER: _builtins.int
     PLACE_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """Of the tensor's tenant."""
+    """Any session of the tensor's tenant."""
     @_builtins.property
     def resident(self) -> Global___Resident: ...
     @_builtins.property
     def place(self) -> Global___SharedSlice:
-        """Where to put the elements; absent: they are sent."""
+        """Where to write the elements. Absent: they are sent in chunks."""
 
     def __init__(
         self,
@@ -1093,10 +1110,10 @@ class GetTensorResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next elements, as in Tensor.raw; not empty."""
+    """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
     def header(self) -> Global___Tensor:
-        """A description, or shared: then no elements follow."""
+        """A description, whose elements follow in chunks, or shared."""
 
     def __init__(
         self,
@@ -1116,14 +1133,14 @@ Global___GetTensorResponse: _TypeAlias = GetTensorResponse  # noqa: Y015
 
 @_typing.final
 class DropTensorsRequest(_message.Message):
-    """Names what is to be dropped."""
+    """Names the tensors to drop."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     RESIDENTS_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """For which they are kept."""
+    """The session for which they are kept."""
     @_builtins.property
     def residents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resident]: ...
     def __init__(
@@ -1159,14 +1176,14 @@ Global___DropTensorsResponse: _TypeAlias = DropTensorsResponse  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
-    """Says who asks."""
+    """Identifies the caller."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """The session whose tenant's resident tensors are counted in `Device.caches`. Where it is left out, or is none that the
-    server holds, none are counted: what others keep is told to nobody.
+    """The caller's session. `Device.caches` counts the resident tensors of this session's tenant only: no caller learns what
+    other tenants keep. If the session is absent or unknown to the server, no resident tensors are counted.
     """
     def __init__(
         self,
@@ -1183,7 +1200,7 @@ Global___GetServerInfoRequest: _TypeAlias = GetServerInfoRequest  # noqa: Y015
 
 @_typing.final
 class GetServerInfoResponse(_message.Message):
-    """What the server is."""
+    """The server's version, devices, limits and sockets."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1198,38 +1215,38 @@ class GetServerInfoResponse(_message.Message):
     DIRECT_PORT_FIELD_NUMBER: _builtins.int
     SIDE_SOCKETS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
-    """Of deconvd, as in PEP 440."""
+    """The version of deconvd, in the form of PEP 440."""
     shared_memory_socket: _builtins.str
-    """Absolute path of a Unix socket where it lends memory; empty if it lends none. It is for clients that reach the server in
-    another way than by a Unix socket; the others MUST use `side_sockets`.
+    """Absolute path of a Unix socket where the server lends memory. Empty if it lends none. Only clients that reach the server
+    otherwise than over a Unix socket use this path; all others MUST use `side_sockets`.
     """
     instance_id: _builtins.str
-    """Random, and new whenever the server starts: two targets that tell the same are one server."""
+    """A random identifier, new at each start of the server. Two targets with the same identifier are the same server."""
     direct_port: _builtins.int
-    """The TCP port where it takes direct calls, on the same hosts; 0 if there is none. Direct calls are these methods without
-    gRPC, for clients that know how: deconvd/direct_protocol.py.
+    """The TCP port for direct calls, on the same hosts as the gRPC port. 0 if there is none. Direct calls are the methods of
+    this service without gRPC: deconvd/direct/protocol.py specifies them.
     """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
     def element_types(self) -> _containers.RepeatedScalarFieldContainer[Global___ElementType.ValueType]:
-        """Those it takes."""
+        """The element types that the server accepts."""
 
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of optional parts of the contract that it has. A client MUST ignore unknown ones."""
+        """Names of optional parts of this contract that the server supports. A client MUST ignore unknown names."""
 
     @_builtins.property
     def unix_sockets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Absolute paths of the Unix sockets that it listens on. A client on the same host SHOULD use one, after it has seen that
-        the same instance answers there.
+        """Absolute paths of the Unix sockets on which the server listens. A client on the same host SHOULD use one, after it has
+        verified that the same instance answers there.
         """
 
     @_builtins.property
     def side_sockets(self) -> _containers.RepeatedCompositeFieldContainer[Global___SideSockets]:
-        """What listens beside each of `unix_sockets`, in their order."""
+        """The side sockets of each of `unix_sockets`, in the same order."""
 
     def __init__(
         self,
@@ -1255,12 +1272,14 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class SideSockets(_message.Message):
-    """The Unix sockets beside one for gRPC. Each is empty if there is none; else it is an absolute path, or the name of a file in
-    the directory of the socket for gRPC. A client MUST look for a name in the directory by which it reaches that socket itself,
-    after symbolic links to it: in another container the directory may have another path.
+    """The Unix sockets that belong to one Unix socket for gRPC. Each field is empty if there is no such socket. Otherwise it is an
+    absolute path, or the name of a file in the directory of the gRPC socket. A client MUST look for a file name in the directory
+    through which it reaches the gRPC socket itself, with symbolic links to that socket resolved: the directory may have another
+    path in another container.
 
-    Whoever may open the socket for gRPC may open these. Where a proxy listens, or another server, they may be another server's:
-    a client MUST NOT use one before it has seen that the instance which told of it answers there.
+    Everyone who may open the gRPC socket may open these. If the gRPC socket belongs to a proxy, these sockets may belong to
+    another server than the one behind the proxy. So a client MUST NOT use one before it has verified that the instance that
+    named it answers there.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1268,9 +1287,9 @@ class SideSockets(_message.Message):
     CALLS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     calls: _builtins.str
-    """Where it takes direct calls: deconvd/direct_protocol.py."""
+    """Where the server accepts direct calls: see deconvd/direct/protocol.py."""
     memory: _builtins.str
-    """Where it lends memory: deconvd/shared_memory.py."""
+    """Where the server lends memory: see deconvd/lending/protocol.py."""
     def __init__(
         self,
         *,
@@ -1287,7 +1306,7 @@ Global___SideSockets: _TypeAlias = SideSockets  # noqa: Y015
 
 @_typing.final
 class Device(_message.Message):
-    """Something that computes."""
+    """A processor or a GPU that computes calls."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1303,20 +1322,20 @@ class Device(_message.Message):
     id: _builtins.str
     """As in the server's --device: "cpu", "cuda:0"."""
     name: _builtins.str
-    """The maker's name for it."""
+    """The manufacturer's name for it."""
     memory_bytes: _builtins.int
-    """What it has in all."""
+    """Size of its memory."""
     threads_count: _builtins.int
-    """Threads that compute on it; 0 on a GPU."""
+    """Threads that compute on it. 0 on a GPU."""
     budget_bytes: _builtins.int
-    """What the calls under way may take of its memory, all together."""
+    """How much of its memory all running calls together may use."""
     used_bytes: _builtins.int
-    """What they take now."""
+    """How much of that they use now."""
     running_calls_count: _builtins.int
     waiting_calls_count: _builtins.int
     @_builtins.property
     def caches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cache]:
-        """What it keeps between calls; of resident tensors, those of the caller's own tenant."""
+        """Its caches. Of resident tensors, only those of the caller's tenant are counted."""
 
     def __init__(
         self,
@@ -1341,7 +1360,7 @@ Global___Device: _TypeAlias = Device  # noqa: Y015
 
 @_typing.final
 class Cache(_message.Message):
-    """What a device keeps of one kind between calls, so as not to make it again."""
+    """A cache, one for each kind of object that a device keeps between calls."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1353,13 +1372,13 @@ class Cache(_message.Message):
     MISSES_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     count: _builtins.int
-    """Entries."""
+    """Number of entries."""
     size_bytes: _builtins.int
     limit_bytes: _builtins.int
     hits_count: _builtins.int
-    """Times that an entry was there when it was asked for."""
+    """How often a requested entry was in the cache."""
     misses_count: _builtins.int
-    """Times that it had to be made."""
+    """How often it had to be created."""
     def __init__(
         self,
         *,
@@ -1380,14 +1399,14 @@ Global___Cache: _TypeAlias = Cache  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """What the server takes. A call over a limit ends with RESOURCE_EXHAUSTED."""
+    """Limits of the server. A call that exceeds one ends with RESOURCE_EXHAUSTED."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     message_bytes: _builtins.int
-    """The largest request and the largest response. A message MUST NOT have more than 128 KiB beside the elements of its tensors,
-    and more than 16 MiB only if it has each tensor once and each of these one payload.
+    """The largest size of a request and of a response. In addition to the elements of its tensors, a message MUST NOT have more
+    than 128 KiB. A message of more than 16 MiB MUST contain each tensor only once, and each tensor only one payload.
     """
     def __init__(
         self,

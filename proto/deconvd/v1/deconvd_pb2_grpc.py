@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class DeconvolutionServiceStub(object):
-    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
-    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """Runs deconvolutions. A client MAY retry each call, whatever its status: no call has a side effect that a caller can see,
+    with one exception. If a call asks the server to keep a tensor and is retried, the server may keep the tensor twice. Nobody
+    knows the first handle then, and that copy stays until the session ends.
     """
 
     def __init__(self, channel):
@@ -84,88 +85,92 @@ class DeconvolutionServiceStub(object):
 
 
 class DeconvolutionServiceServicer(object):
-    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
-    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """Runs deconvolutions. A client MAY retry each call, whatever its status: no call has a side effect that a caller can see,
+    with one exception. If a call asks the server to keep a tensor and is retried, the server may keep the tensor twice. Nobody
+    knows the first handle then, and that copy stays until the session ends.
     """
 
     def Deconvolve(self, request, context):
-        """Computes y, the deconvolution of x by W, plus b where it is given.
+        """Computes y, the deconvolution of x by W, plus b if it is given.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeconvolveGrad(self, request, context):
-        """Computes the gradients of a deconvolution with respect to its operands, from the gradient gy of its result.
+        """Computes the gradients with respect to the operands of a deconvolution, from gy, the gradient with respect to its result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeconvolveStream(self, request_iterator, context):
-        """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+        """The same as Deconvolve, for tensors of any size. Elements flow in both directions at once.
 
-        The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
-        cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
-        x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
-        and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+        The client sends a header, then the elements of W, of b if it is given, and of x, in this order and without gaps. Chunks
+        may be cut anywhere. The server computes each slice of samples as soon as all of the slice has arrived, and answers while
+        x is still arriving: first a header, then the elements of y in chunks. A chunk MUST NOT be larger than
+        Limits.message_bytes and SHOULD have about 1 MiB. Besides W and b, neither side needs to hold more than one slice of x
+        and one of y.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeconvolveGradStream(self, request_iterator, context):
-        """The same as DeconvolveGrad for tensors of any size.
+        """The same as DeconvolveGrad, for tensors of any size.
 
-        After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
-        gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+        After the header, the client sends the elements of W if gx is wanted. Then it sends, for each slice, the elements of x if
+        gw is wanted, and those of gy. The server sends the elements of the wanted results in this order: gx slice by slice, then
+        gw, then gb.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def HoldSession(self, request_iterator, context):
-        """Holds a session: what belongs to it is kept for as long as this call lasts.
+        """Holds a session open. The server keeps the session's tensors for as long as this call lasts.
 
-        Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
-        its name. After that any message of the client's is a sign of life; it MUST send one at least every
-        HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+        The client's first message opens a session or resumes one, and the server answers with the session's name. Each later
+        message of the client is a heartbeat. The client MUST send at least one in every HoldSessionResponse.lease_s seconds, and
+        SHOULD send three. A session ends
 
-        - when the client closes its side of the stream: at once;
-        - when the stream breaks: after a few seconds, unless the session is resumed before;
-        - when the lease passes without a sign of life.
+        - at once, when the client closes its side of the stream;
+        - a few seconds after the stream breaks, unless the client resumes the session before;
+        - when lease_s seconds have passed without a heartbeat.
 
-        Its tensors are dropped then; what calls still use, after them.
+        When a session ends, the server drops its tensors. It drops a tensor that a call still uses once that call has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutTensor(self, request_iterator, context):
-        """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
-        where they are.
+        """Stores a tensor. The client sends a header, then the elements in chunks, as in DeconvolveStream. It sends no chunks if the
+        header says where in shared memory the elements are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTensor(self, request, context):
-        """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
-        place.
+        """Returns the elements of a resident tensor: a header, then chunks. There are no chunks if the request gives a place: the
+        server has then written the elements there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DropTensors(self, request, context):
-        """Drops tensors. Those that are not there are passed over; what calls still use is freed after them.
+        """Drops tensors. The server ignores handles that it does not know. It frees a tensor that a call still uses once that call
+        has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Says what the server is, what it runs on and how much it takes.
+        """Describes the server: version, devices, limits, and the other ways to reach it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,8 +233,9 @@ def add_DeconvolutionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DeconvolutionService(object):
-    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
-    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """Runs deconvolutions. A client MAY retry each call, whatever its status: no call has a side effect that a caller can see,
+    with one exception. If a call asks the server to keep a tensor and is retried, the server may keep the tensor twice. Nobody
+    knows the first handle then, and that copy stays until the session ends.
     """
 
     @staticmethod

@@ -3,24 +3,26 @@
 isort:skip_file
 deconvd: two-dimensional deconvolution (transposed convolution) as a service.
 
-These comments are the specification. MUST, SHOULD and MAY are used as in RFC 2119. The function itself is
-Chainer 7's `deconvolution_2d`; its names are kept, in lower case: n, c_I, c_O are the batch size and the numbers of
-input and output channels; h_I, w_I, h_K, w_K, h_O, w_O the sizes of the input image, the filter and the output.
+These comments are the specification. MUST, SHOULD and MAY have the meaning of RFC 2119. The function is Chainer 7's
+`deconvolution_2d`, with the same argument names in lower case. In shapes, n is the batch size; c_I and c_O are the
+numbers of input and output channels; (h_I, w_I), (h_K, w_K) and (h_O, w_O) are the sizes of the input image, the
+filter and the output image.
 
 Statuses, for every RPC:
 
   INVALID_ARGUMENT    The request can never succeed. A google.rpc.BadRequest detail names each field at fault.
-  NOT_FOUND           Memory, a tensor or a session that the request names is not there, or no longer (see SharedSlice,
-                      Resident, Digest and HoldSession). A google.rpc.ResourceInfo detail names the field. Send what
-                      lay there.
-  RESOURCE_EXHAUSTED  The message, the result or the memory it needs is over a limit (see Limits). Send less.
-  UNAVAILABLE         The server is starting, draining or full. Try again; google.rpc.RetryInfo MAY say when.
-  DEADLINE_EXCEEDED   The caller's deadline passed. The server has stopped, or will soon stop, the work. Or the work would
-                      surely take longer, and was not begun: the message has an estimate.
-  CANCELLED           The caller went away, likewise.
-  INTERNAL            A fault of the server, written to its log.
+  NOT_FOUND           The server does not have, or no longer has, a memory region, a tensor or a session that the
+                      request names (see SharedSlice, Resident, Digest and HoldSession). A google.rpc.ResourceInfo
+                      detail names the field. Send the elements instead, or open a new session.
+  RESOURCE_EXHAUSTED  The message, the result or the memory that the call needs exceeds a limit (see Limits). Send less.
+  UNAVAILABLE         The server is starting, draining or full. Try again; a google.rpc.RetryInfo detail MAY say when.
+  DEADLINE_EXCEEDED   The caller's deadline has passed, and the server has stopped the work or will stop it soon. Or the
+                      server estimates that the work cannot end before the deadline, and has not begun it. The
+                      message then contains the estimate.
+  CANCELLED           The caller cancelled the call. The server has stopped the work or will stop it soon.
+  INTERNAL            A fault of the server. Its log has the details.
 
-A google.rpc.ErrorInfo detail with the domain "deconvd" names the error's class in its reason.
+The reason in a google.rpc.ErrorInfo detail with the domain "deconvd" is the name of the error's class.
 """
 
 from collections import abc as _abc
@@ -47,8 +49,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DeconvolutionServiceStub:
-    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
-    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """Runs deconvolutions. A client MAY retry each call, whatever its status: no call has a side effect that a caller can see,
+    with one exception. If a call asks the server to keep a tensor and is retried, the server may keep the tensor twice. Nobody
+    knows the first handle then, and that copy stays until the session ends.
     """
 
     @_typing.overload
@@ -56,103 +59,113 @@ class DeconvolutionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DeconvolutionServiceAsyncStub: ...
     Deconvolve: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.DeconvolveRequest, _deconvd_pb2.DeconvolveResponse]
-    """Computes y, the deconvolution of x by W, plus b where it is given."""
+    """Computes y, the deconvolution of x by W, plus b if it is given."""
     DeconvolveGrad: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.DeconvolveGradRequest, _deconvd_pb2.DeconvolveGradResponse]
-    """Computes the gradients of a deconvolution with respect to its operands, from the gradient gy of its result."""
+    """Computes the gradients with respect to the operands of a deconvolution, from gy, the gradient with respect to its result."""
     DeconvolveStream: _grpc.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveStreamRequest, _deconvd_pb2.DeconvolveStreamResponse]
-    """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+    """The same as Deconvolve, for tensors of any size. Elements flow in both directions at once.
 
-    The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
-    cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
-    x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
-    and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+    The client sends a header, then the elements of W, of b if it is given, and of x, in this order and without gaps. Chunks
+    may be cut anywhere. The server computes each slice of samples as soon as all of the slice has arrived, and answers while
+    x is still arriving: first a header, then the elements of y in chunks. A chunk MUST NOT be larger than
+    Limits.message_bytes and SHOULD have about 1 MiB. Besides W and b, neither side needs to hold more than one slice of x
+    and one of y.
     """
     DeconvolveGradStream: _grpc.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveGradStreamRequest, _deconvd_pb2.DeconvolveGradStreamResponse]
-    """The same as DeconvolveGrad for tensors of any size.
+    """The same as DeconvolveGrad, for tensors of any size.
 
-    After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
-    gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+    After the header, the client sends the elements of W if gx is wanted. Then it sends, for each slice, the elements of x if
+    gw is wanted, and those of gy. The server sends the elements of the wanted results in this order: gx slice by slice, then
+    gw, then gb.
     """
     HoldSession: _grpc.StreamStreamMultiCallable[_deconvd_pb2.HoldSessionRequest, _deconvd_pb2.HoldSessionResponse]
-    """Holds a session: what belongs to it is kept for as long as this call lasts.
+    """Holds a session open. The server keeps the session's tensors for as long as this call lasts.
 
-    Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
-    its name. After that any message of the client's is a sign of life; it MUST send one at least every
-    HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+    The client's first message opens a session or resumes one, and the server answers with the session's name. Each later
+    message of the client is a heartbeat. The client MUST send at least one in every HoldSessionResponse.lease_s seconds, and
+    SHOULD send three. A session ends
 
-      - when the client closes its side of the stream: at once;
-      - when the stream breaks: after a few seconds, unless the session is resumed before;
-      - when the lease passes without a sign of life.
+      - at once, when the client closes its side of the stream;
+      - a few seconds after the stream breaks, unless the client resumes the session before;
+      - when lease_s seconds have passed without a heartbeat.
 
-    Its tensors are dropped then; what calls still use, after them.
+    When a session ends, the server drops its tensors. It drops a tensor that a call still uses once that call has ended.
     """
     PutTensor: _grpc.StreamUnaryMultiCallable[_deconvd_pb2.PutTensorRequest, _deconvd_pb2.PutTensorResponse]
-    """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
-    where they are.
+    """Stores a tensor. The client sends a header, then the elements in chunks, as in DeconvolveStream. It sends no chunks if the
+    header says where in shared memory the elements are.
     """
     GetTensor: _grpc.UnaryStreamMultiCallable[_deconvd_pb2.GetTensorRequest, _deconvd_pb2.GetTensorResponse]
-    """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
-    place.
+    """Returns the elements of a resident tensor: a header, then chunks. There are no chunks if the request gives a place: the
+    server has then written the elements there.
     """
     DropTensors: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.DropTensorsRequest, _deconvd_pb2.DropTensorsResponse]
-    """Drops tensors. Those that are not there are passed over; what calls still use is freed after them."""
+    """Drops tensors. The server ignores handles that it does not know. It frees a tensor that a call still uses once that call
+    has ended.
+    """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_deconvd_pb2.GetServerInfoRequest, _deconvd_pb2.GetServerInfoResponse]
-    """Says what the server is, what it runs on and how much it takes."""
+    """Describes the server: version, devices, limits, and the other ways to reach it."""
 
 @_typing.type_check_only
 class DeconvolutionServiceAsyncStub(DeconvolutionServiceStub):
-    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
-    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """Runs deconvolutions. A client MAY retry each call, whatever its status: no call has a side effect that a caller can see,
+    with one exception. If a call asks the server to keep a tensor and is retried, the server may keep the tensor twice. Nobody
+    knows the first handle then, and that copy stays until the session ends.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Deconvolve: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.DeconvolveRequest, _deconvd_pb2.DeconvolveResponse]  # type: ignore[assignment]
-    """Computes y, the deconvolution of x by W, plus b where it is given."""
+    """Computes y, the deconvolution of x by W, plus b if it is given."""
     DeconvolveGrad: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.DeconvolveGradRequest, _deconvd_pb2.DeconvolveGradResponse]  # type: ignore[assignment]
-    """Computes the gradients of a deconvolution with respect to its operands, from the gradient gy of its result."""
+    """Computes the gradients with respect to the operands of a deconvolution, from gy, the gradient with respect to its result."""
     DeconvolveStream: _aio.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveStreamRequest, _deconvd_pb2.DeconvolveStreamResponse]  # type: ignore[assignment]
-    """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+    """The same as Deconvolve, for tensors of any size. Elements flow in both directions at once.
 
-    The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
-    cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
-    x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
-    and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+    The client sends a header, then the elements of W, of b if it is given, and of x, in this order and without gaps. Chunks
+    may be cut anywhere. The server computes each slice of samples as soon as all of the slice has arrived, and answers while
+    x is still arriving: first a header, then the elements of y in chunks. A chunk MUST NOT be larger than
+    Limits.message_bytes and SHOULD have about 1 MiB. Besides W and b, neither side needs to hold more than one slice of x
+    and one of y.
     """
     DeconvolveGradStream: _aio.StreamStreamMultiCallable[_deconvd_pb2.DeconvolveGradStreamRequest, _deconvd_pb2.DeconvolveGradStreamResponse]  # type: ignore[assignment]
-    """The same as DeconvolveGrad for tensors of any size.
+    """The same as DeconvolveGrad, for tensors of any size.
 
-    After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
-    gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+    After the header, the client sends the elements of W if gx is wanted. Then it sends, for each slice, the elements of x if
+    gw is wanted, and those of gy. The server sends the elements of the wanted results in this order: gx slice by slice, then
+    gw, then gb.
     """
     HoldSession: _aio.StreamStreamMultiCallable[_deconvd_pb2.HoldSessionRequest, _deconvd_pb2.HoldSessionResponse]  # type: ignore[assignment]
-    """Holds a session: what belongs to it is kept for as long as this call lasts.
+    """Holds a session open. The server keeps the session's tensors for as long as this call lasts.
 
-    Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
-    its name. After that any message of the client's is a sign of life; it MUST send one at least every
-    HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+    The client's first message opens a session or resumes one, and the server answers with the session's name. Each later
+    message of the client is a heartbeat. The client MUST send at least one in every HoldSessionResponse.lease_s seconds, and
+    SHOULD send three. A session ends
 
-      - when the client closes its side of the stream: at once;
-      - when the stream breaks: after a few seconds, unless the session is resumed before;
-      - when the lease passes without a sign of life.
+      - at once, when the client closes its side of the stream;
+      - a few seconds after the stream breaks, unless the client resumes the session before;
+      - when lease_s seconds have passed without a heartbeat.
 
-    Its tensors are dropped then; what calls still use, after them.
+    When a session ends, the server drops its tensors. It drops a tensor that a call still uses once that call has ended.
     """
     PutTensor: _aio.StreamUnaryMultiCallable[_deconvd_pb2.PutTensorRequest, _deconvd_pb2.PutTensorResponse]  # type: ignore[assignment]
-    """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
-    where they are.
+    """Stores a tensor. The client sends a header, then the elements in chunks, as in DeconvolveStream. It sends no chunks if the
+    header says where in shared memory the elements are.
     """
     GetTensor: _aio.UnaryStreamMultiCallable[_deconvd_pb2.GetTensorRequest, _deconvd_pb2.GetTensorResponse]  # type: ignore[assignment]
-    """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
-    place.
+    """Returns the elements of a resident tensor: a header, then chunks. There are no chunks if the request gives a place: the
+    server has then written the elements there.
     """
     DropTensors: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.DropTensorsRequest, _deconvd_pb2.DropTensorsResponse]  # type: ignore[assignment]
-    """Drops tensors. Those that are not there are passed over; what calls still use is freed after them."""
+    """Drops tensors. The server ignores handles that it does not know. It frees a tensor that a call still uses once that call
+    has ended.
+    """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_deconvd_pb2.GetServerInfoRequest, _deconvd_pb2.GetServerInfoResponse]  # type: ignore[assignment]
-    """Says what the server is, what it runs on and how much it takes."""
+    """Describes the server: version, devices, limits, and the other ways to reach it."""
 
 class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs deconvolutions. Each call MAY be retried whatever its status: none has a side effect that a caller could see, save that
-    a tensor to be kept may then be kept twice, the first time without anybody's knowing its handle, until the session ends.
+    """Runs deconvolutions. A client MAY retry each call, whatever its status: no call has a side effect that a caller can see,
+    with one exception. If a call asks the server to keep a tensor and is retried, the server may keep the tensor twice. Nobody
+    knows the first handle then, and that copy stays until the session ends.
     """
 
     @_abc_1.abstractmethod
@@ -161,7 +174,7 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _deconvd_pb2.DeconvolveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_deconvd_pb2.DeconvolveResponse, _abc.Awaitable[_deconvd_pb2.DeconvolveResponse]]:
-        """Computes y, the deconvolution of x by W, plus b where it is given."""
+        """Computes y, the deconvolution of x by W, plus b if it is given."""
 
     @_abc_1.abstractmethod
     def DeconvolveGrad(
@@ -169,7 +182,7 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _deconvd_pb2.DeconvolveGradRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_deconvd_pb2.DeconvolveGradResponse, _abc.Awaitable[_deconvd_pb2.DeconvolveGradResponse]]:
-        """Computes the gradients of a deconvolution with respect to its operands, from the gradient gy of its result."""
+        """Computes the gradients with respect to the operands of a deconvolution, from gy, the gradient with respect to its result."""
 
     @_abc_1.abstractmethod
     def DeconvolveStream(
@@ -177,12 +190,13 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_deconvd_pb2.DeconvolveStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.DeconvolveStreamResponse], _abc.AsyncIterator[_deconvd_pb2.DeconvolveStreamResponse]]:
-        """The same as Deconvolve for tensors of any size, which flow in both directions at once.
+        """The same as Deconvolve, for tensors of any size. Elements flow in both directions at once.
 
-        The client sends a header, then the elements of W, of b where it is given, and of x, in this order and without gaps,
-        cut into chunks anywhere. The server computes a slice of samples as soon as it is whole, so y begins to flow back while
-        x is still arriving: first a header, then y's elements in chunks. A chunk MUST NOT be larger than Limits.message_bytes
-        and SHOULD have about a mebibyte. Neither side need hold more than a slice of x and of y beside W and b.
+        The client sends a header, then the elements of W, of b if it is given, and of x, in this order and without gaps. Chunks
+        may be cut anywhere. The server computes each slice of samples as soon as all of the slice has arrived, and answers while
+        x is still arriving: first a header, then the elements of y in chunks. A chunk MUST NOT be larger than
+        Limits.message_bytes and SHOULD have about 1 MiB. Besides W and b, neither side needs to hold more than one slice of x
+        and one of y.
         """
 
     @_abc_1.abstractmethod
@@ -191,10 +205,11 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_deconvd_pb2.DeconvolveGradStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.DeconvolveGradStreamResponse], _abc.AsyncIterator[_deconvd_pb2.DeconvolveGradStreamResponse]]:
-        """The same as DeconvolveGrad for tensors of any size.
+        """The same as DeconvolveGrad, for tensors of any size.
 
-        After the header come the elements of W if gx is wanted; then, slice by slice, those of x if gw is wanted and those of
-        gy. The results' elements come in the order gx, slice by slice, then gw, then gb: those that are wanted.
+        After the header, the client sends the elements of W if gx is wanted. Then it sends, for each slice, the elements of x if
+        gw is wanted, and those of gy. The server sends the elements of the wanted results in this order: gx slice by slice, then
+        gw, then gb.
         """
 
     @_abc_1.abstractmethod
@@ -203,17 +218,17 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_deconvd_pb2.HoldSessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.HoldSessionResponse], _abc.AsyncIterator[_deconvd_pb2.HoldSessionResponse]]:
-        """Holds a session: what belongs to it is kept for as long as this call lasts.
+        """Holds a session open. The server keeps the session's tensors for as long as this call lasts.
 
-        Tensors stay on the server for a session. The client's first message opens one, or resumes one; the server answers with
-        its name. After that any message of the client's is a sign of life; it MUST send one at least every
-        HoldSessionResponse.lease_s, and SHOULD send three. A session ends
+        The client's first message opens a session or resumes one, and the server answers with the session's name. Each later
+        message of the client is a heartbeat. The client MUST send at least one in every HoldSessionResponse.lease_s seconds, and
+        SHOULD send three. A session ends
 
-          - when the client closes its side of the stream: at once;
-          - when the stream breaks: after a few seconds, unless the session is resumed before;
-          - when the lease passes without a sign of life.
+          - at once, when the client closes its side of the stream;
+          - a few seconds after the stream breaks, unless the client resumes the session before;
+          - when lease_s seconds have passed without a heartbeat.
 
-        Its tensors are dropped then; what calls still use, after them.
+        When a session ends, the server drops its tensors. It drops a tensor that a call still uses once that call has ended.
         """
 
     @_abc_1.abstractmethod
@@ -222,8 +237,8 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_deconvd_pb2.PutTensorRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_deconvd_pb2.PutTensorResponse, _abc.Awaitable[_deconvd_pb2.PutTensorResponse]]:
-        """Takes a tensor and keeps it: a header, then the elements in chunks, as in DeconvolveStream; none if the header names
-        where they are.
+        """Stores a tensor. The client sends a header, then the elements in chunks, as in DeconvolveStream. It sends no chunks if the
+        header says where in shared memory the elements are.
         """
 
     @_abc_1.abstractmethod
@@ -232,8 +247,8 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _deconvd_pb2.GetTensorRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_deconvd_pb2.GetTensorResponse], _abc.AsyncIterator[_deconvd_pb2.GetTensorResponse]]:
-        """Returns the elements of a tensor that is kept: a header, then the elements in chunks; none if they were to be put in a
-        place.
+        """Returns the elements of a resident tensor: a header, then chunks. There are no chunks if the request gives a place: the
+        server has then written the elements there.
         """
 
     @_abc_1.abstractmethod
@@ -242,7 +257,9 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _deconvd_pb2.DropTensorsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_deconvd_pb2.DropTensorsResponse, _abc.Awaitable[_deconvd_pb2.DropTensorsResponse]]:
-        """Drops tensors. Those that are not there are passed over; what calls still use is freed after them."""
+        """Drops tensors. The server ignores handles that it does not know. It frees a tensor that a call still uses once that call
+        has ended.
+        """
 
     @_abc_1.abstractmethod
     def GetServerInfo(
@@ -250,6 +267,6 @@ class DeconvolutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _deconvd_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_deconvd_pb2.GetServerInfoResponse, _abc.Awaitable[_deconvd_pb2.GetServerInfoResponse]]:
-        """Says what the server is, what it runs on and how much it takes."""
+        """Describes the server: version, devices, limits, and the other ways to reach it."""
 
 def add_DeconvolutionServiceServicer_to_server(servicer: DeconvolutionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -4,8 +4,8 @@ Protobuf copies a ``bytes`` field when it is set, serialized, parsed and read, s
 Here the generated classes encode only the small fields. The elements are framed by hand: they are copied once, into the
 bytes that gRPC sends, and are read where gRPC has received them.
 
-    bytes of a large request   | small fields ... | x: prefix, header | raw prefix | elements of x |
-    encode, decode               generated class    generated class     by hand      a view
+    bytes of a large request  | small fields    | tag, size of x | type, shape     | tag, size of raw | elements of x |
+    written and read by       | generated class | hand           | generated class | hand             | hand          |
 
 The bytes are those of the schema. Any protobuf library can read what `encode` writes, and `decode` reads what any
 library writes, with fields in any order. A large message in an unusual form, for example with a tensor in two pieces,
@@ -227,7 +227,10 @@ def _only_field(data: bytes, number: int) -> memoryview | None:
 
 
 class _UnsupportedLayoutError(Exception):
-    """The bytes are invalid, or only the generated classes parse them. The text completes "a message with"."""
+    """The bytes are invalid, or in a form that only the generated classes parse.
+
+    The text completes "a message with ...".
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ _CLASS_BY_NAME: dict[str, type[DeconvdError]] = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, DeconvdError)
 }
-# Only direct subclasses: another program's NOT_FOUND does not mean that a tensor is lost.
+# Only direct subclasses: another program's NOT_FOUND does not mean that a tensor is lost. Other classes are found by
+# name.
 _CLASS_BY_STATUS: dict[str, type[DeconvdError]] = {DeconvdError.status: DeconvdError}
 _CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
 

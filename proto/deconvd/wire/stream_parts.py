@@ -95,8 +95,8 @@ def elements_part(array: Array, *, is_missing: bool = False) -> ElementsPart:
 def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[ElementsPart]:
     """Yield parts with the elements of an array.
 
-    An array whose layout is not that of `Tensor.raw` must be copied. It is copied block by block, each only when
-    its part is requested.
+    An array whose layout is not that of `Tensor.raw` must be copied. It is copied block by block, each only when its
+    part is requested.
     """
     if is_raw(array):
         yield elements_part(array, is_missing=is_missing)

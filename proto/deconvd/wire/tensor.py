@@ -106,8 +106,8 @@ def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None)
         raw: The elements, if `deconvd.wire.codec` has moved them out of the message.
 
     Raises:
-        InvalidArgumentError: The message does not describe a valid tensor. Or its payload is missing, unknown, or not
-            of the length that the shape requires.
+        InvalidArgumentError: The message does not describe a valid tensor. Or its payload is missing, unknown, or
+            has another length than the shape requires.
     """
     return array_of_spec(name, spec_from_message(name, message), message, raw)
 

@@ -68,7 +68,7 @@ class DirectTransport:
         self._fetch_info = ask
         self._is_closed = False
         self._backoff = Backoff()
-        self._polling = BusyPolling(_POLL_DURATION_S, ahead_s=_POLL_LEAD_S)
+        self._polling = BusyPolling(_POLL_DURATION_S, lead_s=_POLL_LEAD_S)
         self._overlap_backoff = AdaptiveBackoff()
         self._lock = new_lock()  # never held while anything is sent, or waited for
         self.reset_after_fork()
