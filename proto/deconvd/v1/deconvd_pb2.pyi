@@ -1236,7 +1236,7 @@ class GetServerInfoResponse(_message.Message):
     def limits(self) -> Global___Limits: ...
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of optional parts of this contract that the server supports. A client MUST ignore unknown names."""
+        """The optional parts of this contract that it supports. A client MUST ignore unknown names."""
 
     @_builtins.property
     def unix_sockets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
