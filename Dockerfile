@@ -3,8 +3,8 @@
 #     docker run --publish 50051:50051 --publish 50052:50052 deconvd:cpu
 #     docker run --publish 50051:50051 --publish 50052:50052 --gpus all deconvd:cuda
 #
-# BASE_IMAGE may be any glibc Linux with Python >= 3.11, its venv module and useradd, such as a Debian
-# with python3-venv. No CUDA base image is needed: wheels bring CUDA, the container runtime the driver.
+# BASE_IMAGE can be any Linux image with glibc, Python >= 3.11 with its venv module, and useradd, for example Debian
+# with python3-venv. A CUDA base image is not necessary: wheels contain CUDA, and the container runtime provides the driver.
 ARG BASE_IMAGE=docker.io/library/python:3.13.7-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build

@@ -1,14 +1,14 @@
-# `make help` lists the targets. Each sets up what it needs in .venv, from Python >= 3.11 and a
-# package index; `make check` takes Node and buf from there too.
+# `make help` lists the targets. Each target installs what it needs into .venv. It needs Python >= 3.11 and a
+# package index; `make check` gets Node and buf from that index, too.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 MODULES ?=
-# Tests wait more than they compute: several processes run them, a module each.
+# Tests wait more than they compute, so several processes run them. Each process runs whole modules.
 PYTEST := python -m pytest -n 4 --dist loadfile
-# What demo and bench compute on: cpu, cuda or cuda:N.
+# The device for demo and bench: cpu, cuda or cuda:N.
 DEVICE ?= cpu
-# What image holds, cpu or cuda; its name; what builds it; and more options for that.
+# For image: the image's target (cpu or cuda), its name, the program that builds it, and further options for that program.
 TARGET ?= cpu
 IMAGE ?= deconvd:$(TARGET)
 BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))

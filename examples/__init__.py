@@ -1,1 +1,1 @@
-"""Short programs that use deconvd, each runnable alone: ``python -m examples.enlarge_photograph``."""
+"""Short programs that use deconvd. Each can be run by itself: ``python -m examples.enlarge_photograph``."""

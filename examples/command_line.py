@@ -1,4 +1,4 @@
-"""What the programs' command lines share: their options, and errors told in one line."""
+"""The command line of the examples: common options, and errors in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ target_option = click.option(
     envvar="DECONVD_TARGET",
     default="127.0.0.1:50051",
     show_default=True,
-    help="The server: host:port or unix:path. In the environment: DECONVD_TARGET.",
+    help="The server: host:port or unix:path. Environment variable: DECONVD_TARGET.",
 )
 output_option = click.option(
     "--output",
@@ -25,13 +25,13 @@ output_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("demo-output"),
     show_default=True,
-    help="Folder for the pictures; made if it is not there.",
+    help="Folder for the pictures. It is created if necessary.",
 )
 
 
 @contextmanager
 def connected(target: str) -> Iterator[Connection]:
-    """Yield a connection, once its server has told what it computes on."""
+    """Yield a connection, after printing the devices of its server."""
     with connect(target) as F:
         devices = ", ".join(f"{device.id}: {device.name}" for device in F.server_info().devices)
         click.echo(f"Connected to {target} ({devices})")
@@ -40,7 +40,7 @@ def connected(target: str) -> Iterator[Connection]:
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """End the program with one line for an error that its user can do something about."""
+    """End the program with a one-line message if the block raises an error that the user can correct."""
     try:
         yield
     except (DeconvdError, OSError) as error:

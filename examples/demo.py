@@ -1,4 +1,4 @@
-"""The demo: starts a server, enlarges a photograph and trains a decoder over it, and saves pictures.
+"""The demo: it starts a server, enlarges a photograph and trains a decoder with it, and saves pictures.
 
 Run it with ``python -m examples.demo``. The picture in the README is a copy of its ``demo.png``.
 """
@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 _FACTOR: Final = 4
 _DETAIL: Final = (slice(28, 88), slice(152, 230))
-"""Rows and columns of the part of the photograph that the picture shows."""
+"""Rows and columns of the detail that the picture shows."""
 
 
 @click.command()
@@ -29,12 +29,12 @@ _DETAIL: Final = (slice(28, 88), slice(152, 230))
     default="auto",
     show_default=True,
     metavar="cpu|cuda[:N]|auto",
-    help="What the server computes on. auto: a GPU if there is one, else the processor.",
+    help="The device on which the server computes. auto: a GPU if the host has one, otherwise the processor.",
 )
 @output_option
 @train_decoder.steps_option
 def main(device: str, folder: Path, steps_count: int) -> None:
-    """Show deconvd at work, on a server process of the demo's own, over a Unix socket."""
+    """Show deconvd at work, with a server process that the demo starts on a Unix socket."""
     with errors_told(), local_server(device) as target, connected(target) as F:
         enlarged = enlarge_photograph.run(F, folder)[_FACTOR]
         digits = train_decoder.run(F, folder, steps_count)
@@ -44,7 +44,7 @@ def main(device: str, folder: Path, steps_count: int) -> None:
 
 
 def demo_picture(enlarged: Array, digits: Image.Image) -> Image.Image:
-    """Return a detail of the photograph before and after, and the digits."""
+    """Return one picture of a detail of the photograph, before and after, and of the digits."""
     rows, columns = _DETAIL
     detail = from_grey_levels(enlarge_photograph.load_photograph()[rows, columns])
     before = magnified(detail, _FACTOR)
@@ -58,7 +58,10 @@ def demo_picture(enlarged: Array, digits: Image.Image) -> Image.Image:
     return column(
         [
             photograph,
-            captioned(digits, "digits not trained on, and what the decoder makes of their codes"),
+            captioned(
+                digits,
+                "digits that were not in the training set, and what the decoder draws from their codes",
+            ),
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Enlarges a photograph by deconvolution, and compares it with Pillow's bilinear enlargement.
+"""Enlarges a photograph by deconvolution, and compares the result with Pillow's bilinear enlargement.
 
 Run it with ``python -m examples.enlarge_photograph --target HOST:PORT``.
 """
@@ -69,9 +69,9 @@ def enlarge(F: Connection, image: Array, factor: int) -> Array:
     Returns:
         Grey levels, float32, of shape ``(factor * h, factor * w, c)``.
 
-    Each channel is a group of its own. The image gets a rim of one pixel that repeats its edge, as
-    beyond the edge the deconvolution would see black; `pad` cuts off what became of the rim, and
-    half the kernel's excess over the stride, which puts the pixels' centres where they belong.
+    Each channel is a group of its own. The image first gets a border of one pixel that repeats its edge, because the
+    deconvolution takes pixels beyond the edge as black. `pad` cuts the enlarged border off, together with half of the
+    kernel's excess over the stride, so that the centres of pixels stay where they were.
     """
     channels_count = image.shape[2]
     rimmed = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge").astype(np.float32)
@@ -85,31 +85,31 @@ def enlarge(F: Connection, image: Array, factor: int) -> Array:
 
 
 class Difference(NamedTuple):
-    """How far two images are apart, in grey levels of 255."""
+    """The difference of two images, in grey levels from 0 to 255."""
 
     largest: float
     mean: float
 
 
 def difference(image: Array, other: Array) -> Difference:
-    """Return how far two images of the same shape are apart."""
+    """Return the difference of two images of the same shape."""
     distance = np.abs(image.astype(np.float64) - other)
     return Difference(float(distance.max()), float(distance.mean()))
 
 
 def enlarge_with_pillow(image: Array, factor: int) -> Array:
-    """Return what Pillow's bilinear resize makes of an image.
+    """Return an image enlarged by Pillow's bilinear resize.
 
     Args:
-        image: Of shape ``(h, w, c)``. If uint8, Pillow rounds to whole grey levels twice: it
-            enlarges one axis after the other. If float32, it does not round.
+        image: Of shape ``(h, w, c)``. Pillow enlarges one axis after the other. If the image is uint8, it rounds to
+            whole grey levels both times. If it is float32, it does not round.
         factor: How many times larger.
 
     Returns:
         An image of shape ``(factor * h, factor * w, c)`` and the same element type.
 
-    Pillow, too, repeats the edge in effect: it leaves out what lies beyond, and scales the other
-    weights up to a sum of 1.
+    In effect Pillow repeats the edge, too: it ignores pixels beyond the edge, and scales the other weights so that their
+    sum is 1.
     """
     height, width, channels_count = image.shape
     size = (factor * width, factor * height)
@@ -119,7 +119,7 @@ def enlarge_with_pillow(image: Array, factor: int) -> Array:
 
 
 def run(F: Connection, folder: Path) -> dict[int, Array]:
-    """Enlarge the photograph by each factor, say how it went, and save it before and after.
+    """Enlarge the photograph by each factor, print times and differences, and save all pictures.
 
     Returns:
         The enlarged photographs by factor, as `enlarge` returns them.

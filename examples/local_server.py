@@ -1,4 +1,4 @@
-"""A deconvd-server process of one's own, on a Unix socket, for as long as a block of code runs."""
+"""A deconvd-server process on a Unix socket that runs for as long as a block of code."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from deconvd_client import UnavailableError
 __all__ = ["local_server"]
 
 _START_TIMEOUT_S: Final = 120.0
-"""Longer than a GPU takes to wake."""
+"""Longer than the first use of a GPU takes."""
 
 _STOP_TIMEOUT_S: Final = 10.0
 
 
 @contextmanager
 def local_server(device: str, *options: str, address: str | None = None) -> Iterator[str]:
-    """Run a server for the block, and yield the target to connect to, once it serves.
+    """Run a server for the duration of the block. Yield the target to connect to, when the server is ready.
 
     Args:
-        device: As the server's ``--device``: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-        options: More of the server's options.
-        address: Where it listens; None for a Unix socket of its own.
+        device: The server's ``--device``: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        options: Further options of the server.
+        address: The address to listen on. None: a new Unix socket.
 
     Raises:
-        UnavailableError: It did not start. Standard error has its own message.
+        UnavailableError: The server did not start. Its message is on standard error.
     """
     with tempfile.TemporaryDirectory(prefix="deconvd-") as folder:
         address = address or f"unix:{folder}/deconvd.sock"
@@ -50,7 +50,7 @@ def _target_once_it_listens(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline()  # empty if the process ends first
     timer.cancel()
     if "listening" not in line:
-        raise UnavailableError("deconvd-server did not start; its own message stands above")
+        raise UnavailableError("deconvd-server did not start: see its message above")
     return line.split(" on ")[1].strip()
 
 

@@ -1,4 +1,4 @@
-"""Pictures made of arrays, and of other pictures."""
+"""Pictures from arrays and from other pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INK: Final = "black"
 
 
 def from_grey_levels(values: Array) -> Image.Image:
-    """Return a picture of grey levels from 0 to 255, rounded to whole ones.
+    """Return a picture from grey levels, rounded to integers from 0 to 255.
 
     Args:
         values: Of shape ``(h, w)``, or ``(h, w, 3)`` for red, green and blue.
@@ -31,7 +31,7 @@ def from_grey_levels(values: Array) -> Image.Image:
 
 
 def magnified(picture: Image.Image, factor: int) -> Image.Image:
-    """Return a picture with each pixel made a square of `factor` by `factor`."""
+    """Return a picture in which each pixel has become a square of `factor` by `factor` pixels."""
     size = (factor * picture.width, factor * picture.height)
     return picture.resize(size, Image.Resampling.NEAREST)
 
@@ -64,7 +64,7 @@ def captioned(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture to a file, in a folder made if it is not there, and say where it is."""
+    """Write a picture to a file, creating its folder if necessary, and print the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     click.echo(f"    saved {path}")

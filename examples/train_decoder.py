@@ -1,4 +1,4 @@
-"""Trains an autoencoder whose decoder is two deconvolution layers, forwards and backwards remote.
+"""Trains an autoencoder whose decoder is two deconvolution layers that run on the server, forward and backward.
 
 Run it with ``python -m examples.train_decoder --target HOST:PORT``.
 """
@@ -62,13 +62,13 @@ class Digits(NamedTuple):
 
 
 class Deconvolution:
-    """A layer that runs on the server: its filter W, its bias b, and its geometry.
+    """A deconvolution layer that runs on the server.
 
     Args:
         F: Connection to the server.
-        rng: Source of W's first values, which keep the variance of what passes a ReLU (K. He et
-            al., "Delving deep into rectifiers", ICCV 2015).
-        shape: Of W: ``(c_I, c_O, h_K, w_K)``.
+        rng: Generator for W's initial values. Their variance is such that ReLU layers keep the variance of the
+            activations (K. He et al., "Delving deep into rectifiers", ICCV 2015).
+        shape: The shape of W: ``(c_I, c_O, h_K, w_K)``.
         stride: Steps of the filter over the output, in pixels.
         pad: Pixels cut from the output at both ends of each axis.
     """
@@ -95,9 +95,9 @@ class Deconvolution:
         return self._F.deconvolution_2d(x, self.W, self.b, self._stride, self._pad)
 
     def gradients(self, x: Array, gy: Array) -> tuple[Array, Array, Array]:
-        """Return the gradients with respect to x, W and b, from that with respect to the output."""
+        """Return the gradients with respect to x, W and b, from gy, the gradient with respect to the output."""
         gx, gW, gb = self._F.deconvolution_2d_grad(x, self.W, self.b, gy, self._stride, self._pad)
-        assert gx is not None  # as all three are wanted
+        assert gx is not None  # by default all three are computed
         assert gW is not None
         assert gb is not None
         return gx, gW, gb
@@ -110,12 +110,12 @@ class _Activations(NamedTuple):
 
 
 class Autoencoder:
-    """Squeezes an image of 64 pixels into a code of 16 numbers, and draws it again from them.
+    """Compresses an image of 64 pixels into a code of 16 numbers, and reconstructs the image from the code.
 
     image (64) --matrix--> code (16, 1, 1) --deconvolution, ReLU--> hidden (32, 4, 4)
     --deconvolution of stride 2, sigmoid--> image (1, 8, 8)
 
-    The matrix is applied here, the deconvolutions on the server.
+    The client multiplies by the matrix; the server computes the deconvolutions.
     """
 
     def __init__(self, F: Connection) -> None:
@@ -126,12 +126,12 @@ class Autoencoder:
 
     @property
     def parameters(self) -> list[Array]:
-        """What is trained."""
+        """The arrays that training changes."""
         first, second = self._first, self._second
         return [self._matrix, first.W, first.b, second.W, second.b]
 
     def reconstruct(self, images: Array) -> Array:
-        """Return images drawn from the codes of `images`, of the same shape."""
+        """Return the images that the decoder draws from the codes of `images`."""
         return self._forward(images).y
 
     def loss_and_gradients(self, images: Array) -> tuple[float, list[Array]]:
@@ -165,10 +165,10 @@ def mean_square(error: Array) -> float:
 
 
 class Adam:
-    """Changes parameters in place, step by step, against their gradients.
+    """The optimizer: it changes parameters in place, against their gradients.
 
     As in D. Kingma and J. Ba, "Adam: a method for stochastic optimization" (ICLR 2015), algorithm 1,
-    with the constants given there but for the learning rate.
+    with the constants given there, except for the learning rate.
     """
 
     def __init__(self, parameters: Sequence[Array]) -> None:
@@ -192,9 +192,9 @@ class Adam:
 
 
 def train(autoencoder: Autoencoder, images: Array, steps_count: int) -> list[float]:
-    """Train on random batches of `images`, and return each step's loss.
+    """Train on random batches of `images`, and return the loss of each step.
 
-    Every hundred steps their mean is told.
+    The mean loss is printed every `REPORT_STEPS` steps.
     """
     rng = np.random.default_rng(SEED)
     adam = Adam(autoencoder.parameters)
@@ -209,27 +209,29 @@ def train(autoencoder: Autoencoder, images: Array, steps_count: int) -> list[flo
 
 
 def run(F: Connection, folder: Path, steps_count: int) -> Image.Image:
-    """Train on digits, say how it went, and save a picture of ones that it was not trained on.
+    """Train on digits, print the loss, and save a picture of digits that were not in the training set.
 
     Returns:
-        The picture: originals above, their reconstructions below.
+        The picture, with originals above and their reconstructions below.
     """
     digits = Digits.load()
     click.echo(f"\nTraining a decoder on {len(digits.training)} digits, {BATCH_SIZE} a step")
     start_s = time.perf_counter()
     autoencoder = Autoencoder(F)
-    with F.using_config("cudnn_deterministic", True):  # a second run gives the same numbers
+    with F.using_config("cudnn_deterministic", True):  # so that each run prints the same losses
         train(autoencoder, digits.training, steps_count)
     click.echo(f"  trained in {time.perf_counter() - start_s:.1f} s")
     loss = mean_square(autoencoder.reconstruct(digits.unseen) - digits.unseen)
-    click.echo(f"  loss for {len(digits.unseen)} digits that it has not seen: {loss:.4f}")
+    click.echo(
+        f"  loss for {len(digits.unseen)} digits that were not in the training set: {loss:.4f}"
+    )
     picture = digits_picture(digits.shown, autoencoder.reconstruct(digits.shown))
     save(picture, folder / "digits.png")
     return picture
 
 
 def digits_picture(originals: Array, reconstructions: Array) -> Image.Image:
-    """Return a picture of images, of values from 0 to 1, with their reconstructions below them."""
+    """Return a picture of images with values from 0 to 1, and of their reconstructions below them."""
     return column([_digits_row(originals), _digits_row(reconstructions)])
 
 
