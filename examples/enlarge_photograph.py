@@ -108,8 +108,8 @@ def enlarge_with_pillow(image: Array, factor: int) -> Array:
     Returns:
         An image of shape ``(factor * h, factor * w, c)`` and the same element type.
 
-    In effect Pillow repeats the edge, too: it ignores pixels beyond the edge, and scales the other weights so that their
-    sum is 1.
+    In effect Pillow repeats the edge, too: it ignores pixels beyond the edge, and scales the other weights so that
+    their sum is 1.
     """
     height, width, channels_count = image.shape
     size = (factor * width, factor * height)
