@@ -570,7 +570,7 @@ class TestServer:
         with pytest.raises(ConnectionBrokenError):
             receive_answer(line)
         assert f"overlapped call of {method.name}" in server.log.read_text()
-        with pytest.raises(ConnectionBrokenError, match="early"):
+        with pytest.raises(ConnectionBrokenError, match="overlapped"):
             CallHead.parse(CallHead(method, 1, b"", is_overlapped=True).pack()[FRAME_HEAD_BYTES:])
 
     @pytest.mark.parametrize("field", ["x", "w"])
