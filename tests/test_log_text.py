@@ -84,7 +84,11 @@ def test_a_frame_that_only_servers_send_breaks_a_clients_line_and_says_nothing(
     line.close()
 
     wait_until(
-        lambda: bool(re.search(f"{kind.name} with a payload of .* where the client may", running.log.read_text()))
+        lambda: bool(
+            re.search(
+                f"{kind.name} with a payload of .* where the client may", running.log.read_text()
+            )
+        )
     )
     assert "a device is lost" not in running.log.read_text()
 

@@ -271,7 +271,10 @@ def test_what_was_missing_comes_before_or_amid_what_follows(cut: int, early: int
     [
         ([("missing_chunk", bytes(W.nbytes + 1))], "no missing chunks beyond the elements"),
         ([("missing_chunk", bytes(3))], "the stream ends 61 bytes before W is complete"),
-        ([("chunk", bytes((64 << 20) + 1))], "at most 67108864 bytes of chunks before W"),
+        (
+            [("chunk", bytes((64 << 20) + 1))],
+            "at most 67108864 bytes of chunks before the missing chunks of W",
+        ),
     ],
     ids=["more", "less", "early"],
 )
@@ -342,7 +345,7 @@ def test_a_stream_that_is_none_is_refused(
 def test_garbage_in_a_stream_is_refused(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.target) as channel:
         rpc: Any = channel.stream_stream("/deconvd.v1.DeconvolutionService/DeconvolveStream")
-        with pytest.raises(grpc.RpcError, match="not a valid deconvd") as raised:
+        with pytest.raises(grpc.RpcError, match="must be a valid deconvd") as raised:
             list(rpc(iter([header(PROBLEM).SerializeToString(), b"\xff\xff"])))
 
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
