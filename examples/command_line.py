@@ -10,7 +10,7 @@ import click
 
 from deconvd_client import Connection, DeconvdError, connect
 
-__all__ = ["connected", "errors_told", "output_option", "target_option"]
+__all__ = ["open_connection", "output_option", "report_errors", "target_option"]
 
 target_option = click.option(
     "--target",
@@ -30,7 +30,7 @@ output_option = click.option(
 
 
 @contextmanager
-def connected(target: str) -> Iterator[Connection]:
+def open_connection(target: str) -> Iterator[Connection]:
     """Yield a connection, after printing the devices of its server."""
     with connect(target) as F:
         devices = ", ".join(f"{device.id}: {device.name}" for device in F.server_info().devices)
@@ -39,7 +39,7 @@ def connected(target: str) -> Iterator[Connection]:
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """End the program with a one-line message if the block raises an error that the user can correct."""
     try:
         yield

@@ -12,9 +12,9 @@ import click
 from PIL import Image
 
 from examples import enlarge_photograph, train_decoder
-from examples.command_line import connected, errors_told, output_option
+from examples.command_line import open_connection, output_option, report_errors
 from examples.local_server import local_server
-from examples.pictures import Array, captioned, column, from_grey_levels, magnified, row, save
+from examples.pictures import Array, add_caption, column, from_grey_levels, magnify, row, save
 
 __all__ = ["main"]
 
@@ -35,7 +35,7 @@ _DETAIL: Final = (slice(28, 88), slice(152, 230))
 @train_decoder.steps_option
 def main(device: str, folder: Path, steps_count: int) -> None:
     """Show deconvd at work, with a server process that the demo starts on a Unix socket."""
-    with errors_told(), local_server(device) as target, connected(target) as F:
+    with report_errors(), local_server(device) as target, open_connection(target) as F:
         enlarged = enlarge_photograph.run(F, folder)[_FACTOR]
         digits = train_decoder.run(F, folder, steps_count)
         click.echo("\nBoth, before and after")
@@ -47,26 +47,26 @@ def demo_picture(enlarged: Array, digits: Image.Image) -> Image.Image:
     """Return one picture of a detail of the photograph, before and after, and of the digits."""
     rows, columns = _DETAIL
     detail = from_grey_levels(enlarge_photograph.load_photograph()[rows, columns])
-    before = magnified(detail, _FACTOR)
-    after = from_grey_levels(enlarged[_scaled(rows), _scaled(columns)])
+    before = magnify(detail, _FACTOR)
+    after = from_grey_levels(enlarged[_scale(rows), _scale(columns)])
     photograph = row(
         [
-            captioned(before, "before (photo: danielbuechele, CC BY 2.0)"),
-            captioned(after, f"deconvolution_2d, stride={_FACTOR}"),
+            add_caption(before, "before (photo: danielbuechele, CC BY 2.0)"),
+            add_caption(after, f"deconvolution_2d, stride={_FACTOR}"),
         ]
     )
     return column(
         [
             photograph,
-            captioned(
+            add_caption(
                 digits,
-                "digits that were not in the training set, and what the decoder draws from their codes",
+                "digits not trained on, and what the decoder makes of their codes",
             ),
         ]
     )
 
 
-def _scaled(part: slice) -> slice:
+def _scale(part: slice) -> slice:
     return slice(_FACTOR * part.start, _FACTOR * part.stop)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from deconvd_client import Connection
-from examples.command_line import connected, errors_told, output_option, target_option
+from examples.command_line import open_connection, output_option, report_errors, target_option
 from examples.pictures import Array, from_grey_levels, save
 
 __all__ = [
@@ -155,7 +155,7 @@ def _report_difference(photograph: Array, enlarged: Array, factor: int) -> None:
 @output_option
 def main(target: str, folder: Path) -> None:
     """Enlarge a photograph two- and fourfold by deconvolution, and compare with Pillow."""
-    with errors_told(), connected(target) as F:
+    with report_errors(), open_connection(target) as F:
         run(F, folder)
 
 

@@ -38,12 +38,12 @@ def local_server(device: str, *options: str, address: str | None = None) -> Iter
         quiet = ["--log-level", "warning", *options]
         with subprocess.Popen(command + quiet, stdout=subprocess.PIPE, text=True) as process:
             try:
-                yield _target_once_it_listens(process)
+                yield _wait_for_target(process)
             finally:
                 _stop(process)
 
 
-def _target_once_it_listens(process: subprocess.Popen[str]) -> str:
+def _wait_for_target(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     timer = threading.Timer(_START_TIMEOUT_S, process.kill)
     timer.start()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Array", "captioned", "column", "from_grey_levels", "magnified", "row", "save"]
+__all__ = ["Array", "add_caption", "column", "from_grey_levels", "magnify", "row", "save"]
 
 Array = npt.NDArray[Any]
 
@@ -30,7 +30,7 @@ def from_grey_levels(values: Array) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
 
 
-def magnified(picture: Image.Image, factor: int) -> Image.Image:
+def magnify(picture: Image.Image, factor: int) -> Image.Image:
     """Return a picture in which each pixel has become a square of `factor` by `factor` pixels."""
     size = (factor * picture.width, factor * picture.height)
     return picture.resize(size, Image.Resampling.NEAREST)
@@ -53,7 +53,7 @@ def column(pictures: Sequence[Image.Image]) -> Image.Image:
     return row(turned).transpose(Image.Transpose.TRANSPOSE)
 
 
-def captioned(picture: Image.Image, caption: str) -> Image.Image:
+def add_caption(picture: Image.Image, caption: str) -> Image.Image:
     """Return a picture with a line of text below it."""
     paper = Image.new("RGB", (picture.width, picture.height + _CAPTION_HEIGHT), _PAPER)
     paper.paste(picture)

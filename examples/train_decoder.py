@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from deconvd_client import Connection
-from examples.command_line import connected, errors_told, output_option, target_option
-from examples.pictures import Array, column, from_grey_levels, magnified, row, save
+from examples.command_line import open_connection, output_option, report_errors, target_option
+from examples.pictures import Array, column, from_grey_levels, magnify, row, save
 
 __all__ = [
     "Autoencoder",
@@ -236,7 +236,7 @@ def digits_picture(originals: Array, reconstructions: Array) -> Image.Image:
 
 
 def _digits_row(images: Array) -> Image.Image:
-    return row([magnified(from_grey_levels(255 * image[0]), 7) for image in images])
+    return row([magnify(from_grey_levels(255 * image[0]), 7) for image in images])
 
 
 steps_option = click.option(
@@ -255,7 +255,7 @@ steps_option = click.option(
 @steps_option
 def main(target: str, folder: Path, steps_count: int) -> None:
     """Train an autoencoder of digits with two deconvolution layers on the server."""
-    with errors_told(), connected(target) as F:
+    with report_errors(), open_connection(target) as F:
         run(F, folder, steps_count)
 
 
