@@ -11,9 +11,9 @@ METADATA_KEY: Final = "deconvd-ledger"
 """The metadata's key. The value is ``name=integer`` pairs, separated by ``;``. Each name ends with the unit."""
 
 OVERLAP_ENTRY: Final = "follow_us"
-"""In an overlapped call: how long the device waited for operands (see `deconvd.direct.protocol`).
+"""How long the device waited for operands while it uploaded and computed others (see `deconvd.direct.protocol`).
 
-The client decides by it whether overlapping pays off.
+The entry exists only if the device overlapped the call. So it tells the client whether overlapping has paid off.
 """
 
 
