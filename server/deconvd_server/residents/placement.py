@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum, auto
 from functools import partial
 from itertools import chain, islice
-from operator import attrgetter
 
 import numpy as np
 
@@ -40,10 +39,6 @@ _BATCH_COUNT = 64
 
 _SHARE_WAIT_S = 1.0
 """How long one who asks for no more than its share waits for calls that use what others have beyond theirs."""
-
-_CHARGED_BYTES = attrgetter("charged_bytes")
-_DEVICE_BYTES = attrgetter("device_bytes")
-_OWN_TENANT = attrgetter("tenant")
 
 _log = logging.getLogger(__name__)
 
@@ -198,7 +193,9 @@ class Placement:
                 if shelf.can_make_room(size_bytes, tenant, is_promised and not is_late):
                     victims = shelf.evictable(tenant, is_promised and not is_late)
                     wanted_bytes = shelf.lacking_bytes(size_bytes)
-                    moving, _ = self._start_eviction(victims, wanted_bytes, _CHARGED_BYTES)
+                    moving, _ = self._start_eviction(
+                        victims, wanted_bytes, bytes_of=lambda entry: entry.charged_bytes
+                    )
                 elif not is_promised:
                     raise _no_room_error(shelf, size_bytes)
                 elif is_late:
@@ -264,9 +261,9 @@ class Placement:
         self,
         victims: Iterable[ResidentEntry],
         size_bytes: int,
-        bytes_of: Callable[[ResidentEntry], int] = _DEVICE_BYTES,
         *,
-        for_whom: Callable[[ResidentEntry], object] = _OWN_TENANT,
+        bytes_of: Callable[[ResidentEntry], int] = lambda entry: entry.device_bytes,
+        for_whom: Callable[[ResidentEntry], object] = lambda entry: entry.tenant,
     ) -> tuple[ResidentEntry | None, int]:
         """Take a step, under the lock, to displace tensors: drop some, or begin to move one.
 
