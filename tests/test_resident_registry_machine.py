@@ -217,7 +217,7 @@ class KeeperMachine(RuleBasedStateMachine):
         resting.__exit__(None, None, None)
         if use.kept.is_freed:
             assert use.thing.may_be_displaced
-            with pytest.raises(UnavailableError, match="had to make room"):
+            with pytest.raises(UnavailableError, match="the tensor was evicted while"):
                 read_samples(use.kept, None, CallContext())
 
     @rule(thing=things)
