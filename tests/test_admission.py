@@ -342,7 +342,7 @@ def test_a_call_that_what_is_held_leaves_no_room_is_refused_at_once() -> None:
     admission = Admission(9, 100, 1, make_room=lambda size_bytes, _: missing.append(size_bytes))
     admission.reserve(70)
 
-    with pytest.raises(UnavailableError, match="hold 70 now") as raised:
+    with pytest.raises(UnavailableError, match="have 70 now") as raised:
         with admission.admit(31, CallContext()):
             pass
 

@@ -152,7 +152,7 @@ def test_a_tenant_beyond_its_share_makes_room_for_another() -> None:
             built.put(second, name, array(2))
 
         assert kept_names(built, first, b"abcd") == b"cd"
-        with pytest.raises(ExhaustedError, match="other tenants have them within their share"):
+        with pytest.raises(ExhaustedError, match="other tenants within their share use the rest"):
             built.put(second, b"g", array(3, 48 * KIB))
         assert kept_names(built, first, b"abcd") == b"cd"
 

@@ -2,7 +2,7 @@
 
 Locks: one lock guards an `Admission`, and all its tickets' conditions share it. It may be taken with other locks held,
 but nothing that takes another lock is called with it held: `make_room` (which evicts tensors) and the callbacks of a
-`CallContext` run without it. Calls use `admit` and `yield_turn`; engines and registries use `reserve` and `release`.
+`CallContext` run without it. Calls use `admit` and `yield_turn`; engines use `reserve` and `release` for tensors.
 The limits of the queue are in `queue_limits`.
 """
 
@@ -113,9 +113,7 @@ class Admission:
         self._leaving_bytes = 0  # of calls that are computed, and whose answers are not sent yet
         self._queue: deque[Ticket] = deque()
         self._paused: deque[Ticket] = deque()  # they have their bytes, and wait for a place
-        self._turned_s = (
-            0.0  # when a paused call last began or ended a turn, on the monotonic clock
-        )
+        self._turned_s = 0.0  # when a paused call last began or ended a turn (monotonic clock)
         self._lock = threading.Lock()
 
     def admit(
@@ -263,51 +261,42 @@ class Admission:
         return self._budget_bytes - self._reserved_bytes
 
     def _wait(self, ticket: Ticket, call: CallContext) -> None:
+        """Wait in the queue until the call may start, and take what it needs."""
         self.check_fits(ticket.footprint_bytes)
         with self._lock:
             missing_bytes = ticket.footprint_bytes - self._unreserved_bytes
         if missing_bytes > 0:
-            self._make_room(missing_bytes, call)
+            self._make_room(missing_bytes, call)  # without the lock: it calls `release`
 
         def wake() -> None:
             with self._lock:
                 ticket.changed.notify()
 
         call.on_cancel(wake)
-        with self._lock:
-            self._check_unreserved_room(ticket.footprint_bytes)
-            if self._queue or not self._has_room(ticket.footprint_bytes):
-                self._limits.check(ticket, self._queue)
-            self._queue.append(ticket)
         try:
-            while not self._start_or_wait(ticket, call):
-                pass
+            with self._lock:
+                if ticket.footprint_bytes > self._unreserved_bytes:
+                    raise UnavailableError(
+                        f"the call needs {ticket.footprint_bytes} bytes of {self._memory}, of which "
+                        f"{self._budget_bytes} are for calls and resident tensors, and resident tensors have "
+                        f"{self._reserved_bytes} now",
+                        retry_after_s=RETRY_AFTER_S,
+                    )
+                if self._queue or not self._has_room(ticket.footprint_bytes):
+                    self._limits.check(ticket, self._queue)
+                self._queue.append(ticket)
+                try:
+                    while self._next() is not ticket:
+                        # `wake` needs the lock, so it cannot notify between this check and the wait
+                        call.check()
+                        ticket.changed.wait(longest_wait_s(ticket, call))
+                        self._wake_first()  # time has passed: it may be another call's turn
+                    self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
+                finally:
+                    self._queue.remove(ticket)
+                    self._wake_first()
         finally:
             call.remove_on_cancel(wake)  # a call of many slices may wait for each of them
-            with self._lock:
-                self._queue.remove(ticket)
-                self._wake_first()
-
-    def _start_or_wait(self, ticket: Ticket, call: CallContext) -> bool:
-        """Start a call if it may start, and return True; else wait until that may have changed, and return False."""
-        with self._lock:
-            if self._next() is ticket:
-                self._take(ticket.footprint_bytes, ticket.peer, ticket.lasting_bytes)
-                return True
-            # with the lock held: if the call is cancelled after this check, `wake` must wait for the lock,
-            # so it notifies a thread that waits already
-            call.check()
-            ticket.changed.wait(longest_wait_s(ticket, call))
-            self._wake_first()  # time has passed: it may be another call's turn
-            return False
-
-    def _check_unreserved_room(self, footprint_bytes: int) -> None:
-        if footprint_bytes > self._unreserved_bytes:
-            raise UnavailableError(
-                f"the call needs {footprint_bytes} bytes of {self._memory}, of which {self._budget_bytes} are for "
-                f"calls and resident tensors, and resident tensors have {self._reserved_bytes} now",
-                retry_after_s=RETRY_AFTER_S,
-            )
 
     def _first(self) -> Ticket | None:
         """Return the first queued call that does not wait for answers which may never be sent; None if there is none.
@@ -330,16 +319,11 @@ class Admission:
         first = self._first() if self._queue else None
         if first is not None and not self._has_room(first.footprint_bytes):
             first = None
-        if not self._paused or (first is not None and not self._is_resume_due()):
+        if not self._paused:
             return first
-        return self._paused[0]
-
-    def _is_resume_due(self) -> bool:
-        """Return whether a paused call may go on although new calls wait.
-
-        Turns begin at least `TURN_S / calls_count` apart then, so paused calls get about half of the places.
-        """
-        return time.monotonic() >= self._turned_s + TURN_S / self._calls_count
+        # turns begin at least this far apart while new calls wait: paused calls get about half of the places
+        is_resume_due = time.monotonic() >= self._turned_s + TURN_S / self._calls_count
+        return self._paused[0] if first is None or is_resume_due else first
 
     def _has_room(self, footprint_bytes: int) -> bool:
         return self._free_places > 0 and self._free_bytes >= footprint_bytes

@@ -107,9 +107,8 @@ class Engine:
         footprint_bytes = self._device.footprint_bytes(
             operation, problem, operands, places, present_bytes
         )
-        lasting_bytes = (
-            brought_bytes + 2 * sent_bytes
-        )  # the result's array, and its copy in the message
+        # a sent result takes its bytes twice: as an array, and as a part of the message
+        lasting_bytes = brought_bytes + 2 * sent_bytes
         if self._messages is None:
             footprint_bytes += brought_bytes + sent_bytes
             admitted = self._admission.admit(

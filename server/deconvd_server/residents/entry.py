@@ -26,8 +26,9 @@ __all__ = ["RETRY_AFTER_S", "MemoryTier", "ResidentEntry"]
 RETRY_AFTER_S: Final = 0.5
 """How long a caller should wait when tensors find no room or must make room: about as long as calls use tensors."""
 
-_SEQUENCE: Final = count(1)
-"""Numbers entries as they join a queue, so that entries of different queues can be compared by age."""
+_SEQUENCE: Final = count(
+    1
+)  # numbers entries as they join queues, so that those of all queues can be ordered
 
 
 class ResidentEntry:
@@ -36,10 +37,9 @@ class ResidentEntry:
         LIVE --retire--> RETIRED --last release--> FREED
         LIVE, RETIRED --revoke, while all its users rest--> FREED
 
-    Its users are the calls that need it to stay where it is, and the thread that moves it. It is
-    retired once no name and no content stands for it. A user rests while it waits for its client:
-    meanwhile the tensor may be evicted for another tenant's share. So a user that resumes must
-    check `is_freed`.
+    Its users are the calls that need it to stay where it is, and the thread that moves it. It is retired once no
+    name and no content stands for it. A user rests while it waits for its client: meanwhile the tensor may be evicted
+    for another tenant's share, so a user that resumes must check `is_freed`.
 
     Args:
         on_unused: Called with the entry once it is FREED.
@@ -117,7 +117,6 @@ class ResidentEntry:
 
     @property
     def is_live(self) -> bool:
-        """Whether it can be found, and can get users."""
         return self.state is EntryState.LIVE
 
     @property
@@ -130,7 +129,6 @@ class ResidentEntry:
 
     @property
     def is_resting(self) -> bool:
-        """Whether it has users, and all of them rest."""
         return 0 < self.users_count == self.resting_count and self.state is not EntryState.FREED
 
     def acquire(self) -> None:
@@ -234,7 +232,6 @@ class MemoryTier:
 
     @property
     def device_engine(self) -> Engine:
-        """The engine whose device has this memory."""
         if self.engine is None:
             raise RuntimeError("host memory belongs to no engine")
         return self.engine
@@ -385,8 +382,7 @@ class MemoryTier:
             yield [(account, account.idle) for account in candidates]
 
     def _size_bytes(self, tenant: object) -> int:
-        account = self._accounts.get(tenant)
-        return 0 if account is None else account.size_bytes
+        return account.size_bytes if (account := self._accounts.get(tenant)) is not None else 0
 
     def _share(self, tenant: object) -> int:
         is_new = tenant is not None and tenant not in self._accounts

@@ -50,9 +50,7 @@ class Garbage:
             return
         for entry in tensors:
             free_operand(entry.tier, entry.operand, entry.grown_bytes)
-            entry.operand = (
-                _NOTHING  # a resting call may refer to the entry for long: drop its elements now
-            )
+            entry.operand = _NOTHING  # a resting call may refer to the entry for long
         with self._changed:
             for entry in tensors:
                 entry.tier.note_freed(entry.charged_bytes)

@@ -17,7 +17,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from deconvd.errors import ExhaustedError, UnavailableError
+from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.cache_state import CacheState
 from deconvd_server.call.context import CallContext
@@ -43,7 +43,7 @@ _BATCH_COUNT = 64
 """Largest number of tensors dropped while the lock is held: other threads wait for less than a millisecond."""
 
 _SHARE_WAIT_S = 1.0
-"""How long a tenant that asks for no more than its share waits for calls that use what others have beyond theirs."""
+"""How long a tenant within its share waits for calls that use what other tenants have beyond their shares."""
 
 _log = logging.getLogger(__name__)
 
@@ -153,10 +153,8 @@ class Placement:
         tier = self._tiers[engine.info.id]
         with self._changed:
             states = [tier.cache_state("resident tensors", tenant)]
-            if tier.lower_tier is not None:
-                states.append(
-                    tier.lower_tier.cache_state("resident tensors in host memory", tenant)
-                )
+            if (lower := tier.lower_tier) is not None:
+                states.append(lower.cache_state("resident tensors in host memory", tenant))
         return states
 
     # Making room
@@ -209,7 +207,7 @@ class Placement:
                         bytes_of=lambda entry: entry.charged_bytes,
                     )
                 elif not may_wait:
-                    raise _no_room_error(tier, size_bytes, is_within_share=is_within_share)
+                    raise _no_room_error(tier, size_bytes, is_within_share)
                 else:  # calls use what must make room: wait for them, and stop those that are stalled
                     self._changed.wait(_POLL_PERIOD_S)
             self._finish_eviction(moving)
@@ -392,14 +390,10 @@ class Placement:
         self._changed.notify_all()
 
 
-def _no_room_error(
-    tier: MemoryTier, size_bytes: int, *, is_within_share: bool
-) -> ExhaustedError | UnavailableError:
+def _no_room_error(tier: MemoryTier, size_bytes: int, is_within_share: bool) -> DeconvdError:
     device = tier.device_engine.info.id
     text = f"{device} has {tier.limit_bytes} bytes for resident tensors, and no room for {size_bytes} more"
     if is_within_share:
         text += " yet: calls use the tensors that must make room within the tenant's share"
         return UnavailableError(text, retry_after_s=RETRY_AFTER_S)
-    return ExhaustedError(
-        f"{text}: calls use the others, or other tenants have them within their share"
-    )
+    return ExhaustedError(f"{text}: calls and other tenants within their share use the rest")

@@ -207,9 +207,8 @@ class ResidentRegistry:
         with self._changed:
             if entry is not None and entry.content_key is not None:
                 contents = self._contents[session.tenant]
-                contents[content_key] = contents.pop(
-                    content_key
-                )  # to the end: the least recently used come first
+                # to the end: the least recently used come first
+                contents[content_key] = contents.pop(content_key)
         return entry
 
     def release(self, entry: ResidentEntry) -> None:

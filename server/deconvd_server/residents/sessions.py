@@ -108,9 +108,7 @@ class Sessions:
             UnavailableError: There are too many sessions, or the server drains.
         """
         _check_tenant_key(tenant_key)
-        with (
-            self._lock
-        ):  # held throughout: `session` must be set before `_preempt` can be called for it
+        with self._lock:  # held throughout: `session` must be set before it can be preempted
             self._check_not_draining()
             place = self._shares.take(peer, lambda: self._preempt(session))
             session = self._add(tenant_key, close_stream, place)

@@ -149,9 +149,7 @@ class _LentRegion(NamedTuple, Generic[_M]):
 class LoanRegistry(Generic[_M]):
     """All lent regions of one kind of memory. Thread-safe.
 
-        reserve --> lend --> retired --> unmapped, lingering --> gone
-                      take_back,   last use            client unmaps
-                      close        ends                it, too
+        reserved --lend--> lent --take_back, close--> retired --last use ends--> lingering --client unmaps it--> gone
 
     A region counts against the limits until it is gone: as long as the client has it mapped, for
     instance to read results, its pages take memory.

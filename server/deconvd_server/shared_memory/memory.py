@@ -108,9 +108,8 @@ class SealedMemory:
         try:
             self._undo()
         finally:
-            self.bytes = np.empty(
-                0, np.uint8
-            )  # the mapping ends with the last array that refers to it
+            # the mapping ends with the last array that refers to it
+            self.bytes = np.empty(0, np.uint8)
             self._tensors.clear()
 
     def on_gone(self, then: Callable[[], None]) -> None:
