@@ -204,7 +204,7 @@ def test_memory_counts_until_its_client_has_let_go_of_it(
         other.borrow(half_bytes)
         refused = peers().lend(1)
         assert refused.status is ReplyStatus.OVER_SERVER_LIMIT
-        assert f"all clients of process {os.getpid()}, so" in refused.text
+        assert f"all clients of process {os.getpid()} at most" in refused.text
         let_go()
         assert lender.lingering_bytes == 0
         peers().borrow(half_bytes)

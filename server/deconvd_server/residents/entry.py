@@ -26,9 +26,8 @@ __all__ = ["RETRY_AFTER_S", "MemoryTier", "ResidentEntry"]
 RETRY_AFTER_S: Final = 0.5
 """How long a caller should wait when tensors find no room or must make room: about as long as calls use tensors."""
 
-_SEQUENCE: Final = count(
-    1
-)  # numbers entries as they join queues, so that those of all queues can be ordered
+# numbers entries as they join queues, so that those of different queues can be ordered
+_SEQUENCE: Final = count(1)
 
 
 class ResidentEntry:

@@ -92,7 +92,7 @@ class Lender:
         self._instance = instance
         self._limits = limits
         self._on_map = on_map
-        self._cards = card_lender
+        self._card_lender = card_lender
         # card memory of clients that have disconnected, while their processes still run: how to take it back
         self._borrowings: dict[CardBorrowing, Callable[[], None]] = {}
         self._loans: LoanRegistry[SealedMemory] = LoanRegistry(limits)
@@ -132,8 +132,8 @@ class Lender:
             StaleRegionError: The region is not lent.
         """
         use = self._loans.use(region)
-        if use is None and self._cards is not None:
-            use = self._cards.use(region)
+        if use is None and self._card_lender is not None:
+            use = self._card_lender.use(region)
         if use is None:
             raise StaleRegionError(
                 f"{name} must be in shared memory that this server lends, and its region is unknown, was "
@@ -172,8 +172,8 @@ class Lender:
     def _drop_all(self) -> None:
         for client in tuple(self._clients):
             self._drop(client)
-        for forget in tuple(self._borrowings.values()):
-            forget()
+        for finish in tuple(self._borrowings.values()):
+            finish()
 
     def _accept(self, connection: socket.socket, _address: object) -> None:
         connection.setblocking(False)
@@ -230,8 +230,7 @@ class Lender:
                 self._drop(client)
             return
         client.place.note_progress()
-        # one request at a time: `_deliver` reads on, and until then only the mapper uses `client.borrowing`
-        self._stop_reading(client)
+        self._stop_reading(client)  # one request at a time: `_deliver` starts reading again
         self._mapper.submit(self._perform, client, request)
 
     def _stop_reading(self, client: _Client) -> None:
@@ -255,26 +254,26 @@ class Lender:
         client.close()
         self._clients.remove(client)
         client.place.free()
-        client.account.is_open = False
+        client.account.is_open = False  # at once, for `_deliver`: the mapper may close it later
         self._mapper.submit(self._loans.close, client.account)
         self._release_card_loans(client)
 
     def _release_card_loans(self, client: _Client) -> None:
         """Take back the card memory of a client that has disconnected: when its process ends, or now if it has none."""
         borrowing, client.borrowing = client.borrowing, None
-        if borrowing is None or self._cards is None:
+        if borrowing is None or self._card_lender is None:
             return
         if self._is_closing:  # the mapper may have been shut down
-            self._cards.close(borrowing)
+            self._card_lender.close(borrowing)
             return
-        forget = partial(self._forget, borrowing, self._cards)
-        self._borrowings[borrowing] = forget
+        finish = partial(self._finish_release, borrowing, self._card_lender)
+        self._borrowings[borrowing] = finish
         if borrowing.is_empty:
-            forget()
+            finish()
         else:
-            self._listener.watch(borrowing.process_descriptor, forget)
+            self._listener.watch(borrowing.process_descriptor, finish)
 
-    def _forget(self, borrowing: CardBorrowing, card_lender: CardLender) -> None:
+    def _finish_release(self, borrowing: CardBorrowing, card_lender: CardLender) -> None:
         self._listener.unwatch(borrowing.process_descriptor)
         del self._borrowings[borrowing]
         self._mapper.submit(card_lender.close, borrowing)
@@ -296,7 +295,7 @@ class Lender:
         self._listener.call_soon(partial(self._deliver, client, reply, memory))
 
     def _lend_on_card(self, client: _Client, request: LendingRequest) -> LendingReply:
-        if self._cards is None:
+        if self._card_lender is None:
             return LendingReply(ReplyStatus.NO_SUCH_CARD, text="the server computes on no card")
         borrowing = client.borrowing
         if borrowing is None:
@@ -307,12 +306,12 @@ class Lender:
             except OSError as error:
                 text = f"the server cannot see the client's process: {error.strerror or error}"
                 return LendingReply(ReplyStatus.NO_SUCH_CARD, text=text)
-        return self._cards.lend(borrowing, request)
+        return self._card_lender.lend(borrowing, request)
 
     def _take_back(self, client: _Client, region: bytes) -> bool:
         if self._loans.take_back(client.account, region):
             return True
-        borrowing, card_lender = client.borrowing, self._cards
+        borrowing, card_lender = client.borrowing, self._card_lender
         return (
             borrowing is not None
             and card_lender is not None

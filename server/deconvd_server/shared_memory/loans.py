@@ -245,40 +245,23 @@ class LoanRegistry(Generic[_M]):
         return self._usage.regions_count == self._lingering.regions_count
 
     def _check_limits(self, account: BorrowerAccount, size_bytes: int) -> None:
-        limits = self._limits
+        limits, own = self._limits, account.usage
+        over_client, over_server = ReplyStatus.OVER_CLIENT_LIMIT, ReplyStatus.OVER_SERVER_LIMIT
         peer_usage = self._usage_by_peer.get(account.peer, _Usage())
         peer_bytes = max(limits.all_bytes - limits.all_bytes // RESERVED_PART, limits.client_bytes)
         peer_count = limits.all_regions_count - limits.all_regions_count // RESERVED_PART
-        # the client's own limit first: only then does it help if this client gives something back
+        # the client's own limit first: only then does it help if the client gives something back
         for status, owner, usage, limit_bytes, limit_count in (
-            (
-                ReplyStatus.OVER_CLIENT_LIMIT,
-                "one client",
-                account.usage,
-                limits.client_bytes,
-                limits.client_regions_count,
-            ),
-            (
-                ReplyStatus.OVER_SERVER_LIMIT,
-                "all clients together",
-                self._usage,
-                limits.all_bytes,
-                limits.all_regions_count,
-            ),
-            (
-                ReplyStatus.OVER_SERVER_LIMIT,
-                f"all clients of {account.peer}, so that an eighth of {limits.all_bytes} is left for others,",
-                peer_usage,
-                peer_bytes,
-                peer_count,
-            ),
+            (over_client, "one client", own, limits.client_bytes, limits.client_regions_count),
+            (over_server, "all clients", self._usage, limits.all_bytes, limits.all_regions_count),
+            (over_server, f"all clients of {account.peer}", peer_usage, peer_bytes, peer_count),
         ):
             if usage.size_bytes + size_bytes > limit_bytes or usage.regions_count >= limit_count:
                 raise OverLimitError(
                     status,
-                    f"the server lends {owner} at most {limit_bytes} bytes in {limit_count} regions: "
-                    f"{usage.size_bytes} bytes in {usage.regions_count} regions are lent or still mapped, and "
-                    f"{size_bytes} bytes more were asked for",
+                    f"the server lends {owner} at most {limit_bytes} bytes in {limit_count} regions, of "
+                    f"{limits.all_bytes} bytes in total: {usage.size_bytes} bytes in {usage.regions_count} regions "
+                    f"are lent or still mapped, and {size_bytes} bytes more were asked for",
                 )
 
     def _count(self, account: BorrowerAccount, size_bytes: int, regions_count: int) -> None:
