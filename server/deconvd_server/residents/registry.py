@@ -106,7 +106,7 @@ class ResidentRegistry:
             raise
 
     def bind_name(self, entry: ResidentEntry, session: Session, name: bytes) -> None:
-        """Give a tensor, which the caller uses, a new name until the session ends.
+        """Bind a new name to a tensor that the caller uses. The name lasts until the session ends.
 
         Raises:
             LostSessionError: The session has ended.
@@ -131,7 +131,7 @@ class ResidentRegistry:
     def register_content(
         self, entry: ResidentEntry, session: Session, content_key: Hashable
     ) -> None:
-        """Let a tensor, which the caller uses, be found by its content until the tenant's last session ends.
+        """Let a tensor that the caller uses be found by its content, until the tenant's last session ends.
 
         Nothing happens if the content is registered already, or if the session has ended.
         """
