@@ -18,8 +18,8 @@ def check_not_freed(entry: ResidentEntry) -> None:
     """Raise UnavailableError if a tensor was evicted while all its users were resting."""
     if entry.is_freed:
         raise UnavailableError(
-            "the tensor was evicted while the server waited for the call's client: another tenant needed "
-            "the memory, which is within its share",
+            "the tensor was evicted while the server waited for the call's client: another tenant needed the "
+            "memory, and has a right to it within its own share",
             retry_after_s=RETRY_AFTER_S,
         )
 

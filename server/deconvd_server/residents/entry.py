@@ -1,6 +1,7 @@
 """A resident tensor's state, and the bounded memory that it is in. No I/O and no locks.
 
-All objects here belong to one `ResidentRegistry`, and are called only with its lock held.
+All belong to one `ResidentRegistry`, and are called with its lock held. A user that does not rest may read a tensor's
+`tier` and `operand` without it: they do not change meanwhile.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ class MemoryTier:
         return tenant is not None and self._size_bytes(tenant) + size_bytes <= self._share(tenant)
 
     def blocks_share(self, entry: ResidentEntry, tenant: object) -> bool:
-        """Return whether a tensor is here, belongs to another tenant, and that tenant exceeds its share."""
+        """Return whether a tensor of another tenant is here, and that tenant exceeds its share. Needs no lock."""
         return (
             entry.tier is self
             and entry.tenant is not tenant

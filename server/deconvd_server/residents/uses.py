@@ -32,9 +32,7 @@ class ResidentUses:
     """All calls that use resident tensors now. Thread-safe."""
 
     def __init__(self) -> None:
-        self._uses: dict[
-            ResidentUse, None
-        ] = {}  # needs no lock: each operation on a dict is atomic
+        self._uses: dict[ResidentUse, None] = {}  # no lock: operations on a dict are atomic
 
     def begin(self, call: CallContext) -> ResidentUse:
         """Return a use for a call, with no tensors yet."""
@@ -49,7 +47,8 @@ class ResidentUses:
     def stop_stalled(self, blocks_share: Callable[[ResidentEntry], bool]) -> None:
         """Stop each call that waits for its client and uses a tensor for which `blocks_share` is true.
 
-        The caller must hold no lock: stopping a call runs its callbacks.
+        The caller must hold no lock, since stopping a call runs its callbacks. So an answer of `blocks_share` may be
+        out of date: then a stalled call is stopped a moment too soon or too late.
         """
         then_s = time.monotonic() - _STALLED_S
         for use in tuple(self._uses):
@@ -57,7 +56,7 @@ class ResidentUses:
                 map(blocks_share, use.tensors)
             ):
                 _log.info(
-                    "a call of %s is stopped: another tenant needs the memory, and its client is stalled",
+                    "stopping a call of %s: its client is stalled, and another tenant needs the memory",
                     use.call.peer,
                 )
                 use.call.stop(
