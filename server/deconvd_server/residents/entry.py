@@ -27,8 +27,7 @@ __all__ = ["RETRY_AFTER_S", "MemoryTier", "ResidentEntry"]
 RETRY_AFTER_S: Final = 0.5
 """How long a caller should wait when tensors find no room or must make room: about as long as calls use tensors."""
 
-# numbers entries as they join queues, so that those of different queues can be ordered
-_SEQUENCE: Final = count(1)
+_SEQUENCE: Final = count(1)  # orders entries of different queues by when they joined
 
 
 class ResidentEntry:

@@ -78,9 +78,8 @@ class FairShares:
         self._reserved_count = reserved_count
         self._plural_noun = plural_noun
         self._lock = threading.Lock()
-        self._places: dict[
-            str, dict[PeerPlace, None]
-        ] = {}  # by peer, in the order in which they came
+        # by peer, in the order in which they were taken
+        self._places: dict[str, dict[PeerPlace, None]] = {}
         self._taken_count = 0
         self._preempted: set[PeerPlace] = set()
 
