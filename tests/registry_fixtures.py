@@ -1,4 +1,4 @@
-"""Keepers of tensors on real devices with little memory, for tests."""
+"""Registries of resident tensors on real devices with little memory, for tests."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Clock:
 
 
 class RegistryFixture:
-    """A keeper with its sessions and engines.
+    """A registry with its sessions and engines.
 
     Args:
-        device_bytes: What may be kept on each device; None for all that calls may take.
+        device_bytes: How many bytes of tensors each device may have; None for all that calls may take.
     """
 
     LEASE_S = 30.0
@@ -70,12 +70,12 @@ class RegistryFixture:
             for number in range(devices_count)
         ]
         self.engines = Engines(devices, waiting_count=10)
-        self.keeper = ResidentRegistry(
+        self.registry = ResidentRegistry(
             self.engines.all, lambda engine: device_bytes or engine.info.budget_bytes, host_bytes
         )
         self.clock = Clock()
         self.sessions = Sessions(
-            SessionLimits(8, self.LEASE_S, quota_bytes), self.keeper.end_session, self.clock
+            SessionLimits(8, self.LEASE_S, quota_bytes), self.registry.end_session, self.clock
         )
 
     @property
@@ -91,35 +91,35 @@ class RegistryFixture:
         self, session: Session, name: bytes, array: Array, engine: Engine | None = None
     ) -> ResidentEntry:
         """Keep an array under a name, and return it, not in use."""
-        kept = self.make(session, array, engine)
+        entry = self.make(session, array, engine)
         try:
-            self.keeper.bind_name(kept, session, name)
+            self.registry.bind_name(entry, session, name)
         finally:
-            self.keeper.release(kept)
-        return kept
+            self.registry.release(entry)
+        return entry
 
     def make(self, session: Session, array: Array, engine: Engine | None = None) -> ResidentEntry:
         """Keep an array without a name, in use."""
         engine = engine or self.engine
-        kept = self.keeper.make(
+        entry = self.registry.make(
             session, TensorSpec(array.shape, array.dtype), engine, CallContext()
         )
-        assert not isinstance(kept.operand, np.ndarray)
-        engine.write(kept.operand, array, CallContext())
-        return kept
+        assert not isinstance(entry.operand, np.ndarray)
+        engine.write(entry.operand, array, CallContext())
+        return entry
 
     def get(self, session: Session, name: bytes) -> Array:
         """Return the elements of what has a name."""
-        kept = self.keeper.acquire_by_name(session, name, "x", CallContext())
+        entry = self.registry.acquire_by_name(session, name, "x", CallContext())
         try:
-            return read_array(kept, CallContext()).copy()
+            return read_array(entry, CallContext()).copy()
         finally:
-            self.keeper.release(kept)
+            self.registry.release(entry)
 
     def tier_bytes(self, engine: Engine) -> list[int]:
         """Return what counts on an engine's device, and beneath it, whoever's it is."""
-        shelf = self.keeper._placement._tiers[engine.info.id]
-        return [each.used_bytes for each in (shelf, shelf.lower_tier) if each is not None]
+        tier = self.registry._placement._tiers[engine.info.id]
+        return [each.used_bytes for each in (tier, tier.lower_tier) if each is not None]
 
     def held_bytes(self) -> int:
         """Return what tensors hold of the devices."""

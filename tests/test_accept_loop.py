@@ -145,7 +145,7 @@ def test_an_error_that_nobody_foresaw_is_logged_and_told(caplog: pytest.LogCaptu
     with run(taker, sock, lost=lost), socket.create_connection(sock.getsockname(), TIMEOUT_S):
         wait_until(lambda: bool(lost))
     assert lost == ["the thread for those of the test"]
-    assert "those of the test are served no more: unforeseen error" in caplog.text
+    assert "those of the test are no longer served: unforeseen error" in caplog.text
     assert "on purpose" in caplog.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -67,6 +68,24 @@ class Caller:
         else:
             self._outcome.set_result(None)
         self.call.settled.set()
+
+
+class _CountingCall(CallContext):
+    """A call that knows which callbacks wait for its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added_count = 0
+        self.callbacks: list[Callable[[], None]] = []
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        self.added_count += 1
+        self.callbacks.append(callback)
+        super().on_cancel(callback)
+
+    def remove_on_cancel(self, callback: Callable[[], None]) -> None:
+        self.callbacks.remove(callback)
+        super().remove_on_cancel(callback)
 
 
 class _WatchedCall(CallContext):
@@ -211,6 +230,18 @@ def test_where_none_may_wait_a_call_that_need_not_is_admitted() -> None:
     assert admission.load == IDLE
 
 
+def test_a_call_that_is_refused_leaves_no_callback_behind() -> None:
+    admission, call = Admission(1, 100, 0), _CountingCall()
+
+    with admission.admit(1, CallContext()):
+        for _ in range(3):
+            with pytest.raises(UnavailableError), admission.admit(1, call):
+                pass
+
+    assert call.added_count == 3
+    assert call.callbacks == []
+
+
 def test_a_call_whose_deadline_passes_while_it_waits_leaves_the_line() -> None:
     admission = Admission(1, 100, 1)
     first, second = started(admission), Caller(admission, timeout_s=0.01)
@@ -342,7 +373,7 @@ def test_a_call_that_what_is_held_leaves_no_room_is_refused_at_once() -> None:
     admission = Admission(9, 100, 1, make_room=lambda size_bytes, _: missing.append(size_bytes))
     admission.reserve(70)
 
-    with pytest.raises(UnavailableError, match="hold 70 now") as raised:
+    with pytest.raises(UnavailableError, match="have 70 now") as raised:
         with admission.admit(31, CallContext()):
             pass
 

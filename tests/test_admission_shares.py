@@ -169,9 +169,7 @@ def test_what_waits_may_have_brought_a_quarter_of_the_budget(threads: ThreadPool
     hog = computed(admission, "a", 100 * MIB, 100 * MIB)
     large = begun(threads, admission, "b", 30 * MIB, 30 * MIB)  # one may have more
 
-    with pytest.raises(
-        UnavailableError, match=r"that wait have brought 31457280 bytes already"
-    ) as e:
+    with pytest.raises(UnavailableError, match=r"that wait have sent 31457280 bytes already") as e:
         computed(admission, "c", MIB, MIB, MIB)
     assert e.value.retry_after_s
     little = begun(threads, admission, "c", 0)
@@ -189,9 +187,7 @@ def test_several_may_have_brought_a_quarter_of_the_budget_and_no_more(
     hog = computed(admission, "a", 100 * MIB, 100 * MIB)
     calls = [begun(threads, admission, "b", 24 * MIB, 24 * MIB)]
     calls.append(begun(threads, admission, "c", MIB, MIB))
-    with pytest.raises(
-        UnavailableError, match=r"26214400 bytes already, of 26214400 that they may"
-    ):
+    with pytest.raises(UnavailableError, match=r"26214400 bytes already, of at most 26214400"):
         computed(admission, "d", MIB, MIB, MIB)
 
     hog.end()

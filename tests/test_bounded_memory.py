@@ -183,7 +183,7 @@ def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
         for _ in range(6):
             error = error_of(lambda: call(message, timeout=20))
             assert isinstance(error, UnavailableError)
-            assert "calls that wait have brought" in str(error)
+            assert "calls that wait have sent" in str(error)
         for future in waiting:
             future.cancel()
 

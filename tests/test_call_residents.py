@@ -17,7 +17,7 @@ def test_a_tensor_of_a_device_is_copied_in_pieces() -> None:
         engine = at_home.engine
         given = engine.empty(spec)
         engine.write(given, array, CallContext())
-        residents = CallResidents(at_home.keeper, at_home.open(), CallContext())
+        residents = CallResidents(at_home.registry, at_home.open(), CallContext())
 
         residents.copy("x", given, engine)
 

@@ -99,8 +99,8 @@ def test_a_server_that_may_have_too_few_says_so(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        "deconvd-server: this process may have 40 file descriptors (ulimit -n), and a server needs "
-        "at least 48\n"
+        "deconvd-server: this process may have at most 40 file descriptors (ulimit -n), and a server "
+        "needs at least 48\n"
     )
 
 

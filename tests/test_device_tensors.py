@@ -370,7 +370,7 @@ def test_a_call_that_tensors_leave_no_room_is_refused_at_once(engine: Engine) ->
     hungry = problem(8, 8, 64)
     x, W, b, _ = operands(hungry)
 
-    with pytest.raises(UnavailableError, match="tensors that stay hold 62914560 now") as raised:
+    with pytest.raises(UnavailableError, match="resident tensors have 62914560 now") as raised:
         deconvolve(engine, hungry, x, W, b, STEADY, CallContext())
 
     assert raised.value.retry_after_s is not None

@@ -40,7 +40,7 @@ def test_a_lone_peer_takes_all_but_the_reserve() -> None:
 
     assert len(take_all(places, "a")) == 7
     with pytest.raises(
-        UnavailableError, match="no place for more streams: 7 of 8 are taken, 7 by a"
+        UnavailableError, match="no place for more streams: 7 of 8 are taken, 7 of them by a"
     ) as caught:
         places.take("a", nothing)
     assert caught.value.retry_after_s is not None
@@ -138,7 +138,7 @@ def test_one_that_fails_to_give_way_harms_nobody(caplog: pytest.LogCaptureFixtur
     places.take("b", nothing)
 
     assert places.count_of("b") == 1
-    assert "did not give way" in caplog.text
+    assert "preempting one of the streams failed" in caplog.text
 
 
 def test_threads_that_take_and_free_at_once_lose_no_place() -> None:

@@ -204,7 +204,7 @@ def test_memory_counts_until_its_client_has_let_go_of_it(
         other.borrow(half_bytes)
         refused = peers().lend(1)
         assert refused.status is ReplyStatus.OVER_SERVER_LIMIT
-        assert f"process {os.getpid()} have or still keep" in refused.text
+        assert f"all clients of process {os.getpid()} at most" in refused.text
         let_go()
         assert lender.lingering_bytes == 0
         peers().borrow(half_bytes)
@@ -255,7 +255,7 @@ def test_results_outlive_their_connection_and_count_until_they_go(tmp_path: Path
         assert y.max() == 8 * 16
 
         with connect(server.target, transport="shared_memory") as F:
-            with pytest.raises(ExhaustedError, match="still keep"):
+            with pytest.raises(ExhaustedError, match="are lent or still mapped"):
                 F.deconvolution_2d(np.ones((1, 1, 4096, 4096), np.float32), W[:1, :1, :1, :1])
         assert y.max() == 8 * 16
 

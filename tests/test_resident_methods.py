@@ -329,15 +329,15 @@ def test_requests_that_can_never_succeed_are_told_which_argument(held: SessionCl
     place = pb.SharedSlice(region=bytes(16))
     cases: list[tuple[str, dict[str, Any]]] = [
         (
-            "W must have the shape and element type that it was kept",
+            "W must have the shape and element type of the resident tensor",
             {"w": tensor_by_handle(wide, handle)},
         ),
         (
-            "W must have the shape and element type that it was kept",
+            "W must have the shape and element type of the resident tensor",
             {"w": tensor_by_handle(flat, handle)},
         ),
-        ("of 288 bytes for float32", {"w": wrong_size}),
-        ("got one of 5 bytes", {"w": short_digest}),
+        ("a size_bytes of 288 for float32", {"w": wrong_size}),
+        ("got a digest of 5 bytes", {"w": short_digest}),
         ("y_place must be left out where y is to be kept", {"y_place": place, "keep_y": True}),
         ("session must be a name of 16 bytes, got 3", {"session": b"abc", "keep_y": True}),
         ("session must be a name of 16 bytes, got 0", {"session": b"", "keep_y": True}),

@@ -1,4 +1,4 @@
-"""The keeper of tensors: what is kept for whom, what makes room, and that nothing in use ever goes."""
+"""The registry of resident tensors: what it has for whom, what is evicted, and that nothing in use is ever freed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def nothing() -> None:
 
 def kept_names(built: RegistryFixture, session: Session, names: bytes) -> bytes:
     """Return those of one-letter names that stand for something, without the look's counting as use."""
-    return bytes(letter for letter in names if bytes([letter]) in built.keeper.names_of(session))
+    return bytes(letter for letter in names if bytes([letter]) in built.registry.names_of(session))
 
 
 def test_what_was_put_is_there_until_it_is_dropped() -> None:
@@ -59,7 +59,7 @@ def test_what_was_put_is_there_until_it_is_dropped() -> None:
         built.put(session, b"b", array(2))
 
         np.testing.assert_array_equal(built.get(session, b"a"), array(1))
-        built.keeper.drop(session, [b"a", b"unknown"])
+        built.registry.drop(session, [b"a", b"unknown"])
 
         assert not has(built, session, b"a")
         np.testing.assert_array_equal(built.get(session, b"b"), array(2))
@@ -84,41 +84,44 @@ def test_what_a_call_uses_makes_no_room() -> None:
         for number, name in enumerate([b"a", b"b", b"c", b"d"]):
             built.put(session, name, array(number))
         used = [
-            built.keeper.acquire_by_name(session, name, "x", CallContext()) for name in [b"a", b"b"]
+            built.registry.acquire_by_name(session, name, "x", CallContext())
+            for name in [b"a", b"b"]
         ]
 
         built.put(session, b"e", array(5, 32 * KIB))
         with pytest.raises(
-            ExhaustedError, match=r"65536 bytes for tensors that stay, .* no room for 49152"
+            ExhaustedError, match=r"65536 bytes for resident tensors, and no room for 49152 more"
         ):
             built.put(session, b"f", array(6, 48 * KIB))
 
-        for number, kept in enumerate(used):
-            np.testing.assert_array_equal(read_array(kept, CallContext()), array(number))
-            built.keeper.release(kept)
+        for number, entry in enumerate(used):
+            np.testing.assert_array_equal(read_array(entry, CallContext()), array(number))
+            built.registry.release(entry)
 
 
 def test_what_is_dropped_while_in_use_is_freed_after_its_last_user() -> None:
     with make_registry_fixture() as built:
         session = built.open()
         built.put(session, b"a", array(1))
-        users = [built.keeper.acquire_by_name(session, b"a", "x", CallContext()) for _ in range(2)]
+        users = [
+            built.registry.acquire_by_name(session, b"a", "x", CallContext()) for _ in range(2)
+        ]
 
-        built.keeper.drop(session, [b"a"])
+        built.registry.drop(session, [b"a"])
 
         assert not has(built, session, b"a")
-        for kept in users:
-            np.testing.assert_array_equal(read_array(kept, CallContext()), array(1))
+        for entry in users:
+            np.testing.assert_array_equal(read_array(entry, CallContext()), array(1))
             assert built.held_bytes() == 16 * KIB
-            built.keeper.release(kept)
+            built.registry.release(entry)
         assert built.held_bytes() == 0
 
 
 def test_what_is_made_and_not_named_goes_with_its_maker() -> None:
     with make_registry_fixture() as built:
-        kept = built.make(built.open(), array(1))
+        entry = built.make(built.open(), array(1))
         assert built.held_bytes() == 16 * KIB
-        built.keeper.release(kept)
+        built.registry.release(entry)
         assert built.held_bytes() == 0
 
 
@@ -152,7 +155,7 @@ def test_a_tenant_beyond_its_share_makes_room_for_another() -> None:
             built.put(second, name, array(2))
 
         assert kept_names(built, first, b"abcd") == b"cd"
-        with pytest.raises(ExhaustedError, match="other tenants have within their share"):
+        with pytest.raises(ExhaustedError, match="other tenants within their share use the rest"):
             built.put(second, b"g", array(3, 48 * KIB))
         assert kept_names(built, first, b"abcd") == b"cd"
 
@@ -161,9 +164,9 @@ def test_what_rests_makes_room_for_what_another_tenant_is_promised() -> None:
     with make_registry_fixture() as built:
         greedy, modest = built.open(), built.open()
         used = [built.make(greedy, array(number)) for number in range(4)]
-        for kept, name in zip(used, [b"a", b"b", b"c", b"d"], strict=True):
-            built.keeper.bind_name(kept, greedy, name)
-        resting = [built.keeper.rest(kept, CallContext()) for kept in used]
+        for entry, name in zip(used, [b"a", b"b", b"c", b"d"], strict=True):
+            built.registry.bind_name(entry, greedy, name)
+        resting = [built.registry.rest(entry, CallContext()) for entry in used]
         for each in resting:
             each.__enter__()
 
@@ -175,14 +178,14 @@ def test_what_rests_makes_room_for_what_another_tenant_is_promised() -> None:
         assert kept_names(built, modest, b"ef") == b"ef"
         for each in resting:
             each.__exit__(None, None, None)
-        for kept, value in zip(used[2:], [2, 3], strict=True):
-            np.testing.assert_array_equal(read_samples(kept, None, CallContext()), array(value))
-        for kept in used[:2]:
-            with pytest.raises(UnavailableError, match="had to make room") as raised:
-                read_samples(kept, None, CallContext())
+        for entry, value in zip(used[2:], [2, 3], strict=True):
+            np.testing.assert_array_equal(read_samples(entry, None, CallContext()), array(value))
+        for entry in used[:2]:
+            with pytest.raises(UnavailableError, match="the tensor was evicted while") as raised:
+                read_samples(entry, None, CallContext())
             assert raised.value.retry_after_s
-        for kept in used:
-            built.keeper.release(kept)
+        for entry in used:
+            built.registry.release(entry)
         assert kept_names(built, greedy, b"abcd") == b"cd"
 
 
@@ -190,16 +193,16 @@ def test_what_rests_moves_to_the_host_if_there_is_room() -> None:
     with make_registry_fixture(host_bytes=32 * KIB) as built:
         greedy, modest = built.open(), built.open()
         used = [built.make(greedy, array(number)) for number in range(4)]
-        resting = [built.keeper.rest(kept, CallContext()) for kept in used]
+        resting = [built.registry.rest(entry, CallContext()) for entry in used]
         for each in resting:
             each.__enter__()
 
         built.put(modest, b"a", array(5, 32 * KIB))
 
-        for each, kept, value in zip(resting, used, range(4), strict=True):
+        for each, entry, value in zip(resting, used, range(4), strict=True):
             each.__exit__(None, None, None)
-            np.testing.assert_array_equal(read_samples(kept, None, CallContext()), array(value))
-            built.keeper.release(kept)
+            np.testing.assert_array_equal(read_samples(entry, None, CallContext()), array(value))
+            built.registry.release(entry)
 
 
 def test_a_call_that_waits_for_its_client_is_stopped_for_what_is_promised() -> None:
@@ -208,7 +211,7 @@ def test_a_call_that_waits_for_its_client_is_stopped_for_what_is_promised() -> N
         built.put(greedy, b"a", array(1, 60 * KIB))
         call = CallContext()
         call.client_wait = ClientWaitState()
-        residents = CallResidents(built.keeper, greedy, call)
+        residents = CallResidents(built.registry, greedy, call)
         tensor = pb.Tensor(resident=pb.Resident(handle=b"a"))
         assert residents.find("x", spec_of(array(1, 60 * KIB)), tensor)
         call.close_stream = residents.release  # as its thread does
@@ -237,7 +240,7 @@ def test_a_quota_is_named_when_it_is_met() -> None:
             built.put(session, b"c", array(3))
         built.put(built.open(b"other"), b"d", array(3))
 
-        built.keeper.drop(session, [b"a"])
+        built.registry.drop(session, [b"a"])
         built.put(session, b"c", array(3))
 
 
@@ -245,10 +248,10 @@ def test_content_makes_room_in_the_quota_for_what_is_named() -> None:
     with make_registry_fixture(quota_bytes=48 * KIB) as built:
         session = built.open()
         for key in ["one", "two", "three"]:
-            kept = built.make(session, array(1))
-            built.keeper.register_content(kept, session, key)
-            built.keeper.release(kept)
-        used = built.keeper.acquire_by_content(session, "one", CallContext())
+            entry = built.make(session, array(1))
+            built.registry.register_content(entry, session, key)
+            built.registry.release(entry)
+        used = built.registry.acquire_by_content(session, "one", CallContext())
         assert used is not None
 
         built.put(session, b"a", array(1))
@@ -256,78 +259,80 @@ def test_content_makes_room_in_the_quota_for_what_is_named() -> None:
         with pytest.raises(ExhaustedError, match="over its quota"):
             built.put(session, b"c", array(3))
 
-        built.keeper.release(used)
-        assert built.keeper.acquire_by_content(session, "two", CallContext()) is None
-        assert built.keeper.acquire_by_content(session, "three", CallContext()) is None
+        built.registry.release(used)
+        assert built.registry.acquire_by_content(session, "two", CallContext()) is None
+        assert built.registry.acquire_by_content(session, "three", CallContext()) is None
 
 
 def test_content_is_there_until_its_tenants_last_session_ends() -> None:
     with make_registry_fixture() as built:
         first, second = built.open(b"key"), built.open(b"key")
-        kept = built.make(first, array(7))
-        built.keeper.register_content(kept, first, "content")
-        built.keeper.release(kept)
+        entry = built.make(first, array(7))
+        built.registry.register_content(entry, first, "content")
+        built.registry.release(entry)
 
         built.sessions.end(first, first.close_stream)
-        found = built.keeper.acquire_by_content(second, "content", CallContext())
+        found = built.registry.acquire_by_content(second, "content", CallContext())
         assert found is not None
         np.testing.assert_array_equal(read_array(found, CallContext()), array(7))
-        built.keeper.release(found)
+        built.registry.release(found)
 
         built.sessions.end(second, second.close_stream)
         assert built.held_bytes() == 0
-        assert built.keeper.acquire_by_content(built.open(b"key"), "content", CallContext()) is None
+        assert (
+            built.registry.acquire_by_content(built.open(b"key"), "content", CallContext()) is None
+        )
 
 
 def test_a_name_for_content_outlives_the_content() -> None:
     with make_registry_fixture() as built:
         session = built.open()
-        kept = built.make(session, array(7))
-        built.keeper.register_content(kept, session, "content")
-        built.keeper.bind_name(kept, session, b"a")
-        built.keeper.release(kept)
+        entry = built.make(session, array(7))
+        built.registry.register_content(entry, session, "content")
+        built.registry.bind_name(entry, session, b"a")
+        built.registry.release(entry)
         assert built.held_bytes() == 16 * KIB
 
-        built.keeper.drop(session, [b"a"])
-        found = built.keeper.acquire_by_content(session, "content", CallContext())
+        built.registry.drop(session, [b"a"])
+        found = built.registry.acquire_by_content(session, "content", CallContext())
         assert found is not None
-        built.keeper.release(found)
+        built.registry.release(found)
 
 
 def test_tenants_have_nothing_of_each_other() -> None:
     with make_registry_fixture() as built:
         alice, bob, second = built.open(b"alice"), built.open(b"bob"), built.open(b"alice")
-        kept = built.make(alice, array(1))
-        built.keeper.register_content(kept, alice, "content")
-        built.keeper.bind_name(kept, alice, b"a")
-        built.keeper.release(kept)
+        entry = built.make(alice, array(1))
+        built.registry.register_content(entry, alice, "content")
+        built.registry.bind_name(entry, alice, b"a")
+        built.registry.release(entry)
 
         with pytest.raises(LostTensorError) as known:
             built.get(bob, b"a")
         with pytest.raises(LostTensorError) as unknown:
             built.get(bob, b"no such name")
         assert str(known.value) == str(unknown.value)
-        assert built.keeper.acquire_by_content(bob, "content", CallContext()) is None
-        built.keeper.drop(bob, [b"a"])
+        assert built.registry.acquire_by_content(bob, "content", CallContext()) is None
+        built.registry.drop(bob, [b"a"])
 
         np.testing.assert_array_equal(built.get(second, b"a"), array(1))
-        built.keeper.drop(second, [b"a"])  # another session's: passed over
+        built.registry.drop(second, [b"a"])  # another session's: passed over
         assert has(built, alice, b"a")
 
 
 def test_an_ended_session_keeps_nothing() -> None:
     with make_registry_fixture() as built:
         session = built.open()
-        kept = built.make(session, array(1))
+        entry = built.make(session, array(1))
         built.sessions.end(session, session.close_stream)
 
         with pytest.raises(LostSessionError):
-            built.keeper.bind_name(kept, session, b"a")
-        built.keeper.register_content(kept, session, "content")
+            built.registry.bind_name(entry, session, b"a")
+        built.registry.register_content(entry, session, "content")
         with pytest.raises(LostSessionError):
             built.make(session, array(2))
 
-        built.keeper.release(kept)
+        built.registry.release(entry)
         assert built.held_bytes() == 0
 
 
@@ -338,59 +343,59 @@ def test_what_has_no_room_moves_to_the_host_and_comes_back_when_used() -> None:
         for number, name in enumerate(names):
             built.put(session, name, array(number))
         assert built.held_bytes() == 64 * KIB
-        device, host = built.keeper.cache_states(built.engine, session.tenant)
+        device, host = built.registry.cache_states(built.engine, session.tenant)
         assert (device.size_bytes, host.size_bytes) == (64 * KIB, 32 * KIB)
 
         for number, name in enumerate(names):
-            kept = built.keeper.acquire_by_name(session, name, "x", CallContext())
-            operand = built.keeper.operand(kept, built.engine, CallContext())
+            entry = built.registry.acquire_by_name(session, name, "x", CallContext())
+            operand = built.registry.operand(entry, built.engine, CallContext())
             assert not isinstance(operand, np.ndarray)
             np.testing.assert_array_equal(built.engine.read(operand, CallContext()), array(number))
-            built.keeper.release(kept)
+            built.registry.release(entry)
 
         built.put(session, b"g", array(6))
-        assert len(built.keeper.names_of(session)) == 6
+        assert len(built.registry.names_of(session)) == 6
 
 
 def test_what_a_device_keeps_with_a_tensor_counts_and_goes_with_it() -> None:
     with make_registry_fixture(host_bytes=32 * KIB, quota_bytes=60 * KIB) as built:
         session = built.open()
-        kept = built.make(session, array(1))
-        built.keeper.bind_name(kept, session, b"a")
-        may_grow = kept.device_tensor.may_grow
+        entry = built.make(session, array(1))
+        built.registry.bind_name(entry, session, b"a")
+        may_grow = entry.device_tensor.may_grow
 
         assert may_grow(24 * KIB)
         assert not may_grow(24 * KIB)  # the quota has no room for so much
         assert may_grow(8 * KIB)
         assert may_grow(-8 * KIB)
-        assert built.held_bytes() == built.keeper.used_bytes(session.tenant) == 40 * KIB
-        built.keeper.release(kept)
+        assert built.held_bytes() == built.registry.used_bytes(session.tenant) == 40 * KIB
+        built.registry.release(entry)
 
         built.engine.on_shortage(
             1, CallContext()
         )  # it moves to the host, without what it has grown by
         assert built.held_bytes() == 0
-        assert built.keeper.used_bytes(session.tenant) == 16 * KIB
+        assert built.registry.used_bytes(session.tenant) == 16 * KIB
         np.testing.assert_array_equal(built.get(session, b"a"), array(1))
 
-        back = built.keeper.acquire_by_name(session, b"a", "x", CallContext())
-        operand = built.keeper.operand(back, built.engine, CallContext())
+        back = built.registry.acquire_by_name(session, b"a", "x", CallContext())
+        operand = built.registry.operand(back, built.engine, CallContext())
         assert not isinstance(operand, np.ndarray)
         assert operand.may_grow(8 * KIB)
-        built.keeper.drop(session, [b"a"])
+        built.registry.drop(session, [b"a"])
         assert built.held_bytes() == 24 * KIB
-        built.keeper.release(back)
-        assert built.held_bytes() == built.keeper.used_bytes(session.tenant) == 0
+        built.registry.release(back)
+        assert built.held_bytes() == built.registry.used_bytes(session.tenant) == 0
 
 
 def test_no_tensor_grows_where_there_is_no_room() -> None:
     with make_registry_fixture() as built:
         session = built.open()
         built.put(session, b"a", array(1, 40 * KIB))
-        kept = built.make(session, array(2))
-        assert not kept.device_tensor.may_grow(16 * KIB)
+        entry = built.make(session, array(2))
+        assert not entry.device_tensor.may_grow(16 * KIB)
         assert built.held_bytes() == 56 * KIB
-        built.keeper.release(kept)
+        built.registry.release(entry)
 
 
 def test_what_cannot_come_back_is_used_from_the_host() -> None:
@@ -398,27 +403,27 @@ def test_what_cannot_come_back_is_used_from_the_host() -> None:
         session = built.open()
         built.put(session, b"a", array(1))
         built.put(session, b"b", array(2))  # a moves to the host
-        b = built.keeper.acquire_by_name(session, b"b", "W", CallContext())
-        a = built.keeper.acquire_by_name(session, b"a", "x", CallContext())
+        b = built.registry.acquire_by_name(session, b"b", "W", CallContext())
+        a = built.registry.acquire_by_name(session, b"a", "x", CallContext())
 
-        operand = built.keeper.operand(a, built.engine, CallContext())
+        operand = built.registry.operand(a, built.engine, CallContext())
 
         assert isinstance(operand, np.ndarray)
         np.testing.assert_array_equal(operand, array(1))
-        for kept in (a, b):
-            built.keeper.release(kept)
+        for entry in (a, b):
+            built.registry.release(entry)
 
 
 def test_what_is_used_on_another_device_is_copied_through_the_host() -> None:
     with make_registry_fixture(devices_count=2) as built:
         session, (first, second) = built.open(), built.engines.all
-        kept = built.make(session, array(1), first)
+        entry = built.make(session, array(1), first)
 
-        operand = built.keeper.operand(kept, second, CallContext())
+        operand = built.registry.operand(entry, second, CallContext())
 
         assert isinstance(operand, np.ndarray)
         np.testing.assert_array_equal(operand, array(1))
-        built.keeper.release(kept)
+        built.registry.release(entry)
 
 
 def test_calls_move_tensors_aside_but_drop_none_within_a_share() -> None:
@@ -443,16 +448,16 @@ def test_a_call_gets_the_memory_of_its_own_tenants_idle_tensors() -> None:
         session, call = built.open(), CallContext()
         budget_bytes = built.engine.info.budget_bytes
         large = TensorSpec((budget_bytes // 2 - 16 * KIB,), np.dtype(np.uint8))  # never touched
-        made = [built.keeper.make(session, large, built.engine, CallContext()) for _ in range(2)]
-        for name, kept in zip([b"a", b"b"], made, strict=True):
-            built.keeper.bind_name(kept, session, name)
+        made = [built.registry.make(session, large, built.engine, CallContext()) for _ in range(2)]
+        for name, entry in zip([b"a", b"b"], made, strict=True):
+            built.registry.bind_name(entry, session, name)
         arguments = (problem, x, one, None, Options())
         call.tenant = session.tenant
-        with pytest.raises(UnavailableError, match="tensors that stay hold"):
+        with pytest.raises(UnavailableError, match="resident tensors have"):
             deconvolve(built.engine, *arguments, call)
 
-        built.keeper.release(made[0])
-        with pytest.raises(UnavailableError, match="tensors that stay hold"):
+        built.registry.release(made[0])
+        with pytest.raises(UnavailableError, match="resident tensors have"):
             deconvolve(
                 built.engine, *arguments, CallContext()
             )  # a stranger's, and the tenant is alone
@@ -460,7 +465,7 @@ def test_a_call_gets_the_memory_of_its_own_tenants_idle_tensors() -> None:
 
         np.testing.assert_array_equal(y, x)
         assert kept_names(built, session, b"ab") == b"b"
-        built.keeper.release(made[1])
+        built.registry.release(made[1])
 
 
 def test_room_that_is_being_made_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +490,7 @@ def test_room_that_is_being_made_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
         for put in (first, second):
             put.result(30)
 
-        device, host = built.keeper.cache_states(built.engine, session.tenant)
+        device, host = built.registry.cache_states(built.engine, session.tenant)
         assert (device.count, host.count) == (5, 1)
 
 
@@ -527,7 +532,7 @@ def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> Non
         built.put(session, b"e", array(5))
 
         assert kept_names(built, session, b"abcde") == b"bcde"
-        device, host = built.keeper.cache_states(built.engine, session.tenant)
+        device, host = built.registry.cache_states(built.engine, session.tenant)
         assert (device.count, host.count, host.size_bytes) == (4, 0, 0)
 
 
@@ -537,9 +542,9 @@ def test_ten_thousand_puts_and_drops_leave_nothing() -> None:
         for number in range(10_000):
             built.put(session, b"%d" % number, array(number, 512))
             if number >= 10:
-                built.keeper.drop(session, [b"%d" % (number - 10)])
+                built.registry.drop(session, [b"%d" % (number - 10)])
         assert built.held_bytes() == 10 * 512
-        assert len(built.keeper.names_of(session)) == 10
+        assert len(built.registry.names_of(session)) == 10
 
 
 def test_many_threads_read_what_was_put_whatever_moves() -> None:
@@ -562,16 +567,16 @@ def test_many_threads_read_what_was_put_whatever_moves() -> None:
                 older = random.randrange(max(step - 6, 0), step + 1)
                 use(session, seed * 1000 + older)
                 if random.random() < 0.3:
-                    built.keeper.drop(session, [name])
+                    built.registry.drop(session, [name])
 
         def use(session: Session, value: int) -> None:
             try:
-                kept = built.keeper.acquire_by_name(session, b"%d" % value, "x", CallContext())
+                entry = built.registry.acquire_by_name(session, b"%d" % value, "x", CallContext())
             except LostTensorError:
                 lost.set()
                 return
             try:
-                operand = built.keeper.operand(kept, built.engine, CallContext())
+                operand = built.registry.operand(entry, built.engine, CallContext())
                 found = (
                     operand
                     if isinstance(operand, np.ndarray)
@@ -579,7 +584,7 @@ def test_many_threads_read_what_was_put_whatever_moves() -> None:
                 )
                 np.testing.assert_array_equal(found, array(value, 8 * KIB))
             finally:
-                built.keeper.release(kept)
+                built.registry.release(entry)
 
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(work, range(6)))

@@ -1,4 +1,4 @@
-"""The keeper against a model, over whatever order of putting, using, dropping, displacing and expiring."""
+"""The registry against a model, for any order of putting, using, dropping, evicting and expiring."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Thing:
     session: Session
     name: bytes
     is_dropped: bool = False
-    may_be_displaced: bool = False
+    may_be_evicted: bool = False
 
     @property
     def array(self) -> Array:
@@ -66,11 +66,11 @@ class Use:
     """A call that uses a tensor."""
 
     thing: Thing
-    kept: ResidentEntry
+    entry: ResidentEntry
     resting: AbstractContextManager[None] | None = None
 
 
-class KeeperMachine(RuleBasedStateMachine):
+class RegistryMachine(RuleBasedStateMachine):
     """What was put is found with its elements, unless it was dropped, expired, or something made it give way."""
 
     sessions = Bundle("sessions")
@@ -100,7 +100,7 @@ class KeeperMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for use in self._uses:
             self._go_on(use)
-            self.house.keeper.release(use.kept)
+            self.house.registry.release(use.entry)
         self._stack.close()  # sees that nothing is left
 
     @rule(target=sessions, key=st.sampled_from([b"", b"one", b"two"]))
@@ -133,11 +133,11 @@ class KeeperMachine(RuleBasedStateMachine):
             assert any(use.resting is None for use in self._uses)
             return multiple()
         finally:
-            # whoever is within its share, on every shelf, has lost nothing
+            # a tenant that is within its share of every tier has lost nothing
             for other in safe:
-                assert other.name in self.house.keeper.names_of(other.session)
+                assert other.name in self.house.registry.names_of(other.session)
             for other in self._all:
-                other.may_be_displaced |= other not in safe
+                other.may_be_evicted |= other not in safe
         self._all.append(thing)
         return thing
 
@@ -145,11 +145,11 @@ class KeeperMachine(RuleBasedStateMachine):
         """Return what another tenant's put must not displace, and what no room is needed of."""
         tenants = {thing.session.tenant for thing in self._all if self._is_there(thing)} | {tenant}
         share_bytes = DEVICE_BYTES // len(tenants)
-        host_bytes = self.house.keeper.cache_states(self.house.engine, None)[-1].limit_bytes
+        host_bytes = self.house.registry.cache_states(self.house.engine, None)[-1].limit_bytes
         modest = [
             other
             for other in tenants - {tenant}
-            if self.house.keeper.used_bytes(other)
+            if self.house.registry.used_bytes(other)
             <= min(share_bytes, max(host_bytes // len(tenants), share_bytes))
         ]
         return [
@@ -157,7 +157,7 @@ class KeeperMachine(RuleBasedStateMachine):
         ]
 
     def _is_there(self, thing: Thing) -> bool:
-        return thing.name in self.house.keeper.names_of(thing.session)
+        return thing.name in self.house.registry.names_of(thing.session)
 
     @rule(thing=things, session=sessions)
     def read(self, thing: Thing, session: Session) -> None:
@@ -166,7 +166,7 @@ class KeeperMachine(RuleBasedStateMachine):
             found = self.house.get(session, thing.name)
         except LostTensorError:
             is_others = session.tenant is not thing.session.tenant
-            assert is_others or thing.is_gone or thing.may_be_displaced
+            assert is_others or thing.is_gone or thing.may_be_evicted
             return
         assert session.tenant is thing.session.tenant
         assert not thing.is_gone
@@ -175,21 +175,23 @@ class KeeperMachine(RuleBasedStateMachine):
     @rule(target=uses, thing=things)
     def use(self, thing: Thing) -> object:
         try:
-            kept = self.house.keeper.acquire_by_name(thing.session, thing.name, "x", CallContext())
+            entry = self.house.registry.acquire_by_name(
+                thing.session, thing.name, "x", CallContext()
+            )
         except LostTensorError:
             return multiple()
-        use = Use(thing, kept)
+        use = Use(thing, entry)
         self._uses.append(use)
         return use
 
     @rule(use=uses, device=st.integers(0, 1))
     def compute(self, use: Use, device: int) -> None:
-        if use not in self._uses or use.resting is not None or use.kept.is_freed:
+        if use not in self._uses or use.resting is not None or use.entry.is_freed:
             return
         engine = self.house.engines.all[device % len(self.house.engines.all)]
-        operand = self.house.keeper.operand(use.kept, engine, CallContext())
+        operand = self.house.registry.operand(use.entry, engine, CallContext())
         for other in self._all:  # what comes back from the host makes room for itself
-            other.may_be_displaced = True
+            other.may_be_evicted = True
         found = operand if isinstance(operand, np.ndarray) else engine.read(operand, CallContext())
         np.testing.assert_array_equal(found, use.thing.array)
 
@@ -197,12 +199,12 @@ class KeeperMachine(RuleBasedStateMachine):
     def end_use(self, use: Use) -> None:
         self._go_on(use)
         self._uses.remove(use)
-        self.house.keeper.release(use.kept)
+        self.house.registry.release(use.entry)
 
     @rule(use=uses)
     def rest(self, use: Use) -> None:
-        if use in self._uses and use.resting is None and not use.kept.is_freed:
-            use.resting = self.house.keeper.rest(use.kept, CallContext())
+        if use in self._uses and use.resting is None and not use.entry.is_freed:
+            use.resting = self.house.registry.rest(use.entry, CallContext())
             use.resting.__enter__()
 
     @rule(use=uses)
@@ -215,21 +217,21 @@ class KeeperMachine(RuleBasedStateMachine):
             return
         resting, use.resting = use.resting, None
         resting.__exit__(None, None, None)
-        if use.kept.is_freed:
-            assert use.thing.may_be_displaced
-            with pytest.raises(UnavailableError, match="had to make room"):
-                read_samples(use.kept, None, CallContext())
+        if use.entry.is_freed:
+            assert use.thing.may_be_evicted
+            with pytest.raises(UnavailableError, match="the tensor was evicted while"):
+                read_samples(use.entry, None, CallContext())
 
     @rule(thing=things)
     def drop(self, thing: Thing) -> None:
-        self.house.keeper.drop(thing.session, [thing.name])
+        self.house.registry.drop(thing.session, [thing.name])
         thing.is_dropped = True
 
     @rule(kib=st.sampled_from([1, 20, 200]))
     def calls_need_memory(self, kib: int) -> None:
         self.house.engine.on_shortage(kib * KIB, CallContext())
         for thing in self._all:
-            thing.may_be_displaced = True
+            thing.may_be_evicted = True
 
     @rule(session=consumes(sessions))
     def close(self, session: Session) -> None:
@@ -261,38 +263,38 @@ class KeeperMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_used_is_as_it_was(self) -> None:
         for use in self._uses:
-            if use.resting is not None or use.kept.is_freed:
+            if use.resting is not None or use.entry.is_freed:
                 continue
-            np.testing.assert_array_equal(read_array(use.kept, CallContext()), use.thing.array)
+            np.testing.assert_array_equal(read_array(use.entry, CallContext()), use.thing.array)
 
     @invariant()
     def the_limits_hold(self) -> None:
         if not hasattr(self, "house"):
             return
         for engine in self.house.engines.all:
-            limits = [state.limit_bytes for state in self.house.keeper.cache_states(engine, None)]
+            limits = [state.limit_bytes for state in self.house.registry.cache_states(engine, None)]
             for size_bytes, limit_bytes in zip(self.house.tier_bytes(engine), limits, strict=True):
                 assert 0 <= size_bytes <= limit_bytes
             assert engine.load.reserved_bytes <= DEVICE_BYTES
         for tenant in {thing.session.tenant for thing in self._all}:
-            assert 0 <= self.house.keeper.used_bytes(tenant) <= QUOTA_BYTES
+            assert 0 <= self.house.registry.used_bytes(tenant) <= QUOTA_BYTES
 
     @invariant()
     def what_has_a_name_counts(self) -> None:
         there = [thing for thing in self._all if self._is_there(thing)]
-        used = [use.thing for use in self._uses if not use.kept.is_freed]
+        used = [use.thing for use in self._uses if not use.entry.is_freed]
         for tenant in {thing.session.tenant for thing in self._all}:
             known = {thing for thing in [*there, *used] if thing.session.tenant is tenant}
             counted = sum(thing.size_bytes for thing in known)
-            assert self.house.keeper.used_bytes(tenant) == counted
+            assert self.house.registry.used_bytes(tenant) == counted
             assert counted == sum(
                 state.size_bytes
                 for place, engine in enumerate(self.house.engines.all)
-                for state in self.house.keeper.cache_states(engine, tenant)[
+                for state in self.house.registry.cache_states(engine, tenant)[
                     : 2 if place == 0 else 1
                 ]
             )  # the memory beneath is the same for all engines
 
 
-KeeperMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
-TestKeeper = KeeperMachine.TestCase
+RegistryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestRegistry = RegistryMachine.TestCase

@@ -43,5 +43,7 @@ def test_memory_of_a_large_result_is_used_again_once_it_was_dropped_and_not_befo
 def test_a_result_that_no_memory_can_hold_is_refused() -> None:
     problem = problem_of(1 << 24, 1, 1, 1 << 30)
 
-    with pytest.raises(ExhaustedError, match=r"the server has not the memory for x .*, W .*, y "):
+    with pytest.raises(
+        ExhaustedError, match=r"the server has no memory left for .* x .*, W .*, y "
+    ):
         new_result(problem, problem.y)

@@ -97,7 +97,7 @@ def told_slice(line: str) -> SharedSlice:
 def cut_off(call: SharedCall, lender: Lender) -> None:
     assert call.operand_message(np.ones(LARGE.shape, FLOAT32)) is not None
     lender.close()
-    raise StaleRegionError("x must lie in shared memory that this server lends")
+    raise StaleRegionError("x must be in shared memory that this server lends")
 
 
 def test_memory_is_lent_once_there_are_descriptors_again(lender: Lender, path: Path) -> None:
@@ -486,7 +486,7 @@ class TestServerGone:
     def test_a_server_of_calls_that_is_not_the_lender_ends_it_for_good(
         self, path: Path, borrower: Borrower, lender: Lender, caplog: pytest.LogCaptureFixture
     ) -> None:
-        failed_call(borrower, StaleRegionError("x must lie in memory that this server lends"))
+        failed_call(borrower, StaleRegionError("x must be in shared memory that this server lends"))
 
         with SharedCall(borrower, short_deadline()) as call:
             assert call.operand_message(np.ones(LARGE.shape, FLOAT32)) is None
@@ -510,7 +510,7 @@ class TestServerGone:
         caplog.set_level(logging.INFO)
         with start_lender(path, users=frozenset({54321})):
             assert borrower.allocate(MIB, short_deadline()) is None
-        assert "the server lends memory to other users" in caplog.text
+        assert "the server does not lend memory to this user" in caplog.text
 
     def test_a_server_that_says_it_lends_nothing_is_not_asked_again(self) -> None:
         answers = iter([""])

@@ -74,7 +74,7 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def lender(path: Path, engine: FakeEngine) -> Iterator[Lender]:
     cards = CardLender({CARD: engine}, LoanLimits(16 * BLOCK_BYTES, 4 * BLOCK_BYTES))
-    lender = Lender([memory_listener(path)], LIMITS, cards=cards)
+    lender = Lender([memory_listener(path)], LIMITS, card_lender=cards)
     yield lender
     lender.close()
     assert engine.lent == []
@@ -145,7 +145,10 @@ def test_a_slice_that_is_none_is_refused(
 
 def test_memory_of_a_card_is_none_of_the_hosts(lender: Lender, peer: Peer) -> None:
     place = SharedSlice(peer.borrowed(BLOCK_BYTES), 0)
-    with SharedTensors(lender) as tensors, pytest.raises(InvalidArgumentError, match="of the host"):
+    with (
+        SharedTensors(lender) as tensors,
+        pytest.raises(InvalidArgumentError, match="in host memory"),
+    ):
         tensors.host_place("place", FLOATS, place)
 
 

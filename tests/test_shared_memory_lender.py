@@ -187,7 +187,7 @@ class TestSlices:
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
     def test_a_region_of_no_one_is_refused(self, lender: Lender, region: bytes) -> None:
         with pytest.raises(
-            StaleRegionError, match="must lie in shared memory that this server lends"
+            StaleRegionError, match="must be in shared memory that this server lends"
         ):
             with used(lender, region):
                 pass

@@ -245,7 +245,7 @@ class TestStaying:
                 with deconvd_client.connect(server.target) as after:
                     assert has_all(after)
                 assert has_all(before)
-            assert server.log.read_text().count("was removed, and is made anew") == 2
+            assert server.log.read_text().count("was removed, and has been made again") == 2
             assert server.end() == 0
         assert os.listdir(socket_directory) == ["server.log"]
 
@@ -352,7 +352,7 @@ class TestUsers:
             f"unix:{open_directory}/run/s", "--socket-group", f"{GROUP}", user=STRANGER
         )
         assert result.returncode == 1
-        assert f"cannot be given to group {GROUP}, in which this user is not" in result.stderr
+        assert f"cannot be given to group {GROUP}: this user is not a member of it" in result.stderr
         assert os.listdir(open_directory / "run") == []
 
     def test_a_directory_that_may_not_be_written_is_said(self, open_directory: Path) -> None:
@@ -377,7 +377,7 @@ class TestUsers:
             result = ended_server(server.target, user=STRANGER)
 
         assert result.returncode == 1
-        assert "the socket there is for other users" in result.stderr
+        assert "this user may not open the socket there" in result.stderr
 
 
 @pytest.mark.parametrize(

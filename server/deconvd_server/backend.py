@@ -238,7 +238,7 @@ def _make_lender(
         LoanLimits(limit_bytes, limit_bytes // 2),
         on_map=engines.register,
         users={0, os.geteuid(), *settings.shared_memory_users},
-        cards=_make_card_lender(engines),
+        card_lender=_make_card_lender(engines),
         instance=instance,
         on_lost=on_lost,
     )

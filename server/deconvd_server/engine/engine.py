@@ -1,4 +1,4 @@
-"""The engines: each owns a device and decides which calls run on it, and when."""
+"""The engines: each owns a device, and decides which calls run on it and when."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from deconvd_server.engine.result_arrays import new_result
 __all__ = ["Engine", "Engines", "ResultTarget"]
 
 ResultTarget: TypeAlias = Tensor | TensorSpec
-"""Where a result is put: a spec stands for a new array in the host's memory, made once its call is admitted."""
+"""Where to put a result. A spec stands for a new array in host memory, allocated once the call is admitted."""
 
 _DEADLINE_MARGIN: Final = 4
-"""How many times as long as a call may take it must take at least, for it to be refused.
+"""A call is refused if it would take at least this many times as long as it may.
 
-That is at the best rate that the device reaches, which no problem comes near. What could just about end in time is
-tried.
+The estimate assumes the best rate that the device can reach, and no problem comes near that rate. A
+call that could just meet its deadline is tried.
 """
 
 
 class Engine:
-    """Runs calls on a device it owns, no more at once than the device can use.
+    """Runs calls on the device that it owns, at most as many at once as the device can use. Thread-safe.
 
-    Calls and the tensors that it makes share the device's budget. A call waits for other calls, but
-    not for tensors: what of their memory a call lacks, `on_shortage` may free.
+    Calls and the tensors made by `empty` share the device's budget. A call waits for other calls, but not
+    for tensors: if they leave it too little memory, `on_shortage` may free some.
 
     Args:
-        waiting_count: How many calls may wait for their turn; the next is refused.
-        messages: What calls hold of the host's memory for what is sent and received, where the device's memory is
-            apart. Where it is not, the device's budget counts that too.
+        waiting_count: How many calls may wait for their turn; the next one is refused.
+        messages: Admission to the host memory for requests and responses. It is used if the device has memory
+            of its own; if not, the device's budget counts these bytes, too.
 
     Attributes:
-        on_shortage: Called, in the thread of a call that does not fit beside the tensors there are,
-            with the bytes that it lacks and the call: may `free` some. By default it does nothing, and the call
-            is refused with UnavailableError.
+        on_shortage: Called, in the thread of a call that does not fit next to the tensors, with the bytes
+            that it lacks and the call. It may `free` some tensors. By default it does nothing, and the
+            call is refused with UnavailableError.
     """
 
     def __init__(
@@ -89,16 +89,16 @@ class Engine:
         brought_bytes: int = 0,
         sent_bytes: int = 0,
     ) -> dict[str, Array]:
-        """Compute those results of an operation that have places, into them; return those that are new arrays.
+        """Compute the results of an operation that have places, into these; return those that are new arrays.
 
         Args:
-            operands: By the names of their fields: those that the results need, and perhaps others.
-            places: By the names of their fields: at least one. Their shapes and element types are the problem's.
-            brought_bytes: What the call holds of the host's memory already: its request's elements.
-            sent_bytes: What those results have that are sent in a message: they are copied once more, and counted
+            operands: By field: all that the results need, and perhaps others.
+            places: By field: at least one. Their shapes and element types are the problem's.
+            brought_bytes: How much host memory the call uses already: the elements in its request.
+            sent_bytes: Size of the results that are sent in a message. They are copied once more, and counted
                 until the call's end.
 
-        Raises as `check_time`, `Admission.admitted`, `new_result` and `Device.run` do.
+        Raises as `check_time`, `Admission.admit`, `new_result` and `Device.run` do.
         """
         if self._turns is not None and problem.has_products:
             self.check_time(problem, places, call)
@@ -107,6 +107,7 @@ class Engine:
         footprint_bytes = self._device.footprint_bytes(
             operation, problem, operands, places, present_bytes
         )
+        # a sent result takes its bytes twice: as an array, and as a part of the message
         lasting_bytes = brought_bytes + 2 * sent_bytes
         if self._messages is None:
             footprint_bytes += brought_bytes + sent_bytes
@@ -126,28 +127,30 @@ class Engine:
                     admitted,
                 )
         if len(tensors) < len(operands):
+            # some operands are still being written by the client
             if self.info.takes_arriving and problem.has_products:
                 with suppress(ArrivalTimeoutError), admitted:
                     return self._compute(operation, problem, operands, places, options, call)
-            self._admission.check_fits(footprint_bytes)  # before all operands have arrived
-            tensors = wait_for_all(operands, call)  # without a turn that others could have
+                # they took too long: the place was given back, and is taken again once all have arrived
+            self._admission.check_fits(footprint_bytes)  # refuse early what can never run
+            tensors = wait_for_all(operands, call)  # without a place: other calls can run meanwhile
         with admitted:
             return self._compute(operation, problem, tensors, places, options, call)
 
     def check_time(self, problem: Problem, results: Collection[str], call: CallContext) -> None:
-        """Return if a call may end in time, as far as is known.
+        """Raise DeadlineError if a call surely cannot end in time.
 
         Args:
-            results: The names of those that are to be computed.
+            results: The fields of the results to compute.
 
         Raises:
-            DeadlineError: It would take several times as long as it has, if it were alone.
+            DeadlineError: Even alone on the device it would take several times as long as it may.
         """
         least_s = 0.0 if self._turns is None else self._turns.min_duration_s(problem, results)
         remaining_s = call.remaining_s() if least_s else None
         if remaining_s is not None and least_s > _DEADLINE_MARGIN * remaining_s:
             raise DeadlineError(
-                f"the call would take more than {least_s:.3g} s, as x {problem.x} and W {problem.W} are, and its "
+                f"the call would take more than {least_s:.3g} s for x {problem.x} and W {problem.W}, and its "
                 f"deadline is in {remaining_s:.3g} s"
             )
 
@@ -174,7 +177,7 @@ class Engine:
         return new
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
-        """Return a new tensor in the device's memory, with any elements; end it by `free`.
+        """Return a new tensor in the device's memory, with undefined elements. End it by `free`.
 
         Raises:
             ExhaustedError: The budget has no room for it now: `free` others, or wait for calls.
@@ -187,25 +190,25 @@ class Engine:
             raise
 
     def free(self, tensor: DeviceTensor) -> None:
-        """Free a tensor that `empty` made, once: see `DeviceTensor`."""
+        """Free a tensor that `empty` made. To be called once: see `DeviceTensor`."""
         self._device.free(tensor)
         self.release(tensor.spec.nbytes)
 
     def reserve(self, size_bytes: int) -> None:
-        """Count memory that the device keeps with a tensor, until it is released. Raises as `empty`."""
+        """Count memory that the device keeps with a tensor, until `release`. Raises as `empty`."""
         self._admission.reserve(size_bytes)
 
     def release(self, size_bytes: int) -> None:
-        """Count memory that was held as free."""
+        """Count reserved memory as free."""
         self._admission.release(size_bytes)
 
     def write(
         self, tensor: DeviceTensor, array: Array, call: CallContext, *, brought_bytes: int = 0
     ) -> None:
-        """Copy an array into a tensor. Raises as `Admission.admitted` and `Device.write` do.
+        """Copy an array into a tensor. Raises as `Admission.admit` and `Device.write` do.
 
         Args:
-            brought_bytes: What the call holds of the host's memory while it waits.
+            brought_bytes: How much host memory the call uses while it waits.
         """
         with self._admission.admit(0, call, brought_bytes=brought_bytes):
             self._device.write(tensor, array, call)
@@ -216,19 +219,19 @@ class Engine:
             return self._device.read(tensor, call, out)
 
     def allocate_host_array(self, spec: TensorSpec) -> Array:
-        """Return a new array in memory of the host's that the device reads and writes fastest.
+        """Return a new array in the host memory that the device reads and writes fastest.
 
         Raises:
-            ExhaustedError: The host has not the memory.
+            ExhaustedError: The host has no memory left for it.
         """
         return self._device.allocate_host_array(spec)
 
     def lend(self, size_bytes: int) -> LentMemory:
-        """Return new memory of the card that another process may open; end it by `take_back`.
+        """Return new memory of the card that another process may open. End it by `take_back`.
 
         Raises:
             ExhaustedError: The budget has no room for it now.
-            UnimplementedError: The device is no card.
+            UnimplementedError: The device is not a card.
         """
         self._admission.reserve(size_bytes)
         try:
@@ -238,22 +241,22 @@ class Engine:
             raise
 
     def take_back(self, lent: LentMemory) -> None:
-        """Free memory that `lend` made, once: see `LentMemory.free`."""
+        """Free memory that `lend` made. To be called once: see `LentMemory.free`."""
         lent.free()
         self._admission.release(lent.size_bytes)
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
-        """Prepare for calls with arrays in some host memory. See `Device.register`."""
+        """Prepare for calls with arrays in a part of host memory. See `Device.register`."""
         return self._device.register(address, size_bytes)
 
     @property
     def load(self) -> Load:
-        """What runs, what waits and what tensors hold now."""
+        """How many calls run and wait, and how many bytes calls and tensors use, now."""
         return self._admission.load
 
     @property
     def caches(self) -> Sequence[CacheState]:
-        """What its device keeps between calls, now."""
+        """The states of the caches that its device keeps between calls."""
         return self._device.caches
 
     def close(self) -> None:
@@ -262,7 +265,7 @@ class Engine:
 
 
 class Engines:
-    """The engines of a server, one for each of its devices: at least one.
+    """The engines of a server, one for each of its devices. There is at least one.
 
     Args:
         waiting_count: How many calls may wait for their turn on each device.
@@ -277,14 +280,14 @@ class Engines:
         )
 
     def least_loaded(self) -> Engine:
-        """Return the engine with the fewest calls, and of several the one with the most free memory."""
+        """Return the engine with the fewest calls; of several, the one with the most free memory."""
         return self.all[0] if len(self.all) == 1 else min(self.all, key=_load_key)
 
     def engine_of(self, *operands: Operand) -> Engine | None:
-        """Return the engine on whose device operands are; None if all are arrays.
+        """Return the engine on whose device the operands are; None if all are arrays.
 
         Raises:
-            InvalidArgumentError: They lie on several devices.
+            InvalidArgumentError: They are on several devices.
         """
         on_devices = [o for o in operands if not isinstance(o, (np.ndarray, Arriving))]
         if not on_devices:
@@ -292,12 +295,12 @@ class Engines:
         ids = {tensor.device_id for tensor in on_devices}
         if len(ids) > 1:
             raise InvalidArgumentError(
-                f"tensors that are on devices must be on one, got {', '.join(sorted(ids))}"
+                f"all tensors that are on devices must be on one, got {', '.join(sorted(ids))}"
             )
         return next((engine for engine in self.all if engine.info.id in ids), None)
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
-        """Prepare every device for calls with arrays in some host memory. See `Device.register`."""
+        """Prepare every device for calls with arrays in a part of host memory. See `Device.register`."""
         undo = [engine.register(address, size_bytes) for engine in self.all]
 
         def undo_all() -> None:
@@ -313,7 +316,7 @@ class Engines:
 
 
 def _resident_bytes(*places: ResultTarget) -> int:
-    """Return what those of a call's operands and places that are in a device's memory take there."""
+    """Return how many bytes of a device's memory a call's operands and places have already."""
     return sum([p.spec.nbytes for p in places if not isinstance(p, (np.ndarray, TensorSpec))])
 
 

@@ -1,4 +1,4 @@
-"""The line of calls that wait to start: who may join it, and how long each waits until it looks again."""
+"""The queue of calls that wait to start: which may join it, and how long each waits until it checks again."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from deconvd_server.engine.answer_shares import SMALL_BYTES
 __all__ = ["RETRY_AFTER_S", "QueueLimits", "Ticket", "longest_wait_s"]
 
 RETRY_AFTER_S: Final = 0.5
-"""What a refused caller is told: about the time that a queue of small calls takes to shrink."""
+"""How long a refused caller should wait: about the time in which a queue of small calls shrinks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ticket:
-    """A call in the line.
+    """A call in the queue.
 
     Attributes:
-        lasting_bytes, brought_bytes: See `Admission.admitted`.
-        peer: By what its peer is counted.
-        patient_until_s: Until when it may keep others waiting for answers to leave, on the monotonic clock.
-        changed: Notified when it is first and may start, or when its caller has gone.
+        lasting_bytes, brought_bytes: See `Admission.admit`.
+        peer: Key of the peer that the call counts for.
+        patient_until_s: Until when it may block the queue while answers are being sent, on the monotonic clock.
+        changed: Notified when it may start, or when its call was cancelled.
     """
 
     footprint_bytes: int
@@ -39,41 +39,41 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How many calls may wait, and what they may have brought.
+    """How many calls may wait, and how many bytes they may have received.
 
     Attributes:
-        waiting_count: How many may wait.
-        reserved_count: How many of these places are for peers of which no call waits; and the same part of
+        waiting_count: How many calls may wait.
+        reserved_count: How many of these places are for peers that have no waiting call, and the same part of
             `waiting_bytes`.
-        waiting_bytes: What those who wait may have brought all together. One may have brought more, if no other waits.
+        waiting_bytes: How many bytes waiting calls may have received, together. A call may have more if no other waits.
     """
 
     waiting_count: int
     reserved_count: int
     waiting_bytes: int
 
-    def check(self, ticket: Ticket, line: Collection[Ticket]) -> None:
-        """Return if a call may join the line. Raises UnavailableError if not."""
-        is_alone = all(other.peer != ticket.peer for other in line)
+    def check(self, ticket: Ticket, queue: Collection[Ticket]) -> None:
+        """Raise UnavailableError if a call may not join the queue."""
+        is_alone = all(other.peer != ticket.peer for other in queue)
         limit_count = self.waiting_count - (0 if is_alone else self.reserved_count)
-        if len(line) >= limit_count:
+        if len(queue) >= limit_count:
             raise UnavailableError(
-                f"the server is full: {len(line)} calls wait already", retry_after_s=RETRY_AFTER_S
+                f"the server is full: {len(queue)} calls wait already", retry_after_s=RETRY_AFTER_S
             )
         if ticket.brought_bytes <= SMALL_BYTES:
             return
-        others_bytes = sum([other.brought_bytes for other in line])
+        others_bytes = sum([other.brought_bytes for other in queue])
         limit_bytes = self.waiting_bytes * limit_count // self.waiting_count
         if others_bytes and others_bytes + ticket.brought_bytes > limit_bytes:
             raise UnavailableError(
-                f"the server is full: calls that wait have brought {others_bytes} bytes already, of "
-                f"{limit_bytes} that they may, and this one has {ticket.brought_bytes}",
+                f"the server is full: calls that wait have sent {others_bytes} bytes already, of at most "
+                f"{limit_bytes}, and this one has sent {ticket.brought_bytes}",
                 retry_after_s=RETRY_AFTER_S,
             )
 
 
 def longest_wait_s(ticket: Ticket, call: CallContext) -> float | None:
-    """Return for how long a call in the line may wait before it looks again; None if until it is told."""
+    """Return how long a queued call may wait until it checks again; None if until it is notified."""
     patient_s = ticket.patient_until_s - time.monotonic()
     remaining_s = call.remaining_s()
     if patient_s <= 0:

@@ -1,4 +1,4 @@
-"""The arrays that results are sent from."""
+"""Arrays for results that are sent in messages, from a pool of reused memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from deconvd_server.resources.budgets import budgets
 __all__ = ["new_result"]
 
 _RESULT_POOL: Final = BufferPool(budgets().pool_bytes)
-"""Memory for results that are sent."""
 
 
 def new_result(problem: Problem, spec: TensorSpec) -> Array:
-    """Return a new array for a result of a problem: C-contiguous, in native byte order, with any elements.
+    """Return a new array for a result of a problem: C-contiguous, in native byte order, with undefined elements.
 
     Args:
-        spec: What the result will be.
+        spec: Shape and element type of the result.
 
     Raises:
         ExhaustedError: There is no memory for it.
@@ -29,5 +28,6 @@ def new_result(problem: Problem, spec: TensorSpec) -> Array:
         return _RESULT_POOL.empty(spec)
     except MemoryError:
         raise ExhaustedError(
-            f"the server has not the memory for x {problem.x}, W {problem.W}, y {problem.y}"
+            f"the server has no memory left for a result of {spec.nbytes} bytes, for x {problem.x}, "
+            f"W {problem.W}, y {problem.y}"
         ) from None

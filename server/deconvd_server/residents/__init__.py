@@ -1,4 +1,4 @@
-"""Tensors that stay on the server for the clients that sent them, and the sessions that they stay for."""
+"""Resident tensors, which the server keeps for a client between calls, and the sessions that they belong to."""
 
 from deconvd_server.residents.call_residents import CallResidents
 from deconvd_server.residents.entry import ResidentEntry

@@ -1,4 +1,4 @@
-"""The tensors of one call that stay on the server: those that it finds there, and those that it makes."""
+"""The resident tensors of one call: those that its request names, and those that it makes."""
 
 from __future__ import annotations
 
@@ -24,69 +24,71 @@ __all__ = ["CallResidents"]
 
 
 class CallResidents:
-    """The tensors of one call that stay for its session, by the fields that they are for.
+    """The resident tensors of one call, by the field of the request or response that they are for.
 
-    The call is their user until it calls `release`.
+    The call counts as a user of each of them until `release`. Only the thread of the call may use this.
 
     Attributes:
-        handles: New names, by field: good once `commit` is called.
+        handles: The handles of new tensors, by field. They stand for the tensors once `commit` has been called.
     """
 
-    def __init__(self, keeper: ResidentRegistry, session: Session, call: CallContext) -> None:
+    def __init__(self, registry: ResidentRegistry, session: Session, call: CallContext) -> None:
         self.handles: dict[str, bytes] = {}
-        self._registry = keeper
+        self._registry = registry
         self._session = session
         self._call = call
         self._by_field: dict[str, ResidentEntry] = {}
-        self._use = keeper.begin_use(call)
+        self._use = registry.begin_use(call)
 
     def __contains__(self, field: str) -> bool:
         return field in self._by_field
 
     def find(self, field: str, spec: TensorSpec, message: pb.Tensor) -> bool:
-        """Find an operand that a message names; return False if that is by its content, which is not here.
+        """Find the resident operand that a message names; return False if it has a digest that is not known here.
 
         Raises:
-            InvalidArgumentError: It is of another form, or its digest is none of such a tensor.
-            LostTensorError: There is no tensor with its handle.
+            InvalidArgumentError: The tensor has another shape or element type, or the digest does not fit `spec`.
+            LostTensorError: No tensor of this tenant has the handle.
         """
         argument = ARGUMENTS[field]
         if message.HasField("resident"):
             handle = message.resident.handle
-            kept = self._registry.acquire_by_name(self._session, handle, argument, self._call)
+            entry = self._registry.acquire_by_name(self._session, handle, argument, self._call)
         else:
             _check_digest(argument, spec, message.digest)
             key = _content_key(message.digest, spec)
             found = self._registry.acquire_by_content(self._session, key, self._call)
             if found is None:
                 return False
-            kept = found
-        self._by_field[field] = self._track(kept)
-        if kept.spec != spec:
+            entry = found
+        self._by_field[field] = self._track(entry)
+        if entry.spec != spec:
             raise InvalidArgumentError(
-                f"{argument} must have the shape and element type that it was kept with, "
-                f"{kept.spec}, got {spec}",
+                f"{argument} must have the shape and element type of the resident tensor, {entry.spec}, "
+                f"got {spec}",
                 argument=argument,
             )
         return True
 
     def preferred_engine(self) -> Engine | None:
-        """Return the engine on whose device most of the bytes are of what is used; None if none are."""
+        """Return the engine whose device has most bytes of the call's residents; None if no device has any."""
         bytes_on: dict[Engine, int] = {}
-        for kept in self._use.tensors:
-            engine = kept.tier.engine
+        for entry in self._use.tensors:
+            engine = entry.tier.engine
             if engine is not None:
-                bytes_on[engine] = bytes_on.get(engine, 0) + kept.spec.nbytes
+                bytes_on[engine] = bytes_on.get(engine, 0) + entry.spec.nbytes
         return max(bytes_on, key=bytes_on.__getitem__, default=None)
 
     def make(self, field: str, spec: TensorSpec, engine: Engine) -> DeviceTensor:
-        """Return a new tensor on an engine's device, with a handle. Raises as `Keeper.make`."""
-        kept = self._by_field[field] = self._make(spec, engine)
+        """Return a new tensor on an engine's device, with a handle. Raises as `ResidentRegistry.make`."""
+        entry = self._by_field[field] = self._make(spec, engine)
         self.give_handle(field)
-        return kept.device_tensor
+        return entry.device_tensor
 
     def copy(self, field: str, tensor: Tensor, engine: Engine, brought_bytes: int = 0) -> None:
-        """Make a tensor on an engine's device with another's elements, by way of the host if that is on a device.
+        """Make a tensor on an engine's device with the elements of another tensor.
+
+        If the other tensor is on a device, it is copied through host memory, a piece at a time.
 
         Args:
             brought_bytes: See `Engine.write`.
@@ -94,33 +96,33 @@ class CallResidents:
         Raises as `make` and `Engine.write` do.
         """
         if isinstance(tensor, np.ndarray):
-            kept = self._make(TensorSpec(tensor.shape, tensor.dtype), engine)
-            engine.write(kept.device_tensor, tensor, self._call, brought_bytes=brought_bytes)
+            entry = self._make(TensorSpec(tensor.shape, tensor.dtype), engine)
+            engine.write(entry.device_tensor, tensor, self._call, brought_bytes=brought_bytes)
         else:
-            kept = self._make(tensor.spec, engine)
-            for source, target in zip(pieces(tensor), pieces(kept.device_tensor), strict=True):
+            entry = self._make(tensor.spec, engine)
+            for source, target in zip(pieces(tensor), pieces(entry.device_tensor), strict=True):
                 engine.write(target, engine.read(source, self._call), self._call)
-        self._by_field[field] = kept
+        self._by_field[field] = entry
 
     def register_content(self, field: str, digest: pb.Digest) -> None:
-        """Let a digest stand for a tensor, for the tenant's later calls."""
-        kept = self._by_field[field]
-        self._registry.register_content(kept, self._session, _content_key(digest, kept.spec))
+        """Let the tenant's later calls name a tensor by its digest."""
+        entry = self._by_field[field]
+        self._registry.register_content(entry, self._session, _content_key(digest, entry.spec))
 
     def give_handle(self, field: str) -> None:
-        """Give a tensor a new name."""
+        """Give a tensor a new handle."""
         self.handles[field] = new_name()
 
     def operand(self, field: str, engine: Engine) -> Tensor:
-        """Return a tensor where an engine can use it. May copy it there: see `Keeper.operand`."""
+        """Return a tensor where an engine can use it. This may copy it: see `ResidentRegistry.operand`."""
         return self._registry.operand(self._by_field[field], engine, self._call)
 
     def commit(self) -> None:
-        """Let the new names stand for their tensors, until the session ends.
+        """Let the new handles stand for their tensors until the session ends.
 
         Raises:
-            LostSessionError: It has ended.
-            ExhaustedError: A tensor has as many names as it may. None of the new ones stands for anything.
+            LostSessionError: The session has ended.
+            ExhaustedError: A tensor has as many handles as it may. Then none of the new handles stands for a tensor.
         """
         try:
             for field, handle in self.handles.items():
@@ -130,23 +132,23 @@ class CallResidents:
             raise
 
     def release(self) -> None:
-        """Use the tensors no more."""
+        """Stop using the tensors."""
         self._registry.end_use(self._use)
 
     def _make(self, spec: TensorSpec, engine: Engine) -> ResidentEntry:
         return self._track(self._registry.make(self._session, spec, engine, self._call))
 
-    def _track(self, kept: ResidentEntry) -> ResidentEntry:
-        """Note that a tensor is to be released."""
-        self._use.tensors.append(kept)
-        return kept
+    def _track(self, entry: ResidentEntry) -> ResidentEntry:
+        """Note that `release` must release a tensor."""
+        self._use.tensors.append(entry)
+        return entry
 
 
 def _check_digest(argument: str, spec: TensorSpec, digest: pb.Digest) -> None:
     if len(digest.blake3) != DIGEST_BYTES or digest.size_bytes != spec.nbytes:
         raise InvalidArgumentError(
-            f"{argument} must have a digest of {DIGEST_BYTES} bytes, of {spec.nbytes} bytes for "
-            f"{spec}, got one of {len(digest.blake3)} bytes, of {digest.size_bytes} bytes",
+            f"{argument} must have a BLAKE3 digest of {DIGEST_BYTES} bytes and a size_bytes of {spec.nbytes} "
+            f"for {spec}, got a digest of {len(digest.blake3)} bytes and a size_bytes of {digest.size_bytes}",
             argument=argument,
         )
 

@@ -1,4 +1,8 @@
-"""A tensor that is kept, and the bounded memory that such tensors lie in. No I/O, and no locks: the keeper's."""
+"""A resident tensor's state, and the bounded memory that it is in. No I/O and no locks.
+
+All belong to one `ResidentRegistry`, and are called with its lock held. A user that does not rest may read a tensor's
+`tier` and `operand` without it: they do not change meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -21,38 +25,34 @@ from deconvd_server.resources.cache import EntryState
 __all__ = ["RETRY_AFTER_S", "MemoryTier", "ResidentEntry"]
 
 RETRY_AFTER_S: Final = 0.5
-"""What a caller is told whose tensors have to make room, or find none: about as long as calls use tensors."""
+"""How long a caller should wait when tensors find no room or must make room: about as long as calls use tensors."""
 
-_SEQUENCE: Final = count(1)
-"""Tells what came into its row before what, whichever row that is."""
+_SEQUENCE: Final = count(1)  # orders entries of different queues by when they joined
 
 
 class ResidentEntry:
-    """A tensor that is kept, or is being made to be.
+    """A resident tensor, from the moment its memory is allocated.
 
         LIVE --retire--> RETIRED --last release--> FREED
         LIVE, RETIRED --revoke, while all its users rest--> FREED
 
-    Its users are the calls that need it where it is, and who moves it. It is retired when nothing
-    stands for it any more. A user rests while it waits for its client: what is promised to another
-    tenant may be taken from under it then, and it finds the tensor `is_gone`.
+    Its users are the calls that need it to stay where it is, and the thread that moves it. It is retired once no
+    name and no content stands for it. A user rests while it waits for its client: meanwhile the tensor may be evicted
+    for another tenant's share, so a user that resumes must check `is_freed`.
 
     Args:
-        on_unused: Called with the tensor once it is FREED.
+        on_unused: Called with the entry once it is FREED.
 
     Attributes:
-        shelf: Where it lies.
+        tier: The memory that it is in.
         operand: Its elements there.
-        size_bytes: What it counts for, without what it has grown by.
-        grown_bytes: What the device keeps with it beside its elements.
-        is_moving: Whether it is on its way from one shelf to another: it gets no users meanwhile.
-        names: The names that stand for it, each with the session that it was given to.
-        content_key: What stands for it among its tenant's contents; None if nothing does.
-        state: What has become of it.
-        users_count: Its users.
-        resting_count: Those that rest.
-        row: That of its shelf in which it is; None while it is in use.
-        used_at: When it came into its row: later numbers are larger.
+        size_bytes: The bytes that are charged for it, without `grown_bytes`.
+        grown_bytes: Bytes that the device keeps with it in addition to its elements.
+        is_moving: Whether it is being copied to another tier. It gets no new users until that is done.
+        names: The names that stand for it, each with its session.
+        content_key: Its key in its tenant's table of contents; None if it is not in it.
+        queue: The queue of its tier that it is in; None while a user that does not rest uses it.
+        used_at: Number from `_SEQUENCE`, drawn when it joined its queue: later numbers are larger.
     """
 
     __slots__ = (
@@ -77,13 +77,13 @@ class ResidentEntry:
         self,
         tenant: Tenant,
         spec: TensorSpec,
-        shelf: MemoryTier,
+        tier: MemoryTier,
         operand: Tensor,
         on_unused: Callable[[ResidentEntry], None],
     ) -> None:
         self.tenant = tenant
         self.spec = spec
-        self.tier = shelf
+        self.tier = tier
         self.operand = operand
         self.size_bytes = counted_bytes(spec)
         self.grown_bytes = 0
@@ -99,43 +99,38 @@ class ResidentEntry:
 
     @property
     def device_tensor(self) -> DeviceTensor:
-        """Its elements, which lie on a device: as they do until its maker rests or releases it."""
+        """Its elements on a device. They are there from `make` until its maker rests or releases it."""
         if isinstance(self.operand, np.ndarray):
-            raise RuntimeError("the tensor lies in host memory")
+            raise RuntimeError("the tensor is in host memory")
         return self.operand
 
     @property
     def charged_bytes(self) -> int:
-        """What it counts for where it lies."""
+        """The bytes that are charged for it to its tier and its tenant."""
         return self.size_bytes + self.grown_bytes
 
     @property
     def device_bytes(self) -> int:
-        """What it takes of its device's memory."""
+        """The bytes that it takes of its device's memory."""
         return self.spec.nbytes + self.grown_bytes
 
     @property
     def is_live(self) -> bool:
-        """Whether it can be named, and get users."""
         return self.state is EntryState.LIVE
 
     @property
     def is_freed(self) -> bool:
-        """Whether its memory is given up."""
         return self.state is EntryState.FREED
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is live and nobody uses it."""
         return self.state is EntryState.LIVE and not self.users_count
 
     @property
     def is_resting(self) -> bool:
-        """Whether it has users, all of which rest."""
         return 0 < self.users_count == self.resting_count and self.state is not EntryState.FREED
 
     def acquire(self) -> None:
-        """Add a user."""
         if self.state is not EntryState.LIVE:
             raise RuntimeError(f"cannot acquire a tensor that is {self.state.value}")
         self.users_count += 1
@@ -143,7 +138,7 @@ class ResidentEntry:
             self.tier.update_queue(self)
 
     def release(self) -> None:
-        """Remove a user, which does not rest."""
+        """Remove a user that does not rest."""
         if self.users_count <= self.resting_count:
             raise RuntimeError("released more often than acquired")
         self.users_count -= 1
@@ -153,12 +148,11 @@ class ResidentEntry:
             self._update_state()
 
     def rest(self) -> None:
-        """Let a user rest."""
         self.resting_count += 1
         self._update_state()
 
     def resume(self) -> None:
-        """Let a user that rests go on: see `is_gone`."""
+        """End the rest of a user, which must check `is_freed` next."""
         self.resting_count -= 1
         self._update_state()
 
@@ -169,7 +163,7 @@ class ResidentEntry:
         self._update_state()
 
     def revoke(self) -> None:
-        """Retire, and do not wait for users that rest if there are no others."""
+        """Retire it, and free it at once if all its users rest."""
         self.retire()
         if self.is_resting:
             self._free()
@@ -188,13 +182,13 @@ class ResidentEntry:
 
 
 class _TenantAccount:
-    """What one tenant has on a shelf.
+    """What one tenant has in a tier.
 
     Attributes:
-        size_bytes: What its tensors here and the room that was taken for it count for.
-        count: Its tensors here.
-        idle: Those that nobody uses, the least recently used first.
-        resting: Those whose users all rest, the one whose users have rested for longest first.
+        size_bytes: The bytes charged for its tensors here and for the room reserved for it.
+        count: How many tensors it has here.
+        idle: Its tensors that have no users, the least recently used first.
+        resting: Its tensors whose users all rest; first the one whose users have rested for longest.
     """
 
     __slots__ = ("count", "idle", "resting", "size_bytes")
@@ -207,98 +201,104 @@ class _TenantAccount:
 
 
 class MemoryTier:
-    """Memory for kept tensors, bounded: who has how much of it, and what was used least recently.
+    """A bounded amount of memory for resident tensors: a device's, or the host's.
 
-    Each tenant that has, or asks for, room here has the same share of it. Nothing here looks at more
-    than each tenant, and at what it yields, however many tensors there are.
+    All tenants that have room here, or ask for some, have equal shares of `limit_bytes`. The cost of a
+    method grows with the number of tenants, and of tensors that it yields, not of all tensors here.
+    Bytes are counted in three steps, so that no memory is promised twice:
+
+        reserve           --> add --> remove, or cancel_reservation --> note_freed
+        used_bytes grows              evicting_bytes grows              both shrink
 
     Args:
-        engine: Whose device's memory it is; None for the host's.
-        below: Where tensors go when there is no room for them here; None if they are dropped then.
+        engine: The engine whose device has this memory; None for host memory.
+        lower_tier: Where tensors are spilled when this tier is full; None if they are dropped instead.
 
     Attributes:
-        used_bytes: What the tensors here take, those that are being freed and room that was taken
-            for others included.
-        leaving_bytes: The part of it that is being freed.
+        used_bytes: The bytes of all tensors here, including those being freed, and of reserved room.
+        evicting_bytes: The part of `used_bytes` that is being freed.
     """
 
     def __init__(
-        self, limit_bytes: int, engine: Engine | None, below: MemoryTier | None = None
+        self, limit_bytes: int, engine: Engine | None, lower_tier: MemoryTier | None = None
     ) -> None:
         self.limit_bytes = limit_bytes
         self.engine = engine
-        self.lower_tier = below
+        self.lower_tier = lower_tier
         self.used_bytes = 0
         self.evicting_bytes = 0
         self._accounts: dict[object, _TenantAccount] = {}  # by tenant
 
     @property
     def device_engine(self) -> Engine:
-        """Whose device's memory it is."""
         if self.engine is None:
-            raise RuntimeError("host memory is no engine's")
+            raise RuntimeError("host memory belongs to no engine")
         return self.engine
 
     def fits(self, size_bytes: int) -> bool:
-        """Return whether there is room for so much more."""
+        """Return whether that many more bytes are free now."""
         return self.used_bytes + size_bytes <= self.limit_bytes
 
     def will_fit(self, size_bytes: int) -> bool:
-        """Return whether there will be once all that leaves has left."""
+        """Return whether they will be free once everything that is being freed has been."""
         return self.lacking_bytes(size_bytes) <= 0
 
     def lacking_bytes(self, size_bytes: int) -> int:
-        """Return what else must leave for that."""
+        """Return how many more bytes must be evicted for them."""
         return self.used_bytes - self.evicting_bytes + size_bytes - self.limit_bytes
 
-    def can_make_room(self, size_bytes: int, tenant: object, is_promised: bool = False) -> bool:
-        """Return whether there would be room for so much more without all that is `displaceable`."""
+    def can_make_room(self, size_bytes: int, tenant: object, is_within_share: bool = False) -> bool:
+        """Return whether evicting everything that is `evictable` would make room for that many more bytes."""
         if self.will_fit(size_bytes):
             return True
-        rows = (row for rows in self._evictable_queues(tenant, is_promised) for _, row in rows)
-        return sum(row.size_bytes for row in rows) >= self.lacking_bytes(size_bytes)
+        queues = (
+            queue
+            for queues in self._evictable_queues(tenant, is_within_share)
+            for _, queue in queues
+        )
+        return sum(queue.size_bytes for queue in queues) >= self.lacking_bytes(size_bytes)
 
     def is_within_share(self, size_bytes: int, tenant: object) -> bool:
-        """Return whether a tenant has no more than its share with so much more."""
+        """Return whether a tenant would be within its share with that many more bytes."""
         return tenant is not None and self._size_bytes(tenant) + size_bytes <= self._share(tenant)
 
-    def blocks_share(self, kept: ResidentEntry, tenant: object) -> bool:
-        """Return whether a tensor is here and its tenant, another one, has more than its share."""
+    def blocks_share(self, entry: ResidentEntry, tenant: object) -> bool:
+        """Return whether a tensor of another tenant is here, and that tenant exceeds its share. Needs no lock."""
         return (
-            kept.tier is self
-            and kept.tenant is not tenant
-            and self._size_bytes(kept.tenant) > self._share(tenant)
+            entry.tier is self
+            and entry.tenant is not tenant
+            and self._size_bytes(entry.tenant) > self._share(tenant)
         )
 
     def reserve(self, tenant: Tenant, size_bytes: int) -> None:
-        """Count room as a tenant's, for what is about to come."""
+        """Charge a tenant for bytes that it is about to use."""
         self.used_bytes += size_bytes
         self._accounts.setdefault(tenant, _TenantAccount()).size_bytes += size_bytes
 
-    def add(self, kept: ResidentEntry) -> None:
-        """Let a tensor lie here, for which room was taken."""
-        self._accounts[kept.tenant].count += 1
-        self.update_queue(kept)
+    def add(self, entry: ResidentEntry) -> None:
+        """Add a tensor, whose bytes were reserved."""
+        self._accounts[entry.tenant].count += 1
+        self.update_queue(entry)
 
-    def update_queue(self, kept: ResidentEntry) -> None:
-        """Note whether a tensor here is in use, rests or is idle."""
-        row: LruQueue[ResidentEntry] | None = None
-        if not kept.users_count:
-            if kept.state is EntryState.LIVE:
-                row = self._accounts[kept.tenant].idle
-        elif kept.users_count == kept.resting_count:
-            row = self._accounts[kept.tenant].resting
-        if row is not kept.queue:
-            self._move_to_queue(kept, row)
+    def update_queue(self, entry: ResidentEntry) -> None:
+        """Put a tensor into the queue that fits its users now: idle, resting, or none while it is in use."""
+        queue: LruQueue[ResidentEntry] | None = None
+        if not entry.users_count:
+            if entry.state is EntryState.LIVE:
+                queue = self._accounts[entry.tenant].idle
+        elif entry.users_count == entry.resting_count:
+            queue = self._accounts[entry.tenant].resting
+        if queue is not entry.queue:
+            self._move_to_queue(entry, queue)
 
-    def remove(self, kept: ResidentEntry) -> None:
-        """Let a tensor lie here no more. Its room is free once it has `left`."""
-        self._move_to_queue(kept, None)
-        self._accounts[kept.tenant].count -= 1
-        self.cancel_reservation(kept.tenant, kept.charged_bytes)
+    def remove(self, entry: ResidentEntry) -> None:
+        """Remove a tensor. Its bytes are free once `note_freed` is called."""
+        self._move_to_queue(entry, None)
+        self._accounts[entry.tenant].count -= 1
+        self.cancel_reservation(entry.tenant, entry.charged_bytes)
 
     def cancel_reservation(self, tenant: Tenant, size_bytes: int) -> None:
-        """Give up room that was taken for what has not come."""
+        """Take back a charge of `reserve`. The bytes are free once `note_freed` is called."""
         self.evicting_bytes += size_bytes
         account = self._accounts[tenant]
         account.size_bytes -= size_bytes
@@ -306,51 +306,53 @@ class MemoryTier:
             del self._accounts[tenant]
 
     def note_freed(self, size_bytes: int) -> None:
-        """Count room that was given up as free: its memory is."""
+        """Count bytes as free: their memory has been freed."""
         self.used_bytes -= size_bytes
         self.evicting_bytes -= size_bytes
 
-    def evictable(self, tenant: object, is_promised: bool = False) -> Iterator[ResidentEntry]:
-        """Yield what may make room, the least recently used first.
+    def evictable(self, tenant: object, is_within_share: bool = False) -> Iterator[ResidentEntry]:
+        """Yield the tensors that may be evicted for a tenant, the least recently used first.
 
-        Those are the idle tensors of the tenant's own, and of tenants that have more than their share.
-        For what is promised to a tenant none of its own have to go. Those of others that rest do,
-        after the idle ones: nobody's client keeps another from its share by waiting.
-
-        What is yielded is to be displaced before the next is asked for.
+        These are idle tensors: the tenant's own, and those of tenants that exceed their shares. If the
+        room is within the tenant's share, its own tensors are not yielded, and resting tensors of
+        tenants that exceed their shares follow the idle ones: a client that makes the server wait cannot
+        keep another tenant from its share. The caller must evict each tensor before it asks for the next.
 
         Args:
-            tenant: For whom; None for a call without one.
-            is_promised: Whether the room is within the tenant's share; see `is_promised`.
+            tenant: The tenant that needs the room; None for a call without a session.
+            is_within_share: Whether the room is within the tenant's share.
         """
         share_bytes = self._share(tenant)
         own = self._accounts.get(tenant)
-        for rows in self._evictable_queues(tenant, is_promised):
+        for queues in self._evictable_queues(tenant, is_within_share):
+            # a heap of queues by their oldest entry: it merges them without copying any
             heads = [
-                (first.used_at, account, row)
-                for account, row in rows
-                if (first := row.first) is not None
+                (first.used_at, account, queue)
+                for account, queue in queues
+                if (first := queue.first) is not None
             ]
             heapq.heapify(heads)
             while heads:
-                _, account, row = heads[0]
-                kept = row.first
-                if kept is None or (account is not own and account.size_bytes <= share_bytes):
+                _, account, queue = heads[0]
+                entry = queue.first
+                # evictions since the last yield may have brought its tenant back within its share
+                if entry is None or (account is not own and account.size_bytes <= share_bytes):
                     heapq.heappop(heads)
                     continue
-                yield kept
-                if (first := row.first) is None or first is kept:
+                yield entry
+                # a tensor that is still there was not evicted: its queue has nothing else to give
+                if (first := queue.first) is None or first is entry:
                     heapq.heappop(heads)
                 else:
-                    heapq.heapreplace(heads, (first.used_at, account, row))
+                    heapq.heapreplace(heads, (first.used_at, account, queue))
 
     def least_recently_used(self, tensors_count: int) -> list[ResidentEntry]:
-        """Return so many of the tensors that nobody uses, the least recently used first."""
-        rows = (iter(account.idle) for account in self._accounts.values())
-        return list(islice(heapq.merge(*rows, key=lambda kept: kept.used_at), tensors_count))
+        """Return at most that many idle tensors of all tenants, the least recently used first."""
+        queues = (iter(account.idle) for account in self._accounts.values())
+        return list(islice(heapq.merge(*queues, key=lambda entry: entry.used_at), tensors_count))
 
     def cache_state(self, name: str, tenant: Tenant | None) -> CacheState:
-        """Return what a tenant has here now; nothing for None."""
+        """Return how many tensors and bytes a tenant has here; zeros if it is None."""
         account = None if tenant is None else self._accounts.get(tenant)
         return CacheState(
             name=name,
@@ -362,37 +364,37 @@ class MemoryTier:
         )
 
     def _evictable_queues(
-        self, tenant: object, is_promised: bool
+        self, tenant: object, is_within_share: bool
     ) -> Iterator[list[tuple[_TenantAccount, LruQueue[ResidentEntry]]]]:
-        """Yield the rows that may make room; tensors of the first go first."""
+        """Yield groups of queues that may be evicted from. The first group is used up before the next."""
         share_bytes, own = self._share(tenant), self._accounts.get(tenant)
-        beyond = [
+        exceeding = [
             account
             for account in self._accounts.values()
             if account is not own and account.size_bytes > share_bytes
         ]
-        if is_promised:
-            yield [(account, account.idle) for account in beyond]
-            yield [(account, account.resting) for account in beyond]
+        if is_within_share:
+            yield [(account, account.idle) for account in exceeding]
+            yield [(account, account.resting) for account in exceeding]
         else:
-            with_own = beyond if own is None else [own, *beyond]
-            yield [(account, account.idle) for account in with_own]
+            candidates = exceeding if own is None else [own, *exceeding]
+            yield [(account, account.idle) for account in candidates]
 
     def _size_bytes(self, tenant: object) -> int:
-        account = self._accounts.get(tenant)
-        return 0 if account is None else account.size_bytes
+        return account.size_bytes if (account := self._accounts.get(tenant)) is not None else 0
 
     def _share(self, tenant: object) -> int:
         is_new = tenant is not None and tenant not in self._accounts
         return self.limit_bytes // max(len(self._accounts) + is_new, 1)
 
-    def _move_to_queue(self, kept: ResidentEntry, row: LruQueue[ResidentEntry] | None) -> None:
-        size_bytes = kept.size_bytes + kept.grown_bytes  # does not change while it is in a row
-        if kept.queue is not None:
-            del kept.queue[kept]
-            kept.queue.size_bytes -= size_bytes
-        kept.queue = row
-        if row is not None:
-            kept.used_at = next(_SEQUENCE)
-            row[kept] = None
-            row.size_bytes += size_bytes
+    def _move_to_queue(self, entry: ResidentEntry, queue: LruQueue[ResidentEntry] | None) -> None:
+        # `grown_bytes` changes only during a call that uses the tensor, so never while it is in a queue
+        size_bytes = entry.size_bytes + entry.grown_bytes
+        if entry.queue is not None:
+            del entry.queue[entry]
+            entry.queue.size_bytes -= size_bytes
+        entry.queue = queue
+        if queue is not None:
+            entry.used_at = next(_SEQUENCE)
+            queue[entry] = None
+            queue.size_bytes += size_bytes

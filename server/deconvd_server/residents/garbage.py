@@ -1,4 +1,4 @@
-"""What was dropped under the lock, and is freed outside it."""
+"""Evicted and dropped tensors: collected with the registry's lock held, freed without it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ _log = logging.getLogger(__name__)
 
 
 class Garbage:
-    """Tensors that are to be freed.
+    """Tensors whose memory must be freed. Thread-safe.
+
+    Freeing may wait for a device, so it must not happen with the registry's lock held:
+
+        lock held: add (the charge is taken back)  -->  no lock: sweep (memory is freed)  -->  lock held: note_freed
 
     Args:
-        changed: The lock; what is freed is notified.
-        quotas: Of tenants, guarded by the lock.
+        changed: The registry's lock. It is notified when memory has been freed.
+        quotas: The tenants' quotas, guarded by the lock.
     """
 
     def __init__(self, changed: threading.Condition, quotas: Quotas) -> None:
@@ -32,34 +36,34 @@ class Garbage:
         self._quotas = quotas
         self._tensors: list[ResidentEntry] = []
 
-    def add(self, kept: ResidentEntry) -> None:
-        """Take, under the lock, a tensor that was dropped and that nobody uses any more."""
-        kept.tier.remove(kept)
-        self._quotas.give_back(kept.tenant, kept.charged_bytes)
-        self._tensors.append(kept)
+    def add(self, entry: ResidentEntry) -> None:
+        """Take a tensor that is FREED. The caller holds the lock."""
+        entry.tier.remove(entry)
+        self._quotas.give_back(entry.tenant, entry.charged_bytes)
+        self._tensors.append(entry)
 
     def sweep(self) -> None:
-        """Free, outside the lock, what there is."""
+        """Free all collected tensors. The caller must not hold the lock."""
         with self._changed:
             tensors, self._tensors = self._tensors, []
         if not tensors:
             return
-        for kept in tensors:
-            free_operand(kept.tier, kept.operand, kept.grown_bytes)
-            kept.operand = _NOTHING  # a call that rests with it may refer to it for long
+        for entry in tensors:
+            free_operand(entry.tier, entry.operand, entry.grown_bytes)
+            entry.operand = _NOTHING  # a resting call may refer to the entry for long
         with self._changed:
-            for kept in tensors:
-                kept.tier.note_freed(kept.charged_bytes)
+            for entry in tensors:
+                entry.tier.note_freed(entry.charged_bytes)
             self._changed.notify_all()
 
 
-def free_operand(shelf: MemoryTier, operand: Tensor, grown_bytes: int = 0) -> None:
-    """Free the memory of a tensor that lay on a shelf, and what its device kept with it. Does not raise."""
+def free_operand(tier: MemoryTier, operand: Tensor, grown_bytes: int = 0) -> None:
+    """Free the elements of a tensor and what its device kept with them. Does not raise."""
     if isinstance(operand, np.ndarray):
-        return  # the memory goes with the last reference
-    operand.may_grow = refuse_growth  # it refers to the tensor, which refers to it
+        return  # host memory is freed with the last reference
+    operand.may_grow = refuse_growth  # breaks the cycle: operand -> may_grow -> entry -> operand
     try:
-        shelf.device_engine.free(operand)
-        shelf.device_engine.release(grown_bytes)
+        tier.device_engine.free(operand)
+        tier.device_engine.release(grown_bytes)
     except Exception:  # noqa: BLE001 - logged: nobody is left to tell
-        _log.exception("the memory of a kept tensor could not be freed in good order")
+        _log.exception("freeing the device memory of a resident tensor failed")

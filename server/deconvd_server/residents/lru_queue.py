@@ -1,4 +1,4 @@
-"""Things in the order in which they came, which can be taken out wherever they are. No locks."""
+"""A queue in order of arrival, from which any item can be removed at once. No locks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _T = TypeVar("_T")
 
 
 class LruQueue(OrderedDict[_T, None]):
-    """Things in the order in which they came.
+    """Items in the order in which they joined.
 
     Attributes:
-        size_bytes: What they count for. Whoever adds or removes one sets it.
+        size_bytes: Total size of the items. The owner updates it whenever it adds or removes an item.
     """
 
     size_bytes = 0
 
     @property
     def first(self) -> _T | None:
-        """The one that came first."""
+        """The item that joined first; None if the queue is empty."""
         return next(iter(self), None)

@@ -1,4 +1,9 @@
-"""Where kept tensors lie: on devices, or in host memory when there is no room there; and what makes room for what."""
+"""Where resident tensors are: on a device, or spilled to host memory; and which of them make room for others.
+
+Locks: one lock, the registry's (`changed`), guards all state here. No device, engine, call context or session is
+called with it held, since those have locks of their own and a device asks for this one (`Growth`). Calls use `make`
+and `operand`, the registry uses the other methods, and an engine calls `_make_room_for_call` from a call's thread.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum, auto
 from functools import partial
 from itertools import chain, islice
-from operator import attrgetter
 
 import numpy as np
 
-from deconvd.errors import ExhaustedError, UnavailableError
+from deconvd.errors import DeconvdError, ExhaustedError, UnavailableError
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.cache_state import CacheState
 from deconvd_server.call.context import CallContext
@@ -30,51 +34,48 @@ from deconvd_server.residents.uses import ResidentUses
 __all__ = ["Placement"]
 
 _POLL_PERIOD_S = 0.05
-"""How often one who waits for memory that is being freed looks whether its call is still wanted."""
+"""How often a thread that waits for memory to be freed checks whether its call is still wanted."""
 
 _SPILL_CANDIDATES_COUNT = 16
-"""Tensors of which host memory is asked whether it has room: where it has none for these, it is full."""
+"""How many tensors are tried for spilling: if host memory has no room for any of these, it counts as full."""
 
 _BATCH_COUNT = 64
-"""Tensors that are dropped while the lock is held: others wait for less than a millisecond, however many there are."""
+"""Largest number of tensors dropped while the lock is held: other threads wait for less than a millisecond."""
 
 _SHARE_WAIT_S = 1.0
-"""How long one who asks for no more than its share waits for calls that use what others have beyond theirs."""
-
-_CHARGED_BYTES = attrgetter("charged_bytes")
-_DEVICE_BYTES = attrgetter("device_bytes")
-_OWN_TENANT = attrgetter("tenant")
+"""How long a tenant within its share waits for calls that use what other tenants have beyond their shares."""
 
 _log = logging.getLogger(__name__)
 
 
 class _EvictionOutcome(Enum):
-    """What becomes of a tensor that makes room on its device."""
+    """What happens to a tensor that must leave its tier."""
 
     DROPPED = auto()
     SPILLED = auto()
-    UNDECIDED = auto()  # host memory has made some room for it, but not enough yet
+    UNDECIDED = auto()  # host memory has dropped a batch for it, and needs to drop more
 
 
 class Placement:
-    """Shelves for kept tensors, one for each device and one in host memory. Thread-safe.
+    """Decides in which memory each resident tensor is: one tier for each device, and one in host memory. Thread-safe.
 
-    It decides under a lock, and moves and frees outside it. A tensor that someone uses stays where
-    it is, unless all its users rest. Room is made by what was used least recently of what nobody
-    uses, in steps between which the lock is free; see `Shelf.displaceable`.
+    It decides with the lock held, and copies and frees without it:
+
+        lock held: _start_eviction drops a batch, or marks one tensor as moving
+        no lock:   _finish_eviction copies that tensor to host memory, and frees what was dropped
+        ... again, until there is room
+
+    A tensor that has users is not evicted, unless all of them rest. Of the others, the least recently
+    used goes first: see `MemoryTier.evictable`.
 
     Attributes:
-        uses: The calls that use tensors.
+        uses: The calls that use resident tensors.
 
     Args:
-        engines: Whose devices tensors are kept on.
-        changed: The lock; what is freed is notified.
-        quotas: Of tenants, guarded by the lock.
-        forget: Called, under the lock, with a tensor that is about to be dropped to make room: lets
-            nothing stand for it any more.
-        limit_bytes: Returns what may lie on an engine's device.
-        host_bytes: What may lie in host memory of what devices with memory of their own have no
-            room for.
+        changed: The registry's lock. It is notified when memory has been freed.
+        forget: Called, with the lock held, with a tensor that is about to be dropped. Removes its names and content.
+        limit_bytes: Returns how many bytes of tensors an engine's device may have.
+        host_bytes: How many bytes may be spilled to host memory.
     """
 
     def __init__(
@@ -95,133 +96,136 @@ class Placement:
         self._garbage = Garbage(changed, quotas)
         self._growth = Growth(changed, quotas)
         self.sweep = self._garbage.sweep
-        self._on_unused = self._garbage.add  # one object for all tensors
+        self._on_unused = self._garbage.add  # one object, which all tensors share
         self._tiers: dict[str, MemoryTier] = {}
         for engine in engines:
-            below = self._host_tier if engine.info.has_own_memory else None
-            shelf = self._tiers[engine.info.id] = MemoryTier(limit_bytes(engine), engine, below)
-            engine.on_shortage = partial(self._make_room_for_call, shelf)
+            lower = self._host_tier if engine.info.has_own_memory else None
+            tier = self._tiers[engine.info.id] = MemoryTier(limit_bytes(engine), engine, lower)
+            engine.on_shortage = partial(self._make_room_for_call, tier)
 
     def make(
         self, tenant: Tenant, spec: TensorSpec, engine: Engine, call: CallContext
     ) -> ResidentEntry:
-        """Return a new tensor on an engine's device, with any elements. The caller is its user.
+        """Return a new tensor on an engine's device, with undefined elements. The caller is its user.
 
         Raises:
-            ExhaustedError: What may be kept there is kept already, and cannot be displaced.
-            UnavailableError: Calls take the memory now, or use what would make room in the tenant's share.
+            ExhaustedError: The tier is full, and evicting what may be evicted would not make enough room.
+            UnavailableError: Calls use the memory now, or use tensors that would make room within the tenant's share.
         """
-        shelf = self._tiers[engine.info.id]
-        operand = self._allocate_reserved(shelf, tenant, spec, call, _SHARE_WAIT_S)
-        kept = ResidentEntry(tenant, spec, shelf, operand, self._on_unused)
-        self._growth.allow_growth(kept, operand, shelf)
+        tier = self._tiers[engine.info.id]
+        operand = self._allocate_reserved(tier, tenant, spec, call, _SHARE_WAIT_S)
+        entry = ResidentEntry(tenant, spec, tier, operand, self._on_unused)
+        self._growth.allow_growth(entry, operand, tier)
         with self._changed:
-            shelf.add(kept)
-            kept.acquire()
-        return kept
+            tier.add(entry)
+            entry.acquire()
+        return entry
 
-    def operand(self, kept: ResidentEntry, engine: Engine, call: CallContext) -> Tensor:
-        """Return the elements of a tensor that the caller uses, as an operand for an engine.
+    def operand(self, entry: ResidentEntry, engine: Engine, call: CallContext) -> Tensor:
+        """Return the elements of a tensor, which the caller uses, as an operand for an engine.
 
-        What lies on another device is copied through the host. What lies in host memory is brought
-        back if there is room for it, and used from there if not.
+        A tensor on another device is copied through host memory. A spilled tensor is moved back to the
+        device if there is room, and is used from host memory if not.
         """
-        shelf = self._tiers[engine.info.id]
+        tier = self._tiers[engine.info.id]
         with self._changed:
-            if kept.tier is shelf:
-                kept.tenant.hits[shelf] += 1
-                return kept.operand
-            kept.tenant.misses[shelf] += 1
-            is_brought = kept.tier.engine is None and kept.users_count == 1
-            kept.is_moving = is_brought
-        if is_brought:
-            self._restore_spilled(kept, shelf, call)
-        return kept.operand if kept.tier is shelf else read_array(kept, call)
+            if entry.tier is tier:
+                entry.tenant.hits[tier] += 1
+                return entry.operand
+            entry.tenant.misses[tier] += 1
+            # only if no other call uses it: a tensor must not move under another user
+            is_restored = entry.tier.engine is None and entry.users_count == 1
+            entry.is_moving = is_restored
+        if is_restored:
+            self._restore_spilled(entry, tier, call)
+        return entry.operand if entry.tier is tier else read_array(entry, call)
 
-    def drop(self, kept: ResidentEntry) -> None:
-        """Drop a tensor, under the lock: at once if all its users rest. `sweep` frees it."""
-        self._forget(kept)
-        kept.revoke()
+    def drop(self, entry: ResidentEntry) -> None:
+        """Drop a tensor: at once if it has no users or all of them rest, else after its last user.
+
+        The caller holds the lock, and calls `sweep` after releasing it.
+        """
+        self._forget(entry)
+        entry.revoke()
 
     def cache_states(self, engine: Engine, tenant: Tenant | None) -> list[CacheState]:
-        """Return what a tenant has on an engine's device now, and beneath it; nothing for None."""
-        shelf = self._tiers[engine.info.id]
+        """Return what a tenant has on an engine's device, and of it in host memory; zeros if the tenant is None."""
+        tier = self._tiers[engine.info.id]
         with self._changed:
-            states = [shelf.cache_state("resident tensors", tenant)]
-            if shelf.lower_tier is not None:
-                states.append(
-                    shelf.lower_tier.cache_state("resident tensors in host memory", tenant)
-                )
+            states = [tier.cache_state("resident tensors", tenant)]
+            if (lower := tier.lower_tier) is not None:
+                states.append(lower.cache_state("resident tensors in host memory", tenant))
         return states
 
-    # Room
+    # Making room
 
     def _allocate_reserved(
         self,
-        shelf: MemoryTier,
+        tier: MemoryTier,
         tenant: Tenant,
         spec: TensorSpec,
         call: CallContext,
         wait_s: float = 0,
     ) -> DeviceTensor:
-        """Return memory of a device that was counted as taken. See `_reserve_room`."""
+        """Reserve room in a device's tier, and return memory of the device for it. See `_reserve_room`."""
         size_bytes = counted_bytes(spec)
-        self._reserve_room(shelf, tenant, size_bytes, call, wait_s)
+        self._reserve_room(tier, tenant, size_bytes, call, wait_s)
         try:
-            return self._allocate(shelf, tenant, spec)
+            return self._allocate(tier, tenant, spec)
         except BaseException:
             with self._changed:
-                shelf.cancel_reservation(tenant, size_bytes)
-                shelf.note_freed(size_bytes)
+                tier.cancel_reservation(tenant, size_bytes)
+                tier.note_freed(size_bytes)
             raise
 
     def _reserve_room(
-        self, shelf: MemoryTier, tenant: Tenant, size_bytes: int, call: CallContext, wait_s: float
+        self, tier: MemoryTier, tenant: Tenant, size_bytes: int, call: CallContext, wait_s: float
     ) -> None:
-        """Count room as taken once there is some.
+        """Reserve bytes of a tier, and evict tensors until there is room for them.
 
         Args:
-            wait_s: How long to wait for what is promised to the tenant, while others' calls use it.
+            wait_s: How long a tenant within its share waits for other tenants' calls. Meanwhile only tensors
+                of tenants beyond their shares are evicted, not its own.
         """
         until_s = time.monotonic() + wait_s
         while True:
             call.check()
             with self._changed:
-                if shelf.fits(size_bytes):
-                    shelf.reserve(tenant, size_bytes)
+                if tier.fits(size_bytes):
+                    tier.reserve(tenant, size_bytes)
                     return
-                if shelf.will_fit(size_bytes):
+                if tier.will_fit(size_bytes):  # another thread is freeing enough
                     self._changed.wait(_POLL_PERIOD_S)
                     continue
-                is_promised = wait_s > 0 and shelf.is_within_share(size_bytes, tenant)
-                is_late = time.monotonic() >= until_s
-                if shelf.can_make_room(size_bytes, tenant, is_promised and not is_late):
-                    victims = shelf.evictable(tenant, is_promised and not is_late)
-                    wanted_bytes = shelf.lacking_bytes(size_bytes)
-                    moving, _ = self._start_eviction(victims, wanted_bytes, _CHARGED_BYTES)
-                elif not is_promised:
-                    raise _no_room_error(shelf, size_bytes)
-                elif is_late:
-                    raise _no_room_yet_error(shelf, size_bytes)
-                else:
-                    moving = None
+                is_within_share = wait_s > 0 and tier.is_within_share(size_bytes, tenant)
+                may_wait = is_within_share and time.monotonic() < until_s
+                moving = None
+                if tier.can_make_room(size_bytes, tenant, may_wait):
+                    moving, _ = self._start_eviction(
+                        tier.evictable(tenant, may_wait),
+                        tier.lacking_bytes(size_bytes),
+                        bytes_of=lambda entry: entry.charged_bytes,
+                    )
+                elif not may_wait:
+                    raise _no_room_error(tier, size_bytes, is_within_share)
+                else:  # calls use what must make room: wait for them, and stop those that are stalled
                     self._changed.wait(_POLL_PERIOD_S)
             self._finish_eviction(moving)
-            if is_promised:
-                self.uses.stop_stalled(lambda kept: shelf.blocks_share(kept, tenant))
+            if is_within_share:
+                self.uses.stop_stalled(lambda entry: tier.blocks_share(entry, tenant))
 
-    def _allocate(self, shelf: MemoryTier, tenant: Tenant, spec: TensorSpec) -> DeviceTensor:
-        """Return memory of a device, of which calls may have taken what kept tensors left.
+    def _allocate(self, tier: MemoryTier, tenant: Tenant, spec: TensorSpec) -> DeviceTensor:
+        """Return memory of a device, after evicting more if calls have taken what the eviction freed.
 
-        Others make room for it then too, but no more than it takes: they would do so in vain.
+        At most the size of the tensor is evicted for this: calls may take all memory again and again.
         """
         lacking_bytes = spec.nbytes
         while True:
             try:
-                return shelf.device_engine.empty(spec)
+                return tier.device_engine.empty(spec)
             except ExhaustedError as error:
                 with self._changed:
-                    victims = shelf.evictable(tenant)
+                    victims = tier.evictable(tenant)
                     first = next(victims, None)
                     if first is None or lacking_bytes <= 0:
                         raise UnavailableError(str(error), retry_after_s=RETRY_AFTER_S) from None
@@ -231,16 +235,16 @@ class Placement:
                 self._finish_eviction(moving)
                 lacking_bytes -= freed_bytes
 
-    def _make_room_for_call(self, shelf: MemoryTier, size_bytes: int, call: CallContext) -> None:
-        """Displace tensors so that a call may take so many bytes more.
+    def _make_room_for_call(self, tier: MemoryTier, size_bytes: int, call: CallContext) -> None:
+        """Evict tensors from a device so that a call can have that many more bytes.
 
-        What another tenant has within its share is moved to host memory for it, but not dropped.
+        A tensor within another tenant's share is only spilled for a call, never dropped.
         """
         while size_bytes > 0:
             call.check()
             with self._changed:
                 tenant = call.tenant
-                victims = chain(shelf.evictable(tenant), self._spillable(shelf, tenant))
+                victims = chain(tier.evictable(tenant), self._spillable(tier, tenant))
                 first = next(victims, None)
                 if first is None:
                     return
@@ -250,153 +254,146 @@ class Placement:
             self._finish_eviction(moving)
             size_bytes -= freed_bytes
 
-    def _spillable(self, shelf: MemoryTier, tenant: object) -> Iterator[ResidentEntry]:
-        """Yield a few tensors that host memory has room for, if it drops what it may for a tenant."""
-        below = shelf.lower_tier
-        if below is not None:
-            for kept in shelf.least_recently_used(_SPILL_CANDIDATES_COUNT):
-                if kept.is_idle and below.can_make_room(kept.size_bytes, tenant):
-                    yield kept
+    def _spillable(self, tier: MemoryTier, tenant: object) -> Iterator[ResidentEntry]:
+        """Yield a few idle tensors that host memory can take, after it drops what it may for a tenant."""
+        lower = tier.lower_tier
+        if lower is not None:
+            for entry in tier.least_recently_used(_SPILL_CANDIDATES_COUNT):
+                if entry.is_idle and lower.can_make_room(entry.size_bytes, tenant):
+                    yield entry
 
-    # Moves
+    # Eviction
 
     def _start_eviction(
         self,
         victims: Iterable[ResidentEntry],
         size_bytes: int,
-        bytes_of: Callable[[ResidentEntry], int] = _DEVICE_BYTES,
         *,
-        for_whom: Callable[[ResidentEntry], object] = _OWN_TENANT,
+        bytes_of: Callable[[ResidentEntry], int] = lambda entry: entry.device_bytes,
+        for_whom: Callable[[ResidentEntry], object] = lambda entry: entry.tenant,
     ) -> tuple[ResidentEntry | None, int]:
-        """Take a step, under the lock, to displace tensors: drop some, or begin to move one.
+        """Take one step to evict tensors: drop a batch of them, or start to spill one. The caller holds the lock.
 
         Args:
-            size_bytes: What is to be freed; it may take more steps than this one.
-            bytes_of: Returns what a tensor frees.
-            for_whom: Returns the tenant for which host memory may drop something in turn, to take a
-                tensor; None for nobody.
+            size_bytes: How many bytes must be freed. This may take more steps than one.
+            bytes_of: Returns how many bytes evicting a tensor frees.
+            for_whom: Returns the tenant for which host memory may drop tensors, to take this one; None for a
+                call without a session.
 
         Returns:
-            The tensor that is to be moved, for `_finish_eviction`, and what the step frees, in bytes.
+            The tensor to spill, for `_finish_eviction`, or None; and how many bytes this step frees.
         """
         freed_bytes = 0
-        for kept in islice(victims, _BATCH_COUNT):
-            fate = self._decide_eviction(kept, for_whom(kept))
-            if fate is _EvictionOutcome.UNDECIDED:
+        for entry in islice(victims, _BATCH_COUNT):
+            outcome = self._decide_eviction(entry, for_whom(entry))
+            if outcome is _EvictionOutcome.UNDECIDED:
                 break
-            freed_bytes += bytes_of(kept)
-            if fate is _EvictionOutcome.SPILLED:
-                return kept, freed_bytes
-            self.drop(kept)
+            freed_bytes += bytes_of(entry)
+            if outcome is _EvictionOutcome.SPILLED:
+                return entry, freed_bytes
+            self.drop(entry)
             if freed_bytes >= size_bytes:
                 break
         return None, freed_bytes
 
-    def _decide_eviction(self, kept: ResidentEntry, tenant: object) -> _EvictionOutcome:
-        """Begin, under the lock, to move a tensor down if it may; let host memory make room for it."""
-        below = kept.tier.lower_tier
-        if below is None or not kept.is_live or not below.can_make_room(kept.size_bytes, tenant):
+    def _decide_eviction(self, entry: ResidentEntry, tenant: object) -> _EvictionOutcome:
+        """Decide, with the lock held, whether a tensor is spilled or dropped; mark it as moving if it is spilled."""
+        lower = entry.tier.lower_tier
+        if lower is None or not entry.is_live or not lower.can_make_room(entry.size_bytes, tenant):
             return _EvictionOutcome.DROPPED
-        for lower in islice(below.evictable(tenant), _BATCH_COUNT):
-            if below.will_fit(kept.size_bytes):
+        for victim in islice(lower.evictable(tenant), _BATCH_COUNT):
+            if lower.will_fit(entry.size_bytes):
                 break
-            self.drop(lower)
-        if not below.will_fit(kept.size_bytes):
+            self.drop(victim)
+        if not lower.will_fit(entry.size_bytes):
             return _EvictionOutcome.UNDECIDED
-        below.reserve(kept.tenant, kept.size_bytes)
-        kept.tier.evicting_bytes += kept.charged_bytes
-        kept.acquire()
-        kept.is_moving = True
+        lower.reserve(entry.tenant, entry.size_bytes)
+        entry.tier.evicting_bytes += entry.charged_bytes  # until `_spill` removes it from its tier
+        entry.acquire()
+        entry.is_moving = True
         return _EvictionOutcome.SPILLED
 
     def _finish_eviction(self, moving: ResidentEntry | None) -> None:
-        """Do, outside the lock, what a step has begun."""
+        """Finish a step of `_start_eviction`. The caller must not hold the lock."""
         if moving is not None:
             self._spill(moving)
         self.sweep()
 
-    def _spill(self, kept: ResidentEntry) -> None:
-        """Copy a tensor, whose other users rest, to host memory; drop it if that fails."""
-        above, below, operand = kept.tier, self._host_tier, kept.operand
+    def _spill(self, entry: ResidentEntry) -> None:
+        """Copy a tensor, whose other users all rest, to host memory; drop it if that fails."""
+        upper, lower, operand = entry.tier, self._host_tier, entry.operand
         assert not isinstance(operand, np.ndarray)
         try:
-            array = above.device_engine.allocate_host_array(kept.spec)
-            above.device_engine.read(operand, CallContext(), array)
+            array = upper.device_engine.allocate_host_array(entry.spec)
+            upper.device_engine.read(operand, CallContext(), array)
         except Exception as error:  # noqa: BLE001 - whatever it is, the tensor is dropped instead
-            _log.warning("a kept tensor is dropped: it cannot be moved to the host", exc_info=error)
+            _log.warning(
+                "a resident tensor is dropped: copying it to host memory failed", exc_info=error
+            )
             with self._changed:
-                above.evicting_bytes -= (
-                    kept.charged_bytes
-                )  # from here on as for any that is dropped
-                below.cancel_reservation(kept.tenant, kept.size_bytes)
-                below.note_freed(kept.size_bytes)
-                self.drop(kept)
-                self._finish_move(kept)
-                kept.release()
+                upper.evicting_bytes -= entry.charged_bytes  # `drop` counts them again
+                lower.cancel_reservation(entry.tenant, entry.size_bytes)
+                lower.note_freed(entry.size_bytes)
+                self.drop(entry)
+                self._finish_move(entry)
+                entry.release()
             return
-        grown_bytes = kept.grown_bytes
+        grown_bytes = entry.grown_bytes
         with self._changed:
-            above.evicting_bytes -= kept.charged_bytes  # which it does now
-            self._change_tier(kept, below, array)
-        free_operand(above, operand, grown_bytes)
+            upper.evicting_bytes -= entry.charged_bytes  # `_change_tier` counts them again
+            self._change_tier(entry, lower, array)
+        free_operand(upper, operand, grown_bytes)
         with self._changed:
-            above.note_freed(kept.size_bytes + grown_bytes)
-            kept.release()
-            self._finish_move(kept)
+            upper.note_freed(entry.size_bytes + grown_bytes)
+            entry.release()
+            self._finish_move(entry)
 
-    def _restore_spilled(self, kept: ResidentEntry, shelf: MemoryTier, call: CallContext) -> None:
-        """Move a tensor, of which the caller is the only user, to a device if that has room."""
+    def _restore_spilled(self, entry: ResidentEntry, tier: MemoryTier, call: CallContext) -> None:
+        """Move a spilled tensor, whose only user is the caller, back to a device if that has room."""
         with self._changed:
-            self._host_tier.evicting_bytes += kept.size_bytes  # for what it displaces
+            # what it evicts from the device may be spilled into the host memory that it leaves
+            self._host_tier.evicting_bytes += entry.size_bytes
         try:
-            operand = self._allocate_reserved(shelf, kept.tenant, kept.spec, call)
+            operand = self._allocate_reserved(tier, entry.tenant, entry.spec, call)
             try:
-                shelf.device_engine.write(operand, read_array(kept, call), call)
+                tier.device_engine.write(operand, read_array(entry, call), call)
             except BaseException:
-                self._free_unused(shelf, kept, operand)
+                free_operand(tier, operand)
+                with self._changed:
+                    tier.cancel_reservation(entry.tenant, entry.size_bytes)
+                    tier.note_freed(entry.size_bytes)
                 raise
-            self._growth.allow_growth(kept, operand, shelf)
+            self._growth.allow_growth(entry, operand, tier)
             with self._changed:
-                self._change_tier(kept, shelf, operand)
-                self._host_tier.note_freed(kept.size_bytes)
+                self._change_tier(entry, tier, operand)
+                self._host_tier.note_freed(entry.size_bytes)
         except (ExhaustedError, UnavailableError):
-            return  # it is as good where it is
+            return  # the device can use it from host memory, too
         finally:
             with self._changed:
-                self._host_tier.evicting_bytes -= kept.size_bytes
-                self._finish_move(kept)
+                self._host_tier.evicting_bytes -= entry.size_bytes
+                self._finish_move(entry)
 
-    def _free_unused(self, shelf: MemoryTier, kept: ResidentEntry, operand: DeviceTensor) -> None:
-        """Free memory that was taken for a tensor which does not come."""
-        free_operand(shelf, operand)
-        with self._changed:
-            shelf.cancel_reservation(kept.tenant, kept.size_bytes)
-            shelf.note_freed(kept.size_bytes)
+    def _change_tier(self, entry: ResidentEntry, tier: MemoryTier, operand: Tensor) -> None:
+        """Move a tensor's charge to another tier. The caller holds the lock.
 
-    def _change_tier(self, kept: ResidentEntry, shelf: MemoryTier, operand: Tensor) -> None:
-        """Let a tensor lie elsewhere, under the lock. Its old memory is still to be freed, and to have `left`."""
-        kept.tier.remove(kept)
-        self._quotas.give_back(kept.tenant, kept.grown_bytes)
-        kept.grown_bytes = 0
-        kept.tier, kept.operand = shelf, operand
-        shelf.add(kept)
+        The caller then frees the old elements, and calls `note_freed` of the old tier.
+        """
+        entry.tier.remove(entry)
+        self._quotas.give_back(entry.tenant, entry.grown_bytes)
+        entry.grown_bytes = 0
+        entry.tier, entry.operand = tier, operand
+        tier.add(entry)
 
-    def _finish_move(self, kept: ResidentEntry) -> None:
-        kept.is_moving = False
+    def _finish_move(self, entry: ResidentEntry) -> None:
+        entry.is_moving = False
         self._changed.notify_all()
 
 
-def _no_room_error(shelf: MemoryTier, size_bytes: int) -> ExhaustedError:
-    return ExhaustedError(
-        f"{shelf.device_engine.info.id} has {shelf.limit_bytes} bytes for tensors that stay, and beside "
-        "what calls use of them and what other tenants have within their share, there is no room "
-        f"for {size_bytes} more"
-    )
-
-
-def _no_room_yet_error(shelf: MemoryTier, size_bytes: int) -> UnavailableError:
-    return UnavailableError(
-        f"{shelf.device_engine.info.id} has {shelf.limit_bytes} bytes for tensors that stay, and calls use "
-        f"what is to make room for {size_bytes} more: they are within the tenant's share",
-        retry_after_s=RETRY_AFTER_S,
-    )
+def _no_room_error(tier: MemoryTier, size_bytes: int, is_within_share: bool) -> DeconvdError:
+    device = tier.device_engine.info.id
+    text = f"{device} has {tier.limit_bytes} bytes for resident tensors, and no room for {size_bytes} more"
+    if is_within_share:
+        text += " yet: calls use the tensors that must make room within the tenant's share"
+        return UnavailableError(text, retry_after_s=RETRY_AFTER_S)
+    return ExhaustedError(f"{text}: calls and other tenants within their share use the rest")

@@ -1,4 +1,7 @@
-"""What tensors that stay count for, and what each tenant has of its quota. No I/O, and no locks: the keeper's."""
+"""How many bytes a resident tensor is charged for, and how much of its quota each tenant uses.
+
+No I/O and no locks: the registry's lock guards it.
+"""
 
 from __future__ import annotations
 
@@ -11,46 +14,47 @@ from deconvd_server.residents.tenant import Tenant
 __all__ = ["Quotas", "counted_bytes", "names_limit"]
 
 _OBJECTS_BYTES: Final = 2560
-"""What a tensor counts for beside its elements: the objects that stand for it, a name and a content take that much of
-the server's own memory: measured 1.6 KiB on the processor, reckoned 2.5 on a card's host."""
+"""Charge for a small tensor in addition to its elements: the Python objects for the tensor, one name and one content.
+
+Measured: 1.6 KiB on the CPU device. Estimated: 2.5 KiB of host memory for a tensor on a card.
+"""
 
 _SMALL_BYTES: Final = 16 << 10
-"""From here on a tensor counts for its elements alone: the rest is less than a sixth of them."""
+"""A tensor of at least this size is charged for its elements alone: the objects add less than a sixth."""
 
 _NAME_BYTES: Final = 320
-"""What one more name of a tensor takes, at most."""
+"""Largest size of one additional name of a tensor."""
 
 
 def counted_bytes(spec: TensorSpec) -> int:
-    """Return what a tensor counts for against limits and quotas."""
+    """Return how many bytes a tensor is charged for, against limits and quotas."""
     return max(spec.nbytes, min(spec.nbytes + _OBJECTS_BYTES, _SMALL_BYTES))
 
 
 def names_limit(spec: TensorSpec) -> int:
-    """Return how many names a tensor may have at once: together they take no more than it counts for."""
+    """Return how many names a tensor may have at once: all of them take no more memory than it is charged for."""
     return counted_bytes(spec) // _NAME_BYTES
 
 
 class Quotas:
-    """What each tenant keeps, wherever that is, of what it may."""
+    """How many bytes of its quota each tenant uses, on all devices and in host memory."""
 
     def __init__(self) -> None:
         self._used_bytes: Counter[Tenant] = Counter()
 
     def used_bytes(self, tenant: Tenant) -> int:
-        """Return what a tenant keeps."""
         return self._used_bytes[tenant]
 
     def have_room(self, tenant: Tenant, size_bytes: int) -> bool:
-        """Return whether a tenant may keep that many bytes more."""
+        """Return whether a tenant's quota has room for that many more bytes."""
         return self._used_bytes[tenant] + size_bytes <= tenant.quota_bytes
 
     def take(self, tenant: Tenant, size_bytes: int) -> None:
-        """Count bytes as a tenant's."""
+        """Charge bytes to a tenant's quota."""
         self._used_bytes[tenant] += size_bytes
 
     def give_back(self, tenant: Tenant, size_bytes: int) -> None:
-        """Count bytes as a tenant's no more."""
+        """Take back a charge."""
         self._used_bytes[tenant] -= size_bytes
         if not self._used_bytes[tenant]:
             del self._used_bytes[tenant]

@@ -1,4 +1,9 @@
-"""The keeper of tensors: what is kept, for whom, and by which names."""
+"""The registry of resident tensors: which there are, for whom, and by which names.
+
+Locks: one lock (`_changed`) guards the registry, its `Placement` and all entries, tiers and quotas. It is taken
+alone: nothing that has a lock of its own (devices, engines, sessions) is called with it held. `Sessions` calls
+`end_session` without its lock. Calls may use every other method, in their own threads.
+"""
 
 from __future__ import annotations
 
@@ -29,27 +34,26 @@ from deconvd_server.resources.capabilities import CapabilityTable
 __all__ = ["ResidentRegistry"]
 
 _POLL_PERIOD_S = 0.05
-"""How often one who waits for a tensor on its way looks whether its call is still wanted."""
+"""How often a thread that waits for a moving tensor checks whether its call is still wanted."""
 
 _BATCH_COUNT: Final = 64
-"""Names or contents that are looked at while the lock is held: others wait for less than a millisecond."""
+"""Largest number of names or contents handled while the lock is held: others wait for less than a millisecond."""
 
 _T = TypeVar("_T")
 
 
 class ResidentRegistry:
-    """Keeps tensors for sessions, each of a tenant's for all of the tenant's sessions. Thread-safe.
+    """The resident tensors of all sessions. A tenant's sessions share its tensors. Thread-safe.
 
-    Whoever gets a tensor from it is its user, and ends that by `release`: until then it stays where
-    it is, whatever is dropped, but while its users are `resting`. What nothing stands for is freed
-    after its last user. Whatever concerns many tensors is done in steps, between which the lock is
-    free.
+    Who gets an entry from it is a user of that entry, and must `release` it. Until then the tensor stays
+    where it is, even if it is dropped, except while its users `rest`. A tensor that has neither a name
+    nor a content is freed after its last user. Work on many tensors is done in batches, and the lock is
+    released between them.
 
     Args:
-        engines: Whose devices tensors are kept on.
-        limit_bytes: Returns what may be kept on an engine's device.
-        host_bytes: What may be kept in host memory of what devices with memory of their own have no
-            room for.
+        engines: The engines on whose devices tensors are kept.
+        limit_bytes: Returns how many bytes of tensors an engine's device may have.
+        host_bytes: How many bytes may be spilled to host memory.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class ResidentRegistry:
         self._changed = threading.Condition()
         self._names: CapabilityTable[ResidentEntry] = CapabilityTable()
         self._names_by_session: dict[Session, set[bytes]] = {}
-        # what tenants sent for a digest, by the digest and the form that it was sent in
+        # tensors that can be named by their content: the key is the digest and the TensorSpec
         self._contents: dict[Tenant, dict[Hashable, ResidentEntry]] = {}
         self._quotas = Quotas()
         self._placement = Placement(
@@ -71,26 +75,26 @@ class ResidentRegistry:
         )
 
     def names_of(self, session: Session) -> frozenset[bytes]:
-        """Return the names of the tensors that are kept for a session."""
+        """Return all names of a session."""
         with self._changed:
             return frozenset(self._names_by_session.get(session, ()))
 
     def used_bytes(self, tenant: Tenant) -> int:
-        """Return what is kept for a tenant, wherever that is."""
+        """Return how many bytes of its quota a tenant uses."""
         with self._changed:
             return self._quotas.used_bytes(tenant)
 
     def make(
         self, session: Session, spec: TensorSpec, engine: Engine, call: CallContext
     ) -> ResidentEntry:
-        """Return a new tensor on an engine's device, with any elements. The caller is its user.
+        """Return a new tensor on an engine's device, with undefined elements. The caller is its user.
 
-        Nothing stands for it: unless `name` or `offer` lets something, `release` frees it.
+        It has no name yet: unless `bind_name` or `register_content` is called, `release` frees it.
 
         Raises:
             LostSessionError: The session has ended.
-            ExhaustedError: The tenant's quota, or the memory for tensors that stay, has no room.
-            UnavailableError: Calls take the memory now.
+            ExhaustedError: There is no room in the tenant's quota, or in the memory for resident tensors.
+            UnavailableError: Calls use the memory now.
         """
         size_bytes = counted_bytes(spec)
         self._take_quota(session, size_bytes)
@@ -101,66 +105,66 @@ class ResidentRegistry:
                 self._quotas.give_back(session.tenant, size_bytes)
             raise
 
-    def bind_name(self, kept: ResidentEntry, session: Session, name: bytes) -> None:
-        """Let a new name stand for a tensor that the caller uses, until the session ends.
+    def bind_name(self, entry: ResidentEntry, session: Session, name: bytes) -> None:
+        """Bind a new name to a tensor that the caller uses. The name lasts until the session ends.
 
         Raises:
-            LostSessionError: It has ended.
+            LostSessionError: The session has ended.
             UnavailableError: As `check_not_freed`.
             ExhaustedError: The tensor has as many names as it may.
         """
         with self._changed:
             _check_alive(session)
-            check_not_freed(kept)
-            if not kept.is_live:
-                raise RuntimeError("a tensor that is dropped cannot be named")
-            if len(kept.names) >= names_limit(kept.spec):
+            check_not_freed(entry)
+            if not entry.is_live:
+                raise RuntimeError("a dropped tensor cannot get a name")
+            if len(entry.names) >= names_limit(entry.spec):
                 raise ExhaustedError(
-                    f"a tensor of {kept.spec.nbytes} bytes may have {names_limit(kept.spec)} handles "
-                    "at once: drop some of them"
+                    f"a tensor of {entry.spec.nbytes} bytes may have at most {names_limit(entry.spec)} handles at "
+                    "once: drop some of them"
                 )
-            self._names.put(name, kept)
+            self._names.put(name, entry)
             self._names_by_session.setdefault(session, set()).add(name)
             session.place.is_idle = False
-            kept.names[name] = session
+            entry.names[name] = session
 
     def register_content(
-        self, kept: ResidentEntry, session: Session, content_key: Hashable
+        self, entry: ResidentEntry, session: Session, content_key: Hashable
     ) -> None:
-        """Let content stand for a tensor that the caller uses, until the tenant's last session ends.
+        """Let a tensor that the caller uses be found by its content, until the tenant's last session ends.
 
-        Nothing changes if it stands for one already, or if the session has ended.
+        Nothing happens if the content is registered already, or if the session has ended.
         """
         with self._changed:
             if session.state is SessionState.ENDED:
                 return
             contents = self._contents.setdefault(session.tenant, {})
             if content_key not in contents:
-                contents[content_key] = kept
-                kept.content_key = content_key
-                session.tenant.misses[kept.tier] += 1
+                contents[content_key] = entry
+                entry.content_key = content_key
+                session.tenant.misses[entry.tier] += 1
 
     def drop(self, session: Session, names: Iterable[bytes]) -> None:
-        """Let names of a session stand for nothing. Those that it does not have are passed over."""
-        for step in _batches(names):
+        """Remove names of a session. Names that it does not have are ignored."""
+        for batch in _batches(names):
             with self._changed:
-                for name in self._names_by_session.get(session, set()).intersection(step):
+                for name in self._names_by_session.get(session, set()).intersection(batch):
                     self._drop_name(name)
             self._placement.sweep()
 
     def end_session(self, session: Session, is_last: bool) -> None:
-        """Drop what was kept for a session that has ended, and its tenant's contents if it was the last."""
+        """Drop all tensors of a session that has ended; if it was its tenant's last, its tenant's contents, too."""
         with self._changed:
             names = tuple(self._names_by_session.get(session, ()))
         self.drop(session, names)
         with self._changed:
             self._names_by_session.pop(session, None)
             contents = self._contents_of(session.tenant) if is_last else ()
-        for step in _batches(contents):
+        for batch in _batches(contents):
             with self._changed:
-                for kept in step:
-                    self._forget_content(kept)
-                    _retire_if_unnamed(kept)
+                for entry in batch:
+                    self._forget_content(entry)
+                    _retire_if_unnamed(entry)
             self._placement.sweep()
         if is_last:
             with self._changed:
@@ -169,93 +173,98 @@ class ResidentRegistry:
     def acquire_by_name(
         self, session: Session, name: bytes, argument: str, call: CallContext
     ) -> ResidentEntry:
-        """Return the tensor of a name. The caller is its user.
+        """Return the tensor that has a name. The caller is its user.
 
         Args:
-            argument: Which argument it is for, for errors.
+            argument: The argument that the tensor is for, named in errors.
 
         Raises:
-            LostTensorError: There is none that the session's tenant may use.
+            LostTensorError: No tensor of the session's tenant has that name.
         """
 
         def find() -> ResidentEntry | None:
-            kept = self._names.get(name)
-            return kept if kept is not None and kept.tenant is session.tenant else None
+            entry = self._names.get(name)
+            return entry if entry is not None and entry.tenant is session.tenant else None
 
-        kept = self._acquire(find, call)
-        if kept is None:
+        entry = self._acquire(find, call)
+        if entry is None:
             raise LostTensorError(
-                f"{argument} must be kept by this server, and the tensor named is unknown, was "
-                "dropped, or had to make room",
+                f"{argument} must be a tensor that this server still has, and the one named is unknown, was "
+                "dropped, or was evicted to make room",
                 argument=argument,
             )
-        return kept
+        return entry
 
     def acquire_by_content(
         self, session: Session, content_key: Hashable, call: CallContext
     ) -> ResidentEntry | None:
-        """Return the tensor of a content, or None. The caller is its user."""
+        """Return the tensor that has a content, or None if there is none. The caller is its user."""
 
         def find() -> ResidentEntry | None:
             return self._contents.get(session.tenant, {}).get(content_key)
 
-        kept = self._acquire(find, call)
+        entry = self._acquire(find, call)
         with self._changed:
-            if kept is not None and kept.content_key is not None:
+            if entry is not None and entry.content_key is not None:
                 contents = self._contents[session.tenant]
-                contents[content_key] = contents.pop(content_key)  # the oldest come first
-        return kept
+                # to the end: the least recently used come first
+                contents[content_key] = contents.pop(content_key)
+        return entry
 
-    def release(self, kept: ResidentEntry) -> None:
-        """Use a tensor no more."""
+    def release(self, entry: ResidentEntry) -> None:
+        """End a use of a tensor."""
         with self._changed:
-            kept.release()
-            if not kept.users_count:
-                _retire_if_unnamed(kept)
+            entry.release()
+            if not entry.users_count:
+                _retire_if_unnamed(entry)
         self._placement.sweep()
 
     def begin_use(self, call: CallContext) -> ResidentUse:
-        """Return what a call notes the tensors in that it uses, to be ended by `end_use`."""
+        """Return a list for the tensors that a call uses. `end_use` releases them."""
         return self._placement.uses.begin(call)
 
     def end_use(self, use: ResidentUse) -> None:
-        """Use the tensors of a call no more."""
+        """Release all tensors of a call."""
         self._placement.uses.end(use)
-        for kept in use.tensors:
-            self.release(kept)
+        for entry in use.tensors:
+            self.release(entry)
 
-    def rest(self, kept: ResidentEntry, call: CallContext) -> AbstractContextManager[None]:
-        """Let the caller, a user of a tensor, not use it for the block, in which it waits for its client.
+    def rest(self, entry: ResidentEntry, call: CallContext) -> AbstractContextManager[None]:
+        """Let the caller, a user of a tensor, rest for the length of a block in which it waits for its client.
 
-        Another tenant may have the tensor's memory then, as far as that is promised to it. After the block
-        the tensor may be elsewhere, or gone: see `check_not_freed`.
+        Meanwhile the tensor may be evicted if another tenant needs the memory within its share. After the
+        block the tensor may be in another tier, or freed: see `check_not_freed`.
         """
-        return _RestScope(self._changed, kept, call)
+        return _RestScope(self._changed, entry, call)
 
-    def operand(self, kept: ResidentEntry, engine: Engine, call: CallContext) -> Tensor:
-        """Return the elements of a tensor that the caller uses. See `Shelving.operand`."""
-        return self._placement.operand(kept, engine, call)
+    def operand(self, entry: ResidentEntry, engine: Engine, call: CallContext) -> Tensor:
+        """Return the elements of a tensor that the caller uses. See `Placement.operand`."""
+        return self._placement.operand(entry, engine, call)
 
     def cache_states(self, engine: Engine, tenant: Tenant | None) -> list[CacheState]:
-        """Return what is kept for a tenant on an engine's device now, and beneath it; nothing for None."""
+        """Return what a tenant has on an engine's device, and of it in host memory; zeros if the tenant is None."""
         return self._placement.cache_states(engine, tenant)
 
     def _acquire(
         self, find: Callable[[], ResidentEntry | None], call: CallContext
     ) -> ResidentEntry | None:
-        """Return what is found, with one more user, once it is not on its way elsewhere."""
+        """Return what `find` returns, with one more user, after waiting until it is not being moved.
+
+        `find` is called again after each wait: a tensor may be dropped while it is moved.
+        """
         with self._changed:
-            while (kept := find()) is not None and kept.is_moving:
+            while (entry := find()) is not None and entry.is_moving:
                 self._changed.wait(_POLL_PERIOD_S)
                 call.check()
-            if kept is not None:
-                kept.acquire()
-            return kept
+            if entry is not None:
+                entry.acquire()
+            return entry
 
     def _take_quota(self, session: Session, size_bytes: int) -> None:
-        """Count bytes as kept for a session's tenant.
+        """Charge bytes to the quota of a session's tenant.
 
-        What content alone stands for can be sent again: it makes room, the oldest first.
+        If the quota is full, tensors that have a content but no name are dropped, the least recently used
+        first: the client can send those again.
         """
         tenant = session.tenant
         contents: Iterator[ResidentEntry] | None = None
@@ -267,56 +276,56 @@ class ResidentRegistry:
                     return
                 if contents is None:
                     contents = iter(self._contents_of(tenant))
-                step = tuple(islice(contents, _BATCH_COUNT))
-                if not step or size_bytes > tenant.quota_bytes:
+                batch = tuple(islice(contents, _BATCH_COUNT))
+                if not batch or size_bytes > tenant.quota_bytes:
                     raise ExhaustedError(
-                        f"a tenant may keep {tenant.quota_bytes} bytes of tensors, and this one keeps "
+                        f"a tenant may keep {tenant.quota_bytes} bytes of resident tensors, and this one keeps "
                         f"{self._quotas.used_bytes(tenant)}: {size_bytes} more are over its quota"
                     )
-                for kept in step:
+                for entry in batch:
                     if self._quotas.have_room(tenant, size_bytes):
                         break
-                    if kept.is_idle and not kept.names:
-                        self._placement.drop(kept)
+                    if entry.is_idle and not entry.names:
+                        self._placement.drop(entry)
             self._placement.sweep()
 
     def _contents_of(self, tenant: Tenant) -> tuple[ResidentEntry, ...]:
-        """Return what content stands for, the least recently found first."""
+        """Return the tensors of a tenant that have a content, the least recently found first."""
         return tuple(self._contents.get(tenant, {}).values())
 
-    def _forget(self, kept: ResidentEntry) -> None:
-        """Let nothing stand for a tensor."""
-        for name in tuple(kept.names):
+    def _forget(self, entry: ResidentEntry) -> None:
+        """Remove all names of a tensor, and its content."""
+        for name in tuple(entry.names):
             self._forget_name(name)
-        self._forget_content(kept)
+        self._forget_content(entry)
 
     def _forget_name(self, name: bytes) -> ResidentEntry:
-        kept = self._names.pop(name)
-        session = kept.names.pop(name)
+        entry = self._names.pop(name)
+        session = entry.names.pop(name)
         names = self._names_by_session[session]
         names.remove(name)
         session.place.is_idle = not names
-        return kept
+        return entry
 
-    def _forget_content(self, kept: ResidentEntry) -> None:
-        if kept.content_key is not None:
-            del self._contents[kept.tenant][kept.content_key]
-            kept.content_key = None
+    def _forget_content(self, entry: ResidentEntry) -> None:
+        if entry.content_key is not None:
+            del self._contents[entry.tenant][entry.content_key]
+            entry.content_key = None
 
     def _drop_name(self, name: bytes) -> None:
         _retire_if_unnamed(self._forget_name(name))
 
 
 class _RestScope(AbstractContextManager[None]):
-    """A user that rests, for the length of a block. See `Keeper.resting`."""
+    """Lets a user rest for the length of a block. See `ResidentRegistry.rest`."""
 
     __slots__ = ("_call", "_changed", "_entry")
 
     def __init__(
-        self, changed: threading.Condition, kept: ResidentEntry, call: CallContext
+        self, changed: threading.Condition, entry: ResidentEntry, call: CallContext
     ) -> None:
         self._changed = changed
-        self._entry = kept
+        self._entry = entry
         self._call = call
 
     def __enter__(self) -> None:
@@ -325,27 +334,29 @@ class _RestScope(AbstractContextManager[None]):
 
     def __exit__(self, error: object, *_: object) -> None:
         with self._changed:
+            # a moving tensor is about to change its elements' place: go on only after that
             while error is None and self._entry.is_moving and not self._call.is_cancelled:
                 self._changed.wait(_POLL_PERIOD_S)
             self._entry.resume()
 
 
 def _batches(items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:
-    """Yield items, a few at a time."""
+    """Yield items in tuples of at most `_BATCH_COUNT`."""
     rest = iter(items)
-    while step := tuple(islice(rest, _BATCH_COUNT)):
-        yield step
+    while batch := tuple(islice(rest, _BATCH_COUNT)):
+        yield batch
 
 
-def _retire_if_unnamed(kept: ResidentEntry) -> None:
-    if not kept.names and kept.content_key is None:
-        kept.retire()
+def _retire_if_unnamed(entry: ResidentEntry) -> None:
+    if not entry.names and entry.content_key is None:
+        entry.retire()
 
 
 def _check_alive(session: Session) -> None:
-    # Without the lock of `Sessions`: it calls `end` once it has set the state, so what is named
-    # meanwhile is dropped again.
+    # Reads the state without the lock of `Sessions`. That is safe: `Sessions` sets the state first and
+    # calls `end_session` then, which drops whatever got a name in between.
     if session.state is SessionState.ENDED:
         raise LostSessionError(
-            "session must be one that this server holds, and this one has ended", argument="session"
+            "session must be one that is open on this server, and this one has ended",
+            argument="session",
         )

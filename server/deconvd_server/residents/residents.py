@@ -1,4 +1,4 @@
-"""All that has to do with tensors that stay: sessions, what is kept for them, and the thread that ends them."""
+"""Everything for resident tensors in one object: sessions, the registry, and the thread that ends sessions."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from deconvd_server.residents.tenant import Session
 __all__ = ["ResidentLimits", "Residents"]
 
 _DEVICE_PART = 4
-"""Unless told, tensors may take one part in so many of what calls may take of a device's memory."""
+"""By default, resident tensors may take one part in this many of what calls may take of a device's memory."""
 
 _UNLIMITED_BYTES = 2**62
-"""More than there is."""
+"""More bytes than any machine has."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentLimits:
-    """How much may stay, and for how long.
+    """How many resident tensors there may be, and how long sessions live.
 
     Attributes:
-        device_bytes: On each device; None for a quarter of what calls may take.
-        host_bytes: In host memory, of what devices with memory of their own have no room for.
-        tenant_bytes: The quota of a tenant; None for none: what it keeps then makes room for itself.
-        sessions_count: Sessions at once; one peer may have fifteen of sixteen while no other asks.
-        lease_s: How long a session outlives its client's last sign of life.
+        device_bytes: Limit on each device; None for a quarter of what calls may take of its memory.
+        host_bytes: How many bytes may be spilled from devices with memory of their own to host memory.
+        tenant_bytes: Quota of a tenant; None if only the memory limits it. Then a full tenant evicts its own tensors.
+        sessions_count: How many sessions may be open. One peer may have fifteen of sixteen while no other peer asks.
+        lease_s: How long a session lives without a heartbeat.
     """
 
     device_bytes: int | None = None
@@ -38,7 +38,7 @@ class ResidentLimits:
     lease_s: float = 30.0
 
     def bytes_on(self, engine: Engine) -> int:
-        """Return what may stay on an engine's device."""
+        """Return how many bytes of resident tensors an engine's device may have."""
         budget_bytes = engine.info.budget_bytes
         if self.device_bytes is None:
             return budget_bytes // _DEVICE_PART
@@ -46,14 +46,14 @@ class ResidentLimits:
 
 
 class Residents:
-    """The sessions of a server, and the tensors that stay for them.
+    """The sessions of a server, and their resident tensors.
 
     Attributes:
-        engines: Whose devices they stay on.
-        sessions: Those who hold them.
-        keeper: What is kept.
-        tenant_bytes: What a tenant may keep.
-        lease_s: How long a session outlives its client's last sign of life.
+        engines: The engines on whose devices tensors are kept.
+        registry: The tensors.
+        sessions: The sessions that they belong to.
+        tenant_bytes: How many bytes a tenant may keep.
+        lease_s: How long a session lives without a heartbeat.
     """
 
     def __init__(self, engines: Engines, limits: ResidentLimits) -> None:
@@ -70,16 +70,16 @@ class Residents:
         self._reaper = Reaper(self.sessions, session_limits.grace_s)
 
     def join(self, name: bytes, call: CallContext) -> Session:
-        """Return the session of a name, on whose tenant's behalf a call is from now on. Raises as `Sessions.get`."""
+        """Return the session that has a name, and let a call act for its tenant. Raises as `Sessions.get`."""
         session = self.sessions.get(name)
         call.tenant = session.tenant
         return session
 
     def drain(self) -> None:
-        """Let no session begin, and hang up the streams that hold them, which would not end by themselves."""
+        """Let no session begin, and close the streams that hold sessions: those would not end by themselves."""
         self.sessions.drain()
 
     def close(self) -> None:
-        """End all sessions, and with them all that is kept. No call may be under way."""
+        """End all sessions, and drop all tensors. No call may be running."""
         self._reaper.close()
         self.sessions.close()

@@ -1,4 +1,9 @@
-"""Sessions: who holds one, and when it ends. No streams here, and no tensors."""
+"""Sessions: which are open, who holds each, and when it ends. No streams and no tensors here.
+
+Locks: `Sessions` calls `FairShares` with its lock held, never the other way round. It calls `on_end` (the registry)
+and closes streams without its lock, since those take locks of their own. Any thread may call any method, except for
+`wait_until_due`, which is for the one `Reaper`.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +30,16 @@ __all__ = ["Reaper", "SessionLimits", "Sessions"]
 _log = logging.getLogger(__name__)
 
 _MAX_TENANT_KEY_BYTES = 64
-"""As the schema says: secrets, or digests of secrets."""
+"""Longest tenant key, as the schema says: room for a secret, or a digest of one."""
 
 _MAX_GRACE_S = 5.0
-"""How long a session outlives its stream at most: a client whose stream broke resumes it within a second or two."""
+"""Longest time that a session outlives its stream: a client whose stream broke resumes it within a second or two."""
 
 _RETRY_AFTER_S = 1.0
-"""What clients are told while the server drains: about as long as another takes to start in its place."""
+"""How long a client should wait while the server drains: about as long as its successor takes to start."""
 
 _RESERVED_PART = 16
-"""One session in so many is for peers that have none: whoever has all the others cannot keep a newcomer waiting."""
+"""One session in this many is reserved for peers that have none, so that one busy peer cannot keep newcomers out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,10 @@ class SessionLimits:
     """How many sessions there may be, and what each gets.
 
     Attributes:
-        sessions_count: How many, of all peers together; see `Shares`. Each takes some KiB, and no thread
-            while it is idle.
-        lease_s: How long one outlives its client's last sign of life.
-        tenant_bytes: What a tenant may keep, in all its sessions together.
+        sessions_count: How many may be open, for all peers together; see `FairShares`. Each takes some KiB, and no
+            thread while it is idle.
+        lease_s: How long a session lives without a heartbeat.
+        tenant_bytes: How many bytes a tenant may keep, in all its sessions together.
     """
 
     sessions_count: int
@@ -59,11 +64,10 @@ class SessionLimits:
 
 
 class Sessions:
-    """All sessions. Thread-safe.
+    """All sessions of a server. Thread-safe.
 
     Args:
-        on_end: Called, outside the lock, with each session that has ended and whether it was its
-            tenant's last.
+        on_end: Called with each session that has ended, and whether it was its tenant's last. No lock is held.
         clock: Returns seconds.
     """
 
@@ -76,43 +80,45 @@ class Sessions:
         self._limits = limits
         reserved_count = limits.sessions_count // _RESERVED_PART
         self._shares = FairShares(limits.sessions_count, reserved_count, "sessions")
-        self._preempted: list[tuple[Session, bool]] = []  # ended, though `on_end` is not called yet
+        self._preempted: list[
+            tuple[Session, bool]
+        ] = []  # ended, but the reaper has not called `on_end` yet
         self._due = threading.Event()
         self._on_end = on_end
         self._clock = clock
-        self._lock = threading.RLock()  # one session's opening may be another's end
+        self._lock = threading.RLock()  # `open` may preempt a session, which takes the lock again
         self._sessions: CapabilityTable[Session] = CapabilityTable()
         self._tenants: CapabilityTable[Tenant] = CapabilityTable()
         self._counts: Counter[Tenant] = Counter()  # of sessions that have not ended
         self._is_draining = False
 
-    def open(self, tenant_key: bytes, hang_up: Callable[[], None], peer: str = "") -> Session:
-        """Return a new session. Where there are too many, another may give way to it, and is lost then.
+    def open(self, tenant_key: bytes, close_stream: Callable[[], None], peer: str = "") -> Session:
+        """Return a new session. If there are too many, another one is preempted, and its client loses it.
 
-        That is one in which nothing has a name, or else, of the peer that has most, the one that gave no
-        sign of life for longest. See `Shares`.
+        That is a session in which no tensor has a name, or else, of the peer that has most sessions, the
+        one whose heartbeat is oldest. See `FairShares`.
 
         Args:
-            tenant_key: What all who tell it are one tenant by; empty for a tenant of its own.
-            hang_up: Ends the stream that holds the session.
-            peer: By what its client is counted.
+            tenant_key: Clients that send the same key are one tenant; with an empty key the session is its own tenant.
+            close_stream: Closes the stream that holds the session.
+            peer: Key of the client's peer, which its sessions are counted by.
 
         Raises:
             InvalidArgumentError: The key is too long.
             UnavailableError: There are too many sessions, or the server drains.
         """
         _check_tenant_key(tenant_key)
-        with self._lock:  # so that the session is there before it can have to give way
+        with self._lock:  # held throughout: `session` must be set before it can be preempted
             self._check_not_draining()
             place = self._shares.take(peer, lambda: self._preempt(session))
-            session = self._add(tenant_key, hang_up, place)
+            session = self._add(tenant_key, close_stream, place)
         return session
 
-    def resume(self, name: bytes, tenant_key: bytes, hang_up: Callable[[], None]) -> Session:
-        """Return a session, now held by another stream; the one that held it is hung up.
+    def resume(self, name: bytes, tenant_key: bytes, close_stream: Callable[[], None]) -> Session:
+        """Return a session, which another stream holds from now on. The stream that held it is closed.
 
         Args:
-            tenant_key: What the session was opened with: to others there is no such session.
+            tenant_key: The key that the session was opened with. With another key it is not found.
 
         Raises:
             InvalidArgumentError: As `get` and `open`.
@@ -124,61 +130,61 @@ class Sessions:
         with self._lock:
             self._check_not_draining()
             session = self._find(name, tenant_key)
-            superseded, session.close_stream = session.close_stream, hang_up
+            superseded, session.close_stream = session.close_stream, close_stream
             session.state = SessionState.OPEN
             session.deadline_s = self._lease_end_s()
         superseded()
         return session
 
     def get(self, name: bytes) -> Session:
-        """Return the session of a name.
+        """Return the session that has a name.
 
         Raises:
-            InvalidArgumentError: It is no name.
-            LostSessionError: There is none, or no longer.
+            InvalidArgumentError: The name has the wrong length.
+            LostSessionError: No open session has that name.
         """
         _check_name(name)
         with self._lock:
             return self._find(name)
 
     def tenant(self, name: bytes) -> Tenant | None:
-        """Return the tenant of the session of a name; None if there is no such session."""
+        """Return the tenant of the session that has a name; None if there is no such session."""
         with self._lock:
             session = self._sessions.get(name)
         return None if session is None else session.tenant
 
     def heartbeat(self, session: Session) -> None:
-        """Note that the client of a session is there."""
+        """Renew the lease of a session: its client gave a sign of life."""
         with self._lock:
             if session.state is SessionState.OPEN:
                 session.deadline_s = self._lease_end_s()
                 session.place.note_progress()
 
-    def mark_broken(self, session: Session, hang_up: Callable[[], None]) -> None:
-        """Note that a stream broke: the session may be resumed for a while, if that stream held it.
+    def mark_broken(self, session: Session, close_stream: Callable[[], None]) -> None:
+        """Note that a stream broke. If it held the session, the session can be resumed until its grace period is over.
 
         Args:
-            hang_up: The stream's, as given to `open` or `resume`.
+            close_stream: As given to `open` or `resume`: tells which stream broke.
         """
         with self._lock:
-            if session.state is SessionState.OPEN and session.close_stream is hang_up:
+            if session.state is SessionState.OPEN and session.close_stream is close_stream:
                 session.state = SessionState.BROKEN
                 session.deadline_s = self._clock() + self._limits.grace_s
 
-    def end(self, session: Session, hang_up: Callable[[], None]) -> None:
-        """End a session whose client closed the stream that held it."""
+    def end(self, session: Session, close_stream: Callable[[], None]) -> None:
+        """End a session whose client closed its stream, if that stream still holds it."""
         with self._lock:
-            is_its_end = session.state is SessionState.OPEN and session.close_stream is hang_up
+            is_its_end = session.state is SessionState.OPEN and session.close_stream is close_stream
             is_last = is_its_end and self._end(session)
         if is_its_end:
             self._on_end(session, is_last)
 
     def expire(self) -> None:
-        """End the sessions whose time has come, or that had to give way."""
+        """End the sessions whose time is over, and finish those that were preempted."""
         self._end_until(self._clock())
 
     def wait_until_due(self, timeout_s: float) -> None:
-        """Return once a session had to give way, `wake` was called, or the time is up."""
+        """Return when a session was preempted, `wake` was called, or the time is over."""
         self._due.wait(timeout_s)
         self._due.clear()
 
@@ -187,11 +193,10 @@ class Sessions:
         self._due.set()
 
     def close(self) -> None:
-        """End all sessions."""
         self._end_until(math.inf)
 
     def drain(self) -> None:
-        """Hang up all streams, and let no session begin or be resumed. Those there are live on for a while."""
+        """Close all streams, and let no session begin or be resumed. Open sessions live on for their grace period."""
         with self._lock:
             self._is_draining = True
             sessions = self._sessions.values()
@@ -209,21 +214,23 @@ class Sessions:
 
     @property
     def count(self) -> int:
-        """Sessions that have not ended."""
+        """How many sessions have not ended."""
         with self._lock:
             return len(self._sessions)
 
-    def _add(self, tenant_key: bytes, hang_up: Callable[[], None], place: PeerPlace) -> Session:
-        """Return a new session, under the lock."""
+    def _add(
+        self, tenant_key: bytes, close_stream: Callable[[], None], place: PeerPlace
+    ) -> Session:
+        """Return a new session. The caller holds the lock."""
         place.is_idle = True
         tenant = self._find_or_add_tenant(tenant_key)
-        session = Session(new_name(), tenant, hang_up, self._lease_end_s(), place)
+        session = Session(new_name(), tenant, close_stream, self._lease_end_s(), place)
         self._counts[tenant] += 1
         self._sessions.put(session.name, session)
         return session
 
     def _preempt(self, session: Session) -> None:
-        """End a session, and have another thread clear up after it."""
+        """End a session, and leave the rest to the reaper: dropping its tensors takes too long for the caller."""
         with self._lock:
             if session.state is not SessionState.ENDED:
                 self._preempted.append((session, self._end(session)))
@@ -232,16 +239,17 @@ class Sessions:
     def _check_not_draining(self) -> None:
         if self._is_draining:
             raise UnavailableError(
-                "the server is draining: it takes no sessions", retry_after_s=_RETRY_AFTER_S
+                "the server is draining: it opens and resumes no sessions",
+                retry_after_s=_RETRY_AFTER_S,
             )
 
     def _find(self, name: bytes, tenant_key: bytes | None = None) -> Session:
-        """Return the session of a name, under the lock; if a key is given, only one that was opened with it."""
+        """Return the session that has a name and, if given, that tenant key. The caller holds the lock."""
         session = self._sessions.get(name)
         key = b"" if session is None else session.tenant.key
         if session is None or (tenant_key is not None and not is_same_secret(key, tenant_key)):
             raise LostSessionError(
-                "session must be one that this server holds, and the one named is unknown or has ended",
+                "session must be one that is open on this server, and the one named is unknown or has ended",
                 argument="session",
             )
         return session
@@ -255,7 +263,7 @@ class Sessions:
         return tenant
 
     def _end(self, session: Session) -> bool:
-        """Note that a session has ended; return whether it was its tenant's last."""
+        """Mark a session as ended, and return whether it was its tenant's last. The caller holds the lock."""
         session.state = SessionState.ENDED
         self._sessions.pop(session.name)
         session.place.free()
@@ -283,15 +291,16 @@ def _check_tenant_key(key: bytes) -> None:
 def _check_name(name: bytes) -> None:
     if len(name) != NAME_BYTES:
         raise InvalidArgumentError(
-            f"session must be a name of {NAME_BYTES} bytes, got {len(name)}", argument="session"
+            f"session must be a name of {NAME_BYTES} bytes, got {len(name)} bytes",
+            argument="session",
         )
 
 
 class Reaper:
-    """A thread that ends sessions when their time has come.
+    """A thread that ends sessions when their time is over.
 
     Args:
-        grace_s: The least time that a session has ahead when something happens to it.
+        grace_s: The shortest time from an event in a session to its end. The thread looks twice as often.
     """
 
     def __init__(self, sessions: Sessions, grace_s: float) -> None:
@@ -302,7 +311,7 @@ class Reaper:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread, and wait for its end."""
         self._stop.set()
         self._sessions.wake()
         self._thread.join()
@@ -313,4 +322,4 @@ class Reaper:
                 self._sessions.wait_until_due(self._period_s)
                 self._sessions.expire()
             except Exception:  # noqa: BLE001 - logged: other sessions must still expire
-                _log.exception("a session could not be ended in good order")
+                _log.exception("ending a session failed")

@@ -1,4 +1,4 @@
-"""Who has what: tenants and their sessions."""
+"""Tenants and their sessions, as plain values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Session", "SessionState", "Tenant"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tenant:
-    """Those who share a secret, and with it a quota and their tensors.
+    """Clients that share a secret key, and with it a quota and their resident tensors.
 
     Attributes:
-        quota_bytes: What it may keep.
-        key: What its clients tell; empty if it is one session's own.
-        hits: Times that a tensor of its own was where it was needed, by where that is.
-        misses: Times that it had to be brought there.
+        quota_bytes: How many bytes its resident tensors may be charged for.
+        key: The secret key that its clients send; empty if the tenant has one session alone.
+        hits: How often one of its tensors was in the memory where a call needed it, by memory tier.
+        misses: How often a tensor had to be brought or sent there, by memory tier.
     """
 
     quota_bytes: int
@@ -30,7 +30,7 @@ class Tenant:
 
 
 class SessionState(StrEnum):
-    """What has become of a session."""
+    """State of a session: see `Session`."""
 
     OPEN = "open"
     BROKEN = "broken"
@@ -39,18 +39,18 @@ class SessionState(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """What a client's tensors are kept for. `Sessions` alone changes it.
+    """The scope in which a client's resident tensors have names. Only `Sessions` changes it.
 
         OPEN <--resume, stream breaks--> BROKEN
-        OPEN --stream closed, or lease passed--> ENDED
+        OPEN --stream closed, or lease expired--> ENDED
         BROKEN --not resumed in time--> ENDED
-        OPEN, BROKEN --had to give way to another peer's--> ENDED
+        OPEN, BROKEN --preempted by another peer's session--> ENDED
 
     Attributes:
         name: Its secret name.
-        hang_up: Ends the stream that holds it.
-        deadline_s: When it ends unless something happens before, on the clock of `Sessions`.
-        place: That of its peer. It is idle while nothing has a name in the session.
+        close_stream: Closes the stream that holds it.
+        deadline_s: When it ends unless its client gives a sign of life, on the clock of `Sessions`.
+        place: Its place among the sessions of all peers. The place is idle while no tensor has a name in the session.
     """
 
     name: bytes

@@ -1,4 +1,4 @@
-"""Calls that use kept tensors, and the end of those that wait for their clients while others are due the memory."""
+"""Which calls use which resident tensors, to stop calls that wait for their clients while others need the memory."""
 
 from __future__ import annotations
 
@@ -15,47 +15,54 @@ from deconvd_server.residents.entry import RETRY_AFTER_S, ResidentEntry
 __all__ = ["ResidentUse", "ResidentUses"]
 
 _STALLED_S: Final = 0.5
-"""How long a call may wait for its client to send or to take anything, while its tensors are in the way of a share."""
+"""How long a call that keeps another tenant from its share may wait for its client to send or take data."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
 class ResidentUse:
-    """A call, and the kept tensors that it uses."""
+    """A call and the resident tensors that it uses. Its thread alone appends to `tensors`."""
 
     call: CallContext
     tensors: list[ResidentEntry] = field(default_factory=list)
 
 
 class ResidentUses:
-    """The calls that use kept tensors now. Thread-safe."""
+    """All calls that use resident tensors now. Thread-safe."""
 
     def __init__(self) -> None:
-        self._uses: dict[ResidentUse, None] = {}  # each operation on it is atomic
+        self._uses: dict[ResidentUse, None] = {}  # no lock: operations on a dict are atomic
 
     def begin(self, call: CallContext) -> ResidentUse:
-        """Return the use of a call, without tensors yet."""
+        """Return a use for a call, with no tensors yet."""
         use = ResidentUse(call)
         self._uses[use] = None
         return use
 
     def end(self, use: ResidentUse) -> None:
-        """Forget a use: its tensors are released."""
+        """Forget a use. The caller releases its tensors."""
         self._uses.pop(use, None)
 
-    def stop_stalled(self, is_in_the_way: Callable[[ResidentEntry], bool]) -> None:
-        """Stop, without a lock, the calls that wait for their clients and use tensors that are in the way."""
+    def stop_stalled(self, blocks_share: Callable[[ResidentEntry], bool]) -> None:
+        """Stop each call that waits for its client and uses a tensor for which `blocks_share` is true.
+
+        The caller must hold no lock, since stopping a call runs its callbacks. So an answer of `blocks_share` may be
+        out of date: then a stalled call is stopped a moment too soon or too late.
+        """
         then_s = time.monotonic() - _STALLED_S
         for use in tuple(self._uses):
             if use.call.client_wait.blocked_since_s <= then_s and any(
-                map(is_in_the_way, use.tensors)
+                map(blocks_share, use.tensors)
             ):
-                _log.info("a call of %s gives way: its client is waited for", use.call.peer)
+                _log.info(
+                    "stopping a call of %s: its client is stalled, and another tenant needs the memory",
+                    use.call.peer,
+                )
                 use.call.stop(
                     UnavailableError(
-                        "the call used tensors that had to make room for what another tenant may keep, "
-                        f"and its client neither sent nor took anything for {_STALLED_S} s",
+                        "the call was stopped: its tensors had to make room for another tenant within "
+                        f"that tenant's share, and its client neither sent nor received data for {_STALLED_S} s",
                         retry_after_s=RETRY_AFTER_S,
                     )
                 )

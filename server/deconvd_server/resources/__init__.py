@@ -1,1 +1,1 @@
-"""What a process has a limited amount of, and how it is shared: memory, threads, file descriptors, sockets."""
+"""What a process has only so much of, and how it is shared: memory, threads, file descriptors, sockets."""

@@ -1,4 +1,4 @@
-"""A loop that accepts connections: for direct calls, and for shared memory."""
+"""A loop that accepts connections: for direct connections, and for clients of shared memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from deconvd_server.resources.unix_listener import SideSocket
 __all__ = ["Listener"]
 
 _RESTORE_PERIOD_S: Final = 5.0
-"""How often it looks after its sockets' files."""
+"""How often it checks whether its sockets' files still exist."""
 
 _PAUSE_S: Final = 0.1
-"""How long no connection is taken after one could not be."""
+"""How long it accepts nothing after a connection could not be accepted."""
 
 _Action: TypeAlias = Callable[[], None]
 
@@ -27,38 +27,40 @@ _log = logging.getLogger(__name__)
 
 
 class Listener:
-    """Accepts connections, and acts on events of other descriptors, in the thread that runs it.
+    """Accepts connections, and runs actions for other descriptors, in the thread that calls `run`.
 
-    While the system has no descriptors or threads left, it tries again every now and then; the log says so
-    once. It makes the file of a Unix socket anew if someone removes it. Every round looks at the clock, so that no
-    traffic puts off what is due.
+    While the system has no descriptors or threads left, it tries again after a pause; the log says so
+    once. If someone removes the file of a Unix socket, it makes the file again. It looks at the clock
+    in every round, so that busy clients cannot delay what is due.
 
     Args:
-        who: Those who connect, in the plural, for the log.
-        sides: Unix sockets to listen on. It removes and closes them.
-        sockets: Others that listen, and do not block. It closes them.
-        on_connection: Called in the thread with each connection and its peer's address: it owns the
-            connection, unless it raises OSError, RuntimeError or MemoryError: for want of descriptors, threads or
-            memory.
-        on_lost: Called in the thread, with what is lost, if an error that was not foreseen ends `run`: nobody is
-            taken any more.
+        peers: Who connects, in the plural, for the log.
+        side_sockets: Unix sockets to listen on. It removes and closes them.
+        sockets: Other listening sockets, which must not block. It closes them.
+        on_connection: Called in the thread with each connection and its peer's address. It owns the
+            connection, unless it raises OSError, RuntimeError or MemoryError, because there are no
+            descriptors, threads or memory left.
+        on_lost: Called in the thread with the thread's name if an unforeseen error ends `run`. No connection is
+            accepted after that.
     """
 
     def __init__(
         self,
-        who: str,
-        sides: Sequence[SideSocket],
+        peers: str,
+        side_sockets: Sequence[SideSocket],
         sockets: Sequence[socket.socket],
         on_connection: Callable[[socket.socket, Any], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        self._who = who
-        self._sides = tuple(sides)
-        self._sockets = {s.fileno(): s for s in (*sockets, *(side.socket for side in sides))}
+        self._peers = peers
+        self._side_sockets = tuple(side_sockets)
+        self._sockets = {
+            s.fileno(): s for s in (*sockets, *(side_socket.socket for side_socket in side_sockets))
+        }
         self._on_connection = on_connection
         self._on_lost = on_lost
         self._is_stopped = False
-        self._is_short = False  # of descriptors or threads
+        self._is_short = False  # of descriptors, threads or memory
         self._resume_due_s: float | None = None
         self._restore_due_s = time.monotonic() + _RESTORE_PERIOD_S
         self._actions: dict[int, _Action] = {}  # by descriptor
@@ -71,37 +73,37 @@ class Listener:
         self._listen()
 
     def run(self) -> None:
-        """Accept and act until it is stopped, or lost."""
+        """Accept connections and run actions until `stop`, or until an unforeseen error."""
         try:
             while not self._is_stopped:
                 self._run_once()
         except Exception:  # noqa: BLE001 - logged, and the server ends
-            _log.exception("%s are served no more: unforeseen error", self._who)
-            self._on_lost(f"the thread for {self._who}")
+            _log.exception("%s are no longer served: unforeseen error", self._peers)
+            self._on_lost(f"the thread for {self._peers}")
         finally:
             self._stop_listening()
 
     def watch(self, descriptor: int, action: _Action, events: int = select.EPOLLIN) -> None:
-        """Act in the thread that runs it, which must call this, whenever there are events on a descriptor."""
+        """Call `action` whenever there are events on a descriptor. Only the thread that calls `run` may call this."""
         self._events.register(descriptor, events)
         self._actions[descriptor] = action
 
     def unwatch(self, descriptor: int) -> None:
-        """Watch a descriptor no more, if it is watched. Any thread may call this, before it closes the descriptor."""
+        """Stop watching a descriptor, if it is watched. Any thread may call this, before it closes the descriptor."""
         if self._actions.pop(descriptor, None) is not None:
-            with suppress(OSError):  # its owner closed it while another thread was at it here
+            with suppress(OSError):  # another thread has closed it already
                 self._events.unregister(descriptor)
 
     def call_soon(self, action: _Action) -> None:
-        """Have the thread do something. Any thread may call this."""
+        """Call `action` in the thread that calls `run`. Any thread may call this."""
         self._pending.append(action)
-        with suppress(OSError):  # it is full, so the thread wakes anyway; or it is closed
+        with suppress(OSError):  # full: then the thread wakes anyway; or closed
             self._wake_sender.send(b"\0")
 
     def withdraw(self) -> None:
-        """Take no more connections, and give up the paths, so that a successor can have them."""
-        for side in self._sides:
-            side.remove()
+        """Accept no more connections, and remove the sockets' files, so that a successor can have their paths."""
+        for side_socket in self._side_sockets:
+            side_socket.remove()
         self.call_soon(self._stop_listening)
 
     def stop(self) -> None:
@@ -109,7 +111,7 @@ class Listener:
         self.call_soon(self._stop)
 
     def close(self) -> None:
-        """Do what `call_soon` was told and `run` has not done. To be called once that has returned."""
+        """Run the actions of `call_soon` that are left. To be called once, after `run` has returned."""
         self._run_pending()
         self._events.close()
         self._wake_receiver.close()
@@ -118,13 +120,14 @@ class Listener:
     def _run_once(self) -> None:
         until_s = min(self._restore_due_s, self._resume_due_s or self._restore_due_s)
         ready = [fd for fd, _ in self._events.poll(max(until_s - time.monotonic(), 0))]
-        # those who go before those who come, who may get the same descriptor
+        # first the events of open connections: one may end and be closed, and a new connection, accepted
+        # after it, may get the same descriptor
         for descriptor in ready:
             if (action := self._actions.get(descriptor)) is not None:
                 action()
         for descriptor in ready:
-            if (listening := self._sockets.get(descriptor)) is not None:
-                self._accept(listening)
+            if (listener_socket := self._sockets.get(descriptor)) is not None:
+                self._accept(listener_socket)
         now_s = time.monotonic()
         if now_s >= self._restore_due_s:
             self._restore_sockets(now_s)
@@ -133,14 +136,14 @@ class Listener:
 
     def _restore_sockets(self, now_s: float) -> None:
         self._restore_due_s = now_s + _RESTORE_PERIOD_S
-        for side in self._sides:
-            if side.restore():
+        for side_socket in self._side_sockets:
+            if side_socket.restore():
                 self._listen()
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listener_socket: socket.socket) -> None:
         try:
-            connection, address = listening.accept()
-        except BlockingIOError:  # the client has gone again
+            connection, address = listener_socket.accept()
+        except BlockingIOError:  # the client has disconnected already
             return
         except OSError as error:
             self._pause(error)
@@ -158,24 +161,24 @@ class Listener:
             self._is_short = False
 
     def _pause(self, error: Exception) -> None:
-        """Accept nothing for a moment, and say why once: what is short may be for long."""
+        """Accept nothing for a moment. The log says why, but only once: the shortage may last."""
         if not self._is_short:
-            _log.warning("%s are not accepted for now: %s", self._who, error)
+            _log.warning("%s are not accepted for now: %s", self._peers, error)
         self._is_short = True
         self._resume_due_s = time.monotonic() + _PAUSE_S
         for descriptor in self._sockets:
-            with suppress(FileNotFoundError):  # it has just been paused for another
+            with suppress(FileNotFoundError):  # paused already
                 self._events.unregister(descriptor)
 
     def _listen(self) -> None:
         self._resume_due_s = None
         for descriptor in self._sockets:
-            with suppress(FileExistsError):  # it was neither paused nor made anew
+            with suppress(FileExistsError):  # still registered: it was neither paused nor replaced
                 self._events.register(descriptor, select.EPOLLIN)
 
     def _stop_listening(self) -> None:
-        for listening in self._sockets.values():
-            listening.close()
+        for listener_socket in self._sockets.values():
+            listener_socket.close()
         self._sockets.clear()
         self._resume_due_s = None
 

@@ -1,4 +1,4 @@
-"""How the host's memory is shared out, unless options say otherwise: all parts together are less than the whole."""
+"""How the host's memory is divided by default. All parts together are less than the whole."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from deconvd_server.resources.machine import memory_bytes
 __all__ = ["LEAST_MESSAGE_BYTES", "PROCESS_BYTES", "Budgets", "budgets"]
 
 PROCESS_BYTES: Final = 160 << 20
-"""What a process takes itself, however small the machine is: its modules, 30 MB, and beside them the stacks of its
-threads, and buffers and bookkeeping for as many connections, calls and tensors as it takes. The soak holds it to that.
+"""Memory for the process itself, however small the machine is.
+
+Its modules take 30 MB. The rest is for the stacks of its threads, and for buffers and bookkeeping of as many
+connections, calls and tensors as it accepts. The soak test checks that this is enough.
 """
 
 LEAST_MESSAGE_BYTES: Final = 4 << 20
-"""What clients send in one message, gRPC's own default, must fit."""
+"""Smallest limit for a message: what clients send by default, which is gRPC's default limit, must fit."""
 
 _LARGEST_MESSAGE_BYTES: Final = 1 << 30
 _LARGEST_POOL_BYTES: Final = 256 << 20
@@ -25,22 +27,21 @@ _LARGEST_RESULTS_BYTES: Final = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """The parts of what the host has of memory beside the process's own, `PROCESS_BYTES`.
+    """The parts of the host's memory, after `PROCESS_BYTES` are taken off.
 
-    Where the processor computes, seven eighths are given out, and a sixteenth to pools at most; what is left, a
-    sixteenth or more, is for what nobody counts. Where cards do, `spill_bytes`, `messages_bytes` once more and what
-    cards keep on the host take the place of `device_bytes`.
+    If the device is the CPU, seven eighths are given to the parts below, and at most a sixteenth to pools. The rest,
+    at least a sixteenth, is for what nobody counts. If the devices are cards, `spill_bytes`, a second
+    `messages_bytes` and what the cards keep on the host take the place of `device_bytes`.
 
     Attributes:
-        device_bytes: Five sixteenths, for calls on the processor and tensors that stay there.
+        device_bytes: Five sixteenths, for calls on the CPU and resident tensors.
         shared_memory_bytes: A quarter, lent to clients.
-        streams_bytes: Three sixteenths, for what streams hold of their tensors: a large sample is a slice of its own.
-        messages_bytes: An eighth, for what calls hold of requests and responses.
-        spill_bytes: An eighth, for tensors that cards have no room for.
-        largest_message_bytes: What messages have, 1 GiB at most.
-        pool_bytes: A 64th, 256 MiB at most, for each of four pools of memory that was freed and is used again, or for
-            a card's plans.
-        card_results_bytes: A 64th, 1 GiB at most, for what each card keeps for results.
+        streams_bytes: Three sixteenths, for the tensors of streams. A large sample is a slice of its own.
+        messages_bytes: An eighth, for the requests and responses of calls.
+        spill_bytes: An eighth, for resident tensors that are spilled from cards.
+        largest_message_bytes: `messages_bytes`, but at most 1 GiB.
+        pool_bytes: A 64th, at most 256 MiB, for each of four pools of reused memory, or for the plans of a card.
+        card_results_bytes: A 64th, at most 1 GiB, for what each card keeps for results.
     """
 
     device_bytes: int
@@ -54,7 +55,7 @@ class Budgets:
 
     @staticmethod
     def of(whole_bytes: int) -> Budgets:
-        """Return the parts of as much memory, less the process's own: that is half of it at most."""
+        """Return the parts of that much memory. The process itself gets half of it at most."""
         shared_out_bytes = max(whole_bytes - PROCESS_BYTES, whole_bytes // 2)
         eighth_bytes = shared_out_bytes // 8
         messages_bytes = max(eighth_bytes, LEAST_MESSAGE_BYTES)
@@ -72,5 +73,5 @@ class Budgets:
 
 @lru_cache(1)
 def budgets() -> Budgets:
-    """Return the parts of this machine's memory, as it was when they were first asked for."""
+    """Return the parts of this machine's memory, as it was at the first call."""
     return Budgets.of(memory_bytes())

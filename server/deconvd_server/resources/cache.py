@@ -1,4 +1,8 @@
-"""A cache of resources that are costly to build and must be freed, such as plans."""
+"""A cache of resources that are costly to build and must be freed, such as plans.
+
+Locks: a cache has one lock, which guards its entries, too. Resources are built and freed without it, so `build` and
+`free` may take other locks, and may lease from other caches.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,11 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 _POLL_PERIOD_S = 0.05
-"""How often one who waits for another's build looks whether its own call is still wanted."""
+"""How often a thread that waits for a build checks whether its own call is still wanted."""
 
 
 class EntryState(StrEnum):
-    """What has become of an entry."""
+    """State of an entry: see `CacheEntry`."""
 
     LIVE = "live"
     RETIRED = "retired"
@@ -30,12 +34,12 @@ class EntryState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Resource(Generic[V]):
-    """What a build gives.
+    """What a build returns.
 
     Attributes:
         value: What users get.
-        size_bytes: What it counts for against the cache's limit.
-        free: Called once, after the last user; must not raise.
+        size_bytes: Its size, which counts against the cache's limit.
+        free: Called once, after the last user. Must not raise.
     """
 
     value: V
@@ -48,11 +52,11 @@ class CacheEntry(Generic[V]):
 
         LIVE --retire--> RETIRED --last release--> FREED
 
-    A retired entry keeps the users it has and takes no new ones. Not thread-safe: its cache calls
-    it under one lock.
+    A retired entry keeps the users it has and takes no new ones. Not thread-safe: its owner calls it
+    under one lock.
 
     Args:
-        free: Called with the resource once it is to be freed.
+        free: Called, under that lock, with the resource when it must be freed.
     """
 
     def __init__(self, resource: Resource[V], free: Callable[[Resource[V]], None]) -> None:
@@ -63,17 +67,15 @@ class CacheEntry(Generic[V]):
 
     @property
     def users_count(self) -> int:
-        """How many use it now."""
+        """How many users it has."""
         return self._users
 
     def acquire(self) -> None:
-        """Add a user."""
         if self.state is not EntryState.LIVE:
             raise RuntimeError(f"cannot acquire a {self.state.value} entry")
         self._users += 1
 
     def release(self) -> None:
-        """Remove a user."""
         if self._users == 0:
             raise RuntimeError("released more often than acquired")
         self._users -= 1
@@ -93,13 +95,13 @@ class CacheEntry(Generic[V]):
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """What a cache holds, and how often it could help.
+    """How many resources a cache has, and how often they were found.
 
     Attributes:
-        count: Resources that are live.
-        size_bytes: What they count for, together.
-        hits_count: Leases of a resource that was there.
-        misses_count: Leases that had to build, or to wait for another's build.
+        count: Live resources.
+        size_bytes: Their total size.
+        hits_count: Leases that found a live resource.
+        misses_count: Leases that built one, or waited for another thread's build.
     """
 
     count: int
@@ -109,15 +111,14 @@ class CacheStats:
 
 
 class Cache(Generic[K, V]):
-    """Resources by key, bounded in bytes: the least recently used are retired first.
+    """Resources by key, bounded in bytes: the least recently used are retired first. Thread-safe.
 
-    A key is built once however many ask for it at the same time. There is no way to ask whether a
-    key is there, since the answer would be old when it is given. Thread-safe; resources are built
-    and freed outside its lock.
+    Each key is built once, even if several threads ask for it at the same time. There is no method that
+    tells whether a key is present: its answer could be wrong by the time it is returned.
 
     Args:
-        limit_bytes: What live resources may count for together. One that is larger than this alone
-            serves those who lease it now and is freed after them.
+        limit_bytes: Limit for the total size of live resources. A resource that is larger is freed after the
+            threads that lease it now.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -143,10 +144,10 @@ class Cache(Generic[K, V]):
         """Lend the resource of `key` for the length of a with-block.
 
         Args:
-            build: Makes it, if it is not there. What it raises is raised to all who wait for it,
-                and is not remembered.
-            check: Called now and then while a build is waited for; what it raises ends the wait.
-            executor: Where to build; by default in this thread, which then cannot give up.
+            build: Makes the resource if it is not there. What it raises is raised in all threads that wait for
+                it, and is not remembered.
+            check: Called now and then during the wait for a build. What it raises ends the wait.
+            executor: Where to build. By default the calling thread builds, and cannot give up until it is done.
         """
         entry = self._acquire(key, build, check, executor)
         try:
@@ -155,7 +156,7 @@ class Cache(Generic[K, V]):
             self._release(entry)
 
     def drop(self, key: K) -> None:
-        """Retire the resource of `key`, if there is one."""
+        """Retire the resource of `key`, if it is there."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
@@ -163,7 +164,7 @@ class Cache(Generic[K, V]):
         self._sweep()
 
     def close(self) -> None:
-        """Retire all, and keep nothing from now on."""
+        """Retire all resources. Those built from now on are retired at once."""
         with self._lock:
             self._closed = True
             for key, entry in list(self._entries.items()):
@@ -172,7 +173,7 @@ class Cache(Generic[K, V]):
 
     @property
     def stats(self) -> CacheStats:
-        """What it holds now."""
+        """Its size and its hits and misses now."""
         with self._lock:
             return CacheStats(
                 len(self._entries), self._size_bytes, self._hits_count, self._misses_count
@@ -193,13 +194,13 @@ class Cache(Generic[K, V]):
                     return self._acquire_live(key, entry, missed=missed)
                 self._misses_count += not missed
                 missed = True
-                theirs = self._builds.get(key)
-                if theirs is None:
-                    mine = self._builds[key] = Future[CacheEntry[V]]()
-            if theirs is None:
-                self._start(key, build, mine, executor)
-                return self._wait_for_own_build(mine, check)
-            _wait_for_build(theirs, check)
+                other_build = self._builds.get(key)
+                if other_build is None:
+                    own_build = self._builds[key] = Future[CacheEntry[V]]()
+            if other_build is None:
+                self._start(key, build, own_build, executor)
+                return self._wait_for_own_build(own_build, check)
+            _wait_for_build(other_build, check)  # and look again: it may be retired by then
 
     def _acquire_live(self, key: K, entry: CacheEntry[V], *, missed: bool) -> CacheEntry[V]:
         self._entries.move_to_end(key)
@@ -219,13 +220,13 @@ class Cache(Generic[K, V]):
             return
         try:
             executor.submit(self._build, key, build, future)
-        except RuntimeError as error:  # it was shut down, or cannot start a thread now
+        except RuntimeError as error:  # the executor was shut down, or cannot start a thread now
             self._fail(key, future, error)
 
     def _build(
         self, key: K, build: Callable[[], Resource[V]], future: Future[CacheEntry[V]]
     ) -> None:
-        if future.done():  # it was queued all the same when the executor could start no thread
+        if future.done():  # `_start` failed, but the executor had queued the build before it raised
             return
         try:
             resource = build()
@@ -246,10 +247,11 @@ class Cache(Generic[K, V]):
     def _wait_for_own_build(
         self, future: Future[CacheEntry[V]], check: Callable[[], None]
     ) -> CacheEntry[V]:
-        """Return the entry of one's own build, which has one as its user already."""
+        """Return the entry that this thread's build made. The thread is its user already."""
         try:
             return _wait_for_build(future, check)
         except BaseException:
+            # the build goes on, since others may wait for it
             future.add_done_callback(self._release_abandoned)
             raise
 
@@ -277,7 +279,7 @@ class Cache(Generic[K, V]):
         entry.retire()
 
     def _sweep(self) -> None:
-        """Free, outside the lock, what was given up under it."""
+        """Free, without the lock, what was retired under it."""
         with self._lock:
             garbage = self._garbage[:]
             self._garbage.clear()
@@ -286,7 +288,7 @@ class Cache(Generic[K, V]):
 
 
 def _wait_for_build(build: Future[CacheEntry[V]], check: Callable[[], None]) -> CacheEntry[V]:
-    """Return what a build gives, once it is done.
+    """Return the entry that a build makes, once it is done.
 
     Raises:
         BaseException: What the build raised, or `check`.
@@ -296,5 +298,5 @@ def _wait_for_build(build: Future[CacheEntry[V]], check: Callable[[], None]) -> 
         try:
             return build.result(_POLL_PERIOD_S)
         except TimeoutError:
-            if build.done():  # then the error may be the build's own
+            if build.done():  # then the build itself may have raised TimeoutError
                 return build.result()

@@ -1,4 +1,4 @@
-"""Secret names: whoever knows one may use what it stands for."""
+"""Capabilities: secret names, which let whoever knows one use what it stands for."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def new_name() -> bytes:
 
 
 def is_same_secret(secret: bytes, other: bytes) -> bool:
-    """Return whether two secrets are the same, in a time that says nothing of either."""
+    """Compare two secrets in a time that does not depend on their contents."""
     return hmac.compare_digest(_digest(secret), _digest(other))
 
 
 class CapabilityTable(Generic[_V]):
     """Values by secret name. Not thread-safe.
 
-    They are found by the names' digests, so that the time of a look-up says nothing of the names.
+    The keys are digests of the names: so the time of a look-up reveals nothing about the names.
     """
 
     def __init__(self) -> None:
@@ -38,15 +38,15 @@ class CapabilityTable(Generic[_V]):
         self._values[_digest(name)] = value
 
     def get(self, name: bytes) -> _V | None:
-        """Return what a name stands for; None if it stands for nothing."""
+        """Return the value of a name; None if the name is unknown."""
         return self._values.get(_digest(name))
 
     def pop(self, name: bytes) -> _V:
-        """Let a name stand for nothing, and return what it stood for. Raises KeyError if that is nothing."""
+        """Remove a name, and return its value. Raises KeyError if the name is unknown."""
         return self._values.pop(_digest(name))
 
     def values(self) -> list[_V]:
-        """Return what all names stand for, in the order in which they were put."""
+        """Return all values, in the order in which they were put."""
         return list(self._values.values())
 
     def __len__(self) -> int:

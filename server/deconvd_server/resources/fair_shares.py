@@ -1,7 +1,10 @@
-"""Fair shares of a limited number of places: a peer alone may have nearly all, and is preempted as others ask.
+"""Fair shares of a limited number of places: one peer may have nearly all, until other peers ask for some.
 
-`deconvd_server.resources.peer_keys` says who counts as one peer. The same rule shares out direct connections, calls,
-streams, sessions and borrowers.
+`deconvd_server.resources.peer_keys` says which connections count as one peer. Direct connections, calls, streams,
+sessions and borrowers are all shared by this rule.
+
+Locks: `FairShares` has one lock, and calls nothing with it held. So it may be called with other locks held; the
+callback `preempt` then runs with those held, too.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from deconvd.errors import UnavailableError
 __all__ = ["FairShares", "PeerPlace"]
 
 _RETRY_AFTER_S: Final = 0.5
-"""What a refused peer is told: places are given back as calls end, and most are brief."""
+"""How long a refused peer should wait: places are free again when calls end, and most calls are short."""
 
 _log = logging.getLogger(__name__)
 
@@ -26,89 +29,95 @@ class PeerPlace:
     """One place that a peer holds.
 
     Attributes:
-        peer: Who holds it.
+        peer: Key of the peer.
+        preempt: Takes the place away from its owner: see `FairShares.take`.
         progressed_s: When it last made progress, on the monotonic clock; infinity while the server works for it and
-            does not wait for its peer. Any thread may set it: a store is all that a hot path can afford.
-        is_idle: Whether nothing is under way there: then it gives way before its peer's others. Any thread may set it.
+            does not wait for its peer. Any thread may set it, without a lock: it is set on hot paths.
+        is_idle: Whether nothing is in progress there. An idle place is preempted before others of its peer. Any
+            thread may set it.
     """
 
     __slots__ = ("_shares", "is_idle", "peer", "preempt", "progressed_s")
 
-    def __init__(self, shares: FairShares, peer: str, give_way: Callable[[], None]) -> None:
+    def __init__(self, shares: FairShares, peer: str, preempt: Callable[[], None]) -> None:
         self.peer = peer
         self.progressed_s = time.monotonic()
         self.is_idle = False
-        self.preempt = give_way
+        self.preempt = preempt
         self._shares = shares
 
     def note_progress(self) -> None:
-        """Note that its peer has just sent or taken something."""
+        """Note that its peer has just sent or received something."""
         self.progressed_s = time.monotonic()
 
     def free(self) -> None:
-        """Give it back, also if it was told to give way. Later times nothing is done."""
+        """Give it back. This must also be called after `preempt`. Further calls do nothing."""
         self._shares.free(self)
 
 
 class FairShares:
-    """A number of places, and who holds them. Thread-safe.
+    """A number of places, and which peers hold them. Thread-safe.
 
-    A peer takes places while more than the reserve are free, and its first one of the reserve, too. When there are no
-    more, and another peer has at least two more than the one that asks, a place of the peer that has most gives way:
-    an idle one, or else that which made no progress for longest. So a peer that has none gets a place as long as
-    any has two. If no peer has so many, an idle place gives way: one of the asker's own, or of a peer that has more.
+    A peer gets a place
+
+    1. if more places are free than are reserved, or if any is free and it has none yet;
+    2. else, if another peer has at least two places more than it: then the peer that has most loses one, an
+       idle one, or else the one that made no progress for longest;
+    3. else, if an idle place is its own or is a peer's that has more places: then that one is preempted.
+
+    So a peer that has no place gets one as long as any peer has two.
 
     Args:
-        places_count: How many there are. As many again, at most, are on their way out: those that gave way, and whose
-            owners have not freed them yet.
-        reserved_count: How many of them are for peers that have none.
-        what: What they are, in the plural, for errors.
+        places_count: How many places there are. At most as many again may be preempted, but not freed yet.
+        reserved_count: How many places are reserved for peers that have none.
+        plural_noun: What the places are for, for errors.
     """
 
-    def __init__(self, places_count: int, reserved_count: int, what: str) -> None:
+    def __init__(self, places_count: int, reserved_count: int, plural_noun: str) -> None:
         self._places_count = places_count
         self._reserved_count = reserved_count
-        self._what = what
+        self._plural_noun = plural_noun
         self._lock = threading.Lock()
-        self._places: dict[
-            str, dict[PeerPlace, None]
-        ] = {}  # by peer, in the order in which they came
+        # by peer, in the order in which they were taken
+        self._places: dict[str, dict[PeerPlace, None]] = {}
         self._taken_count = 0
         self._preempted: set[PeerPlace] = set()
 
     @property
     def taken_count(self) -> int:
-        """How many places are held, without those that gave way."""
+        """How many places are held, without preempted ones."""
         return self._taken_count
 
-    def take(self, peer: str, give_way: Callable[[], None]) -> PeerPlace:
+    def take(self, peer: str, preempt: Callable[[], None]) -> PeerPlace:
         """Take a place.
 
         Args:
-            give_way: Called, in any thread and without a lock, when the place has become another's. It must not block.
-                The owner must free the place soon after.
+            preempt: Called when another peer gets the place: in any thread, and without the lock of this object. It
+                must not block. The owner must free the place soon after.
 
         Raises:
-            UnavailableError: There is none for this peer now.
+            UnavailableError: There is no place for this peer now.
         """
-        place = PeerPlace(self, peer, give_way)
+        place = PeerPlace(self, peer, preempt)
         with self._lock:
-            leaver = None if self._has_free(peer) else self._choose_preempted(peer)
-            if leaver is not None:
-                self._remove(leaver)
-                self._preempted.add(leaver)
+            preempted = None if self._has_free(peer) else self._choose_preempted(peer)
+            if preempted is not None:
+                self._remove(preempted)
+                self._preempted.add(preempted)
             self._places.setdefault(peer, {})[place] = None
             self._taken_count += 1
-        if leaver is not None:
-            _log.info("one of the %s of %s gives way to %s", self._what, leaver.peer, peer)
+        if preempted is not None:
+            _log.info(
+                "preempting one of the %s of %s for %s", self._plural_noun, preempted.peer, peer
+            )
             try:
-                leaver.preempt()
+                preempted.preempt()
             except Exception:  # noqa: BLE001 - logged: who asks for a place has it all the same
-                _log.exception("one of the %s did not give way in good order", self._what)
+                _log.exception("preempting one of the %s failed", self._plural_noun)
         return place
 
     def free(self, place: PeerPlace) -> None:
-        """Give a place back. Later times nothing is done."""
+        """Give a place back. Further calls do nothing."""
         with self._lock:
             if place in self._places.get(place.peer, ()):
                 self._remove(place)
@@ -124,10 +133,10 @@ class FairShares:
         return self._places_count - self._taken_count > reserved_count
 
     def _choose_preempted(self, peer: str) -> PeerPlace:
-        """Return what gives way to a peer. Raises UnavailableError if nothing does."""
+        """Return the place to preempt for a peer. Raises UnavailableError if there is none."""
         own_count = len(self._places.get(peer, ()))
-        most = max(self._places.values(), key=len, default={})
-        candidates = list(most)
+        largest = max(self._places.values(), key=len, default={})
+        candidates = list(largest)
         if len(candidates) < own_count + 2:
             candidates = [
                 place
@@ -138,9 +147,9 @@ class FairShares:
             ]
         if not candidates or len(self._preempted) >= self._places_count:
             raise UnavailableError(
-                f"the server has no place for more {self._what}: {self._taken_count} of "
-                f"{self._places_count} are taken, {own_count} by {peer}, and "
-                f"{self._reserved_count} are for peers that have none",
+                f"the server has no place for more {self._plural_noun}: {self._taken_count} of "
+                f"{self._places_count} are taken, {own_count} of them by {peer}, and "
+                f"{self._reserved_count} are reserved for peers that have none",
                 retry_after_s=_RETRY_AFTER_S,
             )
         return min(candidates, key=lambda place: (not place.is_idle, place.progressed_s))

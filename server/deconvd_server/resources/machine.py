@@ -1,4 +1,4 @@
-"""What the machine leaves to this process: memory and processors, of the host, the cgroup and the affinity."""
+"""How much memory and how many processors this process may use, by the host, its cgroups and its affinity."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 
 
 def memory_bytes(root: Path = _ROOT) -> int:
-    """Return how much memory this process may fill: the host's, or the limit of its cgroups where that is less.
+    """Return how much memory this process may use: the host's, or its cgroups' limit if that is less.
 
-    Limits are those of the process's cgroup and all above it that can be seen from here: ``memory.max`` of version 2,
-    ``memory.limit_in_bytes`` of version 1, whose ``memory.stat`` tells of those that cannot be seen, too.
+    The limits are those of the process's cgroup and of all its ancestors that can be seen: ``memory.max`` in
+    version 2, and ``memory.limit_in_bytes`` in version 1, whose ``memory.stat`` also has the limits of ancestors that
+    cannot be seen.
 
     Args:
-        root: Where ``/proc`` and the mounts of cgroups are, for tests.
+        root: Folder that ``/proc`` and the cgroup mounts are in, for tests.
     """
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([host_bytes, *_limits(root, "memory", _memory_limits)])
 
 
 def processors_count(root: Path = _ROOT) -> int:
-    """Return how many processors this process may keep busy: those of its affinity, or fewer by its cgroups' quota.
+    """Return how many processors this process may keep busy: by its affinity, or by its cgroups' quota if that is less.
 
-    A quota is rounded up: one and a half processors are used by two threads. Quotas are those of ``cpu.max`` in
-    version 2, and of ``cpu.cfs_quota_us`` over ``cpu.cfs_period_us`` in version 1.
+    A quota is rounded up: two threads can use one and a half processors. Quotas are ``cpu.max`` in version 2, and
+    ``cpu.cfs_quota_us`` divided by ``cpu.cfs_period_us`` in version 1.
 
     Args:
-        root: Where ``/proc`` and the mounts of cgroups are, for tests.
+        root: Folder that ``/proc`` and the cgroup mounts are in, for tests.
     """
     return max(min([len(os.sched_getaffinity(0)), *_limits(root, "cpu", _processor_limits)]), 1)
 
@@ -44,7 +45,7 @@ def processors_count(root: Path = _ROOT) -> int:
 def _limits(
     root: Path, controller: str, limits_in: Callable[[Path], Iterable[int]]
 ) -> Iterator[int]:
-    """Yield the limits of all cgroups that bind this process. What cannot be read is no limit."""
+    """Yield the limits of all cgroups that this process is in. Files that cannot be read set no limit."""
     with suppress(OSError):
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = [_Mount.of(line) for line in _mount_lines(root)]
@@ -61,11 +62,11 @@ def _mount_lines(root: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Mount:
-    """A mount of cgroups, as proc_pid_mountinfo(5) has it.
+    """A mount of a cgroup hierarchy, from a line of proc_pid_mountinfo(5).
 
     Attributes:
-        root: The cgroup that is seen at `point`.
-        options: Of version 1, the names of its controllers.
+        root: The cgroup that is visible at `point`.
+        options: In version 1, the names of its controllers.
     """
 
     root: PurePosixPath
@@ -88,7 +89,7 @@ def _unescape(field: str) -> str:
 def _hierarchies(
     memberships: Iterable[str], controller: str
 ) -> Iterator[tuple[PurePosixPath, Callable[[_Mount], bool]]]:
-    """Yield the process's cgroup in each hierarchy that may limit it, and which mounts are of that hierarchy."""
+    """Yield this process's cgroup in each hierarchy that may limit it, and which mounts belong to that hierarchy."""
     for line in memberships:
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
@@ -101,10 +102,10 @@ def _hierarchies(
 
 
 def _folders(mounts: Iterable[_Mount], path: PurePosixPath) -> Iterator[PurePosixPath]:
-    """Yield where a cgroup and those above it are mounted, up to the topmost that can be seen.
+    """Yield the folders of a cgroup and its ancestors, up to the topmost that is visible.
 
-    In a container the mount often begins with the container's own cgroup, and `path` may be told as from outside of
-    it: no mount has it then, and the mount's own root is the one.
+    In a container the mount often begins at the container's own cgroup, while `path` may be as seen from outside. Then
+    no mount contains `path`, and the mount's own root is the cgroup.
     """
     seen = [
         mount.point / path.relative_to(mount.root)
@@ -138,7 +139,7 @@ def _processor_limits(folder: Path) -> Iterator[int]:
 
 
 def _numbers(file: Path) -> Iterator[int]:
-    """Yield the numbers in a file, but for "max" and -1, which mean that there is no limit."""
+    """Yield the numbers in a file. "max" and -1 mean that there is no limit, and are left out."""
     for line in _lines(file):
         yield from (int(word) for word in line.split() if word.isdecimal())
 
@@ -146,5 +147,5 @@ def _numbers(file: Path) -> Iterator[int]:
 def _lines(file: Path) -> list[str]:
     try:
         return file.read_text().splitlines()
-    except OSError:  # the other version's, or not for us to read
+    except OSError:  # the file belongs to the other version of cgroups, or may not be read
         return []

@@ -1,7 +1,7 @@
-"""Who counts as one peer, where peers share what the server has. See `deconvd_server.resources.fair_shares`.
+"""Peer keys: which connections count as one peer, where peers share resources. See `resources.fair_shares`.
 
-A peer is an IPv4 address, an IPv6 network of 64 bits, since one host may use all addresses of such a network, or a
-process of this host. gRPC does not tell which process is at the other end of a Unix socket: all of them are one peer.
+A peer is an IPv4 address, an IPv6 network of 64 bits (one host may use all addresses of such a network), or a process
+of this host. gRPC does not tell which process is at the other end of a Unix socket, so all of these are one peer.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["peer_key_of_connection", "peer_key_of_grpc"]
 
 _GRPC_OVER_UNIX: Final = "gRPC over Unix sockets"
 _UNSEEN_PROCESSES: Final = "processes that this one cannot see"
-"""Those of another PID namespace: they have no ids here."""
+"""Key of processes in another PID namespace: they have no process ids here."""
 
 _NETWORK_BITS: Final = 64
-"""The least that a site of IPv6 is given."""
+"""Prefix of an IPv6 network that counts as one peer: the smallest that a site is given."""
 
 
 def peer_key_of_connection(connection: socket.socket, address: Any) -> str:
-    """Return the peer that a connection counts for.
+    """Return the key of the peer at the other end of a connection.
 
     Args:
-        address: The peer's, as `accept` returned it.
+        address: The peer's address, as `accept` returned it.
     """
     if connection.family == socket.AF_UNIX:
         process = peer_credentials(connection).process
@@ -38,11 +38,11 @@ def peer_key_of_connection(connection: socket.socket, address: Any) -> str:
 
 @lru_cache(maxsize=1024)  # a connection's calls all come with the same text
 def peer_key_of_grpc(text: str) -> str:
-    """Return the peer that a gRPC call counts for.
+    """Return the key of the peer that makes a gRPC call.
 
     Args:
-        text: What the call's context says of its peer: ``ipv4:127.0.0.1:34567``, ``ipv6:%5B::1%5D:34567``,
-            ``unix:`` or ``unix:/path``.
+        text: The peer as gRPC names it: ``ipv4:127.0.0.1:34567``, ``ipv6:%5B::1%5D:34567``, ``unix:`` or
+            ``unix:/path``.
     """
     scheme, _, address = unquote(text).partition(":")
     if scheme in ("ipv4", "ipv6"):
@@ -53,7 +53,8 @@ def peer_key_of_grpc(text: str) -> str:
 
 def _peer_key_of_host(host: str) -> str:
     try:
-        ip = ip_address(host.partition("%")[0])  # without the interface of a link-local one
+        # a link-local address ends with its interface, as in fe80::1%eth0
+        ip = ip_address(host.partition("%")[0])
     except ValueError:
         return host
     if isinstance(ip, IPv4Address):

@@ -1,4 +1,4 @@
-"""The file of a Unix socket: who may open it, and whether anyone listens on it."""
+"""The file of a Unix socket: who may open it, and whether a server listens on it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _READ_AND_WRITE_BY_OTHERS: Final = 0o066
 
 
 class AddressInUseError(OSError):
-    """Another process listens on the address, or its file is not a socket."""
+    """Another process listens on the address, or the file there is not a socket."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may open sockets.
+    """Who may open the files of sockets.
 
     Attributes:
-        mode: The permissions of their files.
-        group: The id of their group; None for the one that the system gives them.
+        mode: Permissions of the files.
+        group: Id of their group; None for the group that the system chooses.
     """
 
     mode: int
@@ -33,16 +33,16 @@ class Access:
 
     @property
     def is_for_others(self) -> bool:
-        """Whether others than the owner may open them."""
+        """Whether users other than the owner may open them."""
         return bool(self.mode & _READ_AND_WRITE_BY_OTHERS)
 
     def apply_to(self, path: Path) -> None:
-        """Let these open a socket, and nobody else.
+        """Set the permissions and the group of a socket's file.
 
         Raises:
-            OSError: This process may not do so, or the file is no socket any more.
+            OSError: This process may not do so, or the file is not a socket any more.
         """
-        # by a descriptor: of what someone else may have put there meanwhile nothing is changed
+        # By a descriptor: if another user has put another file there meanwhile, that one must not be changed.
         descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW)
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -58,17 +58,17 @@ class Access:
             except PermissionError as error:
                 raise PermissionError(
                     error.errno,
-                    f"the socket cannot be given to group {self.group}, in which this user is not",
+                    f"the socket cannot be given to group {self.group}: this user is not a member of it",
                     str(path),
                 ) from None
         file.chmod(self.mode)
 
 
 def remove_dead_socket(path: Path) -> None:
-    """Make room for a socket: remove what a dead server has left.
+    """Remove the socket that a dead server has left, if there is one.
 
     Raises:
-        AddressInUseError: What is there is no socket, or someone listens on it.
+        AddressInUseError: The file is not a socket, or a server listens on it.
         OSError: It cannot be removed.
     """
     try:
@@ -87,10 +87,10 @@ def remove_dead_socket(path: Path) -> None:
 
 
 def _is_listening(path: Path) -> bool:
-    """Return whether anyone listens on a socket, of whatever type. It does not wait for an answer.
+    """Return whether a server listens on a socket of any type. This does not wait for the server.
 
     Raises:
-        AddressInUseError: It cannot be told, since the socket is for other users.
+        AddressInUseError: That cannot be found out, since the socket is for other users.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -99,8 +99,8 @@ def _is_listening(path: Path) -> bool:
         except (ConnectionRefusedError, FileNotFoundError):
             return False
         except PermissionError:
-            text = "the socket there is for other users"
+            text = "this user may not open the socket there, so it may be in use"
             raise AddressInUseError(errno.EACCES, text, str(path)) from None
-        except OSError:  # it has no time for us, or is of another type
+        except OSError:  # its backlog is full, or it is of another type: a server is there
             return True
         return True

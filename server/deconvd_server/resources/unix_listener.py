@@ -1,4 +1,4 @@
-"""Unix sockets beside those for gRPC: where they are, and who comes to them."""
+"""Unix sockets next to those for gRPC: where their files are, and which process connects to them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _log = logging.getLogger(__name__)
 
 
 class SocketPurpose(Enum):
-    """What side sockets are for.
+    """What a side socket is for.
 
     Attributes:
-        word: Names their files.
-        kind: Their type: of a stream, or of packets.
-        loss: What it means to clients on this host that there is none.
+        word: Part of the names of their files.
+        kind: Socket type: stream or packets.
+        loss: What clients on this host do without such a socket, for the log.
     """
 
     CALLS = "calls", socket.SOCK_STREAM, "make all calls by gRPC"
@@ -55,18 +55,18 @@ class SocketPurpose(Enum):
 
 
 class SideSocket:
-    """A listening socket and its file.
+    """A listening Unix socket and its file.
 
-    The file takes the place of whatever socket was there: its name belongs to the process that listens on the
-    socket for gRPC beside it, and that one is taken with care (`deconvd_server.transports.listen`).
-    It is bound under the name that it keeps: to those who clear up directories, such as
-    systemd-tmpfiles, a socket lives if its path is in /proc/net/unix.
+    It replaces whatever socket was at its path: that path belongs to the process that listens on the gRPC
+    socket next to it, and the gRPC socket is taken over with care (`deconvd_server.transports.listen`). The
+    socket is bound to the path that it keeps, not renamed to it: programs that clean up directories, such as
+    systemd-tmpfiles, leave a socket alone if its path is in /proc/net/unix.
 
     Args:
-        path: One for which `is_valid_unix_path`.
-        kind: Type of socket.
-        access: Who may open it; None for whom the process's umask lets.
-        has_directory: Whether its directory is its own, and to be removed with it.
+        path: A path for which `is_valid_unix_path` is true.
+        kind: Socket type.
+        access: Who may open it; None to leave that to the process's umask.
+        has_directory: Whether its directory is its own, and removed with it.
 
     Raises:
         OSError: It cannot listen there.
@@ -98,22 +98,22 @@ class SideSocket:
             raise
 
     def remove(self) -> None:
-        """Remove the file, unless a successor has replaced it. What is left is to close the socket.
+        """Remove the file, unless a successor has replaced it. The caller then closes the socket.
 
-        Later times nothing is done: once the socket is closed, a successor's file may have its inode's number.
+        Further calls do nothing: once the socket is closed, a successor's file may have the same inode number.
         """
         with self._lock:
-            was_kept, self._has_file = self._has_file, False
+            had_file, self._has_file = self._has_file, False
         try:
             with suppress(FileNotFoundError):
-                if was_kept and self.path.stat().st_ino == self._inode:
+                if had_file and self.path.stat().st_ino == self._inode:
                     self.path.unlink()
         except OSError as error:
             _log.warning("a socket's file cannot be removed: %s", error)
         self._remove_directory()
 
     def restore(self) -> bool:
-        """Listen anew if someone has removed the file; return whether that was so.
+        """Listen again if someone has removed the file; return whether that was so.
 
         The descriptor stays the same, but the thread that waits for connections must register it again.
         """
@@ -121,14 +121,14 @@ class SideSocket:
             if not self._has_file or os.path.lexists(self.path):
                 return False
             try:
-                with socket.socket(socket.AF_UNIX, self._kind) as renewed:
-                    self._listen(renewed)
-                    os.dup2(renewed.fileno(), self.socket.fileno(), inheritable=False)
+                with socket.socket(socket.AF_UNIX, self._kind) as replacement:
+                    self._listen(replacement)
+                    os.dup2(replacement.fileno(), self.socket.fileno(), inheritable=False)
             except OSError as error:
-                _log.warning("%s was removed, and cannot be made anew: %s", self.path, error)
+                _log.warning("%s was removed, and cannot be made again: %s", self.path, error)
                 self._has_file = False
                 return False
-        _log.warning("%s was removed, and is made anew", self.path)
+        _log.warning("%s was removed, and has been made again", self.path)
         return True
 
     def _remove_directory(self) -> None:
@@ -155,10 +155,11 @@ class SideSocket:
 def open_side_sockets(
     grpc_paths: Sequence[Path], purpose: SocketPurpose, access: Access | None
 ) -> dict[Path, SideSocket]:
-    """Return a socket for each of a server's for gRPC, as far as there can be one: the log says why not.
+    """Open a side socket next to each gRPC socket; return them by the path of the gRPC socket.
 
-    Their names are made of those of the sockets for gRPC, in the same directory, which containers may
-    share. Where none has room there it is in a directory of its own.
+    If one cannot be opened, it is left out, and the log says why. A side socket has the name of the gRPC
+    socket with a suffix, in the same directory, which containers may share. If that path would be too
+    long, it is in a private directory.
     """
     opened: dict[Path, SideSocket] = {}
     for grpc_path in grpc_paths:
@@ -171,7 +172,7 @@ def open_side_sockets(
 
 
 def open_private_socket(purpose: SocketPurpose, access: Access | None) -> SideSocket:
-    """Return a socket in a directory of its own. Raises OSError if there can be none."""
+    """Return a socket in a private directory. Raises OSError if that fails."""
     return _open(None, purpose, access)
 
 
@@ -183,7 +184,7 @@ def _open(path: Path | None, purpose: SocketPurpose, access: Access | None) -> S
 
 
 def _side_path(grpc_path: Path, purpose: SocketPurpose, taken: Sequence[Path]) -> Path | None:
-    """Return a path for a side socket in the directory of one for gRPC; None if none is short enough."""
+    """Return a path for a side socket in the directory of a gRPC socket; None if every path is too long."""
     digest = hashlib.sha256(os.fsencode(grpc_path.name)).hexdigest()
     names = f"{grpc_path.name}.{purpose.word}", f".{digest[:6]}{purpose.word[0]}"
     free = (path for path in map(grpc_path.with_name, names) if path not in taken)
@@ -191,15 +192,15 @@ def _side_path(grpc_path: Path, purpose: SocketPurpose, taken: Sequence[Path]) -
 
 
 def _remove_socket(path: Path) -> None:
-    """Remove a socket, if there is one. Raises FileExistsError if it is something else."""
+    """Remove a socket, if there is one. Raises FileExistsError if the file is not a socket."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(f"{path} is in the way of a socket")
+            raise FileExistsError(f"{path} exists, and is not a socket")
         path.unlink()
 
 
 def _private_path(purpose: SocketPurpose) -> Path:
-    """Return a path in a new directory. What servers that were killed left of theirs is removed."""
+    """Return a path in a new private directory. Directories that killed servers have left are removed."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     directory = runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir()
     prefix = f"deconvd-{purpose.word}-"
@@ -210,8 +211,8 @@ def _private_path(purpose: SocketPurpose) -> Path:
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a socket and its directory, if they are this user's and no server's that lives."""
-    with suppress(OSError):  # its server lives, or it is another user's, or gone meanwhile
+    """Remove a socket and its directory if they are this user's and their server has died."""
+    with suppress(OSError):  # its server lives and has the lock, or it is gone already
         if path.parent.lstat().st_uid == os.geteuid():
             directory = _lock_directory(path.parent)
             try:
@@ -222,9 +223,9 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def _lock_directory(directory: Path) -> int:
-    """Return the descriptor of a private directory, which is this process's until it is closed.
+    """Lock a private directory for this process, and return its descriptor; closing that ends the lock.
 
-    Nobody but this user can lock it. Raises OSError if another process has it.
+    Only this user can lock it. Raises OSError if another process has locked it.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -237,7 +238,7 @@ def _lock_directory(directory: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PeerCredentials:
-    """Who connected, as the kernel saw it then."""
+    """Which process connected, as the kernel saw it at that moment."""
 
     process: int
     user: int
@@ -247,7 +248,7 @@ class PeerCredentials:
 
 
 def peer_credentials(connection: socket.socket) -> PeerCredentials:
-    """Return who is at the other end of a Unix socket."""
+    """Return which process is at the other end of a Unix socket."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     process, user, _group = _UCRED.unpack(credentials)
     return PeerCredentials(process, user)

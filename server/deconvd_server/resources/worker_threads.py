@@ -1,4 +1,4 @@
-"""Threads that serve calls, one call after the other. A thread that cannot be started ends nothing."""
+"""Worker threads, which serve calls one after the other. If one cannot be started, the others serve its calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deconvd.errors import UnavailableError
 __all__ = ["Workers", "WorkersExecutor"]
 
 _RETRY_AFTER_S: Final = 1.0
-"""What a caller is told whom no thread can serve: what took all of the system's threads is rarely gone at once."""
+"""How long a caller should wait if no thread can be started for it: such a shortage rarely ends at once."""
 
 _Work: TypeAlias = Callable[[], None]
 _P = ParamSpec("_P")
@@ -25,34 +25,35 @@ _log = logging.getLogger(__name__)
 
 
 class Workers:
-    """A number of threads, of which a few are started early and the others as they are needed.
+    """A pool of threads. A few are started at once, and the others when they are needed.
 
-    Where the system has no thread left, work waits for those that there are.
+    If the system has no thread left, work waits for the threads that there are.
 
     Args:
-        threads_count: The most there are.
-        early_count: How many of them are started now.
-        name: Of the threads.
+        threads_count: Largest number of threads.
+        prestarted_count: How many of them are started at once.
+        name: Name of the threads.
     """
 
-    def __init__(self, threads_count: int, early_count: int, *, name: str = "worker") -> None:
+    def __init__(self, threads_count: int, prestarted_count: int, *, name: str = "worker") -> None:
         self._name = name
         self._threads_count = threads_count
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        for _ in range(early_count):
+        for _ in range(prestarted_count):
             if not self._start():
                 break
             self._idle.release()
 
     def submit(self, work: _Work) -> None:
-        """Have a thread do something, which must not raise. Returns at once.
+        """Have a thread call `work`, which must not raise. Returns at once.
 
         Raises:
             UnavailableError: There is no thread, and none can be started.
         """
+        # `_idle` counts idle threads: starting another is tried only if there are none
         if not self._idle.acquire(blocking=False) and not self._start() and not self._threads:
             raise UnavailableError(
                 "the server has no thread to serve the call", retry_after_s=_RETRY_AFTER_S
@@ -60,7 +61,7 @@ class Workers:
         self._work.put(work)
 
     def close(self) -> None:
-        """Let the threads end, and return once they have."""
+        """Let the threads end, and return once they have ended."""
         with self._lock:
             threads, self._threads_count = list(self._threads), 0
         for _ in threads:
@@ -69,7 +70,7 @@ class Workers:
             thread.join()
 
     def _start(self) -> bool:
-        """Start another thread, and return whether there is one more."""
+        """Start another thread; return False if that fails, or if there are enough already."""
         with self._lock:
             if len(self._threads) >= self._threads_count:
                 return False
@@ -78,7 +79,7 @@ class Workers:
                 thread.start()
             except (RuntimeError, MemoryError) as error:
                 _log.warning(
-                    "calls have %d threads of the kind %s: there is none left",
+                    "there are %d threads named %s, and the system has none left for more",
                     len(self._threads),
                     self._name,
                 )
@@ -93,24 +94,28 @@ class Workers:
                 work()
             except BaseException:  # noqa: BLE001 - logged: the worker serves others
                 _log.exception("unforeseen error in a worker")
-            del work
+            del work  # it refers to the call, which must not live until the next one comes
             self._idle.release()
 
 
 class WorkersExecutor(Executor):
-    """Workers as an executor. One of the library leaves work in its queue that it has no thread for."""
+    """Workers as an executor.
+
+    The standard library's `ThreadPoolExecutor` is not used: if it cannot start a thread, it raises but leaves
+    the work in its queue.
+    """
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        """Have a worker call a function. Raises UnavailableError if there is none, and none can be started."""
+        """Have a worker call a function. Raises UnavailableError if there is no thread, and none can be started."""
         future: Future[_T] = Future()
         self._workers.submit(partial(_fulfil, future, partial(fn, *args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the workers end, and return once they have done all that was submitted."""
+        """Let the workers end, and return once all submitted work is done."""
         self._workers.close()
 
 

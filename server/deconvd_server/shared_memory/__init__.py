@@ -1,4 +1,4 @@
-"""Memory that clients on this host share with the server: the server makes it, lends it and takes it back."""
+"""Memory that the server shares with clients on its host: the server allocates it, lends it and takes it back."""
 
 from deconvd_server.shared_memory.cuda_ipc import CardLender
 from deconvd_server.shared_memory.lender import Lender

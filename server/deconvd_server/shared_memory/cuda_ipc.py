@@ -1,4 +1,4 @@
-"""Lends memory of cards, for clients whose tensors lie on the same card."""
+"""Lends memory of a card to clients whose tensors are on the same card, by CUDA's interprocess handles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deconvd_server.shared_memory.loans import (
 __all__ = ["CardBorrowing", "CardLender"]
 
 _GRANULARITY_BYTES: Final = 2 << 20
-"""CUDA may cut what is not a multiple of it from a larger block, all of which whoever opens it would see."""
+"""CUDA may cut a smaller block from a larger one, and whoever opens the handle would see the whole larger block."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class LendingEngine(Protocol):
 
 
 class _CardMemory:
-    """Lent memory of a card, as `Loans` has it."""
+    """Lent memory of a card, as `Lendable`."""
 
     def __init__(self, engine: LendingEngine, lent: LentMemory) -> None:
         self.lent = lent
@@ -47,58 +47,58 @@ class _CardMemory:
         self._engine = engine
 
     def tensor(
-        self, name: str, spec: TensorSpec, lies_at: SharedSlice, *, is_writable: bool
+        self, name: str, spec: TensorSpec, location: SharedSlice, *, is_writable: bool
     ) -> DeviceTensor:
         """Return a part of it as a tensor. See `Lendable` and `LentMemory`."""
-        lies_at.check(name, spec, self.size_bytes)
-        return self.lent.tensor(spec, lies_at.offset_bytes)
+        location.check(name, spec, self.size_bytes)
+        return self.lent.tensor(spec, location.offset_bytes)
 
     def unmap(self) -> None:
         """Give it back to the card."""
         self._engine.take_back(self.lent)
 
     def on_gone(self, then: Callable[[], None]) -> None:
-        """Call `then` now: whether another process has it open still, CUDA does not tell."""
+        """Call `then` now: CUDA does not tell whether another process still has the memory open."""
         then()
 
 
 class CardBorrowing:
-    """What one client has on cards, from its first region there.
+    """The card memory of one client, from its first region on.
 
-    CUDA has memory freed only once nobody else has it open, and a client that closes its socket may
-    have it open still: its process is watched then.
+    CUDA requires that memory is freed only after every other process has closed it, and a client may
+    have it open after it has closed its socket. So the client's process is watched.
 
     Args:
         process: Id of the client's process.
-        counted_by: By what the client is counted. See `deconvd_server.resources.peer_keys`.
+        peer_key: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_keys`.
 
     Raises:
-        OSError: There is no such process, as far as can be seen here.
+        OSError: No such process can be seen from here.
 
     Attributes:
         process_descriptor: A descriptor that is readable once the process has ended.
     """
 
-    def __init__(self, process: int, counted_by: str) -> None:
-        self.account = BorrowerAccount(peer=counted_by)
+    def __init__(self, process: int, peer_key: str) -> None:
+        self.account = BorrowerAccount(peer=peer_key)
         self.process_descriptor = os.pidfd_open(process)
 
     @property
     def is_empty(self) -> bool:
-        """Whether the client has nothing."""
+        """Whether the client has no regions."""
         return self.account.usage.regions_count == 0
 
     def close(self) -> None:
-        """Watch the process no more."""
+        """Stop watching the process."""
         os.close(self.process_descriptor)
 
 
 class CardLender:
-    """Memory of cards that is lent. Thread-safe.
+    """Lends memory of cards. Thread-safe.
 
     Args:
-        engines: By the `card_id`s of their cards.
-        limits: How much is lent, on all cards together; what is lent takes of the engine's budget.
+        engines: The engines of the cards, by `card_id`.
+        limits: How much is lent on all cards together. Lent memory also counts against the engine's budget.
     """
 
     def __init__(self, engines: Mapping[bytes, LendingEngine], limits: LoanLimits) -> None:
@@ -107,7 +107,7 @@ class CardLender:
 
     @property
     def lent_bytes(self) -> int:
-        """What is lent, or retired and still in use, now."""
+        """How many bytes are lent, or retired and still in use."""
         return self._loans.size_bytes
 
     def lend(self, borrowing: CardBorrowing, request: LendingRequest) -> LendingReply:
@@ -121,7 +121,7 @@ class CardLender:
         try:
             self._loans.reserve(borrowing.account, size_bytes)
         except OverLimitError as error:
-            return LendingReply(error.answer, text=str(error))
+            return LendingReply(error.status, text=str(error))
         try:
             lent = engine.lend(size_bytes)
         except DeconvdError as error:
@@ -131,23 +131,22 @@ class CardLender:
                 ReplyStatus.OVER_SERVER_LIMIT if is_full else ReplyStatus.FAILED, text=str(error)
             )
         except Exception:  # noqa: BLE001 - logged, and answered as a failure
-            _log.exception("%d bytes of a card could not be lent", size_bytes)
+            _log.exception("lending %d bytes of a card failed", size_bytes)
             self._loans.cancel_reservation(borrowing.account, size_bytes)
-            return LendingReply(
-                ReplyStatus.FAILED, text="the server could not get the memory: see its log"
-            )
+            text = f"the server could not allocate {size_bytes} bytes on the card: see its log"
+            return LendingReply(ReplyStatus.FAILED, text=text)
         name = self._loans.lend(borrowing.account, _CardMemory(engine, lent))
         return LendingReply(ReplyStatus.DONE, size_bytes, name, lent.handle.hex())
 
     def take_back(self, borrowing: CardBorrowing, name: bytes) -> bool:
-        """Retire a region of a client; return False if it has none of that name."""
+        """Retire a region of a client; return False if the client has none of that name."""
         return self._loans.take_back(borrowing.account, name)
 
     def close(self, borrowing: CardBorrowing) -> None:
-        """Retire all that a client has. Its process has ended, or the server is about to."""
+        """Retire all regions of a client: its process has ended, or the server is closing."""
         borrowing.close()
         self._loans.close(borrowing.account)
 
     def use(self, name: bytes) -> RegionUse | None:
-        """Use a region; None if none of that name is lent."""
+        """Use a region; return None if no region of that name is lent."""
         return self._loans.use(name)

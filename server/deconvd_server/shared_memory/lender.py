@@ -1,4 +1,12 @@
-"""Lends memory to clients on this host, over a Unix socket of its own."""
+"""Lends memory to clients on this host, over a Unix socket of its own.
+
+Threads: the lender's thread does all socket I/O, and alone uses the list of clients. The mapper's thread maps and
+unmaps memory, which takes a while. They hand work to each other (`Executor.submit`, `Listener.call_soon`) and share
+no lock. Any thread may call the public methods.
+
+    lender's thread:  _accept --> _read --+              +--> _deliver --> ... --> _drop --+
+    mapper's thread:                      +--> _perform -+                                 +--> LoanRegistry.close
+"""
 
 from __future__ import annotations
 
@@ -39,7 +47,7 @@ from deconvd_server.shared_memory.memory import OnMap, SealedMemory, Unmap
 
 __all__ = ["Lender"]
 
-_MAX_PACKET_BYTES: Final = 64  # more than a request has: what is longer is seen to be
+_MAX_PACKET_BYTES: Final = 64  # larger than a request, so that a longer packet is noticed
 _NO_INSTANCE: Final = bytes(REGION_NAME_BYTES)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -53,31 +61,30 @@ def _register_nothing(_address: int, _size_bytes: int) -> Unmap:
 class Lender:
     """Lends sealed memory to clients on this host, and finds the tensors that calls name in it.
 
-    It makes all memory itself, so a client cannot name any that is not its own. What a client has
-    is retired once its connection closes, however it dies, and unmapped once the last call that
-    uses it has ended. It counts until the client has let go of it, too. One thread talks to all
-    clients, another maps memory for them.
+    The server allocates all memory itself, so a client cannot name memory that is not its own. When a
+    client's connection closes, however the client dies, its regions are retired; each is unmapped after
+    the last call that uses it. A region counts against the limits until the client has unmapped it, too.
 
     Args:
-        sides: The sockets where it listens. It removes and closes them.
+        side_sockets: The sockets where it listens. It removes and closes them.
         limits: How much it lends.
-        on_map: Called with the address and the size of memory that was mapped, before anyone uses
-            it; returns what to call when no one does any more, before it is unmapped. Each may be
-            called in any thread. If it raises, the client is told that there is no memory.
-        users: Ids of the users that it lends to. By default its own and root.
-        cards: Lends memory of cards; None if there is none.
+        on_map: Called with the address and the size of newly mapped memory, before anyone uses it. Returns
+            a function that is called after the last use, before the memory is unmapped. Both may be called
+            in any thread. If `on_map` raises, the client is told that there is no memory.
+        users: Ids of the users that it lends to. By default the server's own user and root.
+        card_lender: Lends memory of cards; None if the server has no cards.
         instance: The server's id, for clients that ask whose socket it is.
-        on_lost: Called with what is lost, if an error that was not foreseen ends the thread that talks to clients.
+        on_lost: Called with the name of the thread if an unforeseen error ends the thread that talks to clients.
     """
 
     def __init__(
         self,
-        sides: Sequence[SideSocket],
+        side_sockets: Sequence[SideSocket],
         limits: LoanLimits,
         *,
         on_map: OnMap = _register_nothing,
         users: Collection[int] | None = None,
-        cards: CardLender | None = None,
+        card_lender: CardLender | None = None,
         instance: bytes = _NO_INSTANCE,
         on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
@@ -85,8 +92,8 @@ class Lender:
         self._instance = instance
         self._limits = limits
         self._on_map = on_map
-        self._cards = cards
-        # of clients that have gone, but for their processes: what takes back what they have
+        self._card_lender = card_lender
+        # card memory of clients that have disconnected, while their processes still run: how to take it back
         self._borrowings: dict[CardBorrowing, Callable[[], None]] = {}
         self._loans: LoanRegistry[SealedMemory] = LoanRegistry(limits)
         self._memfd_watcher = MemfdWatcher()
@@ -96,63 +103,63 @@ class Lender:
             clients_count, clients_count // RESERVED_PART, "clients of shared memory"
         )
         self._is_closing = False
-        self._listener = Listener("clients of shared memory", sides, (), self._accept, on_lost)
+        self._listener = Listener(
+            "clients of shared memory", side_sockets, (), self._accept, on_lost
+        )
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
-        self._mapper.submit(
-            lambda: None
-        )  # starts its thread now, while there are threads to be had
+        self._mapper.submit(lambda: None)  # starts its thread now, while the system has some left
         self._thread = threading.Thread(target=self._serve, name="memory-lender", daemon=True)
         self._thread.start()
 
     @property
     def lent_bytes(self) -> int:
-        """What is lent, or retired and still in use, now."""
+        """How many bytes are mapped: lent, or retired and still in use."""
         return self._loans.size_bytes
 
     @property
     def lingering_bytes(self) -> int:
-        """What was given back, or lost its client's connection, and that clients still have, now."""
+        """How many bytes are no longer mapped here, but still by clients."""
         self._memfd_watcher.poll()
         return self._loans.lingering_bytes
 
     def use(self, name: str, region: bytes) -> RegionUse:
-        """Use a region, of the host's memory or a card's: until that ends it stays mapped.
+        """Use a region of host memory or of a card. It stays mapped until the use ends.
 
         Args:
-            name: Name of the argument that is to lie there, for errors.
+            name: Name of the argument whose elements are there, for errors.
 
         Raises:
             StaleRegionError: The region is not lent.
         """
         use = self._loans.use(region)
-        if use is None and self._cards is not None:
-            use = self._cards.use(region)
+        if use is None and self._card_lender is not None:
+            use = self._card_lender.use(region)
         if use is None:
             raise StaleRegionError(
-                f"{name} must lie in shared memory that this server lends, and the region that it "
-                "names is unknown, was given back or has lost its client",
+                f"{name} must be in shared memory that this server lends, and its region is unknown, was "
+                "given back, or was taken back when its client disconnected",
                 argument=name,
             )
         return use
 
     def withdraw(self) -> None:
-        """Take no more clients, and give up the path, so that a successor can have it."""
+        """Accept no more clients, and remove the socket's file, so that a successor can have its path."""
         self._listener.withdraw()
 
     def close(self) -> None:
-        """Withdraw, and take back all that is lent. What calls still use stays mapped until they end."""
+        """Withdraw, and take back all memory. What calls still use stays mapped until they end."""
         self._listener.withdraw()
         self._listener.call_soon(self._begin_closing)
         self._thread.join()
         self._mapper.shutdown()
-        self._listener.close()  # after it has done what the mapper left to deliver
+        self._listener.close()  # last: it delivers the replies that the mapper has left
         self._memfd_watcher.close()
 
     def wait_until_unused(self, timeout_s: float) -> bool:
-        """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
+        """Wait until no region is lent or mapped; return False if that takes longer than `timeout_s`."""
         return self._loans.wait_until_unused(timeout_s)
 
-    # What follows runs in the lender's thread, up to what says that it runs in the mapper's.
+    # In the lender's thread.
 
     def _serve(self) -> None:
         self._listener.run()
@@ -165,8 +172,8 @@ class Lender:
     def _drop_all(self) -> None:
         for client in tuple(self._clients):
             self._drop(client)
-        for forget in tuple(self._borrowings.values()):
-            forget()
+        for finish in tuple(self._borrowings.values()):
+            finish()
 
     def _accept(self, connection: socket.socket, _address: object) -> None:
         connection.setblocking(False)
@@ -174,9 +181,9 @@ class Lender:
             connection, peer_credentials(connection), peer_key_of_connection(connection, "")
         )
         if client.peer.user not in self._users:
-            self._refuse(client, "the server lends memory to other users")
+            self._refuse(client, "the server does not lend memory to this user")
             return
-        for other in self._clients:
+        for other in self._clients:  # `take` may preempt the one that made no progress for longest
             other.note_progress()
         try:
             client.place = self._shares.take(client.account.peer, partial(self._drop, client))
@@ -191,9 +198,9 @@ class Lender:
             raise
         self._clients.append(client)
 
-    def _refuse(self, client: _Client, why: str) -> None:
-        _log.warning("shared memory is refused to %s: %s", client.peer, why)
-        client.send(LendingReply(ReplyStatus.REFUSED, text=why))
+    def _refuse(self, client: _Client, reason: str) -> None:
+        _log.warning("shared memory is refused to %s: %s", client.peer, reason)
+        client.send(LendingReply(ReplyStatus.REFUSED, text=reason))
         client.close()
 
     def _listen_to(self, client: _Client) -> None:
@@ -212,7 +219,9 @@ class Lender:
         try:
             request = LendingRequest.parse(packet)
         except ValueError as error:
-            _log.warning("%s sent no request for shared memory: %s", client.peer, excerpt(error))
+            _log.warning(
+                "%s sent a malformed request for shared memory: %s", client.peer, excerpt(error)
+            )
             client.send(LendingReply(ReplyStatus.MALFORMED, text=str(error)))
             self._drop(client)
             return
@@ -221,7 +230,7 @@ class Lender:
                 self._drop(client)
             return
         client.place.note_progress()
-        self._stop_reading(client)  # one request at a time
+        self._stop_reading(client)  # one request at a time: `_deliver` starts reading again
         self._mapper.submit(self._perform, client, request)
 
     def _stop_reading(self, client: _Client) -> None:
@@ -233,10 +242,8 @@ class Lender:
             self._listen_to(client)
             if not client.send(reply, descriptors):
                 self._drop(client)
-        else:
-            self._release_card_loans(
-                client
-            )  # it was dropped before it had its first region on a card
+        else:  # it was dropped while the mapper may have lent it its first region on a card
+            self._release_card_loans(client)
         if reply.status is ReplyStatus.DONE:
             client.place.is_idle = False
         if memory is not None:
@@ -247,31 +254,31 @@ class Lender:
         client.close()
         self._clients.remove(client)
         client.place.free()
-        client.account.is_open = False
+        client.account.is_open = False  # at once, for `_deliver`: the mapper may close it later
         self._mapper.submit(self._loans.close, client.account)
         self._release_card_loans(client)
 
     def _release_card_loans(self, client: _Client) -> None:
-        """Take back what a client that has gone has on cards: when its process has ended, unless that is nothing."""
+        """Take back the card memory of a client that has disconnected: when its process ends, or now if it has none."""
         borrowing, client.borrowing = client.borrowing, None
-        if borrowing is None or self._cards is None:
+        if borrowing is None or self._card_lender is None:
             return
-        if self._is_closing:  # the mapper may have ended
-            self._cards.close(borrowing)
+        if self._is_closing:  # the mapper may have been shut down
+            self._card_lender.close(borrowing)
             return
-        forget = partial(self._forget, borrowing, self._cards)
-        self._borrowings[borrowing] = forget
+        finish = partial(self._finish_release, borrowing, self._card_lender)
+        self._borrowings[borrowing] = finish
         if borrowing.is_empty:
-            forget()
+            finish()
         else:
-            self._listener.watch(borrowing.process_descriptor, forget)
+            self._listener.watch(borrowing.process_descriptor, finish)
 
-    def _forget(self, borrowing: CardBorrowing, cards: CardLender) -> None:
+    def _finish_release(self, borrowing: CardBorrowing, card_lender: CardLender) -> None:
         self._listener.unwatch(borrowing.process_descriptor)
         del self._borrowings[borrowing]
-        self._mapper.submit(cards.close, borrowing)
+        self._mapper.submit(card_lender.close, borrowing)
 
-    # In the mapper's thread: it takes a while to map and unmap much memory.
+    # In the mapper's thread.
 
     def _perform(self, client: _Client, request: LendingRequest) -> None:
         memory: SealedMemory | None = None
@@ -288,7 +295,7 @@ class Lender:
         self._listener.call_soon(partial(self._deliver, client, reply, memory))
 
     def _lend_on_card(self, client: _Client, request: LendingRequest) -> LendingReply:
-        if self._cards is None:
+        if self._card_lender is None:
             return LendingReply(ReplyStatus.NO_SUCH_CARD, text="the server computes on no card")
         borrowing = client.borrowing
         if borrowing is None:
@@ -299,59 +306,64 @@ class Lender:
             except OSError as error:
                 text = f"the server cannot see the client's process: {error.strerror or error}"
                 return LendingReply(ReplyStatus.NO_SUCH_CARD, text=text)
-        return self._cards.lend(borrowing, request)
+        return self._card_lender.lend(borrowing, request)
 
     def _take_back(self, client: _Client, region: bytes) -> bool:
         if self._loans.take_back(client.account, region):
             return True
-        borrowing, cards = client.borrowing, self._cards
-        return borrowing is not None and cards is not None and cards.take_back(borrowing, region)
+        borrowing, card_lender = client.borrowing, self._card_lender
+        return (
+            borrowing is not None
+            and card_lender is not None
+            and card_lender.take_back(borrowing, region)
+        )
 
-    def _lend(self, client: _Client, wanted_bytes: int) -> tuple[LendingReply, SealedMemory | None]:
-        size_bytes = -(-max(wanted_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES
+    def _lend(
+        self, client: _Client, requested_bytes: int
+    ) -> tuple[LendingReply, SealedMemory | None]:
+        size_bytes = -(-max(requested_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES
         self._memfd_watcher.poll()
         try:
             self._loans.reserve(client.account, size_bytes)
         except OverLimitError as error:
-            _log.info("%s borrows no more shared memory: %s", client.peer, error)
-            return LendingReply(error.answer, text=str(error)), None
+            _log.info("%s gets no more shared memory: %s", client.peer, error)
+            return LendingReply(error.status, text=str(error)), None
         try:
             memory = SealedMemory(size_bytes, self._on_map, self._memfd_watcher)
         except Exception:  # noqa: BLE001 - logged, and answered as a failure
-            _log.exception("%d bytes of shared memory could not be made", size_bytes)
+            _log.exception("allocating %d bytes of shared memory failed", size_bytes)
             self._loans.cancel_reservation(client.account, size_bytes)
-            text = "the server could not get the memory: see its log"
+            text = f"the server could not allocate {size_bytes} bytes: see its log"
             return LendingReply(ReplyStatus.FAILED, text=text), None
-        return LendingReply(
-            ReplyStatus.DONE, size_bytes, self._loans.lend(client.account, memory)
-        ), memory
+        name = self._loans.lend(client.account, memory)
+        return LendingReply(ReplyStatus.DONE, size_bytes, name), memory
 
 
 class _Client:
-    """One connection.
+    """One connection to the lender's socket.
 
     Attributes:
-        place: Among the clients, once it has one: idle as long as it has never borrowed.
-        borrowing: What it has on cards; None if it never asked for that.
+        place: Its place among all clients, once it has one. The place is idle until the client first borrows.
+        borrowing: Its card memory; None if it never asked for any.
     """
 
     place: PeerPlace
 
-    def __init__(self, connection: socket.socket, peer: PeerCredentials, counted_by: str) -> None:
+    def __init__(self, connection: socket.socket, peer: PeerCredentials, peer_key: str) -> None:
         self.connection = connection
         self.peer = peer
-        self.account = BorrowerAccount(peer=counted_by)
+        self.account = BorrowerAccount(peer=peer_key)
         self.borrowing: CardBorrowing | None = None
 
     def note_progress(self) -> None:
-        """Let its place know when it last asked for anything, or a call used what it has."""
+        """Tell its place when it last asked for something, or when a call last used its memory."""
         used_s = self.account.used_s
         if self.borrowing is not None:
             used_s = max(used_s, self.borrowing.account.used_s)
         self.place.progressed_s = max(self.place.progressed_s, used_s)
 
     def send(self, reply: LendingReply, descriptors: tuple[int, ...] = ()) -> bool:
-        """Send a reply; return False if the client has gone, or reads nothing."""
+        """Send a reply; return False if the client has gone, or does not read."""
         try:
             socket.send_fds(self.connection, [reply.pack()], descriptors)
         except OSError:
@@ -359,9 +371,10 @@ class _Client:
         return True
 
     def close(self) -> None:
-        """Close the connection so that the client can read what it was sent last.
+        """Close the connection so that the client can read the last reply.
 
-        A packet left unread would be reported to it as an error, before anything else.
+        Unread packets are read first: if the socket were closed with some left, the client would get
+        ECONNRESET instead of the reply.
         """
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)

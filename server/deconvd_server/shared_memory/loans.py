@@ -1,4 +1,9 @@
-"""Who has which memory, and how much each may have. No sockets here."""
+"""Which client has borrowed which regions, and how much each may borrow. No sockets here.
+
+Locks: one lock guards a `LoanRegistry` and the `BorrowerAccount`s that it is given. It is taken alone: memory is
+unmapped, and `on_gone` called, without it. The mapper's thread lends, takes back and closes; calls, in their own
+threads, begin and end uses; whoever ends the last use of a retired region unmaps it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ __all__ = [
 ]
 
 RESERVED_PART: Final = 8
-"""One part in so many of all that is lent is for peers other than the one that has all the rest."""
+"""One part in this many of all lent memory is reserved for other peers than the one that has the rest."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,11 +45,11 @@ class LoanLimits:
     """How much may be lent.
 
     Attributes:
-        all_bytes: To all clients together: to those of one peer, an eighth less, as long as one may have its own.
-        client_bytes: To one client: one connection of its.
-        all_regions_count: Regions in all, and of one peer an eighth less.
-        client_regions_count: Regions of one client.
-        clients_count: Clients at once.
+        all_bytes: Limit for all clients together. One peer gets an eighth less, but at least `client_bytes`.
+        client_bytes: Limit for one client, which is one connection.
+        all_regions_count: How many regions there may be. One peer gets an eighth less.
+        client_regions_count: How many regions one client may have.
+        clients_count: How many clients there may be at once.
     """
 
     all_bytes: int
@@ -55,16 +60,16 @@ class LoanLimits:
 
 
 class OverLimitError(Exception):
-    """A client may not have as much as it asked for."""
+    """A client asked for more than it may have."""
 
-    def __init__(self, answer: ReplyStatus, message: str) -> None:
+    def __init__(self, status: ReplyStatus, message: str) -> None:
         super().__init__(message)
-        self.answer = answer
+        self.status = status
 
 
 @dataclass(slots=True)
 class _Usage:
-    """Bytes and regions that were given out."""
+    """How many bytes and regions count against a limit."""
 
     size_bytes: int = 0
     regions_count: int = 0
@@ -76,15 +81,14 @@ class _Usage:
 
 @dataclass(eq=False, slots=True)
 class BorrowerAccount:
-    """What one client has.
+    """What one client has borrowed.
 
     Attributes:
-        sum: What counts against its limits: what is being mapped for it too, and what it gave back
-            while calls still use it, or while it still has it itself.
+        usage: What counts against its limits: regions that are being mapped, lent, or retired and not gone yet.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
-        peer: By what the client is counted, together with others. See `deconvd_server.resources.peer_keys`.
-        used_s: When a call last began to use what it has, on the monotonic clock.
+        peer: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_keys`.
+        used_s: When a call last began to use one of its regions, on the monotonic clock.
     """
 
     usage: _Usage = field(default_factory=_Usage)
@@ -102,9 +106,9 @@ class Lendable(Protocol):
         """Its size."""
 
     def tensor(
-        self, name: str, spec: TensorSpec, lies_at: SharedSlice, *, is_writable: bool
+        self, name: str, spec: TensorSpec, location: SharedSlice, *, is_writable: bool
     ) -> Tensor:
-        """Return a part of it as a tensor: an array, or a tensor on a card, which can be written in any case.
+        """Return a part of it as a tensor: an array, or a tensor on a card, which is always writable.
 
         Args:
             name: Name of the argument, for errors.
@@ -114,21 +118,21 @@ class Lendable(Protocol):
         """
 
     def unmap(self) -> None:
-        """Let go of it. Called once, when no one uses it."""
+        """Unmap it here. Called once, when no call uses it."""
 
     def on_gone(self, then: Callable[[], None]) -> None:
-        """Call `then` once no one else has it either, as far as can be known. Called once, after `unmap`."""
+        """Call `then` once no other process has it, as far as can be known. Called once, after `unmap`."""
 
 
 _M = TypeVar("_M", bound=Lendable)
 
 
 class RegionUse(NamedTuple):
-    """Someone's use of a region, which stays mapped until it ends.
+    """A use of a region, which stays mapped until the use ends.
 
     Attributes:
-        memory: The region's.
-        end: Ends it; to be called once.
+        memory: The region's memory.
+        end: Ends the use. Must be called exactly once.
     """
 
     memory: Lendable
@@ -136,18 +140,19 @@ class RegionUse(NamedTuple):
 
 
 class _LentRegion(NamedTuple, Generic[_M]):
-    """A region that is lent, and to whom."""
+    """A region that is lent, and the account of its client."""
 
     entry: CacheEntry[_M]
     account: BorrowerAccount
 
 
 class LoanRegistry(Generic[_M]):
-    """All that is lent of one kind. Thread-safe; memory is unmapped outside the lock, by whoever used it last.
+    """All lent regions of one kind of memory. Thread-safe.
 
-    A region is lent, then retired, when its client gives it back or goes, then unmapped, when the
-    last call that uses it has ended, then gone, when its client has let go of it too. Until then it counts: a client
-    may go on to use its own mapping, as for results that it has yet to read, and its pages are there for as long.
+        reserved --lend--> lent --take_back, close--> retired --last use ends--> lingering --client unmaps it--> gone
+
+    A region counts against the limits until it is gone: as long as the client has it mapped, for
+    instance to read results, its pages take memory.
     """
 
     def __init__(self, limits: LoanLimits) -> None:
@@ -162,47 +167,47 @@ class LoanRegistry(Generic[_M]):
 
     @property
     def size_bytes(self) -> int:
-        """All that is mapped, or about to be."""
+        """How many bytes are mapped, or about to be."""
         with self._lock:
             return self._usage.size_bytes - self._lingering.size_bytes
 
     @property
     def lingering_bytes(self) -> int:
-        """What is mapped here no more, and that clients still have."""
+        """How many bytes are no longer mapped here, but still by clients."""
         with self._lock:
             return self._lingering.size_bytes
 
     def reserve(self, account: BorrowerAccount, size_bytes: int) -> None:
-        """Count memory that is about to be made for a client.
+        """Count memory that is about to be allocated for a client.
 
         Raises:
-            OverLimitError: It would be too much.
+            OverLimitError: It would exceed a limit.
         """
         with self._lock:
             self._check_limits(account, size_bytes)
             self._count(account, size_bytes, 1)
 
     def cancel_reservation(self, account: BorrowerAccount, size_bytes: int) -> None:
-        """Undo a `reserve` whose memory could not be made."""
+        """Undo a `reserve` whose memory could not be allocated."""
         with self._lock:
             self._count(account, -size_bytes, -1)
 
     def lend(self, account: BorrowerAccount, memory: _M) -> bytes:
-        """Lend memory that was reserved; return its secret name."""
+        """Lend memory that was reserved, and return its secret name."""
         name = new_name()
         unmap = partial(self._unmap, account, memory)
         with self._lock:
             resource = Resource(memory, memory.size_bytes, unmap)
             self._lent.put(name, _LentRegion(CacheEntry(resource, self._garbage.append), account))
             account.names.add(name)
-            if not account.is_open:
+            if not account.is_open:  # the client has gone while its memory was mapped
                 self._retire(account, name)
             garbage = self._take_garbage()
         _free(garbage)
         return name
 
     def take_back(self, account: BorrowerAccount, name: bytes) -> bool:
-        """Retire a region of a client; return False if it has none of that name."""
+        """Retire a region of a client; return False if the client has none of that name."""
         with self._lock:
             is_known = name in account.names
             if is_known:
@@ -212,7 +217,7 @@ class LoanRegistry(Generic[_M]):
         return is_known
 
     def close(self, account: BorrowerAccount) -> None:
-        """Retire all that a client has, and what is being made for it. It has gone."""
+        """Retire all regions of a client that has gone. Those that are being mapped for it are retired by `lend`."""
         with self._lock:
             account.is_open = False
             for name in tuple(account.names):
@@ -221,7 +226,7 @@ class LoanRegistry(Generic[_M]):
         _free(garbage)
 
     def use(self, name: bytes) -> RegionUse | None:
-        """Use a region; None if none of that name is lent."""
+        """Use a region; return None if no region of that name is lent."""
         with self._lock:
             lent = self._lent.get(name)
             if lent is None:
@@ -232,7 +237,7 @@ class LoanRegistry(Generic[_M]):
         return RegionUse(entry.resource.value, partial(self._release, entry))
 
     def wait_until_unused(self, timeout_s: float) -> bool:
-        """Wait until nothing is lent or mapped; return False if that takes longer than `timeout_s`."""
+        """Wait until no region is lent or mapped; return False if that takes longer than `timeout_s`."""
         with self._lock:
             return self._changed.wait_for(self._is_unused, timeout_s)
 
@@ -240,46 +245,30 @@ class LoanRegistry(Generic[_M]):
         return self._usage.regions_count == self._lingering.regions_count
 
     def _check_limits(self, account: BorrowerAccount, size_bytes: int) -> None:
-        limits = self._limits
-        if (
-            account.usage.size_bytes + size_bytes > limits.client_bytes
-            or account.usage.regions_count >= limits.client_regions_count
-        ):
-            raise OverLimitError(
-                ReplyStatus.OVER_CLIENT_LIMIT,
-                f"{size_bytes} bytes beside the {account.usage.size_bytes} that this client has or still keeps: the "
-                f"server lends a client {limits.client_bytes} bytes and "
-                f"{limits.client_regions_count} regions",
-            )
-        if (
-            self._usage.size_bytes + size_bytes > limits.all_bytes
-            or self._usage.regions_count >= limits.all_regions_count
-        ):
-            raise OverLimitError(
-                ReplyStatus.OVER_SERVER_LIMIT,
-                f"{size_bytes} bytes beside the {self._usage.size_bytes} that all clients have or still keep: the "
-                f"server lends {limits.all_bytes} bytes and {limits.all_regions_count} regions",
-            )
-
-        of_peer = self._usage_by_peer.get(account.peer, _Usage())
+        limits, own = self._limits, account.usage
+        over_client, over_server = ReplyStatus.OVER_CLIENT_LIMIT, ReplyStatus.OVER_SERVER_LIMIT
+        peer_usage = self._usage_by_peer.get(account.peer, _Usage())
         peer_bytes = max(limits.all_bytes - limits.all_bytes // RESERVED_PART, limits.client_bytes)
-        if (
-            of_peer.size_bytes + size_bytes > peer_bytes
-            or of_peer.regions_count
-            >= limits.all_regions_count - limits.all_regions_count // RESERVED_PART
+        peer_count = limits.all_regions_count - limits.all_regions_count // RESERVED_PART
+        # the client's own limit first: only then does it help if the client gives something back
+        for status, owner, usage, limit_bytes, limit_count in (
+            (over_client, "one client", own, limits.client_bytes, limits.client_regions_count),
+            (over_server, "all clients", self._usage, limits.all_bytes, limits.all_regions_count),
+            (over_server, f"all clients of {account.peer}", peer_usage, peer_bytes, peer_count),
         ):
-            raise OverLimitError(
-                ReplyStatus.OVER_SERVER_LIMIT,
-                f"{size_bytes} bytes beside the {of_peer.size_bytes} that clients of {account.peer} "
-                f"have or still keep: of the {limits.all_bytes} bytes and "
-                f"{limits.all_regions_count} regions that the server lends, an eighth is for others",
-            )
+            if usage.size_bytes + size_bytes > limit_bytes or usage.regions_count >= limit_count:
+                raise OverLimitError(
+                    status,
+                    f"the server lends {owner} at most {limit_bytes} bytes in {limit_count} regions, of "
+                    f"{limits.all_bytes} bytes in total: {usage.size_bytes} bytes in {usage.regions_count} regions "
+                    f"are lent or still mapped, and {size_bytes} bytes more were asked for",
+                )
 
     def _count(self, account: BorrowerAccount, size_bytes: int, regions_count: int) -> None:
-        of_peer = self._usage_by_peer[account.peer]
-        for counted in (account.usage, of_peer, self._usage):
-            counted.add(size_bytes, regions_count)
-        if not of_peer.regions_count:
+        peer_usage = self._usage_by_peer[account.peer]
+        for usage in (account.usage, peer_usage, self._usage):
+            usage.add(size_bytes, regions_count)
+        if not peer_usage.regions_count:
             del self._usage_by_peer[account.peer]
         self._changed.notify_all()
 
@@ -294,7 +283,7 @@ class LoanRegistry(Generic[_M]):
         _free(garbage)
 
     def _take_garbage(self) -> Sequence[Resource[_M]]:
-        """Return what is to be freed, outside the lock."""
+        """Return what to free after releasing the lock."""
         if not self._garbage:
             return ()
         garbage, self._garbage[:] = self._garbage[:], []
@@ -304,7 +293,7 @@ class LoanRegistry(Generic[_M]):
         try:
             memory.unmap()
         except Exception:  # noqa: BLE001 - logged: the memory still counts until it is gone
-            _log.exception("shared memory could not be unmapped in good order")
+            _log.exception("unmapping shared memory failed")
         with self._lock:
             self._lingering.add(memory.size_bytes, 1)
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""When memory that other processes have, too, is gone: the kernel alone knows who has it."""
+"""Tells when no process has a memfd any more: only the kernel knows that."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Final
 __all__ = ["MemfdWatcher"]
 
 _EVENT: Final = struct.Struct("iIII")
-"""inotify_event(7), without a name: number of the watch, mask, cookie, length of the name."""
+"""inotify_event(7) without a name: number of the watch, mask, cookie, length of the name."""
 
-_DELETE_SELF: Final = 0x400
-_IGNORED: Final = 0x8000  # always the last event of a watch
+_DELETE_SELF: Final = 0x400  # IN_DELETE_SELF: the last descriptor and mapping of the file are gone
+_IGNORED: Final = 0x8000  # IN_IGNORED: always the last event of a watch
 _READ_BYTES: Final = 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -25,21 +25,22 @@ _Callback = Callable[[], None]
 
 
 class MemfdWatcher:
-    """Tells when memfds are gone: when no process has a descriptor or a mapping of one any more. Thread-safe.
+    """Tells when memfds are gone: when no process has a descriptor or a mapping of one. Thread-safe.
 
-    A descriptor may be in another process, in a message that nobody has read, or lead to the file only (O_PATH); a
-    mapping may be a forked child's. inotify knows: it watches the file without keeping it, and tells of its end as of
-    any file's that was deleted. Its queue is read whenever someone asks or waits.
+    A descriptor may be in another process, or in a message that nobody has read; a mapping may be a
+    forked child's. Only inotify sees all of these: it watches a file without keeping it alive, and
+    reports when the kernel deletes it. Its queue is read in `poll` and `on_gone`, so no thread is needed.
+    Callbacks are called without the lock: they take locks of their own.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inotify: int | None = None  # opened at the first need: a user may have 128
+        self._inotify: int | None = None  # opened when first needed: a user may have only 128
         self._is_closed = False
         self._callbacks: dict[int, _Callback | None] = {}
 
     def watch(self, descriptor: int) -> int:
-        """Watch a memfd from now on, and return the number of the watch, to be given to `when_gone` once.
+        """Watch a memfd, and return the number of the watch, which must be given to `on_gone` once.
 
         Raises:
             OSError: The system has no watch to give.
@@ -53,7 +54,7 @@ class MemfdWatcher:
             return number
 
     def on_gone(self, number: int, then: _Callback) -> None:
-        """Call `then` once the file of a watch is gone: now, or in the thread of a later `look`. When closed, now."""
+        """Call `then` once the file of a watch is gone: now, or in the thread of a later `poll` or `close`."""
         with self._lock:
             is_gone = self._is_closed or number not in self._callbacks
             if not is_gone:
@@ -64,7 +65,7 @@ class MemfdWatcher:
             self.poll()
 
     def poll(self) -> None:
-        """Do what waits for files that have gone."""
+        """Run the callbacks of all files that have gone."""
         with self._lock:
             due = [self._callbacks.pop(number) for number in self._read_ended()]
         for then in due:
@@ -72,7 +73,7 @@ class MemfdWatcher:
                 then()
 
     def close(self) -> None:
-        """Watch nothing any more, and do what waits."""
+        """Stop watching, and run all callbacks that are left."""
         with self._lock:
             self._is_closed = True
             inotify, self._inotify = self._inotify, None
@@ -84,7 +85,7 @@ class MemfdWatcher:
                 then()
 
     def _read_ended(self) -> Iterator[int]:
-        """Yield the numbers of watches that have ended since the last time."""
+        """Yield the numbers of watches that have ended since the last call. The caller holds the lock."""
         if self._inotify is None:
             return
         with suppress(BlockingIOError):

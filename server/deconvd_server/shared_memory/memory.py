@@ -1,4 +1,4 @@
-"""Memory that two processes can map, and that neither can shrink under the other."""
+"""Memory that two processes can map, and that neither can shrink while the other uses it."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ __all__ = ["OnMap", "SealedMemory", "Unmap"]
 
 Unmap = Callable[[], None]
 OnMap = Callable[[int, int], Unmap]
-"""Told of memory that was mapped, by its address and its size in bytes; returns what to call before it is unmapped."""
+"""Called with the address and the size in bytes of newly mapped memory; returns what to call before it is unmapped."""
 
 _CACHED_TENSORS_COUNT: Final = 64
 
-# Without it, a peer could cut the file and kill whoever touches what is gone with SIGBUS.
+# Without these seals a client could truncate the file: the server would die of SIGBUS when it reads what is gone.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MFD_NOEXEC_SEAL: Final = 8  # Linux 6.3; not yet in `os`
 
 
 class SealedMemory:
-    """A sealed memfd, mapped here: all zeros at first. It takes pages only as they are touched, be it by `on_map`.
+    """A sealed memfd, mapped here. All bytes are zero at first. Pages are allocated when they are first touched.
 
     Args:
         size_bytes: A multiple of the page size.
-        on_map: Told of the mapping; what it raises, this raises.
-        ends: Watches the memfd.
+        on_map: Called once the memory is mapped. What it raises, this raises.
+        memfd_watcher: Watches the memfd.
 
     Raises:
-        OSError: The system has none to give, or cannot watch it.
+        OSError: The system has no memory, descriptor or watch to give.
 
     Attributes:
-        descriptor: The memfd, to be sent and then closed by `close_descriptor`; the mapping stays.
-        bytes: The mapping. It is unmapped once `unmap` was called and the last view of it has gone.
+        descriptor: The memfd, to be sent to the client and then closed by `close_descriptor`. The mapping stays.
+        bytes: The mapping. It ends once `unmap` was called and the last view of it is gone.
     """
 
-    def __init__(self, size_bytes: int, on_map: OnMap, ends: MemfdWatcher) -> None:
+    def __init__(self, size_bytes: int, on_map: OnMap, memfd_watcher: MemfdWatcher) -> None:
         self.size_bytes = size_bytes
-        self._memfd_watcher = ends
+        self._memfd_watcher = memfd_watcher
         self._tensors: dict[tuple[TensorSpec, int, bool], Array] = {}
         self.descriptor = _make_sealed_memfd(size_bytes)
         try:
             mapping = mmap.mmap(self.descriptor, size_bytes)
-            with suppress(OSError):  # where the system gives such memory no huge pages
+            with suppress(OSError):  # the system may have no huge pages for memfds
                 mapping.madvise(mmap.MADV_HUGEPAGE)
             self.bytes: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
             self._address = address_of(self.bytes)
@@ -65,11 +65,11 @@ class SealedMemory:
             raise
 
     def tensor(
-        self, name: str, spec: TensorSpec, lies_at: SharedSlice, *, is_writable: bool
+        self, name: str, spec: TensorSpec, location: SharedSlice, *, is_writable: bool
     ) -> Array:
-        """Return a part of it as an array of little-endian elements: remembered, since calls come again.
+        """Return a part of it as an array of little-endian elements, the same object each time while it is cached.
 
-        Whoever has the other mapping may change its elements at any time.
+        The client may change the elements at any time through its own mapping.
 
         Args:
             name: Name of the argument, for errors.
@@ -77,10 +77,10 @@ class SealedMemory:
         Raises:
             InvalidArgumentError: As `SharedSlice.check` does.
         """
-        key = spec, lies_at.offset_bytes, is_writable
+        key = spec, location.offset_bytes, is_writable
         tensor = self._tensors.get(key)
         if tensor is None:
-            lies_at.check(name, spec, self.size_bytes)
+            location.check(name, spec, self.size_bytes)
             if len(self._tensors) >= _CACHED_TENSORS_COUNT:
                 self._tensors.clear()
             tensor = self._tensors[key] = self._new_tensor(*key)
@@ -100,19 +100,20 @@ class SealedMemory:
             raise
 
     def close_descriptor(self) -> None:
-        """Close the memfd, once it was sent."""
+        """Close the memfd after it was sent."""
         os.close(self.descriptor)
 
     def unmap(self) -> None:
-        """Let go of the mapping. To be called once, when no one uses it."""
+        """Unmap it. To be called once, when no call uses it."""
         try:
             self._undo()
         finally:
+            # the mapping ends with the last array that refers to it
             self.bytes = np.empty(0, np.uint8)
             self._tensors.clear()
 
     def on_gone(self, then: Callable[[], None]) -> None:
-        """Call `then` once no other process has it either: now, or later in another thread.
+        """Call `then` once no other process has it: now, or later in another thread.
 
         To be called once, after `unmap`.
         """

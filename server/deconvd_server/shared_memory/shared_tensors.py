@@ -16,10 +16,12 @@ __all__ = ["SharedTensors"]
 
 
 class SharedTensors:
-    """The tensors of one call in shared memory, which stays mapped until the block ends.
+    """Finds the tensors of one call in shared memory, and keeps that memory mapped until the block ends.
+
+    Only the call's own thread may use it.
 
     Args:
-        lender: Whose memory they may be in; None if there is none.
+        lender: The lender of the memory; None if the server lends none.
     """
 
     def __init__(self, lender: Lender | None) -> None:
@@ -33,33 +35,39 @@ class SharedTensors:
         for use in self._uses.values():
             use.end()
 
-    def operand(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Tensor:
-        """Return a tensor to be read: a read-only array, unless it lies on a card.
+    def operand(self, name: str, spec: TensorSpec, location: SharedSlice) -> Tensor:
+        """Return a tensor to read: a read-only array, or a tensor on a card.
 
         Args:
             name: Name of the argument, for errors.
-            spec: What it is.
+            spec: Its shape and element type.
+            location: Where it is.
 
         Raises:
-            InvalidArgumentError: As `Lender.use` and `SharedSlice.check` do.
+            StaleRegionError: As `Lender.use` does.
+            InvalidArgumentError: As `SharedSlice.check` does.
         """
-        return self._memory(name, lies_at).tensor(name, spec, lies_at, is_writable=False)
+        return self._memory(name, location).tensor(name, spec, location, is_writable=False)
 
-    def place(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Tensor:
-        """Return where a tensor is to be put: a writable array, or a tensor on a card. Otherwise as `operand`."""
-        return self._memory(name, lies_at).tensor(name, spec, lies_at, is_writable=True)
+    def place(self, name: str, spec: TensorSpec, location: SharedSlice) -> Tensor:
+        """Return where to put a result: a writable array, or a tensor on a card. Otherwise as `operand`."""
+        return self._memory(name, location).tensor(name, spec, location, is_writable=True)
 
-    def host_place(self, name: str, spec: TensorSpec, lies_at: SharedSlice) -> Array:
-        """Return a place as a writable array. As `place`, and raises InvalidArgumentError for memory of a card."""
-        tensor = self.place(name, spec, lies_at)
+    def host_place(self, name: str, spec: TensorSpec, location: SharedSlice) -> Array:
+        """Return where to put a result, as a writable array. Otherwise as `place`.
+
+        Raises:
+            InvalidArgumentError: As `place`, and for memory of a card.
+        """
+        tensor = self.place(name, spec, location)
         if not isinstance(tensor, np.ndarray):
             raise InvalidArgumentError(
-                f"{name} must lie in memory of the host, got memory of a card", argument=name
+                f"{name} must be in host memory, got memory of a card", argument=name
             )
         return tensor
 
-    def _memory(self, name: str, lies_at: SharedSlice) -> Lendable:
-        region = lies_at.region
+    def _memory(self, name: str, location: SharedSlice) -> Lendable:
+        region = location.region
         use = self._uses.get(region)
         if use is None:
             if self._lender is None:
