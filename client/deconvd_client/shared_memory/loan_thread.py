@@ -134,7 +134,7 @@ class LoanClient:
     Args:
         lock: The borrower's; never held while the server is talked to.
         pool: Gets what is borrowed.
-        find_socket, is_only_way, place: As for `Borrower`.
+        find_socket, is_only_way, memory_kind: As for `Borrower`.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class LoanClient:
         find_socket: Callable[[Deadline], str],
         *,
         is_only_way: bool,
-        place: MemoryKind,
+        memory_kind: MemoryKind,
     ) -> None:
         self.state: LenderState = LenderState.UNTRIED
         self.link: Link | None = None
@@ -153,7 +153,7 @@ class LoanClient:
         self._pool = pool
         self._find_socket = find_socket
         self._is_only_way = is_only_way
-        self._memory_kind = place
+        self._memory_kind = memory_kind
         self._reset()
 
     def _reset(self) -> None:

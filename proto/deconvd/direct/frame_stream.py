@@ -151,6 +151,7 @@ class FrameSource:
         self._part_type = part_type
         self._first = first
         self._has_ended = line.protocol.is_peer_done
+        self.read_into: Callable[[Uint8Array], None] = line.read_into  # see `FrameStream.__init__`
         self.ledger = ""
 
     def next(self) -> Message | PendingElements | None:
@@ -172,7 +173,3 @@ class FrameSource:
                 raise error_from_status(status)
             case event:
                 raise AssertionError(f"no part of a call: {event}")
-
-    def read_into(self, target: Uint8Array) -> None:
-        """Read the next of the elements ahead."""
-        self._stream.read_into(target)

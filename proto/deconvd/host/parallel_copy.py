@@ -54,7 +54,9 @@ def copy_all(
             from the first's begin on: ever more of them, and all at the end. It may be called in
             any thread, by one at a time; the others go on copying meanwhile.
     """
-    total_bytes = sum(target.nbytes for target, _ in pairs)
+    total_bytes = 0
+    for target, _ in pairs:
+        total_bytes += target.nbytes
     is_small = total_bytes < 2 * _PIECE_BYTES
     threads_count = 1 if is_small else _threads_count(total_bytes)
     if is_small or (threads_count < 2 and on_progress is None):
