@@ -591,6 +591,7 @@ class TestProcesses:
         self, lender: Lender, path: Path
     ) -> None:
         script = """
+from deconvd.model.problem import TensorSpec
 borrower = Borrower(find)
 x = borrower.empty((1000, 1000), np.float32, soon())
 x[...] = np.arange(x.size).reshape(x.shape)

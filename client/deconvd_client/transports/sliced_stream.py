@@ -110,12 +110,12 @@ class _StreamCall:
         return fields
 
     def _interleave_missing(self) -> Iterator[ElementsPart]:
-        """Yield the elements, and among them the missing operands as soon as the server has asked for them.
+        """Yield the elements, and insert the missing operands as soon as the server has asked for them.
 
-        The server need not wait for its answer to be read, nor this end for the answer, unless much is unanswered::
+        The client does not wait for that message, unless it has sent `_MAX_UNANSWERED_BYTES` without it::
 
-            client   header  x x x x x     W x x x
-            server             missing W /
+            client   header  x  x  x  x  W  x  x
+            server              missing: W
         """
         unanswered_bytes = 0
         pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
