@@ -112,6 +112,9 @@ def test_a_calls_functions_are_counted_on_both_sides_of_each_way(tmp_path: Path)
     for row in rows:
         assert row["python_calls"] >= row["stays"] == len(row["chain"]) >= row["files"] > 0
         assert "deconvd.direct.busy_polling" not in row["chain"]
+    counts = {row["way"]: row["python_calls"] for row in rows if row["side"] == "client"}
+    assert counts["shared_memory"] <= 90  # 85 of them, and some for what chance adds
+    assert counts["grpc_message"] <= 52  # 46
     client, server, _, grpc_server = (row["chain"] for row in rows)
     assert "deconvd_client.connection" in client
     assert "deconvd_server.shared_memory.lender" in server

@@ -216,7 +216,7 @@ def falls_back(F: Connection, caplog: pytest.LogCaptureFixture, why: str) -> Non
             y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
             assert isinstance(y, cupy.ndarray)
             np.testing.assert_allclose(cupy.asnumpy(y), expected, rtol=1e-4, atol=1e-4)
-    said = [r.getMessage() for r in caplog.records if "by way of the host" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "through the host" in r.getMessage()]
     assert len(said) == 1
     assert why in said[0]
 

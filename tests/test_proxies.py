@@ -147,7 +147,10 @@ def test_a_proxy_that_refuses_is_named_without_its_password(
 
     with (
         deconvd_client.connect("gpu-host.invalid:50051", timeout_s=5) as F,
-        pytest.raises(UnavailableError, match=rf"the proxy {proxy.address}, which {variable}") as e,
+        pytest.raises(
+            UnavailableError,
+            match=rf"the proxy {proxy.address}, which the environment variable {variable}",
+        ) as e,
     ):
         F.server_info()
 
@@ -163,7 +166,10 @@ def test_a_proxy_that_does_not_answer_is_named(
 
     with (
         deconvd_client.connect("gpu-host.invalid:50051", timeout_s=1) as F,
-        pytest.raises(deconvd_client.DeconvdError, match=f"the proxy {proxy.address}, which http_"),
+        pytest.raises(
+            deconvd_client.DeconvdError,
+            match=f"the proxy {proxy.address}, which the environment variable http_",
+        ),
     ):
         F.server_info()
 

@@ -591,13 +591,14 @@ class TestProcesses:
         self, lender: Lender, path: Path
     ) -> None:
         script = """
+from deconvd.model.problem import TensorSpec
 borrower = Borrower(find)
 x = borrower.empty((1000, 1000), np.float32, soon())
 x[...] = np.arange(x.size).reshape(x.shape)
 with SharedCall(borrower, soon()) as call:
     message = call.operand_message(x)
     call.copy_operands()
-    y = call.allocate_result(__import__("deconvd.model.problem").model.problem.TensorSpec(x.shape, x.dtype))
+    y = call.allocate_result(TensorSpec(x.shape, x.dtype))
     say(message.SerializeToString().hex())
     say(y.shared_slice.region.hex(), y.shared_slice.offset_bytes)
     input()

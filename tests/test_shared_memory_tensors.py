@@ -188,13 +188,13 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
         request: Envelope[Any],
         *,
         placed: Mapping[str, Array],
-        late_copy: OverlappedCopy | None,
+        overlapped_copy: OverlappedCopy | None,
         is_brief: bool,
     ) -> CallResult:
         assert is_brief
         assert placed.keys() == {"y"}
         assert request.message.x.WhichOneof("payload") == "shared"
-        assert late_copy is None  # x is small
+        assert overlapped_copy is None  # x is small
         raise StaleRegionError("x must be in shared memory that this server lends", argument="x")
 
     x = np.zeros((1, 1, 100, 100), np.float32)

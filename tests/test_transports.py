@@ -196,10 +196,10 @@ class CountingTransport(DirectTransport):
         method: str,
         request: bytes,
         deadline: Deadline,
-        late_copy: OverlappedCopy | None = None,
+        overlapped_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
         self.tries_count += 1
-        return super().unary(method, request, deadline, late_copy)
+        return super().unary(method, request, deadline, overlapped_copy)
 
 
 def test_a_transport_that_is_known_to_carry_nothing_is_not_tried(running: ServerProcess) -> None:

@@ -124,7 +124,7 @@ def test_who_waits_can_be_told_to_raise_an_error() -> None:
 def test_debuggers_see_the_work_as_in_other_threads() -> None:
     script = (
         "import threading\n"
-        "from deconvd_client.uninterrupted import call_uninterrupted\n"
+        "from deconvd_client.calls.uninterrupted import call_uninterrupted\n"
         "threading.settrace(lambda frame, *_: print(frame.f_code.co_name))\n"
         "def work(): pass\n"
         "call_uninterrupted(work)\n"

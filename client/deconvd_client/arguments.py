@@ -1,4 +1,4 @@
-"""What callers give, checked and made into calls."""
+"""Checks the arguments of a connection's functions, and makes calls of them."""
 
 from __future__ import annotations
 
@@ -27,51 +27,51 @@ _MaskedArray: Final = np.ma.MaskedArray
 
 
 class CallBuilder:
-    """Makes calls of a connection's arguments; every method raises InvalidArgumentError.
+    """Makes calls of the arguments of a connection's functions. Every method raises InvalidArgumentError.
 
     Args:
-        residents: Whose RemoteTensors are taken.
-        config: Says how to compute.
+        residents: The executor whose RemoteTensors are accepted.
+        config: The options for the calls.
     """
 
     def __init__(self, residents: ResidentExecutor, config: Config) -> None:
         self._residents = residents
         self._config = config
 
-    def operand(self, name: str, value: object) -> Operand:
-        """Return an argument as what calls take: an array, or what the server keeps."""
+    def parse_operand(self, name: str, value: object) -> tuple[Operand, TensorSpec]:
+        """Return an argument as an operand of a call, an array or a resident, and its shape and element type."""
         if isinstance(value, np.ndarray) and not isinstance(value, _MaskedArray):
-            return value
+            return value, spec_of(value)
         if isinstance(value, RemoteTensor):
-            return value.resident_for(self._residents, name)
-        if isinstance(value, Resident):  # of a pullback to be
-            return value
+            value = value.resident_for(self._residents, name)
+        if isinstance(value, Resident):
+            return value, value.spec
         framework = framework_of(value)
-        if framework is not None:
-            array: Array = framework.to_array(value)
-            return array
-        raise _wrong_kind_error(name, value)
+        if framework is None:
+            raise _wrong_kind_error(name, value)
+        array: Array = framework.to_array(value)
+        return array, spec_of(array)
 
     def make_resident(self, name: str, value: object) -> Resident:
-        """Return an argument as what the server is to keep beyond a call."""
-        operand = self.operand(name, value)
+        """Return an argument as a resident, which outlives the call."""
+        operand, spec = self.parse_operand(name, value)
         if isinstance(operand, Resident):
             return operand.duplicate()
-        array = host_array(operand)
-        return Resident(spec_of(array), source=SourceArray(array))
+        return Resident(spec, source=SourceArray(host_array(operand)))
 
     def deconvolution(
-        self, x: object, W: object, b: object, geometry: Geometry, *, stay: bool = False
+        self, x: object, W: object, b: object, geometry: Geometry, *, keep_results: bool = False
     ) -> Call:
         """Return the call that computes y."""
-        images, filters = self.operand("x", x), self.operand("W", W)
-        problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
+        images, x_spec = self.parse_operand("x", x)
+        filters, W_spec = self.parse_operand("W", W)
+        problem = problem_of(x_spec, W_spec, geometry)
         operands = {"w": filters}
         if b is not None:
-            operands["b"] = self.operand("b", b)
-            problem.check_b(_spec_of(operands["b"]))
+            operands["b"], b_spec = self.parse_operand("b", b)
+            problem.check_b(b_spec)
         operands["x"] = images
-        return self._call(DECONVOLVE, problem, operands, {"y": problem.y}, stay, images)
+        return self._call(DECONVOLVE, problem, operands, {"y": problem.y}, keep_results, images)
 
     def differentiation(
         self,
@@ -82,15 +82,23 @@ class CallBuilder:
         geometry: Geometry,
         wanted: Collection[str],
         *,
-        stay: bool = False,
+        keep_results: bool = False,
     ) -> Call:
-        """Return the call that computes gradients; of b only the shape and the type count."""
-        images, filters = self.operand("x", x), self.operand("W", W)
-        problem = problem_of(_spec_of(images), _spec_of(filters), geometry)
+        """Return the call that computes gradients. Of b, only the shape and the element type matter."""
+        images, x_spec = self.parse_operand("x", x)
+        filters, W_spec = self.parse_operand("W", W)
+        problem = problem_of(x_spec, W_spec, geometry)
         if b is not None:
-            problem.check_b(_spec_of(self.operand("b", b)))
+            problem.check_b(self.parse_operand("b", b)[1])
         return self.backward(
-            problem, images, filters, gy, wanted, has_b=b is not None, stay=stay, at=images
+            problem,
+            images,
+            filters,
+            gy,
+            wanted,
+            has_b=b is not None,
+            keep_results=keep_results,
+            results_like=images,
         )
 
     def backward(
@@ -102,23 +110,23 @@ class CallBuilder:
         wanted: Collection[str],
         *,
         has_b: bool,
-        stay: bool = False,
-        at: Operand | None = None,
+        keep_results: bool = False,
+        results_like: Operand | None = None,
     ) -> Call:
-        """Return the call that computes gradients of a problem whose operands are known to fit.
+        """Return the call that computes gradients of a problem. x and W must be those of the problem.
 
         Args:
-            at: As in `Call`; None for gy.
+            results_like: As in `Call`; None for gy.
         """
-        gradient = self.operand("gy", gy)
-        problem.check_gy(_spec_of(gradient))
+        gradient, gy_spec = self.parse_operand("gy", gy)
+        problem.check_gy(gy_spec)
         given = {"x": x, "w": W, "gy": gradient}
         results = {
             field: spec_of_field(problem, field) for field in _parse_wanted(wanted, has_b=has_b)
         }
         operands = {field: given[field] for field in DECONVOLVE_GRAD.operands_for(results)}
-        at = gradient if at is None else at
-        return self._call(DECONVOLVE_GRAD, problem, operands, results, stay, at)
+        like = gradient if results_like is None else results_like
+        return self._call(DECONVOLVE_GRAD, problem, operands, results, keep_results, like)
 
     def _call(
         self,
@@ -126,17 +134,17 @@ class CallBuilder:
         problem: Problem,
         operands: dict[str, Operand],
         results: dict[str, TensorSpec],
-        stay: bool,
-        at: Operand,
+        keep_results: bool,
+        results_like: Operand,
     ) -> Call:
         options = self._config.options
         request = make_request(operation, problem, options, tuple(results), tuple(operands))
-        call = Call(operation, request, problem, operands, results, stay, at)
-        return call.with_host_arrays() if stay else call
+        call = Call(operation, request, problem, operands, results, keep_results, results_like)
+        return call.with_host_arrays() if keep_results else call
 
 
 def _wrong_kind_error(name: str, value: object) -> InvalidArgumentError:
-    """Return what is wrong with an argument that is no array, or masked."""
+    """Return the error for an argument that is not an array, or is a masked one."""
     if isinstance(value, _MaskedArray):
         text = (
             f"{name} must not be a masked array, as its mask would be lost: give {name}.filled(value), "
@@ -159,7 +167,7 @@ def _type_name(value: object) -> str:
 
 
 def _remedy(name: str, value: object) -> str:
-    """Return how to make an array of what is none; empty if that cannot be told."""
+    """Return how to convert a value to an array; empty if that is not known."""
     if type(value).__module__.startswith("PIL."):
         return (
             f": convert it with numpy.asarray({name}, numpy.float32), which has the axes (h, w) or "
@@ -172,13 +180,8 @@ def _remedy(name: str, value: object) -> str:
     return ""
 
 
-def _spec_of(operand: Operand) -> TensorSpec:
-    """Return the shape and element type of an operand."""
-    return operand.spec if isinstance(operand, Resident) else spec_of(operand)
-
-
 def _parse_wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
-    """Return the fields of the gradients that are named, without gb if there is no b."""
+    """Return the fields of the gradients that are wanted, without gb if there is no b."""
     try:
         chosen = None if isinstance(names, str) else set(names)
     except TypeError:

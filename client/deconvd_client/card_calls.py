@@ -1,6 +1,6 @@
-"""Calls with cupy arrays: on their own card where the server has it too, else by way of the host.
+"""Calls with cupy arrays: in memory of their own card if the server uses that card too, else through the host.
 
-Imported once a caller has handed over a cupy array, and not before.
+Imported only once a caller has passed a cupy array.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class CardDispatcher:
     """Makes calls that have cupy arrays, in memory that the server lends on their cards. Thread-safe.
 
     Args:
-        calls: Makes calls, those with numpy arrays too.
+        dispatcher: Sends the calls.
         find_socket: As for `Borrower`.
         timeout_s: How long each call may take.
     """
 
     def __init__(
         self,
-        calls: Dispatcher,
+        dispatcher: Dispatcher,
         find_socket: Callable[[Deadline], str],
         timeout_s: float,
     ) -> None:
-        self._calls = calls
+        self._dispatcher = dispatcher
         self._find_socket = find_socket
         self._timeout_s = timeout_s
         self._is_closed = False
@@ -54,33 +54,33 @@ class CardDispatcher:
         self._borrowers: dict[int, _CardBorrower] = {}
 
     def execute(self, call: Call) -> dict[str, Array]:
-        """Make a call whose results are wanted on a card, once what was enqueued on the current stream is done.
+        """Make a call whose results should be on a card. It waits for all work enqueued on the current stream.
 
         Returns:
-            Its results, by the names of their fields: on that card, or else numpy's.
+            Its results, by the names of their fields: cupy arrays on that card, or numpy arrays.
 
         Raises:
-            LostTensorError: As `Calls.arrays` does.
+            LostTensorError: As `Dispatcher.execute` does.
         """
         with suppress(_CardUnavailableError), cupy.cuda.Device(call.results_like.device.id) as card:
             return self._execute_on_card(call, card.id)
-        return self._calls.execute(call.with_host_arrays())
+        return self._dispatcher.execute(call.with_host_arrays())
 
     def close(self, deadline: Deadline) -> None:
-        """Give all back that no array lies in, and borrow no more."""
+        """Give back the memory that holds no arrays, and borrow no more."""
         with self._lock:
             self._is_closed = True
             borrowers = [*self._borrowers.values()]
         for borrower in borrowers:
-            # while an array lies there, the memory is open here, and the server must not free it
+            # memory with arrays stays open in this process, so the server must not free it yet
             borrower.give_back_unused(deadline)
             borrower.close()
 
     def _execute_on_card(self, call: Call, ordinal: int) -> dict[str, Array]:
-        """Make a call whose tensors all lie on a card; operands that lie elsewhere are copied there.
+        """Make a call whose tensors are all on one card; operands that are elsewhere are copied there.
 
         Raises:
-            _CardUnavailableError: It is to be made in another way.
+            _CardUnavailableError: The call must go through the host.
         """
         operands: dict[str, Array] = {
             field: operand
@@ -91,16 +91,15 @@ class CardDispatcher:
         if len(operands) < len(call.operands) or not all(tensor.nbytes for tensor in tensors):
             raise _CardUnavailableError
         deadline = Deadline(self._timeout_s)
-        asked = CallSpec(
+        call_spec = CallSpec(
             call.operation, call.request, call.problem, operands, call.results, deadline
         )
-        borrower = self._borrower(ordinal)
-        return self._calls.send(asked, borrower).arrays
+        return self._dispatcher.send(call_spec, self._borrower(ordinal)).arrays
 
     def _borrower(self, ordinal: int) -> _CardBorrower:
         with self._lock:
             if ordinal not in self._borrowers:
-                borrower = _CardBorrower(self._find_socket, place=_CardMemoryKind(ordinal))
+                borrower = _CardBorrower(self._find_socket, memory_kind=_CardMemoryKind(ordinal))
                 self._borrowers[ordinal] = borrower
                 if self._is_closed:
                     borrower.close()
@@ -108,30 +107,30 @@ class CardDispatcher:
 
 
 class _CardUnavailableError(Exception):
-    """A call cannot be made on a card, and is to be made by way of the host."""
+    """A call cannot be made in memory of a card: it must go through the host."""
 
 
 class _CardBorrower(Borrower):
-    """A borrower whose arrays cannot be sent."""
+    """A borrower of memory on a card. Its arrays cannot be sent in messages."""
 
     def check_fallback(self) -> None:
-        """Have the call made by way of the host. Raises _CardUnavailableError."""
+        """Raise _CardUnavailableError: the caller makes the call through the host."""
         raise _CardUnavailableError
 
 
 class _CardMemoryKind:
-    """Memory of a card, and cupy arrays. See `Place`."""
+    """Memory of a card, for cupy arrays. See `MemoryKind`."""
 
-    min_tensor_bytes: Final = 1  # whatever is sent must first be copied to the host
-    min_overlap_bytes: Final = math.inf  # the card's own copies take no time worth saving
-    loss_message: Final = "cupy arrays go by way of the host"
+    min_tensor_bytes: Final = 1  # any size: to send it, it would have to be copied to the host
+    min_overlap_bytes: Final = math.inf  # never: the card's own copies are too quick
+    loss_message: Final = "cupy arrays go through the host"
 
     def __init__(self, ordinal: int) -> None:
         self._ordinal = ordinal
         self._id = card_id(bytes(runtime.getDeviceProperties(ordinal)["uuid"]))
 
     def borrow(self, link: Link, size_bytes: int) -> BorrowedRegion:
-        """Return new memory. See `Place`."""
+        """See `MemoryKind`."""
         reply = link.borrow_on_card(self._id, size_bytes)
         try:
             handle = bytes.fromhex(reply.text)
@@ -148,14 +147,14 @@ class _CardMemoryKind:
         return _CardRegion(self._ordinal, reply.region, address, reply.size_bytes)
 
     def address(self, array: Array) -> int | None:
-        """Return where an array lies. See `Place`."""
+        """See `MemoryKind`."""
         if not isinstance(array, cupy.ndarray) or not array.flags.c_contiguous:
             return None
         address: int = array.data.ptr
         return address
 
     def copy_and_synchronize(self, copies: Sequence[tuple[Any, Array]]) -> None:
-        """Make copies, and wait for the current stream. See `Place`."""
+        """Make copies, and wait for the current stream, so that the server sees them. See `MemoryKind`."""
         for target, source in copies:
             self._copy(target, source)
         cupy.cuda.get_current_stream().synchronize()
@@ -168,16 +167,16 @@ class _CardMemoryKind:
 
 
 class _CardRegion(BorrowedRegion):
-    """Memory of a card, open here until nothing lies in it any more."""
+    """Memory of a card. It is open in this process for as long as an array is in it."""
 
     def __init__(self, ordinal: int, name: bytes, address: int, size_bytes: int) -> None:
         super().__init__(name, address, size_bytes)
         self._ordinal = ordinal
         self._close = weakref.finalize(self, _close_memory, ordinal, address)
-        self._close.atexit = False  # CUDA may have gone before
+        self._close.atexit = False  # CUDA may have been shut down by then
 
     def array(self, block: BorrowedBlock, spec: TensorSpec) -> Array:
-        """Return a block as a cupy array. See `Region`."""
+        """See `BorrowedRegion`."""
         memory = cupy.cuda.UnownedMemory(
             self.address + block.offset, spec.nbytes, block, self._ordinal
         )
@@ -186,20 +185,20 @@ class _CardRegion(BorrowedRegion):
         return array
 
     def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
-        """Return the block that went last anew, in the manner of `collect`: any stream may be reading it yet."""
+        """See `BorrowedRegion`. Wait for the card first: any stream may still be reading the array that has gone."""
         block = super().reuse_last(size_bytes)
-        if block is not None:
+        if block is not None:  # else nothing is reused, and there is nothing to wait for
             self._await_card()
         return block
 
     def collect(self) -> None:
-        """Make room of the blocks that have gone, once the card is done with what was enqueued on them."""
+        """Free the blocks that have gone, once the card has finished all work that was enqueued on them."""
         if self._dead_references:
             self._await_card()
         super().collect()
 
     def recover(self) -> None:
-        """Make room of all blocks that have gone, in the manner of `collect`."""
+        """See `BorrowedRegion`. Wait for the card first, as `collect` does."""
         self._await_card()
         super().recover()
 
@@ -208,10 +207,13 @@ class _CardRegion(BorrowedRegion):
             card.synchronize()
 
     def unmap(self) -> None:
-        """Close the memory. See `Region`."""
+        """See `BorrowedRegion`."""
         self._close()
 
 
 def _close_memory(ordinal: int, address: int) -> None:
-    with suppress(runtime.CUDARuntimeError), cupy.cuda.Device(ordinal):  # the server may have gone
+    with (
+        suppress(runtime.CUDARuntimeError),
+        cupy.cuda.Device(ordinal),
+    ):  # the server may have gone, and the memory with it
         runtime.ipcCloseMemHandle(address)

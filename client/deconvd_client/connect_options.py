@@ -1,4 +1,4 @@
-"""Arguments of `connect`, checked and turned into plain numbers and strings where they come in."""
+"""Checks the arguments of `connect` where they come in, and turns them into plain numbers and strings."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ __all__ = [
 ]
 
 TENANT_KEY_VARIABLE: Final = "DECONVD_TENANT_KEY"
-"""Where a connection takes its tenant's key from if it is given none."""
+"""The environment variable with the tenant key of connections that are given none."""
 
 _MAX_KEY_BYTES: Final = 64
 _MAX_EXTENT_BITS: Final = 63
 
 
 def parse_timeout(timeout_s: object) -> float:
-    """Return a number of seconds of any kind as a float; a very long one as `LONGEST_S`.
+    """Return a number of seconds as a float, at most `MAX_TIMEOUT_S`.
 
     Raises:
-        InvalidArgumentError: It is no number, or not positive and finite.
+        InvalidArgumentError: It is not a number, or not positive and finite.
     """
     try:
         seconds = _parse_float(timeout_s)
@@ -58,10 +58,10 @@ def parse_max_message_bytes(size_bytes: object) -> int:
     """Return a size as an int.
 
     Raises:
-        InvalidArgumentError: It is no integer, or out of its range.
+        InvalidArgumentError: It is not an integer, or out of range.
     """
     try:
-        size = operator.index(size_bytes)  # type: ignore[arg-type]  # whether it has one is asked here
+        size = operator.index(size_bytes)  # type: ignore[arg-type]  # this is the check
     except TypeError:
         size = 0
     if isinstance(size_bytes, bool) or not 1 <= size <= MAX_MESSAGE_BYTES:
@@ -73,9 +73,9 @@ def parse_max_message_bytes(size_bytes: object) -> int:
 
 
 def parse_transport(name: object) -> TransportName:
-    """Return the transport of a name. Raises InvalidArgumentError if no transport has it."""
+    """Return the transport with a name. Raises InvalidArgumentError if there is no such transport."""
     try:
-        return TransportName(name)  # type: ignore[arg-type]  # whether it is a name is asked here
+        return TransportName(name)  # type: ignore[arg-type]  # this is the check
     except ValueError:
         raise InvalidArgumentError(
             f"transport must be one of {', '.join(TransportName)}, got {name!r}",
@@ -84,7 +84,7 @@ def parse_transport(name: object) -> TransportName:
 
 
 def parse_fail_fast(fail_fast: object) -> bool:
-    """Return a truth value as a bool. Raises InvalidArgumentError if it is something else."""
+    """Return a bool of Python or numpy as a bool. Raises InvalidArgumentError for anything else."""
     if not isinstance(fail_fast, (bool, np.bool_)):
         raise InvalidArgumentError(
             f"fail_fast must be True or False, got {fail_fast!r}", argument="fail_fast"
@@ -93,10 +93,10 @@ def parse_fail_fast(fail_fast: object) -> bool:
 
 
 def parse_tenant_key(key: object) -> bytes:
-    """Return a tenant's key as bytes; for None that of the environment, or none.
+    """Return a tenant key as bytes. None means the key in the environment; empty if there is none either.
 
     Raises:
-        InvalidArgumentError: It is neither text nor bytes, or too long. It is a secret, so it is not shown.
+        InvalidArgumentError: It is neither text nor bytes, or too long. The message does not show it: it is a secret.
     """
     name = "tenant_key"
     if key is None:
@@ -115,13 +115,13 @@ def parse_shape(shape: object) -> tuple[int, ...]:
     """Return a shape, or the extent of a single dimension, as a tuple of ints.
 
     Raises:
-        InvalidArgumentError: It is neither an integer nor integers, or they are beyond all measure.
+        InvalidArgumentError: It is neither an integer nor a sequence of integers, or an extent is too large.
     """
     try:
-        extents = (operator.index(shape),)  # type: ignore[arg-type]  # whether it has one is asked here
+        extents = (operator.index(shape),)  # type: ignore[arg-type]  # this is the check
     except TypeError:
         try:
-            extents = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # likewise
+            extents = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # this is the check
         except TypeError:
             raise InvalidArgumentError(
                 f"shape must be an int or a sequence of ints, got {shape!r}", argument="shape"
@@ -134,9 +134,9 @@ def parse_shape(shape: object) -> tuple[int, ...]:
 
 
 def parse_dtype(dtype: object) -> np.dtype[Any]:
-    """Return what numpy makes a dtype of. Raises InvalidArgumentError if it makes none."""
+    """Return a dtype that is given in any form that numpy accepts. Raises InvalidArgumentError for anything else."""
     try:
-        made: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # whether it is one is asked here
+        made: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # this is the check
     except (TypeError, ValueError, SyntaxError):
         raise InvalidArgumentError(
             f"dtype must be a numpy.dtype or the name of one, got {dtype!r}", argument="dtype"
@@ -145,10 +145,10 @@ def parse_dtype(dtype: object) -> np.dtype[Any]:
 
 
 def _parse_float(value: object) -> float:
-    """Return a number as a float. Raises TypeError, ValueError or OverflowError if it cannot.
+    """Return a number as a float. Raises TypeError, ValueError or OverflowError if that cannot be done.
 
-    Text, booleans, masked numbers and spans of time with units of their own are no numbers here, even where
-    Python or numpy would make a float of them.
+    Text, booleans, masked numbers and timedelta64 are not accepted, although Python or numpy would convert some of
+    them: each is more likely a mistake.
     """
     if isinstance(value, (np.ndarray, np.generic)):
         is_real = value.dtype.kind in "iuf" or value.dtype == BFLOAT16

@@ -322,7 +322,7 @@ class Connection:
             if array.belongs_to(residents):
                 return RemoteTensor(residents, array.resident_for(residents, "array").duplicate())
             array = array.numpy()
-        elements = host_array(self._operations.operand("array", array))
+        elements = host_array(self._operations.parse_operand("array", array)[0])
         spec = spec_of(elements)
         element_type("array", spec.dtype)
         check_extents("array", spec)

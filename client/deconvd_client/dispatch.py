@@ -1,4 +1,4 @@
-"""How a call is made: which of its operands stay on the server, by which way it goes, and what is tried again."""
+"""How a call is made: which operands are residents, which path its tensors take, and what is tried again."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ from deconvd_client.transports.stub import Stub
 __all__ = ["Dispatcher"]
 
 _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
-"""Operands and results together: a stream is faster above it, and proxies have limits of 4 MiB."""
+"""Largest operands and results together of a message: a stream is faster above it, and proxies have limits of 4 MiB."""
 
 _MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES - (16 << 10)
-"""Operands and results together, of a direct call in one message: to copy so little costs less than a stream."""
+"""The same for a message on a direct connection: up to here its copies cost less than a stream."""
 
 
 class Dispatcher:
-    """Makes the calls of one server. Thread-safe.
+    """Makes the calls to one server. Thread-safe.
 
-    The way of a call, and where each turning is taken:
+    The path of a call, and where it branches:
 
-        here, `arrays`     operands as they are | some stay there, or are named by their digests: `Residents`
-        `Nearest.call`     the server's Unix socket | its target; and again, after a pause
-        here, `_call_with_retry`  tensors in shared memory | all in one message | slice by slice in a stream
-        `Stub`             by `Failover`, what is brief and streams | by gRPC, the rest
-        `Failover`         by a direct connection | by gRPC, if there is none
+        `Dispatcher.execute`    all operands are sent | some are residents, or are named by digest: `ResidentExecutor`
+        `Route.call`            by the server's Unix socket | by its target; retries, after a pause
+        `Dispatcher._send_once` large tensors in shared memory | all in one message | slice by slice in a stream
+        `Stub`                  small messages and streams by `Failover` | the rest by gRPC
+        `Failover`              by a direct connection | by gRPC, if there is none
 
     Args:
-        nearest: The ways to the server.
-        memory: Memory that it may lend; None if tensors are not to go that way.
-        residents: What it keeps.
+        route: Leads to the server.
+        borrower: Memory that the server may lend; None if tensors must not go that way.
+        residents: The tensors that the server keeps.
         empty: Returns new memory for a result.
-        last: Takes note of the ledgers.
+        ledger: Receives the ledger of each call.
         timeout_s: How long each call may take.
     """
 
     def __init__(
         self,
-        nearest: Route,
-        memory: Borrower | None,
+        route: Route,
+        borrower: Borrower | None,
         residents: ResidentExecutor,
         empty: Callable[[TensorSpec], Array],
-        last: LastLedger,
+        ledger: LastLedger,
         timeout_s: float,
     ) -> None:
-        self._route = nearest
-        self._borrower = memory
+        self._route = route
+        self._borrower = borrower
         self._residents = residents
         self._empty = empty
         self._timeout_s = timeout_s
-        self._ledger = last
+        self._ledger = ledger
 
     def execute(self, call: Call) -> dict[str, Array]:
         """Make a call and return its results, by the names of their fields.
@@ -80,81 +80,84 @@ class Dispatcher:
             ):
                 return self._execute_with_residents(call, deadline)[1].arrays
             operands[field] = operand
-        asked = CallSpec(
+        call_spec = CallSpec(
             call.operation, call.request, call.problem, operands, call.results, deadline
         )
-        return self.send(asked, self._borrower).arrays
+        return self.send(call_spec, self._borrower).arrays
 
     def execute_and_keep(self, call: Call) -> dict[str, Resident]:
-        """Make a call whose results stay on the server, and return what stands for them.
+        """Make a call whose results stay on the server, and return them as residents, by the names of their fields.
 
         Raises:
-            LostTensorError: As for `arrays`.
+            LostTensorError: As for `execute`.
         """
-        attempt, answered = self._execute_with_residents(call, Deadline(self._timeout_s))
-        return attempt.results(answered.response)
+        attempt, result = self._execute_with_residents(call, Deadline(self._timeout_s))
+        return attempt.results(result.response)
 
-    def send(self, asked: CallSpec, memory: Borrower | None) -> CallResult:
-        """Make a call whose operands are as they are to be.
+    def send(self, call_spec: CallSpec, borrower: Borrower | None) -> CallResult:
+        """Make a call whose operands are ready to be sent, and try it again where that helps.
 
         Args:
-            memory: For large tensors: on the host or on a card, if there may be any.
+            borrower: Memory for large tensors, on the host or on a card; None if they are sent.
         """
-        work = partial(self._send_once, memory=memory, asked=asked)
-        answered = self._route.call(work, asked.deadline)
-        self._ledger.text = answered.ledger
-        return answered
+        work = partial(self._send_once, borrower=borrower, call_spec=call_spec)
+        result = self._route.call(work, call_spec.deadline)
+        self._ledger.text = result.ledger
+        return result
 
     def _execute_with_residents(self, call: Call, deadline: Deadline) -> tuple[Attempt, CallResult]:
-        """Make a call that has residents, and return the attempt that was answered."""
+        """Make a call that has residents, and return the attempt that succeeded."""
         work = partial(self._execute_in_session, call=call, deadline=deadline)
         return self._residents.run_in_session(work, deadline)
 
     def _execute_in_session(
         self, session: bytes, call: Call, deadline: Deadline
     ) -> tuple[Attempt, CallResult]:
-        """Make a call in a session: again, once the server has said what it has lost."""
-        means = self._residents.attempt_context(session, deadline)
+        """Make a call in a session; make it again each time the server says that it has lost an operand."""
+        context = self._residents.attempt_context(session, deadline)
         for _ in call.operands:
-            attempt = Attempt(call, means)
+            attempt = Attempt(call, context)
             try:
                 return attempt, self._send_attempt(attempt)
             except LostTensorError as error:
                 if not attempt.forget(error.argument):
                     raise
-        last = Attempt(call, means, send_all=True)
+        last = Attempt(call, context, send_all=True)
         return last, self._send_attempt(last)
 
     def _send_attempt(self, attempt: Attempt) -> CallResult:
-        asked = attempt.call_spec
+        call_spec = attempt.call_spec
         with attempt.hash_in_background():
             if attempt.needs_room:
-                work = partial(self.send, asked, self._borrower)
-                answered = self._residents.retry_after_flush(work, asked.deadline)
+                work = partial(self.send, call_spec, self._borrower)
+                result = self._residents.retry_after_flush(work, call_spec.deadline)
             else:
-                answered = self.send(asked, self._borrower)
-        attempt.record_response(answered.response)
-        return answered
+                result = self.send(call_spec, self._borrower)
+        attempt.record_response(result.response)
+        return result
 
-    def _send_once(self, stub: Stub, memory: Borrower | None, asked: CallSpec) -> CallResult:
+    def _send_once(self, stub: Stub, borrower: Borrower | None, call_spec: CallSpec) -> CallResult:
         """Make a call once: through shared memory, in one message, or in a stream."""
-        if memory is not None:
-            shared = call_with_shared_memory(memory, stub.call, asked)
-            if shared is not None:
-                return shared
-        tensors_bytes = _payload_bytes(asked)
-        is_brief = tensors_bytes <= _MAX_BRIEF_BYTES
-        is_message = is_brief or (tensors_bytes <= _MAX_UNARY_BYTES and not stub.is_direct)
-        if not (asked.are_digests_known and is_message):
-            (message, arrays), ledger = stub.stream(
-                partial(begin_stream_attempt, asked, self._empty), asked.deadline
-            )
-            return CallResult(message, arrays, ledger)
-        raw: dict[str, Buffer] = {field: elements_of(a) for field, a in asked.operands.items()}
-        return stub.call(asked, Envelope(asked.request, raw), placed={}, is_brief=is_brief)
-
-
-def _payload_bytes(asked: CallSpec) -> int:
-    """Return what the tensors have that a call would carry, to and fro."""
-    tensors: list[Array | TensorSpec] = [*asked.operands.values(), *asked.results.values()]
-    return sum(tensor.nbytes for tensor in tensors)
+        if borrower is not None:
+            result = call_with_shared_memory(borrower, stub.call, call_spec)
+            if result is not None:
+                return result
+        payload_bytes = 0
+        tensors: list[Array | TensorSpec] = [
+            *call_spec.operands.values(),
+            *call_spec.results.values(),
+        ]
+        for tensor in tensors:
+            payload_bytes += tensor.nbytes
+        is_brief = payload_bytes <= _MAX_BRIEF_BYTES
+        is_message = is_brief or (payload_bytes <= _MAX_UNARY_BYTES and not stub.is_direct)
+        if is_message and call_spec.are_digests_known:
+            raw: dict[str, Buffer] = {}
+            for field, array in call_spec.operands.items():
+                raw[field] = elements_of(array)
+            request = Envelope(call_spec.request, raw)
+            return stub.call(call_spec, request, placed={}, is_brief=is_brief)
+        # large, or the server may lack operands that are named by digest: it can ask for those in a stream
+        begin = partial(begin_stream_attempt, call_spec, self._empty)
+        (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
+        return CallResult(response, arrays, ledger)

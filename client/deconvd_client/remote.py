@@ -57,7 +57,7 @@ class Remote:
             TypeError: A keyword is unknown.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._operations.deconvolution(x, W, b, geometry, stay=True)
+        call = self._operations.deconvolution(x, W, b, geometry, keep_results=True)
         return self._execute(call)["y"]
 
     @reject_unknown_keywords
@@ -94,7 +94,7 @@ class Remote:
             TypeError: A keyword is unknown.
         """
         geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._operations.differentiation(x, W, b, gy, geometry, wanted, stay=True)
+        call = self._operations.differentiation(x, W, b, gy, geometry, wanted, keep_results=True)
         kept = self._execute(call)
         return RemoteGradients(gx=kept.get("gx"), gW=kept.get("gw"), gb=kept.get("gb"))
 

@@ -1,4 +1,4 @@
-"""One server, as a client has it: the ways to it, the memory that it lends, what it keeps, and the calls to it."""
+"""Everything a client has of one server: the route to it, the memory it lends, its residents, and the calls to it."""
 
 from __future__ import annotations
 
@@ -37,35 +37,35 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 _CLOSE_TIMEOUT_S: Final = 0.8
-"""How long `Server.close` waits for a server that takes nothing any more."""
+"""How long `Server.close` waits for a server that no longer reads."""
 
 _RESULT_POOL_BYTES: Final = 256 << 20
-"""Memory of dropped results that is kept for the next ones: fresh memory costs more than a copy into it."""
+"""How much memory of dropped results is kept for the next ones: fresh memory costs more than a copy into it."""
 
 _HOST_TYPES: Final = frozenset((np.ndarray, Resident))
-"""Types of operands that are on no card; classes derived from them are neither."""
+"""Types of operands that are not on a card. Classes derived from them need a closer look."""
 
 _MESSAGE_ONLY_TRANSPORTS: Final = (TransportName.UNIX, TransportName.TCP, TransportName.GRPC)
 
 
 class Server:
-    """All that a client has of one server. Thread-safe; nothing is sent before the first call.
+    """Everything a client has of one server. Thread-safe. Nothing is sent before the first call.
 
     Its methods raise DeconvdErrors, within the time that each call may take.
 
     Args:
-        target: Where it can be reached in any case.
-        transport: Which way tensors are to go.
+        target: Where it can always be reached.
+        transport: How tensors travel.
         max_message_bytes: The largest response to accept.
         tenant_key: As in HoldSessionRequest.
         timeout_s: How long each call may take, in seconds.
-        fail_fast: Whether a server that cannot be reached is given up at once.
+        fail_fast: Whether a call fails at once if the server cannot be reached.
 
     Attributes:
-        nearest: The ways to it.
-        memory: Memory that it lends on this host.
-        residents: What it keeps.
-        calls: Makes calls.
+        route: Leads to the server.
+        borrower: Memory that it lends on this host.
+        residents: The tensors that it keeps.
+        dispatcher: Makes calls whose operands are on the host.
     """
 
     def __init__(
@@ -90,22 +90,23 @@ class Server:
         is_lent = transport not in _MESSAGE_ONLY_TRANSPORTS
         if not is_lent:
             self.borrower.close()
-        empty, last = self._result_pool.empty, self._ledger
+        empty, ledger = self._result_pool.empty, self._ledger
         self.residents: ResidentExecutor = ResidentExecutor(
-            self.route, self.borrower, tenant_key, empty, last, timeout_s
+            self.route, self.borrower, tenant_key, empty, ledger, timeout_s
         )
-        lent = self.borrower if is_lent else None
+        borrower = self.borrower if is_lent else None
         self.dispatcher: Dispatcher = Dispatcher(
-            self.route, lent, self.residents, empty, last, timeout_s
+            self.route, borrower, self.residents, empty, ledger, timeout_s
         )
         self._card_dispatcher: CardDispatcher | None = None
         self._lock = new_lock()
         self._is_closed = False
 
     def execute(self, call: Call) -> dict[str, Array]:
-        """Make a call that may have arrays on cards, and return its results, by the names of their fields.
+        """Make a call whose arrays may be on cards, and return its results, by the names of their fields.
 
-        They are numpy's, or cupy's where `call.at` is. Raises LostTensorError, as `Calls.arrays` does.
+        Results are cupy arrays if `call.results_like` is one, else numpy arrays. Raises LostTensorError, as
+        `Dispatcher.execute` does.
         """
         if _HOST_TYPES.issuperset(map(type, (call.results_like, *call.operands.values()))):
             return self.dispatcher.execute(call)
@@ -114,22 +115,22 @@ class Server:
         return self._get_card_dispatcher().execute(call)
 
     def info(self) -> ServerInfo:
-        """Return what it is, what it runs on and how much it takes."""
+        """Return the server's version, devices and limits."""
         deadline = Deadline(self._timeout_s)
         session = self.residents.session_name
         return ServerInfo.from_message(self.route.server_info(deadline, session))
 
     def health(self) -> str:
-        """Return its health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
+        """Return its health: ``SERVING``, ``NOT_SERVING`` or another of gRPC's status names."""
         return self.route.health(Deadline(self._timeout_s))
 
     @property
     def last_ledger(self) -> dict[str, int]:
-        """Where the time of the calling thread's last call went there, in microseconds."""
+        """Where the time of this thread's last call went on the server, in microseconds."""
         return parse_ledger(self._ledger.text)
 
     def close(self) -> None:
-        """Close all that is open, within a second. Calls under way, and later ones, raise CallCancelledError."""
+        """Close all connections, within a second. Calls under way, and later ones, raise CallCancelledError."""
         self._is_closed = True
         deadline = Deadline(_CLOSE_TIMEOUT_S)
         if self._card_dispatcher is not None:
@@ -140,15 +141,15 @@ class Server:
         self._result_pool.clear()
 
     def describe(self) -> Iterator[str]:
-        """Yield in words which way calls go now, and what is open, as far as is known without asking."""
+        """Yield in words how calls travel now, and what is open, as far as is known without asking the server."""
         if self._is_closed:
             yield "closed"
             return
         stub = self.route.current_stub
         if stub is None:
             return  # nothing is known before the first call
-        way = "a Unix socket" if unix_path(stub.target) else "TCP"
-        yield f"by shared memory and {way}" if self.borrower.borrowed_bytes else f"by {way}"
+        socket = "a Unix socket" if unix_path(stub.target) else "TCP"
+        yield f"by shared memory and {socket}" if self.borrower.borrowed_bytes else f"by {socket}"
         if stub.direct is None:
             yield "gRPC alone"
         else:
@@ -157,7 +158,7 @@ class Server:
             yield "session open"
 
     def _get_card_dispatcher(self) -> CardDispatcher:
-        from deconvd_client.card_calls import CardDispatcher
+        from deconvd_client.card_calls import CardDispatcher  # imports cupy
 
         with self._lock:
             if self._card_dispatcher is None:
@@ -176,10 +177,10 @@ def _open_stub(transport: TransportName, max_message_bytes: int, target: str) ->
         lambda: open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
     )
     is_direct = transport is not TransportName.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
-    way = connector_for(target) if is_direct else None
-    return Stub(target, GrpcTransport(rpcs, ErrorHints(target, proxy)), way)
+    connector = connector_for(target) if is_direct else None
+    return Stub(target, GrpcTransport(rpcs, ErrorHints(target, proxy)), connector)
 
 
-def _find_memory_socket(far: Stub, deadline: Deadline) -> str:
-    """Return where the server lends memory; empty if it lends none here."""
-    return find_memory_socket(far.get_server_info(deadline), unix_path(far.target))
+def _find_memory_socket(stub: Stub, deadline: Deadline) -> str:
+    """Return the path of the socket where the server lends memory; empty if it lends none on this host."""
+    return find_memory_socket(stub.get_server_info(deadline), unix_path(stub.target))

@@ -1,4 +1,4 @@
-"""What a server says of itself."""
+"""What a server tells about itself: its version, devices and limits."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ __all__ = ["DeviceDescription", "ServerInfo"]
 
 @dataclass(frozen=True, slots=True)
 class DeviceDescription:
-    """Something that computes.
+    """A device that a server computes on.
 
     Attributes:
         id: As in the server's ``--device``: ``cpu``, ``cuda:0``.
-        name: The maker's name for it.
-        memory_bytes: What it has in all.
+        name: The product name.
+        memory_bytes: Size of its memory.
         threads_count: Threads that compute on it; 0 on a GPU.
-        budget_bytes: What the calls under way may take of its memory, all together.
-        used_bytes: What they take now.
+        budget_bytes: How much of its memory all running calls together may use.
+        used_bytes: How much of it they use now.
         running_calls_count: How many calls run.
-        waiting_calls_count: How many wait for their turn.
-        caches: What it keeps between calls; of tensors that stay on the server, those of the connection's own
-            tenant.
+        waiting_calls_count: How many calls wait for their turn.
+        caches: Its caches. Of the residents, only those of the connection's own tenant are counted.
     """
 
     id: str
@@ -40,7 +39,7 @@ class DeviceDescription:
 
     @classmethod
     def from_message(cls, message: pb.Device) -> DeviceDescription:
-        """Return what a message says."""
+        """Return the description in a message."""
         plain = {
             field.name: getattr(message, field.name)
             for field in fields(cls)
@@ -51,15 +50,15 @@ class DeviceDescription:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server is.
+    """What a server tells about itself.
 
     Attributes:
-        version: Of deconvd.
-        devices: What it computes on.
-        element_types: Names of the element types that it takes, of those that this client knows.
-        max_message_bytes: The largest request and the largest response.
-        features: Names of the optional parts of the contract that it has.
-        direct_port: The TCP port where it takes direct calls; 0 if there is none.
+        version: Its version of deconvd.
+        devices: The devices that it computes on.
+        element_types: Names of the element types that it accepts and this client knows.
+        max_message_bytes: Size of the largest request or response.
+        features: Names of the optional features that it supports.
+        direct_port: The TCP port where it accepts direct connections; 0 if it accepts none.
     """
 
     version: str
@@ -71,7 +70,7 @@ class ServerInfo:
 
     @classmethod
     def from_message(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
-        """Return what a response says."""
+        """Return the information in a response."""
         dtypes = (element_type_from_number(number) for number in message.element_types)
         return cls(
             version=message.version,

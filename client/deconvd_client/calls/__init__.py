@@ -1,1 +1,1 @@
-"""What one call is: its specification, its deadline and its transport. Knows no other package of the client."""
+"""One call: its specification, its deadline and its transport. This package imports no other of the client."""

@@ -1,4 +1,4 @@
-"""What a call asks for and what it was answered, whatever the way that it takes."""
+"""The specification and the result of a call, whatever its transport."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ Request: TypeAlias = pb.DeconvolveRequest | pb.DeconvolveGradRequest
 Response: TypeAlias = pb.DeconvolveResponse | pb.DeconvolveGradResponse
 
 _REQUEST_CACHE_SIZE: Final = 1024
-"""Kinds of calls whose descriptions are kept: most calls are made again and again."""
+"""For how many kinds of calls the request is kept: most calls are made again and again."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallSpec:
-    """A call to be made.
+    """The specification of a call.
 
     Attributes:
-        operation: What is computed.
-        request: Describes the operands, or says where they are. It is not to be changed.
-        problem: Of what shapes, types and geometry.
-        operands: Those to be sent, by the names of their fields, in the order of streams.
-        results: What is to be returned, likewise.
+        operation: The operation to compute.
+        request: Describes the operands, or says where they are. It is shared, and must not be changed.
+        problem: Shapes, element types and geometry.
+        operands: The operands to send, by the names of their fields, in the order of streams.
+        results: The results to return, likewise.
         deadline: When the caller must have an answer.
-        offered: Operands that the request names by their digests. In a stream they are sent if the
-            server lacks them.
-        is_sure: Whether the server is known to have them.
+        offered: Operands that the request names by digest. A stream sends those that the server lacks.
+        are_digests_known: Whether the server is known to have all of them.
     """
 
     operation: Operation
@@ -61,12 +60,12 @@ class CallSpec:
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """A call that was answered.
+    """The result of a call.
 
     Attributes:
-        response: Says under which handles tensors are kept; it carries no elements.
+        response: Has the handles of results that stay on the server. It carries no elements.
         arrays: The results that were returned, by the names of their fields.
-        ledger: Where the time went on the server, as `deconvd.wire.ledger` has it.
+        ledger: Where the time went on the server, in the format of `deconvd.wire.ledger`.
     """
 
     response: Response
@@ -75,10 +74,10 @@ class CallResult:
 
 
 class LastLedger(threading.local):
-    """The ledger of the last call that a thread was answered: each thread has its own.
+    """The ledger of the last call. Each thread has its own.
 
     Attributes:
-        text: As `deconvd.wire.ledger` has it; empty before the first.
+        text: In the format of `deconvd.wire.ledger`; empty before the first call.
     """
 
     text = ""
@@ -92,11 +91,11 @@ def make_request(
     results: tuple[str, ...],
     optional: tuple[str, ...] = (),
 ) -> Request:
-    """Return what describes a call. It is not to be changed: it serves every such call.
+    """Return the request that describes a call. It is cached for all such calls, and must not be changed.
 
     Args:
         results: Fields of the results that are wanted.
-        optional: Fields of those operands that are given, though they may be left out.
+        optional: Fields of the operands that are given. Only those that could be left out matter.
     """
     request: Any = messages_for(operation).request(
         geometry=message_from_geometry(problem.geometry),

@@ -1,4 +1,4 @@
-"""The deadline of a call: made once, where the call begins, and handed down to all that waits for it."""
+"""The deadline of a call. It is made once, where the call begins, and passed down to everything that waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Deadline:
     """The moment by which a call must have ended.
 
     Attributes:
-        timeout_s: How long the caller allowed, in seconds.
+        timeout_s: How long the call may take in all, in seconds; for messages.
 
     Args:
         timeout_s: Seconds from now.
@@ -24,11 +24,11 @@ class Deadline:
         self._at_s = time.monotonic() + timeout_s
 
     def remaining_s(self) -> float:
-        """Return the seconds that are left; 0 once it has passed."""
+        """Return how many seconds are left; 0 once the deadline has passed."""
         return max(self._at_s - time.monotonic(), 0.0)
 
     def with_limit(self, limit_s: float) -> Deadline:
-        """Return the earlier of this and the moment `limit_s` seconds from now."""
+        """Return the earlier of this deadline and the moment `limit_s` seconds from now."""
         return Deadline(min(self.remaining_s(), limit_s))
 
     def __repr__(self) -> str:

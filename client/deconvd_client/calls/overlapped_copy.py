@@ -1,4 +1,4 @@
-"""Copies of operands that a call does not wait for: they are made once the server knows of the call."""
+"""Copies of operands into shared memory that overlap with their call: they are made once the server knows of it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from deconvd.model.dtypes import Array
 __all__ = ["OverlappedCopy", "SharedOperand"]
 
 _MAX_REPORTS_COUNT: Final = 8
-"""How often progress is told, at most, beside the ends of operands: in as many parts a card takes x."""
+"""How often progress is reported at most, apart from the ends of operands. A card uploads x in as many parts."""
 
 
 class SharedOperand(NamedTuple):
-    """One of the operands that a call has in shared memory.
+    """An operand that a call has in shared memory.
 
     Attributes:
         size_bytes: Its size.
-        copy: Where it is to be copied and what from, if it is not there yet.
+        copy: The target and the source of its copy; None if it is there already.
     """
 
     size_bytes: int
@@ -28,14 +28,14 @@ class SharedOperand(NamedTuple):
 
 
 class OverlappedCopy:
-    """Copies to be made once, however often their call is tried. For one thread.
+    """Copies of one call. They are made once, however often the call is tried. Not thread-safe.
 
     Args:
         operands: All operands in shared memory, in the order of `Operation.write_order`.
 
     Attributes:
-        is_made: Whether all is copied.
-        written_bytes: How many bytes of the operands, one behind the other, are there at first.
+        is_done: Whether all copies are made.
+        initial_bytes: How many bytes of the operands, one after the other, are there before the first copy.
     """
 
     def __init__(self, operands: Sequence[SharedOperand]) -> None:
@@ -45,52 +45,59 @@ class OverlappedCopy:
             o.size_bytes for o in takewhile(lambda o: o.copy is None, operands)
         )
 
-    def run(self, tell: Callable[[int], None] | None = None) -> None:
-        """Make them, unless they are made.
+    def run(self, report: Callable[[int], None] | None = None) -> None:
+        """Make the copies, unless they are made.
 
         Args:
-            tell: Told how many bytes of the operands are there, as `copy_all` does, but not as often.
+            report: Called with the number of bytes of the operands that are there, now and then, in any thread.
         """
         if self.is_done:
             return
         copies = [operand.copy for operand in self._operands if operand.copy is not None]
-        copy_all(copies, tell and _ProgressThrottle(tell, self._operands))
+        copy_all(copies, report and _ProgressThrottle(report, self._operands))
         self.is_done = True
 
 
 class _ProgressThrottle:
-    """Passes progress on once it is worth telling.
+    """Passes progress on, but only when enough has been copied since the last report.
+
+    The copies count the bytes that they have made. The server counts all bytes of the operands in their order, also
+    those that were there before::
+
+        operands   [ W, there already ][ b, to be copied ][ x, to be copied      ]
+        copied                          [================][======>
+        reported   [====================================================>
 
     Args:
-        tell: Told how many bytes of the operands are there.
+        report: Called with the number of bytes of the operands that are there.
     """
 
-    def __init__(self, tell: Callable[[int], None], operands: Sequence[SharedOperand]) -> None:
-        self._report = tell
+    def __init__(self, report: Callable[[int], None], operands: Sequence[SharedOperand]) -> None:
+        self._report = report
         self._operands = operands
         self._end_offsets = [*_end_offsets(operands)]
         self._reported_bytes = 0
 
     def __call__(self, copied_bytes: int) -> None:
-        """Take note how many bytes of those that are to be copied, one behind the other, are there."""
-        there_bytes = self._present_bytes(copied_bytes)
+        """Note how many bytes have been copied."""
+        present_bytes = self._present_bytes(copied_bytes)
         step_bytes = self._end_offsets[-1] / _MAX_REPORTS_COUNT
-        is_at_an_end = any(self._reported_bytes < end <= there_bytes for end in self._end_offsets)
-        if is_at_an_end or there_bytes - self._reported_bytes >= step_bytes:
-            self._reported_bytes = there_bytes
-            self._report(there_bytes)
+        is_at_an_end = any(self._reported_bytes < end <= present_bytes for end in self._end_offsets)
+        if is_at_an_end or present_bytes - self._reported_bytes >= step_bytes:
+            self._reported_bytes = present_bytes
+            self._report(present_bytes)
 
     def _present_bytes(self, copied_bytes: int) -> int:
-        there_bytes = 0
+        present_bytes = 0
         for operand in self._operands:
             operand_bytes = operand.size_bytes
             if operand.copy is not None:
                 operand_bytes = min(copied_bytes, operand_bytes)
                 copied_bytes -= operand_bytes
-            there_bytes += operand_bytes
+            present_bytes += operand_bytes
             if operand_bytes < operand.size_bytes:
                 break
-        return there_bytes
+        return present_bytes
 
 
 def _end_offsets(operands: Sequence[SharedOperand]) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What a transport is: it carries calls to one server, each once."""
+"""The interface of a transport, which carries calls to one server, each once."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ _T = TypeVar("_T")
 
 
 class NotServedDirectlyError(Exception):
-    """A transport has found that it cannot carry a call, or not to its end: the call is to be made in another way."""
+    """The transport cannot carry a call, or could not carry it to its end. Another transport must carry it."""
 
 
 class OutcomeUnknownError(NotServedDirectlyError):
-    """It was lost while the server may have been at the call, and the server may be at it still."""
+    """A call was lost after it was sent: the server may have computed it, or may still do so."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamAttempt(Generic[_T]):
-    """A call of many parts, to be made once.
+    """One attempt at a call of many parts.
 
     Attributes:
-        parts: The request; the first is a message.
-        receive: Makes something of the response.
-        response_type: The type of its messages.
-        at_once: Whether parts of the response may come before the request is whole: it is sent in a
-            thread of its own then.
+        method: The method of the service.
+        parts: The parts of the request; the first is a message.
+        receive: Reads the response, and returns the result of the call.
+        response_type: The type of the response's messages.
+        is_full_duplex: Whether the response may begin before the request has ended. A second thread sends the
+            request then.
     """
 
     method: MethodCode
@@ -48,31 +49,31 @@ class StreamAttempt(Generic[_T]):
 class Transport(Protocol):
     """Carries calls to one server. Thread-safe.
 
-    Its methods raise a DeconvdError, by the deadline at the latest, or a moment later. One that is not
-    for all calls raises NotServedDirectlyError for what another transport is to carry.
+    Its methods raise a DeconvdError, at the deadline or a moment later at the latest. A transport that does not carry
+    all calls raises NotServedDirectlyError for those that another must carry.
     """
 
     @property
     def may_carry(self) -> bool:
-        """Whether it may carry a call now; False if it is known beforehand that it cannot."""
+        """Whether it may carry a call now; False if it is known that it cannot."""
 
     def unary(
         self,
         method: str,
         request: bytes,
         deadline: Deadline,
-        late_copy: OverlappedCopy | None = None,
+        overlapped_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
         """Return the response to a call of one message, and its ledger.
 
         Args:
             method: Its name in the schema.
-            late_copy: Puts operands where the request says that they are: before the call is made, or meanwhile.
+            overlapped_copy: Puts operands where the request says that they are: before the call, or during it.
         """
 
     def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
-        """Make a call of many parts; return what is made of the response, and the ledger.
+        """Make a call of many parts; return what `StreamAttempt.receive` returns, and the ledger.
 
         Args:
-            begin: Begins the call, once for each transport that tries to carry it.
+            begin: Begins an attempt. Called once for each transport that tries to carry the call.
         """

@@ -1,8 +1,9 @@
-"""Work that no interrupt strikes: it is done in a thread where Python runs no signal handlers.
+"""Work that no interrupt can break off: it is done in a background thread.
 
-An exception from a signal handler (KeyboardInterrupt, say) may end a function of the main thread after any call that it
-makes, in the middle of what must be whole: between a request and its answer, or with a lock of gRPC's or the standard
-library's held (`Condition` is one that stays locked). The main thread waits instead, and leaves if it is interrupted.
+Python runs signal handlers in the main thread alone. An exception from one (KeyboardInterrupt, say) may leave a
+function of the main thread after any call that it makes, also in the middle of an operation that must not be split:
+between a request and its reply, or with a lock of gRPC or of the standard library held (`Condition` is one that stays
+locked). With the work in another thread, the main thread only waits for it, and can leave at any time.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ _T = TypeVar("_T")
 _WorkQueue: TypeAlias = SimpleQueue[Callable[[], object]]
 
 _IDLE_TIMEOUT_S: Final = 30.0
-"""How long a thread that has nothing to do waits for more."""
+"""How long an idle thread waits for more work."""
 
 
 def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = lambda: None) -> _T:
-    """Return what `work` returns, or raise what it raises, doing it where no interrupt strikes.
+    """Return what `work` returns, or raise what it raises. In the main thread, a background thread does the work.
 
-    If the caller is interrupted it does not wait: the work goes on by itself.
+    If the caller is interrupted it stops waiting, and the work goes on.
 
     Args:
-        give_up: Called if the caller is interrupted, in another thread: to end the work soon.
+        give_up: Called in another thread if the caller is interrupted. It should make the work end soon.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -47,22 +48,22 @@ def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = l
 
 
 def run_in_background(work: Callable[[], object]) -> None:
-    """Have something done soon in another thread, which does not keep the process alive.
+    """Have work done soon in another thread, which does not keep the process alive.
 
-    Unlike `threading.Thread.start` this is whole if an interrupt strikes: the work is done, or not begun.
-    It must raise nothing.
+    Unlike `threading.Thread.start` this is atomic: if an interrupt strikes, the work is either done or never begun. The
+    work must not raise an exception.
     """
     _worker_pool.submit(work)
 
 
 class PromiseTimeoutError(Exception):
-    """What was promised has not been given in time."""
+    """A promise was not fulfilled in time."""
 
 
 class Promise(Generic[_T]):
     """A value or an error that one thread waits for and another gives, once.
 
-    Unlike a `Future` it does not stay locked if an exception strikes the waiting thread.
+    Unlike a `Future` it cannot stay locked if an exception from a signal handler strikes the waiting thread.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class Promise(Generic[_T]):
         self._outcome.put((None, error))
 
     def wait(self, within_s: float | None = None) -> _T:
-        """Return the value, or raise the error. Raises PromiseTimeoutError if neither comes in time."""
+        """Return the value, or raise the error. Raises PromiseTimeoutError if there is neither in time."""
         try:
             value, error = self._outcome.get(timeout=within_s)
         except Empty:
@@ -87,11 +88,11 @@ class Promise(Generic[_T]):
         try:
             raise error
         finally:
-            del error  # it holds this frame
+            del error  # its traceback refers to this frame: a cycle
 
 
 class BackgroundTask(Generic[_T]):
-    """Work that is done once, in another thread, and what came of it."""
+    """Work that another thread does, once, and its outcome."""
 
     def __init__(self, work: Callable[[], _T]) -> None:
         self._work = work
@@ -101,11 +102,11 @@ class BackgroundTask(Generic[_T]):
     def run(
         self, give_up: Callable[[], object] = lambda: None, within_s: float | None = None
     ) -> _T:
-        """Have it done; return or raise what came of it.
+        """Have the work done; return its value, or raise its error.
 
         Args:
-            give_up: Called if the caller does not wait for the end, in another thread.
-            within_s: How long to wait at most, in seconds; None if the work itself ends in time.
+            give_up: Called in another thread if the caller leaves before the work has ended.
+            within_s: How long to wait at most, in seconds; None if the work itself keeps the deadline.
 
         Raises:
             PromiseTimeoutError: The work has not ended in time.
@@ -119,7 +120,7 @@ class BackgroundTask(Generic[_T]):
             raise
 
     def fail(self, error: BaseException) -> None:
-        """Let the caller raise an error, and wait no longer. It has no effect once the work has ended."""
+        """Make the caller stop waiting, and raise an error. It has no effect once the work has ended."""
         self._promise.fail(error)
 
     def _execute(self) -> None:
@@ -131,13 +132,16 @@ class BackgroundTask(Generic[_T]):
         else:
             self._has_ended = True
             self._promise.fulfil(value)
-        del self._work  # a thread that waits for the next must not hold what this one held
+        del (
+            self._work
+        )  # the thread may be idle for long, and must not keep alive what the work refers to
 
 
 class _WorkerPool:
-    """Threads that do what the main thread hands them, each one thing at a time.
+    """Threads that work for the main thread. They do not keep the process alive.
 
-    The main thread holds no lock here, and waits for none. They do not keep the process alive.
+    Each thread has a queue of its own, which is in `_idle` while the thread has nothing to do. The main thread takes a
+    queue and puts the work there: it holds no lock, and waits for none.
     """
 
     def __init__(self) -> None:
@@ -149,38 +153,37 @@ class _WorkerPool:
 
     def submit(self, work: Callable[[], object]) -> None:
         try:
-            mailbox = self._idle.pop()
+            queue = self._idle.pop()
         except IndexError:
-            mailbox = SimpleQueue()
-            mailbox.put(work)
-            # not by `threading`: there the starter waits for the thread, with a lock held
-            _thread.start_new_thread(self._serve, (mailbox, self._idle))
+            queue = SimpleQueue()
+            queue.put(work)
+            # not by `threading`: its `start` waits for the new thread, with a lock held
+            _thread.start_new_thread(self._serve, (queue, self._idle))
         else:
-            mailbox.put(work)
+            queue.put(work)
 
     @staticmethod
-    def _serve(mailbox: _WorkQueue, idle: deque[_WorkQueue]) -> None:
-        # what threads of `threading` do: else debuggers and coverage do not see the work
+    def _serve(queue: _WorkQueue, idle: deque[_WorkQueue]) -> None:
+        # as threads of `threading` do: otherwise debuggers and coverage would not see the work
         if (trace := threading.gettrace()) is not None:
             sys.settrace(trace)
         waits_count = 0
         while waits_count < 2:
             try:
-                mailbox.get(
-                    timeout=_IDLE_TIMEOUT_S
-                )()  # without a name, which would keep it until the next
+                # without a name for the work, which would keep it alive until the next
+                queue.get(timeout=_IDLE_TIMEOUT_S)()
             except Empty:
                 try:
-                    idle.remove(mailbox)
+                    idle.remove(queue)
                 except ValueError:
-                    # It was taken, and something is about to be put: wait again, but not for ever, as
-                    # an interrupt may have come between.
+                    # The main thread has taken the queue, and is about to put work there: wait once more. But not
+                    # for ever: an interrupt may have struck between the two.
                     waits_count += 1
                 else:
                     return
             else:
                 waits_count = 0
-                idle.append(mailbox)
+                idle.append(queue)
 
 
 _worker_pool: Final = _WorkerPool()

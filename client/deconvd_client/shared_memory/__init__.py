@@ -1,4 +1,4 @@
-"""Memory that a server on this host lends: arrays that lie in it need not be sent."""
+"""Shared memory that a server on this host lends: arrays in it need not be sent."""
 
 from deconvd_client.shared_memory.borrower import Borrower
 from deconvd_client.shared_memory.shared_calls import (

@@ -1,4 +1,4 @@
-"""Which parts of a stretch of memory are taken. Only numbers: no memory here."""
+"""An allocator of ranges: which parts of a region are in use. It handles only numbers, not the memory itself."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ __all__ = ["Arena"]
 _LINE_BYTES: Final = 64
 _PAGE_BYTES: Final = 4096
 _MIN_PAGED_BYTES: Final = 16 * _PAGE_BYTES
-"""From this size on, blocks are whole pages: a device may copy them faster, and less is left in between."""
+"""Blocks of at least this size are whole pages: a device may copy them faster, and smaller gaps are left."""
 
 
 class Arena:
-    """Gives out blocks of a stretch of memory, the tightest that fits. Not thread-safe.
+    """Allocates blocks of a region by best fit. Not thread-safe.
 
-    Blocks begin at multiples of 64 bytes, of 4096 from 64 KiB on; free neighbours become one. An
-    interrupt may end a method anywhere: `_allocated` alone is the truth, changed in one step, and what
-    is free is found anew from it if a method did not come to its end.
+    Blocks begin at multiples of 64 bytes; those of 64 KiB and more at multiples of 4096. Adjacent free ranges are
+    merged. An interrupt may end a method anywhere. So `_allocated` alone is authoritative and is changed in one step;
+    the free ranges are computed again from it if a method did not reach its end.
 
     Args:
-        size_bytes: A multiple of the page size, which is that of the stretch.
+        size_bytes: Size of the region, a multiple of the page size.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self._free_ranges: list[tuple[int, int]] = [(0, size_bytes)]  # begin and end, in order
-        self._allocated: dict[int, int] = {}
-        self._is_consistent = True  # whether the free stretches are those between the taken
+        self._free_ranges: list[tuple[int, int]] = [(0, size_bytes)]  # begin and end, sorted
+        self._allocated: dict[int, int] = {}  # end of each block, by its offset
+        self._is_consistent = True  # whether the free ranges are the gaps between the blocks
 
     @property
     def offsets(self) -> list[int]:
-        """Of all blocks that are taken."""
+        """Where the allocated blocks begin."""
         return [*self._allocated]
 
     @property
     def allocated_bytes(self) -> int:
-        """What blocks take, rounded up as they are."""
+        """Size of all blocks, each rounded up to its alignment."""
         return sum(end - begin for begin, end in self._allocated.items())
 
     @property
     def is_empty(self) -> bool:
-        """Whether no block is taken."""
+        """Whether no block is allocated."""
         return not self._allocated
 
     def allocate(self, size_bytes: int) -> int | None:
-        """Return the offset of a new block of at least `size_bytes`, over 0; None if none is free."""
+        """Return the offset of a new block of at least `size_bytes` (more than 0); None if there is no room."""
         self._rebuild_free_ranges()
         grain = _PAGE_BYTES if size_bytes >= _MIN_PAGED_BYTES else _LINE_BYTES
         size = _round_up(size_bytes, grain)
@@ -70,7 +70,7 @@ class Arena:
         return offset
 
     def free(self, offset: int) -> None:
-        """Free a block. Raises KeyError if there is none at `offset`."""
+        """Free a block. Raises KeyError if no block begins at `offset`."""
         self._rebuild_free_ranges()
         begin, end = offset, self._allocated[offset]
         self._is_consistent = False
@@ -84,7 +84,7 @@ class Arena:
         self._is_consistent = True
 
     def _rebuild_free_ranges(self) -> None:
-        """Find anew what is free, if a method was interrupted."""
+        """Compute the free ranges again if a method was interrupted."""
         if self._is_consistent:
             return
         free: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Borrows memory from a server on this host, keeps arrays in it, and says where they lie."""
+"""The borrower: gets memory from a server on this host, puts arrays there, and says where they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deconvd.errors import (
 )
 from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.model.dtypes import Array, element_type
-from deconvd.model.problem import TensorSpec, check_extents, spec_of
+from deconvd.model.problem import TensorSpec, check_extents
 from deconvd.wire.shared_slice import SharedSlice
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.shared_memory.loan_thread import LenderState, LoanClient, LoanRequest
@@ -29,28 +29,27 @@ from deconvd_client.shared_memory.region import BorrowedBlock, BorrowedRegion, R
 __all__ = ["Borrower", "has_call_ended"]
 
 _PATIENCE_S: Final = 5.0
-"""How long calls that have another way wait for memory."""
+"""How long a call that has another way waits for memory."""
 
 _BRIEF_PATIENCE_S: Final = 0.25
-"""The same, while another call asks already, or after the server was lost: one that is there answers sooner."""
+"""The same, if another call is asking already or the server was lost: a server that is there answers sooner."""
 
 
 class Borrower:
     """Arrays in memory that a server on this host lends. Thread-safe.
 
-    It asks at the first need. Where the server lends nothing, or has reached a limit, its methods
-    return None and the caller sends its tensors in messages. When the server goes, calls can no
-    longer use what it lent, but arrays in it stay as they are; the next need asks anew. A forked child begins
-    with nothing: arrays of its parent are to be read there, not written.
+    The server is asked for memory when some is first needed. Where it lends none, or has reached a limit, methods
+    return None and the caller sends its tensors in messages. When the server goes, calls can no longer use what it
+    lent, but the arrays there keep their values; when memory is next needed, the server is asked again. A forked child
+    begins with nothing: it may read the arrays of its parent, but must not write to them.
 
-    What is to be done is decided here, under a lock; `Loans` talks to the server.
+    Decisions are made here, under a lock; `LoanClient` talks to the server.
 
     Args:
-        find_socket: Returns the path of the server's side socket before a deadline, empty if it has
-            none. Called at the first need, and again once no one listens there or after an error of
-            deconvd.errors.
+        find_socket: Returns the path of the server's lending socket before a deadline; empty if there is none. Called
+            when memory is first needed, and again once nobody listens there or it raised a DeconvdError.
         is_only_way: Whether tensors must not be sent instead.
-        place: Where the memory is, and so the arrays.
+        memory_kind: The kind of memory, and so of the arrays.
     """
 
     def __init__(
@@ -58,14 +57,14 @@ class Borrower:
         find_socket: Callable[[Deadline], str],
         *,
         is_only_way: bool = False,
-        place: MemoryKind = HOST_MEMORY,
+        memory_kind: MemoryKind = HOST_MEMORY,
     ) -> None:
-        self.memory_kind = place
+        self.memory_kind = memory_kind
         self._is_only_way = is_only_way
-        self._lock = new_lock()  # never held while the server is talked to
+        self._lock = new_lock()  # never held while this talks to the server
         self._pool = RegionPool()
         self._loan_client = LoanClient(
-            self._lock, self._pool, find_socket, is_only_way=is_only_way, place=place
+            self._lock, self._pool, find_socket, is_only_way=is_only_way, memory_kind=memory_kind
         )
         register_fork_reset(self)
 
@@ -78,7 +77,7 @@ class Borrower:
         """Return a new array with any elements: in shared memory if there is room, else outside.
 
         Raises:
-            InvalidArgumentError: There can be no such array, or none that a call could take.
+            InvalidArgumentError: There can be no such array, or no call could take it.
         """
         extents = (shape,) if isinstance(shape, SupportsIndex) else shape
         spec = TensorSpec(
@@ -86,46 +85,38 @@ class Borrower:
         )
         check_extents("shape", spec)
         block = self.allocate(spec.nbytes, deadline) if spec.nbytes else None
-        return np.empty(spec.shape, spec.dtype) if block is None else block.array(spec)
+        if block is None:
+            return np.empty(spec.shape, spec.dtype)
+        return block.region.array(block, spec)
 
     def is_large(self, tensor: Array | TensorSpec) -> bool:
-        """Return whether shared memory pays for a tensor."""
+        """Return whether a tensor is large enough for shared memory to pay."""
         return tensor.nbytes >= self.memory_kind.min_tensor_bytes
 
-    def find_or_allocate(
-        self, array: Array, deadline: Deadline
-    ) -> tuple[SharedSlice, Array] | None:
-        """Return where an array lies, and itself; or a place for a copy of it, and that, which is yet to be made.
-
-        None if it does not lie in borrowed memory, and there is no room for it.
-        """
-        place = self.locate(array)
-        if place is not None:
-            return place, array
-        spec = spec_of(array)
-        block = self.allocate_unchecked(array.nbytes, deadline)
-        return None if block is None else (block.shared_slice, block.array(spec))
-
     def locate(self, array: Array) -> SharedSlice | None:
-        """Return where an array lies; None unless it lies in borrowed memory as a message's elements do."""
-        address = self.memory_kind.address(array) if array.nbytes else None
+        """Return where in borrowed memory an array is.
+
+        None if it is elsewhere, or not laid out as a message's elements are.
+        """
+        size_bytes = array.nbytes
+        address = self.memory_kind.address(array) if size_bytes else None
         if address is None:
             return None
         for region in self._pool.regions:
-            if region.contains(address, array.nbytes):
+            if region.contains(address, size_bytes):
                 return SharedSlice(region.name, address - region.address)
         return None
 
     def note_failure(self, error: BaseException, regions: Iterable[BorrowedRegion]) -> None:
-        """Note how a call has failed.
+        """Note that a call has failed.
 
         Args:
-            error: Says how.
-            regions: Those that the server may have been writing to. If it may be still, they have no
-                room for other arrays any more.
+            error: What it raised.
+            regions: Where its results were to be. If the server may still write them, these regions are closed.
         """
         if isinstance(error, StaleRegionError):
-            self.check_link()  # a server that has gone is not another one
+            # first, to tell a lender that has gone from one that is not the server of calls
+            self.check_link()
             with self._lock:
                 self._loan_client.disown(str(error))
         elif not has_call_ended(error):
@@ -134,41 +125,41 @@ class Borrower:
                     region.close()
 
     def allocate(self, size_bytes: int, deadline: Deadline) -> BorrowedBlock | None:
-        """Return a new block of memory, of any size but 0; None if there is no room for it."""
+        """Return a new block of memory; None if there is no room for it. The size must be positive."""
         self.check_link()
         return self.allocate_unchecked(size_bytes, deadline)
 
     def allocate_unchecked(self, size_bytes: int, deadline: Deadline) -> BorrowedBlock | None:
-        """Return a new block as `take` does. The caller has looked after the link."""
+        """Return a new block as `allocate` does. The caller must have called `check_link`."""
         with self._lock:
-            block = self._pool.reuse_last(size_bytes)  # in a loop of like calls it always is
+            block = self._pool.reuse_last(size_bytes)  # always found in a loop of like calls
             if block is None:
                 self._pool.collect()
                 if self._pool.has_unused:
-                    self._loan_client.request(0)  # gives it back
+                    self._loan_client.request(0)  # its thread gives the region back
                 block = self._pool.allocate(size_bytes)
             if block is not None:
                 return block
-            loan = self._loan_client.request(size_bytes)
-        if loan is None:
+            request = self._loan_client.request(size_bytes)
+        if request is None:
             return None
-        self._wait(loan, deadline)
-        return loan.block
+        self._wait(request, deadline)
+        return request.block
 
     def check_link(self) -> None:
-        """Take note if the server has closed the socket since the last call."""
+        """Notice if the server has closed the socket since the last call."""
         with self._lock:
             link = self._loan_client.link
             if link is not None and not link.is_open:
                 self._loan_client.lose_link()
 
     def check_fallback(self) -> None:
-        """Return if what has no room here may be sent instead.
+        """Return if tensors that have no room in shared memory may be sent instead.
 
         Raises:
-            UnavailableError, ExhaustedError: It may not; says why there is no room.
-            DeadlineError: It may not, and the server has not answered.
-            CallCancelledError: It may not, and `close` was called.
+            UnavailableError, ExhaustedError: They may not; the message says why there is no room.
+            DeadlineError: They may not, and the server has not answered.
+            CallCancelledError: They may not, and `close` was called.
         """
         if not self._is_only_way:
             return
@@ -181,65 +172,65 @@ class Borrower:
         raise type(why)(text)
 
     def has_lender(self, deadline: Deadline) -> bool:
-        """Return whether the server lends memory, as far as is known by the deadline; True if it must."""
+        """Return whether the server lends memory, as far as is known by the deadline; True if there is no other way."""
         if self._is_only_way or self._is_lending:
             return True
         with self._lock:
-            loan = self._loan_client.request(0)
-        if loan is not None:
-            self._wait(loan, deadline)
+            request = self._loan_client.request(0)
+        if request is not None:
+            self._wait(request, deadline)
         return self._is_lending
 
     @property
     def borrowed_bytes(self) -> int:
-        """What is borrowed now."""
+        """Size of all borrowed memory."""
         return sum(region.size_bytes for region in self._pool.regions)
 
     @property
     def allocated_bytes(self) -> int:
-        """What arrays take of it now."""
+        """Size of the borrowed memory that arrays use."""
         with self._lock:
             self._pool.recover()
             return sum(region.allocated_bytes for region in self._pool.regions)
 
     def give_back_unused(self, deadline: Deadline) -> None:
-        """Give back what no array lies in; return once the server knows, or at the deadline."""
+        """Give back the regions without arrays; return once the server knows, or at the deadline."""
         with self._lock:
             self._pool.recover()
             for region in self._pool.regions:
                 if region.is_empty:
                     region.close()
-            loan = self._loan_client.request(0) if self._is_lending else None
-        if loan is not None:
-            loan.wait(deadline)
+            request = self._loan_client.request(0) if self._is_lending else None
+        if request is not None:
+            request.wait(deadline)
 
     def close(self) -> None:
-        """Give all back, for good. Arrays that lie in it stay as they are."""
+        """Give all memory back, for good. Arrays there keep their values."""
         with self._lock:
             self._loan_client.close()
 
     def reset_after_fork(self) -> None:
-        """Leave what was borrowed to the parent."""
+        """Leave all borrowed memory to the parent process."""
         self._loan_client.reset_after_fork()
 
     @property
     def _is_lending(self) -> bool:
         return self._loan_client.state is LenderState.LENDING
 
-    def _wait(self, loan: LoanRequest, deadline: Deadline) -> None:
-        """Wait until a loan has ended, or for as long as its caller has to."""
+    def _wait(self, request: LoanRequest, deadline: Deadline) -> None:
+        """Wait until a request has ended, but no longer than its caller should."""
         if self._is_only_way:
-            loan.wait(deadline)
+            request.wait(deadline)
             return
-        if not loan.is_first and not self._is_lending:
-            has_ended = loan.wait(deadline.with_limit(_BRIEF_PATIENCE_S))
+        if not request.is_first and not self._is_lending:
+            has_ended = request.wait(deadline.with_limit(_BRIEF_PATIENCE_S))
             if has_ended or not self._is_lending:
                 return
-        loan.wait(deadline.with_limit(_PATIENCE_S))
+        request.wait(deadline.with_limit(_PATIENCE_S))
 
 
 def has_call_ended(error: BaseException) -> bool:
-    """Return whether only a server that has done with a call can have answered so."""
+    """Return whether an error proves that the server has finished with the call."""
     if isinstance(error, UnavailableError):
         return error.was_reached
     refusals = (InvalidArgumentError, NotFoundError, ExhaustedError, UnimplementedError)

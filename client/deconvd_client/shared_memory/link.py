@@ -1,4 +1,4 @@
-"""The client's end of the side socket."""
+"""The client's end of the lending socket, by which memory is borrowed and given back."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ __all__ = [
 ]
 
 _REPLY_TIMEOUT_S: Final = 10.0
-"""More than a server takes to make memory and to show it to its devices."""
+"""Longer than a server takes to allocate memory and to register it with its devices."""
 
 
 class LinkLostError(Exception):
-    """The server closed the socket, is not there, or speaks another language."""
+    """The server closed the socket, is not there, or speaks another protocol."""
 
 
 class NoListenerError(LinkLostError):
-    """Nobody listens at the socket on this host."""
+    """No server listens at the socket on this host."""
 
 
 class LendingLimitError(Exception):
-    """The server lends no more, for now."""
+    """The server lends no more memory for now."""
 
 
 class LendingUnsupportedError(Exception):
-    """The server lends none of what was asked for, and never will."""
+    """The server does not lend this kind of memory, and never will."""
 
 
 class LinkState(Enum):
     """What a link is doing.
 
-    IDLE --a thread asks--> ASKING --it has the answer, or an error--> IDLE
+    IDLE --a thread sends a request--> BUSY --it has the reply, or an error--> IDLE
     IDLE --close--> CLOSED
-    ASKING --close--> CLOSING --it has an error--> CLOSED
+    BUSY --close--> CLOSING --the thread has an error--> CLOSED
     """
 
     IDLE = "idle"
-    """Nothing comes from the server but the end of the socket."""
+    """No request is under way: all that can come from the server is the end of the connection."""
 
-    BUSY = "asking"
+    BUSY = "busy"
     CLOSING = "closing"
-    """The socket is shut down. Its descriptor is the asking thread's until that has done: it would be another's."""
+    """The socket is shut down. It is closed later: its number could become another file's while the thread uses it."""
 
     CLOSED = "closed"
 
@@ -71,15 +71,15 @@ _STATE_AFTER_REQUEST: Final = {LinkState.BUSY: LinkState.IDLE, LinkState.CLOSING
 
 
 class Link:
-    """A connection to the server's side socket. What was borrowed by it is lent for as long as it is open.
+    """A connection to the server's lending socket. The server lends memory for as long as it is open.
 
-    One thread asks; any may close it meanwhile, which ends the asking.
+    One thread sends requests. Any thread may close the link meanwhile, which ends a request with an error.
 
     Attributes:
         state: What it is doing. See `LinkState`.
 
     Raises:
-        NoListenerError: There is no such socket, or no one listens.
+        NoListenerError: There is no such socket, or no server listens there.
     """
 
     def __init__(self, path: str) -> None:
@@ -87,7 +87,7 @@ class Link:
             raise NoListenerError("this system has no Unix sockets")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_REPLY_TIMEOUT_S)
-        self._lock = new_lock()  # of the state; never held while the server is waited for
+        self._lock = new_lock()  # guards the state; never held while a thread waits for the server
         self.state: LinkState = LinkState.IDLE
         try:
             self._socket.connect(path)
@@ -99,10 +99,10 @@ class Link:
 
     @property
     def is_open(self) -> bool:
-        """Whether the server has not closed it."""
+        """Whether neither side has closed it."""
         if not self._poll.poll(0):
             return self.state is not LinkState.CLOSED
-        with self._lock:  # so that no thread begins to ask: what could be read then is its answer
+        with self._lock:  # so that no request begins meanwhile: its reply would be readable, too
             if self.state is LinkState.IDLE:
                 return not self._poll.poll(0)
             return self.state is LinkState.BUSY
@@ -112,7 +112,7 @@ class Link:
 
         Raises:
             LendingLimitError: It would be over a limit.
-            LinkLostError: The link is of no more use.
+            LinkLostError: The link can no longer be used.
         """
         reply, descriptor = self._request(LendingRequest(LendingOperation.LEND, size_bytes))
         try:
@@ -123,10 +123,10 @@ class Link:
                 os.close(descriptor)
 
     def borrow_on_card(self, card: bytes, size_bytes: int) -> LendingReply:
-        """Return what the server says of new memory on a card.
+        """Return the reply to a request for new memory on a card.
 
         Args:
-            card: Its `card_id`.
+            card: The card's `card_id`.
 
         Raises:
             LendingLimitError, LinkLostError: As `borrow` does.
@@ -141,11 +141,11 @@ class Link:
         return reply
 
     def give_back(self, name: bytes) -> None:
-        """Tell the server that no later call will use the region of that name. Raises LinkLostError."""
+        """Tell the server that no later call will use the region with a name. Raises LinkLostError."""
         self._request(LendingRequest(LendingOperation.RETURN, region=name))
 
     def close(self) -> None:
-        """Give all back."""
+        """Give all memory back."""
         with self._lock:
             if self.state is LinkState.IDLE:
                 self._move(LinkState.CLOSED)
@@ -153,15 +153,15 @@ class Link:
                 self._move(LinkState.CLOSING)
 
     def leave_to_parent(self) -> None:
-        """Have nothing to do with it any more, in a forked child: the parent goes on using it."""
+        """Stop using the link in a forked child: the parent goes on using it."""
         with self._lock:
-            self._socket.close()  # before `_move` shuts it down, which would be felt by the parent
+            self._socket.close()  # first: if `_move` shut it down, the parent's connection would end
             self._move(LinkState.CLOSED)
 
     def _move(self, to: LinkState) -> None:
-        """Change the state, and what becomes of the socket with it. Called with the lock held."""
+        """Change the state, and shut down or close the socket accordingly. Called with the lock held."""
         if to in (LinkState.CLOSING, LinkState.CLOSED):
-            with suppress(OSError):  # the server has gone, or that is done already
+            with suppress(OSError):  # the server has gone, or it is shut down already
                 self._socket.shutdown(socket.SHUT_RDWR)
         if to is LinkState.CLOSED:
             self._socket.close()
@@ -170,7 +170,7 @@ class Link:
     def _request(self, request: LendingRequest) -> tuple[LendingReply, int | None]:
         with self._lock:
             if self.state is not LinkState.IDLE:
-                raise LinkLostError(f"the socket is {self.state.value}")
+                raise LinkLostError(f"the lending socket is {self.state.value}")
             self._move(LinkState.BUSY)
         try:
             return self._exchange(request)
@@ -181,7 +181,7 @@ class Link:
     def _exchange(self, request: LendingRequest) -> tuple[LendingReply, int | None]:
         descriptors: list[int] = []
         try:
-            with suppress(BrokenPipeError):  # it may have said why before it went
+            with suppress(BrokenPipeError):  # the reason may be there to be read
                 self._socket.send(request.pack())
             packet, descriptors, _flags, _address = socket.recv_fds(
                 self._socket, MAX_REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC
@@ -206,8 +206,8 @@ def _check_lent(reply: LendingReply) -> None:
 
 
 def _map_memory(descriptor: int | None, size_bytes: int, wanted_bytes: int) -> mmap.mmap:
-    """Map lent memory, once it is sure that nobody can cut it and so kill this process with SIGBUS."""
-    import fcntl  # which not every system has: there, no one lends
+    """Map lent memory, but only if it is sealed: if it could shrink, access to it would kill this process by SIGBUS."""
+    import fcntl  # not every system has it; those that lack it have no lending either
 
     try:
         if descriptor is None:
@@ -218,7 +218,7 @@ def _map_memory(descriptor: int | None, size_bytes: int, wanted_bytes: int) -> m
             raise ValueError("it has another size")
         return mmap.mmap(descriptor, size_bytes)
     except (OSError, ValueError) as error:
-        raise LinkLostError(f"the server lent memory that is of no use: {error}") from None
+        raise LinkLostError(f"the server lent unusable memory: {error}") from None
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Loans: what a borrower asks the server for, in a thread of its own."""
+"""Requests of a borrower to the server, sent by a thread of their own."""
 
 from __future__ import annotations
 
@@ -41,50 +41,55 @@ from deconvd_client.transports.retry_policy import PinnedTransportError
 __all__ = ["LenderState", "LoanClient", "LoanRequest"]
 
 _FIRST_REGION_BYTES: Final = 64 << 20
+"""Size of the first region. A region is larger if the block that it is borrowed for needs it."""
+
 _MAX_GROWTH_BYTES: Final = 1 << 30
-"""Regions double what there is, up to this size, and have room for what they are borrowed for."""
+"""Each further region is as large as all others together, but no larger than this."""
 
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
 _AWAY_PAUSES_S: Final = 0.5, 2.0
-"""How long a server that does not answer is left in peace, at first and at most: it may be restarting here."""
+"""First and longest pause before a server that does not answer is asked again: it may be restarting."""
 
 _FIRST_DISOWNED_PAUSE_S: Final = 1.0
-"""How long a server whose memory the server of calls does not know is left in peace at first: it may be draining."""
+"""First pause after the server of calls did not know memory of the lending server: that one may be draining."""
 
 _NO_PAUSES_S: Final = (0.0,)
+
 _RETRY_PAUSES_S: Final = 0.0, 0.01, 0.04, 0.15, 0.4
-"""When a server is asked for memory in the place of what was given back: that counts until it is unmapped there, too,
-which takes a while if a call that was given up still uses it.
+"""Pauses before each request for new memory after some was given back.
+
+What was given back counts against the limit until the server has unmapped it, too. That takes a while if a call that
+its client has given up still uses it.
 """
 
 _PINNED_RETRY_S: Final = 0.1
-"""When calls that have no other way may ask again."""
+"""How soon calls that have no other way may ask again."""
 
 _FIND_SOCKET_TIMEOUT_S: Final = 5.0
-"""How long a server may take to say where it lends."""
+"""How long a server may take to name its lending socket."""
 
 _log = logging.getLogger(__name__)
 
 
 class LoanRequest:
-    """Memory that a caller waits for.
+    """A request for memory, for which a caller waits.
 
     Attributes:
-        size_bytes: How much; 0 if the caller wants to know only whether the server lends.
-        block: It, once the server has lent it.
-        is_first: Whether nobody has asked for memory before.
+        size_bytes: How much; 0 if the caller only wants to know whether the server lends, or to give memory back.
+        block: The memory, once the request is served; None if there is none.
+        is_first: Whether it is the first request of the borrower.
     """
 
     def __init__(self, size_bytes: int, *, is_first: bool) -> None:
         self.size_bytes = size_bytes
         self.is_first = is_first
         self.block: BorrowedBlock | None = None
-        # A queue, since an exception in the waiting thread can leave a Condition locked.
+        # A queue: an exception from a signal handler can leave a Condition locked.
         self._end_signal: SimpleQueue[None] = SimpleQueue()
 
     def wait(self, deadline: Deadline) -> bool:
-        """Wait for the server's answer; return False if the deadline comes first."""
+        """Wait until the request is served or has failed; return False if the deadline comes first."""
         try:
             self._end_signal.get(timeout=deadline.remaining_s())
         except Empty:
@@ -92,27 +97,31 @@ class LoanRequest:
         return True
 
     def finish(self) -> None:
-        """Wake the caller."""
+        """Wake the caller: the request is served, or has failed."""
         self._end_signal.put(None)
 
 
 class LenderState(Enum):
-    """How a borrower stands with the server that lends.
+    """What a borrower knows of the lending server.
 
-    UNTRIED --memory is wanted--> AWAY --the server lends--> LENDING
-    LENDING --the socket is lost, or calls go to another server--> AWAY
-    UNTRIED, AWAY or LENDING --the server lends none of this kind, and never will--> REFUSED
+    UNTRIED --the first request--> AWAY --the server lends--> LENDING
+    LENDING --the link is lost, or calls go to another server--> AWAY
+    UNTRIED, AWAY or LENDING --the server does not lend this kind of memory--> REFUSED
     any of them --`close`--> CLOSED
     """
 
     UNTRIED = "untried"
-    """Nobody has wanted memory yet: who is first waits for the server's answer for longer than others do."""
+    """There was no request yet. The first caller waits for the server's answer longer than later ones do."""
 
     AWAY = "away"
-    """There is no link. Some loan will open one, unless the server is left in peace for now."""
+    """There is no link. The next request opens one, unless a back-off is pending."""
 
     LENDING = "lending"
+    """There is a link."""
+
     REFUSED = "refused"
+    """The server does not lend this kind of memory, and is not asked again."""
+
     CLOSED = "closed"
 
 
@@ -120,21 +129,21 @@ _FINAL_STATES: Final = LenderState.REFUSED, LenderState.CLOSED
 
 
 class LoanClient:
-    """Borrows memory for a pool. Methods without a lock of their own are called under the borrower's.
+    """Borrows memory for a pool.
 
-    A thread talks to the server, with no lock held: a caller waits for it no longer than until its
-    own deadline, and neither that nor an exception in the caller's thread leaves a request on the
-    socket without its answer.
+    A background thread serves the requests, one at a time, and holds no lock while it waits for the server. So a
+    caller can leave at its deadline, or by an exception, and the thread still reads the reply: no reply is left on the
+    socket to be taken for the next one. Public methods are called with the borrower's lock held.
 
     Attributes:
-        state: How the borrower stands with the server. See `LenderState`.
-        link: To the server, while it is LENDING, else None.
-        refusal: Why there is no memory, once that is known.
+        state: What is known of the server. See `LenderState`.
+        link: The connection to the server while it is LENDING, else None.
+        refusal: Why there is no memory; None if that is not known.
 
     Args:
-        lock: The borrower's; never held while the server is talked to.
-        pool: Gets what is borrowed.
-        find_socket, is_only_way, place: As for `Borrower`.
+        lock: The borrower's lock.
+        pool: Receives the regions.
+        find_socket, is_only_way, memory_kind: As for `Borrower`.
     """
 
     def __init__(
@@ -144,7 +153,7 @@ class LoanClient:
         find_socket: Callable[[Deadline], str],
         *,
         is_only_way: bool,
-        place: MemoryKind,
+        memory_kind: MemoryKind,
     ) -> None:
         self.state: LenderState = LenderState.UNTRIED
         self.link: Link | None = None
@@ -153,57 +162,59 @@ class LoanClient:
         self._pool = pool
         self._find_socket = find_socket
         self._is_only_way = is_only_way
-        self._memory_kind = place
+        self._memory_kind = memory_kind
         self._reset()
 
     def _reset(self) -> None:
         self._backoff = Backoff()
         self._away_backoff = Backoff(*_AWAY_PAUSES_S)
         self._disowned_backoff = Backoff(_FIRST_DISOWNED_PAUSE_S)
-        self._loss_level = logging.INFO  # of the next loss in the log; on another host it is none
+        self._loss_level = (
+            logging.INFO
+        )  # of the next loss; until memory was lent: on another host it never is
         self._is_running = False
         self._requests: deque[LoanRequest] = deque()
 
     def request(self, size_bytes: int) -> LoanRequest | None:
-        """Have memory borrowed, and return what to wait for; None if nothing is to be waited for."""
+        """Queue a request, and return it to be waited for; None if it would be in vain now."""
         if self.state in _FINAL_STATES or self._is_backing_off:
             return None
-        loan = LoanRequest(size_bytes, is_first=self.state is LenderState.UNTRIED)
+        request = LoanRequest(size_bytes, is_first=self.state is LenderState.UNTRIED)
         if self.state is LenderState.UNTRIED:
             self._move(LenderState.AWAY)
-        self._requests.append(loan)
+        self._requests.append(request)
         if not self._is_running:
             run_in_background(self._serve_requests)
-        return loan
+        return request
 
     @property
     def _is_backing_off(self) -> bool:
-        """Whether the server is not to be asked yet."""
+        """Whether the server must not be asked yet."""
         return any(
             b.is_pending for b in (self._backoff, self._away_backoff, self._disowned_backoff)
         )
 
     def lose_link(self) -> None:
-        """Take note that the server has closed the socket."""
+        """Note that the server has closed the link."""
         self._lose(_loss_error("the server has closed the socket"))
 
     def disown(self, why: str) -> None:
-        """Take note that the server of calls knows nothing of what was borrowed."""
+        """Note that the server of calls does not know the borrowed memory."""
         if self.link is None:
             return
-        # The lender lives, and is another one: it drains, and a successor takes calls already. Or a
-        # proxy has several servers, and that will happen again.
+        # The lending server is alive, so it is another one than the server of calls: it is draining and its
+        # successor takes the calls already; or a proxy has several servers, and this will happen again.
         self._lose(_loss_error(why))
         if not self._is_only_way:
             self._disowned_backoff.note_failure()
 
     def close(self) -> None:
-        """Give all back, for good."""
+        """Give all memory back, for good."""
         self.refusal = CallCancelledError("the connection is closed")
         self._move(LenderState.CLOSED)
 
     def reset_after_fork(self) -> None:
-        """Leave what was borrowed to the parent."""
+        """Leave all borrowed memory to the parent process."""
         if self.link is not None:
             self.link.leave_to_parent()
         if self.state not in _FINAL_STATES:
@@ -211,9 +222,10 @@ class LoanClient:
         self._reset()
 
     def _move(self, to: LenderState, link: Link | None = None) -> None:
-        """Change the state, and leave the link that it had, with all that was borrowed by it.
+        """Change the state: drop the old link, and with it all that was borrowed by it.
 
-        The state is last: if an interrupt breaks this off, whoever looks next finds it as it was, and begins anew.
+        The state is changed last. If an interrupt ends this method early, the state is still the old one, and the
+        change will be made again.
         """
         self._pool.clear()
         if self.link is not None:
@@ -221,7 +233,7 @@ class LoanClient:
         self.link, self.state = link, to
 
     def _lose(self, why: UnavailableError, to: LenderState = LenderState.AWAY) -> None:
-        """Do without the link, until it can be opened again or for good; say so once."""
+        """Drop the link, until it can be opened again or for good, and log that once."""
         if self.state in _FINAL_STATES:
             return
         self.refusal = why
@@ -230,33 +242,33 @@ class LoanClient:
         self._loss_level = logging.NOTSET
         self._move(to)
 
-    # What follows runs in the thread, and takes the lock itself.
+    # The methods below run in the background thread, and take the lock themselves.
 
     def _serve_requests(self) -> None:
         with self._lock:
             if self._is_running:
-                return  # another thread was asked at the same time
+                return  # two callers started a thread at the same time
             self._is_running = True
         while True:
             with self._lock:
                 if not self._requests:
                     self._is_running = False
                     return
-                loan = self._requests.popleft()
+                request = self._requests.popleft()
             try:
-                self._serve_request(loan)
+                self._serve_request(request)
             finally:
-                loan.finish()
+                request.finish()
 
-    def _serve_request(self, loan: LoanRequest) -> None:
+    def _serve_request(self, request: LoanRequest) -> None:
         with self._lock:
             if self.state in _FINAL_STATES or (self.link is None and self._is_backing_off):
-                return  # it was asked for while an earlier one was failing
+                return  # it was queued while an earlier one was failing
         try:
             link = self._open_link()
             self._give_back(link, lambda region: region.state is RegionState.CLOSED)
-            if loan.size_bytes:
-                self._fill_request(link, loan)
+            if request.size_bytes:
+                self._fill_request(link, request)
         except NoListenerError as error:
             with self._lock:
                 self._lose(PinnedTransportError(str(error)))
@@ -269,16 +281,16 @@ class LoanClient:
         except DeconvdError as error:
             with self._lock:
                 self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
-        except Exception as error:  # noqa: BLE001 - no descriptors are left, say: later loans may do better
+        except Exception as error:  # noqa: BLE001 - no descriptors are left, say: later requests may succeed
             with self._lock:
                 self._lose(_loss_error(f"memory cannot be borrowed: {error}"))
 
     def _open_link(self) -> Link:
-        """Return the link, after opening it if need be.
+        """Return the link; open it if there is none.
 
         Raises:
             LinkLostError, LendingUnsupportedError: It cannot be opened.
-            DeconvdError: The server does not say where.
+            DeconvdError: The server did not name its lending socket.
         """
         with self._lock:
             if self.link is not None:
@@ -291,7 +303,7 @@ class LoanClient:
         except BaseException as error:
             if not self._is_only_way:
                 is_away = isinstance(error, (UnavailableError, DeadlineError))
-                # not before it has failed: others wait for what the server answers
+                # only now that it has failed: until then other callers wait for the answer
                 with self._lock:
                     (self._away_backoff if is_away else self._backoff).note_failure()
             raise
@@ -304,23 +316,25 @@ class LoanClient:
             self._move(LenderState.LENDING, link)
         return link
 
-    def _fill_request(self, link: Link, loan: LoanRequest) -> None:
-        """Fill a loan: from what other loans have brought, or else from a new region."""
-        needed_bytes = -(-loan.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    def _fill_request(self, link: Link, request: LoanRequest) -> None:
+        """Serve a request from the regions that there are, or else from a new one."""
+        needed_bytes = -(-request.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
         with self._lock:
             self._pool.recover()
-            loan.block = self._pool.allocate(loan.size_bytes)
+            request.block = self._pool.allocate(request.size_bytes)
             step_bytes = min(max(self._pool.open_bytes, _FIRST_REGION_BYTES), _MAX_GROWTH_BYTES)
-        if loan.block is not None or self._borrow_region(link, loan, max(needed_bytes, step_bytes)):
+        if request.block is not None or self._borrow_region(
+            link, request, max(needed_bytes, step_bytes)
+        ):
             return
         has_given_back = self._give_back(link, lambda _: True)
         for pause_s in _RETRY_PAUSES_S if has_given_back else _NO_PAUSES_S:
             time.sleep(pause_s)
-            if self._borrow_region(link, loan, needed_bytes):
+            if self._borrow_region(link, request, needed_bytes):
                 return
 
-    def _borrow_region(self, link: Link, loan: LoanRequest, region_bytes: int) -> bool:
-        """Fill a loan from a new region of so many bytes; return False if the server does not lend it."""
+    def _borrow_region(self, link: Link, request: LoanRequest, region_bytes: int) -> bool:
+        """Serve a request from a new region of `region_bytes`; return False if the server does not lend that."""
         try:
             region = self._memory_kind.borrow(link, region_bytes)
         except LendingLimitError as error:
@@ -334,11 +348,11 @@ class LoanClient:
                 raise LinkLostError("the server has closed the socket")
             self._loss_level = logging.WARNING
             self._pool.add(region)
-            loan.block = region.allocate(loan.size_bytes)
+            request.block = region.allocate(request.size_bytes)
         return True
 
     def _give_back(self, link: Link, is_unused: Callable[[BorrowedRegion], bool]) -> bool:
-        """Give back empty regions; return whether there were any."""
+        """Give back the empty regions for which `is_unused` holds; return whether there were any."""
         with self._lock:
             unused = self._pool.withdraw(is_unused)
         is_any = bool(unused)
@@ -346,11 +360,11 @@ class LoanClient:
             region = unused.pop()
             region.unmap()
             name = region.name
-            del region  # and with it the mapping: it counts as lent until nobody has it
+            del region  # and with it the mapping, before the server is told: it counts until both have unmapped it
             link.give_back(name)
         return is_any
 
 
 def _loss_error(why: str) -> UnavailableError:
-    """Return why there is no memory now, although there may be soon."""
+    """Return the error for memory that is missing now, but may be there soon."""
     return UnavailableError(why, retry_after_s=_PINNED_RETRY_S)

@@ -1,4 +1,4 @@
-"""Where borrowed memory may be: what a borrower does in another way for each."""
+"""Kinds of memory that can be borrowed, and what a borrower does differently for each of them."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ __all__ = ["HOST_MEMORY", "MemoryKind"]
 
 
 class MemoryKind(Protocol):
-    """A kind of memory, and of the arrays that lie in it."""
+    """A kind of memory, and the kind of arrays that it holds."""
 
     @property
     def min_tensor_bytes(self) -> int:
-        """What is smaller is quicker sent than found there."""
+        """Size of the smallest tensor for which shared memory is faster than a message, in bytes."""
 
     @property
     def min_overlap_bytes(self) -> float:
-        """From how many bytes on, all together, copies may be made by `OverlappedCopy`: it costs less than it saves."""
+        """Smallest total size of copies, in bytes, at which overlapping them with the call saves more than it costs."""
 
     @property
     def loss_message(self) -> str:
-        """What it means to do without it, for the log."""
+        """What happens without this memory, for the log."""
 
     def borrow(self, link: Link, size_bytes: int) -> BorrowedRegion:
         """Return new memory of at least `size_bytes`. Raises as `Link.borrow_on_card` does."""
 
     def address(self, array: Array) -> int | None:
-        """Return where an array lies; None unless it is of this kind, laid out as a message's elements."""
+        """Return the address of an array; None if it is of another kind, or not laid out as elements in a message."""
 
     def copy_and_synchronize(self, copies: Sequence[tuple[Array, Array]]) -> None:
-        """Make copies, and return when what was begun on arrays is done, so that the server may use them.
+        """Make copies, and return when all work on arrays of this kind is done, so that the server may use them.
 
         Args:
-            copies: Of arrays of any kind, the second of each pair, into such of this kind.
+            copies: Pairs of a target of this kind and a source of any kind.
         """
 
 
 class _HostMemoryKind:
-    """Memory of the host, and numpy arrays. See `Place`."""
+    """Memory of the host, for numpy arrays. See `MemoryKind`."""
 
     min_tensor_bytes: Final = 32 << 10
     min_overlap_bytes: Final = 8 << 20
     loss_message: Final = "no shared memory with the server, tensors are sent instead"
 
     def borrow(self, link: Link, size_bytes: int) -> BorrowedRegion:
-        """Return new memory. See `Place`."""
+        """See `MemoryKind`."""
         return link.borrow(size_bytes)
 
     def address(self, array: Array) -> int | None:
-        """Return where an array lies. See `Place`."""
+        """See `MemoryKind`."""
         is_plain = array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
         return address_of(array) if is_plain else None
 
     def copy_and_synchronize(self, copies: Sequence[tuple[Array, Array]]) -> None:
-        """Make copies: all else that is done to a numpy array is done at once. See `Place`."""
+        """See `MemoryKind`. Numpy has no work that goes on in the background."""
         if copies:
             copy_all(copies)
 

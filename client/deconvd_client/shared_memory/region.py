@@ -1,4 +1,4 @@
-"""Stretches of memory that the server lent, and the arrays in them. No server here."""
+"""Regions: pieces of memory that the server lends, and the arrays in them. Nothing here talks to the server."""
 
 from __future__ import annotations
 
@@ -22,51 +22,66 @@ __all__ = ["BorrowedBlock", "BorrowedRegion", "HostRegion", "RegionPool", "Regio
 
 
 class RegionState(Enum):
-    """What a region is good for.
+    """Whether a region takes new blocks.
 
-    OPEN --a call ended nobody knows how--> CLOSED --its last block freed--> given back
+    OPEN --a call ended in an unknown way--> CLOSED --its last block is freed--> given back
     """
 
     OPEN = "open"
     CLOSED = "closed"
-    """A call may still write into a part of it, so it has no room for more. What it holds stays."""
+    """A call may still write to a part of it, so it takes no new blocks. The blocks that it has stay."""
 
 
 class BorrowedBlock:
-    """One array's memory. It is free again once this, which the array refers to, has gone.
+    """The memory of one array. It is free again once this object has been collected.
 
-    Views refer to it too, so that is when the last of them has gone.
+    The array refers to it, and so do all views of the array: it goes with the last of them.
+
+    Attributes:
+        region: The region that it is in. The region stays mapped for as long as this object lives.
+        offset: Where it begins there, in bytes.
+        shared_slice: The same, for the server.
+        reference: Notices when this object has gone.
     """
 
-    __slots__ = ("__weakref__", "offset", "reference", "region")
-    reference: _BlockReference
+    __slots__ = (
+        "__array_interface__",
+        "__weakref__",
+        "offset",
+        "reference",
+        "region",
+        "shared_slice",
+    )
+    __array_interface__: dict[
+        str, Any
+    ]  # set on the host alone: numpy makes all views refer to self
 
-    def __init__(self, region: BorrowedRegion, offset: int) -> None:
-        self.region: BorrowedRegion = region  # whose memory is mapped for as long as this is
+    def __init__(
+        self,
+        region: BorrowedRegion,
+        offset: int,
+        size_bytes: int,
+        on_end: Callable[[_BlockReference], None],
+    ) -> None:
+        self.region: BorrowedRegion = region
         self.offset: int = offset
-
-    def array(self, spec: TensorSpec) -> Array:
-        """Return the memory as an array."""
-        return self.region.array(self, spec)
-
-    def mark_in_doubt(self, *, is_in_doubt: bool = True) -> None:
-        """Say whether the server may write to it, so that its memory must not be another's once it goes.
-
-        That is said before a call begins, and taken back after: nothing has to happen where one is broken off.
-        """
-        self.reference.is_in_doubt = is_in_doubt
-
-    @property
-    def shared_slice(self) -> SharedSlice:
-        """Where it is, for the server."""
-        return SharedSlice(self.region.name, self.offset)
+        self.shared_slice: SharedSlice = SharedSlice(region.name, offset)
+        reference = _BlockReference(self, on_end)
+        reference.offset, reference.size_bytes, reference.is_in_doubt = offset, size_bytes, False
+        # last: an interrupt before this line also drops the reference, and nobody sees a part of it
+        self.reference: _BlockReference = reference
 
 
 class _BlockReference(weakref.ref[BorrowedBlock]):
-    """Sees whether a block is still in use.
+    """Notices when a block has gone.
 
-    Its callback is a list's own method: when a block goes, whatever thread that is may hold the
-    borrower's lock, and an interrupt that struck code of ours there would be lost, and the block too.
+    The callback is a method of a list, not a function of ours. A block may go in any thread, also one that holds the
+    borrower's lock. An interrupt that struck code of ours there would be lost, and the block with it.
+
+    Attributes:
+        is_in_doubt: Whether the server may still write to the block: then no other array may get its memory. A call
+            sets it before it begins and clears it when it has ended, so that nothing has to be done if it is broken
+            off.
     """
 
     __slots__ = ("is_in_doubt", "offset", "size_bytes")
@@ -76,11 +91,12 @@ class _BlockReference(weakref.ref[BorrowedBlock]):
 
 
 class BorrowedRegion(ABC):
-    """One piece of memory that the server lent. Its borrower calls it under one lock.
+    """A piece of memory that the server has lent. Its borrower calls it under one lock.
 
     Args:
         name: The secret by which the server knows it.
-        address: Where it begins, as arrays have it.
+        address: Where it begins in this process.
+        size_bytes: Its size, a multiple of the page size.
     """
 
     def __init__(self, name: bytes, address: int, size_bytes: int) -> None:
@@ -89,18 +105,16 @@ class BorrowedRegion(ABC):
         self.size_bytes = size_bytes
         self.state: RegionState = RegionState.OPEN
         self._arena = Arena(size_bytes)
-        self._references: dict[int, _BlockReference] = {}
-        self._dead_references: deque[_BlockReference] = (
-            deque()
-        )  # of blocks that have gone, as they went
+        self._references: dict[int, _BlockReference] = {}  # of the blocks in use, by their offsets
+        self._dead_references: deque[_BlockReference] = deque()  # of the blocks that have gone
 
     @abstractmethod
     def array(self, block: BorrowedBlock, spec: TensorSpec) -> Array:
-        """Return a block as an array, which refers to it."""
+        """Return a block as an array, which refers to the block. To be called once for each block."""
 
     @abstractmethod
     def unmap(self) -> None:
-        """Have nothing more to do with the memory, which is about to be given back."""
+        """Close the memory on this side: it is about to be given back."""
 
     @property
     def is_empty(self) -> bool:
@@ -109,7 +123,7 @@ class BorrowedRegion(ABC):
 
     @property
     def allocated_bytes(self) -> int:
-        """What blocks take."""
+        """Size of the blocks in use, rounded up as the arena does."""
         return self._arena.allocated_bytes
 
     def allocate(self, size_bytes: int) -> BorrowedBlock | None:
@@ -117,63 +131,61 @@ class BorrowedRegion(ABC):
         if self.state is not RegionState.OPEN:
             return None
         offset = self._arena.allocate(size_bytes)
-        return None if offset is None else self._make_block(offset, size_bytes)
+        if offset is None:
+            return None
+        block = BorrowedBlock(self, offset, size_bytes, self._dead_references.append)
+        self._references[offset] = block.reference
+        return block
 
     def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
-        """Return the block that went last anew, if it was one of this size; else None."""
+        """Return a new block in the place of the last one that went, if that had this size; else None.
+
+        This is the quick way of a loop of like calls: the arena is not asked.
+        """
         if not self._dead_references or self.state is not RegionState.OPEN:
             return None
-        watch = self._dead_references.pop()
-        if watch.is_in_doubt:
+        last = self._dead_references.pop()
+        offset = last.offset
+        if last.is_in_doubt:
             self.close()
-        elif watch.size_bytes == size_bytes and self._is_current(watch):
-            return self._make_block(watch.offset, size_bytes)
-        self._dead_references.append(watch)
+        elif last.size_bytes == size_bytes and self._references.get(offset) is last:
+            block = BorrowedBlock(self, offset, size_bytes, self._dead_references.append)
+            self._references[offset] = block.reference
+            return block
+        self._dead_references.append(last)
         return None
 
     def collect(self) -> None:
-        """Make room of the blocks that have gone."""
+        """Free the blocks that have gone."""
         while self._dead_references:
-            watch = self._dead_references.popleft()
-            if self._is_current(watch):
-                self._free(watch)
+            reference = self._dead_references.popleft()
+            # if an interrupt has made `recover` free it before, its offset may be another block's now
+            if self._references.get(reference.offset) is reference:
+                self._free(reference)
 
     def recover(self) -> None:
-        """Make room of all blocks that have gone, of those too that an interrupt has kept from being used."""
+        """Free the blocks that have gone, and those that an interrupt kept from ever being used."""
         self._dead_references.clear()
         for offset in self._arena.offsets:
-            watch = self._references.get(offset)
-            if watch is None:
+            reference = self._references.get(offset)
+            if reference is None:
                 self._arena.free(offset)
-            elif watch() is None:
-                self._free(watch)
+            elif reference() is None:
+                self._free(reference)
 
     def close(self) -> None:
-        """Take no more blocks."""
+        """Take no new blocks from now on."""
         self.state = RegionState.CLOSED
 
-    def _make_block(self, offset: int, size_bytes: int) -> BorrowedBlock:
-        block = BorrowedBlock(self, offset)
-        watch = _BlockReference(block, self._dead_references.append)
-        watch.offset, watch.size_bytes = offset, size_bytes
-        watch.is_in_doubt = False
-        self._references[offset] = block.reference = watch
-        return block
-
-    def _is_current(self, watch: _BlockReference) -> bool:
-        """Return whether a block's memory has not been another's since."""
-        return self._references.get(watch.offset) is watch
-
-    def _free(self, watch: _BlockReference) -> None:
-        if watch.is_in_doubt:
-            self.close()
-        self._references.pop(watch.offset, None)
-        self._arena.free(watch.offset)
-
     def contains(self, address: int, size_bytes: int) -> bool:
-        """Return whether memory lies wholly in it."""
-        begin = address - self.address
-        return 0 <= begin <= self.size_bytes - size_bytes
+        """Return whether the whole of some memory is in this region."""
+        return 0 <= address - self.address <= self.size_bytes - size_bytes
+
+    def _free(self, reference: _BlockReference) -> None:
+        if reference.is_in_doubt:
+            self.close()
+        self._references.pop(reference.offset, None)
+        self._arena.free(reference.offset)
 
 
 class HostRegion(BorrowedRegion):
@@ -190,34 +202,25 @@ class HostRegion(BorrowedRegion):
             memory.madvise(mmap.MADV_HUGEPAGE)
 
     def array(self, block: BorrowedBlock, spec: TensorSpec) -> Array:
-        """Return a block as an array. See `Region`."""
-        array: Array = np.asarray(_ArrayInterface(block, spec))
-        return array if array.dtype == spec.dtype else array.view(spec.dtype)  # bfloat16
-
-    def unmap(self) -> None:
-        """Leave the mapping to the garbage collector: the server does not need it to end first."""
-
-
-class _ArrayInterface:
-    """A block's elements, as numpy takes them: numpy makes all views refer to this."""
-
-    __slots__ = ("__array_interface__", "_block")
-
-    def __init__(self, block: BorrowedBlock, spec: TensorSpec) -> None:
-        self._block = block
-        self.__array_interface__: dict[str, Any] = {
+        """See `BorrowedRegion`."""
+        block.__array_interface__ = {
             "version": 3,
             "typestr": spec.dtype.str,
             "shape": spec.shape,
-            "data": (block.region.address + block.offset, False),
+            "data": (self.address + block.offset, False),
         }
+        array: Array = np.asarray(block)
+        return array if array.dtype == spec.dtype else array.view(spec.dtype)  # bfloat16
+
+    def unmap(self) -> None:
+        """Leave the mapping to the garbage collector: the server does not wait for its end."""
 
 
 class RegionPool:
     """Regions of borrowed memory. Its borrower calls the methods under one lock.
 
     Attributes:
-        regions: All of them; replaced whole, so that it can be read without the lock.
+        regions: All of them. The tuple is replaced, never changed, so that it can be read without the lock.
     """
 
     def __init__(self) -> None:
@@ -225,11 +228,11 @@ class RegionPool:
 
     @property
     def open_bytes(self) -> int:
-        """Size of the regions that take new blocks: those that broken calls have closed go back soon."""
+        """Size of the open regions: closed ones will be given back soon."""
         return sum(region.size_bytes for region in self.regions if region.state is RegionState.OPEN)
 
     def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
-        """Return a block that has just gone, if it is of the right size and nothing is to be tidied."""
+        """Return a block in the place of one that has just gone; None if no size fits, or a region must be tidied."""
         for region in self.regions:
             if region.state is RegionState.CLOSED:
                 return None
@@ -248,18 +251,18 @@ class RegionPool:
         return None
 
     def collect(self) -> None:
-        """Make room of the blocks that have gone."""
+        """Free the blocks that have gone."""
         for region in self.regions:
             region.collect()
 
     def recover(self) -> None:
-        """Make room of all blocks that have gone, of those too that an interrupt has kept from being used."""
+        """Free the blocks that have gone, and those that an interrupt kept from ever being used."""
         for region in self.regions:
             region.recover()
 
     @property
     def has_unused(self) -> bool:
-        """Whether a region is to be given back: it takes no new blocks, and has none."""
+        """Whether a region should be given back: it is closed, and no block is left in it."""
         return any(
             region.is_empty and region.state is RegionState.CLOSED for region in self.regions
         )
@@ -269,7 +272,7 @@ class RegionPool:
         self.regions += (region,)
 
     def withdraw(self, is_unused: Callable[[BorrowedRegion], bool]) -> list[BorrowedRegion]:
-        """Remove empty regions, and return them, to be given back."""
+        """Remove the empty regions for which `is_unused` holds, and return them, to be given back."""
         self.recover()
         unused = [region for region in self.regions if region.is_empty and is_unused(region)]
         self.regions = tuple(region for region in self.regions if region not in unused)

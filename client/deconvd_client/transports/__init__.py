@@ -1,1 +1,1 @@
-"""How calls reach a server: which transport carries a call, what is retried, and how long tensors are streamed."""
+"""How calls reach a server: routes and retries, direct connections, gRPC, and streams for large tensors."""

@@ -1,4 +1,4 @@
-"""How long what a server does not do is not asked of it again."""
+"""Back-off: after a failure the server is not asked again for a while."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Final
 __all__ = ["Backoff"]
 
 _FIRST_PAUSE_S: Final = 5.0
+"""The pause after the first failure; it doubles with each further one."""
+
 _MAX_PAUSE_S: Final = 80.0
-"""At first, and at most."""
+"""The longest pause."""
 
 
 class Backoff:
-    """A pause after each failure: twice as long as the one before, until a success.
+    """A pause after each failure: twice as long as the one before it, until a success. Not thread-safe.
 
     Args:
         first_s: The first pause, in seconds.
-        last_s: The longest.
+        last_s: The longest pause, in seconds.
     """
 
     def __init__(self, first_s: float = _FIRST_PAUSE_S, last_s: float = _MAX_PAUSE_S) -> None:
@@ -27,15 +29,15 @@ class Backoff:
 
     @property
     def is_pending(self) -> bool:
-        """Whether the pause is not over."""
+        """Whether there is a pause now."""
         return time.monotonic() < self._until_s
 
     def note_failure(self) -> None:
-        """Begin a pause."""
+        """Start a pause."""
         self._until_s = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, self._last_s)
 
     def note_success(self) -> None:
-        """End the pause."""
+        """End the pause, and make the next one as short as the first."""
         self._until_s = 0.0
         self._pause_s = self._first_s

@@ -20,25 +20,23 @@ _T = TypeVar("_T")
 
 
 class Failover:
-    """Has calls carried by one transport if it may carry them, else by another. See `Transport`.
+    """Two transports as one: the second carries the calls that the first cannot carry. See `Transport`.
 
-    The other carries what the first finds that it cannot carry, too.
-
-    Both have the same deadline: what the first has used of it the second lacks.
+    Both share the deadline of a call: the second has only the time that the first has left.
 
     Args:
-        only_unsent: Raise OutcomeUnknownError, and leave to the caller what the first has lost in the midst: the server
-            may be at it still, and write into memory of ours what the other would have written there too.
+        at_most_once: Raise OutcomeUnknownError where the first has lost a call after it was sent. The server may still
+            compute it, and two attempts must not write results to the same memory.
     """
 
-    def __init__(self, first: Transport, second: Transport, *, only_unsent: bool = False) -> None:
+    def __init__(self, first: Transport, second: Transport, *, at_most_once: bool = False) -> None:
         self._first = first
         self._second = second
-        self._at_most_once = only_unsent
+        self._at_most_once = at_most_once
 
     @property
     def may_carry(self) -> bool:
-        """Whether either may."""
+        """Whether either may carry a call now."""
         return self._first.may_carry or self._second.may_carry
 
     def unary(
@@ -46,21 +44,21 @@ class Failover:
         method: str,
         request: bytes,
         deadline: Deadline,
-        late_copy: OverlappedCopy | None = None,
+        overlapped_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
-        """Return the response to a call of one message, and its ledger."""
+        """See `Transport`."""
         if self._first.may_carry:
             try:
-                return self._first.unary(method, request, deadline, late_copy)
+                return self._first.unary(method, request, deadline, overlapped_copy)
             except OutcomeUnknownError:
                 if self._at_most_once:
                     raise
             except NotServedDirectlyError:
                 pass
-        return self._second.unary(method, request, deadline, late_copy)
+        return self._second.unary(method, request, deadline, overlapped_copy)
 
     def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
-        """Make a call of many parts; return what is made of the response, and the ledger."""
+        """See `Transport`."""
         if self._first.may_carry:
             try:
                 return self._first.stream(begin, deadline)

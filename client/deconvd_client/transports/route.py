@@ -1,4 +1,4 @@
-"""The nearest way to a server: a Unix socket, where client and server are on one host."""
+"""The route to a server: by its Unix socket if client and server are on one host, else by its target."""
 
 from __future__ import annotations
 
@@ -24,68 +24,79 @@ __all__ = ["Route", "TransportName"]
 _T = TypeVar("_T")
 
 _VERIFY_TIMEOUT_S: Final = 1.0
-"""How long a server may take to answer at a Unix socket of this host, when it is asked who it is."""
+"""How long a server may take to say at a Unix socket which instance it is."""
 
 _FIRST_PROBE_PAUSE_S: Final = 0.2
+"""How soon a lost Unix socket is probed; the pause doubles with each probe."""
+
 _MAX_PROBE_PAUSE_S: Final = 30.0
-"""How long after a nearer way was lost it is looked for again: at first, and at most."""
+"""The longest pause between two probes."""
 
 _PROBE_TIMEOUT_S: Final = 2.0
+"""How long one probe may take."""
 
 _log = logging.getLogger(__name__)
 
 
 class TransportName(StrEnum):
-    """Which way tensors are to go: what callers may ask for."""
+    """How tensors travel, as callers may choose it."""
 
     AUTO = "auto"
-    """The nearest that works."""
+    """The fastest that works."""
 
     SHARED_MEMORY = "shared_memory"
-    """Those that are not small in memory that the server lends; messages go the nearest way."""
+    """All but small tensors in shared memory that the server lends; messages by the fastest transport that works."""
 
     UNIX = "unix"
-    """By a Unix socket of the server's."""
+    """By a Unix socket of the server."""
 
     TCP = "tcp"
-    """By TCP to the host of the target, which is no Unix socket."""
+    """By TCP to the host of the target, which must not be a Unix socket."""
 
     GRPC = "grpc"
-    """By gRPC to the target, and nothing beside it."""
+    """By gRPC to the target alone."""
 
 
 class _RouteState(Enum):
-    """What is known of a nearer way.
+    """What is known about a Unix socket of the server on this host.
 
-    UNSOUGHT --found--> NEAR --its connection broke--> LOST --found again--> NEAR
-    UNSOUGHT --it does not answer--> LOST
-    UNSOUGHT --there is none--> FAR
-    NEAR, where there must be one, --its connection broke--> UNSOUGHT
-    LOST --in a forked child--> UNSOUGHT
+    UNKNOWN --found--> NEAR --its connection broke--> LOST --found again--> NEAR
+    UNKNOWN --it does not answer--> LOST
+    UNKNOWN --there is none--> FAR
+    NEAR --its connection broke, and calls must use it--> UNKNOWN
+    LOST --in a forked child--> UNKNOWN
     any of them --`close`--> CLOSED
     """
 
-    UNKNOWN = "unsought"
+    UNKNOWN = "unknown"
+    """The next call looks for one."""
+
     NEAR = "near"
+    """Calls go by it."""
+
     LOST = "lost"
+    """Calls go by the target, and a background thread looks for the socket."""
+
     FAR = "far"
+    """Calls go by the target, for good."""
+
     CLOSED = "closed"
 
 
 class Route:
-    """Runs calls by the nearest way to a server that works, and tries them again where that may help.
+    """Runs calls by the Unix socket of the server if there is one on this host, else by its target. Thread-safe.
 
-    A way is lost only when its connection breaks: a server that answers that it is full has been
-    reached. What was lost is looked for in the background, so that no call pays for it.
+    The *near* stub is that of the Unix socket. It is lost only when its connection breaks: a server that answers that
+    it is full has been reached. A background thread looks for a lost socket, so that no call pays for it.
 
     Args:
-        open_stub: Returns a stub for a target; nothing is sent yet.
-        target: Where the server can be reached in any case.
-        transport: Whether to look for a nearer way, and whether there must be one.
-        retries: Which calls are tried again.
+        open_stub: Returns a stub for a target. Nothing is sent yet.
+        target: Where the server can always be reached.
+        transport: Says whether to look for a Unix socket, and whether calls must use one.
+        retries: Says which calls are retried.
 
     Raises:
-        InvalidArgumentError: `transport` is no way to such a target.
+        InvalidArgumentError: The target cannot be reached by `transport`.
     """
 
     def __init__(
@@ -111,41 +122,43 @@ class Route:
         self._state = _RouteState.FAR if is_near_enough else _RouteState.UNKNOWN
         self._is_searching = False
         self._near_stub: Stub | None = None
-        self._stubs: dict[str, Stub] = {}  # of Unix sockets: kept, since calls may be using them
-        self._close_signal: SimpleQueue[None] = SimpleQueue()  # gets something when it is
+        self._stubs: dict[
+            str, Stub
+        ] = {}  # by target, of all Unix sockets ever tried: calls may still use them
+        self._close_signal: SimpleQueue[None] = SimpleQueue()  # gets an item when this is closed
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Look for a nearer way as at first: the thread that looked is not in a forked child."""
+        """Search as at first: the thread that looked for a lost socket does not exist in a forked child."""
         self._is_searching = False
         self._close_signal = SimpleQueue()
         if self._state is _RouteState.LOST:
             self._move(_RouteState.UNKNOWN)
 
     def call(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
-        """Return what `work` returns for the nearest stub; if that has no server, for the far one.
+        """Return what `work` returns for the near stub; for that of the target if the near one has no server.
 
         Args:
-            work: Called once for each try.
+            work: Makes one attempt with a stub.
 
         Raises:
-            DeconvdError: What `work` raised last, or the server when it was asked for nearer ways.
-            PinnedTransportError: There must be a nearer way, and there is none.
+            DeconvdError: What `work` raised last, or GetServerInfo when it was asked for Unix sockets.
+            PinnedTransportError: Calls must use a Unix socket, and there is none.
         """
         return self._retries.run(partial(self._try, work, deadline), deadline)
 
     def call_once(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
-        """Return what `work` returns, as `call` does, without trying again."""
+        """Return what `work` returns, as `call` does, but without retries."""
         return self._retries.run_once(partial(self._try, work, deadline), deadline)
 
     def server_info(self, deadline: Deadline, session: bytes = b"") -> pb.GetServerInfoResponse:
-        """Return what the server says of itself to a session, at the target as it was given."""
+        """Return the GetServerInfo response for a session, asked at the target as it was given."""
         return self._retries.run(
             partial(self._target_stub.get_server_info, deadline, session), deadline
         )
 
     def health(self, deadline: Deadline) -> str:
-        """Return the server's health, at the target as it was given: as it is now, so it is asked once."""
+        """Return the server's health, asked at the target as it was given, once: the caller wants it as of now."""
         return self._retries.run_once(partial(self._target_stub.health, deadline), deadline)
 
     @property
@@ -155,13 +168,13 @@ class Route:
 
     @property
     def current_stub(self) -> Stub | None:
-        """The stub by which calls go now; None while that is not known."""
+        """The stub that calls use now; None while that is not known."""
         return self._near_stub or (
             None if self._state is _RouteState.UNKNOWN else self._target_stub
         )
 
     def close(self, deadline: Deadline) -> None:
-        """Close all ways. Calls under way end with CallCancelledError."""
+        """Close all stubs. Calls under way end with CallCancelledError."""
         self._retries.stop()
         self._close_signal.put(None)
         with self._lock:
@@ -187,9 +200,9 @@ class Route:
         return work(self._target_stub)
 
     def _seek(self, deadline: Deadline) -> None:
-        """Look for a nearer way.
+        """Look for a Unix socket of the server on this host.
 
-        While one thread looks, others go the far way, unless there must be a near one.
+        While one thread looks, other calls go by the target, unless they must use a Unix socket.
         """
         with self._lock:
             if self._is_searching and not self._must_be_near:
@@ -212,7 +225,7 @@ class Route:
             raise PinnedTransportError(f"no call can go by a Unix socket: {why_not}")
 
     def _search_later(self, why: str) -> None:
-        """Do without a nearer way that may come: look for it beside the calls, or again if there must be one."""
+        """Go on without a socket that does not answer yet: a background thread will find it, or a retry."""
         if self._must_be_near:
             raise UnavailableError(f"no call can go by a Unix socket: {why}")
         with self._lock:
@@ -222,11 +235,11 @@ class Route:
             self._move(_RouteState.LOST)
 
     def _find_near(self, deadline: Deadline) -> tuple[Stub | None, str]:
-        """Return a stub of a Unix socket at which the server answers; if there is none, why.
+        """Return a stub of a Unix socket at which the server answers; if there is none, None and the reason.
 
         Raises:
-            DeconvdError: What the server raised when it was asked where it listens.
-            _NoAnswerError: It has a socket here, and nobody answers there.
+            DeconvdError: What GetServerInfo raised at the target.
+            _NoAnswerError: The server has a socket on this host that does not answer.
         """
         info = self._target_stub.get_server_info(deadline)
         here = [path for path in info.unix_sockets if Path(path).is_socket()]
@@ -235,7 +248,7 @@ class Route:
             try:
                 stub = self._verify(f"unix:{path}", info.instance_id, deadline)
             except CallCancelledError:
-                raise  # it stops, or the connection is closed
+                raise  # the server stops, or the connection is closed
             except DeconvdError as error:
                 _log.debug("not by %s: %s", path, error)
                 silent = f"nobody answers at {path}: {error}"
@@ -247,7 +260,7 @@ class Route:
         return None, _absence_reason(info, here)
 
     def _verify(self, target: str, instance_id: str, deadline: Deadline) -> Stub | None:
-        """Return a stub of a target if the same server answers there. Raises a DeconvdError if none does."""
+        """Return a stub of a target; None if another server answers there. Raises a DeconvdError if none answers."""
         with self._lock:
             if self._state is _RouteState.CLOSED:
                 raise CallCancelledError("the connection is closed")
@@ -266,25 +279,25 @@ class Route:
             if self._must_be_near:
                 self._move(_RouteState.UNKNOWN)
                 return
-            self._start_probe()  # first: after an interrupt nobody would look for what is LOST
+            self._start_probe()  # first: an interrupt between the two lines must not leave it LOST for ever
             self._move(_RouteState.LOST)
         _log.warning("the server's Unix socket is gone, calls go by its target: %s", error)
 
     def _move(self, to: _RouteState, near: Stub | None = None) -> None:
-        """Change the state; CLOSED is for good. Called with the lock held."""
+        """Change the state, unless it is CLOSED, which is for good. Called with the lock held."""
         if self._state is not _RouteState.CLOSED:
             self._state, self._near_stub = to, near
 
     def _start_probe(self) -> None:
-        """Look for the nearer way until it is there."""
+        """Have a background thread look for the socket until it is there."""
         run_in_background(_Prober(weakref.WeakMethod(self._probe_once), self._close_signal).run)
 
     def _probe_once(self) -> bool:
-        """Look once for what was lost; return whether there is an end of looking."""
+        """Look once for the lost socket; return whether to stop looking."""
         try:
             near, _ = self._find_near(Deadline(_PROBE_TIMEOUT_S))
         except (DeconvdError, _NoAnswerError) as error:
-            _log.debug("no nearer way yet: %s", error)
+            _log.debug("no Unix socket yet: %s", error)
             return False
         if near is None:
             return False
@@ -298,19 +311,22 @@ class Route:
 
 
 class _Prober:
-    """Looks for a lost way again and again, ever more seldom.
+    """Looks for a lost socket again and again, at growing intervals.
 
     Args:
-        look: Looks once, and returns whether that was enough. It does not keep its object alive.
-        closed: Gets something once nothing is looked for any more.
+        probe: Looks once, and returns whether to stop. A weak reference, so that the thread does not keep a connection
+            alive that its user has dropped.
+        close_signal: Gets an item when the route is closed.
     """
 
-    def __init__(self, look: weakref.WeakMethod[Callable[[], bool]], closed: SimpleQueue[None]):
-        self._look = look
-        self._close_signal = closed
+    def __init__(
+        self, probe: weakref.WeakMethod[Callable[[], bool]], close_signal: SimpleQueue[None]
+    ) -> None:
+        self._probe = probe
+        self._close_signal = close_signal
 
     def run(self) -> None:
-        """Look until the way is found, or nobody wants it any more."""
+        """Look until the socket is found, or the route is closed or dropped."""
         pause_s = _FIRST_PROBE_PAUSE_S
         while True:
             try:
@@ -318,20 +334,21 @@ class _Prober:
             except Empty:
                 pass
             else:
-                self._close_signal.put(None)  # for other probes
+                self._close_signal.put(None)  # for other probers
                 return
-            look = self._look()
-            if look is None or look():
+            probe = self._probe()
+            if probe is None or probe():
                 return
-            del look
+            del probe  # during the pause it would keep the route alive
             pause_s = min(2 * pause_s, _MAX_PROBE_PAUSE_S)
 
 
 class _NoAnswerError(Exception):
-    """The server has a Unix socket here, and nobody answers there: it stops or starts, or has no time now."""
+    """The server has a Unix socket on this host that does not answer: it is starting, stopping or busy."""
 
 
 def _absence_reason(info: pb.GetServerInfoResponse, here: list[str]) -> str:
+    """Return why no Unix socket of a server can be used. `here` has those of its paths that exist on this host."""
     if not info.unix_sockets:
         return "the server listens at none"
     if not here:

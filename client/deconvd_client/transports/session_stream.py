@@ -1,4 +1,4 @@
-"""A session's call, which stays open for as long as the session."""
+"""The HoldSession call of a session, which stays open for as long as the session lives."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ __all__ = ["SessionStream"]
 
 
 class SessionStream:
-    """A call of HoldSession under way.
+    """A HoldSession call under way.
 
     Attributes:
-        opened: What the server answered.
+        response: The server's answer to the first message.
+
+    Args:
+        call: The RPC.
+        requests: Messages to send; None ends the request stream.
     """
 
     def __init__(
-        self, call: grpc.Call, signs: SimpleQueue[bytes | None], opened: pb.HoldSessionResponse
+        self,
+        call: grpc.Call,
+        requests: SimpleQueue[bytes | None],
+        response: pb.HoldSessionResponse,
     ) -> None:
         self._call = call
-        self._requests = signs
-        self.response = opened
+        self._requests = requests
+        self.response = response
 
     @classmethod
     def open(
@@ -40,21 +47,21 @@ class SessionStream:
         """Begin a call, and return once the server has answered the first message.
 
         Raises:
-            DeadlineError: It has not in time.
-            InternalError: It has ended the call instead.
-            grpc.RpcError: As gRPC does.
+            DeadlineError: The server did not answer in time.
+            InternalError: The server ended the call without an answer.
+            grpc.RpcError: The call failed.
         """
-        signs: SimpleQueue[bytes | None] = SimpleQueue()
-        signs.put(opening.SerializeToString())
-        call = rpc(iter(signs.get, None))
+        requests: SimpleQueue[bytes | None] = SimpleQueue()
+        requests.put(opening.SerializeToString())
+        call = rpc(iter(requests.get, None))
         try:
-            return cls(call, signs, _receive_first(call, timeout_s))
+            return cls(call, requests, _receive_first(call, timeout_s))
         except BaseException:
-            signs.put(None)  # or gRPC's thread would wait for more
+            requests.put(None)  # or gRPC's thread would wait for the next message for ever
             raise
 
     def send_heartbeat(self) -> None:
-        """Give a sign of life."""
+        """Extend the lease of the session."""
         self._requests.put(pb.HoldSessionRequest().SerializeToString())
 
     def close(self) -> None:
@@ -62,22 +69,22 @@ class SessionStream:
         self._requests.put(None)
 
     def cancel(self) -> None:
-        """Break the call off; it does no harm if it has ended."""
+        """Cancel the call. That is harmless if it has ended."""
         self._requests.put(None)
         self._call.cancel()
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in another thread once it has ended; at once if it has already."""
+        """Call `callback` in another thread once the call has ended; in this one if it has ended already."""
         if not self._call.add_callback(callback):
             callback()
 
 
 def _receive_first(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
-    """Return the first response of a call that has no deadline."""
+    """Return the first response. The call itself has no deadline, so a timer cancels it if there is none in time."""
     deadline_s = time.monotonic() + timeout_s
-    impatience = threading.Timer(timeout_s, call.cancel)
-    impatience.daemon = True
-    impatience.start()
+    timer = threading.Timer(timeout_s, call.cancel)
+    timer.daemon = True
+    timer.start()
     try:
         answer = next(call, None)
     except grpc.RpcError:
@@ -85,7 +92,7 @@ def _receive_first(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
             raise DeadlineError("the server did not open a session in time") from None
         raise
     finally:
-        impatience.cancel()
+        timer.cancel()
     if answer is None:
         raise InternalError("the server ended a session without a word")
     return pb.HoldSessionResponse.FromString(answer)

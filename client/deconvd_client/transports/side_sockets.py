@@ -1,4 +1,4 @@
-"""Where a server's sockets beside those for gRPC are on this host."""
+"""Finds a server's side sockets on this host: those for direct connections and for lending memory."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ _IDENTIFY_TIMEOUT_S: Final = 1.0
 
 
 def find_call_sockets(info: pb.GetServerInfoResponse, grpc_path: str) -> list[str]:
-    """Return the paths where a server's sockets for direct calls are on this host.
+    """Return the paths of a server's sockets for direct connections on this host.
 
     Args:
-        info: What the server tells.
-        grpc_path: The path by which it was reached.
+        info: The server's GetServerInfo response.
+        grpc_path: The path of the gRPC socket by which the server was reached.
     """
     return _find_local([side.calls for side in _side_sockets(info, grpc_path)], grpc_path)
 
 
 def find_memory_socket(info: pb.GetServerInfoResponse, grpc_path: str) -> str:
-    """Return the path where a server lends memory: on another host nobody is there. Empty if it lends none.
+    """Return the path of a server's lending socket; empty if it lends no memory.
+
+    The path of a server on another host is returned as it is: no socket will be found there.
 
     Args:
-        info: What the server tells.
-        grpc_path: The path by which it was reached; empty if it was by TCP.
+        info: The server's GetServerInfo response.
+        grpc_path: The path of the gRPC socket by which the server was reached; empty if it was reached by TCP.
 
     Raises:
-        UnavailableError: Another server lends memory there.
+        UnavailableError: Another server lends memory at this path.
     """
-    told = [side.memory for side in _side_sockets(info, grpc_path)] if grpc_path else []
-    here = _find_local([*told, info.shared_memory_socket], grpc_path)
+    names = [side.memory for side in _side_sockets(info, grpc_path)] if grpc_path else []
+    here = _find_local([*names, info.shared_memory_socket], grpc_path)
     path = here[0] if here else info.shared_memory_socket
     if here:
         _check_instance(path, bytes.fromhex(info.instance_id))
@@ -53,16 +55,17 @@ def find_memory_socket(info: pb.GetServerInfoResponse, grpc_path: str) -> str:
 
 
 def _side_sockets(info: pb.GetServerInfoResponse, grpc_path: str) -> list[pb.SideSockets]:
-    """Return what is beside a server's sockets: first, beside the one of the same name as the one in use."""
+    """Return the side sockets of each gRPC socket of a server; first those of the socket that has the name in use."""
     name = os.path.basename(os.path.realpath(grpc_path))
     pairs = zip(info.unix_sockets, info.side_sockets, strict=False)
     return [side for _, side in sorted(pairs, key=lambda pair: os.path.basename(pair[0]) != name)]
 
 
-def _find_local(told: Iterable[str], grpc_path: str) -> list[str]:
-    """Return the paths of those sockets that are here: names are looked for beside the socket in use."""
+def _find_local(names: Iterable[str], grpc_path: str) -> list[str]:
+    """Return the paths of the sockets that exist on this host. Names without a folder are next to the gRPC socket."""
+    # both where the path leads and where its links lead: either may be mounted from another container
     directories = dict.fromkeys(map(os.path.dirname, (os.path.realpath(grpc_path), grpc_path)))
-    paths = [os.path.join(directory, one) for directory in directories for one in told if one]
+    paths = [os.path.join(directory, one) for directory in directories for one in names if one]
     return [path for path in dict.fromkeys(paths) if _is_socket(path)]
 
 
@@ -75,9 +78,9 @@ def _is_socket(path: str) -> bool:
 
 
 def _check_instance(path: str, instance: bytes) -> None:
-    """Raise UnavailableError if another server than the one that is meant lends memory at a path.
+    """Raise UnavailableError if the server that lends memory at a path is another instance.
 
-    One that does not say, since it serves other users, will refuse to lend as well.
+    A server that does not say which it is, since it serves other users, will refuse to lend, too.
     """
     if not hasattr(socket, "AF_UNIX"):
         return
@@ -90,6 +93,6 @@ def _check_instance(path: str, instance: bytes) -> None:
         except TimeoutError:
             raise UnavailableError(f"the server does not answer at {path}") from None
         except (OSError, ValueError):
-            return  # who borrows finds out what it is
+            return  # the borrower will find out what is wrong
     if reply.status is ReplyStatus.DONE and reply.region != instance:
         raise UnavailableError(f"another server lends memory at {path}")

@@ -1,8 +1,9 @@
-"""Calls in streams: what is sent slice by slice, and what comes back meanwhile."""
+"""Calls in streams: operands are sent slice by slice, and results come back meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any, Final, TypeAlias
 
@@ -10,7 +11,7 @@ from deconvd.direct.events import MethodCode
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
-from deconvd.model.problem import Problem, TensorSpec
+from deconvd.model.problem import TensorSpec
 from deconvd.wire.messages import messages_for
 from deconvd.wire.stream_parts import (
     ElementsPart,
@@ -18,7 +19,6 @@ from deconvd.wire.stream_parts import (
     PartReader,
     PartSource,
     elements_parts,
-    slices,
 )
 from deconvd_client.calls.call_spec import CallSpec, Response
 from deconvd_client.calls.transport import StreamAttempt
@@ -26,70 +26,66 @@ from deconvd_client.calls.transport import StreamAttempt
 __all__ = ["begin_stream_attempt"]
 
 _StreamResult: TypeAlias = tuple[Response, dict[str, Array]]
-"""The response, and the results that were returned, by the names of their fields."""
+"""The response, and the results, by the names of their fields."""
 
 _SLICE_BYTES: Final = 8 << 20
-"""Operands and results of a slice: enough to keep a GPU busy, little enough to flow."""
+"""Size of the operands and results of a slice: enough to keep a GPU busy, little enough to overlap with the next."""
 
 _MAX_UNANSWERED_BYTES: Final = 64 << 20
-"""What may be sent before the server has said what it lacks."""
+"""What may be sent before the server has said which of the offered operands it lacks."""
 
 _PIECE_BYTES: Final = 1 << 20
-"""What is sent between two looks at whether it has."""
-
-
-def _slice_samples_count(problem: Problem) -> int:
-    """Return how many samples a slice has."""
-    sample_bytes = (problem.x.nbytes + problem.y.nbytes) // max(problem.n, 1)
-    return max(_SLICE_BYTES // max(sample_bytes, 1), 1)
+"""What is sent between two checks whether it has said so."""
 
 
 def begin_stream_attempt(
-    asked: CallSpec, empty: Callable[[TensorSpec], Array]
+    call_spec: CallSpec, empty: Callable[[TensorSpec], Array]
 ) -> StreamAttempt[_StreamResult]:
     """Begin an attempt at a call in a stream.
 
     Args:
         empty: Returns new memory for a result.
     """
-    exchange = _StreamCall(asked, empty)
-    method = MethodCode[asked.operation.stream_name]
-    response_type = messages_for(asked.operation).stream_response
+    stream_call = _StreamCall(call_spec, empty)
+    method = MethodCode[call_spec.operation.stream_name]
+    response_type = messages_for(call_spec.operation).stream_response
     return StreamAttempt(
-        method, exchange.parts(), exchange.receive, response_type, exchange.is_full_duplex
+        method, stream_call.parts(), stream_call.receive, response_type, stream_call.is_full_duplex
     )
 
 
 class _StreamCall:
-    """One attempt at a call in a stream. Another thread may take the parts."""
+    """One attempt at a call in a stream. The parts may be taken in another thread than the response.
 
-    def __init__(self, asked: CallSpec, empty: Callable[[TensorSpec], Array]) -> None:
-        self._call_spec = asked
+    Attributes:
+        is_full_duplex: Whether parts of the response may come before the request is whole.
+    """
+
+    def __init__(self, call_spec: CallSpec, empty: Callable[[TensorSpec], Array]) -> None:
+        problem = call_spec.problem
+        sample_bytes = (problem.x.nbytes + problem.y.nbytes) // max(problem.n, 1)
+        self._step = max(_SLICE_BYTES // max(sample_bytes, 1), 1)  # samples of a slice
+        self.is_full_duplex: bool = bool(call_spec.offered) or problem.n > self._step
+        self._call_spec = call_spec
         self._empty = empty
-        self._messages = messages_for(asked.operation)
-        self._step = _slice_samples_count(asked.problem)
+        self._messages = messages_for(call_spec.operation)
         # a queue, since an exception from a signal handler can leave an Event locked
         self._missing: SimpleQueue[Sequence[str]] = SimpleQueue()
 
-    @property
-    def is_full_duplex(self) -> bool:
-        """Whether parts of the response may come before the request is whole."""
-        return bool(self._call_spec.offered) or self._call_spec.problem.n > self._step
-
     def parts(self) -> Iterator[Part]:
-        """Yield the request's parts."""
+        """Return the request's parts."""
         header: Any = self._messages.stream_header(
             request=self._call_spec.request, slice_samples_count=self._step
         )
         opening: Any = self._messages.stream_request
-        yield opening(header=header)
-        yield from self._interleave_missing() if self._call_spec.offered else self._elements()
+        elements = self._interleave_missing() if self._call_spec.offered else self._elements()
+        return chain((opening(header=header),), elements)
 
     def receive(self, source: PartSource) -> _StreamResult:
-        """Return what the response's messages say.
+        """Read the response.
 
         Raises:
-            InvalidArgumentError: They are not those of such a response.
+            InvalidArgumentError: Its messages are not those of such a response.
         """
         reader: PartReader[Any] = PartReader(source, self._messages.stream_response, self._empty)
         try:
@@ -103,16 +99,24 @@ class _StreamCall:
             reader.expect_end()
             return response, arrays
         finally:
-            self._missing.put(())  # or `parts` would wait for ever
+            self._missing.put(())  # or the thread that sends would wait for ever
 
     def _check_offered(self, fields: Sequence[str]) -> Sequence[str]:
         unknown = set(fields) - self._call_spec.offered.keys()
         if unknown:
-            raise InvalidArgumentError(f"the server misses what it was not offered: {unknown}")
+            raise InvalidArgumentError(
+                f"the server asks for operands that were not offered: {unknown}"
+            )
         return fields
 
     def _interleave_missing(self) -> Iterator[ElementsPart]:
-        """Yield the elements, and what the server lacks as soon as it has said so."""
+        """Yield the elements, and insert the missing operands as soon as the server has asked for them.
+
+        The client does not wait for that message, unless it has sent `_MAX_UNANSWERED_BYTES` without it::
+
+            client   header  x  x  x  x  W  x  x
+            server              missing: W
+        """
         unanswered_bytes = 0
         pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
         for piece in pieces:
@@ -135,7 +139,8 @@ class _StreamCall:
         for field in operation.constants:
             if field in operands:
                 yield from elements_parts(operands[field])
-        sliced = [operands[field] for field in operation.batched_operands if field in operands]
-        for samples in slices(self._call_spec.problem.n, self._step) if sliced else ():
-            for array in sliced:
-                yield from elements_parts(array[samples])
+        batched = [operands[field] for field in operation.batched_operands if field in operands]
+        samples_count = self._call_spec.problem.n if batched else 0
+        for begin in range(0, samples_count, self._step):
+            for array in batched:
+                yield from elements_parts(array[begin : begin + self._step])

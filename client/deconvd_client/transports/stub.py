@@ -1,4 +1,4 @@
-"""The service's methods as functions: each is called once, until its deadline, and raises errors of deconvd.errors."""
+"""The service's methods as functions: each makes one call, by its deadline, and raises DeconvdErrors."""
 
 from __future__ import annotations
 
@@ -28,61 +28,71 @@ __all__ = ["Stub"]
 _T = TypeVar("_T")
 
 _SERVER_INFO_TIMEOUT_S: Final = 5.0
-"""How long a server may take to say where it takes direct calls: calls go by gRPC meanwhile."""
+"""How long a server may take to say where it accepts direct connections: until then calls go by gRPC."""
 
 
 class Stub:
     """The methods of the server at one target.
 
-    What is small, and what streams, goes directly where that can be; gRPC carries the rest.
+    Small calls and streams use direct connections where there are some; gRPC carries the rest.
 
     Args:
-        target: Where that is.
-        by_grpc: Carries what nothing else does.
-        way: How calls can be made directly; None if they are not to be.
+        target: Where the server is.
+        grpc: Carries all calls that no direct connection carries.
+        connector: Opens direct connections; None if there must not be any.
 
     Attributes:
-        direct: The direct connections, if there may be any.
+        direct: The direct connections; None if there must not be any.
     """
 
-    def __init__(self, target: str, by_grpc: GrpcTransport, way: Connector | None) -> None:
+    def __init__(self, target: str, grpc: GrpcTransport, connector: Connector | None) -> None:
         self.target: str = target
-        self._grpc = by_grpc
+        self._grpc = grpc
         self.direct: DirectTransport | None = (
-            None if way is None else DirectTransport(way, self._fetch_server_info)
+            None if connector is None else DirectTransport(connector, self._fetch_server_info)
         )
-        self._transport: Transport = by_grpc
-        self._at_most_once_transport: Transport = by_grpc
+        self._transport: Transport = grpc
+        self._at_most_once_transport: Transport = grpc
         if self.direct is not None:
-            self._transport = Failover(self.direct, by_grpc)
-            self._at_most_once_transport = Failover(self.direct, by_grpc, only_unsent=True)
+            self._transport = Failover(self.direct, grpc)
+            self._at_most_once_transport = Failover(self.direct, grpc, at_most_once=True)
 
     def call(
         self,
-        asked: CallSpec,
+        call_spec: CallSpec,
         request: Envelope[Any],
         *,
         placed: Mapping[str, Array],
-        late_copy: OverlappedCopy | None = None,
+        overlapped_copy: OverlappedCopy | None = None,
         is_brief: bool,
     ) -> CallResult:
         """Have an operation computed by a call of one message.
 
         Args:
-            request: What goes to the server: `asked.request`, and where its tensors are.
-            placed: Memory for results that the request wants to have there.
-            late_copy: Puts operands where the request says that they are: meanwhile, if the call is direct.
-            is_brief: Whether request and response are small enough for a direct call.
+            request: The message: `call_spec.request`, and where its tensors are.
+            placed: Memory where the request asks the server to write results, by their fields.
+            overlapped_copy: Puts operands where the request says that they are: during the call, if it is direct.
+            is_brief: Whether request and response are small enough for a direct connection.
 
         Raises:
-            OutcomeUnknownError: The server may be writing to `placed`: the call is to be made anew, with other memory.
+            OutcomeUnknownError: The server may still be writing to `placed`. Call again, with other memory.
         """
-        brief = self._at_most_once_transport if placed else self._transport
-        transport = brief if is_brief else self._grpc
-        operation = asked.operation
-        data, ledger = transport.unary(operation.name, encode(request), asked.deadline, late_copy)
+        transport: Transport = self._grpc
+        if is_brief:
+            transport = self._at_most_once_transport if placed else self._transport
+        operation = call_spec.operation
+        data, ledger = transport.unary(
+            operation.name, encode(request), call_spec.deadline, overlapped_copy
+        )
         response: Envelope[Any] = decode(messages_for(operation).response, data)
-        arrays = {field: _result(response, field, placed.get(field)) for field in asked.results}
+        arrays: dict[str, Array] = {}
+        for field in call_spec.results:
+            message: pb.Tensor = getattr(response.message, field)
+            if field in placed and message.WhichOneof("payload") == "shared":
+                arrays[field] = placed[field]
+            else:  # a copy, which the caller may change
+                elements = response.raw.get(field)
+                arrays[field] = np.array(array_from_message(ARGUMENTS[field], message, elements))
         return CallResult(response.message, arrays, ledger)
 
     def stream(
@@ -92,22 +102,21 @@ class Stub:
         *,
         is_placed: bool = False,
     ) -> tuple[_T, str]:
-        """Make a call of many parts; return what is made of the response, and the ledger.
+        """Make a call of many parts; return what `StreamAttempt.receive` returns, and the ledger.
 
         Args:
-            begin: Called once for each attempt: again, if a direct line was lost.
-            is_placed: Whether the server is to write the result into memory of ours.
+            begin: Called once for each attempt: again, if a direct connection was lost.
+            is_placed: Whether the server writes the result into shared memory.
 
         Raises:
-            OutcomeUnknownError: It may be writing there: the call is to be made anew, with other memory.
+            OutcomeUnknownError: The server may still be writing there. Call again, with other memory.
         """
-        return (self._at_most_once_transport if is_placed else self._transport).stream(
-            begin, deadline
-        )
+        transport = self._at_most_once_transport if is_placed else self._transport
+        return transport.stream(begin, deadline)
 
     @property
     def is_direct(self) -> bool:
-        """Whether calls are likely to be made directly, streams too."""
+        """Whether calls, also streams, are likely to use a direct connection."""
         return self.direct is not None and self.direct.may_connect
 
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
@@ -132,7 +141,7 @@ class Stub:
         """Close the connections. Calls under way end with CallCancelledError.
 
         Args:
-            deadline: When to return, although the other end takes nothing any more.
+            deadline: When to return, even if the server no longer reads.
         """
         if self.direct is not None:
             self.direct.close()
@@ -140,11 +149,3 @@ class Stub:
 
     def _fetch_server_info(self) -> pb.GetServerInfoResponse:
         return self.get_server_info(Deadline(_SERVER_INFO_TIMEOUT_S))
-
-
-def _result(response: Envelope[Any], field: str, placed: Array | None) -> Array:
-    """Return a result from where the response says that it is: as an array of the caller's own, or `placed`."""
-    message: pb.Tensor = getattr(response.message, field)
-    if placed is not None and message.WhichOneof("payload") == "shared":
-        return placed
-    return np.array(array_from_message(ARGUMENTS[field], message, response.raw.get(field)))

@@ -1,4 +1,4 @@
-"""Targets: the names under which a server is reached, and what they say of where it is."""
+"""Targets: the addresses of servers, and what they tell about where a server is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TCP: Final = re.compile(
 
 
 def parse_target(target: object) -> str:
-    """Return a target as a plain string, once it is sure that it names one address.
+    """Return a target as a plain string if it names exactly one address.
 
     Raises:
         InvalidArgumentError: It is neither ``host:port`` nor ``unix:path``.
@@ -32,13 +32,13 @@ def parse_target(target: object) -> str:
         raise _error(f"must be host:port or unix:path, got {target!r}")
     try:
         target.encode()
-    except UnicodeEncodeError:  # gRPC's names are UTF-8
+    except UnicodeEncodeError:  # gRPC encodes targets in UTF-8
         raise _error(f"must be a name in UTF-8, got {target!r}") from None
     if has_authority(target):
         raise _error(
             f"must be host:port or unix:path (after unix:// the path begins with /), got {target!r}"
         )
-    if "\0" in target:  # where gRPC, and the system, would take it to end
+    if "\0" in target:  # gRPC and the system would ignore what follows
         raise _error(f"must not have a null character in it, got {target!r}")
     size_bytes = len(unix_path(target).encode())
     if size_bytes > MAX_UNIX_PATH_BYTES:
@@ -66,7 +66,7 @@ def host_of(target: str) -> str:
 
 
 def resolver_of(target: str) -> str:
-    """Return the name server that a target says is to be asked for its host; empty if it names none."""
+    """Return the name server that a target names for its host; empty if it names none."""
     match = _TCP.fullmatch(target)
     return (match and match["resolver"]) or ""
 

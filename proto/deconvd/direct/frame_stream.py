@@ -155,6 +155,9 @@ class FrameSource:
         self._part_type = part_type
         self._first = first
         self._has_ended = frames.protocol.is_peer_done
+        self.read_into: Callable[[Uint8Array], None] = (
+            frames.read_into
+        )  # see `FrameStream.__init__`
         self.ledger = ""
 
     def next(self) -> Message | PendingElements | None:
@@ -178,7 +181,3 @@ class FrameSource:
                 raise AssertionError(
                     f"the protocol let an event through that is not a part of a stream: {event}"
                 )
-
-    def read_into(self, target: Uint8Array) -> None:
-        """Fill `target` with the next of the pending elements."""
-        self._stream.read_into(target)

@@ -64,7 +64,9 @@ def copy_all(
             of the first target over all targets in order. The number only grows, and is the total at the end. It is
             called in any thread, but never in two at once, while other threads continue to copy.
     """
-    total_bytes = sum(target.nbytes for target, _ in pairs)
+    total_bytes = 0
+    for target, _ in pairs:
+        total_bytes += target.nbytes
     is_small = total_bytes < 2 * _PIECE_BYTES
     threads_count = 1 if is_small else _threads_count(total_bytes)
     if is_small or (threads_count < 2 and on_progress is None):

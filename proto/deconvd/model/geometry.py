@@ -84,7 +84,7 @@ class Geometry:
         return _geometry(
             _pair("stride", stride),
             _pair("pad", pad),
-            _outsize(outsize),
+            (None, None) if outsize is None else _outsize(outsize),
             dilate_pair,
             _integer("groups", groups, "an int"),
         )
@@ -154,11 +154,12 @@ def _check_range(name: str, values: Sequence[int], *, at_least: int) -> None:
 def _pair(name: str, value: IntOrPair) -> Pair:
     allowed = "an int or a pair of ints"
     try:
-        operator.index(value)  # type: ignore[arg-type]  # the try finds out whether it is an integer
+        integer = operator.index(value)  # type: ignore[arg-type]  # the try finds out whether it is an integer
     except TypeError:
         first, second = _split_pair(name, value, allowed)
         return _integer(name, first, allowed), _integer(name, second, allowed)
-    integer = _integer(name, value, allowed)
+    if integer.bit_length() > _MAX_SHOWN_BITS:
+        raise _length_error(name, integer)
     return integer, integer
 
 
@@ -168,16 +169,11 @@ def _integer(name: str, value: object, allowed: str) -> int:
     except TypeError:
         raise _kind_error(name, value, allowed) from None
     if integer.bit_length() > _MAX_SHOWN_BITS:
-        raise InvalidArgumentError(
-            f"{name} must be at most {MAX_EXTENT}, got an int of {integer.bit_length()} bits",
-            argument=name,
-        )
+        raise _length_error(name, integer)
     return integer
 
 
-def _outsize(value: Sequence[SupportsIndex | None] | None) -> OutputSize:
-    if value is None:
-        return None, None
+def _outsize(value: Sequence[SupportsIndex | None]) -> OutputSize:
     allowed = "None or a pair, each an int or None"
     h, w = _split_pair("outsize", value, allowed)
     return (
@@ -192,6 +188,13 @@ def _split_pair(name: str, value: object, allowed: str) -> tuple[object, object]
         if len(elements) == 2:
             return elements[0], elements[1]
     raise _kind_error(name, value, allowed)
+
+
+def _length_error(name: str, integer: int) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{name} must be at most {MAX_EXTENT}, got an int of {integer.bit_length()} bits",
+        argument=name,
+    )
 
 
 def _kind_error(name: str, value: object, allowed: str) -> InvalidArgumentError:

@@ -68,8 +68,12 @@ _MAX_FIELD_NUMBER: Final = 2**29 - 1
 
 _RAW_NUMBER: Final = pb.Tensor.RAW_FIELD_NUMBER
 _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
-_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
-_MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER
+
+# all stream messages have the same; a number below 16 has a tag of one byte
+_CHUNK_TAG: Final = bytes([pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED])
+_MISSING_CHUNK_TAG: Final = bytes(
+    [pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED]
+)
 
 
 class Envelope(NamedTuple, Generic[M]):
@@ -94,8 +98,14 @@ def encode(envelope: Envelope[M]) -> bytes:
 
     Each tensor that has elements must be set in the message. Elements may be any C-contiguous buffer of bytes.
     """
+    if not envelope.raw:
+        return envelope.message.SerializeToString()
     if sum(map(len, envelope.raw.values())) <= _MAX_SMALL_BYTES:
-        return _merge_raw(envelope).SerializeToString()
+        whole = type(envelope.message)()
+        whole.CopyFrom(envelope.message)
+        for name, raw in envelope.raw.items():
+            getattr(whole, name).raw = bytes(raw)
+        return whole.SerializeToString()
     rest = type(envelope.message)()
     rest.CopyFrom(envelope.message)
     pieces: list[Buffer] = [b""]
@@ -197,33 +207,34 @@ def _cache_envelope(message_type: type[M], data: bytes, envelope: Envelope[M]) -
 
 def chunk_to_bytes(chunk: Buffer) -> bytes:
     """Return the message of a stream that carries a chunk. The bytes are the same for all stream messages."""
-    return b"".join((_field_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
+    return b"".join((_CHUNK_TAG, _encode_varint(len(chunk)), chunk))
 
 
 def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
     """Return the message of a stream that carries a missing chunk."""
-    return b"".join((_field_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
+    return b"".join((_MISSING_CHUNK_TAG, _encode_varint(len(chunk)), chunk))
 
 
 def chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the chunk in a stream's message. None if the message has anything else."""
-    return _only_field(data, _CHUNK_NUMBER)
+    return _only_field(data, _CHUNK_TAG)
 
 
 def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the missing chunk in a stream's message. None if the message has anything else."""
-    return _only_field(data, _MISSING_CHUNK_NUMBER)
+    return _only_field(data, _MISSING_CHUNK_TAG)
 
 
-def _only_field(data: bytes, number: int) -> memoryview | None:
+def _only_field(data: bytes, tag: bytes) -> memoryview | None:
+    # not by `_iterate_fields`: every megabyte of a stream comes by here
+    if not data.startswith(tag):
+        return None
     view = memoryview(data)
     try:
-        field = next(_iterate_fields(view), None)
+        size_bytes, begin = _read_varint(view, len(tag))
     except _UnsupportedLayoutError:
         return None
-    if field is None or field.number != number or field.value is None:
-        return None
-    return field.value if field.end == len(view) else None
+    return view[begin:] if begin + size_bytes == len(view) else None
 
 
 class _UnsupportedLayoutError(Exception):
@@ -277,17 +288,6 @@ def _split_tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
     if payloads_count > 1:
         raise _UnsupportedLayoutError("several payloads of one tensor")
     return b"".join(header), elements
-
-
-def _merge_raw(envelope: Envelope[M]) -> M:
-    """Return the message with its elements: a copy, or the envelope's own message if there are no elements."""
-    message = envelope.message
-    if envelope.raw:
-        message = type(message)()
-        message.CopyFrom(envelope.message)
-        for name, raw in envelope.raw.items():
-            getattr(message, name).raw = bytes(raw)
-    return message
 
 
 def _decode_generic(message_type: type[M], data: bytes) -> Envelope[M]:

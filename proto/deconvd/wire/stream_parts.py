@@ -57,6 +57,8 @@ class ElementsPart:
 
     def pieces(self, size_bytes: int) -> list[ElementsPart]:
         """Return views of the elements in pieces of `size_bytes`. The last piece may be smaller."""
+        if len(self.data) <= size_bytes:
+            return [self] if self.data else []
         starts = range(0, len(self.data), size_bytes)
         return [ElementsPart(self.data[i : i + size_bytes], self.is_missing) for i in starts]
 
@@ -99,10 +101,10 @@ def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[Elemen
     part is requested.
     """
     if is_raw(array):
-        yield elements_part(array, is_missing=is_missing)
+        yield ElementsPart(elements_of(array), is_missing)
         return
     for block in _blocks(array):
-        yield elements_part(block, is_missing=is_missing)
+        yield ElementsPart(elements_of(block), is_missing)
 
 
 def _blocks(array: Array) -> Iterator[Array]:

@@ -1,1 +1,1 @@
-"""Direct connections to a server: calls without gRPC."""
+"""Direct connections, which carry calls without gRPC."""

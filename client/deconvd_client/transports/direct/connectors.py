@@ -1,4 +1,4 @@
-"""Ways by which direct calls can reach a server: how a line is opened. See `deconvd.direct.protocol`."""
+"""Connectors: they open direct connections, by a Unix socket or by TCP. See `deconvd.direct.protocol`."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ from deconvd_client.transports.targets import host_of, resolver_of
 __all__ = ["Connector", "InfoFetcher", "TcpConnector", "UnixConnector", "connector_for"]
 
 InfoFetcher: TypeAlias = Callable[[], pb.GetServerInfoResponse]
-"""Asks a server what it is."""
+"""Returns the GetServerInfo response of a server."""
 
 _UNIX_CONNECT_TIMEOUT_S: Final = 0.5
+"""How long a server may take to accept a connection by a Unix socket. After that calls go by gRPC."""
+
 _TCP_CONNECT_TIMEOUT_S: Final = 5.0
-"""How long a server may take to let a line be opened; calls go by gRPC then."""
+"""The same by TCP."""
 
 _MIN_TIMEOUT_S: Final = 1e-3
-"""What sockets take for a time-out: 0 would mean none."""
+"""The shortest timeout that is set on a socket: 0 would mean none."""
 
 _SEND_BUFFER_BYTES: Final = 1 << 20
-"""What a Unix socket may hold that is on its way, if the system allows so much."""
+"""Size of the send buffer of a Unix socket, if the system allows that much."""
 
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
 class _DirectAddress(NamedTuple):
-    """Where a server takes direct calls.
+    """Where a server accepts direct connections.
 
     Attributes:
-        path: Its socket's.
-        instance: Its id.
+        path: Path of its socket.
+        instance: Id of the server instance.
     """
 
     path: str
@@ -49,97 +51,96 @@ class _DirectAddress(NamedTuple):
 
 @dataclass(slots=True)
 class UnixConnector:
-    """By a Unix socket beside the one for gRPC, on this host: the server tells which.
+    """Connects by a Unix socket on this host, which is next to the server's socket for gRPC.
 
     Attributes:
-        path: That of the socket for gRPC.
+        path: Path of the socket for gRPC.
     """
 
     path: str
     _address: _DirectAddress | None = field(default=None, init=False, compare=False)
-    """Where lines are opened, once one was."""
+    """Where the last connection was opened; None if it failed, or there was none."""
 
     @property
     def is_address_known(self) -> bool:
-        """Whether the server need not be asked."""
+        """Whether a connection can be opened without asking the server for the path."""
         return self._address is not None
 
-    def connect(self, ask: InfoFetcher, timeout_s: float) -> FrameStream:
-        """Return a new line, to where the last one went if that is known; if not, the server is asked.
+    def connect(self, fetch_info: InfoFetcher, timeout_s: float) -> FrameStream:
+        """Return a new connection, by the same socket as the last one; without a last one the server is asked for it.
 
         Raises:
-            OSError: The server opens none in time.
-            DeconvdError: What it said when it was asked for its socket.
+            OSError: The server does not accept the connection in time.
+            DeconvdError: What the server raised when it was asked for its socket.
         """
-        place = self._address or self._find_address(ask())
+        address = self._address or self._find_address(fetch_info())
+        timeout_s = min(max(timeout_s, _MIN_TIMEOUT_S), _UNIX_CONNECT_TIMEOUT_S)
         try:
-            line = self._connect_to(
-                place, min(max(timeout_s, _MIN_TIMEOUT_S), _UNIX_CONNECT_TIMEOUT_S)
-            )
+            stream = self._connect_to(address, timeout_s)
         except OSError:
-            self._address = None
+            self._address = None  # the server may have moved
             raise
-        self._address = place
-        return line
+        self._address = address
+        return stream
 
     def _find_address(self, info: pb.GetServerInfoResponse) -> _DirectAddress:
         paths = find_call_sockets(info, self.path)
         if not paths:
-            raise ConnectionRefusedError("the server takes no direct calls beside its socket")
+            raise ConnectionRefusedError("the server has no socket for direct connections here")
         return _DirectAddress(paths[0], bytes.fromhex(info.instance_id))
 
-    def _connect_to(self, place: _DirectAddress, timeout_s: float) -> FrameStream:
+    def _connect_to(self, address: _DirectAddress, timeout_s: float) -> FrameStream:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-            # a server that is stopped lets callers wait once it has many; Python's own time-out
-            # would not wait at all
+            # connect() waits if the backlog of the server is full, as that of a stopped one is. Python's own timeout
+            # would make the socket non-blocking, and then it fails at once instead.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
-            connection.connect(place.path)
+            connection.connect(address.path)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
         except BaseException:
             connection.close()
             raise
-        return _shake_hands(connection, place.instance, timeout_s)
+        return _shake_hands(connection, address.instance, timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
 class TcpConnector:
-    """By a TCP port that the server tells, on the host of its target.
+    """Connects by TCP to the host of the target, at the port that the server names.
 
     Attributes:
-        host: Name or address.
+        host: Name or address of the host.
     """
 
     host: str
     is_address_known = False
 
-    def connect(self, ask: InfoFetcher, timeout_s: float) -> FrameStream:
-        """Return a new line.
+    def connect(self, fetch_info: InfoFetcher, timeout_s: float) -> FrameStream:
+        """Return a new connection.
 
         Raises:
-            OSError: The server opens none.
-            DeconvdError: What it said when it was asked for its port.
+            OSError: The server does not accept the connection in time.
+            DeconvdError: What the server raised when it was asked for its port.
         """
-        info = ask()
+        info = fetch_info()
         if not info.direct_port:
-            raise ConnectionRefusedError("the server takes no direct calls over TCP")
+            raise ConnectionRefusedError("the server accepts no direct connections by TCP")
         timeout_s = min(max(timeout_s, _MIN_TIMEOUT_S), _TCP_CONNECT_TIMEOUT_S)
         connection = socket.create_connection((self.host, info.direct_port), timeout_s)
         return _shake_hands(connection, bytes.fromhex(info.instance_id), timeout_s)
 
 
 def _shake_hands(connection: socket.socket, instance: bytes, timeout_s: float) -> FrameStream:
-    """Return a line to a server that has said that it is the one. Raises ConnectionBrokenError otherwise."""
-    line = FrameStream(SocketStream(connection), DirectProtocol(Role.CLIENT, instance))
-    line.set_deadline(timeout_s)
+    """Return the connection once the server has said that it is `instance`. Raises ConnectionBrokenError if not."""
+    stream = FrameStream(SocketStream(connection), DirectProtocol(Role.CLIENT, instance))
+    stream.set_deadline(timeout_s)
     try:
-        line.send(Hello(instance))
-        line.next_event()
+        stream.send(Hello(instance))
+        stream.next_event()
     except BaseException:
-        line.close()
+        stream.close()
         raise
-    return line
+    return stream
 
 
 def _timeval(seconds: float) -> bytes:
@@ -150,7 +151,7 @@ Connector: TypeAlias = UnixConnector | TcpConnector
 
 
 def connector_for(target: str) -> Connector | None:
-    """Return how direct calls can reach a target of gRPC's; None if they cannot."""
+    """Return the connector for a gRPC target; None if there can be no direct connections to it."""
     path = unix_path(target)
     if path:
         return UnixConnector(path) if hasattr(socket, "AF_UNIX") else None

@@ -1,9 +1,9 @@
-"""A direct call of many parts: they are sent while the response is received, or before it."""
+"""A call of many parts on a direct connection: they are sent while the response is received, or before it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Final, TypeVar
 
 from google.protobuf.message import Message
@@ -12,7 +12,7 @@ from deconvd.direct.connection_errors import ConnectionBrokenError
 from deconvd.direct.events import CallHead, EndOfStream
 from deconvd.direct.frame_stream import FrameSource, FrameStream
 from deconvd.direct.protocol import ProtocolState
-from deconvd.wire.stream_parts import ElementsPart, Part
+from deconvd.wire.stream_parts import Part
 from deconvd_client.calls.transport import StreamAttempt
 from deconvd_client.calls.uninterrupted import Promise, PromiseTimeoutError, run_in_background
 
@@ -21,40 +21,40 @@ __all__ = ["run_stream_attempt"]
 _T = TypeVar("_T")
 
 _PIECE_BYTES: Final = 16 << 20
-"""What is sent between two looks at whether the server has refused the call."""
+"""What is sent between two checks whether the server has refused the call."""
 
 _SENDER_EXIT_TIMEOUT_S: Final = 5.0
-"""How long a thread may take to notice that what it sends on is broken; only an interrupt lets it take so long."""
+"""How long the sending thread may take to notice that the connection is broken; only an interrupt makes it so long."""
 
 
 def run_stream_attempt(
-    line: FrameStream, talk: StreamAttempt[_T], timeout_s: float
+    connection: FrameStream, attempt: StreamAttempt[_T], timeout_s: float
 ) -> tuple[_T, str]:
-    """Make a call on a line that it has to itself. See `DirectTransport.stream`."""
-    first = next(talk.parts)
+    """Make a call of many parts on a connection that no other call uses. See `DirectTransport.stream`."""
+    first = next(attempt.parts)
     assert isinstance(first, Message)
-    line.send(CallHead(talk.method, timeout_s, first.SerializeToString()))
-    source = FrameSource(line, talk.response_type)
-    # only some methods have more to say
-    has_more = line.protocol.state is ProtocolState.STREAMING
-    with (
-        _RequestSender(line, talk.parts, at_once=talk.is_full_duplex) if has_more else nullcontext()
-    ):
-        received = talk.receive(source)
+    connection.send(CallHead(attempt.method, timeout_s, first.SerializeToString()))
+    source = FrameSource(connection, attempt.response_type)
+    if connection.protocol.state is not ProtocolState.STREAMING:
+        return attempt.receive(source), source.ledger  # the first message is the whole request
+    with _RequestSender(connection, attempt.parts, is_full_duplex=attempt.is_full_duplex):
+        received = attempt.receive(source)
     return received, source.ledger
 
 
 class _RequestSender(AbstractContextManager[None]):
-    """Sends the parts of a request while a block receives the response: before it, or beside it.
+    """Sends the parts of a request before a block receives the response, or in another thread meanwhile.
 
-    If either fails the line is broken, so that the other ends too. That it broke while sending is
-    for the block to find: the server may have said why.
+    If either side fails the connection is shut down, so that the other ends too. An error of the connection while
+    sending is not raised: the block will find the reason, since the server may have said it.
     """
 
-    def __init__(self, line: FrameStream, parts: Iterator[Part], *, at_once: bool) -> None:
-        self._connection = line
+    def __init__(
+        self, connection: FrameStream, parts: Iterator[Part], *, is_full_duplex: bool
+    ) -> None:
+        self._connection = connection
         self._parts = parts
-        self._is_full_duplex = at_once
+        self._is_full_duplex = is_full_duplex
         self._completion: Promise[None] = Promise()
 
     def __enter__(self) -> None:
@@ -69,7 +69,7 @@ class _RequestSender(AbstractContextManager[None]):
         if exc_type is None:
             self._completion.wait()
             return
-        self._connection.shutdown()
+        self._connection.shutdown()  # or the thread would go on sending
         with suppress(PromiseTimeoutError):
             self._completion.wait(_SENDER_EXIT_TIMEOUT_S)
 
@@ -85,10 +85,12 @@ class _RequestSender(AbstractContextManager[None]):
     def _send(self) -> None:
         with suppress(ConnectionBrokenError):
             for part in self._parts:
-                for piece in (
-                    part.pieces(_PIECE_BYTES) if isinstance(part, ElementsPart) else (part,)
-                ):
-                    if not self._is_full_duplex and self._connection.is_failure_next():
-                        return  # the server does not want the rest; the block hears why
+                if self._is_full_duplex or isinstance(part, Message):
+                    self._connection.send_part(part)
+                    continue
+                for piece in part.pieces(_PIECE_BYTES):
+                    # nobody receives yet, so look whether the server has refused the call; the block will hear why
+                    if self._connection.is_failure_next():
+                        return
                     self._connection.send_part(piece)
             self._connection.send(EndOfStream())

@@ -1,4 +1,4 @@
-"""Direct calls: without gRPC, on lines that are kept for the next calls. See `deconvd.direct.protocol`."""
+"""A pool of direct connections, which carry calls without gRPC. See `deconvd.direct.protocol`."""
 
 from __future__ import annotations
 
@@ -38,17 +38,19 @@ __all__ = ["DirectTransport"]
 _T = TypeVar("_T")
 
 _CONNECT_TIMEOUT_S: Final = 10.0
-"""How long a thread may take to open a line."""
+"""How long the background thread may take to open a connection."""
 
 _CONNECT_PATIENCE_S: Final = 0.1
-"""How long calls wait for a line that is being opened before they go by gRPC."""
+"""How long calls wait for a connection that is being opened, before they go by gRPC."""
 
 _POLL_LEAD_S: Final = 4e-4
+"""A client that waits for an answer begins to poll this long before the answer usually comes."""
+
 _POLL_DURATION_S: Final = 8e-4
-"""From so long before an answer usually comes, and for so long, a client that waits for it polls."""
+"""How long it polls."""
 
 _MAX_IDLE_CONNECTIONS: Final = 16
-"""Lines that are kept for later calls."""
+"""How many connections are kept open for later calls."""
 
 _METHODS: Final = {method.name: method for method in MethodCode}
 
@@ -56,16 +58,16 @@ _log = logging.getLogger(__name__)
 
 
 class DirectTransport:
-    """Carries calls directly, by lines of its own, one at a time on each. See `Transport`.
+    """Carries calls by direct connections, one call at a time on each. See `Transport`. Thread-safe.
 
     Args:
-        way: How a line is opened.
-        ask: Asks the server what it is.
+        connector: Opens connections.
+        fetch_info: Asks the server for its GetServerInfo response.
     """
 
-    def __init__(self, way: Connector, ask: InfoFetcher) -> None:
-        self._connector = way
-        self._fetch_info = ask
+    def __init__(self, connector: Connector, fetch_info: InfoFetcher) -> None:
+        self._connector = connector
+        self._fetch_info = fetch_info
         self._is_closed = False
         self._backoff = Backoff()
         self._polling = BusyPolling(_POLL_DURATION_S, lead_s=_POLL_LEAD_S)
@@ -75,22 +77,22 @@ class DirectTransport:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Have no lines yet, as in a forked child."""
+        """Have no connections, as in a forked child."""
         self._idle: list[FrameStream] = []
-        # Those that calls have. A call that was broken off by an interrupt may not have said that it ended:
-        # its line closes itself once nothing refers to it.
+        # The connections that calls use. A call that an interrupt broke off may not have said that it has ended:
+        # so these are weak references, and the connection closes itself when nothing else refers to it.
         self._busy: set[weakref.ref[FrameStream]] = set()
         self._is_connecting = False
-        self._waiters: list[SimpleQueue[None]] = []  # for what the opener opens
+        self._waiters: list[SimpleQueue[None]] = []  # of calls that wait for the background thread
 
     @property
     def may_connect(self) -> bool:
-        """Whether calls may get a line: the server has let the last one be opened, or was asked long ago."""
+        """Whether a new connection may be tried: the last try succeeded, or was long ago."""
         return not self._is_closed and not self._backoff.is_pending
 
     @property
     def may_carry(self) -> bool:
-        """Whether there is a line for a call, or may be one."""
+        """Whether there is a connection for a call, or one may be opened."""
         return bool(self._idle) or self.may_connect
 
     def unary(
@@ -98,57 +100,60 @@ class DirectTransport:
         method: str,
         request: bytes,
         deadline: Deadline,
-        late_copy: OverlappedCopy | None = None,
+        overlapped_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
         """Return the response to a call of one message, and its ledger.
 
         Raises:
-            NotServedDirectlyError: It is to be made in another way.
+            NotServedDirectlyError: Another transport must carry the call.
             DeconvdError: What the server raised.
             DeadlineError: There was no answer in time.
             CallCancelledError: `close` was called meanwhile.
         """
-        if late_copy is not None and not self._overlap_backoff.is_due():
-            late_copy.run()
-        early = late_copy if late_copy is not None and not late_copy.is_done else None
-        written_bytes = early.initial_bytes if early is not None else 0
-        with self._pooled_connection(deadline) as lent:
-            line, is_early = lent.connection, early is not None
-            head = CallHead(_METHODS[method], lent.timeout_s, request, is_early, written_bytes)
-            line.send(head)
-            if early is not None:
+        if overlapped_copy is not None and not self._overlap_backoff.is_due():
+            overlapped_copy.run()
+        copy = None if overlapped_copy is None or overlapped_copy.is_done else overlapped_copy
+        initial_bytes = 0 if copy is None else copy.initial_bytes
+        with self._pooled_connection(deadline) as pooled:
+            connection = pooled.connection
+            connection.send(
+                CallHead(
+                    _METHODS[method], pooled.timeout_s, request, copy is not None, initial_bytes
+                )
+            )
+            if copy is not None:
                 with suppress(_EarlyAnswerError):
-                    early.run(partial(_report_progress, line))
-            self._polling.wait(line, self._is_alone)
-            answer = line.next_event()
+                    copy.run(partial(_report_progress, connection))
+            self._polling.wait(connection, self._is_alone)
+            answer = connection.next_event()
             if isinstance(answer, CallFailure):
                 raise error_from_status(answer.status)
-        assert isinstance(answer, Answer), answer  # nothing else may come
-        if is_early:
-            # a server that computes on the host, or for others too, does not follow: then it costs both
-            # ends more to speak of progress than it saves
+        assert isinstance(answer, Answer), answer  # the protocol lets nothing else come
+        if copy is not None:
+            # A server that computes on the host, or for others at the same time, does not follow the copy.
+            # Then progress reports cost both ends more than they save.
             self._overlap_backoff.record_outcome(has_paid=OVERLAP_ENTRY in answer.ledger)
         return answer
 
     def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
-        """Make a call of many parts; return what is made of the response, and the ledger.
+        """See `Transport`.
 
         Raises:
-            As `unary`, and what the conversation's functions raise.
+            As `unary`, and what the functions of the attempt raise.
         """
-        with self._pooled_connection(deadline) as lent:
-            return run_stream_attempt(lent.connection, begin(), lent.timeout_s)
+        with self._pooled_connection(deadline) as pooled:
+            return run_stream_attempt(pooled.connection, begin(), pooled.timeout_s)
 
     def close(self) -> None:
-        """Close all lines. Calls under way end with CallCancelledError."""
+        """Close all connections. Calls under way end with CallCancelledError."""
         with self._lock:
             self._is_closed = True
             idle, self._idle = self._idle, []
-            busy = [line for known in self._busy if (line := known()) is not None]
-        for line in busy:
-            line.shutdown()
-        for line in idle:
-            line.close()
+            busy = [connection for known in self._busy if (connection := known()) is not None]
+        for connection in busy:
+            connection.shutdown()  # the call's own thread closes it: another may be using the descriptor
+        for connection in idle:
+            connection.close()
 
     def __str__(self) -> str:
         with self._lock:
@@ -164,133 +169,146 @@ class DirectTransport:
         return len(self._busy) == 1
 
     def _pooled_connection(self, deadline: Deadline) -> _PooledConnection:
-        """Lend a line to a block, and keep it if the block has left it in order."""
-        line = self._acquire(deadline)
+        """Return a connection for the call in a block. Raises NotServedDirectlyError if there is none."""
+        connection = self._acquire_idle()
+        if connection is None:
+            connection = self._open_for_call(deadline)
         timeout_s = deadline.remaining_s()
-        line.set_deadline(timeout_s)
-        return _PooledConnection(line, timeout_s, self._release)
+        connection.set_deadline(timeout_s)
+        return _PooledConnection(connection, timeout_s, self._release)
 
-    def _release(self, line: FrameStream, error: BaseException | None) -> None:
-        """Take a line back. Raises what the calling block is to raise, if that is another error than its own."""
-        self._return_to_pool(line, error)
+    def _acquire_idle(self) -> FrameStream | None:
+        """Return a connection that no call uses and that the server has not closed; None if there is none."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+                self._note_busy(connection)
+            if connection.is_quiet():
+                return connection
+            with self._lock:
+                self._busy.discard(weakref.ref(connection))
+            connection.close()
+
+    def _open_for_call(self, deadline: Deadline) -> FrameStream:
+        """Return a connection that was opened for a call. Raises NotServedDirectlyError if there is none."""
+        if not self.may_connect:
+            raise NotServedDirectlyError
+        if (
+            self._connector.is_address_known
+        ):  # then it takes so little time that the call can do it itself
+            opened = call_uninterrupted(lambda: self._connect(deadline))
+            if opened is not None:
+                return self._add_connection(opened, is_taken=True)
+        if not deadline.remaining_s():  # which says nothing about the server: there is no back-off
+            raise DeadlineError("the call's deadline passed while a direct connection was opened")
+        self._connect_in_background(deadline)
+        connection = self._acquire_idle()
+        if connection is None:
+            raise NotServedDirectlyError
+        return connection
+
+    def _note_busy(self, connection: FrameStream) -> None:
+        if self._busy:
+            self._busy = {known for known in self._busy if known() is not None}
+        self._busy.add(weakref.ref(connection))
+
+    def _release(self, connection: FrameStream, error: BaseException | None) -> None:
+        """Take a connection back after a call: keep it for the next one, or close it.
+
+        Args:
+            error: What the call's block raised, if anything. An error of the connection becomes the error that the
+                caller knows.
+        """
+        with self._lock:
+            self._busy.discard(weakref.ref(connection))
+            is_wanted = not self._is_closed and len(self._idle) < _MAX_IDLE_CONNECTIONS
+            is_kept = is_wanted and connection.protocol.is_idle
+            if is_kept:
+                self._idle.append(connection)
+        if is_kept:
+            pass
+        elif error is None or isinstance(error, (DeconvdError, ConnectionBrokenError)):
+            connection.close()
+        else:
+            # after an interrupt a thread may still be sending: the last reference to the connection closes it
+            connection.shutdown()
         if isinstance(error, ConnectionTimeoutError):
             raise DeadlineError("the server did not answer in time") from None
         if isinstance(error, ConnectionBrokenError):
             if self._is_closed:
                 raise CallCancelledError("the connection is closed") from None
-            _log.debug("a direct line was lost: %s", error)
+            _log.debug("a direct connection was lost: %s", error)
             raise OutcomeUnknownError from None
 
-    def _acquire(self, deadline: Deadline) -> FrameStream:
-        """Return a line for one call. Raises NotServedDirectlyError if there is none."""
-        taken = self._acquire_idle()
-        if taken is None and self.may_connect:
-            is_quick = self._connector.is_address_known
-            opened = call_uninterrupted(lambda: self._connect(deadline)) if is_quick else None
-            if opened is not None:
-                return self._add_connection(opened, is_taken=True)
-            if not deadline.remaining_s():  # which says nothing of the server
-                raise DeadlineError("the call's deadline passed while a line was opened")
-            self._connect_in_background(deadline)
-            taken = self._acquire_idle()
-        if taken is None:
-            raise NotServedDirectlyError
-        return taken
-
-    def _acquire_idle(self) -> FrameStream | None:
-        """Return a line that is not in use, if there is one that the server has not closed."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
-                idle = self._idle.pop()
-                self._note_busy(idle)
-            if idle.is_quiet():
-                return idle
-            with self._lock:
-                self._busy.discard(weakref.ref(idle))
-            idle.close()
-
-    def _note_busy(self, line: FrameStream) -> None:
-        if self._busy:
-            self._busy = {known for known in self._busy if known() is not None}
-        self._busy.add(weakref.ref(line))
-
-    def _return_to_pool(self, line: FrameStream, error: BaseException | None) -> None:
-        with self._lock:
-            self._busy.discard(weakref.ref(line))
-            is_wanted = not self._is_closed and len(self._idle) < _MAX_IDLE_CONNECTIONS
-            is_kept = is_wanted and line.protocol.is_idle
-            if is_kept:
-                self._idle.append(line)
-        if is_kept:
-            return
-        if error is None or isinstance(error, (DeconvdError, ConnectionBrokenError)):
-            line.close()
-        else:
-            # after an interrupt a thread may still be sending: the line closes itself once none refers to it
-            line.shutdown()
-
     def _connect_in_background(self, deadline: Deadline) -> None:
-        """Open one more line in a thread, and wait for it for a moment."""
-        opened: SimpleQueue[None] = SimpleQueue()
+        """Have a thread open one more connection, and wait for it for a moment."""
+        signal: SimpleQueue[None] = SimpleQueue()
         with self._lock:
-            self._waiters.append(opened)
+            self._waiters.append(signal)
             if not self._is_connecting:
                 run_in_background(self._connect_for_waiters)
         with suppress(Empty):
-            opened.get(timeout=min(_CONNECT_PATIENCE_S, deadline.remaining_s()))
+            signal.get(timeout=min(_CONNECT_PATIENCE_S, deadline.remaining_s()))
 
     def _connect_for_waiters(self) -> None:
         with self._lock:
             if self._is_connecting:
-                return  # another thread was asked at the same time
+                return  # two calls started a thread at the same time
             self._is_connecting = True
-        line = self._connect(Deadline(_CONNECT_TIMEOUT_S))
+        connection = self._connect(Deadline(_CONNECT_TIMEOUT_S))
         with suppress(NotServedDirectlyError):  # the calls go by gRPC
-            self._add_connection(line)
+            self._add_connection(connection)
         with self._lock:
             self._is_connecting = False
-            waiting, self._waiters = self._waiters, []
-        for opened in waiting:
-            opened.put(None)
+            waiters, self._waiters = self._waiters, []
+        for signal in waiters:
+            signal.put(None)
 
     def _connect(self, deadline: Deadline) -> FrameStream | None:
-        """Return a new line; None if the server opens none, whatever the reason."""
+        """Return a new connection; None if none can be opened, whatever the reason."""
         try:
             return self._connector.connect(self._fetch_info, deadline.remaining_s())
         except Exception as error:  # noqa: BLE001 - gRPC serves the call, whatever the reason
             _log.debug("no direct calls: %s", error)
             return None
 
-    def _add_connection(self, opened: FrameStream | None, *, is_taken: bool = False) -> FrameStream:
-        """Keep a new line for a later call, or for that of this thread.
+    def _add_connection(
+        self, connection: FrameStream | None, *, is_taken: bool = False
+    ) -> FrameStream:
+        """Add a new connection for later calls, or for the call of this thread.
+
+        Args:
+            connection: None if it could not be opened: then none is tried for a while.
+            is_taken: Whether the call of this thread takes it.
 
         Raises:
-            NotServedDirectlyError: There is none. The server is left in peace for a while.
+            NotServedDirectlyError: There is no connection.
         """
         with self._lock:
-            if opened is None:
+            if connection is None:
                 self._backoff.note_failure()
             elif not self._is_closed:
                 self._backoff.note_success()
                 if is_taken:
-                    self._note_busy(opened)
+                    self._note_busy(connection)
                 else:
-                    self._idle.append(opened)
-                return opened
-        if opened is not None:
-            opened.close()
+                    self._idle.append(connection)
+                return connection
+        if connection is not None:
+            connection.close()
         raise NotServedDirectlyError
 
 
 @dataclass(slots=True)
 class _PooledConnection(AbstractContextManager["_PooledConnection"]):
-    """A line that a call has to itself, for the length of a block.
+    """A connection that a call has to itself for the length of a block.
 
     Attributes:
-        timeout_s: How long the call may take from now on.
-        on_end: Called at the block's end with the line and the error that the block has raised, if any.
+        connection: The connection. Its deadline is set.
+        timeout_s: How long the call may take, from now on.
+        release: Called at the end of the block with the connection and the error that the block raised, if any.
     """
 
     connection: FrameStream
@@ -310,9 +328,11 @@ class _EarlyAnswerError(Exception):
     """The server has answered before it had all operands: it refuses the call, or does not need the rest."""
 
 
-def _report_progress(line: FrameStream, size_bytes: int) -> None:
-    """Say how far an early call's operands are written."""
-    if not line.is_quiet():
+def _report_progress(connection: FrameStream, size_bytes: int) -> None:
+    """Report how many bytes of the operands of an overlapped call are written."""
+    if not connection.is_quiet():
         raise _EarlyAnswerError
-    with suppress(ConnectionBrokenError):  # that is for who waits for the answer to find
-        report_progress(line, size_bytes)
+    with suppress(
+        ConnectionBrokenError
+    ):  # the thread that waits for the answer will find it broken
+        report_progress(connection, size_bytes)

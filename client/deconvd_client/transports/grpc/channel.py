@@ -1,4 +1,4 @@
-"""The gRPC channel to a server: its options."""
+"""Opens gRPC channels, with the options that a client needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_MESSAGE_BYTES: Final = 2**31 - 1
 """The largest message that gRPC can carry."""
 
 _TCP_USER_TIMEOUT_S: Final = 20
-"""How long data may wait for the other end to take it before a TCP connection is given up."""
+"""How long data that was sent may stay unacknowledged before a TCP connection is closed."""
 
 _DAY_S: Final = 24 * 60 * 60
 
@@ -24,29 +24,29 @@ def open_channel(target: str, *, max_message_bytes: int, proxy: Proxy | None) ->
     """Return a channel to `target`. Nothing is sent yet.
 
     Args:
-        target: As `parse_target` has checked it.
+        target: A target that `parse_target` has checked.
         max_message_bytes: The largest response to accept.
-        proxy: By which it goes; None for none, whatever the environment says.
+        proxy: The proxy to use; None for none, whatever the environment says.
     """
     return grpc.insecure_channel(
         target,
         options=[
             *GRPC_OPTIONS,
             ("grpc.enable_http_proxy", int(proxy is not None)),
-            # By default a second, then ever more, up to two minutes: longer than any retry.
+            # The default, from one second to two minutes, is longer than a call waits for its retries.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            # Also how long an attempt may take: several round trips to the other side of the world.
+            # This is also how long an attempt may take: several round trips to the other side of the world.
             ("grpc.min_reconnect_backoff_ms", 2000),
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            # Not for pings: with these gRPC sets TCP_USER_TIMEOUT. Else a dead connection is used for as
-            # long as the kernel hopes, a quarter of an hour.
+            # Not for pings: these make gRPC set TCP_USER_TIMEOUT. Without it a dead connection stays in use until
+            # the kernel gives up, a quarter of an hour later.
             ("grpc.keepalive_time_ms", _DAY_S * 1000),
             ("grpc.keepalive_timeout_ms", _TCP_USER_TIMEOUT_S * 1000),
-            # The client tries again itself, streams too; only to be ready for it costs gRPC time.
+            # The client has its own retries, also for streams; gRPC's cost time even when none is made.
             ("grpc.enable_retries", 0),
-            # Else channels of a process share connections, those with a connection that is stuck, too.
+            # Otherwise all channels of a process share their connections, also one that is stuck.
             ("grpc.use_local_subchannel_pool", 1),
         ],
     )

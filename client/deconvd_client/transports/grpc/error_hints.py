@@ -1,4 +1,4 @@
-"""What errors of gRPC's say to our callers: which server was asked, which limit was met, which option changes it."""
+"""Adds to gRPC's error messages what users need: the server's target, the limit, and the option that changes it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _TOO_LARGE: Final = re.compile(
 _UNREACHABLE: Final = re.compile(
     r"failed to connect to all addresses|errors resolving|DNS resolution failed|empty address list"
 )
-"""What gRPC says where it has not come to a server at all."""
+"""gRPC's messages if no server was reached at all."""
 
 _DEADLINE_PASSED: Final = "Deadline Exceeded"
-"""gRPC's own words for it, which say no more than the class does."""
+"""gRPC's message for a deadline, which says no more than the class of the error does."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorHints:
-    """What there is to say of errors on one channel.
+    """What the errors of one channel have in common.
 
     Attributes:
-        target: Where the server is to be.
-        proxy: By which calls go, if they go by any.
+        target: The target of the channel.
+        proxy: The proxy of the channel; None if there is none.
     """
 
     target: str
     proxy: Proxy | None
 
     def explain(self, error: DeconvdError) -> DeconvdError:
-        """Return an error with what the caller needs beside it, or the error itself."""
+        """Return an error with a better message, or the error itself."""
         if isinstance(error, ExhaustedError):
             return _with_limit(error)
         if isinstance(error, DeadlineError):
@@ -57,23 +57,23 @@ class ErrorHints:
         if self.proxy is None:
             return ""
         return (
-            f"; the call went by the proxy {self.proxy.address}, which {self.proxy.variable} names in the "
-            "environment: list the server's host in no_proxy to go there without"
+            f"; the call went by the proxy {self.proxy.address}, which the environment variable {self.proxy.variable} "
+            "names: list the server's host in no_proxy to connect without it"
         )
 
 
 def _with_limit(error: ExhaustedError) -> ExhaustedError:
-    """Say which option to change, where gRPC's own message does not."""
+    """Return an error that names the option to change, if the message is one of gRPC's own."""
     too_large = _TOO_LARGE.search(str(error))
     if too_large is None:
         return error
     receiver, size, limit = too_large.groups()
     if receiver == "CLIENT":
         return ExhaustedError(
-            f"the response has {size} bytes, and this client takes {limit}: raise "
+            f"the response has {size} bytes, and this client accepts {limit}: raise "
             "max_message_bytes of connect(), or send fewer samples at a time"
         )
     return ExhaustedError(
-        f"the request has {size} bytes, and the server takes {limit}: start it with a larger "
+        f"the request has {size} bytes, and the server accepts {limit}: start it with a larger "
         "--max-message-bytes, or send fewer samples at a time"
     )

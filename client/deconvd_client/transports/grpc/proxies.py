@@ -1,7 +1,7 @@
-"""HTTP proxies: which one gRPC's calls to a target go by, as the environment has it.
+"""Which HTTP proxy gRPC uses for a target, according to the environment.
 
-gRPC takes the first of three variables that is set, unless the host is among those that a further
-variable lists. It goes by a proxy to this very host too; we do not.
+gRPC takes the first of three variables that is set, unless the host is in the list of a further variable. gRPC uses a
+proxy for targets on this host, too; this client does not.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Proxy:
     """An HTTP proxy.
 
     Attributes:
-        address: Its host and port, without the password that may stand before them.
-        variable: The environment's, which names it.
+        address: Its host and port, without the user name and password that the URL may have.
+        variable: The environment variable that names it.
     """
 
     address: str
@@ -34,12 +34,12 @@ class Proxy:
 
 
 def proxy_for(target: str) -> Proxy | None:
-    """Return the proxy that calls to a target go by; None if they go there without."""
+    """Return the proxy for calls to a target; None if there is none."""
     variable = _first_set_variable(_PROXY_VARIABLES)
     if not variable or is_local(target) or _is_excepted(host_of(target)):
         return None
     url = urlsplit(os.environ[variable])
-    if url.scheme != "http":  # gRPC knows no others
+    if url.scheme != "http":  # gRPC supports no others
         return None
     return Proxy(url.netloc.rpartition("@")[2], variable)
 
@@ -51,7 +51,7 @@ def _is_excepted(host: str) -> bool:
 
 
 def _covers(entry: str, host: str) -> bool:
-    """Return whether an entry is an end of a host's name, or a network that it is in."""
+    """Return whether an entry is a suffix of a host's name, or a network that contains its address."""
     if not entry:
         return False
     try:
@@ -61,7 +61,7 @@ def _covers(entry: str, host: str) -> bool:
 
 
 def _first_set_variable(variables: tuple[str, ...]) -> str:
-    """Return the first of some variables that is set; empty if none is, or if its value is empty."""
+    """Return the name of the first variable that is set; empty if none is set, or if its value is empty."""
     for variable in variables:
         if variable in os.environ:
             return variable if os.environ[variable] else ""

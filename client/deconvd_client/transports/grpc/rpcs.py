@@ -1,13 +1,12 @@
-"""RPCs of a gRPC channel, made where no interrupt strikes, on a channel of this very process.
+"""RPCs of a gRPC channel that survive interrupts, forks and servers that hang.
 
-gRPC's Python holds locks of its own while it works. An exception from a signal handler that strikes there leaves them
-locked, for the thread that serves all streams of the channel too: every later call would hang. And gRPC's core does not
-survive a fork that meets it at work. So RPCs are made in threads that run no signal handlers, forks wait for RPCs under
-way, and a forked child opens a channel of its own.
-
-Nor does gRPC's core end a call, whatever its deadline, while the call's bytes wait to be written: that is for ever if
-the server is stopped. So whoever waits for an RPC leaves it a little after its deadline, and later ones go by a new
-channel.
+* Interrupts. gRPC's Python code holds locks while it works. An exception from a signal handler there would leave them
+  locked, also for the thread that serves all streams of the channel, and every later call would hang. So RPCs are made
+  in threads that run no signal handlers.
+* Forks. gRPC's core does not survive a fork in the middle of its work. So a fork waits for the RPCs under way, and a
+  forked child opens a channel of its own.
+* Servers that hang. gRPC's core does not end a call while bytes of it wait to be written, whatever its deadline: with a
+  stopped server, never. So a caller stops waiting a little after the deadline, and later calls use a new channel.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ __all__ = ["Metadata", "RpcChannel"]
 _T = TypeVar("_T")
 
 _DEADLINE_GRACE_S: Final = 0.5
-"""How much longer than its deadline a call may take before its channel is thought to be of no more use."""
+"""If a call takes this much longer than its deadline, its channel is considered broken."""
 
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 
 class RpcChannel:
-    """Makes RPCs by their paths, on messages as bytes. Thread-safe.
+    """Makes RPCs by their paths, with messages as bytes. Thread-safe.
 
-    Its methods raise grpc.RpcError, and ValueError once it is closed.
+    Its methods raise grpc.RpcError; DeadlineError if gRPC does not end a call in time; ValueError after `close`.
 
     Args:
-        open_channel: Called at the first need, in a forked child, and after a channel was of no more use.
+        open_channel: Called for the first RPC, for the first in a forked child, and after a channel has broken.
     """
 
     def __init__(self, open_channel: Callable[[], grpc.Channel]) -> None:
@@ -58,13 +57,13 @@ class RpcChannel:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Have no channel: what the parent's is in the midst of stays so for ever."""
+        """Drop the channel in a forked child: its threads are in the parent, so its calls would never end."""
         leave_to_parent(self._channel)
         self._channel = None
         self._running_tasks = set()
 
     def unary(self, path: str, request: bytes, deadline: Deadline) -> tuple[bytes, Metadata]:
-        """Return the response to one message, and the metadata that came after it."""
+        """Make an RPC of one message; return the response and the trailing metadata."""
 
         def work(channel: grpc.Channel) -> tuple[bytes, Metadata]:
             rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
@@ -80,24 +79,28 @@ class RpcChannel:
         receive: Callable[[Iterator[bytes]], _T],
         deadline: Deadline,
     ) -> tuple[_T, Metadata]:
-        """Return what `receive`, called in another thread, makes of the responses, and the metadata after them."""
-        end = _Cancellation()
+        """Make a streaming RPC; return what `receive` returns, and the trailing metadata.
+
+        Args:
+            receive: Reads the responses, in another thread.
+        """
+        cancellation = _Cancellation()
 
         def work(channel: grpc.Channel) -> tuple[_T, Metadata]:
             rpc: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
             responses = rpc(requests, timeout=deadline.remaining_s())
-            end.attach(responses)
+            cancellation.attach(responses)
             try:
                 return receive(responses), responses.trailing_metadata()
             finally:
                 responses.cancel()  # no effect on a call that has ended
 
-        return self._call(work, deadline, end.cancel)
+        return self._call(work, deadline, cancellation.cancel)
 
     def open_session(
         self, path: str, opening: pb.HoldSessionRequest, deadline: Deadline
     ) -> SessionStream:
-        """Begin a call that stays open; return once the server has answered its first message."""
+        """Start a HoldSession call; return once the server has answered its first message."""
 
         def work(channel: grpc.Channel) -> SessionStream:
             return SessionStream.open(channel.stream_stream(path), opening, deadline.remaining_s())
@@ -108,19 +111,19 @@ class RpcChannel:
         """Close the channel. Calls under way end.
 
         Args:
-            deadline: When to return, although the other end takes nothing any more.
+            deadline: When to return, even if the server no longer reads.
         """
         self._is_closed = True
         channel = self._channel
         if channel is None:
             return
         closed: SimpleQueue[None] = SimpleQueue()
-        # gRPC ends the calls at once, but then waits for what is being written, if need be for ever
+        # gRPC ends the calls at once, but then waits for bytes that are being written, perhaps for ever
         run_in_background(lambda: closed.put(channel.close()))
         with suppress(Empty):
             closed.get(timeout=deadline.remaining_s())
-        for job in [*self._running_tasks]:  # those that gRPC has not ended
-            job.fail(CallCancelledError("the connection is closed"))
+        for task in [*self._running_tasks]:  # those that gRPC has not ended
+            task.fail(CallCancelledError("the connection is closed"))
 
     def _call(
         self,
@@ -128,12 +131,12 @@ class RpcChannel:
         deadline: Deadline,
         give_up: Callable[[], object] = lambda: None,
     ) -> _T:
-        """Make a call, and wait for it until a little after its deadline, by which gRPC ends it if it can."""
+        """Run `work` in another thread. Wait until a little after the deadline: gRPC should end the call by then."""
         used: list[grpc.Channel] = []
 
         def run_unforked() -> _T:
-            under_way = self._running_tasks
-            under_way.add(job)
+            running_tasks = self._running_tasks
+            running_tasks.add(task)
             try:
                 with ForkBlocker():
                     channel = self._get_channel()
@@ -142,19 +145,19 @@ class RpcChannel:
             except ValueError:
                 if self._is_closed or self._channel in used:
                     raise
-                raise CallCancelledError("the channel was given up meanwhile") from None
+                raise CallCancelledError("the channel was replaced meanwhile") from None
             finally:
-                under_way.discard(job)
+                running_tasks.discard(task)
 
-        job = BackgroundTask(run_unforked)
+        task = BackgroundTask(run_unforked)
         try:
-            return job.run(give_up, deadline.remaining_s() + _DEADLINE_GRACE_S)
+            return task.run(give_up, deadline.remaining_s() + _DEADLINE_GRACE_S)
         except PromiseTimeoutError:
             self._abandon_channel(used)
             raise DeadlineError("gRPC has not ended the call in time") from None
 
     def _abandon_channel(self, used: Collection[grpc.Channel]) -> None:
-        """Let later calls go by another channel than one that does not end its calls."""
+        """Close a channel that does not end its calls, so that later calls open a new one."""
         with self._lock:
             channel = self._channel
             if channel is None or channel not in used:
@@ -172,20 +175,20 @@ class RpcChannel:
 
 
 class _Cancellation:
-    """The end of a call that its caller may give up before it has begun."""
+    """Cancels a call, also one that has not begun when its caller gives up."""
 
     def __init__(self) -> None:
         self._call: Any = None
         self._is_given_up = False
 
     def attach(self, call: grpc.Call) -> None:
-        """Cancel a call when it is given up."""
+        """Set the call to cancel; cancel it at once if the caller has given up already."""
         self._call = call
         if self._is_given_up:
             call.cancel()
 
     def cancel(self) -> None:
-        """Give the call up."""
+        """Cancel the call, now or when it begins."""
         self._is_given_up = True
         if self._call is not None:
             self._call.cancel()

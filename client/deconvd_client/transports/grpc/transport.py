@@ -1,8 +1,9 @@
-"""Calls by gRPC, and the place where its errors become ours."""
+"""Calls by gRPC. Its errors are translated into deconvd.errors here, and nowhere else in the client."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Final, TypeVar
 
 import grpc
@@ -28,24 +29,24 @@ _SERVICE_PATH: Final = f"/{pb.DESCRIPTOR.services_by_name['DeconvolutionService'
 _HEALTH_PATH: Final = "/grpc.health.v1.Health/Check"
 
 _RPC_ERRORS: Final = (grpc.RpcError, ValueError, DeadlineError)
-"""What `Rpcs` raises."""
+"""What the methods of `RpcChannel` raise."""
 
 
 class GrpcTransport:
     """Carries calls by the RPCs of one channel. See `Transport`.
 
     Args:
-        advice: What errors say beside gRPC's own words.
+        hints: Adds to gRPC's error messages what the user can do.
     """
 
-    def __init__(self, rpcs: RpcChannel, advice: ErrorHints) -> None:
+    def __init__(self, rpcs: RpcChannel, hints: ErrorHints) -> None:
         self._rpcs = rpcs
-        self._advice = advice
+        self._hints = hints
         self._is_closed = False
 
     @property
     def may_carry(self) -> bool:
-        """Always: what it cannot carry nothing can."""
+        """Always True: it is the last resort."""
         return True
 
     def unary(
@@ -53,11 +54,11 @@ class GrpcTransport:
         method: str,
         request: bytes,
         deadline: Deadline,
-        late_copy: OverlappedCopy | None = None,
+        overlapped_copy: OverlappedCopy | None = None,
     ) -> tuple[bytes, str]:
-        """Return the response to a call of one message, and its ledger."""
-        if late_copy is not None:
-            late_copy.run()
+        """See `Transport`."""
+        if overlapped_copy is not None:
+            overlapped_copy.run()
         try:
             response, metadata = self._rpcs.unary(_SERVICE_PATH + method, request, deadline)
         except _RPC_ERRORS as error:
@@ -65,15 +66,16 @@ class GrpcTransport:
         return response, ledger_from_metadata(metadata)
 
     def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
-        """Make a call of many parts; return what is made of the response, and the ledger."""
-        talk = begin()
-        messages = (message for part in talk.parts for message in part_messages(part))
+        """See `Transport`."""
+        attempt = begin()
+        # lazily: gRPC's thread takes a message once it can send it, and only then are its elements copied
+        messages = chain.from_iterable(map(part_messages, attempt.parts))
 
         def receive(responses: Iterator[bytes]) -> _T:
-            return talk.receive(ChunkSource(responses, talk.response_type))
+            return attempt.receive(ChunkSource(responses, attempt.response_type))
 
         try:
-            path = _SERVICE_PATH + talk.method.name
+            path = _SERVICE_PATH + attempt.method.name
             received, metadata = self._rpcs.stream(path, messages, receive, deadline)
         except _RPC_ERRORS as error:
             raise self._translate(error) from None
@@ -100,20 +102,20 @@ class GrpcTransport:
         """Close the channel. Calls under way end with CallCancelledError.
 
         Args:
-            deadline: When to return, although the other end takes nothing any more.
+            deadline: When to return, even if the server no longer reads.
         """
         self._is_closed = True
         self._rpcs.close(deadline)
 
     def _translate(self, error: Exception) -> Exception:
-        """Return the error of ours that an error of gRPC's stands for, and any other as it is."""
+        """Return the error to raise instead of one of gRPC's; other errors are returned as they are."""
         if isinstance(error, grpc.RpcError):
-            # A stream's is the call itself, which frames hold that the error would hold: the caller's
-            # arrays would stay until the garbage collector finds them.
+            # The error of a stream is the call object itself. Its traceback refers to frames that refer to it,
+            # a cycle: the caller's arrays would stay in memory until the garbage collector finds it.
             error.__traceback__ = None
-            return self._advice.explain(error_from_rpc(error))
+            return self._hints.explain(error_from_rpc(error))
         if isinstance(error, DeadlineError):
-            return self._advice.explain(error)
+            return self._hints.explain(error)
         if self._is_closed and not isinstance(error, DeconvdError):
             return CallCancelledError(f"the connection is closed: {error}")
         return error
