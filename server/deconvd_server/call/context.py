@@ -93,20 +93,15 @@ class CallContext:
             None if timeout_s is None else time.monotonic() + min(timeout_s, _LONGEST_S)
         )
         self._lock = threading.Lock()
-        self._cancelled = False
+        self.is_cancelled = False
         self._callbacks: list[Callable[[], None]] = []
         self._references_count = 1
         self._end_callbacks: list[Callable[[], None]] = []
 
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether the caller has gone."""
-        return self._cancelled
-
     def cancel(self) -> None:
         """Note that the caller has gone, and tell those who asked by `on_cancel`."""
         with self._lock:
-            self._cancelled = True
+            self.is_cancelled = True
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
@@ -114,7 +109,7 @@ class CallContext:
     def stop(self, error: DeconvdError) -> None:
         """End it as `cancel` does, on the server's own account: its caller, who may be there, is told the error."""
         with self._lock:
-            if self._cancelled:
+            if self.is_cancelled:
                 return
             self.stop_error = error
         self.cancel()
@@ -122,7 +117,7 @@ class CallContext:
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call `callback` once the caller goes: at once if it has gone already."""
         with self._lock:
-            if not self._cancelled:
+            if not self.is_cancelled:
                 self._callbacks.append(callback)
                 return
         callback()
@@ -172,7 +167,7 @@ class CallContext:
             CallCancelledError: The caller has gone.
             DeadlineError: The deadline has passed.
         """
-        if self._cancelled:
+        if self.is_cancelled:
             raise CallCancelledError("the caller gave the call up")
-        if self.remaining_s() == 0:
+        if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
             raise DeadlineError("the call's deadline passed before its work was done")

@@ -44,14 +44,16 @@ class Ledger:
 
     def add(self, stage: Stage, duration_s: float) -> None:
         """Count a time towards a stage."""
-        self.add_all([(stage, duration_s)])
+        with self._lock:
+            before_us = self._microseconds.get(stage, 0)
+            self._microseconds[stage] = before_us + round(duration_s * 1e6)
 
     def add_all(self, durations_s: Iterable[tuple[Stage, float]]) -> None:
         """Count times towards stages."""
         with self._lock:
             for stage, duration_s in durations_s:
-                before = self._microseconds.get(stage, 0)
-                self._microseconds[stage] = before + round(duration_s * 1e6)
+                before_us = self._microseconds.get(stage, 0)
+                self._microseconds[stage] = before_us + round(duration_s * 1e6)
 
     def measure(self, stage: Stage) -> StageSpan:
         """Count the time that a ``with`` block takes towards a stage."""
@@ -62,7 +64,7 @@ class Ledger:
         server_us = round((time.perf_counter() - self._begin_s) * 1e6)
         with self._lock:
             entries = [*self._microseconds.items(), (Stage.SERVER, server_us)]
-        return ";".join([f"{stage}={value}" for stage, value in entries])
+        return ";".join(map("%s=%d".__mod__, entries))
 
     def as_metadata(self) -> tuple[tuple[str, str], ...]:
         """Return `as_text` as gRPC metadata."""

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 from google.protobuf.descriptor import ServiceDescriptor
 
 from deconvd.errors import DeadlineError, DeconvdError, InvalidArgumentError, UnavailableError
-from deconvd.wire.chunks import ChunkSource, part_messages
+from deconvd.wire.chunks import ChunkSource
 from deconvd.wire.codec import encode
 from deconvd.wire.status import status_from_error
 from deconvd_server.call.context import STALL_LIMIT_S, CallContext, CallerGoneError, ClientWaitState
@@ -259,10 +259,7 @@ def _serve_response_stream(
 ) -> None:
     try:
         with serving as call, closing(_response_parts(behaviour, requests, call)) as parts:
-            for part in parts:
-                for message in part_messages(part):
-                    responses.put(message)
-            responses.flush()
+            responses.send_all(parts)
     except CallerGoneError:
         return  # nobody is there to be told
     _finish(rpc, serving)

@@ -138,9 +138,10 @@ class GrpcServer:
             self._server.request_call(self._queue, self._queue, self._accept_call)
 
     def _run(self) -> None:
+        """Take one event after the other until the server has shut down and its last call is done."""
         try:
-            while not self._is_done:
-                self._run_once()
+            while self._rpcs or not self._has_shut_down:
+                self._take_events()
             self._queue.shutdown()
             while self._queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
                 pass
@@ -149,24 +150,26 @@ class GrpcServer:
         if not self._is_stopping:
             self._on_lost()
 
-    @property
-    def _is_done(self) -> bool:
-        return self._has_shut_down and not self._rpcs
+    def _take_events(self) -> None:
+        """Take events, and call functions that are due, until the server has shut down or one of these fails.
 
-    def _run_once(self) -> None:
-        """Take the next event. No error in what comes of it ends the thread."""
-        wait_s = (
-            min(_TICK_S, max(self._timers[0][0] - time.monotonic(), 0)) if self._timers else _TICK_S
-        )
+        No error in them ends the thread.
+        """
+        event: Any = None
         try:
-            event = self._queue.poll(time.time() + wait_s)
-            if event.completion_type != cygrpc.CompletionType.queue_timeout:
-                event.tag(event)
-            if self._timers:
-                self._run_due_timers()
+            while self._rpcs or not self._has_shut_down:
+                wait_s = _TICK_S
+                if self._timers:
+                    wait_s = min(wait_s, max(self._timers[0][0] - time.monotonic(), 0))
+                event = self._queue.poll(time.time() + wait_s)
+                if event.completion_type != cygrpc.CompletionType.queue_timeout:
+                    event.tag(event)
+                event = None  # it holds the message, which its call may have dropped by now
+                if self._timers and self._timers[0][0] <= time.monotonic():
+                    self._run_due_timers()
         except MemoryError:
             self._fail_lost_receives()
-            self._request_call()  # one may have been lost
+            self._request_call()  # the event of a new call may have been lost, and with it a request
         except Exception:  # noqa: BLE001 - logged: one call's error must not end all
             _log.exception("unforeseen error in gRPC's thread")
 
