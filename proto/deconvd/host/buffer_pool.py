@@ -72,7 +72,9 @@ class BufferPool:
         """Keep a buffer for later arrays, and drop what came back longest ago beyond the limit."""
         self._idle[id(buffer)] = buffer
         idle = [*self._idle.values()]
-        excess_bytes = sum(buffer.nbytes for buffer in idle) - self._limit_bytes
+        excess_bytes = -self._limit_bytes
+        for one in idle:
+            excess_bytes += one.nbytes
         for oldest in idle:
             if excess_bytes <= 0:
                 break

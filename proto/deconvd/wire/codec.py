@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.descriptor import Descriptor
@@ -55,6 +55,9 @@ _MAX_CACHED_BYTES: Final = 1 << 10
 _MAX_CACHED_COUNT: Final = 1024
 """More than a message has beside elements, and as many as are remembered."""
 
+_MAX_PREFIX_BYTES: Final = 10
+"""A field's number and its length: five bytes each, at most."""
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 """Wire types: https://protobuf.dev/programming-guides/encoding."""
 
@@ -89,6 +92,8 @@ def encode(envelope: Envelope[M]) -> bytes:
     The tensors with elements must be set in the message; elements may be any C-contiguous buffer
     of bytes.
     """
+    if not envelope.raw:
+        return envelope.message.SerializeToString()
     if sum(map(len, envelope.raw.values())) <= _MAX_SMALL_BYTES:
         return _merge_raw(envelope).SerializeToString()
     rest = type(envelope.message)()
@@ -164,8 +169,8 @@ def _non_element_bytes(
 
 
 def _decode_uncached(message_type: type[M], data: bytes) -> Envelope[M]:
-    check_non_element_bytes(message_type, data)
     if len(data) > _MAX_SMALL_BYTES:
+        check_non_element_bytes(message_type, data)
         try:
             return _decode_large(message_type, memoryview(data))
         except _UnsupportedLayoutError as unusual:
@@ -200,7 +205,10 @@ def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
 
 def chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the chunk if a part's bytes hold that and nothing else, else None."""
-    return _only_field(data, _CHUNK_NUMBER)
+    prefix = _prefix_of_whole(_CHUNK_NUMBER, len(data))
+    if prefix and data.startswith(prefix):
+        return memoryview(data)[len(prefix) :]
+    return _only_field(data, _CHUNK_NUMBER)  # a length in more bytes than it needs, say
 
 
 def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
@@ -270,13 +278,11 @@ def _split_tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
 
 
 def _merge_raw(envelope: Envelope[M]) -> M:
-    """Return the message that an envelope stands for; it is the envelope's own until it is changed."""
-    message = envelope.message
-    if envelope.raw:
-        message = type(message)()
-        message.CopyFrom(envelope.message)
-        for name, raw in envelope.raw.items():
-            getattr(message, name).raw = bytes(raw)
+    """Return the message that an envelope stands for, with the elements in it."""
+    message = type(envelope.message)()
+    message.CopyFrom(envelope.message)
+    for name, raw in envelope.raw.items():
+        getattr(message, name).raw = bytes(raw)
     return message
 
 
@@ -350,6 +356,17 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
     raise _UnsupportedLayoutError("an integer that is cut off or too long")
 
 
+@lru_cache(_MAX_CACHED_COUNT)
+def _prefix_of_whole(number: int, size_bytes: int) -> bytes:
+    """Return the prefix of a length-delimited field that takes that many bytes with it; none if no field does."""
+    for prefix_bytes in range(2, min(_MAX_PREFIX_BYTES, size_bytes) + 1):
+        prefix = _field_prefix(number, size_bytes - prefix_bytes)
+        if len(prefix) == prefix_bytes:
+            return prefix
+    return b""
+
+
+@lru_cache(_MAX_CACHED_COUNT)  # nearly all chunks of a stream have one length
 def _field_prefix(number: int, length: int) -> bytes:
     """Return what stands before a length-delimited field."""
     return _encode_varint(number << 3 | _LENGTH_DELIMITED) + _encode_varint(length)

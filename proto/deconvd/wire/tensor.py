@@ -50,8 +50,9 @@ def is_raw(array: Array) -> bool:
 
 def elements_of(array: Array) -> memoryview:
     """Return an array's elements as `Tensor.raw` has them: a view of the array if it has that layout."""
-    if not is_raw(array):
-        array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+    little_endian = array.dtype.newbyteorder("<")
+    if not array.flags.c_contiguous or array.dtype != little_endian:
+        array = np.asarray(array, little_endian, order="C")
     return array.reshape(-1).view(np.uint8).data
 
 

@@ -133,10 +133,14 @@ class Admission:
             if (
                 not self._queue
                 and not self._passed_on
-                and self._has_room(footprint_bytes)
+                and self._free_places > 0
+                and self._free_bytes >= footprint_bytes
                 and (not lasting_bytes or self._shares.has_room(peer, lasting_bytes))
             ):
-                self._take(footprint_bytes, peer, lasting_bytes)
+                self._free_places -= 1
+                self._free_bytes -= footprint_bytes
+                if lasting_bytes:
+                    self._shares.take(peer, lasting_bytes)
                 return
         changed = threading.Condition(self._lock)
         until_s = time.monotonic() + _PATIENCE_S
@@ -158,7 +162,8 @@ class Admission:
             self._free_places += 1
             self._free_bytes += footprint_bytes - lasting_bytes
             self._leaving_bytes += lasting_bytes
-            self._wake_first()
+            if self._queue or self._passed_on:
+                self._wake_first()
 
     def end(self, lasting_bytes: int, peer: str) -> None:
         """Give back what lasted."""
@@ -167,7 +172,8 @@ class Admission:
             if lasting_bytes:
                 self._shares.give_back(peer, lasting_bytes)
             self._free_bytes += lasting_bytes
-            self._wake_first()
+            if self._queue or self._passed_on:
+                self._wake_first()
 
     def yield_turn(self, call: CallContext) -> None:
         """Let a call that waits have the place of one that runs; return once that has a place again.

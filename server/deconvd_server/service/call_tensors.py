@@ -190,6 +190,8 @@ class CallTensors:
             InvalidArgumentError: The client has tensors on several cards.
         """
         engines = self._engines
+        if len(engines.all) == 1:
+            return engines.all[0]
         on_card = engines.engine_of(*self._operands.values(), *self._places.values())
         nearest = None if self._residents is None else self._residents.preferred_engine()
         return on_card or nearest or engines.least_loaded()

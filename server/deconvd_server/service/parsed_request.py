@@ -6,7 +6,7 @@ not to be changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Final
@@ -165,12 +165,11 @@ class SlicedRequest:
         """How many slices there are."""
         return -(-self.parsed.problem.n // self._step)
 
-    def slices(self) -> Iterator[tuple[slice, ParsedRequest]]:
-        """Yield each slice of samples, and what is asked for of it."""
-        n = self.parsed.problem.n
-        for start in range(0, n, self._step):
-            stop = min(start + self._step, n)
-            yield slice(start, stop), self._full_slice if stop < n else self._last_slice
+    def slice_request(self, number: int) -> tuple[slice, ParsedRequest]:
+        """Return the samples of a slice, from 0, and what is asked for of it."""
+        n, start = self.parsed.problem.n, number * self._step
+        stop = min(start + self._step, n)
+        return slice(start, stop), self._full_slice if stop < n else self._last_slice
 
     @cached_property
     def _step(self) -> int:
