@@ -32,7 +32,7 @@ from deconvd_server.settings import Settings
 from deconvd_server.shared_memory import CardLender, Lender, LoanLimits
 from deconvd_server.transports.direct.server import DirectServer
 from deconvd_server.transports.listen import listen_tcp, unix_socket_paths
-from deconvd_server.transports.serve import Observer
+from deconvd_server.transports.observers import Observer
 
 __all__ = ["STREAMS_COUNT", "Backend"]
 

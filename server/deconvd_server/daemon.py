@@ -23,7 +23,7 @@ from deconvd_server.transports.grpc.health import Health
 from deconvd_server.transports.grpc.reflection import reflection_handlers
 from deconvd_server.transports.grpc.server import GrpcServer
 from deconvd_server.transports.listen import bind, release
-from deconvd_server.transports.serve import CallLog, Observer
+from deconvd_server.transports.observers import CallLog, Observer
 
 __all__ = ["Daemon", "DaemonState"]
 

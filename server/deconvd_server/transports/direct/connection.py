@@ -57,7 +57,8 @@ from deconvd_server.service.method import (
 )
 from deconvd_server.transports.direct.last_caller import LastCaller
 from deconvd_server.transports.direct.write_progress import WriteProgress
-from deconvd_server.transports.serve import CallScope, Observer
+from deconvd_server.transports.observers import Observer
+from deconvd_server.transports.serve import CallScope
 
 __all__ = ["DirectConnection"]
 

@@ -22,7 +22,7 @@ from deconvd_server.resources.unix_listener import SideSocket, peer_credentials
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection
 from deconvd_server.transports.direct.last_caller import LastCaller
-from deconvd_server.transports.serve import Observer
+from deconvd_server.transports.observers import Observer
 
 __all__ = ["DirectServer"]
 

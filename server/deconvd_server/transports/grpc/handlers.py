@@ -36,7 +36,8 @@ from deconvd_server.service.method import (
 from deconvd_server.transports.grpc.rpc import CallLater, Rpc
 from deconvd_server.transports.grpc.rpc_messages import RequestQueue, ResponseQueue
 from deconvd_server.transports.grpc.session_rpc import SessionRpc
-from deconvd_server.transports.serve import CallScope, Observer
+from deconvd_server.transports.observers import Observer
+from deconvd_server.transports.serve import CallScope
 
 __all__ = ["CALLS_COUNT", "GrpcService"]
 
