@@ -112,16 +112,14 @@ class Backend:
         self.lender = _make_lender(
             settings, self._engines, list(memory_sides.values()), instance, on_lost
         )
-        self.stream_admission = StreamAdmission(
-            Admission(
-                STREAMS_COUNT,
-                budgets().streams_bytes,
-                _WAITING_STREAMS_COUNT,
-                memory="the host's memory for streams",
-            ),
+        self._streams_memory = Admission(
             STREAMS_COUNT,
+            budgets().streams_bytes,
             _WAITING_STREAMS_COUNT,
-            on_lost,
+            memory="the host's memory for streams",
+        )
+        self.stream_admission = StreamAdmission(
+            self._streams_memory, STREAMS_COUNT, _WAITING_STREAMS_COUNT, on_lost
         )
         self._slices = WorkersExecutor(
             Workers(STREAMS_COUNT * SLICES_IN_FLIGHT, SLICES_IN_FLIGHT, name="slice")
@@ -141,13 +139,13 @@ class Backend:
                 list(call_sides.values()), listeners, self.methods, instance, observers, on_lost
             )
 
-    @property
     def budgeted_bytes(self) -> int:
-        """What budgets count of the host's memory now, but for what is lent to clients."""
-        streams_bytes = self.stream_admission.load.used_bytes
-        loads = [engine.load for engine in self._engines.all if not engine.info.has_own_memory]
-        devices_bytes = sum(load.used_bytes + load.reserved_bytes for load in loads)
-        return streams_bytes + self._messages.load.used_bytes + devices_bytes
+        """Return the host memory that budgets count now, without the memory that is lent to clients."""
+        total_bytes = self._streams_memory.taken_bytes + self._messages.taken_bytes
+        for engine in self._engines.all:
+            if not engine.info.has_own_memory:
+                total_bytes += engine.taken_bytes
+        return total_bytes
 
     @property
     def pooled_bytes(self) -> int:

@@ -119,7 +119,7 @@ class Daemon:
             if self.state is DaemonState.LISTENING:
                 self.backend = backend
                 self._server.receive_limiter.set_accounting(
-                    lambda: backend.budgeted_bytes, backend.pooled_bytes
+                    backend.budgeted_bytes, backend.pooled_bytes
                 )
                 self._gate.open(backend.methods)
                 self.state = DaemonState.SERVING

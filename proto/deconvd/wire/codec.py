@@ -119,11 +119,13 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
         DecodeError: They hold no such message.
         ExhaustedError: They have more than `MAX_NON_ELEMENT_BYTES` beside elements: nothing is parsed.
     """
+    if len(data) > _MAX_SMALL_BYTES:
+        return _decode_large(message_type, data)
     if len(data) > _MAX_CACHED_BYTES:
-        return _decode_uncached(message_type, data)
+        return _decode_generic(message_type, data)
     envelope = _envelope_cache.get((message_type, data))
     if envelope is None:
-        envelope = _decode_uncached(message_type, data)
+        envelope = _decode_generic(message_type, data)
         if not envelope.raw and _tensor_fields(message_type.DESCRIPTOR):
             _cache_envelope(message_type, data, envelope)
     return envelope
@@ -168,14 +170,13 @@ def _non_element_bytes(
     return rest_bytes + len(data) - end
 
 
-def _decode_uncached(message_type: type[M], data: bytes) -> Envelope[M]:
-    if len(data) > _MAX_SMALL_BYTES:
-        check_non_element_bytes(message_type, data)
-        try:
-            return _decode_large(message_type, memoryview(data))
-        except _UnsupportedLayoutError as unusual:
-            # not wrong, as far as is known here: the generated class decides
-            _check_generic_size(data, unusual)
+def _decode_large(message_type: type[M], data: bytes) -> Envelope[M]:
+    check_non_element_bytes(message_type, data)
+    try:
+        return _decode_by_hand(message_type, memoryview(data))
+    except _UnsupportedLayoutError as unusual:
+        # not wrong, as far as is known here: the generated class decides
+        _check_generic_size(data, unusual)
     return _decode_generic(message_type, data)
 
 
@@ -241,7 +242,7 @@ class _Field:
     value: memoryview | None
 
 
-def _decode_large(message_type: type[M], data: memoryview) -> Envelope[M]:
+def _decode_by_hand(message_type: type[M], data: memoryview) -> Envelope[M]:
     tensors = _tensor_fields(message_type.DESCRIPTOR)
     small: list[Buffer] = []
     raw: dict[str, Buffer] = {}

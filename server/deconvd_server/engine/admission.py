@@ -242,6 +242,11 @@ class Admission:
             )
 
     @property
+    def taken_bytes(self) -> int:
+        """What calls take and what is held, together, now."""
+        return self._budget_bytes - self._free_bytes
+
+    @property
     def _unreserved_bytes(self) -> int:
         """What calls may take, all together, as long as what is held stays."""
         return self._budget_bytes - self._reserved_bytes

@@ -260,6 +260,11 @@ class Engine:
         return self._admission.load
 
     @property
+    def taken_bytes(self) -> int:
+        """What calls and tensors take of the device's budget now."""
+        return self._admission.taken_bytes
+
+    @property
     def caches(self) -> Sequence[CacheState]:
         """What its device keeps between calls, now."""
         return self._device.caches

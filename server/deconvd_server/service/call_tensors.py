@@ -274,9 +274,12 @@ class CallTensors:
 
     def answer(self, sent: Mapping[str, Array]) -> Envelope[Message]:
         """Commit, and return the response with the elements of the results that are sent."""
-        self.commit()
-        message = self.response()
-        return Envelope(message, {f: elements_of(array) for f, array in sent.items()})
+        message = self.parsed.response
+        if self._residents is not None:
+            self._residents.commit()
+            message = self.response()
+        raw = {field: elements_of(array) for field, array in sent.items()} if sent else {}
+        return Envelope(message, raw)
 
     def response(self) -> Message:
         """Return the response without elements: not to be changed."""

@@ -205,21 +205,6 @@ class DirectConnection:
         """Return whether the next call is likely to come on this line."""
         return self._last_caller.is_sole_caller(self)
 
-    def _begin_call(self, timeout_s: float) -> CallContext:
-        """Begin a call, which `cancel` ends: at once, if it was asked for before."""
-        call = CallContext(timeout_s, self._peer, self._peer_key)
-        call.sendable_bytes = MAX_MESSAGE_BYTES
-        with self._lock:
-            self._state = _ConnectionState.BUSY
-            self._place.is_idle = False
-            self._place.progressed_s = time.monotonic()
-            self._call = call
-            is_cancelled = self._is_cancelled
-        self._frames.set_deadline(timeout_s + _FAILURE_SEND_S)
-        if is_cancelled:
-            call.cancel()
-        return call
-
     def _end_call(self) -> bool:
         self._frames.set_deadline(None)
         with self._lock:
@@ -231,22 +216,34 @@ class DirectConnection:
             return not self._is_last
 
     def _answer(self, head: CallHead) -> None:
-        behaviour = self._methods[head.method]
-        serving = CallScope(behaviour.name, self._begin_call(head.timeout_s), self._observers)
+        """Serve a call, and send its answer or its failure."""
+        method = self._methods[head.method]
+        call = CallContext(head.timeout_s, self._peer, self._peer_key)
+        call.sendable_bytes = MAX_MESSAGE_BYTES
+        with self._lock:
+            self._state = _ConnectionState.BUSY
+            self._place.is_idle = False
+            self._place.progressed_s = time.monotonic()
+            self._call = call
+            is_cancelled = self._is_cancelled
+        if is_cancelled:  # before `cancel` could find this call
+            call.cancel()
+        self._frames.set_deadline(head.timeout_s + _FAILURE_SEND_S)
+        scope = CallScope(method.name, call, self._observers)
         try:
-            with serving as call:
+            with scope:
                 try:
-                    self._respond(behaviour, head, call)
+                    self._respond(method, head, call)
                 except MessageTooLargeError as error:
                     raise ExhaustedError(
-                        f"the response has {error}: it is to be made by gRPC"
+                        f"the response has {error}: it must be requested by gRPC"
                     ) from None
                 except ConnectionBrokenError as error:
                     raise CallerGoneError(str(error)) from error
-            if serving.failure is not None:
-                self._send_failure(serving.failure)
+            if scope.failure is not None:
+                self._send_failure(scope.failure)
         finally:
-            serving.call.end()
+            call.end()
 
     def _respond(self, behaviour: RpcMethod, head: CallHead, call: CallContext) -> None:
         if not isinstance(behaviour, UnaryMethod):

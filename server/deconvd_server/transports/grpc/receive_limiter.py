@@ -26,6 +26,10 @@ __all__ = ["ReceiveLimiter"]
 _POLL_PERIOD_S: Final = 0.2
 """How often it is looked, while there is so much room that it cannot be filled meanwhile."""
 
+_IDLE_CHECKS_COUNT: Final = 4
+"""Checks without a measurement between two with one, as long as there is no call by gRPC: nothing arrives then, and
+what the process has at rest changes slowly."""
+
 _LEAST_POLL_PERIOD_S: Final = 0.005
 """How soon it is looked again when there is hardly any."""
 
@@ -78,6 +82,7 @@ class ReceiveLimiter:
         self._budgeted_bytes: Callable[[], int] = lambda: 0
         self._pooled_bytes = 0
         self._rest_bytes = math.inf
+        self._skipped_count = _IDLE_CHECKS_COUNT  # the first check measures
 
     def set_accounting(self, counted_bytes: Callable[[], int], kept_bytes: int) -> None:
         """Have it know from now on what budgets count of its memory, and that it is at rest.
@@ -88,9 +93,15 @@ class ReceiveLimiter:
         self._budgeted_bytes = counted_bytes
         self._pooled_bytes = kept_bytes
         self._rest_bytes = math.inf
+        self._skipped_count = _IDLE_CHECKS_COUNT
 
     def check(self) -> None:
-        """End calls if there is too much, now and from now on."""
+        """End calls if messages take too much memory; check again by itself from now on."""
+        self._skipped_count += 1
+        if not self._rpcs and self._skipped_count <= _IDLE_CHECKS_COUNT:
+            self._call_later(_POLL_PERIOD_S, self.check)
+            return
+        self._skipped_count = 0
         wait_s = _FREE_S
         try:
             room_bytes = self._room_bytes()
