@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     WRONG_OPTION = 2
     """An option is wrong: a restart would not help."""
 
-    START_ANEW = 3
+    NEEDS_RESTART = 3
     """A card, or a thread that all calls need, is lost: only a new process gets it back."""
 
     CUT_SHORT = 4

@@ -1,4 +1,4 @@
-"""Log lines that clients cannot forge: a message may quote a client's text, but the text never makes a line of its own."""
+"""Log lines that clients cannot forge: a line may quote a client's text, but the text never makes a line of its own."""
 
 from __future__ import annotations
 

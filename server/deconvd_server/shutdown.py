@@ -1,4 +1,4 @@
-"""Runs a daemon until there is a reason to end, then ends the process: whatever clients do, and without a new thread."""
+"""Runs a daemon until there is a reason to end, then ends the process, whatever clients do, and with no new thread."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run(daemon: Daemon, reasons: ExitReasons, drainer: Drainer, drain_timeout_s:
         daemon, reasons, time.monotonic() + drain_timeout_s + _CANCELLED_DRAIN_S
     )
     if is_lost:
-        _exit_process(ExitCode.START_ANEW)
+        _exit_process(ExitCode.NEEDS_RESTART)
     _exit_process(ExitCode.DRAINED if is_clean else ExitCode.CUT_SHORT)
 
 
