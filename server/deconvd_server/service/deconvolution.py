@@ -22,7 +22,7 @@ from deconvd_server.residents import Residents
 from deconvd_server.service.call_tensors import CallTensors
 from deconvd_server.service.method import BidiStreamingMethod, RpcMethod, UnaryMethod
 from deconvd_server.service.parsed_request import parse_request
-from deconvd_server.service.resident_methods import ResidentCalls
+from deconvd_server.service.resident_methods import ResidentMethods
 from deconvd_server.service.sliced_stream import StreamingOperations
 from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.shared_memory import Lender
@@ -58,7 +58,7 @@ class DeconvolutionService:
         self._lender = lender
         self._endpoints = endpoints
         self._max_message_bytes = max_message_bytes
-        self._resident_calls = ResidentCalls(residents, lender, streams)
+        self._resident_calls = ResidentMethods(residents, lender, streams)
         self._streams = StreamingOperations(residents, lender, max_message_bytes, streams, executor)
 
     def methods(self) -> dict[str, RpcMethod]:

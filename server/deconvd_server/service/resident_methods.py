@@ -32,10 +32,10 @@ from deconvd_server.service.method import (
 from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.shared_memory import Lender, SharedTensors
 
-__all__ = ["ResidentCalls"]
+__all__ = ["ResidentMethods"]
 
 
-class ResidentCalls:
+class ResidentMethods:
     """Serves the methods for sessions and residents.
 
     Args:
