@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+MODULES ?=
 # Tests wait more than they compute: several processes run them, a module each.
 PYTEST := python -m pytest -n 4 --dist loadfile
 # What demo and bench compute on: cpu, cuda or cuda:N.
@@ -23,7 +24,7 @@ CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check check-all test-oldest check-api format test-gpu generate accept-schema bench image clean
+.PHONY: help demo test check check-all test-oldest mutate check-api format test-gpu generate accept-schema bench image clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,6 +51,10 @@ check-all: check test-oldest ## All checks but those on a GPU: also slow tests, 
 test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that pyproject.toml allows
 	$(OLDEST)/bin/$(PYTEST) $(foreach name,benchmarks demo schema typing,--ignore=tests/test_$(name).py) \
 	    $(PYTEST_ARGS)
+
+# MODULES='trials arena' tries some; each module's own tests are in pyproject.toml, under tool.mutation.
+mutate: .venv/installed-mutation ## Change modules that do no I/O in small ways, and see that their tests notice
+	$(BIN)/python -m tests.mutation $(MODULES)
 
 check-api: .venv/installed-dev ## Check with pyright, a second type checker, what users see
 	$(BIN)/python -m pytest -q tests/test_typing.py

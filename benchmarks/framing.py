@@ -45,8 +45,8 @@ _NEVER_BYTES = 1 << 60
 
 _SERVER = """
 import sys
-from deconvd import codec
-codec._SMALL_BYTES = int(sys.argv.pop(1))
+from deconvd.wire import codec
+codec._MAX_SMALL_BYTES = int(sys.argv.pop(1))
 from deconvd_server.__main__ import main
 main()
 """
@@ -56,9 +56,9 @@ _LARGE_BYTES = 32 << 20
 _MEMORY = """
 import sys
 from pathlib import Path
-from deconvd import codec
+from deconvd.wire import codec
 from deconvd.v1 import deconvd_pb2 as pb
-codec._SMALL_BYTES = int(sys.argv[1])
+codec._MAX_SMALL_BYTES = int(sys.argv[1])
 size_bytes = int(sys.argv[2])
 def held_bytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -117,6 +117,7 @@ def main(sizes: Sequence[int], time_s: float, json_file: Path | None) -> None:
     """Time the framing of unary calls, and whole calls, by hand and by protobuf alone."""
     raise_mmap_threshold()  # as the client does
     with ExitStack() as stack:
+        stack.callback(vars(codec).update, _MAX_SMALL_BYTES=codec._MAX_SMALL_BYTES)
         sides = [stack.enter_context(_side(small_bytes)) for small_bytes in (0, _NEVER_BYTES)]
         rows = []
         for size_bytes in sizes:
@@ -154,7 +155,7 @@ class _Side:
 
     def choose(self) -> None:
         """Let this process frame messages so."""
-        vars(codec)["_SMALL_BYTES"] = self.small_bytes
+        vars(codec)["_MAX_SMALL_BYTES"] = self.small_bytes
 
     def frame(self, request: Envelope[pb.DeconvolveRequest]) -> None:
         """Write and read a request, and a response with as many elements, as both ends of a call do."""

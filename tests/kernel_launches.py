@@ -36,6 +36,14 @@ WAYS = {
     "deep": ((1, 512, 4, 4), (512, 128, 4, 4), Geometry((2, 2), (1, 1))),
     "odd stride": ((2, 16, 8, 8), (16, 8, 6, 6), Geometry((3, 3), (1, 2))),
     "large stride": ((2, 21, 8, 8), (21, 21, 64, 64), Geometry((32, 32), (16, 16))),
+    "whole stride": ((2, 16, 4, 8), (16, 8, 4, 4), Geometry((4, 4), (1, 3))),
+    "stride of a vector": ((2, 16, 4, 8), (16, 3, 8, 8), Geometry((8, 8), (0, 5))),
+    "two odd strides": ((2, 16, 4, 8), (16, 8, 5, 7), Geometry((5, 7), (0, 0))),
+    "two even strides": ((2, 16, 4, 8), (16, 8, 6, 16), Geometry((6, 16), (1, 8))),
+    "largest stride": ((1, 8, 2, 2), (8, 1, 64, 64), Geometry((64, 64), (0, 0))),
+    "one tap": ((2, 32, 8, 8), (32, 8, 1, 1), Geometry()),
+    "one tap, many inputs": ((2, 130, 8, 8), (130, 24, 1, 1), Geometry()),
+    "one tap, many outputs": ((2, 16, 8, 8), (16, 64, 1, 1), Geometry()),
     "depthwise": ((4, 16, 32, 32), (16, 1, 4, 4), Geometry((2, 2), (1, 1), groups=16)),
     "general": ((2, 6, 9, 8), (6, 2, 3, 5), Geometry((2, 3), (1, 0), (None, None), (2, 1), 2)),
     "far": ((1, 1, 1, 2), (1, 1, 1, 1), Geometry((1, 2**31 - 2))),
@@ -57,7 +65,7 @@ def plans_of(operation: Product, problem: Problem, processors_count: int) -> lis
 
 def launches_of(plan: Plan) -> Iterator[Launch]:
     assert isinstance(plan, StepPlan)
-    preparation = plan.preparation()
+    preparation = plan.prepacking()
     if preparation is not None:
         yield from launches_of(preparation.plan)
     yield from (step for step in plan.steps if isinstance(step, Launch))

@@ -179,7 +179,7 @@ class RawBorrower:
 _PRELUDE = """
 import os, socket, sys
 import numpy as np
-from deconvd.lending.protocol import Answer, Operation, Reply, Request
+from deconvd.lending.protocol import LendingOperation, LendingReply, LendingRequest, ReplyStatus
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.shared_memory import Borrower, SharedCall
 path, user = sys.argv[1], int(sys.argv[2])

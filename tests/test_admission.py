@@ -487,7 +487,7 @@ class TestPassingOn:
             small = waiting(admission, 40)
             passing = threads.submit(admission.yield_turn, call)
             small.start()
-            assert admission.load.used_bytes == 100
+            assert admission.load == Load(running_count=1, waiting_count=1, used_bytes=100)
             assert not passing.done()
             small.end()
             passing.result(TIMEOUT_S)
@@ -535,6 +535,21 @@ class TestPassingOn:
             is_over.set()
             for future in futures:
                 future.result()
+
+        assert admission.load == IDLE
+
+    def test_one_that_is_cancelled_long_before_its_deadline_ends_soon(self) -> None:
+        admission, call = Admission(1, 100, 9), CallContext(timeout_s=60)
+        with ThreadPoolExecutor(1) as threads:
+            admission.enter(60, call)
+            small = waiting(admission, 40)
+            passing = threads.submit(admission.yield_turn, call)
+            small.start()
+            call.cancel()
+            with pytest.raises(CallCancelledError):
+                passing.result(TIMEOUT_S)
+            admission.leave(60)
+            small.end()
 
         assert admission.load == IDLE
 

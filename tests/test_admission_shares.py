@@ -148,10 +148,12 @@ def test_a_call_that_lacks_the_bytes_of_answers_keeps_others_waiting_for_a_momen
 ) -> None:
     admission = Admission(4, 100 * MIB, 8)
     unread = computed(admission, "a", 50 * MIB, 50 * MIB)
+    begin_s = time.monotonic()
     large = threads.submit(computed, admission, "b", 60 * MIB, 0)
     wait_until(lambda: admission.load.waiting_count == 1)
 
-    computed(admission, "c", MIB, 0)  # after two seconds
+    computed(admission, "c", MIB, 0)
+    assert time.monotonic() - begin_s >= 2
     assert not large.done()
     begin_s = time.monotonic()
     computed(admission, "c", MIB, 0)
@@ -177,6 +179,24 @@ def test_what_waits_may_have_brought_a_quarter_of_the_budget(threads: ThreadPool
     hog.end()
     large.result(TIMEOUT_S).end()
     little.result(TIMEOUT_S).end()
+    assert admission.load == IDLE
+
+
+def test_several_may_have_brought_a_quarter_of_the_budget_and_no_more(
+    threads: ThreadPoolExecutor,
+) -> None:
+    admission = Admission(4, 100 * MIB, 8)
+    hog = computed(admission, "a", 100 * MIB, 100 * MIB)
+    calls = [begun(threads, admission, "b", 24 * MIB, 24 * MIB)]
+    calls.append(begun(threads, admission, "c", MIB, MIB))
+    with pytest.raises(
+        UnavailableError, match=r"26214400 bytes already, of 26214400 that they may"
+    ):
+        computed(admission, "d", MIB, MIB, MIB)
+
+    hog.end()
+    for call in calls:
+        call.result(TIMEOUT_S).end()
     assert admission.load == IDLE
 
 

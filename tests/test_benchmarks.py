@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from benchmarks.against import main as against
 from benchmarks.forms import main as forms
+from benchmarks.framing import main as framing
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
 from benchmarks.profiled import LEFT_OUT, start_profiling
@@ -28,6 +29,7 @@ from benchmarks.stock import stock_service
 from benchmarks.transport_plot import main as plot
 from deconvd.host.system import processors_count
 from deconvd.model.geometry import Geometry
+from deconvd.wire import codec
 from deconvd_client import Connection
 
 CHECKOUT = Path(__file__).parents[1]
@@ -227,3 +229,24 @@ def test_a_form_of_W_is_timed_against_none(tmp_path: Path) -> None:
     for row in rows:
         assert row["form_bytes"] > 0
         assert row["ratio"] == pytest.approx(row["anew_ms"] / row["kept_ms"])
+
+
+def test_framing_by_hand_is_timed_beside_protobufs(tmp_path: Path) -> None:
+    results = tmp_path / "framing.json"
+    sizes = [argument for size in ("4096", "262144") for argument in ("--bytes", size)]
+
+    ended = CliRunner().invoke(
+        framing, [*sizes, "--time-s", "0.1", "--json", str(results)], catch_exceptions=False
+    )
+
+    assert ended.exit_code == 0
+    written = json.loads(results.read_text())
+    assert [row["bytes"] for row in written["rows"]] == [4096, 262144]
+    for row in written["rows"]:
+        assert row["framing_ratio"] == row["protobuf_framing_ms"] / row["framing_ms"]
+        assert row["call_ms"] > row["framing_ms"] > 0
+    peaks_mib = written["peaks_mib"]
+    # by hand a request is read where it is, and a response is copied once
+    assert peaks_mib["by hand"] == pytest.approx([0, 32], abs=4)
+    assert min(peaks_mib["protobuf"]) > 48
+    assert codec._MAX_SMALL_BYTES == 64 << 10  # as it was before

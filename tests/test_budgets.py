@@ -38,10 +38,25 @@ def test_a_machine_that_has_less_than_a_process_takes_gives_out_half() -> None:
     assert parts.shared_memory_bytes == 16 * MIB
 
 
+def test_the_parts_are_those_that_are_promised() -> None:
+    sixteenth_bytes = 64 * MIB
+
+    assert Budgets.of(PROCESS_BYTES + 16 * sixteenth_bytes) == Budgets(
+        device_bytes=5 * sixteenth_bytes,
+        shared_memory_bytes=4 * sixteenth_bytes,
+        streams_bytes=3 * sixteenth_bytes,
+        messages_bytes=2 * sixteenth_bytes,
+        spill_bytes=2 * sixteenth_bytes,
+        largest_message_bytes=2 * sixteenth_bytes,
+        pool_bytes=sixteenth_bytes // 4,
+        card_results_bytes=sixteenth_bytes // 4,
+    )
+
+
 def test_a_message_is_of_one_gibibyte_at_most_and_never_less_than_clients_send_in_one() -> None:
     assert Budgets.of(24 * GIB).largest_message_bytes == GIB
     assert Budgets.of(600 * MIB).largest_message_bytes == 55 * MIB
-    assert Budgets.of(16 * MIB).largest_message_bytes == LEAST_MESSAGE_BYTES
+    assert Budgets.of(16 * MIB).largest_message_bytes == LEAST_MESSAGE_BYTES == 4 * MIB
 
 
 def test_a_large_machine_keeps_what_is_worth_it() -> None:

@@ -13,7 +13,7 @@ import pytest
 from deconvd_server.device.cuda.kernels.launch import Kernel
 from tests.kernel_launches import FILES, launched
 
-PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+PACKAGE = "nvidia-cuda-nvrtc"
 CAPABILITIES = (80, 89, 90)
 """Of an A100, an L4 and an H100: what kernels do differs from 90 on."""
 
@@ -21,14 +21,12 @@ CAPABILITIES = (80, 89, 90)
 @cache
 def compiler() -> Any:
     """Return NVIDIA's compiler as a library."""
-    for package in PACKAGES:
-        try:
-            found = files(package) or []
-        except PackageNotFoundError:
-            continue
-        (path,) = (f.locate() for f in found if Path(f).name.startswith("libnvrtc.so"))
-        return ctypes.CDLL(str(path))
-    pytest.skip(f"needs the package {PACKAGES[0]}")
+    try:
+        found = files(PACKAGE) or []
+    except PackageNotFoundError:
+        pytest.skip(f"needs the package {PACKAGE}")
+    (path,) = (file.locate() for file in found if Path(file).name.startswith("libnvrtc.so"))
+    return ctypes.CDLL(str(path))
 
 
 def compile_errors(kernel: Kernel, capability: int) -> str:

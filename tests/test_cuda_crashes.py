@@ -30,7 +30,7 @@ _CRASHING_SERVER = """
 import signal, sys
 from deconvd_server.__main__ import main
 from deconvd_server.device.cuda.cudnn.plan import CudnnPlan
-from deconvd_server.device.cuda.cudnn.search import Search
+from deconvd_server.device.cuda.cudnn.search import EngineSearch
 
 place, number = sys.argv.pop(1), int(sys.argv.pop(1))
 
@@ -46,7 +46,7 @@ class Deadly:
     def __get__(self, one, kind):
         return lambda *args: self(one, *args)
 
-begin, build = Search.__init__, Search.build
+begin, build = EngineSearch.__init__, EngineSearch.build
 
 def remember(search, cudnn, stream, operation, problem, layout):
     search.deadly = problem.kernel == (5, 5)
@@ -60,11 +60,11 @@ def build_and_remember(search, proposal):
 def is_deadly(one):
     return getattr(one, "deadly", False)
 
-Search.__init__, Search.build = remember, build_and_remember
+EngineSearch.__init__, EngineSearch.build = remember, build_and_remember
 if place == "heuristics":
-    Search._configs = Deadly(Search._configs, is_deadly)
+    EngineSearch._configs = Deadly(EngineSearch._configs, is_deadly)
 elif place == "build":
-    Search._serialize_plan = Deadly(Search._serialize_plan, is_deadly)
+    EngineSearch._serialize_plan = Deadly(EngineSearch._serialize_plan, is_deadly)
 elif place == "run":
     CudnnPlan.execute = Deadly(CudnnPlan.execute, is_deadly)
 main()

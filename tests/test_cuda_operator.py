@@ -143,7 +143,7 @@ lost = []
 device = open_device(0, on_lost=lost.append)
 write = cupy.RawKernel('extern "C" __global__ void write(int *p) { *p = 1; }', 'write')
 try:
-    with device.using():
+    with device.activate():
         write((1,), (1,), (cupy.uint64(64),))
         cupy.cuda.runtime.deviceSynchronize()
 except DeviceLostError as error:

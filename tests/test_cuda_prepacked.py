@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from deconvd_server.device.cuda.tensors.tensor import CudaTensor
 else:
     pytest.importorskip("cupy")
-    from deconvd_server.device.cuda.runtime import open_card
-
+    from deconvd_server.device.cuda.api.runtime import open_card
     from deconvd_server.device.cuda.device import CudaDevice
     from deconvd_server.device.cuda.plans.candidates import Candidates
 

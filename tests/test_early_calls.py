@@ -380,7 +380,8 @@ _DYING_CLIENT = """
 import os, signal, sys
 import numpy as np
 import deconvd_client
-from deconvd_client import Connection, direct
+from deconvd_client import Connection
+from deconvd_client.transports.direct import pool
 
 told = 0
 
@@ -390,7 +391,7 @@ def tell(line, size_bytes):
     if told == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-direct.report_progress = tell
+pool.report_progress = tell
 with deconvd_client.connect(sys.argv[1]) as F:
     x, W = np.ones((1, 16, 2048, 2048), np.float32), np.ones((16, 1, 1, 1), np.float32)
     while True:  # the first calls may come before there is a line

@@ -168,6 +168,12 @@ def test_an_excerpt_is_one_printable_line_of_moderate_length() -> None:
     assert excerpt("Gerät „ü“ is busy") == "Gerät „ü“ is busy"
 
 
+def test_an_excerpt_has_two_hundred_letters_and_says_if_there_are_more() -> None:
+    assert excerpt("x" * 200) == "x" * 200
+    assert excerpt("x" * 201) == "x" * 200 + "…"
+    assert excerpt("\n" * 150) == r"\n" * 100 + "…"  # as they are printed
+
+
 def test_whoever_logs_a_text_of_many_lines_logs_one_record() -> None:
     try:
         raise RuntimeError(f"\udcff{FORGED}")

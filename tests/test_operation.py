@@ -1,5 +1,7 @@
 """The table of operations agrees with the schema."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,12 @@ def test_fields_of_a_problem_have_the_specs_of_its_tensors() -> None:
     assert spec_of_field(_PROBLEM, "y") == spec_of_field(_PROBLEM, "gy") == _PROBLEM.y
     with pytest.raises(ValueError, match="no tensor 'z'"):
         spec_of_field(_PROBLEM, "z")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_the_table_is_fixed(operation: Operation) -> None:
+    with pytest.raises(FrozenInstanceError):
+        operation.results = ()  # type: ignore[misc]
 
 
 def test_fields_have_the_names_of_the_arguments_that_they_are_for() -> None:

@@ -181,8 +181,8 @@ def test_a_client_that_gives_no_sign_of_life_loses_its_session(small: ServerProc
 CLIENT = """
 import sys, time
 import grpc, numpy as np
-from tests.session_clients import Holder
-held = Holder(grpc.insecure_channel(sys.argv[1]), b"key")
+from tests.session_clients import SessionClient
+held = SessionClient(grpc.insecure_channel(sys.argv[1]), b"key")
 for number in range(3):
     held.put(np.ones(1 << 18, np.float32))
 print("kept", flush=True)

@@ -33,13 +33,13 @@ def borrow(size_bytes):
     link.settimeout(20)
     link.connect(path)
     try:
-        link.send(Request(Operation.LEND, size_bytes).pack())
+        link.send(LendingRequest(LendingOperation.LEND, size_bytes).pack())
     except BrokenPipeError:
         pass  # it was refused before
     packet, descriptors, _, _ = socket.recv_fds(link, 4096, 1)
     for descriptor in descriptors:
         os.close(descriptor)
-    return link, Reply.parse(packet).answer
+    return link, LendingReply.parse(packet).status
 """
 HOSTILE_LINKS = BORROW + "links = [borrow(1) for _ in range(200)]; say('done'); input()"
 HOSTILE_BYTES = BORROW + f"links = [borrow({8 * MIB}) for _ in range(8)]; say('done'); input()"
@@ -98,7 +98,7 @@ def test_a_process_cannot_borrow_all_regions(running: ServerProcess) -> None:
         "links = [borrow(1)[0] for _ in range(10)]\n"
         "for link in links:\n"
         "    for _ in range(31):\n"
-        "        link.send(Request(Operation.LEND, 1).pack())\n"
+        "        link.send(LendingRequest(LendingOperation.LEND, 1).pack())\n"
         "        _, descriptors, _, _ = socket.recv_fds(link, 4096, 1)\n"
         "        for descriptor in descriptors: os.close(descriptor)\n"
         "say('done'); input()"

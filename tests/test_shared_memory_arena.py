@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from deconvd_client.shared_memory.arena import Arena
+from tests.interrupts import interrupt_everywhere
 
 _PAGE = 4096
 _SIZE = 64 * _PAGE
@@ -122,6 +123,38 @@ def test_the_tightest_gap_is_taken() -> None:
     arena.free(tight)
 
     assert arena.allocate(128) == tight
+
+
+@pytest.mark.parametrize("interrupted", ["allocate", "free"])
+def test_no_room_is_lost_or_given_twice_to_what_an_interrupt_breaks_off(interrupted: str) -> None:
+    arena = Arena(_SIZE)
+
+    def begin() -> None:
+        for offset in arena.offsets:
+            arena.free(offset)
+        for _ in range(6):
+            arena.allocate(1000)
+        for offset in arena.offsets[:4:2]:
+            arena.free(offset)
+
+    def work() -> None:
+        if interrupted == "allocate":
+            arena.allocate(500)
+        else:
+            arena.free(arena.offsets[1])
+
+    begin()
+    for _ in interrupt_everywhere(work):
+        room_bytes = _SIZE - arena.allocated_bytes
+        while arena.allocate(64) is not None:
+            room_bytes -= 64
+        assert room_bytes == 0
+        assert arena.allocated_bytes == _SIZE
+        begin()
+
+    for offset in arena.offsets:
+        arena.free(offset)
+    assert arena.allocate(_SIZE) == 0
 
 
 def test_what_was_given_cannot_be_given_again() -> None:

@@ -328,7 +328,7 @@ link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 link.connect(path)
 say("begun")
 while True:
-    link.send(Request(Operation.LEND, 1 << 20).pack())
+    link.send(LendingRequest(LendingOperation.LEND, 1 << 20).pack())
     packet, fds, _, _ = socket.recv_fds(link, 1024, 1)
     if fds:
         os.pwrite(fds[0], b"x" * 65536, 0)
@@ -545,11 +545,11 @@ class TestUsers:
 link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 try:
     link.connect(path)
-    link.send(Request(Operation.LEND, 4096).pack())
+    link.send(LendingRequest(LendingOperation.LEND, 4096).pack())
 except OSError as error:
     say(type(error).__name__)
 try:
-    say(Reply.parse(link.recv(1024)).answer.name)
+    say(LendingReply.parse(link.recv(1024)).status.name)
 except OSError as error:
     say(type(error).__name__)
 """

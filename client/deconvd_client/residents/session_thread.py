@@ -253,7 +253,7 @@ class SessionThread:
                     self._leave_session()
                 opened = self._open(b"", asking.deadline, fail_fast=asking.fail_fast)
             asking.promise.fulfil(opened)
-        except Exception as error:  # whatever it is, it is the asker's  # noqa: BLE001 - whatever it is, it is the asker's
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's
             asking.promise.fail(error)
 
     def _open(self, name: bytes, deadline: Deadline, *, fail_fast: bool) -> SessionInfo:

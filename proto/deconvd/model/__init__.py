@@ -1,1 +1,1 @@
-"""What is computed: element types, geometry, problems and operations. Pure."""
+"""The computation without I/O: element types, geometry, problems and operations."""

@@ -28,13 +28,13 @@ ELEMENT_TYPES: tuple[DType, ...] = (
 
 
 def element_type(name: str, dtype: DType) -> DType:
-    """Return the element type that `dtype` has in whatever byte order.
+    """Return `dtype` in native byte order.
 
     Args:
         name: Name of the argument, for the error.
 
     Raises:
-        InvalidArgumentError: It is none of `ELEMENT_TYPES`.
+        InvalidArgumentError: It is not one of `ELEMENT_TYPES`.
     """
     native = dtype.newbyteorder("=")
     if native not in ELEMENT_TYPES:
@@ -46,6 +46,6 @@ def element_type(name: str, dtype: DType) -> DType:
 
 
 def compute_type(x: DType, W: DType) -> DType:
-    """Return the type that products of `x` and `W` are taken in: the wider, at least float32."""
+    """Return the type in which products of `x` and `W` are computed: the wider of both, and at least float32."""
     wide = np.dtype(np.float64)
     return wide if wide in (x, W) else np.dtype(np.float32)

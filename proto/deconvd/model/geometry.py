@@ -1,4 +1,4 @@
-"""How a filter moves over an image: stride, pad, dilate, groups and outsize, and the sizes that follow. Pure."""
+"""How a filter moves over an image: stride, pad, dilate, groups and outsize, and the output sizes that follow. Pure."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Pair = tuple[int, int]
 """A value for each axis of an image: (along the height, along the width)."""
 
 OutputSize = tuple[int | None, int | None]
-"""The size of the output image, (h_O, w_O), in pixels; None leaves an axis at its natural size."""
+"""The size of the output image, (h_O, w_O), in pixels. None: the axis has its natural size."""
 
 IntOrPair = SupportsIndex | Sequence[SupportsIndex]
 
 MAX_EXTENT = 2**31 - 1
-"""The largest extent, stride, pad or dilate: what fits the 32-bit integers of cuDNN."""
+"""The largest extent, stride, pad or dilate: cuDNN's integers have 32 bits."""
 
 _MAX_SHOWN_BITS = 256
-"""Of integers in errors: Python refuses to write down very long ones."""
+"""Larger integers are not written in errors: Python refuses to convert very long ones to text."""
 
 _AXES = ("Height", "Width")
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How the filter moves, in one normal form: a pair for each axis.
+    """How the filter moves, in normal form: one value for each axis, (height, width).
 
     Attributes:
         stride: Steps of the filter over the output, in pixels, each at least 1.
         pad: Pixels cut from the output at both ends of each axis, each at least 0.
-        outsize: Size of the output image; each None or at least 1.
+        outsize: Size of the output image, each None or at least 1.
         dilate: Distance between neighbouring taps of the filter, in pixels, each at least 1.
         groups: Number of groups that the channels are split into, at least 1.
 
@@ -68,7 +68,7 @@ class Geometry:
         dilate: IntOrPair = 1,
         groups: SupportsIndex = 1,
     ) -> Geometry:
-        """Return the geometry that arguments of `deconvolution_2d` describe.
+        """Return the geometry for arguments in the forms that `deconvolution_2d` accepts.
 
         Args:
             stride, pad, dilate: An int for both axes, or a sequence of two.
@@ -76,7 +76,7 @@ class Geometry:
             groups: An int.
 
         Raises:
-            InvalidArgumentError: An argument is of another kind, or out of its range.
+            InvalidArgumentError: An argument has another type, or is out of its range.
         """
         dilate_pair = _pair("dilate", dilate)
         if min(dilate_pair) < 1:
@@ -97,8 +97,8 @@ class Geometry:
             kernel: Size ``(h_K, w_K)`` of the filter.
 
         Raises:
-            InvalidArgumentError: The output would be empty, or `outsize` is further than a stride
-                from the natural size.
+            InvalidArgumentError: The output would be empty, or `outsize` differs from the natural size by a
+                stride or more.
 
         Along each axis the natural size is ``s (i - 1) + d (k - 1) + 1 - 2 p``, as in Chainer's
         ``get_deconv_outsize`` (v7.8, ``cover_all=False``).
@@ -107,7 +107,7 @@ class Geometry:
         return (self._axis_size(0, natural[0]), self._axis_size(1, natural[1]))
 
     def natural_size(self, image: Pair, kernel: Pair) -> Pair:
-        """Return the output size that `outsize` of None stands for; it may be negative."""
+        """Return the output size for an `outsize` of None. It may be zero or negative, which `output_size` rejects."""
         h, w = (
             s * (i - 1) + d * (k - 1) + 1 - 2 * p
             for i, k, s, p, d in zip(image, kernel, self.stride, self.pad, self.dilate, strict=True)
@@ -135,7 +135,7 @@ class Geometry:
 
 
 _geometry = lru_cache(maxsize=1024)(Geometry)
-"""Most calls are made again and again, so their geometry is remembered."""
+"""A cache, because most calls are repeated with the same geometry."""
 
 
 def _dilate_error(dilate: object) -> InvalidArgumentError:
@@ -154,7 +154,7 @@ def _check_range(name: str, values: Sequence[int], *, at_least: int) -> None:
 def _pair(name: str, value: IntOrPair) -> Pair:
     allowed = "an int or a pair of ints"
     try:
-        operator.index(value)  # type: ignore[arg-type]  # whether it has one is asked here
+        operator.index(value)  # type: ignore[arg-type]  # the try finds out whether it is an integer
     except TypeError:
         first, second = _split_pair(name, value, allowed)
         return _integer(name, first, allowed), _integer(name, second, allowed)
@@ -164,7 +164,7 @@ def _pair(name: str, value: IntOrPair) -> Pair:
 
 def _integer(name: str, value: object, allowed: str) -> int:
     try:
-        integer = operator.index(value)  # type: ignore[arg-type]  # whether it has one is asked here
+        integer = operator.index(value)  # type: ignore[arg-type]  # the try finds out whether it is an integer
     except TypeError:
         raise _kind_error(name, value, allowed) from None
     if integer.bit_length() > _MAX_SHOWN_BITS:

@@ -10,7 +10,7 @@ __all__ = ["Gradients"]
 
 
 class Gradients(NamedTuple):
-    """The gradients with respect to x, W and b; None for one that was not wanted."""
+    """The gradients with respect to x, W and b. None for a gradient that was not requested."""
 
     gx: npt.NDArray[Any] | None
     gW: npt.NDArray[Any] | None

@@ -1,8 +1,8 @@
-"""The operations as a table: what each is computed from, and what it gives. Pure.
+"""The table of operations: the operands and results of each. Pure.
 
-What differs between two operations is written here and nowhere else: the order of a stream, what is a sum over the
-samples, which operands a result needs, and the names of the RPCs follow from it. Operands and results have the names of
-their fields in the schema.
+All differences between the operations are in this table: the order of a stream, which results are sums over the
+samples, which operands each result needs, and the names of the RPCs. Operands and results
+have the names of their fields in the schema.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ __all__ = [
 ]
 
 ARGUMENTS: Final = {name.lower(): name for name in ("x", "W", "b", "y", "gx", "gW", "gb", "gy")}
-"""What operands and results are called in Python, by the names of their fields."""
+"""The Python names of operands and results, by the names of their fields."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation:
-    """What the server computes: one row of the table.
+    """One row of the table.
+
+        order of a request stream    constants, then for each slice of samples: batched_operands
+        order of a response stream   for each slice of samples: results, then reduced_results
 
     Attributes:
-        name: The name of its RPC. That of its RPC in a stream has "Stream" behind it.
-        constants: Operands that all samples have in common. A stream has them first, whole.
-        sliced: Operands that have samples. A stream has them slice by slice, in this order.
-        results: Results that have samples. A stream has them slice by slice.
-        summed: Results that are sums over the samples. A stream has them last, whole.
-        needs: The operands that each result is computed from, without those that may be left out.
-        optional: Operands that may be left out.
-        write_order: The order in which a client writes operands into shared memory during an early call:
-            first those that a device can use without the others. See `deconvd.direct.protocol`.
+        name: The name of its unary RPC.
+        constants: Operands that are the same for all samples.
+        batched_operands: Operands whose first axis is the samples.
+        results: Results whose first axis is the samples.
+        needs: For each result, the operands from which it is computed, without optional ones.
+        write_order: The order in which a client writes operands to shared memory during an overlapped call: first
+            those that a device can use without the others. See `deconvd.direct.protocol`.
+        reduced_results: Results that are sums over the samples.
+        optional: Operands that a request may omit.
     """
 
     name: str
@@ -53,27 +56,27 @@ class Operation:
 
     @property
     def stream_name(self) -> str:
-        """The name of its RPC in a stream."""
+        """The name of its streaming RPC."""
         return f"{self.name}Stream"
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """All its operands, in the order in which they stream."""
+        """All operands, in the order of a stream."""
         return self.constants + self.batched_operands
 
     @property
     def all_results(self) -> tuple[str, ...]:
-        """All its results, in the order in which they stream."""
+        """All results, in the order of a stream."""
         return self.results + self.reduced_results
 
     def operands_for(
         self, results: Collection[str], optional: Collection[str] = ()
     ) -> tuple[str, ...]:
-        """Return the operands that some of its results are computed from, in the order in which they stream.
+        """Return the operands from which some results are computed, in the order of a stream.
 
         Args:
             results: Names of results.
-            optional: Names of those optional operands that are given.
+            optional: Names of the optional operands that the request has.
         """
         needed = {operand for result in results for operand in self.needs[result]}
         needed.update(optional)
@@ -89,7 +92,7 @@ DECONVOLVE: Final = Operation(
     optional=("b",),
     write_order=("w", "b", "x"),
 )
-"""``y``, the deconvolution of ``x`` by ``w``, plus ``b``."""
+"""``y``: the deconvolution of ``x`` by ``w``, plus ``b``."""
 
 DECONVOLVE_GRAD: Final = Operation(
     "DeconvolveGrad",
@@ -100,13 +103,13 @@ DECONVOLVE_GRAD: Final = Operation(
     needs={"gx": ("w", "gy"), "gw": ("x", "gy"), "gb": ("gy",)},
     write_order=("w", "gy", "x"),
 )
-"""The gradients of a loss with respect to ``x``, ``w`` and ``b``, from ``gy``, that with respect to ``y``."""
+"""The gradients of a loss with respect to ``x``, ``w`` and ``b``, from ``gy``, its gradient with respect to ``y``."""
 
 OPERATIONS: Final = (DECONVOLVE, DECONVOLVE_GRAD)
 
 
 def spec_of_field(problem: Problem, name: str) -> TensorSpec:
-    """Return the shape and element type that an operand or a result of a problem has, by the name of its field."""
+    """Return the shape and element type of an operand or a result of a problem, by the name of its field."""
     match name:
         case "x" | "gx":
             return problem.x

@@ -1,4 +1,4 @@
-"""How to compute a deconvolution: the part of Chainer's configuration that matters here."""
+"""How to compute a deconvolution: the options of Chainer's configuration that apply to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Options", "UseCudnn"]
 
 
 class UseCudnn(StrEnum):
-    """Whether cuDNN may be used: where it is the fastest, wherever it can, or nowhere."""
+    """When cuDNN may be used: when it is the fastest, whenever it can run the operation, or never."""
 
     AUTO = "auto"
     ALWAYS = "always"
@@ -20,16 +20,16 @@ class UseCudnn(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to compute. No option changes what the result means.
+    """How to compute. No option changes the meaning of the result.
 
     Attributes:
-        cudnn_deterministic: Two runs on one device give the same bits.
-        autotune: Pick the fastest way by timing, once for each kind of request.
-        use_cudnn: Whether cuDNN may be used; a `UseCudnn` or its value.
-        allow_tf32: Let float32 operands be rounded to TF32 in products. Not in Chainer.
+        cudnn_deterministic: Two runs on the same device give the same bits.
+        autotune: Time the candidate algorithms once for each kind of request, and use the fastest.
+        use_cudnn: When cuDNN may be used. A `UseCudnn` or its value.
+        allow_tf32: Allow float32 operands to be rounded to TF32 in products. Chainer does not have this option.
 
     Raises:
-        InvalidArgumentError: A value is of the wrong type, or `use_cudnn` is none of its three values.
+        InvalidArgumentError: A value has the wrong type, or `use_cudnn` is not one of its three values.
     """
 
     cudnn_deterministic: bool = False
@@ -45,7 +45,7 @@ class Options:
                     f"{field.name} must be True or False, got {value!r}", argument=field.name
                 )
         try:
-            # frozen: the string that Chainer's users pass becomes the enumeration once, here
+            # The class is frozen. Users of Chainer pass a string, which becomes the enumeration once, here.
             object.__setattr__(self, "use_cudnn", UseCudnn(self.use_cudnn))
         except ValueError:
             raise InvalidArgumentError(

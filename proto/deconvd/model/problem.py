@@ -1,4 +1,4 @@
-"""One deconvolution as a problem: what its operands look like and how the filter moves, known to fit together. Pure."""
+"""One deconvolution as a problem: the shapes of its operands and its geometry, checked against each other. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Problem", "TensorSpec", "check_extents", "problem_of", "spec_of"]
 
 _MAX_DIMENSIONS_SHOWN = 8
 _MAX_NBYTES = 2**62
-"""Sizes beyond this overflow numpy's index arithmetic, also where a zero extent makes the array empty."""
+"""Larger sizes overflow numpy's index arithmetic, even if another extent is zero and the array is empty."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TensorSpec:
 
     @cached_property
     def raw(self) -> TensorSpec:
-        """Its spec where its elements are as in `Tensor.raw`: of little-endian byte order."""
+        """The same spec in the byte order of `Tensor.raw`, which is little-endian."""
         return TensorSpec(self.shape, self.dtype.newbyteorder("<"))
 
     def __str__(self) -> str:
@@ -47,19 +47,19 @@ def spec_of(array: Array) -> TensorSpec:
 
 @dataclass(frozen=True)
 class Problem:
-    """A deconvolution of `x` by `W`: hashable, and checked when it is made.
+    """A deconvolution of `x` by `W`. Hashable, and checked when it is created.
 
-    What follows from its operands is worked out once: most calls are made again and again, and ask for it.
+    All derived values are cached, because most calls are repeated and use the same object (see `problem_of`).
 
     Attributes:
         x: Shape ``(n, c_I, h_I, w_I)``.
         W: Shape ``(c_I, c_O / groups, h_K, w_K)``; its element type may differ from x's.
         geometry: How the filter moves.
         output: Size ``(h_O, w_O)`` of the output image, in pixels.
-        y: The result: shape ``(n, c_O, h_O, w_O)``, of x's element type. gy has the same.
+        y: The result: shape ``(n, c_O, h_O, w_O)``, element type of x. gy has the same.
 
     Raises:
-        InvalidArgumentError: The operands are no such tensors, or do not fit together.
+        InvalidArgumentError: An operand has the wrong shape or type, or the operands do not fit together.
     """
 
     x: TensorSpec
@@ -81,11 +81,15 @@ class Problem:
         object.__setattr__(self, "_hash", hash((self.x, self.W, self.geometry)))
 
     def __hash__(self) -> int:
-        # taken once: what is known of a call is found by its problem, in one place after the other
+        # computed once: several caches on a call's way have problems as keys
         return self._hash
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Problem, (self.x, self.W, self.geometry)  # another process has other hashes
+        return Problem, (
+            self.x,
+            self.W,
+            self.geometry,
+        )  # a stored hash would be wrong: hashes differ between processes
 
     def _check_channels(self) -> None:
         if self.c_I != self.W.shape[0]:
@@ -132,17 +136,17 @@ class Problem:
 
     @cached_property
     def has_products(self) -> bool:
-        """Whether any product of x and W is in y at all: no operand is empty."""
+        """Whether y contains any product of x and W, that is, neither of them is empty."""
         return self.x.nbytes > 0 and self.W.nbytes > 0
 
     @cached_property
     def b(self) -> TensorSpec:
-        """The bias: shape ``(c_O,)``, of x's element type. gb has the same."""
+        """The bias: shape ``(c_O,)``, element type of x. gb has the same."""
         return TensorSpec((self.c_O,), self.x.dtype)
 
     @cached_property
     def compute_type(self) -> DType:
-        """The type that products are taken and summed in."""
+        """The type in which products are computed and summed."""
         return compute_type(self.x.dtype, self.W.dtype)
 
     def check_b(self, b: TensorSpec) -> None:
@@ -151,17 +155,17 @@ class Problem:
         _check_same("b", b, self.b, "c_O elements of x's element type")
 
     def check_gy(self, gy: TensorSpec) -> None:
-        """Raise InvalidArgumentError unless `gy` can be the gradient of this problem's result."""
+        """Raise InvalidArgumentError unless `gy` can be a gradient with respect to this problem's result."""
         _check_tensor("gy", gy, dimensions=4)
         _check_same("gy", gy, self.y, "the shape and element type of the output")
 
 
 @lru_cache(maxsize=1024)
 def problem_of(x: TensorSpec, W: TensorSpec, geometry: Geometry) -> Problem:
-    """Return the problem of these operands: remembered, since most calls are made again and again.
+    """Return the problem with these operands. It is cached, because most calls are repeated.
 
     Raises:
-        InvalidArgumentError: As `Problem` does.
+        InvalidArgumentError: See `Problem`.
     """
     return Problem(x, W, geometry)
 
@@ -178,7 +182,7 @@ def _check_tensor(name: str, spec: TensorSpec, *, dimensions: int) -> None:
 
 
 def check_extents(name: str, spec: TensorSpec) -> None:
-    """Raise InvalidArgumentError if an array of such a shape cannot be, even without elements."""
+    """Raise InvalidArgumentError if numpy cannot have an array of this shape, even an empty one."""
     nominal = math.prod(max(extent, 1) for extent in spec.shape) * spec.dtype.itemsize
     if nominal > _MAX_NBYTES or not all(0 <= extent <= MAX_EXTENT for extent in spec.shape):
         raise InvalidArgumentError(

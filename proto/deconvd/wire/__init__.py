@@ -1,1 +1,1 @@
-"""Values as messages: tensors, errors and streams, to bytes and back."""
+"""The wire format: tensors, errors and streams to bytes, and back."""

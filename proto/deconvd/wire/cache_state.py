@@ -1,4 +1,4 @@
-"""What a device keeps of one kind between calls, as the server knows it and the client is told."""
+"""The state of one of a device's caches, as the server reports it to clients."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["CacheState"]
 
 @dataclass(frozen=True, slots=True)
 class CacheState:
-    """What a device keeps of one kind between calls.
+    """The state of a cache. A device has one cache for each kind of object that it keeps between calls.
 
     Attributes:
-        name: What it keeps: ``plans``.
-        count: Entries.
-        size_bytes: What they take.
-        limit_bytes: What they may take.
-        hits_count: Times that an entry was there when it was asked for.
-        misses_count: Times that it had to be made.
+        name: The kind of object, for example ``plans``.
+        count: Number of entries.
+        size_bytes: Size of all entries.
+        limit_bytes: Largest size of all entries.
+        hits_count: How often a requested entry was in the cache.
+        misses_count: How often it had to be created.
     """
 
     name: str
@@ -30,10 +30,10 @@ class CacheState:
     misses_count: int
 
     def to_message(self) -> pb.Cache:
-        """Return the message for it."""
+        """Return this state as a message."""
         return pb.Cache(**asdict(self))
 
     @classmethod
     def from_message(cls, message: pb.Cache) -> CacheState:
-        """Return what a message says."""
+        """Return the state in a message."""
         return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})

@@ -1,4 +1,4 @@
-"""The parts of a stream as gRPC's messages: elements in chunks."""
+"""The parts of a stream as gRPC messages, with elements in chunks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, element
 __all__ = ["ChunkSource", "chunk_messages", "part_messages"]
 
 _CHUNK_BYTES: Final = 1 << 20
-"""The size at which a gRPC stream is fastest: larger messages cost more than their bytes."""
+"""The size of a chunk at which a gRPC stream is fastest. Larger messages cost more for each byte."""
 
 _EMPTY: Final[Uint8Array] = np.empty(0, np.uint8)
 
 
 class ChunkSource:
-    """The parts that gRPC's messages carry. See `PartSource`.
+    """The parts of a stream that gRPC delivers. See `PartSource`.
 
     Args:
-        messages: As bytes.
-        part_type: Their type.
+        messages: The stream's messages, as bytes.
+        part_type: The type of these messages.
     """
 
     def __init__(self, messages: Iterator[bytes], part_type: type[Message]) -> None:
@@ -41,7 +41,7 @@ class ChunkSource:
         self._chunk: Uint8Array = _EMPTY
 
     def next(self) -> Message | PendingElements | None:
-        """Return the next part; None at the end."""
+        """Return the next part. None at the end."""
         data = next(self._messages, None)
         if data is None:
             return None
@@ -63,10 +63,10 @@ class ChunkSource:
         return message
 
     def read_into(self, target: Uint8Array) -> None:
-        """Read the next of the elements ahead."""
+        """Fill `target` with the next of the pending elements."""
         target[:] = self._chunk[: len(target)]
         rest = self._chunk[len(target) :]
-        self._chunk = rest if len(rest) else _EMPTY  # a view of none would keep the message
+        self._chunk = rest if len(rest) else _EMPTY  # an empty view would keep the message alive
 
     def _parse(self, data: bytes) -> Message:
         check_non_element_bytes(self._part_type, data)
@@ -80,7 +80,7 @@ class ChunkSource:
 
 
 def part_messages(part: Part) -> Iterator[bytes]:
-    """Yield the messages that carry a part: elements are copied only when their message is asked for."""
+    """Yield the messages for a part. The elements of each message are copied only when it is requested."""
     if isinstance(part, Message):
         return iter((part.SerializeToString(),))
     to_bytes = missing_chunk_to_bytes if part.is_missing else chunk_to_bytes
@@ -88,5 +88,5 @@ def part_messages(part: Part) -> Iterator[bytes]:
 
 
 def chunk_messages(array: Array) -> Iterator[bytes]:
-    """Yield the messages that carry an array's elements."""
+    """Yield the messages for an array's elements."""
     return part_messages(elements_part(array))

@@ -1,12 +1,15 @@
-"""Messages to bytes and back without protobuf's copies of the large fields.
+"""Messages to bytes and back, without protobuf's copies of the elements of tensors.
 
-Protobuf copies a ``bytes`` field when it is set, serialized, parsed and read: a message takes three times its size.
-Here the small fields go through the generated classes and the large one is framed by hand: it is copied once, into the
-bytes that gRPC sends, and read where gRPC has put it. The bytes are those of the schema: any protobuf library reads
-what is written here, and what any writes is read here, fields in whatever order.
+Protobuf copies a ``bytes`` field when it is set, serialized, parsed and read, so a message takes three times its size.
+Here the generated classes encode only the small fields. The elements are framed by hand: they are copied once, into the
+bytes that gRPC sends, and are read where gRPC has received them.
 
-A message that is large in another way than ours are (a tensor given in two pieces, say) goes through the generated
-classes as a whole: slower, and right.
+    bytes of a large request   | small fields ... | x: prefix, header | raw prefix | elements of x |
+    encode, decode               generated class    generated class     by hand      a view
+
+The bytes are those of the schema. Any protobuf library can read what `encode` writes, and `decode` reads what any
+library writes, with fields in any order. A large message in an unusual form, for example with a tensor in two pieces,
+is parsed by the generated classes as a whole: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -43,20 +46,23 @@ _MAX_SMALL_BYTES: Final = 64 << 10
 """Up to this size the generated classes are faster than framing in Python: see `benchmarks.framing`."""
 
 MAX_NON_ELEMENT_BYTES: Final = 128 << 10
-"""What a message may have beside the elements of tensors. Parsed, it takes up to a hundred times as much.
+"""How many bytes a message may have in addition to the elements of tensors.
 
-As much as a direct line's messages have in all. The longest of ours, 4096 handles to drop, has 82 KB.
+A parsed message takes up to a hundred times its size. The limit is the same as for a message of a direct connection.
+The client's largest message, which drops 4096 tensors, has 82 KB.
 """
 
 _MAX_GENERIC_BYTES: Final = 16 << 20
-"""What the generated classes are given: they take a message three times."""
+"""The largest message that the generated classes parse as a whole, which takes three times its size."""
 
 _MAX_CACHED_BYTES: Final = 1 << 10
+"""The largest message that is cached: larger than the request of any deconvolution without its elements."""
+
 _MAX_CACHED_COUNT: Final = 1024
-"""More than a message has beside elements, and as many as are remembered."""
+"""The number of messages that are cached."""
 
 _MAX_PREFIX_BYTES: Final = 10
-"""A field's number and its length: five bytes each, at most."""
+"""The longest prefix of a field: its number and its length take five bytes each, at most."""
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 """Wire types: https://protobuf.dev/programming-guides/encoding."""
@@ -70,12 +76,12 @@ _MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NU
 
 
 class Envelope(NamedTuple, Generic[M]):
-    """A message, and apart from it the raw elements of its tensors.
+    """A message without elements, and the elements of its tensors.
 
     Attributes:
-        message: Its tensors have no raw payload. It may be another's too: it is not to be changed.
-        raw: The elements of each tensor that has some, by the name of its field.
-        data: The bytes that the message was read from, without elements; None if they are not known.
+        message: The message; its tensors have no raw payload. It may be in a cache and must not be changed.
+        raw: The elements of the tensors that have any, by the names of the fields.
+        data: The bytes from which the message was parsed, without elements. None if they are unknown.
     """
 
     message: M
@@ -87,10 +93,9 @@ _envelope_cache: Final[dict[tuple[type[Message], bytes], Envelope[Any]]] = {}
 
 
 def encode(envelope: Envelope[M]) -> bytes:
-    """Return the bytes of a message: that of the envelope with its tensors' elements put in.
+    """Return the bytes of an envelope's message together with the elements.
 
-    The tensors with elements must be set in the message; elements may be any C-contiguous buffer
-    of bytes.
+    Each tensor that has elements must be set in the message. Elements may be any C-contiguous buffer of bytes.
     """
     if not envelope.raw:
         return envelope.message.SerializeToString()
@@ -110,14 +115,14 @@ def encode(envelope: Envelope[M]) -> bytes:
 
 
 def decode(message_type: type[M], data: bytes) -> Envelope[M]:
-    """Return the message that bytes hold, which is not to be changed; elements are views of the bytes.
+    """Return the message in some bytes, which must not be changed. The elements are views of the bytes.
 
-    What may have elements and has none (they lie in shared memory, say) comes again and again: it is remembered.
-    Other messages come once, and may hold secrets.
+    Small requests without elements (because these are in shared memory, for example) are repeated, so they are cached.
+    Messages of types without tensors are not cached: they are not repeated, and may contain secrets.
 
     Raises:
-        DecodeError: They hold no such message.
-        ExhaustedError: They have more than `MAX_NON_ELEMENT_BYTES` beside elements: nothing is parsed.
+        DecodeError: The bytes are not a valid message.
+        ExhaustedError: The bytes have more than `MAX_NON_ELEMENT_BYTES` in addition to elements. Nothing was parsed.
     """
     if len(data) > _MAX_SMALL_BYTES:
         return _decode_large(message_type, data)
@@ -132,7 +137,10 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
 
 
 def check_non_element_bytes(message_type: type[Message], data: bytes) -> None:
-    """Raise ExhaustedError if bytes have more than `MAX_NON_ELEMENT_BYTES` beside elements, whatever else they are."""
+    """Raise ExhaustedError if bytes have more than `MAX_NON_ELEMENT_BYTES` in addition to elements.
+
+    The bytes need not be a valid message.
+    """
     if len(data) <= MAX_NON_ELEMENT_BYTES:
         return
     descriptor = message_type.DESCRIPTOR
@@ -140,19 +148,19 @@ def check_non_element_bytes(message_type: type[Message], data: bytes) -> None:
         memoryview(data), _chunk_fields(descriptor), _tensor_fields(descriptor)
     ) > (MAX_NON_ELEMENT_BYTES):
         raise ExhaustedError(
-            f"the message has more than {MAX_NON_ELEMENT_BYTES} bytes beside the elements of tensors, "
-            f"which is what a {descriptor.full_name} may have"
+            f"a {descriptor.full_name} must have at most {MAX_NON_ELEMENT_BYTES} bytes in addition to the elements "
+            f"of its tensors, got more"
         )
 
 
 def _non_element_bytes(
     data: memoryview, elements: Collection[int], tensors: Collection[int] = ()
 ) -> int:
-    """Return how many bytes of a message are no elements; some of them, once they are too many.
+    """Return how many bytes of a message are not elements. Counting stops when they are too many.
 
     Args:
-        elements: Numbers of the fields that are elements.
-        tensors: Numbers of the fields that are tensors.
+        elements: Numbers of the fields that contain elements.
+        tensors: Numbers of the fields that contain tensors.
     """
     rest_bytes = end = 0
     try:
@@ -166,7 +174,7 @@ def _non_element_bytes(
             if rest_bytes > MAX_NON_ELEMENT_BYTES:
                 return rest_bytes
     except _UnsupportedLayoutError:
-        pass  # all that follows is read by the generated class, if it can
+        pass  # the rest counts as no elements: if it is valid, the generated class parses it
     return rest_bytes + len(data) - end
 
 
@@ -175,7 +183,7 @@ def _decode_large(message_type: type[M], data: bytes) -> Envelope[M]:
     try:
         return _decode_by_hand(message_type, memoryview(data))
     except _UnsupportedLayoutError as unusual:
-        # not wrong, as far as is known here: the generated class decides
+        # the bytes may still be valid: the generated class decides
         _check_generic_size(data, unusual)
     return _decode_generic(message_type, data)
 
@@ -183,8 +191,7 @@ def _decode_large(message_type: type[M], data: bytes) -> Envelope[M]:
 def _check_generic_size(data: bytes, unusual: _UnsupportedLayoutError) -> None:
     if len(data) > _MAX_GENERIC_BYTES:
         raise ExhaustedError(
-            f"the message has {len(data)} bytes and {unusual}: such a message may have at most "
-            f"{_MAX_GENERIC_BYTES} bytes"
+            f"a message with {unusual} must have at most {_MAX_GENERIC_BYTES} bytes, got {len(data)}"
         )
 
 
@@ -195,17 +202,17 @@ def _cache_envelope(message_type: type[M], data: bytes, envelope: Envelope[M]) -
 
 
 def chunk_to_bytes(chunk: Buffer) -> bytes:
-    """Return the bytes of a stream's part that is a chunk, of whichever of the stream messages."""
+    """Return the message of a stream that carries a chunk. The bytes are the same for all stream messages."""
     return b"".join((_field_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
 
 
 def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
-    """Return the bytes of a part that is a chunk of what was missing, in the manner of `chunk_to_bytes`."""
+    """Return the message of a stream that carries a missing chunk."""
     return b"".join((_field_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
 
 
 def chunk_from_bytes(data: bytes) -> memoryview | None:
-    """Return a view of the chunk if a part's bytes hold that and nothing else, else None."""
+    """Return a view of the chunk in a stream's message. None if the message has anything else."""
     prefix = _prefix_of_whole(_CHUNK_NUMBER, len(data))
     if prefix and data.startswith(prefix):
         return memoryview(data)[len(prefix) :]
@@ -213,7 +220,7 @@ def chunk_from_bytes(data: bytes) -> memoryview | None:
 
 
 def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
-    """Return a view of a chunk of what was missing, in the manner of `chunk_from_bytes`."""
+    """Return a view of the missing chunk in a stream's message. None if the message has anything else."""
     return _only_field(data, _MISSING_CHUNK_NUMBER)
 
 
@@ -229,12 +236,12 @@ def _only_field(data: bytes, number: int) -> memoryview | None:
 
 
 class _UnsupportedLayoutError(Exception):
-    """Bytes that are wrong, or not in the form that is read fast."""
+    """The bytes are invalid, or only the generated classes parse them. The text completes "a message with"."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A field on the wire: its number, its place, and its value if it is length-delimited."""
+    """A field on the wire: its number, its position, and, if it is length-delimited, its value."""
 
     number: int
     start: int
@@ -252,7 +259,7 @@ def _decode_by_hand(message_type: type[M], data: memoryview) -> Envelope[M]:
             small.append(data[field.start : field.end])
             continue
         if field.number in seen:
-            raise _UnsupportedLayoutError("a tensor in pieces, which are to be merged")
+            raise _UnsupportedLayoutError("a tensor in several pieces")
         seen.add(field.number)
         header, elements = _split_tensor(field.value)
         small += [_field_prefix(field.number, len(header)), header]
@@ -263,7 +270,7 @@ def _decode_by_hand(message_type: type[M], data: memoryview) -> Envelope[M]:
 
 
 def _split_tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
-    """Return the bytes of a tensor without its raw payload, and that payload."""
+    """Return the bytes of a tensor without its raw payload, and the payload."""
     header: list[Buffer] = []
     elements: memoryview | None = None
     payloads_count = 0
@@ -274,12 +281,12 @@ def _split_tensor(data: memoryview) -> tuple[bytes, memoryview | None]:
         else:
             header.append(data[field.start : field.end])
     if payloads_count > 1:
-        raise _UnsupportedLayoutError("several payloads, of which the last counts")
+        raise _UnsupportedLayoutError("several payloads of one tensor")
     return b"".join(header), elements
 
 
 def _merge_raw(envelope: Envelope[M]) -> M:
-    """Return the message that an envelope stands for, with the elements in it."""
+    """Return a copy of the message with its elements in it."""
     message = type(envelope.message)()
     message.CopyFrom(envelope.message)
     for name, raw in envelope.raw.items():
@@ -288,7 +295,7 @@ def _merge_raw(envelope: Envelope[M]) -> M:
 
 
 def _decode_generic(message_type: type[M], data: bytes) -> Envelope[M]:
-    """Return an envelope of a message that the generated class parses."""
+    """Parse a message with the generated class, and move the elements out of it."""
     message = message_type.FromString(data)
     raw: dict[str, Buffer] = {}
     for name in _tensor_fields(message.DESCRIPTOR).values():
@@ -301,7 +308,7 @@ def _decode_generic(message_type: type[M], data: bytes) -> Envelope[M]:
 
 @cache
 def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
-    """Return the names of a message's fields that are tensors, by their numbers."""
+    """Return the names of the fields that are tensors, by number."""
     return {
         field.number: field.name
         for field in message_type.fields
@@ -311,16 +318,16 @@ def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
 
 @cache
 def _chunk_fields(message_type: Descriptor) -> frozenset[int]:
-    """Return the numbers of a message's fields that are elements themselves."""
+    """Return the numbers of the fields that contain elements directly."""
     names = ("chunk", "missing_chunk")
     return frozenset(field.number for field in message_type.fields if field.name in names)
 
 
 def _iterate_fields(data: memoryview) -> Iterator[_Field]:
-    """Yield the fields of a message in the order in which they stand.
+    """Yield the fields of a message in the order of the bytes.
 
     Raises:
-        _UnsupportedLayoutError: The bytes are no message, or have groups.
+        _UnsupportedLayoutError: The bytes are not a valid message, or contain groups.
     """
     at = 0
     while at < len(data):
@@ -337,14 +344,14 @@ def _iterate_fields(data: memoryview) -> Iterator[_Field]:
         elif wire_type in (_FIXED32, _FIXED64):
             at += 4 if wire_type == _FIXED32 else 8
         else:
-            raise _UnsupportedLayoutError(f"wire type {wire_type}")
+            raise _UnsupportedLayoutError(f"a field of wire type {wire_type}")
         if at > len(data) or not 0 < number <= _MAX_FIELD_NUMBER:
-            raise _UnsupportedLayoutError("a field that is cut off, or has no valid number")
+            raise _UnsupportedLayoutError("a field that is cut off or has an invalid number")
         yield _Field(number, start, at, value)
 
 
 def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return the variable-length integer at an offset, and the offset behind it."""
+    """Return the variable-length integer at an offset, and the offset after it."""
     value = 0
     for shift in range(0, 64, 7):
         if at >= len(data):
@@ -359,7 +366,7 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 @lru_cache(_MAX_CACHED_COUNT)
 def _prefix_of_whole(number: int, size_bytes: int) -> bytes:
-    """Return the prefix of a length-delimited field that takes that many bytes with it; none if no field does."""
+    """Return the prefix of a length-delimited field that has a size together with it; empty if no field has."""
     for prefix_bytes in range(2, min(_MAX_PREFIX_BYTES, size_bytes) + 1):
         prefix = _field_prefix(number, size_bytes - prefix_bytes)
         if len(prefix) == prefix_bytes:
@@ -369,7 +376,7 @@ def _prefix_of_whole(number: int, size_bytes: int) -> bytes:
 
 @lru_cache(_MAX_CACHED_COUNT)  # nearly all chunks of a stream have one length
 def _field_prefix(number: int, length: int) -> bytes:
-    """Return what stands before a length-delimited field."""
+    """Return the tag and the length that precede the value of a length-delimited field."""
     return _encode_varint(number << 3 | _LENGTH_DELIMITED) + _encode_varint(length)
 
 

@@ -1,4 +1,4 @@
-"""Tensors by what they are: the digest of their elements."""
+"""The digest of a tensor's elements, by which a request can name them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["DIGEST_BYTES", "digest_of"]
 DIGEST_BYTES: Final = 32
 
 _PARALLEL_BYTES: Final = 2 << 20
-"""From this size on several threads are faster than one."""
+"""Smaller arrays are hashed by one thread, which is faster than several."""
 
 _PIECE_BYTES: Final = 64 << 20
-"""What is digested between two calls of `check`: some ten milliseconds."""
+"""How much is hashed between two calls of `check`: about ten milliseconds of work."""
 
 
 def digest_of(array: Array, check: Callable[[], None] = lambda: None) -> pb.Digest:
-    """Return the digest of an array's elements as they are in `Tensor.raw`. It lets other threads run.
+    """Return the digest of an array's elements as laid out in `Tensor.raw`. Other threads can run meanwhile.
 
-    What must be copied for it is copied piece by piece.
+    An array in another layout is copied, but only piece by piece.
 
     Args:
-        check: Called now and then; what it raises ends the work.
+        check: Called between pieces. An exception that it raises ends the work.
     """
     digest = blake3(max_threads=blake3.AUTO if array.nbytes >= _PARALLEL_BYTES else 1)
     for part in elements_parts(array):

@@ -1,4 +1,4 @@
-"""What a failed RPC tells, as an error. See `deconvd.wire.status`."""
+"""The error of a failed gRPC call. See `deconvd.wire.status`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _DETAILS_KEY: Final = "grpc-status-details-bin"
 
 
 def error_from_rpc(failure: grpc.RpcError) -> DeconvdError:
-    """Return the error that a failed call stands for.
+    """Return the error of a failed call.
 
-    One that a deconvd server raised comes back as it was. Of others, gRPC's own and those of
-    proxies, the status picks the class.
+    An error that a deconvd server raised is restored completely. For errors of gRPC and of proxies, the status code
+    decides the class.
     """
-    # its types do not say that what a channel raises is its call too
+    # the errors that a channel raises are also calls, but gRPC's types do not say so
     call = cast("grpc.Call", failure)
     status = status_pb2.Status(
         code=call.code().value[0], message=call.details() or "", details=_details_of(call)
@@ -33,9 +33,9 @@ def error_from_rpc(failure: grpc.RpcError) -> DeconvdError:
 
 
 def _details_of(call: grpc.Call) -> Sequence[any_pb2.Any]:
-    """Return a call's google.rpc details; none if a stranger has sent what cannot be read.
+    """Return a call's google.rpc details. Empty if they cannot be parsed, because a deconvd server did not send them.
 
-    Unlike rpc_status.from_call, it takes those whose status a proxy has changed.
+    Unlike rpc_status.from_call, this accepts details whose status code a proxy has changed.
     """
     for key, value in call.trailing_metadata() or ():
         if key == _DETAILS_KEY:

@@ -1,4 +1,4 @@
-"""Geometry and options to messages and back, and the messages of each operation."""
+"""Geometry and options to messages and back, and the message types of each operation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _USE_CUDNN_BY_ENUM = {
 
 
 class OperationMessages(NamedTuple):
-    """The types of an operation's messages: those of its RPC, and those of its RPC in a stream."""
+    """The message types of an operation: those of its unary RPC, and those of its streaming RPC."""
 
     request: type[Message]
     response: type[Message]
@@ -41,13 +41,13 @@ class OperationMessages(NamedTuple):
 
 @cache
 def messages_for(operation: Operation) -> OperationMessages:
-    """Return the types of an operation's messages."""
+    """Return the message types of an operation."""
     kinds = ("Request", "Response", "StreamRequest", "StreamHeader", "StreamResponse")
     return OperationMessages(*(getattr(pb, f"{operation.name}{kind}") for kind in kinds))
 
 
 def message_from_geometry(geometry: Geometry) -> pb.Geometry:
-    """Return the message for a geometry."""
+    """Return a geometry as a message."""
     outsize_h, outsize_w = geometry.outsize
     return pb.Geometry(
         stride=_pair_message(geometry.stride),
@@ -59,7 +59,7 @@ def message_from_geometry(geometry: Geometry) -> pb.Geometry:
 
 
 def geometry_from_message(message: pb.Geometry) -> Geometry:
-    """Return the geometry that a message holds; what the message leaves out has its default.
+    """Return the geometry in a message. Fields that the message does not have get their defaults.
 
     Raises:
         InvalidArgumentError: A value is out of its range.
@@ -75,7 +75,7 @@ def geometry_from_message(message: pb.Geometry) -> Geometry:
 
 
 def message_from_options(options: Options) -> pb.Options:
-    """Return the message for options."""
+    """Return options as a message."""
     return pb.Options(
         cudnn_deterministic=options.cudnn_deterministic,
         autotune=options.autotune,
@@ -85,10 +85,10 @@ def message_from_options(options: Options) -> pb.Options:
 
 
 def options_from_message(message: pb.Options) -> Options:
-    """Return the options that a message holds.
+    """Return the options in a message.
 
     Raises:
-        InvalidArgumentError: `use_cudnn` is a number that is not in the schema.
+        InvalidArgumentError: `use_cudnn` is a number that the schema does not define.
     """
     use_cudnn = _USE_CUDNN_BY_ENUM.get(message.use_cudnn)
     if use_cudnn is None:

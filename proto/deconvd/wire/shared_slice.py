@@ -1,4 +1,4 @@
-"""Where a tensor lies in memory that a server lends, as messages say it."""
+"""The position of a tensor in memory that a server lends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["SharedSlice"]
 
 
 class SharedSlice(NamedTuple):
-    """Where a tensor begins in lent memory.
+    """The start of a tensor in lent memory.
 
     Attributes:
         region: The region's name.
-        offset_bytes: From its begin.
+        offset_bytes: Offset from the start of the region.
     """
 
     region: bytes
@@ -24,28 +24,29 @@ class SharedSlice(NamedTuple):
 
     @classmethod
     def from_message(cls, message: pb.SharedSlice) -> SharedSlice:
-        """Return what a message says."""
+        """Return the slice in a message."""
         return cls(message.region, message.offset_bytes)
 
     def write_to(self, message: pb.SharedSlice) -> None:
-        """Have a message say this."""
+        """Set a message to this slice."""
         message.region, message.offset_bytes = self
 
     def check(self, name: str, spec: TensorSpec, size_bytes: int) -> None:
-        """Raise InvalidArgumentError unless a tensor may lie here, in a region of some size.
+        """Raise InvalidArgumentError unless a tensor can be at this position.
 
         Args:
             name: Name of the argument, for errors.
+            size_bytes: Size of the region.
         """
         if not 0 <= self.offset_bytes <= size_bytes - spec.nbytes:
             raise InvalidArgumentError(
-                f"{name} must lie in its region of {size_bytes} bytes, got {spec.nbytes} bytes at "
+                f"{name} must be inside its region of {size_bytes} bytes, got {spec.nbytes} bytes at "
                 f"offset {self.offset_bytes}",
                 argument=name,
             )
         if self.offset_bytes % spec.dtype.itemsize:
             raise InvalidArgumentError(
-                f"{name} must lie at a multiple of its elements' {spec.dtype.itemsize} bytes, got "
+                f"{name} must start at a multiple of its element size of {spec.dtype.itemsize} bytes, got "
                 f"offset {self.offset_bytes}",
                 argument=name,
             )

@@ -1,9 +1,9 @@
-"""Errors to statuses (google.rpc.Status) and back, each with google.rpc details. See `grpc_status` for those of RPCs.
+"""Errors to statuses (google.rpc.Status) with google.rpc details, and back. `grpc_status` reads the status of an RPC.
 
 BadRequest    the argument at fault of an InvalidArgumentError
-ResourceInfo  the argument of a NotFoundError, and what it names
-RetryInfo     when to come back after an UnavailableError
-ErrorInfo     the class, in `reason`, so that it survives proxies that change the status
+ResourceInfo  the argument of a NotFoundError, and the kind of resource
+RetryInfo     when to retry after an UnavailableError
+ErrorInfo     the error's class, in `reason`: it survives proxies that change the status code
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["error_from_status", "status_from_error"]
 
 _DOMAIN: Final = "deconvd"
 _MAX_TEXT_BYTES: Final = 2000
-"""Bytes of a message that cross the wire: they travel in headers, of which gRPC takes 8 KiB."""
+"""The longest error message on the wire, in bytes. It is sent in headers, for which gRPC has 8 KiB."""
 
 _NAME_BY_CODE: Final[dict[int, str]] = {code: name for name, code in code_pb2.Code.items()}
 _CLASS_BY_NAME: dict[str, type[DeconvdError]] = {
@@ -35,13 +35,13 @@ _CLASS_BY_NAME: dict[str, type[DeconvdError]] = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, DeconvdError)
 }
-# Finer classes than these are known by their name alone: a stranger's NOT_FOUND says nothing of tensors.
+# Only direct subclasses: another program's NOT_FOUND does not mean that a tensor is lost.
 _CLASS_BY_STATUS: dict[str, type[DeconvdError]] = {DeconvdError.status: DeconvdError}
 _CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
 
 
 def status_from_error(error: DeconvdError) -> status_pb2.Status:
-    """Return what a caller is told of an error."""
+    """Return an error as the status that the caller receives."""
     details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
     ]
@@ -69,9 +69,9 @@ def status_from_error(error: DeconvdError) -> status_pb2.Status:
 
 
 def error_from_status(status: status_pb2.Status) -> DeconvdError:
-    """Return the error that a status tells of.
+    """Return the error in a status.
 
-    One that `status_from_error` has made comes back as it was. Of others the code picks the class.
+    An error from `status_from_error` is restored completely. For other statuses, the code decides the class.
     """
     name = _NAME_BY_CODE.get(status.code, "UNKNOWN")
     details = _ParsedDetails(status.details)
@@ -87,13 +87,15 @@ def error_from_status(status: status_pb2.Status) -> DeconvdError:
 
 
 class _ParsedDetails:
-    """What the google.rpc details of a failed call say."""
+    """The google.rpc details of a failed call."""
 
     def __init__(self, details: Iterable[any_pb2.Any]) -> None:
         self.error_class: type[DeconvdError] | None = None
         self.argument = ""
         self.retry_after_s: float | None = None
-        with suppress(message.DecodeError):  # a stranger's; what was read before it counts
+        with suppress(
+            message.DecodeError
+        ):  # not from a deconvd server; the details before it still count
             for packed in details:
                 self._read(packed)
 
@@ -113,7 +115,7 @@ class _ParsedDetails:
 
 
 def _shorten(text: str) -> str:
-    """Cut a text to what headers have room for: gRPC writes some letters as ``%`` and two digits."""
+    """Cut a text to the size that fits into headers. gRPC writes each byte of some letters as ``%`` and two digits."""
     is_plain = all(" " <= letter <= "~" and letter != "%" for letter in text)
     limit = _MAX_TEXT_BYTES if is_plain else _MAX_TEXT_BYTES // 3
     return text.encode(errors="replace")[:limit].decode(errors="ignore")

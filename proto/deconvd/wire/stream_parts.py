@@ -1,6 +1,6 @@
-"""Tensors of any size as the parts of a stream: a header's message first, then elements, cut anywhere.
+"""The parts of a stream: a message with the header first, then elements, cut anywhere.
 
-They cross as gRPC's messages (`deconvd.wire.chunks`), or as frames (`deconvd.direct.frame_stream`).
+gRPC carries them as messages (`deconvd.wire.chunks`), a direct connection as frames (`deconvd.direct.frame_stream`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 MAX_UNREQUESTED_BYTES: Final = 64 << 20
-"""Elements that may come before those that were said to be missing."""
+"""How many bytes of elements a client may send before it learns which tensors are missing."""
 
 _COPY_BLOCK_BYTES: Final = 8 << 20
-"""What is copied at once for it to be sent."""
+"""How much is copied at a time from an array whose layout is not that of `Tensor.raw`."""
 
 Uint8Array: TypeAlias = npt.NDArray[np.uint8]
 
@@ -45,18 +45,18 @@ _PartT = TypeVar("_PartT", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class ElementsPart:
-    """The next elements of a stream.
+    """Elements to send in a stream.
 
     Attributes:
-        data: As in `Tensor.raw`.
-        is_missing: Whether they are of what the server has found missing.
+        data: The elements, as in `Tensor.raw`.
+        is_missing: Whether they belong to a tensor that the server reported as missing.
     """
 
     data: memoryview
     is_missing: bool = False
 
     def pieces(self, size_bytes: int) -> list[ElementsPart]:
-        """Return them in pieces of a size, which are views; the last may have less."""
+        """Return views of the elements in pieces of `size_bytes`. The last piece may be smaller."""
         if 0 < len(self.data) <= size_bytes:
             return [self]
         starts = range(0, len(self.data), size_bytes)
@@ -64,41 +64,41 @@ class ElementsPart:
 
 
 Part: TypeAlias = Message | ElementsPart
-"""A message is the header, or what comes in its place."""
+"""A message is the header, or a `Missing` before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingElements:
-    """Elements that come next, and are to be read."""
+    """Elements that come next in a stream. They must be read before the next part."""
 
     size_bytes: int
     is_missing: bool = False
 
 
 class PartSource(Protocol):
-    """Where the parts of a stream come from, in their order."""
+    """The received parts of a stream, in order."""
 
     def next(self) -> Message | PendingElements | None:
-        """Return the next part; None at the end.
+        """Return the next part. None at the end.
 
         Raises:
-            InvalidArgumentError: It is none.
+            InvalidArgumentError: The part is malformed.
         """
 
     def read_into(self, target: Uint8Array) -> None:
-        """Read the next of the elements ahead. No more is asked for than there are."""
+        """Fill `target` with the next of the pending elements. It must not be larger than they are."""
 
 
 def elements_part(array: Array, *, is_missing: bool = False) -> ElementsPart:
-    """Return the part that carries an array's elements."""
+    """Return one part with all elements of an array."""
     return ElementsPart(elements_of(array), is_missing)
 
 
 def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[ElementsPart]:
-    """Yield parts that carry an array's elements.
+    """Yield parts with the elements of an array.
 
-    What must be copied first, since it is not laid out as in `Tensor.raw`, is copied piece by piece: the next
-    only when it is asked for.
+    An array whose layout is not that of `Tensor.raw` must be copied. It is copied block by block, each only when
+    its part is requested.
     """
     if is_raw(array):
         yield elements_part(array, is_missing=is_missing)
@@ -108,7 +108,7 @@ def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[Elemen
 
 
 def _blocks(array: Array) -> Iterator[Array]:
-    """Yield views of an array that have few elements and lie one behind the other in row-major order."""
+    """Yield small views that together cover an array, in row-major order."""
     if array.nbytes <= _COPY_BLOCK_BYTES:
         yield array
         return
@@ -122,32 +122,32 @@ def _blocks(array: Array) -> Iterator[Array]:
 
 
 def slices(count: int, step: int) -> Iterator[slice]:
-    """Yield the slices of so many samples, `step` at a time."""
+    """Yield slices that together cover `count` samples, each of `step` samples. The last may have fewer."""
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
 
 def parse_part(part_type: type[_PartT], data: bytes) -> _PartT:
-    """Return the message of a stream that bytes hold. Raises InvalidArgumentError if they hold none."""
+    """Parse a message of a stream. Raises InvalidArgumentError if the bytes are not a valid message."""
     try:
         return part_type.FromString(data)
     except DecodeError:
         name = part_type.DESCRIPTOR.full_name
-        raise InvalidArgumentError(f"a part of the stream is not a valid {name}") from None
+        raise InvalidArgumentError(f"each part of the stream must be a valid {name}") from None
 
 
 def _empty_array(spec: TensorSpec) -> Array:
-    """Return an array with any elements."""
+    """Return an array with arbitrary elements."""
     return np.empty(spec.shape, spec.dtype)
 
 
 class PartReader(Generic[_PartT]):
-    """The parts of a stream as messages and arrays.
+    """Assembles the parts of a stream into messages and arrays, and checks their order.
 
     Args:
-        source: Where they come from.
-        part_type: The type of its messages.
-        empty: Returns new memory for a tensor.
+        source: The received parts.
+        part_type: The type of the stream's messages.
+        empty: Allocates an array for a tensor.
     """
 
     def __init__(
@@ -160,15 +160,17 @@ class PartReader(Generic[_PartT]):
         self._part_type = part_type
         self._empty = empty
         self._peeked: _PartT | None = None
-        self._pending_bytes = 0  # of the elements that the source is at
-        self._unrequested = bytearray()  # one for all: many small chunks take what their bytes take
+        self._pending_bytes = 0  # pending elements of the source that were not read yet
+        self._unrequested = (
+            bytearray()
+        )  # one buffer, so that many small chunks take no more memory than their bytes
         self._unrequested_taken_bytes = 0
 
     def read_header(self) -> _PartT:
-        """Return the stream's first message.
+        """Return the stream's header, which must come next.
 
         Raises:
-            InvalidArgumentError: It is none, or no header.
+            InvalidArgumentError: The stream has something else, or has ended.
         """
         part = self._peek_message()
         self._peeked = None
@@ -177,33 +179,33 @@ class PartReader(Generic[_PartT]):
         return part
 
     def read_missing_fields(self) -> Sequence[str]:
-        """Return the fields that a response's first message says are missing; none if it is a header.
+        """Return the fields that the server reports as missing. Empty if the response begins with the header.
 
         Raises:
-            InvalidArgumentError: It is no message of such a stream.
+            InvalidArgumentError: The first part is malformed.
         """
         part = self._peek_message()
         if part is None or part.WhichOneof("part") != "missing":
             return ()
         self._peeked = None
-        fields: Sequence[str] = part.missing.fields  # type: ignore[attr-defined]  # whose field it is
+        fields: Sequence[str] = part.missing.fields  # type: ignore[attr-defined]  # mypy does not know that the type has this field
         return fields
 
     def _peek_message(self) -> _PartT | None:
-        """Return the stream's first message, and again until `_peeked` is set to None."""
+        """Return the stream's first message without consuming it. Setting `_peeked` to None consumes it."""
         if self._peeked is None:
             part = self._source.next()
             self._peeked = part if isinstance(part, self._part_type) else None
         return self._peeked
 
     def read(self, name: str, spec: TensorSpec) -> Array:
-        """Return the next tensor. Its memory is touched only as its elements arrive.
+        """Return the next tensor. Its memory is written only as its elements arrive.
 
         Args:
             name: Name of the argument, for errors.
 
         Raises:
-            InvalidArgumentError: The stream ends before it is whole, or has something else.
+            InvalidArgumentError: The stream ends before the tensor is complete, or has something else.
         """
         array = self._empty(spec.raw)
         target = array.reshape(-1).view(np.uint8)
@@ -213,13 +215,15 @@ class PartReader(Generic[_PartT]):
         return array.astype(spec.dtype, copy=False)
 
     def read_missing(self, specs: Mapping[str, TensorSpec]) -> dict[str, Array]:
-        """Return the tensors that were said to be missing. What comes before them is kept for `read`.
+        """Return the tensors that were reported as missing. Elements that arrive before them are kept for `read`.
+
+        The client may have sent these before it received the report: see `MAX_UNREQUESTED_BYTES`.
 
         Args:
-            specs: By the names of the arguments, in the order in which they come.
+            specs: The specs of the tensors by the names of the arguments, in the order of the stream.
 
         Raises:
-            InvalidArgumentError: As `read` does; or too much comes before them.
+            InvalidArgumentError: As for `read`, or too many elements arrive before the missing ones.
         """
         arrays: dict[str, Array] = {}
         for name, spec in specs.items():
@@ -228,18 +232,20 @@ class PartReader(Generic[_PartT]):
             arrays[name] = array.astype(spec.dtype, copy=False)
         if self._pending_bytes:
             raise InvalidArgumentError(
-                "a stream must have no more missing chunks than were missing"
+                "a stream must have no missing chunks beyond the elements of the missing tensors"
             )
         return arrays
 
     def expect_end(self) -> None:
-        """Raise InvalidArgumentError if there is more."""
-        has_early = self._unrequested_taken_bytes < len(self._unrequested)
-        if self._pending_bytes or has_early or self._source.next() is not None:
-            raise InvalidArgumentError("a stream must end with its last tensor, and this has more")
+        """Raise InvalidArgumentError unless the stream has ended."""
+        has_unrequested = self._unrequested_taken_bytes < len(self._unrequested)
+        if self._pending_bytes or has_unrequested or self._source.next() is not None:
+            raise InvalidArgumentError(
+                "a stream must end with its last tensor, got more elements or messages"
+            )
 
     def _fill_from_unrequested(self, target: Uint8Array) -> int:
-        """Set bytes from elements that came early, and return how many."""
+        """Copy elements that arrived before the missing ones to the start of `target`, and return how many bytes."""
         begin = self._unrequested_taken_bytes
         count = min(len(target), len(self._unrequested) - begin)
         if count:
@@ -250,7 +256,7 @@ class PartReader(Generic[_PartT]):
         return count
 
     def _fill(self, name: str, target: Uint8Array, *, is_missing: bool) -> None:
-        """Set bytes from the elements that come."""
+        """Fill `target` with elements as they arrive."""
         filled = 0
         while filled < len(target):
             if not self._pending_bytes:
@@ -263,29 +269,31 @@ class PartReader(Generic[_PartT]):
             filled += taken_bytes
 
     def _advance_to_elements(self, name: str, lacking_bytes: int, *, is_missing: bool) -> int:
-        """Go to the next elements of a kind, and return how many bytes they have."""
+        """Wait for the next elements, missing ones or others, and return their size in bytes."""
         while True:
             part = self._source.next()
             if part is None:
                 raise InvalidArgumentError(
-                    f"the stream ends {lacking_bytes} bytes before {name} is whole", argument=name
+                    f"the stream ends {lacking_bytes} bytes before {name} is complete",
+                    argument=name,
                 )
             if not isinstance(part, PendingElements) or (part.is_missing and not is_missing):
-                raise InvalidArgumentError("a stream must have nothing but chunks after its header")
+                raise InvalidArgumentError("a stream must have only chunks after its header")
             if not part.size_bytes:
                 raise InvalidArgumentError(
-                    f"a chunk must not be empty, and one with elements of {name} is", argument=name
+                    f"each chunk must have at least one byte, got an empty one in {name}",
+                    argument=name,
                 )
             if part.is_missing == is_missing:
                 return part.size_bytes
             self._buffer_unrequested(name, part.size_bytes)
 
     def _buffer_unrequested(self, name: str, size_bytes: int) -> None:
-        """Keep elements that have come before what is missing."""
+        """Keep elements that arrived before the missing ones."""
         if len(self._unrequested) + size_bytes > MAX_UNREQUESTED_BYTES:
             raise InvalidArgumentError(
-                f"a stream must have at most {MAX_UNREQUESTED_BYTES} bytes of chunks before {name}, which is "
-                "missing",
+                f"a stream must have at most {MAX_UNREQUESTED_BYTES} bytes of chunks before the missing "
+                f"chunks of {name}",
                 argument=name,
             )
         elements = np.empty(size_bytes, np.uint8)

@@ -1,4 +1,4 @@
-"""Arrays to Tensor messages and back."""
+"""Arrays to Tensor messages, and back."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ _NUMBER_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
 _DTYPE_BY_NUMBER: dict[int, DType] = {number: dtype for dtype, number in _NUMBER_BY_DTYPE.items()}
 
 _MAX_DIMENSIONS = 8
-"""More than any operand has: what is beyond it is refused before a shape is made of it."""
+"""More dimensions than any operand has. A message with more is rejected before its shape is read."""
 
 
 def element_type_number(dtype: DType) -> pb.ElementType.ValueType:
-    """Return the number that stands for one of `ELEMENT_TYPES` on the wire."""
+    """Return the number of one of `ELEMENT_TYPES` on the wire."""
     return _NUMBER_BY_DTYPE[dtype]
 
 
 def element_type_from_number(number: int) -> DType | None:
-    """Return the element type that a number on the wire stands for; None if it stands for none."""
+    """Return the element type of a number on the wire. None for an unknown number."""
     return _DTYPE_BY_NUMBER.get(number)
 
 
 def is_raw(array: Array) -> bool:
-    """Return whether an array's elements lie as `Tensor.raw` has them."""
+    """Return whether an array's layout is that of `Tensor.raw`."""
     return array.flags.c_contiguous and array.dtype == array.dtype.newbyteorder("<")
 
 
 def elements_of(array: Array) -> memoryview:
-    """Return an array's elements as `Tensor.raw` has them: a view of the array if it has that layout."""
+    """Return an array's elements in the layout of `Tensor.raw`: a view if the array has it, otherwise a copy."""
     little_endian = array.dtype.newbyteorder("<")
     if not array.flags.c_contiguous or array.dtype != little_endian:
         array = np.asarray(array, little_endian, order="C")
@@ -57,25 +57,25 @@ def elements_of(array: Array) -> memoryview:
 
 
 def message_from_array(array: Array) -> pb.Tensor:
-    """Return a message that carries the array's elements; its layout and byte order may be any."""
+    """Return a message with the array's elements. The array may have any layout and byte order."""
     message = message_from_spec(spec_of(array))
     message.raw = bytes(elements_of(array))
     return message
 
 
 def message_from_spec(spec: TensorSpec) -> pb.Tensor:
-    """Return a message that describes a tensor and carries none of its elements."""
+    """Return a message that describes a tensor without its elements."""
     return pb.Tensor(element_type=element_type_number(spec.dtype), shape=spec.shape)
 
 
 def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
-    """Return the shape and element type that a message declares. Nothing is allocated for it.
+    """Return the shape and element type in a message. Nothing is allocated for the elements.
 
     Args:
         name: Name of the argument, for errors.
 
     Raises:
-        InvalidArgumentError: The element type is unknown, or there can be no array of the shape.
+        InvalidArgumentError: The element type is unknown, or no array can have the shape.
     """
     if len(message.shape) > _MAX_DIMENSIONS:
         raise InvalidArgumentError(
@@ -100,31 +100,31 @@ def _spec(name: str, element_type: int, shape: tuple[int, ...]) -> TensorSpec:
 
 
 def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None) -> Array:
-    """Return the tensor that a message carries, as a read-only view of the message's bytes.
+    """Return the tensor in a message, as a read-only view of the message's bytes.
 
     Args:
         name: Name of the argument, for errors.
-        raw: Its elements, where `deconvd.wire.codec` has taken them out of the message.
+        raw: The elements, if `deconvd.wire.codec` has moved them out of the message.
 
     Raises:
-        InvalidArgumentError: The message declares no valid tensor, or its payload is missing, of
-            an unknown kind, or of another length than its shape asks for.
+        InvalidArgumentError: The message does not describe a valid tensor. Or its payload is missing, unknown, or not
+            of the length that the shape requires.
     """
     return array_of_spec(name, spec_from_message(name, message), message, raw)
 
 
 def array_of_spec(name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None) -> Array:
-    """Return the tensor that a message carries and is known to declare. See `array_from_message`."""
+    """Return the tensor in a message whose spec is already known. See `array_from_message`."""
     if raw is None and message.WhichOneof("payload") == "raw":
-        raw = message.raw  # a copy: it is read once
+        raw = message.raw  # protobuf copies it at each access, so it is read only once
     if raw is None:
         raise InvalidArgumentError(
-            f"{name} must carry its elements as raw bytes, got no payload that is known here",
+            f"{name} must have its elements as raw bytes, got no payload or an unknown one",
             argument=name,
         )
     if len(raw) != spec.nbytes:
         raise InvalidArgumentError(
-            f"{name} must carry {spec.nbytes} bytes for {spec}, got {len(raw)}",
+            f"{name} must have {spec.nbytes} bytes of elements for {spec}, got {len(raw)}",
             argument=name,
         )
     little_endian: Array = np.ndarray(spec.shape, spec.dtype.newbyteorder("<"), raw)

@@ -41,7 +41,7 @@ _BATCH_COUNT = 64
 _SHARE_WAIT_S = 1.0
 """How long one who asks for no more than its share waits for calls that use what others have beyond theirs."""
 
-_CHARGED_BYTES = attrgetter("held_bytes")
+_CHARGED_BYTES = attrgetter("charged_bytes")
 _DEVICE_BYTES = attrgetter("device_bytes")
 _OWN_TENANT = attrgetter("tenant")
 

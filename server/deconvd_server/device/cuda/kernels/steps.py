@@ -89,7 +89,7 @@ class StepPlan:
     steps: tuple[Step, ...]
     prepare: Callable[[], Prepacking | None] = lambda: None
 
-    def preparation(self) -> Prepacking | None:
+    def prepacking(self) -> Prepacking | None:
         """Return what is made of b before all else. See `Preparable`."""
         return self.prepare()
 
