@@ -19,15 +19,19 @@ GENERATOR := .venv/generator
 OLDEST := .venv/oldest
 STUBS := proto
 BUF := $(BIN)/python -m tests.javascript @bufbuild/buf/bin/buf
+COVERAGE := .venv/coverage
+COVERAGE_TOOL := COVERAGE_FILE=$(COVERAGE)/data $(BIN)/coverage
+MEASURED := COVERAGE_FILE=$(COVERAGE)/processes/data $(BIN)/coverage run -m pytest
 LANDED := proto/landed.binpb
 CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check check-all test-oldest mutate check-api format test-gpu generate accept-schema bench image clean
+.PHONY: help demo test lint check-schema check coverage check-all soak test-oldest test-3.11 test-3.12 test-3.13 test-3.14 \
+    package mutate check-api format test-gpu generate accept-schema bench image clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: .venv/installed-demo $(CUDA) ## Enlarge a photograph and train a decoder, remotely; DEVICE=cuda for a GPU
 	$(BIN)/python -m examples.demo --device $(DEVICE)
@@ -35,16 +39,35 @@ demo: .venv/installed-demo $(CUDA) ## Enlarge a photograph and train a decoder, 
 test: .venv/installed-dev ## Run the tests that need no GPU; PYTEST_ARGS='-k name' for some
 	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
 
-check: .venv/installed-dev ## Check format, lint, types, import rules and the schema, then test
+lint: .venv/installed-dev ## Check format, lint, types, import rules, spelling and the schema
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/test_schema.py
+	$(BIN)/codespell
+	$(MAKE) check-schema
+
+check-schema: .venv/installed-dev ## Lint the schema, look for breaks, and see that the generated code is fresh
+	$(BIN)/python -m pytest -q tests/test_schema.py $(PYTEST_ARGS)
+
+check: lint ## What each commit must pass: lint, then the tests
 	$(MAKE) test PYTEST_ARGS='--ignore=tests/test_schema.py $(PYTEST_ARGS)'
 
-check-all: check test-oldest ## All checks but those on a GPU: also slow tests, a soak, and tests with the oldest packages
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+# The schema's tests are lint's. Slow ones run one after another: they take gigabytes, or make control groups and users.
+coverage: .venv/installed-dev ## Run all tests, slow ones too, and measure coverage against its floor
+	rm -rf $(COVERAGE)
+	mkdir -p $(COVERAGE)/processes
+	$(MEASURED) -n 4 --dist loadfile --ignore=tests/test_schema.py $(PYTEST_ARGS)
+	$(MEASURED) -m slow $(PYTEST_ARGS)
+	$(COVERAGE_TOOL) combine --quiet $(COVERAGE)/processes
+	$(COVERAGE_TOOL) html --quiet --directory $(COVERAGE)/html
+	@echo "with what needs a card: $$($(COVERAGE_TOOL) report --omit='*_pb2*' --format=total --fail-under=0) %"
+	$(COVERAGE_TOOL) report
+
+# Each test runs once here, and those that are not slow once more, with the oldest packages.
+check-all: lint coverage test-oldest soak ## All checks but those on a GPU
+
+soak: .venv/installed-dev ## Run honest and hostile clients against a server that is killed and drained, for 90 s
 	$(BIN)/python -m tests.soak --seconds 90
 
 # Neither the demo nor the benchmarks, which need packages that want a newer numpy; nor the schema's tools and pyright.
@@ -58,6 +81,17 @@ mutate: .venv/installed-mutation ## Change modules that do no I/O in small ways,
 
 check-api: .venv/installed-dev ## Check with pyright, a second type checker, what users see
 	$(BIN)/python -m pytest -q tests/test_typing.py
+
+# What make, Node and buf do is the same on each version.
+test-3.11: ## Run the tests on Python 3.11; so do test-3.12, test-3.13 and test-3.14 on theirs
+test-3.11 test-3.12 test-3.13 test-3.14: test-%: .venv/python-%/installed
+	.venv/python-$*/bin/$(PYTEST) --ignore=tests/test_schema.py $(PYTEST_ARGS)
+
+package: .venv/installed-release ## Build the packages into dist/ and check them, as before a release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 format: .venv/installed-dev ## Format the code, and mend what lint can mend
 	$(BIN)/ruff format
@@ -101,6 +135,12 @@ $(OLDEST)/installed: pyproject.toml constraints.txt tests/oldest.py | .venv/bin/
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(PYTHON) -m tests.oldest >$(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	touch $@
+
+# Each version has its own environment, of the Python that tests.pythons finds.
+.venv/python-%/installed: pyproject.toml constraints.txt | .venv/bin/python
+	python=$$($(BIN)/python -m tests.pythons $*) && "$$python" -m venv --clear .venv/python-$*
+	.venv/python-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,test]'
 	touch $@
 
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import deconvd_client
 from deconvd_client.shared_memory import Borrower
@@ -19,6 +21,12 @@ from tests.servers import ServerProcess, server_process
 _NEED_CUPY = ["cupy", "device", "kernels", "operator", "prepared"]
 collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
 """Modules that import CuPy at their head: for a GPU, all of them."""
+
+
+if "COVERAGE_PROCESS_CONFIG" in os.environ:
+    # an example takes several times as long where each line of it is counted
+    settings.register_profile("measured", settings(deadline=None))
+    settings.load_profile("measured")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

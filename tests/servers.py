@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
@@ -22,6 +23,8 @@ from tests.processes import wait_until
 __all__ = ["ServerProcess", "call_until_served", "free_port", "server_process", "stop_server"]
 
 _END_TIMEOUT_S = 30
+_COVERAGE_TIMEOUT_S = 4
+"""How long a server that is measured may take for its end before it is asked again, or killed."""
 
 
 @dataclass
@@ -100,9 +103,23 @@ def server_process(
         assert all(lines), log.read_text()
         yield ServerProcess(process, [line.split(" on ")[1].strip() for line in lines], log)
     finally:
+        if "COVERAGE_PROCESS_CONFIG" in os.environ:
+            _let_it_write_its_coverage(process)
         process.kill()
         process.wait()
         process.communicate()
+
+
+def _let_it_write_its_coverage(process: subprocess.Popen[str]) -> None:
+    """End a server by a signal that it hears: what is killed writes down nothing.
+
+    The first signal drains it. The second cancels the calls that a drain waits for.
+    """
+    for _ in range(2):
+        with suppress(subprocess.TimeoutExpired):
+            process.terminate()
+            process.wait(_COVERAGE_TIMEOUT_S)
+            return
 
 
 def _module(constants: Mapping[str, float] | None) -> list[str]:

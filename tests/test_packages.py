@@ -35,11 +35,13 @@ def environment(tmp_path: Path) -> Environment:
 def test_wheel_and_source_pass_the_indexs_checks(
     built_wheel: Path, environment: Environment
 ) -> None:
-    environment.install("twine")
+    environment.install("twine", "check-wheel-contents")
 
     said = environment.output("twine", "check", "--strict", *map(str, built_wheel.parent.iterdir()))
+    contents = environment.output("check-wheel-contents", "--ignore", "W009", str(built_wheel))
 
     assert said.count("PASSED") == 2
+    assert contents.endswith(": OK\n")
 
 
 def test_the_wheel_tells_its_license_and_its_authors(built_wheel: Path) -> None:

@@ -193,7 +193,7 @@ def test_nobody_holds_the_arrays_of_a_copy_that_is_made(monkeypatch: pytest.Monk
     monkeypatch.setattr(parallel_copy, "processors_count", lambda: 8)
     with monkeypatch.context() as asleep:
         asleep.setattr(
-            parallel_copy._copy_threads, "_requests", SimpleQueue()
+            parallel_copy._copy_threads, "_queue", SimpleQueue()
         )  # of threads that never wake
         source, target = np.ones(8 * _MIB, np.float32), np.zeros(8 * _MIB, np.float32)
         told: list[int] = []

@@ -597,7 +597,7 @@ x[...] = np.arange(x.size).reshape(x.shape)
 with SharedCall(borrower, soon()) as call:
     message = call.operand_message(x)
     call.copy_operands()
-    y = call.allocate_result(__import__("deconvd.model.problem").problem.TensorSpec(x.shape, x.dtype))
+    y = call.allocate_result(__import__("deconvd.model.problem").model.problem.TensorSpec(x.shape, x.dtype))
     say(message.SerializeToString().hex())
     say(y.shared_slice.region.hex(), y.shared_slice.offset_bytes)
     input()

@@ -218,8 +218,8 @@ def test_another_client_can_neither_give_it_back_nor_guess_it(
 BORROW_AND_LEAVE = f"""
 peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 peer.connect(path)
-peer.send(Request(Operation.LEND_ON_CARD, {BLOCK_BYTES}, {CARD!r}).pack())
-say(Reply.parse(peer.recv(1024)).answer.name)
+peer.send(LendingRequest(LendingOperation.LEND_ON_CARD, {BLOCK_BYTES}, {CARD!r}).pack())
+say(LendingReply.parse(peer.recv(1024)).status.name)
 peer.close()
 input()
 """

@@ -412,7 +412,7 @@ class TestLimits:
         with start_lender(path, LoanLimits(10 * MIB, MIB)):
             clients = [connect() for _ in range(20)]
             with ThreadPoolExecutor(20) as threads:
-                answers = [r.answer for r in threads.map(lambda client: client.lend(MIB), clients)]
+                answers = [r.status for r in threads.map(lambda client: client.lend(MIB), clients)]
 
         assert answers.count(ReplyStatus.DONE) == 8  # 1.25 MiB are for other processes
         assert answers.count(ReplyStatus.OVER_SERVER_LIMIT) == 12

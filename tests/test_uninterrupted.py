@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -117,3 +119,19 @@ def test_who_waits_can_be_told_to_raise_an_error() -> None:
     with pytest.raises(ValueError, match="no more"):
         job.run(let_go.set)
     assert let_go.wait(30)
+
+
+def test_debuggers_see_the_work_as_in_other_threads() -> None:
+    script = (
+        "import threading\n"
+        "from deconvd_client.uninterrupted import call_uninterrupted\n"
+        "threading.settrace(lambda frame, *_: print(frame.f_code.co_name))\n"
+        "def work(): pass\n"
+        "call_uninterrupted(work)\n"
+    )
+
+    shown = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True
+    )
+
+    assert "work" in shown.stdout.split()

@@ -8,6 +8,7 @@ library's held (`Condition` is one that stays locked). The main thread waits ins
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -159,6 +160,9 @@ class _WorkerPool:
 
     @staticmethod
     def _serve(mailbox: _WorkQueue, idle: deque[_WorkQueue]) -> None:
+        # what threads of `threading` do: else debuggers and coverage do not see the work
+        if (trace := threading.gettrace()) is not None:
+            sys.settrace(trace)
         waits_count = 0
         while waits_count < 2:
             try:
