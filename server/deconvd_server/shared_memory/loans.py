@@ -279,8 +279,9 @@ class LoanRegistry(Generic[_M]):
     def _release(self, entry: CacheEntry[_M]) -> None:
         with self._lock:
             entry.release()
-            garbage = self._take_garbage()
-        _free(garbage)
+            garbage = self._take_garbage() if self._garbage else ()
+        if garbage:
+            _free(garbage)
 
     def _take_garbage(self) -> Sequence[Resource[_M]]:
         """Return what to free after releasing the lock."""
