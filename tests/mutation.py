@@ -104,31 +104,21 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a room's mutants.
+class Verdict:
+    """What came of a mutant.
 
     Attributes:
-        killed: The changes that were noticed, as diffs, and what pytest wrote about each.
-        survivors: The changes that no test noticed, as diffs.
+        change: What it changes, as a diff.
+        is_killed: Whether a test noticed.
+        ending: What pytest wrote last.
     """
 
-    room: Room
-    killed: list[tuple[str, str]]
-    survivors: list[str]
-    took_s: float
-
-    @property
-    def is_good(self) -> bool:
-        """Whether each mutant was noticed that makes a difference."""
-        return bool(self.killed) and len(self.survivors) <= self.room.equivalents_count
+    change: str
+    is_killed: bool
+    ending: str
 
     def __str__(self) -> str:
-        total_count = len(self.killed) + len(self.survivors)
-        return (
-            f"{self.room.module}: {len(self.killed)}/{total_count} killed, "
-            f"{len(self.survivors)} left of {self.room.equivalents_count} that make no difference "
-            f"({self.took_s:.0f} s)"
-        )
+        return f"{'killed' if self.is_killed else 'SURVIVED'}: {self.ending}\n{self.change}"
 
 
 class _Trial:
@@ -216,34 +206,32 @@ def rooms() -> list[Room]:
     ]
 
 
-def mutate(room: Room, jobs_count: int) -> Outcome:
-    """Try all mutants of a room, some at once."""
-    begin_s = time.monotonic()
+def mutate(room: Room, jobs_count: int) -> Iterator[Verdict]:
+    """Try all mutants of a room, some at once, and yield what comes of each, in the order of their ends."""
     options, limit_s = _prepare(room)
-    killed, survivors = list[tuple[str, str]](), list[str]()
-    running = dict[int, _Trial]()
     mutants = room.mutants()
-    while True:
-        for mutant in itertools.islice(mutants, jobs_count - len(running)):
-            trial = _Trial(room, mutant, options)
-            running[trial.sentinel] = trial
-        if not running:
-            return Outcome(room, killed, survivors, time.monotonic() - begin_s)
-        until_s = min(trial.begin_s for trial in running.values()) + limit_s
-        ended = wait([*running], max(until_s - time.monotonic(), 0))
-        for sentinel, trial in [*running.items()]:
-            is_late = time.monotonic() >= trial.begin_s + limit_s
-            if sentinel in ended or is_late:
-                del running[sentinel]
-                assert trial.mutant is not None
-                passed, written = trial.end()
-                difference = room.difference(trial.mutant)
-                if passed:
-                    survivors.append(difference)
-                else:
-                    killed.append(
-                        (difference, written if sentinel in ended else "it took too long")
-                    )
+    running = dict[int, _Trial]()
+    try:
+        while True:
+            for mutant in itertools.islice(mutants, jobs_count - len(running)):
+                trial = _Trial(room, mutant, options)
+                running[trial.sentinel] = trial
+            if not running:
+                return
+            until_s = min(trial.begin_s for trial in running.values()) + limit_s
+            ended = wait([*running], max(until_s - time.monotonic(), 0))
+            for sentinel, trial in [*running.items()]:
+                is_late = time.monotonic() >= trial.begin_s + limit_s
+                if sentinel in ended or is_late:
+                    del running[sentinel]
+                    assert trial.mutant is not None
+                    passed, written = trial.end()
+                    last = "\n".join(written.splitlines()[-3:])
+                    ending = last if sentinel in ended else "it took too long"
+                    yield Verdict(room.difference(trial.mutant), not passed, ending)
+    finally:
+        for trial in running.values():
+            trial.end()
 
 
 def _prepare(room: Room) -> tuple[list[str], float]:
@@ -273,8 +261,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "modules", nargs="*", help="parts of modules' names; all, if there are none"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--killers", action="store_true", help="show what noticed each mutant")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2 * (os.cpu_count() or 1),
+        help="how many are tried at once; two for each core, as many hang until their time is over",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what comes of each mutant")
     options = parser.parse_args(arguments)
     chosen = [
         room
@@ -284,18 +277,27 @@ def main(arguments: list[str]) -> int:
     if not chosen:
         parser.error(f"no module of tool.mutation has any of {options.modules} in its name")
 
-    is_good = True
-    for room in chosen:
-        outcome = mutate(room, options.jobs)
-        is_good &= outcome.is_good
-        shown = [str(outcome)]
-        if options.killers:
-            for difference, written in outcome.killed:
-                shown += [difference, *written.splitlines()[-3:]]
-        if not outcome.is_good:
-            shown += outcome.survivors
-        print(*shown, sep="\n", flush=True)  # noqa: T201 - a command's output
-    return 0 if is_good else 1
+    results = [_is_good(room, options.jobs, options.verbose) for room in chosen]
+    return 0 if all(results) else 1
+
+
+def _is_good(room: Room, jobs_count: int, is_verbose: bool) -> bool:
+    """Try a room, show what came of it, and return whether each mutant was noticed that makes a difference."""
+    begin_s = time.monotonic()
+    verdicts = list[Verdict]()
+    for verdict in mutate(room, jobs_count):
+        verdicts.append(verdict)
+        if is_verbose:
+            print(verdict, flush=True)  # noqa: T201 - a command's output
+    survivors = [verdict for verdict in verdicts if not verdict.is_killed]
+    killed_count = len(verdicts) - len(survivors)
+    is_good = killed_count > 0 and len(survivors) <= room.equivalents_count
+    summary = (
+        f"{room.module}: {killed_count}/{len(verdicts)} killed, {len(survivors)} left of "
+        f"{room.equivalents_count} that make no difference ({time.monotonic() - begin_s:.0f} s)"
+    )
+    print(summary, *([] if is_good else survivors), sep="\n", flush=True)  # noqa: T201
+    return is_good
 
 
 if __name__ == "__main__":
