@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -35,10 +34,7 @@ from deconvd.direct.events import (
     pack_frame,
 )
 from deconvd.direct.protocol import TRANSITIONS, DirectProtocol, ProtocolState, Role
-from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.stream_parts import PendingElements
-from tests.direct_calls import REQUEST, calls_path
-from tests.servers import ServerProcess
 
 INSTANCE = bytes(range(16))
 STATUS = status_pb2.Status(code=8, message="no room")
@@ -433,30 +429,3 @@ def test_a_deadline_that_has_passed_is_now() -> None:
     assert heard(end_in(Role.SERVER, ProtocolState.IDLE), call.pack()) == [
         call._replace(timeout_s=0)
     ]
-
-
-def test_asyncio_shares_it(server: ServerProcess) -> None:
-    end = DirectProtocol(Role.CLIENT, ANY_INSTANCE)
-
-    async def next_event(reader: asyncio.StreamReader) -> Event | PendingElements:
-        while (event := end.next_event()) is None:
-            space = end.receive_buffer()
-            data = await reader.read(len(space))
-            assert data
-            space[: len(data)] = data
-            end.note_received(len(data))
-        return event
-
-    async def call() -> pb.DeconvolveResponse:
-        reader, writer = await asyncio.open_unix_connection(calls_path(server))
-        writer.write(end.send(Hello(ANY_INSTANCE)))
-        await next_event(reader)
-        writer.write(end.send(CallHead(MethodCode.Deconvolve, 30, REQUEST.SerializeToString())))
-        answer = await next_event(reader)
-        assert isinstance(answer, Answer), answer
-        writer.close()
-        await writer.wait_closed()
-        return pb.DeconvolveResponse.FromString(answer.message)
-
-    assert list(asyncio.run(call()).y.shape) == [1, 2, 4, 4]
-    assert end.is_idle
