@@ -15,6 +15,7 @@ from deconvd.direct import events
 from deconvd.direct.connection_errors import (
     ConnectionClosedError,
     LocalProtocolError,
+    MessageTooLargeError,
     RemoteProtocolError,
 )
 from deconvd.direct.events import (
@@ -422,6 +423,17 @@ def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
     long = MessagePart(bytes(MAX_MESSAGE_BYTES))
     assert heard(end, long.pack(), [10_000]) == [long]
     assert len(end.receive_buffer()) == usual_bytes < MAX_MESSAGE_BYTES
+
+
+def test_a_message_that_is_too_large_is_not_sent() -> None:
+    end = end_in(Role.SERVER, ProtocolState.RESPONDING)
+
+    with pytest.raises(MessageTooLargeError) as raised:
+        end.send(MessagePart(bytes(MAX_MESSAGE_BYTES + 1)))
+
+    assert str(raised.value).startswith(f"{MAX_MESSAGE_BYTES + 1} bytes, too many")
+    largest = end.send(MessagePart(bytes(MAX_MESSAGE_BYTES)))
+    assert len(largest) == FRAME_HEAD_BYTES + MAX_MESSAGE_BYTES
 
 
 def test_a_deadline_that_has_passed_is_now() -> None:
