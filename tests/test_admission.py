@@ -205,7 +205,7 @@ def test_no_more_may_wait_either_that_would_fit_beside_those_that_run() -> None:
     first, large = started(admission, 60), waiting(admission, 80)
 
     with pytest.raises(UnavailableError, match="1 calls wait already"):
-        admission.enter(30, CallContext())
+        admission.enter(30, CallContext(TIMEOUT_S))
 
     for caller in (first, large):
         caller.end()

@@ -425,6 +425,69 @@ def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
     assert len(end.receive_buffer()) == usual_bytes < MAX_MESSAGE_BYTES
 
 
+@pytest.mark.parametrize(
+    ("role", "state", "fault"),
+    [
+        (
+            Role.SERVER,
+            ProtocolState.ANSWERING,
+            "END of 0 bytes where the client may send nothing",
+        ),
+        (
+            Role.SERVER,
+            ProtocolState.TRAILING,
+            "END of 0 bytes where the client may send PROGRESS, CALL, OVERLAPPED_CALL, STREAM_CALL, FETCH_CALL",
+        ),
+        (
+            Role.CLIENT,
+            ProtocolState.ANSWERING,
+            "END of 0 bytes where the server may send ANSWER, FAILED",
+        ),
+    ],
+)
+def test_a_frame_out_of_turn_is_told_with_those_that_might_have_come(
+    role: Role, state: ProtocolState, fault: str
+) -> None:
+    with pytest.raises(RemoteProtocolError) as raised:
+        heard(end_in(role, state), pack_frame(FrameKind.END, b""))
+
+    assert str(raised.value) == fault
+
+
+def test_a_frame_of_another_size_is_told_with_those_that_it_may_have() -> None:
+    size_bytes = MAX_MESSAGE_BYTES + 1
+
+    with pytest.raises(RemoteProtocolError) as raised:
+        heard(
+            end_in(Role.CLIENT, ProtocolState.STREAMING),
+            pack_frame(FrameKind.MESSAGE, bytes(size_bytes)),
+        )
+
+    assert str(raised.value) == (
+        f"MESSAGE of {size_bytes} bytes, and from 0 to {MAX_MESSAGE_BYTES} may be"
+    )
+
+
+def test_a_part_of_a_frame_at_the_end_of_what_was_read_ahead_leaves_room_for_the_rest() -> None:
+    end = end_in(Role.CLIENT, ProtocolState.STREAMING)
+    usual_bytes = len(end.receive_buffer())
+    first, second = MessagePart(bytes(usual_bytes * 2 // 3)), MessagePart(b"abc")
+
+    assert heard(end, first.pack() + second.pack()[:-1]) == [first]
+
+    assert len(end.receive_buffer()) == usual_bytes - len(second.pack()) + 1
+    assert heard(end, second.pack()[-1:]) == [second]
+
+
+def test_thirty_two_kibibytes_are_read_ahead() -> None:
+    end = end_in(Role.SERVER, ProtocolState.IDLE)
+
+    for _ in range(3):
+        assert len(end.receive_buffer()) == 32 << 10
+        assert heard(end, CALL.pack()) == [CALL]
+        end.send(Answer(b"", ""))
+
+
 def test_a_message_that_is_too_large_is_not_sent() -> None:
     end = end_in(Role.SERVER, ProtocolState.RESPONDING)
 
