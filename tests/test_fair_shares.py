@@ -28,7 +28,7 @@ def shares(places_count: int = 8, reserved_count: int = 1) -> FairShares:
 
 
 def take_all(places: FairShares, peer: str) -> list[PeerPlace]:
-    taken = []
+    taken = list[PeerPlace]()
     with suppress(UnavailableError):
         while len(taken) < 100:  # more than there are
             taken.append(places.take(peer, nothing))
