@@ -51,7 +51,7 @@ def waiting(
 ) -> Future[None]:
     """Return a call that waits to enter."""
     count = admission.load.waiting_count
-    call = CallContext(TIMEOUT_S, counted_by=peer)
+    call = CallContext(TIMEOUT_S, peer_key=peer)
     entered = threads.submit(admission.enter, footprint_bytes, call)
     wait_until(lambda: admission.load.waiting_count > count)
     return entered
@@ -59,7 +59,7 @@ def waiting(
 
 def keep_answer(admission: Admission, size_bytes: int, peer: str = "hog") -> CallContext:
     """Return a call that is computed, and whose answer has not left."""
-    call = CallContext(TIMEOUT_S, counted_by=peer)
+    call = CallContext(TIMEOUT_S, peer_key=peer)
     with admission.admit(size_bytes, call, lasting_bytes=size_bytes):
         pass
     return call
