@@ -67,7 +67,7 @@ class CallContext:
 
     Attributes:
         peer: The caller's address, for the log.
-        peer_key: The peer that the call counts for where peers share. See `deconvd_server.resources.peer_keys`.
+        peer_key: The peer that the call counts for where peers share. See `deconvd_server.resources.peer_identity`.
         client_wait: Since when the call has waited for its client. The transport sets it for a call in parts; other
             calls never wait.
         close_stream: Breaks the client's connection or stream, from any thread and without waiting: for a client that

@@ -87,7 +87,7 @@ class BorrowerAccount:
         usage: What counts against its limits: regions that are being mapped, lent, or retired and not gone yet.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
-        peer: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_keys`.
+        peer: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_identity`.
         used_s: When a call last began to use one of its regions, on the monotonic clock.
     """
 

@@ -92,7 +92,7 @@ class DirectConnection:
     Args:
         stream: The connection. It is closed when this ends.
         peer: The client, for the log.
-        peer_key: The peer that the client counts for. See `deconvd_server.resources.peer_keys`.
+        peer_key: The peer that the client counts for. See `deconvd_server.resources.peer_identity`.
         methods: The methods by their codes.
         instance: The server's id.
         last_caller: Shared by all direct connections of the server.

@@ -17,7 +17,7 @@ from deconvd.errors import UnavailableError
 from deconvd_server.call.context import STALL_LIMIT_S
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
-from deconvd_server.resources.peer_keys import peer_key_of_connection
+from deconvd_server.resources.peer_identity import peer_key_of_connection
 from deconvd_server.resources.unix_listener import SideSocket, peer_credentials
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection

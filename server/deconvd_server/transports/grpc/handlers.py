@@ -22,7 +22,7 @@ from deconvd.wire.codec import encode
 from deconvd.wire.status import status_from_error
 from deconvd_server.call.context import STALL_LIMIT_S, CallContext, CallerGoneError, ClientWaitState
 from deconvd_server.resources.fair_shares import FairShares
-from deconvd_server.resources.peer_keys import peer_key_of_grpc
+from deconvd_server.resources.peer_identity import peer_key_of_grpc
 from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.service.method import (
     BidiStreamingMethod,

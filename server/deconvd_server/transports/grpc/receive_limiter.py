@@ -23,7 +23,7 @@ from typing import Final
 from deconvd.errors import UnavailableError
 from deconvd.host.malloc import allocated_bytes
 from deconvd.wire.status import status_from_error
-from deconvd_server.resources.peer_keys import peer_key_of_grpc
+from deconvd_server.resources.peer_identity import peer_key_of_grpc
 from deconvd_server.transports.grpc.rpc import CallLater, Rpc
 
 __all__ = ["ReceiveLimiter"]
