@@ -62,7 +62,7 @@ def test_unknown_keywords_are_named_in_order(F: Connection) -> None:
 @pytest.mark.parametrize(
     ("x", "w", "kwargs", "message"),
     [
-        (X.tolist(), W, {}, "x must be a numpy.ndarray or a RemoteTensor, got list"),
+        (X.tolist(), W, {}, "x must be a numpy or cupy array, or a RemoteTensor, got list"),
         (
             X.astype(int),
             W,
@@ -82,7 +82,7 @@ def test_unknown_keywords_are_named_in_order(F: Connection) -> None:
         (X, W, {"groups": 0}, "groups must be from 1 to 2147483647, got 0"),
         (X, W, {"outsize": 7}, "outsize must be None or a pair, each an int or None, got 7"),
         (X, W, {"outsize": (0, 7)}, r"outsize must be from 1 to 2147483647, got \(0, 7\)"),
-        (X, W, {"outsize": (6, 8)}, r"outsize: width must be from 7 to 7 \(the natural size 7"),
+        (X, W, {"outsize": (6, 8)}, r"outsize: width must be from 7 to 7 \(the natural size is 7"),
         (X, W, {"pad": (1, 4)}, "Width in the output must be positive. It would be -1"),
     ],
 )

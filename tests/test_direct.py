@@ -579,7 +579,7 @@ def test_another_server_at_the_port_is_not_called(tmp_path: Path) -> None:
         for _ in range(10):
             with pytest.raises(NotServedDirectlyError):
                 lines.unary("Deconvolve", REQUEST.SerializeToString(), short_deadline())
-        wait_until(lambda: "greeting names another server instance" in server.log.read_text())
+        wait_until(lambda: "handshake names another server instance" in server.log.read_text())
         lines.close()
         assert not direct_calls(server, "tcp")
 

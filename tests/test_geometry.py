@@ -174,7 +174,8 @@ def test_an_outsize_out_of_range_is_refused_with_the_range() -> None:
         geometry.output_size((5, 4), (3, 3))
 
     assert str(raised.value) == (
-        "outsize: width must be from 8 to 10 (the natural size 9, give or take stride - 1), got 4"
+        "outsize: width must be from 8 to 10 (the natural size is 9; outsize may differ from it by at most "
+        "stride - 1), got 4"
     )
 
 

@@ -85,7 +85,9 @@ def test_an_array_may_have_any_extent_of_31_bits_and_2_to_the_62_bytes(
 
 @pytest.mark.parametrize("shape", [(2**31,), (-1,), (2**30, 2**30, 5)], ids=str)
 def test_no_array_has_more(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidArgumentError, match="extents from 0 to 2147483647") as raised:
+    with pytest.raises(
+        InvalidArgumentError, match="dimension must be from 0 to 2147483647"
+    ) as raised:
         check_extents("x", spec(*shape, dtype=np.dtype(np.int8)))
 
     assert raised.value.argument == "x"
@@ -139,10 +141,15 @@ def test_a_problem_with_an_empty_operand_has_no_products(
         (spec(*range(99)), W, "x", "x must have 4 dimensions, got 99: float32 of shape (0, 1, 2"),
         (spec(2, 6, 4, 5, dtype=np.dtype("i4")), W, "x", "x must have one of the element types"),
         (X, spec(6, 2, 3, 1, dtype=np.dtype("c8")), "W", "W must have one of the element types"),
-        (spec(2, 6, -4, 5), W, "x", "x must have extents from 0 to 2147483647"),
-        (spec(2**31, 6, 1, 1), W, "x", "x must have extents from 0 to 2147483647"),
-        (spec(2**30, 6, 2**30, 5), W, "x", "x must have extents from 0 to 2147483647"),
-        (spec(0, 6, 2**31 - 1, 2**31 - 1), W, "x", "x must have extents from 0 to 2147483647"),
+        (spec(2, 6, -4, 5), W, "x", "x: each dimension must be from 0 to 2147483647"),
+        (spec(2**31, 6, 1, 1), W, "x", "x: each dimension must be from 0 to 2147483647"),
+        (spec(2**30, 6, 2**30, 5), W, "x", "x: each dimension must be from 0 to 2147483647"),
+        (
+            spec(0, 6, 2**31 - 1, 2**31 - 1),
+            W,
+            "x",
+            "x: each dimension must be from 0 to 2147483647",
+        ),
         (spec(2, 5, 4, 5), W, "W", "W must have as many input channels, W.shape[0], as x has"),
     ],
     ids=range(10),
@@ -177,7 +184,9 @@ def test_groups_must_divide_the_input_channels() -> None:
 
 
 def test_an_output_too_large_for_any_machine_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="y must have extents from 0 to 2147483647 and"):
+    with pytest.raises(
+        InvalidArgumentError, match="y: each dimension must be from 0 to 2147483647, and"
+    ):
         Problem(spec(8, 1, 2, 2), spec(1, 1, 1, 1), Geometry(stride=(2**30, 2**30)))
 
 

@@ -303,11 +303,11 @@ def tensor(**changes: Any) -> pb.Tensor:
         (tensor(raw=b"123"), "x must have 72 bytes of elements for float32 .* got 3"),
         (tensor(raw=bytes(73)), "x must have 72 bytes of elements for float32 .* got 73"),
         (tensor(shape=[1, 2, 3]), "x must have 4 dimensions, got 3"),
-        (tensor(shape=[1, 2, -3, -3]), "x must have extents from 0 to"),
+        (tensor(shape=[1, 2, -3, -3]), "x: each dimension must be from 0 to"),
         (tensor(shape=[1] * 1000), "x must have at most 8 dimensions"),
-        (tensor(shape=[2**62] * 4), "x must have extents from 0 to"),
+        (tensor(shape=[2**62] * 4), "x: each dimension must be from 0 to"),
         (tensor(shape=[2**29, 2, 2, 2]), r"x must have 17179869184 bytes of elements"),
-        (tensor(shape=[2**40, 0, 2**40, 2**40], raw=b""), "x must have extents from 0 to"),
+        (tensor(shape=[2**40, 0, 2**40, 2**40], raw=b""), "x: each dimension must be from 0 to"),
     ],
 )
 def test_a_tensor_that_is_none_is_refused(

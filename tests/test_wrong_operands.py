@@ -72,7 +72,9 @@ def test_a_pil_image_is_called_one_and_told_what_to_do(F: Connection) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
         F.deconvolution_2d(image, W)
 
-    assert "x must be a numpy.ndarray or a RemoteTensor, got a PIL image" in str(raised.value)
+    assert "x must be a numpy or cupy array, or a RemoteTensor, got a PIL image" in str(
+        raised.value
+    )
     assert "numpy.asarray(x, numpy.float32)" in str(raised.value)
 
 

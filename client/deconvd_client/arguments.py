@@ -152,7 +152,7 @@ def _wrong_kind_error(name: str, value: object) -> InvalidArgumentError:
         )
     else:
         text = (
-            f"{name} must be a numpy.ndarray or a RemoteTensor, got {_type_name(value)}"
+            f"{name} must be a numpy or cupy array, or a RemoteTensor, got {_type_name(value)}"
             f"{_remedy(name, value)}"
         )
     return InvalidArgumentError(text, argument=name)

@@ -30,7 +30,7 @@ TENANT_KEY_VARIABLE: Final = "DECONVD_TENANT_KEY"
 """The environment variable with the tenant key of connections that are given none."""
 
 _MAX_KEY_BYTES: Final = 64
-_MAX_EXTENT_BITS: Final = 63
+_MAX_SIZE_BITS: Final = 63
 
 
 def parse_timeout(timeout_s: object) -> float:
@@ -112,25 +112,27 @@ def parse_tenant_key(key: object) -> bytes:
 
 
 def parse_shape(shape: object) -> tuple[int, ...]:
-    """Return a shape, or the extent of a single dimension, as a tuple of ints.
+    """Return a shape, or the size of a single dimension, as a tuple of ints.
 
     Raises:
-        InvalidArgumentError: It is neither an integer nor a sequence of integers, or an extent is too large.
+        InvalidArgumentError: It is neither an integer nor a sequence of integers, or a size is too large.
     """
     try:
-        extents = (operator.index(shape),)  # type: ignore[arg-type]  # this is the check
+        sizes = (operator.index(shape),)  # type: ignore[arg-type]  # this is the check
     except TypeError:
         try:
-            extents = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # this is the check
+            sizes = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # this is the check
         except TypeError:
             raise InvalidArgumentError(
                 f"shape must be an int or a sequence of ints, got {shape!r}", argument="shape"
             ) from None
-    if any(extent.bit_length() > _MAX_EXTENT_BITS for extent in extents):
+    bits = max((size.bit_length() for size in sizes), default=0)
+    if bits > _MAX_SIZE_BITS:  # too long to be shown, perhaps
         raise InvalidArgumentError(
-            f"shape must have extents of at most {_MAX_EXTENT_BITS} bits", argument="shape"
+            f"each size in shape must be less than 2**{_MAX_SIZE_BITS}, got one of {bits} bits",
+            argument="shape",
         )
-    return extents
+    return sizes
 
 
 def parse_dtype(dtype: object) -> np.dtype[Any]:

@@ -71,9 +71,9 @@ def connect(
             Except for ``auto``, calls fail with UnavailableError or ExhaustedError if that transport does not
             work.
         tenant_key: A secret of up to 64 bytes. Connections with the same key share one quota for the
-            tensors that the server keeps, and a tensor that one of them has sent need not be sent by
-            another. With an empty key a connection shares nothing. None, the default, means the value of
-            the environment variable DECONVD_TENANT_KEY, or an empty key if it is not set.
+            tensors that the server keeps. If one has sent a tensor, the others do not send it again. None,
+            the default, means the value of DECONVD_TENANT_KEY in the environment. If that is not set, or the
+            key is empty, the connection shares nothing.
         fail_fast: Whether a call fails at once if the server cannot be reached. Otherwise it tries again:
             until its timeout if the server was reached before (it may be restarting), and for 5 seconds if
             it never was.
@@ -394,8 +394,8 @@ class Connection:
         """Where the time of this thread's last successful call went on the server, in microseconds, by entry.
 
         - ``queue_us``: waiting for the call's turn on the device.
-        - ``follow_us``: only for a call that was sent before its operands were copied to shared memory: how long the
-          device waited for the copy.
+        - ``follow_us``: time that the device waited for operands still being copied to shared memory; only in calls
+          that overlap copying and computing.
         - ``upload_us``: copying operands to the device.
         - ``compute_us``: computing.
         - ``download_us``: copying results from the device.

@@ -67,7 +67,8 @@ class Pullback:
         """
         if self._x.is_closed:
             raise InvalidArgumentError(
-                "the pullback is closed: close it after its last use, or call vjp() again"
+                "the pullback was closed before this call. Call vjp() again, and close the pullback only after its "
+                "last use."
             )
         call = self._operations.backward(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
@@ -88,7 +89,7 @@ class Pullback:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Pullback cannot be pickled or copied: it is its connection's own. Call vjp() in the place where you "
+            "a Pullback cannot be pickled or copied: it belongs to one connection. Call vjp() in the place where you "
             "need it"
         )
 

@@ -106,6 +106,6 @@ class Remote:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Remote cannot be pickled or copied: it is its connection's own. Pickle the connection, and use the "
+            "a Remote cannot be pickled or copied: it belongs to one connection. Pickle the connection, and use the "
             "remote of the copy"
         )

@@ -25,7 +25,10 @@ __all__ = [
 
 
 class DeconvdError(Exception):
-    """A call failed. The base class of all errors here; raised itself for statuses that have no class of their own."""
+    """A call failed. The base class of all errors.
+
+    It is raised directly if the server returns a status that has no subclass.
+    """
 
     status: ClassVar[str] = "UNKNOWN"
     """Name of the `grpc.StatusCode` of this class on the wire."""
@@ -49,7 +52,8 @@ class NotFoundError(DeconvdError, LookupError):
     """The server does not have, or no longer has, something that the call names. Send it again.
 
     Attributes:
-        argument: Name of the argument that named it, as in `deconvolution_2d`. Empty if it is unknown.
+        argument: Name of the argument that refers to the missing thing, as in `deconvolution_2d`. Empty if it is
+            unknown.
     """
 
     status = "NOT_FOUND"
@@ -89,8 +93,8 @@ class UnavailableError(DeconvdError, ConnectionError):
     """The server cannot be reached, or does not accept calls now. Try again.
 
     Attributes:
-        retry_after_s: After how many seconds the server expects to accept calls again. None if the server could not be
-            reached, so that it did not say.
+        retry_after_s: After how many seconds the server expects to accept calls again. None if the server was not
+            reached.
     """
 
     status = "UNAVAILABLE"

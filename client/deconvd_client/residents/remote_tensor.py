@@ -88,8 +88,8 @@ class RemoteTensor:
         """
         if not self.belongs_to(executor):
             raise InvalidArgumentError(
-                f"{argument} must be a RemoteTensor of this connection, got one of another connection: "
-                f"give what put({argument}) of this connection returns",
+                f"{argument} belongs to another connection. Call put({argument}) on this connection and pass its "
+                "result.",
                 argument=argument,
             )
         self._resident.check_open(argument)
@@ -103,7 +103,7 @@ class RemoteTensor:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a RemoteTensor cannot be pickled or copied: it is its connection's own. Pickle the array that "
+            "a RemoteTensor cannot be pickled or copied: it belongs to one connection. Pickle the array that "
             "numpy() returns, and give that to put() of another connection"
         )
 

@@ -104,8 +104,8 @@ class Resident:
         """Raise InvalidArgumentError if it is closed."""
         if self.is_closed:
             raise InvalidArgumentError(
-                f"{argument} is closed: a RemoteTensor cannot be used after close(). Close it after its last use, "
-                "or call put() with the array again",
+                f"{argument} was closed before this call. Call put() again, and close the RemoteTensor only after "
+                "its last use.",
                 argument=argument,
             )
 

@@ -166,7 +166,7 @@ class Borrower:
         why = self._loan_client.refusal
         if why is None:
             raise DeadlineError("the server did not lend memory in time")
-        text = f"no tensor can go by shared memory: {why}"
+        text = f"transport='shared_memory' cannot be used: {why}"
         if isinstance(why, UnavailableError):
             raise type(why)(text, retry_after_s=why.retry_after_s)
         raise type(why)(text)

@@ -280,7 +280,11 @@ class LoanClient:
                 self._lose(PinnedTransportError(str(error)), LenderState.REFUSED)
         except DeconvdError as error:
             with self._lock:
-                self._lose(UnavailableError(f"the server does not say where it lends: {error}"))
+                self._lose(
+                    UnavailableError(
+                        f"cannot find out where the server lends shared memory: {error}"
+                    )
+                )
         except Exception as error:  # noqa: BLE001 - no descriptors are left, say: later requests may succeed
             with self._lock:
                 self._lose(_loss_error(f"memory cannot be borrowed: {error}"))

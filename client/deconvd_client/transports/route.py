@@ -222,12 +222,12 @@ class Route:
                 elif not self._must_be_near:
                     self._move(_RouteState.FAR)
         if near is None and self._must_be_near:
-            raise PinnedTransportError(f"no call can go by a Unix socket: {why_not}")
+            raise PinnedTransportError(f"transport='unix' cannot be used: {why_not}")
 
     def _search_later(self, why: str) -> None:
         """Go on without a socket that does not answer yet: a background thread will find it, or a retry."""
         if self._must_be_near:
-            raise UnavailableError(f"no call can go by a Unix socket: {why}")
+            raise UnavailableError(f"transport='unix' cannot be used: {why}")
         with self._lock:
             if self._state is not _RouteState.UNKNOWN:
                 return
@@ -350,9 +350,10 @@ class _NoAnswerError(Exception):
 def _absence_reason(info: pb.GetServerInfoResponse, here: list[str]) -> str:
     """Return why no Unix socket of a server can be used. `here` has those of its paths that exist on this host."""
     if not info.unix_sockets:
-        return "the server listens at none"
+        return "the server listens at no Unix socket"
     if not here:
         return (
-            f"the server's, {', '.join(info.unix_sockets)}, are on another host or in a container"
+            f"none of the server's Unix sockets ({', '.join(info.unix_sockets)}) exists on this host. "
+            "The server is on another host or in a container."
         )
     return f"another server answers at {', '.join(here)}"

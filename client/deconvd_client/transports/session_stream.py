@@ -94,5 +94,5 @@ def _receive_first(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
     finally:
         timer.cancel()
     if answer is None:
-        raise InternalError("the server ended a session without a word")
+        raise InternalError("the server closed the session's stream without an answer")
     return pb.HoldSessionResponse.FromString(answer)

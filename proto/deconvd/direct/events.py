@@ -134,7 +134,7 @@ def pack_frame(kind: int, payload: bytes) -> bytes:
 
 
 class Hello(NamedTuple):
-    """The greeting of either end.
+    """The handshake of either end.
 
     Attributes:
         instance: From a client: the id of the wanted server, or `ANY_INSTANCE`. From a server: its own id.
@@ -151,7 +151,7 @@ class Hello(NamedTuple):
         """Return the event in a payload. Raises RemoteProtocolError if the payload is of another protocol."""
         magic, instance = _HELLO.unpack(payload)
         if magic != _MAGIC:
-            raise RemoteProtocolError("the peer's greeting belongs to another protocol or version")
+            raise RemoteProtocolError("the peer's handshake belongs to another protocol or version")
         return cls(instance)
 
 

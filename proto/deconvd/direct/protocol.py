@@ -320,7 +320,7 @@ class DirectProtocol:
         """Raise RemoteProtocolError unless client and server agree on the server's instance."""
         ids = (hello.instance, self._instance)
         if hello.instance != self._instance and ANY_INSTANCE not in ids:
-            raise RemoteProtocolError("the peer's greeting names another server instance")
+            raise RemoteProtocolError("the peer's handshake names another server instance")
 
     def _remote_protocol_error(
         self, number: int, size_bytes: int, allowed: Mapping[int, ProtocolState]

@@ -128,7 +128,8 @@ class Geometry:
         if abs(given - natural) > spare:
             raise InvalidArgumentError(
                 f"outsize: {_AXES[axis].lower()} must be from {max(natural - spare, 1)} to "
-                f"{natural + spare} (the natural size {natural}, give or take stride - 1), got {given}",
+                f"{natural + spare} (the natural size is {natural}; outsize may differ from it by at most "
+                f"stride - 1), got {given}",
                 argument="outsize",
             )
         return given

@@ -186,8 +186,8 @@ def check_extents(name: str, spec: TensorSpec) -> None:
     nominal = math.prod(max(extent, 1) for extent in spec.shape) * spec.dtype.itemsize
     if nominal > _MAX_NBYTES or not all(0 <= extent <= MAX_EXTENT for extent in spec.shape):
         raise InvalidArgumentError(
-            f"{name} must have extents from 0 to {MAX_EXTENT} and at most {_MAX_NBYTES} bytes "
-            f"(each extent counted as at least 1), got {spec}",
+            f"{name}: each dimension must be from 0 to {MAX_EXTENT}, and the size at most {_MAX_NBYTES} bytes "
+            f"(a dimension of 0 counts as 1), got {spec}",
             argument=name,
         )
 

@@ -119,11 +119,11 @@ class Tensor(_message.Message):
     element_type: Global___ElementType.ValueType
     raw: _builtins.bytes
     """The elements themselves: little-endian, row-major (the last dimension varies fastest), without padding. The length MUST
-    be the product of the extents and the size of an element.
+    be the product of these sizes and the size of an element.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The extent of each dimension, outermost first, each from 0 to 2^31 - 1. A tensor without dimensions is a scalar."""
+        """The size of each dimension, outermost first, each from 0 to 2^31 - 1. A tensor without dimensions is a scalar."""
 
     @_builtins.property
     def shared(self) -> Global___SharedSlice:

@@ -57,8 +57,8 @@ class ErrorHints:
         if self.proxy is None:
             return ""
         return (
-            f"; the call went by the proxy {self.proxy.address}, which the environment variable {self.proxy.variable} "
-            "names: list the server's host in no_proxy to connect without it"
+            f"; the call used the proxy {self.proxy.address} (from the environment variable {self.proxy.variable}). "
+            "To connect directly, add the server's host to no_proxy."
         )
 
 

@@ -66,7 +66,7 @@ _FAILURE_SEND_S: Final = 5.0
 """How long a client may take, after its deadline, to receive the failure of its call."""
 
 _HANDSHAKE_S: Final = 10.0
-"""How long a client may take to send its greeting: a few bytes, over a slow network at worst."""
+"""How long a client may take to send its handshake: a few bytes, over a slow network at worst."""
 
 _BUSY_POLL_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call if it does nothing in between."""
@@ -138,7 +138,7 @@ class DirectConnection:
         """Start the thread. At its end it frees the place. Raises RuntimeError if the system has no thread left."""
         self._place = place
         place.is_idle = True
-        place.progressed_s = -math.inf  # until its greeting, it is the first to be preempted
+        place.progressed_s = -math.inf  # until its handshake, it is the first to be preempted
         self.thread.start()
 
     def refuse(self) -> None:
