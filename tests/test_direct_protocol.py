@@ -45,13 +45,13 @@ EARLY_CALL = CallHead(MethodCode.DeconvolveGrad, 30, b"x", is_overlapped=True, w
 STREAM_CALL = CallHead(MethodCode.PutTensor, 30, b"x")
 FETCH_CALL = CallHead(MethodCode.GetTensor, 30, b"x")
 
-GREETED: list[tuple[Role, Event]] = [(Role.CLIENT, Hello(INSTANCE))]
-IDLE: list[tuple[Role, Event]] = [*GREETED, (Role.SERVER, Hello(INSTANCE))]
+HANDSHAKE: list[tuple[Role, Event]] = [(Role.CLIENT, Hello(INSTANCE))]
+IDLE: list[tuple[Role, Event]] = [*HANDSHAKE, (Role.SERVER, Hello(INSTANCE))]
 STREAMING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, STREAM_CALL)]
 WRITING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, EARLY_CALL)]
 WAYS: dict[ProtocolState, list[tuple[Role, Event]]] = {
     ProtocolState.NEW: [],
-    ProtocolState.GREETED: GREETED,
+    ProtocolState.HANDSHAKE: HANDSHAKE,
     ProtocolState.IDLE: IDLE,
     ProtocolState.ANSWERING: [*IDLE, (Role.CLIENT, CALL)],
     ProtocolState.OVERLAPPING: WRITING,
@@ -248,7 +248,7 @@ def test_what_an_end_may_hear_in_which_state_is_what_the_table_says(
         assert end.state is after
 
 
-def test_no_kind_of_frame_is_said_by_both_but_the_greeting_and_parts() -> None:
+def test_no_kind_of_frame_is_said_by_both_but_the_handshake_and_parts() -> None:
     client, server = (
         {kind for allowed in TRANSITIONS[role].values() for kind in allowed} for role in Role
     )
@@ -390,12 +390,12 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
             "not a valid google.rpc.Status",
         ),
         (
-            ProtocolState.GREETED,
+            ProtocolState.HANDSHAKE,
             pack_frame(FrameKind.HELLO, b"dcd4" + INSTANCE),
             "another protocol",
         ),
         (
-            ProtocolState.GREETED,
+            ProtocolState.HANDSHAKE,
             pack_frame(FrameKind.HELLO, b"dcd5" + bytes(range(1, 17))),
             "another server instance",
         ),

@@ -82,7 +82,7 @@ def early_call(line: FrameStream, region: bytes = bytes(16)) -> None:
     send_for_ever(line, MethodCode.Deconvolve, request.SerializeToString(), is_early=True)
 
 
-def test_connections_without_a_greeting_throw_out_nobody_who_is_idle(
+def test_connections_without_a_handshake_throw_out_nobody_who_is_idle(
     running: ServerProcess,
 ) -> None:
     port = get_server_info(running).direct_port
@@ -96,7 +96,7 @@ def test_connections_without_a_greeting_throw_out_nobody_who_is_idle(
         assert is_serving(honest)
 
 
-def test_a_connection_without_a_greeting_goes_before_a_line_of_the_same_peer(
+def test_a_connection_without_a_handshake_goes_before_a_line_of_the_same_peer(
     running: ServerProcess,
 ) -> None:
     port = get_server_info(running).direct_port
@@ -107,7 +107,7 @@ def test_a_connection_without_a_greeting_goes_before_a_line_of_the_same_peer(
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x02", b"\x01\x00\x00\x00"])
-def test_a_greeting_has_a_time_limit(hasty: ServerProcess, sent: bytes) -> None:
+def test_a_handshake_has_a_time_limit(hasty: ServerProcess, sent: bytes) -> None:
     before = process_resources(hasty.process.pid).threads_count
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(calls_path(hasty)))

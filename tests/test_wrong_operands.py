@@ -215,7 +215,9 @@ def test_what_is_one_connections_own_says_why_it_cannot_be_copied(
     _, pullback = F.vjp(X, W)
 
     for thing, kind in ((there, "RemoteTensor"), (pullback, "Pullback"), (F.remote, "Remote")):
-        with pytest.raises(TypeError, match=f"a {kind} cannot be pickled or copied: it is its"):
+        with pytest.raises(
+            TypeError, match=f"a {kind} cannot be pickled or copied: it belongs to one connection"
+        ):
             duplicate(thing)
 
 

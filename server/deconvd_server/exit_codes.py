@@ -14,10 +14,10 @@ class ExitCode(IntEnum):
     """It was asked to end, and no call was cut short."""
 
     FAILED = 1
-    """It could not start."""
+    """It could not start. `sys.exit` gives this code with the text that says why."""
 
     WRONG_OPTION = 2
-    """An option is wrong: a restart would not help."""
+    """An option is wrong: a restart would not help. Click gives this code."""
 
     NEEDS_RESTART = 3
     """A card, or a thread that all calls need, is lost: only a new process gets it back."""

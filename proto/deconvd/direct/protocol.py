@@ -5,7 +5,7 @@ direct connections: on a Unix socket next to each of its Unix sockets, and on a 
 direct connection carries one call after another, in frames (`deconvd.direct.events`). Both ends follow the same states,
 and `TRANSITIONS` contains all of them:
 
-    NEW --HELLO (client)--> GREETED --HELLO (server)--> IDLE
+    NEW --HELLO (client)--> HANDSHAKE --HELLO (server)--> IDLE
 
     IDLE --CALL-------------> ANSWERING ----ANSWER or FAILED--> IDLE
     IDLE --OVERLAPPED_CALL--> OVERLAPPING --ANSWER or FAILED--> TRAILING
@@ -76,7 +76,7 @@ class ProtocolState(IntEnum):
     """The state of a connection, which says what each end may send next."""
 
     NEW = auto()
-    GREETED = auto()
+    HANDSHAKE = auto()
     IDLE = auto()
     ANSWERING = auto()
     OVERLAPPING = auto()
@@ -98,8 +98,8 @@ _CALL_STATES: Final[Mapping[int, ProtocolState]] = {
 
 TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolState]]]] = {
     Role.CLIENT: {
-        ProtocolState.NEW: {FrameKind.HELLO: ProtocolState.GREETED},
-        ProtocolState.GREETED: {},
+        ProtocolState.NEW: {FrameKind.HELLO: ProtocolState.HANDSHAKE},
+        ProtocolState.HANDSHAKE: {},
         ProtocolState.IDLE: _CALL_STATES,
         ProtocolState.ANSWERING: {},
         ProtocolState.OVERLAPPING: {FrameKind.PROGRESS: ProtocolState.OVERLAPPING},
@@ -114,7 +114,7 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
     },
     Role.SERVER: {
         ProtocolState.NEW: {},
-        ProtocolState.GREETED: {FrameKind.HELLO: ProtocolState.IDLE},
+        ProtocolState.HANDSHAKE: {FrameKind.HELLO: ProtocolState.IDLE},
         ProtocolState.IDLE: {},
         ProtocolState.ANSWERING: {
             FrameKind.ANSWER: ProtocolState.IDLE,

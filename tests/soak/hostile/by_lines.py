@@ -86,7 +86,7 @@ def many_lines(a: Attacker) -> None:
 
 
 @hostile
-def no_greeting(a: Attacker) -> None:
+def no_handshake(a: Attacker) -> None:
     """Connections to every socket that say nothing."""
     for _ in range(300):
         for port in (a.places.port, a.places.direct_port):
