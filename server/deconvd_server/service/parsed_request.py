@@ -20,6 +20,7 @@ from deconvd.model.problem import Problem, TensorSpec, problem_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import geometry_from_message, messages_for, options_from_message
 from deconvd.wire.shared_slice import SharedSlice
+from deconvd.wire.slice_sizes import MAX_SLICE_BYTES
 from deconvd.wire.tensor import message_from_spec, spec_from_message
 
 __all__ = [
@@ -32,9 +33,6 @@ __all__ = [
 
 SLICES_IN_FLIGHT: Final = 2
 """How many slices of a stream are computed at once: one, and the next as soon as it has arrived."""
-
-_SLICE_BYTES: Final = 64 << 20
-"""The largest slice that every server accepts, so that clients need not ask first."""
 
 _CACHED_REQUESTS_COUNT: Final = 2048
 """Parsed requests that are cached: a few KiB each."""
@@ -227,7 +225,7 @@ class SlicedRequest:
 
     def check_slice_size(self, max_message_bytes: int) -> None:
         """Raise ExhaustedError if a slice of several samples is larger than the schema allows."""
-        limit_bytes = max(max_message_bytes, _SLICE_BYTES)
+        limit_bytes = max(max_message_bytes, MAX_SLICE_BYTES)
         slice_bytes = self._full_slice.sliced_bytes
         if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
             raise ExhaustedError(
