@@ -441,17 +441,18 @@ def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
         (
             Role.SERVER,
             ProtocolState.ANSWERING,
-            "END of 0 bytes where the client may send nothing",
+            "the peer sent END with a payload of 0 bytes, where the client may send nothing",
         ),
         (
             Role.SERVER,
             ProtocolState.TRAILING,
-            "END of 0 bytes where the client may send PROGRESS, CALL, OVERLAPPED_CALL, STREAM_CALL, FETCH_CALL",
+            "the peer sent END with a payload of 0 bytes, where the client may send "
+            "PROGRESS, CALL, OVERLAPPED_CALL, STREAM_CALL, FETCH_CALL",
         ),
         (
             Role.CLIENT,
             ProtocolState.ANSWERING,
-            "END of 0 bytes where the server may send ANSWER, FAILED",
+            "the peer sent END with a payload of 0 bytes, where the server may send ANSWER, FAILED",
         ),
     ],
 )
@@ -474,7 +475,8 @@ def test_a_frame_of_another_size_is_told_with_those_that_it_may_have() -> None:
         )
 
     assert str(raised.value) == (
-        f"MESSAGE of {size_bytes} bytes, and from 0 to {MAX_MESSAGE_BYTES} may be"
+        f"the peer sent MESSAGE with a payload of {size_bytes} bytes, "
+        f"where from 0 to {MAX_MESSAGE_BYTES} are allowed"
     )
 
 
@@ -504,7 +506,9 @@ def test_a_message_that_is_too_large_is_not_sent() -> None:
     with pytest.raises(MessageTooLargeError) as raised:
         end.send(MessagePart(bytes(MAX_MESSAGE_BYTES + 1)))
 
-    assert str(raised.value).startswith(f"{MAX_MESSAGE_BYTES + 1} bytes, too many")
+    assert str(raised.value) == (
+        f"a message of a direct call must have at most {MAX_MESSAGE_BYTES} bytes, got {MAX_MESSAGE_BYTES + 1}"
+    )
     largest = end.send(MessagePart(bytes(MAX_MESSAGE_BYTES)))
     assert len(largest) == FRAME_HEAD_BYTES + MAX_MESSAGE_BYTES
 

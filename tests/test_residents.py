@@ -674,7 +674,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ([1.0], "array must be a numpy.ndarray"),
+            ([1.0], "array must be a numpy or cupy array, or a RemoteTensor"),
             (np.ones(3, int), "array must have one of the element types"),
         ],
     )
