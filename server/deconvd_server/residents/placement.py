@@ -88,7 +88,6 @@ class Placement:
         host_bytes: int,
     ) -> None:
         self._changed = changed
-        self._quotas = quotas
         self._forget = forget
         self._host_tier = MemoryTier(host_bytes, None)
         self.uses = ResidentUses()
