@@ -75,7 +75,7 @@ test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that 
 	$(OLDEST)/bin/$(PYTEST) $(foreach name,benchmarks demo schema typing,--ignore=tests/test_$(name).py) \
 	    $(PYTEST_ARGS)
 
-# MODULES='trials arena' tries some; each module's own tests are in pyproject.toml, under tool.mutation.
+# MODULES='quotas arena' tries some; all take minutes. Each module's own tests are in pyproject.toml, under tool.mutation.
 mutate: .venv/installed-mutation ## Change modules that do no I/O in small ways, and see that their tests notice
 	$(BIN)/python -m tests.mutation $(MODULES)
 

@@ -219,6 +219,18 @@ def test_one_more_than_may_wait_is_refused_at_once_and_told_when_to_come_back() 
     assert admission.load == IDLE
 
 
+def test_no_more_may_wait_either_that_would_fit_beside_those_that_run() -> None:
+    admission = Admission(9, 100, 1)
+    first, large = started(admission, 60), waiting(admission, 80)
+
+    with pytest.raises(UnavailableError, match="1 calls wait already"):
+        admission.enter(30, CallContext(TIMEOUT_S))
+
+    for caller in (first, large):
+        caller.end()
+    assert admission.load == IDLE
+
+
 def test_where_none_may_wait_a_call_that_need_not_is_admitted() -> None:
     admission = Admission(1, 100, 0)
 

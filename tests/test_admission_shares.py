@@ -32,7 +32,7 @@ def computed(
     brought_bytes: int = 0,
 ) -> CallContext:
     """Return a call that was admitted and computed, and whose answer has not left."""
-    call = CallContext(TIMEOUT_S, counted_by=peer)
+    call = CallContext(TIMEOUT_S, peer_key=peer)
     with admission.admit(
         footprint_bytes, call, lasting_bytes=lasting_bytes, brought_bytes=brought_bytes
     ):

@@ -175,7 +175,7 @@ def test_unknown_variables_get_one_warning_that_names_the_nearest(
         warnings = re.findall("WARNING.*", server.log.read_text())
 
     (warning,) = warnings
-    assert "DECONVD_TAKES_DIRECT_CALLS (is DECONVD_DIRECT_CALLS meant?)" in warning
+    assert "DECONVD_TAKES_DIRECT_CALLS (did you mean DECONVD_DIRECT_CALLS?)" in warning
     assert re.search(r"DECONVD_VERSION(,|$)", warning)  # nothing is like it
     assert "DECONVD_TARGET" not in warning
     assert "DECONVD_PORT" not in warning
@@ -193,7 +193,7 @@ def test_unknown_variables_get_one_warning_that_names_the_nearest(
     ],
 )
 def test_a_variable_is_suggested_if_it_is_like_the_unknown_one(name: str, meant: str) -> None:
-    said = f"{name} (is {meant} meant?)" if meant else name
+    said = f"{name} (did you mean {meant}?)" if meant else name
 
     assert unknown_variables([name], deconvd_server.variables) == [said]
 

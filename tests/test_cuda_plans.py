@@ -16,7 +16,7 @@ from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.plans import store as store_module
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
-from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.key import PlanKey, digest_of
 from deconvd_server.device.cuda.plans.store import PlanStore
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -68,12 +68,19 @@ def test_requests_that_differ_have_different_keys_and_files(tmp_path: Path, othe
 
 
 def test_an_outsize_that_is_the_natural_one_makes_no_difference() -> None:
-    assert with_geometry(outsize=PROBLEM.output) == KEY
+    assert {with_geometry(outsize=PROBLEM.output), KEY} == {KEY}
 
 
 def test_tf32_makes_no_difference_where_nothing_is_float32() -> None:
     specs = (TensorSpec((1, 4, 8, 8), FLOAT16), TensorSpec((4, 2, 4, 4), FLOAT16))
     assert with_specs(*specs, Options(allow_tf32=True)) == with_specs(*specs)
+
+
+def test_the_order_of_fields_makes_no_difference_to_their_name() -> None:
+    fields = KEY.fields()
+
+    assert digest_of(dict(reversed(fields.items()))) == digest_of(fields)
+    assert digest_of({**fields, "groups": 2}) != digest_of(fields)
 
 
 def test_a_choice_is_found_by_the_next_process(tmp_path: Path) -> None:

@@ -249,7 +249,10 @@ def test_a_live_servers_socket_and_port_are_not(socket_directory: Path) -> None:
         (["--device", "cuda:x"], "got 'cuda:x'"),
         (["--max-message-bytes", "0"], "0 is not in the range"),
         (["--threads", "0"], "0 is not in the range"),
-        (["--shared-memory-users", "me"], "'me' is not made of numbers, as in 1000,1001"),
+        (
+            ["--shared-memory-users", "me"],
+            "'me' is not a list of user ids up to 4294967294, as in 1000,1001",
+        ),
     ],
 )
 def test_a_wrong_option_ends_it_with_one_clear_line(options: list[str], message: str) -> None:

@@ -449,7 +449,7 @@ def test_a_client_that_goes_has_its_call_cancelled(running: ServerProcess, trans
             child.kill()
     wait_until_idle(running)
     # what notices it first may compute, or read, or write
-    ended = "the caller gave the call up|the caller has gone|the direct line of .* has ended"
+    ended = "the caller gave the call up|the caller has gone|the direct connection of .* has ended"
     wait_until(lambda: re.search(ended, running.log.read_text()[before:]) is not None)
 
 

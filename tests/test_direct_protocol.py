@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from itertools import cycle
 
 import numpy as np
 import pytest
 from google.rpc import status_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deconvd.direct import events
 from deconvd.direct.connection_errors import (
     ConnectionClosedError,
     LocalProtocolError,
+    MessageTooLargeError,
     RemoteProtocolError,
 )
 from deconvd.direct.events import (
@@ -35,10 +35,7 @@ from deconvd.direct.events import (
     pack_frame,
 )
 from deconvd.direct.protocol import TRANSITIONS, DirectProtocol, ProtocolState, Role
-from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.stream_parts import PendingElements
-from tests.direct_calls import REQUEST, calls_path
-from tests.servers import ServerProcess
 
 INSTANCE = bytes(range(16))
 STATUS = status_pb2.Status(code=8, message="no room")
@@ -285,6 +282,7 @@ NONSENSE = st.lists(
 ).map(b"".join)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(Role), st.sampled_from(ProtocolState), NONSENSE, CHUNKS)
 def test_whatever_comes_is_an_event_or_the_peers_fault_however_it_is_cut(
     role: Role, state: ProtocolState, data: bytes, sizes: list[int]
@@ -305,6 +303,7 @@ def _outcome(
         return str(error)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_two_ends_understand_each_other_whatever_crosses_on_the_way(data: st.DataObject) -> None:
     state = data.draw(
@@ -436,35 +435,82 @@ def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
     assert len(end.receive_buffer()) == usual_bytes < MAX_MESSAGE_BYTES
 
 
+@pytest.mark.parametrize(
+    ("role", "state", "fault"),
+    [
+        (
+            Role.SERVER,
+            ProtocolState.ANSWERING,
+            "END of 0 bytes where the client may send nothing",
+        ),
+        (
+            Role.SERVER,
+            ProtocolState.TRAILING,
+            "END of 0 bytes where the client may send PROGRESS, CALL, OVERLAPPED_CALL, STREAM_CALL, FETCH_CALL",
+        ),
+        (
+            Role.CLIENT,
+            ProtocolState.ANSWERING,
+            "END of 0 bytes where the server may send ANSWER, FAILED",
+        ),
+    ],
+)
+def test_a_frame_out_of_turn_is_told_with_those_that_might_have_come(
+    role: Role, state: ProtocolState, fault: str
+) -> None:
+    with pytest.raises(RemoteProtocolError) as raised:
+        heard(end_in(role, state), pack_frame(FrameKind.END, b""))
+
+    assert str(raised.value) == fault
+
+
+def test_a_frame_of_another_size_is_told_with_those_that_it_may_have() -> None:
+    size_bytes = MAX_MESSAGE_BYTES + 1
+
+    with pytest.raises(RemoteProtocolError) as raised:
+        heard(
+            end_in(Role.CLIENT, ProtocolState.STREAMING),
+            pack_frame(FrameKind.MESSAGE, bytes(size_bytes)),
+        )
+
+    assert str(raised.value) == (
+        f"MESSAGE of {size_bytes} bytes, and from 0 to {MAX_MESSAGE_BYTES} may be"
+    )
+
+
+def test_a_part_of_a_frame_at_the_end_of_what_was_read_ahead_leaves_room_for_the_rest() -> None:
+    end = end_in(Role.CLIENT, ProtocolState.STREAMING)
+    usual_bytes = len(end.receive_buffer())
+    first, second = MessagePart(bytes(usual_bytes * 2 // 3)), MessagePart(b"abc")
+
+    assert heard(end, first.pack() + second.pack()[:-1]) == [first]
+
+    assert len(end.receive_buffer()) == usual_bytes - len(second.pack()) + 1
+    assert heard(end, second.pack()[-1:]) == [second]
+
+
+def test_thirty_two_kibibytes_are_read_ahead() -> None:
+    end = end_in(Role.SERVER, ProtocolState.IDLE)
+
+    for _ in range(3):
+        assert len(end.receive_buffer()) == 32 << 10
+        assert heard(end, CALL.pack()) == [CALL]
+        end.send(Answer(b"", ""))
+
+
+def test_a_message_that_is_too_large_is_not_sent() -> None:
+    end = end_in(Role.SERVER, ProtocolState.RESPONDING)
+
+    with pytest.raises(MessageTooLargeError) as raised:
+        end.send(MessagePart(bytes(MAX_MESSAGE_BYTES + 1)))
+
+    assert str(raised.value).startswith(f"{MAX_MESSAGE_BYTES + 1} bytes, too many")
+    largest = end.send(MessagePart(bytes(MAX_MESSAGE_BYTES)))
+    assert len(largest) == FRAME_HEAD_BYTES + MAX_MESSAGE_BYTES
+
+
 def test_a_deadline_that_has_passed_is_now() -> None:
     call = CallHead(MethodCode.Deconvolve, -1, b"")
     assert heard(end_in(Role.SERVER, ProtocolState.IDLE), call.pack()) == [
         call._replace(timeout_s=0)
     ]
-
-
-def test_asyncio_shares_it(server: ServerProcess) -> None:
-    end = DirectProtocol(Role.CLIENT, ANY_INSTANCE)
-
-    async def next_event(reader: asyncio.StreamReader) -> Event | PendingElements:
-        while (event := end.next_event()) is None:
-            space = end.receive_buffer()
-            data = await reader.read(len(space))
-            assert data
-            space[: len(data)] = data
-            end.note_received(len(data))
-        return event
-
-    async def call() -> pb.DeconvolveResponse:
-        reader, writer = await asyncio.open_unix_connection(calls_path(server))
-        writer.write(end.send(Hello(ANY_INSTANCE)))
-        await next_event(reader)
-        writer.write(end.send(CallHead(MethodCode.Deconvolve, 30, REQUEST.SerializeToString())))
-        answer = await next_event(reader)
-        assert isinstance(answer, Answer), answer
-        writer.close()
-        await writer.wait_closed()
-        return pb.DeconvolveResponse.FromString(answer.message)
-
-    assert list(asyncio.run(call()).y.shape) == [1, 2, 4, 4]
-    assert end.is_idle

@@ -262,6 +262,6 @@ def test_a_lost_thread_of_gRPC_ends_the_process_with_a_code_of_its_own(tmp_path:
         check=False,
     )
 
-    assert process.returncode == ExitCode.START_ANEW
-    assert "must be started anew: gRPC's thread" in process.stderr
+    assert process.returncode == ExitCode.NEEDS_RESTART
+    assert "must be restarted: gRPC's thread" in process.stderr
     assert time.monotonic() - began_s < 15

@@ -28,9 +28,9 @@ def shares(places_count: int = 8, reserved_count: int = 1) -> FairShares:
 
 
 def take_all(places: FairShares, peer: str) -> list[PeerPlace]:
-    taken = []
+    taken = list[PeerPlace]()
     with suppress(UnavailableError):
-        while True:
+        while len(taken) < 100:  # more than there are
             taken.append(places.take(peer, nothing))
     return taken
 
@@ -43,7 +43,7 @@ def test_a_lone_peer_takes_all_but_the_reserve() -> None:
         UnavailableError, match="no place for more streams: 7 of 8 are taken, 7 of them by a"
     ) as caught:
         places.take("a", nothing)
-    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s == 0.5
 
 
 def test_the_reserve_is_for_a_peer_that_has_none_and_nobody_gives_way() -> None:
@@ -102,6 +102,17 @@ def test_an_idle_place_of_a_peer_that_has_one_gives_way_to_a_peer_that_has_none(
     places.take("c", nothing)
 
     assert [places.count_of(peer) for peer in "abc"] == [1, 0, 1]
+
+
+def test_an_idle_place_of_a_peer_that_has_as_many_does_not_give_way() -> None:
+    places = shares(2, 0)
+    places.take("a", nothing)
+    places.take("b", nothing).is_idle = True
+
+    with pytest.raises(UnavailableError):
+        places.take("a", nothing)
+
+    assert [places.count_of(peer) for peer in "ab"] == [1, 1]
 
 
 def test_what_gave_way_can_be_freed_and_freeing_twice_is_harmless() -> None:

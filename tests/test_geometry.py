@@ -96,6 +96,34 @@ def test_a_dilate_below_1_gets_chainers_message_with_the_argument_as_given(dilat
     assert str(raised.value) == f"Dilate should be positive, but {dilate} is supplied."
 
 
+def test_a_geometry_that_is_made_by_itself_refuses_such_a_dilate_in_the_same_words() -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        Geometry(dilate=(1, 0))
+
+    assert str(raised.value) == "Dilate should be positive, but (1, 0) is supplied."
+    assert raised.value.argument == "dilate"
+
+
+def test_a_value_is_at_most_what_32_bits_hold() -> None:
+    assert MAX_EXTENT == 2147483647
+    assert Geometry(stride=(2147483647, 1)).stride == (2147483647, 1)
+
+
+@pytest.mark.parametrize(
+    ("bits_count", "message"),
+    [
+        (256, f"pad must be from 0 to 2147483647, got {(2**255, 2**255)}"),
+        (257, "pad must be at most 2147483647, got an int of 257 bits"),
+        (100_000, "pad must be at most 2147483647, got an int of 100000 bits"),
+    ],
+)
+def test_a_very_long_integer_is_not_written(bits_count: int, message: str) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        Geometry.from_arguments(pad=2 ** (bits_count - 1))
+
+    assert (str(raised.value), raised.value.argument) == (message, "pad")
+
+
 @given(
     image=pairs, kernel=pairs, stride=pairs, dilate=pairs, pad=st.tuples(*[st.integers(0, 9)] * 2)
 )
@@ -148,6 +176,16 @@ def test_an_outsize_out_of_range_is_refused_with_the_range() -> None:
     assert str(raised.value) == (
         "outsize: width must be from 8 to 10 (the natural size 9, give or take stride - 1), got 4"
     )
+
+
+def test_the_range_of_an_outsize_begins_at_one() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"height must be from 1 to 3 .* got 4"):
+        Geometry(stride=(3, 1), outsize=(4, None)).output_size((1, 1), (1, 1))
+
+
+@pytest.mark.parametrize("size", [1, MAX_EXTENT])
+def test_an_output_may_have_one_pixel_and_as_many_as_cudnn_can_index(size: int) -> None:
+    assert Geometry().output_size((1, size), (1, 1)) == (1, size)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import FrozenInstanceError, fields
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import BFLOAT16, ELEMENT_TYPES, DType
 from deconvd.model.geometry import Geometry
-from deconvd.model.problem import Problem, TensorSpec
+from deconvd.model.problem import Problem, TensorSpec, check_extents, problem_of
 from tests.strategies import problems
 
 F32 = np.dtype(np.float32)
@@ -30,6 +32,63 @@ def test_a_problem_knows_its_sizes() -> None:
     assert (problem.image, problem.kernel, problem.output) == ((4, 5), (3, 1), (9, 13))
     assert problem.y == spec(2, 6, 9, 13)
     assert problem.b == spec(6)
+
+
+def test_a_problem_cannot_be_changed_and_shows_what_it_is_alone() -> None:
+    problem = Problem(X, W, Geometry())
+
+    for field in fields(problem):
+        with pytest.raises(FrozenInstanceError):
+            setattr(problem, field.name, getattr(problem, field.name))
+    assert repr(problem) == (
+        f"Problem(x={X!r}, W={W!r}, geometry={Geometry()!r}, "
+        f"output={problem.output!r}, y={problem.y!r})"
+    )
+
+
+def test_a_problem_is_made_once_for_calls_that_repeat_it() -> None:
+    assert problem_of(X, W, Geometry()) is problem_of(X, W, Geometry())
+    assert problem_of(X, W, Geometry()) == Problem(X, W, Geometry())
+
+
+def test_products_have_the_wider_type_of_both_operands_and_at_least_float32() -> None:
+    half, double = np.dtype(np.float16), np.dtype(np.float64)
+    halves = Problem(spec(*X.shape, dtype=half), spec(*W.shape, dtype=half), Geometry())
+    mixed = Problem(X, spec(*W.shape, dtype=double), Geometry())
+
+    assert (halves.compute_type, mixed.compute_type) == (F32, double)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_raw_elements_are_little_endian(order: Literal["<", ">"]) -> None:
+    shape = (2, 3)
+
+    raw = TensorSpec(shape, F32.newbyteorder(order)).raw
+
+    assert (raw.shape, raw.dtype, raw.nbytes) == (shape, np.dtype("<f4"), 24)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "shown"),
+    [(8, "(0, 1, 2, 3, 4, 5, 6, 7)"), (9, "(0, 1, 2, 3, 4, 5, 6, 7, ...)")],
+)
+def test_eight_dimensions_are_shown(dimensions: int, shown: str) -> None:
+    assert str(spec(*range(dimensions))) == f"float32 of shape {shown}"
+
+
+@pytest.mark.parametrize("shape", [(2**31 - 1,), (0,), (2**30, 2**30, 4, 1, 0)], ids=str)
+def test_an_array_may_have_any_extent_of_31_bits_and_2_to_the_62_bytes(
+    shape: tuple[int, ...],
+) -> None:
+    check_extents("x", spec(*shape, dtype=np.dtype(np.int8)))
+
+
+@pytest.mark.parametrize("shape", [(2**31,), (-1,), (2**30, 2**30, 5)], ids=str)
+def test_no_array_has_more(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidArgumentError, match="extents from 0 to 2147483647") as raised:
+        check_extents("x", spec(*shape, dtype=np.dtype(np.int8)))
+
+    assert raised.value.argument == "x"
 
 
 @pytest.mark.parametrize("x", ELEMENT_TYPES, ids=str)

@@ -301,7 +301,9 @@ def test_what_is_not_what_its_digest_says_is_refused(held: SessionClient) -> Non
     header = stream_header(held, described(X), tensor_by_digest(own))
     missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own + 1)))
 
-    with pytest.raises(grpc.RpcError, match="W must be what its digest says") as failure:
+    with pytest.raises(
+        grpc.RpcError, match="W must have the digest that the request names"
+    ) as failure:
         list(held.stub.DeconvolveStream(iter([header, missing, chunk(X)])))
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
@@ -338,7 +340,7 @@ def test_requests_that_can_never_succeed_are_told_which_argument(held: SessionCl
         ),
         ("a size_bytes of 288 for float32", {"w": wrong_size}),
         ("got a digest of 5 bytes", {"w": short_digest}),
-        ("y_place must be left out where y is to be kept", {"y_place": place, "keep_y": True}),
+        ("y_place must be left out if y is kept", {"y_place": place, "keep_y": True}),
         ("session must be a name of 16 bytes, got 3", {"session": b"abc", "keep_y": True}),
         ("session must be a name of 16 bytes, got 0", {"session": b"", "keep_y": True}),
     ]

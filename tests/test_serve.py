@@ -28,7 +28,8 @@ from deconvd_server.call.ledger import Stage
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.settings import Settings
-from deconvd_server.transports.serve import CallLog, CallScope
+from deconvd_server.transports.observers import CallLog
+from deconvd_server.transports.serve import CallScope
 from tests.deadlines import short_deadline
 from tests.devices import FailingDevice
 from tests.direct_calls import REQUEST, W, X, open_with_retries, send_call

@@ -383,9 +383,9 @@ class TestUsers:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--socket-mode", "rw"), "'rw' is no mode of a file in octal digits, as in 0660"),
-        (("--socket-mode", "0888"), "'0888' is no mode"),
-        (("--socket-mode", "1777"), "'1777' is no mode"),
+        (("--socket-mode", "rw"), "'rw' is not a file mode in octal digits, as in 0660"),
+        (("--socket-mode", "0888"), "'0888' is not a file mode"),
+        (("--socket-mode", "1777"), "'1777' is not a file mode"),
         (("--socket-group", "no such group"), "there is no group 'no such group'"),
         (("--socket-group", "4294967295"), "there is no group '4294967295'"),
     ],
@@ -444,7 +444,7 @@ def test_a_directory_that_may_not_be_written_any_more_keeps_no_server_from_endin
 
     assert server.returncode == 0
     assert "Traceback" not in log
-    assert "a socket's file cannot be removed: " in log
+    assert "the file of a Unix socket cannot be removed: " in log
 
 
 HOLD_LOCKS = """

@@ -36,7 +36,7 @@ class Stream(threading.Thread):
     def __init__(self, places: StreamAdmission, peer: str) -> None:
         super().__init__(daemon=True)
         self._places = places
-        self._call = CallContext(TIMEOUT_S, counted_by=peer)
+        self._call = CallContext(TIMEOUT_S, peer_key=peer)
         self.is_running = threading.Event()
         self.is_over = threading.Event()
         self.start()

@@ -1,1 +1,1 @@
-"""The server. In call order: transports, service, engine, device."""
+"""The server. A call goes through its wings in this order: transports, service, engine, device."""

@@ -1,4 +1,4 @@
-"""The command `deconvd-server`: reads its options, then runs a daemon until a signal ends it."""
+"""The command `deconvd-server`: it reads its options, then runs a daemon until a signal reasons it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ try:
     from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
     from deconvd_server.shutdown import Drainer, run
 except ModuleNotFoundError as missing:
-    if missing.name not in ("grpc_reflection", "threadpoolctl"):  # what the extra brings
+    if missing.name not in (
+        "grpc_reflection",
+        "threadpoolctl",
+    ):  # the extra `server` installs these
         raise
     sys.exit(
         f"deconvd-server: {missing.name} is missing. Install deconvd with its extra `server`: "
@@ -43,11 +46,14 @@ except ModuleNotFoundError as missing:
 __all__ = ["main"]
 
 _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
+"""gRPC holds the limit in a signed 32-bit integer."""
 
-_USER_ID = re.compile(r"[0-9]{1,10}")
 _MAX_THREADS_COUNT = 1024
 
+_USER_ID = re.compile(r"[0-9]{1,10}")
 _LAST_ID = 2**32 - 2
+"""The largest user or group id: the system uses the next one, -1, for "no change"."""
+
 _FILE_MODE = re.compile(r"0?[0-7]{3}")
 _GROUP_MODE = 0o660
 _WORLD_MODE = 0o666
@@ -69,7 +75,7 @@ def _user_ids(
     given = [] if not ids else ids.split(",")
     if not all(_USER_ID.fullmatch(one) and int(one) <= _LAST_ID for one in given):
         raise click.BadParameter(
-            f"{ids!r} is not made of numbers, as in 1000,1001, up to {_LAST_ID}"
+            f"{ids!r} is not a list of user ids up to {_LAST_ID}, as in 1000,1001"
         )
     return tuple(map(int, given))
 
@@ -80,7 +86,7 @@ def _file_mode(
     if not mode:
         return None
     if not _FILE_MODE.fullmatch(mode):
-        raise click.BadParameter(f"{mode!r} is no mode of a file in octal digits, as in 0660")
+        raise click.BadParameter(f"{mode!r} is not a file mode in octal digits, as in 0660")
     return int(mode, 8)
 
 
@@ -104,23 +110,23 @@ def _group_id(
     multiple=True,
     default=("127.0.0.1:50051",),
     metavar="ADDR",
-    help="Where to listen: host:port (port 0 for any free one) or unix:///path. May be repeated; "
-    "in the environment, separated by spaces.",
+    help="Where to listen: host:port (port 0 for any free port) or unix:///path. May be repeated; "
+    "in the environment, separate addresses by spaces.",
 )
 @click.option(
     "--socket-mode",
     default=None,
     metavar="MODE",
     callback=_file_mode,
-    show_default="0660 with --socket-group, 0666 with --shared-memory-users, else as the umask has it",
-    help="Permissions of the Unix sockets, in octal digits: who may write may call.",
+    show_default="0660 with --socket-group, 0666 with --shared-memory-users, else what the umask leaves",
+    help="Permissions of the Unix sockets, in octal digits: users who may write to a socket may call the server.",
 )
 @click.option(
     "--socket-group",
     default=None,
     metavar="GROUP",
     callback=_group_id,
-    show_default="as the system has it",
+    show_default="the one that the system gives new files",
     help="The group of the Unix sockets: a name or a number.",
 )
 @click.option(
@@ -133,38 +139,38 @@ def _group_id(
     "--direct-port",
     type=click.IntRange(0, 65535),
     default=0,
-    show_default="any free one",
-    help="The TCP port for that, on the hosts that --listen names.",
+    show_default="any free port",
+    help="The TCP port for direct calls, on the hosts that --listen names.",
 )
 @click.option(
     "--device",
     default="auto",
     metavar="cpu|cuda[:N][,...]|auto",
     callback=_device_name,
-    help="What to compute on. cuda: every GPU; cuda:0,cuda:1: some; auto: every GPU, or the "
-    "processor if there is none.",
+    help="The devices to compute on. cuda: every GPU; cuda:0,cuda:1: these; auto: every GPU, or the "
+    "processor if there is no GPU.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1, _MAX_THREADS_COUNT),
     default=None,
     show_default="the processors it may use",
-    help="Threads that compute on the processor.",
+    help="How many threads compute on the processor.",
 )
 @click.option(
     "--device-memory-bytes",
     type=ByteSize(min=1),
     default=None,
     show_default="nine tenths of a GPU's free memory; five sixteenths of the processor's",
-    help="What calls may take of each device's memory, all together.",
+    help="How much of each device's memory all calls together may take.",
 )
 @click.option(
     "--plan-store",
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
     show_default="none",
-    help="Folder where GPU plans are kept, so that a restarted server is warm. What a server died at while it searched "
-    "for a plan is kept there too, and the next one does not use cuDNN for it.",
+    help="Folder where GPU plans are stored, so that a restarted server is warm. If a server crashes while it tries "
+    "cuDNN for a problem, that is stored there too, and the next server does not use cuDNN for that problem.",
 )
 @click.option(
     "--max-message-bytes",
@@ -178,7 +184,7 @@ def _group_id(
     type=ByteSize(min=0),
     default=None,
     show_default="a quarter of the memory",
-    help="What clients on this host may borrow, all together, to pass tensors in; 0 for nothing.",
+    help="How much memory all clients on this host together may borrow to pass tensors in; 0 to lend none.",
 )
 @click.option(
     "--shared-memory-users",
@@ -186,44 +192,45 @@ def _group_id(
     metavar="ID[,...]",
     callback=_user_ids,
     show_default="none",
-    help="Numbers of the users who may borrow it, beside the server's own and root. So that they can call, "
-    "any user may, unless --socket-mode or --socket-group says who.",
+    help="Ids of the users who may borrow that memory, in addition to the server's own user and root. Any user may "
+    "then call, unless --socket-mode or --socket-group restricts that.",
 )
 @click.option(
     "--resident-memory-bytes",
     type=ByteSize(min=0),
     default=None,
     show_default="a quarter of what calls may take",
-    help="What tensors that clients keep here may take of each device's memory; 0 for nothing.",
+    help="How much of each device's memory resident tensors may take; 0 to keep none.",
 )
 @click.option(
     "--spill-memory-bytes",
     type=ByteSize(min=0),
     default=None,
     show_default="an eighth of the memory",
-    help="What they may take of the host's memory when a GPU has no room for them.",
+    help="How much of the host's memory resident tensors may take when a GPU has no room for them.",
 )
 @click.option(
     "--tenant-bytes",
     type=ByteSize(min=0),
     default=None,
-    show_default="no quota: the least recently used gives way",
-    help="The quota of a tenant: those who tell the same secret, or else one connection.",
+    show_default="no quota: the least recently used are evicted",
+    help="How much memory the residents of one tenant may take. A tenant is all clients that send the same secret, or "
+    "else one connection.",
 )
 @click.option(
     "--session-lease-s",
     type=Seconds(min=0, min_open=True),
     metavar="SECONDS",
     default=30.0,
-    help="How long tensors are kept for a client that gives no sign of life.",
+    help="How long residents are kept for a client that sends no heartbeat.",
 )
 @click.option(
     "--drain-timeout-s",
     type=Seconds(min=0),
     metavar="SECONDS",
     default=30.0,
-    help="How long calls under way may take to end after SIGTERM or SIGINT. The process ends within two seconds more, "
-    "and at once at a second signal.",
+    help="How long calls under way may take to end after SIGTERM or SIGINT. The process reasons at most two seconds "
+    "later, and at once at a second signal.",
 )
 @click.option(
     "--log-level",
@@ -254,25 +261,25 @@ def main(
 ) -> None:
     """Serve deconvolutions to deconvd's clients.
 
-    Prints a line for each address once it can serve. Each option can be given in the environment
-    too, as DECONVD_ and its name in capitals: --direct-port as DECONVD_DIRECT_PORT,
-    --no-direct-calls as DECONVD_DIRECT_CALLS=no. A SIZE is in bytes, or as in 512M (times 10^6)
+    The server prints a line for each address once it can serve. Each option can also be set in the
+    environment, by DECONVD_ and its name in capitals: --direct-port by DECONVD_DIRECT_PORT,
+    --no-direct-calls by DECONVD_DIRECT_CALLS=no. A SIZE is in bytes, or as in 512M (times 10^6)
     or 4Gi (times 2^30).
 
-    Memory is the host's, or what the cgroup may take if that is less, as in a container; processors
-    likewise.
+    Where a default is a part of the memory, that is the memory of the host, or the limit of the
+    cgroup if that is less, as in a container. The same holds for processors.
 
-    Exit codes are 0 after a drain, 1 if it cannot start, 2 if an option is wrong, 3 if it must be
-    started anew, 4 after a drain that cut calls short; README.md has them in a table.
+    Exit codes: 0 after a drain, 1 if the server cannot start, 2 if an option is wrong, 3 if the
+    server must be restarted, 4 after a drain that cut calls short. README.md has them in a table.
     """
     _log_to_standard_error(log_level)
     _warn_of_unknown_variables()
     machine = budgets()
     keep_freed_memory(machine.pool_bytes)
     _start_descriptor_guard()
-    ends = ExitReasons()
-    drainer = Drainer(ends)
-    devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=ends.put)
+    reasons = ExitReasons()
+    drainer = Drainer(reasons)
+    devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=reasons.put)
     if max_message_bytes is None:
         max_message_bytes = machine.largest_message_bytes
     if shared_memory_bytes is None:
@@ -295,7 +302,7 @@ def main(
                 direct_port=direct_port,
                 access=_socket_access(socket_mode, socket_group, shared_memory_users),
             ),
-            on_lost=lambda what: ends.put(ServingLostError(what)),
+            on_lost=lambda what: reasons.put(ServingLostError(what)),
         )
     except (OSError, DeconvdError) as error:
         _exit_with_error(error)
@@ -305,7 +312,7 @@ def main(
         daemon.drain()
         _exit_with_error(error)
     _print_addresses(daemon.addresses)
-    run(daemon, ends, drainer, drain_timeout_s)
+    run(daemon, reasons, drainer, drain_timeout_s)
 
 
 def _start_descriptor_guard() -> None:
@@ -318,7 +325,7 @@ def _start_descriptor_guard() -> None:
 
 
 def _socket_access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:
-    """Return who may open the Unix sockets; None for whom the umask lets."""
+    """Return who may open the Unix sockets; None to leave that to the umask."""
     if mode is None:
         if group is None and not users:
             return None
@@ -333,22 +340,22 @@ def _log_to_standard_error(level: str) -> None:
 
 
 def _print_addresses(addresses: Sequence[str]) -> None:
-    """Print where the server listens. That nobody can be told is no reason not to serve."""
+    """Print where the server listens. If that fails, the server serves all the same."""
     try:
         for address in addresses:
             print(f"deconvd-server: listening on {address}", flush=True)
     except OSError as error:
-        _log.warning("cannot write to standard output, so nobody is told there: %s", error.strerror)
+        _log.warning("cannot print the addresses to standard output: %s", error.strerror)
         discard_output()
 
 
 def _warn_of_unknown_variables() -> None:
     if unknown := unknown_variables(os.environ, main.variables):
-        _log.warning("environment variables that are no options: %s", ", ".join(unknown))
+        _log.warning("environment variables that are not options: %s", ", ".join(unknown))
 
 
 def _exit_with_error(error: Exception) -> NoReturn:
-    """End with the reason why the server cannot start; a wrong option is for the command to tell."""
+    """Exit with the reason why the server cannot start. The command itself reports a wrong option."""
     if isinstance(error, InvalidArgumentError):
         raise error
     sys.exit(f"deconvd-server: {error}")

@@ -1,4 +1,4 @@
-"""What serves calls once there are devices: engines, tensors that stay, lent memory, direct connections."""
+"""The part of the server that exists once its devices are open: engines, residents, lent memory, direct connections."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ from deconvd_server.settings import Settings
 from deconvd_server.shared_memory import CardLender, Lender, LoanLimits
 from deconvd_server.transports.direct.server import DirectServer
 from deconvd_server.transports.listen import listen_tcp, unix_socket_paths
-from deconvd_server.transports.serve import Observer
+from deconvd_server.transports.observers import Observer
 
 __all__ = ["STREAMS_COUNT", "Backend"]
 
 _WAITING_CALLS_COUNT: Final = 96
-"""Calls that wait for a device, on all of them together: each has a thread, and waits for seconds at most if calls are
-small."""
+"""How many calls may wait for a device, on all devices together. Each takes a thread while it waits. If calls are small
+it waits for seconds at most."""
 
 _WAITING_STREAMS_COUNT: Final = 16
-"""As many as run: a stream waits for one other on average."""
+"""How many streams may wait: as many as run, so that a stream waits for one other on average."""
 
 _POOLS_COUNT: Final = 4
-"""Of those that `Budgets.pool_bytes` speaks of."""
+"""How many pools there are of those that `Budgets.pool_bytes` is for."""
 
 STREAMS_COUNT: Final = 16
-"""How many streams may be under way: those of one peer, an eighth less."""
+"""How many streams may run at once: those of one peer, an eighth less."""
 
 _log = logging.getLogger(__name__)
 
 
 class Backend:
-    """All that serves calls, whole once it is made.
+    """Everything that serves calls. It is complete once it is made.
 
     Attributes:
-        behaviours: What serves each method, by its name.
-        residents: What computes, and what stays there.
-        lender: Lends memory to clients on this host; None if no one does.
-        streams: Who may stream.
+        methods: The methods of the service by their names.
+        residents: The engines, and the residents on their devices.
+        lender: Lends memory to clients on this host; None if the server lends none.
+        stream_admission: Admits streams.
 
     Args:
-        devices: At least one. It closes them, once it is made.
-        addresses: Those of the settings, as `bind` has returned them.
-        observers: Hear of every direct call.
-        on_lost: Called with what is lost, in any thread, if an error that was not foreseen ends a thread that
-            everyone depends on. Only a new process can help then.
+        devices: At least one. `close` closes them; if this cannot be made, the caller does.
+        addresses: The addresses of the settings, as `bind` has returned them.
+        observers: They are told of every direct call.
+        on_lost: Called with the name of what is lost, in any thread, if an unforeseen error ends a thread that all
+            calls need. Only a new process helps then.
 
     Raises:
         AddressInUseError: Another process has the port for direct calls.
@@ -81,11 +81,11 @@ class Backend:
         on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
         instance = secrets.token_bytes(16)
-        listeners = _listen_for_direct_calls(settings, addresses)  # first, since it may fail
+        listeners = _listen_for_direct_calls(settings, addresses)  # first, because it may fail
         grpc_paths = [Path(path) for path in unix_socket_paths(addresses)]
         memory_sides = _open_memory_sockets(settings, grpc_paths)
         call_sides = _open_call_sockets(settings, grpc_paths)
-        ways = pb.GetServerInfoResponse(
+        endpoints = pb.GetServerInfoResponse(
             instance_id=instance.hex(),
             unix_sockets=[str(path) for path in grpc_paths],
             side_sockets=[
@@ -100,7 +100,8 @@ class Backend:
         )
         self._messages = Admission(
             _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
-            2 * budgets().messages_bytes,  # and nothing for a processor's calls
+            2
+            * budgets().messages_bytes,  # not for calls on the processor: its own budget counts their messages
             _WAITING_CALLS_COUNT,
             reserved_count=_WAITING_CALLS_COUNT // 4,
             memory="the host's memory for messages",
@@ -112,16 +113,14 @@ class Backend:
         self.lender = _make_lender(
             settings, self._engines, list(memory_sides.values()), instance, on_lost
         )
-        self.stream_admission = StreamAdmission(
-            Admission(
-                STREAMS_COUNT,
-                budgets().streams_bytes,
-                _WAITING_STREAMS_COUNT,
-                memory="the host's memory for streams",
-            ),
+        self._streams_memory = Admission(
             STREAMS_COUNT,
+            budgets().streams_bytes,
             _WAITING_STREAMS_COUNT,
-            on_lost,
+            memory="the host's memory for streams",
+        )
+        self.stream_admission = StreamAdmission(
+            self._streams_memory, STREAMS_COUNT, _WAITING_STREAMS_COUNT, on_lost
         )
         self._slices = WorkersExecutor(
             Workers(STREAMS_COUNT * SLICES_IN_FLIGHT, SLICES_IN_FLIGHT, name="slice")
@@ -129,7 +128,7 @@ class Backend:
         service = DeconvolutionService(
             self.residents,
             self.lender,
-            ways,
+            endpoints,
             max_message_bytes=settings.max_message_bytes,
             streams=self.stream_admission,
             executor=self._slices,
@@ -141,23 +140,23 @@ class Backend:
                 list(call_sides.values()), listeners, self.methods, instance, observers, on_lost
             )
 
-    @property
     def budgeted_bytes(self) -> int:
-        """What budgets count of the host's memory now, but for what is lent to clients."""
-        streams_bytes = self.stream_admission.load.used_bytes
-        loads = [engine.load for engine in self._engines.all if not engine.info.has_own_memory]
-        devices_bytes = sum(load.used_bytes + load.reserved_bytes for load in loads)
-        return streams_bytes + self._messages.load.used_bytes + devices_bytes
+        """Return the host memory that budgets count now, without the memory that is lent to clients."""
+        total_bytes = self._streams_memory.taken_bytes + self._messages.taken_bytes
+        for engine in self._engines.all:
+            if not engine.info.has_own_memory:
+                total_bytes += engine.taken_bytes
+        return total_bytes
 
     @property
     def pooled_bytes(self) -> int:
-        """What pools may keep of it beside, of memory that was freed and is used again."""
+        """The host memory that pools may keep in addition, of memory that was freed and is used again."""
         cards_count = sum(engine.info.has_own_memory for engine in self._engines.all)
         machine = budgets()
         return _POOLS_COUNT * machine.pool_bytes + cards_count * machine.card_results_bytes
 
     def withdraw(self) -> None:
-        """Take no more clients, direct calls and sessions, and give up the paths. Calls under way go on."""
+        """Accept no more clients, direct calls and sessions, and give up the sockets' paths. Calls under way go on."""
         if self.lender is not None:
             self.lender.withdraw()
         if self._direct is not None:
@@ -170,11 +169,14 @@ class Backend:
             self._direct.cancel()
 
     def end_direct_calls(self, timeout_s: float) -> bool:
-        """Return once no direct call is under way, and whether none was cancelled: they are after `timeout_s`."""
+        """Wait until no direct call is under way, and cancel those that still are after `timeout_s`.
+
+        Return whether none was cancelled.
+        """
         return self._direct is None or self._direct.close(timeout_s)
 
     def close(self) -> None:
-        """Close all but the direct connections, once no call is under way."""
+        """Close everything else than the direct connections. No call may be under way."""
         self.stream_admission.close()
         self._slices.shutdown()
         if self.lender is not None:
@@ -191,12 +193,17 @@ def _listen_for_direct_calls(settings: Settings, addresses: Sequence[str]) -> li
     except AddressInUseError as error:
         if settings.direct_port:
             raise
-        _log.warning("calls over TCP are made by gRPC: %s", error)
+        _log.warning(
+            "there are no direct connections over TCP, and calls are made by gRPC: %s", error
+        )
         return []
 
 
 def _open_memory_sockets(settings: Settings, grpc_paths: Sequence[Path]) -> dict[Path, SideSocket]:
-    """Return the sockets where memory is lent, by those for gRPC: a server without any has one, too."""
+    """Return the sockets where memory is lent, by the path of the gRPC socket next to which they are.
+
+    A server that listens on no Unix socket has one in a private folder.
+    """
     if not settings.shared_memory_bytes:
         return {}
     if grpc_paths:
@@ -216,7 +223,7 @@ def _open_call_sockets(settings: Settings, grpc_paths: Sequence[Path]) -> dict[P
 
 
 def _side_socket_name(grpc_path: Path, sides: Mapping[Path, SideSocket]) -> str:
-    """Return what clients are told of the socket beside one for gRPC: its name if it is in the same directory."""
+    """Return how clients find the side socket of a gRPC socket: its name if both are in one folder, else its path."""
     side = sides.get(grpc_path)
     if side is None:
         return ""
@@ -245,7 +252,7 @@ def _make_lender(
 
 
 def _make_card_lender(engines: Engines) -> CardLender | None:
-    """Return who lends memory of cards, up to half of what there is; None if there is no card."""
+    """Return the lender of the cards' memory, up to half of their budgets; None if there is no card."""
     by_card = {engine.info.card: engine for engine in engines.all if engine.info.card}
     budget_bytes = sum(engine.info.budget_bytes for engine in by_card.values())
     return (

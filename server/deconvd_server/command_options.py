@@ -1,4 +1,4 @@
-"""Options of deconvd-server that click does not have: sizes, seconds, and all of them as variables."""
+"""What click lacks for the options of deconvd-server: sizes, seconds, and an environment variable for each option."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["ByteSize", "Seconds", "ServerCommand", "unknown_variables"]
 _SIZE = re.compile(r"(?P<count>[0-9]+)(?P<unit>[kKMGT]?|[KMGT]i)")
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _MOST_BYTES = 2**63 - 1
-"""What a message can say."""
+"""The largest number of bytes that a message of the schema can tell."""
 
 _CLIENT_VARIABLES = frozenset({"DECONVD_TARGET", "DECONVD_TENANT_KEY"})
 _KUBERNETES_VARIABLES = re.compile(
     r"DECONVD_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
-"""Variables that every container gets where a Service is called deconvd."""
+"""Variables that Kubernetes sets in every container where a Service has the name deconvd."""
 
 
 class ServerCommand(CliCommand):
-    """A command each of whose options can come from the environment, by the option's own name.
+    """A command whose options can all be set in the environment, by a variable with the option's own name.
 
-    click would take the name of the Python parameter instead.
+    click would name the variable after the Python parameter instead.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class ServerCommand(CliCommand):
 
     @property
     def settable(self) -> list[click.Option]:
-        """The options that set something, which --version and --help do not."""
+        """The options that set something: all but --version and --help."""
         return [o for o in self.params if isinstance(o, click.Option) and o.expose_value]
 
     @property
@@ -55,7 +55,6 @@ class ByteSize(click.IntRange):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
         match = _SIZE.fullmatch(str(value).strip())
         if match is None:
             self.fail(
@@ -80,7 +79,6 @@ class Seconds(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Return the seconds."""
         seconds = float(super().convert(value, param, ctx))
         if not math.isfinite(seconds) or seconds > MAX_TIMEOUT_S:
             self.fail(f"{value} is not a number up to {MAX_TIMEOUT_S:.0f}", param, ctx)
@@ -88,13 +86,13 @@ class Seconds(click.FloatRange):
 
 
 def unknown_variables(names: Iterable[str], known: list[str]) -> list[str]:
-    """Return those of an environment that look like options and are none, with the nearest option.
+    """Return the environment variables that look like options and are not, each with the option that is nearest.
 
     Args:
         names: The names of all environment variables.
-        known: The names of those that are options.
+        known: The variables of the options.
 
-    Those of the client are left out, and those that Kubernetes makes for a Service called deconvd.
+    Variables of the client are left out, and those that Kubernetes sets for a Service with the name deconvd.
     """
     unknown = sorted(
         name
@@ -103,12 +101,10 @@ def unknown_variables(names: Iterable[str], known: list[str]) -> list[str]:
         and name not in _CLIENT_VARIABLES.union(known)
         and not _KUBERNETES_VARIABLES.fullmatch(name)
     )
-    by_end = {
-        name.removeprefix(ENVVAR_PREFIX): name for name in known
-    }  # what all share is no likeness
-    near = {
-        name: get_close_matches(name.removeprefix(ENVVAR_PREFIX), by_end, 1) for name in unknown
-    }
-    return [
-        f"{name} (is {by_end[ends[0]]} meant?)" if ends else name for name, ends in near.items()
-    ]
+    # Compared without the prefix: it would make all of them look alike.
+    by_suffix = {name.removeprefix(ENVVAR_PREFIX): name for name in known}
+    described = []
+    for name in unknown:
+        matches = get_close_matches(name.removeprefix(ENVVAR_PREFIX), by_suffix, 1)
+        described.append(f"{name} (did you mean {by_suffix[matches[0]]}?)" if matches else name)
+    return described

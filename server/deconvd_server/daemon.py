@@ -1,6 +1,7 @@
-"""The daemon's life: it listens, becomes ready, serves, drains and stops.
+"""The life of the daemon: it listens, becomes ready, serves, drains and stops.
 
 LISTENING --devices ready--> SERVING --drain--> DRAINING --last call ended--> STOPPED
+    `-----------------drain----------------------^
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from deconvd_server.transports.grpc.health import Health
 from deconvd_server.transports.grpc.reflection import reflection_handlers
 from deconvd_server.transports.grpc.server import GrpcServer
 from deconvd_server.transports.listen import bind, release
-from deconvd_server.transports.serve import CallLog, Observer
+from deconvd_server.transports.observers import CallLog, Observer
 
 __all__ = ["Daemon", "DaemonState"]
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
 _WORKERS_COUNT: Final = CALLS_COUNT + 16
-"""One for each call, and some for the messages of sessions."""
+"""A worker for each call, and some for the messages of sessions."""
 
 _PRESTARTED_WORKERS_COUNT: Final = 16
-"""Those that are there from the start, so that calls are served when the system has no thread left."""
+"""The workers that are started at once, so that calls are served even if the system has no thread left later."""
 
 _IN_FLIGHT_S: Final = 0.1
-"""How long calls that clients have sent may take to come. What comes once gRPC stops it ends with CANCELLED,
-which clients need not try again. So calls are kept waiting for so long: who calls again only with an answer has none
-on its way then, and once told UNAVAILABLE it knows to go elsewhere.
+"""How long a call that a client has sent may take to arrive. Once the server has stopped accepting, gRPC ends arriving
+calls with CANCELLED, which clients need not retry. So a drain first lets new calls wait for this time, unanswered: a
+client that sends one call after the other has none on its way then. Only then all get UNAVAILABLE, and go elsewhere.
 """
 
 _log = logging.getLogger(__name__)
@@ -54,19 +55,19 @@ class DaemonState(Enum):
 
 
 class Daemon:
-    """A gRPC server with its service, health and reflection.
+    """A server: gRPC with health and reflection, and the backend.
 
-    It listens once made: health then says NOT_SERVING and calls are answered UNAVAILABLE, until
-    `serve` has devices.
+    It listens as soon as it is made. Until `serve` has opened the devices, health is NOT_SERVING and calls get
+    UNAVAILABLE.
 
     Attributes:
-        addresses: Where it listens, with the ports that it got.
-        backend: What serves calls; None until the devices are ready.
+        addresses: The addresses on which it listens, with the ports that it got.
+        backend: Serves the calls; None until the devices are open.
 
     Args:
-        observers: Hear of every call.
-        on_lost: Called, in any thread, with what has ended by itself and everyone depends on: the process must be
-            started anew.
+        observers: They are told of every call.
+        on_lost: Called with the name of a part that has ended by itself and that all calls need, in any thread: the
+            process must be restarted.
 
     Raises:
         InvalidArgumentError, AddressInUseError: It cannot listen on one of the addresses.
@@ -86,10 +87,10 @@ class Daemon:
         self._lock = threading.Lock()
         self._is_cut = False
         self._workers = Workers(_WORKERS_COUNT, _PRESTARTED_WORKERS_COUNT)
-        self._gate = GrpcService(_SERVICE, self._workers, observers)
+        self._service = GrpcService(_SERVICE, self._workers, observers)
         self._health = Health(_SERVICE.full_name)
         self._server = GrpcServer(
-            {**self._gate.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
+            {**self._service.handlers, **self._health.handlers, **reflection_handlers(_SERVICE)},
             settings.max_message_bytes,
             budgets().messages_bytes,
             lambda: on_lost("gRPC's thread"),
@@ -98,10 +99,10 @@ class Daemon:
             bind(self._server, address, settings.access) for address in settings.addresses
         ]
         self._server.start()
-        self._gate.expire(self._server.call_later)
+        self._service.expire(self._server.call_later)
 
     def serve(self, open_devices: Callable[[], Sequence[Device]]) -> None:
-        """Open the devices and serve calls with them; return once it can.
+        """Open the devices, and serve calls with them from now on.
 
         Raises:
             AddressInUseError: Another process has the port for direct calls.
@@ -119,64 +120,64 @@ class Daemon:
             if self.state is DaemonState.LISTENING:
                 self.backend = backend
                 self._server.receive_limiter.set_accounting(
-                    lambda: backend.budgeted_bytes, backend.pooled_bytes
+                    backend.budgeted_bytes, backend.pooled_bytes
                 )
-                self._gate.open(backend.methods)
+                self._service.open(backend.methods)
                 self.state = DaemonState.SERVING
                 self._health.set_serving(True)
                 return
-        backend.withdraw()  # it drains already
+        backend.withdraw()  # the daemon has begun to drain meanwhile
         backend.end_direct_calls(0)
         backend.close()
 
     def drain(self) -> bool:
-        """Take no more calls, let those under way end, and stop: for good once it returns.
+        """Accept no more calls, wait for those under way, and stop for good.
 
         Calls that outlast `drain_timeout_s` are cancelled.
 
         Returns:
-            Whether no call was.
+            Whether no call was cancelled.
         """
         with self._lock:
             self.state = DaemonState.DRAINING
             backend = self.backend
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         self._health.fail()
-        self._gate.close()
+        self._service.close()
         if backend is not None:
-            backend.withdraw()  # while its paths are ours, like the socket beside them
-        is_whole = self._stop(deadline_s)
+            backend.withdraw()  # now, while no other server can have taken over the sockets' paths
+        is_clean = self._stop(deadline_s)
         if backend is not None:
-            is_whole &= backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
+            is_clean &= backend.end_direct_calls(max(deadline_s - time.monotonic(), 0))
         for address in self.addresses:
             release(address)
-        self._workers.close()  # a cancelled call's may still be on its way out
+        self._workers.close()  # waits for workers of cancelled calls, which use the backend
         if backend is not None:
             backend.close()
         self.state = DaemonState.STOPPED
-        return is_whole
+        return is_clean
 
     def fail(self) -> None:
-        """Say NOT_SERVING for good: a device is lost, and only a new process can get it back."""
+        """Report NOT_SERVING for good: a device is lost, and only a new process can get it back."""
         self._health.fail()
 
     def cut_drain(self) -> None:
         """Cancel the calls that `drain` waits for."""
         _log.warning("the drain is cut short: calls under way are cancelled")
         self._is_cut = True
-        self._gate.wake()
+        self._service.wake()
         if self.backend is not None:
             self.backend.cancel_direct_calls()
 
     def _stop(self, deadline_s: float) -> bool:
-        """Stop gRPC once no call is under way, or they are to be cancelled; return whether none was."""
+        """Stop gRPC: wait for calls until the deadline, then cancel those under way. Return whether there was none."""
         time.sleep(min(_IN_FLIGHT_S, max(deadline_s - time.monotonic(), 0)))
         self._server.stop_accepting()
-        self._gate.refuse()
+        self._service.refuse()
         self._health.end_watches()
-        is_whole = self._gate.wait_until_ended(
+        is_clean = self._service.wait_until_ended(
             max(deadline_s - time.monotonic(), 0), lambda: self._is_cut
         )
         self._server.cancel_all()
         self._server.join()
-        return is_whole
+        return is_clean

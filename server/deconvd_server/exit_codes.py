@@ -11,16 +11,16 @@ class ExitCode(IntEnum):
     """Exit codes of the server's process. README.md has them in a table."""
 
     DRAINED = 0
-    """It was told to end, and every call under way did."""
+    """It was asked to end, and no call was cut short."""
 
     FAILED = 1
     """It could not start."""
 
     WRONG_OPTION = 2
-    """An option is wrong: starting it again would not help."""
+    """An option is wrong: a restart would not help."""
 
-    START_ANEW = 3
-    """A card, or a thread that all calls need, is lost: only another process gets it back."""
+    NEEDS_RESTART = 3
+    """A card, or a thread that all calls need, is lost: only a new process gets it back."""
 
     CUT_SHORT = 4
-    """It was told to end, and calls were cut short: by the time limit of the drain, or a second signal."""
+    """It was asked to end, and calls were cut short, by the time limit of the drain or by a second signal."""

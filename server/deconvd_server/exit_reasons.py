@@ -1,4 +1,4 @@
-"""Reasons to end the process, in the order they come: signals, the loss of a device, the end of the drain."""
+"""Reasons to end the process, in the order in which they come: signals, the loss of a device, the end of a drain."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ __all__ = ["DrainResult", "ExitReason", "ExitReasons", "ServingLostError"]
 
 
 class ServingLostError(Exception):
-    """A part of the server that all calls depend on has ended by itself: the process must be started anew."""
+    """A part of the server that all calls need has ended by itself: the process must be restarted."""
 
 
 class DrainResult:
     """The daemon has drained.
 
     Attributes:
-        is_whole: Whether no call was cut short.
+        is_clean: Whether no call was cut short.
     """
 
-    def __init__(self, is_whole: bool) -> None:
-        self.is_clean = is_whole
+    def __init__(self, is_clean: bool) -> None:
+        self.is_clean = is_clean
 
 
 ExitReason = signal.Signals | DeviceLostError | ServingLostError | DrainResult
 
 _LEAST_TIMEOUT_S = 1e-3
-"""Zero would mean not to wait, and raise another error."""
+"""A timeout of 0 would make the socket non-blocking, which raises another error."""
 
 _NOT_A_SIGNAL = 0
-"""The byte that stands for an end that is no signal."""
+"""The byte that announces a reason other than a signal."""
 
 
 class ExitReasons:
-    """The reasons to end that have come and not been taken. To be made in the main thread, once.
+    """The reasons to end that have come and have not been taken. Make it once, in the main thread.
 
-    The kernel may hand a signal to any thread. Python then notes it, but a main thread that waits
-    for a lock sleeps on; so it waits for a socket here, into which Python's own C handler writes.
+    The kernel may deliver a signal to any thread. Python notes it, but a main thread that waits for a lock sleeps on.
+    So the main thread waits for a socket here, and Python's own C handler writes each signal into it.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class ExitReasons:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: None)
 
-    def put(self, end: DeviceLostError | ServingLostError | DrainResult) -> None:
-        """Add an end. May be called from any thread."""
-        self._others.put(end)
+    def put(self, reason: DeviceLostError | ServingLostError | DrainResult) -> None:
+        """Add a reason. Any thread may call this."""
+        self._others.put(reason)
         self._writer.send(bytes([_NOT_A_SIGNAL]))
 
     def take(self, timeout_s: float | None = None) -> ExitReason | None:
-        """Wait for an end, and return it; None if none comes in time."""
+        """Wait for a reason, and return it; None if no reason comes in time."""
         self._reader.settimeout(
             timeout_s if timeout_s is None else max(timeout_s, _LEAST_TIMEOUT_S)
         )

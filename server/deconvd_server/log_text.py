@@ -1,4 +1,4 @@
-"""Log lines that clients cannot write: what they send may be in a message, but never as a line of its own."""
+"""Log lines that clients cannot forge: a line may quote a client's text, but the text never makes a line of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 __all__ = ["LogFormatter", "excerpt", "printable"]
 
 _EXCERPT_LENGTH: Final = 200
-"""Characters of a text that a client has a hand in."""
+"""How many characters of a client's text the log gets."""
 
 _INDENT: Final = "    "
 
@@ -19,7 +19,7 @@ _ExcInfo: TypeAlias = (
 
 
 def printable(text: str) -> str:
-    """Return a text as one line, in which what cannot be printed is escaped as in Python's strings."""
+    """Return a text as one line. Characters that cannot be printed are escaped as in Python's strings."""
     if text.isprintable():
         return text
     return "".join(
@@ -29,22 +29,22 @@ def printable(text: str) -> str:
 
 
 def excerpt(text: object) -> str:
-    """Return what a log may have of a text that a client has a hand in: printable, and not long."""
+    """Return the beginning of a text that a client may have influenced, fit for a log: printable and short."""
     line = printable(str(text)[: _EXCERPT_LENGTH + 1])
     return line if len(line) <= _EXCERPT_LENGTH else f"{line[:_EXCERPT_LENGTH]}…"
 
 
 class LogFormatter(logging.Formatter):
-    """Formats each record, also those of libraries, as one line, and tracebacks behind it with an indent."""
+    """Formats each record as one line, followed by an indented traceback if it has one. It serves libraries, too."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return a record's line."""
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: _ExcInfo) -> str:
-        """Return the traceback: an error's own text may have lines that look like records."""
+        """Return a traceback, indented: the text of an error may have lines that look like records."""
         lines = super().formatException(ei).split("\n")
         return "\n".join(_INDENT + printable(line) for line in lines)

@@ -1,4 +1,4 @@
-"""What a daemon is told when it starts."""
+"""The settings of a daemon."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a daemon is told when it starts.
+    """The settings of a daemon, which it gets when it starts.
 
     Attributes:
-        addresses: Where to listen; see `bind`.
+        addresses: The addresses to listen on. See `bind`.
         max_message_bytes: The largest request and the largest response.
         drain_timeout_s: How long calls under way may take to end once the daemon drains.
-        shared_memory_bytes: How much memory to lend to clients on this host; 0 for none.
-        shared_memory_users: Ids of the users to lend it to, beside the server's own and root.
-        access: Who may open the Unix sockets; None for whom the process's umask lets.
-        residents: How much may stay between calls, and for how long.
-        takes_direct_calls: Whether calls are taken without gRPC, too.
-        direct_port: The TCP port for them, on the hosts of `addresses`; 0 for any free one.
+        shared_memory_bytes: How much memory it lends to clients on this host; 0 to lend none.
+        shared_memory_users: The ids of the users who may borrow it, in addition to the server's own user and root.
+        residents: How much memory residents may take, and for how long they stay.
+        takes_direct_calls: Whether it accepts direct connections.
+        direct_port: The TCP port for them, on the hosts of `addresses`; 0 for any free port.
+        access: Who may open the Unix sockets; None to leave that to the process's umask.
     """
 
     addresses: Sequence[str]

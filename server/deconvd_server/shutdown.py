@@ -1,4 +1,4 @@
-"""Runs a daemon until there is a reason to end, then ends the process: whatever clients do, without a new thread."""
+"""Runs a daemon until there is a reason to end, then ends the process, whatever clients do, and with no new thread."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from deconvd_server.exit_reasons import DrainResult, ExitReasons, ServingLostErr
 __all__ = ["Drainer", "run"]
 
 _LAST_DRAIN_S: Final = 5.0
-"""How long the calls of other devices may take to end once one device, or a thread that serves, is lost."""
+"""How long calls may take to end once a device, or a thread that all calls need, is lost."""
 
 _CANCELLED_DRAIN_S: Final = 1.5
-"""How long a drain may take to end calls that it has cancelled: with the rest of its work, two seconds."""
+"""How long a drain may take to end the calls that it has cancelled: with its other work, that makes two seconds."""
 
 _CUT_DRAIN_S: Final = 0.5
-"""The same, after a second signal."""
+"""How long a drain may take to end the calls that a second signal cancels."""
 
 _log = logging.getLogger("deconvd_server")
 
 
 class Drainer:
-    """A thread that drains a daemon once it is told to. It is started early: later the system may have none left.
+    """A thread that drains a daemon. It is started early: later the system may have no thread left.
 
     Args:
-        ends: Is told when the daemon has drained.
+        reasons: Gets a `DrainResult` when the daemon has drained.
     """
 
-    def __init__(self, ends: ExitReasons) -> None:
-        self._ends = ends
+    def __init__(self, reasons: ExitReasons) -> None:
+        self._reasons = reasons
         self._daemon: Daemon | None = None
         self._begin_event = threading.Event()
         threading.Thread(target=self._run, name="drain", daemon=True).start()
@@ -50,43 +50,43 @@ class Drainer:
     def _run(self) -> None:
         self._begin_event.wait()
         assert self._daemon is not None
-        is_whole = False
+        is_clean = False
         try:
-            is_whole = self._daemon.drain()
+            is_clean = self._daemon.drain()
         except Exception:  # noqa: BLE001 - logged, and in the exit code
             _log.exception("the drain has failed")
         finally:
-            self._ends.put(DrainResult(is_whole))
+            self._reasons.put(DrainResult(is_clean))
 
 
-def run(daemon: Daemon, ends: ExitReasons, drainer: Drainer, drain_timeout_s: float) -> NoReturn:
+def run(daemon: Daemon, reasons: ExitReasons, drainer: Drainer, drain_timeout_s: float) -> NoReturn:
     """Wait for a reason to end, drain, and end the process.
 
-    It ends at the next signal, or soon after the time limit, even if calls do not.
+    The process ends at the next signal, or soon after the time limit, even if calls do not end.
     """
-    end = ends.take()
-    is_lost = isinstance(end, DeviceLostError | ServingLostError)
+    reason = reasons.take()
+    is_lost = isinstance(reason, DeviceLostError | ServingLostError)
     if is_lost:
-        what = "a device is lost" if isinstance(end, DeviceLostError) else "a thread is lost"
-        _log.error("%s: the server must be started anew: %s", what, end)
+        what = "a device is lost" if isinstance(reason, DeviceLostError) else "a thread is lost"
+        _log.error("%s: the server must be restarted: %s", what, reason)
         daemon.fail()
         drain_timeout_s = min(drain_timeout_s, _LAST_DRAIN_S)
-    _log.info("%s: draining", getattr(end, "name", "stop"))
+    _log.info("%s: draining", getattr(reason, "name", "stop"))
     drainer.begin(daemon)
-    is_whole = _wait_for_drain(
-        daemon, ends, time.monotonic() + drain_timeout_s + _CANCELLED_DRAIN_S
+    is_clean = _wait_for_drain(
+        daemon, reasons, time.monotonic() + drain_timeout_s + _CANCELLED_DRAIN_S
     )
     if is_lost:
-        _exit_process(ExitCode.START_ANEW)
-    _exit_process(ExitCode.DRAINED if is_whole else ExitCode.CUT_SHORT)
+        _exit_process(ExitCode.NEEDS_RESTART)
+    _exit_process(ExitCode.DRAINED if is_clean else ExitCode.CUT_SHORT)
 
 
-def _wait_for_drain(daemon: Daemon, ends: ExitReasons, deadline_s: float) -> bool:
-    """Wait until the daemon has drained, but not for longer; return whether no call was cut short."""
-    while (end := ends.take(deadline_s - time.monotonic())) is not None:
-        if isinstance(end, DrainResult):
-            return end.is_clean
-        if not isinstance(end, DeviceLostError | ServingLostError):  # another signal
+def _wait_for_drain(daemon: Daemon, reasons: ExitReasons, deadline_s: float) -> bool:
+    """Wait until the daemon has drained, or the deadline; return whether it has, and no call was cut short."""
+    while (reason := reasons.take(deadline_s - time.monotonic())) is not None:
+        if isinstance(reason, DrainResult):
+            return reason.is_clean
+        if not isinstance(reason, DeviceLostError | ServingLostError):  # another signal
             daemon.cut_drain()
             deadline_s = min(deadline_s, time.monotonic() + _CUT_DRAIN_S)
     _log.error("calls that were cancelled do not end: the process ends without them")
@@ -94,7 +94,7 @@ def _wait_for_drain(daemon: Daemon, ends: ExitReasons, deadline_s: float) -> boo
 
 
 def _exit_process(code: ExitCode) -> NoReturn:
-    """End the process at once: a lost card's libraries may hang at exit, and so may threads at work."""
+    """End the process at once. An ordinary exit could hang in the libraries of a lost card, or wait for threads."""
     logging.shutdown()
     with suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -13,6 +13,7 @@ from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.messages import messages_for
+from deconvd.wire.slice_sizes import SLICE_BYTES
 from deconvd.wire.stream_parts import (
     ElementsPart,
     Part,
@@ -27,9 +28,6 @@ __all__ = ["begin_stream_attempt"]
 
 _StreamResult: TypeAlias = tuple[Response, dict[str, Array]]
 """The response, and the results, by the names of their fields."""
-
-_SLICE_BYTES: Final = 8 << 20
-"""Size of the operands and results of a slice: enough to keep a GPU busy, little enough to overlap with the next."""
 
 _MAX_UNANSWERED_BYTES: Final = 64 << 20
 """What may be sent before the server has said which of the offered operands it lacks."""
@@ -64,7 +62,7 @@ class _StreamCall:
     def __init__(self, call_spec: CallSpec, empty: Callable[[TensorSpec], Array]) -> None:
         problem = call_spec.problem
         sample_bytes = (problem.x.nbytes + problem.y.nbytes) // max(problem.n, 1)
-        self._step = max(_SLICE_BYTES // max(sample_bytes, 1), 1)  # samples of a slice
+        self._step = max(SLICE_BYTES // max(sample_bytes, 1), 1)  # samples of a slice
         self.is_full_duplex: bool = bool(call_spec.offered) or problem.n > self._step
         self._call_spec = call_spec
         self._empty = empty

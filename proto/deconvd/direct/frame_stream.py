@@ -64,10 +64,11 @@ class FrameStream:
 
     def next_event(self) -> Event | PendingElements:
         """Wait for the next event and return it."""
-        event = self.protocol.next_event() if self.protocol.unread_bytes else None
+        protocol = self.protocol
+        event = protocol.next_event() if protocol.unread_bytes else None
         while event is None:
-            self.protocol.note_received(self._stream.read_into(self.protocol.receive_buffer()))
-            event = self.protocol.next_event()
+            protocol.unread_bytes += self._stream.read_into(protocol.receive_buffer())
+            event = protocol.next_event()
         return event
 
     def poll_event(self, timeout_s: float) -> Event | PendingElements | None:

@@ -74,7 +74,9 @@ class BufferPool:
         """Take a buffer back, and free the buffers that have been idle for longest until the limit holds."""
         self._idle[id(buffer)] = buffer
         idle = [*self._idle.values()]
-        excess_bytes = sum(buffer.nbytes for buffer in idle) - self._limit_bytes
+        excess_bytes = -self._limit_bytes
+        for one in idle:
+            excess_bytes += one.nbytes
         for oldest in idle:
             if excess_bytes <= 0:
                 break

@@ -49,7 +49,8 @@ class ChunkSource:
             return self._parse(data)
         chunk = chunk_from_bytes(data)
         if chunk is not None:
-            return self._begin_chunk(chunk)
+            self._chunk = np.frombuffer(chunk, np.uint8)
+            return PendingElements(len(chunk))
         missing = missing_chunk_from_bytes(data)
         if missing is not None:
             return self._begin_chunk(missing, is_missing=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.descriptor import Descriptor
@@ -61,6 +61,9 @@ _MAX_CACHED_BYTES: Final = 1 << 10
 _MAX_CACHED_COUNT: Final = 1024
 """The number of messages that are cached."""
 
+_MAX_PREFIX_BYTES: Final = 10
+"""The longest prefix of a field: its number and its length take five bytes each, at most."""
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 """Wire types: https://protobuf.dev/programming-guides/encoding."""
 
@@ -69,11 +72,9 @@ _MAX_FIELD_NUMBER: Final = 2**29 - 1
 _RAW_NUMBER: Final = pb.Tensor.RAW_FIELD_NUMBER
 _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
 
-# all stream messages have the same; a number below 16 has a tag of one byte
-_CHUNK_TAG: Final = bytes([pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED])
-_MISSING_CHUNK_TAG: Final = bytes(
-    [pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED]
-)
+# all stream messages have the same
+_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
+_MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER
 
 
 class Envelope(NamedTuple, Generic[M]):
@@ -129,11 +130,13 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
         DecodeError: The bytes are not a valid message.
         ExhaustedError: The bytes have more than `MAX_NON_ELEMENT_BYTES` in addition to elements. Nothing was parsed.
     """
+    if len(data) > _MAX_SMALL_BYTES:
+        return _decode_large(message_type, data)
     if len(data) > _MAX_CACHED_BYTES:
-        return _decode_uncached(message_type, data)
+        return _decode_generic(message_type, data)
     envelope = _envelope_cache.get((message_type, data))
     if envelope is None:
-        envelope = _decode_uncached(message_type, data)
+        envelope = _decode_generic(message_type, data)
         if not envelope.raw and _tensor_fields(message_type.DESCRIPTOR):
             _cache_envelope(message_type, data, envelope)
     return envelope
@@ -181,14 +184,13 @@ def _non_element_bytes(
     return rest_bytes + len(data) - end
 
 
-def _decode_uncached(message_type: type[M], data: bytes) -> Envelope[M]:
+def _decode_large(message_type: type[M], data: bytes) -> Envelope[M]:
     check_non_element_bytes(message_type, data)
-    if len(data) > _MAX_SMALL_BYTES:
-        try:
-            return _decode_large(message_type, memoryview(data))
-        except _UnsupportedLayoutError as unusual:
-            # the bytes may still be valid: the generated class decides
-            _check_generic_size(data, unusual)
+    try:
+        return _decode_by_hand(message_type, memoryview(data))
+    except _UnsupportedLayoutError as unusual:
+        # the bytes may still be valid: the generated class decides
+        _check_generic_size(data, unusual)
     return _decode_generic(message_type, data)
 
 
@@ -207,26 +209,30 @@ def _cache_envelope(message_type: type[M], data: bytes, envelope: Envelope[M]) -
 
 def chunk_to_bytes(chunk: Buffer) -> bytes:
     """Return the message of a stream that carries a chunk. The bytes are the same for all stream messages."""
-    return b"".join((_CHUNK_TAG, _encode_varint(len(chunk)), chunk))
+    return b"".join((_field_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
 
 
 def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
     """Return the message of a stream that carries a missing chunk."""
-    return b"".join((_MISSING_CHUNK_TAG, _encode_varint(len(chunk)), chunk))
+    return b"".join((_field_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
 
 
 def chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the chunk in a stream's message. None if the message has anything else."""
-    return _only_field(data, _CHUNK_TAG)
+    prefix = _prefix_of_whole(_CHUNK_NUMBER, len(data))
+    if prefix and data.startswith(prefix):
+        return memoryview(data)[len(prefix) :]
+    return _only_field(data, _CHUNK_NUMBER)  # a length in more bytes than it needs, say
 
 
 def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the missing chunk in a stream's message. None if the message has anything else."""
-    return _only_field(data, _MISSING_CHUNK_TAG)
+    return _only_field(data, _MISSING_CHUNK_NUMBER)
 
 
-def _only_field(data: bytes, tag: bytes) -> memoryview | None:
-    # not by `_iterate_fields`: every megabyte of a stream comes by here
+def _only_field(data: bytes, number: int) -> memoryview | None:
+    # not by `_iterate_fields`: a missing chunk comes here for every megabyte of a stream
+    tag = bytes([number << 3 | _LENGTH_DELIMITED])  # a number below 16 has a tag of one byte
     if not data.startswith(tag):
         return None
     view = memoryview(data)
@@ -254,7 +260,7 @@ class _Field:
     value: memoryview | None
 
 
-def _decode_large(message_type: type[M], data: memoryview) -> Envelope[M]:
+def _decode_by_hand(message_type: type[M], data: memoryview) -> Envelope[M]:
     tensors = _tensor_fields(message_type.DESCRIPTOR)
     small: list[Buffer] = []
     raw: dict[str, Buffer] = {}
@@ -360,6 +366,17 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
     raise _UnsupportedLayoutError("an integer that is cut off or too long")
 
 
+@lru_cache(_MAX_CACHED_COUNT)
+def _prefix_of_whole(number: int, size_bytes: int) -> bytes:
+    """Return the prefix of a length-delimited field that has a size together with it; empty if no field has."""
+    for prefix_bytes in range(2, min(_MAX_PREFIX_BYTES, size_bytes) + 1):
+        prefix = _field_prefix(number, size_bytes - prefix_bytes)
+        if len(prefix) == prefix_bytes:
+            return prefix
+    return b""
+
+
+@lru_cache(_MAX_CACHED_COUNT)  # nearly all chunks of a stream have one length
 def _field_prefix(number: int, length: int) -> bytes:
     """Return the tag and the length that precede the value of a length-delimited field."""
     return _encode_varint(number << 3 | _LENGTH_DELIMITED) + _encode_varint(length)

@@ -208,9 +208,10 @@ class PartReader(Generic[_PartT]):
             InvalidArgumentError: The stream ends before the tensor is complete, or has something else.
         """
         array = self._empty(spec.raw)
-        target = _bytes_of(array)
-        filled = self._fill_from_unrequested(target)
-        self._fill(name, target[filled:], is_missing=False)
+        target = array.reshape(-1).view(np.uint8)
+        if self._unrequested:
+            target = target[self._fill_from_unrequested(target) :]
+        self._fill(name, target, is_missing=False)
         return array.astype(spec.dtype, copy=False)
 
     def read_missing(self, specs: Mapping[str, TensorSpec]) -> dict[str, Array]:
@@ -227,7 +228,7 @@ class PartReader(Generic[_PartT]):
         arrays: dict[str, Array] = {}
         for name, spec in specs.items():
             array = self._empty(spec.raw)
-            self._fill(name, _bytes_of(array), is_missing=True)
+            self._fill(name, array.reshape(-1).view(np.uint8), is_missing=True)
             arrays[name] = array.astype(spec.dtype, copy=False)
         if self._pending_bytes:
             raise InvalidArgumentError(
@@ -298,8 +299,3 @@ class PartReader(Generic[_PartT]):
         elements = np.empty(size_bytes, np.uint8)
         self._source.read_into(elements)
         self._unrequested += elements.data
-
-
-def _bytes_of(array: Array) -> Uint8Array:
-    """Return a view of the bytes of a C-contiguous array."""
-    return array.reshape(-1).view(np.uint8)

@@ -50,9 +50,10 @@ def is_raw(array: Array) -> bool:
 
 def elements_of(array: Array) -> memoryview:
     """Return an array's elements in the layout of `Tensor.raw`: a view if the array has it, otherwise a copy."""
-    # asarray copies nothing if the array has that layout
-    raw = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-    return raw.reshape(-1).view(np.uint8).data
+    little_endian = array.dtype.newbyteorder("<")
+    if not array.flags.c_contiguous or array.dtype != little_endian:
+        array = np.asarray(array, little_endian, order="C")
+    return array.reshape(-1).view(np.uint8).data
 
 
 def message_from_array(array: Array) -> pb.Tensor:

@@ -1,1 +1,1 @@
-"""What travels with a call: its context and its ledger. Devices may know it."""
+"""What a call carries through the server: its context and its ledger. Devices may import it."""

@@ -1,4 +1,4 @@
-"""One caller's claim on the server."""
+"""The context of one call: its deadline, its cancellation, its ledger and its tenant."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ __all__ = ["STALL_LIMIT_S", "CallContext", "CallerGoneError", "ClientWait", "Cli
 STALL_LIMIT_S: Final = 30.0
 """How long a call may wait for its client to send or to take anything.
 
-A switch or a wireless link that restarts is gone for less. Others who wait for the call's place wait for longer, as
-clients' timeouts are a minute by default.
+It is longer than a switch or a wireless link takes to restart. It is shorter than the default timeout of clients, which
+is a minute: calls that wait for this call's place still get it in time.
 """
 
 _LONGEST_S: Final = 365 * 24 * 3600.0
-"""A year. Clients may name deadlines that clocks and locks do not reach: 2^64 - 1 microseconds, 292 billion years."""
+"""A year. Clients may send longer timeouts than clocks and locks can represent: up to 2^64 - 1 microseconds."""
 
 
 class CallerGoneError(Exception):
-    """The caller has gone, as its transport found out: nobody is there to be told what comes of the call."""
+    """The transport has found that the caller has gone: nobody is left to get an answer or an error."""
 
 
 class ClientWait(Protocol):
-    """What waits for a client, and says so.
+    """Tells since when a call has waited for its client.
 
     Attributes:
-        blocked_since_s: Since when it has waited for the client to send or to take anything, on the monotonic clock;
-            infinity while it does not wait.
+        blocked_since_s: The time since which it has waited for the client to send or to take anything, on the
+            monotonic clock; infinity while it does not wait. Any thread may read it.
     """
 
     blocked_since_s: float
 
 
 class ClientWaitState:
-    """Something that waits for a client, whose transport sets it. See `ClientWait`."""
+    """A `ClientWait` that the transport sets."""
 
     __slots__ = ("blocked_since_s",)
 
@@ -58,31 +58,35 @@ def _do_nothing() -> None:
 
 
 class CallContext:
-    """One caller's claim on the server: it ends at its deadline, or when the caller goes.
+    """The context of one call. The call is wanted until its deadline, or until the caller goes.
 
-    Whoever works for a call asks `check` between steps, so that no work is done for nobody.
+    Code that works for a call asks `check` between steps, so that it does not work for nobody. Thread-safe.
+
+    A call's end is something else than its cancellation: it comes when nothing uses the call's memory any more, and
+    then everything that was counted for the call is given back (`on_end`).
 
     Attributes:
-        peer: Who calls, for the log.
-        counted_by: The peer that it counts for, where peers share. See `deconvd_server.resources.peer_keys`.
-        ledger: Where its time goes.
-        tenant: On whose behalf it is, if it belongs to a session; None if not.
-        waiting: Since when it waits for its client. The transport sets it for a call in parts; others never wait.
-        hang_up: Breaks the client's connection or call, from any thread and without waiting: for a client that neither
-            sends nor takes anything. The transport sets it; by default it does nothing.
-        stop_error: What the server has stopped it with, which its caller is to be told; None if it has not.
-        sendable_bytes: What the elements of its answer may have, all together, that its transport can send. The
+        peer: The caller's address, for the log.
+        peer_key: The peer that the call counts for where peers share. See `deconvd_server.resources.peer_identity`.
+        client_wait: Since when the call has waited for its client. The transport sets it for a call in parts; other
+            calls never wait.
+        close_stream: Breaks the client's connection or stream, from any thread and without waiting: for a client that
+            neither sends nor takes anything. The transport sets it; by default it does nothing.
+        stop_error: The error with which the server has stopped the call, for its caller; None if it has not.
+        ledger: Where the call's time goes.
+        tenant: The tenant for whom the call is, if it belongs to a session; None if not.
+        sendable_bytes: How many bytes the elements of the answer may have for its transport to send them. The
             transport sets it; by default there is no limit.
+        is_cancelled: Whether the caller has gone, or the server has stopped the call. Only `cancel` sets it. An
+            attribute, since a property would cost a call for each message of a stream.
 
     Args:
-        timeout_s: Seconds until the deadline, which is a year away at most; None for no deadline.
+        timeout_s: Seconds until the deadline, which is set to a year at most; None for no deadline.
     """
 
-    def __init__(
-        self, timeout_s: float | None = None, peer: str = "", counted_by: str = ""
-    ) -> None:
+    def __init__(self, timeout_s: float | None = None, peer: str = "", peer_key: str = "") -> None:
         self.peer = peer
-        self.peer_key = counted_by
+        self.peer_key = peer_key
         self.client_wait: ClientWait = _NO_WAIT
         self.close_stream: Callable[[], None] = _do_nothing
         self.stop_error: DeconvdError | None = None
@@ -93,28 +97,23 @@ class CallContext:
             None if timeout_s is None else time.monotonic() + min(timeout_s, _LONGEST_S)
         )
         self._lock = threading.Lock()
-        self._cancelled = False
+        self.is_cancelled = False
         self._callbacks: list[Callable[[], None]] = []
         self._references_count = 1
         self._end_callbacks: list[Callable[[], None]] = []
 
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether the caller has gone."""
-        return self._cancelled
-
     def cancel(self) -> None:
-        """Note that the caller has gone, and tell those who asked by `on_cancel`."""
+        """Note that the caller has gone, and call the callbacks of `on_cancel`."""
         with self._lock:
-            self._cancelled = True
+            self.is_cancelled = True
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
 
     def stop(self, error: DeconvdError) -> None:
-        """End it as `cancel` does, on the server's own account: its caller, who may be there, is told the error."""
+        """Cancel the call because the server must: the caller, who may still be there, gets the error."""
         with self._lock:
-            if self._cancelled:
+            if self.is_cancelled:
                 return
             self.stop_error = error
         self.cancel()
@@ -122,26 +121,26 @@ class CallContext:
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call `callback` once the caller goes: at once if it has gone already."""
         with self._lock:
-            if not self._cancelled:
+            if not self.is_cancelled:
                 self._callbacks.append(callback)
                 return
         callback()
 
     def remove_on_cancel(self, callback: Callable[[], None]) -> None:
-        """Forget a callback that `on_cancel` was given."""
+        """Remove a callback of `on_cancel`."""
         with self._lock, suppress(ValueError):
             self._callbacks.remove(callback)
 
     def retain(self) -> None:
-        """Let it end only after one more `end`: for a worker, which may outlast the call that it works for."""
+        """Require one more `end` before the call ends: for a worker, which may go on when the transport is done."""
         with self._lock:
             self._references_count += 1
 
     def end(self) -> None:
-        """Let it end, unless another holds it: all that was counted for it is given back (`at_end`).
+        """Release the call. The last release ends it, and calls the callbacks of `on_end`.
 
-        The transport calls it once, whatever comes of the call, and once for each `hold`: when the last byte of the
-        answer has left, or never will, and when a worker has returned.
+        The transport calls this once for each call, when the last byte of the answer has left or never will. Each
+        `retain` needs one more, when the worker has returned.
         """
         callbacks: list[Callable[[], None]] = []
         with self._lock:
@@ -152,7 +151,7 @@ class CallContext:
             callback()
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once it ends: at once if it has already."""
+        """Call `callback` once the call ends; at once if it has ended already."""
         with self._lock:
             if self._references_count > 0:
                 self._end_callbacks.append(callback)
@@ -160,19 +159,19 @@ class CallContext:
         callback()
 
     def remaining_s(self) -> float | None:
-        """Return the seconds until the deadline, 0 once it has passed; None if there is none."""
+        """Return the seconds until the deadline, 0 once it has passed; None if there is no deadline."""
         if self._deadline_s is None:
             return None
         return max(self._deadline_s - time.monotonic(), 0.0)
 
     def check(self) -> None:
-        """Return if the work is still wanted.
+        """Return if the call is still wanted.
 
         Raises:
             CallCancelledError: The caller has gone.
             DeadlineError: The deadline has passed.
         """
-        if self._cancelled:
+        if self.is_cancelled:
             raise CallCancelledError("the caller gave the call up")
-        if self.remaining_s() == 0:
+        if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
             raise DeadlineError("the call's deadline passed before its work was done")

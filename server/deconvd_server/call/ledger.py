@@ -1,4 +1,4 @@
-"""Where a call's time went, for its caller."""
+"""The ledger of a call: where its time went on the server. The caller gets it with the answer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Ledger", "Stage", "StageSpan"]
 
 
 class Stage(StrEnum):
-    """A part of a call's work on the server. Those of a stream's slices overlap, and add up."""
+    """A stage of a call's work on the server. The slices of a stream overlap, and their times are added up."""
 
     QUEUE = "queue_us"
     """Waiting for its turn on the device."""
 
     OVERLAP = OVERLAP_ENTRY
-    """Of an early call: waiting for operands to be written while others, and parts, are uploaded and computed."""
+    """In an overlapped call: waiting for operands to arrive, while what has arrived is uploaded and computed."""
 
     UPLOAD = "upload_us"
     """Operands to the device."""
@@ -31,11 +31,11 @@ class Stage(StrEnum):
     """Results from the device."""
 
     SERVER = "server_us"
-    """All of it, from the request's arrival to the end of the response."""
+    """The whole call, from the arrival of the request to the end of the response."""
 
 
 class Ledger:
-    """Microseconds by stage, of a call that begins with it. Thread-safe."""
+    """The microseconds of each stage of a call. The call begins when this object is made. Thread-safe."""
 
     def __init__(self) -> None:
         self._begin_s = time.perf_counter()
@@ -43,26 +43,28 @@ class Ledger:
         self._microseconds = {Stage.QUEUE: 0}
 
     def add(self, stage: Stage, duration_s: float) -> None:
-        """Count a time towards a stage."""
-        self.add_all([(stage, duration_s)])
+        """Add a time to a stage."""
+        with self._lock:
+            before_us = self._microseconds.get(stage, 0)
+            self._microseconds[stage] = before_us + round(duration_s * 1e6)
 
     def add_all(self, durations_s: Iterable[tuple[Stage, float]]) -> None:
-        """Count times towards stages."""
+        """Add times to stages."""
         with self._lock:
             for stage, duration_s in durations_s:
-                before = self._microseconds.get(stage, 0)
-                self._microseconds[stage] = before + round(duration_s * 1e6)
+                before_us = self._microseconds.get(stage, 0)
+                self._microseconds[stage] = before_us + round(duration_s * 1e6)
 
     def measure(self, stage: Stage) -> StageSpan:
-        """Count the time that a ``with`` block takes towards a stage."""
+        """Add the time that a ``with`` block takes to a stage."""
         return StageSpan(self, stage)
 
     def as_text(self) -> str:
-        """Return what is counted, and the time until now as all of it, as `deconvd.wire.ledger` reads it."""
+        """Return the stages, and the time until now as the whole call's, in the form of `deconvd.wire.ledger`."""
         server_us = round((time.perf_counter() - self._begin_s) * 1e6)
         with self._lock:
             entries = [*self._microseconds.items(), (Stage.SERVER, server_us)]
-        return ";".join([f"{stage}={value}" for stage, value in entries])
+        return ";".join(map("%s=%d".__mod__, entries))
 
     def as_metadata(self) -> tuple[tuple[str, str], ...]:
         """Return `as_text` as gRPC metadata."""
@@ -70,7 +72,7 @@ class Ledger:
 
 
 class StageSpan:
-    """A block whose time counts towards a stage. See `Ledger.timing`."""
+    """A block whose time is added to a stage. See `Ledger.measure`."""
 
     __slots__ = ("_ledger", "_stage", "_start_s")
 

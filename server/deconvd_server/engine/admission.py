@@ -151,10 +151,14 @@ class Admission:
             if (
                 not self._queue
                 and not self._paused
-                and self._has_room(footprint_bytes)
+                and self._free_places > 0
+                and self._free_bytes >= footprint_bytes
                 and (not lasting_bytes or self._shares.has_room(peer, lasting_bytes))
             ):
-                self._take(footprint_bytes, peer, lasting_bytes)
+                self._free_places -= 1
+                self._free_bytes -= footprint_bytes
+                if lasting_bytes:
+                    self._shares.take(peer, lasting_bytes)
                 return
         # a condition for each ticket: `_wake_first` wakes one call, not all that wait
         changed = threading.Condition(self._lock)
@@ -177,7 +181,8 @@ class Admission:
             self._free_places += 1
             self._free_bytes += footprint_bytes - lasting_bytes
             self._leaving_bytes += lasting_bytes
-            self._wake_first()
+            if self._queue or self._paused:
+                self._wake_first()
 
     def end(self, lasting_bytes: int, peer: str) -> None:
         """Give back lasting bytes."""
@@ -186,7 +191,8 @@ class Admission:
             if lasting_bytes:
                 self._shares.give_back(peer, lasting_bytes)
             self._free_bytes += lasting_bytes
-            self._wake_first()
+            if self._queue or self._paused:
+                self._wake_first()
 
     def yield_turn(self, call: CallContext) -> None:
         """Give up a running call's place to one that waits; return once the call has a place again.
@@ -254,6 +260,11 @@ class Admission:
                 used_bytes=self._unreserved_bytes - self._free_bytes,
                 reserved_bytes=self._reserved_bytes,
             )
+
+    @property
+    def taken_bytes(self) -> int:
+        """What calls take and what is held, together, now."""
+        return self._budget_bytes - self._free_bytes
 
     @property
     def _unreserved_bytes(self) -> int:

@@ -102,8 +102,16 @@ class Engine:
         """
         if self._turns is not None and problem.has_products:
             self.check_time(problem, places, call)
-        tensors = {f: o for f, o in operands.items() if not isinstance(o, Arriving)}
-        present_bytes = _resident_bytes(*tensors.values(), *places.values())
+        tensors: dict[str, Tensor] = {}
+        present_bytes = 0  # what operands and places that are in a device's memory take there
+        for field, operand in operands.items():
+            if not isinstance(operand, Arriving):
+                tensors[field] = operand
+                if not isinstance(operand, np.ndarray):
+                    present_bytes += operand.spec.nbytes
+        for place in places.values():
+            if not isinstance(place, (np.ndarray, TensorSpec)):
+                present_bytes += place.spec.nbytes
         footprint_bytes = self._device.footprint_bytes(
             operation, problem, operands, places, present_bytes
         )
@@ -247,6 +255,11 @@ class Engine:
         return self._admission.load
 
     @property
+    def taken_bytes(self) -> int:
+        """What calls and tensors take of the device's budget now."""
+        return self._admission.taken_bytes
+
+    @property
     def caches(self) -> Sequence[CacheState]:
         """The states of the caches that its device keeps between calls."""
         return self._device.caches
@@ -305,11 +318,6 @@ class Engines:
         """Close every device. No call may be running, and none may follow."""
         for engine in self.all:
             engine.close()
-
-
-def _resident_bytes(*places: ResultTarget) -> int:
-    """Return how many bytes of a device's memory a call's operands and places have already."""
-    return sum([p.spec.nbytes for p in places if not isinstance(p, (np.ndarray, TensorSpec))])
 
 
 def _load_key(engine: Engine) -> tuple[int, float]:

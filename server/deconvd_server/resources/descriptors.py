@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from deconvd_server.resources.peer_keys import peer_key_of_connection
+from deconvd_server.resources.peer_identity import peer_key_of_connection
 
 __all__ = ["DescriptorGuard", "TooFewDescriptorsError", "connections_count", "raise_limit"]
 

@@ -1,6 +1,6 @@
 """Fair shares of a limited number of places: one peer may have nearly all, until other peers ask for some.
 
-`deconvd_server.resources.peer_keys` says which connections count as one peer. Direct connections, calls, streams,
+`deconvd_server.resources.peer_identity` says which connections count as one peer. Direct connections, calls, streams,
 sessions and borrowers are all shared by this rule.
 
 Locks: `FairShares` has one lock, and calls nothing with it held. So it may be called with other locks held; the

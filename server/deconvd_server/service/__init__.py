@@ -1,1 +1,1 @@
-"""The methods of the service, independent of the transport that brings a call."""
+"""The methods of the service. They do not depend on the transport that brings a call."""

@@ -36,29 +36,29 @@ __all__ = ["CallTensors"]
 
 
 class CallTensors:
-    """The tensors of one call, from its request to its response; to be used as a context.
+    """The tensors of one call, from its request to its response. Use it as a context.
 
-    One whose operands come with its request calls these in turn:
+    If the operands come with the request, call in this order:
 
-        take, prepare, answer
+        take_operands, prepare, answer
 
-    One whose operands stream calls these, and `make_residents` between them for what is to be kept:
+    If the operands come in a stream, call in this order, and `make_residents` in between for new residents:
 
-        find, choose_engine, take_missing, bring_operands, response, commit
+        find_present, choose_engine, take_missing, bring_operands, response, commit
 
-    What is kept is good once it is committed. At the end of the block everything is given back.
+    New residents get handles, which are valid once they are committed. The end of the block releases everything.
 
     Attributes:
-        parsed: What the request asks for.
-        brought_bytes: What elements the request has come with, in host memory that is its own.
+        parsed: The parsed request.
+        brought_bytes: The size of the elements that came in the request itself: they take host memory of the call's.
 
     Args:
         request: The call's message, without elements.
-        lender: Whose memory tensors may be in; None if there is none.
-        residents: Where tensors may be kept.
+        lender: Lends the shared memory that tensors may be in; None if the server lends none.
+        residents: The engines, and the residents on their devices.
 
     Raises:
-        LostSessionError: The request needs a session, and names none that there is.
+        LostSessionError: The request needs a session, and does not name one that exists.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class CallTensors:
     # From the request
 
     def take_operands(self, request: Envelope[Message]) -> None:
-        """Take all operands of a request, those that are still arriving too, and the places of its results.
+        """Find all operands of a request, even if they are still arriving, and the places for its results.
 
         Raises:
             InvalidArgumentError: As `SharedTensors.operand` and `array_of_spec` do.
-            NotFoundError: Something that the request names is not there.
+            NotFoundError: The request names something that does not exist.
         """
         self.brought_bytes = sum(map(len, request.raw.values()))
         if self.parsed.shared_slices:
@@ -119,32 +119,37 @@ class CallTensors:
                 )
 
     def _take_shared(self, request: Envelope[Message]) -> None:
-        """Take what lies in shared memory, or is to be put there."""
+        """Find the operands that are in shared memory, and the places there for results."""
         operands, results = self.parsed.operands, self.parsed.results
         self._shared = shared = SharedTensors(self._lender)
-        for field, lies_at in self.parsed.shared_slices.items():
+        for field, shared_slice in self.parsed.shared_slices.items():
             if field in operands:
-                self._operands[field] = shared.operand(ARGUMENTS[field], operands[field], lies_at)
+                self._operands[field] = shared.operand(
+                    ARGUMENTS[field], operands[field], shared_slice
+                )
             else:
-                self._places[field] = shared.place(f"{field}_place", results[field], lies_at)
+                self._places[field] = shared.place(f"{field}_place", results[field], shared_slice)
         if isinstance(request, OverlappedRequest):
             self._mark_arriving(request.progress)
 
     def _mark_arriving(self, progress: ArrivalProgress) -> None:
-        """Take the operands in shared memory for arriving, one behind the other."""
+        """Mark the operands in shared memory as arriving, one after the other.
+
+        The progress counts bytes over all of them, so each needs to know how many bytes come before its own.
+        """
         begin_bytes = 0
         for field in self.parsed.operation.write_order:
             if field in self.parsed.operands and field in self.parsed.shared_slices:
                 operand = self._operands[field]
-                if isinstance(operand, np.ndarray):  # and not memory of a card
+                if isinstance(operand, np.ndarray):  # a tensor on a card is written before the call
                     self._operands[field] = Arriving(operand, progress, begin_bytes)
                 begin_bytes += self.parsed.operands[field].nbytes
 
     def prepare(self) -> tuple[Engine, Mapping[str, Operand], Mapping[str, ResultTarget]]:
-        """Return an engine, and on it the operands that were taken and a place for each result.
+        """Choose an engine; return it, the operands as it can use them, and a target for each result.
 
-        An operand may still be arriving. A place is where the client wants the result in shared memory, a new
-        tensor on the engine's device for one that is to be kept, and what it will be for one that is to be sent.
+        An operand may still be arriving. The target of a result is its place in shared memory, or a new resident, or,
+        if the result is sent in the response, its spec.
 
         Raises as `choose_engine` and `bring_operands` do.
         """
@@ -152,17 +157,17 @@ class CallTensors:
         if self._residents is None:
             return engine, self._operands, {**self._places, **self.parsed.sent_results}
         operands = self.bring_operands(engine)
-        kept = self.make_residents(self.parsed.results, engine)
-        return engine, operands, {**self._places, **kept, **self.parsed.sent_results}
+        new_residents = self.make_residents(self.parsed.results, engine)
+        return engine, operands, {**self._places, **new_residents, **self.parsed.sent_results}
 
     def find_present(self) -> dict[str, TensorSpec]:
-        """Find the operands of a stream that are here already; return what is missing of the others.
+        """Find the operands of a stream that are on the server already; return those that the client must send.
 
-        Those are the ones given by digest, by the names of their fields, in the stream's order.
+        Those are operands that are given by a digest which nothing here has, by field, in the stream's order.
 
         Raises:
             InvalidArgumentError: An operand has elements in the header.
-            NotFoundError: Something that the request names is not there.
+            NotFoundError: The request names something that does not exist.
         """
         missing = {}
         for field, spec in self.parsed.operands.items():
@@ -171,7 +176,7 @@ class CallTensors:
             if payload in ("raw", "shared"):
                 raise InvalidArgumentError(
                     f"{argument} must have its elements behind a stream's header, or be on the "
-                    f"server, got them as {payload}",
+                    f"server already, got them as {payload}",
                     argument=argument,
                 )
             if self._residents is None or field not in self.parsed.named:
@@ -181,72 +186,77 @@ class CallTensors:
         return missing
 
     def choose_engine(self) -> Engine:
-        """Return the engine to work on.
+        """Choose the engine for the call.
 
-        That is the one on whose card the client has tensors, else where most of the bytes are that
-        are kept, or else the least loaded.
+        It is the engine of the card that holds the client's arrays; else the one that holds most bytes of the call's
+        resident operands; else the least loaded.
 
         Raises:
-            InvalidArgumentError: The client has tensors on several cards.
+            InvalidArgumentError: The client has arrays on several cards.
         """
         engines = self._engines
+        if len(engines.all) == 1:
+            return engines.all[0]
         on_card = engines.engine_of(*self._operands.values(), *self._places.values())
         nearest = None if self._residents is None else self._residents.preferred_engine()
         return on_card or nearest or engines.least_loaded()
 
     def take_missing(self, arrays: Mapping[str, Array], engine: Engine) -> None:
-        """Take what was missing, and keep it for its digest if there is room on an engine's device.
+        """Take the operands that were missing; keep each on the engine's device under its digest if there is room.
 
         Raises:
-            InvalidArgumentError: It is not what its digest says.
+            InvalidArgumentError: The digest of an operand is not the one that the request names.
         """
         for field, array in arrays.items():
             digest = getattr(self._request, field).digest
             if digest_of(array) != digest:
                 argument = ARGUMENTS[field]
                 raise InvalidArgumentError(
-                    f"{argument} must be what its digest says, and its elements have another",
+                    f"{argument} must have the digest that the request names, and its elements have another",
                     argument=argument,
                 )
             self._operands[field] = array
             if self._residents is not None:
-                with suppress(ExhaustedError, UnavailableError):  # it serves from where it is
+                with suppress(
+                    ExhaustedError, UnavailableError
+                ):  # then the call uses the array itself
                     self._residents.copy(field, array, engine)
                     self._residents.register_content(field, digest)
 
     # On an engine
 
     def bring_operands(self, engine: Engine) -> dict[str, Operand]:
-        """Bring the operands that were taken or found to where an engine can use them, and return them.
+        """Bring the operands that were found to where an engine can use them, and return them.
 
-        Those that are to be kept are copied to its device first, once they are there, unless they are kept
-        already, and get new handles.
+        Operands that the request wants kept are first copied to the engine's device, unless they are resident already.
+        They get new handles. The copy waits for operands that are still arriving.
 
         Raises:
-            ExhaustedError, UnavailableError, LostSessionError: What is to be kept cannot be.
+            ExhaustedError, UnavailableError, LostSessionError: An operand cannot be kept.
         """
         residents = self._residents
         if residents is None:
             return self._operands
         operands = dict(self._operands)
         for field in self.parsed.operands:
-            is_to_be_kept = field in self.parsed.keep
-            if is_to_be_kept and field in operands and field not in residents:
+            is_kept = field in self.parsed.keep
+            if is_kept and field in operands and field not in residents:
                 tensor = wait_for(operands[field], self._call)
                 residents.copy(field, tensor, engine, self.brought_bytes)
             if field in residents:
                 operands[field] = residents.operand(field, engine)
-                if is_to_be_kept:
+                if is_kept:
                     residents.give_handle(field)
         return operands
 
     def make_residents(
         self, specs: Mapping[str, TensorSpec], engine: Engine
     ) -> dict[str, DeviceTensor]:
-        """Return new tensors on an engine's device, with handles, for what is to be kept and is not yet.
+        """Make new residents on an engine's device, with handles, for tensors that the request wants kept.
 
         Args:
-            specs: Operands or results, by the names of their fields.
+            specs: The specs of operands or results, by field. Those that are not wanted, or resident already, are
+                passed over.
 
         Raises as `bring_operands`.
         """
@@ -262,40 +272,43 @@ class CallTensors:
     # To the response
 
     def commit(self) -> None:
-        """Let the handles of what is kept stand for it, until the session ends.
+        """Make the handles of new residents valid, until the session ends.
 
         Raises:
-            LostSessionError: It has ended.
+            LostSessionError: The session has ended.
         """
         if self._residents is not None:
             self._residents.commit()
 
     def answer(self, sent: Mapping[str, Array]) -> Envelope[Message]:
-        """Commit, and return the response with the elements of the results that are sent."""
-        self.commit()
-        message = self.response()
-        return Envelope(message, {f: elements_of(array) for f, array in sent.items()})
+        """Commit, and return the response with the elements of the results in it."""
+        message = self.parsed.response
+        if self._residents is not None:
+            self._residents.commit()
+            message = self.response()
+        raw = {field: elements_of(array) for field, array in sent.items()} if sent else {}
+        return Envelope(message, raw)
 
     def response(self) -> Message:
-        """Return the response without elements: not to be changed."""
+        """Return the response without elements. It may be shared: do not change it."""
         if self._residents is None or not self.parsed.keep:
             return self.parsed.response
         handles = self._residents.handles
         fields: dict[str, Message] = dict(self.parsed.descriptions)
         for field in handles.keys() & fields.keys():
             fields[field] = _describe_resident(self.parsed.descriptions[field], handles[field])
-        kept = {
+        operands = {
             field: pb.Resident(handle=handle)
             for field, handle in handles.items()
             if field in self.parsed.operands
         }
-        if kept:
-            fields["kept"] = pb.KeptOperands(**kept)
+        if operands:
+            fields["kept"] = pb.KeptOperands(**operands)
         return messages_for(self.parsed.operation).response(**fields)
 
 
 def _describe_resident(description: pb.Tensor, handle: bytes) -> pb.Tensor:
-    """Return a description of a tensor that has a handle."""
+    """Return the description of a tensor with a handle added."""
     message = pb.Tensor()
     message.CopyFrom(description)
     message.resident.handle = handle

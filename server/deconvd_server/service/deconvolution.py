@@ -1,4 +1,4 @@
-"""The service: takes operands out of requests, calls an engine, puts results into responses."""
+"""The service: takes operands from requests, calls an engine, and puts results into responses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deconvd_server.residents import Residents
 from deconvd_server.service.call_tensors import CallTensors
 from deconvd_server.service.method import BidiStreamingMethod, RpcMethod, UnaryMethod
 from deconvd_server.service.parsed_request import parse_request
-from deconvd_server.service.resident_methods import ResidentCalls
+from deconvd_server.service.resident_methods import ResidentMethods
 from deconvd_server.service.sliced_stream import StreamingOperations
 from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.shared_memory import Lender
@@ -36,20 +36,19 @@ class DeconvolutionService:
     """Serves `deconvd.v1.DeconvolutionService`.
 
     Args:
-        residents: What computes, and what stays there.
-        lender: Lends memory to clients on this host; None if no one does.
-        ways: How the server is reached: the instance id, sockets and port that GetServerInfo tells.
+        residents: The engines, and the residents on their devices.
+        lender: Lends memory to clients on this host; None if the server lends none.
+        endpoints: The instance id, sockets and port that GetServerInfo returns.
         max_message_bytes: The largest request and the largest response.
-        streams: Who may stream: what streams hold of host memory.
-        executor: Computes the slices of streams; has a thread for each slice that streams may have
-            in flight.
+        streams: Admits streams: their places, and their host memory.
+        executor: Computes the slices of streams. It has a thread for each slice that may be in flight.
     """
 
     def __init__(
         self,
         residents: Residents,
         lender: Lender | None,
-        ways: pb.GetServerInfoResponse,
+        endpoints: pb.GetServerInfoResponse,
         *,
         max_message_bytes: int,
         streams: StreamAdmission,
@@ -57,22 +56,24 @@ class DeconvolutionService:
     ) -> None:
         self._residents = residents
         self._lender = lender
-        self._endpoints = ways
+        self._endpoints = endpoints
         self._max_message_bytes = max_message_bytes
-        self._resident_calls = ResidentCalls(residents, lender, streams)
+        self._resident_calls = ResidentMethods(residents, lender, streams)
         self._streams = StreamingOperations(residents, lender, max_message_bytes, streams, executor)
 
     def methods(self) -> dict[str, RpcMethod]:
-        """Return what serves each method, by its name."""
-        behaviours: dict[str, RpcMethod] = {}
+        """Return the methods by their names."""
+        methods_by_name: dict[str, RpcMethod] = {}
         for operation in OPERATIONS:
             messages = messages_for(operation)
-            behaviours[operation.name] = UnaryMethod(messages.request, partial(self.run, operation))
-            behaviours[operation.stream_name] = BidiStreamingMethod(
+            methods_by_name[operation.name] = UnaryMethod(
+                messages.request, partial(self.run, operation)
+            )
+            methods_by_name[operation.stream_name] = BidiStreamingMethod(
                 messages.stream_request, partial(self._streams.serve, operation)
             )
         return {
-            **behaviours,
+            **methods_by_name,
             **self._resident_calls.methods(),
             "GetServerInfo": UnaryMethod(pb.GetServerInfoRequest, self.get_server_info),
         }
@@ -82,10 +83,12 @@ class DeconvolutionService:
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
         parsed = parse_request(operation, request.message, request.data)
-        with CallTensors(request.message, parsed, self._lender, self._residents, call) as exchange:
-            exchange.take_operands(request)
+        with CallTensors(
+            request.message, parsed, self._lender, self._residents, call
+        ) as call_tensors:
+            call_tensors.take_operands(request)
             parsed.check_response_size(self._max_message_bytes, call.sendable_bytes)
-            engine, operands, places = exchange.prepare()
+            engine, operands, places = call_tensors.prepare()
             sent = engine.run(
                 operation,
                 parsed.problem,
@@ -93,10 +96,10 @@ class DeconvolutionService:
                 places,
                 parsed.options,
                 call,
-                brought_bytes=exchange.brought_bytes,
+                brought_bytes=call_tensors.brought_bytes,
                 sent_bytes=parsed.sent_bytes,
             )
-            return exchange.answer(sent)
+            return call_tensors.answer(sent)
 
     def get_server_info(
         self, request: Envelope[pb.GetServerInfoRequest], _call: CallContext

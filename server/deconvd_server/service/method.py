@@ -1,4 +1,4 @@
-"""What serves a method, whichever way a call comes: by gRPC (`rpc`) or directly (`direct_line`)."""
+"""RPC methods, independent of their transport: `transports.grpc` and `transports.direct` both serve them."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ __all__ = [
 ]
 
 Parts: TypeAlias = Generator[Part, None, None]
-"""The parts of a response. Who does not want the rest closes it."""
+"""The parts of a response. A reader that does not want the rest must close it."""
 
 _OPERAND_POOL: Final = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
-"""Memory for what arrives whole, a large W: what is too large for the allocator to keep."""
+"""Memory for operands of streams that are too large for the allocator to keep, such as a large W."""
 
 
 class OverlappedRequest(Envelope[Any]):
     """A request whose operands in shared memory are still arriving.
 
     Attributes:
-        progress: How far they are, one behind the other, in the order of `Operation.write_order`.
+        progress: How many of their bytes have arrived, counted over all of them in the order of
+            `Operation.write_order`.
     """
 
     progress: ArrivalProgress
 
     @classmethod
     def of(cls, request: Envelope[Any], progress: ArrivalProgress) -> OverlappedRequest:
-        """Return a request with its progress."""
         overlapped = cls(*request)
         overlapped.progress = progress
         return overlapped
@@ -56,10 +56,10 @@ class OverlappedRequest(Envelope[Any]):
 
 @dataclass(frozen=True)
 class _MethodBase:
-    """Of a method with one request.
+    """What all kinds of methods have in common.
 
     Attributes:
-        request_type: Its type.
+        request_type: The type of its request, or of each message of its requests.
     """
 
     request_type: type[Message]
@@ -70,7 +70,7 @@ class _MethodBase:
         return self.request_type.DESCRIPTOR.name.removesuffix("Request")
 
     def decode_request(self, data: bytes) -> Envelope[Any]:
-        """Return the request that bytes hold. Raises InvalidArgumentError if they hold none."""
+        """Return the request that bytes encode. Raises InvalidArgumentError if they encode none."""
         try:
             return decode(self.request_type, data)
         except DecodeError:
@@ -79,7 +79,7 @@ class _MethodBase:
             ) from None
 
     def reader(self, source: PartSource) -> PartReader[Any]:
-        """Return what reads a stream of requests."""
+        """Return a reader of a stream of requests."""
         return PartReader(source, self.request_type, _OPERAND_POOL.empty)
 
 
@@ -112,25 +112,26 @@ class BidiStreamingMethod(_MethodBase):
 
 
 class SessionHandler(Protocol):
-    """What a held call holds, from its first message on."""
+    """Handles a session call from its first message on."""
 
     @property
     def response(self) -> Message:
-        """What its caller is told of it."""
+        """The response to the first message."""
 
     def handle(self, message: Any) -> None:
-        """Take note of another message."""
+        """Handle a later message."""
 
     def end(self) -> None:
-        """End it, as its caller has closed the call in good order."""
+        """End the session: its caller has closed the call in good order."""
 
 
 @dataclass(frozen=True)
 class SessionMethod(_MethodBase):
-    """A call that is open for long, and takes no thread meanwhile.
+    """A call that stays open for long, without a thread of its own.
 
-    What serves it is given the first message, the call, which is cancelled if it breaks, and what ends it from any
-    thread.
+    Attributes:
+        serve: Gets the first message, the call, which is cancelled if the stream breaks, and a function that closes
+            the stream from any thread.
     """
 
     serve: Callable[[Any, CallContext, Callable[[], None]], SessionHandler]

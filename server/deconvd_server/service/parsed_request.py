@@ -1,12 +1,12 @@
-"""What requests ask for, checked: nothing here touches a tensor's elements, or allocates for one.
+"""Requests, parsed and checked. Nothing here reads the elements of a tensor, or allocates memory for them.
 
-Most requests are made again and again, with other elements: what they ask for is remembered by their other bytes, and
-not to be changed.
+Most requests come again and again with other elements. So a parsed request is cached by the bytes of its message
+without elements, and must not be changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Final
@@ -20,6 +20,7 @@ from deconvd.model.problem import Problem, TensorSpec, problem_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import geometry_from_message, messages_for, options_from_message
 from deconvd.wire.shared_slice import SharedSlice
+from deconvd.wire.slice_sizes import MAX_SLICE_BYTES
 from deconvd.wire.tensor import message_from_spec, spec_from_message
 
 __all__ = [
@@ -31,35 +32,35 @@ __all__ = [
 ]
 
 SLICES_IN_FLIGHT: Final = 2
-"""Slices of a stream: one is computed while the next arrives, and the one before leaves."""
-
-_SLICE_BYTES: Final = 64 << 20
-"""What every server takes, so that clients need not ask first."""
+"""How many slices of a stream are computed at once: one, and the next as soon as it has arrived."""
 
 _CACHED_REQUESTS_COUNT: Final = 2048
+"""Parsed requests that are cached: a few KiB each."""
+
 _LARGEST_CACHED_BYTES: Final = 1024
-"""More than any request has beside elements: what is longer is read anew each time."""
+"""More than an honest request takes without its elements. A longer one is parsed each time, so that no client can fill
+the cache with large ones."""
 
 _FRAMING_BYTES: Final = 1024
-"""More than the fields of a response take beside its tensors' elements."""
+"""More than the fields of a response take without its tensors' elements."""
 
 _CHECKS: Final = {"b": Problem.check_b, "gy": Problem.check_gy}
-"""What checks those operands that a problem is not made of."""
+"""The checks of operands that a `Problem` does not contain, by field."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedRequest:
-    """What a request asks for.
+    """A parsed request.
 
-    Operands and results are named by their fields, and are in the order in which they stream.
+    Operands and results go by the names of their fields, in the order in which they stream.
 
     Attributes:
-        operation: What is to be computed.
-        problem: Of which tensors.
-        wanted: The results that are wanted.
-        optional: The operands that are given though they may be left out.
-        keep: The operands and results that are to be kept, without operands that are kept already.
-        shared: Where those are, or are to be put, that have their place in shared memory.
+        operation: The operation to compute.
+        problem: The specs of its tensors, and the geometry.
+        wanted: The results that the client wants.
+        optional: The optional operands that the request has.
+        keep: The operands and results that become residents. Operands that are resident already are not among them.
+        shared_slices: The places in shared memory of the operands and results that have one there.
         named: The operands that are named by a handle or a digest.
     """
 
@@ -74,23 +75,23 @@ class ParsedRequest:
 
     @cached_property
     def needs_session(self) -> bool:
-        """Whether anything is to be found in a session, or to be kept for it."""
+        """Whether it uses residents of a session, or makes new ones."""
         return bool(self.named or self.keep)
 
     @cached_property
     def operands(self) -> dict[str, TensorSpec]:
-        """What it is computed from."""
+        """The specs of its operands."""
         names = self.operation.operands_for(self.wanted, self.optional)
         return {name: spec_of_field(self.problem, name) for name in names}
 
     @cached_property
     def results(self) -> dict[str, TensorSpec]:
-        """What its results will be."""
+        """The specs of its results."""
         return {name: spec_of_field(self.problem, name) for name in self.wanted}
 
     @cached_property
     def sent_results(self) -> dict[str, TensorSpec]:
-        """Those of its results that go into the response with their elements."""
+        """The specs of the results whose elements are sent in the response."""
         return {
             name: spec
             for name, spec in self.results.items()
@@ -99,22 +100,26 @@ class ParsedRequest:
 
     @cached_property
     def sent_bytes(self) -> int:
-        """What those have, together."""
+        """The size of those elements."""
         return sum(spec.nbytes for spec in self.sent_results.values())
 
     @cached_property
     def sliced_bytes(self) -> int:
-        """What those of its operands and results have, together, that have samples."""
+        """The size of its operands and results that have samples."""
         tensors = {**self.operands, **self.results}
         names = self.operation.batched_operands + self.operation.results
         return sum(tensors[name].nbytes for name in names if name in tensors)
 
     def check_response_size(self, max_message_bytes: int, sendable_bytes: int) -> None:
-        """Raise ExhaustedError if the response would be larger than a message may be, or than its transport sends."""
+        """Raise ExhaustedError if the response would be larger than a message may be.
+
+        Args:
+            sendable_bytes: The most that its transport sends.
+        """
         if self.sent_bytes > sendable_bytes:
             raise ExhaustedError(
                 f"the response would have {self.sent_bytes} bytes of elements, too many for a message of a "
-                "direct call: it is to be made by gRPC"
+                "direct call: the call must be made by gRPC"
             )
         if self.sent_bytes + _FRAMING_BYTES > max_message_bytes:
             raise ExhaustedError(
@@ -125,7 +130,7 @@ class ParsedRequest:
 
     @cached_property
     def descriptions(self) -> dict[str, pb.Tensor]:
-        """The messages of its results without elements: not to be changed."""
+        """The messages that describe its results, without elements. Do not change them."""
         described = {name: message_from_spec(spec) for name, spec in self.results.items()}
         for name, message in described.items():
             if name in self.shared_slices:
@@ -134,17 +139,17 @@ class ParsedRequest:
 
     @cached_property
     def response(self) -> Message:
-        """The response, without elements, where nothing is kept: not to be changed."""
+        """The response without elements, if nothing is kept. Do not change it."""
         return messages_for(self.operation).response(**self.descriptions)
 
 
 @dataclass(frozen=True)
 class SlicedRequest:
-    """What a stream's header asks for: a request whose samples come a slice at a time.
+    """The parsed header of a stream: a request whose samples come slice by slice.
 
     Attributes:
-        parsed: That of all samples. Its results are behind its headers, wherever else they might be put.
-        slice_samples_count: Samples of a slice, from 1; the last may have fewer.
+        parsed: The request for all samples, with no place in shared memory: a stream sends its results.
+        slice_samples_count: The samples in a slice, at least 1. The last slice may have fewer.
 
     Raises:
         InvalidArgumentError: `slice_samples_count` is less than 1.
@@ -165,16 +170,19 @@ class SlicedRequest:
         """How many slices there are."""
         return -(-self.parsed.problem.n // self._step)
 
-    def slices(self) -> Iterator[tuple[slice, ParsedRequest]]:
-        """Yield each slice of samples, and what is asked for of it."""
-        n = self.parsed.problem.n
-        for start in range(0, n, self._step):
-            stop = min(start + self._step, n)
-            yield slice(start, stop), self._full_slice if stop < n else self._last_slice
+    def slice_request(self, number: int) -> tuple[slice, ParsedRequest]:
+        """Return the samples of a slice, and the request for these samples.
+
+        Args:
+            number: The number of the slice, from 0.
+        """
+        n, start = self.parsed.problem.n, number * self._step
+        stop = min(start + self._step, n)
+        return slice(start, stop), self._full_slice if stop < n else self._last_slice
 
     @cached_property
     def _step(self) -> int:
-        """Samples of a slice: all of them if they have no elements, or thirty bytes could ask for 2^31 slices."""
+        """The samples in a slice: all of them if they have no elements, or a short header could ask for 2^31 slices."""
         parsed = self.parsed
         names = (*parsed.operation.batched_operands, *parsed.operation.results)
         specs = {**parsed.operands, **parsed.results}
@@ -184,7 +192,7 @@ class SlicedRequest:
 
     @cached_property
     def _full_slice(self) -> ParsedRequest:
-        """That of the largest slice; that of all samples if there are none."""
+        """The request for the largest slice."""
         return self._with_samples_count(min(self._step, self.parsed.problem.n))
 
     @cached_property
@@ -198,26 +206,26 @@ class SlicedRequest:
 
     @cached_property
     def footprint_bytes(self) -> int:
-        """What a stream of it holds of host memory: what is whole, sums, and slices in flight."""
+        """The host memory that the stream takes: tensors that come whole, sums, and slices in flight."""
         parsed, first = self.parsed, self._full_slice
         whole = [*parsed.operands.items(), *parsed.results.items()]
         whole_bytes = sum(self._whole_bytes(name, spec) for name, spec in whole)
         return whole_bytes + min(self.slices_count, SLICES_IN_FLIGHT + 1) * first.sliced_bytes
 
     def _whole_bytes(self, name: str, spec: TensorSpec) -> int:
-        """Return what a stream holds of a tensor that all samples have in common."""
+        """Return the host memory that the stream takes for a tensor if that has no samples, else 0."""
         parsed = self.parsed
         if name in parsed.operation.constants:
             return spec.nbytes
         if name not in parsed.operation.reduced_results:
             return 0
-        # that of the slices so far in the compute type, those of slices in flight, and the total in its own type
+        # the sum so far in the compute type, the sums of slices in flight, and the total in the result's type
         wide_bytes = spec.nbytes // spec.dtype.itemsize * parsed.problem.compute_type.itemsize
         return wide_bytes + (SLICES_IN_FLIGHT + 1) * spec.nbytes
 
     def check_slice_size(self, max_message_bytes: int) -> None:
-        """Raise ExhaustedError if a slice of several samples is larger than the contract allows."""
-        limit_bytes = max(max_message_bytes, _SLICE_BYTES)
+        """Raise ExhaustedError if a slice of several samples is larger than the schema allows."""
+        limit_bytes = max(max_message_bytes, MAX_SLICE_BYTES)
         slice_bytes = self._full_slice.sliced_bytes
         if self.slice_samples_count > 1 and slice_bytes > limit_bytes:
             raise ExhaustedError(
@@ -229,13 +237,13 @@ class SlicedRequest:
 def parse_request(
     operation: Operation, message: Message, data: bytes | None = None
 ) -> ParsedRequest:
-    """Return what the request of an operation asks for.
+    """Parse the request of an operation.
 
     Args:
-        data: Its bytes, where they are known.
+        data: The bytes of the message, if they are known: they need not be made again to look the request up.
 
     Raises:
-        InvalidArgumentError: It asks for what cannot be.
+        InvalidArgumentError: The request is not valid.
     """
     data = message.SerializeToString() if data is None else data
     if len(data) > _LARGEST_CACHED_BYTES:
@@ -249,7 +257,7 @@ def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
 
 
 def parse_stream_header(operation: Operation, header: Any) -> SlicedRequest:
-    """Return what the header of an operation's stream asks for. Raises InvalidArgumentError as `parse_request`."""
+    """Parse the header of an operation's stream. Raises InvalidArgumentError as `parse_request` does."""
     data = header.request.SerializeToString()
     if len(data) > _LARGEST_CACHED_BYTES:
         return _slice_request(_parse(operation, header.request), header.slice_samples_count)
@@ -280,7 +288,7 @@ def _parse(operation: Operation, message: Any) -> ParsedRequest:
     keep = frozenset(
         name
         for name in (*operands, *wanted)
-        if _is_to_be_kept(message, name) and payloads.get(name) != "resident"
+        if _is_kept(message, name) and payloads.get(name) != "resident"
     )
     _check_places(message, keep)
     return ParsedRequest(
@@ -296,7 +304,7 @@ def _parse(operation: Operation, message: Any) -> ParsedRequest:
 
 
 def _parse_wanted(operation: Operation, message: Any) -> tuple[str, ...]:
-    """Return the results that a request asks for: all, if it has no choice."""
+    """Return the results that a request wants: all of them if the operation leaves no choice."""
     results = operation.all_results
     if "wanted" not in message.DESCRIPTOR.fields_by_name:
         return results
@@ -310,8 +318,9 @@ def _parse_wanted(operation: Operation, message: Any) -> tuple[str, ...]:
     return wanted
 
 
-def _is_to_be_kept(message: Any, name: str) -> bool:
-    """Return whether an operand or a result is to be kept: some requests have a field of its own for that."""
+def _is_kept(message: Any, name: str) -> bool:
+    """Return whether an operand or a result becomes a resident."""
+    # Some requests have a message `keep` with a flag for each tensor, others one flag `keep_y`.
     return getattr(message.keep, name, False) or getattr(message, f"keep_{name}", False)
 
 
@@ -320,14 +329,14 @@ def _check_places(message: Any, keep: Iterable[str]) -> None:
         place = f"{name}_place"
         if place in message.DESCRIPTOR.fields_by_name and message.HasField(place):
             raise InvalidArgumentError(
-                f"{place} must be left out where {name} is to be kept", argument=place
+                f"{place} must be left out if {name} is kept", argument=place
             )
 
 
 def _parse_shared(
     message: Any, operands: Iterable[str], results: Iterable[str]
 ) -> dict[str, SharedSlice]:
-    """Return where tensors are, or are to be put, in shared memory."""
+    """Return the places in shared memory of operands and results."""
     shared = {}
     for name in operands:
         tensor: pb.Tensor = getattr(message, name)

@@ -1,4 +1,4 @@
-"""The calls about tensors that stay: HoldSession, PutTensor, GetTensor, DropTensors."""
+"""The methods for sessions and residents: HoldSession, PutTensor, GetTensor, DropTensors."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from deconvd_server.service.method import (
 from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.shared_memory import Lender, SharedTensors
 
-__all__ = ["ResidentCalls"]
+__all__ = ["ResidentMethods"]
 
 
-class ResidentCalls:
-    """Serves the calls about sessions and the tensors that stay for them.
+class ResidentMethods:
+    """Serves the methods for sessions and residents.
 
     Args:
-        residents: What stays, and where.
-        lender: Lends memory to clients on this host; None if no one does.
-        streams: Who may stream.
+        residents: The residents, and the engines on whose devices they are.
+        lender: Lends memory to clients on this host; None if the server lends none.
+        streams: Admits streams.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ResidentCalls:
         self._stream_admission = streams
 
     def methods(self) -> dict[str, RpcMethod]:
-        """Return what serves these calls, by their names."""
+        """Return the methods by their names."""
         return {
             "HoldSession": SessionMethod(pb.HoldSessionRequest, self.hold_session),
             "PutTensor": ClientStreamingMethod(pb.PutTensorRequest, self.put_tensor),
@@ -65,26 +65,26 @@ class ResidentCalls:
         }
 
     def hold_session(
-        self, first: pb.HoldSessionRequest, call: CallContext, hang_up: Callable[[], None]
+        self, first: pb.HoldSessionRequest, call: CallContext, close_stream: Callable[[], None]
     ) -> _HoldSessionHandler:
-        """Serve HoldSession: return the session that its first message opens or resumes.
+        """Serve HoldSession: return the handler of the session that its first message opens or resumes.
 
         Args:
-            hang_up: Ends the call, from any thread.
+            close_stream: Ends the call, from any thread.
         """
         sessions = self._residents.sessions
         session = (
-            sessions.resume(first.session, first.tenant_key, hang_up)
+            sessions.resume(first.session, first.tenant_key, close_stream)
             if first.session
-            else sessions.open(first.tenant_key, hang_up, call.peer_key)
+            else sessions.open(first.tenant_key, close_stream, call.peer_key)
         )
-        call.on_cancel(partial(sessions.mark_broken, session, hang_up))
+        call.on_cancel(partial(sessions.mark_broken, session, close_stream))
         response = pb.HoldSessionResponse(
             session=session.name,
             lease_s=self._residents.lease_s,
             quota_bytes=self._residents.tenant_bytes,
         )
-        return _HoldSessionHandler(response, sessions, session, hang_up)
+        return _HoldSessionHandler(response, sessions, session, close_stream)
 
     def put_tensor(
         self, reader: PartReader[pb.PutTensorRequest], call: CallContext
@@ -94,40 +94,42 @@ class ResidentCalls:
         session = self._residents.join(header.session, call)
         spec = spec_from_message("tensor", header.tensor)
         engine = self._residents.engines.least_loaded()
-        kept = self._registry.make(session, spec, engine, call)
+        entry = self._registry.make(session, spec, engine, call)
         try:
-            self._fill(kept, header.tensor, reader, engine, call)
+            self._fill(entry, header.tensor, reader, engine, call)
             name = new_name()
-            self._registry.bind_name(kept, session, name)
+            self._registry.bind_name(entry, session, name)
         finally:
-            self._registry.release(kept)
+            self._registry.release(entry)
         return pb.PutTensorResponse(resident=pb.Resident(handle=name))
 
     def _fill(
         self,
-        kept: ResidentEntry,
+        entry: ResidentEntry,
         message: pb.Tensor,
         reader: PartReader[pb.PutTensorRequest],
         engine: Engine,
         call: CallContext,
     ) -> None:
-        """Set a tensor's elements, from wherever its message says that they are."""
+        """Set the elements of a new resident, from shared memory or from the stream."""
         payload = message.WhichOneof("payload")
         if payload == "shared":
             with SharedTensors(self._lender) as shared:
-                lies_at = SharedSlice.from_message(message.shared)
-                array = shared.host_place("tensor", kept.spec, lies_at)
-                engine.write(kept.device_tensor, array, call)
+                shared_slice = SharedSlice.from_message(message.shared)
+                array = shared.host_place("tensor", entry.spec, shared_slice)
+                engine.write(entry.device_tensor, array, call)
         elif payload is None:
             with ExitStack() as stack:
-                with self._registry.rest(kept, call):  # the wait for a place may be long
-                    stack.enter_context(self._stream_admission.admit(piece_bytes(kept.spec), call))
-                for samples, spec in sample_pieces(kept.spec):
-                    with self._registry.rest(kept, call):
+                # While the entry rests it can be spilled or evicted. The wait for a place, or the client, may be long.
+                with self._registry.rest(entry, call):
+                    stack.enter_context(self._stream_admission.admit(piece_bytes(entry.spec), call))
+                for samples, spec in sample_pieces(entry.spec):
+                    with self._registry.rest(entry, call):
                         array = reader.read("tensor", spec)
-                    write_samples(kept, samples, array, call)
-                with self._registry.rest(kept, call):
-                    reader.expect_end()  # with the place held: a client that never ends takes one of those only
+                    write_samples(entry, samples, array, call)
+                with self._registry.rest(entry, call):
+                    # The place is still held, so a client that never ends its stream takes no more than a place.
+                    reader.expect_end()
             return
         else:
             raise InvalidArgumentError(
@@ -141,37 +143,37 @@ class ResidentCalls:
         """Serve GetTensor."""
         message = request.message
         session = self._residents.join(message.session, call)
-        kept = self._registry.acquire_by_name(session, message.resident.handle, "resident", call)
-        placed: list[Part] = []
+        entry = self._registry.acquire_by_name(session, message.resident.handle, "resident", call)
+        headers: list[Part] = []
         try:
             if message.HasField("place"):
-                placed.append(self._copy_to_shared_memory(kept, message.place, call))
+                headers.append(self._copy_to_shared_memory(entry, message.place, call))
             else:
-                yield from self._stream_elements(kept, call)
+                yield from self._stream_elements(entry, call)
         finally:
-            self._registry.release(kept)
-        yield from placed
+            self._registry.release(entry)
+        yield from headers  # once the resident is released: the client may take its time to read it
 
     def _copy_to_shared_memory(
-        self, kept: ResidentEntry, place: pb.SharedSlice, call: CallContext
+        self, entry: ResidentEntry, place: pb.SharedSlice, call: CallContext
     ) -> pb.GetTensorResponse:
-        """Copy a tensor into shared memory; return the message that says so."""
+        """Copy a resident into shared memory; return the header that says so."""
         with SharedTensors(self._lender) as shared:
-            lies_at = SharedSlice.from_message(place)
-            read_array(kept, call, shared.host_place("place", kept.spec, lies_at))
-        header = message_from_spec(kept.spec)
+            shared_slice = SharedSlice.from_message(place)
+            read_array(entry, call, shared.host_place("place", entry.spec, shared_slice))
+        header = message_from_spec(entry.spec)
         header.shared.CopyFrom(place)
         return pb.GetTensorResponse(header=header)
 
-    def _stream_elements(self, kept: ResidentEntry, call: CallContext) -> Iterator[Part]:
-        """Yield the parts that carry a tensor."""
+    def _stream_elements(self, entry: ResidentEntry, call: CallContext) -> Iterator[Part]:
+        """Yield the header and the elements of a resident."""
         with ExitStack() as stack:
-            with self._registry.rest(kept, call):
-                yield pb.GetTensorResponse(header=message_from_spec(kept.spec))
-                stack.enter_context(self._stream_admission.admit(piece_bytes(kept.spec), call))
-            for samples, _ in sample_pieces(kept.spec):
-                part = elements_part(read_samples(kept, samples, call))
-                with self._registry.rest(kept, call):
+            with self._registry.rest(entry, call):
+                yield pb.GetTensorResponse(header=message_from_spec(entry.spec))
+                stack.enter_context(self._stream_admission.admit(piece_bytes(entry.spec), call))
+            for samples, _ in sample_pieces(entry.spec):
+                part = elements_part(read_samples(entry, samples, call))
+                with self._registry.rest(entry, call):
                     yield part
 
     def drop_tensors(
@@ -186,7 +188,7 @@ class ResidentCalls:
 
 @dataclass(frozen=True)
 class _HoldSessionHandler:
-    """A session, as its stream holds it. See `Holding`."""
+    """Handles the stream of a session. See `SessionHandler`."""
 
     response: pb.HoldSessionResponse
     sessions: Sessions
@@ -194,7 +196,7 @@ class _HoldSessionHandler:
     close_stream: Callable[[], None]
 
     def handle(self, _message: pb.HoldSessionRequest) -> None:
-        """Take a message for a sign of life."""
+        """Extend the session's lease: every message is a heartbeat."""
         self.sessions.heartbeat(self.session)
 
     def end(self) -> None:

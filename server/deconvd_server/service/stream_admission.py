@@ -1,15 +1,17 @@
-"""Who may stream: places that peers share, and memory. Streams that make no progress end, the sooner as others wait.
+"""Admits streams: peers share a number of places and the host memory for streams.
 
-    WAITING --its turn--> ADMITTING --memory--> RUNNING
-    any of them --its end, or told to give way--> gone
+    WAITING --its turn--> ADMITTING --memory is free--> RUNNING
+    any state --the stream ends, or is preempted--> removed
 
-All of them are counted, and those that have their turn once more. The next turn is that of the peer that has fewest.
-One at a time waits for memory: it comes first there, whoever comes meanwhile, so nobody has several who do.
-A stream that waits for its client holds memory and a thread that others wait for:
+Streams in any state take one of the places for all streams; those that run take one of the running places, too. The
+next turn is that of the peer with the fewest running streams. Only one stream at a time waits for memory (ADMITTING):
+it is the first to get it, so no peer can have several in that queue.
 
-    alone                           it ends after STALL_LIMIT_S
-    others wait, who run fewer      it ends after _CONTENDED_STALL_S
-    they have waited for long       one of the peer that runs most ends, whatever progress it makes
+A stream that waits for its client holds memory and a thread that other streams wait for. So it is preempted:
+
+    no stream waits                                  after STALL_LIMIT_S without progress
+    peers wait that run fewer streams                after _CONTENDED_STALL_S without progress
+    they have waited for longer than _PATIENCE_S     the peer with most running streams loses one that makes progress
 """
 
 from __future__ import annotations
@@ -33,25 +35,25 @@ from deconvd_server.resources.fair_shares import FairShares, PeerPlace
 __all__ = ["StreamAdmission"]
 
 _CONTENDED_STALL_S: Final = 2.0
-"""How long a stream may wait for its client while others wait for it: a pause of the network, not one to think."""
+"""How long a stream may wait for its client while other peers wait for a place. A network may pause for so long."""
 
 _PATIENCE_S: Final = 5.0
-"""How long a stream waits for those of a peer that runs more: most streams end meanwhile, and none is lost."""
+"""How long a stream waits before another peer, which runs more, loses one for it. Most streams end sooner than that."""
 
 _POLL_PERIOD_S: Final = 0.25
-"""How often the watch looks at streams, as long as there are any."""
+"""How often the watch looks at the streams, while there are streams."""
 
 _RESERVED_PART: Final = 8
-"""One place in so many is for peers that have none."""
+"""One place in eight is for peers that have no stream."""
 
 _RETRY_AFTER_S: Final = 0.5
-"""What the client of a stream that had to end is told."""
+"""When the client of a preempted stream may try again."""
 
 _log = logging.getLogger(__name__)
 
 
 class _StreamState(Enum):
-    """Where a stream is before its end."""
+    """Where a stream is in its life."""
 
     WAITING = "waiting"
     ADMITTING = "admitting"
@@ -59,13 +61,13 @@ class _StreamState(Enum):
 
 
 class StreamAdmission:
-    """The places of streams, of either transport, and of tensors that are put and fetched in parts. Thread-safe.
+    """Admits the streams of both transports, and the tensors that are put and fetched in parts. Thread-safe.
 
     Args:
-        admission: Lets streams run that have their turn, as long as there is memory.
-        running_count: How many have their turn at once.
-        waiting_count: How many more may wait for it.
-        on_lost: Called with what is lost, if an error that was not foreseen ends the watch.
+        admission: The host memory for streams.
+        running_count: How many streams may run at once.
+        waiting_count: How many more may wait.
+        on_lost: Called with the name of what is lost, if an unforeseen error ends the watch.
     """
 
     def __init__(
@@ -88,11 +90,11 @@ class StreamAdmission:
 
     @contextmanager
     def admit(self, footprint_bytes: int, call: CallContext) -> Iterator[None]:
-        """Hold a place and `footprint_bytes` for the block, after waiting for them.
+        """Wait for a place and `footprint_bytes`, and hold them for the block.
 
         Raises:
             UnavailableError: There is no place for this peer.
-            ExhaustedError, CallCancelledError, DeadlineError: As `Admission.admitted` does.
+            ExhaustedError, CallCancelledError, DeadlineError: As `Admission.admit` does.
         """
         self._admission.check_fits(footprint_bytes)
         stream = _StreamEntry(call)
@@ -109,14 +111,14 @@ class StreamAdmission:
 
     @property
     def load(self) -> Load:
-        """How many run and wait, and what they take."""
+        """How many streams run and wait, and the memory that they take."""
         load = self._admission.load
         with self._changed:
             waiting_count = sum(stream.state is _StreamState.WAITING for stream in self._streams)
         return replace(load, waiting_count=load.waiting_count + waiting_count)
 
     def close(self) -> None:
-        """End the watch. No stream is under way any more."""
+        """End the watch. No stream may be under way any more."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -143,7 +145,10 @@ class StreamAdmission:
             self._changed.notify_all()  # the next may wait for memory
 
     def _next(self) -> _StreamEntry | None:
-        """Return the stream whose turn is next: of the peer that has fewest, the first. None if none can have it."""
+        """Return the stream whose turn is next: the first one of the peer with the fewest running streams.
+
+        None if no stream may run now.
+        """
         if any(stream.state is _StreamState.ADMITTING for stream in self._streams):
             return None
         waiting = [s for s in self._streams if s.state is _StreamState.WAITING and not s.is_ending]
@@ -167,7 +172,10 @@ class StreamAdmission:
             return list(self._streams)
 
     def _note_progress(self) -> None:
-        """Let the places know how far their streams are, before one has to give way: the last of those that wait."""
+        """Tell the places how far their streams are, before one is preempted for a new stream.
+
+        A waiting stream has made the less progress the later it came, so the last one to come is preempted first.
+        """
         for stream in self._all_streams():
             stream.place.progressed_s = (
                 stream.blocked_since_s if stream.state is _StreamState.RUNNING else -stream.began_s
@@ -179,11 +187,11 @@ class StreamAdmission:
                 for stream in _overdue_streams(self._all_streams(), time.monotonic()):
                     stream.preempt()
         except Exception:  # noqa: BLE001 - logged, and the server ends
-            _log.exception("streams are watched no more: unforeseen error")
+            _log.exception("streams are no longer watched: unforeseen error")
             self._on_lost("the watch over streams")
 
     def _wait_for_streams(self) -> bool:
-        """Return when it is time to look at streams; False once that is over."""
+        """Wait until it is time to look at the streams; return False once the watch must end."""
         with self._changed:
             self._changed.wait_for(lambda: self._streams or self._is_closed)
             return not self._changed.wait_for(lambda: self._is_closed, _POLL_PERIOD_S)
@@ -194,7 +202,7 @@ class _StreamEntry:
 
     Attributes:
         place: Its place; set once it has one.
-        state: Where it is.
+        state: Its state.
         call: Its call.
         began_s: When it came, on the monotonic clock.
     """
@@ -208,25 +216,26 @@ class _StreamEntry:
 
     @property
     def peer(self) -> str:
-        """By what its peer is counted."""
+        """The peer that it counts for."""
         return self.call.peer_key
 
     @property
     def blocked_since_s(self) -> float:
-        """Since when it waits for its client; infinity while it does not."""
+        """The time since which it has waited for its client; infinity while it does not wait."""
         return self.call.client_wait.blocked_since_s
 
     @property
     def is_ending(self) -> bool:
-        """Whether it has been told to end, or its client has gone."""
+        """Whether it has been preempted, or its client has gone."""
         return self.call.is_cancelled
 
     def preempt(self) -> None:
-        """Have it end; if it was told so and waits for its client all the same, break its connection."""
+        """End it; if that was done before and it still waits for its client, break the client's connection."""
         if not self.call.is_cancelled:
             self.call.stop(
                 UnavailableError(
-                    "the stream gave way: it made no progress, or its peer had more of them than others who waited",
+                    "the stream was ended for others: it made no progress, or its peer had more streams than peers "
+                    "that waited",
                     retry_after_s=_RETRY_AFTER_S,
                 )
             )
@@ -234,12 +243,12 @@ class _StreamEntry:
             self.call.close_stream()
 
     def is_waiting_since(self, then_s: float) -> bool:
-        """Return whether it has waited for its client since then, or for longer."""
+        """Return whether it has waited for its client since a time, or for longer."""
         return self.blocked_since_s <= then_s
 
 
 def _overdue_streams(streams: Sequence[_StreamEntry], now_s: float) -> list[_StreamEntry]:
-    """Return the streams that are to end, those included that were told and have not ended yet."""
+    """Return the streams to preempt, and again those that were preempted and have not ended yet."""
     running = [s for s in streams if s.state is _StreamState.RUNNING and not s.is_ending]
     overdue = [stream for stream in streams if stream.is_ending]
     overdue += [s for s in running if s.is_waiting_since(now_s - STALL_LIMIT_S)]
@@ -258,7 +267,7 @@ def _overdue_streams(streams: Sequence[_StreamEntry], now_s: float) -> list[_Str
 def _choose_preempted(
     waiter: _StreamEntry, running: Sequence[_StreamEntry], now_s: float
 ) -> _StreamEntry | None:
-    """Return the stream that is to end for one that waits; None if it must wait on."""
+    """Return the running stream to preempt for one that waits; None if that must wait on."""
     counts = Counter(stream.peer for stream in running)
     own_count = counts[waiter.peer]
     stalled = [

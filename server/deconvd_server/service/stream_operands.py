@@ -1,4 +1,4 @@
-"""The operands of a stream: those that are here already, and those that arrive behind its header."""
+"""The operands of a stream: those that are on the server already, and those that arrive behind its header."""
 
 from __future__ import annotations
 
@@ -20,68 +20,73 @@ __all__ = ["StreamOperands"]
 
 
 class StreamOperands:
-    """The operands of a stream, to be asked for in the order in which they stream.
+    """The operands of a stream. They must be read in the order in which they stream.
 
-    What arrives and is to be kept is put onto the engine's device as it comes.
+    An operand that becomes a resident is copied to the engine's device as it arrives.
 
     Args:
-        exchange: What is here already.
-        reader: What arrives.
+        call_tensors: Has the operands that are on the server already.
+        reader: Reads the operands that arrive.
     """
 
     def __init__(
-        self, exchange: CallTensors, reader: PartReader[Any], engine: Engine, call: CallContext
+        self, call_tensors: CallTensors, reader: PartReader[Any], engine: Engine, call: CallContext
     ) -> None:
-        self._exchange = exchange
-        self._specs = exchange.parsed.operands
+        self._call_tensors = call_tensors
+        self._specs = call_tensors.parsed.operands
         self._reader = reader
         self._engine = engine
         self._call = call
         self._present: Mapping[str, Operand] = {}
-        self._kept: Mapping[str, DeviceTensor] = {}
+        self._residents: Mapping[str, DeviceTensor] = {}
 
     def take_missing(self, missing: Mapping[str, TensorSpec]) -> None:
-        """Wait for what the client was told is missing.
+        """Wait for the operands that the client was told are missing.
 
-        Raises as `PartReader.read_missing` and `Exchange.take_missing` do.
+        Raises as `PartReader.read_missing` and `CallTensors.take_missing` do.
         """
         specs = {ARGUMENTS[field]: spec for field, spec in missing.items()}
         arrays = self._reader.read_missing(specs)
-        self._exchange.take_missing(dict(zip(missing, arrays.values(), strict=True)), self._engine)
+        self._call_tensors.take_missing(
+            dict(zip(missing, arrays.values(), strict=True)), self._engine
+        )
 
     def prepare(self) -> None:
-        """Find the places of what is here and of what is to be kept, before anything is computed.
+        """Bring present operands to the engine and allocate new residents, before anything is computed.
 
-        Raises as `Exchange.bring_operands` and `Exchange.make_residents` do.
+        Raises as `CallTensors.bring_operands` and `CallTensors.make_residents` do.
         """
-        self._present = self._exchange.bring_operands(self._engine)
-        self._kept = self._exchange.make_residents(self._specs, self._engine)
+        self._present = self._call_tensors.bring_operands(self._engine)
+        self._residents = self._call_tensors.make_residents(self._specs, self._engine)
 
-    def read_operand(self, field: str) -> Tensor:
-        """Return an operand. Raises as `PartReader.read` and `Engine.write` do."""
-        if field not in self._present:
-            return self._receive(field, self._specs[field], None)
-        return require(self._present[field])  # what streams is read here, and none is `Arriving`
+    def read(self, field: str, spec: TensorSpec, samples: slice | None = None) -> Tensor:
+        """Return an operand, or the next of its samples.
 
-    def read_operand_samples(self, field: str, spec: TensorSpec, part: slice) -> Tensor:
-        """Return the next samples of an operand, which have that form. Raises as `whole` does."""
-        if field not in self._present:
-            return self._receive(field, spec, part)
-        present = require(self._present[field])
-        if isinstance(present, np.ndarray):
-            return present[part]
-        return present.samples(part.start, part.stop)
+        Args:
+            spec: That of what is returned.
+            samples: Those to return; None for all of the operand.
+
+        Raises as `PartReader.read` and `Engine.write` do.
+        """
+        operand = self._present.get(field)
+        if operand is None:
+            array = self._reader.read(ARGUMENTS[field], spec)
+            resident = self._residents.get(field)
+            if resident is None:
+                return array
+            if samples is not None:
+                resident = resident.samples(samples.start, samples.stop)
+            self._engine.write(resident, array, self._call)
+            return resident
+        tensor = require(
+            operand
+        )  # a stream has no `Arriving` operands: this class reads them itself
+        if samples is None:
+            return tensor
+        if isinstance(tensor, np.ndarray):
+            return tensor[samples]
+        return tensor.samples(samples.start, samples.stop)
 
     def expect_end(self) -> None:
         """Raise InvalidArgumentError if more arrives."""
         self._reader.expect_end()
-
-    def _receive(self, field: str, spec: TensorSpec, part: slice | None) -> Tensor:
-        array = self._reader.read(ARGUMENTS[field], spec)
-        kept = self._kept.get(field)
-        if kept is None:
-            return array
-        if part is not None:
-            kept = kept.samples(part.start, part.stop)
-        self._engine.write(kept, array, self._call)
-        return kept

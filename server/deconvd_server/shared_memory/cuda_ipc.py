@@ -70,7 +70,7 @@ class CardBorrowing:
 
     Args:
         process: Id of the client's process.
-        peer_key: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_keys`.
+        peer_key: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_identity`.
 
     Raises:
         OSError: No such process can be seen from here.

@@ -31,7 +31,7 @@ from deconvd.lending.protocol import (
 from deconvd_server.log_text import excerpt
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
-from deconvd_server.resources.peer_keys import peer_key_of_connection
+from deconvd_server.resources.peer_identity import peer_key_of_connection
 from deconvd_server.resources.unix_listener import PeerCredentials, SideSocket, peer_credentials
 from deconvd_server.shared_memory.cuda_ipc import CardBorrowing, CardLender
 from deconvd_server.shared_memory.loans import (

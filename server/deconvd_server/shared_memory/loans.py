@@ -87,7 +87,7 @@ class BorrowerAccount:
         usage: What counts against its limits: regions that are being mapped, lent, or retired and not gone yet.
         names: Secret names of the regions that it may use.
         is_open: False once the client has gone.
-        peer: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_keys`.
+        peer: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_identity`.
         used_s: When a call last began to use one of its regions, on the monotonic clock.
     """
 
@@ -279,8 +279,9 @@ class LoanRegistry(Generic[_M]):
     def _release(self, entry: CacheEntry[_M]) -> None:
         with self._lock:
             entry.release()
-            garbage = self._take_garbage()
-        _free(garbage)
+            garbage = self._take_garbage() if self._garbage else ()
+        if garbage:
+            _free(garbage)
 
     def _take_garbage(self) -> Sequence[Resource[_M]]:
         """Return what to free after releasing the lock."""

@@ -1,4 +1,4 @@
-"""Addresses to listen on: which there are, and how a Unix socket is taken over from a dead server."""
+"""The addresses to listen on: how they are checked and bound, and how the socket of a dead server is taken over."""
 
 from __future__ import annotations
 
@@ -27,34 +27,39 @@ _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _NOT_IN_GRPC_PATHS = frozenset("%?#")
 
 _LOCK_S = 10.0
-"""More than another server takes to start or to end on a socket."""
+"""Longer than another server takes to start or to end on a socket."""
 
 _LOCK_POLL_S = 0.02
+"""How often the lock is tried: another server holds it for milliseconds."""
+
 _NO_LOCK = -1
+"""Stands for the descriptor of a lock where none can be had. See `_try_lock`."""
+
 _CLOSED_MASK = 0o777
+"""A umask that leaves a new file to nobody but root."""
 
 _log = logging.getLogger(__name__)
 
 
 class PortBinder(Protocol):
-    """A gRPC server."""
+    """The part of a gRPC server that `bind` uses."""
 
     def add_insecure_port(self, address: str) -> int:
-        """Listen on an address, and return its port. Raises RuntimeError if that cannot be."""
+        """Listen on an address, and return its port. Raises RuntimeError if that is not possible."""
 
 
 def bind(server: PortBinder, address: str, access: Access | None = None) -> str:
     """Make `server` listen on an address, and return the address with the port that it got.
 
     Args:
-        address: ``host:port``, where port 0 stands for any free one; ``unix:path`` or
-            ``unix:///path``. The file that a dead server left at the path is replaced.
-        access: Who may open a Unix socket; None for whom the process's umask lets.
+        address: ``host:port``, with port 0 for any free port; ``unix:path`` or ``unix:///path``. A socket file that a
+            dead server left at the path is replaced.
+        access: Who may open a Unix socket; None to leave that to the process's umask.
 
     Raises:
-        InvalidArgumentError: It is no such address.
-        AddressInUseError: Another process has it.
-        OSError: It cannot be had for another reason.
+        InvalidArgumentError: The address has another form.
+        AddressInUseError: Another process has the address.
+        OSError: The system refuses the address for another reason.
     """
     try:
         address.encode()
@@ -82,23 +87,23 @@ def bind(server: PortBinder, address: str, access: Access | None = None) -> str:
 
 
 def release(address: str) -> None:
-    """Remove what `bind` left of an address, once its server has stopped."""
+    """Remove the socket file of an address that was bound, once its server has stopped."""
     if address.startswith("unix:"):
         path = _canonical_path(_unix_path(address))
-        # A successor may listen by now, and the directory may have gone with all that was in it.
+        # Another server may listen there by now, or the whole directory may have been removed.
         try:
             with suppress(AddressInUseError, FileNotFoundError), _lock_path(path):
                 remove_dead_socket(path)
         except OSError as error:
-            _log.warning("a socket's file cannot be removed: %s", error)
+            _log.warning("the file of a Unix socket cannot be removed: %s", error)
 
 
 def listen_tcp(addresses: Iterable[str], port: int) -> list[socket.socket]:
-    """Return sockets that listen on one TCP port of the hosts of `addresses`; none if they have none.
+    """Return sockets that listen on the hosts of `addresses`, all on one TCP port. Unix addresses are passed over.
 
     Args:
-        addresses: As `bind` has returned them.
-        port: 0 for any free one.
+        addresses: Addresses that `bind` has returned.
+        port: The port; 0 for any free port.
 
     Raises:
         AddressInUseError: Another process has the port.
@@ -109,7 +114,7 @@ def listen_tcp(addresses: Iterable[str], port: int) -> list[socket.socket]:
             listener = _open_listener(family, host, port)
             if listener is not None:
                 listeners.append(listener)
-                port = listener.getsockname()[1]  # the same on all
+                port = listener.getsockname()[1]  # the others must have the same
     except OSError as error:
         for listener in listeners:
             listener.close()
@@ -122,7 +127,7 @@ def listen_tcp(addresses: Iterable[str], port: int) -> list[socket.socket]:
 
 
 def _tcp_addresses(addresses: Iterable[str]) -> list[tuple[int, str]]:
-    """Return the family and the IP address of each host, once."""
+    """Return the family and the address of each host, without duplicates."""
     matches = filter(None, map(_HOST_PORT.fullmatch, addresses))
     found = [
         (int(family), str(address[0]))
@@ -135,7 +140,7 @@ def _tcp_addresses(addresses: Iterable[str]) -> list[tuple[int, str]]:
 
 
 def _open_listener(family: int, host: str, port: int) -> socket.socket | None:
-    """Return a socket that listens; None if this host has no such address."""
+    """Return a listening socket; None if this machine does not have the address."""
     try:
         listener = socket.create_server(
             (host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=host == "::"
@@ -149,7 +154,7 @@ def _open_listener(family: int, host: str, port: int) -> socket.socket | None:
 
 
 def unix_socket_paths(addresses: Iterable[str]) -> list[str]:
-    """Return the absolute paths of those addresses that are Unix sockets."""
+    """Return the absolute paths of the addresses that are Unix sockets."""
     paths = (
         _canonical_path(_unix_path(address)) for address in addresses if address.startswith("unix:")
     )
@@ -157,14 +162,14 @@ def unix_socket_paths(addresses: Iterable[str]) -> list[str]:
 
 
 def _canonical_path(path: Path) -> Path:
-    """Return a path for the same file that those who clear up directories know, if gRPC can have it.
+    """Return the path of the same file from the root and without links, if gRPC can use that; else the path itself.
 
-    It has no links and begins at the root, as they find it; the kernel tells them under which paths
-    sockets were bound, and those that are not among them they take for dead.
+    Programs that clean up directories compare the files that they find with the paths under which sockets were bound,
+    which the kernel lists. They remove a socket that was bound under another path, since they take it for dead.
     """
-    lasting = path.parent.resolve() / path.name
-    is_usable = is_valid_unix_path(lasting) and not _NOT_IN_GRPC_PATHS & set(str(lasting))
-    return lasting if is_usable else path
+    resolved = path.parent.resolve() / path.name
+    is_usable = is_valid_unix_path(resolved) and not _NOT_IN_GRPC_PATHS & set(str(resolved))
+    return resolved if is_usable else path
 
 
 def _unix_path(address: str) -> Path:
@@ -189,7 +194,7 @@ def _bind_unix(server: PortBinder, path: Path, address: str, access: Access | No
         if access is None:
             _add_port(server, f"unix:{path}", address)
             return
-        # gRPC listens at once: until the socket is given to whom it is for, nobody may open it
+        # gRPC listens as soon as it has bound the socket: nobody may open it before its owner and mode are set.
         former_mask = os.umask(_CLOSED_MASK)
         try:
             _add_port(server, f"unix:{path}", address)
@@ -204,14 +209,14 @@ def _bind_unix(server: PortBinder, path: Path, address: str, access: Access | No
 
 @contextmanager
 def _lock_path(path: Path) -> Iterator[None]:
-    """Keep other servers from a socket for the block.
+    """Keep other servers from a socket's path for the block.
 
-    Of two that start at once, the second then finds the first alive. The lock is on a file that is
-    this user's alone and gone afterwards: whoever may read a file or a directory may lock it for
-    as long as it pleases.
+    Otherwise two servers that start at once could both find the socket dead, and the second would remove the socket of
+    the first. The lock is on a file of its own, which only this user can read: a user who may read a file or a
+    directory may lock it for as long as he likes.
 
     Raises:
-        AddressInUseError: Another server of this user has been at it for long.
+        AddressInUseError: Another server of this user has held the lock for too long.
     """
     lock_path = path.with_name(f".{path.name}.lock")
     deadline_s = time.monotonic() + _LOCK_S
@@ -231,8 +236,8 @@ def _lock_path(path: Path) -> Iterator[None]:
 def _try_lock(path: Path) -> int | None:
     """Return the descriptor of a lock; None while another server has it.
 
-    _NO_LOCK if there can be none: where files cannot be made a socket cannot be either, and what
-    another user has put there is to keep no server from its socket.
+    Return _NO_LOCK if no lock is possible. Where no file can be made, no socket can be made either. And a file that
+    another user has put there must not keep a server from its socket.
     """
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -244,7 +249,9 @@ def _try_lock(path: Path) -> int | None:
         return _NO_LOCK
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(path.lstat(), os.fstat(descriptor)):  # it was not removed meanwhile
+        if os.path.samestat(
+            path.lstat(), os.fstat(descriptor)
+        ):  # and the file was not removed since
             return descriptor
     os.close(descriptor)
     return None
@@ -253,7 +260,7 @@ def _try_lock(path: Path) -> int | None:
 def _add_port(server: PortBinder, grpc_address: str, address: str) -> int:
     try:
         return server.add_insecure_port(grpc_address)
-    except RuntimeError as error:  # all that grpcio says; its log has the reason
+    except RuntimeError as error:  # grpcio gives no reason: it only logs one
         number = _bind_errno(grpc_address)
         if number in (None, errno.EADDRINUSE, errno.EADDRNOTAVAIL):
             raise AddressInUseError(
@@ -265,7 +272,7 @@ def _add_port(server: PortBinder, grpc_address: str, address: str) -> int:
 
 
 def _bind_errno(grpc_address: str) -> int | None:
-    """Return the number of the error with which the system refuses an address; None if it does not."""
+    """Bind an address once more, to learn why that fails: return the number of the error; None if it succeeds."""
     try:
         if grpc_address.startswith("unix:"):
             path = Path(unix_path(grpc_address))

@@ -1,1 +1,1 @@
-"""Serves calls that come by direct connections."""
+"""Serves calls that come by direct connections, which carry them without gRPC."""

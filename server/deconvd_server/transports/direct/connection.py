@@ -1,10 +1,10 @@
-"""One client's line for direct calls: it serves one call after the other. See `deconvd.direct.protocol`.
+"""The server's end of one direct connection: it serves one call after the other. See `deconvd.direct.protocol`.
 
     IDLE --a call comes--> BUSY --answered--> IDLE
       |                      |
-      `---told to end------- `---told to end, and answered--> ENDED
+      `--asked to close------`--asked to close, and answered--> ENDED
 
-A line that breaks, or whose client goes, is ENDED at once, whatever it was.
+A connection that breaks, or whose client goes, is ENDED at once, from either state.
 """
 
 from __future__ import annotations
@@ -57,24 +57,25 @@ from deconvd_server.service.method import (
 )
 from deconvd_server.transports.direct.last_caller import LastCaller
 from deconvd_server.transports.direct.write_progress import WriteProgress
-from deconvd_server.transports.serve import CallScope, Observer
+from deconvd_server.transports.observers import Observer
+from deconvd_server.transports.serve import CallScope
 
 __all__ = ["DirectConnection"]
 
 _FAILURE_SEND_S: Final = 5.0
-"""How long a client may take to hear that its call has failed."""
+"""How long a client may take, after its deadline, to receive the failure of its call."""
 
 _HANDSHAKE_S: Final = 10.0
-"""How long a client may take to say what it wants: it sends a few bytes, over a slow network at worst."""
+"""How long a client may take to send its greeting: a few bytes, over a slow network at worst."""
 
 _BUSY_POLL_S: Final = 5e-4
-"""Longer than a client takes from an answer to its next call, if it does nothing in between."""
+"""Longer than a client takes from an answer to its next call if it does nothing in between."""
 
 _log = logging.getLogger(__name__)
 
 
 class _ConnectionState(Enum):
-    """Where a line is in its life."""
+    """Where a connection is in its life."""
 
     IDLE = "idle"
     BUSY = "busy"
@@ -82,31 +83,31 @@ class _ConnectionState(Enum):
 
 
 class DirectConnection:
-    """Serves a line in a thread of its own: nothing is handed from thread to thread on a call's way.
+    """Serves one direct connection in a thread of its own. No call passes from one thread to another.
 
     Attributes:
-        thread: Serves it.
-        descriptor: Its socket's.
+        thread: The thread that serves it.
+        descriptor: The descriptor of its socket.
 
     Args:
-        stream: Is closed at the line's end.
-        peer: Who calls, for the log.
-        counted_by: By what the peer is counted. See `deconvd_server.resources.peer_keys`.
-        behaviours: What serves the methods.
+        stream: The connection. It is closed when this ends.
+        peer: The client, for the log.
+        peer_key: The peer that the client counts for. See `deconvd_server.resources.peer_identity`.
+        methods: The methods by their codes.
         instance: The server's id.
-        attention: That of the server.
-        observers: Hear of every call.
-        on_end: Called when it ends, before its descriptor can be another's.
+        last_caller: Shared by all direct connections of the server.
+        observers: They are told of every call.
+        on_end: Called when it ends, while the descriptor still belongs to it.
     """
 
     def __init__(
         self,
         stream: SocketStream,
         peer: str,
-        counted_by: str,
-        behaviours: Mapping[MethodCode, RpcMethod],
+        peer_key: str,
+        methods: Mapping[MethodCode, RpcMethod],
         instance: bytes,
-        attention: LastCaller,
+        last_caller: LastCaller,
         observers: Sequence[Observer],
         on_end: Callable[[DirectConnection], None],
     ) -> None:
@@ -115,10 +116,10 @@ class DirectConnection:
         self._stream = stream
         self._frames = FrameStream(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
-        self._peer_key = counted_by
-        self._methods = behaviours
+        self._peer_key = peer_key
+        self._methods = methods
         self._instance = instance
-        self._last_caller = attention
+        self._last_caller = last_caller
         self._observers = observers
         self._polling = BusyPolling(_BUSY_POLL_S)
         self._on_end = on_end
@@ -134,25 +135,25 @@ class DirectConnection:
         return self._state is _ConnectionState.IDLE
 
     def start(self, place: PeerPlace) -> None:
-        """Serve it from now on, in its thread; free its place at the end. Raises RuntimeError for want of threads."""
+        """Start the thread. At its end it frees the place. Raises RuntimeError if the system has no thread left."""
         self._place = place
         place.is_idle = True
-        place.progressed_s = -math.inf  # before its greeting it gives way first of all
+        place.progressed_s = -math.inf  # until its greeting, it is the first to be preempted
         self.thread.start()
 
     def refuse(self) -> None:
-        """Close it instead of starting it."""
+        """Close the connection instead of starting the thread."""
         self._frames.close()
 
     def close_when_idle(self) -> None:
-        """End once the call under way has been answered; if there is none, now."""
+        """End once the call under way has been answered; at once if there is no call."""
         with self._lock:
             self._is_last = True
             if self._state is _ConnectionState.IDLE:
                 self._frames.shutdown()
 
     def cancel(self) -> None:
-        """Cancel the call under way and end: also on a client that does not read its answers."""
+        """Cancel the call under way, and end. This works for clients that do not read their answers, too."""
         with self._lock:
             self._is_last = self._is_cancelled = True
             call = self._call
@@ -169,12 +170,12 @@ class DirectConnection:
         except (ConnectionBrokenError, CallerGoneError) as error:
             _log.log(
                 logging.DEBUG if self.is_idle else logging.INFO,
-                "the direct line of %s has ended: %s",
+                "the direct connection of %s has ended: %s",
                 self._peer,
                 excerpt(error),
             )
         except MemoryError:
-            _log.warning("the direct line of %s has ended: memory has run out", self._peer)
+            _log.warning("the direct connection of %s has ended: memory has run out", self._peer)
         finally:
             with self._lock:
                 self._state = _ConnectionState.ENDED
@@ -193,31 +194,18 @@ class DirectConnection:
         """Serve the next call, and return whether there may be another."""
         self._polling.wait(self._frames, self._is_call_likely)
         head = self._frames.next_event()
-        while isinstance(head, ProgressReport):  # what an early call was answered before
+        while isinstance(
+            head, ProgressReport
+        ):  # of an overlapped call that was answered before it came
             head = self._frames.next_event()
-        assert isinstance(head, CallHead), head  # nothing else may come
+        assert isinstance(head, CallHead), head  # the protocol allows nothing else here
         self._last_caller.note_call(self)
         self._answer(head)
         return self._end_call()
 
     def _is_call_likely(self) -> bool:
-        """Return whether the next call is likely to come on this line."""
+        """Return whether the next call is likely to come on this connection."""
         return self._last_caller.is_sole_caller(self)
-
-    def _begin_call(self, timeout_s: float) -> CallContext:
-        """Begin a call, which `cancel` ends: at once, if it was asked for before."""
-        call = CallContext(timeout_s, self._peer, self._peer_key)
-        call.sendable_bytes = MAX_MESSAGE_BYTES
-        with self._lock:
-            self._state = _ConnectionState.BUSY
-            self._place.is_idle = False
-            self._place.progressed_s = time.monotonic()
-            self._call = call
-            is_cancelled = self._is_cancelled
-        self._frames.set_deadline(timeout_s + _FAILURE_SEND_S)
-        if is_cancelled:
-            call.cancel()
-        return call
 
     def _end_call(self) -> bool:
         self._frames.set_deadline(None)
@@ -230,56 +218,72 @@ class DirectConnection:
             return not self._is_last
 
     def _answer(self, head: CallHead) -> None:
-        behaviour = self._methods[head.method]
-        serving = CallScope(behaviour.name, self._begin_call(head.timeout_s), self._observers)
+        """Serve a call, and send its answer or its failure."""
+        method = self._methods[head.method]
+        call = CallContext(head.timeout_s, self._peer, self._peer_key)
+        call.sendable_bytes = MAX_MESSAGE_BYTES
+        with self._lock:
+            self._state = _ConnectionState.BUSY
+            self._place.is_idle = False
+            self._place.progressed_s = time.monotonic()
+            self._call = call
+            is_cancelled = self._is_cancelled
+        if is_cancelled:  # before `cancel` could find this call
+            call.cancel()
+        self._frames.set_deadline(head.timeout_s + _FAILURE_SEND_S)
+        scope = CallScope(method.name, call, self._observers)
         try:
-            with serving as call:
+            with scope:
                 try:
-                    self._respond(behaviour, head, call)
+                    self._respond(method, head, call)
                 except MessageTooLargeError as error:
                     raise ExhaustedError(
-                        f"the response has {error}: it is to be made by gRPC"
+                        f"the response has {error}: it must be requested by gRPC"
                     ) from None
                 except ConnectionBrokenError as error:
                     raise CallerGoneError(str(error)) from error
-            if serving.failure is not None:
-                self._send_failure(serving.failure)
+            if scope.failure is not None:
+                self._send_failure(scope.failure)
         finally:
-            serving.call.end()
+            call.end()
 
-    def _respond(self, behaviour: RpcMethod, head: CallHead, call: CallContext) -> None:
-        if not isinstance(behaviour, UnaryMethod):
+    def _respond(self, method: RpcMethod, head: CallHead, call: CallContext) -> None:
+        if not isinstance(method, UnaryMethod):
             call.client_wait, call.close_stream = self._stream, self._frames.shutdown
-        match behaviour:
+        match method:
             case UnaryMethod():
-                request = behaviour.decode_request(head.message)
+                request = method.decode_request(head.message)
                 if head.is_overlapped:
-                    writing = WriteProgress(self._frames, head.written_bytes)
-                    call.client_wait, call.close_stream = writing, self._frames.shutdown
-                    request = OverlappedRequest.of(request, writing)
-                response = encode(behaviour.serve(request, call))
+                    progress = WriteProgress(self._frames, head.written_bytes)
+                    call.client_wait, call.close_stream = progress, self._frames.shutdown
+                    request = OverlappedRequest.of(request, progress)
+                response = encode(method.serve(request, call))
                 self._frames.send(Answer(response, call.ledger.as_text()))
                 return
             case ServerStreamingMethod():
-                parts = behaviour.serve(behaviour.decode_request(head.message), call)
+                parts = method.serve(method.decode_request(head.message), call)
             case BidiStreamingMethod():
-                parts = behaviour.serve(self._reader(behaviour, head.message), call)
+                parts = method.serve(self._reader(method, head.message), call)
             case ClientStreamingMethod():
-                parts = _single_part(behaviour.serve(self._reader(behaviour, head.message), call))
+                parts = _single_part(method.serve(self._reader(method, head.message), call))
             case _:
-                raise ConnectionBrokenError(f"{behaviour.name} is not served directly")
+                raise ConnectionBrokenError(f"{method.name} is not served directly")
         with closing(parts):
             for part in parts:
                 self._frames.send_part(part)
         self._frames.send(EndOfStream(call.ledger.as_text()))
 
     def _reader(
-        self, behaviour: BidiStreamingMethod | ClientStreamingMethod, message: bytes
+        self, method: BidiStreamingMethod | ClientStreamingMethod, message: bytes
     ) -> PartReader[Any]:
-        return behaviour.reader(FrameSource(self._frames, behaviour.request_type, message))
+        return method.reader(FrameSource(self._frames, method.request_type, message))
 
     def _send_failure(self, failure: status_pb2.Status) -> None:
-        """Say what a call has failed with. That ends the line if the call has parts."""
+        """Send a failure. If the call has parts, that ends the connection.
+
+        The rest of the request may be on its way: it is read and dropped, since a socket that is closed with unread
+        bytes discards what it has sent, and so the failure.
+        """
         self._frames.send(CallFailure(failure))
         if self._frames.protocol.state is ProtocolState.CLOSED:
             self._frames.half_close_and_drain(_FAILURE_SEND_S)

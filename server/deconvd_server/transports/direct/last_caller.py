@@ -1,4 +1,4 @@
-"""Which of a server's lines is likely to be called next."""
+"""Guesses which of a server's direct connections is called next: only that one is worth busy polling."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ __all__ = ["LastCaller"]
 
 
 class LastCaller:
-    """Whose call came last. Threads may use it together."""
+    """Remembers on which connections the last two calls came. Threads share it without a lock: it is only a guess."""
 
     def __init__(self) -> None:
         self._last: object = None
-        self._is_undivided = False
+        self._is_sole = False
 
-    def note_call(self, line: object) -> None:
-        """Note that a call has come on a line."""
-        self._is_undivided = self._last is line
-        self._last = line
+    def note_call(self, connection: object) -> None:
+        """Note that a call has come on a connection."""
+        self._is_sole = self._last is connection
+        self._last = connection
 
-    def is_sole_caller(self, line: object) -> bool:
-        """Return whether the last calls all came on one line, and that is it."""
-        return self._is_undivided and self._last is line
+    def is_sole_caller(self, connection: object) -> bool:
+        """Return whether the last two calls both came on this connection."""
+        return self._is_sole and self._last is connection

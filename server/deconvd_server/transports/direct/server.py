@@ -1,4 +1,4 @@
-"""Takes lines for direct calls, from this host and over TCP, and sees who goes. See `deconvd.direct.protocol`."""
+"""Accepts direct connections, from this host and over TCP, and notices clients that go."""
 
 from __future__ import annotations
 
@@ -17,58 +17,61 @@ from deconvd.errors import UnavailableError
 from deconvd_server.call.context import STALL_LIMIT_S
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
-from deconvd_server.resources.peer_keys import peer_key_of_connection
+from deconvd_server.resources.peer_identity import peer_key_of_connection
 from deconvd_server.resources.unix_listener import SideSocket, peer_credentials
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection
 from deconvd_server.transports.direct.last_caller import LastCaller
-from deconvd_server.transports.serve import Observer
+from deconvd_server.transports.observers import Observer
 
 __all__ = ["DirectServer"]
 
 _CONNECTIONS_COUNT: Final = 256
-"""Each takes a thread, which costs little while it waits."""
+"""How many direct connections there may be. Each takes a thread, which costs little while it waits."""
 
 _RESERVED_CONNECTIONS_COUNT: Final = 32
-"""For peers that have none: as many as may well come at once, while one peer has all the others."""
+"""How many of them are for peers that have none: as many as may well come at once while one peer has all the others."""
 
 _log = logging.getLogger(__name__)
 
 
 class DirectServer:
-    """Serves direct calls: each line in a thread of its own, while one takes new lines and sees who goes.
+    """Serves direct calls. Each connection has a thread; one more thread accepts them and notices clients that go.
 
-    Peers share the lines (`deconvd_server.resources.fair_shares`): when there are too many, one of the peer that has
-    most gives way, an idle one if there is any. A connection for which none does is closed: its client calls by gRPC.
+    Peers share the connections (`deconvd_server.resources.fair_shares`): when there are too many, one of the peer that
+    has most is closed, an idle one if there is one. If nothing can be closed, the new connection is: its client then
+    calls by gRPC.
 
     Args:
-        sides: Listen for processes of this host. All that may open them are served.
-        listeners: Sockets that listen for TCP connections. It closes them, and those of `sides`.
-        behaviours: What serves each method, by its name.
+        sides: Sockets that listen for processes of this host. Every process that may open them is served.
+        listeners: Sockets that listen for TCP connections. This object closes them, and those of `sides`.
+        methods: The methods by their names.
         instance: The server's id.
-        observers: Hear of every call.
-        on_lost: Called with what is lost, if an error that was not foreseen ends the thread that takes lines.
+        observers: They are told of every call.
+        on_lost: Called with the name of what is lost, if an unforeseen error ends the thread that accepts connections.
     """
 
     def __init__(
         self,
         sides: Sequence[SideSocket],
         listeners: Sequence[socket.socket],
-        behaviours: Mapping[str, RpcMethod],
+        methods: Mapping[str, RpcMethod],
         instance: bytes,
         observers: Sequence[Observer],
         on_lost: Callable[[str], None],
     ) -> None:
-        self._methods = {method: behaviours[method.name] for method in MethodCode}
+        self._methods = {method: methods[method.name] for method in MethodCode}
         self._instance = instance
         self._observers = observers
         self._last_caller = LastCaller()
         self._lock = threading.Lock()
         self._connections: dict[int, DirectConnection] = {}  # by descriptor
-        self._shares = FairShares(_CONNECTIONS_COUNT, _RESERVED_CONNECTIONS_COUNT, "direct lines")
+        self._shares = FairShares(
+            _CONNECTIONS_COUNT, _RESERVED_CONNECTIONS_COUNT, "direct connections"
+        )
         self._is_withdrawn = False
         self._is_clean = True  # no call was cut short
-        self._listener = Listener("direct lines", sides, listeners, self._accept, on_lost)
+        self._listener = Listener("direct connections", sides, listeners, self._accept, on_lost)
         self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
         self._thread.start()
 
@@ -77,28 +80,28 @@ class DirectServer:
         self._listener.withdraw()
         with self._lock:
             self._is_withdrawn = True
-        for line in self._all_connections():
-            line.close_when_idle()
+        for connection in self._all_connections():
+            connection.close_when_idle()
 
     def cancel(self) -> None:
         """Cancel the calls under way."""
-        for line in self._all_connections():
-            self._is_clean &= line.is_idle
-            line.cancel()
+        for connection in self._all_connections():
+            self._is_clean &= connection.is_idle
+            connection.cancel()
 
     def close(self, timeout_s: float) -> bool:
-        """Withdraw, and return once no call is under way: after `timeout_s` they are cancelled.
+        """Withdraw, and wait until no call is under way. After `timeout_s`, cancel those that still are.
 
         Returns:
-            Whether none was.
+            Whether no call was cancelled.
         """
         self.withdraw()
         deadline_s = time.monotonic() + timeout_s
-        for line in self._all_connections():
-            line.thread.join(max(deadline_s - time.monotonic(), 0))
-            self._is_clean &= not line.thread.is_alive()
-            line.cancel()
-            line.thread.join()
+        for connection in self._all_connections():
+            connection.thread.join(max(deadline_s - time.monotonic(), 0))
+            self._is_clean &= not connection.thread.is_alive()
+            connection.cancel()
+            connection.thread.join()
         self._listener.stop()
         self._thread.join()
         self._listener.close()
@@ -108,18 +111,18 @@ class DirectServer:
         with self._lock:
             return list(self._connections.values())
 
-    def _drop_connection(self, line: DirectConnection) -> None:
-        """Cancel the call of a client that has gone, or of a line that has ended by itself."""
-        self._listener.unwatch(line.descriptor)
-        line.cancel()
+    def _drop_connection(self, connection: DirectConnection) -> None:
+        """Cancel the call of a client that has gone, or of a connection that has ended by itself."""
+        self._listener.unwatch(connection.descriptor)
+        connection.cancel()
 
-    def _accept(self, connection: socket.socket, address: Any) -> None:
-        peer = _describe_peer(connection, address)
-        counted_by = peer_key_of_connection(connection, address)
-        line = DirectConnection(
-            SocketStream(connection, stall_limit_s=STALL_LIMIT_S),
+    def _accept(self, accepted: socket.socket, address: Any) -> None:
+        peer = _describe_peer(accepted, address)
+        peer_key = peer_key_of_connection(accepted, address)
+        connection = DirectConnection(
+            SocketStream(accepted, stall_limit_s=STALL_LIMIT_S),
             peer,
-            counted_by,
+            peer_key,
             self._methods,
             self._instance,
             self._last_caller,
@@ -127,37 +130,37 @@ class DirectServer:
             self._forget,
         )
         try:
-            place = self._shares.take(counted_by, line.cancel)
+            place = self._shares.take(peer_key, connection.cancel)
         except UnavailableError as error:
             _log.info("%s is not served directly: %s", peer, error)
-            connection.close()
+            accepted.close()
             return
         try:
-            self._start_connection(line, place)
+            self._start_connection(connection, place)
         except BaseException:
             place.free()
             raise
 
-    def _start_connection(self, line: DirectConnection, place: PeerPlace) -> None:
+    def _start_connection(self, connection: DirectConnection, place: PeerPlace) -> None:
         with self._lock:
             if self._is_withdrawn:
                 place.free()
-                line.refuse()
+                connection.refuse()
                 return
             self._listener.watch(
-                line.descriptor, partial(self._drop_connection, line), select.EPOLLRDHUP
+                connection.descriptor, partial(self._drop_connection, connection), select.EPOLLRDHUP
             )
-            line.start(place)
-            self._connections[line.descriptor] = line
+            connection.start(place)
+            self._connections[connection.descriptor] = connection
 
-    def _forget(self, line: DirectConnection) -> None:
+    def _forget(self, connection: DirectConnection) -> None:
         with self._lock:
-            self._listener.unwatch(line.descriptor)
-            self._connections.pop(line.descriptor)
+            self._listener.unwatch(connection.descriptor)
+            self._connections.pop(connection.descriptor)
 
 
 def _describe_peer(connection: socket.socket, address: Any) -> str:
-    """Return who has connected, for the log."""
+    """Return the client's address, for the log."""
     if connection.family == socket.AF_UNIX:
         return f"unix: {peer_credentials(connection)}"
     host, port = address[:2]

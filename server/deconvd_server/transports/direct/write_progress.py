@@ -13,42 +13,42 @@ from deconvd_server.call.context import STALL_LIMIT_S
 __all__ = ["WriteProgress"]
 
 _DRAIN_S: Final = 1e-3
-"""Longer than it takes to hear all that an honest client says."""
+"""Longer than it takes to read all reports that an honest client has sent."""
 
 _RETRY_AFTER_S: Final = 0.1
-"""What a client is told that has stopped writing: it may try again at once, as the server is ready."""
+"""When a client that has stopped writing may try again: soon, as it did not wait for the server."""
 
 
 class WriteProgress:
-    """How far a client has come with writing the operands of a call. See `Progress`.
+    """How many bytes of a call's operands the client has written. See `ArrivalProgress`.
 
-    For the thread that serves its line. What the client says may be wrong: that harms its own results
-    alone.
+    Only the thread that serves the connection may use it. A client that reports more than it has written spoils its
+    own results alone.
 
     Attributes:
         blocked_since_s: As in `ClientWait`.
 
     Args:
-        written_bytes: How many bytes it has written already.
+        written_bytes: How many bytes the client had written when it sent the call.
     """
 
-    def __init__(self, line: FrameStream, written_bytes: int = 0) -> None:
-        self._frames = line
+    def __init__(self, frames: FrameStream, written_bytes: int = 0) -> None:
+        self._frames = frames
         self._written_bytes = written_bytes
         self._progressed_s = time.monotonic()
         self.blocked_since_s = math.inf
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
-        """Return whether that many bytes are there, as soon as they are, or once the time is up.
+        """Wait until that many bytes are written, or the time is up; return whether they are.
 
         Raises:
-            ConnectionBrokenError: The client goes, or says something else.
-            UnavailableError: It has written nothing for so long that it is not waited for.
+            ConnectionBrokenError: The client has gone, or sends something else.
+            UnavailableError: The client has written nothing for `STALL_LIMIT_S`.
         """
         until_s = time.monotonic() + timeout_s
         while self._written_bytes < size_bytes:
             remaining_s = until_s - time.monotonic()
-            # what was said by then is still heard, but not for ever: there may always be more
+            # Reports that came in time are still read when time is up. But not for ever: a client may send without end.
             written_bytes = (
                 receive_progress(self._frames, remaining_s) if remaining_s > -_DRAIN_S else None
             )

@@ -1,5 +1,5 @@
-"""gRPC's core, as grpcio's own servers have it: queues and batches. It is not public: this alone imports it."""
+"""gRPC's core as grpcio's own servers use it: queues and batches. It is private, and only this module imports it."""
 
-from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave out what is not public
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # its stubs leave private modules out
 
 __all__ = ["cygrpc"]

@@ -1,7 +1,7 @@
-"""The service by gRPC: behaviours as its handlers. See `serve` for how a call begins and ends.
+"""The handlers of the service's methods by gRPC. `serve` says how a call begins and ends.
 
-Calls are served by workers once their first message has come: one that sends none takes neither a thread nor a place.
-The server listens before there is a service, and its handlers are made then: they are behind a `Gate`.
+A call is given to a worker once its first message has come, so a call that sends none takes neither a thread nor a
+place. The server listens before its devices are ready: until then the handlers refuse.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Final, TypeAlias
 from google.protobuf.descriptor import ServiceDescriptor
 
 from deconvd.errors import DeadlineError, DeconvdError, InvalidArgumentError, UnavailableError
-from deconvd.wire.chunks import ChunkSource, part_messages
+from deconvd.wire.chunks import ChunkSource
 from deconvd.wire.codec import encode
 from deconvd.wire.status import status_from_error
 from deconvd_server.call.context import STALL_LIMIT_S, CallContext, CallerGoneError, ClientWaitState
 from deconvd_server.resources.fair_shares import FairShares
-from deconvd_server.resources.peer_keys import peer_key_of_grpc
+from deconvd_server.resources.peer_identity import peer_key_of_grpc
 from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.service.method import (
     BidiStreamingMethod,
@@ -36,26 +36,31 @@ from deconvd_server.service.method import (
 from deconvd_server.transports.grpc.rpc import CallLater, Rpc
 from deconvd_server.transports.grpc.rpc_messages import RequestQueue, ResponseQueue
 from deconvd_server.transports.grpc.session_rpc import SessionRpc
-from deconvd_server.transports.serve import CallScope, Observer
+from deconvd_server.transports.observers import Observer
+from deconvd_server.transports.serve import CallScope
 
 __all__ = ["CALLS_COUNT", "GrpcService"]
 
 CALLS_COUNT: Final = 160
-"""How many calls by gRPC may be under way, each with a worker, sessions aside: more than run and wait for a device, so
-that those which need none are served, too."""
+"""How many calls by gRPC may be under way, without sessions. Each has a worker. They are more than may run on a device
+or wait for it, so that calls which need no device are still served."""
 
 _RESERVED_CALLS_COUNT: Final = 16
+"""Of those, how many are for peers that have no call: one peer cannot take all."""
 
 _FIRST_MESSAGE_S: Final = 60.0
-"""How long a call may be without its first message: enough for a large one over a slow network."""
+"""How long a call may take to send its first message: enough for a large one over a slow network."""
 
 _LARGE_BYTES: Final = 1 << 20
+"""An answer of more than this must leave in time: until then it counts against the memory of its peer. Small answers
+count for little."""
+
 _SLOWEST_BYTES_PER_S: Final = 1e6
-"""How fast an answer of more than a mebibyte has to leave, as over a line of 8 Mbit/s, after as long as any call may
-stall. gRPC does not tell how much of one has. Until then it has a part of its peer's memory; small ones have little."""
+"""How fast a large answer must leave, as over a network of 8 Mbit/s, after the time for which any call may stall. gRPC
+does not tell how much of an answer has left, only when all of it has."""
 
 _POLL_PERIOD_S: Final = 1.0
-"""How often calls are looked for that are without it for longer."""
+"""How often the server looks for calls that have sent no message in time."""
 
 _STARTING: Final = UnavailableError(
     "the server is starting: its device is not ready yet", retry_after_s=0.2
@@ -70,15 +75,17 @@ _Work: TypeAlias = Callable[[], None]
 
 
 class GrpcService:
-    """What serves a service's methods. Until it is opened, and once it is closed, they answer UNAVAILABLE.
+    """Serves the methods of a service. Until it is opened, and once it is closed, calls get UNAVAILABLE.
+
+    The methods named with an underscore run in gRPC's thread, unless they say otherwise: they must not block.
 
     Attributes:
-        handlers: By the methods' paths; see `Handlers`.
+        handlers: The handlers by the methods' paths. See `Handlers`.
 
     Args:
-        service: Has the methods.
-        workers: Serve the calls.
-        observers: Hear of every call.
+        service: The service, whose methods it serves.
+        workers: The threads that serve the calls.
+        observers: They are told of every call.
     """
 
     def __init__(
@@ -89,8 +96,10 @@ class GrpcService:
         self._methods: Mapping[str, RpcMethod] = {}
         self._refusal: DeconvdError | None = _STARTING
         self._shares = FairShares(CALLS_COUNT, _RESERVED_CALLS_COUNT, "calls by gRPC")
-        self._awaiting_message: dict[Rpc, float] = {}  # since when they are there, the oldest first
-        self._unanswered: list[Rpc] = []  # came once it was closed
+        self._awaiting_message: dict[
+            Rpc, float
+        ] = {}  # with the time when each came, the oldest first
+        self._unanswered: list[Rpc] = []  # calls that came after `close` and before `refuse`
         self._is_refusing = False
         self._changed = threading.Condition()
         self._calls_count = 0
@@ -99,48 +108,56 @@ class GrpcService:
             for method in service.methods
         }
 
-    def open(self, behaviours: Mapping[str, RpcMethod]) -> None:
-        """Serve calls from now on with behaviours, by the names of the methods."""
-        self._methods = behaviours
+    def open(self, methods: Mapping[str, RpcMethod]) -> None:
+        """Serve calls from now on.
+
+        Args:
+            methods: The methods by their names.
+        """
+        self._methods = methods
         self._refusal = None
 
     def close(self) -> None:
-        """Take no more calls. Those that come are kept waiting for `refuse`."""
+        """Take no more calls. Calls that come from now on wait for `refuse`."""
         self._refusal = _DRAINING
 
     def refuse(self) -> None:
-        """Refuse the calls that have come since it was closed, all that come, and those without a message."""
+        """Refuse the calls that came since `close`, those that have sent no message yet, and all later ones."""
         self._is_refusing = True
         for rpc in [*self._unanswered, *self._awaiting_message]:
             rpc.fail(status_from_error(_DRAINING))
 
     @property
     def calls_count(self) -> int:
-        """Calls under way: whose first message has come, and whose answer has not left."""
+        """How many calls are under way: their first message has come, and their answer has not left."""
         return self._calls_count
 
     def wait_until_ended(self, timeout_s: float, is_cut: Callable[[], bool]) -> bool:
-        """Return once no call is under way, or enough is enough; and whether none is."""
+        """Wait until no call is under way, the time is up, or `is_cut`; return whether no call is under way.
+
+        Args:
+            is_cut: Whether to wait no longer. It is asked whenever a call ends, and after `wake`.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._calls_count or is_cut(), timeout_s)
             return not self._calls_count
 
     def wake(self) -> None:
-        """Wake who waits, to look whether enough is enough."""
+        """Have `wait_until_ended` ask again whether to wait no longer."""
         with self._changed:
             self._changed.notify_all()
 
-    def expire(self, later: CallLater) -> None:
-        """End calls that have been without a message for long, now and from now on. For gRPC's thread."""
+    def expire(self, call_later: CallLater) -> None:
+        """End calls that have sent no message in time, now and from now on. For gRPC's thread."""
         until_s = time.monotonic() - _FIRST_MESSAGE_S
         for rpc, since_s in list(self._awaiting_message.items()):
             if since_s > until_s:
                 break
             rpc.fail(status_from_error(_NO_MESSAGE))
-        later(_POLL_PERIOD_S, partial(self.expire, later))
+        call_later(_POLL_PERIOD_S, partial(self.expire, call_later))
 
     def _accept(self, name: str, rpc: Rpc) -> None:
-        """Wait for a call's first message."""
+        """Take a new call, and wait for its first message."""
         if self._refusal is not None:
             self._refuse(rpc, self._refusal)
             return
@@ -148,6 +165,11 @@ class GrpcService:
         rpc.receive(partial(self._serve, name, rpc))
 
     def _refuse(self, rpc: Rpc, refusal: DeconvdError) -> None:
+        """Refuse a call: at once while starting, and while draining only once `refuse` says so.
+
+        A client that gets UNAVAILABLE stops calling here. Until then it may have other calls on their way, and calls
+        that arrive once gRPC stops get CANCELLED, which clients need not retry.
+        """
         if refusal is _DRAINING:
             self._unanswered.append(rpc)
             if not self._is_refusing:
@@ -155,7 +177,7 @@ class GrpcService:
         rpc.fail(status_from_error(refusal))
 
     def _serve(self, name: str, rpc: Rpc, first: bytes | None) -> None:
-        """Have a worker serve a call, whose first message has come."""
+        """Have a worker serve a call whose first message has come. `first` is None if the client sends none."""
         self._awaiting_message.pop(rpc, None)
         if rpc.has_ended:
             return
@@ -167,39 +189,36 @@ class GrpcService:
         self._count(1)
         rpc.on_close = partial(self._end_call, call)
         rpc.on_done = call.end
-        behaviour = self._methods[name]
-        serving = CallScope(behaviour.name, call, self._observers)
+        method = self._methods[name]
+        scope = CallScope(method.name, call, self._observers)
         try:
-            if isinstance(behaviour, SessionMethod):
-                SessionRpc(behaviour, rpc, serving, self._workers).begin(first)
+            if isinstance(method, SessionMethod):
+                SessionRpc(method, rpc, scope, self._workers).begin(first)
             else:
-                self._submit(behaviour, first, rpc, serving)
+                self._submit(method, first, rpc, scope)
         except UnavailableError as error:
             rpc.fail(status_from_error(error))
 
     def _submit(
         self,
-        behaviour: UnaryMethod
-        | ServerStreamingMethod
-        | ClientStreamingMethod
-        | BidiStreamingMethod,
+        method: UnaryMethod | ServerStreamingMethod | ClientStreamingMethod | BidiStreamingMethod,
         first: bytes | None,
         rpc: Rpc,
-        serving: CallScope,
+        scope: CallScope,
     ) -> None:
-        call = serving.call
+        call = scope.call
         place = self._shares.take(call.peer_key, partial(call.stop, _PREEMPTED))
-        if isinstance(behaviour, UnaryMethod):
+        if isinstance(method, UnaryMethod):
             rpc.has_all_requests = True
             place.progressed_s = math.inf  # nothing is awaited of its caller
-            work: _Work = partial(_serve_unary, behaviour, first, rpc, serving)
+            work: _Work = partial(_serve_unary, method, first, rpc, scope)
         else:
             requests = RequestQueue(first, rpc, call, place)
-            if isinstance(behaviour, ClientStreamingMethod):
-                work = partial(_serve_client_streaming, behaviour, requests, rpc, serving)
+            if isinstance(method, ClientStreamingMethod):
+                work = partial(_serve_client_streaming, method, requests, rpc, scope)
             else:
                 responses = ResponseQueue(rpc, call, place)
-                work = partial(_serve_response_stream, behaviour, requests, responses, rpc, serving)
+                work = partial(_serve_response_stream, method, requests, responses, rpc, scope)
 
         def end() -> None:
             place.free()
@@ -211,7 +230,7 @@ class GrpcService:
             finally:
                 end()
 
-        call.retain()  # a worker may outlast the call
+        call.retain()  # a worker may still use the call's memory when the client has gone
         try:
             self._workers.submit(serve)
         except UnavailableError:
@@ -219,7 +238,7 @@ class GrpcService:
             raise
 
     def _end_call(self, call: CallContext) -> None:
-        """Note that a call's caller has gone, or has its answer."""
+        """Note that the caller has gone, or has received its answer."""
         self._count(-1)
         call.cancel()
 
@@ -230,61 +249,58 @@ class GrpcService:
                 self._changed.notify_all()
 
 
-def _serve_unary(behaviour: UnaryMethod, data: bytes | None, rpc: Rpc, serving: CallScope) -> None:
+def _serve_unary(method: UnaryMethod, data: bytes | None, rpc: Rpc, scope: CallScope) -> None:
     response = None
-    with serving as call:
-        call.check()  # it may have waited for a worker
+    with scope as call:
+        call.check()  # it may have waited for a worker until its deadline
         if data is None:
             raise InvalidArgumentError("the call must have a request, got none")
-        response = encode(behaviour.serve(behaviour.decode_request(data), call))
-    _finish(rpc, serving, response)
+        response = encode(method.serve(method.decode_request(data), call))
+    _finish(rpc, scope, response)
 
 
 def _serve_client_streaming(
-    behaviour: ClientStreamingMethod, requests: RequestQueue, rpc: Rpc, serving: CallScope
+    method: ClientStreamingMethod, requests: RequestQueue, rpc: Rpc, scope: CallScope
 ) -> None:
     response = None
-    with serving as call:
-        reader = behaviour.reader(ChunkSource(iter(requests), behaviour.request_type))
-        response = behaviour.serve(reader, call).SerializeToString()
-    _finish(rpc, serving, response)
+    with scope as call:
+        reader = method.reader(ChunkSource(iter(requests), method.request_type))
+        response = method.serve(reader, call).SerializeToString()
+    _finish(rpc, scope, response)
 
 
 def _serve_response_stream(
-    behaviour: ServerStreamingMethod | BidiStreamingMethod,
+    method: ServerStreamingMethod | BidiStreamingMethod,
     requests: RequestQueue,
     responses: ResponseQueue,
     rpc: Rpc,
-    serving: CallScope,
+    scope: CallScope,
 ) -> None:
     try:
-        with serving as call, closing(_response_parts(behaviour, requests, call)) as parts:
-            for part in parts:
-                for message in part_messages(part):
-                    responses.put(message)
-            responses.flush()
+        with scope as call, closing(_response_parts(method, requests, call)) as parts:
+            responses.send_all(parts)
     except CallerGoneError:
-        return  # nobody is there to be told
-    _finish(rpc, serving)
+        return  # nobody is left to be told
+    _finish(rpc, scope)
 
 
 def _response_parts(
-    behaviour: ServerStreamingMethod | BidiStreamingMethod,
+    method: ServerStreamingMethod | BidiStreamingMethod,
     requests: RequestQueue,
     call: CallContext,
 ) -> Parts:
     """Return the parts of a response."""
     messages = iter(requests)
-    if isinstance(behaviour, ServerStreamingMethod):
-        return behaviour.serve(behaviour.decode_request(next(messages, b"")), call)
-    return behaviour.serve(behaviour.reader(ChunkSource(messages, behaviour.request_type)), call)
+    if isinstance(method, ServerStreamingMethod):
+        return method.serve(method.decode_request(next(messages, b"")), call)
+    return method.serve(method.reader(ChunkSource(messages, method.request_type)), call)
 
 
-def _finish(rpc: Rpc, serving: CallScope, response: bytes | None = None) -> None:
-    """Let a call end with its ledger, or with its failure."""
-    if serving.failure is not None:
-        rpc.fail(serving.failure)
+def _finish(rpc: Rpc, scope: CallScope, response: bytes | None = None) -> None:
+    """End a call with its answer and its ledger, or with its failure; cut it off if a large answer does not leave."""
+    if scope.failure is not None:
+        rpc.fail(scope.failure)
         return
-    rpc.finish(serving.call.ledger.as_metadata(), response)
+    rpc.finish(scope.call.ledger.as_metadata(), response)
     if response is not None and len(response) > _LARGE_BYTES:
         rpc.call_later(STALL_LIMIT_S + len(response) / _SLOWEST_BYTES_PER_S, rpc.cancel)

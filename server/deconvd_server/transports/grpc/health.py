@@ -1,4 +1,4 @@
-"""Standard gRPC health, in gRPC's thread: it is answered however busy the workers are."""
+"""The standard gRPC health service. It runs in gRPC's thread, so it answers however busy the workers are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deconvd_server.transports.grpc.rpc import Rpc
 __all__ = ["Health"]
 
 _LARGEST_BYTES: Final = 4096
-"""More than the name of any service takes: a larger message is not parsed, as that would hold up gRPC's thread."""
+"""More than the name of any service takes. A larger message is not parsed: that would hold up gRPC's thread."""
 
 _Status: Final = health_pb2.HealthCheckResponse
 _SERVING: Final = _Status(status=_Status.SERVING).SerializeToString()
@@ -25,13 +25,13 @@ _UNKNOWN: Final = _Status(status=_Status.SERVICE_UNKNOWN).SerializeToString()
 
 
 class Health:
-    """The standard health service for a server and the services it names. Thread-safe.
+    """The standard health service for a server and some of its services. Thread-safe.
 
     Attributes:
-        handlers: By the methods' paths; see `Handlers`.
+        handlers: The handlers by the methods' paths. See `Handlers`.
 
     Args:
-        services: Names of the services; the server as a whole goes with them.
+        services: The names of the services. The server as a whole has the same health as they.
     """
 
     def __init__(self, *services: str) -> None:
@@ -47,7 +47,7 @@ class Health:
         }
 
     def set_serving(self, is_serving: bool) -> None:
-        """Say SERVING or NOT_SERVING of all."""
+        """Report SERVING or NOT_SERVING for all."""
         self._is_serving = is_serving and not self._is_failing
         with self._lock:
             watches = list(self._watches.values())
@@ -55,12 +55,12 @@ class Health:
             watch.update()
 
     def fail(self) -> None:
-        """Say NOT_SERVING of all, for good."""
+        """Report NOT_SERVING for all, for good."""
         self._is_failing = True
         self.set_serving(False)
 
     def end_watches(self) -> None:
-        """End every watch: they would keep the server from stopping."""
+        """End every watch: an open one would keep the server from stopping."""
         with self._lock:
             watches = list(self._watches)
         for rpc in watches:
@@ -91,7 +91,7 @@ class Health:
         with self._lock:
             self._watches[rpc] = watch
         rpc.on_close = partial(self._forget, rpc)
-        if rpc.is_closed:
+        if rpc.is_closed:  # before `on_close` was set
             self._forget(rpc)
         watch.update()
 
@@ -101,7 +101,7 @@ class Health:
 
 
 class _HealthWatch:
-    """A client that watches. It is sent each change, or the last of those that come while one is being sent."""
+    """A client that watches the health of a service. Of changes that come while one is being sent, it gets the last."""
 
     def __init__(self, rpc: Rpc, answer: Callable[[], bytes]) -> None:
         self._rpc = rpc
@@ -111,7 +111,7 @@ class _HealthWatch:
         self._is_sending = False
 
     def update(self) -> None:
-        """Send the status, if it is another than before."""
+        """Send the status if it differs from the last one sent."""
         with self._lock:
             answer = self._answer()
             if self._is_sending or answer == self._last_answer:
@@ -128,7 +128,7 @@ class _HealthWatch:
 
 
 def _parse_service(request: bytes | None) -> str | None:
-    """Return the service that a request asks about; None if it is none."""
+    """Return the service that a request asks about; None if the request is not valid."""
     if request is None or len(request) > _LARGEST_BYTES:
         return None
     try:

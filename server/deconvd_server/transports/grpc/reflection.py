@@ -1,4 +1,4 @@
-"""Standard gRPC reflection, in gRPC's thread."""
+"""The standard gRPC reflection service, which tells clients the schema. It runs in gRPC's thread."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from deconvd_server.transports.grpc.rpc import Rpc
 __all__ = ["reflection_handlers"]
 
 _LARGEST_BYTES: Final = 4096
-"""More than any name takes: a larger message is not parsed, as that would hold up gRPC's thread."""
+"""More than any name takes. A larger message is not parsed: that would hold up gRPC's thread."""
 
 _NO_CONTEXT: Final[Any] = None
-"""The servicer asks nothing of it."""
+"""The servicer does not use its context."""
 
 
 def reflection_handlers(service: ServiceDescriptor) -> dict[str, Callable[[Rpc], None]]:
-    """Return what serves reflection about a service, by the method's path; see `Handlers`."""
+    """Return the handlers that describe a service, by the methods' paths. See `Handlers`."""
     names = (service.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     servicer = reflection.ReflectionServicer(names)
 

@@ -1,8 +1,8 @@
-"""One gRPC call, as the server has it: messages, its end, and who is told of them. It knows no method.
+"""One gRPC call as the server has it: its messages, its end, and who is told of them. It knows no method.
 
-grpcio's servers, with threads or in an event loop, cannot serve calls that wait for their first message without a place
-for each, cannot end a call on a client that does not read, or are ended by a path that is no UTF-8. So the server is
-made here of what they are made of: completion queues and batches of operations.
+grpcio's own servers do not do: with threads or in an event loop, they need a place for each call that waits for its
+first message, cannot end a call whose client does not read, and end by a path that is not UTF-8. So this server is made
+of the same parts as theirs: completion queues, and batches of operations.
 """
 
 from __future__ import annotations
@@ -28,35 +28,39 @@ Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 CallLater: TypeAlias = Callable[[float, Callable[[], None]], None]
 
 _NO_FLAGS: Final = 0
+
 _LONGEST_S: Final = 365 * 24 * 3600.0
-"""A deadline further away is none: gRPC has one in 292 billion years for a call without."""
+"""A deadline further away counts as none: gRPC gives calls without a deadline one in 292 billion years."""
 
 _log = logging.getLogger(__name__)
 
 
 class Rpc:
-    """A call. Callbacks are called in gRPC's thread, and must be quick; everything else may be done in any thread.
+    """One call. gRPC's thread calls the callbacks, which must be quick; any thread may do everything else.
+
+    The call is over once its status has been sent or its client has gone; after that nothing more is sent. It is done
+    once gRPC has also handed back every batch of operations, and with them the memory of its messages.
 
     Attributes:
-        path: Of its method.
-        peer: Who calls, as gRPC tells it.
-        later: Does something in gRPC's thread after so many seconds.
-        on_close: Called once the caller has gone, or has all of the answer.
-        is_closed: Whether that is so.
-        has_all: Whether what serves it asks for no more messages. That sets it.
-        is_idle: Whether it may well be without a message for long. What serves it sets it.
+        path: The path of its method.
+        peer: The caller's address, in gRPC's form.
+        call_later: Calls a function in gRPC's thread after a number of seconds.
+        on_close: Called once the caller has gone, or has received the whole answer.
+        is_closed: Whether that has happened.
+        has_all_requests: Whether its handler asks for no more messages. The handler sets it.
+        is_idle: Whether it may be without a message for long, as a session may. The handler sets it.
         is_receiving: Whether a message is awaited.
-        asked_s: When it was last asked for one, or came, on the monotonic clock.
-        on_done: Called once nothing of it is under way, and gRPC holds none of its messages any more: after `on_close`.
+        receive_began_s: When a message was last asked for, on the monotonic clock.
+        on_done: Called once it is done, after `on_close`.
 
     Args:
-        event: With it the call came.
-        on_end: Called once nothing of it is under way.
+        event: The event of the completion queue that brought the call.
+        on_end: Called once it is done, after `on_done`.
     """
 
-    def __init__(self, event: Any, later: CallLater, on_end: Callable[[Rpc], None]) -> None:
+    def __init__(self, event: Any, call_later: CallLater, on_end: Callable[[Rpc], None]) -> None:
         self.path: str = event.call_details.method.decode(errors="replace")
-        self.call_later = later
+        self.call_later = call_later
         self.on_close: Callable[[], None] = _do_nothing
         self.on_done: Callable[[], None] = _do_nothing
         self.is_closed = False
@@ -68,12 +72,13 @@ class Rpc:
         self._call = event.call
         self._on_end = on_end
         self._lock = threading.Lock()
-        self._pending_count = 0
+        self._pending_count = 0  # batches that gRPC has not handed back
         self._has_begun_to_answer = False
-        self._is_over = False  # nothing more may be sent
-        self._receive_batch: weakref.ref[_Batch] | None = None
+        self._is_over = False
+        self._receive_batch: weakref.ref[Callable[[Any], None]] | None = None
         self.peer: str = self._call.peer().decode(errors="replace")
-        self._start((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), _Batch(self, self._close))
+        close = cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS)
+        self._start((close,), partial(self._finish_batch, self._close, False))
 
     @property
     def has_ended(self) -> bool:
@@ -86,57 +91,54 @@ class Rpc:
         remaining_s = self._deadline_s - time.time()
         return max(remaining_s, 0.0) if remaining_s < _LONGEST_S else None
 
-    def receive(self, then: Callable[[bytes | None], None]) -> None:
-        """Call `then` with the next message; with None if there is no more, as after the call's end."""
-        operations = (cygrpc.ReceiveMessageOperation(_NO_FLAGS),)
-        batch = _Batch(self, partial(self._deliver, then))
-        self._receive_batch = weakref.ref(batch)  # gRPC alone holds it
+    def receive(self, then: Callable[[bytes | None], object]) -> None:
+        """Call `then` with the next message; with None if there are no more, or the call has ended."""
+        batch = partial(self._finish_batch, then, True)
+        # Weak: gRPC alone holds the batch. If memory runs out while gRPC hands it back, it is lost, and that is how
+        # `drop_lost_receive` knows.
+        self._receive_batch = weakref.ref(batch)
         self.is_receiving = True
         self.receive_began_s = time.monotonic()
-        if not self._start(operations, batch):
+        if not self._start((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), batch):
+            self._receive_batch = None
             self.is_receiving = False
             then(None)
 
-    def send(self, message: bytes, then: Callable[[], None]) -> None:
-        """Send a message, and call `then` once it has left, or never will. The one before must have."""
-        operations = (*self._initial_metadata(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
-        if not self._start(operations, _Batch(self, lambda _event: then())):
+    def send(self, message: bytes, then: Callable[[], object]) -> None:
+        """Send a message, and call `then` once it has left or never will. The message before must have left."""
+        operations: tuple[Any, ...] = (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
+        if not self._has_begun_to_answer:
+            operations = (*self._initial_metadata(), *operations)
+        if not self._start(operations, partial(self._finish_batch, then, False)):
             then()
 
     def finish(self, metadata: Metadata, message: bytes | None = None) -> None:
-        """End it well, with a last message. Once it has ended nothing is done."""
-        message_operations = (
-            () if message is None else (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
-        )
-        self._end(metadata, cygrpc.StatusCode.ok, "", message_operations)
+        """End the call well, with a last message if there is one. Does nothing if it has ended."""
+        messages = () if message is None else (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
+        self._end(metadata, cygrpc.StatusCode.ok, "", messages)
 
     def fail(self, failure: status_pb2.Status) -> None:
-        """End it with a failure. Once it has ended nothing is done."""
+        """End the call with a failure. Does nothing if it has ended."""
         status = rpc_status.to_status(failure)
         self._end(status.trailing_metadata, status.code.value[0], status.details)
 
     def fail_with(self, code: grpc.StatusCode, details: str) -> None:
-        """End it with a status. Once it has ended nothing is done."""
+        """End the call with a status. Does nothing if it has ended."""
         self._end((), code.value[0], details)
 
     def cancel(self) -> None:
-        """End it without a word, also on a client that does not read."""
+        """Break the call off without a status: this works for clients that do not read, too."""
         with self._lock:
             if self._call is not None:
                 self._call.cancel()
 
     def drop_lost_receive(self) -> bool:
-        """Return whether a message came that there was no memory for, and note that it is under way no more."""
+        """Return whether a message came that there was no memory for; if so, count its batch as handed back."""
         if self._receive_batch is None or self._receive_batch() is not None:
             return False
         self._receive_batch = None
-        self.note_done()
+        self._finish_batch(_do_nothing, False, None)
         return True
-
-    def _deliver(self, then: Callable[[bytes | None], None], event: Any) -> None:
-        self._receive_batch = None
-        self.is_receiving = False
-        then(event.batch_operations[0].message())
 
     def _initial_metadata(self) -> tuple[Any, ...]:
         if self._has_begun_to_answer:
@@ -153,11 +155,13 @@ class Rpc:
         with self._lock:
             is_over, self._is_over = self._is_over, True
         if not is_over:
-            batch = _Batch(self, _ignore)
+            batch = partial(self._finish_batch, _do_nothing, False)
             self._start((*self._initial_metadata(), *messages, status), batch, is_last=True)
 
-    def _start(self, operations: tuple[Any, ...], batch: _Batch, *, is_last: bool = False) -> bool:
-        """Start a batch, and return whether it was: none is once the call is over."""
+    def _start(
+        self, operations: tuple[Any, ...], batch: Callable[[Any], None], *, is_last: bool = False
+    ) -> bool:
+        """Start a batch of operations, and return whether it has started: none does once the call is over."""
         with self._lock:
             if self._call is None or (self._is_over and not is_last):
                 return False
@@ -165,49 +169,37 @@ class Rpc:
             self._pending_count += is_begun
         return is_begun
 
-    def _close(self, _event: Any) -> None:
+    def _finish_batch(self, then: Callable[..., object], is_receive: bool, event: Any) -> None:
+        """Take a batch back, in gRPC's thread: tell who waits for it, and notice whether the call is done.
+
+        This is the whole way of each message in gRPC's thread, and so one function.
+        """
+        try:
+            if is_receive:
+                self._receive_batch = None
+                self.is_receiving = False
+                then(event.batch_operations[0].message())
+            else:
+                then()
+        except Exception:  # noqa: BLE001 - logged, and the client gets INTERNAL
+            _log.exception("unforeseen error in gRPC's thread")
+            self.fail_with(grpc.StatusCode.INTERNAL, "unforeseen error: see the server's log")
+        finally:
+            with self._lock:
+                self._pending_count -= 1
+                is_done = not self._pending_count and self._is_over
+                if is_done:
+                    self._call = None
+            if is_done:
+                self.on_done()
+                # The callbacks refer to this call in turn: without the circle it is freed at once.
+                self.on_close = self.on_done = _do_nothing
+                self._on_end(self)
+
+    def _close(self) -> None:
         with self._lock:
             self._is_over = self.is_closed = True
         self.on_close()
-
-    def note_done(self) -> None:
-        """Note that a batch is under way no more. After the last of them the call is given up."""
-        with self._lock:
-            self._pending_count -= 1
-            is_end = not self._pending_count and self._is_over
-            if is_end:
-                self._call = None
-        if is_end:
-            self.on_done()
-            self.on_close = self.on_done = _do_nothing  # who is told holds this call, too
-            self._on_end(self)
-
-
-class _Batch:
-    """Operations under way: gRPC's thread calls it once they are done.
-
-    Args:
-        then: Is called with gRPC's event.
-    """
-
-    __slots__ = ("__weakref__", "_rpc", "_then")
-
-    def __init__(self, rpc: Rpc, then: Callable[[Any], None]) -> None:
-        self._rpc = rpc
-        self._then = then
-
-    def __call__(self, event: Any) -> None:
-        try:
-            self._then(event)
-        except Exception:  # noqa: BLE001 - logged, and told as INTERNAL
-            _log.exception("unforeseen error in gRPC's thread")
-            self._rpc.fail_with(grpc.StatusCode.INTERNAL, "unforeseen error: see the server's log")
-        finally:
-            self._rpc.note_done()
-
-
-def _ignore(_event: Any) -> None:
-    pass
 
 
 def _do_nothing() -> None:

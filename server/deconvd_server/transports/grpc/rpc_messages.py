@@ -1,7 +1,11 @@
-"""The messages of a gRPC stream, between gRPC's thread, where they come and go, and the worker that serves the call.
+"""The messages of a gRPC stream, on their way between gRPC's thread and the worker that serves the call.
 
-Neither side is more than one message ahead of the other: gRPC's flow control bounds what is held for a client that is
-slower, or faster, than its call.
+    gRPC's thread                         worker
+    receives a message  --RequestQueue-->  reads it: only now is the next one asked for
+    it has left: permit --ResponseQueue->  sends the next
+
+Neither side is ever more than one message ahead of the other. So gRPC's flow control bounds what the server holds for a
+client that sends faster than its call reads, or takes less than its call writes.
 """
 
 from __future__ import annotations
@@ -9,24 +13,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from queue import SimpleQueue
 
 from deconvd.errors import CallCancelledError
+from deconvd.wire.chunks import part_messages
 from deconvd_server.call.context import CallContext, CallerGoneError
 from deconvd_server.resources.fair_shares import PeerPlace
+from deconvd_server.service.method import Parts
 from deconvd_server.transports.grpc.rpc import Rpc
 
 __all__ = ["RequestQueue", "ResponseQueue"]
 
 
 class RequestQueue:
-    """What the client sends.
+    """The messages that a client sends.
 
     Args:
-        first: The first message, which has come; None if the client sends none.
-        rpc: The rest comes from there.
-        call: Once it is cancelled there is no more.
-        place: Is told of progress.
+        first: The first message, which has come already; None if the client sends none.
+        rpc: Receives the others.
+        call: Its cancellation wakes the worker.
+        place: The place of the call: it is told of each message, as progress.
     """
 
     def __init__(self, first: bytes | None, rpc: Rpc, call: CallContext, place: PeerPlace) -> None:
@@ -35,37 +43,33 @@ class RequestQueue:
         self._place = place
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
         self._messages.put(first)
-        call.on_cancel(self._wake)
+        call.on_cancel(partial(self._messages.put, None))
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the messages, in the worker: the next is received while it has one.
+        """Yield the messages, in the worker. While it handles one, the next is received.
 
         Raises:
             CallCancelledError: The caller has gone.
         """
-        while (message := self._next()) is not None:
+        while True:
+            self._call.client_wait.blocked_since_s = time.monotonic()
+            message = self._messages.get()
+            self._call.client_wait.blocked_since_s = math.inf
+            if self._call.is_cancelled:
+                raise CallCancelledError("the caller gave the call up")
+            self._place.progressed_s = time.monotonic()
+            if message is None:
+                return
             self._rpc.receive(self._messages.put)
             yield message
 
-    def _next(self) -> bytes | None:
-        self._call.client_wait.blocked_since_s = time.monotonic()
-        message = self._messages.get()
-        self._call.client_wait.blocked_since_s = math.inf
-        if self._call.is_cancelled:
-            raise CallCancelledError("the caller gave the call up")
-        self._place.note_progress()
-        return message
-
-    def _wake(self) -> None:
-        self._messages.put(None)
-
 
 class ResponseQueue:
-    """What the client is sent.
+    """The messages that a client is sent.
 
     Args:
-        call: Once it is cancelled nobody is there to be sent anything.
-        place: Is told of progress.
+        call: Its cancellation wakes the worker.
+        place: The place of the call: it is told of each message, as progress.
     """
 
     def __init__(self, rpc: Rpc, call: CallContext, place: PeerPlace) -> None:
@@ -73,30 +77,26 @@ class ResponseQueue:
         self._call = call
         self._place = place
         self._send_permits: SimpleQueue[None] = SimpleQueue()
-        self._send_permits.put(None)
-        call.on_cancel(self._make_room)
+        self._permit_send = partial(self._send_permits.put, None)
+        self._permit_send()
+        call.on_cancel(self._permit_send)
 
-    def put(self, message: bytes) -> None:
-        """Send a message, in the worker, once the one before has left.
+    def send_all(self, parts: Parts) -> None:
+        """Send the parts of a response, in the worker; return once the last message has left.
+
+        A message is made while the one before leaves, and is sent once that has left.
 
         Raises:
             CallerGoneError: The caller has gone.
             DeconvdError: The server has stopped the call.
         """
-        self._wait()
-        self._rpc.send(message, self._make_room)
-
-    def flush(self) -> None:
-        """Return once the last message has left. Raises as `put` does."""
-        self._wait()
-
-    def _wait(self) -> None:
-        self._call.client_wait.blocked_since_s = time.monotonic()
-        self._send_permits.get()
-        self._call.client_wait.blocked_since_s = math.inf
-        if self._call.is_cancelled:
-            raise self._call.stop_error or CallerGoneError("the caller gave the call up")
-        self._place.note_progress()
-
-    def _make_room(self) -> None:
-        self._send_permits.put(None)
+        messages = chain.from_iterable(map(part_messages, parts))
+        for message in chain(messages, (None,)):
+            self._call.client_wait.blocked_since_s = time.monotonic()
+            self._send_permits.get()
+            self._call.client_wait.blocked_since_s = math.inf
+            if self._call.is_cancelled:
+                raise self._call.stop_error or CallerGoneError("the caller gave the call up")
+            self._place.progressed_s = time.monotonic()
+            if message is not None:
+                self._rpc.send(message, self._permit_send)

@@ -1,4 +1,4 @@
-"""gRPC's server: one thread in which calls come and their batches end. See `rpc`."""
+"""The gRPC server: one thread takes the events of gRPC's queue, which are new calls and finished batches. See `rpc`."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ from deconvd_server.transports.grpc.rpc import Rpc
 __all__ = ["GrpcServer", "Handlers"]
 
 Handlers: TypeAlias = Mapping[str, Callable[[Rpc], None]]
-"""What serves a method's calls, by its path: called in gRPC's thread."""
+"""The functions that take new calls, by the paths of their methods. They run in gRPC's thread."""
 
 _ACCEPT_BACKLOG_COUNT: Final = 64
-"""How many calls may come at once: what comes beside them waits in gRPC, which ends it if the server stops."""
+"""How many new calls gRPC may hand over at once. Others wait inside gRPC, which ends them if the server stops."""
 
 _STREAMS_COUNT: Final = 512
-"""Calls that one connection may have under way; the client keeps others back. A proxy speaks for many clients."""
+"""How many calls one connection may have under way; the client holds further ones back. It is large because a proxy
+carries the calls of many clients on one connection."""
 
 _DRAIN_EVENTS_S: Final = 0.05
+"""How long `_drain_events` takes events at most: while it does, new ones may come without end."""
 
 _LOOKAHEAD_OPTION: Final = "grpc.http2.lookahead_bytes"
+
 _LARGEST_LOOKAHEAD_BYTES: Final = 64 << 20
+"""What a connection of 10 Gbit/s carries in 50 ms: a larger window makes no call faster."""
+
 _LEAST_LOOKAHEAD_BYTES: Final = 65535
-"""With what HTTP/2 lets every client begin."""
+"""The window with which HTTP/2 lets every client begin."""
 
 _LOOKAHEAD_PART: Final = 64
-"""What a client may send of a call before its next message is asked for is one part in so many of what messages may
-take. The more it is, the faster calls are over long ways: gRPC asks for a mebibyte at a time, once for each round trip.
-"""
+"""A client may send this part of the memory for messages, one in 64, before the server asks for its next message. A
+larger window makes calls over long distances faster: with less, gRPC asks for one mebibyte in each round trip."""
 
 _TICK_S: Final = 0.2
-"""How often it looks at its clock when nothing happens."""
+"""How often the thread looks at its timers when no event comes: another thread may add one without waking it."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,13 +56,13 @@ class GrpcServer:
     """Serves calls by gRPC, in a thread of its own.
 
     Attributes:
-        receipts: Watches over the messages that are still arriving.
+        receive_limiter: Limits the memory of messages that are still arriving.
 
     Args:
-        handlers: Serve the methods there are.
-        max_message_bytes: The largest message that is taken or sent.
-        arriving_bytes: What messages may take that are not admitted yet.
-        on_lost: Called if it ends without being stopped.
+        handlers: The handlers of all methods.
+        max_message_bytes: The largest message that it receives or sends.
+        arriving_bytes: The memory that messages may take before their calls are admitted.
+        on_lost: Called if the thread ends without being stopped.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class GrpcServer:
             ("grpc.max_allowed_incoming_connections", connections_count()),
             *(option for option in GRPC_OPTIONS if option[0] != _LOOKAHEAD_OPTION),
             (_LOOKAHEAD_OPTION, unasked_bytes),
-            # With it, a second server would share the port in silence.
+            # Otherwise a second server could share the port, and nobody would notice.
             ("grpc.so_reuseport", 0),
         ]
         self._handlers = handlers
@@ -98,7 +102,7 @@ class GrpcServer:
         self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)
 
     def add_insecure_port(self, address: str) -> int:
-        """Listen on an address; return its port. Raises RuntimeError if that cannot be."""
+        """Listen on an address; return its port. Raises RuntimeError if gRPC cannot."""
         port: int = self._server.add_http2_port(address.encode())
         if not port:
             raise RuntimeError(f"gRPC cannot listen on {address}")
@@ -113,13 +117,13 @@ class GrpcServer:
         self._thread.start()
 
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
-        """Do something in its thread after a while. Any thread may call this."""
+        """Call a function in gRPC's thread after a number of seconds. Any thread may ask for it."""
         entry = (time.monotonic() + delay_s, next(self._numbers), work)
         with self._lock:
             heapq.heappush(self._timers, entry)
 
     def stop_accepting(self) -> None:
-        """Take no more calls, and tell clients to go elsewhere. Calls under way go on."""
+        """Take no more calls, and tell clients to connect elsewhere. Calls under way go on."""
         self._is_stopping = True
         self._server.shutdown(self._queue, self._note_shutdown)
 
@@ -128,19 +132,22 @@ class GrpcServer:
         self._server.cancel_all_calls()
 
     def join(self) -> None:
-        """Return once it has stopped, after its last call. To be called after `stop_accepting` has returned."""
+        """Wait for its last call, and stop. Call it once `stop_accepting` has returned."""
         self._thread.join()
-        if self._has_shut_down:  # which a thread that was lost has not seen
+        if (
+            self._has_shut_down
+        ):  # a thread that was lost has not seen it, and gRPC may be using the server still
             self._server.destroy()
 
     def _request_call(self) -> None:
-        with suppress(ValueError):  # it stops
+        with suppress(ValueError):  # raised once the server stops
             self._server.request_call(self._queue, self._queue, self._accept_call)
 
     def _run(self) -> None:
+        """Take one event after the other until the server has shut down and its last call is done."""
         try:
-            while not self._is_done:
-                self._run_once()
+            while self._rpcs or not self._has_shut_down:
+                self._take_events()
             self._queue.shutdown()
             while self._queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
                 pass
@@ -149,29 +156,31 @@ class GrpcServer:
         if not self._is_stopping:
             self._on_lost()
 
-    @property
-    def _is_done(self) -> bool:
-        return self._has_shut_down and not self._rpcs
+    def _take_events(self) -> None:
+        """Take events, and call functions that are due, until the server has shut down or one of these fails.
 
-    def _run_once(self) -> None:
-        """Take the next event. No error in what comes of it ends the thread."""
-        wait_s = (
-            min(_TICK_S, max(self._timers[0][0] - time.monotonic(), 0)) if self._timers else _TICK_S
-        )
+        No error in them ends the thread.
+        """
+        event: Any = None
         try:
-            event = self._queue.poll(time.time() + wait_s)
-            if event.completion_type != cygrpc.CompletionType.queue_timeout:
-                event.tag(event)
-            if self._timers:
-                self._run_due_timers()
+            while self._rpcs or not self._has_shut_down:
+                wait_s = _TICK_S
+                if self._timers:
+                    wait_s = min(wait_s, max(self._timers[0][0] - time.monotonic(), 0))
+                event = self._queue.poll(time.time() + wait_s)
+                if event.completion_type != cygrpc.CompletionType.queue_timeout:
+                    event.tag(event)
+                event = None  # it holds the message, which its call may have dropped by now
+                if self._timers and self._timers[0][0] <= time.monotonic():
+                    self._run_due_timers()
         except MemoryError:
             self._fail_lost_receives()
-            self._request_call()  # one may have been lost
+            self._request_call()  # the event of a new call may have been lost, and with it a request
         except Exception:  # noqa: BLE001 - logged: one call's error must not end all
             _log.exception("unforeseen error in gRPC's thread")
 
     def _drain_events(self) -> None:
-        """Take the events that have come already: of those that come meanwhile not too many."""
+        """Take the events that have come already, in the midst of handling one."""
         until_s = time.monotonic() + _DRAIN_EVENTS_S
         while time.monotonic() < until_s:
             event = self._queue.poll(time.time())
@@ -190,17 +199,21 @@ class GrpcServer:
         self._has_shut_down = True
 
     def _accept_call(self, event: Any) -> None:
-        """Take a call."""
+        """Take a new call, and ask for the next."""
         self._request_call()
-        if not event.success:  # the server stops
+        if not event.success:  # the server stops: gRPC gives back what was asked for
             return
         rpc = Rpc(event, self.call_later, self._rpcs.discard)
         self._rpcs.add(rpc)
         self._handlers.get(rpc.path, _refuse)(rpc)
 
     def _fail_lost_receives(self) -> None:
-        """Fail the calls whose message had come when there was no memory for it."""
-        _log.warning("there is no memory for a message that has come by gRPC")
+        """Fail the calls whose message came when there was no memory to hand it over.
+
+        The interpreter raised MemoryError while gRPC's bindings made the event, and the batch is lost with it: nobody
+        would ever answer these calls.
+        """
+        _log.warning("there is no memory for a message that has arrived by gRPC")
         for rpc in list(self._rpcs):
             if rpc.drop_lost_receive():
                 rpc.fail_with(

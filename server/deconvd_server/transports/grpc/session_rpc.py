@@ -1,8 +1,8 @@
-"""A gRPC call that is open for long. It takes a worker for each of its messages, and none in between.
+"""A gRPC call that stays open for long. It has a worker while it handles a message, and none in between.
 
-BEGINNING --opened--> HELD --a message--> HELD --its end--> CLOSING --not broken--> ENDED
+    BEGINNING --opened--> HELD --message--> HELD --end of messages--> CLOSING --not broken--> ENDED
 
-The server may hang up, and the caller may go, in any of them: it is ENDED then.
+In any state the server may close the stream, or the caller may go: the call is ENDED then.
 """
 
 from __future__ import annotations
@@ -22,44 +22,43 @@ from deconvd_server.transports.serve import CallScope
 __all__ = ["SessionRpc"]
 
 _BREAK_S: Final = 0.2
-"""How long after a stream's last message gRPC may take to say that it broke rather than was closed."""
+"""How long gRPC may take, after the end of a stream's messages, to tell that the stream broke. A client that closes its
+stream ends its session; a client whose stream breaks keeps it, and may resume it."""
 
 
 class SessionRpc:
-    """A call that is open for long.
+    """A call that stays open for long.
 
     Args:
-        workers: Do what its messages ask for.
+        workers: The threads that handle its messages.
     """
 
-    def __init__(
-        self, behaviour: SessionMethod, rpc: Rpc, serving: CallScope, workers: Workers
-    ) -> None:
+    def __init__(self, method: SessionMethod, rpc: Rpc, scope: CallScope, workers: Workers) -> None:
         rpc.is_idle = True
-        self._method = behaviour
+        self._method = method
         self._rpc = rpc
-        self._serving = serving
+        self._scope = scope
         self._workers = workers
         self._lock = threading.Lock()
         self._has_ended = False
         self._handler: SessionHandler | None = None
 
     def begin(self, first: bytes | None) -> None:
-        """Begin to serve it. Raises UnavailableError if there is no worker."""
+        """Have a worker open the session. Raises UnavailableError if there is no worker."""
         self._workers.submit(partial(self._run, partial(self._open, first)))
 
     def _open(self, first: bytes | None) -> None:
-        call = self._serving.__enter__()
+        call = self._scope.__enter__()
         call.on_cancel(partial(self._end, CallerGoneError("the caller has gone")))
         if first is None:
             raise InvalidArgumentError("a session must begin with a message, got none")
-        holding = self._method.serve(self._decode_message(first), call, self._close_stream)
-        self._handler = holding
-        self._rpc.send(holding.response.SerializeToString(), _do_nothing)
+        handler = self._method.serve(self._decode_message(first), call, self._close_stream)
+        self._handler = handler
+        self._rpc.send(handler.response.SerializeToString(), _do_nothing)
         self._rpc.receive(self._receive)
 
     def _receive(self, data: bytes | None) -> None:
-        """Have a worker serve the next message, or the end of the messages."""
+        """Have a worker handle the next message, or the end of the messages."""
         if data is None:
             self._rpc.call_later(_BREAK_S, partial(self._submit, self._close))
         else:
@@ -72,7 +71,7 @@ class SessionRpc:
 
     def _close(self) -> None:
         assert self._handler is not None
-        if self._serving.call.is_cancelled:
+        if self._scope.call.is_cancelled:
             raise CallCancelledError("the stream broke")
         self._handler.end()
         self._end(None)
@@ -93,19 +92,19 @@ class SessionRpc:
             self._end(error)
 
     def _close_stream(self) -> None:
-        self._end(CallCancelledError("the server has hung up"))
+        self._end(CallCancelledError("the server has closed the stream"))
 
     def _end(self, error: Exception | None) -> None:
-        """End it, in any thread. Later times nothing is done."""
+        """End the call, in any thread. Only the first time counts."""
         with self._lock:
             if self._has_ended:
                 return
             self._has_ended = True
-        self._serving.__exit__(None if error is None else type(error), error, None)
-        if self._serving.failure is not None:
-            self._rpc.fail(self._serving.failure)
+        self._scope.__exit__(None if error is None else type(error), error, None)
+        if self._scope.failure is not None:
+            self._rpc.fail(self._scope.failure)
         elif error is None:
-            self._rpc.finish(self._serving.call.ledger.as_metadata())
+            self._rpc.finish(self._scope.call.ledger.as_metadata())
 
 
 def _do_nothing() -> None:

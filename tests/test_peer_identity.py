@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deconvd_server.resources.peer_keys import peer_key_of_connection, peer_key_of_grpc
+from deconvd_server.resources.peer_identity import peer_key_of_connection, peer_key_of_grpc
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Peer keys: which connections count as one peer, where peers share resources. See `resources.fair_shares`.
+"""Who a caller is: the key by which a connection or a call counts as one peer. See `resources.fair_shares`.
 
 A peer is an IPv4 address, an IPv6 network of 64 bits (one host may use all addresses of such a network), or a process
 of this host. gRPC does not tell which process is at the other end of a Unix socket, so all of these are one peer.

@@ -1,0 +1,241 @@
+"""When failed calls are tried again, to the moment: on a clock that goes on only while somebody sleeps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from deconvd.errors import (
+    CallCancelledError,
+    DeadlineError,
+    DeconvdError,
+    InvalidArgumentError,
+    UnavailableError,
+)
+from deconvd_client.calls import deadline as deadline_module
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.transports import retry_policy
+from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
+
+AWAY = UnavailableError("nobody listens")
+STOPPING = CallCancelledError("it stops")
+RUNS_COUNT = 300
+
+
+class Clock:
+    """A clock, and what was slept by it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.sleeps_s: list[float] = []
+        self.on_sleep: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, duration_s: float) -> None:
+        assert duration_s > 0
+        self.sleeps_s.append(duration_s)
+        self.now_s += duration_s
+        self.on_sleep()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (retry_policy, deadline_module):
+        monkeypatch.setattr(module, "time", clock)
+    random.seed(64)
+    return clock
+
+
+def full(retry_after_s: float) -> UnavailableError:
+    return UnavailableError("the server is full", retry_after_s=retry_after_s)
+
+
+def tried_s(
+    clock: Clock,
+    policy: RetryPolicy,
+    timeout_s: float,
+    *errors: DeconvdError,
+    forever: bool = False,
+) -> list[float]:
+    """Return when a call was tried, from its begin, that fails with these errors, the last of them forever or once."""
+    begin_s, times_s = clock.now_s, list[float]()
+
+    def attempt() -> None:
+        times_s.append(clock.now_s - begin_s)
+        if forever or len(times_s) <= len(errors):
+            raise errors[min(len(times_s), len(errors)) - 1]
+
+    deadline = Deadline(timeout_s)
+    if forever:
+        with pytest.raises(type(errors[-1])):
+            policy.run(attempt, deadline)
+    else:
+        policy.run(attempt, deadline)
+    return times_s
+
+
+def reached() -> RetryPolicy:
+    """Return the policy of a connection whose server has answered."""
+    policy = RetryPolicy()
+    policy.run(lambda: None, Deadline(1))
+    return policy
+
+
+def test_pauses_double_from_fifty_milliseconds_to_a_second_and_each_is_shortened_by_up_to_half(
+    clock: Clock,
+) -> None:
+    pauses_s = np.array(
+        [np.diff(tried_s(clock, reached(), 1000, *[AWAY] * 7)) for _ in range(RUNS_COUNT)]
+    )
+
+    longest_s = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1, 1])
+    assert np.all(pauses_s.max(0) <= longest_s + 1e-6)
+    assert np.all(pauses_s.max(0) >= 0.95 * longest_s)
+    assert np.all(pauses_s.min(0) >= longest_s / 2 - 1e-6)
+    assert np.all(pauses_s.min(0) <= 0.55 * longest_s)
+
+
+def test_a_server_that_never_answered_is_given_up_after_five_seconds(clock: Clock) -> None:
+    for error in (AWAY, STOPPING):
+        assert 4.98 < tried_s(clock, RetryPolicy(), 60, error, forever=True)[-1] < 5
+
+
+@pytest.mark.parametrize("answer", [InvalidArgumentError("x"), full(0)], ids=str)
+@pytest.mark.parametrize("error", [AWAY, STOPPING], ids=str)
+def test_a_server_that_has_answered_or_refused_is_tried_until_the_deadline(
+    clock: Clock, answer: DeconvdError, error: DeconvdError
+) -> None:
+    refused = RetryPolicy()
+    tried_s(clock, refused, 0.01, answer, forever=True)
+
+    for policy in (reached(), refused):
+        assert 59.98 < tried_s(clock, policy, 60, error, forever=True)[-1] < 60
+
+
+def test_the_last_pause_is_half_of_the_time_that_is_left(clock: Clock) -> None:
+    times_s = [tried_s(clock, reached(), 0.06, AWAY)[1] for _ in range(RUNS_COUNT)]
+
+    assert max(times_s) == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize(("timeout_s", "tries_count"), [(0.02, 2), (0.0199, 1)])
+def test_with_less_than_twenty_milliseconds_left_nothing_is_tried_again(
+    clock: Clock, timeout_s: float, tries_count: int
+) -> None:
+    policy = reached()
+
+    assert len(tried_s(clock, policy, timeout_s, AWAY, forever=True)) == tries_count
+
+
+def test_what_a_server_says_is_added_to_a_pause(clock: Clock) -> None:
+    for retry_after_s in (0.0, 0.3, 7.0):
+        (_, again_s) = tried_s(clock, RetryPolicy(), 60, full(retry_after_s))
+        assert retry_after_s + 0.025 <= again_s <= retry_after_s + 0.05 + 1e-6
+
+
+@pytest.mark.parametrize(("timeout_s", "tries_count"), [(0.3, 1), (0.301, 2)])
+def test_a_time_that_is_not_before_the_deadline_is_not_waited_for(
+    clock: Clock, timeout_s: float, tries_count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry_policy, "random", SimpleNamespace(uniform=lambda _, most: most))
+
+    times_s = tried_s(clock, RetryPolicy(), timeout_s, full(0.25), forever=True)
+
+    assert len(times_s) == tries_count
+
+
+def test_a_server_that_is_full_and_then_away_has_answered(clock: Clock) -> None:
+    assert tried_s(clock, RetryPolicy(), 60, full(0.1), AWAY, forever=True)[-1] > 59
+
+
+def test_fail_fast_gives_up_who_is_away_and_nobody_else(clock: Clock) -> None:
+    policy = RetryPolicy(fail_fast=True)
+
+    assert len(tried_s(clock, policy, 60, AWAY, forever=True)) == 1
+    assert len(tried_s(clock, policy, 60, full(0.1), STOPPING)) == 3
+    assert len(tried_s(clock, policy, 60, AWAY, forever=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidArgumentError("x"), PinnedTransportError("no such way")], ids=str
+)
+def test_what_cannot_help_is_not_tried_again(clock: Clock, error: DeconvdError) -> None:
+    assert len(tried_s(clock, reached(), 60, error, forever=True)) == 1
+
+
+def test_a_connection_that_closes_is_noticed_within_a_tenth_of_a_second(clock: Clock) -> None:
+    policy = reached()
+    clock.on_sleep = policy.stop
+
+    times_s = tried_s(clock, policy, 60, full(30), forever=True)
+
+    assert times_s == [0, pytest.approx(0.1)]
+
+
+def test_a_pause_is_slept_in_tenths_of_a_second(clock: Clock) -> None:
+    (_, again_s) = tried_s(clock, reached(), 60, full(1))
+
+    assert max(clock.sleeps_s) == pytest.approx(0.1)
+    assert sum(clock.sleeps_s) == pytest.approx(again_s)
+
+
+def test_a_closed_connection_tries_once(clock: Clock) -> None:
+    policy = reached()
+    policy.stop()
+
+    assert len(tried_s(clock, policy, 60, full(0.1), forever=True)) == 1
+
+
+def test_a_call_that_succeeds_returns_what_it_has(clock: Clock) -> None:
+    assert RetryPolicy().run(lambda: "done", Deadline(1)) == "done"
+    assert RetryPolicy().run_once(lambda: "done", Deadline(1)) == "done"
+
+
+@pytest.mark.parametrize("run", [RetryPolicy.run, RetryPolicy.run_once])
+def test_a_deadline_in_the_first_try_names_its_limit(
+    clock: Clock, run: Callable[[RetryPolicy, Callable[[], None], Deadline], None]
+) -> None:
+    def attempt() -> None:
+        raise DeadlineError("too long")
+
+    with pytest.raises(DeadlineError) as raised:
+        run(RetryPolicy(), attempt, Deadline(7.5))
+
+    assert str(raised.value) == (
+        "the call took longer than the 7.5 s that timeout_s of connect() allows "
+        "(--timeout-s of the command): too long"
+    )
+
+
+def test_a_deadline_that_cuts_a_later_try_short_does_not_hide_why_there_were_others(
+    clock: Clock,
+) -> None:
+    errors = iter([STOPPING, AWAY, DeadlineError("too long")])
+
+    def attempt() -> None:
+        raise next(errors)
+
+    with pytest.raises(UnavailableError) as raised:
+        reached().run(attempt, Deadline(60))
+
+    assert raised.value is AWAY
+
+
+def test_a_try_alone_is_tried_once(clock: Clock) -> None:
+    tries = []
+
+    def attempt() -> None:
+        tries.append(clock.now_s)
+        raise AWAY
+
+    with pytest.raises(UnavailableError, match="nobody listens"):
+        RetryPolicy().run_once(attempt, Deadline(60))
+
+    assert tries == [0]
