@@ -65,9 +65,6 @@ def plans_of(operation: Product, problem: Problem, processors_count: int) -> lis
 
 def launches_of(plan: Plan) -> Iterator[Launch]:
     assert isinstance(plan, StepPlan)
-    prepacking = plan.prepacking()
-    if prepacking is not None:
-        yield from launches_of(prepacking.plan)
     yield from (step for step in plan.steps if isinstance(step, Launch))
 
 

@@ -19,7 +19,6 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.against import main as against
-from benchmarks.forms import main as forms
 from benchmarks.framing import main as framing
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
@@ -176,62 +175,6 @@ def test_another_checkout_is_timed_beside_this_one_by_its_own_code(tmp_path: Pat
 @pytest.mark.parametrize("module", LEFT_OUT)
 def test_modules_that_do_not_count_exist(module: str) -> None:
     assert find_spec(module) is not None
-
-
-@pytest.mark.parametrize("device", ["cpu", "auto", "cuda:x"])
-def test_forms_of_W_are_timed_on_a_card_alone(tmp_path: Path, device: str) -> None:
-    results = tmp_path / "forms.json"
-
-    ended = CliRunner().invoke(forms, ["--device", device, "--json", str(results)])
-
-    assert ended.exit_code == 2
-    assert f"'{device}' keeps no forms of W" in ended.output
-    assert not results.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--layer", "no such layer"], "'no such layer' is not one of"),
-        (["-n", "0"], "0 is not in the range x>=1"),
-        (["--type", "int8"], "'int8' is not one of"),
-    ],
-)
-def test_a_benchmark_of_forms_that_would_time_nothing_is_refused(
-    arguments: list[str], complaint: str
-) -> None:
-    ended = CliRunner().invoke(forms, arguments)
-
-    assert ended.exit_code == 2
-    assert complaint in ended.output
-
-
-def test_a_card_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:
-    results = tmp_path / "forms.json"
-
-    ended = CliRunner().invoke(forms, ["--device", "cuda:99", "--json", str(results)])
-
-    assert ended.exit_code == 1
-    assert ended.output.startswith("Error: cuda:99 cannot be used: ")
-    assert ended.output.count("\n") == 1
-    assert not results.exists()
-
-
-@pytest.mark.gpu
-def test_a_form_of_W_is_timed_against_none(tmp_path: Path) -> None:
-    results = tmp_path / "forms.json"
-    arguments = ["--layer", "generator 256-128 16", "-n", "1", "--type", "float16"]
-
-    ended = CliRunner().invoke(
-        forms, [*arguments, "--time-s", "0.1", "--json", str(results)], catch_exceptions=False
-    )
-
-    assert ended.exit_code == 0
-    rows = json.loads(results.read_text())["rows"]
-    assert {row["where"] for row in rows} == {"card", "host"}
-    for row in rows:
-        assert row["form_bytes"] > 0
-        assert row["ratio"] == pytest.approx(row["anew_ms"] / row["kept_ms"])
 
 
 def test_framing_by_hand_is_timed_beside_protobufs(tmp_path: Path) -> None:

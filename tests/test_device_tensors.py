@@ -24,7 +24,6 @@ from deconvd_server.call.context import CallContext
 from deconvd_server.device import Device, DeviceTensor, Tensor
 from deconvd_server.device import cuda as cuda_device
 from deconvd_server.device.cpu import CpuDevice
-from deconvd_server.device.tensor import refuse_growth
 from deconvd_server.engine.engine import Engine, Engines
 from tests.devices import GradientRequest, deconvolve, gradients
 
@@ -134,9 +133,6 @@ def test_a_tensor_is_freed_once_and_then_of_no_use(device: Device) -> None:
 
 class _Foreign:
     spec, device_id = SMALL.W, "cuda:99"
-
-    def __init__(self) -> None:
-        self.may_grow: Callable[[int], bool] = refuse_growth
 
     def samples(self, start: int, stop: int) -> DeviceTensor:
         raise AssertionError("nobody asks for a view")

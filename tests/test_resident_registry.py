@@ -357,47 +357,6 @@ def test_what_has_no_room_moves_to_the_host_and_comes_back_when_used() -> None:
         assert len(built.registry.names_of(session)) == 6
 
 
-def test_what_a_device_keeps_with_a_tensor_counts_and_goes_with_it() -> None:
-    with make_registry_fixture(host_bytes=32 * KIB, quota_bytes=60 * KIB) as built:
-        session = built.open()
-        entry = built.make(session, array(1))
-        built.registry.bind_name(entry, session, b"a")
-        may_grow = entry.device_tensor.may_grow
-
-        assert may_grow(24 * KIB)
-        assert not may_grow(24 * KIB)  # the quota has no room for so much
-        assert may_grow(8 * KIB)
-        assert may_grow(-8 * KIB)
-        assert built.held_bytes() == built.registry.used_bytes(session.tenant) == 40 * KIB
-        built.registry.release(entry)
-
-        built.engine.on_shortage(
-            1, CallContext()
-        )  # it moves to the host, without what it has grown by
-        assert built.held_bytes() == 0
-        assert built.registry.used_bytes(session.tenant) == 16 * KIB
-        np.testing.assert_array_equal(built.get(session, b"a"), array(1))
-
-        back = built.registry.acquire_by_name(session, b"a", "x", CallContext())
-        operand = built.registry.operand(back, built.engine, CallContext())
-        assert not isinstance(operand, np.ndarray)
-        assert operand.may_grow(8 * KIB)
-        built.registry.drop(session, [b"a"])
-        assert built.held_bytes() == 24 * KIB
-        built.registry.release(back)
-        assert built.held_bytes() == built.registry.used_bytes(session.tenant) == 0
-
-
-def test_no_tensor_grows_where_there_is_no_room() -> None:
-    with make_registry_fixture() as built:
-        session = built.open()
-        built.put(session, b"a", array(1, 40 * KIB))
-        entry = built.make(session, array(2))
-        assert not entry.device_tensor.may_grow(16 * KIB)
-        assert built.held_bytes() == 56 * KIB
-        built.registry.release(entry)
-
-
 def test_what_cannot_come_back_is_used_from_the_host() -> None:
     with make_registry_fixture(host_bytes=16 * KIB, device_bytes=16 * KIB) as built:
         session = built.open()
@@ -502,7 +461,7 @@ def test_calls_that_take_the_memory_cost_no_more_tensors_than_make_room(
         for number, name in enumerate([b"a", b"b", b"c", b"d"]):
             built.put(session, name, array(number))
         free_bytes = built.engine.info.budget_bytes - built.held_bytes()
-        built.engine.reserve(free_bytes)  # as calls might
+        taken = built.engine.empty(TensorSpec((free_bytes,), np.dtype(np.uint8)))  # as calls might
 
         built.put(session, b"e", array(5))  # one made room for it
         assert kept_names(built, session, b"abcde") == b"bcde"
@@ -516,7 +475,7 @@ def test_calls_that_take_the_memory_cost_no_more_tensors_than_make_room(
 
         assert raised.value.retry_after_s
         assert kept_names(built, session, b"bcdef") == b"cde"
-        built.engine.release(free_bytes)
+        built.engine.free(taken)
 
 
 def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

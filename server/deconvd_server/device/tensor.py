@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 
-__all__ = ["DeviceTensor", "LentMemory", "Tensor", "refuse_growth"]
-
-
-def refuse_growth(_size_bytes: int) -> bool:
-    """Return False: the tensor must not grow."""
-    return False
+__all__ = ["DeviceTensor", "LentMemory", "Tensor"]
 
 
 class DeviceTensor(Protocol):
@@ -21,14 +15,7 @@ class DeviceTensor(Protocol):
 
     Only its own device accepts it. Other devices raise ValueError, and so does any call once it is freed. The owner
     must not let one call write it while another reads it, and must not free it while a call uses it or a view of it.
-
-    Attributes:
-        may_grow: The device asks it before it keeps that many more bytes with the tensor, such as a prepacked form,
-            which it frees with the tensor. True means that the bytes are counted as the tensor's. A negative number
-            gives bytes back that were not used. A new tensor may not grow until its owner sets this.
     """
-
-    may_grow: Callable[[int], bool]
 
     @property
     def spec(self) -> TensorSpec:

@@ -190,25 +190,17 @@ class Engine:
         Raises:
             ExhaustedError: The budget has no room for it now: `free` others, or wait for calls.
         """
-        self.reserve(spec.nbytes)
+        self._admission.reserve(spec.nbytes)
         try:
             return self._device.empty(spec)
         except BaseException:
-            self.release(spec.nbytes)
+            self._admission.release(spec.nbytes)
             raise
 
     def free(self, tensor: DeviceTensor) -> None:
         """Free a tensor that `empty` made. To be called once: see `DeviceTensor`."""
         self._device.free(tensor)
-        self.release(tensor.spec.nbytes)
-
-    def reserve(self, size_bytes: int) -> None:
-        """Count memory that the device keeps with a tensor, until `release`. Raises as `empty`."""
-        self._admission.reserve(size_bytes)
-
-    def release(self, size_bytes: int) -> None:
-        """Count reserved memory as free."""
-        self._admission.release(size_bytes)
+        self._admission.release(tensor.spec.nbytes)
 
     def write(
         self, tensor: DeviceTensor, array: Array, call: CallContext, *, brought_bytes: int = 0

@@ -46,8 +46,7 @@ class ResidentEntry:
     Attributes:
         tier: The memory that it is in.
         operand: Its elements there.
-        size_bytes: The bytes that are charged for it, without `grown_bytes`.
-        grown_bytes: Bytes that the device keeps with it in addition to its elements.
+        size_bytes: The bytes that are charged for it to its tier and its tenant.
         is_moving: Whether it is being copied to another tier. It gets no new users until that is done.
         names: The names that stand for it, each with its session.
         content_key: Its key in its tenant's table of contents; None if it is not in it.
@@ -58,7 +57,6 @@ class ResidentEntry:
     __slots__ = (
         "_on_unused",
         "content_key",
-        "grown_bytes",
         "is_moving",
         "names",
         "operand",
@@ -86,7 +84,6 @@ class ResidentEntry:
         self.tier = tier
         self.operand = operand
         self.size_bytes = counted_bytes(spec)
-        self.grown_bytes = 0
         self.is_moving = False
         self.names: dict[bytes, Session] = {}
         self.content_key: Hashable | None = None
@@ -103,16 +100,6 @@ class ResidentEntry:
         if isinstance(self.operand, np.ndarray):
             raise RuntimeError("the tensor is in host memory")
         return self.operand
-
-    @property
-    def charged_bytes(self) -> int:
-        """The bytes that are charged for it to its tier and its tenant."""
-        return self.size_bytes + self.grown_bytes
-
-    @property
-    def device_bytes(self) -> int:
-        """The bytes that it takes of its device's memory."""
-        return self.spec.nbytes + self.grown_bytes
 
     @property
     def is_live(self) -> bool:
@@ -295,7 +282,7 @@ class MemoryTier:
         """Remove a tensor. Its bytes are free once `note_freed` is called."""
         self._move_to_queue(entry, None)
         self._accounts[entry.tenant].count -= 1
-        self.cancel_reservation(entry.tenant, entry.charged_bytes)
+        self.cancel_reservation(entry.tenant, entry.size_bytes)
 
     def cancel_reservation(self, tenant: Tenant, size_bytes: int) -> None:
         """Take back a charge of `reserve`. The bytes are free once `note_freed` is called."""
@@ -388,13 +375,11 @@ class MemoryTier:
         return self.limit_bytes // max(len(self._accounts) + is_new, 1)
 
     def _move_to_queue(self, entry: ResidentEntry, queue: LruQueue[ResidentEntry] | None) -> None:
-        # `grown_bytes` changes only during a call that uses the tensor, so never while it is in a queue
-        size_bytes = entry.size_bytes + entry.grown_bytes
         if entry.queue is not None:
             del entry.queue[entry]
-            entry.queue.size_bytes -= size_bytes
+            entry.queue.size_bytes -= entry.size_bytes
         entry.queue = queue
         if queue is not None:
             entry.used_at = next(_SEQUENCE)
             queue[entry] = None
-            queue.size_bytes += size_bytes
+            queue.size_bytes += entry.size_bytes

@@ -8,7 +8,6 @@ import threading
 import numpy as np
 
 from deconvd_server.device import Tensor
-from deconvd_server.device.tensor import refuse_growth
 from deconvd_server.residents.entry import MemoryTier, ResidentEntry
 from deconvd_server.residents.quotas import Quotas
 
@@ -39,7 +38,7 @@ class Garbage:
     def add(self, entry: ResidentEntry) -> None:
         """Take a tensor that is FREED. The caller holds the lock."""
         entry.tier.remove(entry)
-        self._quotas.give_back(entry.tenant, entry.charged_bytes)
+        self._quotas.give_back(entry.tenant, entry.size_bytes)
         self._tensors.append(entry)
 
     def sweep(self) -> None:
@@ -49,21 +48,19 @@ class Garbage:
         if not tensors:
             return
         for entry in tensors:
-            free_operand(entry.tier, entry.operand, entry.grown_bytes)
+            free_operand(entry.tier, entry.operand)
             entry.operand = _NOTHING  # a resting call may refer to the entry for long
         with self._changed:
             for entry in tensors:
-                entry.tier.note_freed(entry.charged_bytes)
+                entry.tier.note_freed(entry.size_bytes)
             self._changed.notify_all()
 
 
-def free_operand(tier: MemoryTier, operand: Tensor, grown_bytes: int = 0) -> None:
-    """Free the elements of a tensor and what its device kept with them. Does not raise."""
+def free_operand(tier: MemoryTier, operand: Tensor) -> None:
+    """Free the elements of a tensor. Does not raise."""
     if isinstance(operand, np.ndarray):
         return  # host memory is freed with the last reference
-    operand.may_grow = refuse_growth  # breaks the cycle: operand -> may_grow -> entry -> operand
     try:
         tier.device_engine.free(operand)
-        tier.device_engine.release(grown_bytes)
     except Exception:  # noqa: BLE001 - logged: nobody is left to tell
         _log.exception("freeing the device memory of a resident tensor failed")

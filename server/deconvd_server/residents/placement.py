@@ -1,8 +1,8 @@
 """Where resident tensors are: on a device, or spilled to host memory; and which of them make room for others.
 
 Locks: one lock, the registry's (`changed`), guards all state here. No device, engine, call context or session is
-called with it held, since those have locks of their own and a device asks for this one (`Growth`). Calls use `make`
-and `operand`, the registry uses the other methods, and an engine calls `_make_room_for_call` from a call's thread.
+called with it held, since those have locks of their own. Calls use `make` and `operand`, the registry uses the other
+methods, and an engine calls `_make_room_for_call` from a call's thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from deconvd_server.engine.engine import Engine
 from deconvd_server.residents.elements import read_array
 from deconvd_server.residents.entry import RETRY_AFTER_S, MemoryTier, ResidentEntry
 from deconvd_server.residents.garbage import Garbage, free_operand
-from deconvd_server.residents.growth import Growth
 from deconvd_server.residents.quotas import Quotas, counted_bytes
 from deconvd_server.residents.tenant import Tenant
 from deconvd_server.residents.uses import ResidentUses
@@ -89,12 +88,10 @@ class Placement:
         host_bytes: int,
     ) -> None:
         self._changed = changed
-        self._quotas = quotas
         self._forget = forget
         self._host_tier = MemoryTier(host_bytes, None)
         self.uses = ResidentUses()
         self._garbage = Garbage(changed, quotas)
-        self._growth = Growth(changed, quotas)
         self.sweep = self._garbage.sweep
         self._on_unused = self._garbage.add  # one object, which all tensors share
         self._tiers: dict[str, MemoryTier] = {}
@@ -115,7 +112,6 @@ class Placement:
         tier = self._tiers[engine.info.id]
         operand = self._allocate_reserved(tier, tenant, spec, call, _SHARE_WAIT_S)
         entry = ResidentEntry(tenant, spec, tier, operand, self._on_unused)
-        self._growth.allow_growth(entry, operand, tier)
         with self._changed:
             tier.add(entry)
             entry.acquire()
@@ -204,7 +200,7 @@ class Placement:
                     moving, _ = self._start_eviction(
                         tier.evictable(tenant, may_wait),
                         tier.lacking_bytes(size_bytes),
-                        bytes_of=lambda entry: entry.charged_bytes,
+                        bytes_of=lambda entry: entry.size_bytes,
                     )
                 elif not may_wait:
                     raise _no_room_error(tier, size_bytes, is_within_share)
@@ -269,7 +265,7 @@ class Placement:
         victims: Iterable[ResidentEntry],
         size_bytes: int,
         *,
-        bytes_of: Callable[[ResidentEntry], int] = lambda entry: entry.device_bytes,
+        bytes_of: Callable[[ResidentEntry], int] = lambda entry: entry.spec.nbytes,
         for_whom: Callable[[ResidentEntry], object] = lambda entry: entry.tenant,
     ) -> tuple[ResidentEntry | None, int]:
         """Take one step to evict tensors: drop a batch of them, or start to spill one. The caller holds the lock.
@@ -308,7 +304,7 @@ class Placement:
         if not lower.will_fit(entry.size_bytes):
             return _EvictionOutcome.UNDECIDED
         lower.reserve(entry.tenant, entry.size_bytes)
-        entry.tier.evicting_bytes += entry.charged_bytes  # until `_spill` removes it from its tier
+        entry.tier.evicting_bytes += entry.size_bytes  # until `_spill` removes it from its tier
         entry.acquire()
         entry.is_moving = True
         return _EvictionOutcome.SPILLED
@@ -331,20 +327,19 @@ class Placement:
                 "a resident tensor is dropped: copying it to host memory failed", exc_info=error
             )
             with self._changed:
-                upper.evicting_bytes -= entry.charged_bytes  # `drop` counts them again
+                upper.evicting_bytes -= entry.size_bytes  # `drop` counts them again
                 lower.cancel_reservation(entry.tenant, entry.size_bytes)
                 lower.note_freed(entry.size_bytes)
                 self.drop(entry)
                 self._finish_move(entry)
                 entry.release()
             return
-        grown_bytes = entry.grown_bytes
         with self._changed:
-            upper.evicting_bytes -= entry.charged_bytes  # `_change_tier` counts them again
+            upper.evicting_bytes -= entry.size_bytes  # `_change_tier` counts them again
             self._change_tier(entry, lower, array)
-        free_operand(upper, operand, grown_bytes)
+        free_operand(upper, operand)
         with self._changed:
-            upper.note_freed(entry.size_bytes + grown_bytes)
+            upper.note_freed(entry.size_bytes)
             entry.release()
             self._finish_move(entry)
 
@@ -363,7 +358,6 @@ class Placement:
                     tier.cancel_reservation(entry.tenant, entry.size_bytes)
                     tier.note_freed(entry.size_bytes)
                 raise
-            self._growth.allow_growth(entry, operand, tier)
             with self._changed:
                 self._change_tier(entry, tier, operand)
                 self._host_tier.note_freed(entry.size_bytes)
@@ -380,8 +374,6 @@ class Placement:
         The caller then frees the old elements, and calls `note_freed` of the old tier.
         """
         entry.tier.remove(entry)
-        self._quotas.give_back(entry.tenant, entry.grown_bytes)
-        entry.grown_bytes = 0
         entry.tier, entry.operand = tier, operand
         tier.add(entry)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec, spec_of
-from deconvd_server.device.tensor import DeviceTensor, Tensor, refuse_growth
+from deconvd_server.device.tensor import DeviceTensor, Tensor
 
 __all__ = ["DEVICE_ID", "HostTensor", "array_of", "as_host_tensor", "make_contiguous_target"]
 
@@ -23,7 +21,7 @@ class HostTensor:
         spec: The array's spec, if the caller has it already.
     """
 
-    __slots__ = ("_array", "_whole", "may_grow", "spec")  # many are small, and kept
+    __slots__ = ("_array", "_whole", "spec")  # many are small, and kept
 
     device_id = DEVICE_ID
 
@@ -31,7 +29,6 @@ class HostTensor:
         self, array: Array, whole: HostTensor | None = None, spec: TensorSpec | None = None
     ) -> None:
         self.spec = spec or spec_of(array)
-        self.may_grow: Callable[[int], bool] = refuse_growth
         self._array: Array | None = array
         self._whole = whole or self
 

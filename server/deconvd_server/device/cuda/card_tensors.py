@@ -11,8 +11,8 @@ from deconvd.model.problem import TensorSpec
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.cuda.api.memory import DeviceMemory
 from deconvd_server.device.cuda.api.runtime import PinnedBuffer, ipc_handle
+from deconvd_server.device.cuda.cuda_tensor import CudaLentMemory, CudaTensor, as_cuda_tensor
 from deconvd_server.device.cuda.execution.lane import Lane
-from deconvd_server.device.cuda.tensors.tensor import CudaLentMemory, CudaTensor, as_cuda_tensor
 from deconvd_server.device.tensor import DeviceTensor
 
 __all__ = ["CardTensors"]

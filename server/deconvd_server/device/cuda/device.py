@@ -17,7 +17,7 @@ from deconvd.model.operation import DECONVOLVE, Operation
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem
 from deconvd_server.call.context import CallContext
-from deconvd_server.device.arriving import Arriving, Operand, peek_tensor, require_all
+from deconvd_server.device.arriving import Operand, peek_tensor, require_all
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.host_memory import RegisteredMemory
 from deconvd_server.device.cuda.api.memory import DeviceMemory
@@ -48,7 +48,6 @@ from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.device.cuda.stats import CudaStats
-from deconvd_server.device.cuda.tensors.prepacked import PrepackedW, prepack
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import Tensor
@@ -62,9 +61,6 @@ _FREE_SHARE = 0.9
 
 _MAX_HELPERS_COUNT = 8
 """The most threads that copy within the host: about as many as it takes to keep up with the card's bus."""
-
-_NO_W = PrepackedW(np.empty(0))
-"""Stands for W in calls that do not use it."""
 
 _HOST_MEMORY = RegisteredMemory(register_host, unregister_host)
 """The registered memory of this process. All its cards share it, as registered memory is reached by all."""
@@ -262,10 +258,9 @@ class CudaDevice(CardTensors):
             current_device(self._card.ordinal),
             self._error_translation,
         ):
-            prepacked = self._prepack(used, part, operands, options, call, lane)
-            make_work = partial(self._make_work, operation, used, part, options, prepacked, call)
-            key = (operation, used, part, options, prepacked.key)
-            given = [prepacked.W if field == "w" else operands[field] for field in used.operands]
+            make_work = partial(self._make_work, operation, used, part, options, call)
+            key = (operation, used, part, options)
+            given = [operands[field] for field in used.operands]
             targets = [places[field] for field in used.results]
             first = targets[0]
             if addresses is not None and parts_count > 1 and isinstance(first, np.ndarray):
@@ -279,7 +274,6 @@ class CudaDevice(CardTensors):
         used: CallFields,
         problem: Problem,
         options: Options,
-        prepacked: PrepackedW,
         call: CallContext,
     ) -> DeviceWork:
         """Return the work of a call, with a plan for each product. It waits for plans that must be chosen first."""
@@ -288,33 +282,8 @@ class CudaDevice(CardTensors):
             for field in used.results
             if field in PRODUCTS
         }
-        if used.product_of_W is not None and prepacked.plan is not None:
-            plans[used.product_of_W] = prepacked.plan
         count = self._card.processors_count
         return DeviceWork(operation, problem, used.operands, used.results, plans, count)
-
-    def _prepack(
-        self,
-        used: CallFields,
-        problem: Problem,
-        operands: Mapping[str, Operand],
-        options: Options,
-        call: CallContext,
-        lane: Lane,
-    ) -> PrepackedW:
-        """Return W in the form that the plan of its product needs, if that form is there. See `prepack`."""
-        if used.product_of_W is None:
-            return _NO_W
-        W, product = operands["w"], PRODUCTS[used.product_of_W]
-        if isinstance(W, (np.ndarray, Arriving)):
-            return PrepackedW(W)
-        return prepack(
-            W,
-            (product, problem, options),
-            lambda: self._plan(product, problem, options, call),
-            self.memory,
-            lane.stream,
-        )
 
     def register(self, address: int, size_bytes: int) -> Callable[[], None]:
         """Let the card read and write host memory by itself. See `Device`."""

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Protocol
 
-__all__ = [
-    "OPERAND_ALIGNMENT_BYTES",
-    "PRODUCTS",
-    "Plan",
-    "Prepackable",
-    "Prepacking",
-    "Product",
-    "prepacking_of",
-]
+__all__ = ["OPERAND_ALIGNMENT_BYTES", "PRODUCTS", "Plan", "Product"]
 
 OPERAND_ALIGNMENT_BYTES = 16
 """Plans need the addresses of operands and results to be multiples of this: kernels move that many bytes at a time."""
@@ -68,34 +59,3 @@ class Plan(Protocol):
             workspace: Device pointer to `workspace_bytes` of memory, aligned to 256 bytes.
             stream: The CUDA stream.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Prepacking:
-    """The first step of a plan, which rearranges W, its operand b. The result, a form of W, is kept with a resident W.
-
-    Attributes:
-        key: Identifies the form among all forms that any plan makes of the same W.
-        size_bytes: Size of the form.
-        pack: Enqueues the step on a stream. Takes device pointers to W and to memory for the form, which is aligned to
-            256 bytes, and the stream.
-        plan: A plan for the same product that takes the form as its operand b.
-    """
-
-    key: Hashable
-    size_bytes: int
-    pack: Callable[[int, int, int], None]
-    plan: Plan
-
-
-@runtime_checkable
-class Prepackable(Protocol):
-    """A plan that may rearrange W first."""
-
-    def prepacking(self) -> Prepacking | None:
-        """Return the prepacking of W; None if the plan takes W as it is, or its operand b is not W."""
-
-
-def prepacking_of(plan: Plan) -> Prepacking | None:
-    """Return a plan's prepacking of W; None if it has no form that can be kept."""
-    return plan.prepacking() if isinstance(plan, Prepackable) else None

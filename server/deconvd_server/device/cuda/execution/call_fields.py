@@ -17,12 +17,10 @@ class CallFields(NamedTuple):
 
     Attributes:
         operands, results: Their names, in the order of the call's work. Operands that can be divided come first.
-        product_of_W: The result that W is used for; None if W is not used.
     """
 
     operands: tuple[str, ...]
     results: tuple[str, ...]
-    product_of_W: str | None
 
 
 @lru_cache(_LRU_ENTRIES_COUNT)
@@ -33,5 +31,4 @@ def select_fields(
     results = tuple([field for field in operation.all_results if field in wanted])
     needed = operation.operands_for(results, [f for f in operation.optional if f in given])
     operands = tuple(sorted(needed, key=operation.constants.__contains__))
-    product_of_W = next((field for field in results if "w" in operation.needs[field]), None)
-    return CallFields(operands, results, product_of_W)
+    return CallFields(operands, results)

@@ -16,12 +16,12 @@ from deconvd_server.device.arriving import Arriving, Operand, peek_tensor, requi
 from deconvd_server.device.cuda.api.host_memory import HostAddresses, RegisteredMemory
 from deconvd_server.device.cuda.api.memory import BlockRegion, DeviceMemory
 from deconvd_server.device.cuda.api.runtime import PinnedBuffer, Stream, download, upload
+from deconvd_server.device.cuda.cuda_tensor import CudaTensor, as_cuda_tensor
 from deconvd_server.device.cuda.execution.call_kind import CallKind
 from deconvd_server.device.cuda.execution.device_work import DeviceWork
 from deconvd_server.device.cuda.execution.pipeline import Pipeline
 from deconvd_server.device.cuda.execution.stage_timer import StageTimer
 from deconvd_server.device.cuda.execution.staging import Staging, bytes_of
-from deconvd_server.device.cuda.tensors.tensor import CudaTensor, as_cuda_tensor
 from deconvd_server.device.tensor import Tensor
 
 __all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]

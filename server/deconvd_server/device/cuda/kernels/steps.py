@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
 from deconvd_server.device.cuda.kernels.launch import Argument, Grid, Kernel, cuda, pointer
-from deconvd_server.device.cuda.plan import Prepacking
 
 __all__ = [
     "BufferOffset",
@@ -87,20 +85,11 @@ class Clear:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A `Plan` that enqueues its steps in order.
-
-    Attributes:
-        make_prepacking: Returns the prepacking of W, see `Prepackable`. A function, as few plans are asked for it.
-    """
+    """A `Plan` that enqueues its steps in order."""
 
     name: str
     workspace_bytes: int
     steps: tuple[PlanStep, ...]
-    make_prepacking: Callable[[], Prepacking | None] = lambda: None
-
-    def prepacking(self) -> Prepacking | None:
-        """Return the prepacking of W. See `Prepackable`."""
-        return self.make_prepacking()
 
     @property
     def deterministic(self) -> bool:

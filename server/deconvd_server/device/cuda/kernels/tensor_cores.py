@@ -29,7 +29,7 @@ from deconvd_server.device.cuda.kernels.steps import (
     Workspace,
 )
 from deconvd_server.device.cuda.kernels.structs import Convolution, Correlation
-from deconvd_server.device.cuda.plan import Prepacking, Product
+from deconvd_server.device.cuda.plan import Product
 
 __all__ = ["tensor_core_plans"]
 
@@ -114,12 +114,11 @@ def _fits_integers(problem: Problem, packing: Packing) -> bool:
     return max(problem.n * pixels, depth, reach, math.prod(problem.output)) < MAX_EXTENT // 4
 
 
-def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
+def _y_plan(packing: Packing) -> StepPlan:
     problem, workspace = packing.problem, Workspace()
     itemsize = problem.x.dtype.itemsize
     x = workspace.take(packing.x_elements * itemsize)
-    W_bytes = packing.filter_by_output_elements() * itemsize
-    W = BufferOffset(BufferSlot.B) if W_is_packed else workspace.take(W_bytes)
+    W = workspace.take(packing.filter_by_output_elements() * itemsize)
     dilate = problem.geometry.dilate
     convolution = Convolution(
         *(problem.n, problem.groups, *problem.image, padded_channels_count(packing.inputs)),
@@ -135,44 +134,15 @@ def _y_plan(packing: Packing, *, W_is_packed: bool = False) -> StepPlan:
     stride = problem.geometry.stride
     pixels = problem.n * math.prod(packing.packed_output)
     convolve = _convolve(packing, pixels, stride, (x, W), convolution)
-    if W_is_packed:
-        return StepPlan("tensor cores", workspace.size_bytes, (packing.pack_x(x), convolve))
-
-    def make_prepacking() -> Prepacking:
-        pack = packing.pack_filter_by_output(BufferOffset(BufferSlot.OUT))
-        plan = _y_plan(packing, W_is_packed=True)
-        return _prepacking("by output", packing, W_bytes, pack, plan)
-
     steps = (packing.pack_x(x), *packing.pack_filter_by_output(W), convolve)
-    return StepPlan("tensor cores", workspace.size_bytes, steps, make_prepacking)
+    return StepPlan("tensor cores", workspace.size_bytes, steps)
 
 
-def _prepacking(
-    order: str, packing: Packing, size_bytes: int, pack: list[PlanStep], plan: StepPlan
-) -> Prepacking:
-    """Return the prepacking of W.
-
-    Args:
-        order: The order of the packed W: its axis of rows.
-        pack: The steps that pack W, from slot B to slot OUT.
-        plan: The plan that takes the packed W.
-    """
-    # Only what the packed form of a given W depends on: plans of several problems can then share one form.
-    key = ("tensor cores", order, packing.problem.groups, packing.problem.geometry.stride)
-
-    def enqueue_packing(W: int, form: int, stream: int) -> None:
-        for step in pack:
-            step.enqueue((0, W, form, 0), stream)
-
-    return Prepacking(key, size_bytes, enqueue_packing, plan)
-
-
-def _gx_plan(packing: Packing, blocks_count: int, *, W_is_packed: bool = False) -> StepPlan:
+def _gx_plan(packing: Packing, blocks_count: int) -> StepPlan:
     problem, workspace = packing.problem, Workspace()
     itemsize = problem.x.dtype.itemsize
     gy = workspace.take(packing.gy_elements * itemsize)
-    W_bytes = packing.filter_by_input_elements() * itemsize
-    W = BufferOffset(BufferSlot.B) if W_is_packed else workspace.take(W_bytes)
+    W = workspace.take(packing.filter_by_input_elements() * itemsize)
     parts_count = _gx_parts(packing, blocks_count)
     convolution = Convolution(
         *(
@@ -196,17 +166,12 @@ def _gx_plan(packing: Packing, blocks_count: int, *, W_is_packed: bool = False) 
     else:
         sums = workspace.take(parts_count * pixels * problem.c_I * 4)
         products = _convolve_parts(packing, pixels, (gy, W, sums), convolution)
-    pack_gy = packing.pack_gy(BufferSlot.A, gy)
-    if W_is_packed:
-        return StepPlan("tensor cores", workspace.size_bytes, (pack_gy, *products))
-
-    def make_prepacking() -> Prepacking:
-        pack = packing.pack_filter_by_input(BufferOffset(BufferSlot.OUT))
-        plan = _gx_plan(packing, blocks_count, W_is_packed=True)
-        return _prepacking("by input", packing, W_bytes, pack, plan)
-
-    steps = (pack_gy, *packing.pack_filter_by_input(W), *products)
-    return StepPlan("tensor cores", workspace.size_bytes, steps, make_prepacking)
+    steps = (
+        packing.pack_gy(BufferSlot.A, gy),
+        *packing.pack_filter_by_input(W),
+        *products,
+    )
+    return StepPlan("tensor cores", workspace.size_bytes, steps)
 
 
 def _gx_parts(packing: Packing, blocks_count: int) -> int:

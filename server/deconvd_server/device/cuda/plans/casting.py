@@ -9,7 +9,7 @@ from deconvd.model.dtypes import DType
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
-from deconvd_server.device.cuda.plan import Plan, Prepacking, Product, prepacking_of
+from deconvd_server.device.cuda.plan import Plan, Product
 
 __all__ = ["CastPlan", "operands_of", "result_of", "with_uniform_type"]
 
@@ -48,7 +48,6 @@ class CastPlan:
     Args:
         inner: A plan for `with_uniform_type(problem)`.
         processors_count: Multiprocessors of the card.
-        b_is_ready: Whether b is in the form already that `inner` needs.
     """
 
     def __init__(
@@ -57,10 +56,7 @@ class CastPlan:
         problem: Problem,
         inner: Plan,
         processors_count: int,
-        *,
-        b_is_ready: bool = False,
     ) -> None:
-        self._product, self._problem = product, problem
         self._inner = inner
         self._processors_count = processors_count
         self._type = problem.compute_type
@@ -68,10 +64,7 @@ class CastPlan:
         self._result = result_of(product, problem)
         regions = BlockLayout()
         specs = (*self._operands, self._result)
-        self._regions = [
-            None if is_ready else self._region(regions, spec)
-            for spec, is_ready in zip(specs, (False, b_is_ready, False), strict=True)
-        ]
+        self._regions = [self._region(regions, spec) for spec in specs]
         self._scratch = regions.add(inner.workspace_bytes)
         self.workspace_bytes = regions.total_bytes
 
@@ -90,29 +83,6 @@ class CastPlan:
     def deterministic(self) -> bool:
         """Whether the inner plan is."""
         return self._inner.deterministic
-
-    def prepacking(self) -> Prepacking | None:
-        """Return the cast of W, or else the inner plan's prepacking of a W that needs no cast. See `Prepackable`."""
-        if self._product is Product.GW:
-            return None
-        W = self._operands[1]
-        if self._regions[1] is not None:
-            size_bytes = self._regions[1].size_bytes
-            return Prepacking(
-                ("cast", self._type), size_bytes, self._cast_W, self._for_ready_W(self._inner)
-            )
-        inner = prepacking_of(self._inner) if W.dtype == self._type else None
-        if inner is None:
-            return None
-        return replace(inner, plan=self._for_ready_W(inner.plan))
-
-    def _for_ready_W(self, inner: Plan) -> CastPlan:
-        return CastPlan(
-            self._product, self._problem, inner, self._processors_count, b_is_ready=True
-        )
-
-    def _cast_W(self, W: int, form: int, stream: int) -> None:
-        self._cast(W, self._operands[1], form, stream)
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the product. See `Plan`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
-from deconvd_server.device.cuda.plan import Plan, Prepacking, Product
+from deconvd_server.device.cuda.plan import Plan, Product
 from deconvd_server.device.cuda.plans.casting import operands_of, result_of
 
 __all__ = ["ChannelsLastPlan"]
@@ -16,20 +16,13 @@ class ChannelsLastPlan:
 
     Args:
         inner: A plan for the same problem, with all three tensors in NHWC order.
-        b_is_last: Whether b is channels last already.
     """
 
-    def __init__(
-        self, product: Product, problem: Problem, inner: Plan, *, b_is_last: bool = False
-    ) -> None:
-        self._product, self._problem = product, problem
+    def __init__(self, product: Product, problem: Problem, inner: Plan) -> None:
         self._inner = inner
         self._specs = (*operands_of(product, problem), result_of(product, problem))
         regions = BlockLayout()
-        self._regions = [
-            None if is_last else _region(regions, spec)
-            for spec, is_last in zip(self._specs, (False, b_is_last, False), strict=True)
-        ]
+        self._regions = [_region(regions, spec) for spec in self._specs]
         self._scratch = regions.add(inner.workspace_bytes)
         self.workspace_bytes = regions.total_bytes
 
@@ -42,19 +35,6 @@ class ChannelsLastPlan:
     def deterministic(self) -> bool:
         """Whether the inner plan is."""
         return self._inner.deterministic
-
-    def prepacking(self) -> Prepacking | None:
-        """Return the transpose of W. See `Prepackable`."""
-        if self._product is Product.GW or self._regions[1] is None:
-            return None
-        spec = self._specs[1]
-
-        def transpose(W: int, form: int, stream: int) -> None:
-            n, c, h, w = spec.shape
-            kernels.transpose_to_nhwc(W, form, n, c, h, w, spec.dtype, stream)
-
-        plan = ChannelsLastPlan(self._product, self._problem, self._inner, b_is_last=True)
-        return Prepacking("channels last", spec.nbytes, transpose, plan)
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the product. See `Plan`."""

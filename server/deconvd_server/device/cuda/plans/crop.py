@@ -22,7 +22,7 @@ from deconvd_server.device.cuda.kernels.launch import (
     integer,
     pointer,
 )
-from deconvd_server.device.cuda.plan import Plan, Prepacking, Product, prepacking_of
+from deconvd_server.device.cuda.plan import Plan, Product
 
 __all__ = ["CropPlan", "with_natural_outsize"]
 
@@ -44,7 +44,7 @@ class CropPlan:
     """
 
     def __init__(self, product: Product, problem: Problem, inner: Plan) -> None:
-        self._product, self._problem = product, problem
+        self._product = product
         self._inner = inner
         self._small, self._large = problem.y, with_natural_outsize(problem).y
         regions = BlockLayout()
@@ -61,13 +61,6 @@ class CropPlan:
     def deterministic(self) -> bool:
         """Whether the inner plan is."""
         return self._inner.deterministic
-
-    def prepacking(self) -> Prepacking | None:
-        """Return the inner plan's: W is not cropped. See `Prepackable`."""
-        inner = None if self._product is Product.GW else prepacking_of(self._inner)
-        if inner is None:
-            return None
-        return replace(inner, plan=CropPlan(self._product, self._problem, inner.plan))
 
     def execute(self, a: int, b: int, out: int, workspace: int, stream: int) -> None:
         """Enqueue the product. See `Plan`."""

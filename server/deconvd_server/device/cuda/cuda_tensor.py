@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-
 from deconvd.model.problem import TensorSpec
 from deconvd_server.device.cuda.api.memory import Lease
-from deconvd_server.device.cuda.plan import Prepacking
-from deconvd_server.device.cuda.tensors.prepacking import PrepackedForms
-from deconvd_server.device.tensor import DeviceTensor, refuse_growth
+from deconvd_server.device.tensor import DeviceTensor
 
 __all__ = ["CudaLentMemory", "CudaTensor", "as_cuda_tensor"]
 
@@ -19,30 +15,15 @@ class CudaTensor:
     Args:
         lease: The memory that has the tensor.
         offset_bytes: Where the tensor begins in that memory.
-
-    Attributes:
-        prepacked: The forms that plans have made of it; None for a view.
-        prepackings: How the plans of its calls prepack it, by kinds of calls; None for a plan that does not.
     """
 
-    __slots__ = (  # many are small, and kept
-        "_lease",
-        "_offset_bytes",
-        "device_id",
-        "may_grow",
-        "prepacked",
-        "prepackings",
-        "spec",
-    )
+    __slots__ = ("_lease", "_offset_bytes", "device_id", "spec")  # many are small, and kept
 
     def __init__(
         self, spec: TensorSpec, device_id: str, lease: Lease, offset_bytes: int = 0
     ) -> None:
         self.spec = spec
         self.device_id = device_id
-        self.may_grow: Callable[[int], bool] = refuse_growth
-        self.prepacked: PrepackedForms | None = PrepackedForms()
-        self.prepackings: dict[Hashable, Prepacking | None] = {}
         self._lease = lease
         self._offset_bytes = offset_bytes
 
@@ -57,15 +38,11 @@ class CudaTensor:
         sample = TensorSpec(shape[1:], self.spec.dtype)
         offset_bytes = self._offset_bytes + start * sample.nbytes
         spec = TensorSpec((stop - start, *shape[1:]), self.spec.dtype)
-        view = CudaTensor(spec, self.device_id, self._lease, offset_bytes)
-        view.prepacked = None
-        return view
+        return CudaTensor(spec, self.device_id, self._lease, offset_bytes)
 
     def free(self) -> None:
-        """Free the memory of the tensor and of its forms. It must be called once."""
+        """Free the memory. It must be called once."""
         self._lease.free()
-        if self.prepacked is not None:
-            self.prepacked.free()
 
 
 class CudaLentMemory:

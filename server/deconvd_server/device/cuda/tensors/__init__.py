@@ -1,1 +1,0 @@
-"""Tensors on a card, and the prepacked forms of W that are kept with them."""
