@@ -159,7 +159,7 @@ def test_packets_at_the_memorys_socket_are_not_repeated(running: ServerProcess) 
         stranger.send(FORGED.encode())
         assert stranger.recv(1024)
 
-    assert "sent no request for shared memory" in running.log.read_text()
+    assert "sent a malformed request for shared memory" in running.log.read_text()
     assert "a device is lost" not in running.log.read_text()
 
 

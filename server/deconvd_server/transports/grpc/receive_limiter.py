@@ -53,9 +53,11 @@ _LONGEST_COUNTED_S: Final = 1.0
 _RETRY_AFTER_S: Final = 0.5
 """When the client of an ended call may try again: the others' messages are whole or gone by then, as a rule."""
 
-_STATUS_SEND_S: Final = 0.02
-"""How long gRPC has to send the status of an ended call. Then the call is broken off, which frees its message at the
-latest."""
+_STATUS_SEND_S: Final = 0.1
+"""How long gRPC has to send the status of an ended call, before the call is broken off to free its message.
+
+A client whose status was not sent in time sees CANCELLED, and does not try again. On a busy machine 20 ms were too few.
+"""
 
 _log = logging.getLogger(__name__)
 
