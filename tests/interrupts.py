@@ -106,6 +106,7 @@ class InterruptOutcome(Enum):
     RAISED = "one was raised by the work"
     LOST = "they struck, and the work went on as if they had not"
     LATE = "the work had ended before"
+    DROPPED = "they struck in finalizers, from which Python raises nothing"
 
 
 def interrupt_at_random(
@@ -123,26 +124,35 @@ def interrupt_at_random(
         mean_s: How long after the begin, or the last interrupt, the next one comes, in the mean.
         error: What they raise.
     """
-    left_count, has_struck = strikes_count, False
+    left_count, struck_count = strikes_count, 0
 
     def strike(*_: object) -> None:
-        nonlocal left_count, has_struck
+        nonlocal left_count, struck_count
         if left_count > 0:
             left_count -= 1
-            has_struck = True
+            struck_count += 1
             signal.setitimer(signal.ITIMER_REAL, random.expovariate(1 / mean_s) + 1e-6)
             raise error
 
     before = signal.signal(signal.SIGALRM, strike)
-    # Python gives those to it that strike in finalizers; pytest's own would be struck too
-    hook_before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    dropped_count = 0
+
+    def drop(unraisable: sys.UnraisableHookArgs) -> None:
+        # Python gives those to it that strike in finalizers; pytest's own would be struck too
+        nonlocal dropped_count
+        dropped_count += isinstance(unraisable.exc_value, error)
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, drop
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, random.expovariate(1 / mean_s) + 1e-6)
             work()
         finally:
             left_count = 0
-        return InterruptOutcome.LOST if has_struck else InterruptOutcome.LATE
+        if not struck_count:
+            return InterruptOutcome.LATE
+        is_dropped = dropped_count == struck_count
+        return InterruptOutcome.DROPPED if is_dropped else InterruptOutcome.LOST
     except error:
         return InterruptOutcome.RAISED
     finally:

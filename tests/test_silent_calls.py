@@ -34,6 +34,12 @@ DRAIN_S = 1
 ENDED_S = DRAIN_S + 2.0
 
 
+@pytest.fixture(autouse=True)
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have servers run without coverage: traced, gRPC's one thread takes too long over a thousand calls at once."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
 @contextmanager
 def serving(
     directory: Path, *, within: Cgroup | None = None, limits: Mapping[int, int] | None = None
