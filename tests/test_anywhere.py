@@ -114,7 +114,7 @@ def test_a_pickled_connection_connects_anew(target: str) -> None:
 def test_shared_memory_is_refused_where_such_a_server_lends_none(target: str) -> None:
     with (
         deconvd_client.connect(target, transport="shared_memory") as F,
-        pytest.raises(UnavailableError, match="shared_memory.* the server lends none"),
+        pytest.raises(UnavailableError, match=r"shared_memory.* the server lends none"),
     ):
         F.deconvolution_2d(np.ones((8, 2, 64, 64), np.float32), W)
 

@@ -25,8 +25,10 @@ def compiler() -> Any:
         found = files(PACKAGE) or []
     except PackageNotFoundError:
         pytest.skip(f"needs the package {PACKAGE}")
-    (path,) = (file.locate() for file in found if Path(file).name.startswith("libnvrtc.so"))
-    return ctypes.CDLL(str(path))
+    paths = {Path(file).name.partition(".so")[0]: str(file.locate()) for file in found}
+    # the compiler opens this one by its name alone, which finds it if it is loaded already
+    ctypes.CDLL(paths["libnvrtc-builtins"], ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(paths["libnvrtc"])
 
 
 def compile_errors(kernel: Kernel, capability: int) -> str:
