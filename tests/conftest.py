@@ -18,7 +18,7 @@ from tests.environments import ROOT, fresh_environment
 from tests.lenders import start_lender
 from tests.servers import ServerProcess, server_process
 
-_NEED_CUPY = ["cupy", "device", "kernels", "operator", "prepared"]
+_NEED_CUPY = ["cupy", "device", "kernels", "operator"]
 collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
 """Modules that import CuPy at their head: for a GPU, all of them."""
 
@@ -27,6 +27,12 @@ if "COVERAGE_PROCESS_CONFIG" in os.environ:
     # an example takes several times as long where each line of it is counted
     settings.register_profile("measured", settings(deadline=None))
     settings.load_profile("measured")
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have processes run without coverage: traced, a server takes too long over thousands of calls at once."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,6 +25,8 @@ from tests.processes import limit_address_space, process_resources
 from tests.servers import ServerProcess, server_process
 from tests.session_clients import open_session
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 X = np.ones((1, 4, 8, 8), np.float32)
 W = np.ones((4, 4, 3, 3), np.float32)
 REFLECTION = METHODS[-1]
@@ -32,12 +34,6 @@ REFLECTION = METHODS[-1]
 HEALTH_S = 1.0
 DRAIN_S = 1
 ENDED_S = DRAIN_S + 2.0
-
-
-@pytest.fixture(autouse=True)
-def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have servers run without coverage: traced, gRPC's one thread takes too long over a thousand calls at once."""
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
 @contextmanager
