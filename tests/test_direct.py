@@ -70,7 +70,7 @@ from tests.direct_calls import (
     wait_until_idle,
 )
 from tests.fault_proxy import CLEAN, faulty_proxy
-from tests.processes import peak_memory_bytes, process_resources, wait_until
+from tests.processes import end_forked_child, peak_memory_bytes, process_resources, wait_until
 from tests.servers import ServerProcess, server_process
 from tests.stream_pairs import client_stream, send_raw, server_stream
 
@@ -642,7 +642,7 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
         child = os.fork()
         if not child:
             replies = [lines.unary("Deconvolve", request, short_deadline()) for _ in range(200)]
-            os._exit(0 if all(message for message, _ in replies) else 1)
+            end_forked_child(0 if all(message for message, _ in replies) else 1)
         replies = [lines.unary("Deconvolve", request, short_deadline()) for _ in range(200)]
         _, status = os.waitpid(child, 0)
         lines.close()

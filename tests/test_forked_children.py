@@ -202,6 +202,7 @@ if child:
 """
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_child_may_end_as_any_process_does(servers: dict[str, ServerProcess]) -> None:
     """It runs finalizers then, also of what is its parent's."""
     command = [sys.executable, "-c", SCRIPT, servers["alone"].targets[1]]

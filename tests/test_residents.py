@@ -569,6 +569,7 @@ class TestLife:
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
+    @pytest.mark.usefixtures("unmeasured")
     def test_a_forked_child_leaves_its_parents_tensors_alone(self, server: ServerProcess) -> None:
         script = (
             "import gc, os, sys, time, numpy, deconvd_client\n"
