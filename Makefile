@@ -54,10 +54,11 @@ check: lint ## What each commit must pass: lint, then the tests
 	$(MAKE) test PYTEST_ARGS='--ignore=tests/test_schema.py $(PYTEST_ARGS)'
 
 # The schema's tests are lint's. Slow ones run one after another: they take gigabytes, or make control groups and users.
+# Traced code computes more, so fewer processes than in `test` share the processors.
 coverage: .venv/installed-dev ## Run all tests, slow ones too, and measure coverage against its floor
 	rm -rf $(COVERAGE)
 	mkdir -p $(COVERAGE)/processes
-	$(MEASURED) -n 4 --dist loadfile --ignore=tests/test_schema.py $(PYTEST_ARGS)
+	$(MEASURED) -n 3 --dist loadfile --ignore=tests/test_schema.py $(PYTEST_ARGS)
 	$(MEASURED) -m slow $(PYTEST_ARGS)
 	$(COVERAGE_TOOL) combine --quiet $(COVERAGE)/processes
 	$(COVERAGE_TOOL) html --quiet --directory $(COVERAGE)/html
