@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call.context import CallContext
@@ -24,7 +24,7 @@ from deconvd_server.device import TURN_S
 from deconvd_server.engine.answer_shares import AnswerShares
 from deconvd_server.engine.queue_limits import RETRY_AFTER_S, QueueLimits, Ticket, longest_wait_s
 
-__all__ = ["Admission", "Load", "PairedAdmission"]
+__all__ = ["Admission", "Load"]
 
 _SHARES_COUNT: Final = 4
 """One peer's calls may keep one part in this many of the budget until their answers are sent.
@@ -385,25 +385,3 @@ class _AdmissionScope(AbstractContextManager[None]):
                 self._call.on_end(end)
             else:
                 end()
-
-
-class PairedAdmission(AbstractContextManager[None]):
-    """A call's places in two admissions. All calls take them in the same order, so none wait for each other."""
-
-    def __init__(
-        self, first: AbstractContextManager[None], second: AbstractContextManager[None]
-    ) -> None:
-        self._first = first
-        self._second = second
-
-    def __enter__(self) -> None:
-        self._first.__enter__()
-        try:
-            self._second.__enter__()
-        except BaseException as error:
-            self._first.__exit__(type(error), error, error.__traceback__)
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        self._second.__exit__(*error)
-        self._first.__exit__(*error)

@@ -26,7 +26,8 @@ from deconvd_server.device import (
 )
 from deconvd_server.device.arriving import ArrivalTimeoutError, Arriving, require_all, wait_for_all
 from deconvd_server.device.no_products import bytes_without_products, run_without_products
-from deconvd_server.engine.admission import Admission, Load, PairedAdmission
+from deconvd_server.engine.admission import Admission, Load
+from deconvd_server.engine.paired_admission import PairedAdmission
 from deconvd_server.engine.result_arrays import new_result
 
 __all__ = ["Engine", "Engines", "ResultTarget"]
