@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from multiprocessing.synchronize import Barrier
 from threading import BrokenBarrierError
 from typing import TypeAlias, TypeVar
@@ -19,24 +19,35 @@ Meet: TypeAlias = Callable[[], int]
 
 
 class ClientProcesses:
-    """Processes to call from, each of which has started."""
+    """Processes to call from. The first of them are used first, so what a process keeps is of use in its next work.
 
-    def __init__(self, executor: ProcessPoolExecutor) -> None:
-        self._executor = executor
+    Args:
+        executors: One for each process.
+        barriers: Where the processes meet, by their number.
+    """
+
+    def __init__(
+        self, executors: list[ProcessPoolExecutor], barriers: Mapping[int, Barrier]
+    ) -> None:
+        self._executors = executors
+        self._barriers = barriers
 
     def run(self, clients_count: int, work: Callable[..., _T], *arguments: object) -> list[_T]:
-        """Let this number of processes do some work together, and return what each has found.
+        """Let this number of processes do some work together, and return what each of them returned.
 
-        A process that fails ends the waiting of the others, and its error is raised. No more work can be done then.
+        A process that fails, or dies, ends the waiting of the others, and its error is raised.
 
         Args:
-            work: A function of a module, of a `Meet` and the arguments. It must meet at least once: so no process does
-                the work of two.
+            work: A function of a module, of a `Meet` and the arguments.
         """
         works = [
-            self._executor.submit(_work, clients_count, work, *arguments)
-            for _ in range(clients_count)
+            executor.submit(_work, clients_count, work, *arguments)
+            for executor in self._executors[:clients_count]
         ]
+        barrier = self._barriers[clients_count]
+        _, rest = wait(works, return_when=FIRST_EXCEPTION)
+        if rest:
+            barrier.abort()
         errors = [error for each in works if (error := each.exception()) is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
             raise error
@@ -45,11 +56,15 @@ class ClientProcesses:
 
 @contextmanager
 def start_client_processes(clients_counts: Iterable[int]) -> Iterator[ClientProcesses]:
-    """Give processes for the block, of which any of these numbers can work together."""
+    """Give processes for the block, of which any of these numbers can work together. Each of them has started."""
     context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
     barriers = {count: context.Barrier(count) for count in clients_counts}
-    with ProcessPoolExecutor(max(barriers), context, _begin_client, (barriers,)) as executor:
-        clients = ClientProcesses(executor)
+    with ExitStack() as stack:
+        executors = [
+            stack.enter_context(ProcessPoolExecutor(1, context, _begin_client, (barriers,)))
+            for _ in range(max(barriers))
+        ]
+        clients = ClientProcesses(executors, barriers)
         clients.run(max(barriers), _start)
         yield clients
 
@@ -67,9 +82,4 @@ def _start(meet: Meet) -> None:
 
 
 def _work(clients_count: int, work: Callable[..., _T], *arguments: object) -> _T:
-    barrier = _barriers[clients_count]
-    try:
-        return work(barrier.wait, *arguments)
-    except BaseException:
-        barrier.abort()
-        raise
+    return work(_barriers[clients_count].wait, *arguments)

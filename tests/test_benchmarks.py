@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import _thread
 import json
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -256,15 +258,23 @@ def test_the_bare_program_moves_every_byte_there_and_back() -> None:
             assert received.all()  # the server sends ones
 
 
-def _fail_in_one(meet: Meet) -> None:
+def _end_one(meet: Meet, end: Callable[[], None]) -> None:
     if meet() == 0:
-        raise LookupError("a failure of one")
+        end()
     meet()  # the other waits for it here
 
 
-def test_a_client_process_that_fails_leaves_no_other_waiting() -> None:
-    with (
-        start_client_processes([2]) as clients,
-        pytest.raises(LookupError, match="a failure of one"),
-    ):
-        clients.run(2, _fail_in_one)
+def _fail() -> None:
+    raise LookupError("a failure of one")
+
+
+def _die() -> None:
+    os._exit(1)
+
+
+@pytest.mark.parametrize(("end", "error"), [(_fail, LookupError), (_die, BrokenProcessPool)])
+def test_a_client_process_that_ends_leaves_no_other_waiting(
+    end: Callable[[], None], error: type[Exception]
+) -> None:
+    with start_client_processes([2]) as clients, pytest.raises(error):
+        clients.run(2, _end_one, end)
