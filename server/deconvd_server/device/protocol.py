@@ -124,8 +124,15 @@ class Device(Protocol):
     def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
         """Return a tensor's elements: in `out`, an array of its shape and type, or in a new array."""
 
-    def allocate_host_array(self, spec: TensorSpec) -> Array:
-        """Return a new array in the kind of host memory that the device reads and writes fastest."""
+    def allocate_host_array(self, spec: TensorSpec, *, is_lasting: bool = False) -> Array:
+        """Return a new C-contiguous array in the kind of host memory that the device reads and writes fastest.
+
+        Its elements are arbitrary. Its memory is used again once nothing refers to it. It may take up to an eighth more
+        memory than its size.
+
+        Args:
+            is_lasting: The array stays for long, and must take no more than its size, but for a page.
+        """
 
     def lend(self, size_bytes: int) -> LentMemory:
         """Return new memory, all zeros, that another process can open.

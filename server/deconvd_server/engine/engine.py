@@ -219,13 +219,15 @@ class Engine:
         with self._admission.admit(0, call):
             return self._device.read(tensor, call, out)
 
-    def allocate_host_array(self, spec: TensorSpec) -> Array:
+    def allocate_host_array(self, spec: TensorSpec, *, is_lasting: bool = False) -> Array:
         """Return a new array in the host memory that the device reads and writes fastest.
+
+        The caller has admitted the memory: see `Device.allocate_host_array`.
 
         Raises:
             ExhaustedError: The host has no memory left for it.
         """
-        return self._device.allocate_host_array(spec)
+        return self._device.allocate_host_array(spec, is_lasting=is_lasting)
 
     def lend(self, size_bytes: int) -> LentMemory:
         """Return new memory of the card that another process may open. End it by `take_back`.

@@ -273,9 +273,12 @@ class CpuDevice:
         copy_into(array, as_host_tensor(tensor).array)
         return array
 
-    def allocate_host_array(self, spec: TensorSpec) -> Array:
-        """Return a new array."""
-        return np.empty(spec.shape, spec.dtype)
+    def allocate_host_array(self, spec: TensorSpec, *, is_lasting: bool = False) -> Array:
+        """Return a new array. All host memory is alike to a processor."""
+        try:
+            return np.empty(spec.shape, spec.dtype)
+        except MemoryError:
+            raise ExhaustedError(f"the server has no memory for {spec}") from None
 
     def lend(self, size_bytes: int) -> LentMemory:
         """Raise UnimplementedError: only a card's memory can be lent. See `Device`."""

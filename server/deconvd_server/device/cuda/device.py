@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 import deconvd
-from deconvd.host.buffer_pool import BufferPool
 from deconvd.model.operation import DECONVOLVE, Operation
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem
@@ -22,6 +21,7 @@ from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.host_memory import RegisteredMemory
 from deconvd_server.device.cuda.api.memory import DeviceMemory
 from deconvd_server.device.cuda.api.memory_pool import CardMemoryPool
+from deconvd_server.device.cuda.api.registered_pool import RegisteredPool
 from deconvd_server.device.cuda.api.runtime import (
     Stream,
     current_device,
@@ -65,6 +65,9 @@ _MAX_HELPERS_COUNT = 8
 _HOST_MEMORY = RegisteredMemory(register_host, unregister_host)
 """The registered memory of this process. All its cards share it, as registered memory is reached by all."""
 
+_HOST_ARRAYS = RegisteredPool(budgets().registered_bytes)
+"""The pool of arrays in registered memory, which all cards of this process share."""
+
 
 @dataclass(frozen=True, slots=True)
 class CudaLimits:
@@ -76,14 +79,12 @@ class CudaLimits:
             less on a small card.
         plans_bytes: Host memory for plans.
         tuning_s: How long the plans of one key are timed.
-        results_bytes: Host memory that is kept for the results of `read`.
     """
 
     lanes_count: int = 4
     workspace_bytes: int | None = None
     plans_bytes: int = field(default_factory=lambda: budgets().pool_bytes)
     tuning_s: float = 5.0
-    results_bytes: int = field(default_factory=lambda: budgets().card_results_bytes)
 
 
 class CudaDevice(CardTensors):
@@ -136,6 +137,8 @@ class CudaDevice(CardTensors):
             self._limits.workspace_bytes,
             self._fallback_bytes,
         )
+        self._host_arrays = _HOST_ARRAYS
+        self._host_arrays.open()
 
     def _budget(self, limit_bytes: int) -> int:
         """Return the bytes that the lanes' arenas leave for calls and residents."""
@@ -152,7 +155,6 @@ class CudaDevice(CardTensors):
         lanes_count = self._limits.lanes_count
         helpers_count = min(processors_count(), _MAX_HELPERS_COUNT)
         self._helpers = ThreadPoolExecutor(helpers_count, thread_name_prefix=self._id)
-        self._results = BufferPool(self._limits.results_bytes)
         self._arenas = [self._pool.allocate(ARENA_BYTES) for _ in range(lanes_count)]
         return LanePool(
             [
@@ -343,7 +345,7 @@ class CudaDevice(CardTensors):
             for stream in self._lanes.close():
                 self._cudnn.destroy_handle(stream)
             self._helpers.shutdown()
-            self._results.clear()
             self.plans.close()
             self._arenas.clear()  # collected, and so given back to the pool, before it is trimmed
             self._pool.trim()
+        self._host_arrays.close()
