@@ -41,9 +41,10 @@ from deconvd_server.device.cpu.tensor import (
     as_host_tensor,
     make_contiguous_target,
 )
+from deconvd_server.device.departing import Place, target_of
 from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products, set_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
-from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
+from deconvd_server.device.tensor import DeviceTensor, LentMemory
 from deconvd_server.resources.budgets import budgets
 from deconvd_server.resources.machine import memory_bytes, processors_count
 
@@ -155,7 +156,7 @@ class CpuDevice:
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: CallContext,
     ) -> None:
@@ -168,7 +169,7 @@ class CpuDevice:
         try:
             with _time_compute(call):
                 for field, place in places.items():
-                    target = array_of(place)
+                    target = array_of(target_of(place))
                     result = make_contiguous_target(target)
                     set_result[field](result, problem, arrays, call)
                     if result is not target:

@@ -48,9 +48,9 @@ from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.device.cuda.stats import CudaStats
+from deconvd_server.device.departing import Departing, Place, target_of
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
-from deconvd_server.device.tensor import Tensor
 from deconvd_server.resources.budgets import budgets
 from deconvd_server.resources.machine import processors_count
 
@@ -194,7 +194,7 @@ class CudaDevice(CardTensors):
             budget_bytes=self._budget_bytes,
             calls_count=self._limits.lanes_count,
             has_own_memory=True,
-            takes_arriving=True,
+            overlaps_transfers=True,
             card=self._card.id,
         )
 
@@ -238,7 +238,7 @@ class CudaDevice(CardTensors):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: CallContext,
     ) -> None:
@@ -247,7 +247,8 @@ class CudaDevice(CardTensors):
         # y is computed in parts where the card reaches x and y. Gradients are computed in steps, which overlap too.
         addresses = None
         if operation is DECONVOLVE:
-            addresses = _HOST_MEMORY.addresses(peek_tensor(operands["x"]), places["y"])
+            x, y = peek_tensor(operands["x"]), target_of(places["y"])
+            addresses = _HOST_MEMORY.addresses(x, y)
         parts_count = 1 if addresses is None else count_parts(problem)
         may_overlap = operation is not DECONVOLVE or parts_count > 1
         if not (may_overlap and self._lanes.are_idle):
@@ -263,12 +264,16 @@ class CudaDevice(CardTensors):
             make_work = partial(self._make_work, operation, used, part, options, call)
             key = (operation, used, part, options)
             given = [operands[field] for field in used.operands]
-            targets = [places[field] for field in used.results]
-            first = targets[0]
-            if addresses is not None and parts_count > 1 and isinstance(first, np.ndarray):
+            wanted = [places[field] for field in used.results]
+            first = wanted[0]
+            if (
+                addresses is not None
+                and parts_count > 1
+                and isinstance(first, (np.ndarray, Departing))
+            ):
                 lane.run_in_parts(key, make_work, parts_count, given, first, addresses, call)
             else:
-                lane.run(key, make_work, given, targets, call)
+                lane.run(key, make_work, given, wanted, call)
 
     def _make_work(
         self,
