@@ -19,7 +19,7 @@ from deconvd_server.device import Departing, DeviceInfo, Operand, Place
 from deconvd_server.device.arriving import ArrivalTimeoutError, Arriving, peek_tensor
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.departing import note_all_written, target_of, targets_of
-from deconvd_server.engine.engine import Engine
+from deconvd_server.engine.engine import Engine, Engines
 from tests.devices import Departure, make_arriving
 
 F32 = np.dtype(np.float32)
@@ -141,6 +141,15 @@ def test_a_device_has_departing_results_only_if_it_overlaps_transfers() -> None:
     assert overlapping.places == [departure.place]
     assert departure.sizes_bytes == [departure.array[:2].nbytes, departure.array.nbytes]
     engine.close()
+
+
+def test_departing_results_choose_no_engine() -> None:
+    engines = Engines([CpuDevice(1)], waiting_count=1)
+    departure, tensor = departure_of(problem_of().y), engines.all[0].empty(problem_of().x)
+    assert engines.engine_of(departure.place) is None
+    assert engines.engine_of(departure.place, tensor) is engines.all[0]
+    engines.all[0].free(tensor)
+    engines.close()
 
 
 @pytest.mark.parametrize("device_type", [CpuDevice, OverlappingDevice])

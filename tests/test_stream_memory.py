@@ -104,6 +104,18 @@ def test_slices_are_in_memory_of_the_device(transport: str) -> None:
         assert all(device.are_own)
 
 
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+def test_the_result_of_a_message_is_in_memory_of_the_device(transport: str) -> None:
+    device, x = OwnMemoryDevice(), np.ones((1, 2, 300, 300), np.float32)
+    with (
+        served(device) as address,
+        deconvd_client.connect(address, transport=transport, timeout_s=60) as F,
+    ):
+        y = F.deconvolution_2d(x, W)
+    assert x.nbytes < 1 << 20 <= y.nbytes  # only y is noted
+    assert device.are_own == [True]
+
+
 def test_a_tensor_that_is_put_arrives_in_memory_of_the_device() -> None:
     device = OwnMemoryDevice()
     with (
