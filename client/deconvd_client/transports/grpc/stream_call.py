@@ -22,7 +22,7 @@ from deconvd_client.transports.grpc.core import cygrpc
 
 __all__ = ["Metadata", "StreamCall", "StreamCallError"]
 
-Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+Metadata: TypeAlias = tuple[Any, ...]
 
 _NO_FLAGS: Final = 0
 
@@ -64,8 +64,8 @@ class StreamCallError(grpc.RpcError):
 class StreamCall(Iterator[bytes]):
     """One streaming RPC, and an iterator over its responses. Only `cancel` may be called from other threads.
 
-    Requests are sent while a response is waited for. At most one request is leaving, and one response waits inside gRPC.
-    So gRPC's flow control bounds the memory.
+    Requests are sent while a response is waited for. At most one request is leaving, and one response waits inside
+    gRPC. So gRPC's flow control bounds the memory.
 
     Args:
         channel: A channel of gRPC's core.
