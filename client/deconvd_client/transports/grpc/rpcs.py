@@ -28,7 +28,7 @@ from deconvd_client.calls.uninterrupted import (
     run_in_background,
 )
 from deconvd_client.transports.grpc.core import core_channel
-from deconvd_client.transports.grpc.stream_call import StreamCall
+from deconvd_client.transports.grpc.stream_rpc import StreamRpc
 from deconvd_client.transports.session_stream import SessionStream
 
 __all__ = ["Metadata", "RpcChannel"]
@@ -96,7 +96,7 @@ class RpcChannel:
             if core is None:
                 return work_in_three_threads(channel)
             timeout_s = deadline.remaining_s()
-            with closing(StreamCall(core, path, requests, may_take_request, timeout_s)) as call:
+            with closing(StreamRpc(core, path, requests, may_take_request, timeout_s)) as call:
                 cancellation.attach(call)
                 return receive(call), call.finish()
 
@@ -195,7 +195,7 @@ class _Cancellation:
         self._call: Any = None
         self._is_given_up = False
 
-    def attach(self, call: grpc.Call | StreamCall) -> None:
+    def attach(self, call: grpc.Call | StreamRpc) -> None:
         """Set the call to cancel; cancel it at once if the caller has given up already."""
         self._call = call
         if self._is_given_up:

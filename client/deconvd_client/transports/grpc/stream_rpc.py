@@ -20,7 +20,7 @@ import grpc
 
 from deconvd_client.transports.grpc.core import cygrpc
 
-__all__ = ["Metadata", "StreamCall", "StreamCallError"]
+__all__ = ["Metadata", "StreamRpc", "StreamRpcError"]
 
 Metadata: TypeAlias = tuple[Any, ...]
 
@@ -39,7 +39,7 @@ class _Batch(Enum):
     HALF_CLOSE = "the server knows that there are no more messages"
 
 
-class StreamCallError(grpc.RpcError):
+class StreamRpcError(grpc.RpcError):
     """The call has failed. It has the methods of `grpc.Call` that tell how."""
 
     def __init__(self, code: grpc.StatusCode, details: str, metadata: Metadata) -> None:
@@ -61,7 +61,7 @@ class StreamCallError(grpc.RpcError):
         return self._metadata
 
 
-class StreamCall(Iterator[bytes]):
+class StreamRpc(Iterator[bytes]):
     """One streaming RPC, and an iterator over its responses. Only `cancel` may be called from other threads.
 
     Requests are sent while a response is waited for. At most one request is leaving, and one response waits inside
@@ -109,7 +109,7 @@ class StreamCall(Iterator[bytes]):
         """Return the next response, and send requests until it has come.
 
         Raises:
-            StreamCallError: The call has failed.
+            StreamRpcError: The call has failed.
         """
         self._send_next()
         while self._response is None:
@@ -125,7 +125,7 @@ class StreamCall(Iterator[bytes]):
         """Wait until the call has ended, without further responses; return the trailing metadata.
 
         Raises:
-            StreamCallError: The call has failed.
+            StreamRpcError: The call has failed.
         """
         for _ in self:
             pass
@@ -177,7 +177,7 @@ class StreamCall(Iterator[bytes]):
     def _check_status(self) -> None:
         code = _CODES.get(self._status.code(), grpc.StatusCode.UNKNOWN)
         if code is not grpc.StatusCode.OK:
-            raise StreamCallError(code, self._status.details(), self._trailing_metadata())
+            raise StreamRpcError(code, self._status.details(), self._trailing_metadata())
 
     def _trailing_metadata(self) -> Metadata:
         return tuple(self._status.trailing_metadata() or ())

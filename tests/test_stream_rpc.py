@@ -22,7 +22,7 @@ from deconvd.wire.stream_parts import ElementsPart
 from deconvd_client.calls.call_spec import CallSpec, make_request
 from deconvd_client.transports.grpc.core import core_channel
 from deconvd_client.transports.grpc.rpcs import RpcChannel
-from deconvd_client.transports.grpc.stream_call import StreamCall, StreamCallError
+from deconvd_client.transports.grpc.stream_rpc import StreamRpc, StreamRpcError
 from deconvd_client.transports.sliced_stream import begin_stream_attempt
 from tests.deadlines import short_deadline
 
@@ -54,13 +54,13 @@ def calling(
     requests: Iterator[bytes],
     may_take_request: Callable[[], bool] = lambda: True,
     timeout_s: float = TIMEOUT_S,
-) -> Iterator[StreamCall]:
+) -> Iterator[StreamRpc]:
     """A call of the method. The channel closes at the end, which waits until gRPC has freed the call."""
     with (
         serving(handler) as target,
         grpc.insecure_channel(target) as channel,
         closing(
-            StreamCall(core_channel(channel), PATH, requests, may_take_request, timeout_s)
+            StreamRpc(core_channel(channel), PATH, requests, may_take_request, timeout_s)
         ) as call,
     ):
         yield call
@@ -127,7 +127,7 @@ def test_a_failure_of_the_server_says_how_it_failed() -> None:
 
     with calling(fail, (bytes(1 << 20) for _ in range(1000))) as call:
         assert len(next(call)) == 1 << 20
-        with pytest.raises(StreamCallError) as raised:
+        with pytest.raises(StreamRpcError) as raised:
             list(call)
     failure = raised.value
     assert (failure.code(), failure.details()) == (
@@ -175,7 +175,7 @@ def test_a_call_can_be_cancelled_while_a_response_is_waited_for() -> None:
 
         canceller = threading.Thread(target=cancel)
         canceller.start()
-        with pytest.raises(StreamCallError) as raised:
+        with pytest.raises(StreamRpcError) as raised:
             next(call)
         canceller.join()
     assert raised.value.code() is grpc.StatusCode.CANCELLED
@@ -190,7 +190,7 @@ def test_a_call_ends_at_its_deadline_also_in_the_middle_of_a_message() -> None:
         yield from ()
 
     with calling(wait, (bytes(4 << 20) for _ in range(9)), timeout_s=0.3) as call:
-        with pytest.raises(StreamCallError) as raised:
+        with pytest.raises(StreamRpcError) as raised:
             next(call)
     assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
