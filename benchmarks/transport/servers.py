@@ -6,7 +6,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from deconvd.model.operation import Operation
 from deconvd.model.problem import Problem
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd_server.daemon import Daemon
 from deconvd_server.device import CacheState, DeviceInfo
 from deconvd_server.settings import Settings
@@ -107,6 +108,14 @@ def serve_bare_grpc(address: str) -> None:
     _serve_grpc(address, lambda server: server.add_generic_rpc_handlers((handler,)))
 
 
+def serve_bare_grpc_stream(address: str) -> None:
+    """Serve a gRPC stream of raw bytes with our options: each message goes back as it comes."""
+    handler = grpc.method_handlers_generic_handler(
+        "benchmark.Echo", {"Echo": grpc.stream_stream_rpc_method_handler(lambda chunks, _: chunks)}
+    )
+    _serve_grpc(address, lambda server: server.add_generic_rpc_handlers((handler,)), GRPC_OPTIONS)
+
+
 class _StockServicer(pb_grpc.DeconvolutionServiceServicer):
     def Deconvolve(self, request: pb.DeconvolveRequest, context: Any) -> pb.DeconvolveResponse:
         return pb.DeconvolveResponse(y=request.x)
@@ -123,9 +132,13 @@ def serve_stock_grpc(address: str) -> None:
     )
 
 
-def _serve_grpc(address: str, add_handlers: Callable[[grpc.Server], None]) -> None:
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    server = grpc.server(ThreadPoolExecutor(4), options=options)
+def _serve_grpc(
+    address: str,
+    add_handlers: Callable[[grpc.Server], None],
+    options: Sequence[tuple[str, int | str]] = (),
+) -> None:
+    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    server = grpc.server(ThreadPoolExecutor(4), options=[*unlimited, *options])
     add_handlers(server)
     port = server.add_insecure_port(address)
     server.start()

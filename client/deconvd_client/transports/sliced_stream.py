@@ -48,7 +48,12 @@ def begin_stream_attempt(
     method = MethodCode[call_spec.operation.stream_name]
     response_type = messages_for(call_spec.operation).stream_response
     return StreamAttempt(
-        method, stream_call.parts(), stream_call.receive, response_type, stream_call.is_full_duplex
+        method,
+        stream_call.parts(),
+        stream_call.receive,
+        response_type,
+        stream_call.is_full_duplex,
+        stream_call.may_take_part,
     )
 
 
@@ -69,15 +74,21 @@ class _StreamCall:
         self._messages = messages_for(call_spec.operation)
         # a queue, since an exception from a signal handler can leave an Event locked
         self._missing: SimpleQueue[Sequence[str]] = SimpleQueue()
+        self._awaits_missing = False  # whether the next part must wait for what `_missing` gets
+
+    def may_take_part(self) -> bool:
+        """Return whether the next part can be taken without waiting for the response."""
+        return not self._awaits_missing or not self._missing.empty()
 
     def parts(self) -> Iterator[Part]:
         """Return the request's parts."""
         header: Any = self._messages.stream_header(
             request=self._call_spec.request, slice_samples_count=self._step
         )
-        opening: Any = self._messages.stream_request
-        elements = self._interleave_missing() if self._call_spec.offered else self._elements()
-        return chain((opening(header=header),), elements)
+        opening: Any = self._messages.stream_request(header=header)
+        if self._call_spec.offered:
+            return self._interleave_missing(opening)
+        return chain((opening,), self._elements())
 
     def receive(self, source: PartSource) -> _StreamResult:
         """Read the response.
@@ -107,29 +118,37 @@ class _StreamCall:
             )
         return fields
 
-    def _interleave_missing(self) -> Iterator[ElementsPart]:
-        """Yield the elements, and insert the missing operands as soon as the server has asked for them.
+    def _interleave_missing(self, opening: Part) -> Iterator[Part]:
+        """Yield the header and the elements, and the missing operands as soon as the server has asked for them.
 
         The client does not wait for that message, unless it has sent `_MAX_UNANSWERED_BYTES` without it::
 
             client   header  x  x  x  x  W  x  x
             server              missing: W
+
+        Before a part is yielded it is known whether the next one must wait.
         """
-        unanswered_bytes = 0
         pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
-        for piece in pieces:
-            unanswered_bytes += len(piece.data)
-            if not self._missing.empty() or unanswered_bytes > _MAX_UNANSWERED_BYTES:
-                yield from self._missing_elements()
-                yield piece
+        part: Part = opening
+        unanswered_bytes = 0
+        while True:
+            piece = next(pieces, None)
+            if piece is not None:
+                unanswered_bytes += len(piece.data)
+            self._awaits_missing = piece is None or unanswered_bytes > _MAX_UNANSWERED_BYTES
+            yield part
+            if piece is None or self._awaits_missing or not self._missing.empty():
                 break
+            part = piece
+        yield from self._missing_elements()
+        if piece is not None:
             yield piece
-        else:
-            yield from self._missing_elements()
         yield from pieces
 
     def _missing_elements(self) -> Iterator[ElementsPart]:
-        for field in self._missing.get():
+        missing = self._missing.get()
+        self._awaits_missing = False
+        for field in missing:
             yield from elements_parts(self._call_spec.offered[field], is_missing=True)
 
     def _elements(self) -> Iterator[ElementsPart]:
