@@ -1,7 +1,7 @@
 """The rate of the link to a server, measured where responses arrive, and the slices that it asks for.
 
-A slice's results are sent in one part, from memory, once all of them are computed. So the time from the first to the last
-byte of a part is the link's alone: neither the server's computing nor the request's arrival is in it::
+A slice's results are sent in one part, from memory, once all of them are computed. So the time from the first to the
+last byte of a part is the link's alone: neither the server's computing nor the request's arrival is in it::
 
     server     computes        | part 0 |  computes     | part 1 |
     link                         |======|                 |======|
@@ -11,7 +11,6 @@ byte of a part is the link's alone: neither the server's computing nor the reque
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections import deque
 from typing import Final
@@ -33,14 +32,23 @@ _SLICE_OVERHEAD_S: Final = 2e-4
 _MIN_SLICE_BYTES: Final = 64 << 10
 """The smallest slice that a link can ask for."""
 
-_MIN_PART_BYTES: Final = 128 << 10
-"""Shorter parts are not measured: buffers on the way hide how long they take."""
+_MIN_PART_BYTES: Final = 512 << 10
+"""Shorter parts are not measured: buffers on the way, and a reader that is late, hide how long they take."""
 
 _PARTS_COUNT: Final = 15
-"""How many parts count, the latest ones. Their median ignores the few during which either end was busy."""
+"""How many parts count, the latest ones."""
+
+_SLOWER_SHARE: Final = 4
+"""The rate is that of the part in the lower quartile: parts that were in buffers before they were read seem faster.
+
+To take a fast link for a slow one costs little, and to take a slow one for a fast one up to half of the rate.
+"""
 
 _MAX_AGE_S: Final = 60.0
-"""How long a rate holds after the last measurement. Small slices have no parts that can be measured."""
+"""How long a rate holds after the last measurement. Then a call with large slices measures it again.
+
+The parts of small slices cannot be measured, so a link that has become faster would not be noticed.
+"""
 
 
 class LinkRate:
@@ -68,7 +76,7 @@ class LinkRate:
         with self._lock:
             if not self._part_rates or time.monotonic() - self._measured_s > _MAX_AGE_S:
                 return None
-            return statistics.median(self._part_rates)
+            return sorted(self._part_rates)[len(self._part_rates) // _SLOWER_SHARE]
 
     def slice_bytes(self, total_bytes: int) -> int:
         """Return the size that the slices of a call should have.

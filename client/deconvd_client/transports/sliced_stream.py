@@ -63,8 +63,8 @@ def begin_stream_attempt(
 def pays_as_stream(call_spec: CallSpec, link_rate: LinkRate) -> bool:
     """Return whether a stream is better than gRPC messages for a call that both can carry.
 
-    A message's results begin to travel when its operands have arrived, so it takes both ways in turn. On a slow link that
-    costs more than slices do. While the rate is unknown, a stream measures it.
+    A message's results begin to travel when its operands have arrived, so it takes both ways in turn. On a slow link
+    that costs more than slices do. While the rate is unknown, a stream measures it.
     """
     if link_rate.bytes_per_s is None:
         sizes = (s.nbytes for f, s in call_spec.results.items() if f in call_spec.operation.results)
