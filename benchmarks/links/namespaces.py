@@ -44,9 +44,9 @@ class Link:
     server_address: str
     client_address: str
 
-    def command(self, command: Sequence[str]) -> list[str]:
-        """Return the words that run a command in the server's namespace, under the same process id."""
-        return [_tool("ip"), "netns", "exec", self.namespace, *command]
+    def command(self, words: Sequence[str]) -> list[str]:
+        """Return a command that runs another one in the server's namespace, under the same process id."""
+        return [_tool("ip"), "netns", "exec", self.namespace, *words]
 
 
 @contextmanager

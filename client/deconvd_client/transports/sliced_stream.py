@@ -119,7 +119,7 @@ class _StreamCall:
         Raises:
             InvalidArgumentError: Its messages are not those of such a response.
         """
-        metered = self._metered(source)
+        metered = self._measure(source)
         reader: PartReader[Any] = PartReader(metered, self._messages.stream_response, self._empty)
         try:
             if self._call_spec.offered:
@@ -134,7 +134,7 @@ class _StreamCall:
         finally:
             self._missing.put(())  # or the thread that sends would wait for ever
 
-    def _metered(self, source: PartSource) -> PartSource:
+    def _measure(self, source: PartSource) -> PartSource:
         """Return the response's parts, whose arrival the link's rate learns from."""
         results, n = self._call_spec.results, self._call_spec.problem.n
         sliced = [results[field] for field in self._call_spec.operation.results if field in results]
