@@ -34,7 +34,7 @@ from deconvd_client.transports.link_rate import LinkRate
 from examples.local_server import local_server
 
 _SHAPE: Final = (64, 32, 32)
-"""A sample of x. One of y is as large: a quarter of the channels, and four times as many pixels."""
+"""A sample of x. One of y is as large: a quarter of the channels, and four times as many pixels. A small y has a quarter."""
 
 _X_BYTES: Final = 32 << 20
 _MIN_SAVING: Final = 0.05
@@ -138,11 +138,14 @@ def _calls(dtype: str) -> Mapping[str, tuple[Sequence[Array], Sequence[Array]]]:
     with local_server("cpu") as target, deconvd_client.connect(target) as F:
         deconvolve = partial(F.deconvolution_2d, W=W, stride=2, pad=1)
         y, rectified_y = deconvolve(plain), deconvolve(rectified)
+        small_W = np.ascontiguousarray(W[:, : channels // 16])
+        small_y = F.deconvolution_2d(rectified, small_W, stride=2, pad=1)
         gx, _, _ = F.deconvolution_2d_grad(plain, W, None, gy, 2, 1, wanted=["gx"])
     assert gx is not None
     return {
         "y of x": ([plain], [y]),
         "y of x after a ReLU": ([rectified], [rectified_y]),
+        "small y of x after a ReLU": ([rectified], [small_y]),
         "gx, gW of x and gy": ([gy, plain], [gx]),
         "gx, gW of x after a ReLU, gy": ([gy, rectified], [gx]),
         "gx, gW of x after a ReLU, gy before one": ([rectified_gy, rectified], [gx]),
@@ -158,9 +161,9 @@ def _row(
     threads: int,
     bytes_per_s: float,
 ) -> CompressionRow:
+    step = _samples_count(there, back, bytes_per_s)
     compressed_there, compressed_back = (
-        [_compress(array, codec, threads, bytes_per_s) for array in arrays]
-        for arrays in (there, back)
+        [_compress(array, codec, threads, step) for array in arrays] for arrays in (there, back)
     )
     every = [s for tensor in (*compressed_there, *compressed_back) for s in tensor]
     plain_bytes = sum(s.plain_bytes for s in every)
@@ -182,11 +185,16 @@ def _row(
     )
 
 
-def _compress(array: Array, codec: _Codec, threads: int, bytes_per_s: float) -> list[_Slice]:
-    """Compress a tensor slice by slice, and check that decompression gives the same bits."""
+def _samples_count(there: Sequence[Array], back: Sequence[Array], bytes_per_s: float) -> int:
+    """Return how many samples the client would put in a slice on a link of that rate."""
     rate = LinkRate()
     rate.add_part(1 << 20, (1 << 20) / bytes_per_s)
-    step = max(rate.slice_bytes(2 * array.nbytes) // (2 * array[:1].nbytes), 1)
+    total_bytes = sum(array.nbytes for array in (*there, *back))
+    return max(rate.slice_bytes(total_bytes) * len(there[0]) // total_bytes, 1)
+
+
+def _compress(array: Array, codec: _Codec, threads: int, step: int) -> list[_Slice]:
+    """Compress a tensor slice by slice, and check that decompression gives the same bits."""
     done: list[_Slice] = []
     for samples in slices(len(array), step):
         elements = array[samples].reshape(-1)
