@@ -34,7 +34,10 @@ from deconvd_client.transports.link_rate import LinkRate
 from examples.local_server import local_server
 
 _SHAPE: Final = (64, 32, 32)
-"""A sample of x. One of y is as large: a quarter of the channels, and four times as many pixels. A small y has a quarter."""
+"""A sample of x. A sample of y is as large: it has a quarter of the channels, and four times as many pixels.
+
+A small y has a quarter of these channels.
+"""
 
 _X_BYTES: Final = 32 << 20
 _MIN_SAVING: Final = 0.05
