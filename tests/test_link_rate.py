@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -187,6 +189,20 @@ def far_server(directory: Path, transport: str) -> Iterator[Connection]:
 
 def random_x(samples_count: int) -> Any:
     return np.random.default_rng(0).standard_normal((samples_count, 1, 128, 128), np.float32)
+
+
+def test_a_link_that_cannot_be_made_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "geteuid", lambda: 1000)
+        with pytest.raises(LinkUnavailableError, match="run as root"), linked_namespace(1.0):
+            pass
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
+    with (
+        pytest.raises(LinkUnavailableError, match="ip is missing: install iproute2"),
+        linked_namespace(1.0),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("transport", ["tcp", "grpc"])
