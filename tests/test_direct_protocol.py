@@ -22,6 +22,8 @@ from deconvd.direct.events import (
     ANY_INSTANCE,
     FRAME_HEAD_BYTES,
     MAX_MESSAGE_BYTES,
+    MAX_STRIPES_COUNT,
+    TRANSFER_ID_BYTES,
     Answer,
     CallFailure,
     CallHead,
@@ -31,7 +33,10 @@ from deconvd.direct.events import (
     Hello,
     MessagePart,
     MethodCode,
+    PieceHead,
     ProgressReport,
+    StripedCallHead,
+    StripeHead,
     pack_frame,
 )
 from deconvd.direct.protocol import TRANSITIONS, DirectProtocol, ProtocolState, Role
@@ -44,11 +49,14 @@ CALL = CallHead(MethodCode.Deconvolve, 30, b"x")
 EARLY_CALL = CallHead(MethodCode.DeconvolveGrad, 30, b"x", is_overlapped=True, written_bytes=7)
 STREAM_CALL = CallHead(MethodCode.PutTensor, 30, b"x")
 FETCH_CALL = CallHead(MethodCode.GetTensor, 30, b"x")
+TRANSFER = bytes(range(100, 116))
+STRIPED_CALL = StripedCallHead(MethodCode.DeconvolveGrad, 30, b"x", TRANSFER, 4)
 
 HANDSHAKE: list[tuple[Role, Event]] = [(Role.CLIENT, Hello(INSTANCE))]
 IDLE: list[tuple[Role, Event]] = [*HANDSHAKE, (Role.SERVER, Hello(INSTANCE))]
 STREAMING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, STREAM_CALL)]
 WRITING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, EARLY_CALL)]
+LANDING: list[tuple[Role, Event]] = [*IDLE, (Role.CLIENT, StripeHead(TRANSFER))]
 WAYS: dict[ProtocolState, list[tuple[Role, Event]]] = {
     ProtocolState.NEW: [],
     ProtocolState.HANDSHAKE: HANDSHAKE,
@@ -58,6 +66,8 @@ WAYS: dict[ProtocolState, list[tuple[Role, Event]]] = {
     ProtocolState.TRAILING: [*WRITING, (Role.SERVER, Answer(b"y", ""))],
     ProtocolState.STREAMING: STREAMING,
     ProtocolState.RESPONDING: [*STREAMING, (Role.CLIENT, EndOfStream())],
+    ProtocolState.LANDING: LANDING,
+    ProtocolState.RETURNING: [*LANDING, (Role.CLIENT, EndOfStream())],
     ProtocolState.CLOSED: [*STREAMING, (Role.SERVER, CallFailure(STATUS))],
 }
 """What is said before a line is in each state."""
@@ -75,10 +85,13 @@ EXAMPLES: dict[FrameKind, Event | PendingElements] = {
     FrameKind.FAILED: CallFailure(STATUS),
     FrameKind.PROGRESS: ProgressReport(1 << 40),
     FrameKind.ANSWER: Answer(b"y", "server_us=1"),
+    FrameKind.STRIPED_CALL: STRIPED_CALL,
+    FrameKind.STRIPE: StripeHead(TRANSFER),
+    FrameKind.PIECE: PieceHead(258),
 }
 
 FRAMES = {
-    FrameKind.HELLO: "01000000 14000000 64636435" + INSTANCE.hex(),
+    FrameKind.HELLO: "01000000 14000000 64636436" + INSTANCE.hex(),
     FrameKind.CALL: "02000000 19000000 01 00 000000000000 80c3c90100000000 0000000000000000 78",
     FrameKind.OVERLAPPED_CALL: "02000000 19000000 02 01 000000000000 80c3c90100000000 0700000000000000 78",
     FrameKind.STREAM_CALL: "02000000 19000000 05 00 000000000000 80c3c90100000000 0000000000000000 78",
@@ -90,8 +103,13 @@ FRAMES = {
     FrameKind.FAILED: "07000000 0b000000 0808 1207" + b"no room".hex(),
     FrameKind.PROGRESS: "08000000 08000000 0000000000010000",
     FrameKind.ANSWER: "09000000 14000000 0b00 000000000000" + b"server_us=1y".hex(),
+    FrameKind.STRIPED_CALL: "0d000000 21000000 02 04 000000000000 80c3c90100000000"
+    + TRANSFER.hex()
+    + "78",
+    FrameKind.STRIPE: "0e000000 10000000" + TRANSFER.hex(),
+    FrameKind.PIECE: "0f000000 08000000 0201000000000000",
 }
-"""Each example on the line: what both ends of the version "dcd5" rely on."""
+"""Each example on the line: what both ends of the version "dcd6" rely on."""
 
 KINDS = pytest.mark.parametrize("kind", FrameKind, ids=lambda kind: kind.name)
 ROLES = pytest.mark.parametrize("role", Role, ids=lambda role: role.name)
@@ -131,6 +149,16 @@ EVENTS: dict[FrameKind, st.SearchStrategy[Event | PendingElements]] = {
     FrameKind.FAILED: st.builds(CallFailure, st.builds(status_pb2.Status, message=LEDGERS)),
     FrameKind.PROGRESS: st.builds(ProgressReport, st.integers(0, 2**64 - 1)),
     FrameKind.ANSWER: st.builds(Answer, MESSAGES, LEDGERS),
+    FrameKind.STRIPED_CALL: st.builds(
+        StripedCallHead,
+        st.sampled_from([MethodCode.Deconvolve, MethodCode.DeconvolveGrad]),
+        TIMEOUTS,
+        MESSAGES,
+        st.binary(min_size=TRANSFER_ID_BYTES, max_size=TRANSFER_ID_BYTES),
+        st.integers(1, MAX_STRIPES_COUNT),
+    ),
+    FrameKind.STRIPE: st.just(StripeHead(TRANSFER)),
+    FrameKind.PIECE: st.builds(PieceHead, st.integers(0, 2**64 - 1)),
 }
 
 
@@ -173,7 +201,7 @@ def heard(
 def taken(end: DirectProtocol, ahead: PendingElements, stream: memoryview) -> memoryview:
     """Take elements, of which those that the end has not read come next; return what comes after them."""
     target = np.zeros(ahead.size_bytes, np.uint8)
-    count = end.take_elements(target)
+    count = end.take_elements(target.data)
     rest = len(target) - count
     target[count:] = np.frombuffer(stream[:rest], np.uint8)
     return stream[rest:]
@@ -252,7 +280,12 @@ def test_no_kind_of_frame_is_said_by_both_but_the_handshake_and_parts() -> None:
     client, server = (
         {kind for allowed in TRANSITIONS[role].values() for kind in allowed} for role in Role
     )
-    assert client & server == {FrameKind.HELLO, FrameKind.ELEMENTS, FrameKind.END}
+    assert client & server == {
+        FrameKind.HELLO,
+        FrameKind.ELEMENTS,
+        FrameKind.END,
+        FrameKind.PIECE,
+    }
     assert client | server == set(FrameKind)
 
 
@@ -261,8 +294,12 @@ def test_no_kind_of_frame_is_said_by_both_but_the_handshake_and_parts() -> None:
 def test_whose_parts_are_over_follows_from_the_table(role: Role, state: ProtocolState) -> None:
     end = end_in(role, state)
     may_come = {
-        Role.CLIENT: (ProtocolState.STREAMING, ProtocolState.RESPONDING),
-        Role.SERVER: (ProtocolState.STREAMING,),
+        Role.CLIENT: (
+            ProtocolState.STREAMING,
+            ProtocolState.RESPONDING,
+            ProtocolState.RETURNING,
+        ),
+        Role.SERVER: (ProtocolState.STREAMING, ProtocolState.LANDING),
     }
     assert end.is_peer_done == (state not in (*may_come[role], ProtocolState.CLOSED))
     assert end.is_idle == (state in (ProtocolState.IDLE, ProtocolState.TRAILING))
@@ -274,7 +311,7 @@ NONSENSE = st.lists(
     | st.sampled_from([bytes.fromhex(data) for data in FRAMES.values()])
     | st.builds(
         lambda number, size, rest: bytes([number, 0, 0, 0]) + size.to_bytes(4, "little") + rest,
-        st.integers(0, 12),
+        st.integers(0, 16),
         st.integers(0, 2**32 - 1) | st.integers(MAX_MESSAGE_BYTES - 1, MAX_MESSAGE_BYTES + 1),
         st.binary(max_size=60),
     ),
@@ -367,11 +404,11 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
     with pytest.raises(LocalProtocolError, match="4 bytes of elements must be taken before"):
         end.next_event()
     assert end.peek_kind() is None
-    assert end.take_elements(target) == 3
+    assert end.take_elements(target.data) == 3
     assert target.tobytes() == b"abc"
     with pytest.raises(LocalProtocolError, match="at most 1 bytes of elements can be taken, got 3"):
-        end.take_elements(target)
-    assert end.take_elements(target[:1]) == 1
+        end.take_elements(target.data)
+    assert end.take_elements(target[:1].data) == 1
     assert end.peek_kind() == FrameKind.END
     assert end.next_event() == EndOfStream()
 
@@ -396,7 +433,7 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
         ),
         (
             ProtocolState.HANDSHAKE,
-            pack_frame(FrameKind.HELLO, b"dcd5" + bytes(range(1, 17))),
+            pack_frame(FrameKind.HELLO, b"dcd6" + bytes(range(1, 17))),
             "another server instance",
         ),
         (
@@ -447,7 +484,7 @@ def test_memory_for_a_long_message_is_held_no_longer_than_it() -> None:
             Role.SERVER,
             ProtocolState.TRAILING,
             "the peer sent END with a payload of 0 bytes, where the client may send "
-            "PROGRESS, CALL, OVERLAPPED_CALL, STREAM_CALL, FETCH_CALL",
+            "PROGRESS, CALL, OVERLAPPED_CALL, STREAM_CALL, FETCH_CALL, STRIPED_CALL, STRIPE",
         ),
         (
             Role.CLIENT,

@@ -9,7 +9,7 @@ All numbers are little-endian. `deconvd.direct.protocol` says which frame may be
 
 The payload of each kind, with the messages of the service as in deconvd.proto:
 
-    client   HELLO              once: "dcd5", then the instance id of the wanted server (16 bytes; zeros for any server)
+    client   HELLO              once: "dcd6", then the instance id of the wanted server (16 bytes; zeros for any server)
              CALL               method (1 byte), whether the call is overlapped (1 byte: 0 or 1), 6 zero bytes,
                                 timeout in microseconds (8 bytes), bytes written so far if it is overlapped (8 bytes),
                                 the request message; for a method that streams its request, its first message
@@ -17,14 +17,20 @@ The payload of each kind, with the messages of the service as in deconvd.proto:
              ELEMENTS           in a streamed request: the next elements, as in Tensor.raw; not empty
              MISSING_ELEMENTS   in a streamed request: the next elements of tensors that the server reported as missing;
                                 not empty
-             END                the streamed request is complete; no payload
+             END                the streamed request, or the client's part of a stripe, is complete; no payload
+             STRIPED_CALL       method (1 byte), how many stripes the call has (1 byte), 6 zero bytes, timeout in
+                                microseconds (8 bytes), the transfer's id (16 bytes), the request message
+             STRIPE             the id of the transfer that this connection is a stripe of (16 bytes)
+             PIECE              the number of the piece whose elements follow in one ELEMENTS frame (8 bytes)
 
-    server   HELLO              once: "dcd5", then the server's own instance id (16 bytes)
+    server   HELLO              once: "dcd6", then the server's own instance id (16 bytes)
              ANSWER             success of a method without streams: size of the ledger (2 bytes), 6 zero bytes, the
                                 ledger (ASCII; see `deconvd.wire.ledger`), the response message
              MESSAGE            the response message of a method with streams, or one of its messages
              ELEMENTS           the next elements of a streamed response; not empty
-             END                success of a method with streams: the ledger
+             PIECE              as the client's
+             END                success of a method with streams: the ledger; in a stripe: all pieces are sent, no
+                                payload
              FAILED             failure of any method: a google.rpc.Status
 """
 
@@ -47,7 +53,9 @@ __all__ = [
     "FRAME_HEAD_BYTES",
     "FRAME_KINDS",
     "MAX_MESSAGE_BYTES",
+    "MAX_STRIPES_COUNT",
     "PAYLOAD_SIZES",
+    "TRANSFER_ID_BYTES",
     "Answer",
     "CallFailure",
     "CallHead",
@@ -57,7 +65,10 @@ __all__ = [
     "Hello",
     "MessagePart",
     "MethodCode",
+    "PieceHead",
     "ProgressReport",
+    "StripeHead",
+    "StripedCallHead",
     "pack_frame",
 ]
 
@@ -67,6 +78,12 @@ ANY_INSTANCE: Final = bytes(16)
 MAX_MESSAGE_BYTES: Final = 128 << 10
 """The largest payload other than elements: each end must be able to buffer one for each connection."""
 
+MAX_STRIPES_COUNT: Final = 8
+"""The most stripes of a call. More connections were not faster."""
+
+TRANSFER_ID_BYTES: Final = 16
+"""Size of a transfer's id. The client draws it at random, so that nobody else can join the transfer."""
+
 FRAME_HEAD: Final = struct.Struct("<B3xI")
 """The head of a frame: its kind, and the size of its payload in bytes."""
 
@@ -75,19 +92,23 @@ FRAME_HEAD_BYTES: Final = FRAME_HEAD.size
 _MAX_TIMEOUT_S: Final = 1e12
 """Longer timeouts are sent as this one (about 30,000 years), so that their microseconds fit into 64 bits."""
 
-_MAGIC: Final = b"dcd5"
+_MAGIC: Final = b"dcd6"
 _HELLO: Final = struct.Struct("<4s16s")
 _CALL: Final = struct.Struct("<B?6xQQ")
 _PROGRESS: Final = struct.Struct("<Q")
 _ANSWER: Final = struct.Struct("<H6x")
 _CALL_FRAME: Final = struct.Struct("<B3xIB?6xQQ")
 _ANSWER_FRAME: Final = struct.Struct("<B3xIH6x")
+_STRIPED_CALL: Final = struct.Struct("<BB6xQ16s")
+_STRIPE: Final = struct.Struct("<16s")
+_PIECE: Final = struct.Struct("<Q")
 
 
 class FrameKind(IntEnum):
     """The kind of a frame.
 
-    The last three are never sent: on the wire each is a CALL, whose payload says which of them it is.
+    OVERLAPPED_CALL, STREAM_CALL and FETCH_CALL are never sent: on the wire each is a CALL, whose payload says which of
+    them it is.
     """
 
     HELLO = 1
@@ -102,6 +123,9 @@ class FrameKind(IntEnum):
     OVERLAPPED_CALL = 10
     STREAM_CALL = 11
     FETCH_CALL = 12
+    STRIPED_CALL = 13
+    STRIPE = 14
+    PIECE = 15
 
 
 class MethodCode(IntEnum):
@@ -200,6 +224,78 @@ class CallHead(NamedTuple):
         return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_overlapped, written_bytes)
 
 
+class StripedCallHead(NamedTuple):
+    """The first frame of a striped call, on its control connection.
+
+    Attributes:
+        timeout_s: How long the caller waits for the end of the call, in seconds.
+        message: The request message.
+        transfer: The id by which the stripes join the call: `TRANSFER_ID_BYTES` random bytes.
+        stripes_count: How many connections join it, from 1 to `MAX_STRIPES_COUNT`.
+    """
+
+    method: MethodCode
+    timeout_s: float
+    message: bytes
+    transfer: bytes
+    stripes_count: int
+
+    def pack(self) -> bytes:
+        """Return the event's frame."""
+        timeout_us = max(int(min(self.timeout_s, _MAX_TIMEOUT_S) * 1e6), 0)
+        head = _STRIPED_CALL.pack(self.method, self.stripes_count, timeout_us, self.transfer)
+        return pack_frame(FrameKind.STRIPED_CALL, head + self.message)
+
+    @classmethod
+    def parse(cls, payload: bytes) -> StripedCallHead:
+        """Return the event in a payload. Raises RemoteProtocolError if there can be no such call."""
+        number, stripes_count, timeout_us, transfer = _STRIPED_CALL.unpack_from(payload)
+        method = _METHODS.get(number)
+        if method is None or _CALL_KINDS[method] is not FrameKind.CALL:
+            raise RemoteProtocolError(
+                f"the peer made a striped call of method number {number}, which cannot be striped"
+            )
+        if not 1 <= stripes_count <= MAX_STRIPES_COUNT:
+            raise RemoteProtocolError(
+                f"the peer made a call of {stripes_count} stripes, where from 1 to {MAX_STRIPES_COUNT} are allowed"
+            )
+        return cls(method, timeout_us / 1e6, payload[_STRIPED_CALL.size :], transfer, stripes_count)
+
+
+class StripeHead(NamedTuple):
+    """The first frame of a stripe: its connection joins a striped call.
+
+    Attributes:
+        transfer: That of the call. See `StripedCallHead`.
+    """
+
+    transfer: bytes
+
+    def pack(self) -> bytes:
+        """Return the event's frame."""
+        return pack_frame(FrameKind.STRIPE, _STRIPE.pack(self.transfer))
+
+    @classmethod
+    def parse(cls, payload: bytes) -> StripeHead:
+        """Return the event in a payload."""
+        return cls(*_STRIPE.unpack(payload))
+
+
+class PieceHead(NamedTuple):
+    """The head of a piece, whose elements follow. See `deconvd.direct.pieces`."""
+
+    number: int
+
+    def pack(self) -> bytes:
+        """Return the event's frame."""
+        return pack_frame(FrameKind.PIECE, _PIECE.pack(self.number))
+
+    @classmethod
+    def parse(cls, payload: bytes) -> PieceHead:
+        """Return the event in a payload."""
+        return cls(*_PIECE.unpack(payload))
+
+
 class ProgressReport(NamedTuple):
     """How far the client has written the operands of an overlapped call."""
 
@@ -295,7 +391,16 @@ class CallFailure(NamedTuple):
 
 
 Event: TypeAlias = (
-    Hello | CallHead | ProgressReport | MessagePart | EndOfStream | Answer | CallFailure
+    Hello
+    | CallHead
+    | StripedCallHead
+    | StripeHead
+    | PieceHead
+    | ProgressReport
+    | MessagePart
+    | EndOfStream
+    | Answer
+    | CallFailure
 )
 """All frames except those of elements, which are not parsed: see `DirectProtocol`."""
 
@@ -306,6 +411,9 @@ FRAME_KINDS: Final[Mapping[type[Event], FrameKind]] = {
     CallFailure: FrameKind.FAILED,
     ProgressReport: FrameKind.PROGRESS,
     Answer: FrameKind.ANSWER,
+    StripedCallHead: FrameKind.STRIPED_CALL,
+    StripeHead: FrameKind.STRIPE,
+    PieceHead: FrameKind.PIECE,
 }
 """The kind of each event. Only a call has several: see `CallHead.kind`."""
 
@@ -317,6 +425,9 @@ EVENT_PARSERS: Final[Mapping[int, Callable[[bytes], Event]]] = {
     FrameKind.FAILED: CallFailure.parse,
     FrameKind.PROGRESS: ProgressReport.parse,
     FrameKind.ANSWER: Answer.parse,
+    FrameKind.STRIPED_CALL: StripedCallHead.parse,
+    FrameKind.STRIPE: StripeHead.parse,
+    FrameKind.PIECE: PieceHead.parse,
 }
 
 PAYLOAD_SIZES: Final[Mapping[int, range]] = {
@@ -329,5 +440,8 @@ PAYLOAD_SIZES: Final[Mapping[int, range]] = {
     FrameKind.FAILED: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.PROGRESS: range(_PROGRESS.size, _PROGRESS.size + 1),
     FrameKind.ANSWER: range(_ANSWER.size, MAX_MESSAGE_BYTES + 1),
+    FrameKind.STRIPED_CALL: range(_STRIPED_CALL.size, MAX_MESSAGE_BYTES + 1),
+    FrameKind.STRIPE: range(_STRIPE.size, _STRIPE.size + 1),
+    FrameKind.PIECE: range(_PIECE.size, _PIECE.size + 1),
 }
 """The sizes that a payload may have, in bytes, by the kind of frame on the wire."""

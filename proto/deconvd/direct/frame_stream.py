@@ -6,7 +6,7 @@ Elements are sent from the caller's memory and received into it, without a copy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from google.protobuf.message import Message
@@ -62,6 +62,11 @@ class FrameStream:
             pending = PendingElements(len(piece.data), is_missing=piece.is_missing)
             self._stream.write(self.protocol.begin_elements(pending), piece.data)
 
+    def send_piece(self, number: int, buffers: Sequence[memoryview]) -> None:
+        """Send a piece of a striped call, whose elements are in one or several buffers."""
+        head = self.protocol.begin_piece(number, sum(map(len, buffers)))
+        self._stream.write(head, *buffers)
+
     def next_event(self) -> Event | PendingElements:
         """Wait for the next event and return it."""
         protocol = self.protocol
@@ -82,9 +87,13 @@ class FrameStream:
 
     def read_into(self, target: Uint8Array) -> None:
         """Fill `target` with the next of the pending elements."""
+        self.read_into_buffer(target.data)
+
+    def read_into_buffer(self, target: memoryview) -> None:
+        """Fill a buffer with the next of the pending elements."""
         filled = self.protocol.take_elements(target)
         while filled < len(target):
-            filled += self._stream.read_into(target[filled:].data)
+            filled += self._stream.read_into(target[filled:])
 
     def poll(self, timeout_s: float) -> bool:
         """Return whether data, or the end of the connection, arrives within `timeout_s` seconds.

@@ -12,6 +12,9 @@ and `TRANSITIONS` contains all of them:
     IDLE --STREAM_CALL------> STREAMING ----END (client)------> RESPONDING --END (server)--> IDLE
     IDLE --FETCH_CALL-------> RESPONDING ---END (server)------> IDLE
 
+    IDLE --STRIPED_CALL-----> ANSWERING ----ANSWER or FAILED--> IDLE
+    IDLE --STRIPE-----------> LANDING ------END (client)------> RETURNING --END (server)--> IDLE
+
     STREAMING or RESPONDING --FAILED--> CLOSED
     any state --a frame that is not allowed in it--> CLOSED
 
@@ -21,6 +24,16 @@ Calls of Deconvolve and DeconvolveGrad MAY be overlapped: the client sends the c
 to shared memory, each from front to back, in the order of `Operation.write_order`. PROGRESS frames report the number of
 bytes written so far; the last one reports all of them. So the server can upload each part as soon as it is written. The
 server MAY answer before it has read every PROGRESS frame, and MUST ignore those that arrive after its answer.
+
+Calls of Deconvolve and DeconvolveGrad MAY be striped: other connections of the client, the stripes, carry the elements.
+The control connection carries the call, whose message describes each tensor, and its answer. A client SHOULD send the
+call and all stripes at once. The elements of the operands that are sent, in the order of `Operation.write_order`, are
+cut into pieces (`deconvd.direct.pieces`), and so are those of the results that are sent, in the operation's order. Each
+piece travels once, by any stripe and in any order: PIECE, then one ELEMENTS frame with all of it. A stripe MAY carry
+none. In a stripe the client sends first, and the server MUST NOT send pieces before the client's END. The server
+answers once the results are computed, before or after it has sent them; the client has them once it has the answer and
+the END of every stripe. If the call fails, or a stripe breaks, the server MUST close all stripes, and answer FAILED
+unless the control connection has ended.
 
 Both ends may send at the same time. A client MUST wait for the server's HELLO before its first call, since another
 program may listen on the port. A client that closes a connection cancels its call. A server that closes a connection
@@ -53,8 +66,9 @@ from deconvd.direct.events import (
     Event,
     FrameKind,
     Hello,
+    PieceHead,
 )
-from deconvd.wire.stream_parts import PendingElements, Uint8Array
+from deconvd.wire.stream_parts import PendingElements
 
 __all__ = ["TRANSITIONS", "DirectProtocol", "ProtocolState", "Role"]
 
@@ -83,6 +97,8 @@ class ProtocolState(IntEnum):
     TRAILING = auto()
     STREAMING = auto()
     RESPONDING = auto()
+    LANDING = auto()
+    RETURNING = auto()
     CLOSED = auto()
 
 
@@ -94,6 +110,8 @@ _CALL_STATES: Final[Mapping[int, ProtocolState]] = {
     FrameKind.OVERLAPPED_CALL: ProtocolState.OVERLAPPING,
     FrameKind.STREAM_CALL: ProtocolState.STREAMING,
     FrameKind.FETCH_CALL: ProtocolState.RESPONDING,
+    FrameKind.STRIPED_CALL: ProtocolState.ANSWERING,
+    FrameKind.STRIPE: ProtocolState.LANDING,
 }
 
 TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolState]]]] = {
@@ -110,6 +128,12 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
             FrameKind.END: ProtocolState.RESPONDING,
         },
         ProtocolState.RESPONDING: {},
+        ProtocolState.LANDING: {
+            FrameKind.PIECE: ProtocolState.LANDING,
+            FrameKind.ELEMENTS: ProtocolState.LANDING,
+            FrameKind.END: ProtocolState.RETURNING,
+        },
+        ProtocolState.RETURNING: {},
         ProtocolState.CLOSED: {},
     },
     Role.SERVER: {
@@ -135,6 +159,12 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
             FrameKind.ELEMENTS: ProtocolState.RESPONDING,
             FrameKind.END: ProtocolState.IDLE,
             FrameKind.FAILED: ProtocolState.CLOSED,
+        },
+        ProtocolState.LANDING: {},
+        ProtocolState.RETURNING: {
+            FrameKind.PIECE: ProtocolState.RETURNING,
+            FrameKind.ELEMENTS: ProtocolState.RETURNING,
+            FrameKind.END: ProtocolState.IDLE,
         },
         ProtocolState.CLOSED: {},
     },
@@ -221,6 +251,11 @@ class DirectProtocol:
             raise _send_error(kind, self.state)
         return FRAME_HEAD.pack(kind, pending.size_bytes)  # elements never change the state
 
+    def begin_piece(self, number: int, size_bytes: int) -> bytes:
+        """Return the bytes to send before a piece of a striped call. Raises the same errors as `send`."""
+        elements = PendingElements(size_bytes)
+        return self.send(PieceHead(number)) + self.begin_elements(elements)
+
     def receive_buffer(self) -> memoryview:
         """Return the buffer to read the next bytes into. It is never empty once `next_event` has returned None."""
         end = self._begin + self.unread_bytes
@@ -292,7 +327,7 @@ class DirectProtocol:
             self.state = state
         return event
 
-    def take_elements(self, target: Uint8Array) -> int:
+    def take_elements(self, target: memoryview) -> int:
         """Copy pending elements that are in the buffer to the start of `target`, and return how many bytes they are.
 
         The caller must read the rest of `target` from the socket. Raises LocalProtocolError if `target` is larger than
