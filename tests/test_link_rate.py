@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -220,9 +221,21 @@ def test_a_slow_link_gets_smaller_slices_and_the_same_results(
                 break
 
         assert slicing.samples_counts[-1] <= usual // 4
-        rate = slicing.link_rates[-1].bytes_per_s
-        assert rate is not None
-        assert GBIT_BYTES_PER_S / 4 < rate < GBIT_BYTES_PER_S * 3
+
+
+def test_the_rate_of_a_slow_link_is_measured(tmp_path: Path, slicing: Slicing) -> None:
+    """A machine that is busy with other work can seem slower than the link, so there are several clients."""
+    x = random_x(128)
+    rates: list[float | None] = []
+    with far_server(tmp_path, "tcp") as F:
+        while len(rates) < MAX_CALLS_COUNT:
+            with pickle.loads(pickle.dumps(F)) as another:
+                another.deconvolution_2d(x, ONE)
+            rates.append(slicing.link_rates[-1].bytes_per_s)
+            if rates[-1] is not None and GBIT_BYTES_PER_S / 2 < rates[-1] < GBIT_BYTES_PER_S * 2:
+                return
+
+    pytest.fail(f"no rate is that of the link: {rates}")
 
 
 def test_a_large_message_becomes_a_stream_where_it_would_take_both_ways_in_turn(
