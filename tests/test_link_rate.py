@@ -67,6 +67,12 @@ def test_what_the_ends_of_a_call_and_its_slices_cost_is_a_fraction_of_the_call(
     assert overhead_s < 0.5 * one_way_s
 
 
+def test_rates_that_differ_a_little_ask_for_the_same_slices() -> None:
+    sizes = {known_rate(bytes_per_s * 1e6).slice_bytes(16 * MIB) for bytes_per_s in range(100, 150)}
+
+    assert sizes == {512 << 10}
+
+
 def test_the_rate_is_that_of_the_slower_parts() -> None:
     rate = LinkRate()
     for bytes_per_s in (5e9, 1e8, 4e9, 3e9, 2e8, 1.2e8, 2.2e8, 5e9):

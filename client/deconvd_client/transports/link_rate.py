@@ -86,14 +86,18 @@ class LinkRate:
 
             slice_bytes / rate = total_bytes / slice_bytes * _SLICE_OVERHEAD_S
 
+        The size is rounded to a power of two: plans and buffers are kept for each number of samples, which must not be
+        another one in each call.
+
         Args:
             total_bytes: The size of the operands and results that come in slices.
         """
         rate = self.bytes_per_s
         if rate is None or rate >= _FAST_BYTES_PER_S:
             return SLICE_BYTES
-        best_bytes = int(math.sqrt(total_bytes * rate * _SLICE_OVERHEAD_S))
-        return min(max(best_bytes, _MIN_SLICE_BYTES), SLICE_BYTES)
+        best_bytes = math.sqrt(total_bytes * rate * _SLICE_OVERHEAD_S)
+        rounded_bytes = 1 << round(math.log2(max(best_bytes, _MIN_SLICE_BYTES)))
+        return min(rounded_bytes, SLICE_BYTES)
 
 
 class MeteredSource:
