@@ -100,6 +100,22 @@ def serve_raw_tcp(address: str) -> None:
             connection.sendall(buffer)
 
 
+def serve_sink(address: str) -> None:
+    """Take whole messages on a bare TCP socket, one connection after the other, and answer each by one byte."""
+    host, _, port = address.rpartition(":")
+    with socket.create_server((host, int(port))) as listener:
+        print(f"{host}:{listener.getsockname()[1]}", flush=True)
+        buffer = memoryview(bytearray(1 << 20))
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                while header := connection.recv(LENGTH.size, socket.MSG_WAITALL):
+                    (remaining,) = LENGTH.unpack(header)
+                    while remaining:
+                        remaining -= connection.recv_into(buffer[: min(remaining, len(buffer))])
+                    connection.sendall(b"1")
+
+
 def serve_bare_grpc(address: str) -> None:
     """Serve unary gRPC of raw bytes, without protobuf."""
     handler = grpc.method_handlers_generic_handler(

@@ -17,7 +17,7 @@ from deconvd_client.calls.deadline import Deadline
 from deconvd_client.residents import Attempt, Call, Resident, ResidentExecutor
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.transports.route import Route
-from deconvd_client.transports.sliced_stream import begin_stream_attempt
+from deconvd_client.transports.sliced_stream import begin_stream_attempt, pays_as_stream
 from deconvd_client.transports.stub import Stub
 
 __all__ = ["Dispatcher"]
@@ -150,7 +150,11 @@ class Dispatcher:
         for tensor in tensors:
             payload_bytes += tensor.nbytes
         is_brief = payload_bytes <= _MAX_BRIEF_BYTES
-        is_message = is_brief or (payload_bytes <= _MAX_UNARY_BYTES and not stub.is_direct)
+        is_message = is_brief or (
+            payload_bytes <= _MAX_UNARY_BYTES
+            and not stub.is_direct
+            and not pays_as_stream(call_spec, stub.link_rate)
+        )
         if is_message and call_spec.are_digests_known:
             raw: dict[str, Buffer] = {}
             for field, array in call_spec.operands.items():
@@ -158,6 +162,6 @@ class Dispatcher:
             request = Envelope(call_spec.request, raw)
             return stub.call(call_spec, request, placed={}, is_brief=is_brief)
         # large, or the server may lack operands that are named by digest: it can ask for those in a stream
-        begin = partial(begin_stream_attempt, call_spec, self._empty)
+        begin = partial(begin_stream_attempt, call_spec, self._empty, stub.link_rate)
         (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
         return CallResult(response, arrays, ledger)
