@@ -484,7 +484,7 @@ def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> Non
         for number, name in enumerate([b"a", b"b", b"c", b"d"]):
             built.put(session, name, array(number))
 
-        def failing(_: TensorSpec) -> Array:
+        def failing(_: TensorSpec, *, is_lasting: bool) -> Array:
             raise ExhaustedError("no pinned memory")
 
         monkeypatch.setattr(built.engine, "allocate_host_array", failing)

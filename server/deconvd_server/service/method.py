@@ -35,7 +35,10 @@ Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. A reader that does not want the rest must close it."""
 
 _OPERAND_POOL: Final = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
-"""Memory for operands of streams that are too large for the allocator to keep, such as a large W."""
+"""Memory for operands of streams that are too large for the allocator to keep, such as a large W.
+
+Streams for a device with memory of its own read into that device's host arrays instead.
+"""
 
 
 class OverlappedRequest(Envelope[Any]):
