@@ -17,6 +17,7 @@ from deconvd.wire.stream_parts import Part, PartReader, PartSource
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.arriving import ArrivalProgress
 from deconvd_server.resources.budgets import budgets
+from deconvd_server.service.striped_elements import StripedElements
 
 __all__ = [
     "BidiStreamingMethod",
@@ -88,9 +89,17 @@ class _MethodBase:
 
 @dataclass(frozen=True)
 class UnaryMethod(_MethodBase):
-    """One request, one response."""
+    """One request, one response.
+
+    Attributes:
+        serve_striped: Serves a call whose elements travel by several connections, apart from the request and the
+            response; None if the method has no such elements.
+    """
 
     serve: Callable[[Envelope[Any], CallContext], Envelope[Any]]
+    serve_striped: Callable[[Envelope[Any], StripedElements, CallContext], Envelope[Any]] | None = (
+        None
+    )
 
 
 @dataclass(frozen=True)
