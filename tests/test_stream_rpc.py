@@ -23,6 +23,7 @@ from deconvd_client.calls.call_spec import CallSpec, make_request
 from deconvd_client.transports.grpc.core import core_channel
 from deconvd_client.transports.grpc.rpcs import RpcChannel
 from deconvd_client.transports.grpc.stream_rpc import StreamRpc, StreamRpcError
+from deconvd_client.transports.link_rate import LinkRate
 from deconvd_client.transports.sliced_stream import begin_stream_attempt
 from tests.deadlines import short_deadline
 
@@ -240,6 +241,7 @@ def test_one_thread_can_send_what_is_offered(sent: Sequence[str]) -> None:
             offered,
         ),
         lambda spec: np.empty(spec.shape, spec.dtype),
+        LinkRate(),
     )
 
     before = []
