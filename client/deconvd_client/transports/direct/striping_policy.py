@@ -31,9 +31,13 @@ _PROCESSORS_PER_STRIPE: Final = 2
 """A stripe has a thread here and, if the server is on the same host, one there."""
 
 _TRIALS_COUNT: Final = 3
-"""How often each candidate is tried at first.
+"""How often each candidate is tried at first."""
 
-This is also how many of its last calls are remembered. The fastest of them counts: others may have disturbed the rest.
+_REMEMBERED_COUNT: Final = 8
+"""How many of the last calls of each candidate are remembered.
+
+The fastest of them counts: others may have disturbed the rest. So the policy leaves a candidate that has become slow
+after so many calls.
 """
 
 _EXPLORATION_PERIOD: Final = 128
@@ -101,7 +105,7 @@ class _Record:
 
     def add(self, choice: int, pace: float) -> None:
         """Note how many seconds a byte took."""
-        self._paces[choice] = (*self._paces.get(choice, ()), pace)[-_TRIALS_COUNT:]
+        self._paces[choice] = (*self._paces.get(choice, ()), pace)[-_REMEMBERED_COUNT:]
 
     def choose(self, candidates: Sequence[int]) -> int:
         """Return one of the candidates, which are in ascending order."""
