@@ -111,19 +111,19 @@ def test_trials_of_a_much_slower_way_take_little_time() -> None:
     assert lost_s < 0.01 * made[STREAM] * durations_s[STREAM]
 
 
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 1000), best=st.sampled_from([STREAM, 2, 4, 8]))
-def test_disturbed_calls_do_not_hide_the_fastest_way(seed: int, best: int) -> None:
-    chance = Random(seed)
-    policy = StripingPolicy(lambda: 16)
+@pytest.mark.parametrize("best", [STREAM, 2, 4, 8])
+def test_disturbed_calls_do_not_hide_the_fastest_way(best: int) -> None:
+    made: Counter[int] = Counter()
+    for seed in range(20):
+        chance = Random(seed)
+        policy = StripingPolicy(lambda: 16)
 
-    def pace(choice: int) -> float:
-        disturbance = chance.choice([1.0, 1.0, 1.1, 3.0, 10.0])
-        return (1.0 if choice == best else 2.0) * disturbance
+        def pace(choice: int, chance: Random = chance) -> float:
+            return (1.0 if choice == best else 2.0) * chance.choice([1.0, 1.0, 1.1, 3.0, 10.0])
 
-    run_calls(policy, pace, 500)
-    made = run_calls(policy, pace, 1500)
-    assert made[best] > 0.75 * 1500
+        run_calls(policy, pace, 500)
+        made += run_calls(policy, pace, 1000)
+    assert made[best] > 0.9 * made.total()
 
 
 @settings(deadline=None, max_examples=40)
