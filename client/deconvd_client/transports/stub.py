@@ -19,6 +19,7 @@ from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.calls.transport import StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import Connector
 from deconvd_client.transports.direct.pool import DirectTransport
+from deconvd_client.transports.direct.striped_transport import StripedTransport
 from deconvd_client.transports.failover import Failover
 from deconvd_client.transports.grpc.transport import GrpcTransport
 from deconvd_client.transports.link_rate import LinkRate
@@ -45,6 +46,7 @@ class Stub:
     Attributes:
         direct: The direct connections; None if there must not be any.
         link_rate: The rate of the link to the target, whichever transport carries a call.
+        striped: Makes large calls over several of them; None likewise.
     """
 
     def __init__(self, target: str, grpc: GrpcTransport, connector: Connector | None) -> None:
@@ -56,7 +58,9 @@ class Stub:
         )
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
+        self.striped: StripedTransport | None = None
         if self.direct is not None:
+            self.striped = StripedTransport(self.direct)
             self._transport = Failover(self.direct, grpc)
             self._at_most_once_transport = Failover(self.direct, grpc, at_most_once=True)
 
