@@ -151,13 +151,12 @@ class Dispatcher:
             payload_bytes += tensor.nbytes
         is_brief = payload_bytes <= _MAX_BRIEF_BYTES
         is_message = is_brief or (payload_bytes <= _MAX_UNARY_BYTES and not stub.is_direct)
-        if is_message and call_spec.are_digests_known:
+        if is_message:
             raw: dict[str, Buffer] = {}
             for field, array in call_spec.operands.items():
                 raw[field] = elements_of(array)
             request = Envelope(call_spec.request, raw)
             return stub.call(call_spec, request, placed={}, is_brief=is_brief)
-        # large, or the server may lack operands that are named by digest: it can ask for those in a stream
         begin = partial(begin_stream_attempt, call_spec, self._empty)
         (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
         return CallResult(response, arrays, ledger)

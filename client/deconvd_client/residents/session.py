@@ -66,32 +66,48 @@ class ClientSession:
         self._create_thread()
         register_fork_reset(self)
 
-    def open(self, deadline: Deadline, *, fail_fast: bool = False) -> SessionInfo:
+    def open(self, deadline: Deadline) -> SessionInfo:
         """Return the open session, or open one.
 
         Args:
             deadline: When to give up.
-            fail_fast: Whether to try only once.
 
         Raises:
             DeconvdError: The session could not be opened.
         """
-        session = self._thread.session
+        session = self.current
         if session is not None:
             return session
         promise: Promise[SessionInfo] = Promise()
-        self._submit(OpenSession(promise, deadline, fail_fast))
+        self._submit(OpenSession(promise, deadline, fail_fast=False))
         return _wait_for(deadline, promise, "open a session")
 
+    def open_later(self, deadline: Deadline) -> Promise[SessionInfo]:
+        """Have a session opened in the background. Return its promise, which one thread may wait for.
+
+        It is tried only once.
+
+        Args:
+            deadline: When to give up.
+        """
+        promise: Promise[SessionInfo] = Promise()
+        self._submit(OpenSession(promise, deadline, fail_fast=True))
+        return promise
+
     @property
-    def is_open(self) -> bool:
-        """Whether a session is open. The server may have ended it without the client knowing yet."""
-        return self._thread.session is not None
+    def current(self) -> SessionInfo | None:
+        """The open session, if there is one. The server may have ended it without the client knowing yet."""
+        return self._thread.session
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other connections may be of the same tenant."""
+        return bool(self._tenant_key)
 
     @property
     def name(self) -> bytes:
         """The name of the open session. Empty if none is open."""
-        session = self._thread.session
+        session = self.current
         return b"" if session is None else session.name
 
     def lose(self, name: bytes) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
-from queue import SimpleQueue
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from deconvd.direct.events import MethodCode
-from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
 from deconvd.model.problem import TensorSpec
@@ -28,12 +26,6 @@ __all__ = ["begin_stream_attempt"]
 
 _StreamResult: TypeAlias = tuple[Response, dict[str, Array]]
 """The response, and the results, by the names of their fields."""
-
-_MAX_UNANSWERED_BYTES: Final = 64 << 20
-"""What may be sent before the server has said which of the offered operands it lacks."""
-
-_PIECE_BYTES: Final = 1 << 20
-"""What is sent between two checks whether it has said so."""
 
 
 def begin_stream_attempt(
@@ -63,12 +55,10 @@ class _StreamCall:
         problem = call_spec.problem
         sample_bytes = (problem.x.nbytes + problem.y.nbytes) // max(problem.n, 1)
         self._step = max(SLICE_BYTES // max(sample_bytes, 1), 1)  # samples of a slice
-        self.is_full_duplex: bool = bool(call_spec.offered) or problem.n > self._step
+        self.is_full_duplex: bool = problem.n > self._step
         self._call_spec = call_spec
         self._empty = empty
         self._messages = messages_for(call_spec.operation)
-        # a queue, since an exception from a signal handler can leave an Event locked
-        self._missing: SimpleQueue[Sequence[str]] = SimpleQueue()
 
     def parts(self) -> Iterator[Part]:
         """Return the request's parts."""
@@ -76,8 +66,7 @@ class _StreamCall:
             request=self._call_spec.request, slice_samples_count=self._step
         )
         opening: Any = self._messages.stream_request
-        elements = self._interleave_missing() if self._call_spec.offered else self._elements()
-        return chain((opening(header=header),), elements)
+        return chain((opening(header=header),), self._elements())
 
     def receive(self, source: PartSource) -> _StreamResult:
         """Read the response.
@@ -86,51 +75,13 @@ class _StreamCall:
             InvalidArgumentError: Its messages are not those of such a response.
         """
         reader: PartReader[Any] = PartReader(source, self._messages.stream_response, self._empty)
-        try:
-            if self._call_spec.offered:
-                self._missing.put(self._check_offered(reader.read_missing_fields()))
-            response = reader.read_header().header
-            arrays = {
-                field: reader.read(ARGUMENTS[field], spec)
-                for field, spec in self._call_spec.results.items()
-            }
-            reader.expect_end()
-            return response, arrays
-        finally:
-            self._missing.put(())  # or the thread that sends would wait for ever
-
-    def _check_offered(self, fields: Sequence[str]) -> Sequence[str]:
-        unknown = set(fields) - self._call_spec.offered.keys()
-        if unknown:
-            raise InvalidArgumentError(
-                f"the server asks for operands that were not offered: {unknown}"
-            )
-        return fields
-
-    def _interleave_missing(self) -> Iterator[ElementsPart]:
-        """Yield the elements, and insert the missing operands as soon as the server has asked for them.
-
-        The client does not wait for that message, unless it has sent `_MAX_UNANSWERED_BYTES` without it::
-
-            client   header  x  x  x  x  W  x  x
-            server              missing: W
-        """
-        unanswered_bytes = 0
-        pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
-        for piece in pieces:
-            unanswered_bytes += len(piece.data)
-            if not self._missing.empty() or unanswered_bytes > _MAX_UNANSWERED_BYTES:
-                yield from self._missing_elements()
-                yield piece
-                break
-            yield piece
-        else:
-            yield from self._missing_elements()
-        yield from pieces
-
-    def _missing_elements(self) -> Iterator[ElementsPart]:
-        for field in self._missing.get():
-            yield from elements_parts(self._call_spec.offered[field], is_missing=True)
+        response = reader.read_header().header
+        arrays = {
+            field: reader.read(ARGUMENTS[field], spec)
+            for field, spec in self._call_spec.results.items()
+        }
+        reader.expect_end()
+        return response, arrays
 
     def _elements(self) -> Iterator[ElementsPart]:
         operands, operation = self._call_spec.operands, self._call_spec.operation
