@@ -18,6 +18,7 @@ from deconvd.direct.events import Hello
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection
 from deconvd_client.calls.patience import Patience
+from deconvd_client.calls.shared_task import SharedTask
 from deconvd_client.residents.session_thread import SessionInfo
 from tests.direct_calls import get_server_info
 from tests.lenders import is_in_shared_memory
@@ -263,3 +264,39 @@ class TestPatience:
 
     def test_has_no_end_by_default(self) -> None:
         assert Patience().remaining_s() > 1e9
+
+
+class TestSharedTask:
+    """Work in the background that several calls wait for."""
+
+    def test_is_done_once_for_all_who_wait(self) -> None:
+        task, begun, may_end = SharedTask(), threading.Semaphore(0), threading.Event()
+        runs: list[int] = []
+
+        def work() -> None:
+            runs.append(1)
+            begun.release()
+            may_end.wait(60)
+
+        waiting = [threading.Thread(target=task.run, args=(work, 60)) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        assert begun.acquire(timeout=60)
+        task.run(work, 0.0)  # does not wait
+        may_end.set()
+        for thread in waiting:
+            thread.join(60)
+            assert not thread.is_alive()
+
+        assert len(runs) <= 3  # threads that came after its end had it done again
+        task.run(work, 60)
+        assert len(runs) >= 2
+
+    def test_begins_again_in_a_forked_child(self) -> None:
+        task, never = SharedTask(), threading.Event()
+        task.run(lambda: never.wait(60), 0.0)
+        task.reset_after_fork()
+        done: list[int] = []
+        task.run(lambda: done.append(1), 60)
+        never.set()
+        assert done == [1]

@@ -13,7 +13,7 @@ from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.patience import Patience
-from deconvd_client.calls.uninterrupted import Promise, PromiseTimeoutError
+from deconvd_client.calls.shared_task import SharedTask
 from deconvd_client.residents.session import ClientSession
 from deconvd_client.residents.session_thread import SessionInfo
 from deconvd_client.shared_memory import Borrower
@@ -52,7 +52,7 @@ class KnownDigests:
         self._session = session
         self._borrower = borrower
         self._patience = patience
-        self._opening: Promise[SessionInfo] | None = None  # while the session is being opened
+        self._opening = SharedTask()
         self._lock = new_lock()
         self._is_off = False
         self._paused_until_s = 0.0
@@ -100,18 +100,15 @@ class KnownDigests:
             return None
         if (session := self._session.current) is not None:
             return session
+        limit_s = min(_OPEN_TIMEOUT_S, self._patience.remaining_s(), deadline.remaining_s())
+        self._opening.run(self._open_session, limit_s)
+        return self._session.current
+
+    def _open_session(self) -> None:
+        """Open a session if that is possible. If the server is in trouble, the calls themselves report it."""
         try:
-            opening = self._opening
-            if opening is None:
-                opening = self._opening = self._session.open_later(Deadline(_OPEN_TIMEOUT_S))
-            session = opening.wait(min(self._patience.remaining_s(), deadline.remaining_s()))
-            self._opening = None
-            return session
-        except PromiseTimeoutError:
-            return None
+            self._session.open(Deadline(_OPEN_TIMEOUT_S), fail_fast=True)
         except UnimplementedError:
             self._is_off = True
         except DeconvdError:
-            self.pause()  # if the server is still in trouble, the call itself reports it
-        self._opening = None
-        return None
+            self.pause()

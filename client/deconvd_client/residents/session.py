@@ -66,11 +66,12 @@ class ClientSession:
         self._create_thread()
         register_fork_reset(self)
 
-    def open(self, deadline: Deadline) -> SessionInfo:
+    def open(self, deadline: Deadline, *, fail_fast: bool = False) -> SessionInfo:
         """Return the open session, or open one.
 
         Args:
             deadline: When to give up.
+            fail_fast: Whether to try only once.
 
         Raises:
             DeconvdError: The session could not be opened.
@@ -79,20 +80,8 @@ class ClientSession:
         if session is not None:
             return session
         promise: Promise[SessionInfo] = Promise()
-        self._submit(OpenSession(promise, deadline, fail_fast=False))
+        self._submit(OpenSession(promise, deadline, fail_fast))
         return _wait_for(deadline, promise, "open a session")
-
-    def open_later(self, deadline: Deadline) -> Promise[SessionInfo]:
-        """Have a session opened in the background. Return its promise, which one thread may wait for.
-
-        It is tried only once.
-
-        Args:
-            deadline: When to give up.
-        """
-        promise: Promise[SessionInfo] = Promise()
-        self._submit(OpenSession(promise, deadline, fail_fast=True))
-        return promise
 
     @property
     def current(self) -> SessionInfo | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from enum import Enum, StrEnum
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.patience import Patience
+from deconvd_client.calls.shared_task import SharedTask
 from deconvd_client.calls.uninterrupted import run_in_background
 from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
 from deconvd_client.transports.stub import Stub
@@ -131,7 +131,7 @@ class Route:
         self._state = _RouteState.FAR if is_near_enough else _RouteState.UNKNOWN
         # shared memory is near as well: its calls can wait for the search
         self._is_pinned = self._must_be_near or transport is TransportName.SHARED_MEMORY
-        self._search_signal: SimpleQueue[None] | None = None  # gets an item when the search ends
+        self._search = SharedTask()
         self._near_stub: Stub | None = None
         self._stubs: dict[
             str, Stub
@@ -141,7 +141,6 @@ class Route:
 
     def reset_after_fork(self) -> None:
         """Search as at first: the thread that looked for a lost socket does not exist in a forked child."""
-        self._search_signal = None
         self._close_signal = SimpleQueue()
         if self._state is _RouteState.LOST:
             self._move(_RouteState.UNKNOWN)
@@ -199,7 +198,8 @@ class Route:
             if self._is_pinned:
                 self._seek(deadline)
             else:
-                self._seek_in_background(deadline)
+                patience_s = min(self._patience.remaining_s(), deadline.remaining_s())
+                self._search.run(self._seek_in_background, patience_s)
         near = self._near_stub
         if near is None:
             return work(self._target_stub)
@@ -233,28 +233,12 @@ class Route:
         if near is None and self._must_be_near:
             raise PinnedTransportError(f"transport='unix' cannot be used: {why_not}")
 
-    def _seek_in_background(self, deadline: Deadline) -> None:
-        """Have a thread look for a Unix socket, and wait for it as long as calls have patience."""
-        with self._lock:
-            signal = self._search_signal
-            if signal is None:
-                signal = self._search_signal = SimpleQueue()
-                run_in_background(partial(self._seek_once, signal))
-        with suppress(Empty):
-            signal.get(timeout=min(self._patience.remaining_s(), deadline.remaining_s()))
-            signal.put(None)  # for other calls
-
-    def _seek_once(self, signal: SimpleQueue[None]) -> None:
+    def _seek_in_background(self) -> None:
+        """Look for a Unix socket beside calls, which hear of trouble from the target. The next call looks again."""
         try:
             self._seek(Deadline(_SEARCH_TIMEOUT_S))
         except DeconvdError as error:
-            # the calls hear it from the target themselves; the next one looks again
             _log.debug("no search for a Unix socket: %s", error)
-        finally:
-            with self._lock:
-                if self._search_signal is signal:
-                    self._search_signal = None
-            signal.put(None)
 
     def _search_later(self, why: str) -> None:
         """Go on without a socket that does not answer yet: a background thread will find it, or a retry."""
