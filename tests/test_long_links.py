@@ -269,28 +269,38 @@ class TestPatience:
 class TestSharedTask:
     """Work in the background that several calls wait for."""
 
-    def test_is_done_once_for_all_who_wait(self) -> None:
-        task, begun, may_end = SharedTask(), threading.Semaphore(0), threading.Event()
+    def test_is_under_way_once_however_many_want_it(self) -> None:
+        task, begun, may_end = SharedTask(), threading.Event(), threading.Event()
         runs: list[int] = []
 
         def work() -> None:
             runs.append(1)
-            begun.release()
+            begun.set()
             may_end.wait(60)
 
-        waiting = [threading.Thread(target=task.run, args=(work, 60)) for _ in range(3)]
+        for _ in range(3):
+            task.run(work, 0.0)
+        assert begun.wait(60)
+        task.run(work, 0.01)
+        assert runs == [1]
+
+        may_end.set()
+        wait_until(lambda: task._end_signal is None)
+        task.run(work, 60)
+        assert runs == [1, 1]
+
+    def test_all_who_wait_go_on_at_its_end(self) -> None:
+        task, may_end = SharedTask(), threading.Event()
+        task.run(lambda: may_end.wait(60), 0.0)
+        waiting = [
+            threading.Thread(target=task.run, args=(lambda: may_end.wait(60), 60)) for _ in range(3)
+        ]
         for thread in waiting:
             thread.start()
-        assert begun.acquire(timeout=60)
-        task.run(work, 0.0)  # does not wait
         may_end.set()
         for thread in waiting:
-            thread.join(60)
+            thread.join(30)
             assert not thread.is_alive()
-
-        assert len(runs) <= 3  # threads that came after its end had it done again
-        task.run(work, 60)
-        assert len(runs) >= 2
 
     def test_begins_again_in_a_forked_child(self) -> None:
         task, never = SharedTask(), threading.Event()
