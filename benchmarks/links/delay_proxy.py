@@ -84,22 +84,29 @@ class DelayProxy:
         port = back.get_extra_info("sockname")[1]
         connection = PassedConnection(port)
         self.connections.append(connection)
-        with suppress(OSError):  # one end has gone, so the other goes too
-            far, forth = await asyncio.open_connection(self._host, port, limit=_PIECE_BYTES)
-            ends = {forth, back}
-            for end in ends:  # asyncio forgets this for sockets that it did not make
-                options = socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-                end.get_extra_info("socket").setsockopt(*options)
-            self._ends |= ends
-            try:
+        ends = {back}
+        self._ends.add(back)
+        try:
+            with suppress(OSError):  # one end has gone, so the other goes too
+                far, forth = await asyncio.open_connection(self._host, port, limit=_PIECE_BYTES)
+                ends.add(forth)
+                self._ends.add(forth)
+                for end in ends:  # asyncio forgets this for sockets that it did not make
+                    options = socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+                    end.get_extra_info("socket").setsockopt(*options)
+                if self._end.is_set():
+                    return
                 await asyncio.gather(
                     self._carry("up", near, forth, connection),
                     self._carry("down", far, back, connection),
                 )
-            finally:
-                self._ends -= ends
-                for end in ends:
-                    end.close()
+        finally:
+            self._ends -= ends
+            for end in ends:
+                end.close()
+            for end in ends:
+                with suppress(OSError):  # the loop must not end before it is closed
+                    await end.wait_closed()
 
     async def _carry(
         self,
