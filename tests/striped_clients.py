@@ -1,0 +1,79 @@
+"""Clients whose large calls are striped, whatever pays on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+from deconvd_client.transports.direct.striping_policy import StripingPolicy
+
+import deconvd_client
+from deconvd.direct.events import CallHead, Event, StripedCallHead
+from deconvd.direct.frame_stream import FrameStream
+from deconvd_client import Connection
+from tests.fault_proxy import CLEAN, faulty_proxy
+from tests.servers import ServerProcess
+from tests.stripe_proxy import Disturbance, StripeProxy, stripe_proxy
+
+__all__ = [
+    "PROXY_HOST",
+    "Heads",
+    "connect_by_proxy",
+    "force_stripes",
+    "wait_until_direct",
+    "watch_heads",
+]
+
+Heads: TypeAlias = list[CallHead | StripedCallHead]
+"""The first frames of calls."""
+
+PROXY_HOST = "127.0.0.2"
+"""Where a server's ports are free for proxies."""
+
+
+def force_stripes(monkeypatch: pytest.MonkeyPatch, stripes_count: int) -> None:
+    """Have all large direct calls of this process striped; 0 for streams of slices."""
+    monkeypatch.setattr(StripingPolicy, "choose", lambda *_, **__: stripes_count)
+
+
+def watch_heads(monkeypatch: pytest.MonkeyPatch) -> Heads:
+    """Return a list that gets the heads of the calls that this process makes by direct connections from now on."""
+    heads: Heads = []
+    send = FrameStream.send
+
+    def note_and_send(frames: FrameStream, event: Event) -> None:
+        if isinstance(event, (CallHead, StripedCallHead)):
+            heads.append(event)
+        send(frames, event)
+
+    monkeypatch.setattr(FrameStream, "send", note_and_send)
+    return heads
+
+
+def wait_until_direct(F: Connection, heads: Heads) -> None:
+    """Call until there is a direct connection, and forget those calls: the first ones may not wait for it."""
+    one = np.ones((1, 1, 1, 1), np.float32)
+    while not heads:
+        F.deconvolution_2d(one, one)
+    heads.clear()
+
+
+@contextmanager
+def connect_by_proxy(
+    server: ServerProcess, *disturbances: Disturbance, timeout_s: float = 60.0
+) -> Iterator[tuple[StripeProxy, Connection]]:
+    """Give a connection whose direct calls go through a proxy that disturbs them, and what goes by gRPC does not."""
+    host, _, _ = server.targets[-1].rpartition(":")
+    with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
+        direct_port = F.server_info().direct_port
+    with (
+        faulty_proxy(server.targets[-1], CLEAN, host=PROXY_HOST) as clean,
+        stripe_proxy(
+            f"{host}:{direct_port}", *disturbances, host=PROXY_HOST, own_port=direct_port
+        ) as proxy,
+        deconvd_client.connect(clean.target, timeout_s=timeout_s, transport="tcp") as F,
+    ):
+        yield proxy, F

@@ -1,0 +1,205 @@
+"""Striped calls whose lines are cut, held up and reordered among each other: results are right, and nothing is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+import deconvd_client
+from deconvd.direct.events import FrameKind
+from deconvd.model.dtypes import Array
+from deconvd_client import Connection, DeadlineError, UnavailableError
+from tests.fault_proxy import Direction, Fault
+from tests.processes import memory_bytes, process_resources, wait_until
+from tests.servers import ServerProcess, server_process
+from tests.stripe_proxy import CONTROL, Disturbance, Spot, StripeProxy
+from tests.striped_calls import LARGE, TWICE
+from tests.striped_clients import connect_by_proxy, force_stripes
+
+UP, DOWN = Direction.UP, Direction.DOWN
+
+RETRY_S = 10.0
+"""More than a call takes that is made twice, on a busy machine. Either end waits longer for one that stalls."""
+
+STREAMS_COUNT = 32
+"""As many as the server lets run and wait."""
+
+STRIPES_COUNT = 2
+
+CALL = Spot(UP, FrameKind.STRIPED_CALL, stripe=CONTROL)
+ANSWER = Spot(DOWN, FrameKind.ANSWER, stripe=CONTROL)
+
+PLACES = {
+    "in the call": (CALL, 0.5),
+    "in a stripe's first frame": (Spot(UP, FrameKind.STRIPE, 1), 0.5),
+    "in the head of a piece": (Spot(UP, FrameKind.PIECE, 2), 0.5),
+    "in a piece": (Spot(UP, FrameKind.ELEMENTS, 2), 0.5),
+    "between pieces": (Spot(UP, FrameKind.ELEMENTS, 2), 1.0),
+    "before a stripe's end": (Spot(UP, FrameKind.END, 1), 0.0),
+    "in the head of a result's piece": (Spot(DOWN, FrameKind.PIECE, 2), 0.5),
+    "in a result's piece": (Spot(DOWN, FrameKind.ELEMENTS, 2), 0.5),
+    "between a result's pieces": (Spot(DOWN, FrameKind.ELEMENTS, 2), 1.0),
+    "before the end of a stripe's results": (Spot(DOWN, FrameKind.END, 1), 0.0),
+    "before the answer": (ANSWER, 0.0),
+    "in the answer": (ANSWER, 0.5),
+}
+
+ENDED_UP, ENDED_DOWN = Spot(UP, FrameKind.END, stripe=1), Spot(DOWN, FrameKind.END, stripe=1)
+
+DELAYS = {
+    "the call comes after its stripes": Disturbance(
+        CALL, fault=Fault.HANG, until=Spot(UP, FrameKind.STRIPE, STRIPES_COUNT - 1)
+    ),
+    "a stripe comes after the call": Disturbance(
+        Spot(UP, FrameKind.STRIPE, 0), fault=Fault.HANG, until=CALL
+    ),
+    "a stripe comes after another has ended": Disturbance(
+        Spot(UP, FrameKind.STRIPE, stripe=0), fault=Fault.HANG, until=ENDED_UP
+    ),
+    "the first piece comes last": Disturbance(
+        Spot(UP, FrameKind.PIECE, stripe=0), fault=Fault.HANG, until=ENDED_UP
+    ),
+    "a piece comes in two parts": Disturbance(
+        Spot(UP, FrameKind.ELEMENTS, stripe=0), 0.5, Fault.HANG, until=ENDED_UP
+    ),
+    "a stripe ends late": Disturbance(
+        Spot(UP, FrameKind.END, stripe=0), fault=Fault.HANG, until=ENDED_UP
+    ),
+    "a result's first piece comes last": Disturbance(
+        Spot(DOWN, FrameKind.PIECE, stripe=0), fault=Fault.HANG, until=ENDED_DOWN
+    ),
+    "a result's piece comes in two parts": Disturbance(
+        Spot(DOWN, FrameKind.ELEMENTS, stripe=0), 0.5, Fault.HANG, until=ENDED_DOWN
+    ),
+    "the answer comes last": Disturbance(
+        ANSWER, fault=Fault.HANG, until=Spot(DOWN, FrameKind.END, STRIPES_COUNT - 1)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with server_process(tmp_path_factory.mktemp("server"), listen=("127.0.0.1:0",)) as server:
+        yield server
+        assert "unforeseen" not in server.log.read_text()
+
+
+@pytest.fixture(autouse=True)
+def striped(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_stripes(monkeypatch, STRIPES_COUNT)
+
+
+def assert_right(F: Connection, x: Array = LARGE) -> None:
+    np.testing.assert_array_equal(F.deconvolution_2d(x, TWICE), 2 * x)
+
+
+def assert_gradients_right(F: Connection) -> None:
+    """See that gradients are right, of which some are sums over all samples."""
+    gx, gW, gb = F.deconvolution_2d_grad(LARGE, TWICE, np.zeros(2, np.float32), LARGE)
+    flat = LARGE.astype(np.float64).transpose(1, 0, 2, 3).reshape(2, -1)
+    np.testing.assert_array_equal(gx, 2 * LARGE)
+    np.testing.assert_array_equal(gW, (flat @ flat.T)[:, :, None, None])
+    np.testing.assert_array_equal(gb, flat.sum(axis=1))
+
+
+def wait_until_striped(F: Connection, proxy: StripeProxy) -> None:
+    """Call until a call is striped: calls do not wait for lines."""
+
+    def has_stripes() -> bool:
+        before = len(proxy.stripes_counts)
+        assert_right(F)
+        return proxy.stripes_counts[before:] == [STRIPES_COUNT]
+
+    wait_until(has_stripes)
+
+
+@pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_striped_call_that_is_cut_is_made_again(
+    tcp_server: ServerProcess, place: str, fault: Fault
+) -> None:
+    spot, part = PLACES[place]
+    with connect_by_proxy(tcp_server) as (proxy, F):
+        wait_until_striped(F, proxy)
+        proxy.disturbances.append(Disturbance(spot, part, fault))
+        began_s = time.monotonic()
+        assert_right(F)
+        duration_s = time.monotonic() - began_s
+        assert proxy.faults_count == 1
+        wait_until_striped(F, proxy)
+
+    assert duration_s < RETRY_S
+
+
+@pytest.mark.parametrize("place", ["in a piece", "in a result's piece"])
+def test_striped_gradients_that_are_cut_are_made_again(
+    tcp_server: ServerProcess, place: str
+) -> None:
+    spot, part = PLACES[place]
+    with connect_by_proxy(tcp_server) as (proxy, F):
+        wait_until_striped(F, proxy)
+        proxy.disturbances.append(Disturbance(spot, part))
+        assert_gradients_right(F)
+        assert proxy.faults_count == 1
+        assert_gradients_right(F)
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+def test_stripes_that_overtake_each_other_change_nothing(
+    tcp_server: ServerProcess, delay: str
+) -> None:
+    with connect_by_proxy(tcp_server) as (proxy, F):
+        wait_until_striped(F, proxy)
+        before = len(proxy.stripes_counts)
+        proxy.disturbances.append(DELAYS[delay])
+        assert_right(F)
+        proxy.disturbances.append(DELAYS[delay])
+        assert_gradients_right(F)
+
+        assert proxy.faults_count == 2
+        assert proxy.stripes_counts[before:] == [STRIPES_COUNT] * 2  # at once, and not again
+
+
+@pytest.mark.parametrize("place", ["in a piece", "in a result's piece"])
+def test_a_stripe_that_hangs_ends_a_call_at_its_deadline(
+    tcp_server: ServerProcess, place: str
+) -> None:
+    spot, part = PLACES[place]
+    with connect_by_proxy(tcp_server, timeout_s=2.0) as (proxy, F):
+        wait_until_striped(F, proxy)
+        proxy.disturbances.append(Disturbance(spot, part, Fault.HANG))
+        with pytest.raises(DeadlineError):
+            F.deconvolution_2d(LARGE, TWICE)
+        assert proxy.faults_count == 1
+        assert_right(F, LARGE[:1])
+
+
+@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
+def test_striped_calls_that_are_cut_leave_nothing_on_the_server(
+    tcp_server: ServerProcess, fault: Fault
+) -> None:
+    pid = tcp_server.process.pid
+    with deconvd_client.connect(tcp_server.target, transport="tcp") as F:
+        assert_right(F)
+    before = process_resources(pid)
+
+    with connect_by_proxy(tcp_server, timeout_s=0.5 if fault is Fault.HANG else 60) as (proxy, F):
+        places = [*PLACES.values()]
+        while proxy.faults_count <= STREAMS_COUNT:
+            spot, part = places[proxy.faults_count % len(places)]
+            proxy.disturbances[:] = [Disturbance(spot, part, fault)]
+            with suppress(UnavailableError, DeadlineError):
+                F.deconvolution_2d(LARGE[:12], TWICE)
+
+    wait_until(lambda: process_resources(pid).descriptors_count <= before.descriptors_count)
+    wait_until(lambda: process_resources(pid).threads_count <= before.threads_count)
+    wait_until(lambda: memory_bytes(pid) < before.memory_bytes + LARGE.nbytes)
+    with deconvd_client.connect(tcp_server.target, transport="grpc") as F:
+        (device,) = F.server_info().devices
+        assert (device.running_calls_count, device.waiting_calls_count) == (0, 0)
+        assert device.used_bytes == 0
+        assert_right(F)
