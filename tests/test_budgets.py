@@ -26,7 +26,7 @@ def test_all_that_may_be_taken_is_less_than_there_is(whole_bytes: int) -> None:
             + parts.spill_bytes
             + 2 * parts.messages_bytes
             + (3 + cards_count) * parts.pool_bytes
-            + cards_count * parts.card_results_bytes
+            + parts.registered_bytes
         )
         assert on_cards_bytes <= whole_bytes - (whole_bytes - PROCESS_BYTES) // 16
 
@@ -49,7 +49,7 @@ def test_the_parts_are_those_that_are_promised() -> None:
         spill_bytes=2 * sixteenth_bytes,
         largest_message_bytes=2 * sixteenth_bytes,
         pool_bytes=sixteenth_bytes // 4,
-        card_results_bytes=sixteenth_bytes // 4,
+        registered_bytes=sixteenth_bytes // 2,
     )
 
 
@@ -60,9 +60,9 @@ def test_a_message_is_of_one_gibibyte_at_most_and_never_less_than_clients_send_i
 
 
 def test_a_large_machine_keeps_what_is_worth_it() -> None:
-    parts = Budgets.of(65 * GIB)
+    parts = Budgets.of(129 * GIB)
 
-    assert (parts.pool_bytes, parts.card_results_bytes) == (256 * MIB, GIB)
+    assert (parts.pool_bytes, parts.registered_bytes) == (256 * MIB, 4 * GIB)
 
 
 def test_what_is_shared_out_is_what_this_machine_has() -> None:

@@ -16,7 +16,7 @@ from deconvd.model.operation import Operation
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.call.context import CallContext
-from deconvd_server.device import DeviceInfo, Operand, Tensor
+from deconvd_server.device import DeviceInfo, Operand, Place
 from deconvd_server.device.arriving import Arriving, peek_tensor, wait_for
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine.engine import Engine
@@ -33,14 +33,14 @@ class EagerDevice(CpuDevice):
     @property
     def info(self) -> DeviceInfo:
         """See `Device`."""
-        return replace(super().info, takes_arriving=True)
+        return replace(super().info, overlaps_transfers=True)
 
     def run(
         self,
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: CallContext,
     ) -> None:
@@ -55,7 +55,7 @@ class LateDevice(CpuDevice):
     @property
     def info(self) -> DeviceInfo:
         """See `Device`."""
-        return replace(super().info, takes_arriving=True)
+        return replace(super().info, overlaps_transfers=True)
 
 
 @pytest.fixture

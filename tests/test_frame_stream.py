@@ -76,6 +76,11 @@ class MemoryStream:
         del self._bytes[:count]
         return count
 
+    def fill(self, target: memoryview) -> None:
+        """See `ByteStream`."""
+        while target:
+            target = target[self.read_into(target) :]
+
     def write(self, *buffers: Buffer) -> None:
         """See `ByteStream`."""
         for buffer in buffers:

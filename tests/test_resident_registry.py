@@ -210,7 +210,7 @@ def test_a_call_that_waits_for_its_client_is_stopped_for_what_is_promised() -> N
         greedy, modest = built.open(), built.open()
         built.put(greedy, b"a", array(1, 60 * KIB))
         call = CallContext()
-        call.client_wait = ClientWaitState()
+        call.client_wait = wait = ClientWaitState()
         residents = CallResidents(built.registry, greedy, call)
         tensor = pb.Tensor(resident=pb.Resident(handle=b"a"))
         assert residents.find("x", spec_of(array(1, 60 * KIB)), tensor)
@@ -221,7 +221,7 @@ def test_a_call_that_waits_for_its_client_is_stopped_for_what_is_promised() -> N
         assert raised.value.retry_after_s
         assert not call.is_cancelled
 
-        call.client_wait.blocked_since_s = time.monotonic()
+        wait.blocked_since_s = time.monotonic()
         built.put(modest, b"b", array(2))
 
         assert isinstance(call.stop_error, UnavailableError)
@@ -484,7 +484,7 @@ def test_what_cannot_be_moved_is_dropped(monkeypatch: pytest.MonkeyPatch) -> Non
         for number, name in enumerate([b"a", b"b", b"c", b"d"]):
             built.put(session, name, array(number))
 
-        def failing(_: TensorSpec) -> Array:
+        def failing(_: TensorSpec, *, is_lasting: bool) -> Array:
             raise ExhaustedError("no pinned memory")
 
         monkeypatch.setattr(built.engine, "allocate_host_array", failing)

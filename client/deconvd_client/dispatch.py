@@ -16,8 +16,8 @@ from deconvd_client.calls.call_spec import CallResult, CallSpec, LastLedger
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.residents import Attempt, Call, Resident, ResidentExecutor
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
+from deconvd_client.transports.large_call import make_large_call
 from deconvd_client.transports.route import Route
-from deconvd_client.transports.sliced_stream import begin_stream_attempt
 from deconvd_client.transports.stub import Stub
 
 __all__ = ["Dispatcher"]
@@ -36,7 +36,8 @@ class Dispatcher:
 
         `Dispatcher.execute`    all operands are sent | some are residents, or are named by digest: `ResidentExecutor`
         `Route.call`            by the server's Unix socket | by its target; retries, after a pause
-        `Dispatcher._send_once` large tensors in shared memory | all in one message | slice by slice in a stream
+        `Dispatcher._send_once` large tensors in shared memory | all in one message | `make_large_call`
+        `make_large_call`       striped over several direct connections | slice by slice in a stream
         `Stub`                  small messages and streams by `Failover` | the rest by gRPC
         `Failover`              by a direct connection | by gRPC, if there is none
 
@@ -137,7 +138,7 @@ class Dispatcher:
         return result
 
     def _send_once(self, stub: Stub, borrower: Borrower | None, call_spec: CallSpec) -> CallResult:
-        """Make a call once: through shared memory, in one message, or in a stream."""
+        """Make a call once: through shared memory, in one message, or in parts."""
         if borrower is not None:
             result = call_with_shared_memory(borrower, stub.call, call_spec)
             if result is not None:
@@ -158,6 +159,4 @@ class Dispatcher:
             request = Envelope(call_spec.request, raw)
             return stub.call(call_spec, request, placed={}, is_brief=is_brief)
         # large, or the server may lack operands that are named by digest: it can ask for those in a stream
-        begin = partial(begin_stream_attempt, call_spec, self._empty)
-        (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
-        return CallResult(response, arrays, ledger)
+        return make_large_call(stub, call_spec, self._empty)

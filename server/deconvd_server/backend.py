@@ -151,9 +151,9 @@ class Backend:
     @property
     def pooled_bytes(self) -> int:
         """The host memory that pools may keep in addition, of memory that was freed and is used again."""
-        cards_count = sum(engine.info.has_own_memory for engine in self._engines.all)
+        has_cards = any(engine.info.has_own_memory for engine in self._engines.all)
         machine = budgets()
-        return _POOLS_COUNT * machine.pool_bytes + cards_count * machine.card_results_bytes
+        return _POOLS_COUNT * machine.pool_bytes + has_cards * machine.registered_bytes
 
     def withdraw(self) -> None:
         """Accept no more clients, direct calls and sessions, and give up the sockets' paths. Calls under way go on."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from deconvd.direct.events import MethodCode
+from deconvd.model.dtypes import Array
 from deconvd.wire.stream_parts import Part, PartSource
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
 
-__all__ = ["NotServedDirectlyError", "OutcomeUnknownError", "StreamAttempt", "Transport"]
+__all__ = [
+    "NotServedDirectlyError",
+    "OutcomeUnknownError",
+    "StreamAttempt",
+    "StripedAttempt",
+    "Transport",
+]
 
 _T = TypeVar("_T")
 
@@ -44,6 +51,23 @@ class StreamAttempt(Generic[_T]):
     receive: Callable[[PartSource], _T]
     response_type: type[Message]
     is_full_duplex: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StripedAttempt:
+    """One attempt at a striped call. See `deconvd.direct.protocol`.
+
+    Attributes:
+        method: The method of the service.
+        request: The request message.
+        operands: The operands that are sent, in the layout of `Tensor.raw`, in the order of `Operation.write_order`.
+        results: Memory for the results that are returned, in the operation's order.
+    """
+
+    method: MethodCode
+    request: bytes
+    operands: Sequence[Array]
+    results: Sequence[Array]
 
 
 class Transport(Protocol):

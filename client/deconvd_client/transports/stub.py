@@ -19,6 +19,7 @@ from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.calls.transport import StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import Connector
 from deconvd_client.transports.direct.pool import DirectTransport
+from deconvd_client.transports.direct.striped_transport import StripedTransport
 from deconvd_client.transports.failover import Failover
 from deconvd_client.transports.grpc.transport import GrpcTransport
 from deconvd_client.transports.session_stream import SessionStream
@@ -43,6 +44,7 @@ class Stub:
 
     Attributes:
         direct: The direct connections; None if there must not be any.
+        striped: Makes large calls over several of them; None likewise.
     """
 
     def __init__(self, target: str, grpc: GrpcTransport, connector: Connector | None) -> None:
@@ -53,7 +55,9 @@ class Stub:
         )
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
+        self.striped: StripedTransport | None = None
         if self.direct is not None:
+            self.striped = StripedTransport(self.direct)
             self._transport = Failover(self.direct, grpc)
             self._at_most_once_transport = Failover(self.direct, grpc, at_most_once=True)
 

@@ -92,8 +92,8 @@ class FrameStream:
     def read_into_buffer(self, target: memoryview) -> None:
         """Fill a buffer with the next of the pending elements."""
         filled = self.protocol.take_elements(target)
-        while filled < len(target):
-            filled += self._stream.read_into(target[filled:])
+        if filled < len(target):
+            self._stream.fill(target[filled:])
 
     def poll(self, timeout_s: float) -> bool:
         """Return whether data, or the end of the connection, arrives within `timeout_s` seconds.

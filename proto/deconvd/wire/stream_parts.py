@@ -148,6 +148,9 @@ class PartReader(Generic[_PartT]):
         source: The received parts.
         part_type: The type of the stream's messages.
         empty: Allocates an array for a tensor.
+
+    Attributes:
+        empty: The same. It may be set when the header, or a later part, tells where the tensors are needed.
     """
 
     def __init__(
@@ -158,7 +161,7 @@ class PartReader(Generic[_PartT]):
     ) -> None:
         self._source = source
         self._part_type = part_type
-        self._empty = empty
+        self.empty = empty
         self._peeked: _PartT | None = None
         self._pending_bytes = 0  # pending elements of the source that were not read yet
         self._unrequested = (
@@ -207,7 +210,7 @@ class PartReader(Generic[_PartT]):
         Raises:
             InvalidArgumentError: The stream ends before the tensor is complete, or has something else.
         """
-        array = self._empty(spec.raw)
+        array = self.empty(spec.raw)
         target = array.reshape(-1).view(np.uint8)
         if self._unrequested:
             target = target[self._fill_from_unrequested(target) :]
@@ -227,7 +230,7 @@ class PartReader(Generic[_PartT]):
         """
         arrays: dict[str, Array] = {}
         for name, spec in specs.items():
-            array = self._empty(spec.raw)
+            array = self.empty(spec.raw)
             self._fill(name, array.reshape(-1).view(np.uint8), is_missing=True)
             arrays[name] = array.astype(spec.dtype, copy=False)
         if self._pending_bytes:

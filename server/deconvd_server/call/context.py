@@ -31,14 +31,14 @@ class CallerGoneError(Exception):
 
 
 class ClientWait(Protocol):
-    """Tells since when a call has waited for its client.
+    """Tells since when a call has waited for its client."""
 
-    Attributes:
-        blocked_since_s: The time since which it has waited for the client to send or to take anything, on the
-            monotonic clock; infinity while it does not wait. Any thread may read it.
-    """
+    @property
+    def blocked_since_s(self) -> float:
+        """The time since which it has waited for the client to send or to take anything, on the monotonic clock.
 
-    blocked_since_s: float
+        Infinity while it does not wait. Any thread may read it.
+        """
 
 
 class ClientWaitState:

@@ -13,7 +13,8 @@ from deconvd.model.problem import Problem, TensorSpec
 from deconvd.wire.cache_state import CacheState
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.arriving import Operand
-from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
+from deconvd_server.device.departing import Place
+from deconvd_server.device.tensor import DeviceTensor, LentMemory
 
 __all__ = [
     "TURN_S",
@@ -36,7 +37,7 @@ class DeviceInfo:
         budget_bytes: Bound on the memory that the calls under way and the residents take, all together.
         calls_count: How many calls it computes at once. More calls would only wait inside it.
         has_own_memory: Whether it has memory other than the host's.
-        takes_arriving: Whether it takes operands that are still arriving.
+        overlaps_transfers: Whether it takes operands that are still arriving, and results that leave while it computes.
         card: A card's `card_id`, by which all processes of its host know it. Empty for a device that is no card, which
             has no memory to lend.
     """
@@ -48,7 +49,7 @@ class DeviceInfo:
     budget_bytes: int
     calls_count: int
     has_own_memory: bool = False
-    takes_arriving: bool = False
+    overlaps_transfers: bool = False
     card: bytes = b""
 
 
@@ -56,9 +57,10 @@ class Device(Protocol):
     """Computes the operations of `deconvd.model.operation`. Thread-safe.
 
     A place is where a result is written. Operands and places have the shapes and element types of the problem. Each may
-    be an array of any strides, or a tensor in the device's memory. Operands are in native byte order, may be read-only,
-    and are never modified. Places overlap neither each other nor an operand. While a call is under way, and after it
-    has failed, their elements are arbitrary.
+    be an array of any strides, or a tensor in the device's memory. An operand may also be an array that is still
+    arriving, and a place an array that departs meanwhile. Operands are in native byte order, may be read-only, and are
+    never modified. Places overlap neither each other nor an operand. While a call is under way, and after it
+    has failed, their elements are arbitrary, but for what was noted as written in a departing one.
 
     Every method that takes a call raises CallCancelledError or DeadlineError soon after the call has ended. Methods
     raise ExhaustedError if memory runs out. The device stays usable. No method touches an operand or a place once it
@@ -93,7 +95,7 @@ class Device(Protocol):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: CallContext,
     ) -> None:
@@ -102,8 +104,9 @@ class Device(Protocol):
         Args:
             problem: It has products. Problems without products are not for devices, see `no_products`.
             operands: By field: those that the results need, and perhaps others. None is arriving, unless the device
-                `takes_arriving`.
-            places: By field: at least one.
+                `overlaps_transfers`.
+            places: By field: at least one. None is a `Departing`, unless the device `overlaps_transfers`. It then notes
+                what it has written of them. It need not note the rest once it returns.
 
         Raises:
             ArrivalTimeoutError: An operand did not arrive in time. Call again once all are there.
@@ -124,8 +127,15 @@ class Device(Protocol):
     def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
         """Return a tensor's elements: in `out`, an array of its shape and type, or in a new array."""
 
-    def allocate_host_array(self, spec: TensorSpec) -> Array:
-        """Return a new array in the kind of host memory that the device reads and writes fastest."""
+    def allocate_host_array(self, spec: TensorSpec, *, is_lasting: bool = False) -> Array:
+        """Return a new C-contiguous array in the kind of host memory that the device reads and writes fastest.
+
+        Its elements are arbitrary. Its memory is used again once nothing refers to it. It may take up to an eighth more
+        memory than its size.
+
+        Args:
+            is_lasting: The array stays for long, and must take no more than its size, but for a page.
+        """
 
     def lend(self, size_bytes: int) -> LentMemory:
         """Return new memory, all zeros, that another process can open.

@@ -16,15 +16,18 @@ from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.call.context import CallContext
 from deconvd_server.device import (
     CacheState,
+    Departing,
     Device,
     DeviceInfo,
     DeviceTensor,
     LentMemory,
     Operand,
+    Place,
     Tensor,
     TimeSharedDevice,
 )
 from deconvd_server.device.arriving import ArrivalTimeoutError, Arriving, require_all, wait_for_all
+from deconvd_server.device.departing import note_all_written, targets_of
 from deconvd_server.device.no_products import bytes_without_products, run_without_products
 from deconvd_server.engine.admission import Admission, Load
 from deconvd_server.engine.paired_admission import PairedAdmission
@@ -32,7 +35,7 @@ from deconvd_server.engine.result_arrays import new_result
 
 __all__ = ["Engine", "Engines", "ResultTarget"]
 
-ResultTarget: TypeAlias = Tensor | TensorSpec
+ResultTarget: TypeAlias = Place | TensorSpec
 """Where to put a result. A spec stands for a new array in host memory, allocated once the call is admitted."""
 
 _DEADLINE_MARGIN: Final = 4
@@ -94,7 +97,8 @@ class Engine:
 
         Args:
             operands: By field: all that the results need, and perhaps others.
-            places: By field: at least one. Their shapes and element types are the problem's.
+            places: By field: at least one. Their shapes and element types are the problem's. A departing one is told
+                of all its bytes before this returns: of some earlier, if the device overlaps transfers.
             brought_bytes: How much host memory the call uses already: the elements in its request.
             sent_bytes: Size of the results that are sent in a message. They are copied once more, and counted
                 until the call's end.
@@ -111,7 +115,7 @@ class Engine:
                 if not isinstance(operand, np.ndarray):
                     present_bytes += operand.spec.nbytes
         for place in places.values():
-            if not isinstance(place, (np.ndarray, TensorSpec)):
+            if not isinstance(place, (np.ndarray, TensorSpec, Departing)):
                 present_bytes += place.spec.nbytes
         footprint_bytes = self._device.footprint_bytes(
             operation, problem, operands, places, present_bytes
@@ -137,7 +141,7 @@ class Engine:
                 )
         if len(tensors) < len(operands):
             # some operands are still being written by the client
-            if self.info.takes_arriving and problem.has_products:
+            if self.info.overlaps_transfers and problem.has_products:
                 with suppress(ArrivalTimeoutError), admitted:
                     return self._compute(operation, problem, operands, places, options, call)
                 # they took too long: the place was given back, and is taken again once all have arrived
@@ -173,17 +177,28 @@ class Engine:
         call: CallContext,
     ) -> dict[str, Array]:
         new: dict[str, Array] = {}
-        targets: dict[str, Tensor] = {}
+        targets: dict[str, Place] = {}
         for field, place in places.items():
             if isinstance(place, TensorSpec):
-                targets[field] = new[field] = new_result(problem, place)
+                targets[field] = new[field] = self._new_result(problem, place)
             else:
                 targets[field] = place
-        if problem.has_products:
+        if not problem.has_products:  # all operands were waited for
+            run_without_products(
+                self._device, problem, require_all(operands), targets_of(targets), call
+            )
+        elif self.info.overlaps_transfers:
             self._device.run(operation, problem, operands, targets, options, call)
-        else:  # all operands were waited for
-            run_without_products(self._device, problem, require_all(operands), targets, call)
+        else:
+            self._device.run(operation, problem, operands, targets_of(targets), options, call)
+        note_all_written(targets.values())
         return new
+
+    def _new_result(self, problem: Problem, spec: TensorSpec) -> Array:
+        """Return a new array for a result, where the device writes it without a copy within the host."""
+        if self.info.has_own_memory:
+            return self._device.allocate_host_array(spec)
+        return new_result(problem, spec)
 
     def empty(self, spec: TensorSpec) -> DeviceTensor:
         """Return a new tensor in the device's memory, with undefined elements. End it by `free`.
@@ -219,13 +234,15 @@ class Engine:
         with self._admission.admit(0, call):
             return self._device.read(tensor, call, out)
 
-    def allocate_host_array(self, spec: TensorSpec) -> Array:
+    def allocate_host_array(self, spec: TensorSpec, *, is_lasting: bool = False) -> Array:
         """Return a new array in the host memory that the device reads and writes fastest.
+
+        The caller has admitted the memory: see `Device.allocate_host_array`.
 
         Raises:
             ExhaustedError: The host has no memory left for it.
         """
-        return self._device.allocate_host_array(spec)
+        return self._device.allocate_host_array(spec, is_lasting=is_lasting)
 
     def lend(self, size_bytes: int) -> LentMemory:
         """Return new memory of the card that another process may open. End it by `take_back`.

@@ -320,7 +320,7 @@ class Placement:
         upper, lower, operand = entry.tier, self._host_tier, entry.operand
         assert not isinstance(operand, np.ndarray)
         try:
-            array = upper.device_engine.allocate_host_array(entry.spec)
+            array = upper.device_engine.allocate_host_array(entry.spec, is_lasting=True)
             upper.device_engine.read(operand, CallContext(), array)
         except Exception as error:  # noqa: BLE001 - whatever it is, the tensor is dropped instead
             _log.warning(

@@ -22,7 +22,7 @@ LEAST_MESSAGE_BYTES: Final = 4 << 20
 
 _LARGEST_MESSAGE_BYTES: Final = 1 << 30
 _LARGEST_POOL_BYTES: Final = 256 << 20
-_LARGEST_RESULTS_BYTES: Final = 1 << 30
+_LARGEST_REGISTERED_BYTES: Final = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Budgets:
 
     If the device is the CPU, seven eighths are given to the parts below, and at most a sixteenth to pools. The rest,
     at least a sixteenth, is for what nobody counts. If the devices are cards, `spill_bytes`, a second
-    `messages_bytes` and what the cards keep on the host take the place of `device_bytes`.
+    `messages_bytes` and `registered_bytes` take the place of `device_bytes`.
 
     Attributes:
         device_bytes: Five sixteenths, for calls on the CPU and resident tensors.
@@ -41,7 +41,10 @@ class Budgets:
         spill_bytes: An eighth, for resident tensors that are spilled from cards.
         largest_message_bytes: `messages_bytes`, but at most 1 GiB.
         pool_bytes: A 64th, at most 256 MiB, for each of four pools of reused memory, or for the plans of a card.
-        card_results_bytes: A 64th, at most 1 GiB, for what each card keeps for results.
+        registered_bytes: A 32nd, at most 4 GiB, for registered memory that all cards together keep for the next calls.
+            On a host with 64 GiB it holds the operands and results of 16 calls of 100 MB. Arrays in use count for the
+            part that their call is admitted to. They take up to an eighth more than that, since their sizes are
+            rounded up; that is for the part that nobody counts.
     """
 
     device_bytes: int
@@ -51,7 +54,7 @@ class Budgets:
     spill_bytes: int
     largest_message_bytes: int
     pool_bytes: int
-    card_results_bytes: int
+    registered_bytes: int
 
     @staticmethod
     def of(whole_bytes: int) -> Budgets:
@@ -67,7 +70,7 @@ class Budgets:
             spill_bytes=eighth_bytes,
             largest_message_bytes=min(messages_bytes, _LARGEST_MESSAGE_BYTES),
             pool_bytes=min(shared_out_bytes // 64, _LARGEST_POOL_BYTES),
-            card_results_bytes=min(shared_out_bytes // 64, _LARGEST_RESULTS_BYTES),
+            registered_bytes=min(shared_out_bytes // 32, _LARGEST_REGISTERED_BYTES),
         )
 
 

@@ -46,6 +46,10 @@ class CallTensors:
 
         find_present, choose_engine, take_missing, bring_operands, response, commit
 
+    If they are striped over several connections:
+
+        find_present, choose_engine, take_arriving, make_residents, bring_operands, commit, response
+
     New residents get handles, which are valid once they are committed. The end of the block releases everything.
 
     Attributes:
@@ -222,6 +226,18 @@ class CallTensors:
                 ):  # then the call uses the array itself
                     self._residents.copy(field, array, engine)
                     self._residents.register_content(field, digest)
+
+    def take_arriving(self, arrays: Mapping[str, Array], progress: ArrivalProgress) -> None:
+        """Take operands that arrive in host memory, one after the other.
+
+        Args:
+            arrays: By field, in the order in which they arrive.
+            progress: How many bytes of them have arrived.
+        """
+        begin_bytes = 0
+        for field, array in arrays.items():
+            self._operands[field] = Arriving(array, progress, begin_bytes)
+            begin_bytes += array.nbytes
 
     # On an engine
 

@@ -25,6 +25,7 @@ from deconvd_server.service.parsed_request import parse_request
 from deconvd_server.service.resident_methods import ResidentMethods
 from deconvd_server.service.sliced_stream import StreamingOperations
 from deconvd_server.service.stream_admission import StreamAdmission
+from deconvd_server.service.striped_call import StripedOperations
 from deconvd_server.shared_memory import Lender
 
 __all__ = ["DeconvolutionService"]
@@ -60,6 +61,7 @@ class DeconvolutionService:
         self._max_message_bytes = max_message_bytes
         self._resident_calls = ResidentMethods(residents, lender, streams)
         self._streams = StreamingOperations(residents, lender, max_message_bytes, streams, executor)
+        self._striped = StripedOperations(residents, lender, streams)
 
     def methods(self) -> dict[str, RpcMethod]:
         """Return the methods by their names."""
@@ -67,7 +69,9 @@ class DeconvolutionService:
         for operation in OPERATIONS:
             messages = messages_for(operation)
             methods_by_name[operation.name] = UnaryMethod(
-                messages.request, partial(self.run, operation)
+                messages.request,
+                partial(self.run, operation),
+                partial(self._striped.serve, operation),
             )
             methods_by_name[operation.stream_name] = BidiStreamingMethod(
                 messages.stream_request, partial(self._streams.serve, operation)

@@ -17,6 +17,7 @@ from deconvd.wire.stream_parts import Part, PartReader, PartSource
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.arriving import ArrivalProgress
 from deconvd_server.resources.budgets import budgets
+from deconvd_server.service.striped_elements import StripedElements
 
 __all__ = [
     "BidiStreamingMethod",
@@ -34,7 +35,10 @@ Parts: TypeAlias = Generator[Part, None, None]
 """The parts of a response. A reader that does not want the rest must close it."""
 
 _OPERAND_POOL: Final = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYTES)
-"""Memory for operands of streams that are too large for the allocator to keep, such as a large W."""
+"""Memory for operands of streams that are too large for the allocator to keep, such as a large W.
+
+Streams for a device with memory of its own read into that device's host arrays instead.
+"""
 
 
 class OverlappedRequest(Envelope[Any]):
@@ -85,9 +89,17 @@ class _MethodBase:
 
 @dataclass(frozen=True)
 class UnaryMethod(_MethodBase):
-    """One request, one response."""
+    """One request, one response.
+
+    Attributes:
+        serve_striped: Serves a call whose elements travel by several connections, apart from the request and the
+            response; None if the method has no such elements.
+    """
 
     serve: Callable[[Envelope[Any], CallContext], Envelope[Any]]
+    serve_striped: Callable[[Envelope[Any], StripedElements, CallContext], Envelope[Any]] | None = (
+        None
+    )
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,8 @@ class ResidentMethods:
                 array = shared.host_place("tensor", entry.spec, shared_slice)
                 engine.write(entry.device_tensor, array, call)
         elif payload is None:
+            if engine.info.has_own_memory:
+                reader.empty = engine.allocate_host_array
             with ExitStack() as stack:
                 # While the entry rests it can be spilled or evicted. The wait for a place, or the client, may be long.
                 with self._registry.rest(entry, call):

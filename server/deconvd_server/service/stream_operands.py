@@ -22,7 +22,8 @@ __all__ = ["StreamOperands"]
 class StreamOperands:
     """The operands of a stream. They must be read in the order in which they stream.
 
-    An operand that becomes a resident is copied to the engine's device as it arrives.
+    They arrive in memory that the engine's device reads fastest. An operand that becomes a resident is copied to the
+    device as it arrives.
 
     Args:
         call_tensors: Has the operands that are on the server already.
@@ -37,6 +38,8 @@ class StreamOperands:
         self._reader = reader
         self._engine = engine
         self._call = call
+        if engine.info.has_own_memory:
+            reader.empty = engine.allocate_host_array
         self._present: Mapping[str, Operand] = {}
         self._residents: Mapping[str, DeviceTensor] = {}
 

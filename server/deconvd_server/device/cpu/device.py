@@ -41,9 +41,10 @@ from deconvd_server.device.cpu.tensor import (
     as_host_tensor,
     make_contiguous_target,
 )
+from deconvd_server.device.departing import Place, target_of
 from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products, set_gb
 from deconvd_server.device.protocol import CacheState, DeviceInfo
-from deconvd_server.device.tensor import DeviceTensor, LentMemory, Tensor
+from deconvd_server.device.tensor import DeviceTensor, LentMemory
 from deconvd_server.resources.budgets import budgets
 from deconvd_server.resources.machine import memory_bytes, processors_count
 
@@ -155,7 +156,7 @@ class CpuDevice:
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: CallContext,
     ) -> None:
@@ -168,7 +169,7 @@ class CpuDevice:
         try:
             with _time_compute(call):
                 for field, place in places.items():
-                    target = array_of(place)
+                    target = array_of(target_of(place))
                     result = make_contiguous_target(target)
                     set_result[field](result, problem, arrays, call)
                     if result is not target:
@@ -273,9 +274,12 @@ class CpuDevice:
         copy_into(array, as_host_tensor(tensor).array)
         return array
 
-    def allocate_host_array(self, spec: TensorSpec) -> Array:
-        """Return a new array."""
-        return np.empty(spec.shape, spec.dtype)
+    def allocate_host_array(self, spec: TensorSpec, *, is_lasting: bool = False) -> Array:
+        """Return a new array. All host memory is alike to a processor."""
+        try:
+            return np.empty(spec.shape, spec.dtype)
+        except MemoryError:
+            raise ExhaustedError(f"the server has no memory for {spec}") from None
 
     def lend(self, size_bytes: int) -> LentMemory:
         """Raise UnimplementedError: only a card's memory can be lent. See `Device`."""

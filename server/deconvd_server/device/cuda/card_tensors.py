@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from deconvd.host.buffer_pool import BufferPool
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.cuda.api.memory import DeviceMemory
-from deconvd_server.device.cuda.api.runtime import PinnedBuffer, ipc_handle
+from deconvd_server.device.cuda.api.registered_pool import RegisteredPool
+from deconvd_server.device.cuda.api.runtime import ipc_handle
 from deconvd_server.device.cuda.cuda_tensor import CudaLentMemory, CudaTensor, as_cuda_tensor
 from deconvd_server.device.cuda.execution.lane import Lane
 from deconvd_server.device.tensor import DeviceTensor
@@ -27,11 +28,15 @@ class CardTensors(ABC):
 
     memory: DeviceMemory
     _id: str
-    _results: BufferPool
+    _host_arrays: RegisteredPool
 
     @abstractmethod
     def activate(self) -> AbstractContextManager[None]:
         """Make the card the calling thread's device, and translate errors, for the length of a with-block."""
+
+    @abstractmethod
+    def register(self, address: int, size_bytes: int) -> Callable[[], None]:
+        """Let the card read and write host memory by itself. See `Device`."""
 
     @abstractmethod
     def _lend_lane(self, call: CallContext) -> AbstractContextManager[Lane]:
@@ -55,16 +60,14 @@ class CardTensors(ABC):
 
     def read(self, tensor: DeviceTensor, call: CallContext, out: Array | None = None) -> Array:
         """Return a tensor's elements. See `Device`."""
-        array = self._results.empty(tensor.spec) if out is None else out
+        array = self.allocate_host_array(tensor.spec) if out is None else out
         with self._lend_lane(call) as lane:
             lane.download(as_cuda_tensor(tensor, self._id), array, call)
         return array
 
-    def allocate_host_array(self, spec: TensorSpec) -> Array:
-        """Return a new array in pinned memory. See `Device`."""
-        with self.activate():
-            pinned = PinnedBuffer(max(spec.nbytes, 1)).bytes
-        return pinned[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
+    def allocate_host_array(self, spec: TensorSpec, *, is_lasting: bool = False) -> Array:
+        """Return a new array: in registered memory, unless it is small. See `Device`."""
+        return self._host_arrays.empty(spec, self.register, is_lasting=is_lasting)
 
     def lend(self, size_bytes: int) -> CudaLentMemory:
         """Return new memory that another process may open. See `Device`."""

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 import deconvd
-from deconvd.host.buffer_pool import BufferPool
 from deconvd.model.operation import DECONVOLVE, Operation
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem
@@ -22,6 +21,7 @@ from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.host_memory import RegisteredMemory
 from deconvd_server.device.cuda.api.memory import DeviceMemory
 from deconvd_server.device.cuda.api.memory_pool import CardMemoryPool
+from deconvd_server.device.cuda.api.registered_pool import RegisteredPool
 from deconvd_server.device.cuda.api.runtime import (
     Stream,
     current_device,
@@ -48,9 +48,9 @@ from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.device.cuda.stats import CudaStats
+from deconvd_server.device.departing import Departing, Place, target_of
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
-from deconvd_server.device.tensor import Tensor
 from deconvd_server.resources.budgets import budgets
 from deconvd_server.resources.machine import processors_count
 
@@ -65,6 +65,9 @@ _MAX_HELPERS_COUNT = 8
 _HOST_MEMORY = RegisteredMemory(register_host, unregister_host)
 """The registered memory of this process. All its cards share it, as registered memory is reached by all."""
 
+_HOST_ARRAYS = RegisteredPool(budgets().registered_bytes)
+"""The pool of arrays in registered memory, which all cards of this process share."""
+
 
 @dataclass(frozen=True, slots=True)
 class CudaLimits:
@@ -76,14 +79,12 @@ class CudaLimits:
             less on a small card.
         plans_bytes: Host memory for plans.
         tuning_s: How long the plans of one key are timed.
-        results_bytes: Host memory that is kept for the results of `read`.
     """
 
     lanes_count: int = 4
     workspace_bytes: int | None = None
     plans_bytes: int = field(default_factory=lambda: budgets().pool_bytes)
     tuning_s: float = 5.0
-    results_bytes: int = field(default_factory=lambda: budgets().card_results_bytes)
 
 
 class CudaDevice(CardTensors):
@@ -136,6 +137,8 @@ class CudaDevice(CardTensors):
             self._limits.workspace_bytes,
             self._fallback_bytes,
         )
+        self._host_arrays = _HOST_ARRAYS
+        self._host_arrays.open()
 
     def _budget(self, limit_bytes: int) -> int:
         """Return the bytes that the lanes' arenas leave for calls and residents."""
@@ -152,7 +155,6 @@ class CudaDevice(CardTensors):
         lanes_count = self._limits.lanes_count
         helpers_count = min(processors_count(), _MAX_HELPERS_COUNT)
         self._helpers = ThreadPoolExecutor(helpers_count, thread_name_prefix=self._id)
-        self._results = BufferPool(self._limits.results_bytes)
         self._arenas = [self._pool.allocate(ARENA_BYTES) for _ in range(lanes_count)]
         return LanePool(
             [
@@ -192,7 +194,7 @@ class CudaDevice(CardTensors):
             budget_bytes=self._budget_bytes,
             calls_count=self._limits.lanes_count,
             has_own_memory=True,
-            takes_arriving=True,
+            overlaps_transfers=True,
             card=self._card.id,
         )
 
@@ -236,7 +238,7 @@ class CudaDevice(CardTensors):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: CallContext,
     ) -> None:
@@ -245,7 +247,8 @@ class CudaDevice(CardTensors):
         # y is computed in parts where the card reaches x and y. Gradients are computed in steps, which overlap too.
         addresses = None
         if operation is DECONVOLVE:
-            addresses = _HOST_MEMORY.addresses(peek_tensor(operands["x"]), places["y"])
+            x, y = peek_tensor(operands["x"]), target_of(places["y"])
+            addresses = _HOST_MEMORY.addresses(x, y)
         parts_count = 1 if addresses is None else count_parts(problem)
         may_overlap = operation is not DECONVOLVE or parts_count > 1
         if not (may_overlap and self._lanes.are_idle):
@@ -261,12 +264,16 @@ class CudaDevice(CardTensors):
             make_work = partial(self._make_work, operation, used, part, options, call)
             key = (operation, used, part, options)
             given = [operands[field] for field in used.operands]
-            targets = [places[field] for field in used.results]
-            first = targets[0]
-            if addresses is not None and parts_count > 1 and isinstance(first, np.ndarray):
+            wanted = [places[field] for field in used.results]
+            first = wanted[0]
+            if (
+                addresses is not None
+                and parts_count > 1
+                and isinstance(first, (np.ndarray, Departing))
+            ):
                 lane.run_in_parts(key, make_work, parts_count, given, first, addresses, call)
             else:
-                lane.run(key, make_work, given, targets, call)
+                lane.run(key, make_work, given, wanted, call)
 
     def _make_work(
         self,
@@ -343,7 +350,7 @@ class CudaDevice(CardTensors):
             for stream in self._lanes.close():
                 self._cudnn.destroy_handle(stream)
             self._helpers.shutdown()
-            self._results.clear()
             self.plans.close()
             self._arenas.clear()  # collected, and so given back to the pool, before it is trimmed
             self._pool.trim()
+        self._host_arrays.close()

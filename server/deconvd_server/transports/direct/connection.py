@@ -37,6 +37,8 @@ from deconvd.direct.events import (
     Hello,
     MethodCode,
     ProgressReport,
+    StripedCallHead,
+    StripeHead,
 )
 from deconvd.direct.frame_stream import FrameSource, FrameStream
 from deconvd.direct.protocol import DirectProtocol, ProtocolState, Role
@@ -56,6 +58,8 @@ from deconvd_server.service.method import (
     UnaryMethod,
 )
 from deconvd_server.transports.direct.last_caller import LastCaller
+from deconvd_server.transports.direct.stripe import Stripe
+from deconvd_server.transports.direct.transfers import TransferTable
 from deconvd_server.transports.direct.write_progress import WriteProgress
 from deconvd_server.transports.observers import Observer
 from deconvd_server.transports.serve import CallScope
@@ -88,12 +92,13 @@ class DirectConnection:
     Attributes:
         thread: The thread that serves it.
         descriptor: The descriptor of its socket.
+        peer_key: The peer that the client counts for. See `deconvd_server.resources.peer_identity`.
 
     Args:
         stream: The connection. It is closed when this ends.
         peer: The client, for the log.
-        peer_key: The peer that the client counts for. See `deconvd_server.resources.peer_identity`.
         methods: The methods by their codes.
+        transfers: The striped calls, shared by all direct connections of the server.
         instance: The server's id.
         last_caller: Shared by all direct connections of the server.
         observers: They are told of every call.
@@ -106,6 +111,7 @@ class DirectConnection:
         peer: str,
         peer_key: str,
         methods: Mapping[MethodCode, RpcMethod],
+        transfers: TransferTable,
         instance: bytes,
         last_caller: LastCaller,
         observers: Sequence[Observer],
@@ -116,8 +122,9 @@ class DirectConnection:
         self._stream = stream
         self._frames = FrameStream(stream, DirectProtocol(Role.SERVER, instance))
         self._peer = peer
-        self._peer_key = peer_key
+        self.peer_key = peer_key
         self._methods = methods
+        self._transfers = transfers
         self._instance = instance
         self._last_caller = last_caller
         self._observers = observers
@@ -128,6 +135,7 @@ class DirectConnection:
         self._is_last = False
         self._is_cancelled = False
         self._call: CallContext | None = None
+        self._stripe: Stripe | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -156,11 +164,13 @@ class DirectConnection:
         """Cancel the call under way, and end. This works for clients that do not read their answers, too."""
         with self._lock:
             self._is_last = self._is_cancelled = True
-            call = self._call
+            call, stripe = self._call, self._stripe
             if self._state is not _ConnectionState.ENDED:
                 self._frames.shutdown()
         if call is not None:
             call.cancel()
+        if stripe is not None:
+            stripe.cancel()
 
     def _serve(self) -> None:
         try:
@@ -198,7 +208,12 @@ class DirectConnection:
             head, ProgressReport
         ):  # of an overlapped call that was answered before it came
             head = self._frames.next_event()
-        assert isinstance(head, CallHead), head  # the protocol allows nothing else here
+        if isinstance(head, StripeHead):
+            self._serve_stripe(head)
+            return self._end_call()
+        assert isinstance(head, CallHead | StripedCallHead), (
+            head
+        )  # the protocol allows nothing else
         self._last_caller.note_call(self)
         self._answer(head)
         return self._end_call()
@@ -210,22 +225,37 @@ class DirectConnection:
     def _end_call(self) -> bool:
         self._frames.set_deadline(None)
         with self._lock:
-            self._call = None
+            self._call = self._stripe = None
             if not self._is_last:
                 self._state = _ConnectionState.IDLE
                 self._place.is_idle = True
                 self._place.progressed_s = time.monotonic()
             return not self._is_last
 
-    def _answer(self, head: CallHead) -> None:
+    def _begin_call(self) -> None:
+        """Leave the state IDLE. Called with the lock held."""
+        self._state = _ConnectionState.BUSY
+        self._place.is_idle = False
+        self._place.progressed_s = time.monotonic()
+
+    def _serve_stripe(self, head: StripeHead) -> None:
+        """Carry a part of the elements of a striped call, which another connection has or will have."""
+        stripe = Stripe(self._frames, self._stream)
+        with self._lock:
+            self._begin_call()
+            self._stripe = stripe
+            is_cancelled = self._is_cancelled
+        if is_cancelled:  # before `cancel` could find this stripe
+            stripe.cancel()
+        stripe.serve(self._transfers, head.transfer, self.peer_key)
+
+    def _answer(self, head: CallHead | StripedCallHead) -> None:
         """Serve a call, and send its answer or its failure."""
         method = self._methods[head.method]
-        call = CallContext(head.timeout_s, self._peer, self._peer_key)
+        call = CallContext(head.timeout_s, self._peer, self.peer_key)
         call.sendable_bytes = MAX_MESSAGE_BYTES
         with self._lock:
-            self._state = _ConnectionState.BUSY
-            self._place.is_idle = False
-            self._place.progressed_s = time.monotonic()
+            self._begin_call()
             self._call = call
             is_cancelled = self._is_cancelled
         if is_cancelled:  # before `cancel` could find this call
@@ -235,7 +265,10 @@ class DirectConnection:
         try:
             with scope:
                 try:
-                    self._respond(method, head, call)
+                    if isinstance(head, StripedCallHead):
+                        self._respond_striped(method, head, call)
+                    else:
+                        self._respond(method, head, call)
                 except MessageTooLargeError as error:
                     raise ExhaustedError(
                         f"the response has {error}: it must be requested by gRPC"
@@ -272,6 +305,19 @@ class DirectConnection:
             for part in parts:
                 self._frames.send_part(part)
         self._frames.send(EndOfStream(call.ledger.as_text()))
+
+    def _respond_striped(self, method: RpcMethod, head: StripedCallHead, call: CallContext) -> None:
+        """Serve a striped call. Its answer is sent last: then all its results have been sent by its stripes."""
+        if not isinstance(method, UnaryMethod) or method.serve_striped is None:
+            raise ConnectionBrokenError(f"{method.name} cannot be striped")
+        _log.debug("%s from %s: in %d stripes", method.name, self._peer, head.stripes_count)
+        with self._transfers.open(
+            head.transfer, self.peer_key, head.stripes_count, call
+        ) as transfer:
+            call.client_wait, call.close_stream = transfer, transfer.shutdown
+            request = method.decode_request(head.message)
+            response = encode(method.serve_striped(request, transfer, call))
+        self._frames.send(Answer(response, call.ledger.as_text()))
 
     def _reader(
         self, method: BidiStreamingMethod | ClientStreamingMethod, message: bytes

@@ -22,6 +22,7 @@ from deconvd_server.resources.unix_listener import SideSocket, peer_credentials
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection
 from deconvd_server.transports.direct.last_caller import LastCaller
+from deconvd_server.transports.direct.transfers import TransferTable
 from deconvd_server.transports.observers import Observer
 
 __all__ = ["DirectServer"]
@@ -69,6 +70,7 @@ class DirectServer:
         self._shares = FairShares(
             _CONNECTIONS_COUNT, _RESERVED_CONNECTIONS_COUNT, "direct connections"
         )
+        self._transfers = TransferTable(self._close_idle)
         self._is_withdrawn = False
         self._is_clean = True  # no call was cut short
         self._listener = Listener("direct connections", sides, listeners, self._accept, on_lost)
@@ -76,12 +78,12 @@ class DirectServer:
         self._thread.start()
 
     def withdraw(self) -> None:
-        """Take no more calls, and give up the paths. Calls under way go on."""
+        """Take no more calls, and give up the paths. Calls under way go on, and get all their stripes."""
         self._listener.withdraw()
         with self._lock:
             self._is_withdrawn = True
-        for connection in self._all_connections():
-            connection.close_when_idle()
+        self._transfers.withdraw()
+        self._close_idle()
 
     def cancel(self) -> None:
         """Cancel the calls under way."""
@@ -95,8 +97,11 @@ class DirectServer:
         Returns:
             Whether no call was cancelled.
         """
-        self.withdraw()
         deadline_s = time.monotonic() + timeout_s
+        self.withdraw()
+        self._transfers.wait_until_complete(timeout_s)
+        for connection in self._all_connections():
+            connection.close_when_idle()
         for connection in self._all_connections():
             connection.thread.join(max(deadline_s - time.monotonic(), 0))
             self._is_clean &= not connection.thread.is_alive()
@@ -106,6 +111,13 @@ class DirectServer:
         self._thread.join()
         self._listener.close()
         return self._is_clean
+
+    def _close_idle(self) -> None:
+        """Close the connections that are idle, and others once they are. Those that may become stripes stay."""
+        peers_to_come = self._transfers.peers_to_come()
+        for connection in self._all_connections():
+            if connection.peer_key not in peers_to_come:
+                connection.close_when_idle()
 
     def _all_connections(self) -> list[DirectConnection]:
         with self._lock:
@@ -124,6 +136,7 @@ class DirectServer:
             peer,
             peer_key,
             self._methods,
+            self._transfers,
             self._instance,
             self._last_caller,
             self._observers,

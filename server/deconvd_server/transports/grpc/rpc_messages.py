@@ -19,7 +19,7 @@ from queue import SimpleQueue
 
 from deconvd.errors import CallCancelledError
 from deconvd.wire.chunks import part_messages
-from deconvd_server.call.context import CallContext, CallerGoneError
+from deconvd_server.call.context import CallContext, CallerGoneError, ClientWaitState
 from deconvd_server.resources.fair_shares import PeerPlace
 from deconvd_server.service.method import Parts
 from deconvd_server.transports.grpc.rpc import Rpc
@@ -40,6 +40,8 @@ class RequestQueue:
     def __init__(self, first: bytes | None, rpc: Rpc, call: CallContext, place: PeerPlace) -> None:
         self._rpc = rpc
         self._call = call
+        assert isinstance(call.client_wait, ClientWaitState), call.client_wait
+        self._wait = call.client_wait
         self._place = place
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
         self._messages.put(first)
@@ -52,9 +54,9 @@ class RequestQueue:
             CallCancelledError: The caller has gone.
         """
         while True:
-            self._call.client_wait.blocked_since_s = time.monotonic()
+            self._wait.blocked_since_s = time.monotonic()
             message = self._messages.get()
-            self._call.client_wait.blocked_since_s = math.inf
+            self._wait.blocked_since_s = math.inf
             if self._call.is_cancelled:
                 raise CallCancelledError("the caller gave the call up")
             self._place.progressed_s = time.monotonic()
@@ -75,6 +77,8 @@ class ResponseQueue:
     def __init__(self, rpc: Rpc, call: CallContext, place: PeerPlace) -> None:
         self._rpc = rpc
         self._call = call
+        assert isinstance(call.client_wait, ClientWaitState), call.client_wait
+        self._wait = call.client_wait
         self._place = place
         self._send_permits: SimpleQueue[None] = SimpleQueue()
         self._permit_send = partial(self._send_permits.put, None)
@@ -92,9 +96,9 @@ class ResponseQueue:
         """
         messages = chain.from_iterable(map(part_messages, parts))
         for message in chain(messages, (None,)):
-            self._call.client_wait.blocked_since_s = time.monotonic()
+            self._wait.blocked_since_s = time.monotonic()
             self._send_permits.get()
-            self._call.client_wait.blocked_since_s = math.inf
+            self._wait.blocked_since_s = math.inf
             if self._call.is_cancelled:
                 raise self._call.stop_error or CallerGoneError("the caller gave the call up")
             self._place.progressed_s = time.monotonic()

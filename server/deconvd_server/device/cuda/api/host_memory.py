@@ -112,7 +112,7 @@ class RegisteredMemory:
     def _warn_once(self, error: RuntimeError) -> None:
         if not self._has_warned:
             _log.warning(
-                "CUDA refuses to register shared memory, so it is copied to pinned memory first: %s",
+                "CUDA refuses to register host memory, so it is copied to pinned memory first: %s",
                 error,
             )
         self._has_warned = True

@@ -164,6 +164,11 @@ class Event:
         """Block until the card has reached the event. Return at once if it was never recorded."""
         cuda_runtime.eventSynchronize(self._event.ptr)
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether the card has reached the event. An error of the card is not raised here, but by `wait`."""
+        return bool(cuda_runtime.eventQuery(self._event.ptr) == 0)
+
     def ms_since(self, start: Event) -> float:
         """Return the milliseconds from another event to this one. Both must have been reached, and have timing."""
         return float(cuda_runtime.eventElapsedTime(start._event.ptr, self._event.ptr))

@@ -22,6 +22,7 @@ from deconvd_server.device.cuda.execution.device_work import DeviceWork
 from deconvd_server.device.cuda.execution.pipeline import Pipeline
 from deconvd_server.device.cuda.execution.stage_timer import StageTimer
 from deconvd_server.device.cuda.execution.staging import Staging, bytes_of
+from deconvd_server.device.departing import Departing, Place, target_of
 from deconvd_server.device.tensor import Tensor
 
 __all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]
@@ -93,7 +94,7 @@ class Lane:
         key: Hashable,
         make_work: Callable[[], DeviceWork],
         operands: Sequence[Operand],
-        places: Sequence[Tensor],
+        places: Sequence[Place],
         call: CallContext,
     ) -> None:
         """Compute the results of a call.
@@ -102,7 +103,8 @@ class Lane:
             key: Of the work.
             make_work: Returns the work. Called if the lane does not remember it.
             operands: In the work's order.
-            places: Where the results go, in the work's order.
+            places: Where the results go, in the work's order. Of departing ones only the pipeline notes what it has
+                written.
             call: Checked between steps. Its ledger gets the durations.
 
         Raises:
@@ -111,8 +113,9 @@ class Lane:
             CallCancelledError, DeadlineError: The call has ended.
             ArrivalTimeoutError: Its operands do not arrive in time.
         """
-        operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, places))
-        is_mirrored = not any(map(self._is_direct, (*operands, *places)))
+        targets = [*map(target_of, places)]
+        operands_at, results_at = ([*map(self._pointer, some)] for some in (operands, targets))
+        is_mirrored = not any(map(self._is_direct, (*operands, *targets)))
         # Graphs of a kind copy from and to fixed addresses on the card. Those are part of the key.
         kind_key = (key, is_mirrored, *operands_at, *results_at)
         kind = self._kinds.get(kind_key)
@@ -124,11 +127,11 @@ class Lane:
             return
         tensors = [*map(require, operands)]  # only the pipeline takes operands that are arriving
         if is_large:
-            self._run_large(kind, tensors, places, call)
+            self._run_large(kind, tensors, targets, call)
         elif is_mirrored:
-            self._run_mirrored(kind, tensors, places, call.ledger)
+            self._run_mirrored(kind, tensors, targets, call.ledger)
         else:
-            self._run_direct(kind, tensors, places, call.ledger)
+            self._run_direct(kind, tensors, targets, call.ledger)
 
     def run_in_parts(
         self,
@@ -136,7 +139,7 @@ class Lane:
         make_work: Callable[[], DeviceWork],
         count: int,
         operands: Sequence[Operand],
-        y: Array,
+        y: Array | Departing,
         addresses: HostAddresses,
         call: CallContext,
     ) -> None:

@@ -11,20 +11,33 @@ import numpy as np
 from deconvd.model.dtypes import Array
 from deconvd_server.call.context import CallContext
 from deconvd_server.call.ledger import Stage
-from deconvd_server.device.arriving import Arriving, Operand, OverlappedOperands, peek_tensor
+from deconvd_server.device.arriving import (
+    ArrivalTimeoutError,
+    Arriving,
+    Operand,
+    OverlappedOperands,
+    peek_tensor,
+)
 from deconvd_server.device.cuda.api.host_memory import HostAddresses, RegisteredMemory
 from deconvd_server.device.cuda.api.memory import BlockLayout, DeviceMemory
-from deconvd_server.device.cuda.api.runtime import Bytes, Stream, copy, download, upload
+from deconvd_server.device.cuda.api.runtime import Bytes, Event, Stream, copy, download, upload
 from deconvd_server.device.cuda.execution.call_kind import CallKind, tensor_addresses
+from deconvd_server.device.cuda.execution.departures import Departures
+from deconvd_server.device.cuda.execution.operand_uploader import OperandUploader
 from deconvd_server.device.cuda.execution.reachable import ReachableMemory
 from deconvd_server.device.cuda.execution.stage_timer import StageTimer
 from deconvd_server.device.cuda.execution.staging import Staging, bytes_of
+from deconvd_server.device.departing import Departing, Place, target_of
 from deconvd_server.device.tensor import Tensor
 
 __all__ = ["Pipeline"]
 
-_OVERLAP_PIECE_BYTES: Final = 2 << 20
-"""Size of the pieces in which an operand that is not divided is uploaded while it arrives."""
+_EARLY_BYTES: Final = 128 << 20
+"""Smallest result that leaves in parts even if all operands are there.
+
+A graph's downloads cannot be told apart until all of it is done, which delays a smaller result by less than 3 ms. To
+enqueue its parts one by one takes the host 0.3 ms, for which other calls wait.
+"""
 
 
 class Pipeline:
@@ -43,7 +56,8 @@ class Pipeline:
     still read. Only the workspace is shared, by the work of all parts, which is in one stream.
 
     The bus takes longest, so it must start early and never wait for the host. Once a call of the same kind has come
-    before, all of it is captured, and launched as one graph.
+    before, all of it is captured, and launched as one graph. Departing results are noted as written: each part as soon
+    as it is downloaded, if the host enqueues the parts; a graph leaves it to the engine, which notes all in the end.
 
     Args:
         stream: The compute stream, which the pipeline shares with its lane.
@@ -67,17 +81,21 @@ class Pipeline:
         self._memory = memory
         self._staging = staging
         self._reachable = ReachableMemory(host_memory, pinned)
+        self._uploader = OperandUploader(self._upload_stream, self._reachable)
         self._timer = StageTimer(stream)
+        self._departures = Departures(Event)
 
     def run(
         self,
         kind: CallKind,
         operands: Sequence[Operand],
-        y: Array,
+        y: Array | Departing,
         addresses: HostAddresses,
         call: CallContext,
     ) -> None:
         """Compute y in parts. Operands that are still arriving are uploaded piece by piece.
+
+        Parts of y that were noted as written before are left out: the call is repeated, since operands took too long.
 
         Args:
             kind: The call's, with as many parts as `count_parts` returns.
@@ -88,20 +106,23 @@ class Pipeline:
         """
         overlapped = OverlappedOperands(operands)
         x, *others = overlapped.operands
+        # With operands yet to arrive the call is no graph. Its parts are: so the host keeps up with x as it arrives.
+        as_one = overlapped.are_complete and not _leave_early([y])
+        enqueue_parts = partial(self._enqueue_parts, kind, as_graphs=not as_one)
 
         def enqueue(base: int) -> None:
             reachable = self._reachable.make_reachable(others, BlockLayout(), overlapped)
             if reachable is None:
                 # A large operand goes through staging buffers, which the host fills meanwhile: no graph can hold that.
                 upload_array = partial(self._staging.upload, check=call.check)
-                self._enqueue_parts(kind, base, [x, *others], y, upload_array, overlapped)
+                enqueue_parts(base, [x, *others], y, upload_array, overlapped)
                 return
             tensors = [x, *(other.operand for other in reachable)]
             registered = [o.registered for o in reachable if o.registered is not None]
             bound_to = base, *(other.registered is None for other in reachable)
-            work = partial(self._enqueue_parts, kind, base, tensors, y, self._upload, overlapped)
+            work = partial(enqueue_parts, base, tensors, y, self._uploader.upload, overlapped)
             all_addresses = addresses.with_arrays(registered) if registered else addresses
-            self._launch(kind, work, bound_to, all_addresses, overlapped)
+            self._launch(kind, work, bound_to, all_addresses, as_one=as_one)
 
         self._run(kind, call, enqueue, overlapped)
 
@@ -109,7 +130,7 @@ class Pipeline:
         self,
         kind: CallKind,
         operands: Sequence[Operand],
-        results: Sequence[Tensor],
+        places: Sequence[Place],
         call: CallContext,
     ) -> bool:
         """Compute all results in the steps of the kind's work. Return False, with nothing done, if that cannot be.
@@ -118,13 +139,14 @@ class Pipeline:
 
         Args:
             kind: The call's, in one part.
-            operands, results: In the order of its work.
+            operands, places: In the order of its work. Steps whose results were all noted as written are left out.
 
         Raises as `Lane.run` does.
         """
         overlapped = OverlappedOperands(operands)
         # Read before the addresses: if memory is registered or given up between, the graph is not taken for one of now.
         generation, mirrors = self._reachable.generation, BlockLayout()
+        results = [*map(target_of, places)]
         targets = self._reachable.make_reachable(results, mirrors, None)
         if targets is None:
             return False
@@ -139,8 +161,9 @@ class Pipeline:
 
         def enqueue(base: int) -> None:
             bound_to = base, *(tensor.registered is None for tensor in tensors)
-            work = partial(self._enqueue_steps, kind, base, given, made, overlapped)
-            self._launch(kind, work, bound_to, addresses, overlapped)
+            work = partial(self._enqueue_steps, kind, base, given, made, places, overlapped)
+            as_one = overlapped.are_complete and not _leave_early(places)
+            self._launch(kind, work, bound_to, addresses, as_one=as_one)
 
         self._run(kind, call, enqueue, overlapped)
         for result, target in zip(results, made, strict=True):
@@ -160,16 +183,28 @@ class Pipeline:
             call.check()
             try:
                 enqueue(base)
+                self._departures.wait()
                 self._upload_stream.wait()  # `_end` has let the other two join it
-            except BaseException:
-                # They may not have joined it. The card must be done with the block and with the caller's arrays before
-                # anyone else gets them.
-                for stream in (self._upload_stream, self._compute_stream, self._download_stream):
-                    stream.wait()
+            except ArrivalTimeoutError:
+                self._wait_for_streams()
+                self._departures.wait()  # the call is repeated for the other parts
                 raise
+            except BaseException:
+                self._wait_for_streams()
+                raise
+            finally:
+                self._departures.clear()
             self._timer.record_stages(call.ledger)
             if overlapped.is_overlapped:  # also if all operands were there when first looked at
                 call.ledger.add(Stage.OVERLAP, overlapped.waited_s)
+
+    def _wait_for_streams(self) -> None:
+        """Wait for each stream. After an error they may not have joined.
+
+        The card must be done with the block and with the caller's arrays before anyone else gets them.
+        """
+        for stream in (self._upload_stream, self._compute_stream, self._download_stream):
+            stream.wait()
 
     def _launch(
         self,
@@ -177,7 +212,8 @@ class Pipeline:
         work: Callable[[], None],
         bound_to: Hashable,
         addresses: HostAddresses,
-        overlapped: OverlappedOperands,
+        *,
+        as_one: bool,
     ) -> None:
         """Enqueue a call: as a graph if it can be one, else as it is.
 
@@ -185,10 +221,10 @@ class Pipeline:
             bound_to: The block, and which arrays are mirrored. Mirrors are in the same place whenever the same arrays
                 have one.
             addresses: Of the arrays in registered memory.
+            as_one: Whether it may be a graph. Operands that arrive make the host wait between copies.
         """
-        # Operands that arrive make the host wait between copies. In arrays that overlap, an address does not tell which
-        # array a copy of the graph belongs to.
-        if overlapped.are_complete and addresses.are_disjoint:
+        # In arrays that overlap, an address does not tell which array a copy of the graph belongs to.
+        if as_one and addresses.are_disjoint:
             kind.launch(self._upload_stream, work, bound_to, addresses)
         else:
             work()
@@ -198,9 +234,11 @@ class Pipeline:
         kind: CallKind,
         base: int,
         operands: Sequence[Operand],
-        y: Array,
+        y: Array | Departing,
         upload_array: Callable[[Array, int], None],
         overlapped: OverlappedOperands,
+        *,
+        as_graphs: bool,
     ) -> None:
         """Enqueue a call in parts: see the picture in `Pipeline`.
 
@@ -208,39 +246,44 @@ class Pipeline:
             base: Address of a block for the kind's layout.
             upload_array: Enqueues a copy of an operand that is not divided, on the upload or the compute stream.
             overlapped: Waits for operands that are still arriving.
+            as_graphs: Whether the work of each part is a graph. It must not be if all of this is captured.
 
         Raises:
             ArrivalTimeoutError: They do not arrive in time.
         """
         up, work, down = self._upload_stream, self._compute_stream, self._download_stream
         x, *others = operands
-        source = peek_tensor(x)
+        source, target = peek_tensor(x), target_of(y)
         assert isinstance(source, np.ndarray)
+        assert isinstance(target, np.ndarray)
         x_at, *used_at = tensor_addresses(base, kind.layout.operands, kind.operand_addresses)
         (y_at,) = tensor_addresses(base, kind.layout.results, kind.result_addresses)
         workspace = base + kind.layout.workspace.offset
-        # With operands yet to arrive the call is no graph. Its parts are: so the host keeps up with x as it arrives.
-        as_graph = not overlapped.are_complete
         self._begin()
-        for other, address, target in zip(others, kind.operand_addresses[1:], used_at, strict=True):
-            self._place_operand(other, address, target, upload_array, overlapped)
-        end_bytes = 0
+        for other, address, used in zip(others, kind.operand_addresses[1:], used_at, strict=True):
+            self._uploader.place(other, address, used, upload_array, overlapped)
+        written_bytes = y.written_bytes if isinstance(y, Departing) else 0
+        x_end = y_end = 0
         for x_part, y_part in zip(
-            _parts(source, kind.parts_count), _parts(y, kind.parts_count), strict=True
+            _parts(source, kind.parts_count), _parts(target, kind.parts_count), strict=True
         ):
+            x_begin, x_end = x_end, x_end + x_part.nbytes
+            y_begin, y_end = y_end, y_end + y_part.nbytes
+            if y_end <= written_bytes:
+                continue
             if isinstance(x, Arriving):
-                end_bytes += x_part.nbytes
-                overlapped.wait_for(
-                    x, end_bytes
-                )  # the host waits: the card has the parts before it to do
-            upload(x_at, x_part, up.pointer)
+                # the host waits: the card has the parts before it to do
+                overlapped.wait_for(x, x_end)
+                self._departures.note_finished()
+            upload(x_at + x_begin, x_part, up.pointer)
             up.fork(work)  # the part's x, and before it all of W and b, must be there
-            self._compute_part(kind, [x_at, *used_at], y_at, workspace, as_graph=as_graph)
+            part_at = [x_at + x_begin, *used_at]
+            self._compute_part(kind, part_at, y_at + y_begin, workspace, as_graph=as_graphs)
             work.fork(
                 down
             )  # the part's y must be computed; the next part's x is uploaded meanwhile
-            download(y_part, y_at, down.pointer)
-            x_at, y_at = x_at + x_part.nbytes, y_at + y_part.nbytes
+            download(y_part, y_at + y_begin, down.pointer)
+            self._record_departure(y, y_end)
         self._end()
 
     def _enqueue_steps(
@@ -249,11 +292,15 @@ class Pipeline:
         base: int,
         operands: Sequence[Operand],
         results: Sequence[Tensor],
+        places: Sequence[Place],
         overlapped: OverlappedOperands,
     ) -> None:
         """Enqueue a call in steps, as `_enqueue_parts` does in parts.
 
         Each step uploads the operands that it is the first to need, and downloads its results.
+
+        Args:
+            results: Where the card writes the results: in their places, or in mirrors of these.
         """
         up, work, down = self._upload_stream, self._compute_stream, self._download_stream
         operands_at = tensor_addresses(base, kind.layout.operands, kind.operand_addresses)
@@ -262,11 +309,16 @@ class Pipeline:
         is_placed = [False] * len(operands)
         self._begin()
         for step in kind.work.steps:
+            if all(_is_written(places[number]) for number in step.results):
+                continue
             for number in step.operands:
                 if not is_placed[number]:
                     address, target = kind.operand_addresses[number], operands_at[number]
-                    self._place_operand(operands[number], address, target, self._upload, overlapped)
+                    self._uploader.place(
+                        operands[number], address, target, self._uploader.upload, overlapped
+                    )
                     is_placed[number] = True
+            self._departures.note_finished()
             up.fork(work)  # the step's operands must be there
             step.enqueue(operands_at, results_at, workspace, work.pointer)
             work.fork(
@@ -277,9 +329,16 @@ class Pipeline:
                 address = kind.result_addresses[number]
                 if isinstance(result, np.ndarray):
                     download(bytes_of(result), made_at, down.pointer)
+                    if result is target_of(places[number]):  # it is no mirror
+                        self._record_departure(places[number], result.nbytes)
                 elif address is not None and address != made_at:  # not aligned as plans need it
                     copy(address, made_at, result.spec.nbytes, down.pointer)
         self._end()
+
+    def _record_departure(self, place: Place, size_bytes: int) -> None:
+        """Have the first bytes of a departing result noted as written once they are downloaded."""
+        if isinstance(place, Departing) and not self._upload_stream.is_capturing:
+            self._departures.record(place, size_bytes, self._download_stream.pointer)
 
     def _begin(self) -> None:
         """Mark the begin of the first stage. In a capture, this is where the graph begins."""
@@ -297,48 +356,6 @@ class Pipeline:
         self._compute_stream.fork(self._upload_stream)
         self._download_stream.fork(self._upload_stream)
 
-    def _place_operand(
-        self,
-        operand: Operand,
-        address: int | None,
-        target: int,
-        upload_array: Callable[[Array, int], None],
-        overlapped: OverlappedOperands,
-    ) -> None:
-        """Enqueue a copy of an operand to where the work reads it, unless it is there.
-
-        Args:
-            address: Where it is on the card; None if it is an array.
-            target: Where the work reads it.
-        """
-        if isinstance(operand, Arriving):
-            self._upload_overlapped(operand, target, upload_array, overlapped)
-        elif isinstance(operand, np.ndarray):
-            upload_array(operand, target)
-        elif address is not None and address != target:  # not aligned as plans need it
-            copy(target, address, operand.spec.nbytes, self._upload_stream.pointer)
-
-    def _upload_overlapped(
-        self,
-        operand: Arriving,
-        target: int,
-        upload_array: Callable[[Array, int], None],
-        overlapped: OverlappedOperands,
-    ) -> None:
-        """Enqueue copies of an arriving operand: of each piece once it is there, if the card reaches it."""
-        if not self._reachable.holds(operand.array):
-            overlapped.wait_for_all(operand)
-            upload_array(operand.array, target)
-            return
-        whole = bytes_of(operand.array)
-        for begin in range(0, whole.size, _OVERLAP_PIECE_BYTES):
-            piece = whole[begin : begin + _OVERLAP_PIECE_BYTES]
-            overlapped.wait_for(operand, begin + piece.size)
-            upload(target + begin, piece, self._upload_stream.pointer)
-
-    def _upload(self, array: Array, target: int) -> None:
-        upload(target, bytes_of(array), self._upload_stream.pointer)
-
     def _compute_part(
         self, kind: CallKind, operands: Sequence[int], y: int, workspace: int, *, as_graph: bool
     ) -> None:
@@ -347,6 +364,16 @@ class Pipeline:
             kind.launch(self._compute_stream, work, (workspace, *operands, y))
         else:
             work()
+
+
+def _is_written(place: Place) -> bool:
+    return isinstance(place, Departing) and place.is_written
+
+
+def _leave_early(places: Sequence[Place]) -> bool:
+    """Return whether results leave part by part even if all operands are there, or have begun to leave."""
+    departing = [place for place in places if isinstance(place, Departing)]
+    return any(place.written_bytes or place.array.nbytes >= _EARLY_BYTES for place in departing)
 
 
 def _parts(array: Array, count: int) -> list[Bytes]:

@@ -1,0 +1,89 @@
+"""Serves a stripe: it receives some pieces of a call's operands, and then sends some pieces of its results."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from deconvd.direct.connection_errors import ConnectionClosedError
+from deconvd.direct.events import EndOfStream, PieceHead
+from deconvd.direct.frame_stream import FrameStream
+from deconvd.wire.stream_parts import PendingElements
+from deconvd_server.call.context import ClientWait
+from deconvd_server.transports.direct.striped_transfer import StripedTransfer, StripeMember
+from deconvd_server.transports.direct.transfers import STRIPE_WAIT_S, TransferTable
+
+__all__ = ["Stripe"]
+
+_MARGIN_S: Final = 5.0
+"""How long after the deadline of its call a stripe ends by itself: the call has then ended it long before."""
+
+
+class Stripe:
+    """One connection's part in a striped call, from its STRIPE frame to its END.
+
+    Args:
+        frames: The connection.
+        wait: Tells since when it has waited for its client.
+    """
+
+    def __init__(self, frames: FrameStream, wait: ClientWait) -> None:
+        self._frames = frames
+        self._member = StripeMember(wait, frames.shutdown)
+        self._transfer: StripedTransfer | None = None
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Fail the call if this stripe is not done. The connection has been shut down. Does not wait."""
+        self._is_cancelled = True
+        if self._transfer is not None:
+            self._transfer.drop(self._member)
+
+    def serve(self, transfers: TransferTable, transfer_id: bytes, peer_key: str) -> None:
+        """Carry the stripe's part of the elements.
+
+        Raises:
+            ConnectionBrokenError: There is no such call, it has failed, or the connection has broken, which fails it.
+        """
+        member = self._member
+        self._transfer = transfer = transfers.join(transfer_id, peer_key, member)
+        try:
+            if self._is_cancelled:  # before `cancel` could find the transfer
+                raise ConnectionClosedError("the connection has been shut down")
+            call = transfer.wait_until_open(member, STRIPE_WAIT_S)
+            remaining_s = call.remaining_s()
+            self._frames.set_deadline(None if remaining_s is None else remaining_s + _MARGIN_S)
+            transfer.wait_until_receivable()
+            self._receive_operands(transfer)
+            self._send_results(transfer)
+        except BaseException:
+            transfer.drop(member)
+            raise
+        finally:
+            transfers.leave(transfer_id, transfer, member)
+        self._frames.send(EndOfStream())
+
+    def _receive_operands(self, transfer: StripedTransfer) -> None:
+        frames, member = self._frames, self._member
+        member.is_transferring = True
+        while not isinstance(event := frames.next_event(), EndOfStream):
+            if not isinstance(event, PieceHead):
+                raise transfer.refuse("elements of a striped call must follow a PIECE frame")
+            number = event.number
+            size_bytes, buffers = transfer.begin_landing(number)
+            elements = frames.next_event()
+            if not isinstance(elements, PendingElements) or elements.size_bytes != size_bytes:
+                raise transfer.refuse(
+                    f"piece {number} of a striped call must have {size_bytes} bytes in one ELEMENTS frame"
+                )
+            for buffer in buffers:
+                frames.read_into_buffer(buffer)
+            transfer.note_landed(number)
+        member.is_transferring = False
+        transfer.end_landing()
+
+    def _send_results(self, transfer: StripedTransfer) -> None:
+        frames, member = self._frames, self._member
+        while (piece := transfer.take_result()) is not None:
+            member.is_transferring = True
+            frames.send_piece(*piece)
+            member.is_transferring = False

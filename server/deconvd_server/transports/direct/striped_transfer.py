@@ -1,0 +1,388 @@
+"""The elements of one striped call: which pieces have arrived, and which may leave. See `deconvd.direct.protocol`.
+
+    EXPECTED --the call comes--> OPEN --the call ends--> ENDED
+        |                          |                       ^
+        |                          `--it is cancelled--> BROKEN
+        `--the call never comes----------------------------'
+
+Threads meet here: one serves the call, and one serves each stripe. They wait for each other with the lock of this
+object, and hold it for neither I/O nor the copying of elements.
+
+    the call's thread       receive_into, then wait_for as operands arrive; send_from, note_written, finish, end
+    a stripe's thread       wait_until_open, then for each piece: begin_landing and note_landed; end_landing, then
+                            take_result until it returns None
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Final
+
+from deconvd.direct.connection_errors import ConnectionBrokenError, ConnectionClosedError
+from deconvd.direct.pieces import PIECE_BYTES, PieceSpace
+from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
+from deconvd.model.dtypes import Array
+from deconvd_server.call.context import CallContext, ClientWait
+
+__all__ = ["StripeMember", "StripedTransfer", "TransferState"]
+
+_ABSENT, _LANDING, _LANDED = range(3)
+"""How far a piece of the operands is."""
+
+_RETRY_AFTER_S: Final = 0.1
+"""When the client of a call whose connection has ended may try again: soon, as it did not wait for the server."""
+
+
+class TransferState(Enum):
+    """Where a transfer is in its life."""
+
+    EXPECTED = "expected"
+    OPEN = "open"
+    BROKEN = "broken"
+    ENDED = "ended"
+
+
+class StripeMember:
+    """A connection's membership in a transfer.
+
+    Attributes:
+        shutdown: Breaks the connection, from any thread and without waiting.
+        is_transferring: Whether it sends or receives, and does not wait for the server. Its thread sets it.
+
+    Args:
+        wait: Tells since when the connection has waited for its client.
+    """
+
+    __slots__ = ("_wait", "is_transferring", "shutdown")
+
+    def __init__(self, wait: ClientWait, shutdown: Callable[[], None]) -> None:
+        self._wait = wait
+        self.shutdown = shutdown
+        self.is_transferring = False
+
+    @property
+    def blocked_since_s(self) -> float:
+        """As in `ClientWait`."""
+        return self._wait.blocked_since_s
+
+
+class StripedTransfer:
+    """The elements of one striped call. It is the call's `StripedElements`, `ArrivalProgress` and `ClientWait`.
+
+    Attributes:
+        peer_key: The peer whose connections may join.
+        state: Its state. It changes only under the lock of this object.
+    """
+
+    def __init__(self, peer_key: str) -> None:
+        self.peer_key = peer_key
+        self.state = TransferState.EXPECTED
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # for stripes, and for the end
+        self._arrived = threading.Condition(self._lock)  # for the thread that computes
+        self._call: CallContext | None = None
+        self._members: dict[StripeMember, None] = {}
+        self._lacking_count = 0  # stripes of the call that have not joined
+        self._landing_count = 0  # stripes of the call that have more to receive, as far as is known
+        self._progressed_s = math.inf
+        self._operands: PieceSpace | None = None
+        self._pieces = bytearray()  # how far each piece of the operands is
+        self._landed_count = 0
+        self._prefix_count = 0  # pieces that have landed with all before them
+        self._landed_bytes = 0  # in those
+        self._awaited_bytes = 0  # what the thread that computes waits for
+        self._results: PieceSpace | None = None
+        self._result_sizes: list[int] = []
+        self._written_sizes: list[int] = []
+        self._written_bytes = 0  # of the results, from their begin without a gap
+        self._taken_count = 0  # pieces of results that stripes have taken to send
+
+    # For the registry
+
+    def open(self, call: CallContext, stripes_count: int) -> bool:
+        """Begin with the call, which has come. Return False if that has happened before.
+
+        Of the stripes that have come before, those beyond the number of the call's are refused.
+        """
+        with self._changed:
+            if self.state is not TransferState.EXPECTED:
+                return False
+            self.state = TransferState.OPEN
+            self._call = call
+            for member in [*self._members][stripes_count:]:
+                del self._members[member]
+            self._lacking_count = stripes_count - len(self._members)
+            self._landing_count = stripes_count
+            self._changed.notify_all()
+        call.on_cancel(self._break)
+        return True
+
+    def add(self, member: StripeMember) -> bool:
+        """Add a stripe; return whether there is a place for it."""
+        with self._lock:
+            if self.state is TransferState.OPEN and self._lacking_count:
+                self._lacking_count -= 1
+                self._progressed_s = time.monotonic()
+            elif self.state is not TransferState.EXPECTED:
+                return False
+            self._members[member] = None
+            return True
+
+    def remove(self, member: StripeMember) -> bool:
+        """Remove a stripe, which uses no memory of the call any more.
+
+        Return whether nothing is left of the transfer: no call has come, and no other stripe.
+        """
+        with self._changed:
+            if self._members.pop(member, member) is None:
+                self._progressed_s = time.monotonic()
+                self._changed.notify_all()
+            return self.state is TransferState.EXPECTED and not self._members
+
+    def expire(self) -> None:
+        """End the transfer if its call has not come: nothing waits for it any longer."""
+        with self._changed:
+            if self.state is TransferState.EXPECTED:
+                self.state = TransferState.ENDED
+                self._changed.notify_all()
+
+    @property
+    def lacks_stripes(self) -> bool:
+        """Whether stripes of its call have not joined yet."""
+        return self.state is TransferState.OPEN and self._lacking_count > 0
+
+    # For the thread that serves the call
+
+    def receive_into(self, arrays: Sequence[Array]) -> StripedTransfer:
+        """See `StripedElements`."""
+        space = PieceSpace(arrays)
+        with self._changed:
+            self._operands = space
+            self._pieces = bytearray(space.pieces_count)
+            self._progressed_s = time.monotonic()
+            self._changed.notify_all()
+        return self
+
+    def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
+        """See `ArrivalProgress`. Raises as `CallContext.check` once the call is cancelled."""
+        if self._landed_bytes >= size_bytes:
+            return True
+        with self._arrived:
+            self._awaited_bytes = size_bytes
+            self._arrived.wait_for(
+                lambda: self._landed_bytes >= size_bytes or self.state is not TransferState.OPEN,
+                timeout_s,
+            )
+            if self._landed_bytes >= size_bytes:
+                return True
+        self._open_call.check()
+        return False
+
+    def send_from(self, arrays: Sequence[Array]) -> None:
+        """See `StripedElements`."""
+        space = PieceSpace(arrays)
+        with self._changed:
+            self._results = space
+            self._result_sizes = [array.nbytes for array in arrays]
+            self._written_sizes = [0] * len(arrays)
+            self._changed.notify_all()
+
+    def note_written(self, index: int, size_bytes: int) -> None:
+        """See `StripedElements`."""
+        with self._changed:
+            self._written_sizes[index] = size_bytes
+            before_count = self._written_bytes // PIECE_BYTES
+            self._written_bytes = 0
+            for written_bytes, result_bytes in zip(
+                self._written_sizes, self._result_sizes, strict=True
+            ):
+                self._written_bytes += written_bytes
+                if written_bytes < result_bytes:
+                    break
+            if self._are_results_written():
+                self._progressed_s = time.monotonic()
+            if self._are_results_written() or self._written_bytes // PIECE_BYTES > before_count:
+                self._changed.notify_all()
+
+    def finish(self) -> None:
+        """See `StripedElements`."""
+        call = self._open_call
+        with self._changed:
+            while self.state is TransferState.OPEN and (self._members or self._lacking_count):
+                call.check()
+                self._changed.wait(call.remaining_s())
+            if self.state is not TransferState.OPEN:
+                call.check()
+
+    def end(self) -> None:
+        """See `StripedElements`."""
+        with self._changed:
+            self.state = TransferState.ENDED
+            self._changed.notify_all()
+        self.shutdown()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._members)
+            self._operands = self._results = None
+
+    def shutdown(self) -> None:
+        """Break the connections of all stripes that are not done, from any thread and without waiting."""
+        with self._lock:
+            members = [*self._members]
+        for member in members:
+            member.shutdown()
+
+    @property
+    def blocked_since_s(self) -> float:
+        """See `ClientWait`. It has waited for as long as none of its stripes has sent or received anything."""
+        with self._lock:
+            if (
+                self.state is not TransferState.OPEN
+                or self._operands is None
+                or (self._has_landed() and not self._are_results_written())
+            ):
+                return math.inf
+            waits = [m.blocked_since_s for m in self._members if m.is_transferring]
+            return max([self._progressed_s, *waits])
+
+    # For stripes
+
+    def wait_until_open(self, member: StripeMember, timeout_s: float) -> CallContext:
+        """Wait for the call, and return it.
+
+        Raises:
+            ConnectionClosedError: It has not come, or the stripe is none of its.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.state is not TransferState.EXPECTED or member not in self._members,
+                timeout_s,
+            )
+            if self._call is None:
+                raise ConnectionClosedError("the call of a stripe has not come")
+            if member not in self._members:
+                raise ConnectionClosedError("a striped call has more stripes than it announced")
+            return self._call
+
+    def wait_until_receivable(self) -> None:
+        """Wait until the operands have memory to arrive in. Raises ConnectionClosedError once the call has ended."""
+        with self._changed:
+            while self._operands is None:
+                self._check_open()
+                self._changed.wait()
+
+    def begin_landing(self, number: int) -> tuple[int, list[memoryview]]:
+        """Return the size of a piece of operands that comes next, and where to put it.
+
+        Raises ConnectionClosedError if the call has ended, or the piece must not come.
+        """
+        with self._lock:
+            self._check_open()
+            assert self._operands is not None
+            if number < len(self._pieces) and self._pieces[number] == _ABSENT:
+                self._pieces[number] = _LANDING
+                return self._operands.piece_bytes(number), self._operands.buffers(number)
+            count = len(self._pieces)
+        reason = "has come before" if number < count else f"is none of the {count} of the operands"
+        raise self.refuse(f"each piece of a striped call must come once: piece {number} {reason}")
+
+    def note_landed(self, number: int) -> None:
+        """Note that a piece of operands has landed."""
+        with self._lock:
+            self._pieces[number] = _LANDED
+            self._landed_count += 1
+            if number != self._prefix_count:
+                return
+            pieces, prefix_count = self._pieces, number + 1
+            while prefix_count < len(pieces) and pieces[prefix_count] == _LANDED:
+                prefix_count += 1
+            assert self._operands is not None
+            self._prefix_count = prefix_count
+            self._landed_bytes = min(prefix_count * PIECE_BYTES, self._operands.size_bytes)
+            if self._landed_bytes >= self._awaited_bytes:
+                self._arrived.notify()
+
+    def end_landing(self) -> None:
+        """Note that a stripe has no more operands. Raises ConnectionClosedError if it was the last, and some lack."""
+        with self._lock:
+            self._landing_count -= 1
+            self._progressed_s = time.monotonic()
+            lacking_count = len(self._pieces) - self._landed_count
+            if self._landing_count or not lacking_count:
+                return
+        raise self.refuse(
+            f"a striped call must have all pieces of its operands: {lacking_count} of "
+            f"{len(self._pieces)} have not come"
+        )
+
+    def take_result(self) -> tuple[int, list[memoryview]] | None:
+        """Wait until another piece of the results is final; return its number and where it is. None if all are taken.
+
+        Raises ConnectionClosedError once the call has ended.
+        """
+        with self._changed:
+            while True:
+                self._check_open()
+                results = self._results
+                if results is not None:
+                    number = self._taken_count
+                    if number == results.pieces_count:
+                        return None
+                    end_bytes = number * PIECE_BYTES + results.piece_bytes(number)
+                    if end_bytes <= self._written_bytes:
+                        self._taken_count += 1
+                        return number, results.buffers(number)
+                self._changed.wait()
+
+    def drop(self, member: StripeMember) -> None:
+        """Note that a stripe's connection ends before its part is done: fails the call. Does not wait."""
+        with self._changed:
+            if member not in self._members:
+                return
+            if self.state is TransferState.EXPECTED:
+                del self._members[member]
+                self._changed.notify_all()
+                return
+        self.fail(
+            UnavailableError(
+                "a connection of the striped call has ended before all its elements were there",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        )
+
+    def fail(self, error: DeconvdError) -> None:
+        """End the call with an error. Nothing happens if the call has ended, or has not come."""
+        if self._call is not None and self.state is TransferState.OPEN:
+            self._call.stop(error)
+
+    def refuse(self, reason: str) -> ConnectionBrokenError:
+        """Fail the call, as its client has broken a rule; return the error for the connection."""
+        self.fail(InvalidArgumentError(reason))
+        return ConnectionClosedError(reason)
+
+    @property
+    def _open_call(self) -> CallContext:
+        assert self._call is not None, "the call has not come"
+        return self._call
+
+    def _has_landed(self) -> bool:
+        return self._operands is not None and self._landed_bytes == self._operands.size_bytes
+
+    def _are_results_written(self) -> bool:
+        return self._results is not None and self._written_bytes == self._results.size_bytes
+
+    def _check_open(self) -> None:
+        if self.state is not TransferState.OPEN:
+            raise ConnectionClosedError("the striped call has ended")
+
+    def _break(self) -> None:
+        """Break all stripes: the call has been cancelled."""
+        with self._changed:
+            if self.state is TransferState.OPEN:
+                self.state = TransferState.BROKEN
+            self._changed.notify_all()
+            self._arrived.notify_all()
+        self.shutdown()
