@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from google.protobuf.message import Message
 
@@ -23,6 +24,7 @@ from deconvd.model.operation import ARGUMENTS, Operation
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.codec import Envelope
 from deconvd_server.call.context import CallContext
+from deconvd_server.device import Departing
 from deconvd_server.engine.engine import Engine
 from deconvd_server.residents import Residents
 from deconvd_server.service.call_tensors import CallTensors
@@ -32,6 +34,9 @@ from deconvd_server.service.striped_elements import StripedElements
 from deconvd_server.shared_memory import Lender
 
 __all__ = ["StripedOperations"]
+
+_HOST_ARRAY_MARGIN: Final = 8
+"""`Device.allocate_host_array` may take an eighth more than an array's size."""
 
 
 class StripedOperations:
@@ -79,7 +84,8 @@ class StripedOperations:
                     argument=argument,
                 )
             sent_operands = _sent_operands(parsed)
-            footprint_bytes = parsed.sent_bytes + sum(s.nbytes for s in sent_operands.values())
+            tensors_bytes = parsed.sent_bytes + sum(s.nbytes for s in sent_operands.values())
+            footprint_bytes = tensors_bytes + tensors_bytes // _HOST_ARRAY_MARGIN
             with self._stream_admission.admit(footprint_bytes, call):
                 try:
                     self._run(call_tensors, sent_operands, elements, call)
@@ -105,16 +111,18 @@ class StripedOperations:
         new_residents = call_tensors.make_residents(parsed.results, engine)
         results = _allocate(parsed.sent_results, engine)
         elements.send_from([*results.values()])
+        departing = {
+            field: Departing(array, partial(elements.note_written, index))
+            for index, (field, array) in enumerate(results.items())
+        }
         engine.run(
             parsed.operation,
             parsed.problem,
             call_tensors.bring_operands(engine),
-            {**new_residents, **results},
+            {**new_residents, **departing},
             parsed.options,
             call,
         )
-        for index, array in enumerate(results.values()):
-            elements.note_written(index, array.nbytes)
         elements.finish()
 
 

@@ -99,6 +99,7 @@ class StripedTransfer:
         self._result_sizes: list[int] = []
         self._written_sizes: list[int] = []
         self._written_bytes = 0  # of the results, from their begin without a gap
+        self._is_computed = False
         self._taken_count = 0  # pieces of results that stripes have taken to send
 
     # For the registry
@@ -203,8 +204,6 @@ class StripedTransfer:
                 self._written_bytes += written_bytes
                 if written_bytes < result_bytes:
                     break
-            if self._are_results_written():
-                self._progressed_s = time.monotonic()
             if self._are_results_written() or self._written_bytes // PIECE_BYTES > before_count:
                 self._changed.notify_all()
 
@@ -212,6 +211,8 @@ class StripedTransfer:
         """See `StripedElements`."""
         call = self._open_call
         with self._changed:
+            self._is_computed = True
+            self._progressed_s = time.monotonic()
             while self.state is TransferState.OPEN and (self._members or self._lacking_count):
                 call.check()
                 self._changed.wait(call.remaining_s())
@@ -242,7 +243,7 @@ class StripedTransfer:
             if (
                 self.state is not TransferState.OPEN
                 or self._operands is None
-                or (self._has_landed() and not self._are_results_written())
+                or (self._has_landed() and not self._is_computed)
             ):
                 return math.inf
             waits = [m.blocked_since_s for m in self._members if m.is_transferring]
