@@ -8,30 +8,52 @@ from typing import TypeAlias
 
 import numpy as np
 import pytest
-from deconvd_client.transports.direct.striping_policy import StripingPolicy
 
 import deconvd_client
+from deconvd.direct import pieces
 from deconvd.direct.events import CallHead, Event, StripedCallHead
 from deconvd.direct.frame_stream import FrameStream
+from deconvd.model.dtypes import Array
 from deconvd_client import Connection
+from deconvd_client.transports.direct.striping_policy import StripingPolicy
 from tests.fault_proxy import CLEAN, faulty_proxy
 from tests.servers import ServerProcess
 from tests.stripe_proxy import Disturbance, StripeProxy, stripe_proxy
 
 __all__ = [
+    "LARGE",
     "PROXY_HOST",
+    "SMALL_PIECES",
+    "TWICE",
     "Heads",
     "connect_by_proxy",
     "force_stripes",
+    "shrink_pieces",
     "wait_until_direct",
     "watch_heads",
 ]
+
+LARGE: Array = np.random.default_rng(0).integers(-3, 4, (36, 2, 256, 256)).astype(np.float32)
+"""Five pieces there, and as many back: more than the system keeps for an end that reads nothing."""
+
+TWICE: Array = 2 * np.eye(2, dtype=np.float32)[:, :, None, None]
+"""A filter that doubles `LARGE`."""
+
+_SMALL_PIECE_BYTES = 1 << 18
+
+SMALL_PIECES = {"deconvd.direct.pieces:PIECE_BYTES": _SMALL_PIECE_BYTES}
+"""Constants of a server, for calls that have several pieces and take little time."""
 
 Heads: TypeAlias = list[CallHead | StripedCallHead]
 """The first frames of calls."""
 
 PROXY_HOST = "127.0.0.2"
 """Where a server's ports are free for proxies."""
+
+
+def shrink_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process cut calls into pieces as small as those of a server with the constants `SMALL_PIECES`."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", _SMALL_PIECE_BYTES)
 
 
 def force_stripes(monkeypatch: pytest.MonkeyPatch, stripes_count: int) -> None:

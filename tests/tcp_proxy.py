@@ -91,13 +91,14 @@ class TcpProxy:
     async def _relay(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         pump = self._make_pump()
         self.connections_count += 1
+        ends = {back}
         with suppress(OSError):  # one end has gone, so the other goes too
-            far, forth = await asyncio.open_connection(
-                self._host, self._port, local_addr=self._source
-            )
-            ends = {back, forth}
-            self._ends |= ends
             try:
+                far, forth = await asyncio.open_connection(
+                    self._host, self._port, local_addr=self._source
+                )
+                ends.add(forth)
+                self._ends |= ends
                 await asyncio.gather(
                     pump(Direction.UP, near, forth, ends), pump(Direction.DOWN, far, back, ends)
                 )

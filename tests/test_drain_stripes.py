@@ -5,25 +5,28 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.direct.events import Answer, FrameKind
+from deconvd.direct.events import FrameKind
+from deconvd.model.operation import DECONVOLVE
 from deconvd_server.exit_codes import ExitCode
 from tests.direct_calls import get_server_info
 from tests.fault_proxy import Direction, Fault
 from tests.processes import wait_until
 from tests.servers import ServerProcess, free_port, server_process
 from tests.stripe_proxy import CONTROL, Disturbance, Spot
-from tests.striped_calls import LARGE, TWICE, StripedCall, striped_call
-from tests.striped_clients import connect_by_proxy, force_stripes
+from tests.striped_calls import StripedClient, describe
+from tests.striped_clients import LARGE, TWICE, connect_by_proxy, force_stripes
 
 DRAIN_S = 10.0
 """More than calls under way take; and so a server that has not ended by then has lost one."""
+
+OPERANDS = {"w": TWICE, "x": LARGE}
 
 UP, DOWN = Direction.UP, Direction.DOWN
 
@@ -34,26 +37,26 @@ def send_signal(server: ServerProcess) -> None:
     wait_until(lambda: "draining" in server.log.read_text())
 
 
-def send_most_pieces(call: StripedCall) -> None:
+def send_most_pieces(client: StripedClient) -> None:
     """Send more than the system keeps for a server that reads nothing: so the server has begun the call."""
-    call.send_call()
-    call.join()
-    call.send_pieces(range(call.operands.pieces_count - 1))
+    client.begin(describe(DECONVOLVE, OPERANDS))
+    client.join()
+    client.send([*OPERANDS.values()], range(4), ends=False)
 
 
-def send_last_piece(call: StripedCall) -> None:
-    call.send_pieces([call.operands.pieces_count - 1])
-    call.end_pieces()
+def send_last_piece(client: StripedClient) -> None:
+    client.send([*OPERANDS.values()], [4])
 
 
-def receive_a_piece(call: StripedCall) -> None:
-    assert call.receive_piece(call.stripes[0]) is not None
+def wait_for_results(client: StripedClient) -> None:
+    """Wait for the begin of results, of which there are more than the system keeps for a client that reads nothing."""
+    wait_until(lambda: any(stripe.poll(0) for stripe in client.stripes))
 
 
-STEPS: dict[str, Callable[[StripedCall], object]] = {
+STEPS: dict[str, Callable[[StripedClient], None]] = {
     "most of the operands": send_most_pieces,
     "all operands": send_last_piece,
-    "a piece of the results": receive_a_piece,
+    "the begin of the results": wait_for_results,
 }
 """The steps of a call, by what has gone through after each."""
 
@@ -63,16 +66,16 @@ def test_a_striped_call_that_has_begun_is_not_lost_on_a_signal(tmp_path: Path, l
     with server_process(
         tmp_path, "--drain-timeout-s", str(DRAIN_S), listen=("127.0.0.1:0",)
     ) as server:
-        with striped_call(get_server_info(server).direct_port) as call:
+        with closing(StripedClient(get_server_info(server).direct_port)) as client:
             for name, step in STEPS.items():
-                step(call)
+                step(client)
                 if name == last:
                     send_signal(server)
-            y = call.receive_results()
-            answer = call.receive_answer()
+            y = np.empty_like(LARGE)
+            client.receive([y])
+            client.take_answer(DECONVOLVE)
         exit_code = server.process.wait(DRAIN_S)
 
-    assert isinstance(answer, Answer)
     np.testing.assert_array_equal(y, 2 * LARGE)
     assert exit_code == ExitCode.DRAINED
 

@@ -18,12 +18,20 @@ import deconvd_client
 from deconvd.direct.events import CallHead, MethodCode, StripedCallHead
 from deconvd.model.dtypes import Array
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.transports.grpc.transport import GrpcTransport
 from tests.servers import ServerProcess, server_process
-from tests.striped_clients import Heads, force_stripes, wait_until_direct, watch_heads
+from tests.striped_clients import (
+    SMALL_PIECES,
+    Heads,
+    force_stripes,
+    shrink_pieces,
+    wait_until_direct,
+    watch_heads,
+)
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
-SMALL, LARGE, WIDE = (1, 2, 8, 8), (12, 2, 256, 256), (12, 32, 64, 64)
+SMALL, LARGE, WIDE = (1, 2, 8, 8), (6, 2, 256, 256), (6, 128, 32, 32)
 """Shapes of x: for one message, for more than there is in one, and for a filter that is offered by its digest."""
 
 _NUMBERS = np.array([-2, -1, 1, 2])
@@ -103,7 +111,8 @@ def have_residents(heads: Heads) -> bool:
 
 
 def have_digests(heads: Heads) -> bool:
-    return are_striped(2, heads) and operand_of(heads[-1], "w").HasField("digest")
+    # the first call is a stream, in which the server asks for W
+    return are_striped(2, heads[1:]) and operand_of(heads[-1], "w").HasField("digest")
 
 
 @dataclass(frozen=True)
@@ -113,15 +122,15 @@ class Way:
     Attributes:
         transport: That of the client.
         shape: That of x.
-        is_taken: Whether calls by direct connections, of which there is at least one, went that way. None if there
-            must be none.
+        is_taken: Whether calls by direct connections, of which there is at least one, went that way. For gRPC: the
+            method of its transport that all calls must use.
         stripes_count: How many stripes the client's large direct calls have, 0 for streams.
         keeps: Whether x and W are put on the server before.
     """
 
     transport: str
     shape: tuple[int, int, int, int]
-    is_taken: Callable[[Heads], bool] | None
+    is_taken: Callable[[Heads], bool] | str
     stripes_count: int = 0
     keeps: bool = False
 
@@ -132,8 +141,8 @@ WAYS = {
     "striped-2": Way("tcp", LARGE, lambda heads: are_striped(2, heads), 2),
     "striped-4": Way("tcp", LARGE, lambda heads: are_striped(4, heads), 4),
     "striped-8": Way("tcp", LARGE, lambda heads: are_striped(8, heads), 8),
-    "grpc-message": Way("grpc", SMALL, None),
-    "grpc-stream": Way("grpc", LARGE, None),
+    "grpc-message": Way("grpc", SMALL, "unary"),
+    "grpc-stream": Way("grpc", LARGE, "stream"),
     "shared-memory": Way("shared_memory", LARGE, are_shared),
     "unix-message": Way("unix", SMALL, are_messages),
     "unix-stream": Way("unix", LARGE, are_streams),
@@ -149,13 +158,34 @@ def near_and_far(
     """A server on each kind of device in turn, at a Unix socket and at TCP."""
     directory = tmp_path_factory.mktemp("server")
     listen = ("unix", "127.0.0.1:0")
-    with server_process(directory, device=request.param, listen=listen) as server:
+    with server_process(
+        directory, device=request.param, listen=listen, constants=SMALL_PIECES
+    ) as server:
         yield server
 
 
 @pytest.fixture
 def heads(monkeypatch: pytest.MonkeyPatch) -> Heads:
     return watch_heads(monkeypatch)
+
+
+@pytest.fixture
+def rpcs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The methods of the transport for gRPC that have carried calls."""
+    rpcs: list[str] = []
+
+    def note(name: str) -> None:
+        carry = getattr(GrpcTransport, name)
+
+        def note_and_carry(transport: GrpcTransport, *args: Any) -> Any:
+            rpcs.append(name)
+            return carry(transport, *args)
+
+        monkeypatch.setattr(GrpcTransport, name, note_and_carry)
+
+    note("unary")
+    note("stream")
+    return rpcs
 
 
 def assert_same(result: Array | None, expected: Array, dtype: Any) -> None:
@@ -174,6 +204,7 @@ def test_every_way_gives_the_same_bits(
     name: str,
     dtype: Any,
     heads: Heads,
+    rpcs: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     way = WAYS[name]
@@ -181,21 +212,24 @@ def test_every_way_gives_the_same_bits(
     arrays = [array.astype(dtype) for array in (known.x, known.W, known.b, known.gy)]
     target = near_and_far.targets[way.transport in ("tcp", "grpc")]
     force_stripes(monkeypatch, way.stripes_count)
+    shrink_pieces(monkeypatch)
 
     with deconvd_client.connect(target, transport=way.transport) as F:
-        if way.is_taken is not None:
+        if callable(way.is_taken):
             wait_until_direct(F, heads)
         x, W, b, gy = arrays
         images, filters = (F.put(x), F.put(W)) if way.keeps else (x, W)
         heads.clear()
+        rpcs.clear()
         y = F.deconvolution_2d(images, filters, b, 2)
         gradients = F.deconvolution_2d_grad(images, filters, b, gy, 2)
 
     assert_same(y, known.y, dtype)
     for gradient, expected in zip(gradients, known.gradients, strict=True):
         assert_same(gradient, expected, dtype)
-    if way.is_taken is None:
+    if isinstance(way.is_taken, str):
         assert not heads
+        assert rpcs == [way.is_taken] * 2
     else:
         assert heads
         assert way.is_taken(heads)
