@@ -1,9 +1,9 @@
 """Times another checkout and this one by turns: ``python -m benchmarks.against DIR transport --time-s 3``.
 
-After DIR come a benchmark that writes rows of times, `transport` or `service`, and its options. Each checkout runs its
-own benchmark on its own code, with the packages of this environment. They take turns, so a machine that is slower for a
-while is slower for both. The table has the medians of both, and the ratio of this checkout's to the other's. Rows of
-what is no part of deconvd, such as a bare socket, tell how far to trust the rest.
+After DIR come a benchmark that writes rows of times, `transport`, `service` or `remote`, and its options. Each checkout
+runs its own benchmark on its own code, with the packages of this environment. They take turns, so a machine that is
+slower for a while is slower for both. The table has the medians of both, and the ratio of this checkout's to the
+other's. Rows of what is no part of deconvd, such as a bare socket, tell how far to trust the rest.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _times_ms(checkout: Path, benchmark: str, options: Sequence[str]) -> dict[st
         rows: list[dict[str, object]] = json.loads(results.read_text())["rows"]
     times_ms: dict[str, float] = {}
     for row in rows:
-        about = [str(row[name]) for name in row if name == "bytes" or isinstance(row[name], str)]
+        about = [str(value) for value in row.values() if isinstance(value, (str, int))]
         for name, value in row.items():
             if name.endswith("ms") and isinstance(value, float):
                 times_ms[" ".join([*about, name])] = value

@@ -11,24 +11,23 @@ which the stock service is not made: calls for gx and gW.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing.pool import Pool
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import click
 import numpy as np
 
 import deconvd_client
+from benchmarks.client_processes import ClientProcesses, Meet, start_client_processes
 from benchmarks.commit import commit
 from benchmarks.floor import card_name, floor_ms
+from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, make_operands
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.stock import StockCall, stock_operator, stock_service
 from deconvd.model.dtypes import Array, DType
@@ -36,12 +35,6 @@ from deconvd.wire.ledger import OVERLAP_ENTRY
 from deconvd_client import Connection
 from examples.local_server import local_server
 
-_LAYERS = (
-    "generator 128-64 32",
-    "generator 64-3 64",
-    "unet 128-64 256 k2 s2",
-    "tiny 8-4 8 k4 s2",
-)
 _CLIENTS_COUNTS = (1, 2, 4, 8, 16)
 _OTHER_ENTRIES = ("server_us", OVERLAP_ENTRY)
 """Of a ledger: all stages together, and a part of one of them."""
@@ -109,7 +102,7 @@ class ServiceRow:
     "layers",
     type=click.Choice([layer.name for layer in LAYERS]),
     multiple=True,
-    default=_LAYERS,
+    default=[layer.name for layer in SERVICE_LAYERS],
 )
 @click.option("--only-latency", is_flag=True, help="Of one client of ours, beside the floor.")
 @click.option("--gradients", is_flag=True, help="Calls for gx and gW; with --only-latency.")
@@ -131,7 +124,8 @@ def main(
         bench = _ServiceSetup(device, stack.enter_context(local_server(device)), gradients)
         if not (only_latency or gradients):
             stock = stack.enter_context(stock_service(device))
-            bench = replace(bench, peers=_Peers(stock, stack.enter_context(_clients())))
+            clients = start_client_processes(_CLIENTS_COUNTS)
+            bench = replace(bench, peers=_Peers(stock, stack.enter_context(clients)))
         for row in _rows(bench, layers, [np.dtype(dtype) for dtype in dtypes]):
             rows.append(row)
             print(row, flush=True)
@@ -153,7 +147,7 @@ class _Peers:
     """What a client's latency is measured beside: a stock service, and other clients."""
 
     stock: StockCall
-    clients: Pool
+    clients: ClientProcesses
 
 
 @dataclass(frozen=True)
@@ -166,30 +160,6 @@ class _ServiceSetup:
     peers: _Peers | None = None
 
 
-@contextmanager
-def _clients() -> Iterator[Pool]:
-    """Lend processes to call from, each of which has started."""
-    context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
-    barriers = {count: context.Barrier(count) for count in _CLIENTS_COUNTS}
-    with context.Pool(max(_CLIENTS_COUNTS), _begin_client, (barriers,)) as clients:
-        everybody = max(_CLIENTS_COUNTS)
-        clients.map(_wait_for, [everybody] * everybody, chunksize=1)
-        yield clients
-
-
-_barriers: dict[int, Barrier] = {}
-"""In a client: where so many of them wait for each other."""
-
-
-def _begin_client(barriers: Mapping[int, Barrier]) -> None:
-    _barriers.update(barriers)
-
-
-def _wait_for(clients_count: int) -> None:
-    """Wait in a client for as many, itself among them: no process then gets two of their tasks."""
-    _barriers[clients_count].wait()
-
-
 def _rows(
     bench: _ServiceSetup, names: Sequence[str], dtypes: Sequence[DType]
 ) -> Iterator[ServiceRow]:
@@ -199,7 +169,7 @@ def _rows(
 
 
 def _row(bench: _ServiceSetup, layer: Layer, dtype: DType) -> ServiceRow:
-    operands = _operands(layer, dtype, is_of_gradients=bench.is_of_gradients)
+    operands = make_operands(layer, dtype, is_of_gradients=bench.is_of_gradients)
     ms, stages_ms = _latency(bench.target, layer, operands, from_empty=False)
     empty_ms, empty_stages_ms = _latency(bench.target, layer, operands, from_empty=True)
     moved_bytes = layer.nbytes(dtype)
@@ -226,7 +196,7 @@ def _row(bench: _ServiceSetup, layer: Layer, dtype: DType) -> ServiceRow:
         stock_ms=stock_ms,
         stock_ratio=stock_ms / ms,
         calls_per_s={
-            count: _throughput(clients, bench.target, layer, dtype, count)
+            count: sum(clients.run(count, _client_rate, bench.target, layer, dtype))
             for count in _CLIENTS_COUNTS
         },
     )
@@ -246,7 +216,7 @@ def _latency(
         if from_empty:
             operands = [_copy_to_empty(F, array) for array in operands]
         _warm_up(F, layer, operands)
-        for ms in _times_ms(lambda: _call(F, layer, operands)):
+        for ms in _times_ms(lambda: call_layer(F, layer, operands)):
             times.append(ms)
             ledgers.append(_stages_ms(F.last_ledger, ms))
     names = ledgers[0].keys()
@@ -255,7 +225,7 @@ def _latency(
 
 
 def _stock_latency_ms(stock: StockCall, layer: Layer, dtype: DType) -> float:
-    x, W = _operands(layer, dtype)
+    x, W = make_operands(layer, dtype)
     for _ in range(_WARM_UPS):
         stock(layer, x, W)
     return statistics.median(_times_ms(lambda: stock(layer, x, W)))
@@ -280,33 +250,18 @@ def _stages_ms(ledger: Mapping[str, int], total_ms: float) -> dict[str, float]:
     return stages | {"rest": max(total_ms - sum(stages.values()), 0.0)}
 
 
-def _throughput(
-    clients: Pool, target: str, layer: Layer, dtype: DType, clients_count: int
-) -> float:
-    """Return how many calls a second so many client processes get done together."""
-    tasks = [(target, layer, dtype, clients_count)] * clients_count
-    return sum(clients.starmap(_client_rate, tasks, chunksize=1))
-
-
-def _client_rate(target: str, layer: Layer, dtype: DType, clients_count: int) -> float:
-    operands = _operands(layer, dtype)
+def _client_rate(meet: Meet, target: str, layer: Layer, dtype: DType) -> float:
+    """Return how many calls a second one of the client processes that call together gets done."""
+    operands = make_operands(layer, dtype)
     with deconvd_client.connect(target, timeout_s=300) as F:
         _warm_up(F, layer, operands)
-        _wait_for(clients_count)
+        meet()
         start_s = time.perf_counter()
         count = 0
         while time.perf_counter() - start_s < _THROUGHPUT_S:
-            _call(F, layer, operands)
+            call_layer(F, layer, operands)
             count += 1
         return count / (time.perf_counter() - start_s)
-
-
-def _operands(layer: Layer, dtype: DType, *, is_of_gradients: bool = False) -> list[Array]:
-    """Return x and W, and gy for gradients."""
-    generator = np.random.default_rng(0)
-    problem = layer.problem(dtype)
-    specs = (problem.x, problem.W, *([problem.y] if is_of_gradients else []))
-    return [generator.standard_normal(s.shape, np.float32).astype(dtype) for s in specs]
 
 
 def _copy_to_empty(F: Connection, array: Array) -> Array:
@@ -317,22 +272,7 @@ def _copy_to_empty(F: Connection, array: Array) -> Array:
 
 def _warm_up(F: Connection, layer: Layer, operands: Sequence[Array]) -> None:
     for _ in range(_WARM_UPS):
-        _call(F, layer, operands)
-
-
-def _call(F: Connection, layer: Layer, operands: Sequence[Array]) -> None:
-    """Make a call: for gradients, if gy is among its operands."""
-    x, W = operands[:2]
-    with F.using_config("autotune", True):
-        if len(operands) == 2:
-            F.deconvolution_2d(
-                x, W, None, layer.stride, layer.pad, dilate=layer.dilate, groups=layer.groups
-            )
-            return
-        gy = operands[2]
-        F.deconvolution_2d_grad(
-            x, W, None, gy, layer.stride, layer.pad, dilate=layer.dilate, groups=layer.groups
-        )
+        call_layer(F, layer, operands)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.environments import ROOT, fresh_environment
 from tests.lenders import start_lender
 from tests.servers import ServerProcess, server_process
 
-_NEED_CUPY = ["cupy", "device", "kernels", "operator"]
+_NEED_CUPY = ["cupy", "device", "kernels", "operator", "overlapped"]
 collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
 """Modules that import CuPy at their head: for a GPU, all of them."""
 

@@ -15,12 +15,13 @@ from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem
 from deconvd_server.call.context import CallContext
-from deconvd_server.device import Device, Operand, Tensor
+from deconvd_server.device import Departing, Device, Operand, Place, Tensor
 from deconvd_server.device.arriving import ArrivalProgress, Arriving
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine.engine import Engine
 
 __all__ = [
+    "Departure",
     "FailingDevice",
     "GradientRequest",
     "Runner",
@@ -42,6 +43,26 @@ class FailingDevice(CpuDevice):
         raise self.error
 
 
+class Departure:
+    """A result that leaves while it is computed, as whoever reads it sees it.
+
+    Attributes:
+        sizes_bytes: How many of its bytes it was told were final, each time.
+        seen: These bytes, as they were then.
+        place: Where to compute it.
+    """
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.sizes_bytes: list[int] = []
+        self.seen = b""
+        self.place = Departing(array, self._on_written)
+
+    def _on_written(self, size_bytes: int) -> None:
+        self.seen += self.array.reshape(-1).view(np.uint8)[len(self.seen) : size_bytes].tobytes()
+        self.sizes_bytes.append(size_bytes)
+
+
 class Runner(Protocol):
     """What computes: a device, or an engine. See `Device.run`."""
 
@@ -50,7 +71,7 @@ class Runner(Protocol):
         operation: Operation,
         problem: Problem,
         operands: Mapping[str, Operand],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Place],
         options: Options,
         call: CallContext,
     ) -> object: ...
@@ -114,7 +135,7 @@ def gradients(
     """Return the wanted gradients: in new arrays but for those that `out` has places for; None for one in a tensor."""
     given = {"x": x, "w": W, "gy": gy}
     operands = {field: operand for field, operand in given.items() if operand is not None}
-    places: dict[str, Tensor] = {}
+    places: dict[str, Place] = {}
     for field in _result_names(wanted):
         spec = spec_of_field(problem, field)
         new = np.full(spec.shape, 77, spec.dtype)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import _thread
 import json
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -19,10 +21,13 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.against import main as against
+from benchmarks.bare_tcp import bare_calls, bare_server
+from benchmarks.client_processes import Meet, start_client_processes
 from benchmarks.framing import main as framing
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
 from benchmarks.profiled import LEFT_OUT, start_profiling
+from benchmarks.remote import main as remote
 from benchmarks.service import main as service
 from benchmarks.stock import stock_service
 from benchmarks.transport_plot import main as plot
@@ -196,3 +201,80 @@ def test_framing_by_hand_is_timed_beside_protobufs(tmp_path: Path) -> None:
     assert peaks_mib["by hand"] == pytest.approx([0, 32], abs=4)
     assert min(peaks_mib["protobuf"]) > 48
     assert codec._MAX_SMALL_BYTES == 64 << 10  # as it was before
+
+
+def test_far_calls_are_timed_beside_the_bare_program_in_parts_of_one_table(
+    tmp_path: Path,
+) -> None:
+    results = tmp_path / "remote.json"
+    options = ["--layer", "tiny 8-4 8 k4 s2", "--type", "float32", "--json", str(results)]
+    options += ["--time-s", "0.1", "--warm-up-calls", "2"]
+
+    def measure(*more: str) -> tuple[str, dict[tuple[int, str], dict[str, object]]]:
+        ended = CliRunner().invoke(remote, [*options, *more], catch_exceptions=False)
+        assert ended.exit_code == 0
+        rows = json.loads(results.read_text())["rows"]
+        by_key = {(row["clients"], row["path"]): row for row in rows}
+        assert len(by_key) == len(rows)
+        return ended.output, by_key
+
+    _, first = measure("--clients", "1", "--path", "tcp")
+    output, both = measure("--clients", "1", "--clients", "2")
+
+    assert first.keys() == {(1, "tcp")}
+    assert first[1, "tcp"]["floor_gb_per_s"] is None
+    paths = ("bare_4", "bare_1", "tcp", "grpc", "shared_memory")
+    assert both.keys() == set(product((1, 2), paths))
+    assert both[1, "tcp"]["ms"] != first[1, "tcp"]["ms"]
+    for (clients, _), row in both.items():
+        assert row["layer"] == "tiny 8-4 8 k4 s2"
+        assert row["dtype"] == "float32"
+        assert row["floor_gb_per_s"] == both[clients, "bare_4"]["gb_per_s"]
+    assert (
+        len(re.findall(r"\d ms +\d+\.\d+ GB/s +\d+\.\d+ of the floor$", output, re.MULTILINE)) == 10
+    )
+
+
+def test_rows_of_another_host_are_not_mixed_with_those_of_this_one(tmp_path: Path) -> None:
+    results = tmp_path / "remote.json"
+    file = '{"card": null, "host": "another, 4 processors", "commit": "590f135", "rows": []}'
+    results.write_text(file)
+
+    ended = CliRunner().invoke(remote, ["--json", str(results)], catch_exceptions=False)
+
+    assert ended.exit_code == 2
+    assert "has rows of the host another, 4 processors" in ended.output
+    assert results.read_text() == file
+
+
+def test_the_bare_program_moves_every_byte_there_and_back() -> None:
+    sent, received = np.zeros(1_000_003, np.uint8), np.zeros(2_000_001, np.uint8)
+
+    with bare_server() as address, bare_calls(address, 3, sent, received) as call:
+        for _ in range(2):
+            received[...] = 0
+            call()
+
+            assert received.all()  # the server sends ones
+
+
+def _end_one(meet: Meet, end: Callable[[], None]) -> None:
+    if meet() == 0:
+        end()
+    meet()  # the other waits for it here
+
+
+def _fail() -> None:
+    raise LookupError("a failure of one")
+
+
+def _die() -> None:
+    os._exit(1)
+
+
+@pytest.mark.parametrize(("end", "error"), [(_fail, LookupError), (_die, BrokenProcessPool)])
+def test_a_client_process_that_ends_leaves_no_other_waiting(
+    end: Callable[[], None], error: type[Exception]
+) -> None:
+    with start_client_processes([2]) as clients, pytest.raises(error):
+        clients.run(2, _end_one, end)

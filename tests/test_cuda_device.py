@@ -217,7 +217,7 @@ def test_deterministic_runs_are_equal_bit_by_bit(
 
 def test_status_tells_of_plans_and_buffers(cuda: CudaDevice) -> None:
     caches = {cache.name: cache for cache in cuda.caches}
-    assert set(caches) == {"plans", "device buffers", "pinned buffers"}
+    assert set(caches) == {"plans", "device buffers", "pinned buffers", "host buffers"}
     for cache in caches.values():
         assert 0 <= cache.size_bytes <= cache.limit_bytes
 

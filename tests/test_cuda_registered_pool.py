@@ -129,6 +129,14 @@ def test_sizes_that_were_never_seen_find_buffers_that_are_warm(
     for size_bytes in range(4 * MIB, 8 * MIB, 4097):
         pool.empty(bytes_spec(size_bytes), cuda.register)[...] = 1
     assert cuda.registrations_count == 9
+    state = pool.cache_state
+    assert (state.count, state.size_bytes, state.limit_bytes) == (
+        2,
+        16 * MIB - MIB // 2,
+        LIMIT_BYTES,
+    )
+    assert state.hits_count == len(range(4 * MIB, 8 * MIB, 4097)) - 9
+    assert state.misses_count == 9
 
 
 def test_a_buffer_is_at_most_an_eighth_larger_than_its_array() -> None:

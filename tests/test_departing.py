@@ -19,8 +19,8 @@ from deconvd_server.device import Departing, DeviceInfo, Operand, Place
 from deconvd_server.device.arriving import ArrivalTimeoutError, Arriving, peek_tensor
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.departing import note_all_written, target_of, targets_of
-from deconvd_server.engine.engine import Engine
-from tests.devices import make_arriving
+from deconvd_server.engine.engine import Engine, Engines
+from tests.devices import Departure, make_arriving
 
 F32 = np.dtype(np.float32)
 
@@ -33,18 +33,8 @@ def random_array(spec: TensorSpec, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(spec.shape).astype(spec.dtype)
 
 
-class Departure:
-    """A departing result, and what it was told: the sizes, and the bytes that were there then."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.array = np.full(spec.shape, 77, spec.dtype)
-        self.sizes_bytes: list[int] = []
-        self.seen = b""
-        self.place = Departing(self.array, self._on_written)
-
-    def _on_written(self, size_bytes: int) -> None:
-        self.seen += self.array.reshape(-1).view(np.uint8)[len(self.seen) : size_bytes].tobytes()
-        self.sizes_bytes.append(size_bytes)
+def departure_of(spec: TensorSpec) -> Departure:
+    return Departure(np.full(spec.shape, 77, spec.dtype))
 
 
 class OverlappingDevice(CpuDevice):
@@ -91,7 +81,7 @@ class ArrivesLater:
 
 
 def test_only_more_bytes_than_before_are_told() -> None:
-    departure = Departure(problem_of().y)
+    departure = departure_of(problem_of().y)
     for size_bytes in (8, 8, 4, 0, 12):
         departure.place.note_written(size_bytes)
     assert departure.sizes_bytes == [8, 12]
@@ -102,7 +92,7 @@ def test_only_more_bytes_than_before_are_told() -> None:
 
 
 def test_a_place_is_its_array_where_nothing_leaves_early() -> None:
-    departure = Departure(problem_of().y)
+    departure = departure_of(problem_of().y)
     assert target_of(departure.place) is target_of(departure.array) is departure.array
     assert targets_of({"y": departure.place}) == {"y": departure.array}
 
@@ -128,7 +118,7 @@ def test_every_departing_result_has_left_in_full_once_the_call_has_ended(
     for operation in (DECONVOLVE, DECONVOLVE_GRAD):
         given = {f: operands[f] for f in operation.operands_for(operation.all_results, ("b",))}
         specs = {field: spec_of_field(problem, field) for field in operation.all_results}
-        departures = {field: Departure(spec) for field, spec in specs.items()}
+        departures = {field: departure_of(spec) for field, spec in specs.items()}
         places = {field: departure.place for field, departure in departures.items()}
 
         new = engine.run(operation, problem, given, places, Options(), CallContext())
@@ -145,7 +135,7 @@ def test_a_device_has_departing_results_only_if_it_overlaps_transfers() -> None:
     problem = problem_of()
     operands = {"x": random_array(problem.x), "w": random_array(problem.W)}
     overlapping = OverlappingDevice()
-    departure = Departure(problem.y)
+    departure = departure_of(problem.y)
     engine = Engine(overlapping, waiting_count=1)
     engine.run(DECONVOLVE, problem, operands, {"y": departure.place}, Options(), CallContext())
     assert overlapping.places == [departure.place]
@@ -153,11 +143,20 @@ def test_a_device_has_departing_results_only_if_it_overlaps_transfers() -> None:
     engine.close()
 
 
+def test_departing_results_choose_no_engine() -> None:
+    engines = Engines([CpuDevice(1)], waiting_count=1)
+    departure, tensor = departure_of(problem_of().y), engines.all[0].empty(problem_of().x)
+    assert engines.engine_of(departure.place) is None
+    assert engines.engine_of(departure.place, tensor) is engines.all[0]
+    engines.all[0].free(tensor)
+    engines.close()
+
+
 @pytest.mark.parametrize("device_type", [CpuDevice, OverlappingDevice])
 def test_results_without_products_leave_too(device_type: type[CpuDevice]) -> None:
     problem, engine = problem_of(0), Engine(device_type(), waiting_count=1)
     operands = {field: random_array(spec_of_field(problem, field)) for field in ("x", "w", "b")}
-    departure = Departure(problem.y)
+    departure = departure_of(problem.y)
     engine.run(DECONVOLVE, problem, operands, {"y": departure.place}, Options(), CallContext())
     assert departure.seen == departure.array.tobytes()
     assert (departure.array == operands["b"][:, None, None]).all()
@@ -170,7 +169,7 @@ def test_a_call_that_fails_has_told_nothing_but_what_is_final() -> None:
 
     problem, engine = problem_of(), Engine(OverlappingDevice(fail), waiting_count=1)
     operands = {"x": random_array(problem.x), "w": random_array(problem.W)}
-    departure = Departure(problem.y)
+    departure = departure_of(problem.y)
     with pytest.raises(CallCancelledError):
         engine.run(DECONVOLVE, problem, operands, {"y": departure.place}, Options(), CallContext())
     assert departure.sizes_bytes == [departure.array[:2].nbytes]
@@ -188,7 +187,7 @@ def test_a_call_that_is_repeated_tells_the_rest() -> None:
     device.fail = fail
     problem, engine = problem_of(), Engine(device, waiting_count=1)
     x, W = random_array(problem.x), random_array(problem.W)
-    progress, departure = ArrivesLater(), Departure(problem.y)
+    progress, departure = ArrivesLater(), departure_of(problem.y)
     late_W, late_x = make_arriving(progress, W, x)
     operands: dict[str, Operand] = {"x": late_x, "w": late_W}
     assert isinstance(late_x, Arriving)

@@ -306,13 +306,13 @@ class Engines:
         """Return the engine with the fewest calls; of several, the one with the most free memory."""
         return self.all[0] if len(self.all) == 1 else min(self.all, key=_load_key)
 
-    def engine_of(self, *operands: Operand) -> Engine | None:
-        """Return the engine on whose device the operands are; None if all are arrays.
+    def engine_of(self, *tensors: Operand | Place) -> Engine | None:
+        """Return the engine on whose device operands and places are; None if all are arrays.
 
         Raises:
             InvalidArgumentError: They are on several devices.
         """
-        on_devices = [o for o in operands if not isinstance(o, (np.ndarray, Arriving))]
+        on_devices = [t for t in tensors if not isinstance(t, (np.ndarray, Arriving, Departing))]
         if not on_devices:
             return None
         ids = {tensor.device_id for tensor in on_devices}

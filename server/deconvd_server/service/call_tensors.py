@@ -239,6 +239,10 @@ class CallTensors:
             self._operands[field] = Arriving(array, progress, begin_bytes)
             begin_bytes += array.nbytes
 
+    def forget_operands(self) -> None:
+        """Forget the operands that came, so that their memory is free before the call's end."""
+        self._operands.clear()
+
     # On an engine
 
     def bring_operands(self, engine: Engine) -> dict[str, Operand]:

@@ -91,6 +91,7 @@ class StripedOperations:
                     self._run(call_tensors, sent_operands, elements, call)
                 finally:
                     elements.end()
+                    call_tensors.forget_operands()
             call_tensors.commit()
             return Envelope(call_tensors.response(), {})
 

@@ -31,24 +31,29 @@ _PROCESSORS_PER_STRIPE: Final = 2
 """A stripe has a thread here and, if the server is on the same host, one there."""
 
 _TRIALS_COUNT: Final = 3
-"""How often each candidate is tried at first.
+"""How often each candidate is tried at first."""
 
-This is also how many of its last calls are remembered. The fastest of them counts: others may have disturbed the rest.
+_REMEMBERED_COUNT: Final = 16
+"""How many of the last calls of each candidate are remembered.
+
+The fastest of them counts: others may have disturbed the rest. So the policy leaves a candidate that has become slow
+after so many calls.
 """
 
-_EXPLORATION_PERIOD: Final = 128
-"""How many calls pass until a neighbour of the best is tried again. It may have become better."""
+_EXPLORATION_PERIOD: Final = 192
+"""How many calls pass until another candidate than the best is tried again. It may have become better."""
 
 _MAX_SLOWDOWN: Final = 8.0
-"""A neighbour that was slower by some factor is tried again that much later, up to this factor."""
+"""A candidate that was slower by some factor is tried again that much later, up to this factor."""
 
 
 class StripingPolicy:
     """Chooses the number of stripes of each call, and learns from the time that calls take. Thread-safe.
 
     The candidates for a call are the stream, and the numbers of stripes that its size and the processors allow. At
-    first each is tried a few times. After that the best is used, and each of its two neighbours is tried again now
-    and then. Calls are compared with calls of the same kind and of about the same size.
+    first each is tried a few times. After that the best is used, and each of the others is tried again now and then,
+    which takes less than a fiftieth of the time. Calls are compared with those of the same kind and about the same
+    size.
 
     Args:
         processors_count: Returns how many processors this process may use.
@@ -101,7 +106,7 @@ class _Record:
 
     def add(self, choice: int, pace: float) -> None:
         """Note how many seconds a byte took."""
-        self._paces[choice] = (*self._paces.get(choice, ()), pace)[-_TRIALS_COUNT:]
+        self._paces[choice] = (*self._paces.get(choice, ()), pace)[-_REMEMBERED_COUNT:]
 
     def choose(self, candidates: Sequence[int]) -> int:
         """Return one of the candidates, which are in ascending order."""
@@ -110,13 +115,12 @@ class _Record:
             return min(untried, key=lambda count: (abs(count - _FIRST_COUNT), count))
         self._choices_count += 1
         best = min(candidates, key=self._pace)
-        at = candidates.index(best)
-        for neighbour in (*candidates[max(at - 1, 0) : at], *candidates[at + 1 : at + 2]):
-            slowdown = min(self._pace(neighbour) / self._pace(best), _MAX_SLOWDOWN)
-            waited_count = self._choices_count - self._tried_at.setdefault(neighbour, 0)
-            if waited_count >= _EXPLORATION_PERIOD * slowdown:
-                self._tried_at[neighbour] = self._choices_count
-                return neighbour
+        for other in candidates:
+            slowdown = min(self._pace(other) / self._pace(best), _MAX_SLOWDOWN)
+            waited_count = self._choices_count - self._tried_at.get(other, 0)
+            if other != best and waited_count >= _EXPLORATION_PERIOD * slowdown:
+                self._tried_at[other] = self._choices_count
+                return other
         return best
 
     def _pace(self, choice: int) -> float:

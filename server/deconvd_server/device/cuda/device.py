@@ -212,6 +212,7 @@ class CudaDevice(CardTensors):
             misses_count=self._pool.misses_count,
             pinned_count=lanes_count,
             pinned_bytes=lanes_count * PINNED_BYTES,
+            host_buffers=self._host_arrays.cache_state,
         )
 
     @property

@@ -26,6 +26,7 @@ class CudaStats:
         misses_count: Blocks for calls that no kept block could serve.
         pinned_count: Lanes with pinned host buffers.
         pinned_bytes: Size of these buffers.
+        host_buffers: The registered memory that all cards keep for arrays on the host.
     """
 
     plans: PlanCacheStats
@@ -37,11 +38,12 @@ class CudaStats:
     misses_count: int
     pinned_count: int
     pinned_bytes: int
+    host_buffers: CacheState
 
     @property
     def caches(self) -> tuple[CacheState, ...]:
         """The same, in the form that every device reports."""
-        return self._plans, self._device_buffers, self._pinned_buffers
+        return self._plans, self._device_buffers, self._pinned_buffers, self.host_buffers
 
     @property
     def _plans(self) -> CacheState:

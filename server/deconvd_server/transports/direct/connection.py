@@ -178,8 +178,11 @@ class DirectConnection:
             while self._serve_one():
                 pass
         except (ConnectionBrokenError, CallerGoneError) as error:
+            is_expected = (
+                self.is_idle or self._stripe is not None
+            )  # a striped call logs its failure
             _log.log(
-                logging.DEBUG if self.is_idle else logging.INFO,
+                logging.DEBUG if is_expected else logging.INFO,
                 "the direct connection of %s has ended: %s",
                 self._peer,
                 excerpt(error),

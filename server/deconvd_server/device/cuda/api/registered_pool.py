@@ -20,6 +20,7 @@ from deconvd.errors import ExhaustedError
 from deconvd.host.array_address import address_of
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
+from deconvd.wire.cache_state import CacheState
 
 __all__ = ["SMALLEST_REGISTERED_BYTES", "Register", "RegisteredPool", "size_class"]
 
@@ -101,8 +102,10 @@ class RegisteredPool:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()  # guards the number of users and the thread
+        self._lock = threading.Lock()  # guards the thread and the counts
         self._users_count = 0
+        self._hits_count = 0
+        self._misses_count = 0
         self._retire_thread: threading.Thread | None = None
         self._retired: SimpleQueue[_RegisteredBuffer | None] = SimpleQueue()  # None ends the thread
         # Changed by atomic steps alone. Who removes a buffer from one of these has it.
@@ -157,6 +160,8 @@ class RegisteredPool:
             if is_plain:
                 return np.empty(spec.shape, dtype)
             buffer = None if is_lasting else self._take_idle(size_bytes)
+            if not is_lasting:
+                self._count(is_hit=buffer is not None)
             if buffer is None:
                 buffer = _RegisteredBuffer(size_bytes, register, is_kept=not is_lasting)
                 self._registered[id(buffer)] = buffer
@@ -171,6 +176,20 @@ class RegisteredPool:
     def idle_bytes(self) -> int:
         """The size of the idle buffers."""
         return sum([size * len(buffers) for size, buffers in [*self._idle.items()]])
+
+    @property
+    def cache_state(self) -> CacheState:
+        """The state of the idle buffers, without a trace of lasting arrays: they may be other tenants' residents."""
+        with self._lock:
+            hits_count, misses_count = self._hits_count, self._misses_count
+        return CacheState(
+            name="host buffers",
+            count=sum([len(buffers) for buffers in [*self._idle.values()]]),
+            size_bytes=self.idle_bytes,
+            limit_bytes=self._limit_bytes,
+            hits_count=hits_count,
+            misses_count=misses_count,
+        )
 
     @property
     def registered_bytes(self) -> int:
@@ -191,6 +210,11 @@ class RegisteredPool:
             if oldest is None:
                 return  # other threads were faster
             self._retired.put(oldest)
+
+    def _count(self, *, is_hit: bool) -> None:
+        with self._lock:
+            self._hits_count += is_hit
+            self._misses_count += not is_hit
 
     def _take_idle(self, size_bytes: int) -> _RegisteredBuffer | None:
         """Return the idle buffer of a size that was returned last, since caches may still have it."""

@@ -36,7 +36,7 @@ _EARLY_BYTES: Final = 128 << 20
 """Smallest result that leaves in parts even if all operands are there.
 
 A graph's downloads cannot be told apart until all of it is done, which delays a smaller result by less than 3 ms. To
-enqueue its parts one by one takes the host 0.3 ms, for which other calls wait.
+enqueue its parts one by one takes the host half a millisecond with the interpreter's lock, for which other calls wait.
 """
 
 

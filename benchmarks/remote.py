@@ -1,0 +1,224 @@
+"""How near a far server is: ``python -m benchmarks.remote --device cuda --json FILE``.
+
+Client processes call a server over TCP, and by the other ways in the same run: shared memory, gRPC, and the bare
+program of `benchmarks.bare_tcp`, which moves the same bytes there and back and computes nothing. Its rate with four
+connections a call is the floor, and each row tells how much of it was reached. The clients of a row begin together and
+call for the same time. Rows are added to those that FILE has, so the table can be made in parts; a row that is
+measured again replaces the one before.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import click
+import numpy as np
+
+import deconvd_client
+from benchmarks.bare_tcp import bare_calls, bare_server
+from benchmarks.client_processes import ClientProcesses, Meet, start_client_processes
+from benchmarks.commit import commit
+from benchmarks.floor import card_name
+from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, make_operands
+from benchmarks.layers import LAYERS, Layer
+from benchmarks.remote_rows import FLOOR_PATH, RemoteRow, RowsFile
+from deconvd.model.dtypes import Array, DType
+from examples.local_server import local_server
+
+_BARE_CONNECTIONS = {FLOOR_PATH: 4, "bare_1": 1}
+"""How many connections a call of the bare program has, by its path."""
+
+_PATHS = (*_BARE_CONNECTIONS, "tcp", "grpc", "shared_memory")
+"""In the order of measuring: the floor is first, so that the others can be compared with it at once."""
+
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class _Durations:
+    """How long a client calls.
+
+    Attributes:
+        warm_up_calls, warm_up_s: After the first call, which has the plans tuned, there are this many more or those of
+            this time: the client learns how many connections pay.
+        time_s: How long the calls count.
+    """
+
+    warm_up_calls: int
+    warm_up_s: float
+    time_s: float
+
+
+@click.command()
+@click.option("--device", default="cpu", show_default=True, help="As of deconvd-server.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option(
+    "--layer",
+    "layers",
+    type=click.Choice([layer.name for layer in LAYERS]),
+    multiple=True,
+    default=[layer.name for layer in SERVICE_LAYERS],
+)
+@click.option(
+    "--type",
+    "dtypes",
+    type=click.Choice(["float32", "float16"]),
+    multiple=True,
+    default=("float32", "float16"),
+    help="Element types.",
+)
+@click.option(
+    "--clients",
+    "clients_counts",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 4, 8, 16),
+    help="Numbers of client processes.",
+)
+@click.option("--path", "paths", type=click.Choice(_PATHS), multiple=True, default=_PATHS)
+@click.option(
+    "--time-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="How long the calls of a row count.",
+)
+@click.option(
+    "--warm-up-calls",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Calls of each client before, at most.",
+)
+@click.option(
+    "--warm-up-s",
+    type=click.FloatRange(min=0),
+    default=1.5,
+    show_default=True,
+    help="How long those calls take, at most.",
+)
+def main(
+    device: str,
+    json_file: Path | None,
+    layers: Sequence[str],
+    dtypes: Sequence[str],
+    clients_counts: Sequence[int],
+    paths: Sequence[str],
+    time_s: float,
+    warm_up_calls: int,
+    warm_up_s: float,
+) -> None:
+    """Time calls over TCP, and by other ways, as parts of what a bare program reaches over TCP."""
+    about = {
+        "card": card_name(device),
+        "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+        "commit": commit(),
+    }
+    file = RowsFile(json_file, about)
+    durations = _Durations(warm_up_calls, warm_up_s, time_s)
+    with ExitStack() as stack:
+        addresses = _start_servers(stack, device, paths)
+        clients = stack.enter_context(start_client_processes(clients_counts))
+        for layer in (layer for layer in LAYERS if layer.name in layers):
+            for dtype in map(np.dtype, dtypes):
+                for count in clients_counts:
+                    for path, address in addresses.items():
+                        row = _row(clients, layer, dtype, count, path, address, durations)
+                        print(file.add(row), flush=True)
+
+
+def _start_servers(stack: ExitStack, device: str, paths: Sequence[str]) -> Mapping[str, str]:
+    """Start what the paths need, one server or two. Return their addresses by path, in the order of measuring."""
+    ours = bare = ""
+    if not _BARE_CONNECTIONS.keys() >= set(paths):
+        ours = stack.enter_context(local_server(device, address="127.0.0.1:0"))
+    if not _BARE_CONNECTIONS.keys().isdisjoint(paths):
+        bare = stack.enter_context(bare_server())
+    return {path: bare if path in _BARE_CONNECTIONS else ours for path in _PATHS if path in paths}
+
+
+def _row(
+    clients: ClientProcesses,
+    layer: Layer,
+    dtype: DType,
+    clients_count: int,
+    path: str,
+    address: str,
+    durations: _Durations,
+) -> RemoteRow:
+    figures = clients.run(clients_count, _time_client, layer, dtype, path, address, durations)
+    return RemoteRow(
+        layer.name,
+        dtype.name,
+        clients_count,
+        path,
+        ms=statistics.median(ms for ms, _ in figures),
+        gb_per_s=sum(rate for _, rate in figures) * layer.nbytes(dtype) / 1e9,
+    )
+
+
+def _time_client(
+    meet: Meet, layer: Layer, dtype: DType, path: str, address: str, durations: _Durations
+) -> tuple[float, float]:
+    """Call together with others. Return the median latency in milliseconds, and the rate in calls per second."""
+    with _calls(layer, dtype, path, address) as call:
+        call()
+        meet()
+        _warm_up(call, durations)
+        meet()
+        return _time_calls(call, durations.time_s)
+
+
+@contextmanager
+def _calls(layer: Layer, dtype: DType, path: str, address: str) -> Iterator[Callable[[], None]]:
+    """Connect by a path, and give what makes a call."""
+    operands = _operands(layer, dtype)
+    if path in _BARE_CONNECTIONS:
+        sent = np.concatenate([array.reshape(-1).view(np.uint8) for array in operands])
+        received = np.ones(layer.problem(dtype).y.nbytes, np.uint8)
+        with bare_calls(address, _BARE_CONNECTIONS[path], sent, received) as call:
+            yield call
+        return
+    with deconvd_client.connect(address, transport=path, timeout_s=_TIMEOUT_S) as F:
+        yield lambda: call_layer(F, layer, operands)
+
+
+@lru_cache(maxsize=1)
+def _operands(layer: Layer, dtype: DType) -> tuple[Array, ...]:
+    """Return x and W, which a process makes once for all rows of a layer: that takes longer than many calls."""
+    return make_operands(layer, dtype)
+
+
+def _warm_up(call: Callable[[], None], durations: _Durations) -> None:
+    end_s = time.perf_counter() + durations.warm_up_s
+    for _ in range(durations.warm_up_calls):
+        if time.perf_counter() >= end_s:
+            break
+        call()
+
+
+def _time_calls(call: Callable[[], None], time_s: float) -> tuple[float, float]:
+    """Return the median latency in milliseconds, and the rate in calls per second."""
+    times_s: list[float] = []
+    now_s = time.perf_counter()
+    end_s = now_s + time_s
+    while now_s < end_s:
+        start_s = now_s
+        call()
+        now_s = time.perf_counter()
+        times_s.append(now_s - start_s)
+    # the last call ends behind the time, when others may call no more: only its part before counts
+    count = len(times_s) - (now_s - end_s) / times_s[-1]
+    return statistics.median(times_s) * 1e3, count / time_s
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The rows of `benchmarks.remote`, and the file that collects them from several runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+__all__ = ["FLOOR_PATH", "RemoteRow", "RemoteRowKey", "RowsFile", "merge_rows"]
+
+FLOOR_PATH = "bare_4"
+
+
+class RemoteRowKey(NamedTuple):
+    """What a row is of: two rows with the same key are two measurements of one thing."""
+
+    layer: str
+    dtype: str
+    clients: int
+    path: str
+
+
+@dataclass(frozen=True)
+class RemoteRow:
+    """The calls of one layer by some clients at once; its fields are those of the JSON file.
+
+    Attributes:
+        clients: The number of client processes.
+        path: How they call: a transport of ours, or the bare program by 1 or 4 connections a call.
+        ms: Latency of a call: the median of the clients' medians.
+        gb_per_s: What x, W and y of all clients' calls have in a second, both ways together, in 10^9 bytes.
+        floor_gb_per_s: The same of the bare program by 4 connections; None while it was not measured.
+    """
+
+    layer: str
+    dtype: str
+    clients: int
+    path: str
+    ms: float
+    gb_per_s: float
+    floor_gb_per_s: float | None = None
+
+    @property
+    def key(self) -> RemoteRowKey:
+        """What the row is of."""
+        return RemoteRowKey(self.layer, self.dtype, self.clients, self.path)
+
+    def __str__(self) -> str:
+        name = f"{self.layer:24} {self.dtype:8} {self.clients:3} {self.path:14}"
+        times = f"{self.ms:9.3f} ms {self.gb_per_s:8.3f} GB/s"
+        if self.floor_gb_per_s is None:
+            return f"{name} {times}"
+        return f"{name} {times} {self.gb_per_s / self.floor_gb_per_s:6.2f} of the floor"
+
+
+def merge_rows(rows: Iterable[RemoteRow], new: Iterable[RemoteRow]) -> list[RemoteRow]:
+    """Return all rows, new ones instead of those with the same key, each with its floor of today."""
+    merged = {row.key: row for row in (*rows, *new)}
+    floors = {key: row.gb_per_s for key, row in merged.items() if key.path == FLOOR_PATH}
+    return [
+        replace(row, floor_gb_per_s=floors.get(key._replace(path=FLOOR_PATH)))
+        for key, row in merged.items()
+    ]
+
+
+class RowsFile:
+    """A JSON file of rows. Each run adds its rows to those that the file has, or replaces them.
+
+    Args:
+        path: Where the file is, or will be. None: rows are only collected.
+        about: What was measured, on what: of all rows of the file.
+
+    Raises:
+        click.UsageError: The file has rows of something else.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, str | None]) -> None:
+        self.rows: Sequence[RemoteRow] = ()
+        self._path = path
+        self._about = dict(about)
+        if path is not None and path.exists():
+            file = json.loads(path.read_text())
+            for name, value in about.items():
+                if file[name] != value:
+                    raise click.UsageError(
+                        f"--json: {path} has rows of the {name} {file[name]}, not {value}: "
+                        "choose another file"
+                    )
+            self.rows = [RemoteRow(**row) for row in file["rows"]]
+
+    def add(self, row: RemoteRow) -> RemoteRow:
+        """Add a row, write the file, and return the row with its floor."""
+        self.rows = merge_rows(self.rows, [row])
+        if self._path is not None:
+            date = datetime.now(UTC).isoformat(timespec="seconds")
+            rows = [asdict(row) for row in self.rows]
+            text = json.dumps({**self._about, "date": date, "rows": rows}, indent=1)
+            self._path.write_text(text + "\n")
+        return next(each for each in self.rows if each.key == row.key)
