@@ -288,6 +288,30 @@ def test_a_stripe_that_waits_for_its_call_ends_with_its_client(server: StripedSe
     wait_until(lambda: members_count(server) == 0)
 
 
+@pytest.mark.parametrize("is_computed", [False, True])
+def test_a_call_whose_stripes_do_not_come_ends(
+    client: StripedClient,
+    server: StripedServer,
+    device: SteppingDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    is_computed: bool,
+) -> None:
+    monkeypatch.setattr("deconvd_server.transports.direct.striped_transfer.STRIPE_WAIT_S", 0.5)
+    device.let_go.set()
+    lacking = client.stripes.pop()
+    client.begin(describe(DECONVOLVE, OPERANDS), stripes_count=2)
+    client.join()
+    client.send(ARRAYS, None if is_computed else [0], ends=is_computed)
+    if is_computed:
+        client.receive([*empty_results(DECONVOLVE, OPERANDS).values()])
+    with pytest.raises(UnavailableError, match="lacks 1 of its connections after"):
+        raise client.take_failure()
+    server.wait_until_idle()
+    assert is_serving(client.control)
+    client.join(lacking)
+    assert is_closed(lacking)
+
+
 def test_an_id_is_used_once(
     client: StripedClient, server: StripedServer, device: SteppingDevice
 ) -> None:

@@ -9,8 +9,12 @@ from deconvd.direct.events import EndOfStream, PieceHead
 from deconvd.direct.frame_stream import FrameStream
 from deconvd.wire.stream_parts import PendingElements
 from deconvd_server.call.context import ClientWait
-from deconvd_server.transports.direct.striped_transfer import StripedTransfer, StripeMember
-from deconvd_server.transports.direct.transfers import STRIPE_WAIT_S, TransferTable
+from deconvd_server.transports.direct.striped_transfer import (
+    STRIPE_WAIT_S,
+    StripedTransfer,
+    StripeMember,
+)
+from deconvd_server.transports.direct.transfers import TransferTable
 
 __all__ = ["Stripe"]
 

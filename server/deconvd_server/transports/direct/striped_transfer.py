@@ -19,6 +19,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -28,10 +29,13 @@ from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
 from deconvd.model.dtypes import Array
 from deconvd_server.call.context import CallContext, ClientWait
 
-__all__ = ["StripeMember", "StripedTransfer", "TransferState"]
+__all__ = ["STRIPE_WAIT_S", "StripeMember", "StripedTransfer", "TransferState"]
 
 _ABSENT, _LANDING, _LANDED = range(3)
 """How far a piece of the operands is."""
+
+STRIPE_WAIT_S: Final = 10.0
+"""How long a stripe and its call wait for each other. Clients send both at once."""
 
 _RETRY_AFTER_S: Final = 0.1
 """When the client of a call whose connection has ended may try again: soon, as it did not wait for the server."""
@@ -46,28 +50,19 @@ class TransferState(Enum):
     ENDED = "ended"
 
 
+@dataclass(slots=True, eq=False)
 class StripeMember:
     """A connection's membership in a transfer.
 
     Attributes:
+        wait: Tells since when the connection has waited for its client.
         shutdown: Breaks the connection, from any thread and without waiting.
         is_transferring: Whether it sends or receives, and does not wait for the server. Its thread sets it.
-
-    Args:
-        wait: Tells since when the connection has waited for its client.
     """
 
-    __slots__ = ("_wait", "is_transferring", "shutdown")
-
-    def __init__(self, wait: ClientWait, shutdown: Callable[[], None]) -> None:
-        self._wait = wait
-        self.shutdown = shutdown
-        self.is_transferring = False
-
-    @property
-    def blocked_since_s(self) -> float:
-        """As in `ClientWait`."""
-        return self._wait.blocked_since_s
+    wait: ClientWait
+    shutdown: Callable[[], None]
+    is_transferring: bool = False
 
 
 class StripedTransfer:
@@ -88,7 +83,7 @@ class StripedTransfer:
         self._members: dict[StripeMember, None] = {}
         self._lacking_count = 0  # stripes of the call that have not joined
         self._landing_count = 0  # stripes of the call that have more to receive, as far as is known
-        self._progressed_s = math.inf
+        self._opened_s = self._progressed_s = math.inf
         self._operands: PieceSpace | None = None
         self._pieces = bytearray()  # how far each piece of the operands is
         self._landed_count = 0
@@ -118,6 +113,7 @@ class StripedTransfer:
                 del self._members[member]
             self._lacking_count = stripes_count - len(self._members)
             self._landing_count = stripes_count
+            self._opened_s = time.monotonic()
             self._changed.notify_all()
         call.on_cancel(self._break)
         return True
@@ -169,7 +165,7 @@ class StripedTransfer:
         return self
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
-        """See `ArrivalProgress`. Raises as `CallContext.check` once the call is cancelled."""
+        """See `ArrivalProgress`. Raises as `CallContext.check`, or UnavailableError if stripes do not come."""
         if self._landed_bytes >= size_bytes:
             return True
         with self._arrived:
@@ -180,6 +176,7 @@ class StripedTransfer:
             )
             if self._landed_bytes >= size_bytes:
                 return True
+            self._check_stripes()
         self._open_call.check()
         return False
 
@@ -215,7 +212,11 @@ class StripedTransfer:
             self._progressed_s = time.monotonic()
             while self.state is TransferState.OPEN and (self._members or self._lacking_count):
                 call.check()
-                self._changed.wait(call.remaining_s())
+                self._check_stripes()
+                remaining_s = call.remaining_s()
+                self._changed.wait(
+                    STRIPE_WAIT_S if remaining_s is None else min(remaining_s, STRIPE_WAIT_S)
+                )
             if self.state is not TransferState.OPEN:
                 call.check()
 
@@ -246,7 +247,7 @@ class StripedTransfer:
                 or (self._has_landed() and not self._is_computed)
             ):
                 return math.inf
-            waits = [m.blocked_since_s for m in self._members if m.is_transferring]
+            waits = [m.wait.blocked_since_s for m in self._members if m.is_transferring]
             return max([self._progressed_s, *waits])
 
     # For stripes
@@ -374,6 +375,14 @@ class StripedTransfer:
 
     def _are_results_written(self) -> bool:
         return self._results is not None and self._written_bytes == self._results.size_bytes
+
+    def _check_stripes(self) -> None:
+        """Raise UnavailableError if stripes should have come long ago: the client may not know that one has broken."""
+        if self.lacks_stripes and time.monotonic() >= self._opened_s + STRIPE_WAIT_S:
+            raise UnavailableError(
+                f"the striped call lacks {self._lacking_count} of its connections after {STRIPE_WAIT_S:g} s",
+                retry_after_s=_RETRY_AFTER_S,
+            )
 
     def _check_open(self) -> None:
         if self.state is not TransferState.OPEN:

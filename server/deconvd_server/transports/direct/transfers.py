@@ -12,14 +12,12 @@ from deconvd.direct.connection_errors import RemoteProtocolError
 from deconvd_server.call.context import CallContext
 from deconvd_server.resources.capabilities import CapabilityTable
 from deconvd_server.transports.direct.striped_transfer import (
+    STRIPE_WAIT_S,
     StripedTransfer,
     StripeMember,
 )
 
-__all__ = ["STRIPE_WAIT_S", "TransferTable"]
-
-STRIPE_WAIT_S: Final = 10.0
-"""How long a stripe waits for its call, and a drain for the stripes of calls under way. Clients send both at once."""
+__all__ = ["TransferTable"]
 
 _ENDED_COUNT: Final = 256
 """How many ids of ended transfers are remembered: their late stripes are refused at once, and they are not used again.
