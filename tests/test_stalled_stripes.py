@@ -109,7 +109,7 @@ def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that waits for clients for a second where others wait for half a minute."""
     constants = {
         "deconvd_server.call.context:STALL_LIMIT_S": STALL_S,
-        "deconvd_server.transports.direct.transfers:STRIPE_WAIT_S": STALL_S,
+        "deconvd_server.transports.direct.striped_transfer:STRIPE_WAIT_S": STALL_S,
     }
     directory = tmp_path_factory.mktemp("hasty")
     with server_process(directory, listen=("unix", "127.0.0.1:0"), constants=constants) as server:

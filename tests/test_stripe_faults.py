@@ -94,7 +94,10 @@ DELAYS = {
 @pytest.fixture(scope="module")
 def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     directory, listen = tmp_path_factory.mktemp("server"), ("127.0.0.1:0",)
-    constants = {**SMALL_PIECES, "deconvd_server.transports.direct.transfers:STRIPE_WAIT_S": 1.0}
+    constants = {
+        **SMALL_PIECES,
+        "deconvd_server.transports.direct.striped_transfer:STRIPE_WAIT_S": 1.0,
+    }
     with server_process(directory, listen=listen, constants=constants) as server:
         yield server
         assert "unforeseen" not in server.log.read_text()
