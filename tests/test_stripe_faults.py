@@ -96,7 +96,7 @@ def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProce
     directory, listen = tmp_path_factory.mktemp("server"), ("127.0.0.1:0",)
     constants = {
         **SMALL_PIECES,
-        "deconvd_server.transports.direct.striped_transfer:STRIPE_WAIT_S": 1.0,
+        "deconvd_server.transports.direct.striped_transfer:STRIPE_WAIT_S": 3.0,
     }
     with server_process(directory, listen=listen, constants=constants) as server:
         yield server
