@@ -63,12 +63,14 @@ class Disturbance:
         fault: What happens to its line then.
         until: If the line hangs: the frame of the same call that must have gone through before the line goes on. None
             for ever, or until `StripeProxy.release`.
+        pause_s: How much longer the line hangs after that frame, so that the server gets it first.
     """
 
     spot: Spot
     part: float = 0.0
     fault: Fault = Fault.RESET
     until: Spot | None = None
+    pause_s: float = 0.05
 
 
 @dataclass
@@ -223,6 +225,7 @@ class StripeProxy(TcpProxy):
         assert line.call is not None
         while not (self._is_released or disturbance.until in line.call.gone):
             await self._has_moved.wait()
+        await asyncio.sleep(disturbance.pause_s)
 
 
 async def _read_payload(reader: asyncio.StreamReader, head: bytes, size_bytes: int) -> bytes:

@@ -37,23 +37,27 @@ def send_signal(server: ServerProcess) -> None:
     wait_until(lambda: "draining" in server.log.read_text())
 
 
-def send_most_pieces(client: StripedClient) -> None:
-    """Send more than the system keeps for a server that reads nothing: so the server has begun the call."""
+def send_call(client: StripedClient, server: ServerProcess) -> None:
     client.begin(describe(DECONVOLVE, OPERANDS))
+    wait_until(lambda: "in 2 stripes" in server.log.read_text())
+
+
+def send_most_pieces(client: StripedClient, server: ServerProcess) -> None:
     client.join()
     client.send([*OPERANDS.values()], range(4), ends=False)
 
 
-def send_last_piece(client: StripedClient) -> None:
+def send_last_piece(client: StripedClient, server: ServerProcess) -> None:
     client.send([*OPERANDS.values()], [4])
 
 
-def wait_for_results(client: StripedClient) -> None:
+def wait_for_results(client: StripedClient, server: ServerProcess) -> None:
     """Wait for the begin of results, of which there are more than the system keeps for a client that reads nothing."""
     wait_until(lambda: any(stripe.poll(0) for stripe in client.stripes))
 
 
-STEPS: dict[str, Callable[[StripedClient], None]] = {
+STEPS: dict[str, Callable[[StripedClient, ServerProcess], None]] = {
+    "the call": send_call,
     "most of the operands": send_most_pieces,
     "all operands": send_last_piece,
     "the begin of the results": wait_for_results,
@@ -63,12 +67,11 @@ STEPS: dict[str, Callable[[StripedClient], None]] = {
 
 @pytest.mark.parametrize("last", STEPS)
 def test_a_striped_call_that_has_begun_is_not_lost_on_a_signal(tmp_path: Path, last: str) -> None:
-    with server_process(
-        tmp_path, "--drain-timeout-s", str(DRAIN_S), listen=("127.0.0.1:0",)
-    ) as server:
+    options = "--drain-timeout-s", str(DRAIN_S), "--log-level", "debug"
+    with server_process(tmp_path, *options, listen=("127.0.0.1:0",)) as server:
         with closing(StripedClient(get_server_info(server).direct_port)) as client:
             for name, step in STEPS.items():
-                step(client)
+                step(client, server)
                 if name == last:
                     send_signal(server)
             y = np.empty_like(LARGE)

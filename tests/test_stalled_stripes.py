@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
-from itertools import cycle, islice
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -34,8 +34,8 @@ PATIENCE_S = 15.0
 
 SMALL = LARGE[:1, :, :2]
 
-STALLED_COUNT = 24
-"""More than run at once."""
+STALLED_HOSTS = ["127.0.0.2"] * 14 + ["127.0.0.3", "127.0.0.4"]
+"""Whence as many calls come as run at once: the last two places are for peers that have none."""
 
 
 Stall = Callable[[StripedClient], list[FrameStream]]
@@ -177,8 +177,8 @@ def test_stripes_whose_call_does_not_come_are_ended(hasty: ServerProcess) -> Non
 def test_clients_that_stall_keep_nobody_waiting(patient: ServerProcess) -> None:
     port = get_server_info(patient).direct_port
     with ExitStack() as stack:
-        for stall in islice(cycle(STALLS), STALLED_COUNT):
-            client = stack.enter_context(closing(StripedClient(port, host="127.0.0.2")))
+        for host, stall in zip(STALLED_HOSTS, cycle(STALLS), strict=False):
+            client = stack.enter_context(closing(StripedClient(port, host=host)))
             for line in client.stripes:
                 line.set_deadline(0.5)
             with suppress(ConnectionBrokenError):  # it must wait for memory, or for its turn
