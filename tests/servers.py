@@ -10,14 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, UnavailableError
-from tests.cgroups import Cgroup
 from tests.processes import wait_until
 
 __all__ = ["ServerProcess", "call_until_served", "free_port", "server_process", "stop_server"]
@@ -25,6 +25,13 @@ __all__ = ["ServerProcess", "call_until_served", "free_port", "server_process", 
 _END_TIMEOUT_S = 30
 _COVERAGE_TIMEOUT_S = 4
 """How long a server that is measured may take for its end before it is asked again, or killed."""
+
+
+class Surroundings(Protocol):
+    """What a process can be run in: a cgroup, or a network namespace."""
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """Return a command that runs another one within, under the same process id."""
 
 
 @dataclass
@@ -68,7 +75,7 @@ def server_process(
     *options: str,
     device: str = "cpu",
     listen: tuple[str, ...] = ("unix",),
-    within: Cgroup | None = None,
+    within: Surroundings | None = None,
     constants: Mapping[str, float] | None = None,
     descriptors_count: int | None = None,
     limits: Mapping[int, int] | None = None,
@@ -78,7 +85,7 @@ def server_process(
     Args:
         constants: Values for constants of its modules, by ``module:name``: limits that are too long for a test.
         descriptors_count: How many descriptors it may have; None for as many as this process.
-        within: A cgroup to run it in.
+        within: What to run it in.
         limits: Other limits, as of `resource.setrlimit`, by their numbers.
     """
     addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]

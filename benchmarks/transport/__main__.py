@@ -26,6 +26,9 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 4, 20
 _MOST_CALLS, _BURST_S = 100, 0.1
 """Of a path in a round, after one call that does not count."""
 
+_FLOORS = {"tcp": "raw_tcp", "grpc_tcp": "bare_grpc_stream"}
+"""What a path can hope for: the same bytes by the same means, and nothing else."""
+
 
 @click.command()
 @click.option("--bytes", "sizes", type=int, multiple=True, default=_DEFAULT_BYTES)
@@ -90,9 +93,15 @@ def _burst_s(round_trip: RoundTrip, x: Array) -> list[float]:
 
 def _print_table(rows: list[dict[str, str | int | float]], sizes: Sequence[int]) -> None:
     print("milliseconds, median".ljust(22) + "".join(f"{_human(size):>12}" for size in sizes))
-    for name in dict.fromkeys(row["path"] for row in rows):
-        times = [float(row["ms"]) for row in rows if row["path"] == name]
-        print(f"{name:<22}" + "".join(f"{ms:>12.3f}" for ms in times))
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        times.setdefault(str(row["path"]), []).append(float(row["ms"]))
+    for name, own in times.items():
+        print(f"{name:<22}" + "".join(f"{ms:>12.3f}" for ms in own))
+    for name, floor in _FLOORS.items():
+        if name in times and floor in times:
+            ratios = [ms / least for ms, least in zip(times[name], times[floor], strict=True)]
+            print(f"{name} / {floor}".ljust(22) + "".join(f"{ratio:>12.3f}" for ratio in ratios))
 
 
 def _human(size_bytes: int) -> str:

@@ -21,6 +21,7 @@ from benchmarks.transport.servers import LENGTH, METHOD
 from deconvd.model.dtypes import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd.wire.tensor import message_from_array
 
 __all__ = ["PATHS", "RoundTrip"]
@@ -120,6 +121,27 @@ def bare_grpc() -> Iterator[RoundTrip]:
 
 
 @contextmanager
+def bare_grpc_stream() -> Iterator[RoundTrip]:
+    """A gRPC stream of raw bytes in chunks of a mebibyte, with our options: what grpcio leaves our streams."""
+    with (
+        _server("bare_grpc_stream", _TCP) as target,
+        grpc.insecure_channel(target, [*_UNLIMITED, *GRPC_OPTIONS]) as channel,
+    ):
+        rpc: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
+        yield partial(_stream, rpc)
+
+
+def _stream(rpc: grpc.StreamStreamMultiCallable[bytes, bytes], x: Array) -> Array:
+    source, y = x.data.cast("B"), np.empty_like(x)
+    target, filled = y.data.cast("B"), 0
+    chunks = (bytes(source[i : i + _BATCH_BYTES]) for i in range(0, x.nbytes, _BATCH_BYTES))
+    for chunk in rpc(chunks):
+        target[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    return y
+
+
+@contextmanager
 def stock_grpc() -> Iterator[RoundTrip]:
     """Unary gRPC of our schema, with the generated classes and default options."""
     with (
@@ -178,6 +200,7 @@ PATHS: dict[str, Callable[[], AbstractContextManager[RoundTrip]]] = {
     "grpc_tcp": partial(deconvd, _TCP, "grpc"),
     "raw_tcp": raw_tcp,
     "bare_grpc": bare_grpc,
+    "bare_grpc_stream": bare_grpc_stream,
     "stock_grpc": stock_grpc,
     "flight_unix": partial(flight, _UNIX),
     "flight_tcp": partial(flight, _TCP),

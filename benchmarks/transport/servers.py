@@ -6,7 +6,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from deconvd.model.operation import Operation
 from deconvd.model.problem import Problem
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd_server.daemon import Daemon
 from deconvd_server.device import CacheState, DeviceInfo
 from deconvd_server.settings import Settings
@@ -99,12 +100,36 @@ def serve_raw_tcp(address: str) -> None:
             connection.sendall(buffer)
 
 
+def serve_sink(address: str) -> None:
+    """Take whole messages on a bare TCP socket, one connection after the other, and answer each by one byte."""
+    host, _, port = address.rpartition(":")
+    with socket.create_server((host, int(port))) as listener:
+        print(f"{host}:{listener.getsockname()[1]}", flush=True)
+        buffer = memoryview(bytearray(1 << 20))
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                while header := connection.recv(LENGTH.size, socket.MSG_WAITALL):
+                    (remaining,) = LENGTH.unpack(header)
+                    while remaining:
+                        remaining -= connection.recv_into(buffer[: min(remaining, len(buffer))])
+                    connection.sendall(b"1")
+
+
 def serve_bare_grpc(address: str) -> None:
     """Serve unary gRPC of raw bytes, without protobuf."""
     handler = grpc.method_handlers_generic_handler(
         "benchmark.Echo", {"Echo": grpc.unary_unary_rpc_method_handler(lambda data, _: data)}
     )
     _serve_grpc(address, lambda server: server.add_generic_rpc_handlers((handler,)))
+
+
+def serve_bare_grpc_stream(address: str) -> None:
+    """Serve a gRPC stream of raw bytes with our options: each message goes back as it comes."""
+    handler = grpc.method_handlers_generic_handler(
+        "benchmark.Echo", {"Echo": grpc.stream_stream_rpc_method_handler(lambda chunks, _: chunks)}
+    )
+    _serve_grpc(address, lambda server: server.add_generic_rpc_handlers((handler,)), GRPC_OPTIONS)
 
 
 class _StockServicer(pb_grpc.DeconvolutionServiceServicer):
@@ -123,9 +148,13 @@ def serve_stock_grpc(address: str) -> None:
     )
 
 
-def _serve_grpc(address: str, add_handlers: Callable[[grpc.Server], None]) -> None:
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    server = grpc.server(ThreadPoolExecutor(4), options=options)
+def _serve_grpc(
+    address: str,
+    add_handlers: Callable[[grpc.Server], None],
+    options: Sequence[tuple[str, int | str]] = (),
+) -> None:
+    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    server = grpc.server(ThreadPoolExecutor(4), options=[*unlimited, *options])
     add_handlers(server)
     port = server.add_insecure_port(address)
     server.start()

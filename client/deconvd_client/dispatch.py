@@ -18,6 +18,7 @@ from deconvd_client.residents import Attempt, Call, Resident, ResidentExecutor
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.transports.large_call import make_large_call
 from deconvd_client.transports.route import Route
+from deconvd_client.transports.sliced_stream import pays_as_stream
 from deconvd_client.transports.stub import Stub
 
 __all__ = ["Dispatcher"]
@@ -151,7 +152,11 @@ class Dispatcher:
         for tensor in tensors:
             payload_bytes += tensor.nbytes
         is_brief = payload_bytes <= _MAX_BRIEF_BYTES
-        is_message = is_brief or (payload_bytes <= _MAX_UNARY_BYTES and not stub.is_direct)
+        is_message = is_brief or (
+            payload_bytes <= _MAX_UNARY_BYTES
+            and not stub.is_direct
+            and not pays_as_stream(call_spec, stub.link_rate)
+        )
         if is_message and call_spec.are_digests_known:
             raw: dict[str, Buffer] = {}
             for field, array in call_spec.operands.items():

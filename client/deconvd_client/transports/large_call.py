@@ -66,7 +66,7 @@ def make_large_call(
 def _make_stream_call(
     stub: Stub, call_spec: CallSpec, empty: Callable[[TensorSpec], Array]
 ) -> CallResult:
-    begin = partial(begin_stream_attempt, call_spec, empty)
+    begin = partial(begin_stream_attempt, call_spec, empty, stub.link_rate)
     (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
     return CallResult(response, arrays, ledger)
 

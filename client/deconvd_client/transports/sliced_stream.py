@@ -23,8 +23,9 @@ from deconvd.wire.stream_parts import (
 )
 from deconvd_client.calls.call_spec import CallSpec, Response
 from deconvd_client.calls.transport import StreamAttempt
+from deconvd_client.transports.link_rate import LinkRate, MeteredSource
 
-__all__ = ["begin_stream_attempt"]
+__all__ = ["begin_stream_attempt", "pays_as_stream"]
 
 _StreamResult: TypeAlias = tuple[Response, dict[str, Array]]
 """The response, and the results, by the names of their fields."""
@@ -35,21 +36,57 @@ _MAX_UNANSWERED_BYTES: Final = 64 << 20
 _PIECE_BYTES: Final = 1 << 20
 """What is sent between two checks whether it has said so."""
 
+_MIN_SLICES_COUNT: Final = 4
+"""How many slices a call must have on a slow link to be a stream rather than a message."""
+
+_MIN_MEASURED_BYTES: Final = 3 << 19
+"""How large results must be for a gRPC stream to measure the link: more than its first message must come."""
+
 
 def begin_stream_attempt(
-    call_spec: CallSpec, empty: Callable[[TensorSpec], Array]
+    call_spec: CallSpec, empty: Callable[[TensorSpec], Array], link_rate: LinkRate
 ) -> StreamAttempt[_StreamResult]:
     """Begin an attempt at a call in a stream.
 
     Args:
         empty: Returns new memory for a result.
+        link_rate: Says how large slices are, and learns from the response.
     """
-    stream_call = _StreamCall(call_spec, empty)
+    stream_call = _StreamCall(call_spec, empty, link_rate)
     method = MethodCode[call_spec.operation.stream_name]
     response_type = messages_for(call_spec.operation).stream_response
     return StreamAttempt(
-        method, stream_call.parts(), stream_call.receive, response_type, stream_call.is_full_duplex
+        method,
+        stream_call.parts(),
+        stream_call.receive,
+        response_type,
+        stream_call.is_full_duplex,
+        stream_call.may_take_part,
     )
+
+
+def pays_as_stream(call_spec: CallSpec, link_rate: LinkRate) -> bool:
+    """Return whether a stream is better than gRPC messages for a call that both can carry.
+
+    A message's results begin to travel when its operands have arrived, so it takes both ways in turn. On a slow link
+    that costs more than slices do. While the rate is unknown, a stream measures it.
+    """
+    if link_rate.bytes_per_s is None:
+        sizes = (s.nbytes for f, s in call_spec.results.items() if f in call_spec.operation.results)
+        return sum(sizes) >= _MIN_MEASURED_BYTES
+    return call_spec.problem.n >= _MIN_SLICES_COUNT * _slice_samples_count(call_spec, link_rate)
+
+
+def _slice_samples_count(call_spec: CallSpec, link_rate: LinkRate) -> int:
+    """Return how many samples a slice has. It is the same in each call if results must have the same bits in each.
+
+    gW and gb are sums over the slices, and a device may choose its algorithm by the number of samples.
+    """
+    problem = call_spec.problem
+    total_bytes = problem.x.nbytes + problem.y.nbytes
+    is_fixed = call_spec.request.options.cudnn_deterministic
+    slice_bytes = SLICE_BYTES if is_fixed else link_rate.slice_bytes(total_bytes)
+    return max(slice_bytes * problem.n // max(total_bytes, 1), 1)
 
 
 class _StreamCall:
@@ -59,25 +96,33 @@ class _StreamCall:
         is_full_duplex: Whether parts of the response may come before the request is whole.
     """
 
-    def __init__(self, call_spec: CallSpec, empty: Callable[[TensorSpec], Array]) -> None:
+    def __init__(
+        self, call_spec: CallSpec, empty: Callable[[TensorSpec], Array], link_rate: LinkRate
+    ) -> None:
         problem = call_spec.problem
-        sample_bytes = (problem.x.nbytes + problem.y.nbytes) // max(problem.n, 1)
-        self._step = max(SLICE_BYTES // max(sample_bytes, 1), 1)  # samples of a slice
+        self._step = _slice_samples_count(call_spec, link_rate)
         self.is_full_duplex: bool = bool(call_spec.offered) or problem.n > self._step
         self._call_spec = call_spec
         self._empty = empty
+        self._link_rate = link_rate
         self._messages = messages_for(call_spec.operation)
         # a queue, since an exception from a signal handler can leave an Event locked
         self._missing: SimpleQueue[Sequence[str]] = SimpleQueue()
+        self._awaits_missing = False  # whether the next part must wait for what `_missing` gets
+
+    def may_take_part(self) -> bool:
+        """Return whether the next part can be taken without waiting for the response."""
+        return not self._awaits_missing or not self._missing.empty()
 
     def parts(self) -> Iterator[Part]:
         """Return the request's parts."""
         header: Any = self._messages.stream_header(
             request=self._call_spec.request, slice_samples_count=self._step
         )
-        opening: Any = self._messages.stream_request
-        elements = self._interleave_missing() if self._call_spec.offered else self._elements()
-        return chain((opening(header=header),), elements)
+        opening: Any = self._messages.stream_request(header=header)
+        if self._call_spec.offered:
+            return self._interleave_missing(opening)
+        return chain((opening,), self._elements())
 
     def receive(self, source: PartSource) -> _StreamResult:
         """Read the response.
@@ -85,7 +130,8 @@ class _StreamCall:
         Raises:
             InvalidArgumentError: Its messages are not those of such a response.
         """
-        reader: PartReader[Any] = PartReader(source, self._messages.stream_response, self._empty)
+        metered = self._measure(source)
+        reader: PartReader[Any] = PartReader(metered, self._messages.stream_response, self._empty)
         try:
             if self._call_spec.offered:
                 self._missing.put(self._check_offered(reader.read_missing_fields()))
@@ -99,6 +145,15 @@ class _StreamCall:
         finally:
             self._missing.put(())  # or the thread that sends would wait for ever
 
+    def _measure(self, source: PartSource) -> PartSource:
+        """Return the response's parts, whose arrival the link's rate learns from."""
+        results, n = self._call_spec.results, self._call_spec.problem.n
+        sliced = [results[field] for field in self._call_spec.operation.results if field in results]
+        if not sliced or not n:
+            return source
+        step = min(self._step, n)
+        return MeteredSource(source, self._link_rate, sliced[0].nbytes // n * step, n // step)
+
     def _check_offered(self, fields: Sequence[str]) -> Sequence[str]:
         unknown = set(fields) - self._call_spec.offered.keys()
         if unknown:
@@ -107,29 +162,37 @@ class _StreamCall:
             )
         return fields
 
-    def _interleave_missing(self) -> Iterator[ElementsPart]:
-        """Yield the elements, and insert the missing operands as soon as the server has asked for them.
+    def _interleave_missing(self, opening: Part) -> Iterator[Part]:
+        """Yield the header and the elements, and the missing operands as soon as the server has asked for them.
 
         The client does not wait for that message, unless it has sent `_MAX_UNANSWERED_BYTES` without it::
 
             client   header  x  x  x  x  W  x  x
             server              missing: W
+
+        Before a part is yielded it is known whether the next one must wait.
         """
-        unanswered_bytes = 0
         pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
-        for piece in pieces:
-            unanswered_bytes += len(piece.data)
-            if not self._missing.empty() or unanswered_bytes > _MAX_UNANSWERED_BYTES:
-                yield from self._missing_elements()
-                yield piece
+        part: Part = opening
+        unanswered_bytes = 0
+        while True:
+            piece = next(pieces, None)
+            if piece is not None:
+                unanswered_bytes += len(piece.data)
+            self._awaits_missing = piece is None or unanswered_bytes > _MAX_UNANSWERED_BYTES
+            yield part
+            if piece is None or self._awaits_missing or not self._missing.empty():
                 break
+            part = piece
+        yield from self._missing_elements()
+        if piece is not None:
             yield piece
-        else:
-            yield from self._missing_elements()
         yield from pieces
 
     def _missing_elements(self) -> Iterator[ElementsPart]:
-        for field in self._missing.get():
+        missing = self._missing.get()
+        self._awaits_missing = False
+        for field in missing:
             yield from elements_parts(self._call_spec.offered[field], is_missing=True)
 
     def _elements(self) -> Iterator[ElementsPart]:

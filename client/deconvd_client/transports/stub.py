@@ -22,6 +22,7 @@ from deconvd_client.transports.direct.pool import DirectTransport
 from deconvd_client.transports.direct.striped_transport import StripedTransport
 from deconvd_client.transports.failover import Failover
 from deconvd_client.transports.grpc.transport import GrpcTransport
+from deconvd_client.transports.link_rate import LinkRate
 from deconvd_client.transports.session_stream import SessionStream
 
 __all__ = ["Stub"]
@@ -44,11 +45,13 @@ class Stub:
 
     Attributes:
         direct: The direct connections; None if there must not be any.
+        link_rate: The rate of the link to the target, whichever transport carries a call.
         striped: Makes large calls over several of them; None likewise.
     """
 
     def __init__(self, target: str, grpc: GrpcTransport, connector: Connector | None) -> None:
         self.target: str = target
+        self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
         self.direct: DirectTransport | None = (
             None if connector is None else DirectTransport(connector, self._fetch_server_info)

@@ -158,6 +158,8 @@ class FrameSource:
         first: The first message, if it has arrived already: on a server, the one in the call's head.
     """
 
+    is_buffered: bool = False
+
     def __init__(
         self, frames: FrameStream, part_type: type[Message], first: bytes | None = None
     ) -> None:

@@ -34,6 +34,8 @@ class ChunkSource:
         part_type: The type of these messages.
     """
 
+    is_buffered: bool = True
+
     def __init__(self, messages: Iterator[bytes], part_type: type[Message]) -> None:
         self._messages = messages
         self._part_type = part_type

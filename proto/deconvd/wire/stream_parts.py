@@ -76,7 +76,13 @@ class PendingElements:
 
 
 class PartSource(Protocol):
-    """The received parts of a stream, in order."""
+    """The received parts of a stream, in order.
+
+    Attributes:
+        is_buffered: Whether elements are pending only once all of them have arrived.
+    """
+
+    is_buffered: bool
 
     def next(self) -> Message | PendingElements | None:
         """Return the next part. None at the end.

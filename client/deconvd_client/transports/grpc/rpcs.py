@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -27,6 +27,8 @@ from deconvd_client.calls.uninterrupted import (
     PromiseTimeoutError,
     run_in_background,
 )
+from deconvd_client.transports.grpc.core import core_channel
+from deconvd_client.transports.grpc.stream_rpc import StreamRpc
 from deconvd_client.transports.session_stream import SessionStream
 
 __all__ = ["Metadata", "RpcChannel"]
@@ -76,17 +78,29 @@ class RpcChannel:
         self,
         path: str,
         requests: Iterator[bytes],
+        may_take_request: Callable[[], bool],
         receive: Callable[[Iterator[bytes]], _T],
         deadline: Deadline,
     ) -> tuple[_T, Metadata]:
         """Make a streaming RPC; return what `receive` returns, and the trailing metadata.
 
         Args:
+            requests: The messages to send.
+            may_take_request: Whether the next one can be taken without waiting for a response.
             receive: Reads the responses, in another thread.
         """
         cancellation = _Cancellation()
 
         def work(channel: grpc.Channel) -> tuple[_T, Metadata]:
+            core = core_channel(channel)
+            if core is None:
+                return work_in_three_threads(channel)
+            timeout_s = deadline.remaining_s()
+            with closing(StreamRpc(core, path, requests, may_take_request, timeout_s)) as call:
+                cancellation.attach(call)
+                return receive(call), call.finish()
+
+        def work_in_three_threads(channel: grpc.Channel) -> tuple[_T, Metadata]:
             rpc: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
             responses = rpc(requests, timeout=deadline.remaining_s())
             cancellation.attach(responses)
@@ -181,7 +195,7 @@ class _Cancellation:
         self._call: Any = None
         self._is_given_up = False
 
-    def attach(self, call: grpc.Call) -> None:
+    def attach(self, call: grpc.Call | StreamRpc) -> None:
         """Set the call to cancel; cancel it at once if the caller has given up already."""
         self._call = call
         if self._is_given_up:

@@ -68,7 +68,7 @@ class GrpcTransport:
     def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
         """See `Transport`."""
         attempt = begin()
-        # lazily: gRPC's thread takes a message once it can send it, and only then are its elements copied
+        # lazily: a message is taken once it can be sent, and only then are its elements copied
         messages = chain.from_iterable(map(part_messages, attempt.parts))
 
         def receive(responses: Iterator[bytes]) -> _T:
@@ -76,7 +76,9 @@ class GrpcTransport:
 
         try:
             path = _SERVICE_PATH + attempt.method.name
-            received, metadata = self._rpcs.stream(path, messages, receive, deadline)
+            received, metadata = self._rpcs.stream(
+                path, messages, attempt.may_take_part, receive, deadline
+            )
         except _RPC_ERRORS as error:
             raise self._translate(error) from None
         return received, ledger_from_metadata(metadata)

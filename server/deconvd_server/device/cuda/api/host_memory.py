@@ -51,9 +51,10 @@ class RegisteredMemory:
 
         If CUDA refuses, the memory is treated like any other. The log says so once.
         """
+        if address not in self._users_count:
+            _prefault(address, size_bytes)  # without the lock: it takes longest
         with self._lock:
             if address not in self._users_count:
-                _prefault(address, size_bytes)
                 try:
                     self._register(address, size_bytes)
                 except RuntimeError as error:

@@ -56,6 +56,9 @@ class CallKind:
             work.workspace_bytes,
         )
         self._graphs: GraphCache[BoundGraph] = GraphCache()
+        # Apart from the others: the parts of a call on four blocks have as many graphs as are kept, and would leave no
+        # room for graphs of whole calls.
+        self._part_graphs: GraphCache[BoundGraph] = GraphCache()
 
     def enqueue(self, base: int, stream: int) -> None:
         """Enqueue all work between upload and download on a stream.
@@ -92,12 +95,26 @@ class CallKind:
             addresses: Of the host's arrays that it copies from and to, if they change from call to call. They must
                 not overlap.
         """
-        self._graphs.run(
-            bound_to,
-            work,
-            capture=lambda: _capture(stream, work, addresses),
-            replay=lambda graph: _try_replay(graph, stream, addresses),
-        )
+        _launch(self._graphs, stream, work, bound_to, addresses)
+
+    def launch_part(self, stream: Stream, work: Callable[[], None], bound_to: Hashable) -> None:
+        """Enqueue the work of one part, as `launch` does that of a call."""
+        _launch(self._part_graphs, stream, work, bound_to, _NO_ADDRESSES)
+
+
+def _launch(
+    graphs: GraphCache[BoundGraph],
+    stream: Stream,
+    work: Callable[[], None],
+    bound_to: Hashable,
+    addresses: HostAddresses,
+) -> None:
+    graphs.run(
+        bound_to,
+        work,
+        capture=lambda: _capture(stream, work, addresses),
+        replay=lambda graph: _try_replay(graph, stream, addresses),
+    )
 
 
 def _capture(

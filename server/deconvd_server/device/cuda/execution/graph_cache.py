@@ -14,8 +14,7 @@ _WARM_RUNS: Final = 1
 """Runs of the same work before it is captured: for work that comes once, a capture does not pay off."""
 
 _MAX_GRAPHS_COUNT: Final = 32
-"""Graphs that are kept for one kind of call. Its calls use a few blocks of the card in turn, and some have a graph for
-each part.
+"""Graphs that are kept for one kind of call, and again for its parts. Its calls use a few blocks of the card in turn.
 
 A graph of a whole call takes 0.3 MB of the card and as much of the host; a graph of a part takes 0.1 and 0.05 MB
 (measured on an H100).

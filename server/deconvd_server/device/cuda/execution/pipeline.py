@@ -361,7 +361,7 @@ class Pipeline:
     ) -> None:
         work = partial(kind.work.enqueue, operands, [y], workspace, self._compute_stream.pointer)
         if as_graph:
-            kind.launch(self._compute_stream, work, (workspace, *operands, y))
+            kind.launch_part(self._compute_stream, work, (workspace, *operands, y))
         else:
             work()
 

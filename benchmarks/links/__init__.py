@@ -1,0 +1,1 @@
+"""How calls fare on links that are slow or long."""
