@@ -167,7 +167,7 @@ def test_a_frame_that_the_protocol_forbids_breaks_the_stripe(
     client: StripedClient, server: StripedServer, device: SteppingDevice
 ) -> None:
     begin(client)
-    send_raw(client.stripes[1], pack_frame(FrameKind.MISSING_ELEMENTS, bytes(8)))
+    send_raw(client.stripes[1], pack_frame(FrameKind.MESSAGE, bytes(8)))
     assert isinstance(client.take_failure(), UnavailableError)
     assert_over(client, server, device)
 

@@ -157,11 +157,10 @@ class Dispatcher:
             and not stub.is_direct
             and not pays_as_stream(call_spec, stub.link_rate)
         )
-        if is_message and call_spec.are_digests_known:
+        if is_message:
             raw: dict[str, Buffer] = {}
             for field, array in call_spec.operands.items():
                 raw[field] = elements_of(array)
             request = Envelope(call_spec.request, raw)
             return stub.call(call_spec, request, placed={}, is_brief=is_brief)
-        # large, or the server may lack operands that are named by digest: it can ask for those in a stream
         return make_large_call(stub, call_spec, self._empty)

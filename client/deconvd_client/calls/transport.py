@@ -33,10 +33,6 @@ class OutcomeUnknownError(NotServedDirectlyError):
     """A call was lost after it was sent: the server may have computed it, or may still do so."""
 
 
-def _always() -> bool:
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class StreamAttempt(Generic[_T]):
     """One attempt at a call of many parts.
@@ -46,9 +42,8 @@ class StreamAttempt(Generic[_T]):
         parts: The parts of the request; the first is a message.
         receive: Reads the response, and returns the result of the call.
         response_type: The type of the response's messages.
-        is_full_duplex: Whether the response may begin before the request has ended. A second thread sends the
-            request then, or the one thread asks `may_take_part` before it takes a part.
-        may_take_part: Whether the next part of the request can be taken without waiting for the response.
+        is_full_duplex: Whether the response may begin before the request has ended. It is sent meanwhile
+            then.
     """
 
     method: MethodCode
@@ -56,7 +51,6 @@ class StreamAttempt(Generic[_T]):
     receive: Callable[[PartSource], _T]
     response_type: type[Message]
     is_full_duplex: bool = False
-    may_take_part: Callable[[], bool] = _always
 
 
 @dataclass(frozen=True, slots=True)

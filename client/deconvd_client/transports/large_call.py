@@ -37,8 +37,7 @@ def make_large_call(
         empty: Returns new memory for a result.
     """
     striped = stub.striped
-    if striped is None or not striped.may_carry or not call_spec.are_digests_known:
-        # in a stream, the server can ask for operands that are named by digest
+    if striped is None or not striped.may_carry:
         return _make_stream_call(stub, call_spec, empty)
     kind: Hashable = (
         call_spec.operation.name,

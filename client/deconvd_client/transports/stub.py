@@ -16,6 +16,7 @@ from deconvd.wire.tensor import array_from_message
 from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.patience import Patience
 from deconvd_client.calls.transport import StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import Connector
 from deconvd_client.transports.direct.pool import DirectTransport
@@ -42,6 +43,7 @@ class Stub:
         target: Where the server is.
         grpc: Carries all calls that no direct connection carries.
         connector: Opens direct connections; None if there must not be any.
+        patience: Bounds how long calls wait for direct connections.
 
     Attributes:
         direct: The direct connections; None if there must not be any.
@@ -49,17 +51,18 @@ class Stub:
         striped: Makes large calls over several of them; None likewise.
     """
 
-    def __init__(self, target: str, grpc: GrpcTransport, connector: Connector | None) -> None:
+    def __init__(
+        self, target: str, grpc: GrpcTransport, connector: Connector | None, patience: Patience
+    ) -> None:
         self.target: str = target
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
-        self.direct: DirectTransport | None = (
-            None if connector is None else DirectTransport(connector, self._fetch_server_info)
-        )
+        self.direct: DirectTransport | None = None
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
         self.striped: StripedTransport | None = None
-        if self.direct is not None:
+        if connector is not None:
+            self.direct = DirectTransport(connector, self._fetch_server_info, patience)
             self.striped = StripedTransport(self.direct)
             self._transport = Failover(self.direct, grpc)
             self._at_most_once_transport = Failover(self.direct, grpc, at_most_once=True)

@@ -59,7 +59,7 @@ class FrameStream:
             self.send(MessagePart(part.SerializeToString()))
             return
         for piece in part.pieces(_MAX_FRAME_BYTES):
-            pending = PendingElements(len(piece.data), is_missing=piece.is_missing)
+            pending = PendingElements(len(piece.data))
             self._stream.write(self.protocol.begin_elements(pending), piece.data)
 
     def send_piece(self, number: int, buffers: Sequence[memoryview]) -> None:

@@ -125,7 +125,6 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
         ProtocolState.TRAILING: {FrameKind.PROGRESS: ProtocolState.TRAILING, **_CALL_STATES},
         ProtocolState.STREAMING: {
             FrameKind.ELEMENTS: ProtocolState.STREAMING,
-            FrameKind.MISSING_ELEMENTS: ProtocolState.STREAMING,
             FrameKind.END: ProtocolState.RESPONDING,
         },
         ProtocolState.RESPONDING: {},
@@ -247,10 +246,11 @@ class DirectProtocol:
 
     def begin_elements(self, pending: PendingElements) -> bytes:
         """Return the bytes to send before some elements. Raises the same errors as `send`."""
-        kind = FrameKind.MISSING_ELEMENTS if pending.is_missing else FrameKind.ELEMENTS
-        if kind not in self._may_send[self.state]:
-            raise _send_error(kind, self.state)
-        return FRAME_HEAD.pack(kind, pending.size_bytes)  # elements never change the state
+        if FrameKind.ELEMENTS not in self._may_send[self.state]:
+            raise _send_error(FrameKind.ELEMENTS, self.state)
+        return FRAME_HEAD.pack(
+            FrameKind.ELEMENTS, pending.size_bytes
+        )  # elements never change the state
 
     def begin_piece(self, number: int, size_bytes: int) -> bytes:
         """Return the bytes to send before a piece of a striped call. Raises the same errors as `send`."""
@@ -305,9 +305,7 @@ class DirectProtocol:
             self._begin = begin + FRAME_HEAD_BYTES
             self.unread_bytes = unread_bytes - FRAME_HEAD_BYTES
             self._pending_bytes = size_bytes
-            return PendingElements(
-                size_bytes, number == FrameKind.MISSING_ELEMENTS
-            )  # elements never change the state
+            return PendingElements(size_bytes)  # elements never change the state
         frame_bytes = FRAME_HEAD_BYTES + size_bytes
         if unread_bytes < frame_bytes:
             if len(self._buffer) < frame_bytes:  # a large message: give it a buffer of its own

@@ -34,8 +34,6 @@ __all__ = [
     "chunk_to_bytes",
     "decode",
     "encode",
-    "missing_chunk_from_bytes",
-    "missing_chunk_to_bytes",
 ]
 
 M = TypeVar("M", bound=Message)
@@ -74,7 +72,6 @@ _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
 
 # all stream messages have the same
 _CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
-_MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER
 
 
 class Envelope(NamedTuple, Generic[M]):
@@ -212,11 +209,6 @@ def chunk_to_bytes(chunk: Buffer) -> bytes:
     return b"".join((_field_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
 
 
-def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
-    """Return the message of a stream that carries a missing chunk."""
-    return b"".join((_field_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
-
-
 def chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the chunk in a stream's message. None if the message has anything else."""
     prefix = _prefix_of_whole(_CHUNK_NUMBER, len(data))
@@ -225,13 +217,7 @@ def chunk_from_bytes(data: bytes) -> memoryview | None:
     return _only_field(data, _CHUNK_NUMBER)  # a length in more bytes than it needs, say
 
 
-def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
-    """Return a view of the missing chunk in a stream's message. None if the message has anything else."""
-    return _only_field(data, _MISSING_CHUNK_NUMBER)
-
-
 def _only_field(data: bytes, number: int) -> memoryview | None:
-    # not by `_iterate_fields`: a missing chunk comes here for every megabyte of a stream
     tag = bytes([number << 3 | _LENGTH_DELIMITED])  # a number below 16 has a tag of one byte
     if not data.startswith(tag):
         return None
@@ -321,8 +307,7 @@ def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
 @cache
 def _chunk_fields(message_type: Descriptor) -> frozenset[int]:
     """Return the numbers of the fields that contain elements directly."""
-    names = ("chunk", "missing_chunk")
-    return frozenset(field.number for field in message_type.fields if field.name in names)
+    return frozenset(field.number for field in message_type.fields if field.name == "chunk")
 
 
 def _iterate_fields(data: memoryview) -> Iterator[_Field]:

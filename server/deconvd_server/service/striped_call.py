@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from google.protobuf.message import Message
 
-from deconvd.errors import InvalidArgumentError, LostTensorError, UnimplementedError
+from deconvd.errors import InvalidArgumentError, UnimplementedError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS, Operation
 from deconvd.model.problem import TensorSpec
@@ -81,12 +81,7 @@ class StripedOperations:
         with CallTensors(
             request.message, parsed, self._lender, self._residents, call
         ) as call_tensors:
-            for field in call_tensors.find_present():
-                argument = ARGUMENTS[field]
-                raise LostTensorError(
-                    f"{argument} must be sent: the server has nothing with its digest",
-                    argument=argument,
-                )
+            call_tensors.find_present()
             sent_operands = _sent_operands(parsed)
             tensors_bytes = parsed.sent_bytes + sum(s.nbytes for s in sent_operands.values())
             footprint_bytes = tensors_bytes + tensors_bytes // _HOST_ARRAY_MARGIN

@@ -23,6 +23,7 @@ from deconvd.wire.ledger import OVERLAP_ENTRY
 from deconvd.wire.status import error_from_status
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.patience import Patience
 from deconvd_client.calls.transport import (
     NotServedDirectlyError,
     OutcomeUnknownError,
@@ -63,11 +64,15 @@ class DirectTransport:
     Args:
         connector: Opens connections.
         fetch_info: Asks the server for its GetServerInfo response.
+        patience: Bounds how long calls wait for connections.
     """
 
-    def __init__(self, connector: Connector, fetch_info: InfoFetcher) -> None:
+    def __init__(
+        self, connector: Connector, fetch_info: InfoFetcher, patience: Patience | None = None
+    ) -> None:
         self._connector = connector
         self._fetch_info = fetch_info
+        self._patience = Patience() if patience is None else patience
         self._is_closed = False
         self._backoff = Backoff()
         self._polling = BusyPolling(_POLL_DURATION_S, lead_s=_POLL_LEAD_S)
@@ -267,8 +272,9 @@ class DirectTransport:
             self._waiters.append(signal)
             if not self._is_connecting:
                 run_in_background(self._connect_for_waiters)
+        limit_s = min(_CONNECT_PATIENCE_S, self._patience.remaining_s())
         with suppress(Empty):
-            signal.get(timeout=min(_CONNECT_PATIENCE_S, deadline.remaining_s()))
+            signal.get(timeout=min(limit_s, deadline.remaining_s()))
 
     def _connect_for_waiters(self) -> None:
         with self._lock:
