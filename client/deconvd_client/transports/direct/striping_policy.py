@@ -110,9 +110,10 @@ class _Record:
 
     def choose(self, candidates: Sequence[int]) -> int:
         """Return one of the candidates, which are in ascending order."""
-        untried = [c for c in candidates if len(self._paces.get(c, ())) < _TRIALS_COUNT]
-        if untried:
-            return min(untried, key=lambda count: (abs(count - _FIRST_COUNT), count))
+        counts = {c: len(self._paces.get(c, ())) for c in candidates}
+        if min(counts.values()) < _TRIALS_COUNT:
+            # in turn: the first calls of a server are slow, whichever way they go
+            return min(counts, key=lambda c: (counts[c], abs(c - _FIRST_COUNT), c))
         self._choices_count += 1
         best = min(candidates, key=self._pace)
         for other in candidates:
