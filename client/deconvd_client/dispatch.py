@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 from deconvd.direct.events import MAX_MESSAGE_BYTES
-from deconvd.errors import LostTensorError
+from deconvd.errors import InvalidArgumentError, LostTensorError
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.codec import Buffer, Envelope
@@ -162,6 +162,16 @@ class Dispatcher:
             request = Envelope(call_spec.request, raw)
             return stub.call(call_spec, request, placed={}, is_brief=is_brief)
         # large, or the server may lack operands that are named by digest: it can ask for those in a stream
-        begin = partial(begin_stream_attempt, call_spec, self._empty, stub.link_rate)
-        (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
+        return self._send_stream(stub, call_spec, packs=stub.packs_elements(call_spec.deadline))
+
+    def _send_stream(self, stub: Stub, call_spec: CallSpec, *, packs: bool) -> CallResult:
+        begin = partial(begin_stream_attempt, call_spec, self._empty, stub.link_rate, packs=packs)
+        try:
+            (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
+        except InvalidArgumentError:
+            if not packs:
+                raise
+            # perhaps by an older server than the one that takes packed elements, at the same target
+            stub.forget_features()
+            return self._send_stream(stub, call_spec, packs=False)
         return CallResult(response, arrays, ledger)

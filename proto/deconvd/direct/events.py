@@ -17,6 +17,7 @@ The payload of each kind, with the messages of the service as in deconvd.proto:
              ELEMENTS           in a streamed request: the next elements, as in Tensor.raw; not empty
              MISSING_ELEMENTS   in a streamed request: the next elements of tensors that the server reported as missing;
                                 not empty
+             PACKED_ELEMENTS    in a streamed request: the next elements, packed (see `deconvd.wire.packed_elements`)
              END                the streamed request, or the client's part of a stripe, is complete; no payload
              STRIPED_CALL       method (1 byte), how many stripes the call has (1 byte), 6 zero bytes, timeout in
                                 microseconds (8 bytes), the transfer's id (16 bytes), the request message
@@ -28,6 +29,7 @@ The payload of each kind, with the messages of the service as in deconvd.proto:
                                 ledger (ASCII; see `deconvd.wire.ledger`), the response message
              MESSAGE            the response message of a method with streams, or one of its messages
              ELEMENTS           the next elements of a streamed response; not empty
+             PACKED_ELEMENTS    in a streamed response whose request allows it: the next elements, packed
              PIECE              as the client's
              END                success of a method with streams: the ledger; in a stripe: all pieces are sent, no
                                 payload
@@ -45,6 +47,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from deconvd.direct.connection_errors import RemoteProtocolError
+from deconvd.wire.packed_elements import MAX_PACKED_BYTES, MIN_PACKED_BYTES
 
 __all__ = [
     "ANY_INSTANCE",
@@ -126,6 +129,7 @@ class FrameKind(IntEnum):
     STRIPED_CALL = 13
     STRIPE = 14
     PIECE = 15
+    PACKED_ELEMENTS = 16
 
 
 class MethodCode(IntEnum):
@@ -436,6 +440,7 @@ PAYLOAD_SIZES: Final[Mapping[int, range]] = {
     FrameKind.MESSAGE: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.ELEMENTS: range(1 << 32),
     FrameKind.MISSING_ELEMENTS: range(1 << 32),
+    FrameKind.PACKED_ELEMENTS: range(MIN_PACKED_BYTES, MAX_PACKED_BYTES + 1),
     FrameKind.END: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.FAILED: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.PROGRESS: range(_PROGRESS.size, _PROGRESS.size + 1),

@@ -126,6 +126,7 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
         ProtocolState.STREAMING: {
             FrameKind.ELEMENTS: ProtocolState.STREAMING,
             FrameKind.MISSING_ELEMENTS: ProtocolState.STREAMING,
+            FrameKind.PACKED_ELEMENTS: ProtocolState.STREAMING,
             FrameKind.END: ProtocolState.RESPONDING,
         },
         ProtocolState.RESPONDING: {},
@@ -153,11 +154,13 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
         ProtocolState.STREAMING: {
             FrameKind.MESSAGE: ProtocolState.STREAMING,
             FrameKind.ELEMENTS: ProtocolState.STREAMING,
+            FrameKind.PACKED_ELEMENTS: ProtocolState.STREAMING,
             FrameKind.FAILED: ProtocolState.CLOSED,
         },
         ProtocolState.RESPONDING: {
             FrameKind.MESSAGE: ProtocolState.RESPONDING,
             FrameKind.ELEMENTS: ProtocolState.RESPONDING,
+            FrameKind.PACKED_ELEMENTS: ProtocolState.RESPONDING,
             FrameKind.END: ProtocolState.IDLE,
             FrameKind.FAILED: ProtocolState.CLOSED,
         },
@@ -248,6 +251,8 @@ class DirectProtocol:
     def begin_elements(self, pending: PendingElements) -> bytes:
         """Return the bytes to send before some elements. Raises the same errors as `send`."""
         kind = FrameKind.MISSING_ELEMENTS if pending.is_missing else FrameKind.ELEMENTS
+        if pending.is_packed:
+            kind = FrameKind.PACKED_ELEMENTS
         if kind not in self._may_send[self.state]:
             raise _send_error(kind, self.state)
         return FRAME_HEAD.pack(kind, pending.size_bytes)  # elements never change the state
@@ -305,9 +310,12 @@ class DirectProtocol:
             self._begin = begin + FRAME_HEAD_BYTES
             self.unread_bytes = unread_bytes - FRAME_HEAD_BYTES
             self._pending_bytes = size_bytes
+            # elements never change the state
             return PendingElements(
-                size_bytes, number == FrameKind.MISSING_ELEMENTS
-            )  # elements never change the state
+                size_bytes,
+                is_missing=number == FrameKind.MISSING_ELEMENTS,
+                is_packed=number == FrameKind.PACKED_ELEMENTS,
+            )
         frame_bytes = FRAME_HEAD_BYTES + size_bytes
         if unread_bytes < frame_bytes:
             if len(self._buffer) < frame_bytes:  # a large message: give it a buffer of its own

@@ -15,8 +15,18 @@ from deconvd.wire.codec import (
     chunk_to_bytes,
     missing_chunk_from_bytes,
     missing_chunk_to_bytes,
+    packed_chunk_from_bytes,
+    packed_chunk_to_bytes,
 )
-from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, elements_part, parse_part
+from deconvd.wire.packed_elements import unpack
+from deconvd.wire.stream_parts import (
+    Part,
+    PendingElements,
+    Uint8Array,
+    elements_part,
+    parse_part,
+    takes_packed,
+)
 
 __all__ = ["ChunkSource", "chunk_messages", "part_messages"]
 
@@ -40,6 +50,7 @@ class ChunkSource:
         self._messages = messages
         self._part_type = part_type
         self._has_chunks = "part" in part_type.DESCRIPTOR.oneofs_by_name
+        self._takes_packed = takes_packed(part_type)
         self._chunk: Uint8Array = _EMPTY
 
     def next(self) -> Message | PendingElements | None:
@@ -56,8 +67,13 @@ class ChunkSource:
         missing = missing_chunk_from_bytes(data)
         if missing is not None:
             return self._begin_chunk(missing, is_missing=True)
+        packed = packed_chunk_from_bytes(data) if self._takes_packed else None
+        if packed is not None:
+            return self._begin_packed_chunk(packed)
         message = self._parse(data)
         unusual = message.WhichOneof("part")
+        if unusual == "packed_chunk":
+            return self._begin_packed_chunk(memoryview(getattr(message, unusual)))
         if unusual in ("chunk", "missing_chunk"):
             return self._begin_chunk(
                 getattr(message, unusual), is_missing=unusual == "missing_chunk"
@@ -80,11 +96,17 @@ class ChunkSource:
         self._chunk = np.frombuffer(chunk, np.uint8)
         return PendingElements(len(chunk), is_missing)
 
+    def _begin_packed_chunk(self, packed: memoryview) -> PendingElements:
+        self._chunk = unpack(packed)
+        return PendingElements(len(self._chunk), is_packed=True)
+
 
 def part_messages(part: Part) -> Iterator[bytes]:
     """Yield the messages for a part. The elements of each message are copied only when it is requested."""
     if isinstance(part, Message):
         return iter((part.SerializeToString(),))
+    if part.is_packed:
+        return iter((packed_chunk_to_bytes(part.data),))
     to_bytes = missing_chunk_to_bytes if part.is_missing else chunk_to_bytes
     return map(to_bytes, [piece.data for piece in part.pieces(_CHUNK_BYTES)])
 

@@ -36,6 +36,8 @@ __all__ = [
     "encode",
     "missing_chunk_from_bytes",
     "missing_chunk_to_bytes",
+    "packed_chunk_from_bytes",
+    "packed_chunk_to_bytes",
 ]
 
 M = TypeVar("M", bound=Message)
@@ -75,6 +77,7 @@ _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
 # all stream messages have the same
 _CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
 _MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER
+_PACKED_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.PACKED_CHUNK_FIELD_NUMBER
 
 
 class Envelope(NamedTuple, Generic[M]):
@@ -217,6 +220,11 @@ def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
     return b"".join((_field_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
 
 
+def packed_chunk_to_bytes(packed: Buffer) -> bytes:
+    """Return the message of a stream that carries a packed chunk."""
+    return b"".join((_field_prefix(_PACKED_CHUNK_NUMBER, len(packed)), packed))
+
+
 def chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the chunk in a stream's message. None if the message has anything else."""
     prefix = _prefix_of_whole(_CHUNK_NUMBER, len(data))
@@ -228,6 +236,11 @@ def chunk_from_bytes(data: bytes) -> memoryview | None:
 def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the missing chunk in a stream's message. None if the message has anything else."""
     return _only_field(data, _MISSING_CHUNK_NUMBER)
+
+
+def packed_chunk_from_bytes(data: bytes) -> memoryview | None:
+    """Return a view of the packed chunk in a stream's message. None if the message has anything else."""
+    return _only_field(data, _PACKED_CHUNK_NUMBER)
 
 
 def _only_field(data: bytes, number: int) -> memoryview | None:
@@ -321,7 +334,7 @@ def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
 @cache
 def _chunk_fields(message_type: Descriptor) -> frozenset[int]:
     """Return the numbers of the fields that contain elements directly."""
-    names = ("chunk", "missing_chunk")
+    names = ("chunk", "packed_chunk", "missing_chunk")
     return frozenset(field.number for field in message_type.fields if field.name in names)
 
 

@@ -21,7 +21,13 @@ from deconvd.model.operation import Operation
 from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import messages_for
-from deconvd.wire.stream_parts import MAX_UNREQUESTED_BYTES, ElementsPart, PartReader, elements_part
+from deconvd.wire.stream_parts import (
+    MAX_UNREQUESTED_BYTES,
+    ElementsPart,
+    PartReader,
+    elements_part,
+    packed_parts,
+)
 from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine.engine import Engine, ResultTarget
@@ -79,7 +85,7 @@ class StreamingOperations:
                 operands.prepare()
                 yield response(header=call_tensors.response())
                 yield from _SlicePipeline(
-                    sliced, engine, operands, residents, self._executor, call
+                    sliced, engine, operands, residents, header.takes_packed, self._executor, call
                 ).results()
             call_tensors.commit()
 
@@ -99,6 +105,7 @@ class _SlicePipeline:
     Attributes:
         sliced: The request.
         residents: New residents that results go to instead of the response, by field.
+        packs: Whether results with many zeros are sent packed.
         executor: Has a thread for each slice in flight.
     """
 
@@ -106,6 +113,7 @@ class _SlicePipeline:
     engine: Engine
     operands: StreamOperands
     residents: Mapping[str, DeviceTensor]
+    packs: bool
     executor: Executor
     call: CallContext
 
@@ -137,7 +145,11 @@ class _SlicePipeline:
                     sums.add(arrays)
                 for field in operation.results:
                     if field in arrays:
-                        yield elements_part(arrays[field])
+                        part = elements_part(arrays[field])
+                        if self.packs:
+                            yield from packed_parts((part,), arrays[field].itemsize)
+                        else:
+                            yield part
         finally:
             if in_flight:
                 self.call.cancel()
