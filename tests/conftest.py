@@ -35,6 +35,12 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have first calls over TCP wait for what is found out about the server, however slow this machine is."""
+    monkeypatch.setattr("deconvd_client.server._DISCOVERY_PATIENCE_S", 10.0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fail-on-skip",

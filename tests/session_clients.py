@@ -25,6 +25,7 @@ __all__ = [
     "error_of",
     "open_session",
     "raw_tensor",
+    "remember_stream",
     "tensor_by_digest",
     "tensor_by_handle",
     "tensor_header",
@@ -67,6 +68,23 @@ def array_of(message: pb.Tensor, elements: bytes | None = None) -> Array:
     dtype = element_type_from_number(message.element_type)
     flat = np.frombuffer(message.raw if elements is None else elements, dtype)
     return flat.reshape(message.shape)
+
+
+def remember_stream(
+    session: bytes, x: Array, W: Array, **fields: Any
+) -> Iterator[pb.DeconvolveStreamRequest]:
+    """Yield the parts of a stream that computes y, and has the server remember W."""
+    request = pb.DeconvolveRequest(
+        x=message_from_spec(spec_of(x)),
+        w=message_from_spec(spec_of(W)),
+        session=session,
+        remember=pb.OperandsToRemember(w=True),
+        **fields,
+    )
+    header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=len(x))
+    yield pb.DeconvolveStreamRequest(header=header)
+    yield pb.DeconvolveStreamRequest(chunk=bytes(elements_of(W)))
+    yield pb.DeconvolveStreamRequest(chunk=bytes(elements_of(x)))
 
 
 class SessionClient:

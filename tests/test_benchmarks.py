@@ -26,6 +26,7 @@ from benchmarks.client_processes import Meet, start_client_processes
 from benchmarks.framing import main as framing
 from benchmarks.hops import main as hops
 from benchmarks.layers import LAYERS
+from benchmarks.links import long
 from benchmarks.profiled import LEFT_OUT, start_profiling
 from benchmarks.remote import main as remote
 from benchmarks.service import main as service
@@ -51,6 +52,30 @@ def _slower(*arguments):
 
 Connection.deconvolution_2d = _slower
 """
+
+
+def test_the_long_link_is_measured_beside_a_bare_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "_CONNECTIONS_COUNT": 1,
+        "_CALLS_COUNT": 1,
+        "_SETTLE_S": 0.0,
+        "_ROUND_TRIP_S": 0.02,
+        "_TRANSPORTS": ("tcp",),
+    }.items():
+        monkeypatch.setattr(long, name, value)
+
+    rows = list(long.long_rows())
+
+    assert {row.what for row in rows} >= {
+        "first call, tcp",
+        "new W of 512 KB, tcp",
+        "8 + 8 MB, tcp",
+    }
+    for row in rows:
+        assert row.round_trip_ms == 20
+        assert row.ms > 20
+        assert row.floor_ms > 20
+        assert row.round_trips == pytest.approx(row.ms / 20)
 
 
 def test_the_stock_service_computes_what_ours_does(F: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import resource
 import socket
 import threading
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from deconvd.direct.byte_stream import SocketStream
 from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
+from tests.processes import wait_until
 
 _HIGH_DESCRIPTOR = 1500
 """Beyond FD_SETSIZE, and below what systems allow."""
@@ -89,6 +91,88 @@ def test_a_deadline_ends_whatever_waits(ends: Ends) -> None:
     near.set_deadline(0)
     with pytest.raises(ConnectionTimeoutError):
         near.write(b"a")
+
+
+LARGE_BYTES = 4 << 20
+"""So much is moved by system calls that wait in the kernel."""
+
+
+def test_a_large_buffer_is_filled_with_what_was_written(ends: Ends) -> None:
+    near, far = ends
+    sent = np.random.default_rng(0).integers(0, 256, 3 * LARGE_BYTES, np.uint8)
+    target = np.zeros_like(sent)
+    for timeout_s in (60, None):
+        near.set_deadline(timeout_s)
+        far.set_deadline(timeout_s)
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(
+                near.write, b"head", sent.data[:LARGE_BYTES], sent.data[LARGE_BYTES:]
+            )
+            assert taken(far, 4) == b"head"
+            far.fill(target.data)
+            writing.result()
+        np.testing.assert_array_equal(target, sent)
+        assert not far.poll(0)
+        target[:] = 0
+
+
+def test_a_deadline_ends_what_fills_a_large_buffer(ends: Ends) -> None:
+    near, far = ends
+    near.write(b"a")
+    target = memoryview(bytearray(LARGE_BYTES))
+    for timeout_s in (0.05, 0.35):
+        began_s = time.monotonic()
+        far.set_deadline(timeout_s)
+        with pytest.raises(ConnectionTimeoutError):
+            far.fill(target)
+        assert timeout_s <= time.monotonic() - began_s < 30
+
+
+def test_a_peer_that_stalls_in_the_middle_of_a_large_buffer_is_given_up() -> None:
+    one, other = socket.socketpair()
+    with closing(SocketStream(one)) as near, closing(SocketStream(other, stall_limit_s=0.2)) as far:
+        near.write(b"a")
+        far.set_deadline(3600)
+        with pytest.raises(ConnectionTimeoutError, match="sent and accepted nothing"):
+            far.fill(memoryview(bytearray(LARGE_BYTES)))
+        assert far.blocked_since_s == math.inf
+        with pytest.raises(ConnectionTimeoutError, match="sent and accepted nothing"):
+            far.write(bytes(16 << 20))
+
+
+def test_other_threads_see_since_when_a_large_buffer_is_waited_for(ends: Ends) -> None:
+    near, far = ends
+    began_s = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        filling = pool.submit(far.fill, memoryview(bytearray(LARGE_BYTES)))
+        wait_until(lambda: far.blocked_since_s < math.inf)
+        assert began_s <= far.blocked_since_s <= time.monotonic()
+        near.write(bytes(LARGE_BYTES))
+        filling.result()
+    assert far.blocked_since_s == math.inf
+
+
+@pytest.mark.parametrize("is_ended_here", [True, False])
+def test_the_end_of_the_stream_ends_what_fills_a_large_buffer(
+    ends: Ends, is_ended_here: bool
+) -> None:
+    near, far = ends
+    near.write(b"a")
+    with ThreadPoolExecutor(1) as pool:
+        filling = pool.submit(far.fill, memoryview(bytearray(LARGE_BYTES)))
+        (far if is_ended_here else near).shutdown()
+        with pytest.raises(ConnectionClosedError):
+            filling.result()
+
+
+def test_a_shutdown_ends_a_large_write(ends: Ends) -> None:
+    near, far = ends
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(near.write, bytes(16 << 20))
+        far.wait()
+        near.shutdown()
+        with pytest.raises(ConnectionClosedError):
+            writing.result()
 
 
 def test_a_deadline_may_be_far_or_none(ends: Ends) -> None:

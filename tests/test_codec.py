@@ -17,7 +17,6 @@ from deconvd.wire.codec import (
     chunk_to_bytes,
     decode,
     encode,
-    missing_chunk_to_bytes,
     packed_chunk_from_bytes,
     packed_chunk_to_bytes,
 )
@@ -218,14 +217,6 @@ def test_a_chunk_is_a_part_of_each_stream(chunk: bytes) -> None:
         assert part.FromString(written).chunk == chunk
         assert part(chunk=chunk).SerializeToString() == written
     assert bytes(chunk_from_bytes(written) or b"") == chunk
-
-
-def test_a_chunk_of_what_was_missing_is_no_other_chunk() -> None:
-    written = missing_chunk_to_bytes(b"1234")
-
-    for part in (pb.DeconvolveStreamRequest, pb.DeconvolveGradStreamRequest):
-        assert part.FromString(written).missing_chunk == b"1234"
-    assert chunk_from_bytes(written) is None
 
 
 def test_a_packed_chunk_is_no_other_chunk() -> None:

@@ -29,6 +29,7 @@ from tests.session_clients import (
     SessionClient,
     open_session,
     raw_tensor,
+    remember_stream,
     tensor_by_digest,
     tensor_by_handle,
 )
@@ -161,16 +162,8 @@ def test_the_smallest_tensors_take_no_more_than_they_count_for(socket_directory:
 
 def test_a_tensor_has_only_so_many_handles(server: ServerProcess) -> None:
     with open_session(server.target) as held:
-        request = pb.DeconvolveRequest(
-            x=message_from_spec(spec_of(ONE)), w=tensor_by_digest(ONE), session=held.session
-        )
-        header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
-        parts = [
-            pb.DeconvolveStreamRequest(header=header),
-            pb.DeconvolveStreamRequest(missing_chunk=ONE.tobytes()),
-            pb.DeconvolveStreamRequest(chunk=ONE.tobytes()),
-        ]
-        list(held.stub.DeconvolveStream(iter(parts)))  # so that the server has it for its digest
+        # so that the server has it for its digest
+        list(held.stub.DeconvolveStream(remember_stream(held.session, ONE, ONE)))
         request = pb.DeconvolveRequest(
             x=raw_tensor(ONE),
             w=tensor_by_digest(ONE),

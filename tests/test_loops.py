@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 
 from deconvd.direct.events import EndOfStream, FrameKind, MethodCode, pack_frame
@@ -19,7 +18,6 @@ from deconvd.errors import DeadlineError, InvalidArgumentError
 from deconvd.model.geometry import MAX_EXTENT
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd.wire.digest import digest_of
 from tests.direct_calls import (
     open_stream,
     receive_answer,
@@ -35,7 +33,7 @@ from tests.stream_pairs import send_raw
 pytestmark = pytest.mark.timeout(60)
 
 TIMEOUT_S = 10
-EARLY_CHUNKS_COUNT = 80_000
+CHUNKS_COUNT = 80_000
 
 
 @pytest.fixture
@@ -186,84 +184,55 @@ class TestEndlessSlices:
 
 
 class TestManyChunks:
-    """What comes before what is missing takes what its bytes take, however it is cut."""
+    """Elements take what their bytes take, however they are cut."""
 
     @pytest.fixture
-    def parts(
-        self, stub: pb_grpc.DeconvolutionServiceStub
-    ) -> Iterator[tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest]]:
-        """The header of a call whose W is given by digest, and the chunk of W; x has a byte for each early chunk."""
-        W = np.ones((1, 1, 1, 1), np.float32)
-        w = tensor_header(*W.shape)
-        w.digest.CopyFrom(digest_of(W))
-        x = tensor_header(1, 1, 1, EARLY_CHUNKS_COUNT // 4)
-        with session(stub) as name:
-            request = pb.DeconvolveRequest(x=x, w=w, session=name)
-            header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
-            yield (
-                pb.DeconvolveStreamRequest(header=header),
-                pb.DeconvolveStreamRequest(missing_chunk=W.tobytes()),
-            )
+    def header(self) -> pb.DeconvolveStreamRequest:
+        """The header of a call whose W has 4 bytes, and whose x has a byte for each chunk."""
+        x, w = tensor_header(1, 1, 1, CHUNKS_COUNT // 4), tensor_header(1, 1, 1, 1)
+        request = pb.DeconvolveRequest(x=x, w=w)
+        return pb.DeconvolveStreamRequest(
+            header=pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
+        )
 
-    def test_early_chunks_of_one_byte_are_taken_in_linear_time(
-        self,
-        stub: pb_grpc.DeconvolutionServiceStub,
-        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
+    def test_chunks_of_one_byte_are_taken_in_linear_time(
+        self, stub: pb_grpc.DeconvolutionServiceStub, header: pb.DeconvolveStreamRequest
     ) -> None:
-        header, missing = parts
-        early = pb.DeconvolveStreamRequest(chunk=b"\0")
-        requests = [header, *[early] * EARLY_CHUNKS_COUNT, missing]
+        chunk = pb.DeconvolveStreamRequest(chunk=b"\0")
+        requests = [header, *[chunk] * (4 + CHUNKS_COUNT)]
 
         begin_s = time.monotonic()
         responses = list(stub.DeconvolveStream(iter(requests), timeout=50))
 
-        assert sum(len(response.chunk) for response in responses) == EARLY_CHUNKS_COUNT
+        assert sum(len(response.chunk) for response in responses) == CHUNKS_COUNT
         assert time.monotonic() - begin_s < 40
 
-    def test_direct_early_chunks_of_one_byte_are_taken_in_linear_time(
-        self,
-        line: FrameStream,
-        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
+    def test_direct_chunks_of_one_byte_are_taken_in_linear_time(
+        self, line: FrameStream, header: pb.DeconvolveStreamRequest
     ) -> None:
-        header, missing = parts
         begin_s = time.monotonic()
         send_call(line, MethodCode.DeconvolveStream, header.SerializeToString(), timeout_s=50)
-        send_raw(line, pack_frame(FrameKind.ELEMENTS, b"\0") * EARLY_CHUNKS_COUNT)
-        send_raw(line, pack_frame(FrameKind.MISSING_ELEMENTS, missing.missing_chunk))
+        send_raw(line, pack_frame(FrameKind.ELEMENTS, b"\0") * (4 + CHUNKS_COUNT))
         line.send(EndOfStream(""))
 
         assert isinstance(receive_answer(line), EndOfStream)
         assert time.monotonic() - begin_s < 20
 
-    @pytest.mark.parametrize(
-        "empty",
-        [pb.DeconvolveStreamRequest(chunk=b""), pb.DeconvolveStreamRequest(missing_chunk=b"")],
-        ids=["early", "missing"],
-    )
     def test_an_empty_chunk_is_refused(
-        self,
-        stub: pb_grpc.DeconvolutionServiceStub,
-        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
-        empty: pb.DeconvolveStreamRequest,
+        self, stub: pb_grpc.DeconvolutionServiceStub, header: pb.DeconvolveStreamRequest
     ) -> None:
-        header, _ = parts
-        requests = [header, empty]
+        requests = [header, pb.DeconvolveStreamRequest(chunk=b"")]
 
         with pytest.raises(grpc.RpcError, match="each chunk must have at least one byte") as raised:
             list(stub.DeconvolveStream(iter(requests), timeout=TIMEOUT_S))
 
         assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
-    @pytest.mark.parametrize("kind", [FrameKind.ELEMENTS, FrameKind.MISSING_ELEMENTS])
     def test_a_direct_chunk_that_is_empty_is_refused(
-        self,
-        line: FrameStream,
-        parts: tuple[pb.DeconvolveStreamRequest, pb.DeconvolveStreamRequest],
-        kind: FrameKind,
+        self, line: FrameStream, header: pb.DeconvolveStreamRequest
     ) -> None:
-        header, _ = parts
         send_call(line, MethodCode.DeconvolveStream, header.SerializeToString())
-        send_raw(line, pack_frame(kind, b""))
+        send_raw(line, pack_frame(FrameKind.ELEMENTS, b""))
 
         error = receive_failure(line)
 

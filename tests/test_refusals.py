@@ -75,7 +75,6 @@ def test_parts_of_any_array_are_its_elements_in_order(
 ) -> None:
     monkeypatch.setattr("deconvd.wire.stream_parts._COPY_BLOCK_BYTES", copied_bytes)
 
-    parts: list[ElementsPart] = [*elements_parts(array, is_missing=True)]
+    parts: list[ElementsPart] = [*elements_parts(array)]
 
     assert b"".join(part.data for part in parts) == bytes(elements_of(array))
-    assert all(part.is_missing for part in parts)

@@ -45,6 +45,7 @@ from tests.session_clients import (
     error_of,
     open_session,
     raw_tensor,
+    remember_stream,
     tensor_by_handle,
 )
 
@@ -312,17 +313,7 @@ def test_content_outlives_the_session_that_sent_it_but_not_the_tenant(
 
     key = b"another secret"
     with open_session(server.target, key) as first, open_session(server.target, key) as second:
-        request = pb.DeconvolveRequest(
-            x=message_from_spec(spec_of(image(1))), w=description, session=first.session
-        )
-        header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=1)
-        parts = [
-            pb.DeconvolveStreamRequest(header=header),
-            pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(w))),
-            pb.DeconvolveStreamRequest(chunk=bytes(elements_of(image(1)))),
-        ]
-        missing, *_ = first.stub.DeconvolveStream(iter(parts))
-        assert list(missing.missing.fields) == ["w"]
+        list(first.stub.DeconvolveStream(remember_stream(first.session, image(1), w)))
         y = call(first)
         first.close()
         np.testing.assert_array_equal(call(second), y)

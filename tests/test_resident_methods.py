@@ -24,6 +24,7 @@ from tests.session_clients import (
     error_of,
     open_session,
     raw_tensor,
+    remember_stream,
     tensor_by_digest,
     tensor_by_handle,
 )
@@ -253,62 +254,112 @@ def test_a_stream_of_gradients_takes_slices_of_residents(
     assert not sent
 
 
-def test_what_is_offered_is_asked_for_once(held: SessionClient) -> None:
-    own = rng.standard_normal(W.shape).astype(np.float32)  # which nobody has sent before
-    missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own)))
-    header = stream_header(
-        held, described(X), tensor_by_digest(own), b=tensor_by_digest(B + own[0, 0, 0, 0])
-    )
+def new_filter() -> Array:
+    """Return a W that nobody has sent before."""
+    return rng.standard_normal(W.shape).astype(np.float32)
+
+
+REMEMBER = pb.OperandsToRemember(w=True)
+
+
+def test_what_is_remembered_can_be_named_by_its_digest(held: SessionClient) -> None:
+    own = new_filter()
     b = B + own[0, 0, 0, 0]
-    missing_b = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(b)))
-    # x begins to come before the answer, and what was missing comes amid it
-    early, late = bytes(elements_of(X))[:1000], bytes(elements_of(X))[1000:]
-    parts = [
-        header,
-        pb.DeconvolveStreamRequest(chunk=early),
-        missing,
-        missing_b,
-        pb.DeconvolveStreamRequest(chunk=late),
-    ]
+    remember = pb.OperandsToRemember(w=True, b=True)
+    before_count = held.resident_count()
 
-    first, second, *rest = held.stub.DeconvolveStream(iter(parts))
-    assert list(first.missing.fields) == ["w", "b"]
-    y = array_of(second.header.y, elements(rest))
+    sent = deconvolve(held, raw_tensor(X), raw_tensor(own), b=raw_tensor(b), remember=remember)
 
+    assert held.resident_count() == before_count + 2
+    named = deconvolve(held, raw_tensor(X), tensor_by_digest(own), b=tensor_by_digest(b))
+    np.testing.assert_array_equal(array_of(named.y), array_of(sent.y))
+    deconvolve(held, raw_tensor(X), raw_tensor(own), b=raw_tensor(b), remember=remember)
+    assert held.resident_count() == before_count + 2
+
+
+def test_what_a_stream_sends_is_remembered_too(held: SessionClient) -> None:
+    own = new_filter()
+    sent, *chunks = held.stub.DeconvolveStream(
+        remember_stream(held.session, X, own, geometry=GEOMETRY, options=STEADY)
+    )
+    y = array_of(sent.header.y, elements(chunks))
+
+    header = stream_header(held, described(X), tensor_by_digest(own))
     again, *chunks = held.stub.DeconvolveStream(iter([header, chunk(X)]))
-    np.testing.assert_array_equal(array_of(again.header.y, elements(chunks)), y)
-    unary = deconvolve(held, raw_tensor(X), tensor_by_digest(own), b=tensor_by_digest(b))
+    unary = deconvolve(held, raw_tensor(X), tensor_by_digest(own))
+
+    np.testing.assert_allclose(array_of(again.header.y, elements(chunks)), y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(array_of(unary.y), y, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_offered_may_be_kept_under_a_handle_too(held: SessionClient) -> None:
-    own = rng.standard_normal(W.shape).astype(np.float32)
+def test_what_a_call_for_gradients_sends_is_remembered_too(held: SessionClient) -> None:
+    own = new_filter()
+    gy = array_of(deconvolve(held, raw_tensor(X), raw_tensor(own)).y)
+    request = pb.DeconvolveGradRequest(
+        x=described(X),
+        w=raw_tensor(own),
+        gy=raw_tensor(gy),
+        geometry=GEOMETRY,
+        options=STEADY,
+        wanted=pb.GradientMask(gx=True),
+        session=held.session,
+        remember=REMEMBER,
+    )
+    gx = array_of(held.stub.DeconvolveGrad(request).gx)
+
+    request.w.CopyFrom(tensor_by_digest(own))
+    np.testing.assert_array_equal(array_of(held.stub.DeconvolveGrad(request).gx), gx)
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["message", "stream"])
+def test_what_is_remembered_may_be_kept_under_a_handle_too(
+    held: SessionClient, is_stream: bool
+) -> None:
+    own = new_filter()
     keep = pb.OperandsToKeep(w=True)
-    header = stream_header(held, described(X), tensor_by_digest(own), keep=keep)
-    missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own)))
     before_count = held.resident_count()
 
-    _, second, *_ = held.stub.DeconvolveStream(iter([header, missing, chunk(X)]))
-    third = deconvolve(held, raw_tensor(X), tensor_by_digest(own), keep=keep)
+    if is_stream:
+        parts = remember_stream(held.session, X, own, geometry=GEOMETRY, keep=keep)
+        kept = next(iter([*held.stub.DeconvolveStream(parts)])).header.kept
+    else:
+        kept = deconvolve(held, raw_tensor(X), raw_tensor(own), keep=keep, remember=REMEMBER).kept
+    named = deconvolve(held, raw_tensor(X), tensor_by_digest(own), keep=keep)
 
-    for kept in (second.header.kept, third.kept):
-        np.testing.assert_array_equal(held.get(kept.w.handle), own)
-    assert held.resident_count() == before_count + 1  # once for all three
+    for handle in (kept.w.handle, named.kept.w.handle):
+        np.testing.assert_array_equal(held.get(handle), own)
+    assert held.resident_count() == before_count + 1  # once for both
 
 
-def test_what_is_not_what_its_digest_says_is_refused(held: SessionClient) -> None:
-    own = rng.standard_normal(W.shape).astype(np.float32)
-    header = stream_header(held, described(X), tensor_by_digest(own))
-    missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own + 1)))
+def test_what_is_no_operand_with_elements_is_not_remembered(held: SessionClient) -> None:
+    handle = held.put(W)
+    before_count = held.resident_count()
+    remember = pb.OperandsToRemember(w=True, b=True)
 
-    with pytest.raises(
-        grpc.RpcError, match="W must have the digest that the request names"
-    ) as failure:
-        list(held.stub.DeconvolveStream(iter([header, missing, chunk(X)])))
-    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    response = deconvolve(held, raw_tensor(X), tensor_by_handle(W, handle), remember=remember)
 
-    with pytest.raises(grpc.RpcError) as failure:
-        deconvolve(held, raw_tensor(X), tensor_by_digest(own))
+    assert response.y.shape
+    assert held.resident_count() == before_count
+
+
+def test_to_remember_takes_a_session(held: SessionClient) -> None:
+    request = pb.DeconvolveRequest(x=raw_tensor(X), w=raw_tensor(W), remember=REMEMBER)
+    with pytest.raises(grpc.RpcError, match="session must be a name of 16 bytes, got 0"):
+        held.stub.Deconvolve(request)
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["message", "stream"])
+def test_a_digest_of_what_was_never_sent_is_not_found(held: SessionClient, is_stream: bool) -> None:
+    """Also in a stream, where earlier servers asked for the elements: earlier clients then send them all."""
+    own = tensor_by_digest(new_filter())
+
+    def call() -> object:
+        if is_stream:
+            return list(held.stub.DeconvolveStream(iter([stream_header(held, described(X), own)])))
+        return deconvolve(held, raw_tensor(X), own)
+
+    with pytest.raises(grpc.RpcError, match="nothing with its digest") as failure:
+        call()
     assert isinstance(error_of(failure), LostTensorError)
     assert error_of(failure).argument == "W"
 
@@ -364,9 +415,7 @@ def test_a_streams_header_has_no_elements(held: SessionClient, payload: str) -> 
 def test_a_handle_and_a_digest_are_of_no_use_to_another_tenant(held: SessionClient) -> None:
     own = rng.standard_normal(W.shape).astype(np.float32)
     handle = held.put(own)
-    header = stream_header(held, described(X), tensor_by_digest(own))
-    missing = pb.DeconvolveStreamRequest(missing_chunk=bytes(elements_of(own)))
-    list(held.stub.DeconvolveStream(iter([header, missing, chunk(X)])))
+    deconvolve(held, raw_tensor(X), raw_tensor(own), remember=REMEMBER)
     deconvolve(held, raw_tensor(X), tensor_by_digest(own))  # its own tenant has it
 
     other = SessionClient(held.channel)

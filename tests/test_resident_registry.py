@@ -213,7 +213,7 @@ def test_a_call_that_waits_for_its_client_is_stopped_for_what_is_promised() -> N
         call.client_wait = wait = ClientWaitState()
         residents = CallResidents(built.registry, greedy, call)
         tensor = pb.Tensor(resident=pb.Resident(handle=b"a"))
-        assert residents.find("x", spec_of(array(1, 60 * KIB)), tensor)
+        residents.find("x", spec_of(array(1, 60 * KIB)), tensor)
         call.close_stream = residents.release  # as its thread does
 
         with pytest.raises(UnavailableError, match="within the tenant's share") as raised:

@@ -27,6 +27,8 @@ from tests.lenders import is_in_shared_memory
 from tests.processes import wait_until
 from tests.servers import ServerProcess, call_until_served, server_process
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 X = np.ones((1, 2, 3, 3), np.float32)
 W = np.ones((2, 2, 2, 2), np.float32)
 LARGE = np.ones((4, 2, 64, 64), np.float32)

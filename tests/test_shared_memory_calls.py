@@ -101,6 +101,7 @@ def test_gradients_come_by_shared_memory_too(
         assert is_in_shared_memory(gradients.gx)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_server_on_tcp_shares_memory_with_its_own_host(tmp_path: Path) -> None:
     x, W, b = operands()
     with server_process(tmp_path, listen=("127.0.0.1:0",)) as running:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
-from deconvd.model.geometry import Geometry
-from deconvd.model.operation import DECONVOLVE
-from deconvd.model.options import Options
-from deconvd.model.problem import problem_of, spec_of
-from deconvd.v1 import deconvd_pb2 as pb
-from deconvd.wire.chunks import ChunkSource
-from deconvd.wire.stream_parts import ElementsPart
-from deconvd_client.calls.call_spec import CallSpec, make_request
 from deconvd_client.transports.grpc.core import core_channel
 from deconvd_client.transports.grpc.rpcs import RpcChannel
 from deconvd_client.transports.grpc.stream_rpc import StreamRpc, StreamRpcError
-from deconvd_client.transports.sliced_stream import begin_stream_attempt
 from tests.deadlines import short_deadline
 
 PATH = "/test.Streams/Call"
@@ -52,16 +42,13 @@ def serving(handler: Handler) -> Iterator[str]:
 def calling(
     handler: Handler,
     requests: Iterator[bytes],
-    may_take_request: Callable[[], bool] = lambda: True,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[StreamRpc]:
     """A call of the method. The channel closes at the end, which waits until gRPC has freed the call."""
     with (
         serving(handler) as target,
         grpc.insecure_channel(target) as channel,
-        closing(
-            StreamRpc(core_channel(channel), PATH, requests, may_take_request, timeout_s)
-        ) as call,
+        closing(StreamRpc(core_channel(channel), PATH, requests, timeout_s)) as call,
     ):
         yield call
 
@@ -100,23 +87,6 @@ def test_no_more_requests_are_taken_than_the_server_reads() -> None:
         is_answered.set()
         assert list(call) == [b""] * 10
         assert taken == list(range(10))
-
-
-def test_a_request_that_depends_on_a_response_is_taken_only_after_it() -> None:
-    answers: list[bytes] = []
-    given: list[int] = []
-
-    def requests() -> Iterator[bytes]:
-        for number in range(5):
-            assert len(answers) == number
-            given.append(number)
-            yield bytes([number])
-
-    with calling(echo, requests(), lambda: len(given) == len(answers)) as call:
-        while len(answers) < 5:
-            answers.append(next(call))
-        assert answers == [bytes([number]) for number in range(5)]
-        assert list(call) == []
 
 
 def test_a_failure_of_the_server_says_how_it_failed() -> None:
@@ -215,50 +185,8 @@ def test_a_channel_that_is_instrumented_sees_the_call() -> None:
     recorder = Recorder()
     with serving(echo) as target:
         rpcs = RpcChannel(lambda: grpc.intercept_channel(grpc.insecure_channel(target), recorder))
-        received, metadata = rpcs.stream(
-            PATH, iter((b"one", b"two")), lambda: True, list, short_deadline()
-        )
+        received, metadata = rpcs.stream(PATH, iter((b"one", b"two")), list, short_deadline())
         rpcs.close(short_deadline())
     assert received == [b"one", b"two"]
     assert ("ledger", "done") in [(key, value) for key, value in metadata]
     assert recorder.paths == [PATH]
-
-
-@pytest.mark.parametrize("sent", [(), ("x",)])
-def test_one_thread_can_send_what_is_offered(sent: Sequence[str]) -> None:
-    x, w = np.ones((3, 1, 512, 1024), np.float32), np.ones((1, 4, 3, 3), np.float32)
-    problem = problem_of(spec_of(x), spec_of(w), Geometry())
-    operands, offered = ({"x": x}, {"w": w}) if sent else ({}, {"w": w, "x": x})
-    attempt = begin_stream_attempt(
-        CallSpec(
-            DECONVOLVE,
-            make_request(DECONVOLVE, problem, Options(), ("y",)),
-            problem,
-            operands,
-            {"y": problem.y},
-            short_deadline(),
-            offered,
-        ),
-        lambda spec: np.empty(spec.shape, spec.dtype),
-    )
-
-    before = []
-    while attempt.may_take_part():
-        before.append(next(attempt.parts))
-    header, *elements = before
-    assert isinstance(header, pb.DeconvolveStreamRequest)
-    assert sum(len(part.data) for part in elements if isinstance(part, ElementsPart)) == (
-        x.nbytes if sent else 0
-    )
-
-    def responses() -> Iterator[bytes]:
-        missing = pb.DeconvolveStreamResponse(missing=pb.Missing(fields=["w"]))
-        yield missing.SerializeToString()
-        assert attempt.may_take_part()
-        (part,) = attempt.parts
-        assert isinstance(part, ElementsPart)
-        assert (part.is_missing, len(part.data)) == (True, w.nbytes)
-        raise EOFError
-
-    with pytest.raises(EOFError):
-        attempt.receive(ChunkSource(responses(), attempt.response_type))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -242,48 +241,13 @@ def test_chunks_may_end_anywhere(cuts: list[int]) -> None:
     reader.expect_end()
 
 
-def missing_parts(*parts: tuple[str, bytes]) -> Iterator[bytes]:
-    """Yield the parts of a stream, each given by its kind and its elements, without empty ones."""
-    for kind, elements in filter(itemgetter(1), parts):
-        part = pb.DeconvolveStreamRequest()
-        setattr(part, kind, elements)
-        yield part.SerializeToString()
-
-
-@given(cut=st.integers(1, W.nbytes - 1), early=st.integers(0, X.nbytes))
-def test_what_was_missing_comes_before_or_amid_what_follows(cut: int, early: int) -> None:
-    elements = X.tobytes()
-    parts = missing_parts(
-        ("chunk", elements[:early]),
-        ("missing_chunk", W.tobytes()[:cut]),
-        ("missing_chunk", W.tobytes()[cut:]),
-        ("chunk", elements[early:]),
+def test_chunks_that_no_server_asks_for_are_refused() -> None:
+    """Earlier clients sent them, but only if the server asked."""
+    reader = reader_of(
+        iter([pb.DeconvolveStreamRequest(missing_chunk=W.tobytes()).SerializeToString()])
     )
-    reader = reader_of(parts)
-
-    np.testing.assert_array_equal(reader.read_missing({"W": PROBLEM.W})["W"], W)
-    np.testing.assert_array_equal(reader.read("x", PROBLEM.x), X)
-    reader.expect_end()
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ([("missing_chunk", bytes(W.nbytes + 1))], "no missing chunks beyond the elements"),
-        ([("missing_chunk", bytes(3))], "the stream ends 61 bytes before W is complete"),
-        (
-            [("chunk", bytes((64 << 20) + 1))],
-            "at most 67108864 bytes of chunks before the missing chunks of W",
-        ),
-    ],
-    ids=["more", "less", "early"],
-)
-def test_missing_chunks_that_are_none_are_refused(
-    parts: list[tuple[str, bytes]], message: str
-) -> None:
-    reader = reader_of(missing_parts(*parts))
-    with pytest.raises(InvalidArgumentError, match=message):
-        reader.read_missing({"W": PROBLEM.W})
+    with pytest.raises(InvalidArgumentError, match="only chunks after its header"):
+        reader.read("W", PROBLEM.W)
 
 
 def test_y_flows_back_while_x_is_still_coming(stub: pb_grpc.DeconvolutionServiceStub) -> None:

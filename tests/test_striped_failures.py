@@ -167,7 +167,7 @@ def test_a_frame_that_the_protocol_forbids_breaks_the_stripe(
     client: StripedClient, server: StripedServer, device: SteppingDevice
 ) -> None:
     begin(client)
-    send_raw(client.stripes[1], pack_frame(FrameKind.MISSING_ELEMENTS, bytes(8)))
+    send_raw(client.stripes[1], pack_frame(FrameKind.MESSAGE, bytes(8)))
     assert isinstance(client.take_failure(), UnavailableError)
     assert_over(client, server, device)
 
@@ -304,8 +304,10 @@ def test_a_call_whose_stripes_do_not_come_ends(
     client.send(ARRAYS, None if is_computed else [0], ends=is_computed)
     if is_computed:
         client.receive([*empty_results(DECONVOLVE, OPERANDS).values()])
-    with pytest.raises(UnavailableError, match="lacks 1 of its connections after"):
-        raise client.take_failure()
+        client.take_answer(DECONVOLVE)
+    else:
+        with pytest.raises(UnavailableError, match="lacks 1 of its connections after"):
+            raise client.take_failure()
     server.wait_until_idle()
     assert is_serving(client.control)
     client.join(lacking)
@@ -460,9 +462,10 @@ def test_a_client_that_does_not_take_its_results_has_a_deadline(device: Stepping
         client.begin(describe(DECONVOLVE, operands), timeout_s=2)
         client.join()
         client.send([*operands.values()])
-        assert isinstance(client.take_failure(), DeadlineError)
+        client.take_answer(DECONVOLVE)
         server.wait_until_idle()
         assert all(map(is_closed, client.stripes))
+        assert is_serving(client.control)
         client.close()
 
 
@@ -527,9 +530,13 @@ def test_a_client_that_stalls_holds_nobody(
         other = StripedClient(server.port)
         other.compute(DECONVOLVE, OPERANDS)  # meanwhile
         other.close()
-        with pytest.raises(UnavailableError, match="made no progress"):
-            raise stalled.take_failure()
+        if phase == "returning":
+            stalled.take_answer(DECONVOLVE)
+        else:
+            with pytest.raises(UnavailableError, match="made no progress"):
+                raise stalled.take_failure()
         server.wait_until_idle()
+        assert is_closed(stalled.stripes[0])
         assert is_serving(stalled.control)
         stalled.close()
 

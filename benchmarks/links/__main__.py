@@ -12,10 +12,14 @@ from typing import Final
 import click
 
 from benchmarks.commit import commit
+from benchmarks.links.long import long_rows
 from benchmarks.links.rows import LinkRow
 from benchmarks.links.slow import slow_rows
 
-_MEASUREMENTS: Final[Mapping[str, Callable[[], Iterator[LinkRow]]]] = {"slow": slow_rows}
+_MEASUREMENTS: Final[Mapping[str, Callable[[], Iterator[LinkRow]]]] = {
+    "slow": slow_rows,
+    "long": long_rows,
+}
 
 
 @click.command()

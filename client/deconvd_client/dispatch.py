@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 from deconvd.direct.events import MAX_MESSAGE_BYTES
-from deconvd.errors import InvalidArgumentError, LostTensorError
+from deconvd.errors import LostTensorError
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
 from deconvd.wire.codec import Buffer, Envelope
@@ -16,8 +16,9 @@ from deconvd_client.calls.call_spec import CallResult, CallSpec, LastLedger
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.residents import Attempt, Call, Resident, ResidentExecutor
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
+from deconvd_client.transports.large_call import make_large_call
 from deconvd_client.transports.route import Route
-from deconvd_client.transports.sliced_stream import begin_stream_attempt, pays_as_stream
+from deconvd_client.transports.sliced_stream import pays_as_stream
 from deconvd_client.transports.stub import Stub
 
 __all__ = ["Dispatcher"]
@@ -36,7 +37,8 @@ class Dispatcher:
 
         `Dispatcher.execute`    all operands are sent | some are residents, or are named by digest: `ResidentExecutor`
         `Route.call`            by the server's Unix socket | by its target; retries, after a pause
-        `Dispatcher._send_once` large tensors in shared memory | all in one message | slice by slice in a stream
+        `Dispatcher._send_once` large tensors in shared memory | all in one message | `make_large_call`
+        `make_large_call`       striped over several direct connections | slice by slice in a stream
         `Stub`                  small messages and streams by `Failover` | the rest by gRPC
         `Failover`              by a direct connection | by gRPC, if there is none
 
@@ -137,7 +139,7 @@ class Dispatcher:
         return result
 
     def _send_once(self, stub: Stub, borrower: Borrower | None, call_spec: CallSpec) -> CallResult:
-        """Make a call once: through shared memory, in one message, or in a stream."""
+        """Make a call once: through shared memory, in one message, or in parts."""
         if borrower is not None:
             result = call_with_shared_memory(borrower, stub.call, call_spec)
             if result is not None:
@@ -155,23 +157,10 @@ class Dispatcher:
             and not stub.is_direct
             and not pays_as_stream(call_spec, stub.link_rate)
         )
-        if is_message and call_spec.are_digests_known:
+        if is_message:
             raw: dict[str, Buffer] = {}
             for field, array in call_spec.operands.items():
                 raw[field] = elements_of(array)
             request = Envelope(call_spec.request, raw)
             return stub.call(call_spec, request, placed={}, is_brief=is_brief)
-        # large, or the server may lack operands that are named by digest: it can ask for those in a stream
-        return self._send_stream(stub, call_spec, packs=stub.packs_elements(call_spec.deadline))
-
-    def _send_stream(self, stub: Stub, call_spec: CallSpec, *, packs: bool) -> CallResult:
-        begin = partial(begin_stream_attempt, call_spec, self._empty, stub.link_rate, packs=packs)
-        try:
-            (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
-        except InvalidArgumentError:
-            if not packs:
-                raise
-            # perhaps by an older server than the one that takes packed elements, at the same target
-            stub.forget_features()
-            return self._send_stream(stub, call_spec, packs=False)
-        return CallResult(response, arrays, ledger)
+        return make_large_call(stub, call_spec, self._empty)

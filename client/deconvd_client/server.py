@@ -16,6 +16,7 @@ from deconvd.wire.grpc_options import unix_path
 from deconvd.wire.ledger import parse_ledger
 from deconvd_client.calls.call_spec import LastLedger
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.patience import Patience
 from deconvd_client.dispatch import Dispatcher
 from deconvd_client.residents import Call, Resident, ResidentExecutor
 from deconvd_client.server_info import ServerInfo
@@ -38,6 +39,13 @@ __all__ = ["Server"]
 
 _CLOSE_TIMEOUT_S: Final = 0.8
 """How long `Server.close` waits for a server that no longer reads."""
+
+_DISCOVERY_PATIENCE_S: Final = 0.02
+"""How long the calls of a connection over TCP wait, all together, for what is found out about the server meanwhile.
+
+On the server's host it is found out within this time. Elsewhere gRPC takes as long to connect, so that no call waits in
+vain.
+"""
 
 _RESULT_POOL_BYTES: Final = 256 << 20
 """How much memory of dropped results is kept for the next ones: fresh memory costs more than a copy into it."""
@@ -82,17 +90,22 @@ class Server:
         self._transport = transport
         self._ledger = LastLedger()
         self._result_pool = BufferPool(_RESULT_POOL_BYTES)
-        open_stub = partial(_open_stub, transport, max_message_bytes)
-        self.route: Route = Route(open_stub, target, transport, RetryPolicy(fail_fast=fail_fast))
+        patience = Patience() if unix_path(target) else Patience(_DISCOVERY_PATIENCE_S)
+        open_stub = partial(_open_stub, transport, max_message_bytes, patience)
+        self.route: Route = Route(
+            open_stub, target, transport, RetryPolicy(fail_fast=fail_fast), patience
+        )
         self._find_memory = partial(_find_memory_socket, self.route.target_stub)
         is_only_way = transport is TransportName.SHARED_MEMORY
-        self.borrower: Borrower = Borrower(self._find_memory, is_only_way=is_only_way)
+        self.borrower: Borrower = Borrower(
+            self._find_memory, is_only_way=is_only_way, patience=patience
+        )
         is_lent = transport not in _MESSAGE_ONLY_TRANSPORTS
         if not is_lent:
             self.borrower.close()
         empty, ledger = self._result_pool.empty, self._ledger
         self.residents: ResidentExecutor = ResidentExecutor(
-            self.route, self.borrower, tenant_key, empty, ledger, timeout_s
+            self.route, self.borrower, tenant_key, empty, ledger, timeout_s, patience
         )
         borrower = self.borrower if is_lent else None
         self.dispatcher: Dispatcher = Dispatcher(
@@ -170,7 +183,9 @@ class Server:
             return self._card_dispatcher
 
 
-def _open_stub(transport: TransportName, max_message_bytes: int, target: str) -> Stub:
+def _open_stub(
+    transport: TransportName, max_message_bytes: int, patience: Patience, target: str
+) -> Stub:
     """Return the stub of a target; nothing is sent yet."""
     proxy = proxy_for(target)
     rpcs = RpcChannel(
@@ -178,7 +193,9 @@ def _open_stub(transport: TransportName, max_message_bytes: int, target: str) ->
     )
     is_direct = transport is not TransportName.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
     connector = connector_for(target) if is_direct else None
-    return Stub(target, GrpcTransport(rpcs, ErrorHints(target, proxy)), connector)
+    is_near = bool(unix_path(target))  # so a connection is open in a moment
+    grpc = GrpcTransport(rpcs, ErrorHints(target, proxy))
+    return Stub(target, grpc, connector, Patience() if is_near else patience)
 
 
 def _find_memory_socket(stub: Stub, deadline: Deadline) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, TypeAlias, cast
 
@@ -44,8 +44,6 @@ class CallSpec:
         operands: The operands to send, by the names of their fields, in the order of streams.
         results: The results to return, likewise.
         deadline: When the caller must have an answer.
-        offered: Operands that the request names by digest. A stream sends those that the server lacks.
-        are_digests_known: Whether the server is known to have all of them.
     """
 
     operation: Operation
@@ -54,8 +52,6 @@ class CallSpec:
     operands: Mapping[str, Array]
     results: Mapping[str, TensorSpec]
     deadline: Deadline
-    offered: Mapping[str, Array] = field(default_factory=dict)
-    are_digests_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)

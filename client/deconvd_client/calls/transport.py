@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from deconvd.direct.events import MethodCode
+from deconvd.model.dtypes import Array
 from deconvd.wire.stream_parts import Part, PartSource
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
 
-__all__ = ["NotServedDirectlyError", "OutcomeUnknownError", "StreamAttempt", "Transport"]
+__all__ = [
+    "NotServedDirectlyError",
+    "OutcomeUnknownError",
+    "StreamAttempt",
+    "StripedAttempt",
+    "Transport",
+]
 
 _T = TypeVar("_T")
 
@@ -26,10 +33,6 @@ class OutcomeUnknownError(NotServedDirectlyError):
     """A call was lost after it was sent: the server may have computed it, or may still do so."""
 
 
-def _always() -> bool:
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class StreamAttempt(Generic[_T]):
     """One attempt at a call of many parts.
@@ -39,9 +42,8 @@ class StreamAttempt(Generic[_T]):
         parts: The parts of the request; the first is a message.
         receive: Reads the response, and returns the result of the call.
         response_type: The type of the response's messages.
-        is_full_duplex: Whether the response may begin before the request has ended. A second thread sends the
-            request then, or the one thread asks `may_take_part` before it takes a part.
-        may_take_part: Whether the next part of the request can be taken without waiting for the response.
+        is_full_duplex: Whether the response may begin before the request has ended. It is sent meanwhile
+            then.
     """
 
     method: MethodCode
@@ -49,7 +51,23 @@ class StreamAttempt(Generic[_T]):
     receive: Callable[[PartSource], _T]
     response_type: type[Message]
     is_full_duplex: bool = False
-    may_take_part: Callable[[], bool] = _always
+
+
+@dataclass(frozen=True, slots=True)
+class StripedAttempt:
+    """One attempt at a striped call. See `deconvd.direct.protocol`.
+
+    Attributes:
+        method: The method of the service.
+        request: The request message.
+        operands: The operands that are sent, in the layout of `Tensor.raw`, in the order of `Operation.write_order`.
+        results: Memory for the results that are returned, in the operation's order.
+    """
+
+    method: MethodCode
+    request: bytes
+    operands: Sequence[Array]
+    results: Sequence[Array]
 
 
 class Transport(Protocol):

@@ -82,7 +82,7 @@ class Attempt:
 
         a resident that the server has        by its handle
         a resident that was never sent        with its elements, which the server keeps
-        a large constant, as W often is       by its digest; its elements are sent only if the server lacks them
+        a large constant, as W often is       by its digest; or with its elements, which the server then remembers
         any other array                       with its elements
 
     Args:
@@ -98,7 +98,6 @@ class Attempt:
         self._context = context
         self._send_all = send_all
         self._sent_operands: dict[str, Array] = {}
-        self._offered_operands: dict[str, Array] = {}
         self._digests: dict[str, tuple[TensorSpec, pb.Digest]] = {}
         self._handles: dict[str, tuple[Resident, ResidentHandle]] = {}
         self._operands_to_keep: dict[str, tuple[Resident, SourceArray]] = {}
@@ -117,7 +116,6 @@ class Attempt:
     @property
     def call_spec(self) -> CallSpec:
         """What to send in this attempt."""
-        knows, session = self._context.known_digests.knows, self._context.session
         return CallSpec(
             self._call.operation,
             self._request,
@@ -125,8 +123,6 @@ class Attempt:
             self._sent_operands,
             {} if self._call.keep_results else self._call.results,
             self._context.deadline,
-            self._offered_operands,
-            are_digests_known=all(knows(session, *content) for content in self._digests.values()),
         )
 
     @property
@@ -166,7 +162,8 @@ class Attempt:
             argument: The operand's name. Empty if the server did not name it: then all that were named by a handle
                 or a digest are forgotten.
         """
-        fields = [*self._handles, *self._digests]
+        named = [f for f in self._digests if f not in self._sent_operands]
+        fields = [*self._handles, *named]
         lost = [f for f in fields if argument in ("", ARGUMENTS[f])]
         for field in lost:
             if field in self._handles:
@@ -197,16 +194,19 @@ class Attempt:
         self._handles[field] = resident, handle
 
     def _add_array(self, field: str, array: Array, source: SourceArray | None = None) -> None:
-        """Name an array by its digest if that pays off, else send its elements."""
+        """Name an array by its digest if the server should have it, else send its elements."""
         is_constant = field in self._call.operation.constants
         known_digests, deadline = self._context.known_digests, self._context.deadline
         if self._send_all or not is_constant or not known_digests.is_worth_hashing(array, deadline):
             self._sent_operands[field] = array
             return
-        digest = digest_of(array) if source is None else source.digest
-        getattr(self._request, field).digest.CopyFrom(digest)
-        self._digests[field] = spec_of(array), digest
-        self._offered_operands[field] = array
+        content = spec_of(array), digest_of(array) if source is None else source.digest
+        self._digests[field] = content
+        if known_digests.expects(self._context.session, *content):
+            getattr(self._request, field).digest.CopyFrom(content[1])
+            return
+        setattr(self._request.remember, field, True)
+        self._sent_operands[field] = array
 
 
 def _keep_results(request: Request) -> None:

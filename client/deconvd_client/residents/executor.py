@@ -13,6 +13,7 @@ from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec, spec_of
 from deconvd_client.calls.call_spec import LastLedger
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.patience import Patience
 from deconvd_client.residents.attempt import AttemptContext
 from deconvd_client.residents.known_digests import KnownDigests
 from deconvd_client.residents.resident import Resident
@@ -40,6 +41,7 @@ class ResidentExecutor:
         empty: Returns new memory for a tensor.
         ledger: Receives the ledger of each call.
         timeout_s: How long each call may take, in seconds.
+        patience: Bounds how long calls wait for a session that they can do without.
 
     Attributes:
         known_digests: Decides which operands to name by their digests.
@@ -53,11 +55,12 @@ class ResidentExecutor:
         empty: Callable[[TensorSpec], Array],
         ledger: LastLedger,
         timeout_s: float,
+        patience: Patience,
     ) -> None:
         self._ledger = ledger
         self._timeout_s = timeout_s
         self._session = ClientSession(route, tenant_key)
-        self.known_digests: KnownDigests = KnownDigests(self._session, borrower)
+        self.known_digests: KnownDigests = KnownDigests(self._session, borrower, patience)
         self._transfers = Transfers(route, borrower, empty)
 
     def put(self, array: Array) -> Resident:
@@ -82,7 +85,7 @@ class ResidentExecutor:
     @property
     def has_session(self) -> bool:
         """Whether a session is open. The server may have ended it without the client knowing yet."""
-        return self._session.is_open
+        return self._session.current is not None
 
     @property
     def session_name(self) -> bytes:

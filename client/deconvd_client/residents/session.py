@@ -76,7 +76,7 @@ class ClientSession:
         Raises:
             DeconvdError: The session could not be opened.
         """
-        session = self._thread.session
+        session = self.current
         if session is not None:
             return session
         promise: Promise[SessionInfo] = Promise()
@@ -84,14 +84,19 @@ class ClientSession:
         return _wait_for(deadline, promise, "open a session")
 
     @property
-    def is_open(self) -> bool:
-        """Whether a session is open. The server may have ended it without the client knowing yet."""
-        return self._thread.session is not None
+    def current(self) -> SessionInfo | None:
+        """The open session, if there is one. The server may have ended it without the client knowing yet."""
+        return self._thread.session
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other connections may be of the same tenant."""
+        return bool(self._tenant_key)
 
     @property
     def name(self) -> bytes:
         """The name of the open session. Empty if none is open."""
-        session = self._thread.session
+        session = self.current
         return b"" if session is None else session.name
 
     def lose(self, name: bytes) -> None:

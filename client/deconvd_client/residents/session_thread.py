@@ -71,10 +71,12 @@ class SessionInfo:
     Attributes:
         name: The session's name. It is a secret, because it gives access to the residents.
         quota_bytes: Limit on the total size of its residents.
+        can_remember: Whether the server remembers operands by their content.
     """
 
     name: bytes
     quota_bytes: int
+    can_remember: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,8 @@ class SessionThread:
 
         call = self._route.call_once if fail_fast else self._route.call
         stream = call(open_stream, deadline)
-        session = SessionInfo(stream.response.session, stream.response.quota_bytes)
+        response = stream.response
+        session = SessionInfo(response.session, response.quota_bytes, response.can_remember)
         # in this order, `min` also bounds a lease that is not a number
         self._lease_s = min(MAX_TIMEOUT_S, stream.response.lease_s)
         self._due_s = time.monotonic() + self._lease_s / _HEARTBEATS_PER_LEASE

@@ -22,6 +22,7 @@ from deconvd.model.dtypes import Array, element_type
 from deconvd.model.problem import TensorSpec, check_extents
 from deconvd.wire.shared_slice import SharedSlice
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.patience import Patience
 from deconvd_client.shared_memory.loan_thread import LenderState, LoanClient, LoanRequest
 from deconvd_client.shared_memory.memory_kind import HOST_MEMORY, MemoryKind
 from deconvd_client.shared_memory.region import BorrowedBlock, BorrowedRegion, RegionPool
@@ -50,6 +51,7 @@ class Borrower:
             when memory is first needed, and again once nobody listens there or it raised a DeconvdError.
         is_only_way: Whether tensors must not be sent instead.
         memory_kind: The kind of memory, and so of the arrays.
+        patience: Bounds how long calls wait to learn whether the server lends memory.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Borrower:
         *,
         is_only_way: bool = False,
         memory_kind: MemoryKind = HOST_MEMORY,
+        patience: Patience | None = None,
     ) -> None:
         self.memory_kind = memory_kind
+        self._patience = Patience() if patience is None else patience
         self._is_only_way = is_only_way
         self._lock = new_lock()  # never held while this talks to the server
         self._pool = RegionPool()
@@ -125,12 +129,20 @@ class Borrower:
                     region.close()
 
     def allocate(self, size_bytes: int, deadline: Deadline) -> BorrowedBlock | None:
-        """Return a new block of memory; None if there is no room for it. The size must be positive."""
+        """Return a new block of memory; None if there is no room for it. The size must be positive.
+
+        This waits until it is known whether the server lends memory, however long that takes calls.
+        """
         self.check_link()
-        return self.allocate_unchecked(size_bytes, deadline)
+        return self._allocate(size_bytes, deadline, Patience())
 
     def allocate_unchecked(self, size_bytes: int, deadline: Deadline) -> BorrowedBlock | None:
-        """Return a new block as `allocate` does. The caller must have called `check_link`."""
+        """Return a new block for a call, as far as that has patience. The caller must have called `check_link`."""
+        return self._allocate(size_bytes, deadline, self._patience)
+
+    def _allocate(
+        self, size_bytes: int, deadline: Deadline, patience: Patience
+    ) -> BorrowedBlock | None:
         with self._lock:
             block = self._pool.reuse_last(size_bytes)  # always found in a loop of like calls
             if block is None:
@@ -143,7 +155,7 @@ class Borrower:
             request = self._loan_client.request(size_bytes)
         if request is None:
             return None
-        self._wait(request, deadline)
+        self._wait(request, deadline, patience)
         return request.block
 
     def check_link(self) -> None:
@@ -178,7 +190,7 @@ class Borrower:
         with self._lock:
             request = self._loan_client.request(0)
         if request is not None:
-            self._wait(request, deadline)
+            self._wait(request, deadline, self._patience)
         return self._is_lending
 
     @property
@@ -217,14 +229,15 @@ class Borrower:
     def _is_lending(self) -> bool:
         return self._loan_client.state is LenderState.LENDING
 
-    def _wait(self, request: LoanRequest, deadline: Deadline) -> None:
+    def _wait(self, request: LoanRequest, deadline: Deadline, patience: Patience) -> None:
         """Wait until a request has ended, but no longer than its caller should."""
         if self._is_only_way:
             request.wait(deadline)
             return
-        if not request.is_first and not self._is_lending:
-            has_ended = request.wait(deadline.with_limit(_BRIEF_PATIENCE_S))
-            if has_ended or not self._is_lending:
+        if not self._is_lending:
+            limit_s = _PATIENCE_S if request.is_first else _BRIEF_PATIENCE_S
+            limit_s = min(limit_s, patience.remaining_s())
+            if request.wait(deadline.with_limit(limit_s)) or not self._is_lending:
                 return
         request.wait(deadline.with_limit(_PATIENCE_S))
 

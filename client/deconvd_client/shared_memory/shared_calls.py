@@ -153,8 +153,6 @@ def call_with_shared_memory(
     Raises:
         UnavailableError, ExhaustedError: There is no other way, as `Borrower.check_fallback` says.
     """
-    if call_spec.offered:
-        return None  # the server may lack some of them, and only a stream can send those later
     min_bytes = borrower.memory_kind.min_tensor_bytes
     tensors: dict[str, Array | TensorSpec] = {**call_spec.operands, **call_spec.results}
     large: set[str] = set()

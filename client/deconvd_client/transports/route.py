@@ -15,6 +15,8 @@ from deconvd.errors import CallCancelledError, DeconvdError, InvalidArgumentErro
 from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.patience import Patience
+from deconvd_client.calls.shared_task import SharedTask
 from deconvd_client.calls.uninterrupted import run_in_background
 from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
 from deconvd_client.transports.stub import Stub
@@ -22,6 +24,9 @@ from deconvd_client.transports.stub import Stub
 __all__ = ["Route", "TransportName"]
 
 _T = TypeVar("_T")
+
+_SEARCH_TIMEOUT_S: Final = 5.0
+"""How long the search for a Unix socket may take that runs beside calls."""
 
 _VERIFY_TIMEOUT_S: Final = 1.0
 """How long a server may take to say at a Unix socket which instance it is."""
@@ -69,7 +74,7 @@ class _RouteState(Enum):
     """
 
     UNKNOWN = "unknown"
-    """The next call looks for one."""
+    """The next call has one looked for."""
 
     NEAR = "near"
     """Calls go by it."""
@@ -87,13 +92,15 @@ class Route:
     """Runs calls by the Unix socket of the server if there is one on this host, else by its target. Thread-safe.
 
     The *near* stub is that of the Unix socket. It is lost only when its connection breaks: a server that answers that
-    it is full has been reached. A background thread looks for a lost socket, so that no call pays for it.
+    it is full has been reached. A background thread looks for the socket, also for a lost one: calls go by the target
+    meanwhile, unless they must not.
 
     Args:
         open_stub: Returns a stub for a target. Nothing is sent yet.
         target: Where the server can always be reached.
         transport: Says whether to look for a Unix socket, and whether calls must use one.
         retries: Says which calls are retried.
+        patience: Bounds how long calls wait for the first search.
 
     Raises:
         InvalidArgumentError: The target cannot be reached by `transport`.
@@ -105,6 +112,7 @@ class Route:
         target: str,
         transport: TransportName,
         retries: RetryPolicy,
+        patience: Patience,
     ) -> None:
         self._target_stub = open_stub(target)
         is_unix = target.startswith("unix:")
@@ -116,11 +124,14 @@ class Route:
             )
         self._open_stub = open_stub
         self._retries = retries
+        self._patience = patience
         self._must_be_near = transport is TransportName.UNIX and not is_unix
         is_near_enough = is_unix or transport in (TransportName.TCP, TransportName.GRPC)
         self._lock = new_lock()
         self._state = _RouteState.FAR if is_near_enough else _RouteState.UNKNOWN
-        self._is_searching = False
+        # shared memory is near as well: its calls can wait for the search
+        self._is_pinned = self._must_be_near or transport is TransportName.SHARED_MEMORY
+        self._search = SharedTask()
         self._near_stub: Stub | None = None
         self._stubs: dict[
             str, Stub
@@ -130,7 +141,6 @@ class Route:
 
     def reset_after_fork(self) -> None:
         """Search as at first: the thread that looked for a lost socket does not exist in a forked child."""
-        self._is_searching = False
         self._close_signal = SimpleQueue()
         if self._state is _RouteState.LOST:
             self._move(_RouteState.UNKNOWN)
@@ -142,7 +152,7 @@ class Route:
             work: Makes one attempt with a stub.
 
         Raises:
-            DeconvdError: What `work` raised last, or GetServerInfo when it was asked for Unix sockets.
+            DeconvdError: What `work` raised last; or GetServerInfo, if calls must wait for the search.
             PinnedTransportError: Calls must use a Unix socket, and there is none.
         """
         return self._retries.run(partial(self._try, work, deadline), deadline)
@@ -185,7 +195,11 @@ class Route:
 
     def _try(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
         if self._state is _RouteState.UNKNOWN:
-            self._seek(deadline)
+            if self._is_pinned:
+                self._seek(deadline)
+            else:
+                patience_s = min(self._patience.remaining_s(), deadline.remaining_s())
+                self._search.run(self._seek_in_background, patience_s)
         near = self._near_stub
         if near is None:
             return work(self._target_stub)
@@ -202,19 +216,14 @@ class Route:
     def _seek(self, deadline: Deadline) -> None:
         """Look for a Unix socket of the server on this host.
 
-        While one thread looks, other calls go by the target, unless they must use a Unix socket.
+        Raises:
+            DeconvdError: What GetServerInfo raised, or there is no socket and calls must use one.
         """
-        with self._lock:
-            if self._is_searching and not self._must_be_near:
-                return
-            self._is_searching = True
         try:
             near, why_not = self._find_near(deadline)
         except _NoAnswerError as error:
             self._search_later(str(error))
             return
-        finally:
-            self._is_searching = False
         with self._lock:
             if self._state is _RouteState.UNKNOWN:
                 if near is not None:
@@ -223,6 +232,13 @@ class Route:
                     self._move(_RouteState.FAR)
         if near is None and self._must_be_near:
             raise PinnedTransportError(f"transport='unix' cannot be used: {why_not}")
+
+    def _seek_in_background(self) -> None:
+        """Look for a Unix socket beside calls, which hear of trouble from the target. The next call looks again."""
+        try:
+            self._seek(Deadline(_SEARCH_TIMEOUT_S))
+        except DeconvdError as error:
+            _log.debug("no search for a Unix socket: %s", error)
 
     def _search_later(self, why: str) -> None:
         """Go on without a socket that does not answer yet: a background thread will find it, or a retry."""

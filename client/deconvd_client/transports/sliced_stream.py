@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
-from queue import SimpleQueue
 from typing import Any, Final, TypeAlias
 
 from deconvd.direct.events import MethodCode
-from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
 from deconvd.model.problem import TensorSpec
@@ -30,12 +28,6 @@ __all__ = ["begin_stream_attempt", "pays_as_stream"]
 
 _StreamResult: TypeAlias = tuple[Response, dict[str, Array]]
 """The response, and the results, by the names of their fields."""
-
-_MAX_UNANSWERED_BYTES: Final = 64 << 20
-"""What may be sent before the server has said which of the offered operands it lacks."""
-
-_PIECE_BYTES: Final = 1 << 20
-"""What is sent between two checks whether it has said so."""
 
 _MIN_SLICES_COUNT: Final = 4
 """How many slices a call must have on a slow link to be a stream rather than a message."""
@@ -67,7 +59,6 @@ def begin_stream_attempt(
         stream_call.receive,
         response_type,
         stream_call.is_full_duplex,
-        stream_call.may_take_part,
     )
 
 
@@ -112,19 +103,12 @@ class _StreamCall:
     ) -> None:
         problem = call_spec.problem
         self._step = _slice_samples_count(call_spec, link_rate)
-        self.is_full_duplex: bool = bool(call_spec.offered) or problem.n > self._step
+        self.is_full_duplex: bool = problem.n > self._step
         self._call_spec = call_spec
         self._empty = empty
         self._link_rate = link_rate
         self._packs = packs
         self._messages = messages_for(call_spec.operation)
-        # a queue, since an exception from a signal handler can leave an Event locked
-        self._missing: SimpleQueue[Sequence[str]] = SimpleQueue()
-        self._awaits_missing = False  # whether the next part must wait for what `_missing` gets
-
-    def may_take_part(self) -> bool:
-        """Return whether the next part can be taken without waiting for the response."""
-        return not self._awaits_missing or not self._missing.empty()
 
     def parts(self) -> Iterator[Part]:
         """Return the request's parts."""
@@ -134,8 +118,6 @@ class _StreamCall:
             takes_packed=self._packs,
         )
         opening: Any = self._messages.stream_request(header=header)
-        if self._call_spec.offered:
-            return self._interleave_missing(opening)
         return chain((opening,), self._elements())
 
     def receive(self, source: PartSource) -> _StreamResult:
@@ -146,18 +128,13 @@ class _StreamCall:
         """
         metered = self._measure(source)
         reader: PartReader[Any] = PartReader(metered, self._messages.stream_response, self._empty)
-        try:
-            if self._call_spec.offered:
-                self._missing.put(self._check_offered(reader.read_missing_fields()))
-            response = reader.read_header().header
-            arrays = {
-                field: reader.read(ARGUMENTS[field], spec)
-                for field, spec in self._call_spec.results.items()
-            }
-            reader.expect_end()
-            return response, arrays
-        finally:
-            self._missing.put(())  # or the thread that sends would wait for ever
+        response = reader.read_header().header
+        arrays = {
+            field: reader.read(ARGUMENTS[field], spec)
+            for field, spec in self._call_spec.results.items()
+        }
+        reader.expect_end()
+        return response, arrays
 
     def _measure(self, source: PartSource) -> PartSource:
         """Return the response's parts, whose arrival the link's rate learns from."""
@@ -167,47 +144,6 @@ class _StreamCall:
             return source
         step = min(self._step, n)
         return MeteredSource(source, self._link_rate, sliced[0].nbytes // n * step, n // step)
-
-    def _check_offered(self, fields: Sequence[str]) -> Sequence[str]:
-        unknown = set(fields) - self._call_spec.offered.keys()
-        if unknown:
-            raise InvalidArgumentError(
-                f"the server asks for operands that were not offered: {unknown}"
-            )
-        return fields
-
-    def _interleave_missing(self, opening: Part) -> Iterator[Part]:
-        """Yield the header and the elements, and the missing operands as soon as the server has asked for them.
-
-        The client does not wait for that message, unless it has sent `_MAX_UNANSWERED_BYTES` without it::
-
-            client   header  x  x  x  x  W  x  x
-            server              missing: W
-
-        Before a part is yielded it is known whether the next one must wait.
-        """
-        pieces = (piece for part in self._elements() for piece in part.pieces(_PIECE_BYTES))
-        part: Part = opening
-        unanswered_bytes = 0
-        while True:
-            piece = next(pieces, None)
-            if piece is not None:
-                unanswered_bytes += len(piece.data)
-            self._awaits_missing = piece is None or unanswered_bytes > _MAX_UNANSWERED_BYTES
-            yield part
-            if piece is None or self._awaits_missing or not self._missing.empty():
-                break
-            part = piece
-        yield from self._missing_elements()
-        if piece is not None:
-            yield piece
-        yield from pieces
-
-    def _missing_elements(self) -> Iterator[ElementsPart]:
-        missing = self._missing.get()
-        self._awaits_missing = False
-        for field in missing:
-            yield from elements_parts(self._call_spec.offered[field], is_missing=True)
 
     def _elements(self) -> Iterator[ElementsPart]:
         operands, operation = self._call_spec.operands, self._call_spec.operation

@@ -19,9 +19,11 @@ from deconvd.wire.tensor import array_from_message
 from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.patience import Patience
 from deconvd_client.calls.transport import StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import Connector
 from deconvd_client.transports.direct.pool import DirectTransport
+from deconvd_client.transports.direct.striped_transport import StripedTransport
 from deconvd_client.transports.failover import Failover
 from deconvd_client.transports.grpc.transport import GrpcTransport
 from deconvd_client.transports.link_rate import LinkRate
@@ -44,23 +46,28 @@ class Stub:
         target: Where the server is.
         grpc: Carries all calls that no direct connection carries.
         connector: Opens direct connections; None if there must not be any.
+        patience: Bounds how long calls wait for direct connections.
 
     Attributes:
         direct: The direct connections; None if there must not be any.
         link_rate: The rate of the link to the target, whichever transport carries a call.
+        striped: Makes large calls over several of them; None likewise.
     """
 
-    def __init__(self, target: str, grpc: GrpcTransport, connector: Connector | None) -> None:
+    def __init__(
+        self, target: str, grpc: GrpcTransport, connector: Connector | None, patience: Patience
+    ) -> None:
         self.target: str = target
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
         self._takes_packed: bool | None = None  # None until the server has said it
-        self.direct: DirectTransport | None = (
-            None if connector is None else DirectTransport(connector, self._fetch_server_info)
-        )
+        self.direct: DirectTransport | None = None
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
-        if self.direct is not None:
+        self.striped: StripedTransport | None = None
+        if connector is not None:
+            self.direct = DirectTransport(connector, self._fetch_server_info, patience)
+            self.striped = StripedTransport(self.direct)
             self._transport = Failover(self.direct, grpc)
             self._at_most_once_transport = Failover(self.direct, grpc, at_most_once=True)
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
 from deconvd.wire.codec import Buffer
 
-__all__ = ["ByteStream", "SocketStream"]
-
-_T = TypeVar("_T")
+__all__ = ["ByteStream", "SocketStream", "timeval"]
 
 _MAX_JOINED_BYTES: Final = 16 << 10
 """Up to this size, joining buffers into one costs less than passing several buffers to the kernel."""
@@ -35,6 +34,19 @@ _TCP_USER_TIMEOUT_S: Final = 20
 _DRAIN_BUFFER_BYTES: Final = 32 << 10
 """Size of the buffer into which `half_close_and_drain` reads."""
 
+_MIN_BULK_BYTES: Final = 256 << 10
+"""From this size on, bytes are moved by few long system calls, which wait in the kernel for the peer."""
+
+_BULK_WAIT_S: Final = 0.1
+"""How long such a system call waits at most: deadlines, and a peer that has stalled, are noticed between two."""
+
+_NO_WAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
+"""Flag of a system call that does not wait. 0 on Windows, where sockets are non-blocking instead."""
+
+_WAIT_FOR_ALL: Final[int] = socket.MSG_WAITALL if _NO_WAIT else 0
+
+_TIMEVAL: Final = struct.Struct("@ll")
+
 
 class ByteStream(Protocol):
     """One end of a connection. One thread may read while another writes, and any thread may call `shutdown`.
@@ -48,6 +60,9 @@ class ByteStream(Protocol):
 
     def read_into(self, target: memoryview) -> int:
         """Read at least one byte into the start of `target`. Return the number of bytes read."""
+
+    def fill(self, target: memoryview) -> None:
+        """Read all of `target`."""
 
     def write(self, *buffers: Buffer) -> None:
         """Send all bytes of all buffers."""
@@ -76,8 +91,9 @@ class SocketStream:
             waits. Any thread may read it.
 
     Args:
-        connection: The socket, which this object owns and closes. It becomes non-blocking: a read or write that need
-            not wait is then a single system call.
+        connection: The socket, which this object owns and closes. It becomes blocking, with short timeouts, for `fill`
+            and for large writes: the kernel then moves megabytes in one system call. All other system calls do not
+            wait, so a read or write that need not wait is a single one.
         stall_limit_s: If there is a deadline and the peer neither sends nor accepts anything for this long,
             the waiting method raises ConnectionTimeoutError.
     """
@@ -91,7 +107,10 @@ class SocketStream:
             _make_read_poller(connection),
             _make_write_poller(connection),
         )
-        connection.setblocking(False)
+        connection.setblocking(bool(_NO_WAIT))
+        if _NO_WAIT:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(_BULK_WAIT_S))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_BULK_WAIT_S))
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             _set_tcp_options(connection)
 
@@ -106,26 +125,36 @@ class SocketStream:
 
     def read_into(self, target: memoryview) -> int:
         """See `ByteStream`."""
-        count = self._transfer(self._socket.recv_into, target, self._is_readable)
+        count = self._transfer(self._socket.recv_into, (target, 0, _NO_WAIT), self._is_readable)
         if not count:
             raise ConnectionClosedError("the peer has closed the connection")
         return count
 
+    def fill(self, target: memoryview) -> None:
+        """See `ByteStream`."""
+        while target:
+            flags = _WAIT_FOR_ALL if self._may_wait_for(len(target)) else _NO_WAIT
+            count = self._transfer(self._socket.recv_into, (target, 0, flags), self._is_readable)
+            if not count:
+                raise ConnectionClosedError("the peer has closed the connection")
+            target = target[count:]
+
     def write(self, *buffers: Buffer) -> None:
         """See `ByteStream`. Small buffers are joined, and sent with one system call."""
         if len(buffers) > 1:
-            if sum(map(len, buffers)) <= _MAX_JOINED_BYTES:
+            size_bytes = sum(map(len, buffers))
+            if size_bytes <= _MAX_JOINED_BYTES:
                 buffers = (b"".join(buffers),)
             elif hasattr(self._socket, "sendmsg"):  # not on Windows
-                buffers = _skip_bytes(
-                    buffers, self._transfer(self._socket.sendmsg, buffers, self._is_writable)
-                )
+                flags = 0 if self._may_wait_for(size_bytes) else _NO_WAIT
+                sent = self._transfer(self._socket.sendmsg, (buffers, (), flags), self._is_writable)
+                buffers = _skip_bytes(buffers, sent)
         for buffer in buffers:
-            sent = self._transfer(self._socket.send, buffer, self._is_writable)
-            while sent < len(buffer):
-                self._wait_until_ready(self._is_writable)
-                rest = memoryview(buffer)[sent:]
-                sent += self._transfer(self._socket.send, rest, self._is_writable)
+            rest = buffer
+            while rest:
+                flags = 0 if self._may_wait_for(len(rest)) else _NO_WAIT
+                sent = self._transfer(self._socket.send, (rest, flags), self._is_writable)
+                rest = memoryview(rest)[sent:]
 
     def poll(self, timeout_s: float) -> bool:
         """See `ByteStream`."""
@@ -161,15 +190,24 @@ class SocketStream:
     def __del__(self) -> None:
         self._socket.close()  # avoids the ResourceWarning if the owner dropped this object without closing it
 
+    def _may_wait_for(self, size_bytes: int) -> bool:
+        """Return whether a system call may wait in the kernel until it has moved this much."""
+        return size_bytes >= _MIN_BULK_BYTES and (
+            self._deadline_s is None or time.monotonic() < self._deadline_s - _BULK_WAIT_S
+        )
+
     def _transfer(
-        self, move: Callable[[_T], int], what: _T, is_ready: Callable[[float], bool]
+        self,
+        move: Callable[..., int],
+        arguments: tuple[Any, ...],
+        is_ready: Callable[[float], bool],
     ) -> int:
         """Wait until the socket is ready, read or write with `move`, and return the number of bytes."""
         while True:
             if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
                 raise ConnectionTimeoutError("the deadline has passed")
             try:
-                return move(what)
+                return move(*arguments)
             except BlockingIOError:
                 self._wait_until_ready(is_ready)
             except OSError as error:
@@ -195,6 +233,11 @@ class SocketStream:
                 has_become_ready = is_ready(min(remaining_s, _MAX_WAIT_S))
         finally:
             self.blocked_since_s = math.inf
+
+
+def timeval(seconds: float) -> bytes:
+    """Return a time as the socket options SO_RCVTIMEO and SO_SNDTIMEO have it. 0 means for ever."""
+    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
 
 
 def _make_read_poller(connection: socket.socket) -> Callable[[float], bool]:

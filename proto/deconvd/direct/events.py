@@ -15,8 +15,6 @@ The payload of each kind, with the messages of the service as in deconvd.proto:
                                 the request message; for a method that streams its request, its first message
              PROGRESS           in an overlapped call: bytes of the operands that are written by now (8 bytes)
              ELEMENTS           in a streamed request: the next elements, as in Tensor.raw; not empty
-             MISSING_ELEMENTS   in a streamed request: the next elements of tensors that the server reported as missing;
-                                not empty
              PACKED_ELEMENTS    in a streamed request: the next elements, packed (see `deconvd.wire.packed_elements`)
              END                the streamed request, or the client's part of a stripe, is complete; no payload
              STRIPED_CALL       method (1 byte), how many stripes the call has (1 byte), 6 zero bytes, timeout in
@@ -111,14 +109,13 @@ class FrameKind(IntEnum):
     """The kind of a frame.
 
     OVERLAPPED_CALL, STREAM_CALL and FETCH_CALL are never sent: on the wire each is a CALL, whose payload says which of
-    them it is.
+    them it is. The number 5 belonged to a kind that is no longer sent.
     """
 
     HELLO = 1
     CALL = 2
     MESSAGE = 3
     ELEMENTS = 4
-    MISSING_ELEMENTS = 5
     END = 6
     FAILED = 7
     PROGRESS = 8
@@ -439,7 +436,6 @@ PAYLOAD_SIZES: Final[Mapping[int, range]] = {
     FrameKind.CALL: range(_CALL.size, MAX_MESSAGE_BYTES + 1),
     FrameKind.MESSAGE: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.ELEMENTS: range(1 << 32),
-    FrameKind.MISSING_ELEMENTS: range(1 << 32),
     FrameKind.PACKED_ELEMENTS: range(MIN_PACKED_BYTES, MAX_PACKED_BYTES + 1),
     FrameKind.END: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.FAILED: range(MAX_MESSAGE_BYTES + 1),

@@ -64,7 +64,7 @@ class FrameStream:
             self.send(MessagePart(part.SerializeToString()))
             return
         for piece in part.pieces(_MAX_FRAME_BYTES):
-            pending = PendingElements(len(piece.data), piece.is_missing, piece.is_packed)
+            pending = PendingElements(len(piece.data), piece.is_packed)
             self._stream.write(self.protocol.begin_elements(pending), piece.data)
 
     def send_piece(self, number: int, buffers: Sequence[memoryview]) -> None:
@@ -97,8 +97,8 @@ class FrameStream:
     def read_into_buffer(self, target: memoryview) -> None:
         """Fill a buffer with the next of the pending elements."""
         filled = self.protocol.take_elements(target)
-        while filled < len(target):
-            filled += self._stream.read_into(target[filled:])
+        if filled < len(target):
+            self._stream.fill(target[filled:])
 
     def poll(self, timeout_s: float) -> bool:
         """Return whether data, or the end of the connection, arrives within `timeout_s` seconds.

@@ -125,7 +125,6 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
         ProtocolState.TRAILING: {FrameKind.PROGRESS: ProtocolState.TRAILING, **_CALL_STATES},
         ProtocolState.STREAMING: {
             FrameKind.ELEMENTS: ProtocolState.STREAMING,
-            FrameKind.MISSING_ELEMENTS: ProtocolState.STREAMING,
             FrameKind.PACKED_ELEMENTS: ProtocolState.STREAMING,
             FrameKind.END: ProtocolState.RESPONDING,
         },
@@ -250,9 +249,7 @@ class DirectProtocol:
 
     def begin_elements(self, pending: PendingElements) -> bytes:
         """Return the bytes to send before some elements. Raises the same errors as `send`."""
-        kind = FrameKind.MISSING_ELEMENTS if pending.is_missing else FrameKind.ELEMENTS
-        if pending.is_packed:
-            kind = FrameKind.PACKED_ELEMENTS
+        kind = FrameKind.PACKED_ELEMENTS if pending.is_packed else FrameKind.ELEMENTS
         if kind not in self._may_send[self.state]:
             raise _send_error(kind, self.state)
         return FRAME_HEAD.pack(kind, pending.size_bytes)  # elements never change the state
@@ -311,11 +308,7 @@ class DirectProtocol:
             self.unread_bytes = unread_bytes - FRAME_HEAD_BYTES
             self._pending_bytes = size_bytes
             # elements never change the state
-            return PendingElements(
-                size_bytes,
-                is_missing=number == FrameKind.MISSING_ELEMENTS,
-                is_packed=number == FrameKind.PACKED_ELEMENTS,
-            )
+            return PendingElements(size_bytes, is_packed=number == FrameKind.PACKED_ELEMENTS)
         frame_bytes = FRAME_HEAD_BYTES + size_bytes
         if unread_bytes < frame_bytes:
             if len(self._buffer) < frame_bytes:  # a large message: give it a buffer of its own

@@ -39,6 +39,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _ElementType:
@@ -229,12 +234,10 @@ Global___Resident: _TypeAlias = Resident  # noqa: Y015
 
 @_typing.final
 class Digest(_message.Message):
-    """Names elements by their content. If any session of the same tenant has sent the same elements before, the client need not
-    send them again.
+    """Names elements by their content. If any session of the same tenant has had the server remember the same elements before (see
+    OperandsToRemember), the client need not send them again.
 
-    If the server does not have the elements, it answers a unary call with NOT_FOUND, and asks for them in a stream (see
-    Missing). Elements that are sent for a digest stay with the tenant until its last session ends, or until the server evicts
-    them because other content was used more recently. A server MUST verify that the elements have the digest.
+    If the server does not have the elements, it answers NOT_FOUND.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -425,6 +428,7 @@ class DeconvolveRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     KEEP_Y_FIELD_NUMBER: _builtins.int
+    REMEMBER_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session whose residents and digests the request names, and for which tensors are to be kept. MAY be absent if the
     request has neither residents nor digests and keeps no tensors.
@@ -455,6 +459,10 @@ class DeconvolveRequest(_message.Message):
     def keep(self) -> Global___OperandsToKeep:
         """Which operands to keep for the session."""
 
+    @_builtins.property
+    def remember(self) -> Global___OperandsToRemember:
+        """Which of the operands that are sent with this request to remember for later ones."""
+
     def __init__(
         self,
         *,
@@ -467,14 +475,45 @@ class DeconvolveRequest(_message.Message):
         session: _builtins.bytes = ...,
         keep: Global___OperandsToKeep | None = ...,
         keep_y: _builtins.bool = ...,
+        remember: Global___OperandsToRemember | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "options", b"options", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "options", b"options", "remember", b"remember", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "keep_y", b"keep_y", "options", b"options", "session", b"session", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "keep_y", b"keep_y", "options", b"options", "remember", b"remember", "session", b"session", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeconvolveRequest: _TypeAlias = DeconvolveRequest  # noqa: Y015
+
+@_typing.final
+class OperandsToRemember(_message.Message):
+    """Which operands the server remembers by their content, so that later requests of the same tenant can name them by digest. The
+    server takes the digest itself. It ignores operands that are not sent as elements.
+
+    What is remembered stays with the tenant until its last session ends, or until the server evicts it because other content was
+    used more recently. A server that has no room MAY remember nothing. A client MUST NOT rely on it: it sends the elements again
+    if a digest is answered with NOT_FOUND.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    W_FIELD_NUMBER: _builtins.int
+    B_FIELD_NUMBER: _builtins.int
+    w: _builtins.bool
+    b: _builtins.bool
+    def __init__(
+        self,
+        *,
+        w: _builtins.bool = ...,
+        b: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "w", b"w"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperandsToRemember: _TypeAlias = OperandsToRemember  # noqa: Y015
 
 @_typing.final
 class OperandsToKeep(_message.Message):
@@ -611,6 +650,7 @@ class DeconvolveGradRequest(_message.Message):
     GB_PLACE_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    REMEMBER_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """As in DeconvolveRequest."""
     @_builtins.property
@@ -647,6 +687,10 @@ class DeconvolveGradRequest(_message.Message):
     def keep(self) -> Global___GradientMask:
         """Which of the wanted gradients to keep for the session instead of sending them."""
 
+    @_builtins.property
+    def remember(self) -> Global___OperandsToRemember:
+        """As in DeconvolveRequest."""
+
     def __init__(
         self,
         *,
@@ -661,10 +705,11 @@ class DeconvolveGradRequest(_message.Message):
         gb_place: Global___SharedSlice | None = ...,
         session: _builtins.bytes = ...,
         keep: Global___GradientMask | None = ...,
+        remember: Global___OperandsToRemember | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "remember", b"remember", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "session", b"session", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "remember", b"remember", "session", b"session", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -726,8 +771,16 @@ class DeconvolveStreamRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     packed_chunk: _builtins.bytes
     """The next elements, packed. See above."""
-    missing_chunk: _builtins.bytes
-    """The next elements of the tensors that the server reported as missing. Not empty."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def missing_chunk(self) -> _builtins.bytes:
+        """No server asks for it."""
+
+    @missing_chunk.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def missing_chunk(self, value: _builtins.bytes) -> None:
+        """No server asks for it."""
+
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
@@ -799,8 +852,9 @@ class DeconvolveStreamResponse(_message.Message):
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def missing(self) -> Global___Missing:
-        """Optional, and only before the header."""
+        """Never sent."""
 
     @_builtins.property
     def header(self) -> Global___DeconvolveResponse:
@@ -836,8 +890,16 @@ class DeconvolveGradStreamRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     packed_chunk: _builtins.bytes
     """As in DeconvolveStreamRequest."""
-    missing_chunk: _builtins.bytes
-    """The next elements of the tensors that the server reported as missing. Not empty."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def missing_chunk(self) -> _builtins.bytes:
+        """No server asks for it."""
+
+    @missing_chunk.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def missing_chunk(self, value: _builtins.bytes) -> None:
+        """No server asks for it."""
+
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
@@ -907,8 +969,9 @@ class DeconvolveGradStreamResponse(_message.Message):
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def missing(self) -> Global___Missing:
-        """Optional, and only before the header."""
+        """Never sent."""
 
     @_builtins.property
     def header(self) -> Global___DeconvolveGradResponse:
@@ -932,23 +995,16 @@ class DeconvolveGradStreamResponse(_message.Message):
 
 Global___DeconvolveGradStreamResponse: _TypeAlias = DeconvolveGradStreamResponse  # noqa: Y015
 
+@_deprecated("""This message has been marked as deprecated using proto message options.""")
 @_typing.final
 class Missing(_message.Message):
-    """The tensors that a stream's header named by digest and whose elements the server does not have.
-
-    The server sends its first response as soon as it has the request's header. That response is this message if any tensor is
-    missing, and the header otherwise. Until it receives that response, the client MAY send chunks, but no more than 64 MiB of
-    elements. After it has received this message, it MUST send the elements of these tensors as missing chunks, in this order
-    and without gaps, before any other chunk.
-    """
+    """Unused. An earlier server asked by this message for the elements of tensors that a stream's header named by digest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FIELDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of fields of the request: "w", "b"."""
-
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -1002,22 +1058,26 @@ class HoldSessionResponse(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    CAN_REMEMBER_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session's name: a secret of 16 bytes."""
     lease_s: _builtins.float
     """How many seconds the session lives without a heartbeat."""
     quota_bytes: _builtins.int
     """How many bytes the tenant may keep in all its sessions together."""
+    can_remember: _builtins.bool
+    """Whether the server knows OperandsToRemember. If not, a client SHOULD NOT name operands by digest."""
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         lease_s: _builtins.float = ...,
         quota_bytes: _builtins.int = ...,
+        can_remember: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "quota_bytes", b"quota_bytes", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_remember", b"can_remember", "lease_s", b"lease_s", "quota_bytes", b"quota_bytes", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

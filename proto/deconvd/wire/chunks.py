@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from google.protobuf.message import Message
@@ -13,8 +13,6 @@ from deconvd.wire.codec import (
     check_non_element_bytes,
     chunk_from_bytes,
     chunk_to_bytes,
-    missing_chunk_from_bytes,
-    missing_chunk_to_bytes,
     packed_chunk_from_bytes,
     packed_chunk_to_bytes,
 )
@@ -62,23 +60,14 @@ class ChunkSource:
             return self._parse(data)
         chunk = chunk_from_bytes(data)
         if chunk is not None:
-            self._chunk = np.frombuffer(chunk, np.uint8)
-            return PendingElements(len(chunk))
-        missing = missing_chunk_from_bytes(data)
-        if missing is not None:
-            return self._begin_chunk(missing, is_missing=True)
+            return self._begin_chunk(chunk)
         packed = packed_chunk_from_bytes(data) if self._takes_packed else None
         if packed is not None:
             return self._begin_packed_chunk(packed)
-        message = self._parse(data)
-        unusual = message.WhichOneof("part")
-        if unusual == "packed_chunk":
-            return self._begin_packed_chunk(memoryview(getattr(message, unusual)))
-        if unusual in ("chunk", "missing_chunk"):
-            return self._begin_chunk(
-                getattr(message, unusual), is_missing=unusual == "missing_chunk"
-            )
-        return message
+        message: Any = self._parse(data)
+        if self._takes_packed and message.HasField("packed_chunk"):
+            return self._begin_packed_chunk(memoryview(message.packed_chunk))
+        return self._begin_chunk(message.chunk) if message.HasField("chunk") else message
 
     def read_into(self, target: Uint8Array) -> None:
         """Fill `target` with the next of the pending elements."""
@@ -90,11 +79,9 @@ class ChunkSource:
         check_non_element_bytes(self._part_type, data)
         return parse_part(self._part_type, data)
 
-    def _begin_chunk(
-        self, chunk: bytes | memoryview, *, is_missing: bool = False
-    ) -> PendingElements:
+    def _begin_chunk(self, chunk: bytes | memoryview) -> PendingElements:
         self._chunk = np.frombuffer(chunk, np.uint8)
-        return PendingElements(len(chunk), is_missing)
+        return PendingElements(len(chunk))
 
     def _begin_packed_chunk(self, packed: memoryview) -> PendingElements:
         self._chunk = unpack(packed)
@@ -107,8 +94,7 @@ def part_messages(part: Part) -> Iterator[bytes]:
         return iter((part.SerializeToString(),))
     if part.is_packed:
         return iter((packed_chunk_to_bytes(part.data),))
-    to_bytes = missing_chunk_to_bytes if part.is_missing else chunk_to_bytes
-    return map(to_bytes, [piece.data for piece in part.pieces(_CHUNK_BYTES)])
+    return map(chunk_to_bytes, [piece.data for piece in part.pieces(_CHUNK_BYTES)])
 
 
 def chunk_messages(array: Array) -> Iterator[bytes]:

@@ -34,8 +34,6 @@ __all__ = [
     "chunk_to_bytes",
     "decode",
     "encode",
-    "missing_chunk_from_bytes",
-    "missing_chunk_to_bytes",
     "packed_chunk_from_bytes",
     "packed_chunk_to_bytes",
 ]
@@ -76,7 +74,6 @@ _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
 
 # all stream messages have the same
 _CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
-_MISSING_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.MISSING_CHUNK_FIELD_NUMBER
 _PACKED_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.PACKED_CHUNK_FIELD_NUMBER
 
 
@@ -215,11 +212,6 @@ def chunk_to_bytes(chunk: Buffer) -> bytes:
     return b"".join((_field_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
 
 
-def missing_chunk_to_bytes(chunk: Buffer) -> bytes:
-    """Return the message of a stream that carries a missing chunk."""
-    return b"".join((_field_prefix(_MISSING_CHUNK_NUMBER, len(chunk)), chunk))
-
-
 def packed_chunk_to_bytes(packed: Buffer) -> bytes:
     """Return the message of a stream that carries a packed chunk."""
     return b"".join((_field_prefix(_PACKED_CHUNK_NUMBER, len(packed)), packed))
@@ -233,18 +225,12 @@ def chunk_from_bytes(data: bytes) -> memoryview | None:
     return _only_field(data, _CHUNK_NUMBER)  # a length in more bytes than it needs, say
 
 
-def missing_chunk_from_bytes(data: bytes) -> memoryview | None:
-    """Return a view of the missing chunk in a stream's message. None if the message has anything else."""
-    return _only_field(data, _MISSING_CHUNK_NUMBER)
-
-
 def packed_chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the packed chunk in a stream's message. None if the message has anything else."""
     return _only_field(data, _PACKED_CHUNK_NUMBER)
 
 
 def _only_field(data: bytes, number: int) -> memoryview | None:
-    # not by `_iterate_fields`: a missing chunk comes here for every megabyte of a stream
     tag = bytes([number << 3 | _LENGTH_DELIMITED])  # a number below 16 has a tag of one byte
     if not data.startswith(tag):
         return None
@@ -334,7 +320,7 @@ def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
 @cache
 def _chunk_fields(message_type: Descriptor) -> frozenset[int]:
     """Return the numbers of the fields that contain elements directly."""
-    names = ("chunk", "packed_chunk", "missing_chunk")
+    names = ("chunk", "packed_chunk")
     return frozenset(field.number for field in message_type.fields if field.name in names)
 
 

@@ -5,7 +5,7 @@ gRPC carries them as messages (`deconvd.wire.chunks`), a direct connection as fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
@@ -20,7 +20,6 @@ from deconvd.wire.packed_elements import MAX_UNPACKED_BYTES, pack
 from deconvd.wire.tensor import elements_of, is_raw
 
 __all__ = [
-    "MAX_UNREQUESTED_BYTES",
     "ElementsPart",
     "Part",
     "PartReader",
@@ -34,9 +33,6 @@ __all__ = [
     "slices",
     "takes_packed",
 ]
-
-MAX_UNREQUESTED_BYTES: Final = 64 << 20
-"""How many bytes of elements a client may send before it learns which tensors are missing."""
 
 _COPY_BLOCK_BYTES: Final = 8 << 20
 """How much is copied at a time from an array whose layout is not that of `Tensor.raw`."""
@@ -52,12 +48,10 @@ class ElementsPart:
 
     Attributes:
         data: The elements, as in `Tensor.raw`.
-        is_missing: Whether they belong to a tensor that the server reported as missing.
         is_packed: Whether the data is packed (`deconvd.wire.packed_elements`).
     """
 
     data: memoryview
-    is_missing: bool = False
     is_packed: bool = False
 
     def pieces(self, size_bytes: int) -> list[ElementsPart]:
@@ -65,11 +59,11 @@ class ElementsPart:
         if len(self.data) <= size_bytes or self.is_packed:
             return [self] if self.data else []
         starts = range(0, len(self.data), size_bytes)
-        return [ElementsPart(self.data[i : i + size_bytes], self.is_missing) for i in starts]
+        return [ElementsPart(self.data[i : i + size_bytes]) for i in starts]
 
 
 Part: TypeAlias = Message | ElementsPart
-"""A message is the header, or a `Missing` before it."""
+"""A message is the header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +75,6 @@ class PendingElements:
     """
 
     size_bytes: int
-    is_missing: bool = False
     is_packed: bool = False
 
 
@@ -105,22 +98,22 @@ class PartSource(Protocol):
         """Fill `target` with the next of the pending elements. It must not be larger than they are."""
 
 
-def elements_part(array: Array, *, is_missing: bool = False) -> ElementsPart:
+def elements_part(array: Array) -> ElementsPart:
     """Return one part with all elements of an array."""
-    return ElementsPart(elements_of(array), is_missing)
+    return ElementsPart(elements_of(array))
 
 
-def elements_parts(array: Array, *, is_missing: bool = False) -> Iterator[ElementsPart]:
+def elements_parts(array: Array) -> Iterator[ElementsPart]:
     """Yield parts with the elements of an array.
 
     An array whose layout is not that of `Tensor.raw` must be copied. It is copied block by block, each only when its
     part is requested.
     """
     if is_raw(array):
-        yield ElementsPart(elements_of(array), is_missing)
+        yield ElementsPart(elements_of(array))
         return
     for block in _blocks(array):
-        yield ElementsPart(elements_of(block), is_missing)
+        yield ElementsPart(elements_of(block))
 
 
 def takes_packed(part_type: type[Message]) -> bool:
@@ -196,12 +189,7 @@ class PartReader(Generic[_PartT]):
         self._source = source
         self._part_type = part_type
         self.empty = empty
-        self._peeked: _PartT | None = None
         self._pending_bytes = 0  # pending elements of the source that were not read yet
-        self._unrequested = (
-            bytearray()
-        )  # one buffer, so that many small chunks take no more memory than their bytes
-        self._unrequested_taken_bytes = 0
 
     def read_header(self) -> _PartT:
         """Return the stream's header, which must come next.
@@ -209,31 +197,10 @@ class PartReader(Generic[_PartT]):
         Raises:
             InvalidArgumentError: The stream has something else, or has ended.
         """
-        part = self._peek_message()
-        self._peeked = None
-        if part is None or part.WhichOneof("part") != "header":
+        part = self._source.next()
+        if not isinstance(part, self._part_type) or part.WhichOneof("part") != "header":
             raise InvalidArgumentError("a stream must begin with a header")
         return part
-
-    def read_missing_fields(self) -> Sequence[str]:
-        """Return the fields that the server reports as missing. Empty if the response begins with the header.
-
-        Raises:
-            InvalidArgumentError: The first part is malformed.
-        """
-        part = self._peek_message()
-        if part is None or part.WhichOneof("part") != "missing":
-            return ()
-        self._peeked = None
-        fields: Sequence[str] = part.missing.fields  # type: ignore[attr-defined]  # mypy does not know that the type has this field
-        return fields
-
-    def _peek_message(self) -> _PartT | None:
-        """Return the stream's first message without consuming it. Setting `_peeked` to None consumes it."""
-        if self._peeked is None:
-            part = self._source.next()
-            self._peeked = part if isinstance(part, self._part_type) else None
-        return self._peeked
 
     def read(self, name: str, spec: TensorSpec) -> Array:
         """Return the next tensor. Its memory is written only as its elements arrive.
@@ -245,94 +212,40 @@ class PartReader(Generic[_PartT]):
             InvalidArgumentError: The stream ends before the tensor is complete, or has something else.
         """
         array = self.empty(spec.raw)
-        target = array.reshape(-1).view(np.uint8)
-        if self._unrequested:
-            target = target[self._fill_from_unrequested(target) :]
-        self._fill(name, target, is_missing=False)
+        self._fill(name, array.reshape(-1).view(np.uint8))
         return array.astype(spec.dtype, copy=False)
-
-    def read_missing(self, specs: Mapping[str, TensorSpec]) -> dict[str, Array]:
-        """Return the tensors that were reported as missing. Elements that arrive before them are kept for `read`.
-
-        The client may have sent these before it received the report: see `MAX_UNREQUESTED_BYTES`.
-
-        Args:
-            specs: The specs of the tensors by the names of the arguments, in the order of the stream.
-
-        Raises:
-            InvalidArgumentError: As for `read`, or too many elements arrive before the missing ones.
-        """
-        arrays: dict[str, Array] = {}
-        for name, spec in specs.items():
-            array = self.empty(spec.raw)
-            self._fill(name, array.reshape(-1).view(np.uint8), is_missing=True)
-            arrays[name] = array.astype(spec.dtype, copy=False)
-        if self._pending_bytes:
-            raise InvalidArgumentError(
-                "a stream must have no missing chunks beyond the elements of the missing tensors"
-            )
-        return arrays
 
     def expect_end(self) -> None:
         """Raise InvalidArgumentError unless the stream has ended."""
-        has_unrequested = self._unrequested_taken_bytes < len(self._unrequested)
-        if self._pending_bytes or has_unrequested or self._source.next() is not None:
+        if self._pending_bytes or self._source.next() is not None:
             raise InvalidArgumentError(
                 "a stream must end with its last tensor, got more elements or messages"
             )
 
-    def _fill_from_unrequested(self, target: Uint8Array) -> int:
-        """Copy elements that arrived before the missing ones to the start of `target`, and return how many bytes."""
-        begin = self._unrequested_taken_bytes
-        count = min(len(target), len(self._unrequested) - begin)
-        if count:
-            target[:count] = np.frombuffer(self._unrequested, np.uint8, count, begin)
-            self._unrequested_taken_bytes += count
-        if count and self._unrequested_taken_bytes == len(self._unrequested):
-            self._unrequested, self._unrequested_taken_bytes = bytearray(), 0
-        return count
-
-    def _fill(self, name: str, target: Uint8Array, *, is_missing: bool) -> None:
+    def _fill(self, name: str, target: Uint8Array) -> None:
         """Fill `target` with elements as they arrive."""
         filled = 0
         while filled < len(target):
             if not self._pending_bytes:
-                self._pending_bytes = self._advance_to_elements(
-                    name, len(target) - filled, is_missing=is_missing
-                )
+                self._pending_bytes = self._advance_to_elements(name, len(target) - filled)
             taken_bytes = min(self._pending_bytes, len(target) - filled)
             self._source.read_into(target[filled : filled + taken_bytes])
             self._pending_bytes -= taken_bytes
             filled += taken_bytes
 
-    def _advance_to_elements(self, name: str, lacking_bytes: int, *, is_missing: bool) -> int:
-        """Wait for the next elements, missing ones or others, and return their size in bytes."""
-        while True:
-            part = self._source.next()
-            if part is None:
-                raise InvalidArgumentError(
-                    f"the stream ends {lacking_bytes} bytes before {name} is complete",
-                    argument=name,
-                )
-            if not isinstance(part, PendingElements) or (part.is_missing and not is_missing):
-                raise InvalidArgumentError("a stream must have only chunks after its header")
-            if not part.size_bytes:
-                raise InvalidArgumentError(
-                    f"each chunk must have at least one byte, got an empty one in {name}",
-                    argument=name,
-                )
-            if part.is_missing == is_missing:
-                return part.size_bytes
-            self._buffer_unrequested(name, part.size_bytes)
-
-    def _buffer_unrequested(self, name: str, size_bytes: int) -> None:
-        """Keep elements that arrived before the missing ones."""
-        if len(self._unrequested) + size_bytes > MAX_UNREQUESTED_BYTES:
+    def _advance_to_elements(self, name: str, lacking_bytes: int) -> int:
+        """Wait for the next elements, and return their size in bytes."""
+        part = self._source.next()
+        if part is None:
             raise InvalidArgumentError(
-                f"a stream must have at most {MAX_UNREQUESTED_BYTES} bytes of chunks before the missing "
-                f"chunks of {name}",
+                f"the stream ends {lacking_bytes} bytes before {name} is complete",
                 argument=name,
             )
-        elements = np.empty(size_bytes, np.uint8)
-        self._source.read_into(elements)
-        self._unrequested += elements.data
+        if not isinstance(part, PendingElements):
+            raise InvalidArgumentError("a stream must have only chunks after its header")
+        if not part.size_bytes:
+            raise InvalidArgumentError(
+                f"each chunk must have at least one byte, got an empty one in {name}",
+                argument=name,
+            )
+        return part.size_bytes

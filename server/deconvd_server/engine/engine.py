@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -77,6 +78,8 @@ class Engine:
             reserved_count=waiting_count // 4,
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),  # noqa: PLW0108 - set later
         )
+        self._arriving_lock = threading.Lock()
+        self._arriving_count = 0
         self._turns = device if isinstance(device, TimeSharedDevice) else None
         if self._turns is not None:
             self._turns.yield_turn = self._admission.yield_turn
@@ -140,13 +143,18 @@ class Engine:
                     admitted,
                 )
         if len(tensors) < len(operands):
-            # some operands are still being written by the client
-            if self.info.overlaps_transfers and problem.has_products:
-                with suppress(ArrivalTimeoutError), admitted:
-                    return self._compute(operation, problem, operands, places, options, call)
-                # they took too long: the place was given back, and is taken again once all have arrived
-            self._admission.check_fits(footprint_bytes)  # refuse early what can never run
-            tensors = wait_for_all(operands, call)  # without a place: other calls can run meanwhile
+            # some operands are still arriving
+            with self._count_arriving() as arriving_count:
+                # The device follows one call. Of several, each would keep it waiting, while others can use it.
+                is_followed = arriving_count == 1 and self.info.overlaps_transfers
+                if is_followed and problem.has_products:
+                    with suppress(ArrivalTimeoutError), admitted:
+                        return self._compute(operation, problem, operands, places, options, call)
+                    # they took too long: the place was given back, and is taken again once all have arrived
+                self._admission.check_fits(footprint_bytes)  # refuse early what can never run
+                tensors = wait_for_all(
+                    operands, call
+                )  # without a place: other calls can run meanwhile
         with admitted:
             return self._compute(operation, problem, tensors, places, options, call)
 
@@ -166,6 +174,18 @@ class Engine:
                 f"the call would take more than {least_s:.3g} s for x {problem.x} and W {problem.W}, and its "
                 f"deadline is in {remaining_s:.3g} s"
             )
+
+    @contextmanager
+    def _count_arriving(self) -> Iterator[int]:
+        """Count a call whose operands are still arriving, for the block, whose value is how many there are now."""
+        with self._arriving_lock:
+            self._arriving_count += 1
+            count = self._arriving_count
+        try:
+            yield count
+        finally:
+            with self._arriving_lock:
+                self._arriving_count -= 1
 
     def _compute(
         self,

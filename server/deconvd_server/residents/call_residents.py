@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from deconvd.errors import ExhaustedError, InvalidArgumentError
+from deconvd.errors import ExhaustedError, InvalidArgumentError, LostTensorError
 from deconvd.model.operation import ARGUMENTS
 from deconvd.model.problem import TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
@@ -43,24 +43,24 @@ class CallResidents:
     def __contains__(self, field: str) -> bool:
         return field in self._by_field
 
-    def find(self, field: str, spec: TensorSpec, message: pb.Tensor) -> bool:
-        """Find the resident operand that a message names; return False if it has a digest that is not known here.
+    def find(self, field: str, spec: TensorSpec, message: pb.Tensor) -> None:
+        """Find the resident operand that a message names.
 
         Raises:
             InvalidArgumentError: The tensor has another shape or element type, or the digest does not fit `spec`.
-            LostTensorError: No tensor of this tenant has the handle.
+            LostTensorError: No tensor of this tenant has the handle or the digest.
         """
         argument = ARGUMENTS[field]
-        if message.HasField("resident"):
-            handle = message.resident.handle
-            entry = self._registry.acquire_by_name(self._session, handle, argument, self._call)
-        else:
+        if message.HasField("digest"):
             _check_digest(argument, spec, message.digest)
-            key = _content_key(message.digest, spec)
-            found = self._registry.acquire_by_content(self._session, key, self._call)
-            if found is None:
-                return False
-            entry = found
+            if not self.find_content(field, spec, message.digest):
+                raise LostTensorError(
+                    f"{argument} must be sent: the server has nothing with its digest",
+                    argument=argument,
+                )
+            return
+        handle = message.resident.handle
+        entry = self._registry.acquire_by_name(self._session, handle, argument, self._call)
         self._by_field[field] = self._track(entry)
         if entry.spec != spec:
             raise InvalidArgumentError(
@@ -68,7 +68,14 @@ class CallResidents:
                 f"got {spec}",
                 argument=argument,
             )
-        return True
+
+    def find_content(self, field: str, spec: TensorSpec, digest: pb.Digest) -> bool:
+        """Find a resident operand by its content; return whether the tenant has it."""
+        key = _content_key(digest, spec)
+        entry = self._registry.acquire_by_content(self._session, key, self._call)
+        if entry is not None:
+            self._by_field[field] = self._track(entry)
+        return entry is not None
 
     def preferred_engine(self) -> Engine | None:
         """Return the engine whose device has most bytes of the call's residents; None if no device has any."""

@@ -12,7 +12,6 @@ from google.protobuf.message import Message
 from deconvd.errors import (
     ExhaustedError,
     InvalidArgumentError,
-    LostTensorError,
     UnavailableError,
 )
 from deconvd.model.dtypes import Array
@@ -44,7 +43,7 @@ class CallTensors:
 
     If the operands come in a stream, call in this order, and `make_residents` in between for new residents:
 
-        find_present, choose_engine, take_missing, bring_operands, response, commit
+        find_present, choose_engine, bring_operands, response, remember, commit
 
     If they are striped over several connections:
 
@@ -116,11 +115,8 @@ class CallTensors:
                 self._operands[field] = array_of_spec(
                     argument, spec, tensor, request.raw.get(field)
                 )
-            elif not self._residents.find(field, spec, tensor):
-                raise LostTensorError(
-                    f"{argument} must be sent: the server has nothing with its digest",
-                    argument=argument,
-                )
+            else:
+                self._residents.find(field, spec, tensor)
 
     def _take_shared(self, request: Envelope[Message]) -> None:
         """Find the operands that are in shared memory, and the places there for results."""
@@ -164,16 +160,13 @@ class CallTensors:
         new_residents = self.make_residents(self.parsed.results, engine)
         return engine, operands, {**self._places, **new_residents, **self.parsed.sent_results}
 
-    def find_present(self) -> dict[str, TensorSpec]:
-        """Find the operands of a stream that are on the server already; return those that the client must send.
-
-        Those are operands that are given by a digest which nothing here has, by field, in the stream's order.
+    def find_present(self) -> None:
+        """Find the operands of a stream that are on the server already.
 
         Raises:
             InvalidArgumentError: An operand has elements in the header.
             NotFoundError: The request names something that does not exist.
         """
-        missing = {}
         for field, spec in self.parsed.operands.items():
             argument, tensor = ARGUMENTS[field], getattr(self._request, field)
             payload = tensor.WhichOneof("payload")
@@ -183,11 +176,8 @@ class CallTensors:
                     f"server already, got them as {payload}",
                     argument=argument,
                 )
-            if self._residents is None or field not in self.parsed.named:
-                continue
-            if not self._residents.find(field, spec, tensor):
-                missing[field] = spec
-        return missing
+            if self._residents is not None and field in self.parsed.named:
+                self._residents.find(field, spec, tensor)
 
     def choose_engine(self) -> Engine:
         """Choose the engine for the call.
@@ -204,28 +194,6 @@ class CallTensors:
         on_card = engines.engine_of(*self._operands.values(), *self._places.values())
         nearest = None if self._residents is None else self._residents.preferred_engine()
         return on_card or nearest or engines.least_loaded()
-
-    def take_missing(self, arrays: Mapping[str, Array], engine: Engine) -> None:
-        """Take the operands that were missing; keep each on the engine's device under its digest if there is room.
-
-        Raises:
-            InvalidArgumentError: The digest of an operand is not the one that the request names.
-        """
-        for field, array in arrays.items():
-            digest = getattr(self._request, field).digest
-            if digest_of(array) != digest:
-                argument = ARGUMENTS[field]
-                raise InvalidArgumentError(
-                    f"{argument} must have the digest that the request names, and its elements have another",
-                    argument=argument,
-                )
-            self._operands[field] = array
-            if self._residents is not None:
-                with suppress(
-                    ExhaustedError, UnavailableError
-                ):  # then the call uses the array itself
-                    self._residents.copy(field, array, engine)
-                    self._residents.register_content(field, digest)
 
     def take_arriving(self, arrays: Mapping[str, Array], progress: ArrivalProgress) -> None:
         """Take operands that arrive in host memory, one after the other.
@@ -258,6 +226,8 @@ class CallTensors:
         if residents is None:
             return self._operands
         operands = dict(self._operands)
+        for field in self.parsed.remember & operands.keys():
+            self.remember(field, wait_for(operands[field], self._call), engine)
         for field in self.parsed.operands:
             is_kept = field in self.parsed.keep
             if is_kept and field in operands and field not in residents:
@@ -268,6 +238,28 @@ class CallTensors:
                 if is_kept:
                     residents.give_handle(field)
         return operands
+
+    def remember(self, field: str, tensor: Tensor, engine: Engine) -> Tensor:
+        """Remember an operand that was sent by its content, on the engine's device, if there is room.
+
+        Returns:
+            The operand as the engine can use it: the tensor that is remembered, or else the one that was sent.
+
+        Raises:
+            LostSessionError: The session has ended.
+        """
+        residents = self._residents
+        if residents is None or not isinstance(tensor, np.ndarray):
+            return tensor
+        digest = digest_of(tensor)
+        with suppress(ExhaustedError, UnavailableError):
+            if field not in residents and not residents.find_content(
+                field, self.parsed.operands[field], digest
+            ):
+                residents.copy(field, tensor, engine, self.brought_bytes)
+            if field in residents:
+                residents.register_content(field, digest)
+        return residents.operand(field, engine) if field in residents else tensor
 
     def make_residents(
         self, specs: Mapping[str, TensorSpec], engine: Engine

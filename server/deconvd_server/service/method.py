@@ -87,19 +87,24 @@ class _MethodBase:
         return PartReader(source, self.request_type, _OPERAND_POOL.empty)
 
 
+StripedHandler: TypeAlias = Callable[
+    [Envelope[Any], StripedElements, Callable[[Envelope[Any]], None], CallContext], None
+]
+"""See `UnaryMethod.serve_striped`. Its third argument sends the response."""
+
+
 @dataclass(frozen=True)
 class UnaryMethod(_MethodBase):
     """One request, one response.
 
     Attributes:
         serve_striped: Serves a call whose elements travel by several connections, apart from the request and the
-            response; None if the method has no such elements.
+            response; None if the method has no such elements. It sends the response itself, by the function that it
+            gets, while elements are still leaving.
     """
 
     serve: Callable[[Envelope[Any], CallContext], Envelope[Any]]
-    serve_striped: Callable[[Envelope[Any], StripedElements, CallContext], Envelope[Any]] | None = (
-        None
-    )
+    serve_striped: StripedHandler | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class ParsedRequest:
         keep: The operands and results that become residents. Operands that are resident already are not among them.
         shared_slices: The places in shared memory of the operands and results that have one there.
         named: The operands that are named by a handle or a digest.
+        remember: The operands that are sent, and remembered by their content.
     """
 
     operation: Operation
@@ -72,11 +73,12 @@ class ParsedRequest:
     keep: frozenset[str] = frozenset()
     shared_slices: Mapping[str, SharedSlice] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
+    remember: frozenset[str] = frozenset()
 
     @cached_property
     def needs_session(self) -> bool:
         """Whether it uses residents of a session, or makes new ones."""
-        return bool(self.named or self.keep)
+        return bool(self.named or self.keep or self.remember)
 
     @cached_property
     def operands(self) -> dict[str, TensorSpec]:
@@ -300,6 +302,11 @@ def _parse(operation: Operation, message: Any) -> ParsedRequest:
         keep=keep,
         shared_slices=_parse_shared(message, operands, wanted),
         named=frozenset(name for name in operands if payloads[name] in ("resident", "digest")),
+        remember=frozenset(
+            name
+            for name in operation.constants
+            if getattr(message.remember, name) and payloads.get(name, "none") in ("raw", None)
+        ),
     )
 
 

@@ -83,6 +83,7 @@ class ResidentMethods:
             session=session.name,
             lease_s=self._residents.lease_s,
             quota_bytes=self._residents.tenant_bytes,
+            can_remember=True,
         )
         return _HoldSessionHandler(response, sessions, session, close_stream)
 

@@ -18,16 +18,8 @@ import numpy as np
 
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import Operation
-from deconvd.model.problem import TensorSpec
-from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import messages_for
-from deconvd.wire.stream_parts import (
-    MAX_UNREQUESTED_BYTES,
-    ElementsPart,
-    PartReader,
-    elements_part,
-    packed_parts,
-)
+from deconvd.wire.stream_parts import ElementsPart, PartReader, elements_part, packed_parts
 from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine.engine import Engine, ResultTarget
@@ -71,31 +63,20 @@ class StreamingOperations:
         response = messages_for(operation).stream_response
         request, parsed = header.request, sliced.parsed
         with CallTensors(request, parsed, self._lender, self._residents, call) as call_tensors:
-            missing = call_tensors.find_present()
+            call_tensors.find_present()
             sliced.check_slice_size(self._max_message_bytes)
-            with self._stream_admission.admit(_footprint_bytes(sliced, missing), call):
+            with self._stream_admission.admit(sliced.footprint_bytes, call):
                 engine = call_tensors.choose_engine()
                 if parsed.problem.has_products:
                     engine.check_time(parsed.problem, parsed.results, call)
                 residents = call_tensors.make_residents(parsed.results, engine)
                 operands = StreamOperands(call_tensors, reader, engine, call)
-                if missing:
-                    yield response(missing=pb.Missing(fields=missing))
-                    operands.take_missing(missing)
                 operands.prepare()
                 yield response(header=call_tensors.response())
                 yield from _SlicePipeline(
                     sliced, engine, operands, residents, header.takes_packed, self._executor, call
                 ).results()
             call_tensors.commit()
-
-
-def _footprint_bytes(sliced: SlicedRequest, missing: Mapping[str, TensorSpec]) -> int:
-    """Return the host memory that a stream takes."""
-    if not missing:
-        return sliced.footprint_bytes
-    missing_bytes = sum(spec.nbytes for spec in missing.values())
-    return sliced.footprint_bytes + missing_bytes + MAX_UNREQUESTED_BYTES
 
 
 @dataclass(frozen=True, slots=True)

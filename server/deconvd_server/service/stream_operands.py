@@ -43,17 +43,6 @@ class StreamOperands:
         self._present: Mapping[str, Operand] = {}
         self._residents: Mapping[str, DeviceTensor] = {}
 
-    def take_missing(self, missing: Mapping[str, TensorSpec]) -> None:
-        """Wait for the operands that the client was told are missing.
-
-        Raises as `PartReader.read_missing` and `CallTensors.take_missing` do.
-        """
-        specs = {ARGUMENTS[field]: spec for field, spec in missing.items()}
-        arrays = self._reader.read_missing(specs)
-        self._call_tensors.take_missing(
-            dict(zip(missing, arrays.values(), strict=True)), self._engine
-        )
-
     def prepare(self) -> None:
         """Bring present operands to the engine and allocate new residents, before anything is computed.
 
@@ -75,12 +64,13 @@ class StreamOperands:
         if operand is None:
             array = self._reader.read(ARGUMENTS[field], spec)
             resident = self._residents.get(field)
-            if resident is None:
-                return array
-            if samples is not None:
-                resident = resident.samples(samples.start, samples.stop)
-            self._engine.write(resident, array, self._call)
-            return resident
+            if resident is not None:
+                if samples is not None:
+                    resident = resident.samples(samples.start, samples.stop)
+                self._engine.write(resident, array, self._call)
+            if field in self._call_tensors.parsed.remember:
+                return self._call_tensors.remember(field, array, self._engine)
+            return array if resident is None else resident
         tensor = require(
             operand
         )  # a stream has no `Arriving` operands: this class reads them itself

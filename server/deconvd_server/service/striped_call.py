@@ -11,14 +11,14 @@ before anything arrives. What does not fit is refused, and the client sends it i
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 from google.protobuf.message import Message
 
-from deconvd.errors import InvalidArgumentError, LostTensorError, UnimplementedError
+from deconvd.errors import InvalidArgumentError, UnimplementedError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS, Operation
 from deconvd.model.problem import TensorSpec
@@ -54,9 +54,13 @@ class StripedOperations:
         operation: Operation,
         request: Envelope[Any],
         elements: StripedElements,
+        answer: Callable[[Envelope[Message]], None],
         call: CallContext,
-    ) -> Envelope[Message]:
+    ) -> None:
         """Serve a striped call of an operation's RPC. It has ended `elements` before it gives the call's memory back.
+
+        Args:
+            answer: Sends the response. Called once the results are computed, while they are still leaving.
 
         Raises:
             LostTensorError: An operand is given by a digest that nothing here has.
@@ -77,23 +81,19 @@ class StripedOperations:
         with CallTensors(
             request.message, parsed, self._lender, self._residents, call
         ) as call_tensors:
-            for field in call_tensors.find_present():
-                argument = ARGUMENTS[field]
-                raise LostTensorError(
-                    f"{argument} must be sent: the server has nothing with its digest",
-                    argument=argument,
-                )
+            call_tensors.find_present()
             sent_operands = _sent_operands(parsed)
             tensors_bytes = parsed.sent_bytes + sum(s.nbytes for s in sent_operands.values())
             footprint_bytes = tensors_bytes + tensors_bytes // _HOST_ARRAY_MARGIN
             with self._stream_admission.admit(footprint_bytes, call):
                 try:
                     self._run(call_tensors, sent_operands, elements, call)
+                    call_tensors.commit()
+                    answer(Envelope(call_tensors.response(), {}))
+                    elements.finish()
                 finally:
                     elements.end()
                     call_tensors.forget_operands()
-            call_tensors.commit()
-            return Envelope(call_tensors.response(), {})
 
     def _run(
         self,
@@ -102,7 +102,7 @@ class StripedOperations:
         elements: StripedElements,
         call: CallContext,
     ) -> None:
-        """Compute the results while operands arrive, and wait until those that are sent have left."""
+        """Compute the results while operands arrive and results leave."""
         parsed = call_tensors.parsed
         engine = call_tensors.choose_engine()
         if parsed.problem.has_products:
@@ -124,7 +124,6 @@ class StripedOperations:
             parsed.options,
             call,
         )
-        elements.finish()
 
 
 def _sent_operands(parsed: ParsedRequest) -> dict[str, TensorSpec]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
-from deconvd.direct.byte_stream import SocketStream
+from deconvd.direct.byte_stream import SocketStream, timeval
 from deconvd.direct.events import Hello
 from deconvd.direct.frame_stream import FrameStream
 from deconvd.direct.protocol import DirectProtocol, Role
@@ -33,8 +32,6 @@ _MIN_TIMEOUT_S: Final = 1e-3
 
 _SEND_BUFFER_BYTES: Final = 1 << 20
 """Size of the send buffer of a Unix socket, if the system allows that much."""
-
-_TIMEVAL: Final = struct.Struct("@ll")
 
 
 class _DirectAddress(NamedTuple):
@@ -95,9 +92,9 @@ class UnixConnector:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             # connect() waits if the backlog of the server is full, as that of a stopped one is. Python's own timeout
             # would make the socket non-blocking, and then it fails at once instead.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(timeout_s))
             connection.connect(address.path)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(0))
         except BaseException:
             connection.close()
             raise
@@ -141,10 +138,6 @@ def _shake_hands(connection: socket.socket, instance: bytes, timeout_s: float) -
         stream.close()
         raise
     return stream
-
-
-def _timeval(seconds: float) -> bytes:
-    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
 
 
 Connector: TypeAlias = UnixConnector | TcpConnector

@@ -23,6 +23,7 @@ from deconvd.wire.ledger import OVERLAP_ENTRY
 from deconvd.wire.status import error_from_status
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.patience import Patience
 from deconvd_client.calls.transport import (
     NotServedDirectlyError,
     OutcomeUnknownError,
@@ -49,8 +50,8 @@ _POLL_LEAD_S: Final = 4e-4
 _POLL_DURATION_S: Final = 8e-4
 """How long it polls."""
 
-_MAX_IDLE_CONNECTIONS: Final = 16
-"""How many connections are kept open for later calls."""
+_MAX_IDLE_CONNECTIONS: Final = 64
+"""How many connections are kept open for later calls: those of seven striped calls that end at about the same time."""
 
 _METHODS: Final = {method.name: method for method in MethodCode}
 
@@ -63,11 +64,15 @@ class DirectTransport:
     Args:
         connector: Opens connections.
         fetch_info: Asks the server for its GetServerInfo response.
+        patience: Bounds how long calls wait for connections.
     """
 
-    def __init__(self, connector: Connector, fetch_info: InfoFetcher) -> None:
+    def __init__(
+        self, connector: Connector, fetch_info: InfoFetcher, patience: Patience | None = None
+    ) -> None:
         self._connector = connector
         self._fetch_info = fetch_info
+        self._patience = Patience() if patience is None else patience
         self._is_closed = False
         self._backoff = Backoff()
         self._polling = BusyPolling(_POLL_DURATION_S, lead_s=_POLL_LEAD_S)
@@ -114,7 +119,7 @@ class DirectTransport:
             overlapped_copy.run()
         copy = None if overlapped_copy is None or overlapped_copy.is_done else overlapped_copy
         initial_bytes = 0 if copy is None else copy.initial_bytes
-        with self._pooled_connection(deadline) as pooled:
+        with self.pooled_connection(deadline) as pooled:
             connection = pooled.connection
             connection.send(
                 CallHead(
@@ -141,8 +146,62 @@ class DirectTransport:
         Raises:
             As `unary`, and what the functions of the attempt raise.
         """
-        with self._pooled_connection(deadline) as pooled:
+        with self.pooled_connection(deadline) as pooled:
             return run_stream_attempt(pooled.connection, begin(), pooled.timeout_s)
+
+    def pooled_connection(self, deadline: Deadline) -> _PooledConnection:
+        """Return a connection for the call in a block. Raises NotServedDirectlyError if there is none."""
+        connection = self.acquire_idle()
+        if connection is None:
+            connection = self._open_for_call(deadline)
+        timeout_s = deadline.remaining_s()
+        connection.set_deadline(timeout_s)
+        return _PooledConnection(connection, timeout_s, self._release)
+
+    def acquire_idle(self) -> FrameStream | None:
+        """Return a connection that no call uses and that the server has not closed; None if there is none."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+                self._note_busy(connection)
+            if connection.is_quiet():
+                return connection
+            with self._lock:
+                self._busy.discard(weakref.ref(connection))
+            connection.close()
+
+    def open_idle(self) -> bool:
+        """Open one more connection for later calls. Return whether there is one."""
+        connection = self._connect(Deadline(_CONNECT_TIMEOUT_S))
+        with suppress(NotServedDirectlyError):
+            return connection is not None and bool(self._add_connection(connection))
+        return False
+
+    def take_back(self, connection: FrameStream, error: BaseException | None) -> None:
+        """Take a connection back after a call: keep it for the next one, or close it.
+
+        Args:
+            error: What the call raised, if anything.
+        """
+        with self._lock:
+            is_wanted = not self._is_closed and len(self._idle) < _MAX_IDLE_CONNECTIONS
+            if is_wanted and connection.protocol.is_idle:
+                self._busy.discard(weakref.ref(connection))
+                self._idle.append(connection)
+                return
+        self.discard(connection, error)
+
+    def discard(self, connection: FrameStream, error: BaseException | None) -> None:
+        """Close a connection after a call that raised `error`, if anything."""
+        with self._lock:
+            self._busy.discard(weakref.ref(connection))
+        if error is None or isinstance(error, (DeconvdError, ConnectionBrokenError)):
+            connection.close()
+        else:
+            # after an interrupt a thread may still be sending: the last reference to the connection closes it
+            connection.shutdown()
 
     def close(self) -> None:
         """Close all connections. Calls under way end with CallCancelledError."""
@@ -168,29 +227,6 @@ class DirectTransport:
         """Return whether no other thread has a call under way."""
         return len(self._busy) == 1
 
-    def _pooled_connection(self, deadline: Deadline) -> _PooledConnection:
-        """Return a connection for the call in a block. Raises NotServedDirectlyError if there is none."""
-        connection = self._acquire_idle()
-        if connection is None:
-            connection = self._open_for_call(deadline)
-        timeout_s = deadline.remaining_s()
-        connection.set_deadline(timeout_s)
-        return _PooledConnection(connection, timeout_s, self._release)
-
-    def _acquire_idle(self) -> FrameStream | None:
-        """Return a connection that no call uses and that the server has not closed; None if there is none."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
-                connection = self._idle.pop()
-                self._note_busy(connection)
-            if connection.is_quiet():
-                return connection
-            with self._lock:
-                self._busy.discard(weakref.ref(connection))
-            connection.close()
-
     def _open_for_call(self, deadline: Deadline) -> FrameStream:
         """Return a connection that was opened for a call. Raises NotServedDirectlyError if there is none."""
         if not self.may_connect:
@@ -204,7 +240,7 @@ class DirectTransport:
         if not deadline.remaining_s():  # which says nothing about the server: there is no back-off
             raise DeadlineError("the call's deadline passed while a direct connection was opened")
         self._connect_in_background(deadline)
-        connection = self._acquire_idle()
+        connection = self.acquire_idle()
         if connection is None:
             raise NotServedDirectlyError
         return connection
@@ -215,25 +251,12 @@ class DirectTransport:
         self._busy.add(weakref.ref(connection))
 
     def _release(self, connection: FrameStream, error: BaseException | None) -> None:
-        """Take a connection back after a call: keep it for the next one, or close it.
+        """Take a connection back. An error of the connection becomes the error that the caller knows.
 
         Args:
-            error: What the call's block raised, if anything. An error of the connection becomes the error that the
-                caller knows.
+            error: What the call's block raised, if anything.
         """
-        with self._lock:
-            self._busy.discard(weakref.ref(connection))
-            is_wanted = not self._is_closed and len(self._idle) < _MAX_IDLE_CONNECTIONS
-            is_kept = is_wanted and connection.protocol.is_idle
-            if is_kept:
-                self._idle.append(connection)
-        if is_kept:
-            pass
-        elif error is None or isinstance(error, (DeconvdError, ConnectionBrokenError)):
-            connection.close()
-        else:
-            # after an interrupt a thread may still be sending: the last reference to the connection closes it
-            connection.shutdown()
+        self.take_back(connection, error)
         if isinstance(error, ConnectionTimeoutError):
             raise DeadlineError("the server did not answer in time") from None
         if isinstance(error, ConnectionBrokenError):
@@ -249,8 +272,9 @@ class DirectTransport:
             self._waiters.append(signal)
             if not self._is_connecting:
                 run_in_background(self._connect_for_waiters)
+        limit_s = min(_CONNECT_PATIENCE_S, self._patience.remaining_s())
         with suppress(Empty):
-            signal.get(timeout=min(_CONNECT_PATIENCE_S, deadline.remaining_s()))
+            signal.get(timeout=min(limit_s, deadline.remaining_s()))
 
     def _connect_for_waiters(self) -> None:
         with self._lock:

@@ -78,7 +78,6 @@ class RpcChannel:
         self,
         path: str,
         requests: Iterator[bytes],
-        may_take_request: Callable[[], bool],
         receive: Callable[[Iterator[bytes]], _T],
         deadline: Deadline,
     ) -> tuple[_T, Metadata]:
@@ -86,7 +85,6 @@ class RpcChannel:
 
         Args:
             requests: The messages to send.
-            may_take_request: Whether the next one can be taken without waiting for a response.
             receive: Reads the responses, in another thread.
         """
         cancellation = _Cancellation()
@@ -96,7 +94,7 @@ class RpcChannel:
             if core is None:
                 return work_in_three_threads(channel)
             timeout_s = deadline.remaining_s()
-            with closing(StreamRpc(core, path, requests, may_take_request, timeout_s)) as call:
+            with closing(StreamRpc(core, path, requests, timeout_s)) as call:
                 cancellation.attach(call)
                 return receive(call), call.finish()
 

@@ -12,7 +12,7 @@ message wakes two of them, and each of these must then wait for that lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Final, TypeAlias
 
@@ -70,7 +70,6 @@ class StreamRpc(Iterator[bytes]):
     Args:
         channel: A channel of gRPC's core.
         requests: The messages to send. Each is taken once the one before has left.
-        may_take_request: Whether the next one can be taken without waiting for a response.
         timeout_s: Seconds until gRPC ends the call.
 
     The owner must call `close`, or gRPC never frees the call.
@@ -81,11 +80,9 @@ class StreamRpc(Iterator[bytes]):
         channel: Any,
         path: str,
         requests: Iterator[bytes],
-        may_take_request: Callable[[], bool],
         timeout_s: float,
     ) -> None:
         self._requests = requests
-        self._may_take_request = may_take_request
         self._response: bytes | None = None
         self._status: Any = None
         self._has_half_closed = False
@@ -144,12 +141,7 @@ class StreamRpc(Iterator[bytes]):
 
     def _send_next(self) -> None:
         """Send the next request if the one before has left, or say that there are no more."""
-        if (
-            self._has_half_closed
-            or self._status is not None
-            or _Batch.SEND in self._under_way
-            or not self._may_take_request()
-        ):
+        if self._has_half_closed or self._status is not None or _Batch.SEND in self._under_way:
             return
         request = next(self._requests, None)
         if request is None:

@@ -76,9 +76,7 @@ class GrpcTransport:
 
         try:
             path = _SERVICE_PATH + attempt.method.name
-            received, metadata = self._rpcs.stream(
-                path, messages, attempt.may_take_part, receive, deadline
-            )
+            received, metadata = self._rpcs.stream(path, messages, receive, deadline)
         except _RPC_ERRORS as error:
             raise self._translate(error) from None
         return received, ledger_from_metadata(metadata)

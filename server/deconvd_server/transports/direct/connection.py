@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from enum import Enum
+from functools import partial
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -43,7 +44,7 @@ from deconvd.direct.events import (
 from deconvd.direct.frame_stream import FrameSource, FrameStream
 from deconvd.direct.protocol import DirectProtocol, ProtocolState, Role
 from deconvd.errors import ExhaustedError
-from deconvd.wire.codec import encode
+from deconvd.wire.codec import Envelope, encode
 from deconvd.wire.stream_parts import PartReader
 from deconvd_server.call.context import CallContext, CallerGoneError
 from deconvd_server.log_text import excerpt
@@ -278,7 +279,7 @@ class DirectConnection:
                     ) from None
                 except ConnectionBrokenError as error:
                     raise CallerGoneError(str(error)) from error
-            if scope.failure is not None:
+            if scope.failure is not None and not self._frames.protocol.is_idle:
                 self._send_failure(scope.failure)
         finally:
             call.end()
@@ -293,8 +294,7 @@ class DirectConnection:
                     progress = WriteProgress(self._frames, head.written_bytes)
                     call.client_wait, call.close_stream = progress, self._frames.shutdown
                     request = OverlappedRequest.of(request, progress)
-                response = encode(method.serve(request, call))
-                self._frames.send(Answer(response, call.ledger.as_text()))
+                self._send_answer(call, method.serve(request, call))
                 return
             case ServerStreamingMethod():
                 parts = method.serve(method.decode_request(head.message), call)
@@ -310,7 +310,10 @@ class DirectConnection:
         self._frames.send(EndOfStream(call.ledger.as_text()))
 
     def _respond_striped(self, method: RpcMethod, head: StripedCallHead, call: CallContext) -> None:
-        """Serve a striped call. Its answer is sent last: then all its results have been sent by its stripes."""
+        """Serve a striped call. It is answered while its stripes still send results.
+
+        If that fails after the answer, the stripes end without their END, by which the client knows.
+        """
         if not isinstance(method, UnaryMethod) or method.serve_striped is None:
             raise ConnectionBrokenError(f"{method.name} cannot be striped")
         _log.debug("%s from %s: in %d stripes", method.name, self._peer, head.stripes_count)
@@ -319,8 +322,10 @@ class DirectConnection:
         ) as transfer:
             call.client_wait, call.close_stream = transfer, transfer.shutdown
             request = method.decode_request(head.message)
-            response = encode(method.serve_striped(request, transfer, call))
-        self._frames.send(Answer(response, call.ledger.as_text()))
+            method.serve_striped(request, transfer, partial(self._send_answer, call), call)
+
+    def _send_answer(self, call: CallContext, response: Envelope[Message]) -> None:
+        self._frames.send(Answer(encode(response), call.ledger.as_text()))
 
     def _reader(
         self, method: BidiStreamingMethod | ClientStreamingMethod, message: bytes

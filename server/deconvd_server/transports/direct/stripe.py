@@ -59,12 +59,12 @@ class Stripe:
             transfer.wait_until_receivable()
             self._receive_operands(transfer)
             self._send_results(transfer)
+            self._frames.send(EndOfStream())
         except BaseException:
             transfer.drop(member)
             raise
         finally:
             transfers.leave(transfer_id, transfer, member)
-        self._frames.send(EndOfStream())
 
     def _receive_operands(self, transfer: StripedTransfer) -> None:
         frames, member = self._frames, self._member
