@@ -1,6 +1,6 @@
 """What lossless compression of elements could save on a slow link: ``python -m benchmarks.compression``.
 
-Of the codecs here deconvd has "zero runs" (`deconvd.wire.packed_elements`), in a faster form. Tensors are compressed and
+Of the codecs here deconvd has "zero runs" (`deconvd.wire.packed_elements`), but faster. Tensors are compressed and
 decompressed in slices of the size that the link asks for, and each slice is timed. Then the time of a pipeline of these
 slices is computed::
 
