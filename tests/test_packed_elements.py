@@ -95,10 +95,19 @@ def test_zeros_that_only_a_sample_has_are_not_enough() -> None:
     assert pack(x.view(np.uint8).data, 4) is None
 
 
+@pytest.mark.parametrize(("nonzero_count", "is_packed"), [(183, True), (184, False)])
+def test_a_quarter_must_be_saved(nonzero_count: int, is_packed: bool) -> None:
+    """256 elements of 4 bytes have a bitmask of 32 bytes, and three quarters of them are 768 bytes."""
+    x = np.zeros(256, np.float32)
+    x[:nonzero_count] = 1
+
+    assert (pack(x.data.cast("B"), 4) is not None) is is_packed
+
+
 def test_zeros_in_columns_are_seen() -> None:
-    """Each row has as many elements as there are between two samples, but for one."""
+    """Every 64th element, say, is in a column without zeros."""
     x = np.zeros((4096, 64), np.float32)
-    x[:, 0] = 1
+    x[:, ::2] = 1
 
     packed = pack(x.data.cast("B"), 4)
 
@@ -122,9 +131,9 @@ def head(element_bytes: int, count: int) -> bytes:
         (head(8, 131_073) + bytes(16_385), "from 1 to 131072 of 8 bytes, got 131073"),
         (head(2, 2**32 - 1) + b"\0", "from 1 to 524288 of 2 bytes, got 4294967295"),
         (head(4, 9) + b"\1", "bitmask of 9 packed elements"),  # it is cut off
-        (head(4, 8) + b"\1", "got 1 bits for 0 bytes"),
-        (head(4, 8) + b"\1" + bytes(3), "got 1 bits for 3 bytes"),
-        (head(4, 8) + b"\1" + bytes(8), "got 1 bits for 8 bytes"),
+        (head(4, 8) + b"\1", "got 1 bits in 9 bytes"),
+        (head(4, 8) + b"\1" + bytes(3), "got 1 bits in 12 bytes"),
+        (head(4, 8) + b"\1" + bytes(8), "got 1 bits in 17 bytes"),
         (head(4, 7) + b"\x80" + bytes(4), "bitmask of 7 packed elements"),  # an eighth element
     ],
 )

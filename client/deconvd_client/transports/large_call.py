@@ -71,12 +71,13 @@ def _make_stream_call(
     begin = partial(begin_stream_attempt, call_spec, empty, stub.link_rate)
     try:
         received, ledger = stub.stream(partial(begin, packs=packs), call_spec.deadline)
+        return CallResult(*received, ledger)
     except InvalidArgumentError:
         if not packs:
             raise
-        # perhaps by an older server than the one that takes packed elements, at the same target
-        stub.forget_features()
-        received, ledger = stub.stream(begin, call_spec.deadline)
+    # perhaps by an older server than the one that takes packed elements, at the same target
+    stub.forget_features()
+    received, ledger = stub.stream(begin, call_spec.deadline)
     return CallResult(*received, ledger)
 
 

@@ -133,9 +133,7 @@ class MeteredSource:
         self._filled_bytes = 0
         self._unmeasured_bytes = 0  # those that had arrived when the measurement began
         self._began_s = 0.0
-        self._is_packed = (
-            False  # some of the current results came packed: fewer bytes than are read
-        )
+        self._is_packed = False  # some of the current results came packed: in fewer bytes
 
     def next(self) -> Message | PendingElements | None:
         """Return the next part. None at the end."""

@@ -94,19 +94,19 @@ def unpack(packed: memoryview) -> npt.NDArray[np.uint8]:
         raise InvalidArgumentError(
             f"packed elements must have 2, 4 or 8 bytes each, got {element_bytes}"
         )
-    if not 1 <= count * element_bytes <= MAX_UNPACKED_BYTES:
+    limit_count = MAX_UNPACKED_BYTES // element_bytes
+    if not 0 < count <= limit_count:
         raise InvalidArgumentError(
-            f"packed elements must be from 1 to {MAX_UNPACKED_BYTES // element_bytes} of {element_bytes} bytes, "
-            f"got {count}"
+            f"packed elements must be from 1 to {limit_count} of {element_bytes} bytes, got {count}"
         )
     mask_end = _HEAD.size + (count + 7) // 8
     bits = np.unpackbits(np.frombuffer(packed[_HEAD.size : mask_end], np.uint8), bitorder="little")
     positions = np.flatnonzero(bits.view(np.bool_))
-    values_bytes = len(packed) - mask_end
-    if len(bits) < count or len(positions) * element_bytes != values_bytes or bits[count:].any():
+    end = mask_end + len(positions) * element_bytes
+    if len(bits) < count or len(packed) != end or bits[count:].any():
         raise InvalidArgumentError(
             f"the bitmask of {count} packed elements must have a bit for each element that follows it and no others, "
-            f"got {len(positions)} bits for {max(values_bytes, 0)} bytes"
+            f"got {len(positions)} bits in {len(packed)} bytes"
         )
     words: _Words = np.zeros(count, f"u{element_bytes}")
     words[positions] = np.frombuffer(packed, words.dtype, len(positions), mask_end)
