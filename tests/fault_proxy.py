@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from enum import Enum
+from functools import partial
 from itertools import cycle
 
 from tests.http2 import frame
+from tests.tcp_proxy import Direction, Ends, Fault, Pump, TcpProxy, cut_line
 
 __all__ = [
     "CLEAN",
@@ -25,25 +26,8 @@ __all__ = [
     "unresponsive_server",
 ]
 
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, and no time to linger
-
 _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 4, 5  # of HTTP/2's settings
 _ALL_WINDOW_BYTES = 2**31 - 1
-
-
-class Direction(Enum):
-    """A direction."""
-
-    UP = "to the server"
-    DOWN = "to the client"
-
-
-class Fault(Enum):
-    """What happens to a connection."""
-
-    RESET = "reset"
-    CLOSE = "closed"
-    HANG = "hung"
 
 
 @dataclass(frozen=True)
@@ -68,20 +52,15 @@ class LinkConditions:
 CLEAN = LinkConditions()
 
 
-class FaultProxy:
-    """A TCP server that passes on what it gets. It runs in a thread of its own.
+class FaultProxy(TcpProxy):
+    """A proxy whose lines split, slow, hold up and cut what goes through them.
 
     Attributes:
-        target: Where clients find it.
-        connections_count: How many there were.
-        faults_count: How many of them had their fault.
+        faults_count: How many of its connections had their fault.
 
     Args:
-        target: Where it passes things on to: ``host:port``.
+        target, host, own_port, source: See `TcpProxy`.
         lines: How the first connections behave, in turn, and then all others, as the last.
-        host: Where it listens.
-        own_port: Its port; 0 for any free one.
-        source: The address that it connects from; None for any.
     """
 
     def __init__(
@@ -92,53 +71,13 @@ class FaultProxy:
         own_port: int,
         source: str | None = None,
     ) -> None:
-        self._source = (source, 0) if source else None
-        self._host, _, port = target.rpartition(":")
-        self._port = int(port)
         self._lines = lines
-        self.connections_count = 0
         self.faults_count = 0
-        self._listener = socket.create_server((host, own_port))
-        self.target = f"{host}:{self._listener.getsockname()[1]}"
-        self._loop = asyncio.new_event_loop()
-        self._ended = asyncio.Event()
-        self._ends: set[asyncio.StreamWriter] = set()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
-        self._thread.start()
+        super().__init__(target, host, own_port, source)
 
-    def close(self) -> None:
-        """Close it, and what goes through it."""
-        self._loop.call_soon_threadsafe(self._ended.set)
-        self._thread.join()
-        self._loop.close()
-
-    async def _run(self) -> None:
-        server = await asyncio.start_server(self._relay, sock=self._listener)
-        await self._ended.wait()
-        server.close()
-        for end in self._ends:
-            _reset(end)
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others)
-
-    async def _relay(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+    def _make_pump(self) -> Pump:
         line = self._lines[min(self.connections_count, len(self._lines) - 1)]
-        self.connections_count += 1
-        with suppress(OSError):  # one end has gone, so the other goes too
-            far, forth = await asyncio.open_connection(
-                self._host, self._port, local_addr=self._source
-            )
-            ends = {back, forth}
-            self._ends |= ends
-            try:
-                await asyncio.gather(
-                    self._pump(line, Direction.UP, near, forth, ends),
-                    self._pump(line, Direction.DOWN, far, back, ends),
-                )
-            finally:
-                self._ends -= ends
-                for end in ends:
-                    end.close()
+        return partial(self._pump, line)
 
     async def _pump(
         self,
@@ -146,7 +85,7 @@ class FaultProxy:
         way: Direction,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        ends: set[asyncio.StreamWriter],
+        ends: Ends,
     ) -> None:
         sizes = cycle(line.pieces)
         until_fault_bytes = line.after_bytes if line.fault and line.direction is way else math.inf
@@ -163,26 +102,13 @@ class FaultProxy:
             await writer.drain()
         writer.write_eof()
 
-    async def _inject_fault(self, line: LinkConditions, ends: set[asyncio.StreamWriter]) -> None:
+    async def _inject_fault(self, line: LinkConditions, ends: Ends) -> None:
+        assert line.fault is not None
         self.faults_count += 1
-        if line.fault is Fault.HANG:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), line.hang_s)
-            return
-        for end in ends:
-            if line.fault is Fault.RESET:
-                _reset(end)
-            end.close()
-        raise ConnectionAbortedError("the line is cut")
-
-
-def _reset(end: asyncio.StreamWriter) -> None:
-    """Close a connection without waiting for what is on its way."""
-    with suppress(OSError):  # it is closed already
-        end.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
-        )
-    end.transport.abort()
+        if line.fault is not Fault.HANG:
+            cut_line(line.fault, ends)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), line.hang_s)
 
 
 @contextmanager

@@ -282,15 +282,25 @@ exec "$@"
 CALLS = """
 import sys
 from pathlib import Path
+import pytest
+from deconvd.direct.events import StripedCallHead
 from tests.servers import server_process
+from tests.striped_clients import force_stripes, wait_until_direct, watch_heads
 import deconvd_client
 from tests.test_bad_lines import LARGE, SMALL, assert_right
+monkeypatch = pytest.MonkeyPatch()
+heads = watch_heads(monkeypatch)
 with server_process(Path(sys.argv[1]), listen=("127.0.0.1:0",)) as server:
-    for transport in ("grpc", "tcp"):
+    for transport, stripes_count in (("grpc", 0), ("tcp", 0), ("tcp", 2), ("tcp", 4)):
+        force_stripes(monkeypatch, stripes_count)
         for x in (SMALL, LARGE, SMALL):
             with deconvd_client.connect(server.target, transport=transport) as F:
+                if transport == "tcp":
+                    wait_until_direct(F, heads)
                 for _ in range(2):
                     assert_right(F, x)
+                    is_striped = isinstance(heads[-1], StripedCallHead) if heads else False
+                    assert is_striped == (stripes_count > 0), heads[-1:]
 """
 
 

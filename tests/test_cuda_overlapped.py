@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -32,13 +32,13 @@ from tests.processes import wait_until
 if TYPE_CHECKING:
     from deconvd_server.device.cuda import device as cuda_device
     from deconvd_server.device.cuda.device import CudaDevice
-    from deconvd_server.device.cuda.execution import pipeline
+    from deconvd_server.device.cuda.execution import call_kind, pipeline
     from deconvd_server.device.cuda.execution.staging import Staging
 else:
     pytest.importorskip("cupy")
     from deconvd_server.device.cuda import device as cuda_device
     from deconvd_server.device.cuda.device import CudaDevice
-    from deconvd_server.device.cuda.execution import pipeline
+    from deconvd_server.device.cuda.execution import call_kind, pipeline
     from deconvd_server.device.cuda.execution.staging import Staging
 
 pytestmark = pytest.mark.gpu
@@ -222,6 +222,38 @@ def test_gradients_leave_one_by_one_and_have_the_same_bits(
             np.testing.assert_array_equal(departure.array, expected[field])
             assert departure.seen == expected[field].tobytes()
             assert departure.sizes_bytes == [departure.array.nbytes]
+
+
+def test_small_filters_on_the_card_share_their_graphs(
+    cuda: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of()
+    captures_count = 0
+    capture = call_kind._capture
+
+    def count(*arguments: Any) -> Any:
+        nonlocal captures_count
+        captures_count += 1
+        return capture(*arguments)
+
+    monkeypatch.setattr(call_kind, "_capture", count)
+    x = host_array(cuda, problem.x)
+    x[...] = random_array(problem.x)
+    y = host_array(cuda, problem.y)
+    filters = [random_array(problem.W, seed) for seed in range(4)]
+    expected = [expect(cuda, DECONVOLVE, problem, {"x": x, "w": W})["y"] for W in filters]
+    tensors = [cuda.empty(problem.W) for _ in filters]
+    counts: list[int] = []
+    for W, tensor, expected_y in zip(filters, tensors, expected, strict=True):
+        cuda.write(tensor, W, CallContext())
+        for _ in range(3):
+            y[...] = np.nan
+            cuda.run(DECONVOLVE, problem, {"x": x, "w": tensor}, {"y": y}, OPTIONS, CallContext())
+            np.testing.assert_array_equal(y, expected_y)
+        counts.append(captures_count)
+    for tensor in tensors:
+        cuda.free(tensor)
+    assert counts == [counts[0]] * len(filters)
 
 
 def test_a_large_result_leaves_in_parts_even_if_all_operands_are_there(

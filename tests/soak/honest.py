@@ -37,6 +37,7 @@ from tests.direct_calls import REQUEST, W, X, receive_answer, send_call
 from tests.session_clients import array_of
 from tests.soak.cases import Case, chainers, large, small
 from tests.soak.places import NICENESS, Interval, Places, end_at_sigterm, open_stream
+from tests.striped_clients import force_stripes
 from tests.test_stock_client import (
     assert_are_gradients,
     assert_is_y,
@@ -64,6 +65,11 @@ _LARGE = (4, 4, 128, 128), (10, 4, 160, 160)
 
 _EARLY = (10, 4, 230, 230)
 """What is called with before it is copied to shared memory."""
+
+_STRIPED = 20, 4, 170, 170
+"""What is striped: three pieces there, and three back."""
+
+_STRIPES_COUNT = 3
 
 _WIDE = np.random.default_rng(0).integers(-1, 2, (64, 64, 4, 4)).astype(np.float32)
 """A filter that is sent only if the server lacks what it holds."""
@@ -160,6 +166,12 @@ def _make_overlapped_client(places: Places) -> _Library:
     assert direct is not None
     pytest.MonkeyPatch().setattr(direct._overlap_backoff, "is_due", lambda: True)
     return client
+
+
+def _make_striped_client(places: Places) -> _Library:
+    """Return a client whose large calls are striped, though that does not pay on a machine of few processors."""
+    force_stripes(pytest.MonkeyPatch(), _STRIPES_COUNT)
+    return _Library(places.tcp, "tcp", _STRIPED)
 
 
 class _Residents:
@@ -278,6 +290,7 @@ WAYS: dict[str, Callable[[Places], _Client]] = {
     "shared_memory": lambda places: _Library(places.unix, "shared_memory", *_LARGE),
     "unix": lambda places: _Library(places.unix, "unix", *_LARGE),
     "tcp": lambda places: _Library(places.tcp, "tcp", *_LARGE),
+    "striped": _make_striped_client,
     "grpc": lambda places: _Library(places.tcp, "grpc", *_LARGE),
     "early": _make_overlapped_client,
     "residents": lambda places: _Residents(places.unix, ""),

@@ -37,7 +37,7 @@ _DRAIN_BUFFER_BYTES: Final = 32 << 10
 _MIN_BULK_BYTES: Final = 256 << 10
 """From this size on, bytes are moved by few long system calls, which wait in the kernel for the peer."""
 
-_BULK_WAIT_S: Final = 0.1
+_KERNEL_WAIT_S: Final = 0.1
 """How long such a system call waits at most: deadlines, and a peer that has stalled, are noticed between two."""
 
 _NO_WAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
@@ -91,9 +91,9 @@ class SocketStream:
             waits. Any thread may read it.
 
     Args:
-        connection: The socket, which this object owns and closes. It becomes blocking, with short timeouts, for `fill`
-            and for large writes: the kernel then moves megabytes in one system call. All other system calls do not
-            wait, so a read or write that need not wait is a single one.
+        connection: The socket, which this object owns and closes. It becomes blocking, with short timeouts: the kernel
+            waits for the next bytes, or moves megabytes, in one system call. Each further one would make the thread
+            wait for the interpreter's lock. Small writes, and all calls near the deadline, do not wait in the kernel.
         stall_limit_s: If there is a deadline and the peer neither sends nor accepts anything for this long,
             the waiting method raises ConnectionTimeoutError.
     """
@@ -109,8 +109,8 @@ class SocketStream:
         )
         connection.setblocking(bool(_NO_WAIT))
         if _NO_WAIT:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(_BULK_WAIT_S))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_BULK_WAIT_S))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(_KERNEL_WAIT_S))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_KERNEL_WAIT_S))
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             _set_tcp_options(connection)
 
@@ -125,7 +125,8 @@ class SocketStream:
 
     def read_into(self, target: memoryview) -> int:
         """See `ByteStream`."""
-        count = self._transfer(self._socket.recv_into, (target, 0, _NO_WAIT), self._is_readable)
+        flags = 0 if self._may_wait() else _NO_WAIT
+        count = self._transfer(self._socket.recv_into, (target, 0, flags), self._is_readable)
         if not count:
             raise ConnectionClosedError("the peer has closed the connection")
         return count
@@ -190,11 +191,13 @@ class SocketStream:
     def __del__(self) -> None:
         self._socket.close()  # avoids the ResourceWarning if the owner dropped this object without closing it
 
+    def _may_wait(self) -> bool:
+        """Return whether a system call may wait in the kernel: the deadline is not near."""
+        return self._deadline_s is None or time.monotonic() < self._deadline_s - _KERNEL_WAIT_S
+
     def _may_wait_for(self, size_bytes: int) -> bool:
         """Return whether a system call may wait in the kernel until it has moved this much."""
-        return size_bytes >= _MIN_BULK_BYTES and (
-            self._deadline_s is None or time.monotonic() < self._deadline_s - _BULK_WAIT_S
-        )
+        return size_bytes >= _MIN_BULK_BYTES and self._may_wait()
 
     def _transfer(
         self,

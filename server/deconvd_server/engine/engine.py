@@ -145,16 +145,17 @@ class Engine:
         if len(tensors) < len(operands):
             # some operands are still arriving
             with self._count_arriving() as arriving_count:
-                # The device follows one call. Of several, each would keep it waiting, while others can use it.
+                # The device follows a call that is alone: others could use it while it waits for that.
                 is_followed = arriving_count == 1 and self.info.overlaps_transfers
                 if is_followed and problem.has_products:
                     with suppress(ArrivalTimeoutError), admitted:
                         return self._compute(operation, problem, operands, places, options, call)
                     # they took too long: the place was given back, and is taken again once all have arrived
                 self._admission.check_fits(footprint_bytes)  # refuse early what can never run
-                tensors = wait_for_all(
-                    operands, call
-                )  # without a place: other calls can run meanwhile
+                # without a place: other calls can run meanwhile
+                tensors = wait_for_all(operands, call)
+                with admitted:
+                    return self._compute(operation, problem, tensors, places, options, call)
         with admitted:
             return self._compute(operation, problem, tensors, places, options, call)
 
@@ -177,7 +178,7 @@ class Engine:
 
     @contextmanager
     def _count_arriving(self) -> Iterator[int]:
-        """Count a call whose operands are still arriving, for the block, whose value is how many there are now."""
+        """Count a call whose operands were arriving when it came, for the block. Its value is how many there are."""
         with self._arriving_lock:
             self._arriving_count += 1
             count = self._arriving_count

@@ -35,7 +35,12 @@ from deconvd_server.device.cuda.cudnn import Cudnn
 from deconvd_server.device.cuda.error_translation import ErrorTranslation
 from deconvd_server.device.cuda.execution.call_fields import CallFields, select_fields
 from deconvd_server.device.cuda.execution.device_work import DeviceWork
-from deconvd_server.device.cuda.execution.lane import ARENA_BYTES, PINNED_BYTES, Lane
+from deconvd_server.device.cuda.execution.lane import (
+    ARENA_BYTES,
+    COPIED_BYTES,
+    PINNED_BYTES,
+    Lane,
+)
 from deconvd_server.device.cuda.execution.lane_pool import LanePool
 from deconvd_server.device.cuda.execution.parts import count_parts, problem_of_part
 from deconvd_server.device.cuda.memory_estimate import MemoryEstimate
@@ -232,7 +237,9 @@ class CudaDevice(CardTensors):
 
         All operands and results of the problem are counted, even those that the call does not have.
         """
-        return self._memory_estimate.footprint_bytes(problem, results, resident_bytes)
+        # a small W and a small b that are on the card are copied to the call's block
+        uncopied_bytes = max(resident_bytes - 2 * COPIED_BYTES, 0)
+        return self._memory_estimate.footprint_bytes(problem, results, uncopied_bytes)
 
     def run(
         self,

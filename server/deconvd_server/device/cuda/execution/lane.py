@@ -25,7 +25,7 @@ from deconvd_server.device.cuda.execution.staging import Staging, bytes_of
 from deconvd_server.device.departing import Departing, Place, target_of
 from deconvd_server.device.tensor import Tensor
 
-__all__ = ["ARENA_BYTES", "PINNED_BYTES", "Lane"]
+__all__ = ["ARENA_BYTES", "COPIED_BYTES", "PINNED_BYTES", "Lane"]
 
 ARENA_BYTES = 8 << 20
 """Size of a lane's arena. A small call's operands, results and workspace fit in it; graphs are bound to it."""
@@ -37,6 +37,12 @@ _SLOT_BYTES = 4 << 20
 
 PINNED_BYTES = ARENA_BYTES + _SLOTS_COUNT * _SLOT_BYTES
 """Pinned host memory of a lane: a mirror of the arena, and staging buffers."""
+
+COPIED_BYTES = 1 << 20
+"""A tensor on the card of up to this size is copied to the block of a call in parts.
+
+That takes microseconds. Otherwise each tensor, such as each tenant's W, would have graphs of its own.
+"""
 
 _KINDS_COUNT = 64
 """Kinds of calls that a lane remembers. Each may hold graphs."""
@@ -153,13 +159,19 @@ class Lane:
 
         Raises as `run` does.
         """
-        operands_at = [*map(self._pointer, operands)]
-        kind_key = (key, count, *operands_at)
+        operands_at: list[int | None] = []
+        copied_from: list[int | None] = []
+        for operand in operands:
+            pointer = self._pointer(operand)
+            is_copied = pointer is not None and _size_bytes(operand) <= COPIED_BYTES
+            operands_at.append(None if is_copied else pointer)
+            copied_from.append(pointer if is_copied else None)
+        kind_key = (key, count, *operands_at, *(pointer is None for pointer in copied_from))
         kind = self._kinds.get(kind_key)
         if kind is None:
             new = CallKind(make_work(), operands_at, [None], parts_count=count)
             kind = self._kinds.put(kind_key, new)
-        self.pipeline.run(kind, operands, y, addresses, call)
+        self.pipeline.run(kind, operands, copied_from, y, addresses, call)
 
     def upload(self, array: Array, tensor: CudaTensor, call: CallContext) -> None:
         """Copy an array into a tensor."""
@@ -290,6 +302,11 @@ class Lane:
         """Return the pinned memory that mirrors a region of the arena, with the shape and type of an array."""
         dtype = array.dtype.newbyteorder("=")
         return np.ndarray(array.shape, dtype, self._pinned, region.offset)
+
+
+def _size_bytes(operand: Operand) -> int:
+    tensor = peek_tensor(operand)
+    return tensor.nbytes if isinstance(tensor, np.ndarray) else tensor.spec.nbytes
 
 
 def _copied_regions(

@@ -89,6 +89,7 @@ class Pipeline:
         self,
         kind: CallKind,
         operands: Sequence[Operand],
+        copied_from: Sequence[int | None],
         y: Array | Departing,
         addresses: HostAddresses,
         call: CallContext,
@@ -100,6 +101,7 @@ class Pipeline:
         Args:
             kind: The call's, with as many parts as `count_parts` returns.
             operands: x, then those that are not divided.
+            copied_from: The addresses of operands on the card that are copied to the block; None for the others.
             addresses: Of x and y.
 
         Raises as `Lane.run` does.
@@ -111,6 +113,13 @@ class Pipeline:
         enqueue_parts = partial(self._enqueue_parts, kind, as_graphs=not as_one)
 
         def enqueue(base: int) -> None:
+            # Before what may be a graph, which is then the same wherever these operands are.
+            for source_at, region, spec in zip(
+                copied_from, kind.layout.operands, kind.work.operands, strict=True
+            ):
+                if source_at is not None and region is not None:
+                    target_at = base + region.offset
+                    copy(target_at, source_at, spec.nbytes, self._upload_stream.pointer)
             reachable = self._reachable.make_reachable(others, BlockLayout(), overlapped)
             if reachable is None:
                 # A large operand goes through staging buffers, which the host fills meanwhile: no graph can hold that.
