@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ import pytest
 from google.protobuf.message import Message
 
 import deconvd_client
+from benchmarks.links.namespaces import LinkUnavailableError, linked_namespace
 from deconvd.direct.connection_errors import ConnectionBrokenError
 from deconvd.direct.events import FrameKind, MethodCode, pack_frame
 from deconvd.errors import InvalidArgumentError
@@ -37,6 +39,7 @@ from tests.session_clients import open_session
 from tests.stream_pairs import send_raw
 
 MIB = 1 << 20
+MAX_CALLS_COUNT = 20
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 TRANSPORTS = pytest.mark.parametrize("transport", ["tcp", "grpc"])
 IDENTITY = np.eye(2, dtype=np.float32)[:, :, None, None]
@@ -185,6 +188,30 @@ def test_nothing_is_packed_unless_the_link_is_known_to_be_slow(
 
     assert traffic.sent_packed
     assert not any(traffic.sent_packed + traffic.received_packed)
+
+
+@TRANSPORTS
+def test_elements_are_packed_once_a_real_link_turns_out_to_be_slow(
+    transport: str, tmp_path: Path, traffic: Traffic
+) -> None:
+    """A machine that is busy with other work can seem slower than the link, or faster, so there are several calls."""
+    x = rectified((128, 2, 96, 100))
+    with ExitStack() as stack:
+        try:
+            link = stack.enter_context(linked_namespace(0.5))
+        except LinkUnavailableError as error:
+            pytest.skip(f"no slow link may be made here: {error}")
+        listen = (f"{link.server_address}:0",)
+        server = stack.enter_context(server_process(tmp_path, listen=listen, within=link))
+        F = stack.enter_context(deconvd_client.connect(server.target, transport=transport))
+        np.testing.assert_array_equal(F.deconvolution_2d(x, IDENTITY), x)
+        assert not any(traffic.sent_packed + traffic.received_packed)
+        for _ in range(MAX_CALLS_COUNT):
+            np.testing.assert_array_equal(F.deconvolution_2d(x, IDENTITY), x)
+            if any(traffic.sent_packed) and any(traffic.received_packed):
+                return
+
+    pytest.fail(f"nothing was packed in {MAX_CALLS_COUNT} calls")
 
 
 @TRANSPORTS
