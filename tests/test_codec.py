@@ -17,6 +17,8 @@ from deconvd.wire.codec import (
     chunk_to_bytes,
     decode,
     encode,
+    packed_chunk_from_bytes,
+    packed_chunk_to_bytes,
 )
 from tests.wire import UNKNOWN_FIELDS, varint
 
@@ -217,6 +219,17 @@ def test_a_chunk_is_a_part_of_each_stream(chunk: bytes) -> None:
     assert bytes(chunk_from_bytes(written) or b"") == chunk
 
 
+def test_a_packed_chunk_is_no_other_chunk() -> None:
+    written = packed_chunk_to_bytes(b"1234")
+
+    for part in (pb.DeconvolveStreamRequest, pb.DeconvolveGradStreamResponse):
+        assert part.FromString(written).packed_chunk == b"1234"
+        assert part(packed_chunk=b"1234").SerializeToString() == written
+    assert bytes(packed_chunk_from_bytes(written) or b"") == b"1234"
+    assert chunk_from_bytes(written) is None
+    assert packed_chunk_from_bytes(chunk_to_bytes(b"1234")) is None
+
+
 @given(st.binary(max_size=40))
 def test_what_is_not_only_a_chunk_is_left_to_the_generated_class(data: bytes) -> None:
     chunk = chunk_from_bytes(data)
@@ -232,4 +245,6 @@ def test_every_large_field_of_the_schema_is_known_to_the_codec() -> None:
 
     assert len(parts) == 6
     assert {part.fields_by_name["chunk"].number for part in parts} == {codec._CHUNK_NUMBER}
+    packed = [p.fields_by_name["packed_chunk"] for p in parts if "Deconvolve" in p.name]
+    assert {field.number for field in packed} == {codec._PACKED_CHUNK_NUMBER}
     assert all(m.DESCRIPTOR.full_name.startswith("deconvd.v1") for m in MESSAGES)

@@ -87,6 +87,7 @@ EXAMPLES: dict[FrameKind, Event | PendingElements] = {
     FrameKind.STRIPED_CALL: STRIPED_CALL,
     FrameKind.STRIPE: StripeHead(TRANSFER),
     FrameKind.PIECE: PieceHead(258),
+    FrameKind.PACKED_ELEMENTS: PendingElements(9, is_packed=True),
 }
 
 FRAMES = {
@@ -106,6 +107,7 @@ FRAMES = {
     + "78",
     FrameKind.STRIPE: "0e000000 10000000" + TRANSFER.hex(),
     FrameKind.PIECE: "0f000000 08000000 0201000000000000",
+    FrameKind.PACKED_ELEMENTS: "10000000 09000000",
 }
 """Each example on the line: what both ends of the version "dcd6" rely on."""
 
@@ -156,6 +158,9 @@ EVENTS: dict[FrameKind, st.SearchStrategy[Event | PendingElements]] = {
     ),
     FrameKind.STRIPE: st.just(StripeHead(TRANSFER)),
     FrameKind.PIECE: st.builds(PieceHead, st.integers(0, 2**64 - 1)),
+    FrameKind.PACKED_ELEMENTS: st.builds(
+        PendingElements, st.integers(9, 100_000), is_packed=st.just(True)
+    ),
 }
 
 
@@ -282,6 +287,7 @@ def test_no_kind_of_frame_is_said_by_both_but_the_handshake_and_parts() -> None:
         FrameKind.ELEMENTS,
         FrameKind.END,
         FrameKind.PIECE,
+        FrameKind.PACKED_ELEMENTS,
     }
     assert client | server == set(FrameKind)
 

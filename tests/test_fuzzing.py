@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from deconvd.model.dtypes import Array
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
+from tests.packed import pack_by_definition
 from tests.servers import ServerProcess, server_process
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
@@ -80,7 +81,8 @@ REQUESTS: dict[str, list[Message]] = {
                 request=backward(with_elements=False), slice_samples_count=2
             )
         ),
-        pb.DeconvolveGradStreamRequest(chunk=W.tobytes() + X.tobytes()),
+        pb.DeconvolveGradStreamRequest(chunk=W.tobytes()),
+        pb.DeconvolveGradStreamRequest(packed_chunk=pack_by_definition(X.reshape(-1).view("u4"))),
         pb.DeconvolveGradStreamRequest(chunk=GY.tobytes()),
     ],
     "HoldSession": [pb.HoldSessionRequest(tenant_key=b"key"), pb.HoldSessionRequest()],

@@ -25,7 +25,6 @@ __all__ = ["slow_rows"]
 
 _RATES_GBIT: Final = (1.0, 0.1)
 _TRANSPORTS: Final = ("tcp", "grpc")
-_ONE: Final = np.ones((1, 1, 1, 1), np.float32)
 _WARM_UPS: Final = 2
 _MIN_CALLS_COUNT: Final = 3
 _DURATION_S: Final = 2.0
@@ -34,15 +33,19 @@ _DURATION_S: Final = 2.0
 
 @dataclass(frozen=True)
 class _Load:
-    """What is sent. As many bytes come back: y is x.
+    """What is sent, and what comes back: y is the first channel of x.
 
     Attributes:
         samples_count: The samples of x.
         sample_bytes: The size of each.
+        channels_count: The channels of x. y has one.
+        is_rectified: Whether x comes from a ReLU: half of its elements are zero.
     """
 
     samples_count: int
     sample_bytes: int
+    channels_count: int = 1
+    is_rectified: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -51,12 +54,20 @@ class _Load:
     @property
     def name(self) -> str:
         megabytes = self.size_bytes / 1e6
-        return f"{megabytes:.0f} + {megabytes:.0f} MB, {self.samples_count} samples"
+        zeros = ", half zeros" if self.is_rectified else ""
+        back = megabytes / self.channels_count
+        return f"{megabytes:.0f} + {back:.0f} MB, {self.samples_count} samples{zeros}"
 
     def x(self) -> Array:
         generator = np.random.default_rng(0)
-        shape = (self.samples_count, 1, 64, self.sample_bytes // 256)
-        return generator.standard_normal(shape, np.float32)
+        width = self.sample_bytes // (256 * self.channels_count)
+        x = generator.standard_normal(
+            (self.samples_count, self.channels_count, 64, width), np.float32
+        )
+        return np.maximum(x, 0) if self.is_rectified else x
+
+    def W(self) -> Array:
+        return np.eye(self.channels_count, 1, dtype=np.float32)[:, :, None, None]
 
 
 _LOADS: Final = (
@@ -64,6 +75,8 @@ _LOADS: Final = (
     _Load(128, 64 << 10),
     _Load(512, 64 << 10),
     _Load(8, 4 << 20),
+    _Load(128, 64 << 10, 4),
+    _Load(128, 64 << 10, 4, is_rectified=True),
 )
 
 
@@ -76,12 +89,12 @@ def slow_rows() -> Iterator[LinkRow]:
             _server(link, "sink") as sink,
         ):
             for load in _LOADS:
-                x = load.x()
+                x, W = load.x(), load.W()
                 floor_ms = _median_ms(partial(_send, sink, x))
                 for transport in _TRANSPORTS:
                     with deconvd_client.connect(target, transport=transport) as F:
-                        np.testing.assert_array_equal(F.deconvolution_2d(x, _ONE), x)
-                        ms = _median_ms(partial(F.deconvolution_2d, x, _ONE))
+                        np.testing.assert_array_equal(F.deconvolution_2d(x, W), x[:, :1])
+                        ms = _median_ms(partial(F.deconvolution_2d, x, W))
                     yield LinkRow(rate_gbit, 0.0, f"{load.name}, {transport}", ms, floor_ms, None)
 
 

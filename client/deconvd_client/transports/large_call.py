@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from deconvd.direct.events import MethodCode
+from deconvd.errors import InvalidArgumentError
 from deconvd.host.parallel_copy import copy_into
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec, spec_of
@@ -65,9 +66,19 @@ def make_large_call(
 def _make_stream_call(
     stub: Stub, call_spec: CallSpec, empty: Callable[[TensorSpec], Array]
 ) -> CallResult:
+    """Make a call in a stream, with packed elements where these pay."""
+    packs = stub.packs_elements(call_spec.deadline)
     begin = partial(begin_stream_attempt, call_spec, empty, stub.link_rate)
-    (response, arrays), ledger = stub.stream(begin, call_spec.deadline)
-    return CallResult(response, arrays, ledger)
+    try:
+        received, ledger = stub.stream(partial(begin, packs=packs), call_spec.deadline)
+        return CallResult(*received, ledger)
+    except InvalidArgumentError:
+        if not packs:
+            raise
+    # perhaps by an older server than the one that takes packed elements, at the same target
+    stub.forget_features()
+    received, ledger = stub.stream(begin, call_spec.deadline)
+    return CallResult(*received, ledger)
 
 
 def _make_striped_call(

@@ -18,6 +18,7 @@ from deconvd.wire.stream_parts import (
     PartReader,
     PartSource,
     elements_parts,
+    packed_parts,
 )
 from deconvd_client.calls.call_spec import CallSpec, Response
 from deconvd_client.calls.transport import StreamAttempt
@@ -36,15 +37,20 @@ _MIN_MEASURED_BYTES: Final = 3 << 19
 
 
 def begin_stream_attempt(
-    call_spec: CallSpec, empty: Callable[[TensorSpec], Array], link_rate: LinkRate
+    call_spec: CallSpec,
+    empty: Callable[[TensorSpec], Array],
+    link_rate: LinkRate,
+    *,
+    packs: bool = False,
 ) -> StreamAttempt[_StreamResult]:
     """Begin an attempt at a call in a stream.
 
     Args:
         empty: Returns new memory for a result.
         link_rate: Says how large slices are, and learns from the response.
+        packs: Whether elements with many zeros travel packed, in both directions.
     """
-    stream_call = _StreamCall(call_spec, empty, link_rate)
+    stream_call = _StreamCall(call_spec, empty, link_rate, packs=packs)
     method = MethodCode[call_spec.operation.stream_name]
     response_type = messages_for(call_spec.operation).stream_response
     return StreamAttempt(
@@ -88,7 +94,12 @@ class _StreamCall:
     """
 
     def __init__(
-        self, call_spec: CallSpec, empty: Callable[[TensorSpec], Array], link_rate: LinkRate
+        self,
+        call_spec: CallSpec,
+        empty: Callable[[TensorSpec], Array],
+        link_rate: LinkRate,
+        *,
+        packs: bool,
     ) -> None:
         problem = call_spec.problem
         self._step = _slice_samples_count(call_spec, link_rate)
@@ -96,12 +107,15 @@ class _StreamCall:
         self._call_spec = call_spec
         self._empty = empty
         self._link_rate = link_rate
+        self._packs = packs
         self._messages = messages_for(call_spec.operation)
 
     def parts(self) -> Iterator[Part]:
         """Return the request's parts."""
         header: Any = self._messages.stream_header(
-            request=self._call_spec.request, slice_samples_count=self._step
+            request=self._call_spec.request,
+            slice_samples_count=self._step,
+            takes_packed=self._packs,
         )
         opening: Any = self._messages.stream_request(header=header)
         return chain((opening,), self._elements())
@@ -140,4 +154,5 @@ class _StreamCall:
         samples_count = self._call_spec.problem.n if batched else 0
         for begin in range(0, samples_count, self._step):
             for array in batched:
-                yield from elements_parts(array[begin : begin + self._step])
+                parts = elements_parts(array[begin : begin + self._step])
+                yield from packed_parts(parts, array.itemsize) if self._packs else parts

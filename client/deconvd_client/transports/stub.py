@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from deconvd.errors import DeconvdError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Envelope, decode, encode
 from deconvd.wire.messages import messages_for
+from deconvd.wire.packed_elements import PACKED_ELEMENTS
 from deconvd.wire.tensor import array_from_message
 from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
@@ -57,6 +60,7 @@ class Stub:
         self.target: str = target
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
+        self._takes_packed: bool | None = None  # None until the server has said it
         self.direct: DirectTransport | None = None
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
@@ -129,6 +133,22 @@ class Stub:
         """Whether calls, also streams, are likely to use a direct connection."""
         return self.direct is not None and self.direct.may_connect
 
+    def packs_elements(self, deadline: Deadline) -> bool:
+        """Return whether elements with many zeros should be packed: the link is slow, and the server takes them.
+
+        The server is asked if it has not said that yet, for a direct connection, say.
+        """
+        if not self.link_rate.is_slow:
+            return False
+        if self._takes_packed is None:
+            with suppress(DeconvdError):  # the call itself will tell
+                self.get_server_info(deadline.with_limit(_SERVER_INFO_TIMEOUT_S))
+        return bool(self._takes_packed)
+
+    def forget_features(self) -> None:
+        """Have the server asked again what it takes: another one may have come in its place."""
+        self._takes_packed = None
+
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
         """Call DropTensors."""
         self._grpc.unary("DropTensors", request.SerializeToString(), deadline)
@@ -141,7 +161,9 @@ class Stub:
         """Call GetServerInfo."""
         request = pb.GetServerInfoRequest(session=session).SerializeToString()
         response, _ = self._grpc.unary("GetServerInfo", request, deadline)
-        return pb.GetServerInfoResponse.FromString(response)
+        info = pb.GetServerInfoResponse.FromString(response)
+        self._takes_packed = PACKED_ELEMENTS in info.features
+        return info
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""

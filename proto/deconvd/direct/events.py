@@ -15,6 +15,7 @@ The payload of each kind, with the messages of the service as in deconvd.proto:
                                 the request message; for a method that streams its request, its first message
              PROGRESS           in an overlapped call: bytes of the operands that are written by now (8 bytes)
              ELEMENTS           in a streamed request: the next elements, as in Tensor.raw; not empty
+             PACKED_ELEMENTS    in a streamed request: the next elements, packed (see `deconvd.wire.packed_elements`)
              END                the streamed request, or the client's part of a stripe, is complete; no payload
              STRIPED_CALL       method (1 byte), how many stripes the call has (1 byte), 6 zero bytes, timeout in
                                 microseconds (8 bytes), the transfer's id (16 bytes), the request message
@@ -26,6 +27,7 @@ The payload of each kind, with the messages of the service as in deconvd.proto:
                                 ledger (ASCII; see `deconvd.wire.ledger`), the response message
              MESSAGE            the response message of a method with streams, or one of its messages
              ELEMENTS           the next elements of a streamed response; not empty
+             PACKED_ELEMENTS    in a streamed response whose request allows it: the next elements, packed
              PIECE              as the client's
              END                success of a method with streams: the ledger; in a stripe: all pieces are sent, no
                                 payload
@@ -43,6 +45,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from deconvd.direct.connection_errors import RemoteProtocolError
+from deconvd.wire.packed_elements import MAX_PACKED_BYTES, MIN_PACKED_BYTES
 
 __all__ = [
     "ANY_INSTANCE",
@@ -123,6 +126,7 @@ class FrameKind(IntEnum):
     STRIPED_CALL = 13
     STRIPE = 14
     PIECE = 15
+    PACKED_ELEMENTS = 16
 
 
 class MethodCode(IntEnum):
@@ -432,6 +436,7 @@ PAYLOAD_SIZES: Final[Mapping[int, range]] = {
     FrameKind.CALL: range(_CALL.size, MAX_MESSAGE_BYTES + 1),
     FrameKind.MESSAGE: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.ELEMENTS: range(1 << 32),
+    FrameKind.PACKED_ELEMENTS: range(MIN_PACKED_BYTES, MAX_PACKED_BYTES + 1),
     FrameKind.END: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.FAILED: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.PROGRESS: range(_PROGRESS.size, _PROGRESS.size + 1),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import numpy as np
 from google.protobuf.message import Message
 
 from deconvd.direct.byte_stream import ByteStream
@@ -21,10 +22,14 @@ from deconvd.direct.events import (
     ProgressReport,
 )
 from deconvd.direct.protocol import DirectProtocol
+from deconvd.errors import InvalidArgumentError
+from deconvd.wire.packed_elements import unpack
 from deconvd.wire.status import error_from_status
-from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, parse_part
+from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, parse_part, takes_packed
 
 __all__ = ["FrameSource", "FrameStream", "receive_progress", "report_progress"]
+
+_EMPTY: Final[Uint8Array] = np.empty(0, np.uint8)
 
 _MAX_FRAME_BYTES: Final = 16 << 20
 """Largest payload of an ELEMENTS frame: so large that the cost of a frame is negligible."""
@@ -59,7 +64,7 @@ class FrameStream:
             self.send(MessagePart(part.SerializeToString()))
             return
         for piece in part.pieces(_MAX_FRAME_BYTES):
-            pending = PendingElements(len(piece.data))
+            pending = PendingElements(len(piece.data), piece.is_packed)
             self._stream.write(self.protocol.begin_elements(pending), piece.data)
 
     def send_piece(self, number: int, buffers: Sequence[memoryview]) -> None:
@@ -167,9 +172,7 @@ class FrameSource:
         self._part_type = part_type
         self._first = first
         self._has_ended = frames.protocol.is_peer_done
-        self.read_into: Callable[[Uint8Array], None] = (
-            frames.read_into
-        )  # see `FrameStream.__init__`
+        self._unpacked: Uint8Array = _EMPTY  # of the pending elements, if they came packed
         self.ledger = ""
 
     def next(self) -> Message | PendingElements | None:
@@ -181,7 +184,7 @@ class FrameSource:
             return None
         match self._stream.next_event():
             case PendingElements() as pending:
-                return pending
+                return self._unpack(pending) if pending.is_packed else pending
             case MessagePart(data):
                 return parse_part(self._part_type, data)
             case EndOfStream(ledger):
@@ -193,3 +196,21 @@ class FrameSource:
                 raise AssertionError(
                     f"the protocol let an event through that is not a part of a stream: {event}"
                 )
+
+    def read_into(self, target: Uint8Array) -> None:
+        """Fill `target` with the next of the pending elements."""
+        unpacked = self._unpacked
+        if not len(unpacked):
+            self._stream.read_into(target)
+            return
+        target[:] = unpacked[: len(target)]
+        self._unpacked = unpacked[len(target) :] if len(unpacked) > len(target) else _EMPTY
+
+    def _unpack(self, pending: PendingElements) -> PendingElements:
+        if not takes_packed(self._part_type):
+            name = self._part_type.DESCRIPTOR.full_name
+            raise InvalidArgumentError(f"a stream of {name} must have no packed elements")
+        packed = np.empty(pending.size_bytes, np.uint8)
+        self._stream.read_into(packed)
+        self._unpacked = unpack(packed.data)
+        return PendingElements(len(self._unpacked), is_packed=True)

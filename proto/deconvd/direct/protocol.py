@@ -125,6 +125,7 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
         ProtocolState.TRAILING: {FrameKind.PROGRESS: ProtocolState.TRAILING, **_CALL_STATES},
         ProtocolState.STREAMING: {
             FrameKind.ELEMENTS: ProtocolState.STREAMING,
+            FrameKind.PACKED_ELEMENTS: ProtocolState.STREAMING,
             FrameKind.END: ProtocolState.RESPONDING,
         },
         ProtocolState.RESPONDING: {},
@@ -152,11 +153,13 @@ TRANSITIONS: Final[Mapping[Role, Mapping[ProtocolState, Mapping[int, ProtocolSta
         ProtocolState.STREAMING: {
             FrameKind.MESSAGE: ProtocolState.STREAMING,
             FrameKind.ELEMENTS: ProtocolState.STREAMING,
+            FrameKind.PACKED_ELEMENTS: ProtocolState.STREAMING,
             FrameKind.FAILED: ProtocolState.CLOSED,
         },
         ProtocolState.RESPONDING: {
             FrameKind.MESSAGE: ProtocolState.RESPONDING,
             FrameKind.ELEMENTS: ProtocolState.RESPONDING,
+            FrameKind.PACKED_ELEMENTS: ProtocolState.RESPONDING,
             FrameKind.END: ProtocolState.IDLE,
             FrameKind.FAILED: ProtocolState.CLOSED,
         },
@@ -246,11 +249,10 @@ class DirectProtocol:
 
     def begin_elements(self, pending: PendingElements) -> bytes:
         """Return the bytes to send before some elements. Raises the same errors as `send`."""
-        if FrameKind.ELEMENTS not in self._may_send[self.state]:
-            raise _send_error(FrameKind.ELEMENTS, self.state)
-        return FRAME_HEAD.pack(
-            FrameKind.ELEMENTS, pending.size_bytes
-        )  # elements never change the state
+        kind = FrameKind.PACKED_ELEMENTS if pending.is_packed else FrameKind.ELEMENTS
+        if kind not in self._may_send[self.state]:
+            raise _send_error(kind, self.state)
+        return FRAME_HEAD.pack(kind, pending.size_bytes)  # elements never change the state
 
     def begin_piece(self, number: int, size_bytes: int) -> bytes:
         """Return the bytes to send before a piece of a striped call. Raises the same errors as `send`."""
@@ -305,7 +307,8 @@ class DirectProtocol:
             self._begin = begin + FRAME_HEAD_BYTES
             self.unread_bytes = unread_bytes - FRAME_HEAD_BYTES
             self._pending_bytes = size_bytes
-            return PendingElements(size_bytes)  # elements never change the state
+            # elements never change the state
+            return PendingElements(size_bytes, is_packed=number == FrameKind.PACKED_ELEMENTS)
         frame_bytes = FRAME_HEAD_BYTES + size_bytes
         if unread_bytes < frame_bytes:
             if len(self._buffer) < frame_bytes:  # a large message: give it a buffer of its own

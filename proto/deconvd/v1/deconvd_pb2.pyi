@@ -753,13 +753,24 @@ Global___DeconvolveGradResponse: _TypeAlias = DeconvolveGradResponse  # noqa: Y0
 
 @_typing.final
 class DeconvolveStreamRequest(_message.Message):
-    """A part of the request of DeconvolveStream: the header first, then chunks."""
+    """A part of the request of DeconvolveStream: the header first, then chunks.
+
+    Chunks of elements that are zero for the most part MAY be packed, which loses nothing. A packed chunk has the size of an
+    element in bytes (1 byte: 2, 4 or 8), 3 zero bytes, the number n of elements (4 bytes, little-endian), a bitmask, and the
+    elements that are not zero, as in Tensor.raw. The bitmask has n bits, rounded up to whole bytes. Bit i % 8 of byte i / 8,
+    counted from the least significant bit, is 0 if all bits of element i are 0, and 1 otherwise. The bits after the last
+    element are 0. Unpacked, a chunk has at least one element and at most 1 MiB. Packed and other chunks may follow one another
+    in any order. A client MUST NOT send packed chunks unless GetServerInfoResponse.features has "packed_elements".
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
+    PACKED_CHUNK_FIELD_NUMBER: _builtins.int
     MISSING_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    packed_chunk: _builtins.bytes
+    """The next elements, packed. See above."""
     @_builtins.property
     @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def missing_chunk(self) -> _builtins.bytes:
@@ -778,14 +789,15 @@ class DeconvolveStreamRequest(_message.Message):
         self,
         *,
         header: Global___DeconvolveStreamHeader | None = ...,
+        packed_chunk: _builtins.bytes = ...,
         missing_chunk: _builtins.bytes = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "missing_chunk", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "packed_chunk", "missing_chunk", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -799,10 +811,13 @@ class DeconvolveStreamHeader(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     SLICE_SAMPLES_COUNT_FIELD_NUMBER: _builtins.int
+    TAKES_PACKED_FIELD_NUMBER: _builtins.int
     slice_samples_count: _builtins.int
     """The number of samples in a slice, at least 1. The last slice MAY have fewer. Unless this is 1, a slice of x and the same
     slice of y together MUST NOT have more than 64 MiB or Limits.message_bytes, whichever is more.
     """
+    takes_packed: _builtins.bool
+    """Whether the client takes packed chunks. A server that knows them MAY send some then."""
     @_builtins.property
     def request(self) -> Global___DeconvolveRequest:
         """Each tensor is a description, whose elements follow in chunks, or a resident, or a digest."""
@@ -812,10 +827,11 @@ class DeconvolveStreamHeader(_message.Message):
         *,
         request: Global___DeconvolveRequest | None = ...,
         slice_samples_count: _builtins.int = ...,
+        takes_packed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "slice_samples_count", b"slice_samples_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "slice_samples_count", b"slice_samples_count", "takes_packed", b"takes_packed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -829,7 +845,10 @@ class DeconvolveStreamResponse(_message.Message):
 
     MISSING_FIELD_NUMBER: _builtins.int
     HEADER_FIELD_NUMBER: _builtins.int
+    PACKED_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    packed_chunk: _builtins.bytes
+    """The next elements, packed as in the request. Only if its header has `takes_packed`."""
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
@@ -846,13 +865,14 @@ class DeconvolveStreamResponse(_message.Message):
         *,
         missing: Global___Missing | None = ...,
         header: Global___DeconvolveResponse | None = ...,
+        packed_chunk: _builtins.bytes = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["missing", "header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["missing", "header", "packed_chunk", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -865,8 +885,11 @@ class DeconvolveGradStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
+    PACKED_CHUNK_FIELD_NUMBER: _builtins.int
     MISSING_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    packed_chunk: _builtins.bytes
+    """As in DeconvolveStreamRequest."""
     @_builtins.property
     @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def missing_chunk(self) -> _builtins.bytes:
@@ -885,14 +908,15 @@ class DeconvolveGradStreamRequest(_message.Message):
         self,
         *,
         header: Global___DeconvolveGradStreamHeader | None = ...,
+        packed_chunk: _builtins.bytes = ...,
         missing_chunk: _builtins.bytes = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing_chunk", b"missing_chunk", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "missing_chunk", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "packed_chunk", "missing_chunk", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -906,8 +930,11 @@ class DeconvolveGradStreamHeader(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     SLICE_SAMPLES_COUNT_FIELD_NUMBER: _builtins.int
+    TAKES_PACKED_FIELD_NUMBER: _builtins.int
     slice_samples_count: _builtins.int
     """As in DeconvolveStreamHeader, for x, gy and gx together."""
+    takes_packed: _builtins.bool
+    """As in DeconvolveStreamHeader."""
     @_builtins.property
     def request(self) -> Global___DeconvolveGradRequest:
         """As in DeconvolveStreamHeader."""
@@ -917,10 +944,11 @@ class DeconvolveGradStreamHeader(_message.Message):
         *,
         request: Global___DeconvolveGradRequest | None = ...,
         slice_samples_count: _builtins.int = ...,
+        takes_packed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "slice_samples_count", b"slice_samples_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "slice_samples_count", b"slice_samples_count", "takes_packed", b"takes_packed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -934,7 +962,10 @@ class DeconvolveGradStreamResponse(_message.Message):
 
     MISSING_FIELD_NUMBER: _builtins.int
     HEADER_FIELD_NUMBER: _builtins.int
+    PACKED_CHUNK_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    packed_chunk: _builtins.bytes
+    """As in DeconvolveStreamResponse."""
     chunk: _builtins.bytes
     """The next elements, as in Tensor.raw. Not empty."""
     @_builtins.property
@@ -951,13 +982,14 @@ class DeconvolveGradStreamResponse(_message.Message):
         *,
         missing: Global___Missing | None = ...,
         header: Global___DeconvolveGradResponse | None = ...,
+        packed_chunk: _builtins.bytes = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "missing", b"missing", "packed_chunk", b"packed_chunk", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["missing", "header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["missing", "header", "packed_chunk", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 

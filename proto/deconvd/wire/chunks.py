@@ -13,8 +13,18 @@ from deconvd.wire.codec import (
     check_non_element_bytes,
     chunk_from_bytes,
     chunk_to_bytes,
+    packed_chunk_from_bytes,
+    packed_chunk_to_bytes,
 )
-from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, elements_part, parse_part
+from deconvd.wire.packed_elements import unpack
+from deconvd.wire.stream_parts import (
+    Part,
+    PendingElements,
+    Uint8Array,
+    elements_part,
+    parse_part,
+    takes_packed,
+)
 
 __all__ = ["ChunkSource", "chunk_messages", "part_messages"]
 
@@ -38,6 +48,7 @@ class ChunkSource:
         self._messages = messages
         self._part_type = part_type
         self._has_chunks = "part" in part_type.DESCRIPTOR.oneofs_by_name
+        self._takes_packed = takes_packed(part_type)
         self._chunk: Uint8Array = _EMPTY
 
     def next(self) -> Message | PendingElements | None:
@@ -50,7 +61,12 @@ class ChunkSource:
         chunk = chunk_from_bytes(data)
         if chunk is not None:
             return self._begin_chunk(chunk)
+        packed = packed_chunk_from_bytes(data) if self._takes_packed else None
+        if packed is not None:
+            return self._begin_packed_chunk(packed)
         message: Any = self._parse(data)
+        if self._takes_packed and message.HasField("packed_chunk"):
+            return self._begin_packed_chunk(memoryview(message.packed_chunk))
         return self._begin_chunk(message.chunk) if message.HasField("chunk") else message
 
     def read_into(self, target: Uint8Array) -> None:
@@ -67,11 +83,17 @@ class ChunkSource:
         self._chunk = np.frombuffer(chunk, np.uint8)
         return PendingElements(len(chunk))
 
+    def _begin_packed_chunk(self, packed: memoryview) -> PendingElements:
+        self._chunk = unpack(packed)
+        return PendingElements(len(self._chunk), is_packed=True)
+
 
 def part_messages(part: Part) -> Iterator[bytes]:
     """Yield the messages for a part. The elements of each message are copied only when it is requested."""
     if isinstance(part, Message):
         return iter((part.SerializeToString(),))
+    if part.is_packed:
+        return iter((packed_chunk_to_bytes(part.data),))
     return map(chunk_to_bytes, [piece.data for piece in part.pieces(_CHUNK_BYTES)])
 
 

@@ -34,6 +34,8 @@ __all__ = [
     "chunk_to_bytes",
     "decode",
     "encode",
+    "packed_chunk_from_bytes",
+    "packed_chunk_to_bytes",
 ]
 
 M = TypeVar("M", bound=Message)
@@ -72,6 +74,7 @@ _PAYLOAD_NUMBERS: Final = range(3, _RAW_NUMBER + 1)
 
 # all stream messages have the same
 _CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.CHUNK_FIELD_NUMBER
+_PACKED_CHUNK_NUMBER: Final = pb.DeconvolveStreamRequest.PACKED_CHUNK_FIELD_NUMBER
 
 
 class Envelope(NamedTuple, Generic[M]):
@@ -209,12 +212,22 @@ def chunk_to_bytes(chunk: Buffer) -> bytes:
     return b"".join((_field_prefix(_CHUNK_NUMBER, len(chunk)), chunk))
 
 
+def packed_chunk_to_bytes(packed: Buffer) -> bytes:
+    """Return the message of a stream that carries a packed chunk."""
+    return b"".join((_field_prefix(_PACKED_CHUNK_NUMBER, len(packed)), packed))
+
+
 def chunk_from_bytes(data: bytes) -> memoryview | None:
     """Return a view of the chunk in a stream's message. None if the message has anything else."""
     prefix = _prefix_of_whole(_CHUNK_NUMBER, len(data))
     if prefix and data.startswith(prefix):
         return memoryview(data)[len(prefix) :]
     return _only_field(data, _CHUNK_NUMBER)  # a length in more bytes than it needs, say
+
+
+def packed_chunk_from_bytes(data: bytes) -> memoryview | None:
+    """Return a view of the packed chunk in a stream's message. None if the message has anything else."""
+    return _only_field(data, _PACKED_CHUNK_NUMBER)
 
 
 def _only_field(data: bytes, number: int) -> memoryview | None:
@@ -307,7 +320,8 @@ def _tensor_fields(message_type: Descriptor) -> dict[int, str]:
 @cache
 def _chunk_fields(message_type: Descriptor) -> frozenset[int]:
     """Return the numbers of the fields that contain elements directly."""
-    return frozenset(field.number for field in message_type.fields if field.name == "chunk")
+    names = ("chunk", "packed_chunk")
+    return frozenset(field.number for field in message_type.fields if field.name in names)
 
 
 def _iterate_fields(data: memoryview) -> Iterator[_Field]:

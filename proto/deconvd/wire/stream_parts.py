@@ -5,7 +5,7 @@ gRPC carries them as messages (`deconvd.wire.chunks`), a direct connection as fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
+from deconvd.wire.packed_elements import MAX_UNPACKED_BYTES, pack
 from deconvd.wire.tensor import elements_of, is_raw
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "Uint8Array",
     "elements_part",
     "elements_parts",
+    "packed_parts",
     "parse_part",
     "slices",
+    "takes_packed",
 ]
 
 _COPY_BLOCK_BYTES: Final = 8 << 20
@@ -45,13 +48,15 @@ class ElementsPart:
 
     Attributes:
         data: The elements, as in `Tensor.raw`.
+        is_packed: Whether the data is packed (`deconvd.wire.packed_elements`).
     """
 
     data: memoryview
+    is_packed: bool = False
 
     def pieces(self, size_bytes: int) -> list[ElementsPart]:
-        """Return views of the elements in pieces of `size_bytes`. The last piece may be smaller."""
-        if len(self.data) <= size_bytes:
+        """Return views of the elements in pieces of `size_bytes`. The last may be smaller. Packed data stays whole."""
+        if len(self.data) <= size_bytes or self.is_packed:
             return [self] if self.data else []
         starts = range(0, len(self.data), size_bytes)
         return [ElementsPart(self.data[i : i + size_bytes]) for i in starts]
@@ -63,9 +68,14 @@ Part: TypeAlias = Message | ElementsPart
 
 @dataclass(frozen=True, slots=True)
 class PendingElements:
-    """Elements that come next in a stream. They must be read before the next part."""
+    """Elements that come next in a stream. They must be read before the next part.
+
+    Attributes:
+        is_packed: Whether they come packed. A `PartSource` unpacks them: there `size_bytes` is their plain size.
+    """
 
     size_bytes: int
+    is_packed: bool = False
 
 
 class PartSource(Protocol):
@@ -104,6 +114,24 @@ def elements_parts(array: Array) -> Iterator[ElementsPart]:
         return
     for block in _blocks(array):
         yield ElementsPart(elements_of(block))
+
+
+def takes_packed(part_type: type[Message]) -> bool:
+    """Return whether elements may be packed in a stream of such messages."""
+    return "packed_chunk" in part_type.DESCRIPTOR.fields_by_name
+
+
+def packed_parts(parts: Iterable[ElementsPart], element_bytes: int) -> Iterator[ElementsPart]:
+    """Yield the same elements, packed where that makes them much smaller.
+
+    Args:
+        parts: Parts with whole elements.
+        element_bytes: The size of an element.
+    """
+    for part in parts:
+        for piece in part.pieces(MAX_UNPACKED_BYTES):
+            packed = pack(piece.data, element_bytes)
+            yield piece if packed is None else ElementsPart(packed, is_packed=True)
 
 
 def _blocks(array: Array) -> Iterator[Array]:

@@ -15,6 +15,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.cache_state import CacheState
 from deconvd.wire.codec import Envelope
 from deconvd.wire.messages import messages_for
+from deconvd.wire.packed_elements import PACKED_ELEMENTS
 from deconvd.wire.tensor import element_type_number
 from deconvd_server.call.context import CallContext
 from deconvd_server.engine.engine import Engine
@@ -30,7 +31,7 @@ from deconvd_server.shared_memory import Lender
 
 __all__ = ["DeconvolutionService"]
 
-_FEATURES = ("resident_tensors",)
+_FEATURES = ("resident_tensors", PACKED_ELEMENTS)
 
 
 class DeconvolutionService:

@@ -19,7 +19,7 @@ import numpy as np
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import Operation
 from deconvd.wire.messages import messages_for
-from deconvd.wire.stream_parts import ElementsPart, PartReader, elements_part
+from deconvd.wire.stream_parts import ElementsPart, PartReader, elements_part, packed_parts
 from deconvd_server.call.context import CallContext
 from deconvd_server.device import DeviceTensor, Tensor
 from deconvd_server.engine.engine import Engine, ResultTarget
@@ -74,7 +74,7 @@ class StreamingOperations:
                 operands.prepare()
                 yield response(header=call_tensors.response())
                 yield from _SlicePipeline(
-                    sliced, engine, operands, residents, self._executor, call
+                    sliced, engine, operands, residents, header.takes_packed, self._executor, call
                 ).results()
             call_tensors.commit()
 
@@ -86,6 +86,7 @@ class _SlicePipeline:
     Attributes:
         sliced: The request.
         residents: New residents that results go to instead of the response, by field.
+        packs: Whether results with many zeros are sent packed.
         executor: Has a thread for each slice in flight.
     """
 
@@ -93,6 +94,7 @@ class _SlicePipeline:
     engine: Engine
     operands: StreamOperands
     residents: Mapping[str, DeviceTensor]
+    packs: bool
     executor: Executor
     call: CallContext
 
@@ -124,7 +126,11 @@ class _SlicePipeline:
                     sums.add(arrays)
                 for field in operation.results:
                     if field in arrays:
-                        yield elements_part(arrays[field])
+                        part = elements_part(arrays[field])
+                        if self.packs:
+                            yield from packed_parts((part,), arrays[field].itemsize)
+                        else:
+                            yield part
         finally:
             if in_flight:
                 self.call.cancel()
