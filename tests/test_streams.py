@@ -384,3 +384,14 @@ def test_a_server_that_goes_in_the_middle_is_said(socket_directory: Path) -> Non
         caller.join(timeout=60)
 
     assert [type(failure) for failure in failures] == [deconvd_client.UnavailableError]
+
+
+@pytest.mark.parametrize("transport", ["unix", "grpc"])
+def test_a_sum_over_slices_too_large_for_its_type_is_infinite(
+    server: ServerProcess, transport: str
+) -> None:
+    x = np.full((96, 1, 256, 256), 0.125, np.float16)  # the sums of its slices are not too large
+    W = np.ones((1, 1, 1, 1), np.float16)
+    with deconvd_client.connect(server.target, transport=transport) as F:
+        _, gW, _ = F.deconvolution_2d_grad(x, W, None, x)
+    np.testing.assert_array_equal(gW, np.full_like(W, np.inf))

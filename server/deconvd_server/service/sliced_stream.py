@@ -198,7 +198,8 @@ class _SliceSums:
         """Return the sums over all slices, in the results' own types; zeros if there was no slice."""
         if not self._totals:
             return {field: np.zeros(spec.shape, spec.dtype) for field, spec in self.specs.items()}
-        return {
-            field: total.astype(self.specs[field].dtype, copy=False)
-            for field, total in self._totals.items()
-        }
+        with np.errstate(over="ignore"):  # a sum too large for its type is infinity, as on a device
+            return {
+                field: total.astype(self.specs[field].dtype, copy=False)
+                for field, total in self._totals.items()
+            }
