@@ -321,7 +321,7 @@ def test_a_drain_does_not_wait_for_stripes_that_never_come(monkeypatch: pytest.M
 def test_sigterm_in_the_middle_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 4 << 20)  # as in the server's process
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2 << 20)  # as in the server's process
     operands = arrays_of(DECONVOLVE, samples_count=12000)
     results = empty_results(DECONVOLVE, operands)
     with server_process(tmp_path, "--log-level", "debug", listen=("127.0.0.1:0",)) as server:

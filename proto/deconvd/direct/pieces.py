@@ -22,8 +22,8 @@ from deconvd.model.dtypes import Array
 
 __all__ = ["PIECE_BYTES", "PieceSpace"]
 
-PIECE_BYTES: Final = 4 << 20
-"""Size of a piece: so large that its cost is negligible, and so small that all stripes end at about the same time."""
+PIECE_BYTES: Final = 2 << 20
+"""Size of a piece: so large that its cost is small, and so small that a card can follow those that have arrived."""
 
 
 class PieceSpace:

@@ -24,7 +24,7 @@ _STRIPES_COUNTS: Final = (2, 4, MAX_STRIPES_COUNT)
 _FIRST_COUNT: Final = 4
 """The number that is tried first: it is seldom far from the best."""
 
-_MIN_STRIPE_BYTES: Final = 2 * PIECE_BYTES
+_MIN_STRIPE_BYTES: Final = 4 * PIECE_BYTES
 """What a call must have for each stripe. With fewer pieces a slow stripe would keep the others waiting at the end."""
 
 _PROCESSORS_PER_STRIPE: Final = 2
