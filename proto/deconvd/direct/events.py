@@ -38,13 +38,33 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from enum import IntEnum
 from typing import Final, NamedTuple, TypeAlias
 
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from deconvd.direct.connection_errors import RemoteProtocolError
+from deconvd.direct.frames import (
+    CALL_KINDS,
+    FRAME_HEAD,
+    FRAME_HEAD_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_TIMEOUT_S,
+    METHODS,
+    FrameKind,
+    MethodCode,
+    pack_frame,
+)
+from deconvd.direct.stripe_events import (
+    MAX_STRIPES_COUNT,
+    PIECE_HEAD_BYTES,
+    STRIPE_HEAD_BYTES,
+    STRIPED_CALL_BYTES,
+    TRANSFER_ID_BYTES,
+    PieceHead,
+    StripedCallHead,
+    StripeHead,
+)
 from deconvd.wire.packed_elements import MAX_PACKED_BYTES, MIN_PACKED_BYTES
 
 __all__ = [
@@ -76,23 +96,6 @@ __all__ = [
 ANY_INSTANCE: Final = bytes(16)
 """In place of an instance id: any server."""
 
-MAX_MESSAGE_BYTES: Final = 128 << 10
-"""The largest payload other than elements: each end must be able to buffer one for each connection."""
-
-MAX_STRIPES_COUNT: Final = 8
-"""The most stripes of a call. More connections were not faster."""
-
-TRANSFER_ID_BYTES: Final = 16
-"""Size of a transfer's id. The client draws it at random, so that nobody else can join the transfer."""
-
-FRAME_HEAD: Final = struct.Struct("<B3xI")
-"""The head of a frame: its kind, and the size of its payload in bytes."""
-
-FRAME_HEAD_BYTES: Final = FRAME_HEAD.size
-
-_MAX_TIMEOUT_S: Final = 1e12
-"""Longer timeouts are sent as this one (about 30,000 years), so that their microseconds fit into 64 bits."""
-
 _MAGIC: Final = b"dcd6"
 _HELLO: Final = struct.Struct("<4s16s")
 _CALL: Final = struct.Struct("<B?6xQQ")
@@ -100,62 +103,6 @@ _PROGRESS: Final = struct.Struct("<Q")
 _ANSWER: Final = struct.Struct("<H6x")
 _CALL_FRAME: Final = struct.Struct("<B3xIB?6xQQ")
 _ANSWER_FRAME: Final = struct.Struct("<B3xIH6x")
-_STRIPED_CALL: Final = struct.Struct("<BB6xQ16s")
-_STRIPE: Final = struct.Struct("<16s")
-_PIECE: Final = struct.Struct("<Q")
-
-
-class FrameKind(IntEnum):
-    """The kind of a frame.
-
-    OVERLAPPED_CALL, STREAM_CALL and FETCH_CALL are never sent: on the wire each is a CALL, whose payload says which of
-    them it is. The number 5 belonged to a kind that is no longer sent.
-    """
-
-    HELLO = 1
-    CALL = 2
-    MESSAGE = 3
-    ELEMENTS = 4
-    END = 6
-    FAILED = 7
-    PROGRESS = 8
-    ANSWER = 9
-    OVERLAPPED_CALL = 10
-    STREAM_CALL = 11
-    FETCH_CALL = 12
-    STRIPED_CALL = 13
-    STRIPE = 14
-    PIECE = 15
-    PACKED_ELEMENTS = 16
-
-
-class MethodCode(IntEnum):
-    """The number of a method on the wire. The names are those of the service."""
-
-    Deconvolve = 1
-    DeconvolveGrad = 2
-    DeconvolveStream = 3
-    DeconvolveGradStream = 4
-    PutTensor = 5
-    GetTensor = 6
-
-
-_CALL_KINDS: Final = {
-    MethodCode.Deconvolve: FrameKind.CALL,
-    MethodCode.DeconvolveGrad: FrameKind.CALL,
-    MethodCode.DeconvolveStream: FrameKind.STREAM_CALL,
-    MethodCode.DeconvolveGradStream: FrameKind.STREAM_CALL,
-    MethodCode.PutTensor: FrameKind.STREAM_CALL,
-    MethodCode.GetTensor: FrameKind.FETCH_CALL,
-}
-"""The kind of a call that is not overlapped. Only methods of kind CALL can be called overlapped."""
-
-_METHODS: Final = {method.value: method for method in MethodCode}
-
-
-def pack_frame(kind: int, payload: bytes) -> bytes:
-    """Return the bytes of a frame. Its kind and size are not checked."""
-    return FRAME_HEAD.pack(kind, len(payload)) + payload
 
 
 class Hello(NamedTuple):
@@ -199,12 +146,12 @@ class CallHead(NamedTuple):
     @property
     def kind(self) -> FrameKind:
         """The kind of the call, which decides what may follow it."""
-        return FrameKind.OVERLAPPED_CALL if self.is_overlapped else _CALL_KINDS[self.method]
+        return FrameKind.OVERLAPPED_CALL if self.is_overlapped else CALL_KINDS[self.method]
 
     def pack(self) -> bytes:
         """Return the event's frame."""
         method, timeout_s, message, is_overlapped, written_bytes = self
-        timeout_us = max(int(min(timeout_s, _MAX_TIMEOUT_S) * 1e6), 0)
+        timeout_us = max(int(min(timeout_s, MAX_TIMEOUT_S) * 1e6), 0)
         payload_bytes = _CALL.size + len(message)
         head = _CALL_FRAME.pack(
             FrameKind.CALL, payload_bytes, method, is_overlapped, timeout_us, written_bytes
@@ -215,86 +162,14 @@ class CallHead(NamedTuple):
     def parse(cls, payload: bytes) -> CallHead:
         """Return the event in a payload. Raises RemoteProtocolError if the method cannot be called so."""
         number, is_overlapped, timeout_us, written_bytes = _CALL.unpack_from(payload)
-        method = _METHODS.get(number)
+        method = METHODS.get(number)
         if method is None:
             raise RemoteProtocolError(f"the peer called an unknown method, number {number}")
-        if is_overlapped and _CALL_KINDS[method] is not FrameKind.CALL:
+        if is_overlapped and CALL_KINDS[method] is not FrameKind.CALL:
             raise RemoteProtocolError(
                 f"the peer made an overlapped call of {method.name}, which cannot be overlapped"
             )
         return cls(method, timeout_us / 1e6, payload[_CALL.size :], is_overlapped, written_bytes)
-
-
-class StripedCallHead(NamedTuple):
-    """The first frame of a striped call, on its control connection.
-
-    Attributes:
-        timeout_s: How long the caller waits for the end of the call, in seconds.
-        message: The request message.
-        transfer: The id by which the stripes join the call: `TRANSFER_ID_BYTES` random bytes.
-        stripes_count: How many connections join it, from 1 to `MAX_STRIPES_COUNT`.
-    """
-
-    method: MethodCode
-    timeout_s: float
-    message: bytes
-    transfer: bytes
-    stripes_count: int
-
-    def pack(self) -> bytes:
-        """Return the event's frame."""
-        timeout_us = max(int(min(self.timeout_s, _MAX_TIMEOUT_S) * 1e6), 0)
-        head = _STRIPED_CALL.pack(self.method, self.stripes_count, timeout_us, self.transfer)
-        return pack_frame(FrameKind.STRIPED_CALL, head + self.message)
-
-    @classmethod
-    def parse(cls, payload: bytes) -> StripedCallHead:
-        """Return the event in a payload. Raises RemoteProtocolError if there can be no such call."""
-        number, stripes_count, timeout_us, transfer = _STRIPED_CALL.unpack_from(payload)
-        method = _METHODS.get(number)
-        if method is None or _CALL_KINDS[method] is not FrameKind.CALL:
-            raise RemoteProtocolError(
-                f"the peer made a striped call of method number {number}, which cannot be striped"
-            )
-        if not 1 <= stripes_count <= MAX_STRIPES_COUNT:
-            raise RemoteProtocolError(
-                f"the peer made a call of {stripes_count} stripes, where from 1 to {MAX_STRIPES_COUNT} are allowed"
-            )
-        return cls(method, timeout_us / 1e6, payload[_STRIPED_CALL.size :], transfer, stripes_count)
-
-
-class StripeHead(NamedTuple):
-    """The first frame of a stripe: its connection joins a striped call.
-
-    Attributes:
-        transfer: That of the call. See `StripedCallHead`.
-    """
-
-    transfer: bytes
-
-    def pack(self) -> bytes:
-        """Return the event's frame."""
-        return pack_frame(FrameKind.STRIPE, _STRIPE.pack(self.transfer))
-
-    @classmethod
-    def parse(cls, payload: bytes) -> StripeHead:
-        """Return the event in a payload."""
-        return cls(*_STRIPE.unpack(payload))
-
-
-class PieceHead(NamedTuple):
-    """The head of a piece, whose elements follow. See `deconvd.direct.pieces`."""
-
-    number: int
-
-    def pack(self) -> bytes:
-        """Return the event's frame."""
-        return pack_frame(FrameKind.PIECE, _PIECE.pack(self.number))
-
-    @classmethod
-    def parse(cls, payload: bytes) -> PieceHead:
-        """Return the event in a payload."""
-        return cls(*_PIECE.unpack(payload))
 
 
 class ProgressReport(NamedTuple):
@@ -441,8 +316,8 @@ PAYLOAD_SIZES: Final[Mapping[int, range]] = {
     FrameKind.FAILED: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.PROGRESS: range(_PROGRESS.size, _PROGRESS.size + 1),
     FrameKind.ANSWER: range(_ANSWER.size, MAX_MESSAGE_BYTES + 1),
-    FrameKind.STRIPED_CALL: range(_STRIPED_CALL.size, MAX_MESSAGE_BYTES + 1),
-    FrameKind.STRIPE: range(_STRIPE.size, _STRIPE.size + 1),
-    FrameKind.PIECE: range(_PIECE.size, _PIECE.size + 1),
+    FrameKind.STRIPED_CALL: range(STRIPED_CALL_BYTES, MAX_MESSAGE_BYTES + 1),
+    FrameKind.STRIPE: range(STRIPE_HEAD_BYTES, STRIPE_HEAD_BYTES + 1),
+    FrameKind.PIECE: range(PIECE_HEAD_BYTES, PIECE_HEAD_BYTES + 1),
 }
 """The sizes that a payload may have, in bytes, by the kind of frame on the wire."""
