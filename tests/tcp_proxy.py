@@ -80,13 +80,24 @@ class TcpProxy:
         raise NotImplementedError
 
     async def _run(self) -> None:
-        server = await asyncio.start_server(self._relay, sock=self._listener)
-        await self._ended.wait()
-        server.close()
-        for end in self._ends:
-            _reset(end)
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others)
+        with self._listener:
+            self._listener.setblocking(False)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._accept(tasks))
+                await self._ended.wait()
+                self._listener.shutdown(socket.SHUT_RDWR)
+                for end in self._ends:
+                    _reset(end)
+
+    async def _accept(self, tasks: asyncio.TaskGroup) -> None:
+        """Take connections until the listener is shut down.
+
+        An asyncio server that is closed amid this would leave a connection open.
+        """
+        with suppress(OSError):
+            while True:
+                accepted, _ = await self._loop.sock_accept(self._listener)
+                tasks.create_task(self._relay(*await asyncio.open_connection(sock=accepted)))
 
     async def _relay(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         pump = self._make_pump()
@@ -99,6 +110,8 @@ class TcpProxy:
                 )
                 ends.add(forth)
                 self._ends |= ends
+                if self._ended.is_set():
+                    raise ConnectionAbortedError("the proxy is being closed")
                 await asyncio.gather(
                     pump(Direction.UP, near, forth, ends), pump(Direction.DOWN, far, back, ends)
                 )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import deconvd_client
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, DeadlineError, UnavailableError
+from deconvd_client.transports.backoff import Backoff
+from deconvd_client.transports.direct import pool
 from tests.fault_proxy import (
     CLEAN,
     Direction,
@@ -99,17 +102,17 @@ def test_a_slow_and_uneven_line_changes_nothing(
 def test_a_slow_and_uneven_line_changes_no_direct_call(
     tcp_server: ServerProcess, line: LinkConditions, x: Array
 ) -> None:
-    with directly_connected(tcp_server, line) as (proxy, F):
-        wait_until_direct(F, proxy)
+    with directly_connected(tcp_server, line) as (_, F):
+        wait_until_direct(F)
         assert_all_right(F, x)
 
 
-def wait_until_direct(F: Connection, proxy: FaultProxy) -> None:
-    """Call until there is a line: calls do not wait for one."""
+def wait_until_direct(F: Connection) -> None:
+    """Call until there is a line that has greeted the server: calls do not wait for one."""
 
     def has_line() -> bool:
         assert_right(F, SMALL[:, :, :2, :2])
-        return proxy.connections_count > 0
+        return "1 direct connection" in repr(F)
 
     wait_until(has_line)
 
@@ -143,8 +146,14 @@ def test_a_call_that_is_cut_is_made_again(
 @SIZES
 @PARTS
 def test_a_direct_call_that_is_cut_is_made_again(
-    tcp_server: ServerProcess, x: Array, way: Direction, fault: Fault, part: float
+    tcp_server: ServerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    x: Array,
+    way: Direction,
+    fault: Fault,
+    part: float,
 ) -> None:
+    monkeypatch.setattr(pool, "Backoff", partial(Backoff, 0.1))  # after a line cut in its greeting
     cut = LinkConditions(fault=fault, direction=way, after_bytes=round(part * x.nbytes))
     with directly_connected(tcp_server, cut, CLEAN) as (proxy, F):
 
@@ -153,7 +162,7 @@ def test_a_direct_call_that_is_cut_is_made_again(
             return proxy.faults_count == 1
 
         wait_until(is_cut)
-        wait_until_direct(F, proxy)
+        wait_until_direct(F)
 
 
 @WAYS
@@ -163,7 +172,7 @@ def test_a_line_that_hangs_ends_a_direct_call_at_its_deadline(
 ) -> None:
     hung = LinkConditions(fault=Fault.HANG, direction=way, after_bytes=x.nbytes // 2)
     with directly_connected(tcp_server, hung, timeout_s=1.0) as (proxy, F):
-        wait_until_direct(F, proxy)
+        wait_until_direct(F)
         with pytest.raises(DeadlineError):
             F.deconvolution_2d(x, TWICE)
 
@@ -247,8 +256,8 @@ def test_direct_calls_that_are_cut_leave_nothing_on_the_server(
             for part in range(1, 6)
         ]
         with directly_connected(tcp_server, *cuts, timeout_s=0.5) as (proxy, hasty):
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(lambda _: call_until_many_fail(proxy, hasty), range(4)))
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(lambda _: call_until_many_fail(proxy, hasty), range(4)))
 
         wait_until(lambda: process_resources(pid).descriptors_count <= before.descriptors_count)
         assert_idle(F)

@@ -219,6 +219,7 @@ def unfinished_call(server: ServerProcess, target: str) -> Iterator[None]:
             call.cancel()
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("index", [0, 1], ids=["to tcp", "to unix"])
 @pytest.mark.parametrize("transport", ["auto", "shared_memory"])
 def test_a_server_that_drains_beside_its_successor_does_not_keep_memory_from_being_shared(
@@ -285,6 +286,7 @@ def test_a_restart_is_waited_for(
                     assert call.result()[0, 0, 1, 1] == 8
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_nearer_way_comes_back_without_a_call_paying_for_it(
     serve: Serve, addresses: tuple[str, str]
 ) -> None:
@@ -309,6 +311,7 @@ def test_the_nearer_way_comes_back_without_a_call_paying_for_it(
             wait_until(lambda: is_in_shared_memory(F.deconvolution_2d(LARGE, W)))
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("index", [0, 1], ids=["to tcp", "to unix"])
 def test_memory_is_shared_again_soon_after_a_server_was_away_for_long(
     serve: Serve, addresses: tuple[str, str], index: int

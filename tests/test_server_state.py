@@ -16,6 +16,8 @@ from tests.direct_calls import W, X, target_of
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process, stop_server
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 LARGE = np.ones((4, 2, 64, 64), np.float32)
 
 

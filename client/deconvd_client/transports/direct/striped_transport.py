@@ -56,7 +56,7 @@ class StripedTransport:
     """
 
     def __init__(self, direct: DirectTransport) -> None:
-        self.policy = StripingPolicy(processors_count)
+        self.policy: StripingPolicy = StripingPolicy(processors_count)
         self._direct = direct
         self._backoff = Backoff(_FIRST_PAUSE_S)
         self._opening_backoff = Backoff(_FIRST_PAUSE_S)
