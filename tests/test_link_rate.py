@@ -248,7 +248,7 @@ def test_the_rate_of_a_slow_link_is_measured(tmp_path: Path, slicing: Slicing) -
 def test_a_large_message_becomes_a_stream_where_it_would_take_both_ways_in_turn(
     tmp_path: Path, slicing: Slicing
 ) -> None:
-    """On a busy machine a first call may find the link fast, and messages measure nothing: so there are many clients."""
+    """A busy machine may find the link fast at first, and messages measure nothing: so there are several clients."""
     x = random_x(30)
     with far_server(tmp_path, "grpc") as F:
 

@@ -50,7 +50,7 @@ FILTER = RANDOM.integers(-3, 4, (4, 3, 2, 2)).astype(np.float32)
 BIAS = RANDOM.integers(-3, 4, 3).astype(np.float32)
 """6 MB there and 18 back, in whole numbers: each sum is exact in any order."""
 
-COMMON_X = RANDOM.integers(-3, 4, (40, 16, 48, 48)).astype(np.float32)
+COMMON_X = RANDOM.integers(-3, 4, (28, 16, 48, 48)).astype(np.float32)
 COMMON_FILTER = RANDOM.integers(-3, 4, (16, 16, 8, 8)).astype(np.float32)
 """A filter that is large enough to be named by its digest."""
 
