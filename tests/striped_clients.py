@@ -59,7 +59,12 @@ def shrink_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def force_stripes(monkeypatch: pytest.MonkeyPatch, stripes_count: int) -> None:
     """Have all large direct calls of this process striped, from the first on; 0 for streams of slices."""
     monkeypatch.setattr(StripingPolicy, "choose", lambda *_, **__: stripes_count)
-    monkeypatch.setattr("deconvd_client.transports.direct.striped_transport._PATIENCE_S", 10.0)
+    for constant in (
+        "server._DISCOVERY_PATIENCE_S",
+        "transports.direct.pool._CONNECT_PATIENCE_S",
+        "transports.direct.striped_transport._PATIENCE_S",
+    ):
+        monkeypatch.setattr(f"deconvd_client.{constant}", 30.0)
 
 
 def watch_heads(monkeypatch: pytest.MonkeyPatch) -> Heads:

@@ -116,9 +116,11 @@ class TcpProxy:
                     pump(Direction.UP, near, forth, ends), pump(Direction.DOWN, far, back, ends)
                 )
             finally:
-                self._ends -= ends
                 for end in ends:
                     end.close()
+                # an end with bytes that its peer has not read is closed only after them, or by a reset
+                await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
+                self._ends -= ends
 
 
 def cut_line(fault: Fault, ends: Ends) -> NoReturn:

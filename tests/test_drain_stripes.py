@@ -23,7 +23,7 @@ from tests.stripe_proxy import CONTROL, Disturbance, Spot
 from tests.striped_calls import StripedClient, describe
 from tests.striped_clients import LARGE, TWICE, connect_by_proxy, force_stripes
 
-DRAIN_S = 10.0
+DRAIN_S = 30.0
 """More than calls under way take; and so a server that has not ended by then has lost one."""
 
 OPERANDS = {"w": TWICE, "x": LARGE}

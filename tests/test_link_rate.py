@@ -26,6 +26,7 @@ from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.transport import StreamAttempt
 from deconvd_client.transports.link_rate import LinkRate, MeteredSource
 from deconvd_client.transports.stub import Stub
+from tests.processes import wait_until
 from tests.servers import server_process
 
 MIB = 1 << 20
@@ -247,14 +248,17 @@ def test_the_rate_of_a_slow_link_is_measured(tmp_path: Path, slicing: Slicing) -
 def test_a_large_message_becomes_a_stream_where_it_would_take_both_ways_in_turn(
     tmp_path: Path, slicing: Slicing
 ) -> None:
+    """A busy machine may find the link fast at first, and messages measure nothing: so there are several clients."""
     x = random_x(30)
     with far_server(tmp_path, "grpc") as F:
-        for _ in range(MAX_CALLS_COUNT):
-            assert F.deconvolution_2d(x, ONE).tobytes() == x.tobytes()
-            if slicing.samples_counts[-1] <= len(x) // 4:
-                break
 
-        assert slicing.samples_counts[-1] <= len(x) // 4
+        def are_slices_small() -> bool:
+            with pickle.loads(pickle.dumps(F)) as another:
+                for _ in range(2):
+                    assert another.deconvolution_2d(x, ONE).tobytes() == x.tobytes()
+            return slicing.samples_counts[-1] <= len(x) // 4
+
+        wait_until(are_slices_small)
 
 
 def test_deterministic_calls_have_the_same_slices_whatever_was_measured(

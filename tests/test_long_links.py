@@ -80,16 +80,17 @@ def test_a_first_call_waits_for_nothing_but_grpcs_own_connection(
 ) -> None:
     target, _ = link
     x, W = (X, filter_of_512_kb(1)) if is_large else (ONE, ONE)
-    durations_s: list[float] = []
-    for _ in range(3):
+
+    def is_short() -> bool:
         with deconvd_client.connect(target, transport=transport) as F:
             begin_s = time.monotonic()
             y = F.deconvolution_2d(x, W)
-            durations_s.append(time.monotonic() - begin_s)
+            duration_s = time.monotonic() - begin_s
         assert y.shape == x.shape
+        # at most one for gRPC's connection, and one for the call; a question before it would take one more
+        return duration_s < 2.4 * ROUND_TRIP_S
 
-    # at most one for gRPC's connection, and one for the call; a question before it would take one more
-    assert min(durations_s) < 2.4 * ROUND_TRIP_S
+    wait_until(is_short)  # a busy machine lengthens some calls, but shortens none
 
 
 @pytest.mark.parametrize("transport", ["auto", "tcp"])
@@ -217,11 +218,13 @@ def test_another_program_at_the_direct_port_is_greeted_and_told_nothing(
     info = get_server_info(far_server)
     host, _, port = far_server.target.rpartition(":")
     heard: list[bytes] = []
+    lines: list[socket.socket] = []
 
     def listen() -> None:
         with suppress(OSError):  # until the listener is shut down
             while True:
                 accepted, _ = listener.accept()
+                lines.append(accepted)
                 with accepted:
                     while data := accepted.recv(1 << 16):
                         heard.append(data)
@@ -239,6 +242,9 @@ def test_another_program_at_the_direct_port_is_greeted_and_told_nothing(
                 hello = Hello(bytes.fromhex(info.instance_id)).pack()
                 wait_until(lambda: len(b"".join(heard)) >= len(hello))
                 listener.shutdown(socket.SHUT_RDWR)
+                for line in lines:
+                    with suppress(OSError):  # the client has closed it
+                        line.shutdown(socket.SHUT_RDWR)
         finally:
             proxy.close()
             thread.join()

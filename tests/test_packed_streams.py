@@ -138,7 +138,7 @@ def test_packed_operands_and_results_have_the_bits_of_plain_ones(
     traffic: Traffic,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x = rectified((24, 2, 256, 300), dtype)
+    x = rectified((48 // np.dtype(dtype).itemsize, 2, 256, 300), dtype)
     with far_connection(far, transport) as F:
         set_rate(monkeypatch, 2e9)
         plain = F.deconvolution_2d(x, IDENTITY.astype(dtype))

@@ -174,14 +174,17 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> Heads:
 
 @pytest.fixture
 def rpcs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The methods of the transport for gRPC that have carried calls."""
+    """The methods of the transport for gRPC that have carried an operation's calls."""
     rpcs: list[str] = []
 
     def note(name: str) -> None:
         carry = getattr(GrpcTransport, name)
 
         def note_and_carry(transport: GrpcTransport, *args: Any) -> Any:
-            rpcs.append(name)
+            if (
+                args[0] != "GetServerInfo"
+            ):  # which is asked for once the link seems slow, say on a busy machine
+                rpcs.append(name)
             return carry(transport, *args)
 
         monkeypatch.setattr(GrpcTransport, name, note_and_carry)

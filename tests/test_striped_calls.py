@@ -179,6 +179,7 @@ def test_kept_tensors_do_not_travel(server: StripedServer) -> None:
             session.get(y.resident.handle) + bias, expected["y"], atol=1e-5, rtol=0
         )
         client.close()
+        session.close()
 
 
 def test_only_wanted_gradients_are_sent(server: StripedServer) -> None:

@@ -355,8 +355,12 @@ def test_what_broke_stripes_leave_is_free_without_the_garbage_collector(
     ids=lambda error: type(error).__name__,
 )
 def test_the_servers_error_is_raised_whatever_the_stripes_say(
-    make_server: MakeServer, error: DeconvdError, is_stripe_broken: bool
+    make_server: MakeServer,
+    error: DeconvdError,
+    is_stripe_broken: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(striped_call, "_REASON_TIMEOUT_S", 20.0)
     script = _nothing if is_stripe_broken else ScriptedServer.send_back
     direct, striped = transports_to(make_server(script, error))
     with pytest.raises(type(error), match=str(error)):
@@ -455,6 +459,12 @@ def test_results_are_left_alone_once_a_call_has_failed(make_server: MakeServer) 
     assert not any(result.any() for result in results)
 
 
+@pytest.fixture
+def _no_wait_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(striped_call, "_REASON_TIMEOUT_S", 0.01)
+
+
+@pytest.mark.usefixtures("_no_wait_for_a_reason")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.binary(max_size=200), is_control=st.booleans())
 def test_any_bytes_from_the_server_end_a_call(
