@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -56,6 +57,46 @@ class LateDevice(CpuDevice):
     def info(self) -> DeviceInfo:
         """See `Device`."""
         return replace(super().info, overlaps_transfers=True)
+
+
+class FollowingDevice(CpuDevice):
+    """Notes of each call whether it has operands that are arriving; the first call waits until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.followed: list[bool] = []
+        self.has_begun = threading.Event()
+        self.let_go = threading.Event()
+
+    @property
+    def info(self) -> DeviceInfo:
+        """See `Device`."""
+        return replace(super().info, overlaps_transfers=True, calls_count=2)
+
+    def run(
+        self,
+        operation: Operation,
+        problem: Problem,
+        operands: Mapping[str, Operand],
+        places: Mapping[str, Place],
+        options: Options,
+        call: CallContext,
+    ) -> None:
+        """See `Device`."""
+        self.followed.append(any(isinstance(operand, Arriving) for operand in operands.values()))
+        if len(self.followed) == 1:
+            self.has_begun.set()
+            assert self.let_go.wait(30)
+        read = {field: peek_tensor(operand) for field, operand in operands.items()}
+        super().run(operation, problem, read, places, options, call)
+
+
+class ArrivedProgress:
+    """All operands have arrived, as whoever asks is told."""
+
+    def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
+        """See `ArrivalProgress`."""
+        return True
 
 
 @pytest.fixture
@@ -130,3 +171,24 @@ def test_results_without_products_are_not_computed_of_what_is_not_written(
     late_b = written_late(*ends, b, bias)
     y = deconvolve(engine, problem, x, W, late_b, Options(), CallContext())
     np.testing.assert_array_equal(y, np.broadcast_to(bias[:, None, None], problem.y.shape))
+
+
+def test_a_device_follows_one_call_alone() -> None:
+    device, problem = FollowingDevice(), problem_of(1)
+    engine = Engine(device, waiting_count=1)
+    x, W = np.ones(problem.x.shape, F32), np.ones(problem.W.shape, F32)
+
+    def call() -> Array:
+        (arriving_x,) = make_arriving(ArrivedProgress(), x)
+        return deconvolve(engine, problem, arriving_x, W, None, Options(), CallContext())
+
+    with ThreadPoolExecutor() as executor:
+        first = executor.submit(call)
+        assert device.has_begun.wait(30)
+        second = call()
+        device.let_go.set()
+        np.testing.assert_array_equal(second, first.result())
+    third = call()
+    np.testing.assert_array_equal(third, second)
+    assert device.followed == [True, False, True]
+    engine.close()
