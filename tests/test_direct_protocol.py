@@ -558,3 +558,18 @@ def test_a_deadline_that_has_passed_is_now() -> None:
     assert heard(end_in(Role.SERVER, ProtocolState.IDLE), call.pack()) == [
         call._replace(timeout_s=0)
     ]
+
+
+def test_a_piece_is_sent_behind_its_head_and_that_of_its_elements() -> None:
+    end = end_in(Role.CLIENT, ProtocolState.LANDING)
+    head = end.begin_piece(258, 3)
+    assert head == bytes.fromhex(FRAMES[FrameKind.PIECE] + FRAMES[FrameKind.ELEMENTS])
+    assert heard(end_in(Role.SERVER, ProtocolState.LANDING), head + b"abc") == [
+        PieceHead(258),
+        PendingElements(3),
+    ]
+
+
+def test_a_piece_needs_a_stripe() -> None:
+    with pytest.raises(LocalProtocolError, match="PIECE"):
+        end_in(Role.CLIENT, ProtocolState.IDLE).begin_piece(0, 1)
