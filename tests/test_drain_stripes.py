@@ -13,6 +13,7 @@ import pytest
 
 import deconvd_client
 from deconvd.direct.events import FrameKind
+from deconvd.direct.pieces import PieceSpace
 from deconvd.model.operation import DECONVOLVE
 from deconvd_server.exit_codes import ExitCode
 from tests.direct_calls import get_server_info
@@ -27,6 +28,7 @@ DRAIN_S = 30.0
 """More than calls under way take; and so a server that has not ended by then has lost one."""
 
 OPERANDS = {"w": TWICE, "x": LARGE}
+LAST_PIECE = PieceSpace([*OPERANDS.values()]).pieces_count - 1
 
 UP, DOWN = Direction.UP, Direction.DOWN
 
@@ -44,11 +46,11 @@ def send_call(client: StripedClient, server: ServerProcess) -> None:
 
 def send_most_pieces(client: StripedClient, server: ServerProcess) -> None:
     client.join()
-    client.send([*OPERANDS.values()], range(4), ends=False)
+    client.send([*OPERANDS.values()], range(LAST_PIECE), ends=False)
 
 
 def send_last_piece(client: StripedClient, server: ServerProcess) -> None:
-    client.send([*OPERANDS.values()], [4])
+    client.send([*OPERANDS.values()], [LAST_PIECE])
 
 
 def wait_for_results(client: StripedClient, server: ServerProcess) -> None:
