@@ -112,7 +112,8 @@ def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that waits for clients for a second where others wait for half a minute."""
     constants = {
         "deconvd_server.call.context:STALL_LIMIT_S": STALL_S,
-        "deconvd_server.transports.direct.striped_transfer:STRIPE_WAIT_S": STALL_S,
+        "deconvd_server.transports.direct.striped_transfer:STRIPE_WAIT_S": 3
+        * STALL_S,  # a call computes meanwhile
     }
     directory = tmp_path_factory.mktemp("hasty")
     with server_process(directory, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
