@@ -98,6 +98,10 @@ class ScriptedServer:
         self._numbers = iter(range(self._space.pieces_count))
         self._landed_count = 0
         self.has_landed = threading.Event()
+        self._lock = (
+            threading.Lock()
+        )  # a client opens connections in the background, also when this closes
+        self._is_closed = False
         self._threads: list[threading.Thread] = []
         self._ends: list[FrameStream] = []
 
@@ -111,14 +115,21 @@ class ScriptedServer:
         for sender, receiver in ((client, server), (server, client)):
             sender.send(Hello(ANY_INSTANCE))
             receiver.next_event()
-        self._ends.append(server)
-        thread = threading.Thread(target=self._serve, args=(server,))
-        self._threads.append(thread)
-        thread.start()
+        with self._lock:
+            if self._is_closed:
+                client.close()
+                server.close()
+                raise ConnectionRefusedError("the server has closed")
+            self._ends.append(server)
+            thread = threading.Thread(target=self._serve, args=(server,))
+            self._threads.append(thread)
+            thread.start()
         return client
 
     def close(self) -> None:
         self.has_landed.set()
+        with self._lock:
+            self._is_closed = True
         for end in self._ends:
             end.shutdown()
         for thread in self._threads:
@@ -160,7 +171,7 @@ class ScriptedServer:
             for buffer in self._space.buffers(head.number):
                 stripe.read_into_buffer(buffer)
             self._landed_count += 1
-        if self._landed_count == self._space.pieces_count:
+        if self._landed_count >= self._space.pieces_count:  # of several calls at once
             self.has_landed.set()
 
 
