@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import itertools
 import queue
 import signal
@@ -84,6 +85,7 @@ def interrupt_everywhere(work: Callable[[], object]) -> Iterator[None]:
     for moment in itertools.count(1):
         striker = _Interrupter(moment)
         before = sys.gettrace()
+        gc.disable()  # it would run finalizers of what other tests have dropped, and the interrupt strike in one
         sys.settrace(striker.trace)
         try:
             work()
@@ -91,6 +93,7 @@ def interrupt_everywhere(work: Callable[[], object]) -> Iterator[None]:
             pass
         finally:
             sys.settrace(before)
+            gc.enable()
         yield
         if not striker.has_interrupted:
             return
