@@ -68,17 +68,28 @@ class DelayProxy:
         self._loop.close()
 
     async def _run(self) -> None:
-        servers = [
-            await asyncio.start_server(self._pass_on, sock=listener, limit=_PIECE_BYTES)
-            for listener in self._listeners
-        ]
-        await self._end.wait()
-        for server in servers:
-            server.close()
-        for end in self._ends:
-            end.transport.abort()
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others)
+        async with asyncio.TaskGroup() as tasks:
+            for listener in self._listeners:
+                listener.setblocking(False)
+                tasks.create_task(self._accept(listener, tasks))
+            await self._end.wait()
+            for listener in self._listeners:
+                listener.shutdown(socket.SHUT_RDWR)
+            for end in self._ends:
+                end.transport.abort()
+        for listener in self._listeners:
+            listener.close()
+
+    async def _accept(self, listener: socket.socket, tasks: asyncio.TaskGroup) -> None:
+        """Take connections until the listener is shut down.
+
+        An asyncio server that is closed amid this would leave a connection open.
+        """
+        with suppress(OSError):
+            while True:
+                accepted, _ = await self._loop.sock_accept(listener)
+                near, back = await asyncio.open_connection(sock=accepted, limit=_PIECE_BYTES)
+                tasks.create_task(self._pass_on(near, back))
 
     async def _pass_on(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         port = back.get_extra_info("sockname")[1]
