@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem
 from deconvd_server.call.context import CallContext
-from deconvd_server.device import Departing, Device, Operand, Place, Tensor
+from deconvd_server.device import Departing, Device, DeviceInfo, Operand, Place, Tensor
 from deconvd_server.device.arriving import ArrivalProgress, Arriving
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine.engine import Engine
@@ -24,12 +24,22 @@ __all__ = [
     "Departure",
     "FailingDevice",
     "GradientRequest",
+    "OverlappingCpuDevice",
     "Runner",
     "deconvolve",
     "gradients",
     "make_arriving",
     "runner",
 ]
+
+
+class OverlappingCpuDevice(CpuDevice):
+    """A processor that says that it overlaps transfers, as cards do: it gets operands that are arriving."""
+
+    @property
+    def info(self) -> DeviceInfo:
+        """See `Device`."""
+        return replace(super().info, overlaps_transfers=True)
 
 
 class FailingDevice(CpuDevice):

@@ -6,7 +6,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -36,10 +36,11 @@ from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_server.backend import Backend
 from deconvd_server.call.context import CallContext
 from deconvd_server.daemon import Daemon, DaemonState
-from deconvd_server.device import Departing, Device, DeviceInfo
+from deconvd_server.device import Departing, Device
 from deconvd_server.device.arriving import wait_for_all
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.settings import Settings
+from tests.devices import OverlappingCpuDevice
 from tests.direct_calls import connect_stream_from
 from tests.processes import wait_until
 from tests.session_clients import array_of
@@ -209,7 +210,7 @@ def empty_results(operation: Operation, operands: Mapping[str, Array]) -> dict[s
     return {field: np.zeros(spec.shape, spec.dtype) for field, spec in specs.items()}
 
 
-class SteppingDevice(CpuDevice):
+class SteppingDevice(OverlappingCpuDevice):
     """A device that overlaps transfers: it notes some bytes of its results, and waits for the test before the others.
 
     Attributes:
@@ -225,11 +226,6 @@ class SteppingDevice(CpuDevice):
         self.let_go = threading.Event()
         self.fail: Callable[[], None] = lambda: None
         self.noted_bytes = noted_bytes
-
-    @property
-    def info(self) -> DeviceInfo:
-        """See `Device`."""
-        return replace(super().info, overlaps_transfers=True)
 
     def run(
         self,

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import Enum
@@ -40,7 +41,7 @@ Pump: TypeAlias = Callable[
 """Passes on what one end sends, until it sends no more. An OSError ends the connection."""
 
 
-class TcpProxy:
+class TcpProxy(ABC):
     """A TCP server that passes on what it gets.
 
     Attributes:
@@ -75,9 +76,9 @@ class TcpProxy:
         self._thread.join()
         self._loop.close()
 
+    @abstractmethod
     def _make_pump(self) -> Pump:
         """Return what passes on the bytes of a new connection, in both directions."""
-        raise NotImplementedError
 
     async def _run(self) -> None:
         with self._listener:

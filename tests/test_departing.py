@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +14,12 @@ from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.call.context import CallContext
-from deconvd_server.device import Departing, DeviceInfo, Operand, Place
+from deconvd_server.device import Departing, Operand, Place
 from deconvd_server.device.arriving import ArrivalTimeoutError, Arriving, peek_tensor
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.departing import note_all_written, target_of, targets_of
 from deconvd_server.engine.engine import Engine, Engines
-from tests.devices import Departure, make_arriving
+from tests.devices import Departure, OverlappingCpuDevice, make_arriving
 
 F32 = np.dtype(np.float32)
 
@@ -37,18 +36,13 @@ def departure_of(spec: TensorSpec) -> Departure:
     return Departure(np.full(spec.shape, 77, spec.dtype))
 
 
-class OverlappingDevice(CpuDevice):
+class OverlappingDevice(OverlappingCpuDevice):
     """Notes two samples of y before it fails as it is told to, and leaves the rest to the engine."""
 
     def __init__(self, fail: Callable[[], None] = lambda: None) -> None:
         super().__init__(1)
         self.fail = fail
         self.places: list[Place] = []
-
-    @property
-    def info(self) -> DeviceInfo:
-        """See `Device`."""
-        return replace(super().info, overlaps_transfers=True)
 
     def run(
         self,

@@ -22,19 +22,20 @@ from deconvd_server.device.arriving import Arriving, peek_tensor, wait_for
 from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.engine.engine import Engine
 from deconvd_server.transports.direct.write_progress import WriteProgress
-from tests.devices import GradientRequest, deconvolve, gradients, make_arriving
+from tests.devices import (
+    GradientRequest,
+    OverlappingCpuDevice,
+    deconvolve,
+    gradients,
+    make_arriving,
+)
 from tests.stream_pairs import overlapped_streams
 
 F32 = np.dtype(np.float32)
 
 
-class EagerDevice(CpuDevice):
+class EagerDevice(OverlappingCpuDevice):
     """Takes operands that are arriving and reads what is there."""
-
-    @property
-    def info(self) -> DeviceInfo:
-        """See `Device`."""
-        return replace(super().info, overlaps_transfers=True)
 
     def run(
         self,
@@ -50,16 +51,7 @@ class EagerDevice(CpuDevice):
         super().run(operation, problem, read, places, options, call)
 
 
-class LateDevice(CpuDevice):
-    """Takes operands that are arriving, and waits for none of them."""
-
-    @property
-    def info(self) -> DeviceInfo:
-        """See `Device`."""
-        return replace(super().info, overlaps_transfers=True)
-
-
-class FollowingDevice(CpuDevice):
+class FollowingDevice(OverlappingCpuDevice):
     """Notes of each call whether it has operands that are arriving; the first call waits until it is let go."""
 
     def __init__(self) -> None:
@@ -71,7 +63,7 @@ class FollowingDevice(CpuDevice):
     @property
     def info(self) -> DeviceInfo:
         """See `Device`."""
-        return replace(super().info, overlaps_transfers=True, calls_count=2)
+        return replace(super().info, calls_count=2)
 
     def run(
         self,
@@ -141,7 +133,9 @@ def test_a_device_that_takes_what_is_arriving_has_it_at_once(
     wait_for(late_x, CallContext())
 
 
-@pytest.mark.parametrize("device", [CpuDevice(1), LateDevice(1)], ids=["takes none", "is left"])
+@pytest.mark.parametrize(
+    "device", [CpuDevice(1), OverlappingCpuDevice(1)], ids=["takes none", "is left"]
+)
 def test_a_device_has_what_it_does_not_take_or_wait_for_once_all_is_there(
     device: CpuDevice, ends: tuple[FrameStream, FrameStream]
 ) -> None:

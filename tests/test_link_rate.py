@@ -6,8 +6,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -17,17 +16,15 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
-import deconvd_client
 from benchmarks.links.namespaces import LinkUnavailableError, linked_namespace
 from deconvd.wire.slice_sizes import SLICE_BYTES
 from deconvd.wire.stream_parts import PendingElements, Uint8Array
-from deconvd_client import Connection
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.transport import StreamAttempt
 from deconvd_client.transports.link_rate import LinkRate, MeteredSource
 from deconvd_client.transports.stub import Stub
 from tests.processes import wait_until
-from tests.servers import server_process
+from tests.slow_links import slow_link_to_server
 
 MIB = 1 << 20
 GBIT_BYTES_PER_S = 125e6
@@ -182,19 +179,6 @@ def slicing(monkeypatch: pytest.MonkeyPatch) -> Slicing:
     return Slicing(monkeypatch)
 
 
-@contextmanager
-def far_server(directory: Path, transport: str) -> Iterator[Connection]:
-    """Connect to a server in another network namespace, over a link of 1 Gbit/s."""
-    with ExitStack() as stack:
-        try:
-            link = stack.enter_context(linked_namespace(1.0))
-        except LinkUnavailableError as error:
-            pytest.skip(f"no slow link may be made here: {error}")
-        listen = (f"{link.server_address}:0",)
-        server = stack.enter_context(server_process(directory, listen=listen, within=link))
-        yield stack.enter_context(deconvd_client.connect(server.target, transport=transport))
-
-
 def random_x(samples_count: int) -> Any:
     return np.random.default_rng(0).standard_normal((samples_count, 1, 128, 128), np.float32)
 
@@ -219,7 +203,7 @@ def test_a_slow_link_gets_smaller_slices_and_the_same_results(
 ) -> None:
     x = random_x(128)
     usual = SLICE_BYTES // (2 * SAMPLE_BYTES)
-    with far_server(tmp_path, transport) as F:
+    with slow_link_to_server(tmp_path, transport, 1.0) as F:
         first = F.deconvolution_2d(x, ONE)
         assert slicing.samples_counts == [usual]
         for _ in range(MAX_CALLS_COUNT):
@@ -234,7 +218,7 @@ def test_the_rate_of_a_slow_link_is_measured(tmp_path: Path, slicing: Slicing) -
     """A machine that is busy with other work can seem slower than the link, so there are several clients."""
     x = random_x(128)
     rates: list[float | None] = []
-    with far_server(tmp_path, "tcp") as F:
+    with slow_link_to_server(tmp_path, "tcp", 1.0) as F:
         while len(rates) < MAX_CALLS_COUNT:
             with pickle.loads(pickle.dumps(F)) as another:
                 another.deconvolution_2d(x, ONE)
@@ -250,7 +234,7 @@ def test_a_large_message_becomes_a_stream_where_it_would_take_both_ways_in_turn(
 ) -> None:
     """A busy machine may find the link fast at first, and messages measure nothing: so there are several clients."""
     x = random_x(30)
-    with far_server(tmp_path, "grpc") as F:
+    with slow_link_to_server(tmp_path, "grpc", 1.0) as F:
 
         def are_slices_small() -> bool:
             with pickle.loads(pickle.dumps(F)) as another:
@@ -265,7 +249,7 @@ def test_deterministic_calls_have_the_same_slices_whatever_was_measured(
     tmp_path: Path, slicing: Slicing
 ) -> None:
     x = random_x(128)
-    with far_server(tmp_path, "tcp") as F:
+    with slow_link_to_server(tmp_path, "tcp", 1.0) as F:
         for _ in range(MAX_CALLS_COUNT):
             F.deconvolution_2d(x, ONE)
             if slicing.samples_counts[-1] < slicing.samples_counts[0]:

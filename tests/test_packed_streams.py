@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import pytest
 from google.protobuf.message import Message
 
 import deconvd_client
-from benchmarks.links.namespaces import LinkUnavailableError, linked_namespace
 from deconvd.direct.connection_errors import ConnectionBrokenError
 from deconvd.direct.events import FrameKind, MethodCode, pack_frame
 from deconvd.errors import InvalidArgumentError
@@ -36,6 +35,7 @@ from tests.direct_calls import is_serving, open_stream, receive_failure, send_ca
 from tests.packed import pack_by_definition
 from tests.servers import ServerProcess, server_process
 from tests.session_clients import open_session
+from tests.slow_links import slow_link_to_server
 from tests.stream_pairs import send_raw
 
 MIB = 1 << 20
@@ -196,14 +196,7 @@ def test_elements_are_packed_once_a_real_link_turns_out_to_be_slow(
 ) -> None:
     """A machine that is busy with other work can seem slower than the link, or faster, so there are several calls."""
     x = rectified((128, 2, 96, 100))
-    with ExitStack() as stack:
-        try:
-            link = stack.enter_context(linked_namespace(0.5))
-        except LinkUnavailableError as error:
-            pytest.skip(f"no slow link may be made here: {error}")
-        listen = (f"{link.server_address}:0",)
-        server = stack.enter_context(server_process(tmp_path, listen=listen, within=link))
-        F = stack.enter_context(deconvd_client.connect(server.target, transport=transport))
+    with slow_link_to_server(tmp_path, transport, 0.5) as F:
         np.testing.assert_array_equal(F.deconvolution_2d(x, IDENTITY), x)
         assert not any(traffic.sent_packed + traffic.received_packed)
         for _ in range(MAX_CALLS_COUNT):

@@ -83,8 +83,8 @@ def assert_over(client: StripedClient, server: StripedServer, device: SteppingDe
     assert is_serving(client.control)
 
 
-def begin(client: StripedClient, **how: float) -> None:
-    client.begin(describe(DECONVOLVE, OPERANDS), **how)  # type: ignore[arg-type]
+def begin(client: StripedClient, *, timeout_s: float = 30) -> None:
+    client.begin(describe(DECONVOLVE, OPERANDS), timeout_s=timeout_s)
     client.join()
 
 

@@ -15,7 +15,13 @@ from tests.session_clients import SessionClient
 from tests.soak.hostile.http2 import Http2
 from tests.soak.places import Places, connect_tcp, open_stream
 
-__all__ = ["KINDS", "Attacker", "hostile"]
+__all__ = ["FOR_EVER_S", "HELD_S", "KINDS", "Attacker", "hostile"]
+
+HELD_S = 6.0
+"""How long an attack holds what it has before it goes."""
+
+FOR_EVER_S = 2**44
+"""About the longest timeout that a call can have."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from deconvd.direct.frame_stream import FrameStream
 from deconvd.v1 import deconvd_pb2 as pb
 from tests.direct_calls import send_call
 from tests.soak.honest import WAYS
-from tests.soak.hostile.attack import Attacker, hostile
+from tests.soak.hostile.attack import FOR_EVER_S, HELD_S, Attacker, hostile
 from tests.soak.hostile.by_memory import Borrower
 from tests.soak.hostile.http2 import SERVICE
 from tests.soak.hostile.requests import (
@@ -26,12 +26,6 @@ from tests.soak.hostile.requests import (
 from tests.soak.places import connect_tcp, connect_unix
 from tests.stream_pairs import send_raw
 
-_HELD_S = 6.0
-"""How long an attack holds what it has before it goes."""
-
-_FOR_EVER_S = 2**44
-"""About the longest timeout that a call can have."""
-
 
 @hostile
 def idle_streams(a: Attacker) -> None:
@@ -41,7 +35,7 @@ def idle_streams(a: Attacker) -> None:
         header = of_samples_to_come()
         with suppress(OSError):  # the server gives up one or the other
             connection.call(f"{SERVICE}DeconvolveStream", header, is_last=False)
-            send_call(a.line(), MethodCode.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
+            send_call(a.line(), MethodCode.DeconvolveStream, header, timeout_s=FOR_EVER_S)
 
 
 @hostile
@@ -55,10 +49,10 @@ def early_calls(a: Attacker) -> None:
             with suppress(OSError):  # of those that are too many
                 send_call(
                     *(a.line(), MethodCode.Deconvolve, request.SerializeToString()),
-                    timeout_s=_FOR_EVER_S,
+                    timeout_s=FOR_EVER_S,
                     is_early=True,
                 )
-        time.sleep(_HELD_S)
+        time.sleep(HELD_S)
 
 
 @hostile
@@ -68,7 +62,7 @@ def unread_lines(a: Attacker) -> None:
     for _ in range(40):
         with suppress(OSError):
             line = a.line()
-            send_call(line, MethodCode.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
+            send_call(line, MethodCode.DeconvolveStream, header, timeout_s=FOR_EVER_S)
             send_raw(
                 line, pack_frame(FrameKind.ELEMENTS, bytes(8)) + pack_frame(FrameKind.END, b"")
             )
@@ -82,7 +76,7 @@ def many_lines(a: Attacker) -> None:
         with suppress(OSError):  # of those that are too many
             line = a.line()
             if number % 100 == 0:
-                send_call(line, MethodCode.DeconvolveGrad, slow, timeout_s=_FOR_EVER_S)
+                send_call(line, MethodCode.DeconvolveGrad, slow, timeout_s=FOR_EVER_S)
 
 
 @hostile
@@ -133,7 +127,7 @@ def empty_slices_on_lines(a: Attacker) -> None:
     for _ in range(8):
         for method, header in zip(methods, of_empty_slices(), strict=True):
             line = a.line()
-            send_call(line, method, header, timeout_s=_FOR_EVER_S)
+            send_call(line, method, header, timeout_s=FOR_EVER_S)
             send_raw(line, pack_frame(FrameKind.END, b""))
 
 
@@ -144,7 +138,7 @@ def empty_early_chunks(a: Attacker) -> None:
     for _ in range(4):
         line = a.line()
         header = of_unknown_content(session)
-        send_call(line, MethodCode.DeconvolveStream, header, timeout_s=_FOR_EVER_S)
+        send_call(line, MethodCode.DeconvolveStream, header, timeout_s=FOR_EVER_S)
         send_raw(line, FRAME_HEAD.pack(FrameKind.ELEMENTS, 0) * 80_000)
 
 

@@ -9,15 +9,9 @@ import numpy as np
 
 from deconvd.direct.pieces import PIECE_BYTES
 from deconvd.model.operation import DECONVOLVE
-from tests.soak.hostile.attack import Attacker, hostile
+from tests.soak.hostile.attack import FOR_EVER_S, HELD_S, Attacker, hostile
 from tests.stream_pairs import send_raw
 from tests.striped_calls import StripedClient, describe
-
-_HELD_S = 6.0
-"""How long an attack holds what it has before it goes."""
-
-_FOR_EVER_S = 2**44
-"""About the longest timeout that a call can have."""
 
 _SEND_S = 3.0
 """How long an attack sends to a server that does not receive."""
@@ -40,7 +34,7 @@ def _open(a: Attacker, stripes_count: int = 2) -> StripedClient:
 
 def _begin(a: Attacker, stripes_count: int = 2) -> StripedClient:
     client = _open(a, stripes_count)
-    client.begin(describe(DECONVOLVE, _OPERANDS), timeout_s=_FOR_EVER_S)
+    client.begin(describe(DECONVOLVE, _OPERANDS), timeout_s=FOR_EVER_S)
     client.join()
     return client
 
@@ -59,7 +53,7 @@ def stalled_stripes(a: Attacker) -> None:
                     send_raw(client.stripes[1], head + bytes(a.random.randrange(PIECE_BYTES)))
                 case 3:
                     client.send(_ARRAYS)
-    time.sleep(_HELD_S)
+    time.sleep(HELD_S)
 
 
 @hostile
@@ -70,7 +64,7 @@ def stripes_without_a_call(a: Attacker) -> None:
             client = _open(a)
             client.join()
             client.send(_ARRAYS[:1], ends=False)
-    time.sleep(_HELD_S)
+    time.sleep(HELD_S)
 
 
 @hostile
