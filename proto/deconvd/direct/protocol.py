@@ -32,8 +32,10 @@ cut into pieces (`deconvd.direct.pieces`), and so are those of the results that 
 piece travels once, by any stripe and in any order: PIECE, then one ELEMENTS frame with all of it. A stripe MAY carry
 none. In a stripe the client sends first, and the server MUST NOT send pieces before the client's END. The server
 answers once the results are computed, before or after it has sent them; the client has them once it has the answer and
-the END of every stripe. If the call fails, or a stripe breaks, the server MUST close all stripes before their END, and
-answer FAILED unless it has answered already or the control connection has ended.
+the END of every stripe. If the call fails, or a stripe breaks, the server MUST close all stripes on which it has not
+sent its END, and answer FAILED unless it has answered already or the control connection has ended. A client SHOULD have
+greeted on all connections before it sends the call: a server that drains accepts no new ones, but waits for the stripes
+of calls that have come.
 
 Both ends may send at the same time. A client MUST wait for the server's HELLO before its first call, since another
 program may listen on the port. A client that closes a connection cancels its call. A server that closes a connection
